@@ -74,7 +74,7 @@ def test_what_is_kept_is_counted_too() -> None:
     items = pa.table({"item_id": [*range(8), 20], "price": [1.0, None, *range(7)]})
     log = load(items=items, item_features={"price": "numeric"})
     assert log.describe()[1:] == [
-        "no timestamps: the order of the rows is taken for that of the events",
+        "no timestamps: the row order is taken as the event order",
         "dropped nothing",
         "event table: without stage, rating or label, every row is a click",
         "item table: column 'price' is missing in 1 of 9 rows (11.1%)",

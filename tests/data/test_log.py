@@ -303,7 +303,7 @@ def test_a_day_without_positives_shows() -> None:
     log = Log.from_table(events, reading=Reading(rating_threshold=4))
     assert log.describe()[1:3] == [
         "from 2024-01-01 23:45 to 2024-01-07 23:45 UTC",
-        "positives a day: 0 by median, 0 on 2024-01-03 at the lowest, 1 on the last day",
+        "positives a day: median 0, lowest 0 on 2024-01-03, 1 on the last day",
     ]
     two_days = Log.from_table(events[:5], reading=Reading(rating_threshold=4))
     assert not [note for note in two_days.describe() if "a day" in note]

@@ -484,7 +484,7 @@ def test_refusals(tmp_path: Path) -> None:
         tiny(hard=ranked, training={"batch_size": 3}).batches(data.samples)
     with pytest.raises(TypeError, match=r"make one with Log.from_table.* Received: DataFrame"):
         tiny().fit(pd.DataFrame({"user_id": [1], "item_id": [2]}))
-    with pytest.raises(TypeError, match=r"Evaluates on a Holdout.* Received: Log"):
+    with pytest.raises(TypeError, match=r"needs a Holdout.* Received: Log"):
         tiny().fit(clicks, clicks)  # type: ignore[arg-type]
     names = ("histories", "relevant", "clicked", "seen")
     given: dict[str, Any] = {name: [np.array([7])] for name in names}

@@ -1,1 +1,1 @@
-"""What happened: event, item and user tables, and their split. Imports no TensorFlow."""
+"""Event, item and user tables, and their split. Imports no TensorFlow."""

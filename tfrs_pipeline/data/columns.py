@@ -1,8 +1,8 @@
 """Converts columns of a source to the types of a log.
 
-CSV columns arrive as text and are typed by all of their values: a sniffer of the first rows loses
-leading zeros and fails late. An unusable value becomes null and a fault of its table
-(`RawTable.fault`), for `tables.py` to drop or refuse. NaN is a missing value and becomes null.
+CSV columns arrive as text and get a type that fits all of their values: a guess from the first rows
+would lose leading zeros and fail late. An unusable value becomes null and is noted as a fault
+(`RawTable.fault`), which `tables.py` drops or refuses. NaN is a missing value and becomes null.
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
 
 _LARGEST_INT64 = 2**63 - 1
-# How programs write an id that is missing.
+# How programs write a missing id.
 _NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
 
 
 def is_integer(raw: RawTable, column: str) -> bool:
     """Returns whether ids are kept as int64.
 
-    Text is an integer only if every value is written as one ("7", not "007" or "+7"), so that no
-    two ids become one; "7.0" is how programs write 7 if other rows have none.
+    Text becomes integers only if every value is written as one ("7", not "007" or "+7"), so that
+    two ids never merge. "7.0" counts as 7: programs write it so if other rows have no id.
     """
     dtype = raw.table[column].type()
     if dtype.is_string():
@@ -39,7 +39,7 @@ def is_integer(raw: RawTable, column: str) -> bool:
 
 
 def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
-    """Makes int64 or string of an id; null where there is none."""
+    """Converts ids to int64 or string; a missing one is null."""
     value = raw.table[column]
     dtype = value.type()
     if not (dtype.is_string() or dtype.is_numeric()) or dtype.is_boolean():
@@ -48,7 +48,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
         value, _ = _read_text(raw, column)
     elif not dtype.is_integer():
         whole = value.try_cast("int64")
-        # A decimal is exact; a larger float may stand for several numbers.
+        # A decimal is exact. A float above these bounds may stand for several integers.
         is_whole = whole.cast(dtype) == value
         if not dtype.is_decimal():
             is_whole &= value.abs() < (2**24 if dtype.is_float32() else 2**53)
@@ -63,7 +63,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
 
 
 def to_required_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
-    """Makes int64 or string of an id that each row must have; see `id_faults`."""
+    """Converts ids that each row must have to int64 or string; see `id_faults`."""
     value = to_id(raw, column, as_integer=as_integer)
     for fault in id_faults(column, value):
         raw.fault(*fault[:3])
@@ -73,14 +73,14 @@ def to_required_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
 
 
 def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "float64") -> ir.Value:
-    """Makes int64 or finite float64 of a column; NaN is null."""
+    """Converts a column to int64 or finite float64; NaN becomes null."""
     value = raw.table[column]
     if not (value.type().is_numeric() or value.type().is_boolean() or value.type().is_string()):
         raise raw.wrong_type(column, "a number")
     number = value.try_cast("float64")
     is_number = (number.abs() <= LARGEST_FLOAT32).fill_null(False)
     converted = number
-    if to == "int64":  # DuckDB rounds 1.5 without a word.
+    if to == "int64":  # DuckDB would round 1.5 silently.
         converted = value.try_cast("int64")
         is_number &= (number == converted).fill_null(False)
     is_missing = value.isnull() | number.isnan().fill_null(False)
@@ -90,11 +90,11 @@ def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "flo
 
 
 def to_outcome(raw: RawTable, column: str) -> ir.Value:
-    """Makes a boolean, or a finite number, of an outcome that may be a label."""
+    """Converts an outcome that may be a label to a boolean or a finite number."""
     value = raw.table[column]
     if value.type().is_boolean():
         return value
-    # In a table with types, a column without any value is a string.
+    # In a typed table, a column without any value has the type string.
     may_be_text = raw.is_text or not raw.has(value.notnull())
     if not (value.type().is_numeric() or (value.type().is_string() and may_be_text)):
         raise raw.wrong_type(column, "boolean, or a number above 0 where the outcome holds")
@@ -107,9 +107,9 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
 
 
 def to_context(raw: RawTable, column: str) -> ir.Value:
-    """Keeps a column's type; text becomes int64 or float64 if every value is such a number."""
+    """Keeps a column's type, but converts text to int64 or float64 if every value is one."""
     value = raw.table[column]
-    # Folders named COLUMN=VALUE make columns of other types.
+    # Columns from folders named COLUMN=VALUE may have other types.
     if not (raw.is_text and value.type().is_string()):
         return value
     if not raw.has(~is_integer_text(value)):
@@ -119,7 +119,7 @@ def to_context(raw: RawTable, column: str) -> ir.Value:
 
 
 def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
-    """Hands a column to the kind of feature that reads it."""
+    """Wraps a column for the kind of feature that reads it."""
 
     def read(what: Literal["id", "number", "time"]) -> ir.Value:
         if what == "id":
@@ -154,7 +154,7 @@ def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
 def type_features(
     raw: RawTable, columns: dict[str, ir.Value], features: Mapping[str, str], reading: Reading
 ) -> None:
-    """Types features; their unusable values will be missing."""
+    """Types feature columns; unusable values will be missing ones."""
     num_others = len(raw.faults)
     for name, kind in features.items():
         columns[name] = KINDS[kind].read(feature_column(raw, name, reading))
@@ -162,9 +162,9 @@ def type_features(
 
 
 def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
-    """Removes what programs add to ids: white space, ".0", words for a missing one.
+    """Cleans text ids: removes white space and ".0", and makes words for a missing id null.
 
-    Returns the text, and whether all of it is written as int64.
+    Returns the text, and whether every value is written as an int64.
     """
     if column not in raw.texts:
         value = raw.table[column]

@@ -1,4 +1,4 @@
-"""Checks of tables that are a log already, in their engine, without moving a row."""
+"""Checks tables that are a log already, in their engine, without moving a row."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ from tfrs_pipeline.features.feature import ID_TYPES, NUMBER_TYPES, TIME_TYPES
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import sentence
 
-# Type of a column -> what a log stores it as.
+# Column -> its allowed types -> the type that a log stores.
 _EVENT_TYPES: dict[str, dict[str, str]] = {
     "user_id": ID_TYPES,
     "item_id": ID_TYPES,
@@ -44,7 +44,7 @@ _OF_A_CONNECTION = (ops.DatabaseTable, ops.SQLQueryResult, ops.SQLStringView)
 
 
 def check_engine(events: Any, *others: Any) -> None:
-    """Refuses tables that are not Ibis's (`TypeError`), or not of one engine here (`DataError`)."""
+    """Refuses tables not from Ibis (`TypeError`), or not in one supported engine (`DataError`)."""
     for table in (events, *others):
         if table is not None and not isinstance(table, ibis.Table):
             raise TypeError(
@@ -57,21 +57,21 @@ def check_engine(events: Any, *others: Any) -> None:
             "Log.from_table copies it into DuckDB."
         )
     for table in others:
-        # A table in memory belongs to no connection. Names may be the same in two of them.
+        # A table in memory belongs to no connection. Two connections may use the same names.
         is_bound = table is not None and table.op().find(_OF_A_CONNECTION)
         if is_bound and table.get_backend() is not events.get_backend():
             raise DataError(
-                "The tables of a log must be of one connection, that of the events. Received: one "
-                "of another. Open both there, or copy them with Log.from_table."
+                "The tables of a log must be of one connection. Received: a table of another one "
+                "than the events. Open it there, or copy all with Log.from_table."
             )
 
 
 def check_events(
     events: ibis.Table, source: Source, request_features: Mapping[str, str]
 ) -> ibis.Table:
-    """Checks that a table holds what `Log` says of events; a `DataError` if not.
+    """Checks that a table meets what `Log` says about events, or raises a `DataError`.
 
-    Returns the table with the types of a log; no value changes.
+    Returns the table with a log's types and unchanged values.
     """
     for name in _REQUIRED:
         require_column(events.columns, name, source, _remedy(name))
@@ -109,7 +109,7 @@ def check_entities(
     events: ibis.Table,
     features: Mapping[str, str],
 ) -> ibis.Table:
-    """Checks an item or user table, or makes one, and adds the ids that only events have."""
+    """Checks an item or user table, or makes one, and adds ids that only the events have."""
     source = Source(f"{id_name.removesuffix('_id')} table")
     if entities is None:
         for name in features:
@@ -143,7 +143,7 @@ def _cast(table: ibis.Table, types: Mapping[str, Mapping[str, str]], source: Sou
         if not found:
             wanted = " or ".join(allowed)
             raise DataError(f"{source.column(name)} must be {wanted}, it is {dtype}. Cast it.")
-        # Spark's naive times are UTC; in other engines they may be of any zone.
+        # Spark's naive times are UTC; in other engines they may be in any zone.
         is_naive = isinstance(dtype, dt.Timestamp) and dtype.timezone is None
         if is_naive and table.get_backend().name == "duckdb":
             raise DataError(f"{source.column(name)} has no time zone. Cast it to timestamp('UTC').")
@@ -169,7 +169,7 @@ def _event_faults(events: ibis.Table) -> list[Fault]:
 def _refuse_rows(
     table: ibis.Table, source: Source, faults: Sequence[Fault], **more: ir.Scalar
 ) -> Found:
-    """Refuses a table (`DataError`) for the first of the faults that any row has."""
+    """Raises the `DataError` of the first fault that any row has."""
     found = evaluate(table, faults, **more)
     for fault, num in zip(faults, found.num_bad, strict=True):
         if num:
@@ -180,9 +180,9 @@ def _refuse_rows(
 def _remedy(name: str) -> str:
     if name == "event_number":
         return (
-            "It is an int64 of its own for every event, in their order: number them once and store "
-            "it, such as by row_number() OVER (ORDER BY timestamp)."
+            "It is a distinct int64 for each event, in their order: number the events once, such "
+            "as by row_number() OVER (ORDER BY timestamp), and store it."
         )
     if name == "stage":
-        return f"It is one of {', '.join(Stage)}; of clicks alone, 'clicked' everywhere."
+        return f"It is one of {', '.join(Stage)}; in a log of clicks only, 'clicked' everywhere."
     return f"Rename the column that holds the {name.removesuffix('_id')}s."

@@ -1,4 +1,4 @@
-"""What a log holds, in lines for a person."""
+"""Describes a log, in lines for a person."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +18,11 @@ def describe(log: Any) -> Iterator[str]:
     if log.order == "timestamp":
         yield from _describe_times(log.events)
     elif log.order == "event_number":
-        yield "no timestamps: the order of the rows is taken for that of the events"
+        yield "no timestamps: the row order is taken as the event order"
     if "weight" in log.events.columns:
         yield from _describe_weights(log.events)
     if log.part_of is not None:
-        yield "a part of a log: what was dropped in the making is told by the whole"
+        yield "a part of a log: the whole log's description says what was dropped"
         return
     num_dropped = sum(each.num_rows for each in log.dropped)
     num_read = counts["events"] + num_dropped
@@ -34,7 +34,7 @@ def describe(log: Any) -> Iterator[str]:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """Lists counts with their nouns, which are named in the plural."""
+    """Lists counts with their nouns; `counts` has the nouns in the plural."""
     return ", ".join(counted(count, name[:-1]) for name, count in counts.items())
 
 
@@ -60,7 +60,7 @@ def _describe_weights(events: ibis.Table) -> Iterator[str]:
 
 
 def _describe_days(days: Sequence[int], positives: Sequence[int]) -> Iterator[str]:
-    """Says how many positives the days since 1970 have, so that a broken one shows."""
+    """Describes the positives of each day since 1970, so that a broken day shows."""
     of_day = dict(zip(days, positives, strict=True))
     counts = [of_day.get(day, 0) for day in range(days[0], days[-1] + 1)]
     if len(counts) < 3:
@@ -68,6 +68,6 @@ def _describe_days(days: Sequence[int], positives: Sequence[int]) -> Iterator[st
     lowest = min(counts)
     when = date(1970, 1, 1) + timedelta(days[0] + counts.index(lowest))
     yield (
-        f"positives a day: {statistics.median_low(counts):,} by median, {lowest:,} on {when} at "
-        f"the lowest, {counts[-1]:,} on the last day"
+        f"positives a day: median {statistics.median_low(counts):,}, lowest {lowest:,} on {when}, "
+        f"{counts[-1]:,} on the last day"
     )

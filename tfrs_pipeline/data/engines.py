@@ -1,6 +1,6 @@
 """The engines of tables: DuckDB in this process, or Spark.
 
-Both take the same Ibis expressions; their differences are here.
+Both take the same Ibis expressions; this module hides their differences.
 """
 
 import glob
@@ -26,11 +26,11 @@ ENGINES = ("duckdb", _SPARK)
 
 
 def connect(memory_limit: str | None = None) -> DuckDB:
-    """Opens a DuckDB whose tables need not fit in memory: they lie in a file that goes with it.
+    """Opens a DuckDB whose tables need not fit in memory: they are in a file that is deleted later.
 
-    What exceeds `memory_limit`, such as "4GB", lies on disk too; None is DuckDB's own limit, four
-    fifths of the machine's memory. Both lie in the system's temporary folder, and take about as
-    much room as the events have uncompressed.
+    Intermediate results beyond `memory_limit`, such as "4GB", go to disk too. None is DuckDB's
+    default, four fifths of the machine's memory. Both are in the system's temporary folder, and
+    take about as much room as the uncompressed events.
     """
     folder = Path(tempfile.mkdtemp(prefix="tfrs-pipeline-"))
     options = {} if memory_limit is None else {"memory_limit": memory_limit}
@@ -39,15 +39,15 @@ def connect(memory_limit: str | None = None) -> DuckDB:
     )
     weakref.finalize(connection, shutil.rmtree, folder, ignore_errors=True)
     shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
-    if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and may not even be set.
+    if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and cannot even be set.
         connection.con.execute("SET enable_progress_bar = false")
     return connection
 
 
 def connect_spark(master: str | None = None) -> Any:
-    """Opens a Spark session, as Ibis's backend; a `DataError` if pyspark or Java is missing.
+    """Opens a Spark session as an Ibis backend; a `DataError` if pyspark or Java is missing.
 
-    `master` is such as "local[4]" or "spark://host:7077"; None is that of Spark's own settings.
+    `master` is, for example, "local[4]" or "spark://host:7077"; None takes Spark's own setting.
     """
     try:
         from pyspark.sql import SparkSession
@@ -64,7 +64,7 @@ def connect_spark(master: str | None = None) -> Any:
     builder = SparkSession.builder.appName("tfrs-pipeline")
     if master is not None:
         builder = builder.master(master)
-        if master.startswith("local"):  # Of no use to other machines.
+        if master.startswith("local"):  # No other machine needs to reach it.
             builder = builder.config("spark.driver.host", "127.0.0.1")
             builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
             builder = builder.config("spark.ui.enabled", False)
@@ -75,14 +75,14 @@ def open_parquet(backend: Any, path: Path) -> ibis.Table:
     """Opens a Parquet file, or a folder of part files; the path is never a pattern."""
     if backend.name == _SPARK:
         table = backend.read_parquet(path.absolute().as_uri())
-        # Ibis does not see that they are UTC.
+        # Ibis does not see that the times are in UTC.
         times = [name for name, dtype in table.schema().items() if dtype.is_timestamp()]
         return table.cast({name: "timestamp('UTC', 6)" for name in times})
     return backend.read_parquet([glob.escape(str(file)) for file in part_files(path) or [path]])
 
 
 def write_parquet(table: ibis.Table, path: Path) -> None:
-    """Writes a table in its order: DuckDB a file, Spark a folder of part files.
+    """Writes a table in its order: DuckDB writes a file, Spark a folder of part files.
 
     Spark's executors must see the folder under the same path as this process.
     """
@@ -92,14 +92,14 @@ def write_parquet(table: ibis.Table, path: Path) -> None:
         with naming(path, duckdb.IOException):
             table.to_parquet(path)
         return
-    # Spark's own default, INT96, has no time zone to other readers.
+    # Other readers see no time zone in Spark's default type, INT96.
     backend.raw_sql("SET spark.sql.parquet.outputTimestampType = TIMESTAMP_MICROS")
     table.to_parquet(path.absolute().as_uri())
 
 
 def replace(new: Path, path: Path) -> None:
     """Moves what `write_parquet` wrote to a path, replacing what is there."""
-    if new.is_dir() or path.is_dir():  # Spark's. A file is replaced in one step.
+    if new.is_dir() or path.is_dir():  # Spark writes folders. A file is replaced in one step.
         remove(path)
     os.replace(new, path)
 
@@ -112,10 +112,10 @@ def remove(path: Path) -> None:
 
 
 def check_stored(error: Exception) -> None:
-    """Raises a `StorageError`, or a `DataError`, if DuckDB could not store what it has read."""
+    """Raises a `StorageError` or `DataError` if an error means that DuckDB could not store data."""
     reason = printable(str(error).strip().partition("\n")[0], 300)
     if is_lost := isinstance(error, TableNotFound):
-        reason = "a table is not there after it was written, as on a full disk"
+        reason = "a table is missing after it was written, as on a full disk"
     if is_lost or "Could not write file" in reason:
         raise StorageError(
             f"DuckDB cannot store the log's tables: {reason}. Make room there, or set TMPDIR "
@@ -129,9 +129,9 @@ def check_stored(error: Exception) -> None:
 
 
 def random_key(*values: ir.Value, seed: int) -> ir.StringValue:
-    """Hashes integers or strings in the same way in every engine; their own functions differ.
+    """Hashes integers or strings alike in every engine; the engines' own functions differ.
 
-    Returns 12 hexadecimal digits, which DuckDB still compares as fast as a number.
+    Returns 12 hexadecimal digits, which DuckDB compares as fast as a number.
     """
     text = ibis.literal(str(seed))
     for value in values:

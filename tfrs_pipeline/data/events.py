@@ -36,7 +36,7 @@ from tfrs_pipeline.data.times import to_timestamp
 from tfrs_pipeline.messages import printable
 
 _NUM_LOOKED_AT = 1000
-_MOST_STAGES = 100  # A column of more values is free text.
+_MOST_STAGES = 100  # A column with more values is free text.
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
 # An outcome that did not happen is often left empty.
@@ -45,9 +45,9 @@ _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
 def stage_column(reading: Reading, scanned: Scan) -> str | None:
-    """Returns the column that stages are made of, `stage` or `rating`; None if there is none.
+    """Returns the column that stages are made from, `stage` or `rating`, or None.
 
-    A `DataError` if there are ratings and no threshold.
+    Raises a `DataError` if there are ratings but no threshold.
     """
 
     def has(name: str) -> bool:
@@ -73,9 +73,9 @@ def load_events(
     request_features: Mapping[str, str],
     others: Mapping[str, RawTable | None],
 ) -> tuple[ibis.Table, RawTable]:
-    """Types and stores an event table; its ids and those of `others` become one type.
+    """Types and stores an event table; its ids get one type with those of `others`.
 
-    Returns the events without the rows at fault, and what they were made of, whose rows are gone.
+    Returns the events without bad rows, and the raw table, whose rows are deleted by then.
     """
     stages_in = stage_column(reading, scanned)
     names, unread = _event_columns(scanned, stages_in, reading, request_features)
@@ -87,7 +87,7 @@ def load_events(
         raw.notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
     for name in ("user_id", "item_id"):
         tables = [table for table in (raw, others[name]) if table is not None]
-        # A list, not a generator: a wrong type in either table is refused.
+        # A list, not a generator, so that a wrong type in either table is refused.
         as_integer = all([is_integer(table, name) for table in tables])
         columns[name] = to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
@@ -121,7 +121,7 @@ def _event_columns(
     reading: Reading,
     request_features: Collection[str],
 ) -> tuple[dict[str, str], list[str]]:
-    """Returns the columns to read, by the log's names, and those that are not read."""
+    """Returns the columns to read, by the log's names, and the unread ones."""
     required = ["user_id", "item_id", *([stages_in] if stages_in else [])]
     optional = [name for name in _OPTIONAL if name in scanned.columns]
     requested = [
@@ -136,14 +136,14 @@ def _event_columns(
         require_column(scanned.columns, names[name], Source(scanned.name), remedy, "columns")
         if name not in LOG_COLUMNS and _is_mistyped(name, names[name]):
             raise DataError(
-                f"columns.{name}: did you mean {names[name]!r}? A column called by its name needs "
+                f"columns.{name}: did you mean {names[name]!r}? A column that keeps its name needs "
                 "no entry.",
                 "columns",
             )
     absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
     if stages_in or reading.label:
         absent -= {"stage", "rating"}
-    # Without its stage or its time a log would silently be another kind of log.
+    # A log whose stage or time is overlooked would silently become another kind of log.
     for name in set(names) & set(TIMES_ELSEWHERE) & set(reading.columns):
         if "timestamp" in absent:
             raise DataError(
@@ -170,10 +170,10 @@ def _event_columns(
 
 
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
-    """Refuses unread columns that hold stages or times, if the log has none of these.
+    """Refuses unread columns that hold stages or times, if the log has none.
 
-    A column holds stages if any row has a known one and its first rows have few values, since teams
-    name stages themselves; and times if more than nine tenths of its first values are times.
+    A column holds stages if any row has a known stage and its first rows have few distinct values,
+    since teams name their own. It holds times if over nine tenths of its first values are times.
     """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}
@@ -208,7 +208,7 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
 
 def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
     """Refuses (`DataError`) unread columns with an outcome's name that hold 1 in some rows only."""
-    if scanned.is_stream:  # It can be read once.
+    if scanned.is_stream:  # It can be read only once.
         return
     rows = scanned.first_rows(columns, _NUM_LOOKED_AT)
     have_both = set(scanned.holding(columns, _NO)) & set(scanned.holding(columns, _YES))
@@ -227,7 +227,7 @@ def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
 
 
 def _is_mistyped(name: str, column: str) -> bool:
-    """Returns whether a name is nearly another; the same letters, as in deviceType, are fine."""
+    """Returns whether a name is nearly another; other case or punctuation alone is fine."""
     plain = ["".join(filter(str.isalnum, each.casefold())) for each in (name, column)]
     return plain[0] != plain[1] and bool(
         difflib.get_close_matches(plain[0], plain[1:], cutoff=0.85)
@@ -247,7 +247,7 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
         rating = to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), rules.NO_RATING)
         lowest = ibis.literal(float(reading.rating_threshold or 0))
-        if raw.table["rating"].type().is_float32():  # Its 4.1 is below 4.1 in double precision.
+        if raw.table["rating"].type().is_float32():  # 4.1 in float32 is below 4.1 in float64.
             lowest = lowest.cast("float32").cast("float64")
         is_clicked = rating >= lowest
         return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
@@ -257,17 +257,17 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
 def _relabel(
     columns: Mapping[str, ir.Value], label: Mapping[str, float]
 ) -> tuple[ir.StringValue, ir.FloatingValue]:
-    """Returns stages and weights: exposed events become positives if a column of the label holds.
+    """Returns stages and weights: exposed events become positives if a label column holds.
 
     A column holds if it is true or above 0, not if null. Exposed or clicked events for which none
-    holds become `exposed`; events that were never exposed stay. A positive weighs the sum of the
-    weights of the columns that hold, another event 1.
+    holds become `exposed`; events that were never exposed keep their stage. A positive's weight is
+    the sum over the columns that hold; any other event's is 1.
     """
     terms = []
     for name, weight in label.items():
         column = columns[name]
         holds = column if column.type().is_boolean() else column > 0
-        # DuckDB takes the literal 1.0 for a decimal, and Ibis drops a cast of it to its own type.
+        # DuckDB reads the literal 1.0 as a decimal, and Ibis drops a cast to the type it assumes.
         as_double = ibis.literal(str(float(weight))).cast("float64")
         terms.append(ibis.coalesce(holds, False).ifelse(as_double, 0.0))
     weight = functools.reduce(operator.add, terms)
@@ -278,7 +278,7 @@ def _relabel(
 
 
 def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:
-    """Makes weights. Those of other events than positives are not used: 1 if unusable."""
+    """Makes weights. Only those of positives are used; an unusable weight elsewhere becomes 1."""
     value = raw.table["weight"]
     if not (value.type().is_numeric() or value.type().is_string()):
         raise raw.wrong_type("weight", "a number")
@@ -295,6 +295,6 @@ def _other_column(raw: RawTable, name: str) -> ir.Value:
         return to_number(raw, name)
     if name == "request_id":
         value = to_id(raw, name, as_integer=is_integer(raw, name))
-        # An empty one is missing: all events without one would share a request.
+        # An empty id counts as missing, or all events without one would share a request.
         return value.strip().nullif("") if value.type().is_string() else value
     return to_context(raw, name)

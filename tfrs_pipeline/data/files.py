@@ -1,4 +1,4 @@
-"""Opens what a log is made of: CSV or Parquet, a file or a folder, or a table in memory."""
+"""Opens the sources of a log: CSV or Parquet, a file or a folder, or a table in memory."""
 
 import collections
 import contextlib
@@ -26,17 +26,17 @@ from tfrs_pipeline.messages import printable, sentence
 
 _LONGEST_HEADER = 1 << 20
 _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-# Lines that DuckDB leaves out alone; an open quote may take any number of others with it.
+# Faults for which DuckDB skips a single line; an open quote may take any number of others with it.
 _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A table whose columns are known and whose rows are not read yet.
+    """A table whose columns are known but whose rows are not read yet.
 
-    `name`, for messages, is the path, or what the table is. `open` returns the rows of some
-    columns, in order. Columns of `csv_files` are strings, and DuckDB puts lines with too few or too
-    many fields into `rejects`. The rows of a stream (`is_stream`) can be read only once.
+    `name`, for messages, is the path or the role of the table. `open` returns the rows of some
+    columns, in order. All columns of `csv_files` are strings, and DuckDB puts the lines that it
+    cannot read into `rejects`. The rows of a stream (`is_stream`) can be read only once.
     """
 
     connection: DuckDB
@@ -48,7 +48,7 @@ class Scan:
     is_stream: bool = False
 
     def first_rows(self, columns: Sequence[str], num: int) -> pa.Table:
-        """Reads a few rows, which `load` reads again; none of a stream."""
+        """Reads a few rows, which `load` reads again; reads none of a stream."""
         if self.is_stream or not columns:
             return pa.table({})
         projection = ", ".join(f'"{_double(column)}"' for column in columns)
@@ -58,7 +58,7 @@ class Scan:
         return rows.cast(pa.schema(plain))
 
     def holding(self, columns: Sequence[str], words: Collection[str]) -> list[str]:
-        """Names the columns with one of some words in any row, ignoring case; "" is no value."""
+        """Names columns that hold one of `words` in any row, ignoring case; null counts as ""."""
         if not columns:
             return []
         listed = ", ".join(map(_quote, words))
@@ -71,7 +71,7 @@ class Scan:
     def load(self, names: Mapping[str, str]) -> RawTable:
         """Reads columns, once; `names` maps their new names to the names here.
 
-        A `DataError` if a row cannot be read, unless it is a line that can be left out alone.
+        Raises a `DataError` if a row cannot be read, unless it is a line that can be skipped alone.
         """
         if inner := [name for name in names if name.startswith("_")]:
             raise DataError(
@@ -81,11 +81,11 @@ class Scan:
             )
         table = ibis.util.gen_name("raw")
         columns = [f'"{_double(column)}" AS "{_double(name)}"' for name, column in names.items()]
-        # A row number without an order runs in the order of the scan, on one thread.
+        # A row number without ORDER BY follows the order of the scan, on one thread.
         projection = ", ".join([*columns, "row_number() OVER () - 1 AS _row"])
         with self._reading():
             self.open(list(dict.fromkeys(names.values()))).project(projection).create(table)
-            raw = self.connection.table(table)  # A full disk may show here alone.
+            raw = self.connection.table(table)  # A full disk may show only here.
         renamed = {name: column for name, column in names.items() if name != column}
         source, is_text = Source(self.name, renamed), bool(self.csv_files)
         return RawTable(raw, source, count_rows(raw), is_text, self._dropped())
@@ -98,7 +98,7 @@ class Scan:
             raise _unreadable(self.name, error, self.csv_files) from error
 
     def _dropped(self) -> list[Dropped]:
-        """Counts the lines that were left out; refuses those that may hide others."""
+        """Counts the skipped lines; refuses those that may hide others."""
         if not self.rejects:
             return []
         sql = (
@@ -115,14 +115,14 @@ class Scan:
             return []
         line, path, _, message = found[0]
         where = f"first: line {line} of {Path(path).name}"
-        return [Dropped(f"no whole line: {printable(message, 60)} ({where})", len(lines))]
+        return [Dropped(f"incomplete line: {printable(message, 60)} ({where})", len(lines))]
 
 
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:
     """Opens a source of rows: a file, the files of a folder in the order of names, or a table.
 
     `source` is a path (never a pattern) to CSV with a header or to Parquet, or a table: pandas,
-    pyarrow, Ibis of any backend, or whatever else speaks Arrow. `name` is what messages call a
+    pyarrow, Ibis of any backend, or any other Arrow-compatible one. `name` is what messages call a
     table in memory.
     """
     if isinstance(source, str | Path):
@@ -134,7 +134,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
             raise _unreadable(path, error, paths if is_text else ()) from error
     try:
         if isinstance(source, ibis.Table):
-            # Opened when it is read: an engine may have a single open query.
+            # Opened only when it is read, because an engine may allow a single open query.
             def open_table(columns: list[str]) -> duckdb.DuckDBPyRelation:
                 rows = source.select(*columns)
                 if source.get_backend() is connection:
@@ -162,7 +162,7 @@ def _plain_table(table: pa.Table) -> pa.Table:
     for i, column in enumerate(table.schema):
         values, of = table[i], column.type
         if pa.types.is_dictionary(of) and isinstance(of.value_type, pa.BaseExtensionType):
-            # Such as the intervals of `pandas.cut`, on which DuckDB would crash.
+            # For example the intervals of `pandas.cut`, on which DuckDB would crash.
             chunks = [chunk.dictionary_decode().storage for chunk in values.chunks]
             values = pa.chunked_array(chunks, of.value_type.storage_type)
         elif pa.types.is_float16(of):
@@ -183,20 +183,20 @@ def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
 
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
-    """Opens Parquet whose files hold the same columns; their footers are read."""
+    """Opens Parquet files; reads their footers, and refuses files with different columns."""
     of_all: pa.Schema | None = None
     for each in paths:
         try:
             schema = pyarrow.parquet.read_schema(each)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{each} cannot be read: {sentence(printable(str(error), 200))} Write it anew as "
+                f"{each} cannot be read: {sentence(printable(str(error), 200))} Write it again as "
                 "Parquet."
             ) from error
         _check_names(each, schema.names, _folders(path, each))
         schema = pa.schema([pa.field(column.name, _plain(column.type)) for column in schema])
         of_all = schema if of_all is None else of_all
-        # Columns that the first file lacks would silently be left out.
+        # Otherwise columns that the first file lacks would silently be left out.
         if odd := sorted({*of_all.names} ^ {*schema.names}):
             raise DataError(
                 f"{each} has other columns than {paths[0].name}: only one of them has "
@@ -211,7 +211,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
             ) from error
     assert of_all is not None
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
-    # By name, a column gets a type for the values of all files, not the first file's type.
+    # By name, a column gets a type that fits the values of all files, not the first file's type.
     rows = f"read_parquet({_quote_all(paths)}, union_by_name=true, {hive})"
     # A column without any value has no type and would become integers; see `_plain_table`.
     names = [f'"{_double(column.name)}"' for column in of_all if pa.types.is_null(column.type)]
@@ -222,14 +222,14 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
 
 
 def _plain(of: pa.DataType) -> pa.DataType:
-    """Returns the type of a column's values, however they are stored."""
+    """Returns the logical type of a column's values, however they are stored."""
     if pa.types.is_dictionary(of):
         return _plain(of.value_type)
     return pa.string() if pa.types.is_large_string(of) else of
 
 
 def _folders(path: Path, file: Path) -> tuple[str, ...]:
-    """Returns the folders between the user's path and a file: COLUMN=VALUE makes a column."""
+    """Returns the folders between the user's path and a file; COLUMN=VALUE makes a column."""
     return file.relative_to(path).parent.parts if path in file.parents else ()
 
 
@@ -246,7 +246,7 @@ def _is_partitioned(path: Path, paths: Sequence[Path]) -> bool:
 
 
 def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str] = ()) -> None:
-    """Refuses columns that differ at most in case, which a database takes for one."""
+    """Refuses column names that are equal but for case, which a database treats as one."""
     named = [*columns, *{part.partition("=")[0] for part in folders if "=" in part}]
     counts = collections.Counter(column.casefold() for column in named)
     if repeated := sorted({each for each in named if counts[each.casefold()] > 1 or not each}):
@@ -258,9 +258,9 @@ def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str
 
 def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = ()) -> DataError:
     check_stored(error)
-    # The next lines name options of DuckDB's reader, which are not settings here.
+    # Only the first line: the others name options of DuckDB's reader, which are not settings here.
     reason = printable(str(error).strip().partition("\n")[0], 300)
-    if "invalid state" in reason:  # DuckDB's words for this, without a place.
+    if "invalid state" in reason:  # DuckDB's words for mixed line endings, without a line number.
         found = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
         reason = f"{next(found, 'a line')} has another line ending than the header."
     remedy = f" {LINES_REMEDY}" if csv_files else ""
@@ -268,7 +268,7 @@ def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = 
 
 
 def _odd_line(path: Path) -> int | None:
-    """Finds the first line with another line ending than the header."""
+    """Finds the first line whose line ending differs from the header's."""
     with _open(path) as lines:
         is_windows = next(lines).endswith(b"\r\n")
         ends = (line.endswith(b"\r\n") for line in lines if line.endswith(b"\n"))
@@ -276,10 +276,10 @@ def _odd_line(path: Path) -> int | None:
 
 
 def _csv_sql(path: Path, paths: Sequence[Path], rejects: str) -> str:
-    """Writes SQL that scans the files in this order, all columns as text."""
+    """Writes SQL that scans the files in the given order, with all columns as text."""
     header, delimiter = _read_header(path, paths)
     types = ", ".join(f"{_quote(name)}: 'VARCHAR'" for name in header)
-    # With "auto", DuckDB takes a "?" in a name for the end of it.
+    # With "auto", DuckDB takes a "?" in a file name as its end.
     are_zipped = {_is_zipped(path) for path in paths}
     compression = "auto" if len(are_zipped) > 1 else "gzip" if True in are_zipped else "none"
     return (
@@ -323,7 +323,7 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
     lines = []
     for path in paths:
         try:
-            if _is_zipped(path):  # To its end: DuckDB accepts a cut file, and checks no checksum.
+            if _is_zipped(path):  # Read whole: DuckDB accepts truncated files and skips checksums.
                 with gzip.open(path) as opened:
                     while opened.read(1 << 20):
                         pass
@@ -365,5 +365,5 @@ def _quote(text: str) -> str:
 
 
 def _quote_all(paths: Sequence[Path]) -> str:
-    # DuckDB would take some paths for patterns.
+    # DuckDB would read some paths as patterns.
     return "[" + ", ".join(_quote(glob.escape(str(path))) for path in paths) + "]"

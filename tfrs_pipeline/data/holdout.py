@@ -1,4 +1,4 @@
-"""What an evaluation asks."""
+"""The queries of an evaluation, and what they are to find."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
 
-# What a query may know: everything before the user's cut, so for "test" the validation part too.
+# Parts that a query may know: those before the user's cut; for "test" also the validation part.
 _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
     "validation": ("train", "fold_in"),
     "test": ("train", "validation", "fold_in"),
@@ -30,18 +30,18 @@ _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class Holdout:
-    """What an evaluation asks: one query a user, aligned lists, sorted by user id.
+    """The queries of an evaluation: one for each user, in aligned lists, sorted by user id.
 
     Args:
         user_ids: [num_queries] int64 or object (str).
         histories: Per query, the item ids of the positives before the user's cut, oldest first,
-            without those of the request that brought the first target.
+            except those from the request that brought the first target.
         relevant: Per query, the distinct item ids of the targets, 1 or more.
         clicked: Per query, the distinct item ids of all positives before the user's cut.
         seen: Per query, the distinct item ids clicked or exposed before the cut.
-        candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
+        candidate_ids: [num_candidates] int64 or object (str): all items of the log, ascending.
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
-        num_sampled_from: How many queries a sample was drawn from; None if it is not a sample.
+        num_sampled_from: How many queries this sample was drawn from; None if it is not a sample.
         requests: Per query, the raw features, by name, of the request that brought the first
             target. None in a log without request features.
         history_times: Per query, the time of each item of `histories`, in whole seconds since 1970.
@@ -50,7 +50,7 @@ class Holdout:
             None in a log without timestamps.
 
     Raises:
-        ValueError: If a list has not one entry a user, or the counts not one a candidate.
+        ValueError: If a list lacks one entry per user, or the counts one per candidate.
     """
 
     user_ids: np.ndarray
@@ -88,7 +88,7 @@ class Holdout:
         return f"Holdout({len(self):,} queries, {len(self.candidate_ids):,} candidates)"
 
     def fingerprint(self) -> str:
-        """Tells one holdout from another by its users and what they are to find: 12 digits."""
+        """Identifies a holdout by its users and targets: returns a hash of 12 digits."""
         digest = hashlib.sha256()
         for values in (self.user_ids, *self.relevant):
             digest.update(f"{np.asarray(values).tolist()}".encode())
@@ -97,7 +97,7 @@ class Holdout:
     def sample(self, num_queries: int, seed: int = 0) -> Holdout:
         """Draws at most `num_queries` queries at random, without replacement.
 
-        Returns a holdout of these, by user id as before; itself if there are no more.
+        Returns a holdout of these, sorted by user id, or itself if it has no more.
         """
         if len(self) <= num_queries:
             return self
@@ -117,9 +117,9 @@ class Holdout:
         )
 
     def as_queries(self) -> list[Query]:
-        """Returns what a `Retriever` takes: user_id, history and, if there are, times and request.
+        """Returns queries for a `Retriever`: user_id, history and, if known, times and request.
 
-        The time of a query is the `timestamp` of its request, a `datetime`.
+        A query's time is the `timestamp` of its request, a `datetime`.
         """
         columns: dict[str, Any] = {"user_id": self.user_ids.tolist(), "history": self.histories}
         requests = self.requests
@@ -140,7 +140,7 @@ class Holdout:
     def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
         """Returns the items that each ranking excludes: those clicked, or seen, before the cut.
 
-        None for "none". A `ValueError` if there is no such rule.
+        Returns None for "none". Raises a `ValueError` for an unknown rule.
         """
         if rule not in ("clicked", "seen", "none"):
             raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
@@ -148,10 +148,10 @@ class Holdout:
 
 
 def check_holdout(holdout: object) -> None:
-    """Refuses (`TypeError`) anything but a holdout, such as the log that one is made of."""
+    """Refuses (`TypeError`) anything but a holdout, such as the log that one is made from."""
     if not isinstance(holdout, Holdout):
         raise TypeError(
-            "Evaluates on a Holdout, the validation or test that `Log.split` makes. Received: "
+            "Evaluation needs a Holdout, the validation or test that `Log.split` makes. Received: "
             f"{type(holdout).__name__}."
         )
 
@@ -168,12 +168,12 @@ def make_holdout(
 ) -> Holdout:
     """Makes the queries of a part, one for each user with a positive in it.
 
-    Other clicks of the request that brought a user's first target were not known when it was made:
-    no history has them. Training had them, so a ranking excludes them. A `DataError` if there is no
-    positive.
+    When a request is made, its own clicks are unknown. So histories leave out clicks from the
+    request of a user's first target, but rankings exclude them: training had them.
 
-    `split` are events with `part`; `items` the candidates; `training` the events whose positives
-    are the candidates' counts. The engine draws `max_queries` users by `seed` and reads no others.
+    `split` holds events with `part`; `items` are the candidates; `training` holds the events whose
+    positives are counted. The engine draws `max_queries` users by `seed` and reads no others.
+    Raises a `DataError` if there is no positive.
     """
     asked = split.filter((split["part"] == part) & is_positive(split))
     users, num_users = _draw_users(asked, max_queries, seed)
@@ -217,7 +217,7 @@ def make_holdout(
 def _draw_users(
     asked: ibis.Table, max_queries: int | None, seed: int
 ) -> tuple[ibis.Table, int | None]:
-    """Returns the users of events, at most `max_queries`, and how many there were if drawn."""
+    """Returns at most `max_queries` users, and the number that they were drawn from, if drawn."""
     users = asked.select("user_id").distinct()
     if max_queries is None or (num_users := count_rows(users)) <= max_queries:
         return users, None
@@ -226,7 +226,7 @@ def _draw_users(
 
 
 def _read_events(split: ibis.Table, part: EvaluationPart, users: ibis.Table) -> pa.Table:
-    """Reads what the users are to find, and what was shown to them before, in order."""
+    """Reads the users' targets, and what they were shown before, in order."""
     is_target = split["part"] == part
     was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
     is_read = is_target & is_positive(split)
@@ -247,7 +247,7 @@ def _read_events(split: ibis.Table, part: EvaluationPart, users: ibis.Table) -> 
 
 
 def _is_of_first_request(rows: pa.Table, user_ids: np.ndarray) -> np.ndarray:
-    """Marks the rows of the request of their user's first target, if requests are logged."""
+    """Marks rows from the request of their user's first target, if requests are logged."""
     if "_request" not in rows.column_names:
         return np.zeros(len(rows), bool)
     requests = rows["_request"].combine_chunks().dictionary_encode()
@@ -261,7 +261,7 @@ def _is_of_first_request(rows: pa.Table, user_ids: np.ndarray) -> np.ndarray:
 def _first_requests(
     events: ibis.Table, part: EvaluationPart, features: Mapping[str, str]
 ) -> list[dict[str, Any]] | None:
-    """Returns the request features of each user's first positive of a part, by user id."""
+    """Returns the request features of each user's first positive in a part, by user id."""
     if not features:
         return None
     asked = events.mutate(**at_request(events, features))
@@ -276,7 +276,7 @@ def _count_candidates(items: ibis.Table, training: ibis.Table) -> tuple[np.ndarr
     positives = training.filter(is_positive)
     counts = positives.group_by("item_id").agg(count=positives.count())
     candidates = (
-        items.select("item_id")  # A feature may be called count, too.
+        items.select("item_id")  # An item feature may be called count too.
         .left_join(counts, "item_id")
         .select("item_id", count=lambda t: t["count"].fill_null(0))
         .order_by("item_id")

@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Ids:
-    """Distinct ids in their order, which breaks ties: row 1 is the first, row n the last.
+    """Distinct ids in order, from row 1 to row n; ties are broken by row.
 
     Row 0 is "unknown" and the empty slot, here and everywhere.
 
-    `values` are the [n] ids, int64 or object holding str: the id of row r stands at r - 1.
-    `are_text` says whether they are strings; `empty_id`, -1 or "", is reserved: the id of row 0. A
+    `values` are the [n] ids, int64 or object holding str: the id of row r is at r - 1. `are_text`
+    says whether they are strings. `empty_id`, -1 or "", is the reserved id of row 0. Raises a
     `ValueError` if an id is reserved, occurs twice, or is neither an integer nor a string, or if
-    there are none.
+    there are no ids.
 
     Example:
         >>> items = Ids(["b", "a"])
@@ -30,7 +30,7 @@ class Ids:
             raise ValueError("Needs at least one id. Received: none.")
         self.are_text = values.dtype != np.int64
         self.empty_id: int | str = "" if self.are_text else -1
-        # The id of every row, that of row 0 included.
+        # The id of every row, including row 0.
         self._by_row = np.concatenate([np.array([self.empty_id], values.dtype), values])
         self.values = self._by_row[1:]
         if values.dtype == np.int64:
@@ -50,19 +50,19 @@ class Ids:
                 places = np.minimum(np.searchsorted(self._sorted, array), len(self) - 1)
                 is_known = self._sorted[places] == array
                 return np.where(is_known, self._sorted_rows[places], np.int32(0))
-        # Strings, or values of which some are no ids at all.
+        # Strings, or values some of which are not ids at all.
         listed = values.tolist() if isinstance(values, np.ndarray) else values
         return np.fromiter(map(self._row_of.get, listed, itertools.repeat(0)), np.int32)
 
     def known_rows(self, values: Iterable[Any] | np.ndarray) -> np.ndarray:
-        """Looks up ids, without unknown ones and repeats: int32 rows, ascending."""
+        """Looks up the distinct rows of the known ids: int32, ascending."""
         rows = np.unique(self.rows(values))
         return rows[rows > 0]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Looks up the ids of rows of any shape; row 0 gives `empty_id`.
 
-        A `ValueError` if a row is out of range.
+        Raises a `ValueError` if a row is out of range.
         """
         rows = np.asarray(rows)
         if rows.size and not 0 <= rows.min() <= rows.max() <= len(self):
@@ -97,7 +97,7 @@ class Ids:
 def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
     """Converts ids to the two forms used everywhere: int64, or object holding str.
 
-    A `ValueError` if they are neither all integers nor all strings, or not one-dimensional.
+    Raises a `ValueError` if they are neither all integers nor all strings, or not one-dimensional.
     """
     array = ids if isinstance(ids, np.ndarray) else np.array(list(ids), dtype=object)
     if array.ndim != 1:
@@ -118,12 +118,12 @@ def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
 
 
 def are_listed(rows: np.ndarray, lists: Iterable[np.ndarray], highest: int) -> np.ndarray:
-    """Finds which of the rows in each line, [num_lines, any], are in that line's list.
+    """Returns which rows, [num_lines, any], are in their line's list: bool of the same shape.
 
-    Lists hold rows up to `highest`, in any order. Returns a bool for each of the rows.
+    Lists hold rows up to `highest`, in any order.
     """
     found = np.zeros(rows.shape, bool)
-    is_in_list = np.zeros(highest + 1, bool)  # One for all lines: lists are short, a corpus is not.
+    is_in_list = np.zeros(highest + 1, bool)  # Shared by all lines: lists are short, a corpus long.
     for found_of_line, of_line, listed in zip(found, rows, lists, strict=True):
         is_in_list[listed] = True
         found_of_line[:] = is_in_list[of_line]

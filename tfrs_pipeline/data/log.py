@@ -39,12 +39,12 @@ from tfrs_pipeline.settings import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class Log:
-    """What happened: events, and the items and users that they are about.
+    """Events, and the items and users that they are about.
 
     Item and user features are static: every event sees the same value, however early it is. A
-    column that was made after the events (an item's total clicks, a user's latest country) tells a
-    model about the future, and its evaluation comes out better than its service. Give features that
-    were known before the first event, or that do not change.
+    column made after the events (an item's total clicks, a user's latest country) leaks the future
+    into the model, so that it evaluates better than it serves. Give features that were known before
+    the first event, or that do not change.
 
     Use a log, and the parts of its split, in one thread: one connection reads them.
 
@@ -52,12 +52,12 @@ class Log:
         events: `user_id` and `item_id` (int64 or string), `event_number` (int64, unique: the order
             in the source), `stage` (a `Stage`); optional `timestamp` (UTC), `request_id`, `rank`,
             `score`, `weight`, `part` (the log's own split) and context columns. The rows are
-            unordered. Events of one user and `request_id` share the moment of the first: in a log
-            with an order no history shows one of them to another.
-        items: One row an id: `item_id` and feature columns, with every item of `events`. The column
-            `title`, if any, is shown to people; `_listed`, if any, marks the items of the item
-            table, as opposed to those added from the events.
-        users: One row an id: `user_id` and feature columns, with every user of `events`.
+            unordered. Events of one user and `request_id` share the first one's moment: in an
+            ordered log, none of them is in another's history.
+        items: One row per id: `item_id` and feature columns, for every item of `events`. The column
+            `title`, if any, is shown to people. `_listed`, if any, is True for items of the item
+            table and False for those added from the events.
+        users: One row per id: `user_id` and feature columns, for every user of `events`.
         item_features: Feature columns of `items` and their kinds: categorical or hashed (string or
             int64), multi_categorical (array<string>), numeric or bucketized (float64), text
             (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
@@ -65,18 +65,18 @@ class Log:
         user_features: The same for `users`.
         request_features: Columns of `events` that are known when a request comes (device, place,
             search text), and their kinds. `hour` and `weekday` are made from the timestamp, in UTC,
-            if there are no such columns. Never give what is known later, such as a watch time:
-            training would see it, and no request can bring it.
+            if there are no such columns. Never give what is known only later, such as a watch time:
+            training would see it, but no request can bring it.
         dropped: Events that were dropped when the log was made, and why.
-        notes: What else was found then, in lines for a person: events of unknown items, repeated
-            ones, missing features.
+        notes: Other findings from then, in lines for a person: events of unknown items, repeated
+            events, missing features.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
-        reading: How the tables were read. A table that replaces the items in an export is read in
-            the same way.
+        reading: How the tables were read. An item table that refreshes an export is read in the
+            same way.
         part_of: The whole log, if a split made this one.
         later_items: item_id of the items whose first event in any part of the split is later than
-            the last event of this part. None in a whole log, and without timestamps, where new and
-            rare items look the same.
+            the last event of this part. None in a whole log, and without timestamps, which are
+            needed to tell new items from rare ones.
 
     Example:
         >>> import pyarrow as pa
@@ -85,7 +85,7 @@ class Log:
         >>> for line in log.describe():
         ...     print(line)
         3 events, 2 items, 2 users
-        no timestamps: the order of the rows is taken for that of the events
+        no timestamps: the row order is taken as the event order
         dropped nothing
         event table: without stage, rating or label, every row is a click
     """
@@ -120,28 +120,28 @@ class Log:
         reading: Reading | None = None,
         connection: DuckDB | None = None,
     ) -> Log:
-        """Makes a log of CSV or Parquet.
+        """Makes a log from CSV or Parquet.
 
         Args:
-            path: Events: CSV (with a header) or Parquet, a file or a folder of them, read in the
-                order of their names. The order of the rows becomes `event_number`. Integer ids stay
-                integers; ids in CSV are integers if all are written as such. "7.0" is 7, white
-                space around ids is stripped, and "nan", "None" and the like are no ids.
-            items: Item table, one row an id: files, or a table as in `from_table`. None makes one
-                of the ids alone. A column `title` is kept, feature or not.
+            path: Events: CSV (with a header) or Parquet, a file or a folder of files, read in the
+                order of their names. The row order becomes `event_number`. Integer ids stay
+                integers; ids in CSV are integers if all are written as integers. "7.0" is 7, white
+                space around ids is stripped, and "nan", "None" and the like are missing ids.
+            items: Item table, one row per id: files, or a table as in `from_table`. None makes one
+                with the ids only. A column `title` is kept, whether it is a feature or not.
             users: The same for users. Users that the table lacks are added.
             item_features: Feature column -> kind (see `Log`).
             user_features: Feature column -> kind.
             request_features: Column of the events, known when the request comes -> kind.
-            reading: What columns are called and mean, and what becomes of rows at fault. None is
+            reading: The names and meanings of columns, and what happens to bad rows. None is
                 `Reading()`.
-            connection: Ibis's DuckDB to store the tables in. None opens one in the system's
-                temporary folder, so that the tables need not fit in memory.
+            connection: Ibis DuckDB connection that stores the tables. None opens one in the
+                system's temporary folder, so that the tables need not fit in memory.
 
         Raises:
-            DataError: Naming file, column, rows and remedy.
+            DataError: If the tables break the contract; it names file, column, rows and remedy.
             StorageError: If the tables cannot be stored, such as on a full disk.
-            ValueError: If a feature has an unknown kind, or a column a name that no log can have.
+            ValueError: If a feature has an unknown kind, or a column has a reserved name.
         """
         features = checked_kinds(item_features, user_features, request_features)
         reading = reading or Reading()
@@ -170,15 +170,15 @@ class Log:
         reading: Reading | None = None,
         connection: DuckDB | None = None,
     ) -> Log:
-        """Makes a log of tables in memory, or of another engine; arguments are as in `from_files`.
+        """Makes a log from tables in memory, or in another engine; see `from_files` for arguments.
 
         `events`, `items` and `users` are pandas DataFrames, pyarrow Tables, Ibis tables of any
-        backend, or whatever else speaks Arrow. Their rows are copied (`from_ibis` leaves them). The
-        order of the rows becomes `event_number`: order an Ibis table first
-        (`table.order_by("time")`), since engines keep none.
+        backend, or other Arrow-compatible tables. Their rows are copied (`from_ibis` does not). The
+        row order becomes `event_number`: order an Ibis table first (`table.order_by("time")`),
+        since engines keep no order.
 
         Raises:
-            DataError: As `from_files`.
+            DataError: As for `from_files`.
             TypeError: If `events` is a path.
         """
         if isinstance(events, str | Path):
@@ -206,15 +206,15 @@ class Log:
         request_features: Mapping[str, str] | None = None,
         is_ordered: bool = True,
     ) -> Log:
-        """Makes a log of tables where they lie: in DuckDB, or in Spark past one machine.
+        """Makes a log from tables in place: in DuckDB, or in Spark for more than one machine.
 
         Nothing is copied or cleaned: the engine checks that the tables hold what `Log` says, and
-        later computes splits and samples. Without an item or user table there are the ids alone;
+        later computes splits and samples. A missing item or user table is replaced by the ids;
         ids that only the events have are added with null features. Spark's timestamps are taken as
         UTC.
 
         Raises:
-            DataError: If a table holds something else, naming column, rows and remedy; or lies in
+            DataError: If a table breaks this contract (it names column, rows and remedy), or is in
                 another engine.
         """
         check_engine(events, items, users)
@@ -229,11 +229,11 @@ class Log:
 
     @classmethod
     def read(cls, folder: Path | str, connection: Any = None) -> Log:
-        """Opens what `write` wrote, in Ibis's DuckDB (None opens one) or Spark, without loading it.
+        """Opens a written log in an Ibis DuckDB (None opens one) or Spark, without loading it.
 
         Raises:
-            DataError: If the folder holds no whole log.
-            Damaged: If a file is not as it was written.
+            DataError: If the folder holds no complete log.
+            Damaged: If a file has changed since it was written.
         """
         folder = Path(folder)
         if not (folder / "log.json").exists():
@@ -251,14 +251,14 @@ class Log:
     def write(self, folder: Path | str) -> None:
         """Writes `events.parquet`, `items.parquet`, `users.parquet` and `log.json`.
 
-        Events are ordered by number, items and users by id. `log.json` comes last: a folder that
-        has it is whole. A part becomes a log of its own. A log that is there is replaced once all
+        Events are ordered by number, items and users by id. `log.json` comes last: a folder with it
+        is complete. A part of a log becomes a separate log. An existing log is replaced once all
         tables are written, even by one made from it; other files stay. Logs and splits that were
-        read from the folder then read the new one: call `read` again.
+        read from the folder would then read the new files: call `read` again.
 
         Raises:
-            Damaged: If the folder's log is not as it was written.
-            ValueError: If files of these names are not a log: they may be your own.
+            Damaged: If the folder's log has changed since it was written.
+            ValueError: If files with these names are not a log: they may be your own.
         """
         folder = Path(folder)
         record, partial = folder / "log.json", folder / "log.partial"
@@ -291,25 +291,25 @@ class Log:
         return self if self.part_of is None else self.part_of
 
     def fingerprint(self) -> str:
-        """Returns a text that depends on all rows; engines differ, processes do not."""
+        """Returns a text that depends on all rows; it differs by engine, not by process."""
         hashes = []
         for name in _KEYS:
             table = getattr(self, name)
             row = ibis.struct({column: table[column] for column in sorted(table.columns)})
-            # Spark has no aggregate xor; a sum of 31 bits each does not overflow there.
+            # Spark has no aggregate xor; a sum of 31-bit hashes does not overflow there.
             hashes.append((row.hash() % 2**31).sum().to_pyarrow().as_py())
         return " ".join(f"{int(number or 0):x}" for number in hashes)
 
     @property
     def listed_ids(self) -> np.ndarray:
-        """[n] int64, or object of str: the items of the item table; without one, all items."""
+        """[n] int64, or object of str: the items of the item table, or all if there is none."""
         is_marked = LISTED in self.items.columns
         items = self.items.filter(self.items[LISTED]) if is_marked else self.items
         return as_id_array(items.order_by("item_id")["item_id"].to_pyarrow().to_pylist())
 
     @property
     def order(self) -> Literal["timestamp", "event_number", "none"]:
-        """The column that says which event was earlier, if any does."""
+        """The column that orders events in time, if any does."""
         if "timestamp" in self.events.columns:
             return "timestamp"
         return "event_number" if self.is_ordered else "none"
@@ -326,14 +326,14 @@ class Log:
     ) -> Split[Log]:
         """Splits the log into training, validation and test.
 
-        The options are those of `SplitConfig`, which describes the kinds of splits. Only `time`
-        keeps other users' later clicks out of training. In a log without order the last positives
-        of a user are drawn at random. There a user's events of an item stay in one part, so that a
-        part can be a little larger or smaller than asked for, or empty for a user.
+        `SplitConfig` describes the options and the kinds of splits. Only `time` keeps other users'
+        later clicks out of training. In a log without order, a user's "last" positives are drawn at
+        random. A user's events of one item then stay in one part, so that a part can be a little
+        larger or smaller than asked for, or empty for a user.
 
         Args:
             kind: See `SplitConfig.kind`.
-            validation: See `SplitConfig.validation`; a moment also as text, such as
+            validation: See `SplitConfig.validation`; a moment may be text, such as
                 "2024-01-31T00:00:00Z".
             test: The same for the test.
             target_share: See `SplitConfig.target_share`.
@@ -341,11 +341,11 @@ class Log:
             seed: Seed of the draw of held-out users and, without an order, of positives.
 
         Returns:
-            The split: `train, validation, test = log.split()`. A part without a positive raises a
-            `DataError` there: with `validation=0`, take `split.train` and `split.test`.
+            The split: `train, validation, test = log.split()`. Unpacking raises a `DataError` if a
+            part has no positive: with `validation=0`, use `split.train` and `split.test`.
 
         Raises:
-            DataError: If the log cannot be split so.
+            DataError: If the log cannot be split in this way.
             ConfigError: If a share or a number is out of range, or contradicts the kind.
         """
         amounts: dict[str, Any] = {"validation": validation, "test": test}
@@ -371,12 +371,12 @@ class Log:
         return {name: count_rows(getattr(self, name)) for name in _KEYS}
 
     def describe(self) -> list[str]:
-        """Says what the log holds and what was dropped, in lines for a person."""
+        """Describes what the log holds and what was dropped, in lines for a person."""
         return list(describe(self))
 
 
 def check_log(train: Any) -> None:
-    """Refuses (`TypeError`) to fit to anything but a log, such as a DataFrame or a whole split."""
+    """Refuses (`TypeError`) anything but a log to fit to, such as a DataFrame or a whole split."""
     if not isinstance(train, Log):
         raise TypeError(
             "fit takes a Log: make one with Log.from_table or Log.from_files, and split it. "
@@ -384,5 +384,5 @@ def check_log(train: Any) -> None:
         )
 
 
-# Table -> what its rows are written by.
+# Table -> the column that its rows are ordered by in a file.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}

@@ -1,4 +1,4 @@
-"""A log in parts: what trains, and the queries of validation and test."""
+"""A log in parts: the training events, and the queries of validation and test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfrs_pipeline.data.split import PARTS, is_positive
 from tfrs_pipeline.durable import part_files, read_record, write_record
 from tfrs_pipeline.messages import counted
 
-LogT = TypeVar("LogT", bound=Any)  # `Log`, which makes its splits of this and is imported later.
+LogT = TypeVar("LogT", bound=Any)  # `Log`, whose module imports this one.
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +26,9 @@ class Split(Generic[LogT]):
     """A log in parts. Unpacks as train, validation, test.
 
     Args:
-        log: What was split.
-        events: Its events (those of dropped users are missing) with a column `part`: "train",
-            "validation", "test" or "fold_in", which is the history of held-out users.
+        log: The log that was split.
+        events: Its events, except those dropped, with a column `part`: "train", "validation",
+            "test" or "fold_in", which is the history of held-out users.
         kind: How it was split.
     """
 
@@ -44,24 +44,24 @@ class Split(Generic[LogT]):
 
     @functools.cached_property
     def train(self) -> LogT:
-        """The training events; items and users are those of the whole log."""
+        """The training events, with the items and users of the whole log."""
         return self._part("train")
 
     @functools.cached_property
     def before_test(self) -> LogT:
-        """All events that may train a model for the test, never those of held-out users."""
+        """All events that may train a model for the test; never those of held-out users."""
         return self.train if self.kind == "held_out_users" else self._part("train", "validation")
 
     @functools.cached_property
     def validation(self) -> Holdout:
-        """The queries of the validation part. A `DataError` if it has no positive."""
+        """The queries of the validation part; raises a `DataError` if it has no positive."""
         return self.holdout("validation")
 
     @functools.cached_property
     def test(self) -> Holdout:
-        """The queries of the test part. A `DataError` if it has no positive.
+        """The queries of the test part; raises a `DataError` if it has no positive.
 
-        The training positives are those of `before_test`; for a model trained on less, use
+        Training positives are those of `before_test`; for a model trained on less, use
         `holdout("test", trained_on=split.train)`.
         """
         return self.holdout("test")
@@ -74,13 +74,13 @@ class Split(Generic[LogT]):
         *,
         trained_on: LogT | None = None,
     ) -> Holdout:
-        """Makes the queries of a part, for at most `max_queries` users drawn at random; None: all.
+        """Makes the queries of a part, for all users or at most `max_queries` drawn at random.
 
-        `trained_on` is the log of the training positives, which define head, torso and tail, and
+        `trained_on` is the log with the training positives, which define head, torso and tail, and
         which items are new. None is all that may train a model for the part: `train` for
         validation, `before_test` for the test.
 
-        Only the drawn users' events leave the engine. A `DataError` if there is no positive.
+        Only the drawn users' events leave the engine. Raises a `DataError` without a positive.
         """
         if trained_on is None:
             trained_on = self.train if part == "validation" else self.before_test
@@ -95,7 +95,7 @@ class Split(Generic[LogT]):
         )
 
     def report(self) -> dict[str, Any]:
-        """Counts what is in each part that has events, and what the split dropped.
+        """Counts the contents of each part that has events, and what the split dropped.
 
         A part has num_events, num_positives and num_users (with positives); the split has
         num_users_dropped and num_events_dropped.
@@ -117,7 +117,7 @@ class Split(Generic[LogT]):
         return report
 
     def describe(self) -> list[str]:
-        """Says what is in each part and what was dropped, in lines for a person."""
+        """Describes the parts and what was dropped, in lines for a person."""
         counts = self.report()
         notes = [f"by {self.kind}"]
         for part in PARTS:
@@ -128,7 +128,7 @@ class Split(Generic[LogT]):
                     f"{counted(row['num_users'], 'user')}, {counted(row['num_events'], 'event')}"
                 )
         if counts["num_events_dropped"]:
-            why = "of no part" if self.kind == "column" else "of users with too few positives"
+            why = "without a part" if self.kind == "column" else "of users with too few positives"
             notes.append(
                 f"dropped {counted(counts['num_events_dropped'], 'event')} {why} "
                 f"({counted(counts['num_users_dropped'], 'user')})"
@@ -136,9 +136,9 @@ class Split(Generic[LogT]):
         return notes
 
     def write(self, path: Path) -> None:
-        """Writes the events with their parts as Parquet, and then its record `split.json`."""
+        """Writes the events with their parts as Parquet, then a record beside it, as JSON."""
         partial = path.with_name(f"{path.name}.partial")
-        write_parquet(self.events, partial)  # It may read the file to be replaced.
+        write_parquet(self.events, partial)  # The events may come from the file to be replaced.
         path.with_suffix(".json").unlink(missing_ok=True)
         replace(partial, path)
         write_record(path.with_suffix(".json"), {"kind": self.kind}, part_files(path))
@@ -151,7 +151,7 @@ class Split(Generic[LogT]):
 
     def _part(self, *parts: str) -> LogT:
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
-        # What was dropped and noted belongs to the whole log.
+        # Dropped rows and notes belong to the whole log.
         told: dict[str, Any] = {"dropped": (), "notes": ()}
         later = None
         if "timestamp" in events.columns:

@@ -1,4 +1,4 @@
-"""How tables are read that are not a log yet."""
+"""How raw tables, which are not a log yet, are read."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "
 LabelWeight: TypeAlias = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
 
 Period: TypeAlias = tuple[datetime, datetime]
-"""The first moment at which an event may have happened, and the first that is too late."""
+"""The first moment at which an event may have happened, and the first that is too late for one."""
 
 _NOT_OUTCOMES = ("user_id", "item_id", "timestamp", "stage")
 
 
 class Reading(Config):
-    """How raw tables become a log. The sentence under a field is the command line's help too.
+    """How raw tables become a log. The text under a field is the command line's help too.
 
-    The columns tell the kind of log. `rating_threshold` makes it a log of ratings; otherwise a
+    The columns decide the kind of log. `rating_threshold` makes it a log of ratings; otherwise a
     column `stage` makes it the log of a funnel; otherwise a `label` makes it a log of impressions;
     without these, every row is a click.
 
@@ -93,23 +93,23 @@ class Reading(Config):
         if zone is not None and zone not in (zones := zoneinfo.available_timezones()):
             yield "time_zone", f"unknown time zone {zone!r}; {suggest(zone, zones)}"
         if taken := sorted(set(_NOT_OUTCOMES) & {*self.label}):
-            yield "label", f"is made of outcomes, which {', '.join(taken)} is not"
+            yield "label", f"takes outcomes, and {', '.join(taken)} is not one"
         if self.rating_threshold is not None and (self.label or self.stage_values):
             other = "label" if self.label else "stage_values"
-            yield "rating_threshold", f"says what a positive is, and so does {other}: set one"
+            yield "rating_threshold", f"defines what a positive is, and so does {other}: set one"
 
     def name_problems(self, request_features: Collection[str]) -> Iterator[tuple[str, str]]:
-        """Yields columns that a log cannot have, each with the reason; requests may have theirs."""
+        """Yields columns that a log cannot have, with the reason; request features are exempt."""
         for name in (*self.columns, *self.label):
             if name not in request_features and (problem := name_problem(name)):
                 yield f"columns.{name}", problem
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the options that are not the defaults; `Reading(**...)` reads them."""
+        """Returns the options that differ from the defaults; `Reading(**...)` reads them."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
     def period(self) -> Period:
-        """Returns when events may have happened: a time outside it counts as missing."""
+        """Returns the period of possible event times; a time outside it counts as missing."""
         earliest = self.earliest_time or datetime(1990, 1, 1, tzinfo=UTC)
         if earliest.tzinfo is None:
             earliest = earliest.replace(tzinfo=UTC)

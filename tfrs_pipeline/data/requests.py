@@ -1,4 +1,4 @@
-"""Request features: columns of the event that are known when the request comes."""
+"""Request features: event columns that are known when the request comes."""
 
 from collections.abc import Collection, Mapping
 
@@ -19,17 +19,17 @@ FROM_TIMESTAMP = ("hour", "weekday")
 
 
 def is_from_timestamp(name: str, columns: Collection[str]) -> bool:
-    """Returns whether a request feature is made from the timestamp of events with these columns."""
+    """Returns whether events with these columns get a request feature from their timestamp."""
     return name in FROM_TIMESTAMP and name not in columns
 
 
 def check_names(
     features: Collection[str], others: Collection[str], columns: Mapping[str, str] | None = None
 ) -> None:
-    """Refuses (`ValueError`) request features that no request can bring, or with a taken name.
+    """Refuses (`ValueError`) request features that no request can bring, or whose name is taken.
 
-    `others` are user features, which the query tower reads too, or outcomes; `columns` are those of
-    `Reading`: both names of a column are refused.
+    `others` are outcomes, or user features, which the query tower reads too. `columns` is
+    `Reading.columns`: both names of a renamed column are refused.
     """
     columns = columns or {}
     meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}
@@ -42,7 +42,7 @@ def check_names(
         elif own in (*LOG_COLUMNS, *others, "event_number") or own.startswith("_"):
             problem = (
                 f"is {'' if own == name else f'read as {own}, which is '}one of the log's own "
-                "columns, an outcome or a user feature; give a column of its own that is known "
+                "columns, an outcome or a user feature; give a separate column that is known "
                 f"when the request comes (the timestamp gives {' and '.join(FROM_TIMESTAMP)})"
             )
         if problem:
@@ -59,7 +59,7 @@ def check_request_features(events: ibis.Table, features: Mapping[str, str]) -> N
             )
         elif "timestamp" not in events.columns:
             raise DataError(
-                f"{source.column(name)} is among request_features and not there, and the log has "
+                f"{source.column(name)} is among request_features but missing, and the log has "
                 f"no timestamp to make it from. Set columns to say which column is {name} or "
                 "timestamp, or remove it from request_features.",
                 "columns",
@@ -67,16 +67,16 @@ def check_request_features(events: ibis.Table, features: Mapping[str, str]) -> N
         elif not KINDS[kind].takes_whole_numbers:
             possible = ", ".join(name for name, known in KINDS.items() if known.takes_whole_numbers)
             raise DataError(
-                f"{source.column(name)} is made of the timestamp, a whole number, and cannot be "
-                f"{kind}. Make it one of {possible}."
+                f"{source.column(name)} is made from the timestamp, as a whole number, and cannot "
+                f"be {kind}. Make it one of {possible}."
             )
 
 
 def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.Value]:
     """Returns the request features of each event, by name.
 
-    A column has the event's value. The hour (0 to 23) and the weekday (0 is Monday) are those of
-    the request's moment, in UTC.
+    A column keeps the event's value. The hour (0 to 23) and the weekday (0 is Monday) come from the
+    start of the request, in UTC.
     """
     of_timestamp = [name for name in features if is_from_timestamp(name, events.columns)]
     values: dict[str, ir.Value] = {name: events[name] for name in features if name in events}
@@ -92,12 +92,12 @@ def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.
 
 
 def whole_seconds(timestamp: ir.Value) -> ir.Value:
-    """Returns whole seconds since 1970, int64, rounded down: in DuckDB a cast alone rounds."""
+    """Returns whole seconds since 1970, int64, rounded down; a cast in DuckDB would round."""
     return timestamp.truncate("s").epoch_seconds().cast("int64")
 
 
 def query_time(events: ibis.Table, time: ir.Value) -> ir.Value:
-    """Returns when an event's query was made: at the start of its request, if it has one."""
+    """Returns the time of an event's query: the start of its request, or else its own time."""
     if "request_id" not in events.columns:
         return time
     start = time.min().over(ibis.window(group_by=["user_id", "request_id"]))

@@ -1,6 +1,6 @@
-"""What no row of a table may be: every rule is a row here, and all are evaluated in one pass.
+"""The rules for rows of a table: one line each, all evaluated in one pass.
 
-A kind of feature adds its own rules (`features/`).
+Each kind of feature adds its own rules (`features/`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LINES_REMEDY = (
 
 
 class Rule(NamedTuple):
-    """What is wrong with a value (after the name of its column), and what to do.
+    """What is wrong with a value (the message puts the column first), and what to do.
 
-    `setting` is the option of `Reading` that mends it, if any; None is the one that names columns.
-    A few such rows may be dropped (`is_droppable`), unless one setting mends them all.
+    `setting` is the option of `Reading` that fixes it, if any; None is the one that names columns.
+    A few such rows may be dropped if the rule `is_droppable`; others need a setting or a fix.
     """
 
     problem: str
@@ -84,9 +84,9 @@ NOT_FLOAT32 = Rule("must hold finite numbers that float32 can hold and does not"
 
 
 class Fault(NamedTuple):
-    """A rule, and where a table breaks it: a column, and True in its rows at fault.
+    """A rule, and where a table breaks it: a column, and True in its bad rows.
 
-    Such rows are dropped, or the value becomes a missing one (`is_missing`).
+    Bad rows are dropped, or the bad value becomes a missing one (`is_missing`).
     """
 
     column: str
@@ -119,7 +119,7 @@ class Fault(NamedTuple):
 
 
 class Found(NamedTuple):
-    """How many rows a table has; how many are at fault, by the place of the fault; and more."""
+    """The number of rows, the number of bad rows by fault, and other aggregates."""
 
     num_rows: int
     num_bad: list[int]
@@ -127,10 +127,10 @@ class Found(NamedTuple):
 
 
 def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> Found:
-    """Counts the rows at fault, in one pass over the table.
+    """Counts the bad rows, in one pass over the table.
 
-    A row that is dropped counts for the first of its faults; a value that becomes missing for each.
-    `more` are other aggregates of the same pass, by name.
+    A dropped row counts only for its first fault; a value that becomes missing counts for each.
+    `more` are other aggregates to compute in the same pass, by name.
     """
     first = ibis.null("int64")
     for i, fault in reversed([*enumerate(faults)]):
@@ -149,12 +149,12 @@ def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> F
 
 @dataclass(frozen=True)
 class RawTable:
-    """A table as it came: a DuckDB table under the log's names, and `_row`, its order from 0.
+    """A table as it came: a DuckDB table with the log's names, and `_row`, its order from 0.
 
     `is_text` says whether every column is a string that may stand for another type (CSV). `dropped`
-    is what could not even be read as a row, `faults` what is wrong with values, in the order in
-    which these were typed; `notes` say what else was found, to a person; `texts` are columns of ids
-    as `columns.py` has read them; `renaming` is the option of `Reading` that names its columns.
+    counts lines that could not be read; `faults` are bad values, in the order in which columns were
+    typed; `notes` are other findings, for a person; `texts` are id columns as `columns.py` has
+    cleaned them; `renaming` is the option of `Reading` that names its columns.
     """
 
     table: ibis.Table
@@ -175,7 +175,7 @@ class RawTable:
         self.table.get_backend().drop_table(self.table.get_name())
 
     def wrong_type(self, column: str, wanted: str) -> DataError:
-        """Makes the error of a column of a wrong type."""
+        """Makes the error for a column of the wrong type."""
         return DataError(
             f"{self.source.column(column)} must be {wanted}, it is {self.table.schema()[column]} "
             f"({self.num_rows} rows). Cast it, or name another column.",
@@ -188,16 +188,16 @@ class RawTable:
         return bool(found.to_pyarrow()["found"][0].as_py())
 
     def fault(self, column: str, is_bad: ir.BooleanValue, rule: Rule) -> None:
-        """Notes in which rows a column breaks a rule."""
+        """Records in which rows a column breaks a rule."""
         if rule.setting is None:
             rule = rule._replace(setting=self.renaming)
         self.faults.append(Fault(column, is_bad, rule))
 
     def store_sound(self, columns: Mapping[str, ir.Value], max_bad_share: float) -> ibis.Table:
-        """Stores typed columns of the rows that may stay, counts the others by their first fault.
+        """Stores typed columns of the sound rows, and counts the others by their first fault.
 
-        Adds to what was dropped, and to the notes which values are taken as missing. A `DataError`
-        if there are more of either than `max_bad_share`.
+        Adds to `dropped`, and adds values taken as missing to `notes`. Raises a `DataError` if the
+        share of either exceeds `max_bad_share`.
         """
         faults = sorted(self.faults, key=lambda fault: fault.rule.is_droppable)
         num_rows = self.num_rows + sum(each.num_rows for each in self.dropped)
@@ -240,7 +240,7 @@ class RawTable:
 
 
 def store(expression: ibis.Table, source: Source) -> ibis.Table:
-    """Stores an expression as a new table; a `DataError` if the engine refuses it."""
+    """Stores an expression as a new table; raises a `DataError` if the engine refuses it."""
     try:
         connection, name = expression.get_backend(), ibis.util.gen_name("log")
         connection.con.execute(f'CREATE TABLE "{name}" AS {connection.compile(expression)}')
@@ -251,7 +251,7 @@ def store(expression: ibis.Table, source: Source) -> ibis.Table:
 
 
 def id_faults(name: str, value: ir.Value) -> list[Fault]:
-    """Returns what an id that each row must have cannot be: null, or -1 or "" (empty slots)."""
+    """Returns the faults of a required id: null, or the reserved -1 or "" (empty slots)."""
     reserved = -1 if value.type().is_int64() else ""
     is_reserved = (value == reserved).fill_null(False)
     return [
@@ -261,5 +261,5 @@ def id_faults(name: str, value: ir.Value) -> list[Fault]:
 
 
 def is_usable_weight(weight: ir.NumericValue) -> ir.BooleanValue:
-    """Says which weights may train: those that float32 neither loses nor fails to add up."""
+    """Returns which weights may train: those that float32 can hold and add up."""
     return weight.between(MIN_WEIGHT, MAX_WEIGHT).fill_null(False)

@@ -1,4 +1,4 @@
-"""The words of the tables: stages, columns, what names and parts may be.
+"""The vocabulary of the tables: stages, columns, and which names are allowed.
 
 Ibis is imported for type hints only, so that settings load without it.
 """
@@ -24,7 +24,7 @@ Duplicates: TypeAlias = Literal["keep", "drop", "error"]
 TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 
 
-# Column of a log's items: whether the item table has the item, or only the events.
+# Column of a log's items: True if the item table has the item, False if only the events do.
 LISTED = "_listed"
 LOG_COLUMNS = (
     "user_id",
@@ -42,18 +42,18 @@ LOG_COLUMNS = (
 
 
 TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time", "time_ms")
-"""What others call the column `timestamp`."""
+"""Common names elsewhere for the column `timestamp`."""
 
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
-"""A positive weight that float32 neither loses nor fails to add up."""
+"""The range of weights that float32 can hold and add up."""
 
 
 class DataError(ValueError):
     """Input that breaks the contract. The message says where, how many rows, and what to do.
 
-    `setting` is the option that mends it, if any, by its name in the message: the command line adds
-    its flag.
+    `setting` names the option that fixes it, if any, as in the message: the command line adds its
+    flag.
     """
 
     def __init__(self, message: str, setting: str = "") -> None:
@@ -86,7 +86,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Source:
-    """The name of a table in messages, and its columns' names if they differ."""
+    """The name of a table in messages, and the names of its renamed columns."""
 
     name: str
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -101,13 +101,13 @@ def checked_kinds(
     users: Mapping[str, str] | None,
     requests: Mapping[str, str] | None,
 ) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Returns the features of items, users and requests; a `ValueError` if one cannot be."""
+    """Returns the features of items, users and requests; a `ValueError` if one is invalid."""
     tables = dict(items or {}), dict(users or {}), dict(requests or {})
     for own_id, features in zip(("item_id", "user_id"), tables, strict=False):
         if own_id in features:
             raise ValueError(
-                f"{own_id!r} is no feature of its own table: what a model learns of an id is a "
-                "setting (use_candidate_id, use_user_id). To read it otherwise, copy the column."
+                f"{own_id!r} cannot be a feature of its own table: a setting (use_candidate_id, "
+                "use_user_id) decides whether a model learns ids. To use it anyway, copy it."
             )
     for name, kind in (pair for table in tables for pair in table.items()):
         if problem := kind_problem(kind):
@@ -116,22 +116,22 @@ def checked_kinds(
 
 
 def case_problem(name: str) -> str:
-    """Says which of a log's own columns a name is to an engine, which ignores case."""
+    """Describes a clash with a log's own column for an engine, which ignores case; "" if none."""
     lower = name.casefold()
     if lower == name or lower not in (*LOG_COLUMNS, "event_number"):
         return ""
-    return f"differs from the log's own column {lower!r} in case alone; name the column otherwise"
+    return f"differs from the log's own column {lower!r} only in case; rename the column"
 
 
 def name_problem(name: str, columns: Collection[str] = ()) -> str:
-    """Says why a log cannot call a column so; "" if it can, as one of its own or as context.
+    """Says why a log cannot have a column of this name; "" if it can, as its own or as context.
 
-    A name near one of the log's own is fine if `columns` hold that one as well.
+    A name near one of the log's own is fine if `columns` have that one as well.
     """
     if name == "event_number":
-        return "is made here, of the order of the rows; name the column otherwise"
+        return "is reserved for the row order; rename the column"
     if name.startswith("_"):
-        return "must not begin with '_'; name the column otherwise"
+        return "must not begin with '_'; rename the column"
     if problem := case_problem(name):
         return problem
     near = difflib.get_close_matches(name, LOG_COLUMNS, n=1, cutoff=0.7)

@@ -1,6 +1,6 @@
 """The settings of a log and of its split.
 
-The sentence under each field is its documentation and its help in the command line.
+The text under each field is its documentation and its help in the command line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _kind(value: Any) -> Any:
 
 
 Kind: TypeAlias = Annotated[str, BeforeValidator(_kind)]
-# Setting -> the sources that heed it; the others are read as they were published, or are a log.
+# Setting -> the sources that read it. Other sources have a fixed format, or are a log already.
 _HEEDED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(Reading.model_fields, ("files",)),
     **dict.fromkeys(("items_path", "users_path"), ("files", "spark")),
@@ -38,8 +38,8 @@ _HEEDED_BY: dict[str, tuple[str, ...]] = {
 
 
 def _amount(value: Any) -> Any:
-    """Reads a share, a number or a moment; of a day its midnight, without a zone as it is."""
-    if type(value) is date:  # A moment is one, too.
+    """Parses a share, a number or a moment; a day is its midnight, and naive times stay naive."""
+    if type(value) is date:  # A datetime is a date too.
         value = datetime.combine(value, time())
     for read in (int, float, datetime.fromisoformat):
         with contextlib.suppress(ValueError, TypeError):
@@ -103,7 +103,7 @@ class DataConfig(Reading, Tables):
         return Reading(**{name: getattr(self, name) for name in Reading.model_fields})
 
     def _source_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields what the source needs and lacks, and what it would not heed."""
+        """Yields settings that the source needs but lacks, and those that it would ignore."""
         if self.source != "movielens-100k" and self.path is None:
             what = "name of the table" if self.source == "spark" else "file or folder"
             yield "path", f"required for source {self.source!r}: the {what} of its events"
@@ -120,7 +120,7 @@ class DataConfig(Reading, Tables):
 
 
 class SplitConfig(Config):
-    """Which events train the model, which choose its settings, which test it."""
+    """Which events train the model, which choose its settings, and which test it."""
 
     kind: SplitKind | None = None
     """Test on events after a point in time (the default for logs with timestamps), on the last
@@ -144,7 +144,7 @@ class SplitConfig(Config):
         return self
 
     def amounts(self) -> tuple[Any, Any]:
-        """Returns what validation and test get: shares, numbers or moments."""
+        """Returns the amounts of validation and test: shares, numbers or moments."""
         defaults = (1, 1) if self.kind == "last_n" else (0.05, 0.1)
         given = zip((self.validation, self.test), defaults, strict=True)
         validation, test = (default if value is None else value for value, default in given)
@@ -158,7 +158,7 @@ class SplitConfig(Config):
                 continue
             with_kind = f"got {value} with kind {kind!r}"
             if kind == "column":
-                yield name, f"{with_kind}: the log's own column says it; leave it out"
+                yield name, f"{with_kind}: the log's own column decides; leave it out"
             elif isinstance(value, datetime):
                 moments.append(value)
                 if value.tzinfo is None:

@@ -1,9 +1,9 @@
-"""Which events train, and which are kept for evaluation.
+"""Decides which events train, and which are kept for evaluation.
 
 A split adds or replaces the column `part` of the event table: "train", "validation", "test", or
 "fold_in" (history of a held-out user, never trained on). Positives are the events of stage
-`clicked`. A user's events are ordered by timestamp and event number, without times by event number,
-and without an order at random, a user's events of one item together. All expressions are lazy.
+`clicked`. A user's events are ordered by timestamp and event number; without times, by event
+number; without an order, at random, with the events of one item together. Expressions are lazy.
 """
 
 import math
@@ -21,20 +21,20 @@ from tfrs_pipeline.data.settings import SplitConfig
 
 PARTS = ("train", "validation", "test", "fold_in")
 COLUMN_PARTS = ("train", "validation", "test")
-# .07 * 100 is 7.000000000000001 in binary: its ceiling must be 7.
+# .07 * 100 is 7.000000000000001 in binary, but its ceiling must be 7.
 _CEIL_SLACK = 1e-9
 
 
 def split_events(
     events: ibis.Table, config: SplitConfig, *, seed: int, is_ordered: bool
 ) -> ibis.Table:
-    """Adds the column `part` (see `Log.split`); the kind of the split is set."""
+    """Adds the column `part` (see `Log.split`); `config.kind` must be set."""
     if config.kind == "column":
         return split_by_column(events)
     if config.kind == "time":
         return split_by_time(events, *config.amounts())
     order: list[Any] = order_keys(events)
-    if not is_ordered:  # The order of the rows, which may be by item, would not be a fair draw.
+    if not is_ordered:  # Rows may be sorted by item, so their order would not be a fair draw.
         order = [random_key(events["user_id"], events["item_id"], seed=seed), "item_id"]
     counted = _count_positives(events, config.min_positives, order)
     if config.kind == "held_out_users":
@@ -47,9 +47,9 @@ def split_events(
 def split_by_time(
     events: ibis.Table, validation: float | datetime, test: float | datetime
 ) -> ibis.Table:
-    """Splits at two moments, the same for all users; shares become moments.
+    """Splits at two moments, the same for all users; shares are turned into moments.
 
-    Positives of one moment stay together, so that a part may exceed its share a little.
+    Positives at one moment stay together, so that a part may exceed its share a little.
     """
     if "timestamp" not in events.columns:
         raise DataError(
@@ -71,8 +71,8 @@ def split_by_time(
 def split_last(counted: ibis.Table, config: SplitConfig) -> ibis.Table:
     """Splits off each user's last positives, a number or a share of them.
 
-    By share, the last ceil(test n) of a user's n positives are the test, and the last
-    ceil(validation m) of the m before them the validation part.
+    With shares, the last ceil(test n) of a user's n positives are the test part, and the last
+    ceil(validation m) of the m before them are the validation part.
     """
     validation, test = config.amounts()
     num_positives, num_so_far = counted["_num_positives"], counted["_num_so_far"]
@@ -82,7 +82,7 @@ def split_last(counted: ibis.Table, config: SplitConfig) -> ibis.Table:
     else:
         num_before_test = num_positives - round_up(num_positives * test)
         num_train = num_before_test - round_up(num_before_test * validation)
-    # If a user has too few positives for all parts, events before the first one are still train.
+    # If a user has too few positives for all parts, events before the first positive still train.
     part = ibis.cases(
         (num_so_far > ibis.greatest(num_before_test, 0), "test"),
         (num_so_far > ibis.greatest(num_train, 0), "validation"),
@@ -92,7 +92,7 @@ def split_last(counted: ibis.Table, config: SplitConfig) -> ibis.Table:
 
 
 def split_held_out_users(counted: ibis.Table, config: SplitConfig, seed: int) -> ibis.Table:
-    """Holds out users drawn at random: none of their events is trained on.
+    """Holds out users drawn at random; none of their events trains.
 
     A held-out user's last ceil(target_share n) positives are the targets ("validation" or "test");
     the events before them are "fold_in", the history of a query.
@@ -120,8 +120,8 @@ def split_by_column(events: ibis.Table) -> ibis.Table:
     """Splits by the log's own column `part`; events without a part (null) are dropped."""
     if "part" not in events.columns:
         raise DataError(
-            "The log has no column 'part' to be split by. Set columns to say which column it is, "
-            "or split.kind to another kind."
+            "The log has no column 'part' to split by. Set columns to say which column it is, or "
+            "set split.kind to another kind."
         )
     counts = events.group_by("part").agg(num=events.count(), positives=is_positive(events).sum())
     rows = {row["part"]: row for row in counts.to_pyarrow().to_pylist()}
@@ -142,7 +142,7 @@ def split_by_column(events: ibis.Table) -> ibis.Table:
     if empty := [part for part in ("train", "test") if not rows[part]["positives"]]:
         raise DataError(
             f"{where}: none of the {rows[empty[0]]['num']} rows of the part {empty[0]} is a "
-            "positive. Check the label, or mark the rows otherwise."
+            "positive. Check the label, or give the part other rows."
         )
     return events.filter(events["part"].notnull())
 
@@ -155,10 +155,10 @@ def is_positive(events: ibis.Table) -> ir.BooleanValue:
 def _time_cuts(
     events: ibis.Table, validation_share: Any, test_share: Any
 ) -> tuple[datetime, datetime]:
-    """Finds the times of the first validation and of the first test positive.
+    """Finds the times of the first validation positive and of the first test positive.
 
-    If many positives share a time, as in a log of dates, validation starts at the last one before
-    the test's.
+    If many positives share a time, as in a log of dates, validation starts at the latest time
+    before the test.
     """
     times = events.filter(is_positive).select("timestamp")
     num_positives, time_of = in_order(times)
@@ -188,8 +188,8 @@ def _time_cuts(
 
 
 def in_order(times: ibis.Table) -> tuple[int, Callable[[int], datetime]]:
-    """Counts timestamps, and returns a function that finds the one at a place, from 0, in order."""
-    # By hour: few numbers, however many timestamps.
+    """Counts timestamps, and returns a function that finds the n-th smallest, from 0."""
+    # Counted by hour, which gives few numbers for any number of timestamps.
     hours = times.group_by(hour=_hour(times)).agg(num=times.count()).order_by("hour").to_pyarrow()
     counts = hours["num"].to_numpy()
     ends = np.cumsum(counts)
@@ -215,9 +215,9 @@ def order_keys(events: ibis.Table) -> list[str]:
 
 
 def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -> ibis.Table:
-    """Adds the user's _num_positives and _num_so_far, up to and including the event.
+    """Adds the user's _num_positives, and _num_so_far up to and including the event.
 
-    Events at the same place, an item's copies, count each other: no cut separates them.
+    Events at the same place in the order count each other, so that no cut separates them.
     """
     positives = is_positive(events).cast("int64")
     so_far = ibis.range_window(preceding=None, following=0, group_by="user_id", order_by=order)
@@ -229,7 +229,7 @@ def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -
 
 
 def num_in_share(share: float, num: int) -> int:
-    """Counts a share of a number of things as `round_up` does."""
+    """Returns a share of a number, rounded up like `round_up`."""
     return math.ceil(share * num - _CEIL_SLACK)
 
 

@@ -1,4 +1,4 @@
-"""The tables of a log: events, items and users, typed, stored and settled with each other."""
+"""The tables of a log: events, items and users, typed, stored and made consistent."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,10 +41,10 @@ def make_tables(
     features: tuple[Features, Features, Features],
     reading: Reading,
 ) -> tuple[Tables, tuple[Dropped, ...], tuple[str, ...]]:
-    """Reads, types, settles and stores the tables of a log; arguments as in `Log.from_files`.
+    """Reads, types and stores consistent tables of a log; arguments as in `Log.from_files`.
 
-    `features` are those of items, users and requests. Returns the tables; what was dropped of the
-    events; and notes for a person.
+    `features` are those of items, users and requests. Returns the tables, the dropped events, and
+    notes for a person.
     """
     item_features, user_features, request_features = features
     check_names(request_features, reading.label, reading.columns)
@@ -103,7 +103,7 @@ def _settle_unknown(
     table: str,
     unknown: UnknownItems,
 ) -> ibis.Table:
-    """Keeps, drops or refuses events whose item or user its table lacks; returns those kept."""
+    """Keeps, drops or refuses events whose item or user is not in its table; returns those kept."""
     where, kind = raw.source.column(id_name), id_name.removesuffix("_id")
     lacking = events.anti_join(entities, id_name)
     lacks = lacking.aggregate(
@@ -138,7 +138,7 @@ def _settle_unknown(
 
 def _settle_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates) -> ibis.Table:
     """Keeps, drops or refuses events that repeat an earlier one; returns those kept."""
-    # An event of the test part is not a repeat of one in the training part.
+    # An event in the test part does not repeat one in the training part.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
     keys = [name for name in keys if name in events.columns]
     num_rows, what = count_rows(events), f"in {', '.join(keys)}"
@@ -164,7 +164,7 @@ def _settle_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
     """Adds the ids of events that an item or user table lacks, with null features.
 
-    The column `LISTED` of items says whether the table had the item.
+    For items, the column `LISTED` says whether the table had the item.
     """
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
     added: dict[str, Any] = {
@@ -186,10 +186,10 @@ def _load_raw(
     remedy: str = "",
     id_of_events: str = "",
 ) -> RawTable | None:
-    """Opens an item or user table; returns None if there is none, and refuses features then.
+    """Opens an item or user table; without one, returns None and refuses features.
 
-    `remedy` replaces the advice to set a missing column's name; `id_of_events` is the events'
-    column of these ids, which is suggested if this table has it too.
+    `remedy` replaces the advice to set a missing column's name. `id_of_events` is the column with
+    these ids in the events; it is suggested if this table has it too.
     """
     kind = id_name.removesuffix("_id")
     if source is None:
@@ -227,7 +227,7 @@ def _type_entities(
     features: Mapping[str, str],
     reading: Reading,
 ) -> ibis.Table:
-    """Types and stores an item or user table, one row an id: features and a title of items."""
+    """Types and stores an item or user table, one row per id: features, and titles of items."""
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
     type_features(raw, columns, features, reading)
     if "title" in raw and id_name == "item_id":
@@ -251,7 +251,7 @@ def _type_entities(
 
 
 def _describe(raw: RawTable) -> list[str]:
-    """Says what was dropped from an item or user table and what else was found, in lines."""
+    """Describes what was dropped from an item or user table and what else was found, in lines."""
     dropped = (f"{counted(each.num_rows, 'row')}: {each.reason}" for each in raw.dropped)
     return [*(f"{raw.source.name}: dropped {each}" for each in dropped), *raw.notes]
 
@@ -263,10 +263,10 @@ def load_items(
     item_features: Mapping[str, str],
     reading: Reading,
 ) -> tuple[ibis.Table, list[str]]:
-    """Loads an item table alone, such as today's for a model of last week.
+    """Loads only an item table, such as today's for a model of last week.
 
-    Ids become integers if the model's are. Returns item_id, the features and, if there is one,
-    `title`, by ascending item_id; and what was dropped or is missing, in lines for a person.
+    Ids become integers if the model's are. Returns item_id, the features and `title`, if any, by
+    ascending item_id; and what was dropped or is missing, in lines for a person.
     """
     remedy = "Name the columns as the item table of the training did."
     raw = _load_raw(connect(), source, reading.item_columns, item_features, "item_id", remedy)

@@ -15,9 +15,9 @@ from tfrs_pipeline.data.schema import DataError, TimestampUnit
 
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-# The size of a number tells its unit from 1973 to 5138: the four ranges do not overlap.
+# The size of a number gives its unit: for times from 1973 to 5138, the ranges do not overlap.
 _UNIT_FROM = {"s": 1.0, "ms": 1e11, "us": 1e14, "ns": 1e17}
-# What Python's calendar holds.
+# The times that Python can hold in every time zone.
 _FIRST, _END = datetime(2, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 _NAIVE = dt.Timestamp(scale=6)
 _UTC = dt.Timestamp(timezone="UTC", scale=6)
@@ -41,11 +41,11 @@ def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.Time
 def to_timestamp(
     raw: RawTable, column: str, reading: Reading, period: Period | None = None
 ) -> ir.TimestampValue:
-    """Makes UTC timestamps of numbers, of times with an offset, or of naive ones in a time zone.
+    """Converts numbers, times with an offset, or naive times in a time zone to UTC timestamps.
 
-    Null where there is none, or a fault (`RawTable.fault`), such as a time outside the period, if
-    one is given. A `DataError` if the column has another type, most numbers another unit, or times
-    no zone and `reading` names none.
+    A missing time is null. A time outside the period, if one is given, is null and a fault
+    (`RawTable.fault`). Raises a `DataError` if the column has another type, if most numbers have
+    another unit, or if times have no zone and `reading` names none.
     """
     first, end = period or (_FIRST, _END)
     value = raw.table[column]
@@ -56,7 +56,7 @@ def to_timestamp(
         if period and dtype.is_float32():
             raise DataError(
                 f"{raw.source.column(column)} holds times as float32 ({raw.num_rows} rows), which "
-                "tells apart those of two minutes and more. Store them as int64 or float64."
+                "is exact only to about two minutes. Store them as int64 or float64."
             )
         if dtype.is_floating():
             value = value.isnan().ifelse(ibis.null(), value)
@@ -68,8 +68,8 @@ def to_timestamp(
         if reading.time_zone is None:
             raise DataError(
                 f"{raw.source.column(column)} holds times without a time zone "
-                f"({raw.num_rows} rows). Set time_zone to where they were read off the "
-                "clock: UTC, or Europe/Berlin.",
+                f"({raw.num_rows} rows). Set time_zone to the zone of the clock that wrote "
+                "them, such as UTC or Europe/Berlin.",
                 setting="time_zone",
             )
         time = _in_time_zone(ibis.literal(reading.time_zone), value.cast(_NAIVE))
@@ -82,7 +82,7 @@ def to_timestamp(
 
 
 def _read_time(raw: RawTable, column: str) -> ir.Value:
-    """Reads times written as text, as most are: numbers, or ISO 8601 with an offset or without."""
+    """Reads times in text by the form of most: numbers, or ISO 8601 with or without an offset."""
     value = raw.table[column]
     number = value.try_cast("float64")
     text = number.isnull().ifelse(value, ibis.null("string"))  # A failing cast is slow.
@@ -113,7 +113,7 @@ def _check_unit(
     unit: TimestampUnit | None,
     period: Period | None,
 ) -> None:
-    """Refuses numbers of which all, most or some count in another unit."""
+    """Refuses a column if most numbers are in another unit; notes a fault if only some are."""
     own = unit or "s"
     number = value.cast("float64")
     size, infinity = number.abs(), float("inf")
@@ -156,11 +156,11 @@ def _check_unit(
 
 
 def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:
-    """Makes times of numbers; null if no calendar has such a year."""
+    """Converts numbers to times; null if the year is beyond 9998."""
     factor = _MICROSECONDS[unit or "s"]
     is_time = value.cast("float64").abs() * factor < _END.timestamp() * 1e6
     value = is_time.ifelse(value, ibis.null(value.type()))
-    if unit == "ns" and value.type().is_integer():  # They exceed the integers of a float.
+    if unit == "ns" and value.type().is_integer():  # A float cannot hold them exactly.
         naive = _from_nanoseconds(value.try_cast("int64")).cast(_NAIVE)
         return _in_time_zone(ibis.literal("UTC"), naive)
     if value.type().is_integer():
