@@ -12,9 +12,9 @@ of them uniform, half ~ clicks^0.75.
     samplers    draws a second from p(c) ~ 1 / rank: the alias table against inverse CDFs, and the
                 share of the items that each can draw at all
 
-What is compared is measured in turn, several rounds, and each one's fastest round is reported:
-whatever else runs on the machine can only slow it. Processor time, all threads together, is
-steadier still, and tells what share of the machine the pipeline takes from the training.
+Variants are measured in turn, over several rounds, and the fastest round of each is reported: other
+jobs on the machine can only slow it. CPU time of all threads is steadier still, and shows what
+share of the machine the pipeline takes from the training.
 
     python benchmarks/batches.py --json benchmarks/results/batches.json
 """

@@ -1,4 +1,4 @@
-"""Loads random dirty inputs whose right answer is known, and counts what comes of them.
+"""Loads random dirty inputs whose right answer is known, and counts the outcomes.
 
 The inputs are those of `tests/dirty_inputs.py`: click, rating, impression and funnel logs with item
 tables, as CSV, zipped CSV, Parquet and pandas, each with up to three kinds of dirt. An input ends

@@ -2,8 +2,8 @@
 
     python benchmarks/figure.py
 
-`docs/figures/correction.svg`: what the correction does, on MovieLens-100K, and what other log q do,
-on three logs. `scale.svg`: what each stage of a run takes as its log grows.
+`docs/figures/correction.svg`: the effect of the correction on MovieLens-100K, and of other log q on
+three logs. `scale.svg`: CPU time and memory of each stage of a run as its log grows.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Compares sampling plans on a simulated funnel, against the users' true preferences.
 
 Every plan trains the same two-tower model for the same number of epochs on the same log, seed by
-seed. Two truths are recalled in the top 50:
+seed. Recall@50 is measured for two sets of items:
 
-    truth   the 50 items that a user would click most probably if shown, whatever the funnel showed
-    clicks  the items that the user clicked in the last fifth of their clicks and not before: what
-            the funnel, with its own taste for popular items, went on to show
+    truth   the 50 items that a user would most probably click if shown, whatever the funnel showed
+    clicks  the items that the user clicked in the last fifth of their clicks and not before, among
+            those that the funnel, which favours popular items, went on to show
 
 Differences are paired by seed: mean, standard error, and in how many seeds the plan came out ahead.
 

@@ -1,4 +1,6 @@
-"""GF-CF, a graph filter in closed form: deterministic, so that its published numbers check others'.
+"""GF-CF, a graph filter in closed form, whose published numbers check the evaluator.
+
+It is deterministic.
 
 Reference: Shen et al. 2021, How Powerful is Graph Convolution for Recommendation?
 """

@@ -1,15 +1,15 @@
-"""Recall and time of a ScaNN index for requests of every kind, beside exact search.
+"""Measures recall and time of a ScaNN index for all kinds of requests, beside exact search.
 
-An index is tuned as an export's is, then asked by other queries: a grid of k and excluded items,
+The index is tuned like an export's. Then other queries ask it: a grid of k and of excluded items,
 the nearest to the query or far ones; and filters that let a share of the items pass, at random or
-those nearest to or farthest from a direction, as the values of a feature lie.
+the nearest to or farthest from a direction, as items with one value of a feature may be.
 
     python benchmarks/index.py --vectors 50000 --json benchmarks/results/index_50k.json
     python benchmarks/index.py --model saved_models/NAME
 
-Without `--model` the corpora are synthetic: unit vectors in 1,000 overlapping clusters, the spread
-of whose dimensions falls as that of learned embeddings does; the queries are drawn alike. Of a
-model, its items and held-out queries are taken.
+Without `--model` the corpora are synthetic: unit vectors in 1,000 overlapping clusters, whose
+spread falls from dimension to dimension as in learned embeddings. The queries are drawn in the same
+way. With `--model`, the items and held-out queries are the model's.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Compares search structures at one recall: build time, time a query, size.
+"""Compares search structures at one recall: build time, time per query, size.
 
-Every structure is searched as widely as .98 of the exact top 100 takes: half of the queries choose
-the setting, which must reach the recall target on the other half, whose recall is shown. Without
-`--embeddings` the corpus is synthetic: unit vectors in 1,000 overlapping clusters, the spread of
-whose dimensions falls as that of learned embeddings does; the queries are drawn alike.
+Each structure is searched widely enough to find .98 of the exact top 100. Half of the queries
+choose the setting; it must reach the target on the other half, whose recall is shown. Without
+`--embeddings` the corpus is synthetic: unit vectors in 1,000 overlapping clusters, whose spread
+falls from dimension to dimension as in learned embeddings. The queries are drawn in the same way.
 
     pip install faiss-cpu==1.15.1 hnswlib==0.8.0
     python benchmarks/index_libraries.py --json benchmarks/results/index_libraries.json
     python benchmarks/index_libraries.py --embeddings vectors.npz
 
-The two libraries are needed by this script alone; without them the rest is measured. Each structure
-has a process of its own. Searches take one thread, builds as many as there are cores.
+Only this script needs the two libraries; without them it measures the rest. Each structure has its
+own process. Searches use one thread, builds all cores.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A cut of KuaiRand-Pure (Gao et al., CIKM 2022): user_sequences.parquet to train 
 exposures (watch_seq) and the last 50 long views (long_watch_seq) of each user without times, and
 the exposures of later days in val.parquet and test.parquet. It is turned into an event table:
 
-- one event an entry of a list, in its order, then val and test, each by `time_ms`. Nothing says how
-  a user's two lists lie within each other: exposures are numbered before long views;
+- each entry of a list is an event, in the list's order; then come val and test, each by `time_ms`.
+  How a user's two lists interleave is unknown: exposures are numbered before long views;
 - a long view is a click. Entries of watch_seq whose video is in the user's long_watch_seq are long
   views, not exposures without one: they are dropped;
 - trained on the lists (epochs chosen on val, then again on both), tested on test.

@@ -7,12 +7,12 @@ r"""Turns KuaiRand, as published, into an event table.
         --data.item_columns item_id=video_id --data.item_features tag=multi_categorical
 
 KuaiRand has short videos with real exposures, a part of them random (Gao et al., CIKM 2022, CC
-BY-SA 4.0). The folder (Pure, 1K or 27K) holds CSV logs of all exposures. Their order here: standard
-before random, by date and part, then by row. Time is `time_ms`, UTC; `date` and `hourmin`, which
-are UTC+8, are left out, and a video's upload day is taken as UTC+8. An item that the random policy
-showed is an exposure like any other: without a click it is never a negative. The outcomes, such as
-long_view, can be labels instead of the click (`--data.label`); is_rand and tab are context columns
-(`--data.columns`).
+BY-SA 4.0). The folder (Pure, 1K or 27K) holds CSV logs of all exposures. They are ordered by policy
+(standard, then random), date, part and row. The timestamp is `time_ms`, UTC; `date` and `hourmin`,
+which are UTC+8, are left out, and a video's upload day is taken as UTC+8. An item that the random
+policy showed is an exposure like any other: without a click it is never a negative. The outcomes,
+such as long_view, can be labels instead of the click (`--data.label`); is_rand and tab are context
+columns (`--data.columns`).
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ r"""Measures models on public data sets, by published protocols, beside the publ
     ml-1m     MovieLens-1M in SASRec's version, leave-one-out: HR@10 and NDCG@10
     gowalla   LightGCN's split, ids alone: recall@20 and NDCG@20
 
-The last two are read from a folder (--data-dir), nothing is downloaded: `leaderboard_data.py` says
-which files, from where, and how they are split. Every setting is chosen on the validation part,
-then the model is fitted again to training and validation part; the test chooses nothing.
+The last two are read from a folder (--data-dir) and not downloaded: `leaderboard_data.py` says
+which files they are, where they come from and how they are split. Settings are chosen on the
+validation part, never on the test; then the model is fitted again to training and validation.
 
     popularity
     ease, ials           settings by a grid on validation; EASE up to 20,000 items
@@ -18,8 +18,8 @@ then the model is fitted again to training and validation part; the test chooses
     python benchmarks/leaderboard.py --data ml-1m --data-dir ml-1m --run-dir runs/leaderboard \
         --json benchmarks/results/leaderboard_ml_1m.json
 
-With --run-dir every finished (model, seed) is kept there and not repeated, and a stopped training
-of the package's models goes on from its last epoch: the table can be filled a few models at a time.
+With --run-dir, finished pairs of model and seed are kept and not repeated, and a stopped training
+of the package's models resumes from its last epoch: the table can be filled a few models at a time.
 """
 
 from __future__ import annotations

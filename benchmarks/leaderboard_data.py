@@ -1,7 +1,7 @@
 """The data sets of the leaderboard: where to get them, their protocols, the published numbers.
 
-A data set becomes Parquet files as a user of the package might have them, a click log with tables
-of items and users, and the package's own pipeline does the rest.
+Each data set becomes Parquet files such as a user of the package might have: a click log with
+tables of items and users. The package's own pipeline does the rest.
 """
 
 from __future__ import annotations

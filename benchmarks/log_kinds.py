@@ -1,4 +1,4 @@
-"""Logs of several kinds, as benchmarks of settings that should suit them all need.
+"""Logs of several kinds, for benchmarks of settings that should suit all of them.
 
     ratings          MovieLens-100K, the last share of each user's likes held out
     ratings, time    the same, split by time
@@ -14,8 +14,8 @@ and without an order, a random share of each user's clicks held out, ids alone:
     ml-1m            2,000 users of MovieLens-1M, --data-dir
     gowalla          6,000 users of Gowalla's training items in LightGCN's split, --data-dir
 
---data-dir holds the folders ml-1m, kuairand-pure and gowalla; without it the logs that need none
-are made.
+--data-dir holds the folders ml-1m, kuairand-pure and gowalla. Without it only the logs that need no
+folder are made.
 """
 
 from __future__ import annotations

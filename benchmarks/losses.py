@@ -9,8 +9,8 @@ Data sets (DATA says with which settings):
                30 epochs at most
 
 All but the first are read from a folder each (--data-dir; see `leaderboard_data.py` and
-`sparse_sequences.py`). Validation figures choose; those of the test are for plans between which
-nothing is chosen. Plans:
+`sparse_sequences.py`). Choose plans by the validation figures; the test's are for plans between
+which nothing is chosen. Plans:
 
     package            the loss as it is, every column corrected by its exact log q
     exponent .9, ...   the bilateral exponent t of BSL: the sampled sum over negatives, as the mean
@@ -18,8 +18,8 @@ nothing is chosen. Plans:
     top 20, ...        SL@K: each positive's loss weighted by sigmoid((its logit - that of the
                        20th candidate) / 2), the 20th found among the sampled columns, of which
                        each stands for 1 / q candidates
-    unigram            the correction of published code for mixed negatives: log of the share of
-                       the clicks, whatever drew the column, and of the positive as well
+    unigram            the correction of published code for mixed negatives: the log of the item's
+                       share of the clicks, for every column and for the positive
     none               no correction
 
     python benchmarks/losses.py --data gowalla --data-dir gowalla --plans package "exponent 1.22" \

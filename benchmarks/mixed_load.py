@@ -1,14 +1,13 @@
 """Asks a server everything at once for an hour: it must fail no good request and hold its memory.
 
-Good requests, small and as large as is allowed; hostile ones; connections that send a byte at a
-time; new versions, of which every fifth is broken; stops and restarts at the same port. A client
-sends a request again where its connection was refused, or closed without a byte of an answer:
-anything else but a 200 is a failure. Before, it measures what a small client waits for beside the
-largest requests, in turn with it alone.
+The load: good requests, small and as large as is allowed; hostile ones; connections that send a
+byte at a time; new versions, every fifth of them broken; stops and restarts at the same port. A
+client repeats a request if its connection was refused, or closed without a byte of an answer; any
+other answer than a 200 is a failure. Before the load, the script measures a small client's latency
+alone and beside the largest requests, in turn.
 
-Of memory it records the resident part, which wavers with what the allocator has given back for the
-moment, and all that the process has for its data: this one must settle, or something is never
-freed.
+It records two sizes of memory. Resident memory varies with what the allocator has just given back.
+Memory for data, all that the process holds, must settle: otherwise something is never freed.
 
     python benchmarks/mixed_load.py --minutes 60 --json benchmarks/results/mixed_load.json
 """

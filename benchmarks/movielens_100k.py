@@ -17,9 +17,9 @@ likes excluded from the ranking (clicked) and once with every rated item exclude
     in_batch_uncorrected   the same without log_q
     popularity, ease, ials
 
-No setting is chosen on the test: the tutorial's are its own, the number of epochs of the package's
-models is chosen on validation, all others are those of the default run. With several seeds a
-user's value is the mean over the seeds.
+No setting is chosen on the test. The tutorial keeps its own settings. The package's models have the
+default run's, with the number of epochs chosen on validation. With several seeds, a user's value is
+the mean over the seeds.
 
     python benchmarks/movielens_100k.py --seeds 3 --json benchmarks/results/movielens_100k.json
 """

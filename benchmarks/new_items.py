@@ -1,21 +1,21 @@
 r"""Measures whether items that the training never saw are found, once the index is refreshed.
 
-On MovieLens-100K a tenth of the items, drawn by a seed, is taken out of the log, as if they had not
-been there yet. The package's model is trained and exported without them, then refreshed with the
-whole item table, where they are known by title words, year and genres alone. The queries are those
-of the default run's test, their relevant items the new ones that the user likes in the test part.
+A tenth of MovieLens-100K's items, drawn by a seed, is taken out of the log, as if they did not
+exist yet. The package's model is trained and exported without them, then refreshed with the whole
+item table, where only their title words, year and genres are known. The queries are those of the
+default run's test; relevant are the new items that the user likes in the test part.
 
-    all items    a new item must come up among the whole corpus, the user's earlier likes excluded
+    all items    new items are ranked in the whole corpus, the user's earlier likes excluded
     new items    the new items are ranked among themselves
 
     default      the default run's settings: ID dropout of 5%, so that the embedding of an unknown
                  id is trained
     known_ids    the same without (model.id_dropout 0)
     features     the same without ids (model.use_candidate_id)
-    popularity   by likes before the test, of which a new item has none: the last of all items, and
-                 in no order among themselves
-    best order   of the new items by their likes before the test, which nobody could know: what an
-                 order that is the same for all can reach
+    popularity   likes before the test; a new item has none, so new items come last, in no order
+                 among themselves
+    best order   the new items by their likes before the test, which nobody could know: the most
+                 that one order for all users can reach
 
     python benchmarks/new_items.py --seeds 3 --json benchmarks/results/new_items.json
 """

@@ -1,9 +1,9 @@
-"""Measures a training step of the optimizers at tables of growing size.
+"""Measures a training step of each optimizer on tables of growing size.
 
-Two embedding tables of n rows, 64-d, and a batch of 4096 pairs: in-batch softmax over the dot
-products of 512 of them (so that the optimizer, not the score matrix, is what is measured), a
-gradient for every row of the batch, rows drawn by popularity (p ~ 1 / rank). Optimizers take turns,
-a few steps each, several rounds, once at each size; medians over the rounds.
+Two embedding tables of n rows, 64-d, and a batch of 4096 pairs, whose rows are drawn by popularity
+(p ~ 1 / rank). The in-batch softmax is over the dot products of 512 of them, so that the optimizer
+and not the score matrix is measured; every row of the batch has a gradient. At each size the
+optimizers take turns, a few steps each, over several rounds; the result is the median.
 
     python benchmarks/optimizers.py --json benchmarks/results/optimizers.json
 """

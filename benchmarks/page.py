@@ -1,12 +1,12 @@
 """Drives the server's page in a real browser, checks what it shows, and takes screenshots.
 
-Needs chromium (Debian: apt-get install chromium). The browser is headless, in a profile of its own,
-spoken to through a pipe, and is told of no other address than the server's.
+Needs chromium (Debian: apt-get install chromium). The browser is headless, has its own profile, is
+driven through a pipe, and is given no other address than the server's.
 
     python benchmarks/page.py --screenshots DIR
 
-Exits with an error if the page shows something wrong, writes to the console, or asks any other
-address than the server it came from.
+Exits with an error if the page shows something wrong, writes to the console, or calls any other
+address than its server's.
 """
 
 from __future__ import annotations

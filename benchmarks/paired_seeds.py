@@ -1,14 +1,14 @@
 """Measures ways of training against the default one, on MovieLens-100K, in paired seeds.
 
 The split, the settings and the two trainings (epochs chosen on validation, then again on both) are
-those of the default run; plans share a seed's initial weights and order of the positives. Sets of
-plans, the first of each the one that the others are compared with:
+those of the default run. With one seed, all plans have the same initial weights and order of the
+positives. The sets of plans; the others of a set are compared with its first:
 
     mined      no hard negatives; mined at ranks 100 to 500, renewed every three epochs, f = .005
                and .05
     unknown    all ids known in training; ID dropout of 5% and 10%
-    popularity cosines, which cannot carry popularity; with a bias an item, which can; dot products,
-               whose norms can, at two temperatures
+    popularity cosines, which cannot carry popularity; cosines with a bias for each item, which can;
+               dot products, whose norms can, at two temperatures
 
     python benchmarks/paired_seeds.py --set mined --seeds 10 --json benchmarks/results/mined.json
 """

@@ -1,7 +1,7 @@
 """Measures how many epochs without a better validation metric training should wait for.
 
 The default model is trained on the logs of `log_kinds.py` for at most 40 epochs, with a patience of
-15 that no other one exceeds; the curve of its validation NDCG@100 then tells what each patience
+15, the largest compared. Its curve of validation NDCG@100 shows which epoch each shorter patience
 would have kept, and after how many epochs it would have stopped.
 
     python benchmarks/patience.py --data-dir data --seeds 2 --json benchmarks/results/patience.json

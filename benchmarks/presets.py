@@ -1,9 +1,9 @@
 """Measures the presets as they are, and the baselines, on logs of several kinds.
 
-Every model is fitted to the training part of each log of `log_kinds.py`, epochs are chosen on
-validation, and what is shown is the test, on which nothing was chosen: NDCG@100, and how far it is
-from the first model's, with a 95% bootstrap interval over users. No second training on the training
-and validation parts together. EASE is left out where there are too many items for it.
+Every model is fitted to the training part of each log of `log_kinds.py`, and epochs are chosen on
+validation. The result is NDCG@100 on the test, on which nothing was chosen, and its difference from
+the first model's, with a 95% bootstrap interval over users. There is no second training on the
+training and validation parts together. EASE is left out where there are too many items for it.
 
     python benchmarks/presets.py --data-dir data --json benchmarks/results/presets.json
     python benchmarks/presets.py --no-order --data-dir data --json FILE

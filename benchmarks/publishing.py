@@ -1,13 +1,13 @@
-r"""Kills exports without warning, and looks whether the newest version still answers.
+r"""Kills exports without warning, and checks that the newest version still answers.
 
-A process exports a model, untrained, again and again, keeping one version; after a time drawn at
-random it is killed (SIGKILL). Whatever it left behind, the newest version must load and answer as
-the model in memory did, and must not be older than the one before. `tests/serving` does the same to
-publications of small files a hundred times.
+A process exports an untrained model again and again, keeping one version, and is killed (SIGKILL)
+after a random time. Whatever it left behind, the newest version must load, answer like the model in
+memory, and not be older than the one before. `tests/serving` does the same a hundred times with
+small files.
 
     python benchmarks/publishing.py --kills 10 --json benchmarks/results/publishing.json
 
-Needs the extra dev: the model is the tests' own. Takes about 15 seconds a kill.
+Needs the extra dev, because the model is from the tests. Takes about 15 seconds per kill.
 """
 
 from __future__ import annotations

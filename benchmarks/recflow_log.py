@@ -7,8 +7,8 @@ r"""Turns RecFlow, as published, into an event table, an item table and a user t
 RecFlow has the whole funnel of a short-video service (Liu et al., ICLR 2025, CC BY-SA 4.0). The
 folder holds a file a day, `all_stage/YYYY-MM-DD.feather` (every stage) and
 `realshow/YYYY-MM-DD.feather` (exposures alone, read for days without the first); any days will do.
-The flags as they are described, and what becomes of them (the furthest stage wins; a row without a
-flag is left out, and counted):
+The flags, and the stages that they become (the furthest stage wins; a row without a flag is left
+out, and counted):
 
 | flag | an item that | stage |
 |---|---|---|
@@ -19,8 +19,8 @@ flag is left out, and counted):
 | coarse_neg | ranked below the top 500 in coarse rank | `pre_ranked` |
 | prerank_neg | ranked below the top 500 in pre-rank | `retrieved` |
 
-`rank` is rerank_index of an item that was exposed or reranked, rank_index of another one that was
-ranked, null otherwise or if negative. The outcomes, such as long_view, can be labels in place of
+`rank` is rerank_index if the item was exposed or reranked, rank_index if it was only ranked, and
+null otherwise or if negative. The outcomes, such as long_view, can be labels in place of
 effective_view (`--data.label`). Each video and user has the columns of its latest row.
 """
 

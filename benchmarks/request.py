@@ -3,24 +3,23 @@
 KuaiRand: the tab of the app, and the hour. The exposures of val.parquet and test.parquet of a cut
 of KuaiRand-Pure (`--data-dir`; `kuairand.py` says which), a click a positive: five days to train
 on, 25 to 29 April 2022, the 30th to choose the epoch, the first of May to test. A user's query of a
-day asks with the request of the first click of that day; all clicks of the day are to be found,
-among all videos, the user's earlier clicks excluded. Settings are the package's defaults.
+day has the request of the day's first click. All clicks of the day are to be found among all
+videos, the user's earlier clicks excluded. Settings are the package's defaults.
 
     none               no request features
     hour               the hour of the request, from its timestamp
     tab                where in the app the user is
     tab, hour          both
-    tab of another     tab, each event with that of another one: what a feature costs that says
-                       nothing
+    tab of another     each event has another event's tab: the cost of a feature that says nothing
 
-Simulated: a funnel a seed, in which what is liked depends on the device half as much as on the user
-(`device_weight` 2). Each user of the test asks once from each device; measured is the recall of the
-50 items that the user likes best on that device, whatever was shown. Differences are paired by
+Simulated: one funnel per seed, in which what is liked depends on the device half as much as on the
+user (`device_weight` 2). Each user of the test asks once from each device. The metric is recall of
+the 50 items that the user likes best on that device, whatever was shown. Differences are paired by
 seed.
 
     none               no request features
     device             the device
-    device of another  that of another request
+    device of another  the device of another request
 
     python benchmarks/request.py --data-dir kuairand-pure --seeds 3 --json request.json
     python benchmarks/request.py --simulated --seeds 10 --json request_simulated.json

@@ -1,25 +1,23 @@
-r"""Kills runs and damages their files, and looks whether they end as an undisturbed run does.
+r"""Kills runs and damages their files, and checks that they end like an undisturbed run.
 
     python benchmarks/resuming.py --kills 100 --damage 300 --full --json FILE
 
-Kills (SIGKILL): a run on a small log, with mined negatives, selection, refit and export, is begun
-in a process of its own and killed; another process goes on and is killed too, until one comes to
-the end. Half of the kills come after a time drawn at random; the others, as a run writes least of
-the time, at the sight of a file half written: a checkpoint (`epoch-3_temp`), a record, a table, a
-version.
+Kills (SIGKILL): a run on a small log, with mined negatives, selection, refit and export, starts in
+a process of its own and is killed. Another process resumes it and is killed too, until one reaches
+the end. Half of the kills come after a random time. A run seldom writes, so the other half come
+when a half-written file appears: a checkpoint (`epoch-3_temp`), a record, a table, a version.
 
-Damage: every file of a run stopped in its refit, and every file of a finished run and of its
-export, is emptied, cut at half, or has a bit flipped, one at a time, and the run is begun again: as
-many of these as are asked for, drawn at random.
+Damage: a file of a run stopped in its refit, or of a finished run and its export, is emptied, cut
+in half, or has a bit flipped, and the run is started again. Of all these cases, as many as asked
+for are drawn at random.
 
-Full disk (needs root, to mount one in memory): a run is begun on a disk that is too small, and
-again each time that the disk has grown a little.
+Full disk (needs root, to mount one in memory): a run starts on a disk that is too small, and again
+each time that the disk has grown a little.
 
-What must come out: every run ends with the weights, the metrics and the served answers of the
-undisturbed one, bit for bit, or refuses the damaged file by its name; a full disk is one line that
-names a path on it. The check of an export in a fresh process is left out, for its time
-(`benchmarks/publishing.py` kills exports with it). Needs the extra dev. Takes some seconds a kill,
-damage or stop on two cores.
+Every run must end with the weights, metrics and served answers of the undisturbed one, bit for bit,
+or refuse the damaged file by its name. A full disk must give one line that names a path on it. To
+save time, exports are not checked in a fresh process (`benchmarks/publishing.py` kills exports with
+that check). Needs the extra dev. Takes some seconds per kill, damage or stop on two cores.
 """
 
 from __future__ import annotations

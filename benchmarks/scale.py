@@ -1,6 +1,6 @@
-"""Measures what each stage of a run takes as its log grows: seconds, memory, training speed.
+"""Measures each stage of a run as its log grows: seconds, memory, training speed.
 
-Clicks of N / 20 users on 200,000 items over thirty days, made by DuckDB: some users click more than
+DuckDB makes clicks of N / 20 users on 200,000 items over thirty days: some users click more than
 others, and items' clicks fall with a power of their rank. Each size has a process of its own, which
 goes through a run's stages: log (read, checked and written), split by time, samples of the training
 part (columns included), training (64-d, histories of 50, in-batch, 256 uniform and 256 popular
@@ -8,9 +8,9 @@ negatives, batches of 1,024), validation of sampled users against all items.
 
     memory    peak of each stage, sampled every 20 ms: RssAnon is what the process holds, VmRSS is
               that and the pages of mapped files, which the system may drop
-    seconds   of the clock, and of the processor, which other jobs of the machine change less
+    seconds   wall time, and CPU time, which other jobs on the machine change less
     training  steps a second, and CPU milliseconds a step; then once more in turn with the first
-              size, in one process, so that ratios are those of one machine at one time
+              size, in one process, so that ratios are of one machine at one time
 
     python benchmarks/scale.py --events 1e6 1e7 1e8 --json benchmarks/results/scale.json
 

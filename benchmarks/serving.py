@@ -1,8 +1,8 @@
 """Measures the server: time and throughput beside the same calls in process, swaps, memory.
 
-A model of random clusters, 64-d, with a ScaNN index tuned to .95 of the exact top 100; a request is
-`retrieve_user` of a random user at k = 100. Clients are connections that ask again as soon as they
-are answered, from a process of their own on this machine; the numbers of threads run in turn.
+The model has random clusters, 64-d, with a ScaNN index tuned to .95 of the exact top 100. A request
+is `retrieve_user` of a random user at k = 100. Clients are connections, from their own process on
+this machine, that ask again as soon as they are answered. The numbers of threads run in turn.
 
     python benchmarks/serving.py --json benchmarks/results/serving.json
 

@@ -7,12 +7,12 @@ Two logs of 10,000 users, ordered and without times:
     kuairand-pure  the last long views of users with 5 or more, 19 on average, of a cut of
                    KuaiRand-Pure (`kuairand.py` says which); attributes: tags
 
-The last item of each is the test, the one before it the validation; all items are ranked, the
-user's own excluded. Settings are chosen by the validation figures.
+The last item of each sequence is the test, the one before it the validation. All items are ranked,
+the user's own excluded. Choose settings by the validation figures.
 
     python benchmarks/sparse_sequences.py --data ml-1m --data-dir ml-1m --json FILE
 
-About five CPU minutes a plan and seed.
+Takes about five CPU minutes per plan and seed.
 """
 
 from __future__ import annotations

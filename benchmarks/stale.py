@@ -1,7 +1,7 @@
-"""Lists the results whose code has changed since they were made, and by what.
+"""Lists the results whose code has changed since they were made, with the changed files.
 
-A result is of the commit that it names. The code behind it is the script of its command and every
-module of this repository that the script imports, directly or through another one.
+A result names its commit. The code behind it is the script of its command and every module of this
+repository that the script imports, directly or through another one.
 
     python benchmarks/stale.py --json stale.json
 

@@ -2,7 +2,7 @@
 
 An id-only candidate tower and a mean of the history, 64-d, Adagrad, B = 1024 positives, M = 1024
 shared easy negatives, a corpus of 20,000. A step is the model's, fed by the pipeline that makes its
-batches, as in `fit`; steps of all variants run in turn, several rounds, and ratios are of medians.
+batches, as in `fit`. All variants run in turn, over several rounds; ratios are of medians.
 
     bare          no masks (accidental hits alone), no hard negatives
     masks L       known positives and exposed items masked, lists of L on average, together

@@ -1,12 +1,12 @@
-"""Measures what the times of the events are worth to the preset `sequence`.
+"""Measures what the preset `sequence` gains from the times of the events.
 
     ml-100k        MovieLens-100K's ratings of 4 and 5, ids alone; the last one of each user is the
                    test, the one before it the validation
     kuairand-pure  the clicks of seven days of KuaiRand-Pure, as in `request.py`: five days to train
                    on, a day to choose the epoch, a day to test
 
-Each seed trains twice on the same samples, which know only what is strictly earlier: once without
-and once with the times. Choose by the validation figures.
+Each seed trains twice on the same samples, whose histories hold only strictly earlier events: once
+without and once with the times. Choose by the validation figures.
 
     python benchmarks/times.py --data ml-100k --seeds 0 1 --json times_ml_100k.json
     python benchmarks/times.py --data kuairand-pure --data-dir kuairand-pure --json FILE

@@ -1,10 +1,10 @@
 """Measures training speed against the TFRS retrieval tutorial's own loop, on MovieLens-100K.
 
-Speed: positives a second of `fit`, and a CPU second of the process, all loops in turn, some epochs
-each, several rounds; ratios are taken round by round, medians are reported. Each loop runs once
-before, so that tracing and the tutorial's cache do not count. Ids alone, 32-d, batch 8192, likes of
-the training part; the tutorial's loop with its Adagrad of 0.1, the package's with lazy_adam of
-0.03, chosen on validation.
+Speed: positives per second of `fit` and per CPU second of the process. All loops run in turn, some
+epochs each, over several rounds; ratios are taken round by round, and medians are reported. Each
+loop runs once before, so that tracing and the tutorial's cache do not count. Ids alone, 32-d, batch
+8192, likes of the training part; the tutorial's loop with its Adagrad of 0.1, the package's with
+lazy_adam of 0.03, chosen on validation.
 
     tutorial              the tutorial's loop as it stands, its FactorizedTopK metrics in training
     tutorial_no_metrics   the same with compute_metrics=False
@@ -13,16 +13,17 @@ the training part; the tutorial's loop with its Adagrad of 0.1, the package's wi
     easy                  512 easy negatives alone
 
 The towers are the same, an embedding of the id; the package normalises it.
-Quality: NDCG@100 on validation of each loop after the same numbers of epochs, trained anew. The
-metrics change no weight, so that the tutorial's loop is trained once, without them; with the
-correction it is measured too.
 
-Parts: CPU milliseconds a step of the package's loops with the batch already there, and of making
-the batch alone.
+Quality: NDCG@100 on validation of each loop, trained anew for the same numbers of epochs. The
+metrics change no weight, so the tutorial's loop is trained once, without them, and once more with
+the correction.
 
-Time to quality: seconds in `fit` until NDCG@100 on the test (main protocol, trained on all that
-precedes it) first reaches each target, measured after every epoch, the measuring not counted,
-tracing counted: the tutorial's model, without and with the correction, and as the guide changes it;
+Parts: CPU milliseconds per step of the package's loops on a batch made before, and of making a
+batch.
+
+Time to quality: seconds in `fit` until NDCG@100 on the test (main protocol, trained on everything
+before it) first reaches each target. It is measured after every epoch; measuring is not counted,
+tracing is. Models: the tutorial's, without and with the correction, and as the guide changes it;
 this package's default and presets; EASE and implicit's iALS, which are fitted in one go.
 
     python benchmarks/training_speed.py --json benchmarks/results/training_speed.json

@@ -1,7 +1,7 @@
 """The model of TFRS' tutorial "Recommending movies: retrieval", for benchmarks to measure against.
 
 Embeddings of user and item ids, 32-d, in-batch negatives, batch 8192, Adagrad 0.1, 3 epochs, no
-correction. Its metrics rank every pair of every batch in training; they change no weight.
+correction. Its metrics rank every pair of every training batch; they change no weight.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ scores, as |mean - exact| / |exact|, for every mixture of negatives, hard share 
 logits and number of shared columns, with three corrections:
 
     mixture   log n(c) of the mixture that the columns were drawn from (tfrs_pipeline)
-    unigram   the in-batch probability for all columns, as libraries correct that know one sampler
+    unigram   the in-batch probability for all columns, as in libraries that know one sampler
     none      no correction
 
-The denominator is unbiased with the mixture's log_q. The gradient is a ratio of two means, whose
-bias falls with the columns and grows with the spread of the logits.
+The denominator is unbiased with the mixture's log_q. The gradient is a ratio of two means. Its bias
+falls with the number of columns and grows with the spread of the logits.
 
     python benchmarks/unbiased.py --json unbiased.json
 """

@@ -1,20 +1,20 @@
 """Measures retraining from yesterday's model against training from nothing, on MovieLens-100K.
 
 The log is cut into periods. At every cut a model is trained on the likes of the window that ends
-there, and asked what users like in the period that follows: a user's first half of it is in the
-history, as it would be in service, the second half is to be found among all items that were known
-at the cut; the user's earlier likes are excluded. A user's query counts once in every period.
+there, and asked what users like in the next period. The first half of a user's likes in that period
+is in the history, as in service. The second half is to be found among all items known at the cut,
+the user's earlier likes excluded. A user's query counts once in every period.
 
     from nothing          trained anew at every cut
     a fifth               the same with a fifth of the epochs
-    warm                  begun with its own model of the cut before, as many epochs
+    warm                  started from its own model of the cut before, as many epochs
     warm, a fifth         the same with a fifth of the epochs
-    refreshed             the model that was trained from nothing one cut before, not trained again;
-                          its index refreshed: what is new is embedded by its features
+    refreshed             the model trained from nothing one cut before, not trained again; in its
+                          refreshed index, new items are embedded by their features
     refreshed, first cut  the same with the model of the first cut, ever older
 
-The number of epochs is chosen on validation before the first cut, once a seed; every model of a
-seed has it. "new items" are those that nobody had rated by the cut before, ranked among all.
+For each seed the number of epochs is chosen once, on validation before the first cut, for all its
+models. "New items" are those that nobody had rated by the previous cut, ranked among all.
 
     python benchmarks/warm_start.py --seeds 3 --json benchmarks/results/warm_start.json
 """

@@ -1,13 +1,13 @@
 """Measures a training step by one process and by several on this machine, a core each.
 
-The workers talk over loopback, whose bytes are counted (all traffic on it, so that nothing else
-should use it meanwhile). On one machine with as many cores as workers this is the worst case for
-the arithmetic that workers repeat, and the best for the network: it says what several workers cost,
-not how they scale over machines.
+The workers talk over loopback. All bytes on it are counted, so nothing else should use it
+meanwhile. One machine with as many cores as workers is the worst case for the arithmetic that
+workers repeat, and the best for the network: the result is what several workers cost, not how they
+scale over machines.
 
 Steps of `fit` with the default mixture on made-up positives, Zipf over the candidates; the median
 of the epochs after the first, which is spent on tracing. CPU seconds are those of all workers
-together: wall time is right on idle cores alone.
+together; wall time is reliable only on idle cores.
 
     python benchmarks/workers.py --json benchmarks/results/workers.json
 """
