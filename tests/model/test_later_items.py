@@ -88,7 +88,7 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     settings: dict[str, Any] = {"candidate_bias": True, "share_item_embedding": shared}
     plan = tiny(negatives=EASY, **settings, training={"max_epochs": 3})
     model = plan.fit_samples(data, log=train)
-    came_later = "1 item came after the training: nobody's negatives, and new unless known before"
+    came_later = "1 item came after the training: never negatives, and new unless known before"
     assert came_later in model.notes
     later, dead = (tf.constant([row_of(data, item)]) for item in (LATER, DEAD))
     kinds = model.network.candidate_table(later)

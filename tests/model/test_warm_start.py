@@ -192,7 +192,7 @@ def test_what_was_carried_over_is_told(
         "warm start: 20 items kept, 6 new, 4 gone; 15 users kept, 5 new, 5 gone",
         "    genre: 5 values kept, 1 new, 0 gone",
         "    title: 3 values kept, 0 new, 0 gone",
-        "    the optimizer's state starts anew: it was lazy_adam, now adagrad",
+        "    the optimizer's state starts again: it was lazy_adam, now adagrad",
     ]
     assert int(model.network.optimizer.iterations) == len(sets[1].samples) // 32
 

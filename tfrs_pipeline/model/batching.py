@@ -24,7 +24,7 @@ def make_batches(
     negatives: Sequence[Negatives],
     seed: int,
 ) -> HybridBatches:
-    """Makes what `TwoTower.batches` returns; `negatives` are the settings' kinds and own ones."""
+    """Makes the batches of `TwoTower.batches`; `negatives` include the user's own kinds."""
     if not reads_times(settings, training):
         samples = dataclasses.replace(samples, sequence_times=None)
     rate = resampling_rate(samples.counts, settings.resampling_exponent)

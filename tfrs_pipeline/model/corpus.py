@@ -59,7 +59,7 @@ class Corpus:
 
     @classmethod
     def read(cls, log: Log, folder: Path) -> Self:
-        """Reads the ids behind the samples in a folder, and encodes their features of the log."""
+        """Reads the ids behind the samples in a folder, and encodes their features in the log."""
         candidate_ids, query_ids = read_ids(folder)
         end = None
         if "timestamp" in log.events.columns:
@@ -165,9 +165,9 @@ class TrainingSet:
     def read(
         cls, log: Log, folder: Path | str, *, seed: int, hard: FunnelLosers | None = None
     ) -> Self | None:
-        """Reads the samples that `build` made in a folder; None if they are not whole.
+        """Reads the samples that `build` made in a folder; None if they are incomplete.
 
-        A `ValueError` if they are of another log, seed or `hard`.
+        Raises a `ValueError` if they are of another log, seed or `hard`.
         """
         folder = Path(folder)
         if not is_whole(folder / "report.json"):

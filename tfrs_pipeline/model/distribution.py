@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 class WorkerLost(RuntimeError):
-    """Another worker of the training has failed or does not answer."""
+    """Another worker of the training failed or does not answer."""
 
 
 def training_strategy() -> tf.distribute.Strategy:
-    """Returns the strategy in scope, else one for TF_CONFIG's workers, else for all GPUs."""
+    """Returns the strategy in scope, else that of TF_CONFIG's workers, else of all GPUs."""
     if tf.distribute.has_strategy():
         strategy = tf.distribute.get_strategy()
         if not isinstance(
@@ -41,7 +41,7 @@ def training_strategy() -> tf.distribute.Strategy:
         return _of_workers()
     if len(tf.config.list_physical_devices("GPU")) > 1:
         return _of_gpus()
-    return tf.distribute.get_strategy()  # The default, of one replica.
+    return tf.distribute.get_strategy()  # The default strategy, with one replica.
 
 
 _of_gpus = functools.cache(tf.distribute.MirroredStrategy)
@@ -58,14 +58,14 @@ def _of_workers() -> tf.distribute.Strategy:
             "could be joined. Call TwoTower.fit before any other use of TensorFlow; or "
             f"unset TF_CONFIG to train alone. TensorFlow says: {error}"
         ) from error
-    # TensorFlow now treats SIGTERM as a notice and continues; this process must stop.
+    # TensorFlow would now treat SIGTERM as a notice and continue; this process must stop.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     return strategy
 
 
 def check_shared(folder: Path | str | None) -> None:
-    """Refuses several workers without a folder that all of them can read."""
+    """Refuses (`ValueError`) several workers without a shared folder."""
     if folder is None and this_worker().count > 1:
         raise ValueError(
             "Several workers train together, as TF_CONFIG says: give fit a folder, the same for "
@@ -76,7 +76,7 @@ def check_shared(folder: Path | str | None) -> None:
 def dataset_of(
     network: tf.keras.Model, batches: HybridBatches, start_step: int, num_steps: int
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
-    """Returns the batches of some steps; for several replicas each one's slices."""
+    """Returns the batches of some steps; for several replicas, the slices of each."""
     strategy = network.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
         return batches.dataset(start_step, num_steps)
@@ -86,21 +86,21 @@ def dataset_of(
         first = context.input_pipeline_id * count
         slices = Slices(first, count, context.num_replicas_in_sync)
         endless = batches.dataset(start_step, slices=slices)
-        # Without this TensorFlow asks all replicas before each step whether one has no batch left.
+        # Without this, TensorFlow asks all replicas before each step whether they have a batch.
         return endless.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
     return strategy.distribute_datasets_from_function(of_worker)
 
 
 def on_chief(work: Callable[[], Any]) -> Any:
-    """Does work on the chief while the other workers wait; each gets its JSON-able result.
+    """Does work on the chief while the other workers wait; all get its result, a JSON value.
 
     All workers must call this, in the same order. If the work fails, the others raise `WorkerLost`.
     """
     worker = this_worker()
     if worker.count == 1:
         return work()
-    training_strategy()  # The work may use TensorFlow, after which no worker can be joined.
+    training_strategy()  # Workers must be joined before the work uses TensorFlow.
     if not worker.is_chief:
         answer = json.loads(_from_chief(b""))
         if "error" in answer:
@@ -117,7 +117,7 @@ def on_chief(work: Callable[[], Any]) -> Any:
 
 
 def chief_first(work: Callable[[], T]) -> T:
-    """Does work on the chief, then on the others, which find the chief's files."""
+    """Does work on the chief, then on the other workers, which find the chief's files."""
     done: list[T] = []
     on_chief(lambda: done.append(work()))
     return done[0] if done else work()
@@ -125,7 +125,7 @@ def chief_first(work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def naming_lost_workers() -> Iterator[None]:
-    """Turns failures that another worker's end has caused into `WorkerLost`."""
+    """Turns failures caused by the end of another worker into `WorkerLost`."""
     try:
         yield
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:

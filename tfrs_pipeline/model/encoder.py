@@ -47,7 +47,7 @@ class Encoder(tf.Module):
 
     Functions of queries take the raw values of request features last (`request_signature`). Those
     of a model that reads times take the request's timestamp, and after a history the times of its
-    items: history_timestamps [B, L], seconds since 1970, NaN or too few where unknown.
+    items: history_timestamps [B, L], seconds since 1970, NaN or absent where unknown.
 
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool, from the
@@ -67,7 +67,7 @@ class Encoder(tf.Module):
         self._holds_users = user_data
         self._query_rows = row_table(model.query_ids if user_data else model.query_ids[:0])
         self._candidate_rows = row_table(model.candidate_ids)
-        # Place 0 holds the empty id: an empty slot has row 0.
+        # Place 0 holds the empty id, since an empty slot has row 0.
         self._candidate_ids = stored(with_empty(model.candidate_ids))
         nobody = np.zeros(0, np.int32), np.zeros(2, np.int64)
         self._histories, self._known = (
@@ -81,7 +81,7 @@ class Encoder(tf.Module):
         self._query_features = tuple(model.query_features)
         self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
-        # As attributes they are saved with the module.
+        # Attributes are saved with the module.
         self._query_resources = graph_resources(model.query_features)
         self._request_resources = graph_resources(model.request_features)
         self._candidate_resources = graph_resources(model.candidate_features)
@@ -179,7 +179,7 @@ class Encoder(tf.Module):
         }
 
     def _refuse_user_embeddings(self) -> None:
-        """Refuses a model that embeds users differently who differ in nothing but their ids."""
+        """Refuses a model whose embeddings depend on the user's id, all else being equal."""
         model = self._model()
         # Spread over all rows: users without a positive in training have no embedding.
         rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
@@ -316,7 +316,7 @@ def history_of(query: Query) -> Sequence[Any]:
 def known_rows(
     encoder: Encoder, queries: Sequence[Query], item_ids: np.ndarray
 ) -> list[np.ndarray]:
-    """Returns the rows, among items, of the known positives of each query's user."""
+    """Returns the known positives of each query's user, as rows among `item_ids`."""
     table = row_table(item_ids)
     found: list[np.ndarray] = []
     for start in range(0, len(queries), QUERIES_PER_CALL):

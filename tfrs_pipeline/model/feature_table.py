@@ -11,7 +11,7 @@ from tfrs_pipeline.model.randomness import Stream, fold, uniform_of_rows
 
 
 class FeatureTable(tf.keras.layers.Layer):
-    """Encoded features of every row, 0 ("unknown") included, constant in the model."""
+    """Encoded features of every row, including row 0 ("unknown"), as constants of the model."""
 
     def __init__(self, features: Sequence[Feature], num_rows: int, name: str) -> None:
         super().__init__(name=name, trainable=False)
@@ -32,7 +32,7 @@ class FeatureTable(tf.keras.layers.Layer):
         return frozenset(self._columns)
 
     def assign(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Sets the encoded rows 1, 2, ... of each feature; row 0 stays "missing"."""
+        """Sets the encoded rows 1, 2, ... of each feature; row 0 stays missing."""
         for name, variable in self._columns.items():
             variable.assign(np.concatenate([variable[:1], columns[name]]))
 
@@ -48,10 +48,10 @@ def drop_features(
     seed: tf.Tensor,
     rows: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
-    """Sets encoded features to missing at random, each by itself in each row, at a `rate`.
+    """Sets encoded features to missing at random, independently by feature and row, at a `rate`.
 
-    A model that trains on the rest leans on no single feature, and learns what a missing one means.
-    `seed` is [2] int32; `rows`, [n] int32, are those whose features these are.
+    So a model does not rely on a single feature, and learns what a missing one means. `seed` is [2]
+    int32; `rows`, [n] int32, are the rows that have these features.
     """
     dropped = dict(encoded)
     if not features or not rate:

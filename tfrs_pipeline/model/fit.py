@@ -44,7 +44,7 @@ class TrainingResult:
 
     @property
     def num_epochs(self) -> int:
-        """Epochs done."""
+        """Number of epochs done."""
         return len(self.history.get("loss", []))
 
 
@@ -71,13 +71,13 @@ def train(
 ) -> TrainingResult:
     """Trains a network and leaves it with its best weights.
 
-    A batch and its dropout are functions of (seed, step): a stopped training resumes after its last
-    whole epoch and ends like an unbroken one.
+    A batch and its dropout depend only on (seed, step): a stopped training resumes after its last
+    complete epoch and ends like an uninterrupted one.
 
     `validate` measures the network: metrics by name; without it all epochs are trained, and the
     last is kept. `max_epochs` replaces the settings' number. `mining` prepares the batches. A
-    network that another training has begun with goes on from `first_step`. `folder` keeps every
-    epoch, to resume from.
+    warm-started network continues from `first_step`. `folder` keeps the best and the last epoch,
+    to resume from.
     """
     # The decay goes over all epochs of the settings: a refit for fewer of them has the learning
     # rates that validation has seen.
@@ -96,7 +96,7 @@ def train(
         all_callbacks = [*callbacks, keeper]
         if settings.tensorboard and folder is not None and this_worker().is_chief:
             board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
-            # The keeper comes last: an epoch that counts as done has its events.
+            # The keeper comes last, so that an epoch that counts as done has its events.
             all_callbacks = [_Diagnostics(batches), *callbacks, board, keeper]
         last = settings.max_epochs if max_epochs is None else max_epochs
         _train_epochs(network, batches, mining, all_callbacks, first_epoch, last)
@@ -178,7 +178,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         on_epoch: OnEpoch | None,
     ) -> None:
         super().__init__()
-        # Keras sets it to False; it need not fetch the loss of each step, which is not read.
+        # Keras's default, False, would fetch the loss of each step, which is not read.
         self._supports_tf_logs = True
         self._settings = settings
         self._validate = validate
@@ -247,7 +247,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         result = self.result
         self._seconds_before, self._started = result.seconds, 0.0
         if result.best_epoch < result.num_epochs:
-            # Its optimizer state too: another training may start from it.
+            # Restores the optimizer state too, because another training may start from it.
             _read_checkpoint(network, self._path(result.best_epoch))
 
     def restore(self, network: TwoTowerNetwork, mining: MinedPools | None) -> int:
@@ -290,7 +290,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         keep = {record.stem, f"epoch-{so_far.best_epoch}"}
         for path in record.parent.glob("epoch-*"):
             if path.name.partition(".")[0] not in keep:
-                # Also epoch-3_temp, which TensorFlow leaves if it is killed as it writes.
+                # Also removes epoch-3_temp, which TensorFlow leaves if it is killed while writing.
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

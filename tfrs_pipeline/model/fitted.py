@@ -22,10 +22,10 @@ from tfrs_pipeline.samples.histories import latest_histories
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedTwoTower:
-    """What `TwoTower.fit` returns: a retriever to evaluate, to export, and to start from.
+    """What `TwoTower.fit` returns: a retriever to evaluate, export, or start another training from.
 
     Attributes:
-        settings: Settings of the model, without own parts.
+        settings: Settings of the model, without its own negatives and towers.
         training: How it was fitted.
         corpus: Ids and features behind the rows of the network.
         network: The Keras model, with its best weights.
@@ -75,7 +75,7 @@ class FittedTwoTower:
         User features are those of the log; an exported model also reads a query's `features`.
 
         Raises:
-            ValueError: If a query has an unknown key, an id of another type than in the log, or a
+            ValueError: If a query has an unknown key, an id whose type is not the log's, or a
                 misspelt request feature. Request features that the model does not read are ignored.
         """
         return self.encoder(queries)

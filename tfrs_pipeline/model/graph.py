@@ -1,4 +1,4 @@
-"""Ids as tensors, tables of their rows, and functions of named inputs in a saved graph."""
+"""Ids as tensors, tables from ids to rows, and functions with named inputs in a saved graph."""
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.retrieval import check_ids
 
-# Candidates embedded at once when the whole corpus is.
+# Candidates embedded in one call, when the whole corpus is embedded.
 CORPUS_BLOCK = 65_536
 
 
@@ -43,7 +43,7 @@ def padded(values: tf.Tensor, lists: Sequence[Collection[Any]], default: Any) ->
 
 
 def _ids_in_graph(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    """Makes a tensor of ids: the empty id for None and for integers beyond int64."""
+    """Converts ids to a tensor; None and integers beyond int64 become the empty id."""
     if dtype == tf.string:
         return tf.constant(["" if id_ is None else id_ for id_ in ids], dtype, [len(ids)])
     array: Any = np.asarray(ids)

@@ -1,4 +1,4 @@
-"""A query's history turned into a vector: pooled, or read by causal self-attention."""
+"""Turns a query's history into a vector: pooled, or read by causal self-attention."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import tensorflow as tf
 from tfrs_pipeline.model.randomness import Dropout, Stream
 from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 
-# Buckets of the seconds between events, by their logarithm: the last begins at 68 years.
+# Logarithmic buckets of the seconds between events; the last begins at 68 years.
 NUM_GAPS = 64
 _GAPS_PER_DOUBLING = 2
-# Share of the gaps, and of the sequences with all their gaps, that training makes unknown, so that
-# a request may come without times.
+# Share of the gaps, and of whole sequences of gaps, that training makes unknown, so that a request
+# may come without times.
 GAP_DROPOUT = 0.05
 # About the standard deviation of a new embedding's entries. Normalised vectors, whose entries are
 # about 1, would outweigh the features that a tower adds to them.
@@ -23,7 +23,7 @@ _EMBEDDING_SCALE = 0.03
 
 
 class HistoryEncoder(tf.keras.layers.Layer):
-    """Encodes the items of a query's history, alone or at every place of a sequence.
+    """Encodes the items of a query's history, by itself or at every place of a sequence.
 
     Each pooling gives one vector:
 
@@ -31,11 +31,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
     - "recency": their mean with weights that fall by `recency_decay` per step from the latest item.
     - "attention": the last output of a causal Transformer over them (`SelfAttention`). If it
       `reads_times`, it knows the time from each item to the next, and from the last one to the
-      query; times that are not given are unknown. The output starts as long as a new embedding.
+      query; absent times are unknown. At first, the output is about as long as a new embedding.
 
     An empty history has a learned vector for each pooling; `num_vectors` counts the poolings.
-    `item_embedding` is the layer that embeds candidate rows of any shape, [..., dim]; with None the
-    history has an embedding of `num_candidates` rows and row 0.
+    `item_embedding` is a layer that embeds candidate rows of any shape, [..., dim]; None makes a
+    separate embedding of `num_candidates` rows and row 0.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Encodes histories: [B, num_poolings * dim] float32.
 
-        `history_rows`, [B, N] int32, come most recent first, padded with 0. `times`, [B, N + 1]
-        float64, are the query's and each item's in seconds, NaN where it is unknown.
+        `history_rows`, [B, N] int32, are sorted most recent first, padded with 0. `times`,
+        [B, N + 1] float64, are those of the query and of each item in seconds, NaN if unknown.
         """
         kept = self._kept(history_rows, dropout)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
@@ -89,8 +89,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
         if self._has_attention:
             width = tf.shape(history_rows)[1]
             if dropout is None:
-                # Only as wide as the longest history; not in training, where a slice needs the
-                # dropout of its batch, which may be wider.
+                # Only as wide as the longest history. Not in training: a slice needs the dropout
+                # of its batch, which may be wider.
                 width = tf.reduce_max(tf.concat([lengths, [0]], axis=0))
             oldest_first, kept = (
                 tf.reverse_sequence(values, lengths, seq_axis=1)[:, :width]
@@ -111,8 +111,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """Encodes every beginning of sequences: [W, L + 1, num_poolings * dim] float32.
 
         Entry j encodes the first j items of [W, L] int32, oldest first, padded with 0. `times`,
-        [W, L + 1] float64, are the items' and the last query's; the query of entry j has that of
-        item j + 1.
+        [W, L + 1] float64, are those of the items and of the last query; the query of entry j has
+        the time of item j + 1.
         """
         kept = self._kept(sequence_rows, dropout)
         parts = []
@@ -124,11 +124,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
 
     @property
     def item_table(self) -> tf.Variable | None:
-        """The embedding table of items, one row per candidate; None if it is another layer's."""
+        """The embedding table of items, by candidate row; None if it belongs to another layer."""
         return None if self._is_shared else self._embedding.embeddings
 
     def _kept(self, rows: tf.Tensor, dropout: Dropout | None) -> tf.Tensor:
-        """Returns 1 for items that count, 0 for padding and dropped ones: float32."""
+        """Returns 1 for items that count, 0 for padding and dropped items: float32."""
         is_kept = rows > 0
         if dropout is not None and self._dropout:
             is_kept &= dropout.of(Stream.HISTORY).uniform(tf.shape(rows)) >= self._dropout
@@ -155,17 +155,17 @@ class HistoryEncoder(tf.keras.layers.Layer):
         return tf.where(is_empty, self._empty, tf.concat(pooled, axis=2))
 
     def _pooled(self, history_rows: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
-        """Pools histories, [B, N] rows with 1 where they count: [B, num_pooled * dim]."""
+        """Pools [B, N] histories, where `kept` is 1: [B, num_pooled * dim]."""
         steps_ago = tf.range(tf.shape(history_rows)[1], dtype=tf.float32)
         weights = {"mean": kept, "recency": kept * self._recency_decay**steps_ago}
-        # Only what counts is looked up: most places of long histories are padding or dropped.
+        # Looks up only items that count: most places of long histories are padding or dropped.
         place = tf.where(kept > 0)
         vectors = self._embedding(tf.gather_nd(history_rows, place))
         num_rows = tf.shape(history_rows)[0]
         pooled = []
         for pooling in self._means:
             weighted = vectors * tf.gather_nd(weights[pooling], place)[:, tf.newaxis]
-            # For sorted places: several times faster than for unsorted ones, gradient included.
+            # Places are sorted, so this is several times faster, gradient included.
             total = tf.math.segment_sum(weighted, place[:, 0])
             total = tf.pad(total, [[0, num_rows - tf.shape(total)[0]], [0, 0]])
             share = tf.reduce_sum(weights[pooling], axis=1, keepdims=True)
@@ -196,8 +196,8 @@ class SelfAttention(tf.keras.layers.Layer):
 
     Blocks normalise first: x + Attention(norm(x)), then x + MLP(norm(x)); the outputs are
     normalised once more. A learned vector before the first item gives the output of an empty
-    history. Each head has a learned relative position bias, zero at first, and each bucket of gaps
-    to what comes next a vector that is added. Padding must come last.
+    history. Each head has a learned relative position bias, zero at first. Each bucket of gaps has
+    a learned vector, which is added. Padding must come last.
 
     References: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM. The bias:
     Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
@@ -236,7 +236,7 @@ class SelfAttention(tf.keras.layers.Layer):
             }
             for _ in range(num_blocks)
         ]
-        # It helps where few sequences are long enough to train the late positions.
+        # The bias helps if few sequences are long enough to train the late positions.
         self.by_distance = [
             self.add_weight(
                 name=f"by_distance_{i}",
@@ -255,7 +255,7 @@ class SelfAttention(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Attends to [W, L, dim] vectors, oldest first: [W, L + 1, dim], output j sees the first j.
 
-        `gaps`, [W, L + 1] int32, come from `gap_buckets`; None is unknown.
+        `gaps`, [W, L + 1] int32, come from `gap_buckets`; None means unknown.
         """
         shape = tf.shape(vectors)
         tf.debugging.assert_less(
@@ -264,14 +264,14 @@ class SelfAttention(tf.keras.layers.Layer):
             f"A history may hold {self.positions.shape[0] - 1} items at most: give the latest.",
         )
         start = tf.tile(self.start, [shape[0], 1, 1])
-        # As in SASRec: otherwise the positions would weigh as much as the items.
+        # Scaled as in SASRec, or the positions would weigh as much as the items.
         hidden = tf.concat([start, vectors * self._scale], axis=1)
         hidden += self.positions[: shape[1] + 1]
         if self.gap_vectors is not None:
             if gaps is None:
                 gaps = tf.zeros_like(hidden[:, :, 0], tf.int32)
             hidden += tf.gather(self.gap_vectors, gaps)
-        # One for each place where something is dropped, None outside training.
+        # One stream for each place where something is dropped; None outside training.
         own = None if dropout is None else dropout.of(Stream.ATTENTION)
         dropouts = (None if own is None else own.of(i) for i in itertools.count())
         hidden = self._dropped(hidden, dropouts)
@@ -314,9 +314,9 @@ def _normal() -> tf.keras.initializers.Initializer:
 
 
 def gap_buckets(times: tf.Tensor) -> tf.Tensor:
-    """Buckets the time since the entry before, of [W, L + 1] float64 seconds: int32.
+    """Buckets the time since the previous entry, given [W, L + 1] float64 seconds: int32.
 
-    That is 0 at the first place and where a time is unknown (NaN), else
+    The bucket is 0 at the first place and where a time is unknown (NaN), else
     1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
 
     Example:
@@ -327,7 +327,7 @@ def gap_buckets(times: tf.Tensor) -> tf.Tensor:
     is_known = tf.math.is_finite(seconds)
     # A clock may go backwards.
     seconds = tf.maximum(tf.where(is_known, seconds, 0.0), 0.0)
-    # Seconds are integers: the addend keeps rounding from choosing the bucket below.
+    # Seconds are integers, so the addend only prevents rounding into the bucket below.
     steps = tf.floor(_GAPS_PER_DOUBLING * tf.math.log1p(seconds) / math.log(2) + 1e-6)
     buckets = tf.minimum(1 + tf.cast(steps, tf.int32), NUM_GAPS - 1)
     return tf.pad(tf.where(is_known, buckets, 0), [[0, 0], [1, 0]])

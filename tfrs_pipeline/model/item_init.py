@@ -58,10 +58,10 @@ def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
 
 
 def add_item_factors(network: TwoTowerNetwork, clicked: RowLists, folder: Path | None) -> None:
-    """Adds the factors of items (`item_factors`) to what their embeddings are drawn as.
+    """Adds the factors of items (`item_factors`) to their random initial embeddings.
 
-    The item table of the history gets the same factors. Of several workers the chief computes them
-    and hands them to the others in a file in the folder. A `ConfigError` if there is no such table.
+    A separate item table of the history gets them too. With several workers, the chief passes them
+    to the others in a file in the folder. Raises a `ConfigError` if there is no such table.
     """
     query, candidate = network.query_tower, network.candidate_tower
     tables: list[tf.Variable | None] = []

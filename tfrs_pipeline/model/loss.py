@@ -15,34 +15,34 @@ MASKED_LOGIT = np.finfo(np.float32).min / 100.0
 
 
 class HybridRetrieval(tfrs.tasks.Retrieval):
-    """`tfrs.tasks.Retrieval` with the log_q of any mixture, and a row's own negatives.
+    """`tfrs.tasks.Retrieval` with the log_q of any mixture, and hard negatives for each row.
 
     The parent's `candidate_sampling_probability` is one number per column, clipped to [1e-6, 1],
     and corrects the positive as well. Here `log_q` may differ by row, is never clipped, and the
-    row's own positive keeps its bare logit. Hard negatives of a row are columns of that row alone:
-    B * H products, not B * B * H. A row may have several positives, each with a loss of its own
-    over the same negatives, which are scored once.
+    row's own positive keeps its uncorrected logit. Each row has its own columns of hard negatives,
+    which takes B * H products, not B * B * H. A row may have several positives: each has a separate
+    loss over the same negatives, which are scored once.
 
-    It computes in float32, whatever the precision of the embeddings and the policy of Keras. It has
-    no metrics: those of a batch flatter collapsed embeddings. Use `evaluate`.
+    It computes in float32, for any precision of the embeddings and any Keras policy. It has no
+    metrics: those of a batch flatter collapsed embeddings. Use `evaluate`.
 
     Args:
         temperature: Scores are divided by it; above 0.
 
     A call takes:
         query_embeddings: [W, D] float.
-        candidate_embeddings: [P, D], the positives, one a query unless there is a `positive_query`.
+        candidate_embeddings: [P, D], the positives, one per query unless `positive_query` is given.
             Without `negative_embeddings` they are the shared columns too, as in the parent: more
             candidates may follow them, and the diagonal is masked.
         sample_weight: [P] or [P, 1], optional.
         candidate_sampling_probability: [C] in [1e-6, 1], in place of `negative_embeddings` and
             `log_q`: as in the parent, it corrects the positive too.
-        score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`, a
-            column that holds the row's own positive must not.
+        score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`, it
+            must be False for columns that hold the row's own positive.
         negative_embeddings: [C, D], the shared columns.
         log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. A column
-            with -inf does not count: no kind of negative draws its candidate, such as an item that
-            is new in validation.
+            with -inf does not count: no kind of negative draws its candidate, for instance an item
+            that is new in validation.
         positive_query: [P] int32 in [0, W), the query of each positive; any number per query. It
             needs `negative_embeddings`.
         hard_embeddings: [W, H, D], each row's own negatives.
@@ -54,10 +54,10 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         ValueError: If the temperature is not above 0. From a call, if both corrections are given,
             shapes do not fit, or an argument comes without the one that it needs.
         tf.errors.InvalidArgumentError: From a call, if a sampling probability leaves [1e-6, 1], or
-            if shapes do not fit that a graph knows only when it runs.
+            if shapes that a graph knows only at run time do not fit.
 
     Example:
-        In-batch negatives and two easy ones, all of them corrected:
+        In-batch negatives and two easy negatives, all corrected:
 
         >>> task = HybridRetrieval(temperature=0.1)
         >>> queries, positives, easy = tf.eye(2), tf.eye(2), tf.ones([2, 2])
@@ -76,7 +76,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature must be above 0. Received: {temperature!r}")
         super().__init__(temperature=temperature)
-        self._autocast = False  # Of the parent's first input, under a policy of mixed precision.
+        self._autocast = False  # Keras would cast the first input under a mixed-precision policy.
 
     def call(
         self,
@@ -98,8 +98,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         """Computes the summed loss of a batch; the class describes the arguments.
 
         Returns:
-            Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive,
-            the logits being its own and those of its query's negatives.
+            Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive.
+            The logits are those of the positive and of its query's negatives.
         """
         queries, positives, negatives, hard = _as_float32(
             query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings
@@ -107,7 +107,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         probability, log_q, hard_log_q, sample_weight = _as_float32(
             candidate_sampling_probability, log_q, hard_log_q, sample_weight
         )
-        if self._temperature is not None:  # A pass over [W, D] instead of one over [W, C].
+        if self._temperature is not None:  # Dividing [W, D] is cheaper than dividing [W, C].
             queries = queries / self._temperature
         parents_log_q = None
         if probability is not None:
@@ -162,7 +162,7 @@ def _split_columns(
     score_mask: tf.Tensor | None,
     positive_query: tf.Tensor | None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the positives among the parent's columns, and a mask that is False at each row's."""
+    """Returns the positives among the parent's columns, and a mask that is False at them."""
     if positive_query is not None:
         raise ValueError(
             "positive_query needs negative_embeddings: which columns are a query's own is unknown "
@@ -217,12 +217,12 @@ def _as_float32(*given: tf.Tensor | None) -> list[tf.Tensor | None]:
 
 
 def _logits(scores: tf.Tensor, **given: tf.Tensor | None) -> tf.Tensor:
-    """Corrects scores, [W, C], by a log_q, then masks what a mask leaves out; both by name."""
+    """Corrects scores, [W, C], by a log_q, then applies a mask; both are given by name."""
     (log_q_name, log_q), (mask_name, mask) = given.items()
     logits = scores
     if log_q is not None:
         log_q = _checked(log_q_name, log_q, logits, may_be_shared=log_q_name == "log_q")
-        # An infinite log_q masks too: the loss would be NaN.
+        # An infinite log_q masks too, or the loss would be NaN.
         logits = logits - tf.where(tf.math.is_inf(log_q), -MASKED_LOGIT, log_q)
     if mask is None:
         return logits
@@ -232,8 +232,8 @@ def _logits(scores: tf.Tensor, **given: tf.Tensor | None) -> tf.Tensor:
 def _checked(
     name: str, given: tf.Tensor, logits: tf.Tensor, *, may_be_shared: bool = False
 ) -> tf.Tensor:
-    """Refuses another shape than the logits' [W, C], or for all rows alike [C] or [1, C]."""
-    # A log_q of [W, 1] would be broadcast, and correct nothing.
+    """Requires the logits' shape [W, C] or, if it may be shared by all rows, [C] or [1, C]."""
+    # A log_q of [W, 1] would be broadcast without correcting anything.
     given, message = tf.convert_to_tensor(given), f"{name} must be [num_rows, num_columns]"
     shape, wanted = given.shape, logits.shape
     allowed = [wanted]
@@ -251,13 +251,13 @@ def _checked(
 
 
 def _of_positives(rows: tf.Tensor, positive_query: tf.Tensor | None) -> tf.Tensor:
-    """Returns what belongs to each positive: rows as they are, or the rows of `positive_query`."""
+    """Returns the row of each positive's query: all rows in order, or those of `positive_query`."""
     return rows if positive_query is None else tf.gather(rows, positive_query)
 
 
 def _log_sum_exp(blocks: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Computes the log of the summed exponentials of each row over [W, any] blocks: [W]."""
-    # They are not joined: a copy of the scores would cost half as much again as the rest.
+    """Computes the logsumexp of each row over [W, any] blocks: [W]."""
+    # The blocks are not joined: a copy of the scores would cost half as much again as the rest.
     highest = functools.reduce(tf.maximum, [tf.reduce_max(block, axis=1) for block in blocks])
     highest = tf.stop_gradient(highest)
     total = tf.add_n(

@@ -1,4 +1,4 @@
-"""Pools of hard negatives mined from the model as it trains."""
+"""Pools of hard negatives, mined from the model while it trains."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from tfrs_pipeline.samples.store import RowLists, Samples
 
 logger = logging.getLogger(__name__)
 
-# A look-up table of a batch: 64 MB.
+# Bounds a batch's look-up table to 64 MB.
 _CELLS_PER_BATCH = 1 << 26
 
 
@@ -33,8 +33,8 @@ def mine_pools(
 ) -> RowLists:
     """Mines a pool of hard negatives for every sample, in random order.
 
-    The samples of a user with the same history are retrieved for once. `batch_size` is the number
-    of these at a time; it is less with more than 65,000 items.
+    Retrieves once for all samples of a user with the same history. `batch_size` is the number of
+    such states per call; it is lower with more than 65,000 items.
     """
     num_candidates = len(samples.counts) - 1
     is_later = np.zeros(num_candidates + 1, bool) if samples.is_later is None else samples.is_later
@@ -142,7 +142,7 @@ class MinedPools:
         self.batches.set_hard_pool("mined", pool)
 
     def describe(self) -> list[str]:
-        """Says how many hard negatives the last mining has found."""
+        """Says how many hard negatives the last mining found."""
         if not self.pools:
             return [
                 "no hard negatives were mined: training ended within the first "

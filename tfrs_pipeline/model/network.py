@@ -18,8 +18,8 @@ from tfrs_pipeline.model.own import mark_trained
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
-# Share of the request features that training drops, so that a request may come without them; as
-# large as the ID dropout.
+# Share of the request features that training drops, so that a request may come without them. It
+# equals the default ID dropout.
 REQUEST_DROPOUT = 0.05
 _READ_BY_QUERIES = (
     *("history_rows", "history_times", "sequence_rows", "sequence_times", "state"),
@@ -32,16 +32,16 @@ class TwoTowerNetwork(tfrs.Model):
 
     A tower is any Keras layer that returns [n, D] float32. It is called with a dict:
 
-    - `row`: [n] int32, users or items, 0 is unknown.
-    - `features`: Encoded, by name; the query tower's include request features, of which training
-      drops some.
+    - `row`: [n] int32, users or items; 0 is unknown.
+    - `features`: Encoded, by name. The query tower also gets request features, some of which
+      training drops.
     - `dropout_seed`: [2] int32, in training; with several replicas also `dropout_slice`.
-    - For queries, `history_rows`, or `sequence_rows` and `state`; where the corpus has times and
-      `history_pooling` is attention, also `history_times` or `sequence_times`. See `Batch`.
+    - For queries, `history_rows`, or `sequence_rows` and `state`; if the corpus has times and
+      `history_pooling` has attention, also `history_times` or `sequence_times`. See `Batch`.
 
-    A `ValueError` if a tower returns something else, the two do not go together, or Keras has
-    another policy than float32. Encoded features of the corpus become constants of the model; the
-    query tower may also read those in `candidate_table`.
+    Raises a `ValueError` if a tower returns something else, their widths differ, or the Keras
+    policy is not float32. Encoded features of the corpus become constants of the model; the query
+    tower may also read those in `candidate_table`.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class TwoTowerNetwork(tfrs.Model):
         if policy != "float32":
             raise ValueError(
                 f"The towers need the policy float32. Received: {policy!r}. Set it by "
-                "tf.keras.mixed_precision.set_global_policy('float32'); layers of an own tower may "
-                "have another dtype as long as the tower returns float32."
+                "tf.keras.mixed_precision.set_global_policy('float32'); layers of your own tower "
+                "may have another dtype as long as the tower returns float32."
             )
         super().__init__(name=name)
         self.query_tower, self.candidate_tower = query_tower, candidate_tower
@@ -71,7 +71,7 @@ class TwoTowerNetwork(tfrs.Model):
         self.task = HybridRetrieval(settings.temperature)
         self._is_corrected = settings.correction != "none"
         self._make_loss_metric()
-        # All replicas report the metric's value over all of them, which must not be added up.
+        # Each replica reports the metric over all replicas, so the values must not be added up.
         self.distribute_reduction_method = "first"
         self._build_variables()
         self._check_variables()
@@ -85,7 +85,7 @@ class TwoTowerNetwork(tfrs.Model):
     ) -> tf.Tensor:
         """Embeds queries: [B, D] float32; see `Exportable`.
 
-        Request features and times that are not given are missing.
+        Absent request features and times are missing values.
         """
         batch = Batch(query_rows, history_rows=history_rows, history_times=history_times)
         return self._queries(batch, features)
@@ -98,12 +98,12 @@ class TwoTowerNetwork(tfrs.Model):
         training: bool = False,
         dropout_seed: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Embeds candidates, [n] int32 rows, 0 is an unknown item: [n, D] float32."""
+        """Embeds candidates by [n] int32 rows, where 0 is an unknown item: [n, D] float32."""
         inputs = {
             "row": candidate_rows,
             "features": self.candidate_table(candidate_rows) if features is None else features,
         }
-        if dropout_seed is not None:  # Other draws than the query tower's.
+        if dropout_seed is not None:  # The draws must differ from the query tower's.
             inputs["dropout_seed"] = fold(dropout_seed, Stream.CANDIDATES)
         return self.candidate_tower(inputs, training=training)
 
@@ -133,7 +133,7 @@ class TwoTowerNetwork(tfrs.Model):
     def _of_request(
         self, batch: Batch, given: Mapping[str, tf.Tensor], training: bool
     ) -> dict[str, tf.Tensor]:
-        """Returns the request features: given, or those of the batch, or missing."""
+        """Returns the request features: the given ones, else the batch's, else missing."""
         rows, known = batch.query_row, {**(batch.requests or {}), **given}
         features = {}
         for feature in self._request_features:
@@ -149,15 +149,15 @@ class TwoTowerNetwork(tfrs.Model):
     def compute_loss(self, inputs: Batch, training: bool = False) -> tf.Tensor:
         """Computes the mean loss of a batch: scalar float32.
 
-        The losses of the slices of a batch (`Slices.take`) add up to the mean loss of the whole. A
-        `ValueError` if several replicas train on something other than a slice.
+        The losses of a batch's slices (`Slices.take`) add up to the mean loss of the whole. Raises
+        a `ValueError` if several replicas train on something other than a slice.
         """
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         if inputs.total_weight is None and replicas > 1:
             raise ValueError(
-                "Several replicas train on batches that tf.distribute has cut, each tensor along "
-                "its first axis, which is not always that of the rows. Train with TwoTower.fit "
-                "under the strategy: it gives each replica its slice."
+                "Several replicas train on batches that tf.distribute has cut: it cuts each tensor "
+                "along its first axis, which is not always the rows. Train with TwoTower.fit under "
+                "the strategy: it gives each replica its slice."
             )
         if training:
             mark_trained(self.query_tower, self.candidate_tower)
@@ -185,7 +185,7 @@ class TwoTowerNetwork(tfrs.Model):
         return tf.math.divide_no_nan(loss, total_weight)
 
     def log_q(self, inputs: Batch) -> tf.Tensor | None:
-        """Returns what the logits of a batch's shared columns are corrected by, if they are."""
+        """Returns the correction of the logits of a batch's shared columns; None without one."""
         return inputs.log_q if self._is_corrected else None
 
     def _embed_columns(
@@ -195,7 +195,7 @@ class TwoTowerNetwork(tfrs.Model):
         columns = [inputs.candidate_row, inputs.shared_row]
         if inputs.hard is not None:
             columns.append(tf.reshape(inputs.hard.candidate_row, [-1]))
-        # Copies of a candidate are separate columns that the tower embeds once.
+        # Copies of a candidate are separate columns, but the tower embeds it once.
         distinct, slot = tf.unique(tf.concat(columns, axis=0))
         embedded = self.embed_candidates(
             distinct, training=training, dropout_seed=inputs.dropout_seed
@@ -213,18 +213,18 @@ class TwoTowerNetwork(tfrs.Model):
 
     @tf.__internal__.tracking.no_automatic_dependency_tracking
     def _make_loss_metric(self) -> None:
-        # Neither in checkpoints nor among the weights: each replica has its own part of it, which
+        # Kept out of checkpoints and weights: each replica has its own part of the metric, which
         # one worker could not read alone.
         self._loss_metric = tf.keras.metrics.Mean(name="loss")
 
     @property
     def metrics(self) -> list[tf.keras.metrics.Metric]:
-        """The loss, which Keras resets each epoch."""
+        """The loss metric, which Keras resets each epoch."""
         return [*super().metrics, self._loss_metric]
 
     @property
     def losses(self) -> list[tf.Tensor]:
-        """Regularization losses of own towers, a replica's share of them: gradients add up."""
+        """A replica's share of own towers' regularization losses, since gradients add up."""
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return [loss / replicas for loss in super().losses]
 
@@ -241,9 +241,9 @@ class TwoTowerNetwork(tfrs.Model):
     def diagnose(self, inputs: Batch) -> dict[str, float]:
         """Computes figures of one batch that show when training goes wrong; changes nothing.
 
-        With a correction, "log_q/min" and "log_q/max" over the shared columns that count;
-        "masked_share" of the shared columns that do not count; "norm/query" and "norm/candidate",
-        the mean length of the batch's embeddings.
+        "masked_share" is the share of shared columns that do not count; "norm/query" and
+        "norm/candidate" are mean lengths of the batch's embeddings. With a correction, "log_q/min"
+        and "log_q/max" are over the shared columns that count.
         """
         is_counted, log_q = inputs.is_counted, self.log_q(inputs)
         candidates = self.embed_candidates(inputs.candidate_row)
@@ -266,7 +266,7 @@ class TwoTowerNetwork(tfrs.Model):
         if query.shape.rank != 2 or query.shape != candidate.shape:
             raise ValueError(
                 "Each tower must return [n, D], the same D: make the last layers of query_tower "
-                "and candidate_tower equally wide. A built-in one returns model.dim numbers, and "
+                "and candidate_tower equally wide. A built-in tower returns model.dim numbers, and "
                 f"one more with model.candidate_bias. Received for n = 1: {tuple(query.shape)} of "
                 f"the query tower, {tuple(candidate.shape)} of the candidate tower."
             )
@@ -288,7 +288,7 @@ class TwoTowerNetwork(tfrs.Model):
         try:
             self._queries(batch)
         except KeyError as error:
-            # Keras adds the arguments of the call to the message.
+            # Keras appends the call's arguments to the message.
             if "history_" not in str(error.args[0]).partition("Call arguments")[0]:
                 raise
             raise ValueError(
@@ -299,7 +299,7 @@ class TwoTowerNetwork(tfrs.Model):
             ) from error
 
     def _check_variables(self) -> None:
-        """Refuses towers with statistics per replica where several replicas train."""
+        """Refuses towers with per-replica statistics if several replicas train."""
         own = [
             variable.name
             for variable in (*self.query_tower.weights, *self.candidate_tower.weights)

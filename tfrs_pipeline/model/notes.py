@@ -28,7 +28,7 @@ class EpochProgress(tf.keras.callbacks.Callback):
 
     def __init__(self, on_steps: OnSteps) -> None:
         super().__init__()
-        # Keras sets it to False; it need not fetch the loss of each step, which is not read.
+        # Keras's default, False, would fetch the loss of each step, which is not read.
         self._supports_tf_logs = True
         self._on_steps = on_steps
 
@@ -59,14 +59,12 @@ def describe_data(
         notes.append(f"{counted(unreachable, 'item')} {verb} never drawn as negatives")
     if (is_later := data.samples.is_later) is not None:
         num = counted(int(is_later.sum()), "item")
-        notes.append(
-            f"{num} came after the training: nobody's negatives, and new unless known before"
-        )
+        notes.append(f"{num} came after the training: never negatives, and new unless known before")
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None and settings.correction == "none":
         notes.append(
-            "without the correction hard negatives count as any others: their share has no effect"
+            "without the correction hard negatives count like all others: their share has no effect"
         )
     elif settings.hard is not None:
         since = ", from the first mining on" if isinstance(settings.hard, Mined) else ""

@@ -1,4 +1,4 @@
-"""Optimizers whose step costs what a batch touches, and the schedule of their learning rate."""
+"""Optimizers that update only a batch's rows, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tfrs_pipeline.model.settings import OptimizerName, TrainingSettings
 
 @tf.keras.utils.register_keras_serializable(package="tfrs_pipeline")
 class LazyAdam(tf.keras.optimizers.Adam):
-    """Adam whose update of an embedding touches only the rows that are in the gradient.
+    """Adam that updates only the rows of an embedding that are in the gradient.
 
-    With g the sum of a row's gradients and t the number of the step from 1, each row in the
-    gradient, and each weight of a dense one, is updated as in `tf.keras.optimizers.Adam`:
+    With g the sum of a row's gradients and t the step from 1, each row in the gradient, and each
+    weight with a dense gradient, is updated as in `tf.keras.optimizers.Adam`:
 
         m <- m + (1 - beta_1) * (g - m)
         v <- v + (1 - beta_2) * (g^2 - v)
         w <- w - learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)
 
-    Adam also moves the rows that are not in a batch, by their decaying moments: a step touches the
-    whole table. Here they keep weights and moments until their next gradient. With every row in
-    every gradient the two are the same.
+    Adam also moves rows that are not in a batch, by their decaying moments, so a step touches the
+    whole table. Here such rows keep weights and moments until their next gradient. If every row is
+    in every gradient, the two are the same.
 
     Example:
         >>> table = tf.Variable([[1.0], [1.0], [1.0]])
@@ -38,18 +38,18 @@ class LazyAdam(tf.keras.optimizers.Adam):
         learning_rate: float | tf.keras.optimizers.schedules.LearningRateSchedule = 0.001,
         **kwargs: Any,
     ) -> None:
-        # XLA would compile the update again for each number of distinct rows.
+        # XLA would recompile the update for each number of distinct rows.
         super().__init__(learning_rate, **{"jit_compile": False, "name": "LazyAdam", **kwargs})
 
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
-        """Updates one variable by a dense gradient, or by one of distinct rows.
+        """Updates one variable by a dense gradient, or by a sparse one with distinct rows.
 
-        `apply_gradients` sums copies of a row before it calls this.
+        `apply_gradients` adds up copies of a row before it calls this.
         """
         if not isinstance(gradient, tf.IndexedSlices):
             super().update_step(gradient, variable)
             return
-        # The parent's formula on the rows, in its order of operations: the same bits.
+        # The parent's formula on the rows, in the same order of operations, for the same bits.
         rows, values = gradient.indices, gradient.values
         step = tf.cast(self.iterations + 1, variable.dtype)
         beta_1_power = tf.pow(tf.cast(self.beta_1, variable.dtype), step)
@@ -72,7 +72,7 @@ class LazyAdam(tf.keras.optimizers.Adam):
 def _update_rows(
     table: tf.Variable, rows: tf.Tensor, update: Callable[[tf.Tensor], tf.Tensor]
 ) -> tf.Tensor:
-    """Replaces distinct rows of a table by a function of them, and returns the new rows."""
+    """Applies a function to distinct rows of a table, and returns the new rows."""
     new = update(tf.gather(table, rows))
     table.scatter_update(tf.IndexedSlices(new, rows))
     return new
@@ -87,14 +87,14 @@ _OPTIMIZERS: dict[OptimizerName, type[tf.keras.optimizers.Optimizer]] = {
 
 
 def slots_of(optimizer: tf.keras.optimizers.Optimizer, variable: tf.Variable) -> list[tf.Variable]:
-    """Returns what a built optimizer keeps for a variable: tables of its shape."""
+    """Returns a built optimizer's state for a variable: tables of the variable's shape."""
     number = optimizer._index_dict[optimizer._var_key(variable)]
     kept = ("_momentums", "_velocities", "_accumulators")
     return [getattr(optimizer, name)[number] for name in kept if hasattr(optimizer, name)]
 
 
 class _From(tf.keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule that begins at a later step of an optimizer."""
+    """A schedule that begins at a later step of the optimizer."""
 
     def __init__(
         self, schedule: tf.keras.optimizers.schedules.LearningRateSchedule, first_step: int
@@ -111,10 +111,10 @@ class _From(tf.keras.optimizers.schedules.LearningRateSchedule):
 def make_optimizer(
     settings: TrainingSettings, num_steps: int, first_step: int = 0
 ) -> tf.keras.optimizers.Optimizer:
-    """Makes the optimizer of settings, whose decay ends after `num_steps`.
+    """Makes the settings' optimizer, whose decay ends `num_steps` after `first_step`.
 
-    Warm-up and decay begin at `first_step`, from which a warm start counts on. The rate depends
-    only on the optimizer's count of steps, which is in the checkpoint. A `ValueError` if the
+    Warm-up and decay begin at `first_step`, where a warm start continues to count. The rate depends
+    only on the optimizer's step count, which is in the checkpoint. Raises a `ValueError` if the
     warm-up leaves no step for the decay.
     """
     make, rate = _OPTIMIZERS[settings.optimizer], settings.learning_rate
@@ -129,7 +129,7 @@ def make_optimizer(
     schedule = tf.keras.optimizers.schedules.CosineDecay(
         0.0 if warmup_steps else rate,
         decay_steps=max(num_steps - warmup_steps, 1),
-        alpha=0.0 if has_decay else 1.0,  # Share of the peak that it ends at.
+        alpha=0.0 if has_decay else 1.0,  # Final rate, as a share of the peak.
         warmup_target=rate if warmup_steps else None,
         warmup_steps=warmup_steps,
     )

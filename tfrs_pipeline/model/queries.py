@@ -15,8 +15,8 @@ from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.retrieval import Query, check_queries, check_requests
 
 RetrieveRows: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""Given [n] query rows, [n, N] history rows, most recent first, padded with 0, and k: the candidate
-rows, [n, k], best first, 0 in empty slots."""
+"""Takes [n] query rows, [n, N] history rows, most recent first, padded with 0, and k. Returns
+candidate rows, [n, k], best first, 0 in empty slots."""
 
 
 class QueryEncoder:

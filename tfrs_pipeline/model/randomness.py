@@ -1,4 +1,4 @@
-"""Seeds of what training drops at random: one per batch, from which each use derives its own."""
+"""Seeds of training's dropout: one per batch, from which each use derives its own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-# Rows that are a multiple of this apart share what is drawn for them in a batch.
+# Rows that differ by a multiple of this share their draws in a batch.
 ROWS_DRAWN = 2**14
 
 
 class Stream(IntEnum):
-    """What a batch's seed is used for; draws of one use are independent of another's."""
+    """The uses of a batch's seed; their draws are independent of each other."""
 
     HISTORY = 1
     ATTENTION = 2
@@ -24,7 +24,7 @@ class Stream(IntEnum):
 
 
 def pass_seed(training: bool, dropout_seed: tf.Tensor | None) -> tf.Tensor | None:
-    """Returns the seed of a pass: None outside training, a new one if none is given."""
+    """Returns the seed of a pass: None outside training, or a new one if none is given."""
     if not training:
         return None
     if dropout_seed is not None:
@@ -38,13 +38,13 @@ def fold(seed: tf.Tensor, number: int) -> tf.Tensor:
 
 
 def uniform_of_rows(rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Draws a number in [0, 1) for each of [n] int32 rows, a function of the row and the seed."""
-    # Not of the rest of the batch: slices have the draws of the whole.
+    """Draws a number in [0, 1) for each of [n] int32 rows, as a function of row and seed."""
+    # It does not depend on the rest of the batch, so slices have the draws of the whole.
     return tf.gather(tf.random.stateless_uniform([ROWS_DRAWN], seed), rows % ROWS_DRAWN)
 
 
 class Dropout(NamedTuple):
-    """Draws what training drops in a batch; in a slice of one, what the whole drops there.
+    """Draws what training drops in a batch; in a slice, the same as in the whole batch.
 
     `part` is the `dropout_slice` of a `Batch`.
     """
@@ -57,7 +57,7 @@ class Dropout(NamedTuple):
         return Dropout(fold(self.seed, number), self.part)
 
     def uniform(self, shape: tf.Tensor) -> tf.Tensor:
-        """Draws numbers in [0, 1), for lines along the first dimension of `shape`."""
+        """Draws numbers in [0, 1), with lines along the first dimension of `shape`."""
         if self.part is None:
             return tf.random.stateless_uniform(shape, self.seed)
         first, num_lines = self.part[0], self.part[1]

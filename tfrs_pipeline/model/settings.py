@@ -26,7 +26,7 @@ Decay: TypeAlias = Literal["none", "cosine"]
 
 _Kind = TypeVar("_Kind")
 
-ATTENTION_HEADS = 2  # Of each block of the self-attention.
+ATTENTION_HEADS = 2  # In each block of the self-attention.
 
 
 EASY_KINDS = InBatch, Uniform, Popularity
@@ -36,7 +36,7 @@ def _refuse_subclass(kind: _Kind) -> _Kind:
     """Refuses a subclass, which would be read back from a file as the class itself."""
     if type(kind) not in (*EASY_KINDS, FunnelLosers, Mined):
         raise ValueError(
-            "is a subclass, and no setting; own kinds of easy negatives are given to "
+            "is a subclass, which cannot be a setting; give your own kinds of easy negatives to "
             "TwoTower(negatives=[...])"
         )
     return kind
@@ -57,7 +57,7 @@ HardKind: TypeAlias = Annotated[
 
 
 class TwoTowerSettings(Config):
-    """The two towers, their score, and what their positives are compared with."""
+    """The two towers, their score, and their negatives."""
 
     dim: PositiveInt = 64
     """Length of the query and candidate embeddings."""
@@ -172,7 +172,7 @@ class TrainingSettings(Config):
 
     @property
     def min_positives(self) -> int:
-        """Positives without which there is no batch."""
+        """Fewest positives that make a batch."""
         return self.batch_size if self.examples == "single" else 1
 
 
@@ -192,7 +192,7 @@ def check_examples(
     if InBatch() in model.negatives:
         yield (
             "model.negatives",
-            f"got in_batch {reason}: a batch holds whole users, so its items are no fair draw; use "
+            f"got in_batch {reason}: a batch holds whole users, so it is not a fair draw; use "
             "popularity:num=512:alpha=1, which draws as often",
         )
     if not model.history_pooling:

@@ -16,21 +16,21 @@ from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.randomness import Dropout, Stream, fold, pass_seed, uniform_of_rows
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
-# Inputs besides the features, whose names do not begin with an underscore.
+# Inputs besides the features; names of features do not begin with an underscore.
 _HISTORY, _ID = "_history", "_id"
 
 
 class Tower(tf.keras.layers.Layer):
     """Embeds rows and features, and maps them to the shared space.
 
-    The inputs are the id's embedding and the vectors of each feature and of the history. Each is
-    projected to the size of the output, and they are added up. With hidden layers an MLP follows,
-    whose last layer is linear.
+    The inputs are the id's embedding, the vector of each feature and that of the history. Features,
+    and a history of several vectors, are projected to the size of the output; all are added up. If
+    there are hidden layers, an MLP follows, whose last layer is linear.
 
-    There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that
-    `are_trained`, [num_ids + 1] bool, leaves out share the one of row 0, which is trained in place
-    of ids that are dropped. With the `bias` "id" the last entry of an output is a learned number of
-    the id; with "ones", for the other tower, it is 1.
+    There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that are False
+    in `are_trained`, [num_ids + 1] bool, share that of row 0, which is trained in place of dropped
+    ids. With the `bias` "id" an output's last entry is a learned number of the id; with "ones", for
+    the other tower, it is 1.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Tower(tf.keras.layers.Layer):
     def call(self, inputs: Mapping[str, Any], training: bool = False) -> tf.Tensor:
         """Embeds queries or candidates: [n, dim] float32; with a bias, one entry more.
 
-        See `TwoTowerNetwork` for the inputs; without a `dropout_seed`, training draws anew.
+        See `TwoTowerNetwork` for the inputs; without a `dropout_seed`, training draws a new one.
         """
         seed = pass_seed(training, inputs.get("dropout_seed"))
         features = inputs["features"]
@@ -105,16 +105,16 @@ class Tower(tf.keras.layers.Layer):
             output = tf.math.l2_normalize(output, axis=1)
         if self._appends_one:
             return tf.concat([output, tf.ones_like(output[:, :1])], axis=1)
-        # Where the id is dropped, the bias of row 0 is trained.
+        # If the id is dropped, the bias of row 0 is trained.
         return output if self._bias is None else tf.concat([output, self._bias(rows)], axis=1)
 
     @property
     def id_tables(self) -> list[tf.Variable]:
-        """The tower's own tables with one row per id."""
+        """The tower's own tables, with one row per id and row 0."""
         return [x.embeddings for x in (self.id_embedding, self._bias) if x is not None]
 
     def feature_table(self, name: str) -> tf.Variable | None:
-        """The table with a row a code of a feature; None if the feature is numbers."""
+        """The table with a row per code of a feature; None if the feature has no codes."""
         return self._features[name].table
 
     def vectors(self, rows: tf.Tensor, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
@@ -127,7 +127,7 @@ class Tower(tf.keras.layers.Layer):
         return {name: embed(features[name]) for name, embed in self._features.items()}
 
     def _joined(self, rows: tf.Tensor, parts: dict[str, tf.Tensor]) -> tf.Tensor:
-        """Maps features, history and ids, in this order, to the output."""
+        """Combines features, history and ids, in this order, into the output."""
         for name, project in self._projections.items():
             parts[name] = project(parts[name])
         if self.id_embedding is not None:
@@ -141,7 +141,7 @@ class Tower(tf.keras.layers.Layer):
 def _read_history(
     encoder: HistoryEncoder, inputs: Mapping[str, Any], dropout: Dropout | None
 ) -> tf.Tensor:
-    """Encodes [n, N] histories, or takes the [n] states of sequences that are read once."""
+    """Encodes [n, N] histories, or encodes sequences once and takes their [n] states."""
     if "sequence_rows" not in inputs:
         return encoder(inputs["history_rows"], inputs.get("history_times"), dropout)
     states = encoder.states(inputs["sequence_rows"], inputs.get("sequence_times"), dropout)
@@ -150,13 +150,13 @@ def _read_history(
 
 def _mean_of_vectors(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
     """Initialises a projection of joined vectors with their mean: [num_vectors * dim, dim]."""
-    # A history read with the candidates' vectors then starts near its items.
+    # So a history that uses the candidates' vectors starts near its items.
     num_vectors = shape[0] // shape[1]
     return tf.tile(tf.eye(shape[1], dtype=dtype or tf.float32), [num_vectors, 1]) / num_vectors
 
 
 class ItemVectors(tf.keras.layers.Layer):
-    """Embeds the items of a history like the candidate tower, from id and features."""
+    """Embeds the items of a history as the candidate tower does, from id and features."""
 
     def __init__(self, tower: Tower, table: FeatureTable) -> None:
         super().__init__(name="item_vectors")
@@ -187,7 +187,7 @@ def query_tower(
     candidate_tower: tf.keras.layers.Layer,
     candidate_table: FeatureTable,
 ) -> Tower:
-    """Makes the built-in query tower, which may share the item vectors of a built-in other one."""
+    """Makes the built-in query tower, which may share a built-in candidate tower's item vectors."""
     history = shared = None
     knows_ids = isinstance(candidate_tower, Tower) and candidate_tower.id_embedding is not None
     if settings.share_item_embedding and knows_ids:

@@ -80,7 +80,7 @@ class TwoTower(TwoTowerSettings):
     `TwoTower(**dict(settings))`.
 
     Raises:
-        ConfigError: If a setting is unknown, out of range or does not go with another.
+        ConfigError: If a setting is unknown, out of range or conflicts with another.
 
     Example:
         >>> import pandas as pd
@@ -132,7 +132,7 @@ class TwoTower(TwoTowerSettings):
 
     @property
     def settings(self) -> TwoTowerSettings:
-        """The settings by themselves, without own parts: what can be written into a file."""
+        """The settings without own parts, which can be written into a file."""
         given = {name: getattr(self, name) for name in TwoTowerSettings.model_fields}
         given["negatives"] = [kind for kind in self.negatives if not is_own(kind)]
         return TwoTowerSettings(**given)
@@ -153,30 +153,30 @@ class TwoTower(TwoTowerSettings):
         Args:
             train: The training part. The model has rows for all its items and users.
             validation: Chooses the epoch to keep and stops training early; None trains all epochs.
-            warm_start: The fitted model to start from (see `WarmStart`), also one that `trained_in`
-                reads: of the same shape, trained on nothing that validates or tests here.
-            folder: Keeps samples and checkpoints, so that a stopped training can resume; one folder
-                for each training, with the same log, settings and code of own parts. A resumed
-                training ends like an unbroken one, bit for bit, unless an own tower draws from a
-                state of its own, as `tf.keras.layers.Dropout` does. None is a temporary folder.
-                Several workers need one that all see (`docs/guides/scale.md`).
+            warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
+                It has the same shape, and was not trained on events that validate or test here.
+            folder: Keeps samples and checkpoints, so that a stopped training can resume. Use one
+                folder per training, with the same log, settings and code of own parts. A resumed
+                training ends like an uninterrupted one, bit for bit, unless an own tower has a
+                random state, as `tf.keras.layers.Dropout` does. None is a temporary folder.
+                Several workers need a shared one (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
-            on_epoch: Called after each epoch with what was done so far.
-            verbose: Whether to write epochs to standard error; None writes them on a terminal.
+            on_epoch: Called after each epoch with the result so far.
+            verbose: Whether to write epochs to standard error; None does if it is a terminal.
 
         Raises:
-            TypeError: If an argument or an own tower has another type.
+            TypeError: If an argument or an own tower has the wrong type.
             DataError: If there is no positive, no negative for anyone, or no loser for `hard`.
-            ConfigError: If `warm_start` is of another shape.
+            ConfigError: If `warm_start` has another shape.
             ValueError: If positives are too few for a batch, training diverges, several workers
-                have no folder, the folder belongs to another or no training, an own layer has been
+                have no folder, the folder belongs to another or no training, an own layer was
                 trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
         """
         check_log(train)
         if validation is not None:
             check_holdout(validation)
-        training_strategy()  # Joins the other workers, if there are any: nothing may come before.
+        training_strategy()  # Joins any other workers, which must come first.
         check_shared(folder)
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
@@ -237,7 +237,7 @@ class TwoTower(TwoTowerSettings):
         check_shared(folder)
         data.check_negatives_left(self.hard)
         source, corpus, samples = _checked(warm_start), data.corpus, data.samples
-        if source:  # What is later in this log may be known from an earlier one.
+        if source:  # Items that come later in this log may be known from an earlier log.
             corpus = dataclasses.replace(corpus, is_later=None)
         with naming_lost_workers():
             tf.keras.utils.set_random_seed(self.seed)
@@ -263,7 +263,7 @@ class TwoTower(TwoTowerSettings):
                 all_cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 measured = network, corpus, encoder, ranked, exclude, all_cutoffs
                 validate = functools.partial(validation_metrics, *measured)
-            # Also where no step is left to train: a checkpoint is read.
+            # Even if no step is left to train, because a checkpoint is read into them.
             mark_trained(network.query_tower, network.candidate_tower)
             result = train(
                 network,
@@ -296,10 +296,10 @@ class TwoTower(TwoTowerSettings):
         """Builds the Keras model, untrained, with the features of a corpus in it.
 
         Raises:
-            ValueError: If the towers do not go together, an own one does not read what
-                `training.examples` gives it, or holds a layer that a training has had.
+            ValueError: If the towers' widths differ, or an own tower does not read what
+                `training.examples` gives it or holds a layer that was trained before.
         """
-        training_strategy()  # As in `fit`: variables are made here.
+        training_strategy()  # As in `fit`, because variables are made here.
         if not reads_times(self, self.training):
             corpus = dataclasses.replace(corpus, has_times=False)
         query, candidate = (
@@ -360,7 +360,7 @@ def validation_metrics(
     exclude: Exclude,
     cutoffs: Sequence[int],
 ) -> dict[str, float]:
-    """Measures a network as it is now: means by name, and the recall of the tail."""
+    """Measures a network's current weights: means by name, and the recall of the tail."""
     retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder.embed)
     result = evaluate(retriever, holdout, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
     measured = result.first

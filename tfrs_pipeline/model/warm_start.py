@@ -32,11 +32,11 @@ class WarmStart:
 
     Items, users and feature values that are still there keep their embeddings and optimizer state.
     New ones start from the embedding of row 0, which stands for unknown ids, if it was trained,
-    else as in any training. Their optimizer state is that of a row without a gradient. Other
-    weights, their state and the count of steps (`first_step`) are carried over, while a learning
-    rate's warm-up and decay begin anew. With another optimizer, its whole state starts anew.
+    else at random. Their optimizer state is that of a row without a gradient. Other weights, their
+    state and the count of steps (`first_step`) are carried over; a learning rate's warm-up and
+    decay start again. If the optimizer has changed, its state and step count start again too.
 
-    A `ConfigError` if the weights of the two models mean different things, or no item is known.
+    Raises a `ConfigError` if weights of the two models mean different things, or no item is known.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class WarmStart:
         network.optimizer.iterations.assign(self.first_step)
 
     def describe(self) -> list[str]:
-        """Says what is carried over, and what is new and gone."""
+        """Describes what is carried over, what is new and what is gone."""
         there, here = self._corpora
         items = _counted("items", self._candidate_rows, self._num_trained)
         users = _counted("users", self._query_rows, len(there.query_ids))
@@ -84,7 +84,7 @@ class WarmStart:
                 notes.append(f"    {new.name}: {change}")
         if len(set(self._optimizers)) > 1:
             before, now = self._optimizers
-            notes.append(f"    the optimizer's state starts anew: it was {before}, now {now}")
+            notes.append(f"    the optimizer's state starts again: it was {before}, now {now}")
         return notes
 
     def _tables(self, network: TwoTowerNetwork) -> Iterator[tuple[tf.Variable, np.ndarray]]:
@@ -118,7 +118,7 @@ class WarmStart:
                 new.assign(old)
             return
         is_new = (rows == 0) & (np.arange(len(rows)) > 0)
-        # What an optimizer keeps of a weight that has had no gradient.
+        # The optimizer state of a weight that has had no gradient.
         at_first = getattr(self._source.optimizer, "initial_accumulator_value", 0.0)
         has_stand_in = any((slot[0].numpy() != at_first).any() for slot in old_slots)
         keeps_own = is_new & (not has_stand_in)
@@ -174,7 +174,7 @@ def _specification(feature: Feature) -> str:
 
 
 def _change(old: Feature, new: Feature) -> str:
-    """Says which values a feature keeps, or that its numbers have another scale; "" if neither."""
+    """Describes the values that a feature keeps, or a change of scale; "" if neither applies."""
     if old.vocabulary or new.vocabulary:
         num_kept = int(np.count_nonzero(new.codes_of(old)))
         return kept_new_gone("values", num_kept, len(new.vocabulary), len(old.vocabulary))
