@@ -92,8 +92,8 @@ def test_notes_say_what_of_a_history_is_not_read(
 ) -> None:
     items = served.known(2)[:2]
     times = ["--history-timestamps", "none", "2024-05-01T07:30Z"]
-    unread, no_times = "This model reads no history", "This model reads no times of a history"
-    unknown = "1 of 3 items of the history say nothing"
+    unread, no_times = "This model reads no history", "This model reads no history timestamps"
+    unknown = "1 of 3 items of the history are ignored"
     ids, histories = (
         export(make_served("int", **options).exportable(), tmp_path / name, index=Exact())
         for name, options in (("1", {"reads_history": False}), ("2", {"use_user_id": False}))

@@ -165,7 +165,7 @@ def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
 
 def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm: Warm) -> None:
     result, reports = warm.result, warm.reports
-    told = "2 items of the log that the item table lacks: read in histories, not retrieved"
+    told = "the item table lacks 2 items of the log: they are read in histories but not retrieved"
     assert told in reports["export"].notes
     assert f"exact search over {len(TODAY) - 2} candidates" in reports["export"].notes
     # Withdrawn items are trained on like others.
@@ -320,9 +320,8 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
     num_lost, num_again = len(listed - set(ours)), len(set(ours) - listed)
     assert num_lost != num_again
     assert (
-        f"version 2 is a refresh made after this run began: of its items {num_lost} are not in "
-        f"this version, and {num_again} of this version are not in it. Run refresh-index for "
-        "today's items"
+        f"version 2 is a refresh made after this run began: this version lacks {num_lost} of "
+        f"its items, and has {num_again} that it lacks. Run refresh-index for today's items"
     ) in watched.reports["export"].notes
 
     def told(version: str, since: datetime, ids: Iterable[str]) -> str | None:
@@ -428,7 +427,7 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
     capsys.readouterr()
     assert cli.main(["run", "--run-dir", str(folder), "--no-export.gate"]) == 0
     told = capsys.readouterr().out
-    assert "exported all the same, without the gate: The new model is worse" in told
+    assert "exported anyway, without the gate: The new model is worse" in told
     assert re.search(rf"^{IN_SERVICE} +0\.\d+", told, re.MULTILINE)
     forced = read_record(folder / "metrics.json")
     for kind in ("models", "differences"):
@@ -513,7 +512,9 @@ def test_what_cannot_be_started_from_is_said(
     write_record(version / MANIFEST_FILE, {"run": str(yesterday.folder), "metrics": {}})
     assert "where another run is now" in refused(version)
     version = model_folder(place) / "1"
-    with pytest.raises(ConfigError, match=r"made by this very run, which began from nothing"):
+    with pytest.raises(
+        ConfigError, match=r"made by this very run, which began from random weights"
+    ):
         with_source(today(place, warm_start=version), RunFolder(yesterday.folder))
     # A run that is finished is given back without what it has started from.
     done = Path(shutil.copytree(warm.result.folder, tmp_path / "done"))
@@ -523,7 +524,7 @@ def test_what_cannot_be_started_from_is_said(
     (tmp_path / "moved").rename(model_folder(place))
     half = Path(shutil.copytree(yesterday.folder, tmp_path / "half"))
     (half / "metrics.json").unlink()
-    with pytest.raises(ConfigError, match=r"a run that is not finished: go on with it first"):
+    with pytest.raises(ConfigError, match=r"a run that is not finished: resume it first"):
         trained_in(half)
     for settings in ({"warm_start": yesterday.folder}, {"export.gate": True}):
         with pytest.raises(ConfigError, match=r"with split.kind 'held_out_users': an earlier"):
@@ -548,6 +549,6 @@ def test_a_source_that_has_seen_the_test_is_told(yesterday: RunResult, place: Pa
     with pytest.raises(Stopped):
         run(today(place, **settings), place / "runs" / "too early", progress=watched)
     notes = watched.reports["train two_tower"].notes
-    told = [x for x in notes if "what it measures here is too good" in x]
+    told = [x for x in notes if "its metrics are too good" in x]
     assert len(told) == 2
     assert json.dumps(told).count("test begins") == 1

@@ -413,10 +413,10 @@ def test_the_command_says_what_it_did(
     command = command_of(folder, items_file)
     assert main([*command, "--index", "scann", "--keep-versions", "1"]) == 0
     said = capsys.readouterr().out
-    assert "55 items: 2 are new, 7 gone" in said
-    assert "2 were in no training: embedded by their features alone" in said
+    assert "55 items: 2 new, 7 gone" in said
+    assert "2 are new since the training: embedded by features only" in said
     # Nothing says how this model was trained.
-    assert "an unknown id: if that was not trained, they will seldom be found" in said
+    assert "unknown ids may be untrained; then they will seldom be found" in said
     assert "Train with model.id_dropout above 0" in said
     assert "ScaNN finds" in said
     assert versions_of(folder) == [2]
@@ -449,13 +449,13 @@ def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
     folder: Path, items_file: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
     loaded = load_once(folder, monkeypatch)
-    told = "2 were in no training: embedded by their features alone"
+    told = "2 are new since the training: embedded by features only"
 
     def notes() -> list[str]:
         notes = refresh_index(folder, items_file).notes
         return notes[notes.index(told) + 1 : -2]
 
-    assert "an unknown id: if that was not trained, they will seldom" in notes()[0]
+    assert "unknown ids may be untrained; then they will seldom" in notes()[0]
     for model, is_trained in (
         ({"id_dropout": 0.1, "use_candidate_id": True}, True),
         ({"id_dropout": 0.0, "use_candidate_id": True}, False),
@@ -464,5 +464,5 @@ def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
         loaded.manifest["config"] = {"model": model}
         about = notes()
         assert is_trained == (about == [])
-        assert is_trained or "an unknown id, which was not trained: they will" in about[0]
+        assert is_trained or "unknown ids was not trained, so they will" in about[0]
         assert asked[-1]["manifest"]["config"] == {"model": model}

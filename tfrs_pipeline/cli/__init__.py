@@ -42,8 +42,8 @@ COMMAND_LINE = CommandLine(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    It is 0 for success, 1 for refused data or a failed run, 2 for a wrong flag or setting, 3 for a
-    model that is worse than the one in service, 130 after Ctrl-C, 141 if nobody reads the output.
+    The code is 0 for success, 1 for refused data or a failed run, 2 for a wrong flag or setting, 3
+    for a model worse than the one in service, 130 after Ctrl-C, 141 if nobody reads the output.
     """
     # Failures in TensorFlow's C++ log also come as Python errors.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not published: {error}", file=sys.stderr)
         return NOT_PUBLISHED
     except BrokenPipeError:
-        # Remaining output has nowhere to go either.
+        # Discards the remaining output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -100,7 +100,7 @@ def _is_ours(error: BaseException) -> bool:
 
 
 class _StderrHandler(logging.StreamHandler[Any]):
-    """Logs to the current standard error: a run redirects that of C++ libraries."""
+    """Logs to the current `sys.stderr`, which a run replaces to keep C++ errors apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

@@ -43,7 +43,7 @@ def program() -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it stands: "[...]" in a file name could be taken for markup."""
+    """Prints a line unchanged, because "[...]" in a file name would be read as markup."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -71,7 +71,7 @@ class Shown(Progress):
                 say(self._console, f"    {name} {done:,}/{total:,}{f': {note}' if note else ''}")
             return
         bar, (task,) = self._bar, self._bar.tasks
-        if task.description != name:  # A task cannot lose its total, nor start its clock again.
+        if task.description != name:  # A task cannot lose its total or restart its clock.
             bar.remove_task(task.id)
             bar.add_task(name, total=total or None, count="")
         bar.update(bar.task_ids[0], completed=done, count=f"{done:,}/{total:,}" if total else "")
@@ -80,7 +80,7 @@ class Shown(Progress):
 
 @contextlib.contextmanager
 def shown(console: Console) -> Iterator[Shown]:
-    """Yields the progress that a console shows while the block runs."""
+    """Yields a progress that the console shows while the block runs."""
     columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     bar = Bar(*columns, TimeElapsedColumn(), console=console)
     bar.add_task("starting", total=None, count="")
@@ -91,7 +91,7 @@ def shown(console: Console) -> Iterator[Shown]:
 
 @contextlib.contextmanager
 def native_errors_to(path: Path) -> Iterator[None]:
-    """Sends the errors that C++ libraries print to a file; Python's own stay."""
+    """Redirects errors that C++ libraries print to a file; Python's own stay."""
     try:
         descriptor = sys.stderr.fileno()
     except (OSError, ValueError):  # Captured, for instance by a test.
@@ -117,13 +117,13 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
     columns = [f"ndcg@{longest}", f"recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
-    # A wrapped table cannot be read; metrics.json has every number.
+    # Columns that do not fit are left out, since a wrapped table is unreadable.
     width = console.width if console.is_terminal else None
     table = format_table(result.metrics["models"], list(dict.fromkeys(columns)), width=width)
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
     say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:\n{table}\n")
     for head, text in _findings(config, result.metrics):
-        # Whole lines for readers of a pipe.
+        # A pipe gets unwrapped lines.
         width = min(console.width, 100) if console.is_terminal else 100_000
         say(console, textwrap.fill(f"{head:8} {text}", width, subsequent_indent=" " * 9))
     say(console, f"\nmetrics  {result.folder / 'metrics.json'}")

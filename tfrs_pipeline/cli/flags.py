@@ -1,7 +1,7 @@
 """Flags from typed settings: a command is a table of settings, and each setting is a flag.
 
-A setting within a table is shown as in a config file, `--training.batch_size`; a flag without a dot
-has hyphens, `--run-dir`. Both are read with either spelling.
+A setting within a table is spelled as in a config file, `--training.batch_size`; a flag without a
+dot has hyphens, `--run-dir`. Both spellings are accepted for both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pydantic_settings import (
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.settings import Config, tables_in
 
-_NONE = "\0"  # The library reads it as None; "none" may be a setting's own value.
+_NONE = "\0"  # The library reads this as None, since "none" may be a setting's value.
 _WORDS = {"str": "TEXT", "Path": "PATH", "int": "N", "float": "X", "datetime": "TIME"}
 
 
@@ -48,7 +48,7 @@ class _Values(argparse.Action):
     """Collects the values after a flag as JSON for pydantic: a list, or an object of NAME=VALUE."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None) -> None:
-        # What is no setting of a config file may be repeated, and has "none" as a value.
+        # Flags that are not settings of a config file may be repeated, and "none" is a value.
         if "." not in self.dest.partition(".")[2]:
             given = json.loads(getattr(namespace, self.dest, None) or "[]")
             if isinstance(given, dict):
@@ -71,7 +71,7 @@ class Command(Config):
 
 
 class OfModel(Command):
-    """Flags of the commands that read an exported model."""
+    """Flags of commands that read an exported model."""
 
     model: CliPositionalArg[Path]
     """Folder saved_models/NAME[/VERSION]."""
@@ -81,7 +81,7 @@ class OfModel(Command):
 class CommandLine:
     """A program's commands; the docstring of each is its help.
 
-    For a command with many settings, `brief` names those that `--help` shows; `--help-all` shows
+    If a command has many settings, `brief` names those that `--help` shows; `--help-all` shows
     all.
     """
 
@@ -93,7 +93,7 @@ class CommandLine:
     _flags: dict[str, list[str]] = field(default_factory=dict)
 
     def read(self, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        """Reads a command and its flags' settings by dotted name; values are not yet checked."""
+        """Reads a command and its settings by dotted name; values are not checked yet."""
         command = next((text for text in arguments if not text.startswith("-")), None)
         if command is not None and command not in self.commands:
             raise UsageError(f"unknown command {command!r}; {suggest(command, self.commands)}")
@@ -134,7 +134,7 @@ class CommandLine:
 
         def add_group(parser: Any, title: str, description: str) -> Any:
             table = title.rpartition(".")[0]
-            if table:  # A dataclass, which is the value of one flag.
+            if table:  # A dataclass is the value of one flag.
                 return groups[f"{table} options"]
             groups[title] = parser.add_argument_group(title, description if shows_all else None)
             return groups[title]
@@ -163,7 +163,7 @@ class CommandLine:
     def _add_argument(self, shows_all: bool, parser: Any, *names: str, **options: Any) -> None:
         command, _, setting = str(options.get("dest", names[0])).partition(".")
         field = _field(self.commands[command], setting)
-        # A table, whose settings are flags, or a field of a dataclass, which is one flag.
+        # No flag for a table, whose settings are flags, or for a field of a dataclass.
         if field is None or setting in tables_in(self.commands[command]):
             return
         if options.pop("const", None):
@@ -185,7 +185,7 @@ class CommandLine:
 
 
 def _spelled(argument: str) -> str:
-    """Spells a flag as in a config file if it has a dot, else with hyphens."""
+    """Spells a flag with underscores if it has a dot, else with hyphens."""
     found = re.fullmatch(r"(--(?:no-)?)([^=]+)(.*)", argument, re.DOTALL)
     if found is None:
         return argument
@@ -212,14 +212,14 @@ def _field(table: Any, setting: str) -> FieldInfo | None:
 
 
 def explained(field: FieldInfo) -> str:
-    """Returns a setting's sentence, with the default if the sentence does not say it."""
+    """Returns a setting's description, with the default if the description does not say it."""
     says_itself = "not given" in str(field.description) and field.default is None
     default = "" if field.is_required() or says_itself else as_typed(field.default)
     return f"{field.description} (default: {default})" if default else str(field.description)
 
 
 def as_typed(value: Any) -> str:
-    """Writes a value as one types it after its flag."""
+    """Formats a value as a user types it after its flag."""
     if isinstance(value, tuple | list):
         return " ".join(map(as_typed, value)) or "none"
     plain = to_jsonable_python(value)

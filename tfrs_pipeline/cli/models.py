@@ -1,4 +1,4 @@
-"""The commands that serve an exported model, or exchange its items."""
+"""The commands that serve an exported model, or replace its items."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ class Serve(ServeSettings, OfModel):
         """Serves until it is told to stop."""
         from tfrs_pipeline.serving.server import serve
 
-        # What went wrong is in the answers too, but a server's log must say when.
+        # Answers report errors too, but a server's log must say when they happened.
         logging.getLogger("tfrs_pipeline").setLevel(logging.INFO)
         settings = ServeSettings(**self.model_dump(include=set(ServeSettings.model_fields)))
         serve(self.model, settings, lambda at: print(f"serving {self.model} at {at}", flush=True))

@@ -1,4 +1,4 @@
-"""The command that asks an exported model."""
+"""The command that queries an exported model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Query(OfModel):
         return self
 
     def __call__(self) -> int:
-        """Asks and prints the answer."""
+        """Queries the model and prints the answer."""
         from tfrs_pipeline.serving.retriever import load
 
         retriever = load(self.model, exact=self.exact)
@@ -98,7 +98,7 @@ class Query(OfModel):
     def _ask(
         self, retriever: LoadedRetriever, about: dict[str, Any], notes: list[str]
     ) -> tuple[list[Any], list[float]]:
-        """Returns ids and scores; adds to what the JSON says, and to the notes."""
+        """Returns ids and scores; adds entries to the JSON and notes."""
         if self.user is not None:
             about["user_id"] = retriever.parse_user_id(self.user)
         if self.request:
@@ -122,7 +122,7 @@ class Query(OfModel):
             about["is_known_user"] = bool(is_known)
             if not is_known:
                 notes.append(
-                    f"User {self.user} is unknown to this model: the answer for an empty history."
+                    f"User {self.user} is unknown to this model: answered for an empty history."
                 )
             return ids[0].tolist(), scores[0].tolist()
         history = list(map(retriever.parse_item_id, self.history))
@@ -144,7 +144,7 @@ def _parse_time(text: str) -> Any:
 
 
 def _request_notes(retriever: LoadedRetriever, texts: Mapping[str, str]) -> Iterator[str]:
-    """Says what of a typed request is unknown to the model or missing."""
+    """Describes typed request values that are missing or that the model does not know."""
     features, request = retriever.features["request"], retriever.parse_request(texts)
     for feature in features:
         text = texts.get(feature.name, "")
@@ -165,30 +165,27 @@ def _request_notes(retriever: LoadedRetriever, texts: Mapping[str, str]) -> Iter
 def _history_notes(
     retriever: LoadedRetriever, query: Mapping[str, Any], unknown: Sequence[Any]
 ) -> Iterator[str]:
-    """Says what the model does not read of a query's history, given its unknown items."""
+    """Describes what the model ignores in a query's history, given its unknown items."""
     import numpy as np
 
     from tfrs_pipeline.model.graph import signature_inputs
 
     history = query["history"]
     without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}
-    if history and len(unknown) == len(history):  # No model reads them.
-        yield (
-            "No item of the history was in the model's training: the answer is that of an empty "
-            "history."
-        )
+    if history and len(unknown) == len(history):  # No model reads unknown items.
+        yield ("No item of the history was in the model's training: answered for an empty history.")
         return
-    # An own tower does not declare what it reads.
+    # An own tower does not declare whether it reads the history.
     if history and np.array_equal(
         retriever.embed_queries([query]), retriever.embed_queries([without])
     ):
-        yield "This model reads no history: the items given are only left out of the answer."
+        yield "This model reads no history: the given items are only excluded from the answer."
         return
     inputs = signature_inputs(retriever.saved_model.signatures["retrieve"])
     if HISTORY_TIMESTAMPS in query and HISTORY_TIMESTAMPS not in inputs:
-        yield "This model reads no times of a history: they change nothing."
+        yield "This model reads no history timestamps: they have no effect."
     if unknown:
         yield (
-            f"{len(unknown)} of {len(history)} items of the history say nothing: the model's "
+            f"{len(unknown)} of {len(history)} items of the history are ignored: the model's "
             f"training did not have them, first {unknown[0]!r}."
         )

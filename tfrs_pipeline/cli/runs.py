@@ -1,4 +1,4 @@
-"""The commands that train: `run` and `compare`; and `report` of what they did."""
+"""The commands that train, `run` and `compare`, and `report`, which describes a run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Work(Command):
 
 
 def _with_settings_but(excluded: Collection[str], doc: str) -> type[Command]:
-    """Returns the flags of long work: those above, and the settings of a run but for some."""
+    """Returns the flags of long work: those of `Work`, and the settings of a run except some."""
     fields: dict[str, Any] = {
         name: (field.annotation, field)
         for name, field in RunConfig.model_fields.items()
@@ -108,7 +108,7 @@ Compare = _with_settings_but(
 
 
 def train(command: str, given: Mapping[str, Any]) -> int:
-    """Does `run` or `compare` in a folder, and says how to go on if it is stopped."""
+    """Does `run` or `compare` in a folder, and says how to resume it if it is stopped."""
     flags = Work(**{name: value for name, value in given.items() if name in Work.model_fields})
     config = _config_of(flags, {k: v for k, v in given.items() if k not in Work.model_fields})
     prefix, work, show = _WORK[command]
@@ -116,7 +116,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     place = RunFolder(folder)
     if command == "run":
-        check_model_name(config)  # Before there is a folder.
+        check_model_name(config)  # Checked before a folder is made.
         config = with_source(config, place)
     if flags.check:
         return _check(command, config)
@@ -126,7 +126,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     console = Console()
     try:
         with (
-            # At once, for a run that is stopped while libraries are still being imported.
+            # Claimed at once, in case the run is stopped while libraries are being imported.
             place.claim(config, is_run=command == "run"),
             native_errors_to(folder / "native.log") if is_chief else contextlib.nullcontext(),
             shown(console) as progress,
@@ -147,7 +147,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
 
 
 def _check(command: str, config: RunConfig) -> int:
-    """Shows what would be read, and the settings that are not the defaults; keeps nothing."""
+    """Shows the data and the settings that are not the defaults; keeps nothing."""
     console = Console()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -177,12 +177,12 @@ def _check(command: str, config: RunConfig) -> int:
 
 
 def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
-    """Puts settings together: a file, that of a stopped run or the defaults; a preset; flags."""
-    # The other workers take the chief's settings, whatever it may be writing there now.
+    """Combines settings: a file, a stopped run's or the defaults; then a preset; then flags."""
+    # Other workers take the chief's settings later, since it may be writing the file now.
     folder = flags.run_dir if this_worker().is_chief else None
     names_data = {"data.source", "data.path"} & settings.keys()
     holds_nothing = folder is not None and not RunFolder(folder).holds_run()
-    # What may change in a finished run does not begin another.
+    # Settings that may change in a finished run do not start another one.
     is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
     if folder and holds_nothing and not is_named:
         runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}")]
@@ -200,9 +200,9 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
         base = movielens_config()
         if "genres" not in settings.get("data.item_features", ["genres"]):
             settings = {"export.filter_by": None, **settings}
-    else:  # MovieLens' features and name are its own.
+    else:  # MovieLens's features and name do not apply to other data.
         base = RunConfig()
-    # At once: a flag may mend what a preset alone would not go with.
+    # Together, because a flag may resolve a conflict with a preset.
     return with_settings(base, settings, preset=flags.preset)
 
 

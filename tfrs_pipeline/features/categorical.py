@@ -1,4 +1,4 @@
-"""One value a row: of a vocabulary, or of very many."""
+"""One value per row: from a vocabulary, or one of very many."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MIN_BUCKETS, MAX_BUCKETS = 16, 2**20
 
 
 class Category(Feature):
-    """An integer or a string a row, however it is encoded; 7 and "7" are one value."""
+    """An integer or a string per row, in any encoding; 7 and "7" are one value."""
 
     column_types = ID_TYPES
     takes_whole_numbers = True
 
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
-        """Reads ids; booleans and fractions as text, written as in CSV."""
+        """Reads ids; booleans and fractions become text, written as in CSV."""
         value, dtype = column.value, column.value.type()
         if dtype.is_boolean():
             return value.cast("string")
@@ -49,7 +49,7 @@ class Category(Feature):
 
 @dataclass(frozen=True)
 class Vocabulary(Feature):
-    """A feature whose values have codes by their place in a vocabulary, from 1."""
+    """A feature whose values' codes are their places in a vocabulary, from 1."""
 
     vocabulary: tuple[str, ...] = ()
 
@@ -70,7 +70,7 @@ class Vocabulary(Feature):
     def _lookup(self) -> tf.keras.layers.StringLookup:
         import tensorflow as tf
 
-        # What is unknown has the code of the empty string, which no vocabulary holds.
+        # Unknown values get the code of the empty string, which no vocabulary holds.
         vocabulary = np.array(self.vocabulary, object)
         return tf.keras.layers.StringLookup(vocabulary=vocabulary, oov_token="")
 
@@ -124,8 +124,8 @@ class Hashed(Category):
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
         """Takes the next power of two above twice the number of values.
 
-        A value shares its bucket with another one in at most 4 of 10 cases. More do at the limit
-        of 2^20, which keeps the table below 16 MB at 4 dimensions.
+        At most 4 in 10 values then share a bucket with another. At the limit of 2^20, which keeps
+        the table below 16 MB at 4 dimensions, more do.
         """
         num_values = len(count_rows(column)[0])
         wanted = 2 ** (2 * num_values - 1).bit_length()
@@ -145,7 +145,7 @@ class Hashed(Category):
         return hashing(cleaned(raw))
 
     def codes_of(self, there: Self) -> np.ndarray:
-        """Returns the bucket there of which each bucket here is a part, or which is part of it."""
+        """Returns, for each bucket here, the bucket there that contains it or is part of it."""
         return np.concatenate([[0], 1 + np.arange(self.num_buckets) % there.num_buckets])
 
 
@@ -154,8 +154,8 @@ def count_rows(
 ) -> tuple[dict[str, int], int]:
     """Counts the rows of each value, and the values of the longest row.
 
-    `split` makes a block of rows an Arrow array of all values and their number in each row; if
-    None, every row is a value.
+    `split` turns a block of rows into an Arrow array of all values, and their number in each row.
+    If it is None, every row is a value.
     """
     import pyarrow as pa
 
@@ -184,14 +184,14 @@ def cleaned(texts: tf.Tensor, vocabulary: Collection[str] = ()) -> tf.Tensor:
 
     if all(value == value.strip() for value in vocabulary):
         texts = tf.strings.strip(texts)
-    # A table writes 7 as 7.0 in a column where others are missing.
+    # Tables write 7 as 7.0 in a column with missing values.
     if not any(value.endswith(".0") for value in vocabulary):
         texts = tf.strings.regex_replace(texts, r"^(-?[0-9]+)\.0$", r"\1")
     return lower_booleans(texts) if not vocabulary or has_booleans(vocabulary) else texts
 
 
 def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
-    """Writes True and FALSE, as tables have them, as `to_text` does."""
+    """Rewrites spellings such as True and FALSE in lower case, like `to_text`."""
     import tensorflow as tf
 
     for word in ("true", "false"):

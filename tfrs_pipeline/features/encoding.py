@@ -1,4 +1,4 @@
-"""Several features at once: their inputs in a signature, and their encoding, also of requests."""
+"""Signature inputs and encoding of several features at once, also those of requests."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tfrs_pipeline.features.timestamp import DAY_SECONDS
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 
 TIMESTAMP = "timestamp"
-"""What a request may bring in place of its hour and weekday, in seconds since 1970 in the graph."""
+"""The time of a request, from which hour and weekday come; seconds since 1970 in the graph."""
 
-# What a signature may take beside features.
+# Inputs that a signature may have besides features.
 _OTHER_INPUTS = (
     *("user_id", "item_id", "history", HISTORY_TIMESTAMPS),
     *(TIMESTAMP, "exclude", "allowed", "k"),
@@ -26,10 +26,10 @@ _OTHER_INPUTS = (
 
 
 def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
-    """Returns what `encode_raw` takes, by the features' names, in their order.
+    """Returns the inputs of `encode_raw`, by the features' names, in their order.
 
-    Each spec has the name of its input in an exported signature: the feature's, if TensorFlow
-    allows it and no other input has it, otherwise one of ASCII letters, digits and underscores.
+    Each spec has the name of its input in an exported signature: the feature's name if TensorFlow
+    allows it and it is free, otherwise one made of ASCII letters, digits and underscores.
     """
     taken = set(_OTHER_INPUTS)
     signature = {}
@@ -37,8 +37,8 @@ def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
         name = re.sub(r"[^A-Za-z0-9_]", "_", feature.name)
         if not name[:1].isalpha():
             name = f"input_{name}"
-        # TensorFlow renames inputs that differ in case alone, and refuses to save them then.
-        # A signature's inputs are called by keyword.
+        # TensorFlow renames inputs that differ only in case, and then refuses to save them.
+        # A signature takes its inputs by keyword.
         while name.lower() in taken or keyword.iskeyword(name) or name == "self":
             name += "_"
         taken.add(name.lower())
@@ -54,7 +54,7 @@ def raw_columns(
 ) -> dict[str, np.ndarray]:
     """Converts columns, by the features' names, to the arrays of `raw_signature`.
 
-    A `ValueError` if a column is missing or does not have `num_rows` rows, or as in `to_raw`.
+    Raises a `ValueError` if a column is missing or lacks `num_rows` rows, or as in `to_raw`.
     """
     if missing := [feature.name for feature in features if feature.name not in columns]:
         raise ValueError(f"Features {missing} are missing. Received: {sorted(columns)}.")
@@ -72,7 +72,7 @@ def encode_raw(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dic
 
 
 def graph_resources(features: Sequence[Feature]) -> dict[str, Any]:
-    """Returns what a module that encodes must hold, such as lookup tables, by feature."""
+    """Returns what an encoding module must hold, such as lookup tables, by feature."""
     resources = {feature.name: feature.graph_resource for feature in features}
     return {name: resource for name, resource in resources.items() if resource is not None}
 
@@ -80,10 +80,10 @@ def graph_resources(features: Sequence[Feature]) -> dict[str, Any]:
 def request_signature(
     features: Sequence[Feature], others: Sequence[Feature] = (), *, reads_times: bool = False
 ) -> dict[str, tf.TensorSpec]:
-    """Returns what `encode_requests` takes, by name: the features, and the timestamp if it is read.
+    """Returns the inputs of `encode_requests` by name: the features, and the timestamp if read.
 
-    A model that `reads_times` always reads it. `others` are features of the same signature, whose
-    inputs have other names.
+    A model that `reads_times` always reads it. `others` are features in the same signature, so
+    that names of inputs do not clash.
     """
     signature = raw_signature([*others, *features])
     specs = {feature.name: signature[feature.name] for feature in features}
@@ -122,7 +122,7 @@ def encode_requests(
 
 
 def _filled(feature: Feature, given: tf.Tensor, timestamp: tf.Tensor) -> tf.Tensor:
-    """Takes the hour or weekday of the timestamp where nothing is given."""
+    """Fills missing values with the hour or weekday of the timestamp."""
     given = tf.convert_to_tensor(given, feature.raw_spec.dtype)
     timestamp = tf.convert_to_tensor(timestamp, tf.float64)
     is_known = tf.math.is_finite(timestamp)

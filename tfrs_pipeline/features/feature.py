@@ -1,4 +1,4 @@
-"""What every kind of feature can be asked."""
+"""The interface of every kind of feature."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIME_TYPES = {"timestamp": "timestamp('UTC', 6)"}
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column of a raw table (CSV, Parquet, Arrow), as `data` hands it to a kind."""
+    """A column of a raw table (CSV, Parquet, Arrow), as `data` passes it to a kind."""
 
     place: str  # Table and name of the column, to start messages with.
     value: ir.Value  # The column as it came.
@@ -34,9 +34,9 @@ class TableColumn:
     # Reads ids (int64 if all are integers, otherwise string), finite float64 numbers, or UTC times.
     read: Callable[[Literal["id", "number", "time"]], ir.Value]
     aggregate: Callable[..., Mapping[str, Any]]  # Computes aggregates, by keyword, over the rows.
-    fault: Callable[..., None]  # Of (condition, problem, remedy=, setting=): makes rows missing.
-    refusal: Callable[..., Exception]  # Of (message, setting): the error of an unusable column.
-    wrong_type: Callable[[str], Exception]  # The error of a column that is not of the wanted type.
+    fault: Callable[..., None]  # Takes (condition, problem, remedy=, setting=); marks bad values.
+    refusal: Callable[..., Exception]  # Takes (message, setting); makes an unusable column's error.
+    wrong_type: Callable[[str], Exception]  # Takes the wanted type; makes the error for another.
     notes: list[str]  # Lines for the user.
 
 
@@ -61,7 +61,7 @@ class Feature(ABC):
     kind: ClassVar[str]
     """Name of the kind in settings."""
     names_elsewhere: ClassVar[tuple[str, ...]] = ()
-    """What others call the kind, for error messages."""
+    """Common names elsewhere for the kind, for error messages."""
     column_types: ClassVar[Mapping[str, str]]
     """Ibis type of a column of a log -> the type that the log stores."""
     raw_dtype: ClassVar[str] = "string"
@@ -69,11 +69,11 @@ class Feature(ABC):
     example: ClassVar[str] = ""
     """A typed value, for error messages and the empty field of the served page."""
     holds_categories: ClassVar[bool] = False
-    """Whether requests may choose items by its values, and a refresh counts unknown ones."""
+    """Whether its values are categories, of which a refresh counts the unknown ones."""
     takes_whole_numbers: ClassVar[bool] = False
     """Whether the hour and the weekday can be of this kind."""
     is_embedded: ClassVar[bool] = True
-    """Whether the layer has weights, for `feature_dim` numbers a row."""
+    """Whether the layer has weights, and maps a row to `feature_dim` numbers."""
     is_time: ClassVar[bool] = False
     """Whether raw values are seconds since 1970."""
 
@@ -89,17 +89,17 @@ class Feature(ABC):
 
         Args:
             name: Column name.
-            column: One entry a row; None or NaN is missing.
-            reference: The time from which ages count, such as the end of the log.
+            column: One entry per row; None or NaN is missing.
+            reference: The time from which ages count back, such as the end of the log.
 
         Raises:
-            ValueError: If an entry is not of the kind.
+            ValueError: If an entry does not fit the kind.
         """
 
     def to_raw(self, column: Column) -> np.ndarray:
-        """Converts a column to the array that `encode` takes; a `ValueError` as in `fit`.
+        """Converts a column to the array that `encode` takes; raises a `ValueError` as `fit` does.
 
-        The default is for strings: [n] object of str, "" where missing.
+        By default for strings: [n] object of str, "" where missing.
         """
         return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
 
@@ -109,22 +109,22 @@ class Feature(ABC):
 
     @property
     def raw_shape(self) -> tuple[int | None, ...]:
-        """Shape of the raw value of a row; None is a list of any length."""
+        """Shape of a row's raw value; None is a list of any length."""
         return ()
 
     @property
     def num_codes(self) -> int | None:
-        """The largest code, if values are encoded as codes from 1; None if as numbers."""
+        """The largest code, if values are encoded as codes from 1; None if they are numbers."""
         return None
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """The values that have codes of their own, in the order of the codes."""
+        """The values that have separate codes, in the order of the codes."""
         return ()
 
     @property
     def scale(self) -> float:
-        """What numbers are divided by."""
+        """The divisor of numbers."""
         return 1.0
 
     def layer(self, dim: int) -> tf.keras.layers.Layer:
@@ -137,7 +137,7 @@ class Feature(ABC):
 
     @property
     def raw_spec(self) -> tf.TensorSpec:
-        """Shape and dtype of what `encode` takes."""
+        """Shape and dtype of the input of `encode`."""
         import tensorflow as tf
 
         return tf.TensorSpec([None, *self.raw_shape], tf.as_dtype(self.raw_dtype))
@@ -172,7 +172,7 @@ class Feature(ABC):
 
     @property
     def graph_resource(self) -> Any:
-        """What a `tf.Module` that encodes must hold, such as a lookup table; None if nothing."""
+        """A resource that an encoding `tf.Module` must hold, such as a lookup table, or None."""
         return None
 
     @property
@@ -181,12 +181,12 @@ class Feature(ABC):
         return self != self.fit(self.name, [None])
 
     def codes_of(self, there: Self) -> np.ndarray:
-        """Returns the code in another model of each code here, 0 where it has none."""
+        """Returns each code's counterpart in another model; 0 if it has none."""
         return np.arange(1 + (self.num_codes or 0))
 
     @staticmethod
     def from_text(text: str) -> Any:
-        """Converts a typed value; a `ValueError` if it is not of the kind."""
+        """Converts a typed value; raises a `ValueError` if it does not fit the kind."""
         return text
 
     def parse(self, text: str) -> Any:
@@ -200,5 +200,5 @@ class Feature(ABC):
             ) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the feature as JSON can hold it; `feature_from_dict` restores it."""
+        """Returns the feature as a JSON-compatible dict; `feature_from_dict` restores it."""
         return {"kind": self.kind, **dataclasses.asdict(self)}

@@ -24,7 +24,7 @@ KINDS: dict[str, type[Feature]] = {
 
 
 def kind_problem(kind: object) -> str:
-    """Suggests the kind that is meant by an unknown one; "" if it is known."""
+    """Describes an unknown kind and suggests the meant one; "" if it is known."""
     if isinstance(kind, str) and kind in KINDS:
         return ""
     name = str(kind).lower()

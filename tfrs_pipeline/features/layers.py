@@ -9,7 +9,7 @@ import tensorflow as tf
 
 
 def layer_name(column: str) -> str:
-    """Returns a name that TensorFlow accepts for a layer: the column's, where it can be.
+    """Returns a name that TensorFlow accepts for a layer: the column's, if possible.
 
     Example:
         >>> layer_name("year"), layer_name("release date")
@@ -48,9 +48,9 @@ class CodeEmbedding(tf.keras.layers.Layer):
 
 
 class FlaggedNumbers(tf.keras.layers.Layer):
-    """Fills missing rows with zeros, and appends whether the row was missing.
+    """Fills missing rows with zeros, and appends 1 if the row was missing, else 0.
 
-    With `dim`, the numbers are mapped linearly, without a bias: missing rows stay zeros.
+    With `dim`, the numbers are mapped linearly without a bias, so that missing rows stay zeros.
     """
 
     table = None
@@ -64,7 +64,7 @@ class FlaggedNumbers(tf.keras.layers.Layer):
             self._projection = tf.keras.layers.Dense(dim, use_bias=False, name=name)
 
     def call(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns [n, m + 1] float32 for values [n, m]; [n] counts as [n, 1]."""
+        """Returns [n, (dim or m) + 1] float32 for values [n, m]; [n] counts as [n, 1]."""
         if values.shape.rank == 1:
             values = values[:, tf.newaxis]
         is_missing = tf.math.is_nan(values[:, :1])

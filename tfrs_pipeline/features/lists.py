@@ -1,4 +1,4 @@
-"""Several values a row: lists, such as genres, and the words of texts, such as titles."""
+"""Several values per row: lists, such as genres, and the words of texts, such as titles."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 MIN_LENGTH = 16
 
-# Letters with their marks, digits and underscores make words, and apostrophes within them.
+# Words consist of letters with their marks, digits, underscores, and apostrophes inside.
 _LETTER = r"\p{L}\p{M}\p{N}_"
 _BETWEEN_WORDS = rf"[^{_LETTER}]*[^{_LETTER}'][^{_LETTER}]*|^'+|'+$"
 _VARIANTS = r"[\x{FE00}-\x{FE0F}]"  # Marks that choose how an emoji is drawn.
-# Scripts without spaces: a character with its marks is a word. Unicode counts the marks of Katakana
-# that lengthen or voice it among the letters.
+# In scripts without spaces, a character with its marks is a word. Katakana's marks for length and
+# voicing are letters in Unicode, so they are listed here.
 _UNSPACED = (
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
     r"[\p{M}ーｰﾞﾟ]*"
@@ -34,7 +34,7 @@ _UNSPACED = (
 
 @dataclass(frozen=True)
 class ValueLists(Vocabulary):
-    """A feature with any number of values a row, of which the first known ones count.
+    """A feature with any number of values per row; only the first known ones count.
 
     Args:
         num_values: Number of known values that count.
@@ -43,7 +43,7 @@ class ValueLists(Vocabulary):
     num_values: int = 1
 
     min_count: ClassVar[int] = 1
-    """Values of fewer rows are unknown."""
+    """Values in fewer rows are unknown."""
     max_values: ClassVar[int]
     """The most known values of a row that count."""
 
@@ -54,9 +54,9 @@ class ValueLists(Vocabulary):
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Takes values of `min_count` rows; as many of a row count as the longest has.
+        """Takes values in `min_count` rows or more; as many of a row count as the longest has.
 
-        At least 16 count, because longer lists can come later, and at most `max_values`.
+        At least 16 count, because longer lists may come later, and at most `max_values`.
         """
         counts, longest = count_rows(column, cls.split)
         vocabulary = sorted(value for value, count in counts.items() if count >= cls.min_count)
@@ -66,7 +66,7 @@ class ValueLists(Vocabulary):
         """Encodes lists: [B, num_values] int32, the known values first, padded with 0."""
         import tensorflow as tf
 
-        # Not padded before they are cut: one row may have very many values.
+        # Lists are cut before they are padded, because one row may have very many values.
         codes = self.codes(lists.values)
         place = tf.where(codes > 0)[:, 0]
         rows = tf.gather(lists.value_rowids(), place)
@@ -116,7 +116,7 @@ class MultiCategorical(ValueLists):
         return padded(*to_text_lists(column))
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
-        """Returns [B, num_values] int32, the known ones first."""
+        """Returns [B, num_values] int32 codes, the known ones first."""
         import tensorflow as tf
 
         if has_booleans(self.vocabulary):
@@ -125,12 +125,12 @@ class MultiCategorical(ValueLists):
 
     @staticmethod
     def from_text(text: str) -> Any:
-        """Splits values with commas between them."""
+        """Splits values at commas."""
         return [part.strip() for part in text.split(",")]
 
 
 def _check_texts(column: TableColumn, lists: ir.ArrayValue) -> None:
-    """Refuses text with lists in brackets, and notes if no text has two values."""
+    """Refuses text with lists in brackets; notes it if no text has two values."""
     text = column.value.strip()
     is_list = text.re_search(r"^\[[^\]]*\]$")
     found = column.aggregate(
@@ -161,14 +161,14 @@ def _check_texts(column: TableColumn, lists: ir.ArrayValue) -> None:
 class Text(ValueLists):
     """Places of a text's lower-case words in the vocabulary. See `ValueLists` for the fields.
 
-    Words are runs of letters, their marks, digits, underscores, and apostrophes within. In scripts
-    without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character, with
-    its marks, is a word.
+    Words are runs of letters, marks, digits, underscores, and apostrophes inside. In scripts
+    without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character with
+    its marks is a word.
     """
 
     kind: ClassVar[str] = "text"
     column_types = {"string": "string"}
-    min_count = 2  # Words of a single row are noise.
+    min_count = 2  # Words in a single row are noise.
     max_values = 64
 
     @classmethod
@@ -197,7 +197,7 @@ def _words(texts: tf.Tensor) -> tf.RaggedTensor:
     """Returns the lower-case words of texts [B], string [B, any]."""
     import tensorflow as tf
 
-    # These letters first: what is the lower case of an I depends on the server's locale.
+    # İ is replaced first, because its lower case depends on the server's locale.
     steps = (_VARIANTS, ""), (_UNSPACED, r" \0 "), (_BETWEEN_WORDS, " "), ("İ", "I")
     for pattern, by in steps:
         texts = tf.strings.regex_replace(texts, pattern, by)

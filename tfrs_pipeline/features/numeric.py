@@ -1,4 +1,4 @@
-"""Numbers: standardised, or in buckets for effects that are not linear."""
+"""Numbers: standardised, or in buckets for non-linear effects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_DEVIATIONS = 10.0
 
 
 class Number(Feature):
-    """A number a row, however it is encoded."""
+    """A number per row, in any encoding."""
 
     column_types = NUMBER_TYPES
     raw_dtype = "float64"
@@ -44,11 +44,11 @@ class Number(Feature):
 
 @dataclass(frozen=True)
 class Numeric(Number):
-    """A number, less the mean, divided by the standard deviation.
+    """A number minus the mean, divided by the standard deviation.
 
-    It is clipped to 10 deviations on either side, so that no absurd value drowns a tower. Keras'
-    `Normalization` computes in float32, too coarse for counts above 16 million, and raises
-    deviations below 1e-7 to that.
+    It is clipped to 10 deviations on either side, so that an absurd value does not dominate a
+    tower. Keras's `Normalization` computes in float32, too coarse for counts above 16 million, and
+    raises deviations below 1e-7 to 1e-7.
 
     Args:
         mean: Mean of the column.
@@ -92,7 +92,7 @@ class Bucketized(Number):
         if len(known) == 0:
             return cls(name)
         shares = np.arange(1, MAX_BUCKETS) / MAX_BUCKETS
-        # "higher" picks a number of the column, which opens its bucket; none opens at the lowest.
+        # "higher" picks a number from the column, so no bucket is empty; none starts at the lowest.
         quantiles = np.unique(np.quantile(known, shares, method="higher"))
         return cls(name, tuple(quantiles[quantiles > known.min()].tolist()))
 
@@ -115,12 +115,12 @@ class Bucketized(Number):
 
 
 def moments(numbers: np.ndarray) -> tuple[float, float]:
-    """Returns mean and standard deviation of the finite numbers, 0 and 1 if there is none."""
+    """Returns the mean and standard deviation of the finite numbers; 0 and 1 if there are none."""
     known = numbers[np.isfinite(numbers)]
     if len(known) == 0:
         return 0.0, 1.0
-    size = float(np.abs(known).max()) or 1.0  # Squares of large numbers are infinite.
-    # Rounding gives equal numbers a deviation just above 0, and every other one a huge value.
+    size = float(np.abs(known).max()) or 1.0  # Squares of large numbers would be infinite.
+    # Rounding may give equal numbers a deviation just above 0, and so other numbers huge values.
     scale = size * float((known / size).std()) if known.min() < known.max() else 1.0
     return size * float((known / size).mean()), scale or 1.0
 
@@ -129,13 +129,13 @@ def standardised(values: tf.Tensor, scale: float) -> tf.Tensor:
     """Divides by a scale other than 0, clips, and returns float32."""
     import tensorflow as tf
 
-    # A graph would turn `/` into a multiplication by the reciprocal, rounded otherwise.
+    # A graph would turn `/` into a multiplication by the reciprocal, which rounds differently.
     scaled = tf.math.divide_no_nan(values, tf.constant(scale, values.dtype))
     return tf.cast(tf.clip_by_value(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS), tf.float32)
 
 
 def where_finite(raw: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
-    """Returns what is encoded, NaN where the raw value is missing or infinite."""
+    """Returns the encoded values, with NaN where the raw value is missing or infinite."""
     import tensorflow as tf
 
     return tf.where(tf.math.is_finite(raw), encoded, np.float32(np.nan))

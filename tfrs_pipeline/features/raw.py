@@ -1,6 +1,6 @@
-"""Columns of Python, NumPy or Arrow values as the arrays that a graph takes.
+"""Converts columns of Python, NumPy or Arrow values to the arrays that a graph takes.
 
-An array with a type is converted at once, a list value by value.
+Typed arrays are converted at once, lists value by value.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-# A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
+# A sequence, a NumPy array, or an Arrow array, chunked or not; Arrow has no type hints.
 Column: TypeAlias = Any
 
 BOOLEANS = ("True", "TRUE", "False", "FALSE")
 """How tables in CSV write booleans; JSON and Arrow write true and false."""
 WHOLE_FLOAT = r"^\s*(-?(?:0|[1-9][0-9]*))\.0\s*$"
-"""How programs write a whole number in a column where others are missing."""
+"""How programs write a whole number in a column with missing values."""
 LARGEST_FLOAT32 = 3.4028234663852886e38
-MAX_SECONDS = 1e11  # Later ones are milliseconds.
+MAX_SECONDS = 1e11  # Larger numbers must be milliseconds.
 ROWS_PER_CALL = 65_536
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -31,18 +31,18 @@ def in_blocks(column: Column) -> Iterator[Column]:
 
 
 def has_booleans(values: Collection[str]) -> bool:
-    """Returns whether true or false is among the values, so that BOOLEANS mean them."""
+    """Returns whether true or false is among the values, so that BOOLEANS spell them."""
     return "true" in values or "false" in values
 
 
 def to_text(value: Any) -> str:
-    """Returns `str(value)`, but true or false for a boolean, also one that is text already."""
+    """Returns `str(value)`, in lower case for booleans, also those that are already text."""
     text = str(value)
     return text.lower() if text in BOOLEANS else text
 
 
 def to_texts(column: Column) -> Any:
-    """Returns an Arrow array of what `to_text` gives, "" where the value is missing."""
+    """Returns an Arrow array of the `to_text` of each value, "" where it is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -63,7 +63,7 @@ def to_texts(column: Column) -> Any:
 def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
     """Returns the values of lists, an Arrow array of strings, and their number in each of n rows.
 
-    Missing values and empty strings within a list are dropped. Another value is a list of one.
+    Missing values and empty strings within a list are dropped. A single value is a list of one.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -108,7 +108,7 @@ def to_numbers(name: str, column: Column) -> np.ndarray:
         return np.fromiter(values, np.float64, len(column))
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"Feature '{name}' must hold numbers: {error}. Correct it, or use None: it is missing."
+            f"Feature '{name}' must hold numbers: {error}. Correct it, or use None for missing."
         ) from None
 
 
@@ -136,7 +136,7 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
 
 
 def typed(column: Column) -> Any:
-    """Converts a column that has a type to an Arrow array; returns lists and objects unchanged."""
+    """Converts a typed column to an Arrow array; returns lists and object arrays unchanged."""
     import pyarrow as pa
 
     if isinstance(column, pa.ChunkedArray):
@@ -157,9 +157,9 @@ def list_lengths(lists: Any) -> np.ndarray:
 
 
 def is_missing(value: Any) -> bool:
-    """Returns whether a value is None, NaN, or what pandas has for them."""
+    """Returns whether a value is None, NaN, or a missing value of pandas."""
     if value is None or hasattr(value, "__len__"):
         return value is None
-    # NaN and the NaT of pandas differ from themselves; its NA says neither.
+    # NaN and pandas's NaT differ from themselves; for NA the comparison is neither true nor false.
     differs = value != value
     return differs is not False and (not isinstance(differs, bool | np.bool_) or bool(differs))

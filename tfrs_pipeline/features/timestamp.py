@@ -24,13 +24,13 @@ DAY_SECONDS = 86_400.0
 class Timestamp(Feature):
     """A moment's age, and its hour and weekday in UTC, each a point on a circle.
 
-    The age is log(1 + days before `reference`), standardised, so that recent moments are told
-    apart; it is 0 days for later ones.
+    The age is log(1 + days before `reference`), standardised: the logarithm separates recent
+    moments. Later moments count as 0 days.
 
     Args:
-        mean: Mean of the ages of the column.
+        mean: Mean of the column's ages.
         scale: Their standard deviation.
-        reference: Time from which ages count, in seconds since 1970.
+        reference: Time from which ages count back, in seconds since 1970.
     """
 
     mean: float = 0.0
@@ -52,7 +52,7 @@ class Timestamp(Feature):
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Standardises ages, which count from the reference; None is the column's latest time."""
+        """Standardises ages, which count back from the reference; None is the latest time."""
         seconds = to_seconds(name, column)
         known = seconds[~np.isnan(seconds)]
         start = float(known.max()) if len(known) else 0.0
@@ -72,7 +72,7 @@ class Timestamp(Feature):
         age = tf.math.log1p(tf.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
         values = [standardised(age - self.mean, self.scale)]
         of_day = tf.math.floormod(raw, DAY_SECONDS)
-        # 1970 began on a Thursday; a weekday is one point of its circle, whatever the hour.
+        # 1970 began on a Thursday. A weekday is one point on its circle at any hour.
         of_week = tf.math.floormod(raw - of_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
         for angle in (of_day * (2 * np.pi / DAY_SECONDS), of_week * (2 * np.pi / 7 / DAY_SECONDS)):
             values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Vector(Feature):
-    """A list of numbers, all divided by one scale so that the length is 1 on average.
+    """A list of numbers, divided by one scale so that the root mean square length is 1.
 
-    The directions stay, and the layer is a trained linear map. Numbers are clipped to 10 typical
+    Directions are kept, and the layer is a trained linear map. Numbers are clipped to 10 typical
     lengths.
 
     Args:
@@ -40,7 +40,7 @@ class Vector(Feature):
 
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
-        """Reads lists of float32, all of the length that most have."""
+        """Reads lists of float32; other lengths than the most common one are faults."""
         import ibis
 
         value, dtype = column.value, column.value.type()
@@ -72,7 +72,7 @@ class Vector(Feature):
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Takes the commonest length of the lists, and the root mean square of the vectors'."""
+        """Takes the most common length of lists, and the root mean square of their norms."""
         vectors = _to_vectors(name, column)
         squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
         return cls(name, vectors.shape[1], float(np.sqrt(np.nanmean(squares))) or 1.0)
@@ -87,7 +87,7 @@ class Vector(Feature):
         return _to_vectors(self.name, column, self.num_values)
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
-        """Returns [B, num_values] float32, NaN where a number is missing or infinite."""
+        """Returns [B, num_values] float32, NaN in rows with a missing or infinite number."""
         import tensorflow as tf
 
         is_known = tf.reduce_all(tf.math.is_finite(raw), axis=1, keepdims=True)
@@ -100,12 +100,12 @@ class Vector(Feature):
 
     @staticmethod
     def from_text(text: str) -> Any:
-        """Converts numbers with commas between them."""
+        """Converts numbers separated by commas."""
         return [float(number) for number in text.split(",")]
 
 
 def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
-    """Returns [n, length] float32, NaN in missing rows; the length is by default the commonest."""
+    """Returns [n, length] float32, NaN in missing rows; the default length is the most common."""
     import pyarrow as pa
 
     must_hold, num_rows = f"Feature '{name}' must hold", len(column)

@@ -16,8 +16,8 @@ from tfrs_pipeline.run.data import RunData, final_part
 
 Baseline: TypeAlias = MostPopular | Repeats | Ease | Ials
 
-# Shares of the positives, the last ones, by which popularity is counted in a split by time: where
-# the test is of later days, what was popular lately may be a better guess.
+# Shares of the latest positives by which popularity is counted in a split by time: for a test on
+# later days, recent popularity may be a better guess.
 _LATEST = (1.0, 0.2, 0.05, 0.01)
 
 
@@ -28,9 +28,9 @@ def fit_baselines(
     *,
     grids: Mapping[str, Sequence[Baseline]] | None = None,
 ) -> tuple[dict[str, Retriever], list[str]]:
-    """Fits the baselines of a config, with notes on what was chosen and what was skipped.
+    """Fits the baselines of a config, and notes what was chosen and what was skipped.
 
-    `grids` are, by name, baselines to choose from on validation, in place of the usual one.
+    `grids` are lists of baselines by name, to choose from on validation in place of the usual one.
     """
     latest = _LATEST if data.split.kind == "time" else (1.0,)
     choices: dict[str, Sequence[Baseline]] = {
@@ -44,12 +44,12 @@ def fit_baselines(
     found: dict[str, Retriever] = {}
     notes = []
     for name in config.evaluation.baselines:
-        # The first is trained as the model is, the second has nothing left to find.
+        # "uncorrected" is trained like the model; "repeats" would have nothing left to find.
         if name == "uncorrected" or (name == "repeats" and config.evaluation.exclude != "none"):
             continue
         if name == "ease" and num_items > Ease.max_candidates:
             notes.append(
-                f"ease: skipped, it inverts a matrix of items by items, and {num_items:,} items "
+                f"ease: skipped, because it inverts an item-by-item matrix and {num_items:,} items "
                 f"are more than {Ease.max_candidates:,}"
             )
             continue
@@ -68,8 +68,8 @@ def _best(
     data: RunData,
     on_progress: OnProgress,
 ) -> Baseline:
-    """Chooses the baseline that is best on validation, by the metric that chooses the epoch."""
-    # As many users as choose the model's epoch.
+    """Chooses the best baseline on validation, by the metric that chooses the epoch."""
+    # The same number of users as for the model's epoch.
     validation = data.validation.sample(config.training.validation_users, config.seed)
     scores = []
     for i, baseline in enumerate(choices):

@@ -1,7 +1,7 @@
-"""Sampling plans side by side on the user's own data: which negatives suit it.
+"""Compares sampling plans on the user's own data, to show which negatives suit it.
 
 Every plan trains the same towers from the same initial weights, on the same positives, within the
-same budget; only what a positive is compared with differs, and how it is weighed.
+same budget; only the negatives of a positive and their weights differ.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from tfrs_pipeline.settings import ConfigError
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """The plans of a comparison, measured, the reference first.
+    """The measured plans of a comparison, the reference first.
 
-    The folder holds comparison.json, comparison.md, comparison.svg and a folder a plan.
+    The folder holds comparison.json, comparison.md, comparison.svg and a folder for each plan.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class PlanComparison:
     notes: Sequence[str]
 
     def table(self, *, markdown: bool = False, width: int | None = None) -> str:
-        """Formats the plans, as Markdown or text, with as many columns as fit in a width."""
+        """Formats the plans as Markdown or text, with as many columns as fit in a width."""
         trained = {
             name: {"epochs": training.best_epoch, "seconds": round(training.seconds)}
             for name, training in self.trainings.items()
@@ -62,16 +62,16 @@ def compare(
 ) -> PlanComparison:
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
-    A folder that holds a stopped comparison of the same config is resumed: trained plans are
-    measured again from their checkpoints, the one at hand goes on from its last epoch. `progress`
-    is told how the work goes on.
+    A stopped comparison of the same config in the folder is resumed: trained plans are measured
+    again from their checkpoints, and the unfinished one continues from its last epoch. `progress`
+    is told about the steps.
 
     Raises:
-        ConfigError: If there is a run to start from.
+        ConfigError: If `warm_start` is set.
         ValueError: If the folder holds something else, or the data is refused (`DataError`).
     """
     if config.warm_start is not None:
-        message = "the plans of a comparison all start from nothing; leave it out"
+        message = "the plans of a comparison all start from random weights; leave it out"
         raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
     if this_worker().count > 1:
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
@@ -105,7 +105,7 @@ def plan_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
 def _make_plans(
     config: RunConfig, runner: Runner, data: RunData
 ) -> tuple[dict[str, Plan], list[str]]:
-    """Makes the plans, with notes, and refuses each that cannot be trained, before any is."""
+    """Makes the plans, with notes, and refuses those that cannot be trained before any training."""
     pools = data.final.samples.hard_pools
     logged = [name for name, pool in pools.items() if len(pool.values)]
     num_candidates = len(data.final.corpus.candidate_ids)
@@ -117,7 +117,7 @@ def _make_plans(
 
 
 def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
-    """Returns the settings that a plan trains with, within the budget."""
+    """Returns the settings with which a plan is trained, within the budget."""
     return with_settings(config, {**plan, "training.max_epochs": _max_epochs(config, data)})
 
 

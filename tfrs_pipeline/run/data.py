@@ -1,4 +1,4 @@
-"""The data of a run: its log, the split of it and the samples, each a step."""
+"""The data of a run: its log, split and samples, each made by a step."""
 
 import dataclasses
 import functools
@@ -24,24 +24,24 @@ from tfrs_pipeline.sources.movielens import load_movielens_100k
 
 @dataclass(frozen=True)
 class RunData:
-    """What the trainings of a run have in common."""
+    """The data that the trainings of a run share."""
 
     split: Split[Log]
     selection: TrainingSet
-    final: TrainingSet  # Of all that the tested models are trained on.
-    validation: Holdout  # Chooses the epoch; sampled, as the test is, if it has too many users.
+    final: TrainingSet  # All events that the tested models are trained on.
+    validation: Holdout  # Chooses the epoch; like the test, sampled if it has too many users.
     test: Holdout
 
     @property
     def has_refit(self) -> bool:
-        """Whether models are trained again on all that precedes the test."""
+        """Whether models are trained again on all events before the test."""
         return self.final is not self.selection
 
 
 def data_steps(
     config: RunConfig, folder: RunFolder, hard: FunnelLosers | None = None
 ) -> list[Step]:
-    """Returns the steps that make the samples; `hard` asks for other losers than the config's."""
+    """Returns the steps that make the samples; `hard` replaces the config's losers."""
     if hard is None and isinstance(config.model.hard, FunnelLosers):
         hard = config.model.hard
     seed, least = config.seed, config.training.min_positives
@@ -79,9 +79,9 @@ def _read_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | Non
     try:
         log = Log.read(folder.data, connect_engine(config.data))
     except Damaged as error:
-        # Made again it might be of other events than what was trained on it.
+        # If made again, it might hold other events than those that were trained on.
         raise Damaged(
-            f"{error} All else in {folder.path} was made from it: train in another folder, with "
+            f"{error} Everything in {folder.path} depends on it: train in another folder, with "
             f"--config {folder.config_file} --run-dir NEW, and delete this one."
         ) from error
     runner.note(*log.describe())
@@ -128,12 +128,12 @@ def _samples(
 
 
 def final_part(config: RunConfig, split: Split[Log]) -> Log:
-    """Returns what the models that are tested have been trained on."""
+    """Returns the part of the log that the tested models are trained on."""
     return split.before_test if config.training.refit else split.train
 
 
 def connect_engine(config: DataConfig) -> Any:
-    """Opens the engine that a config makes its log and samples in."""
+    """Opens the engine in which a config's log and samples are made."""
     return connect_spark() if config.source == "spark" else connect(config.memory_limit)
 
 
@@ -148,7 +148,7 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
     if config.source == "movielens-100k":
         log = load_movielens_100k(config.path, **features)
         return dataclasses.replace(log, is_ordered=config.is_ordered)
-    assert config.path is not None  # The config's own check.
+    assert config.path is not None  # The config has checked it.
     if config.source == "spark":
         paths = {"events": config.path, "items": config.items_path, "users": config.users_path}
         tables = {
@@ -167,7 +167,7 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
 
 
 def describe_samples(report: Mapping[str, Any]) -> list[str]:
-    """Says what samples hold, and what was kept from being a negative (see `build_samples`)."""
+    """Describes samples, and which items are never negatives (see `build_samples`)."""
     pools = report.get("hard_negatives", {})
     has_losers = any(pool["num_samples"] for pool in pools.values())
     return [

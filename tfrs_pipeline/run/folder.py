@@ -1,4 +1,4 @@
-"""The folder of a run: where things lie in it, who works in it, with which settings."""
+"""The folder of a run: its layout, its lock and its settings."""
 
 import contextlib
 import hashlib
@@ -17,14 +17,14 @@ from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.json"
 MAY_CHANGE = ("export.gate", "export.index", "export.target_recall")
-"""Settings of a begun run that may change until something is exported."""
+"""Settings of a started run that may change until something is exported; then only the first."""
 
-# What a run replaces, and what somebody else may have under the same name.
+# Files that a run replaces; a user's own files may have the same names.
 _REPLACED = (
     *(CONFIG_FILE, "data", "samples", "plans", "native.log", "report.html"),
     *("comparison.json", "comparison.md", "comparison.svg"),
 )
-# What shows that a run was begun: from then on its settings hold.
+# Files that show that a run has started; from then on its settings are fixed.
 _BEGUN = ("data/log.json", "checkpoints", METRICS_FILE)
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
@@ -53,26 +53,26 @@ class RunFolder:
 
     @property
     def split(self) -> Path:
-        """The part of every event."""
+        """The events with their parts."""
         return self.data / "split.parquet"
 
     def samples(self, part: str) -> Path:
-        """Returns where the samples of a training are: "selection" or "final"."""
+        """Returns the folder of a training's samples: "selection" or "final"."""
         return self.path / "samples" / part
 
     def checkpoints(self, model: str) -> Path:
-        """Returns where the two trainings of a model are."""
+        """Returns the folder of a model's two trainings."""
         return self.path / "checkpoints" / model
 
     def holds_run(self) -> bool:
-        """Returns whether there is a run or a comparison, or what is left of one."""
+        """Returns whether there is a run or a comparison, or a remainder of one."""
         return self._has(CONFIG_FILE, "plans", *_BEGUN)
 
     def _has(self, *names: str) -> bool:
         return any((self.path / name).exists() for name in names)
 
     def kept(self) -> list[str]:
-        """Lists what a stopped run has finished, which another process will not do again."""
+        """Lists what a stopped run has finished, and a resumed one need not repeat."""
         kept = [x for x in ("data", "samples") if any((self.path / x).rglob("*.json"))]
         if epochs := list(self.path.rglob("epoch-*.json")):
             last = max(epochs, key=lambda path: path.stat().st_mtime)
@@ -82,12 +82,12 @@ class RunFolder:
         return kept
 
     def metrics(self) -> dict[str, Any] | None:
-        """Reads what a finished run has measured; None if it is not finished."""
+        """Reads the metrics of a finished run; None if it is not finished."""
         return read_record(self.metrics_file) if is_whole(self.metrics_file) else None
 
     def settings(self) -> RunConfig:
-        """Reads the settings that the run was begun with, unless they are lost, cut or changed."""
-        path = self.config_file  # What is left of it might be the settings of another run.
+        """Reads the settings that the run started with; refuses a lost, cut or changed file."""
+        path = self.config_file  # A cut file might hold the settings of another run.
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
         settings, _, written = text.rpartition(_HASH_LINE)
         if not written or written.strip() != _hash(settings):
@@ -101,17 +101,16 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(self, config: RunConfig, *, is_run: bool) -> Iterator[None]:
-        """Keeps other processes out of the folder, and holds it to its settings.
+        """Locks the folder, and checks or writes its settings.
 
         If the data is rejected, files created for the run are removed. If several workers train
-        together, the chief claims the folder for all. If a run exports, the model's folder is
-        tried too.
-
+        together, the chief claims the folder for all. If a run exports, this also checks that the
+        model's folder can be written.
         """
         if not this_worker().is_chief:
             yield
             return
-        import duckdb  # Here: the command line's help does without it.
+        import duckdb  # Imported here, because the command line's help does not need it.
 
         exports = is_run and config.export.index != "none"
         for written in (self.path, *([config.model_folder] if exports else [])):
@@ -136,8 +135,8 @@ class RunFolder:
                     raise
 
     def _settle_settings(self, config: RunConfig) -> None:
-        """Writes the settings, or checks that they are those of the run that is here."""
-        # A run whose data was refused has left nothing behind: its settings may be mended in place.
+        """Writes the settings, or checks that they are those of the existing run."""
+        # A run whose data was refused leaves nothing behind, so its settings may be corrected.
         if not self._has(*_BEGUN):
             self._refuse_files_of_others()
             self._write_settings(config)
@@ -166,9 +165,9 @@ class RunFolder:
                 self.settings()
         except ConfigError:
             raise ValueError(
-                f"{self.path} holds {', '.join(found)}, which a run would replace, and no "
-                f"{CONFIG_FILE} as a run has written it: they may be your own. Choose another "
-                "folder with --run-dir."
+                f"{self.path} holds {', '.join(found)}, which a run would replace, but no "
+                f"{CONFIG_FILE} as a run writes it: they may be your own. Choose another folder "
+                "with --run-dir."
             ) from None
 
     def _write_settings(self, config: RunConfig) -> None:
@@ -177,16 +176,16 @@ class RunFolder:
 
 
 def exported_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:
-    """Returns the version that a finished run has exported; another's may have taken its number."""
+    """Returns the version that a finished run exported, unless another's has taken its number."""
     if (made := metrics["export_folder"]) is None:
         return None
-    # Among the model's versions, or where it was written: all may have moved.
+    # It is among the model's versions, or where it was written: the folders may have moved.
     places = (model_folder / Path(made).name, Path(made))
     return next((place for place in places if is_made_by(place, metrics)), None)
 
 
 def is_made_by(version: Path, metrics: Mapping[str, Any]) -> bool:
-    """Returns whether a version was exported by the run that has measured these metrics."""
+    """Returns whether a version was exported by the run with these metrics."""
     path = version / MANIFEST_FILE
     of_model = metrics["models"]["two_tower"]
     return is_whole(path) and read_record(path, check_files=False).get("metrics") == of_model
@@ -194,7 +193,7 @@ def is_made_by(version: Path, metrics: Mapping[str, Any]) -> bool:
 
 def _check_path(folder: Path) -> None:
     """Refuses a folder that cannot be written, or whose files TensorFlow could not read back."""
-    # TensorFlow takes these for a pattern when it reads, and not when it writes.
+    # TensorFlow treats these as a pattern when it reads, but not when it writes.
     if wrong := sorted(set("[\\") & set(str(folder))):
         raise ValueError(
             f"{folder} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
@@ -204,7 +203,7 @@ def _check_path(folder: Path) -> None:
 
 
 def _remove(folder: Path, made: Sequence[Path]) -> None:
-    """Empties a folder and removes the folders that were made for it, the innermost first."""
+    """Empties a folder, and removes the folders that were made for it, the innermost first."""
     shutil.rmtree(folder, ignore_errors=True)
     if not made:
         folder.mkdir(exist_ok=True)
@@ -218,7 +217,7 @@ def _hash(settings: str) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Names the settings of a table, and of tables within it, with dots."""
+    """Flattens nested tables of settings, with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else None

@@ -1,4 +1,4 @@
-"""What a run measures: its models, the baselines, and the version in service."""
+"""Measures the models of a run, the baselines, and the version in service."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ EXAMPLE_LENGTH = 10
 
 @dataclass(frozen=True)
 class Measured:
-    """The trained models by name, the first to be exported, and their test.
+    """The trained models by name, of which the first is exported, and their evaluation.
 
-    The evaluation also holds the baselines and the version in service, if one is compared.
+    The evaluation includes the baselines and, if it is compared, the version in service.
     """
 
     models: dict[str, FittedTwoTower]
@@ -52,7 +52,7 @@ def measure(
     baselines: Mapping[str, Retriever],
     *models: FittedTwoTower,
 ) -> Measured:
-    """Evaluates the models of a run on the test beside the baselines: the step `evaluate`."""
+    """Evaluates the models and baselines of a run on the test, for the step `evaluate`."""
     named = {model.network.name: model for model in models}
     measured: dict[str, Retriever] = {**named, **baselines}
     in_service = None
@@ -76,7 +76,7 @@ def measure(
 
 
 def is_compared(config: RunConfig, folder: RunFolder) -> bool:
-    """Returns whether to measure the version in service: for the gate, or if it refused the run."""
+    """Returns whether to measure the version in service: if the gate is on, or was before."""
     metrics = folder.metrics()
     return config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
 
@@ -87,7 +87,7 @@ def evaluate_all(
     holdout: Holdout,
     on_progress: OnProgress = lambda *task: None,
 ) -> Evaluation:
-    """Evaluates retrievers by the settings of a config, the first compared with the others."""
+    """Evaluates retrievers with a config's settings, and compares the first with the others."""
     return evaluate(
         retrievers,
         holdout,
@@ -99,7 +99,7 @@ def evaluate_all(
 
 
 def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str, Any]:
-    """Gathers what metrics.json holds of the data, the trainings and the test."""
+    """Gathers the entries of metrics.json about the data, the trainings and the test."""
     return {
         "dataset": config.model_name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -108,7 +108,7 @@ def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str
         "training": {
             name: {
                 "best_epoch": model.result.best_epoch,
-                # A part of validation without an item to find measures NaN, which is no JSON.
+                # A slice of validation without a relevant item has NaN, which JSON lacks.
                 "history": {
                     metric: [None if np.isnan(value) else value for value in values]
                     for metric, values in model.result.history.items()
@@ -126,7 +126,7 @@ def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str
 
 
 def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
-    """Shows what a few test queries are answered, chosen by length of history, short to long."""
+    """Gathers the answers to a few test queries, with short to long histories."""
     order = np.argsort([len(history) for history in holdout.histories], kind="stable")
     places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
     numbers = list(dict.fromkeys(order[places].tolist()))

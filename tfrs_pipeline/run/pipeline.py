@@ -1,4 +1,4 @@
-"""`tfrs-pipeline run`: from a config to a model in service, one folder a run."""
+"""`tfrs-pipeline run`: from a config to a model in service, with one folder per run."""
 
 import functools
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ from tfrs_pipeline.serving.publish import publishing, versions_of
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind: its folder, and what metrics.json holds."""
+    """The result of a run: its folder, and the contents of metrics.json."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -74,18 +74,18 @@ def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
 def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunResult:
     """Runs the whole pipeline in a folder, which is made if missing.
 
-    A folder that holds a stopped run of the same config is resumed: finished data and samples are
-    kept, training goes on from its last epoch. A finished run is given back as it is: another
-    export would be another version for a server to take up. It is exported again only if its
-    version is gone and no other version is there.
+    A stopped run of the same config in the folder is resumed: finished data and samples are kept,
+    and training continues from its last epoch. A finished run is returned unchanged, since another
+    export would make a server load another version. It is exported again only if its version is
+    gone and there is no other version, or if the gate kept it out.
 
-    Where TF_CONFIG names several workers, each of them calls this with the same folder, on a file
-    system that all see. They train together; the chief alone writes, by its own config, evaluates
-    and exports, and the others wait for it.
+    If TF_CONFIG names several workers, each calls this with the same folder, on a shared file
+    system. They train together; the chief alone writes, with its own config, evaluates and exports,
+    and the others wait.
 
     Raises:
-        ValueError: If the folder holds a run of another config, the run to start from is not
-            finished or of another shape (`ConfigError`), or the data is refused (`DataError`).
+        ValueError: If the folder holds a run of another config, the run to start from is unfinished
+            or has another shape (`ConfigError`), or the data is refused (`DataError`).
         WorkerLost: If another worker fails or does not answer.
     """
     check_model_name(config)
@@ -105,12 +105,12 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
 
 
 def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult:
-    """Measures and exports what was trained, on the chief; other workers read what it has done."""
+    """Measures and exports the trained models on the chief; other workers read its results."""
     if not this_worker().is_chief:
         return RunResult(folder.path, folder.metrics() or {})
     baselines, *steps = _closing_steps(config, folder)
     runner.run([baselines])
-    # What the model is compared with stays in service until the new version is there.
+    # The version that the model is compared with must stay in service until the export.
     is_held = is_compared(config, folder)
     with publishing(config.model_folder) if is_held else nullcontext():
         exported: Exported = runner.run(steps)
@@ -121,12 +121,12 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
         "notes": {report.name: report.notes for report in runner.reports},
         "seconds": {report.name: report.seconds for report in runner.reports},
     }
-    write_record(folder.metrics_file, metrics)  # By it a run is finished.
+    write_record(folder.metrics_file, metrics)  # This file marks a finished run.
     return RunResult(folder.path, metrics)
 
 
 def read_result(config: RunConfig, folder: RunFolder) -> RunResult | None:
-    """Reads what a finished run left behind; None if it has something left to do."""
+    """Reads the result of a finished run; None if something is left to do."""
     metrics = folder.metrics()
     if metrics is None:
         return None
@@ -135,9 +135,9 @@ def read_result(config: RunConfig, folder: RunFolder) -> RunResult | None:
     result = RunResult(folder.path, metrics)
     if config.export.index == "none":
         return result
-    if result.export_folder is None:  # Refused: the gate may be open now.
+    if result.export_folder is None:  # It was refused, but the gate may be open now.
         return None
-    # Where others are in service, this one would go before them. The project may have moved.
+    # If other versions exist, this one would replace them. The project may have moved.
     folders = result.export_folder.parent, config.model_folder
     return result if any(map(versions_of, folders)) else None
 

@@ -1,4 +1,4 @@
-"""The sampling plans of a comparison: which negatives each trains with."""
+"""The sampling plans of a comparison: the negatives with which each is trained."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 
 Plan: TypeAlias = Mapping[str, Any]
-"""A way of choosing negatives: what it changes in the config, by dotted name."""
+"""A way of choosing negatives: the settings that it changes in the config, by dotted name."""
 
 # Columns that a row draws from its hard negatives, in plans of one stage and of several.
 NUM_HARD = 8
 
 
 def every_loser(config: RunConfig) -> FunnelLosers:
-    """Asks for the pools of every stage that a plan may want; a plan draws from its own."""
+    """Returns losers of every stage that any plan may need; each plan draws from its own."""
     losers = _losers_of(config)
     stages = losers.stages
     if "exposed" in config.compare.plans and "exposed" not in stages:
@@ -39,7 +39,7 @@ def sampling_plans(
 ) -> tuple[dict[str, Plan], list[str]]:
     """Turns the plans of a config into settings by name, with notes on those that are missing.
 
-    `logged` are the stages whose losers the samples hold. A `ValueError` if the reference is
+    `logged` are the stages whose losers the samples hold. Raises a `ValueError` if the reference is
     missing, or a plan contradicts the other settings.
     """
     common: dict[str, Any] = {
@@ -49,7 +49,7 @@ def sampling_plans(
     }
     notes: list[str] = []
     if config.training.examples != "single":
-        # For every plan alike: in-batch negatives are positives of single examples.
+        # The same for every plan, because in-batch negatives need single examples.
         common["training.examples"] = "single"
         notes.append("every plan is trained with training.examples 'single'")
     plans: dict[str, Plan] = {}
@@ -72,8 +72,8 @@ def sampling_plans(
 def _plans_of_kind(
     kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
 ) -> tuple[dict[str, Plan], str]:
-    """Returns the plans of a kind, several if it has a list of values, and a note on them."""
-    # As many shared columns as in the config's mixture for every plan but in-batch alone.
+    """Returns the plans of a kind, one for each of its values, and a note on them."""
+    # Every plan but in-batch has as many shared columns as the config's mixture.
     num = sum(
         config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
         for shared in config.model.negatives
@@ -109,7 +109,7 @@ def _plans_of_kind(
 def _hard_kind(
     kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
 ) -> tuple[FunnelLosers | Mined | None, str]:
-    """Chooses the hard negatives of a kind of plan, None if there are none, and says why."""
+    """Chooses the hard negatives of a kind of plan, or None, with a reason or a note."""
     losers = _losers_of(config)
     stages = tuple(stage for stage in losers.stages if stage in logged)
     if kind == "exposed":
@@ -122,7 +122,7 @@ def _hard_kind(
     mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
     if mined.every >= max_epochs:
         return None, (
-            f"it is mined for every {mined.every} epochs (model.hard.every), and a plan has "
+            f"negatives are mined every {mined.every} epochs (model.hard.every), and a plan has "
             f"{max_epochs} (training.max_epochs, compare.max_steps)"
         )
     if num_candidates <= mined.min_rank:

@@ -1,4 +1,4 @@
-"""The export of a run's model: past the gate, once, and never twice by the same training."""
+"""Exports a run's model if the gate allows it, and at most once per training."""
 
 import functools
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
 
 @dataclass(frozen=True)
 class Exported:
-    """What became of the export: without a folder, the model is not exported."""
+    """The outcome of the export step; without a folder, the model was not exported."""
 
     folder: Path | None = None
     index: dict[str, Any] | None = None
-    refusal: str | None = None  # Why the gate is closed, if it is that.
+    refusal: str | None = None  # Why the gate refused the model, if it did.
 
     def as_metrics(self) -> dict[str, Any]:
-        """Returns what metrics.json holds of it."""
+        """Returns the export's entries of metrics.json."""
         if self.folder is None:
             refusal = {} if self.refusal is None else {"refusal": self.refusal}
             return {"index": {"kind": "none, not published"}, "export_folder": None, **refusal}
@@ -47,7 +47,7 @@ def export_step(config: RunConfig, folder: RunFolder) -> Step:
 def _read_exported(
     config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
 ) -> Exported | None:
-    """Reads the version that this training has made, unless the run is to have another index."""
+    """Reads the version that this training has exported, unless the index settings have changed."""
     version = own_version(config, folder.path)
     if version is None:
         return None
@@ -76,7 +76,7 @@ def _export_best(
     if measured.in_service is not None:
         known = {"in_service": measured.in_service.corpus.values, "exported": listed}
         runner.note(describe_lacking(data.test, config.evaluation.exclude, **known))
-    # No item was read before. A resumed run may write its settings anew: the older of the two.
+    # No item was read before the older file. A resumed run may have rewritten its settings.
     files = folder.config_file, folder.data / "log.json"
     began = datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
     if (undone := describe_undone(config.model_folder, began, listed)) is not None:
@@ -90,7 +90,7 @@ def _export_best(
             config.export.keep_versions,
         ),
         user_data=config.export.user_data,
-        # A ScaNN index is tuned and measured on these; the first user is the manifest's example.
+        # A ScaNN index is tuned and measured on these. The first user is the manifest's example.
         queries=data.test.as_queries(),
         manifest={
             "config": config.model_dump(mode="json"),
@@ -101,8 +101,8 @@ def _export_best(
     )
     if num_left := len(data.test.candidate_ids) - len(listed):
         runner.note(
-            f"{counted(num_left, 'item')} of the log that the item table lacks: read in "
-            "histories, not retrieved"
+            f"the item table lacks {counted(num_left, 'item')} of the log: they are read in "
+            "histories but not retrieved"
         )
     runner.note(
         describe_index(manifest["index"], len(listed)),
@@ -112,7 +112,7 @@ def _export_best(
 
 
 def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> list[str]:
-    """Compares the model with the version in service, but not with a version of itself."""
+    """Compares the model with the version in service, but not with its own export."""
     if IN_SERVICE not in measured.evaluation.results:
         return ["no version is in service yet"] if config.export.gate else []
     try:
@@ -121,15 +121,15 @@ def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> list
         return [refuse_worse(measured.evaluation, monitor, models, without=own)]
     except NotPublished as error:
         if not config.export.gate:
-            return [f"exported all the same, without the gate: {error}"]
+            return [f"exported anyway, without the gate: {error}"]
         raise NotPublished(
             f"{error} {config.model_folder} stays as it is. The trained run is kept: --run-dir "
-            f"{folder.path} with --no-export.gate exports it all the same."
+            f"{folder.path} with --no-export.gate exports it anyway."
         ) from None
 
 
 def _made_by(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
-    """Returns which training makes a version, and of which data."""
+    """Returns the training and the data behind a version."""
     data = folder.data
     tables = [file for table in sorted(data.glob("*.parquet")) for file in part_files(table)]
     return {

@@ -1,4 +1,4 @@
-"""An exported model over another set of items, without another training."""
+"""Gives an exported model another set of items, without training."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -28,21 +28,21 @@ from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What became of a model's items, compared with the version before."""
+    """How a refresh changed a model's items, compared with the previous version."""
 
     folder: Path
     num_items: int
     num_new: int
     num_untrained: int
     num_dropped: int
-    num_skipped: int  # Of the file: they cannot be embedded.
-    num_unknown: dict[str, int]  # By feature: items with only values that the training lacked.
+    num_skipped: int  # Items of the file that cannot be embedded.
+    num_unknown: dict[str, int]  # By feature: items whose values were all unknown in training.
     index: dict[str, Any]
-    notes: list[str]  # What was done, dropped or missing.
+    notes: list[str]  # What was done, dropped or missing, for people.
 
 
 class _Embedded(NamedTuple):
-    """Items that a model can embed: [n, D] float32, and [n] whether the training had each."""
+    """Items that a model can embed: [n, D] float32, and [n] bool: whether the training had them."""
 
     table: pa.Table
     embeddings: np.ndarray
@@ -60,10 +60,10 @@ def refresh_index(
 ) -> Refreshed:
     """Writes a new version of an exported model whose index holds the items of a file.
 
-    The towers and what is known of users stay: new items mean nothing in a history. `index` and
+    Towers and stored user data stay the same, so histories ignore new items. `index` and
     `keep_versions` are as before unless given.
     """
-    # Nobody publishes meanwhile: the new version would hide another's towers behind older ones.
+    # Locked, because the new version would hide a newly trained one behind older towers.
     with publishing(version_at(model).parent):
         asked = {"index": index, "keep_versions": keep_versions}
         asked = {name: value for name, value in asked.items() if value is not None}
@@ -81,7 +81,7 @@ def refresh_steps(
     return [
         Step("model", (), "model", functools.partial(_load_numbered, model)),
         Step("items", ("model",), "items", functools.partial(_read_items, items)),
-        # Before the items are embedded, which takes long.
+        # Checked before the items are embedded, which takes long.
         Step("check", ("model", "items"), "unknown", check),
         Step("embed", ("model", "items"), "embedded", embed),
         Step(
@@ -122,7 +122,7 @@ def _read_items(path: Path, runner: Runner, retriever: LoadedRetriever) -> pa.Ta
 def _check(
     path: Path, runner: Runner, retriever: LoadedRetriever, items: pa.Table, *, allow_all_new: bool
 ) -> dict[str, int]:
-    """Counts the items that have only unknown values, by feature of categories."""
+    """Counts the items with only unknown values, by categorical feature."""
     num_unknown = {}
     for feature in retriever.features["candidate"]:
         if not allow_all_new:
@@ -139,19 +139,19 @@ def _check(
 
 
 def refuse_lost(feature: Feature, path: Path, items: pa.Table) -> None:
-    """Refuses items none of which has a feature that items of the training had."""
+    """Refuses items that all lack a feature that the training's items had."""
     raws = map(feature.to_raw, in_blocks(items[feature.name]))
     is_lost = all((raw == "" if raw.dtype == object else np.isnan(raw)).all() for raw in raws)
     if is_lost and feature.had_values:
         raise DataError(
-            f"{path}: none of {items.num_rows:,} items has a value of '{feature.name}', of "
-            "which the training had some: a join that failed leaves such a column. Fill it; if "
-            "it is meant to be empty, set allow_all_new."
+            f"{path}: none of {items.num_rows:,} items has a value of '{feature.name}', but "
+            "items of the training had: a failed join leaves such a column. Fill it; if it is "
+            "meant to be empty, set allow_all_new."
         )
 
 
 def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool) -> int:
-    """Counts the items that have only unknown values; refuses several values if none is known."""
+    """Counts the items with only unknown values; refuses several values if none is known."""
     num_known, num_unknown, unknown = 0, 0, set[str]()
     for block in in_blocks(items[feature.name]):
         raw = feature.to_raw(block)
@@ -174,7 +174,7 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
 def _embed(
     path: Path, runner: Runner, retriever: LoadedRetriever, items: pa.Table, *, allow_all_new: bool
 ) -> _Embedded:
-    """Embeds the items that the model can embed; refuses ids of another kind."""
+    """Embeds the items that the model can embed; refuses a file of only unknown ids."""
     features, blocks = [x.name for x in retriever.features["candidate"]], []
     for start in range(0, items.num_rows, ITEMS_PER_CALL):
         runner.progress.task("embed items", start, items.num_rows)
@@ -182,7 +182,7 @@ def _embed(
         columns = {name: block[name] for name in features}
         blocks.append(retriever.embed_candidates(block["item_id"].to_pylist(), columns))
     embeddings, is_trained = map(np.concatenate, zip(*blocks, strict=True))
-    if not features:  # By id alone an unknown item says nothing.
+    if not features:  # Without features, unknown items cannot be embedded.
         if not is_trained.any():
             raise DataError(
                 f"{path} holds no item that the model can embed: it reads no item features, and "
@@ -204,12 +204,12 @@ def _embed(
             "on; if all are meant to be new, set allow_all_new."
         )
     if num_untrained := int((~is_trained).sum()):
-        runner.note(f"{num_untrained:,} were in no training: embedded by their features alone")
+        runner.note(f"{num_untrained:,} are new since the training: embedded by features only")
         model = retriever.manifest.get("config", {}).get("model")
         if model is None or (model["use_candidate_id"] and not model["id_dropout"]):
-            how = ", which was not trained:" if model else ": if that was not trained,"
+            how = "was not trained, so" if model else "may be untrained; then"
             runner.note(
-                f"    beside the embedding of an unknown id{how} they will seldom be found. Train "
+                f"    the embedding of unknown ids {how} they will seldom be found. Train "
                 "with model.id_dropout above 0, such as 0.1"
             )
     return _Embedded(items, embeddings, is_trained)
@@ -229,7 +229,7 @@ def _export(
     ids, before = set(embedded.table["item_id"].to_pylist()), set(retriever.candidate_ids())
     refreshed = {
         "from_version": number,
-        # The version that its training was exported as.
+        # The version as which its training was exported.
         "trained_as": retriever.manifest.get("refreshed", {}).get("trained_as", number),
         "items": {path.name: file_hash(path)},
         "num_items": len(ids),
@@ -246,7 +246,7 @@ def _export(
     )
     num_new, num_dropped = len(ids - before), len(before - ids)
     runner.note(
-        f"{len(ids):,} items: {num_new:,} are new, {num_dropped:,} gone since the version before",
+        f"{len(ids):,} items: {num_new:,} new, {num_dropped:,} gone since the previous version",
         describe_index(manifest["index"], len(ids)),
     )
     return Refreshed(
@@ -263,7 +263,7 @@ def _export(
 
 
 def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
-    """Describes what a new version of these items would undo of a refresh; None if nothing."""
+    """Describes how a new version with these items would undo a refresh; None if it would not."""
     if not (versions := versions_of(model)):
         return None
     newest = model / str(versions[-1])
@@ -279,7 +279,7 @@ def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str |
     if refreshed == ours:
         return None
     return (
-        f"version {newest.name} is a refresh made after this run began: of its items "
-        f"{len(refreshed - ours):,} are not in this version, and {len(ours - refreshed):,} of this "
-        "version are not in it. Run refresh-index for today's items"
+        f"version {newest.name} is a refresh made after this run began: this version lacks "
+        f"{len(refreshed - ours):,} of its items, and has {len(ours - refreshed):,} that it lacks. "
+        "Run refresh-index for today's items"
     )

@@ -1,7 +1,7 @@
-"""Work as a list of steps. What is whole on disk is read, and the rest is made.
+"""Work as a list of steps. Complete artifacts on disk are read, and the rest is made.
 
-This is the one place where a stopped run is resumed: the first step whose artifact cannot be read
-back is the first that does anything. Within a training, the epochs are the training's own affair.
+A stopped run is resumed only here: the first step whose artifact cannot be read back is the first
+that does any work. Within a training, the training itself resumes from its epochs.
 """
 
 import time
@@ -21,9 +21,9 @@ class Step:
         reads: Names of the artifacts that the step needs.
         writes: Name of the artifact that it makes.
         make: Makes the artifact. It is called with the runner and what the step reads, in order.
-        read: Reads the artifact back, called in the same way; returns None if it is not whole. If
+        read: Reads the artifact back, called in the same way; returns None if it is incomplete. If
             `read` is None, the artifact lives in memory and is made each time.
-        place: Where the artifact lies; empty if in memory.
+        place: Where the artifact is stored; empty if in memory.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Runner:
     """Runs steps, and shows each as it begins and ends.
 
     Attributes:
-        progress: Is told how the work goes on.
+        progress: Told about the steps and long tasks.
         artifacts: What the steps have made or read back, by name.
-        reports: What each step did; the last one is that of the step at hand.
+        reports: What each step did; the last one belongs to the current step.
     """
 
     def __init__(self, progress: Progress = SILENT) -> None:
@@ -65,12 +65,12 @@ class Runner:
         return made
 
     def note(self, *lines: str) -> None:
-        """Adds lines for the user to the report of the step at hand."""
+        """Adds lines for the user to the report of the current step."""
         self.reports[-1].notes += lines
 
 
 def as_lines(steps: Sequence[Step]) -> list[str]:
-    """Lists steps, one a line: what each reads, and what it writes where."""
+    """Lists steps, one per line: what each reads, and what it writes where."""
     return [
         f"{step.name}: {', '.join(step.reads) or 'settings'} -> {step.writes}"
         f"{f' ({step.place})' if step.place else ''}"
@@ -79,7 +79,7 @@ def as_lines(steps: Sequence[Step]) -> list[str]:
 
 
 def as_diagram(steps: Sequence[Step]) -> str:
-    """Draws steps as a Mermaid flowchart: an arrow leads to each step that reads what one wrote.
+    """Draws steps as a Mermaid flowchart, with an arrow to each step that reads an artifact.
 
     Example:
         >>> split = Step("split", ("log",), "split", make=print, place="data/split.parquet")

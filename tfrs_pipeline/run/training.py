@@ -1,4 +1,4 @@
-"""The trainings of a run: made, read back, and started from by another run."""
+"""The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -27,12 +27,12 @@ from tfrs_pipeline.settings import refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
 
-# Beside the two trainings of a model: written when both are done.
+# Written beside the two trainings of a model when both are done.
 TRAINED_FILE = "trained.json"
 
 
 def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -> Step:
-    """Returns the step that trains a model of these settings, and keeps it in the run's folder."""
+    """Returns the step that trains a model with these settings, kept in the run's folder."""
     checkpoints = folder.path / place
 
     def noted(runner: Runner, model: FittedTwoTower | None) -> FittedTwoTower | None:
@@ -52,7 +52,7 @@ def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -
 
 
 def check_trainable(data: RunData, config: RunConfig) -> None:
-    """Refuses what either training would, before hours of the first."""
+    """Refuses what either training would refuse, before hours of training."""
     settings, training = config.model, config.training
     for part in (data.selection, data.final):
         part.check_negatives_left(settings.hard)
@@ -68,10 +68,10 @@ def train_and_refit(
     folder: Path | None = None,
     progress: Progress = SILENT,
 ) -> FittedTwoTower:
-    """Chooses the number of epochs on validation, then trains on all that precedes the test.
+    """Chooses the number of epochs on validation, then trains on all events before the test.
 
-    `folder` keeps both trainings, to be resumed if stopped. The model's `result` is that of the
-    first, its `notes` are about both.
+    `folder` keeps both trainings, so that they can resume. The model's `result` is that of the
+    first training; its `notes` describe both.
     """
     check_trainable(data, config)
     source = config.warm_start
@@ -90,7 +90,7 @@ def train_and_refit(
             data.selection if is_first else data.final,
             data.validation if is_first else None,
             max_epochs=max_epochs,
-            # The first there has seen nothing of what validates here.
+            # The source's first training has seen nothing that validates here.
             warm_start=None if source is None else trained_in(source, step, name),
             folder=None if folder is None else folder / step,
             exclude=config.evaluation.exclude,
@@ -115,7 +115,7 @@ def train_and_refit(
 def _about_trainings(
     config: RunConfig, name: str, data: RunData, results: Sequence[TrainingResult]
 ) -> Iterator[str]:
-    """Says where a model has started, which epoch was best, and what was resumed."""
+    """Describes where a model started, which epoch was best, and what was resumed."""
     chosen, monitor = results[0], config.training.monitor
     monitored = chosen.history[f"val_{monitor}"]
     if config.warm_start is not None:
@@ -133,7 +133,7 @@ def _about_trainings(
 
 
 def _write_trained(folder: Path, data: RunData, model: FittedTwoTower) -> None:
-    """Records that a model is trained, and by which files."""
+    """Records that a model is trained, and its files."""
     step, epoch = "refit" if data.has_refit else "selection", model.result.best_epoch
     files = sorted((folder / step).glob(f"epoch-{epoch}.*"))
     about = {"result": dataclasses.asdict(model.result), "notes": list(model.notes)}
@@ -143,7 +143,7 @@ def _write_trained(folder: Path, data: RunData, model: FittedTwoTower) -> None:
 def read_trained(
     config: RunConfig, data: RunData, folder: Path, name: str = "two_tower"
 ) -> FittedTwoTower | None:
-    """Reads what `train_and_refit` has trained in a folder; None if that is not done or damaged."""
+    """Reads the model that `train_and_refit` left in a folder; None if unfinished or damaged."""
     if not on_chief(lambda: is_whole(folder / TRAINED_FILE)):
         return None
     about = read_record(folder / TRAINED_FILE, check_files=False)
@@ -163,15 +163,15 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def plan_of(config: RunConfig, name: str) -> TwoTower:
-    """Returns the model of a config, not fitted."""
+    """Returns the unfitted model of a config."""
     return TwoTower(**dict(config.model), training=config.training, seed=config.seed, name=name)
 
 
 def read_training(
     config: RunConfig, name: str, corpus: Corpus, log: Log, folder: Path, epoch: int
 ) -> FittedTwoTower:
-    """Reads a model from the checkpoints of a training, as it was after an epoch."""
-    if config.warm_start is not None:  # As it was trained.
+    """Reads a model from the checkpoints of a training, as of an epoch."""
+    if config.warm_start is not None:  # As in its training.
         corpus = dataclasses.replace(corpus, is_later=None)
     with training_strategy().scope():
         network = plan_of(config, name).build(corpus)
@@ -181,7 +181,7 @@ def read_training(
 
 
 def check_source(config: RunConfig) -> None:
-    """Refuses a run to start from that is not finished, or whose model is of another shape."""
+    """Refuses a run to start from that is unfinished, or whose model has another shape."""
     if config.warm_start is not None:
         refuse(shape_problems(settings_of_finished(config.warm_start).model, config.model))
 
@@ -194,18 +194,18 @@ def trained_in(
     Args:
         folder: The run's folder.
         step: "selection", the training that validation ended, or "refit", the training on all
-            that precedes the test; without a second training, it is the first.
+            events before the test; if there was no second training, it means the first.
         name: Name of the model.
 
     Returns:
-        The fitted model, with its optimizer state; None if the run trained no model of the name.
+        The fitted model, with its optimizer state; None if the run trained no model of this name.
 
     Raises:
-        ConfigError: If the run is not finished.
-        Damaged: If a file is not as the run wrote it.
+        ConfigError: If the run is unfinished.
+        Damaged: If a file has changed since the run wrote it.
 
     Example:
-        A model of today's events that starts from yesterday's run::
+        A model for today's events that starts from yesterday's run::
 
             plan.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
@@ -230,10 +230,10 @@ def split_in(folder: RunFolder) -> Split[Log]:
 
 
 def _about_source(path: Path, name: str, data: RunData) -> Iterator[str]:
-    """Says where a model has started, and warns if it has seen what is held out here."""
+    """Describes where a model started, and warns if its source has seen held-out events."""
     folder = RunFolder(path)
     if not folder.checkpoints(name).is_dir():
-        yield f"from nothing: {path} has no {name}"
+        yield f"started from random weights: {path} has no {name}"
         return
     yield f"started from {path}"
     source = split_in(folder)
@@ -247,6 +247,6 @@ def _about_source(path: Path, name: str, data: RunData) -> Iterator[str]:
         first = held["timestamp"].min().to_pyarrow().as_py()
         if first is not None and last >= first:
             yield (
-                f"    which was trained on events up to {last:%Y-%m-%d %H:%M}, and {held_out} "
-                f"begins {first:%Y-%m-%d %H:%M}: what it measures here is too good"
+                f"    which was trained on events up to {last:%Y-%m-%d %H:%M}, but {held_out} "
+                f"begins {first:%Y-%m-%d %H:%M}: its metrics are too good"
             )

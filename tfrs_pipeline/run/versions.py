@@ -1,4 +1,4 @@
-"""The exported versions of a model, and the runs that have made them."""
+"""The exported versions of a model, and the runs that made them."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from tfrs_pipeline.settings import ConfigError
 
 
 def trained_by(folder: Path) -> list[str]:
-    """Identifies the training of a run's model, by hashes of what its epochs recorded."""
+    """Identifies the training of a run's model by hashes of its epochs' records."""
     epochs = (folder / "checkpoints" / "two_tower").rglob("epoch-*.json")
-    # These hold how long it took: another training has others, even with the same settings.
+    # The records hold times, so they differ between trainings, even with equal settings.
     return sorted(map(file_hash, epochs))
 
 
 def own_version(config: RunConfig, folder: Path) -> Path | None:
-    """Returns the version that the training in a run's folder has made; None if there is none."""
+    """Returns the version exported from the training in a run's folder; None if there is none."""
     training = trained_by(folder)
     for number in reversed(versions_of(config.model_folder)):
         version = config.model_folder / str(number)
@@ -32,7 +32,7 @@ def own_version(config: RunConfig, folder: Path) -> Path | None:
 
 
 def check_model_name(config: RunConfig) -> None:
-    """Refuses a name that comes from the events' file, if it names no folder or another's model."""
+    """Refuses a name derived from the events' file if it is empty or another log's model has it."""
     if config.export.name is not None:
         return
     if not config.model_name:
@@ -42,35 +42,35 @@ def check_model_name(config: RunConfig) -> None:
         return
     for number in versions_of(config.model_folder):
         path = config.model_folder / str(number) / MANIFEST_FILE
-        # A model that Python exported has no config: nothing says what its data is.
+        # A model exported from Python has no config, so its data is not known.
         manifest = read_record(path, check_files=False)
         theirs = manifest.get("config", {}).get("data")
         if theirs is None or manifest.get("log") != name_of_log(config.data):
             made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
             message = (
                 f"{path.parent} is a model of {made_of}: set another "
-                f"name, or {config.model_name!r} to add a version to it all the same"
+                f"name, or {config.model_name!r} to add a version to it anyway"
             )
             raise ConfigError([("export.name", message)])
 
 
 def name_of_log(data: DataConfig) -> str:
-    """Returns which log it is: a file's path from the root, the name of a table in Spark."""
+    """Identifies a log by its file's absolute path, or by the name of its table in Spark."""
     if data.path is None:
         return data.source
-    # A link to a file stays: today's may be another than yesterday's.
+    # A link to a file is not followed, because its target may change from day to day.
     path = data.path
     return str(path if data.source == "spark" else path.parent.resolve() / path.name)
 
 
 def with_source(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """Returns the settings with the run to start from in place of the model that it made."""
-    # A model gets new versions: a stopped run must go on from the run that it began with, and so
-    # must a run that is asked for again once its own version is the newest.
+    """Returns the settings with `warm_start` as a run, in place of the model that it made."""
+    # A model gets new versions, but a resumed run must keep the source that it began with, even if
+    # its own version is the newest by now.
     path = config.warm_start
     if path is None or RunFolder(path).config_file.is_file():
         return config
-    # A finished run: its source may be gone.
+    # The source of a finished run may be gone.
     if folder.metrics() is not None and (source := folder.settings().warm_start) is not None:
         return config.model_copy(update={"warm_start": source})
     versions = versions_of(path)
@@ -85,13 +85,13 @@ def with_source(config: RunConfig, folder: RunFolder) -> RunConfig:
     if (first := folder.settings().warm_start) is not None:
         return config.model_copy(update={"warm_start": first})
     raise _refused(
-        f"{version} was made by this very run, which began from nothing. To train on from it, give "
-        "another --run-dir"
+        f"{version} was made by this very run, which began from random weights. To continue "
+        "training from it, give another --run-dir"
     )
 
 
 def _run_that_made(version: Path) -> Path:
-    """Returns the folder of the run that has exported a version; a `ConfigError` if it is gone."""
+    """Returns the folder of the run that exported a version; a `ConfigError` if it is gone."""
     made_by = read_record(version / MANIFEST_FILE, check_files=False).get("run")
     if made_by is None:
         raise _refused(
@@ -101,8 +101,8 @@ def _run_that_made(version: Path) -> Path:
     folder = RunFolder(Path(made_by))
     if not folder.config_file.is_file():
         raise _refused(
-            f"{version} was made by the run {made_by}, which is gone, and its optimizer state with "
-            "it. Give another run's folder, or none to train from nothing"
+            f"{version} was made by the run {made_by}, which is gone with its optimizer state. "
+            "Give another run's folder, or none to train from random weights"
         )
     metrics = folder.metrics()
     if metrics is not None and not is_made_by(version, metrics):
@@ -121,5 +121,5 @@ def settings_of_finished(path: Path) -> RunConfig:
     """Reads the settings of a finished run; a `ConfigError` if it is not finished."""
     folder = RunFolder(path)
     if not folder.metrics_file.is_file():
-        raise _refused(f"got {str(path)!r}, a run that is not finished: go on with it first")
+        raise _refused(f"got {str(path)!r}, a run that is not finished: resume it first")
     return folder.settings()
