@@ -360,9 +360,11 @@ def query_table(
         asked = [query.get("request") or {} for query in queries]
         names = [*(feature.name for feature in request), TIMESTAMP]
         values = {name: [given.get(name) for given in asked] for name in names}
-        for feature in request:  # Categories of several types become one.
+        for feature in request:  # Categories of several types become one; "" is a missing one.
             if feature.raw_dtype == "string":
-                values[feature.name] = feature.to_raw(values[feature.name]).tolist()
+                raw = feature.to_raw(values[feature.name]).tolist()
+                known = ([x for x in row if x] if isinstance(row, list) else row for row in raw)
+                values[feature.name] = [row or None for row in known]
         rows = zip(*values.values(), strict=True)
         columns["request"] = pa.array([dict(zip(values, row, strict=True)) for row in rows])
     return pa.table(columns)
