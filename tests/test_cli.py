@@ -368,7 +368,7 @@ def test_a_wrong_word_is_told_in_a_line(
          "batch needs 1024 positives .* Lower training.batch_size"),
         ("run --data.path old.csv", "timestamp_unit"),
         ("run --data.path naive.csv",
-         r"Set time_zone to where .* \(--data\.time_zone\)"),
+         r"Set time_zone to .* \(--data\.time_zone\)"),
         ("query nowhere --user 3", r"No exported model at 'nowhere': .*`tfrs-pipeline run`"),
     ],
 )  # fmt: skip

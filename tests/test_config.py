@@ -279,7 +279,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (FILES, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
         ({}, {"split.kind": "column"}, "split.kind", "no column part"),
         ({"split.test": 0.2, "data.path": "x.csv"}, {"split.kind": "column"}, "split.test",
-         "got 0.2 with kind 'column': the log's own column says it"),
+         "got 0.2 with kind 'column': the log's own column decides"),
         ({"split.test": 0.2}, {"split.validation": 0}, "split", "chooses its model on validation"),
         (STARTS, {"split.test": None}, "split", "for both"),
         (STARTS, {"split.kind": "last_n"}, "split.test", "only with 'time'"),

@@ -238,7 +238,7 @@ def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
         ({"is_like": "much"}, {}, "label.is_like: got 'much'; must be a number"),
         ({0: 1.0}, {}, "label.0.*must be a valid string"),
         ("is_like", {}, "label: got 'is_like'; must be a valid dictionary"),
-        ({"stage": 1.0}, {}, "made of outcomes, which stage is not"),
+        ({"stage": 1.0}, {}, "takes outcomes, and stage is not"),
     ],
 )  # fmt: skip
 def test_labels_that_are_refused(label: Any, more: Any, message: str) -> None:

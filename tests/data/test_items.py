@@ -260,5 +260,5 @@ def test_item_files_that_are_refused(
 )
 def test_arguments_that_contradict_each_other(tmp_path: Path, options: dict[str, Any]) -> None:
     (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
-    with pytest.raises(ValueError, match=r"time_zone|stage_values|made here|needs|set one"):
+    with pytest.raises(ValueError, match=r"time_zone|stage_values|row order|needs|set one"):
         Log.from_files(tmp_path / "a.csv", **arguments(**options))

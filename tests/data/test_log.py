@@ -139,7 +139,7 @@ def test_ids_of_a_warehouse_may_be_whole_decimals() -> None:
 def test_arguments_of_another_type_are_refused() -> None:
     for options, message in (
         ({"stage_values": {1: "clicked"}}, "stage_values.1.*valid string"),
-        ({"item_features": {"item_id": "numeric"}}, "'item_id' is no feature"),
+        ({"item_features": {"item_id": "numeric"}}, "'item_id' cannot be a feature"),
         ({"earliest_time": "soon"}, "earliest_time: got 'soon'; must be a valid datetime"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

@@ -337,7 +337,7 @@ ALONE = Scores(np.zeros((2, 12)))
         (ALONE, HOLDOUT, {"cutoffs": ["5"]}, ValueError, r"cutoffs .*\['5'\]"),
         (ALONE, HOLDOUT, {"cutoffs": 20}, TypeError, "cutoffs must be a list.*Received: 20"),
         (ALONE, make_holdout([[102], []], [[102]] * 2), {}, ValueError, "2 queries .*1 were excl"),
-        (ALONE, [[100]], {}, TypeError, "on a Holdout.*Received: list"),
+        (ALONE, [[100]], {}, TypeError, "needs a Holdout.*Received: list"),
         ({}, HOLDOUT, {}, ValueError, "at least one retriever"),
         ({"two_tower": Scores}, HOLDOUT, {}, TypeError, "two_tower has no `retrieve`; .*<class"),
         (Ease(), HOLDOUT, {}, TypeError, "Ease has no `retrieve`: pass what its fit returns"),
