@@ -1,1 +1,1 @@
-"""Samples and negatives made into batches."""
+"""Makes training batches from samples and negatives."""

@@ -1,4 +1,4 @@
-"""A training batch: a record whose fields say what they run over, and slices of it."""
+"""A training batch: a record whose fields declare their axis, and slices of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Axis(Enum):
 
 
 def axes_of(record: type) -> dict[str, Axis]:
-    """Returns the axis of each field of a NamedTuple; a `TypeError` if one declares none."""
+    """Returns the axis of each field of a NamedTuple; raises a `TypeError` if one has none."""
     axes = {}
     for name, hint in get_type_hints(record, include_extras=True).items():
         found = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Axis)]
@@ -35,13 +35,13 @@ def axes_of(record: type) -> dict[str, Axis]:
 
 
 class HardColumns(NamedTuple):
-    """Each row's own hard negatives; a row has one positive, so that W = P.
+    """Each row's own hard negatives; a row has one positive, so W = P.
 
     Attributes:
-        candidate_row: [W, H] int32, 0 where the row has none in the pool.
+        candidate_row: [W, H] int32, 0 if the row's pool is empty.
         log_q: [W, H] float32, log( H_k / (V * f * w_k) ) (see `mixture`).
         is_counted: [W, H] bool. False: nothing drawn, known positive, exposed item.
-        share: [W] float32, the row's f: 0 where it has no hard negative left.
+        share: [W] float32, the row's f: 0 if it has no hard negative left.
     """
 
     candidate_row: tf.Tensor
@@ -53,34 +53,34 @@ class HardColumns(NamedTuple):
 class Batch(NamedTuple):
     """P positives of W queries, the C columns that the queries share, and their corrections.
 
-    W = P = B unless a query has several positives. What a batch does not hold is None. An axis
-    counts for all tensors of a field.
+    W = P = B unless a query has several positives. Fields that a batch does not have are None. An
+    axis applies to all tensors of a field.
 
     Attributes:
         query_row: [W] int32.
         index: [P] int32, the samples.
         candidate_row: [P] int32, their positives.
         weight: [P] float32.
-        positive_query: [P] int32 in [0, W), rising, whose positive it is; None where W = P.
+        positive_query: [P] int32 in [0, W), ascending: the query of each positive; None if W = P.
         history_rows: [W, any] int32, most recent first, padded with 0.
-        history_times: [W, one more] float64, where the samples have times, in seconds since 1970:
-            the query's, then the items', NaN where there is none.
+        history_times: [W, one more] float64, if the samples have times: those of the query and then
+            of the items, in seconds since 1970; NaN is padding.
         sequence_rows: In place of histories, [S, L'] int32, the windows of `WholeSequences`, oldest
             first, padded with 0; L' is the length of the longest.
-        sequence_times: [S, L' + 1] float64, of a log with timestamps: in seconds since 1970 those
-            of the windows' items and of the event after the last one; NaN where there is none.
-            Entry j is thus the time of the query of state j.
-        state: [P] int32, s * (L' + 1) + j where the history is the first j items of window s.
+        sequence_times: [S, L' + 1] float64, if the log has timestamps: those of the windows' items
+            and of the event after the last one, in seconds since 1970; NaN is padding. So entry j
+            is the time of the query of state j.
+        state: [P] int32, s * (L' + 1) + j if the history is the first j items of window s.
         requests: Each request feature by name, [W] or [W, any], encoded.
         shared_row: [C] int32, candidates of the shared columns, kind by kind.
         log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
-            negatives [W, C], log( n(c) / (1 - f) ), f being the row's own.
+            negatives [W, C], log( n(c) / (1 - f) ) with the row's own f.
         is_counted: [W, C] bool. False: accidental hit (a row's own in-batch column is one), known
             positive, exposed item, item that came after the training.
         hard: The rows' own hard negatives.
         dropout_seed: [2] int32, for the model's dropout.
-        dropout_slice: [2] int32, in a slice: the number of its first history (or sequence) among
-            those of the whole batch, and how many these are.
+        dropout_slice: [2] int32, in a slice: the number of its first history (or sequence) within
+            the whole batch, and the total of the whole batch.
         total_weight: Scalar float32, in a slice: the weight of the whole batch.
     """
 
@@ -109,7 +109,7 @@ _AXES = axes_of(Batch)
 
 @dataclass(frozen=True)
 class Slices:
-    """Some consecutive slices of each batch, `count` from the `first` on, of `total` in all."""
+    """Consecutive slices of each batch: `count` of them from the `first` on, out of `total`."""
 
     first: int
     count: int
@@ -123,11 +123,11 @@ class Slices:
     def take(self, number: tf.Tensor, batch: Batch) -> tuple[Batch, slice]:
         """Takes a slice of a batch whose columns are not masked and corrected yet.
 
-        It holds some of the queries, with their positives and own hard negatives, and all shared
-        columns; sequences and sets stay whole. Losses and gradients of the slices add up to the
-        batch's. Returns the slice, and which of the batch's queries it holds.
+        It has some of the queries, with their positives and own hard negatives, and all shared
+        columns; sequences and sets stay whole. Losses and gradients of the slices add up to those
+        of the batch. Returns the slice, and the slice of the batch's queries that it has.
         """
-        # What is cut: sequences, sets or single positives; and which of them a positive belongs to.
+        # Units (sequences, sets or single positives) are cut; `unit` is that of each positive.
         if batch.sequence_rows is not None:
             num_units, length = tf.unstack(tf.shape(batch.sequence_rows))
             num_states = length + 1
@@ -137,7 +137,7 @@ class Slices:
             unit = tf.range(num_units) if batch.positive_query is None else batch.positive_query
         number = tf.cast(number, tf.int32)
         begin, end = number * num_units // self.total, (number + 1) * num_units // self.total
-        first, last = tf.unstack(tf.searchsorted(unit, [begin, end]))  # Units rise.
+        first, last = tf.unstack(tf.searchsorted(unit, [begin, end]))  # Units are ascending.
         units, positives = slice(begin, end), slice(first, last)
         queries = positives if batch.positive_query is None else units
         places = {Axis.QUERY: queries, Axis.POSITIVE: positives, Axis.SEQUENCE: units}
@@ -152,7 +152,7 @@ class Slices:
 
 
 def _cut(batch: Batch, places: Mapping[Axis, slice]) -> Batch:
-    """Cuts each field along its axis, if that has a place."""
+    """Cuts each field along its axis, if `places` has it."""
     cut = {
         name: tf.nest.map_structure(lambda x, at=places[_AXES[name]]: x[at], field)
         for name, field in batch._asdict().items()

@@ -1,4 +1,4 @@
-"""Which positives come together in a batch, and what their queries read."""
+"""Which positives are batched together, and what their queries read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLES_PER_BLOCK = 1 << 20
 
 
 class Use(IntEnum):
-    """What a seed is for; draws of one use are independent of another's."""
+    """The uses of a seed; their draws are independent of each other."""
 
     ORDER = 0
     DROPOUT = 1
@@ -25,21 +25,21 @@ class Use(IntEnum):
 
 
 def seed_of(seed: int, use: Use, key: tf.Tensor) -> tf.Tensor:
-    """Derives the seed of a draw, [2] int32, from the run's and a step or epoch, scalar int64."""
+    """Derives the seed of a draw, [2] int32, from the run's seed and a step or epoch (int64)."""
     return tf.cast(tf.random.experimental.stateless_fold_in([seed, use], key), tf.int32)
 
 
 class Examples(Protocol):
     """An order of the training samples: one by one, whole sequences, or sets of a user's items.
 
-    A batch is a function of (seed, step). `choose` decides what a step's batch holds, `dataset` for
-    many steps, and `read` gathers it from the samples' arrays.
+    A batch is a function of (seed, step). `choose` decides the contents of a step's batch,
+    `dataset` does so for many steps, and `read` gathers them from the samples' arrays.
 
     Attributes:
         batch_size: B, positives in a batch, about or exactly.
         steps_per_epoch: Batches per pass over the samples.
         rate: [num_candidates + 1] rates at which positives are drawn, by candidate; None if each
-            comes once an epoch.
+            sample comes once an epoch.
         is_fair_draw: Whether a batch is a fair draw of the positives, as in-batch negatives need.
         has_one_positive: Whether each row of a batch has exactly one positive.
         signature: The type of each field that `read` returns.
@@ -53,28 +53,28 @@ class Examples(Protocol):
     signature: Batch
 
     def choose(self, step: int) -> Any:
-        """Returns what the batch of a step holds, a structure of arrays."""
+        """Returns the chosen contents of a step's batch, a structure of arrays."""
         ...
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
-        """Returns pairs of a step, scalar int64, and what `choose` gives for it."""
+        """Returns pairs of a step, scalar int64, and its `choose`."""
         ...
 
     def read(self, chosen: Any) -> Batch:
-        """Gathers what was chosen, a structure of arrays, in NumPy.
+        """Gathers the chosen contents, a structure of arrays, in NumPy.
 
         Returns:
-            Of the fields of `Batch`: query_row, index and candidate_row; positive_query if W may
-            differ from P; history_rows, or sequence_rows and state; where the samples have times,
+            A `Batch` with query_row, index and candidate_row; positive_query if W may differ from
+            P; history_rows, or sequence_rows and state; and, if the samples have times,
             history_times or sequence_times.
         """
         ...
 
 
 class EpochExamples:
-    """Whole users: what their batches hold is drawn in NumPy, an epoch at a time.
+    """Whole users: the contents of batches are drawn in NumPy, an epoch at a time.
 
-    `drawn` has the types of what is drawn for a batch, a structure of arrays.
+    `drawn` has the types of a batch's draws, a structure of arrays.
     """
 
     is_fair_draw = False
@@ -89,11 +89,11 @@ class EpochExamples:
         self._drawn: tuple[int, Sequence[Any]] | None = None
 
     def draw_epoch(self, rng: np.random.Generator) -> Sequence[Any]:
-        """Draws what each batch of an epoch holds."""
+        """Draws the contents of each batch of an epoch."""
         raise NotImplementedError
 
     def choose(self, step: int) -> Any:
-        """Returns what a step's batch holds; see `Examples`."""
+        """Returns the contents of a step's batch; see `Examples`."""
         epoch, place = divmod(step, self.steps_per_epoch)
         drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
         if drawn is None or drawn[0] != epoch:
@@ -102,7 +102,7 @@ class EpochExamples:
         return drawn[1][place]
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
-        """Returns pairs of a step and what its batch holds; see `Examples`."""
+        """Returns pairs of a step and its batch's contents; see `Examples`."""
 
         def pairs() -> Iterator[tuple[int, Any]]:
             step = start_step

@@ -1,4 +1,4 @@
-"""The guard of a batch: what must never be a negative of a query, in whichever column it comes."""
+"""The guard of a batch: candidates that must never be a query's negatives, in any column."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tfrs_pipeline.samples.store import RowLists, Samples
 KNOWN, EXPOSED = REASONS = "known positives", "exposed items"
 
 Never = Mapping[str, tf.RaggedTensor]
-"""By reason, for each row, the sorted candidates that are never a negative of its query."""
+"""Reason -> for each row, the sorted candidates that are never negatives of its query."""
 
 
 class Guard:
     """Finds the columns that are never negatives of their row's query: known, or exposed."""
 
-    # That a user passed over an exposed item among a few says nothing about retrieval among
-    # millions, and is left to ranking. Pools were cleared of such items when the samples were
-    # built; the masks of a batch do not trust that.
+    # A user who passes over an exposed item among a few says nothing about retrieval among
+    # millions; that is for ranking. Building samples already removes such items from pools; a
+    # batch masks them again.
     def __init__(self, samples: Samples) -> None:
         self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
 
     def read(self, query_rows: np.ndarray) -> dict[str, RowLists]:
-        """Gathers what is `Never` a negative of queries, [n] int32."""
+        """Gathers the candidates that are never negatives of queries, [n] int32."""
         return {reason: lists.take(query_rows) for reason, lists in self._never.items()}
 
     @staticmethod
@@ -40,14 +40,14 @@ class Guard:
     @staticmethod
     def of_own(never: Never, rows: tf.Tensor, pool: str) -> tf.Tensor:
         """Finds which of each row's own candidates, [n, H], are never negatives of its query."""
-        # A pool of exposed items exists only where `allow_exposed` asks for it.
+        # A pool of exposed items exists only if `allow_exposed` is set.
         reasons = (KNOWN,) if pool == "exposed" else REASONS
         found = [is_member(never[reason], rows) for reason in reasons]
         return tf.reduce_any(tf.stack(found), axis=0)
 
 
 def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
-    """Finds which entries of line i of `rows`, [n, m] int32, are in list i, sorted: [n, m] bool."""
+    """Marks the entries of line i of `rows`, [n, m] int32, that are in sorted list i: [n, m]."""
     # (list, value) pairs as one ascending sequence.
     pairs = lists.value_rowids() * 2**32 + tf.cast(lists.values, tf.int64)
     line = tf.range(tf.shape(rows, tf.int64)[0])[:, tf.newaxis]
@@ -58,13 +58,13 @@ def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def contains(columns: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """Finds which columns' candidates are in any of each row's lists: [num_rows, num_columns] bool.
+    """Marks the columns whose candidate is in a list of the row: [num_rows, num_columns] bool.
 
     `parts` are the values and the offsets of one or more `RowLists` of `num_rows` lists.
     """
     distinct, place = np.unique(columns, return_inverse=True)
     largest = max(rows.max(initial=0) for rows in (columns, *parts[::2]))
-    # The line of each candidate in the table, from 1; 0 for one that is in no column.
+    # The table's column for each candidate, from 1; 0 if the candidate is in no column.
     line_of = np.zeros(largest + 1, np.int32)
     line_of[distinct] = np.arange(1, len(distinct) + 1, dtype=np.int32)
     num_rows, width = len(parts[1]) - 1, len(distinct) + 1

@@ -1,4 +1,4 @@
-"""Each row's own hard negatives: drawn from its pools, with their masks and their log_q."""
+"""Draws each row's own hard negatives from its pools, with their masks and log_q."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfrs_pipeline.samples.store import RowLists, Samples
 
 HardNegatives: TypeAlias = FunnelLosers | Mined
 """A kind of hard negative. It has a `share` f, and draws `num` columns for each row from each of
-its `pools`, which weigh alike."""
+its `pools`, which have equal weight."""
 
 
 class HardDraws:
@@ -42,7 +42,7 @@ class HardDraws:
             raise DataError(
                 f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
                 f"{len(samples):,} positives has one. The log must hold items of these "
-                f"stages, of the same users within window_hours{needs}; or set model.hard to "
+                f"stages for the same users within window_hours{needs}; or set model.hard to "
                 "mined, or to none."
             )
 
@@ -78,8 +78,8 @@ class HardDraws:
 
 def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
     """Draws `num` entries of each list, which is in random order; 0s if empty: [n, num] int32."""
-    # They follow each other from a random start, around the end. Each column is a uniform draw, and
-    # entries repeat only after all have come: their mean varies less than that of independent ones.
+    # Takes consecutive entries from a random start, wrapping around. Each column is a uniform draw.
+    # Entries repeat only after all have come: their mean varies less than with independent draws.
     lengths = lists.row_lengths()[:, tf.newaxis]
     drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], 1], seed)
     start = tf.cast(drawn * tf.cast(lengths, tf.float32), tf.int64)

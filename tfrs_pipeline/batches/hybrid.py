@@ -1,7 +1,7 @@
 """Hybrid batches: positives, easy and hard negatives, the log_q of every column, the masks.
 
-A batch is a function of (seed, step): so is the order of the samples, and draws are stateless. The
-same seed gives the same batches whatever the parallelism, and a run can start at any step.
+A batch is a function of (seed, step): the order of the samples is too, and draws are stateless. The
+same seed gives the same batches with any parallelism, and a run can start at any step.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _LATER = "items that came later"
 
 
 class _Found(NamedTuple):
-    """What a batch reads from the samples' arrays, or the types of these parts.
+    """The parts of a batch read from the samples' arrays, or their types.
 
-    `slot` is the place of each query among the distinct ones; `never` is by distinct query, a pool
-    by positive.
+    `slot` is the place of each query among the distinct queries. `never` has a list per distinct
+    query, a pool one per positive.
     """
 
     batch: Batch
@@ -45,7 +45,7 @@ class HybridBatches:
 
     Args:
         samples: The training samples.
-        examples: Which positives come together: `SinglePositives`, `WholeSequences` or `UserSets`.
+        examples: Which positives are batched: `SinglePositives`, `WholeSequences` or `UserSets`.
         negatives: Kinds of negatives that the rows of a batch share, one or more.
         hard: Each row's own hard negatives; None draws none.
         seed: Seed of the draws.
@@ -54,14 +54,14 @@ class HybridBatches:
 
     Attributes:
         negatives: The kinds of shared negatives.
-        frame: What they are drawn from.
+        frame: The distributions from which they are drawn.
         expected_count: [num_candidates + 1] float64, n(c).
         positive_share: [num_candidates + 1] float64, each candidate's share of the positives'
-            weight: how often it is drawn, times the weights.
+            weight: its rate of draws times the weights.
 
     Raises:
         ValueError: If there is no negative at all, a kind's expected counts are wrong, or the
-            examples do not go with in-batch or hard negatives.
+            examples conflict with in-batch or hard negatives.
         DataError: If `hard` asks for losers of the funnel and no positive has any.
 
     Example:
@@ -115,14 +115,14 @@ class HybridBatches:
         self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
     def set_hard_pool(self, name: str, pool: RowLists) -> None:
-        """Replaces a pool of the hard negatives by a list for each sample."""
+        """Replaces a pool of hard negatives by new lists, one for each sample."""
         assert self._hard is not None
         # A new dict, because a dataset keeps the pools that it was made with.
         self._hard.pools = {**self._hard.pools, name: pool}
 
     @property
     def num_unreachable(self) -> int:
-        """Candidates that no kind can draw, without those that came after the training."""
+        """Number of candidates that no kind can draw, except those that came after the training."""
         is_never = self.expected_count[1:] <= 0
         if self.samples.is_later is not None:
             is_never &= ~self.samples.is_later[1:]
@@ -130,7 +130,7 @@ class HybridBatches:
 
     @property
     def mean_hard_share(self) -> float:
-        """Mean of f over the samples as they are drawn; a sample without a pool has 0."""
+        """Mean of f over the drawn samples; a sample with empty pools has 0."""
         if self._hard is None:
             return 0.0
         rate = self.examples.rate
@@ -156,9 +156,9 @@ class HybridBatches:
         """Returns a dataset of the batches of steps `start_step`, `start_step` + 1, ...
 
         Args:
-            start_step: First step; the batches from there on are those of an unbroken run.
-            num_steps: How many batches; endless if None.
-            slices: Which slices of each batch to return, one after the other, in place of it.
+            start_step: First step; later batches are those of an uninterrupted run.
+            num_steps: Number of batches; endless if None.
+            slices: Which slices of each batch to return in its place, one after the other.
         """
         chosen = self.examples.dataset(start_step, num_steps)
         if slices is not None:
@@ -266,10 +266,10 @@ class HybridBatches:
         return share / share.sum()
 
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
-        """Computes, over the first batches, what share of the shared columns each reason masks.
+        """Computes the share of the shared columns that each reason masks, over the first batches.
 
-        The reasons are accidental hits (the same candidate again; a row's own in-batch column is
-        left out), known positives, exposed items, and items that came later.
+        The reasons are accidental hits (the same candidate again, not counting a row's own in-batch
+        column), known positives, exposed items, and items that came later.
         """
         masked = dict.fromkeys(("accidental hits", *REASONS), 0)
         if self.samples.is_later is not None:
@@ -278,7 +278,7 @@ class HybridBatches:
         for step in range(num_steps):
             batch = self.batch(step)
             columns, query_row = batch.shared_row.numpy(), batch.query_row.numpy()
-            if batch.positive_query is not None:  # Counted once a positive, as without it.
+            if batch.positive_query is not None:  # Counted per positive, as for other examples.
                 query_row = query_row[batch.positive_query]
             never = self._guard.read(query_row)
             found = [columns == batch.candidate_row.numpy()[:, np.newaxis]]
@@ -300,7 +300,7 @@ def _of_rows(never: Never, slot: tf.Tensor) -> Never:
 
 
 def _requests_of(samples: Samples, value: Callable[[np.ndarray], Any]) -> Any:
-    """Returns a value of each request feature's column; None if there is no request feature."""
+    """Applies `value` to each request feature's column; returns None if there is none."""
     return {name: value(column) for name, column in samples.request_columns.items()} or None
 
 
@@ -309,7 +309,7 @@ def _lists_spec(num_lists: int | None) -> tf.RaggedTensorSpec:
 
 
 def look_up(read: Callable[[Any], _Found], chosen: Any, signature: _Found) -> _Found:
-    """Reads what was chosen in NumPy, where a file's arrays stay uncopied; returns tensors."""
+    """Reads the chosen contents in NumPy, which does not copy mapped files; returns tensors."""
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
         parts = []

@@ -1,7 +1,7 @@
 """Whole sequences: one pass over a user's items trains all positions (sequence-level training).
 
-A sample's history is a beginning of its query's sequence (`Samples`). An encoder whose outputs know
-only what comes before them therefore has the query of every sample after one pass.
+A sample's history is a prefix of its query's sequence (`Samples`). So a causal encoder, whose
+outputs depend only on earlier items, gives the query of every sample in one pass.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class WholeSequences(EpochExamples):
     """Every position of a sequence is a positive.
 
     A sequence is cut into windows of `history_length` items from its end. A window trains the
-    samples whose histories end in it, and cuts these at its start: the first samples of a later
-    window have short histories. A batch holds as many windows as give it about `batch_size`
-    positives. Windows of similar length come together, which leaves little padding.
+    samples whose histories end in it, and cuts these at its start, so that the first samples of a
+    later window have short histories. A batch has as many windows as give about `batch_size`
+    positives. Windows of similar length are batched together, to need little padding.
 
-    Batches have P = W positives (about B). Instead of history_rows they hold sequence_rows, state
+    Batches have P = W positives (about B). Instead of history_rows they have sequence_rows, state
     and, for a log with timestamps, sequence_times (see `Batch`).
 
     Args:
         samples: The training samples, of a log with an order.
-        batch_size: Positives in a batch, about; twice those of any window is always enough.
+        batch_size: About how many positives a batch has; twice a window's maximum always suffices.
         history_length: L, longest window.
         seed: Seed of the order.
 
@@ -50,7 +50,7 @@ class WholeSequences(EpochExamples):
         check_integer(1, batch_size=batch_size, history_length=history_length)
         if samples.num_earlier is None:
             raise ValueError(
-                "Whole sequences need an order: a history must be a beginning of its user's "
+                "Whole sequences need an order: a history must be a prefix of its user's "
                 "sequence. Give the log its order, or train its users as sets."
             )
         windows = _Windows.cut(samples, history_length)
@@ -89,7 +89,7 @@ class WholeSequences(EpochExamples):
         order = rng.permutation(len(self._num_positives))
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         pool = done * self.steps_per_epoch // (self._num_samples * BATCHES_PER_POOL)
-        # By length within a pool, so that a batch has windows of similar length.
+        # Sorted by length within a pool, so that a batch has windows of similar length.
         order = order[np.lexsort([self._num_positives[order], pool])]
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         batch = (done * self.steps_per_epoch / self._num_samples).astype(np.int64)
@@ -110,7 +110,7 @@ class WholeSequences(EpochExamples):
         num_read = samples.num_earlier[index] - starts[window]
         times = None
         if samples.sequence_times is not None:
-            # After a window, which ends with the last history, comes the event with that history.
+            # A window ends with its last history; the next event is the query with that history.
             times = padded_lines(
                 samples.sequence_times, first, lengths + 1, width + 1, missing=np.nan
             )
@@ -129,19 +129,19 @@ class _Windows:
     """Windows of sequences, and the samples that each trains; arrays are [num_windows] int32."""
 
     query_rows: np.ndarray
-    starts: np.ndarray  # Places of their first items in the queries' sequences.
-    lengths: np.ndarray  # Items that they read.
+    starts: np.ndarray  # Place of each one's first item in the query's sequence.
+    lengths: np.ndarray  # Number of items that each reads.
     samples: RowLists
 
     @classmethod
     def cut(cls, samples: Samples, length: int) -> _Windows:
         """Cuts sequences from their ends, the last window ending with the last history."""
-        # A window that starts at s trains the samples with s < num_earlier <= s + length, the first
-        # one of a sequence also those with an empty history.
+        # A window that starts at s trains the samples with s < num_earlier <= s + length; the first
+        # window of a sequence also trains those with an empty history.
         assert samples.num_earlier is not None
         last = np.zeros(len(samples.sequences), np.int64)
         np.maximum.at(last, samples.query_rows, samples.num_earlier)
-        # Windows from the end: number 0 reads up to the last history.
+        # Windows are numbered from the end: number 0 reads up to the last history.
         number = np.maximum(last[samples.query_rows] - samples.num_earlier, 0) // length
         # An empty history begins the window that reads the first item.
         number = np.minimum(number, np.maximum(last[samples.query_rows] - 1, 0) // length)
@@ -151,7 +151,7 @@ class _Windows:
         query_rows = (distinct >> 32).astype(np.int32)
         end = last[query_rows] - (distinct & 0xFFFFFFFF) * length
         starts = np.maximum(end - length, 0)
-        # A window whose last samples are elsewhere because of a tie reads as far as its own ones.
+        # If a tie moves a window's last samples elsewhere, it reads only as far as its own samples.
         furthest = np.maximum.reduceat(samples.num_earlier[order], first)
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return cls(

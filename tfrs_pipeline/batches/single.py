@@ -1,4 +1,4 @@
-"""Positives one by one: each sample is an example of its own."""
+"""Positives one by one: each sample is a separate example."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check_one_batch(num_positives: int, batch_size: int) -> None:
 class SinglePositives:
     """Every sample once an epoch, in a random order that the graph computes.
 
-    Epochs follow each other within a batch, so that every batch is full. With rates, an epoch is as
-    many draws with replacement: first a candidate, then one of its samples.
+    A batch may span two epochs, so every batch is full. With rates, an epoch has as many draws with
+    replacement: first of a candidate, then of one of its samples.
 
     Args:
         samples: The training samples.
@@ -96,7 +96,7 @@ class SinglePositives:
         return steps.map(lambda step: (step, self._samples_of(step)))
 
     def read(self, chosen: np.ndarray) -> Batch:
-        """Reads what was chosen; see `Examples`."""
+        """Reads the chosen samples; see `Examples`."""
         index = chosen if self._sampler is None else self._by_candidate[chosen]
         times = None
         if self._samples.sequence_times is not None:
@@ -115,7 +115,7 @@ class SinglePositives:
         place = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
         index = tf.cast(place % self._num_samples, tf.int32)
         first_epoch = step * self.batch_size // self._num_samples
-        # A batch is not larger than an epoch, so that it ends in the next one at the latest.
+        # A batch is not larger than an epoch, so it ends in the next epoch at the latest.
         is_next = place // self._num_samples > first_epoch
         return tf.where(
             is_next, self._shuffled(index, first_epoch + 1), self._shuffled(index, first_epoch)

@@ -1,7 +1,7 @@
 """Sets of a user's items, for logs without an order: one random half is input, the other target.
 
-All targets of a query use its embedding and its scores with the shared negatives, which single
-positives compute once for each.
+All targets of a query share its embedding and its scores with the shared negatives; single
+positives would compute these for each target.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ class UserSets(EpochExamples):
     """Some of a user's positives are input, the others are targets.
 
     An epoch visits every user once, in random order, and flips a coin for each of the user's
-    candidates: it is input, part of the history, or a target, one of the query's positives. Copies
-    of a candidate stay together, so that no target is in its own input. A user without input has an
-    empty history; one without targets is excluded from the epoch. If the log has an order, it is
+    candidates: it becomes input, part of the history, or a target, one of the query's positives.
+    Copies of a candidate stay together, so that no target is in its own input. A user without input
+    has an empty history; one without targets is left out of the epoch. An order of the log is
     ignored.
 
     The number of batches in an epoch gives each `batch_size` positives on average. Users are spread
-    over them evenly, so that the number of positives varies. If the coins leave fewer users than
+    over them evenly, so the number of positives varies. If the coins leave fewer users than
     batches, as in a tiny log, they are flipped again.
 
-    Batches have a positive_query, and history_rows in random order, as wide as the longest of the
-    batch, `history_length` at most. The shared columns of a query count for all of its positives,
-    all of which are therefore masked. There are no hard negatives: they belong to one positive.
+    Batches have a positive_query, and history_rows in random order, as wide as the batch's longest,
+    `history_length` at most. A query's shared columns count for all of its positives, so all
+    positives are masked in them. There are no hard negatives, which belong to one positive.
 
     Args:
         samples: The training samples.
-        batch_size: Positives in a batch, about.
-        history_length: Longest history; more input than that is drawn from at random.
+        batch_size: About how many positives a batch has.
+        history_length: Longest history; longer input is sampled at random.
         seed: Seed of the order and the coins.
 
     Raises:
@@ -59,12 +59,12 @@ class UserSets(EpochExamples):
         self._history_length = history_length
         self._num_samples = len(samples)
         self._rows = samples.candidate_rows
-        # The distinct pairs of a query and a candidate, which have a coin each.
+        # The distinct pairs of a query and a candidate; each has one coin.
         pairs = samples.query_rows.astype(np.int64) << 32 | samples.candidate_rows
         distinct, self._pair = np.unique(pairs, return_inverse=True)
         self._queries, query_of_pair = np.unique(distinct >> 32, return_inverse=True)
         self._query_of_sample = query_of_pair[self._pair]
-        # At least half of all draws leave as many users as the mean, rounded down.
+        # At least half of all draws leave the mean number of users, rounded down, or more.
         mean_left = np.sum(1 - 0.5 ** np.bincount(query_of_pair))
         wanted = round(len(samples) * 0.5 / batch_size)
         names = ("query_row", "target", "num_targets", "input", "num_inputs")
@@ -81,8 +81,8 @@ class UserSets(EpochExamples):
         order = rng.permutation(np.flatnonzero(num_targets))
         turn = np.full(len(self._queries), -1)
         turn[order] = np.arange(len(order))
-        # One sort by the turn of the user, random within, which also chooses the history out of
-        # more than `history_length`. Users without targets have turn -1 and come first.
+        # One sort by the user's turn, in random order within, which also samples longer histories.
+        # Users without targets have turn -1 and come first.
         turns = turn[self._query_of_sample]
         visited = np.argsort(turns + rng.random(self._num_samples))[np.count_nonzero(turns < 0) :]
         is_input = is_input[visited]
@@ -120,7 +120,7 @@ class UserSets(EpochExamples):
                 return is_input, num_targets
 
     def read(self, chosen: dict[str, np.ndarray]) -> Batch:
-        """Reads what was drawn for a step; see the class."""
+        """Reads a step's draws; see the class."""
         num_inputs = chosen["num_inputs"]
         width = min(num_inputs.max(), self._history_length)
         first = np.cumsum(num_inputs) - num_inputs

@@ -1,6 +1,6 @@
 """Baselines that a model has to beat: popularity, the user's own items, EASE, implicit ALS.
 
-A baseline holds settings; its `fit` returns a fitted retriever and leaves the baseline as it was.
+A baseline holds settings; its `fit` returns a fitted retriever and does not change the baseline.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 
 @dataclass(frozen=True)
 class MostPopular:
-    """The same candidates to everyone: those with the most users in training.
+    """Retrieves the same candidates for everyone: those with the most users in training.
 
     Args:
-        latest: Share of the positives, the latest by timestamp, whose users are counted; the users
-            of all positives break ties. Below 1 for logs whose items come and go.
+        latest: Share of the latest positives, by timestamp, whose users are counted; the users of
+            all positives break ties. Set it below 1 for logs whose items come and go.
 
     Raises:
         ValueError: If `latest` is not in (0, 1].
@@ -55,7 +55,7 @@ class MostPopular:
     def fit(self, train: Log | Interactions) -> FittedPopularity:
         """Counts the users of each candidate of a log, or of interactions.
 
-        A `ValueError` if `latest` is below 1 and there are no timestamps; interactions have none.
+        Raises a `ValueError` if `latest` is below 1 without timestamps; interactions have none.
         """
         if isinstance(train, Interactions):
             if self.latest < 1:
@@ -93,7 +93,7 @@ class FittedPopularity:
 
 @dataclass(frozen=True, eq=False)
 class HistoryRetriever:
-    """Retrieves by the history of each query; what `fit` of the baselines below returns.
+    """Retrieves by the history of each query; the baselines below return it from `fit`.
 
     `score` returns the scores of every item for each query, [num_queries, num_items].
     """
@@ -102,15 +102,15 @@ class HistoryRetriever:
     score: Callable[[Sequence[Query]], np.ndarray]
 
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves by history; see `Retriever.retrieve`. Without one, what `MostPopular` does."""
+        """Retrieves by history, or like `MostPopular` without one; see `Retriever.retrieve`."""
         return retrieve_by_scores(self.score, self.items, queries, k, exclude)
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """The user's own items, the most frequent first, ties by the latest; then popular ones.
+    """Retrieves the user's own items, the most frequent first, then the latest; then popular ones.
 
-    For services whose users come back to the same items. If these are excluded, it equals
+    For services whose users return to the same items. If these are excluded, it equals
     `MostPopular`.
 
     Example:
@@ -138,7 +138,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Ease:
-    """EASE: a linear autoencoder of histories, solved in closed form; strong where it fits memory.
+    """EASE: a linear autoencoder of histories, solved in closed form; strong if it fits in memory.
 
     B = argmin ||X - X B||^2 + l2 ||B||^2 with a zero diagonal, from P = (X'X + l2 I)^-1 as
     B_ij = -P_ij / P_jj. A candidate's score is the sum of its weights over the history.
@@ -175,7 +175,7 @@ class Ease:
 
 @dataclass(frozen=True)
 class Ials:
-    """Implicit ALS: matrix factorization on every cell, clicked ones weighted by `alpha`.
+    """Implicit ALS: matrix factorization of all cells, with clicked ones weighted by `alpha`.
 
     The user's factors are computed from the query's history, so that new users and new clicks need
     no new fit.
@@ -189,8 +189,8 @@ class Ials:
             together: the defaults suit about a thousand users.
         alpha: Weight of a clicked cell; any other has 1.
         num_iterations: Alternations.
-        seed: Of the first factors.
-        num_threads: 0 takes every core.
+        seed: Seed of the initial factors.
+        num_threads: Number of threads; 0 uses every core.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -213,12 +213,12 @@ class Ials:
 
     def fit(self, train: Log | Interactions) -> HistoryRetriever:
         """Factorizes the positives of a log, or interactions."""
-        # The CPU class, because the library's factory takes a GPU when it sees one. Imported here
-        # because it takes a second, and the other baselines do without it.
+        # The CPU class, because the library's factory would use a GPU if there is one. Imported
+        # here because it takes a second, and the other baselines do not need it.
         from implicit.cpu.als import AlternatingLeastSquares
 
         train = Interactions.of(train)
-        # Its threads and those of BLAS would fight over the cores; the library warns of it.
+        # The library warns that its threads and those of BLAS would compete for the cores.
         with threadpool_limits(1, "blas"):
             model = AlternatingLeastSquares(
                 factors=self.num_factors,
@@ -242,7 +242,7 @@ def _by_product(
 ) -> HistoryRetriever:
     """Scores histories as rows of a matrix; those without a trained item get the counts.
 
-    By their own scores, all items of such a history would be tied.
+    Otherwise all items would be tied for such a history.
     """
 
     def or_popular(queries: Sequence[Query]) -> np.ndarray:
@@ -255,7 +255,7 @@ def _by_product(
 
 
 def _latest(positives: ibis.Table, share: float) -> ibis.Table:
-    """Keeps the last share of the positives, and all with the time of the first of them."""
+    """Keeps the latest share of the positives, with all that tie with the earliest of them."""
     if "timestamp" not in positives.columns:
         raise ValueError(
             f"latest={share:g} chooses positives by their timestamps, and the log has none. "
@@ -282,8 +282,8 @@ def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarra
         block = slice(start, start + 1024)
         gram[:, block] = (columns.T @ columns[:, block]).toarray()
     gram[np.diag_indices_from(gram)] += l2
-    # Cholesky in place: a third of the work of a general inverse and none of its copies. Only the
-    # lower triangle is filled, which is the upper one of the transpose.
+    # Cholesky in place takes a third of the work of a general inverse, and no copies. It fills only
+    # the lower triangle, which is the upper one of the transpose.
     factor, factor_failed = lapack.dpotrf(gram, lower=True, clean=False, overwrite_a=True)
     precision, inverse_failed = lapack.dpotri(factor, lower=True, overwrite_c=True)
     if factor_failed or inverse_failed:

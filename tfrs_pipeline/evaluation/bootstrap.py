@@ -7,7 +7,7 @@ from enum import Enum
 
 import numpy as np
 
-# Random draws held at a time: 64 MB as float64.
+# Random draws in memory at a time: 64 MB as float64.
 _DRAWS_PER_BLOCK = 1 << 23
 
 
@@ -23,7 +23,7 @@ class Outcome(Enum):
 class Interval:
     """A mean over queries with its 95% bootstrap interval.
 
-    All are NaN where no query was measured; low and high are NaN where only one was.
+    All are NaN if no query was measured; low and high are NaN if only one was.
     """
 
     mean: float
@@ -32,7 +32,7 @@ class Interval:
 
     @property
     def outcome(self) -> Outcome:
-        """Reads the interval as a difference: level if it holds 0, or is missing."""
+        """Reads the interval as one of a difference: level if it includes 0, or is missing."""
         return Outcome.BETTER if self.low > 0 else Outcome.WORSE if self.high < 0 else Outcome.LEVEL
 
     def as_dict(self) -> dict[str, float | None]:
@@ -45,8 +45,8 @@ def bootstrap_intervals(
 ) -> list[Interval]:
     """Computes the mean of each column of per-query values, with a 95% percentile interval.
 
-    Whole queries are drawn with replacement, the same ones for every column, so columns stay
-    paired: for the interval of a difference, pass a column of differences.
+    Whole queries are drawn with replacement, the same for every column, so columns stay paired. For
+    the interval of a difference, pass a column of differences.
 
     Values are [num_queries, num_columns]; a mean skips NaN. The same seed and number of queries
     give the same resamples. Without resamples, low and high are NaN.
@@ -82,6 +82,6 @@ def _resampled_sums(values: np.ndarray, num_bootstrap: int, rng: np.random.Gener
 
 
 def _divide(sums: np.ndarray) -> np.ndarray:
-    """Divides the left half, sums of values, by the right half, how many there were."""
+    """Divides the left half, sums of values, by the right half, their numbers."""
     totals, counts = np.split(sums, 2, axis=1)
     return np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)

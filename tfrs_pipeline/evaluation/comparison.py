@@ -24,7 +24,7 @@ def comparison_table(
     markdown: bool = False,
     width: int | None = None,
 ) -> str:
-    """Formats plans, with numbers of their trainings by name, in as many columns as fit."""
+    """Formats plans and numbers of their trainings, in as many columns as fit."""
     shortest, longest = evaluation.cutoffs[0], evaluation.cutoffs[-1]
     compared = [f"ndcg@{longest}", f"recall@{longest}"]
     columns = [*compared, f"tail/recall@{longest}", f"coverage@{shortest}"]
@@ -38,7 +38,7 @@ def comparison_table(
 
 
 def compared_in_words(evaluation: Evaluation, metric: str) -> str:
-    """Says which plans are better than the first, level with it and worse, by the intervals."""
+    """Says which plans are better than the first, level with it or worse, by the intervals."""
     results = evaluation.results
     reference = next(iter(results))
     best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
@@ -55,7 +55,7 @@ def compared_in_words(evaluation: Evaluation, metric: str) -> str:
 
 
 def comparison_figure(evaluation: Evaluation) -> Figure:
-    """Draws two panels with a line for each plan: gains over the first, recall by popularity."""
+    """Draws two panels with a row for each plan: gains over the first, recall by popularity."""
     names, longest = list(evaluation.results), evaluation.cutoffs[-1]
     figure, (gains, slices) = new_figure(9, 1.6 + 0.36 * len(names), 2, sharey=True)
     _draw_gains(gains, evaluation, f"ndcg@{longest}")
@@ -75,7 +75,7 @@ def comparison_figure(evaluation: Evaluation) -> Figure:
 
 
 def _draw_dots(axes: Axes, series: Mapping[str, Sequence[float]]) -> None:
-    """Draws values of the plans with a legend above: lines cross, so names cannot stand beside."""
+    """Draws the plans' values with a legend above, since crossing lines leave no room beside."""
     for colour, marker, (name, values) in zip(SERIES, MARKERS, series.items(), strict=False):
         axes.plot(values, range(len(values)), marker, color=colour, label=name)
     axes.legend(

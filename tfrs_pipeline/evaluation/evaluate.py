@@ -1,4 +1,4 @@
-"""Measures retrievers: per query first, then means with intervals, whole and by slice."""
+"""Measures retrievers: per query first, then means with intervals, overall and by slice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
-    """Measures retrievers on what users went on to click.
+    """Measures retrievers on what users clicked afterwards.
 
     Relevant items that `exclude` keeps out of the ranking are removed and counted; queries left
     with nothing relevant are skipped and counted. Relevant items without a training count stay in
@@ -41,12 +41,12 @@ def evaluate(
     Args:
         retrievers: A retriever, which is named by its class, or several by name. The others are
             compared with the first.
-        holdout: What to find for whom, from `Log.split`. For very many users, a `Holdout.sample`
-            says as much in less time.
+        holdout: The queries and their relevant items, from `Log.split`. For very many users, a
+            `Holdout.sample` gives nearly the same means in less time.
         exclude: What is excluded from a user's ranking; see `Holdout.excluded`.
         cutoffs: Values of k, 1 or more.
         num_bootstrap: Resamples for the intervals; 0 computes means only.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         on_progress: Called with the retriever's name, the queries done and their total.
 
     Raises:
@@ -106,14 +106,14 @@ def _checked_cutoffs(cutoffs: Sequence[int]) -> tuple[int, ...]:
 def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
     """Cuts the candidates into head, torso and tail by their training counts.
 
-    By falling count, ties by row: the head is the fewest candidates that hold half of the training
-    positives, the torso the next ones up to 80%, the tail all others, and all without a count.
-    Returns name -> [num_candidates] bool.
+    Candidates are sorted by falling count, ties by row. The head is the fewest candidates that hold
+    half of the training positives, the torso the next ones up to 80%, and the tail all others,
+    including those without a count. Returns name -> [num_candidates] bool.
     """
     counts = candidate_counts
     order = np.argsort(-counts, kind="stable")
     held_by_more_popular = np.cumsum(counts[order]) - counts[order]
-    # .8 of a sum can be a hair off; counts are whole, so half of one is margin.
+    # .8 of a sum can be slightly off. Counts are integers, so this margin changes nothing else.
     bounds = np.array([0.5, 0.8]) * counts.sum() - 1e-6
     part = np.empty(len(counts), np.int8)
     part[order] = np.searchsorted(bounds, held_by_more_popular)
@@ -121,16 +121,16 @@ def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""[num_pairs] number of the query, ascending, and [num_pairs] candidate row."""
+"""[num_pairs] query numbers, ascending, and [num_pairs] candidate rows."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The queries of a holdout that can be measured, and what is to be found.
+    """The queries of a holdout that can be measured, and their relevant items.
 
-    `places` are the measured queries within the holdout. Pairs are without candidates outside the
-    corpus; `num_relevant`, [num_queries], counts them too. `num_excluded` counts the relevant items
-    that were excluded, over all queries.
+    `places` are the places of the measured queries in the holdout. Pairs leave out candidates
+    outside the corpus, but `num_relevant`, [num_queries], counts them. `num_excluded` counts the
+    relevant items that were excluded, over all queries.
     """
 
     holdout: Holdout
@@ -151,17 +151,17 @@ class Truth:
 
     @classmethod
     def of(cls, holdout: Holdout, exclude: Exclude) -> Truth:
-        """Compares ids once for all retrievers; a `ValueError` if nothing is left to find."""
+        """Looks up ids once for all retrievers; a `ValueError` if nothing is left to find."""
         items, excluded = Ids(holdout.candidate_ids), holdout.excluded(exclude)
         num_queries = len(holdout)
         lists = [*holdout.relevant, *(excluded or ())]
-        # Empty lists are left out: an empty array is float, and would turn all ids into floats.
-        # `as_id_array` keeps unsigned integers beside signed ones from doing the same.
+        # Empty lists are left out, because an empty float array would turn all ids into floats, as
+        # unsigned integers beside signed ones would without `as_id_array`.
         given = [as_id_array(ids) for ids in lists if len(ids)]
         ids = np.concatenate([items.values[:0], *given])
         _check_type(ids, items)
         rows = items.rows(ids).astype(np.int64)
-        # Numbers above the corpus tell unknown ids apart.
+        # Unknown ids get distinct numbers above the corpus.
         is_unknown = rows == 0
         rows[is_unknown] = len(items) + 1 + np.unique(ids[is_unknown], return_inverse=True)[1]
         query = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
@@ -202,7 +202,7 @@ class Truth:
 
 
 def check_measurable(holdout: Holdout, exclude: Exclude) -> None:
-    """Refuses (`ValueError`) a holdout of which `exclude` leaves nothing to find."""
+    """Refuses (`ValueError`) a holdout in which `exclude` leaves nothing to find."""
     Truth.of(holdout, exclude)
 
 
@@ -217,7 +217,7 @@ def _check_type(ids: np.ndarray, items: Ids) -> None:
 def _retrieve_rows(
     retriever: Retriever, truth: Truth, k: int, report: Callable[[int, int], None] | None
 ) -> np.ndarray:
-    """Retrieves for all queries, holding the retriever to its contract: [num_queries, k] rows."""
+    """Retrieves for all queries, and checks the retriever's contract: [num_queries, k] rows."""
     num_queries = len(truth.queries)
     rows = np.empty((num_queries, k), np.int32)
     excluded_queries, excluded_rows = truth.excluded_pairs
@@ -251,7 +251,7 @@ def _faults(
     if scores.dtype.kind not in "biuf":
         yield "must return numbers as scores"
     if np.isnan(scores).any() or np.any(scores[:, 1:] > scores[:, :-1]):
-        yield "must return the best first, no NaN"
+        yield "must return the best first, without NaN"
     in_order = np.sort(rows, axis=1)
     if np.any((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] > 0)):
         yield "returned a candidate twice for a query"
@@ -279,7 +279,7 @@ def _measure(
     parts = [np.ones(len(truth.items), bool), *slices.values()]
     relevant_queries, relevant_rows = truth.relevant
     is_hit = find_hits(rows, *truth.relevant)
-    # [num_parts, num_queries]; relevant items outside the corpus count in the whole.
+    # [num_parts, num_queries]; relevant items outside the corpus count only overall.
     num_relevant = [truth.num_relevant]
     for in_part in slices.values():
         of_part = relevant_queries[in_part[relevant_rows - 1]]

@@ -1,4 +1,4 @@
-"""Who clicked what in training, as a matrix: what baselines are fitted on."""
+"""Who clicked what in training, as a matrix, to fit baselines to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Interactions:
 
     @classmethod
     def from_rows(cls, items: Ids, user_rows: np.ndarray, item_rows: np.ndarray) -> Interactions:
-        """Marks pairs of a user, 0 or more, and an item's row, from 1; users without one go."""
+        """Makes a matrix from user numbers, from 0, and item rows, from 1; drops empty users."""
         shape = (int(user_rows.max(initial=-1)) + 1, len(items))
         matrix = _zero_one_matrix(user_rows, item_rows, shape)
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
@@ -44,7 +44,7 @@ class Interactions:
 
     @classmethod
     def of(cls, train: Log | Interactions) -> Interactions:
-        """Returns interactions as they are, and collects those of a log."""
+        """Returns interactions unchanged, and collects those of a log."""
         return train if isinstance(train, Interactions) else cls.from_log(train)
 
     @property
@@ -68,7 +68,7 @@ def count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
 
 
 def _clicked_rows(clicked: pa.Table, items: Ids) -> np.ndarray:
-    """Looks up the rows of clicked items; a `ValueError` if the log's items lack one."""
+    """Looks up the rows of clicked items; raises a `ValueError` if the log's items lack one."""
     rows = items.rows(clicked["item_id"].to_numpy())
     if num_unknown := np.count_nonzero(rows < 1):
         raise ValueError(
@@ -86,7 +86,7 @@ def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_mat
 
 
 def history_columns(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
-    """Looks up the known items of each history: one array of columns a query, oldest first."""
+    """Looks up the known items of each history: an array of columns per query, oldest first."""
     for query in queries:
         if query.get("history") is None:
             raise ValueError(

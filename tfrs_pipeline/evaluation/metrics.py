@@ -1,8 +1,7 @@
-"""Retrieval metrics, per query and of all retrieved lists together.
+"""Retrieval metrics, per query and over all retrieved lists together.
 
-Candidates are given by row from 1, best first; row 0 is an empty slot. To measure a part of the
-relevant items, such as a popularity slice, clear the other hits and count only that part in
-`num_relevant`.
+Candidates are rows from 1, best first; row 0 is an empty slot. To measure a part of the relevant
+items, such as a popularity slice, clear the other hits and count only that part in `num_relevant`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ SET_METRICS = ("coverage", "average_popularity", "gini")
 def find_hits(
     retrieved_rows: np.ndarray, relevant_queries: np.ndarray, relevant_rows: np.ndarray
 ) -> np.ndarray:
-    """Marks in [num_queries, max_k] rows those that are relevant to their query.
+    """Marks which of [num_queries, max_k] rows are relevant to their query.
 
     `relevant_queries`, from 0, and `relevant_rows` are [num_pairs] each.
     """
@@ -35,10 +34,10 @@ def query_metrics(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> dict[
 
     With places counted from 1:
 
-        recall@k = hits in the top k / num_relevant; not capped: below 1 where more are relevant
+        recall@k = hits in the top k / num_relevant; not capped, so below 1 if more are relevant
         hit_rate@k = 1 if there is a hit in the top k, or 0
-        ndcg@k = sum over the hits of 1 / log2(1 + place), divided by that of the ideal list, which
-            puts min(num_relevant, k) hits first (Järvelin and Kekäläinen 2002, binary gains)
+        ndcg@k = sum over the hits of 1 / log2(1 + place), divided by the sum for the ideal list,
+            which has min(num_relevant, k) hits first (Järvelin and Kekäläinen 2002, binary gains)
         mrr@k = 1 / place of the first hit, or 0 without one
 
     `is_hit` is [num_queries, max_k] bool, k at most max_k; `num_relevant` is [num_queries]. Returns
@@ -65,10 +64,10 @@ def set_metrics(
         coverage = share of the candidates that were retrieved for at least one query
         average_popularity = mean training count over the filled slots
         gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x)), where x_i is how often candidate i
-            was retrieved: 0 if all equally often, (n - 1) / n if only one ever
+            was retrieved: 0 if all are equally often, (n - 1) / n if only one ever is
 
     `candidate_counts` and `in_part`, bool, are [num_candidates]. Returns name of `SET_METRICS` -> a
-    number, NaN without candidates or if nothing was retrieved.
+    number: NaN without candidates or, but for coverage, if nothing was retrieved.
     """
     rows = retrieved_rows[:, :k].ravel()
     times = np.bincount(rows, minlength=len(candidate_counts) + 1)[1:][in_part]
@@ -78,7 +77,7 @@ def set_metrics(
         found["coverage"] = float(np.mean(times > 0))
     if total:
         found["average_popularity"] = float(times @ candidate_counts[in_part] / total)
-        # Sorted, the double sum is a single one: the i-th smallest counts 2 i - n - 1 times.
+        # After sorting, the double sum is a single one: the i-th smallest has weight 2 i - n - 1.
         weights = 2 * np.arange(1, n + 1) - n - 1
         found["gini"] = float(weights @ np.sort(times).astype(np.float64) / (n * total))
     return found

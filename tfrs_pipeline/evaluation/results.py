@@ -1,4 +1,4 @@
-"""What `evaluate` measured: a result per retriever, and several of them compared."""
+"""The results of `evaluate`: one per retriever, and a comparison of several."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tfrs_pipeline.messages import counted
 
 @dataclass(frozen=True, repr=False)
 class SliceResult:
-    """What was measured of a part of the candidates, or of the whole corpus.
+    """The metrics of a part of the candidates, or of the whole corpus.
 
     Attributes:
-        per_query: Metric name, such as "ndcg@100", -> [num_queries] float64; NaN where a query has
+        per_query: Metric name, such as "ndcg@100", -> [num_queries] float64; NaN if a query has
             nothing relevant in this part.
         intervals: The same names -> mean and interval over the queries.
         set_metrics: "coverage@20", "average_popularity@20" and "gini@20" of all lists together.
@@ -53,7 +53,7 @@ class SliceResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What `evaluate` measured.
+    """The metrics of a retriever.
 
     Attributes:
         user_ids: [num_queries] users of the measured queries; per-query arrays have this order.
@@ -84,7 +84,7 @@ class EvaluationResult:
 
     @property
     def per_query(self) -> Mapping[str, np.ndarray]:
-        """Metric name -> [num_queries] float64, of the whole corpus."""
+        """Metric name -> [num_queries] float64, for the whole corpus."""
         return self.overall.per_query
 
     @property
@@ -99,9 +99,9 @@ class EvaluationResult:
         return {**self.per_query, **of_slices}
 
     def describe(self) -> list[str]:
-        """Says in lines for a person what was left out or is hard to find.
+        """Describes, in lines for a person, what was left out or is hard to find.
 
-        Empty histories and items new to training are mentioned above a tenth.
+        Empty histories and relevant items without a training positive are mentioned above a tenth.
         """
         num_measured = len(self.user_ids)
         lines = []
@@ -138,13 +138,13 @@ class EvaluationResult:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Retrievers measured on the same queries, by name; prints as a table of them.
+    """Retrievers measured on the same queries, by name; prints as a table.
 
     Attributes:
-        results: Name -> what was measured, in the order of the table.
+        results: Name -> metrics, in the order of the table.
         cutoffs: Values of k, ascending.
         num_bootstrap: Resamples for the intervals of the differences.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
     """
 
     results: Mapping[str, EvaluationResult]
@@ -159,17 +159,17 @@ class Evaluation:
 
     @cached_property
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
-        """Name of another -> metric -> the other minus the first, paired by query.
+        """Name of another retriever -> metric -> the other minus the first, paired by query.
 
-        Slices have names such as "tail/recall@20". Paired intervals are far narrower than the two
-        separate ones, because a hard query is hard for both.
+        Slices have names such as "tail/recall@20". Paired intervals are much narrower than separate
+        ones, because a hard query is hard for both.
         """
         reference, *others = self.results
         values = {name: result.per_query_and_slice for name, result in self.results.items()}
         keys = [(name, metric) for name in others for metric in values[reference]]
         if not keys:
             return {}
-        # One draw of queries for all: a bootstrap for each would take most of an evaluation.
+        # One bootstrap for all, since one for each would take most of an evaluation's time.
         intervals = bootstrap_intervals(
             np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1),
             num_bootstrap=self.num_bootstrap,

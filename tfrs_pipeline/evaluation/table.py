@@ -17,8 +17,8 @@ def format_table(
     """Formats summaries of models, by name, as a table with a line for each.
 
     An interval is shown as its mean and half its width, a missing value as "-". Slices have columns
-    such as "tail/recall@20". The differences of `Evaluation.summary()` stand beside their metric.
-    Last columns that do not fit in `width` characters are left out, but never the first.
+    such as "tail/recall@20". The differences of `Evaluation.summary()` are next to their metric.
+    The last columns that do not fit in `width` characters are left out, but never the first.
     """
     differences = differences or {}
     compared = {metric for of_model in differences.values() for metric in of_model}

@@ -14,7 +14,7 @@ import numpy as np
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 
-# Scores held at a time: 64 MB as float32.
+# Scores in memory at a time: 64 MB as float32.
 _SCORES_PER_BLOCK = 1 << 24
 
 
@@ -57,8 +57,8 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     num_nan = np.count_nonzero(np.isnan(scores))
     if num_nan:
         raise ValueError(
-            f"{num_nan} of {scores.size} scores are NaN, which have no place in an order. "
-            "The model has diverged or a feature is NaN."
+            f"{num_nan} of {scores.size} scores are NaN, which cannot be ranked. The model has "
+            "diverged or a feature is NaN."
         )
     return scores
 
@@ -108,7 +108,7 @@ def exclude_rows_of(corpus: Ids, exclude: Excluded) -> list[np.ndarray] | None:
 
 
 class ExactRetriever:
-    """Scores every candidate by a dot product: exact, and linear in the size of the corpus.
+    """Scores every candidate by a dot product: exact, in time linear in the size of the corpus.
 
     `embed_queries`, the query tower, turns queries into [num_queries, dim].
     """

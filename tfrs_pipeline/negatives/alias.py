@@ -32,19 +32,19 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not np.isclose(probability.sum(), 1.0, rtol=0, atol=1e-9):
         raise ValueError(f"Probabilities must sum to 1. Received: {probability.sum()!r}")
     mass = probability * len(probability)
-    # Rounding may leave none at 1 or above.
+    # Rounding may leave no mass at 1 or above.
     is_large = mass >= min(1.0, mass.max())
     small, large = np.flatnonzero(~is_large), np.flatnonzero(is_large)
-    # Small rows take what they lack from large ones, in order: think of all lacking and all spare
-    # mass as two lines side by side. A row takes from the large one beside its own start; where it
-    # ends beyond that one, that one has given too much and takes it back from the next.
+    # Small rows take what they lack from large ones, in order. Think of all lacking and all spare
+    # mass as two lines side by side: a small row takes from the large row beside its start. If it
+    # ends beyond that large row, the large row has given too much and takes it from the next one.
     lacking, spare = np.cumsum(1 - mass[small]), np.cumsum(mass[large] - 1)
     alias = np.arange(len(mass), dtype=np.int32)
     begins = np.append(0.0, lacking[:-1])[: len(small)]
     donor = np.searchsorted(spare, begins, side="right")
     # Spare and lacking mass are equal up to rounding, which must not reach beyond the last row.
     alias[small] = large[np.minimum(donor, len(large) - 1)]
-    last = np.searchsorted(lacking, spare)  # The row that takes more than there is.
+    last = np.searchsorted(lacking, spare)  # The row that takes more than the large one has.
     gives_too_much = (last < len(small)) & (np.arange(len(large)) < len(large) - 1)
     accept = np.minimum(mass, 1.0)
     given = np.append(lacking, np.inf)[last] - spare
@@ -57,11 +57,11 @@ class AliasSampler:
     """Draws candidate rows from a distribution (see `build_alias_table`), with replacement."""
 
     # Thresholds have steps of 2^-23: rows with a mass p(c) V near that are drawn coarsely. Powers
-    # of clicks up to 1 do not come near it with fewer than a million clicks per item.
+    # of clicks up to 1 stay well above it with fewer than a million clicks per item.
 
     def __init__(self, probability: np.ndarray) -> None:
         accept, alias = build_alias_table(probability)
-        with tf.init_scope():  # Outlives the graph that first asks for it.
+        with tf.init_scope():  # The constants must outlive the graph that first needs them.
             self._accept = tf.constant(accept)
             self._alias = tf.constant(alias)
         self._num_rows = len(accept)

@@ -20,16 +20,16 @@ def _split(stages: Any) -> Any:
 
 
 Stages: TypeAlias = Annotated[Several[HardStage], BeforeValidator(_split)]
-# 11,000 years: more is not an interval that an engine knows.
+# 11,000 years; engines know no longer interval.
 Hours: TypeAlias = Annotated[float, Field(gt=0, le=100_000_000)]
 
 
 @checked_dataclass
 class FunnelLosers:
-    """Items that lost to the positive in its own request, or lost in the user's recent ones.
+    """Items that lost to the positive in its own request, or lost in the user's recent requests.
 
-    Stages weigh alike. `samples.hard_pools` finds the losers when samples are built, without the
-    exposed items and known positives.
+    Stages have equal weight. `samples.hard_pools` finds the losers when samples are built, leaving
+    out exposed items and known positives.
 
     Args:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold, in rows that
@@ -41,11 +41,11 @@ class FunnelLosers:
         min_pool: A stage with fewer losers in the positive's own request also takes the latest
             `max_pool` of the user's recent requests.
         max_pool: Most losers kept for a positive and stage, drawn at random.
-        window_hours: How far back recent requests may lie; ignored in a log without timestamps. For
-            no limit give the hours of the whole log.
+        window_hours: How far back recent requests may be; ignored in a log without timestamps. For
+            no limit, give the hours of the whole log.
         bottom_share: For "ranked": the low part of the ranked list, as a share of the request's
             ranks in (0, 1].
-        min_rank: For "ranked": the low part as a rank instead, this one (0 is the best) and worse.
+        min_rank: For "ranked": the low part as this rank (0 is the best) and worse, instead.
         allow_exposed: Whether "exposed", items that were shown and not clicked, may be a stage.
             Ranking learns from them; this option measures what they do to retrieval.
 
@@ -69,9 +69,9 @@ class FunnelLosers:
         if "exposed" in self.stages and not self.allow_exposed:
             raise ValueError(
                 "stages holds 'exposed'. An item that was exposed to a user and not clicked is "
-                "never a negative of that user in retrieval: the funnel liked it enough to show "
-                "it, and the lack of a click says as much of its position as of it. It is for "
-                "ranking. To see what such negatives do to retrieval, set allow_exposed."
+                "never a negative of that user in retrieval: the funnel rated it highly enough to "
+                "show it, and the missing click may be due to its position. It is for ranking. To "
+                "see what such negatives do to retrieval, set allow_exposed."
             )
         low_part = self.bottom_share, self.min_rank
         if "ranked" not in self.stages and low_part != (FunnelLosers.bottom_share, None):
@@ -82,7 +82,7 @@ class FunnelLosers:
             )
 
     def of_stages(self, stages: Sequence[HardStage]) -> FunnelLosers:
-        """Returns these losers with other stages, without options of a stage that is left out."""
+        """Returns a copy with other stages, without the options of stages that are left out."""
         if "ranked" in stages:
             return replace(self, stages=stages)
         common = FunnelLosers.bottom_share

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class InBatch:
     """The other rows' positives: free, and drawn by popularity, p(c) ~ clicks(c)^1.
 
-    Without the correction by log_q they punish popular items too much.
+    Without the log_q correction they penalise popular items too much.
     """
 
     kind: Literal["in_batch"] = "in_batch"
@@ -28,9 +28,9 @@ class InBatch:
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Returns the batch's positives, [B]; a row's own is masked as an accidental hit.
 
-        A positive that is an unknown item, row 0, fills a column that does not count. A smaller
-        batch, such as the last of a dataset, is filled up with draws from q_positive, so that its
-        rows expect as many copies as others. A larger one is refused: a `ValueError`, or a
+        An unknown item, row 0, as a positive fills a column that does not count. A smaller batch,
+        such as the last of a dataset, is filled up with draws from q_positive, so that its rows
+        expect as many copies as others. A larger one raises a `ValueError`, or a
         `tf.errors.InvalidArgumentError` in a graph that does not know its size.
         """
         num_rows = positive_rows.shape[0]
@@ -51,14 +51,14 @@ class InBatch:
         return tf.concat([positive_rows, _sampler(frame).sample(num_missing, seed)], axis=0)
 
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-        """Computes (B - 1) * q_positive(c), 0 at row 0: a row meets the others' positives."""
+        """Computes (B - 1) * q_positive(c), 0 at row 0, since a row meets the others' positives."""
         count = (frame.batch_size - 1) * frame.q_positive
         count[0] = 0.0
         return count
 
 
 def counts_as_in_batch(kind: object) -> bool:
-    """Returns whether a kind expects what `InBatch` does; a subclass may have its own count."""
+    """Returns whether a kind has the expected count of `InBatch`; a subclass may have another."""
     return getattr(type(kind), "expected_count", None) is InBatch.expected_count
 
 

@@ -27,8 +27,8 @@ class Mined:
             dropped.
         max_rank: First rank not to keep.
         max_pool: Most items kept for a sample, drawn at random.
-        every: Epochs between two minings. Before the first there are none, because a model that has
-            learned nothing ranks at random.
+        every: Epochs between minings. There are no hard negatives before the first, because an
+            untrained model ranks at random.
 
     Raises:
         ConfigError: If an argument is out of range.
@@ -55,9 +55,9 @@ class Mined:
         return ("mined",)
 
     def keep(self, is_allowed: np.ndarray) -> np.ndarray:
-        """Chooses among retrieved items, best first, those of a rank to keep: [b, k] bool.
+        """Marks the retrieved items, best first, whose rank is kept: [b, k] bool.
 
-        Ranks count the allowed items, [b, k] bool: known positives and exposed items have none.
+        Only allowed items, [b, k] bool, have a rank; known positives and exposed items have none.
 
         Example:
             >>> Mined(min_rank=1, max_rank=3).keep(np.array([[True, False, True, True, True]]))
@@ -73,7 +73,7 @@ class Mined:
 
         Returns [b, at most max_pool] places, and how many at the start of each line count, [b].
         """
-        # What is not left sorts last.
+        # Places that are not left sort last.
         keys = np.where(is_left, rng.random(is_left.shape, np.float32), np.float32(2))
         num = np.minimum(is_left.sum(axis=1), self.max_pool)
         if self.max_pool < keys.shape[1]:

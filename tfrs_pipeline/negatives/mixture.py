@@ -1,4 +1,4 @@
-"""log_q of every column of a batch: what each sampled negative weighs.
+"""log_q of every column of a batch: the weight of each sampled negative.
 
 With corpus size V (without items that came later), excluded items E(x) (c+ itself, the other known
 positives, the exposed items), hard share f and pool shares w_k, the loss of one positive c+ of
@@ -27,11 +27,11 @@ import tensorflow as tf
 from tfrs_pipeline.negatives.in_batch import counts_as_in_batch
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 
-_NUM_TRIES = 16  # Draws before training, enough to find a mistake that most batches show.
+_NUM_TRIES = 16  # Draws before training; enough to find a mistake that shows in most batches.
 
 
 class Mixture:
-    """Kinds of shared negatives drawn together, and the log_q of what they draw.
+    """Kinds of shared negatives drawn together, and the log_q of their draws.
 
     Args:
         negatives: The kinds.
@@ -73,7 +73,7 @@ class Mixture:
                 "No shared column can be a negative: use in-batch negatives with a batch of 2 or "
                 "more, or an easy kind such as uniform."
             )
-        # Nothing is clipped: log 0 can only meet a candidate that no kind draws.
+        # Nothing is clipped, because log 0 occurs only for candidates that no kind draws.
         with np.errstate(divide="ignore"):
             self._log_count = tf.constant(np.log(self.expected_count), tf.float32)
 
@@ -117,8 +117,8 @@ class Mixture:
     def log_q(self, candidate_rows: tf.Tensor, hard_share: tf.Tensor | None = None) -> tf.Tensor:
         """Looks up log n(c) of candidates, float32 of the shape of `candidate_rows`.
 
-        With `hard_share`, f of the rows that the candidates are columns of, it is
-        log( n(c) / (1 - f) ), the two shapes broadcast.
+        With `hard_share`, the f of the columns' rows, it is log( n(c) / (1 - f) ), where the two
+        shapes are broadcast.
         """
         log_q = tf.gather(self._log_count, candidate_rows)
         return log_q if hard_share is None else log_q - tf.math.log1p(-hard_share)
@@ -127,11 +127,11 @@ class Mixture:
 def hard_log_q(num_left: tf.Tensor, share: float, num_candidates: int) -> tf.Tensor:
     """Computes log( H_k / (V * f * w_k) ) of a row's pools of H_k: [W, num_pools] float32.
 
-    Pools with something left weigh alike; it is 0 where nothing is left.
+    Pools with something left have equal weight; it is 0 if nothing is left.
     """
     is_left = tf.cast(num_left > 0, tf.float32)
     pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))
-    # -inf * 0 and log 0 stand only in columns that are masked.
+    # -inf * 0 and log 0 occur only in masked columns.
     log_q = tf.math.log(num_left) - tf.math.log(num_candidates * share * pool_share)
     return tf.where(num_left > 0, log_q, tf.zeros_like(log_q))
 
@@ -162,7 +162,7 @@ def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
 def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> None:
     """Tries a few draws of a kind: they must be candidates that it expects to draw."""
     can_be_positive = 1 + np.flatnonzero(frame.q_positive[1:])
-    with tf.init_scope():  # Also where the mixture is made in a graph.
+    with tf.init_scope():  # In case the mixture is made in a graph.
         positives = tf.constant(np.resize(can_be_positive, frame.batch_size), tf.int32)
         drawn = [kind.draw(frame, positives, tf.constant([0, i])) for i in range(_NUM_TRIES)]
     for each in map(np.asarray, drawn):
@@ -180,6 +180,6 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
     if rows.size and not counts_as_in_batch(kind) and not count[rows].all():
         never = rows[count[rows] == 0][0]
         raise ValueError(
-            f"{kind}: draw returned candidate {never}, whose expected_count is 0: log_q would be "
-            "that of another draw"
+            f"{kind}: draw returned candidate {never}, whose expected_count is 0: log_q would "
+            "belong to another draw"
         )

@@ -1,4 +1,4 @@
-"""What a kind of easy negative is: what it draws, and how often each candidate is expected."""
+"""The protocol of easy negatives: what is drawn, and how often each candidate is expected."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SamplingFrame:
-    """What negatives are drawn from.
+    """The distributions from which negatives are drawn.
 
     Args:
-        counts: [num_candidates + 1] training positives by candidate row; at row 0 those of unknown
-            items, if batches hold any.
-        q_positive: [num_candidates + 1] float64, the distribution that the positives of a batch are
-            drawn from; the share of unknown items at row 0.
+        counts: [num_candidates + 1] training positives by candidate row; row 0 counts those of
+            unknown items, if batches hold any.
+        q_positive: [num_candidates + 1] float64, the distribution from which a batch's positives
+            are drawn; row 0 has the share of unknown items.
         batch_size: B, positives in a batch.
     """
 
@@ -34,7 +34,7 @@ class SamplingFrame:
     def of_counts(cls, counts: Sequence[int] | np.ndarray, batch_size: int) -> SamplingFrame:
         """Makes the frame of batches that are a fair draw of the counted positives.
 
-        Unknown items take part in the batch but are never a negative: their columns have a log_q of
+        Unknown items may be in the batch but are never negatives: their columns have a log_q of
         -inf.
 
         Raises:
@@ -53,22 +53,22 @@ class SamplingFrame:
 
     @property
     def num_candidates(self) -> int:
-        """Size of the corpus, row 0 not counted."""
+        """Size of the corpus, without row 0."""
         return len(self.counts) - 1
 
 
 class Negatives(Protocol):
     """A kind of negative that the rows of a batch share.
 
-    Your own kind needs these two methods and nothing else: log_q of every column is then right,
-    whatever other kinds are in the mixture (see `mixture`).
+    Your own kind needs only these two methods: log_q of every column is then right, whatever other
+    kinds are in the mixture (see `mixture`).
     """
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws the candidates of one batch, in the graph, as a function of its arguments.
 
         Args:
-            frame: What there is to draw from.
+            frame: The corpus and its distributions.
             positive_rows: [B] int32, the positives of the batch.
             seed: [2] int32, for stateless draws.
 
@@ -80,7 +80,7 @@ class Negatives(Protocol):
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
         """Computes how many copies of each candidate `draw` is expected to return.
 
-        Where these are the rows' positives (`InBatch`), a row's own does not count.
+        If these are the rows' positives (`InBatch`), a row's own does not count.
 
         Returns:
             [num_candidates + 1] float64, 0 at row 0.

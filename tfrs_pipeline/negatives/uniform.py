@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Uniform:
-    """`num` candidates per batch, each of the corpus equally likely, with replacement.
+    """`num` candidates per batch, all of the corpus equally likely, with replacement.
 
     Args:
         num: Draws per batch, 1 or more, shared by its rows.

@@ -1,1 +1,1 @@
-"""Positives with their histories, what is never a negative of whom, and pools of losers."""
+"""Positives with their histories, items that are never a user's negatives, pools of losers."""

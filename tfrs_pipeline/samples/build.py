@@ -1,7 +1,7 @@
-"""Event tables turned into samples: Parquet of positives, of the corpus, of masks and of pools.
+"""Turns event tables into samples: Parquet files of positives, corpus, masks and pools.
 
-Ibis expressions run and write in the engine that holds the log: DuckDB out of core, or Spark. All
-tables are flat, ordered rows, since engines hold lists in memory.
+Ibis expressions run and write in the log's engine: DuckDB out of core, or Spark. All tables have
+flat, ordered rows, since engines would hold lists in memory.
 """
 
 import contextlib
@@ -46,20 +46,20 @@ def build_samples(
     | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
 
     Each is a file (DuckDB) or a folder of part files in the order of their names (Spark). A query's
-    samples are its sequence; the first num_earlier of it come before the sample. Row 0 is "unknown"
-    on both sides. Counts, histories and masks come from the given events only: give the training
-    part. The same log gives the same samples on either engine.
+    samples are its sequence; its first num_earlier samples come before the sample. Row 0 is
+    "unknown" on both sides. Counts, histories and masks come only from the given events: give the
+    training part. The same log gives the same samples on either engine.
 
-    What comes before an event has an earlier timestamp, and is not of its request; in a log without
-    times it has an earlier place; in one without order it is any other positive of the user.
+    An earlier event has an earlier timestamp and another request; in a log without times it has an
+    earlier place; in one without order it is any other positive of the user.
 
-    All items and users of the log get rows. The seed draws the hard pools, from the losers that
-    `hard` asks for. Returns counts by name, with hard negatives also "hard_negatives" by stage
-    (num_samples with some, mean_pool of these) and num_losers_removed, which the guard or their
-    rank keeps from being hard negatives. A `DataError` if no event is a positive.
+    All items and users of the log get rows. The seed draws the hard pools from the losers that
+    `hard` asks for. Returns counts by name; with hard negatives also "hard_negatives" by stage
+    (num_samples with some, and their mean_pool) and num_losers_removed, the losers that the guard
+    or their rank keeps from being hard negatives. Raises a `DataError` if there is no positive.
     """  # noqa: E501
     folder.mkdir(parents=True, exist_ok=True)
-    # The report is written last: while it is missing, the samples are not whole.
+    # The report is written last: while it is missing, the samples are incomplete.
     (folder / "report.json").unlink(missing_ok=True)
     with _work_folder(log, folder) as work:
         events = _write_rows(log, work)
@@ -80,7 +80,7 @@ def build_samples(
 
 @dataclass(frozen=True)
 class _Work:
-    """A folder of tables that are written and read again; those that begin with "_" stay in it.
+    """A folder of tables that are written and read again; names with "_" are not published.
 
     Its name is new every time, because DuckDB caches statistics by path.
     """
@@ -105,7 +105,7 @@ class _Work:
 
 @contextlib.contextmanager
 def _work_folder(log: Log, folder: Path) -> Iterator[_Work]:
-    for left in folder.glob(f"{_WORK}*"):  # Of a process that was killed.
+    for left in folder.glob(f"{_WORK}*"):  # Left by a process that was killed.
         remove(left)
     work = folder / f"{_WORK}{uuid.uuid4().hex}"
     work.mkdir()
@@ -123,7 +123,7 @@ def _write_rows(log: Log, work: _Work) -> ibis.Table:
     kept = [name for name in names if name in log.events.columns]
     time = log.events["timestamp" if "timestamp" in log.events.columns else "event_number"]
     requests = at_request(log.events, log.request_features)
-    # The prefix keeps them apart from the columns that are made here.
+    # The prefix avoids clashes with the columns that are made here.
     requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
     events = log.events.select(*kept, time=time, **requests)
     events = events.inner_join(items, "item_id").inner_join(users, "user_id")
@@ -132,7 +132,7 @@ def _write_rows(log: Log, work: _Work) -> ibis.Table:
 
 
 def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
-    """Numbers ids in their order, from 1. In Spark one task sorts the ids."""
+    """Numbers ids in ascending order, from 1. In Spark, a single task sorts the ids."""
     row = ibis.row_number().over(ibis.window(order_by=table[id_column])) + 1
     rows = table.select(id_column, **{row_column: row.cast("int32")})
     return rows.select(row_column, id_column).order_by(row_column)
@@ -150,18 +150,18 @@ def _write_counts(positives: ibis.Table, work: _Work) -> None:
 
 
 def _write_masks(events: ibis.Table, positives: ibis.Table, work: _Work) -> None:
-    """Writes which items are never negatives of which user."""
+    """Writes the items that are never a user's negatives."""
     known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
     exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
     work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
 
 
 def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
-    """Counts, for each positive, the user's positives before its query: the column num_earlier.
+    """Adds num_earlier: for each positive, the number of the user's positives before its query.
 
     They are a prefix of the user's sequence. Ties and items of the same request do not count.
     """
-    # Clicks and queries on one line of time; a query comes before the clicks of its moment.
+    # Puts clicks and queries on one timeline; a query comes before clicks at the same moment.
     queries = positives.mutate(at=positives["query_time"], is_click=0)
     nulls = {name: ibis.null(dtype) for name, dtype in positives.schema().items()}
     nulls["query_row"] = positives["query_row"]
@@ -175,11 +175,11 @@ def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
 def _write_pools(
     events: ibis.Table, positives: ibis.Table, work: _Work, hard: FunnelLosers, seed: int
 ) -> int:
-    """Writes the pools of each stage; returns how many losers may be in none."""
+    """Writes the pools of each stage; returns how many losers may not be in any."""
     losers = find_losers(events, hard, work.open("known_positives"), work.open("exposed"))
     losers = work.write("_losers", losers)
     for stage, pool in draw_pools(positives, losers, hard, seed).items():
-        # A batch draws neighbours: in the order of rows, items of similar age would come together.
+        # A batch draws neighbours, so pools are in random order: rows group items of similar age.
         pool = pool.order_by([*_IN_SEQUENCE, "place"])
         work.write(f"hard_{stage}", pool.select("event_number", "candidate_row"))
     return count_rows(events.filter(events["stage"].isin(list(hard.stages)))) - count_rows(losers)
@@ -197,7 +197,7 @@ def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ib
 
 def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
     if "weight" not in samples.columns:
-        # DuckDB takes 1.0 for a decimal.
+        # DuckDB reads the literal 1.0 as a decimal.
         samples = samples.mutate(weight=ibis.literal(1).cast("float64"))
     if log.order == "timestamp":
         samples = samples.mutate(seconds=whole_seconds(samples["time"]))
@@ -205,7 +205,7 @@ def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
     names = [*_PAIR, "weight", "num_earlier", "seconds", *columns.values()]
     sizes = [name for name in samples.columns if name.startswith(pool_size_column(""))]
     kept = [name for name in [*names, *sizes] if name in samples.columns]
-    # By the time itself, which may be finer than seconds.
+    # Ordered by the time itself, which may be finer than seconds.
     in_order = samples.order_by(_IN_SEQUENCE).select(*kept)
     if "seconds" in kept:
         columns["time"] = "seconds"
@@ -240,7 +240,7 @@ def _num_empty_histories(samples: ibis.Table, known: ibis.Table) -> int:
 
 
 def _describe_pools(sizes: ibis.Value) -> dict[str, float]:
-    """Counts the samples that have hard negatives, and how many these have on average."""
+    """Counts the samples that have hard negatives, and averages the sizes of their pools."""
     counts = sizes.as_table().aggregate(num=(sizes > 0).sum(), total=sizes.sum())
     num, total = counts.to_pyarrow().to_pylist()[0].values()
     return {"num_samples": num, "mean_pool": total / max(1, num)}

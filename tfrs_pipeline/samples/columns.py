@@ -1,6 +1,6 @@
-"""Columns as files that are mapped into memory: written piece by piece, read as asked.
+"""Columns as files that are mapped into memory: written block by block, read on demand.
 
-Request features are raw in Parquet, and encoded in such columns.
+Request features are raw in Parquet files, and encoded in such columns.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ def write_column(
             rows = np.ascontiguousarray(block, dtype)
             file.write(rows.data)
             num_rows += len(rows)
-        # The format leaves room for any length: the header stays as long as it was.
+        # The format leaves room for any number of rows, so the header keeps its length.
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (num_rows, *row_shape)})
 
@@ -45,8 +45,8 @@ def write_column(
 def starts_of_keys(blocks: Iterable[np.ndarray], num_keys: int) -> np.ndarray:
     """Finds where the rows of each key begin in a table that is ordered by key.
 
-    Blocks, not empty, hold the keys of some rows, 0 to num_keys - 1. Returns [num_keys + 1] int64,
-    the number of rows last.
+    Each block, never empty, has the keys of some rows, 0 to num_keys - 1. Returns [num_keys + 1]
+    int64; the last entry is the number of rows.
     """
     num_before = np.zeros(num_keys + 1, np.int64)
     for keys in blocks:
@@ -59,15 +59,15 @@ def map_columns(
 ) -> dict[str, np.ndarray]:
     """Maps the columns in a folder, after writing them if they are missing, damaged or outdated.
 
-    `write` writes a `NAME.npy` for each column into the emptied folder. `made_of` is JSON-able:
-    with another one the columns are written again.
+    `write` writes a `NAME.npy` for each column into the emptied folder. If `made_of`, a JSON value,
+    changes, the columns are written again.
     """
     record = folder / "columns.json"
 
     def are_there() -> bool:
         return is_whole(record) and read_record(record) == made_of
 
-    if are_there():  # Without the lock, which a read-only disk could not hold.
+    if are_there():  # Checked without the lock, which cannot be made on a read-only disk.
         return _mapped(folder)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
@@ -85,7 +85,7 @@ def _mapped(folder: Path) -> dict[str, np.ndarray]:
 
 
 def map_column(path: Path) -> np.ndarray:
-    """Maps a .npy file: a read-only array, whose pages the system reads and drops."""
+    """Maps a .npy file as a read-only array, whose pages the system loads and drops."""
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -95,7 +95,7 @@ def request_column(name: str) -> str:
 
 
 def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
-    """Reads a request feature of all samples in a folder; strings as codes of a dictionary."""
+    """Reads a request feature of all samples in a folder; strings are dictionary-encoded."""
     column = request_column(name)
     parts = part_files(folder / "samples.parquet")
     is_text = pa.types.is_string(pq.read_schema(parts[0]).field(column).type)
@@ -107,10 +107,10 @@ def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
 def encoded_columns(
     folder: Path, encoders: Mapping[str, Callable[[Any], np.ndarray]], made_by: Any
 ) -> dict[str, np.ndarray]:
-    """Maps the encoded request features of a folder's samples, written once, a part at a time.
+    """Maps the encoded request features of a folder's samples, written once, block by block.
 
-    `encoders` turn, by feature, an Arrow array of raw values into an array; `made_by`, JSON-able,
-    tells encoders apart. Returns, by feature, [num_samples, ...].
+    `encoders` turn an Arrow array of each feature's raw values into an array; `made_by`, a JSON
+    value, identifies them. Returns [num_samples, ...] by feature.
     """
 
     def write(columns: Path) -> None:
@@ -118,7 +118,7 @@ def encoded_columns(
             blocks = map(encode, read_blocks(folder / "samples.parquet", request_column(name)))
             first = next(blocks)
             every = itertools.chain([first], blocks)
-            # By number: a feature's name may not be a valid file name.
+            # Files have numbers, because a feature's name may not be a valid file name.
             write_column(columns / f"{i}.npy", first.dtype, every, first.shape[1:])
 
     made_of = {"report": file_hash(folder / "report.json"), "encoders": made_by}

@@ -1,8 +1,8 @@
 """Hard negatives from funnel logs: items that lost in pre-rank or in rank.
 
 They come from the positive's own request and, if that has too few, from the user's recent requests.
-The exposure guard comes first: an item that was exposed to the user and not clicked, or that the
-user clicked anywhere in training, is never a negative of that user.
+The guard has priority: an item that was exposed to the user and not clicked, or that the user
+clicked anywhere in training, is never a negative of that user.
 """
 
 import ibis
@@ -12,7 +12,7 @@ from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 
-# Names a positive, in the order of the samples.
+# Columns that identify a positive, in the order of the samples.
 _POSITIVE = ("query_row", "time", "event_number")
 
 
@@ -34,7 +34,7 @@ def find_losers(
         taken = _low_part(events, taken, hard)
     losers = taken.select(*pairs, "stage", "time", "event_number", "request_id")
     losers = losers.anti_join(known, pairs)
-    # The stage "exposed" itself is here only if `allow_exposed` is set.
+    # The stage "exposed" is present only if `allow_exposed` is set.
     was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
     others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
     return others.anti_join(exposed, pairs).union(was_exposed)
@@ -47,9 +47,9 @@ def draw_pools(
 
     Recent requests give their `max_pool` latest losers, so that the work grows with a user's
     events, not with their square. Positives have query_row, event_number, time and, if logged,
-    request_id; losers come from `find_losers`. The seed draws from pools above `max_pool`. Returns,
-    by stage, query_row, time and event_number of the positive, candidate_row of the loser, each
-    pair once, and its place in the pool, which is in random order.
+    request_id; losers come from `find_losers`. The seed decides the random order of a pool, whose
+    first `max_pool` are kept. Returns, by stage, query_row, time and event_number of the positive,
+    candidate_row of the loser, each pair once, and its place in the pool.
     """
     has_request = "request_id" in positives.columns
     keyed = positives if has_request else positives.mutate(request_id=ibis.null("int64"))
@@ -79,7 +79,7 @@ def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis
     if hard.min_rank is not None:
         low = ranked.filter(ranked["rank"] >= hard.min_rank)
     else:
-        # Ranks of the list that was ranked last: those of losers are on another scale.
+        # Only ranks of the last ranked list, because those of other losers have another scale.
         last_stages = [Stage.RANKED.value, Stage.EXPOSED.value, Stage.CLICKED.value]
         logged = events.filter(
             events["rank"].notnull()
@@ -106,10 +106,10 @@ def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis
 def _recent_requests(
     keys: ibis.Table, own: ibis.Table, losers: ibis.Table, hard: FunnelLosers
 ) -> ibis.Table:
-    """Joins positives that have too few losers with the user's latest ones in the window."""
+    """Joins positives with too few losers to the user's latest losers in the window."""
     counts = own.group_by("event_number").agg(_num_own=own.count())
     enough = counts.filter(counts["_num_own"] >= hard.min_pool)
-    # Both on one line of time, where a positive comes after the losers of its moment.
+    # Puts both on one timeline, where a positive comes after losers at the same moment.
     of_losers = losers.select(*_POSITIVE, "candidate_row", is_positive=0)
     of_positives = keys.anti_join(enough, "event_number").select(
         *_POSITIVE, candidate_row=ibis.null("int32"), is_positive=1
@@ -119,7 +119,7 @@ def _recent_requests(
         group_by="query_row", order_by=["time", "is_positive", "event_number"]
     )
     line = line.mutate(place=(1 - line["is_positive"]).sum().over(so_far))
-    # The latest losers of a positive lie in its own block of places and in the one before.
+    # A positive's latest losers are in its own block of places and in the block before.
     line = line.mutate(block=(line["place"] - 1) // hard.max_pool)
     asking = line.filter((line["is_positive"] == 1) & (line["place"] > 0)).drop("candidate_row")
     asking = asking.union(asking.mutate(block=asking["block"] - 1))

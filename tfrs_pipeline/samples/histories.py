@@ -1,4 +1,4 @@
-"""The histories of users up to now, for a model in service."""
+"""The users' histories up to the end of the log, for a model in service."""
 
 import ibis
 import ibis.expr.types as ir
@@ -15,11 +15,11 @@ from tfrs_pipeline.samples.store import RowLists
 def latest_histories(
     log: Log, query_ids: Ids, candidate_ids: Ids
 ) -> tuple[RowLists, RowLists, np.ndarray | None]:
-    """Collects the positives of each user of a log, its test part included, in its engine.
+    """Collects the positives of each user of a log, in its engine.
 
-    Returns, per query row from 0, the candidate rows of the user's positives, most recent first, 0
-    for unknown items; the known ones of these, distinct and ascending; and [total] int64, the
-    seconds since 1970 of each value in the histories, None in a log without timestamps.
+    Returns, per query row from 0, the candidate rows of the user's positives, most recent first,
+    with 0 for unknown items; the known ones of these, distinct and ascending; and the seconds since
+    1970 of each value in the histories, [total] int64, or None in a log without timestamps.
     """
     users = _row_table("user_id", query_ids, "query_row")
     items = _row_table("item_id", candidate_ids, "candidate_row")
@@ -39,7 +39,7 @@ def _row_table(id_name: str, ids: Ids, row_name: str) -> ibis.Table:
 
 
 def _by_query(rows: ibis.Table, num_queries: int) -> tuple[RowLists, np.ndarray | None]:
-    """Reads the lists of queries, and the times of their entries, if the rows have times."""
+    """Reads the lists of queries and, if the rows have times, those of the entries."""
     kept: dict[str, ir.Value] = {name: rows[name] for name in ("query_row", "candidate_row")}
     if "timestamp" in rows.columns:
         kept["time"] = whole_seconds(rows["timestamp"])

@@ -41,8 +41,8 @@ def padded_lines(
 ) -> np.ndarray:
     """Gathers lines of [total] values, padded to one width: [n, width].
 
-    A line has `num`, [n], values from the place `first`, [n], on, or backwards if `step` is -1; at
-    most `width` are read. `missing` fills the rest.
+    A line has `num`, [n], values starting at place `first`, [n], backwards if `step` is -1; at most
+    `width` are read. `missing` fills the rest.
     """
     place = np.arange(width)
     is_there = place < num[:, np.newaxis]
@@ -84,7 +84,7 @@ class RowLists:
         return cls(np.zeros(num_keys + 1, np.int64), np.zeros(0, np.int32))
 
     def take(self, keys: np.ndarray) -> RowLists:
-        """Gathers the lists of keys, [n] integers, repeats allowed: one list for each."""
+        """Gathers the list of each key, [n] integers; repeats are allowed."""
         starts = self.offsets[keys]
         lengths = self.offsets[keys + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -110,8 +110,8 @@ class Samples:
         candidate_rows: [num_samples] int32, the positive.
         weights: [num_samples] float32.
         sequences: Per query row, the candidate rows of all its training positives, oldest first.
-        num_earlier: [num_samples] int32, how many of the query's sequence lie strictly before the
-            sample: its history is that prefix, or the latest part of it. None in a log without
+        num_earlier: [num_samples] int32, how many items of the query's sequence come strictly
+            before the sample: its history is that prefix, or its latest part. None in a log without
             order, where the history is the rest of the sequence without copies of the positive.
         known_positives: Per query row, the sorted candidate rows that it clicked in training.
         exposed: Per query row, the sorted candidate rows shown in training and never clicked.
@@ -140,7 +140,7 @@ class Samples:
 
     @property
     def num_possible_negatives(self) -> int:
-        """Candidates that may be someone's negatives: all but those that came later."""
+        """Number of candidates that may be negatives: all but those that came later."""
         num_later = 0 if self.is_later is None else int(self.is_later.sum())
         return len(self.counts) - 1 - num_later
 
@@ -156,13 +156,13 @@ class Samples:
         num_queries: int,
         num_candidates: int,
     ) -> Samples:
-        """Makes samples of positives alone, in the order of time.
+        """Makes samples from positives only, given in the order of time.
 
         Args:
             query_rows: [num_samples] rows in 1 .. num_queries.
             candidate_rows: [num_samples] rows in 1 .. num_candidates.
-            num_queries: Users, row 0 not counted.
-            num_candidates: Corpus size, row 0 not counted.
+            num_queries: Number of users, without row 0.
+            num_candidates: Size of the corpus, without row 0.
 
         Raises:
             ValueError: If a row is not an integer or out of range, or the lengths differ.
@@ -213,7 +213,7 @@ class Samples:
         Returns [n, N] int32 candidate rows, most recent first, padded with 0.
         """
         if self.num_earlier is None:
-            # The rest of the sequences, copies of the positive excluded.
+            # The rest of the sequences, without copies of the positive.
             lists = self.sequences.take(self.query_rows[index])
             own = np.repeat(self.candidate_rows[index], np.diff(lists.offsets))
             return lists.where(lists.values != own).latest(length)
@@ -235,10 +235,10 @@ class Samples:
 
 
 def read_samples(folder: Path) -> Samples:
-    """Maps what `build_samples` wrote; nothing is read until a batch asks for it.
+    """Maps the samples that `build_samples` wrote; a batch reads what it needs.
 
-    The first call turns the Parquet files into a folder `columns` beside them, a few rows at a
-    time; so does one after the samples were built anew or a column was damaged. A
+    The first call converts the Parquet files to a folder `columns` beside them, a few rows at a
+    time; so does a call after the samples were rebuilt or a column was damaged. Raises a
     `FileNotFoundError` if the folder holds no samples.
     """
     report = folder / "report.json"
@@ -272,7 +272,7 @@ def read_ids(folder: Path) -> tuple[Ids, Ids]:
 
 
 def _convert(folder: Path, columns: Path) -> None:
-    """Writes `NAME.npy`, and of lists `of_NAME.npy`, their offsets."""
+    """Writes `NAME.npy`, and for lists their offsets as `of_NAME.npy`."""
     queries = part_files(folder / "queries.parquet")
     num_queries = sum(pq.read_metadata(part).num_rows for part in queries)
 
