@@ -67,12 +67,12 @@ __all__ = ["__version__", *sorted(PUBLIC)]
 
 
 def _select_keras_2() -> None:
-    """Selects Keras 2 for `tf.keras`; an `ImportError` if that is Keras 3 already.
+    """Selects Keras 2 for `tf.keras`; raises an `ImportError` if it is already Keras 3.
 
-    TensorFlow chooses the Keras behind `tf.keras` at its first use, so the variable may be set
+    TensorFlow chooses the Keras behind `tf.keras` when it is first used, so the variable may be set
     after TensorFlow was imported, but not after `tf.keras` was used.
     """
-    # vars() looks at TensorFlow's lazy loader without making it choose.
+    # vars() inspects TensorFlow's lazy loader without triggering the choice.
     keras = vars(sys.modules["tensorflow"]).get("keras") if "tensorflow" in sys.modules else None
     model = vars(keras).get("Model") if keras is not None else None
     if model is not None and not model.__module__.startswith("tf_keras."):

@@ -1,4 +1,4 @@
-"""This process's place among the workers of one training, as TF_CONFIG says it."""
+"""This process's place among the workers of a training, read from TF_CONFIG."""
 
 import json
 import os
@@ -17,7 +17,7 @@ class Worker:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the worker that writes."""
         return self.number == 0
 
 

@@ -1,6 +1,6 @@
-"""The settings of a run: one frozen, validated class a stage.
+"""The settings of a run: one frozen, validated class per stage.
 
-The sentence under each field is its documentation and its help in the command line. Every table of
+The text under each field is its documentation and its help in the command line. Every table of
 settings refuses unknown keys and names the nearest known one.
 """
 
@@ -22,7 +22,7 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
-# The last two only if asked for.
+# The last two are not defaults.
 PlanKind: TypeAlias = Literal[
     "in_batch_uncorrected",
     "in_batch",
@@ -214,20 +214,20 @@ def movielens_config() -> RunConfig:
 
 
 def load_config(path: Path | str) -> RunConfig:
-    """Reads settings from a TOML file with a table for each stage; what is missing has its default.
+    """Reads settings from a TOML file with a table for each stage; absent ones are the defaults.
 
     Raises:
         ConfigError: If the file cannot be read, is not TOML, or holds settings that cannot be used;
             each problem has a line.
     """
     try:
-        # Some editors begin a file with a byte order mark, which TOML has no place for.
+        # Some editors begin a file with a byte order mark, which TOML does not allow.
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError([("", f"cannot be read: {error.strerror}")], str(path)) from error
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
         raise ConfigError([("", f"is not a TOML file: {error}")], str(path)) from error
-    if not settings:  # Usually the disk was full. The defaults would be another run.
+    if not settings:  # Usually the disk was full. The defaults would make another run.
         raise ConfigError(
             [("", "holds no setting: it is cut, or not a config of a run; write it again")],
             str(path),
@@ -244,19 +244,19 @@ def load_config(path: Path | str) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Writes settings as TOML that `load_config` reads back equal.
 
-    TOML has no null: settings that are None are omitted, and every other one is there.
+    TOML has no null: only settings that are None are omitted.
     """
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def dump_changes(config: RunConfig) -> str:
-    """Writes the settings that are not the defaults, as `dump_config` writes all of them."""
+    """Writes the settings that are not the defaults, in the form of `dump_config`."""
     tables = (each.model_dump(mode="json", exclude_none=True) for each in (config, RunConfig()))
     return tomli_w.dumps(_changed(*tables))
 
 
 def _changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    # `model_dump(exclude_defaults=True)` would drop `kind`, and could not be read back.
+    # `model_dump(exclude_defaults=True)` would drop `kind`, so it could not be read back.
     changed = {}
     for name, value in settings.items():
         before = usual.get(name)
@@ -276,7 +276,7 @@ def with_settings(
     Args:
         config: The settings to start from.
         settings: New values by dotted name.
-        preset: Name in `PRESETS`, whose values are replaced first.
+        preset: Name in `PRESETS`, whose values are set first.
 
     Raises:
         ConfigError: If a name is unknown, or a value cannot be used.
@@ -291,7 +291,7 @@ def with_settings(
     settings = {**(PRESETS[preset][1] if preset else {}), **(settings or {})}
     tree = config.model_dump()
     if settings.get("data.path") and config.data.path is None and "data.source" not in settings:
-        del tree["data"]["source"]  # The path decides.
+        del tree["data"]["source"]  # The path decides the source.
     for name, value in settings.items():
         *tables, setting = name.split(".")
         table = tree

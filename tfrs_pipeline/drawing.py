@@ -1,7 +1,7 @@
 """The style of all figures: light and dark, safe for colour blindness, names beside the lines.
 
-Colours are Okabe and Ito's (2008), darkened to stand out on white. A figure is SVG whose colours
-are CSS variables: a page can set them; elsewhere the figure is a card that follows the system's
+Colours are those of Okabe and Ito (2008), darkened to stand out on white. A figure is SVG with CSS
+variables as colours: a page can set them; elsewhere the figure is a card that follows the system's
 light or dark scheme.
 """
 
@@ -31,17 +31,17 @@ PALETTE = {
     "series-4": ("#a8487f", "#e59ac6"),
     "series-5": ("#6b5d00", "#d9cb55"),
 }
-# Unique colours for matplotlib to draw with; `finish` replaces them by the variables.
+# Unique colours for matplotlib to draw with; `finish` replaces them with the variables.
 _STAND_INS = {name: f"#0001{number:02x}" for number, name in enumerate(PALETTE, 1)}
 INK, SOFT, GRID, PAPER = (_STAND_INS[name] for name in ("ink", "soft", "line", "paper"))
 SERIES = tuple(colour for name, colour in _STAND_INS.items() if name.startswith("series"))
-# Distinct without colour.
+# Distinguishable without colour.
 MARKERS = ("o", "s", "^", "D", "v")
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (9, 3)))
 _FONT_SIZE = 9.5
 _LINE_HEIGHT = 1.2
 _PADDING = 8
-_SHORT = re.compile(r"(\d\.\d\d)\d+")  # Nobody sees a hundredth of a point.
+_SHORT = re.compile(r"(\d\.\d\d)\d+")  # Less than a hundredth of a point is invisible.
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def title(axes: Axes, text: str, align: Literal["left", "center"] = "left") -> N
 def label_lines(
     axes: Axes, labels: Mapping[str, tuple[float, float]], colours: Sequence[str]
 ) -> None:
-    """Writes names to the right of points, such as ends of lines, without overlaps.
+    """Writes names to the right of points, such as line ends, without overlaps.
 
     Points are in data coordinates; the axes must have their final scales and limits.
     """
@@ -147,7 +147,7 @@ def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
     from scipy.optimize import isotonic_regression
 
     order = np.argsort(heights, kind="stable")
-    # Heights that are `least` apart do not fall once the steps are subtracted.
+    # Heights that are `least` apart are non-decreasing after the steps are subtracted.
     steps = least * np.arange(len(heights))
     found = np.empty(len(heights))
     found[order] = isotonic_regression(heights[order] - steps).x + steps
@@ -175,7 +175,7 @@ def style_notebook() -> None:
         }
     )
     formatters = get_ipython().display_formatter.formatters
-    plt.figure()  # With the first figure the backend sets its own formatter.
+    plt.figure()  # The first figure makes the backend set its own formatter.
     plt.close()
     formatters["image/png"].pop(Figure, None)
     formatters["image/svg+xml"].for_type(Figure, lambda figure: finish(figure, "Figure").card())
@@ -193,7 +193,7 @@ def finish(figure: Figure, label: str) -> Drawing:
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    # Only within tags: between them are numbers that people read.
+    # Only within tags, because numbers between them are for people.
     text = re.sub(r"<[^>]*>", lambda tag: _SHORT.sub(r"\1", tag[0]), text)
     text = re.sub(r">\s+<", "><", text)  # A notebook quotes and indents each line.
     for variable, colour in [*_STAND_INS.items(), ("ink", "#000000")]:

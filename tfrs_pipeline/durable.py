@@ -1,7 +1,7 @@
 """Files that survive a crash: written aside, flushed, renamed, and hashed.
 
-A record is a JSON file that is written last and holds, under "sha256", its own hash and those of
-the files that belong to it. Files without their record count as half written.
+A record is a JSON file that is written last. Under "sha256" it holds its own hash and those of the
+files that belong to it. Files without their record count as incomplete.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _held: set[tuple[Path, int]] = set()
 
 
 class Damaged(ValueError):
-    """A file that differs from what was written."""
+    """A file has changed since it was written."""
 
 
 class StorageError(OSError):
-    """A path that cannot be written or read: a full disk, a missing permission, a lost mount."""
+    """A path cannot be written or read: a full disk, a missing permission, a lost mount."""
 
 
 class InUse(RuntimeError):
-    """A folder that another process works in."""
+    """Another process works in a folder."""
 
 
 def file_hash(path: Path) -> str:
@@ -68,7 +68,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def flush(paths: Iterable[Path]) -> None:
-    """Forces files and folders to disk, before another file claims that they are there."""
+    """Forces files and folders to disk, so that a later file can rely on them."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -78,7 +78,7 @@ def flush(paths: Iterable[Path]) -> None:
 
 
 def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
-    """Writes a record of JSON-able content and of files, all in the record's folder or below it."""
+    """Writes a record of JSON content and of files in the record's folder or below it."""
     files = list(files)
     with naming(path.parent):
         flush({*files, *(file.parent for file in files)})
@@ -89,17 +89,17 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
 
 
 def refuse_others(paths: Iterable[Path], written_first: Path) -> None:
-    """Refuses to overwrite files, unless the one that this package writes before them exists."""
+    """Refuses to overwrite files, unless the file that this package writes first exists."""
     found = [path for path in paths if path.exists()]
     if found and not written_first.exists():
         raise ValueError(
-            f"{found[0]} may not be this package's: it writes {written_first} first, which is not "
-            "there. Choose another folder."
+            f"{found[0]} may not be this package's: it writes {written_first} first, which is "
+            "missing. Choose another folder."
         )
 
 
 def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
-    """Records what a folder was made of; a `ValueError` if it records something else."""
+    """Records what a folder is made from; a `ValueError` if another record exists."""
     made_of = json.loads(json.dumps(made_of))
     if not is_whole(path):
         write_record(path, made_of)
@@ -115,7 +115,7 @@ def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path, *, check_files: bool = True) -> dict[str, Any]:
-    """Reads a record; `Damaged` names the first of its files that is not as it was written."""
+    """Reads a record; raises `Damaged`, which names the first of its files that has changed."""
     text = path.read_bytes()
     try:
         record = json.loads(text)
@@ -157,7 +157,7 @@ def _damaged(path: Path) -> Damaged:
 def naming(path: Path, *failures: type[Exception]) -> Iterator[None]:
     """Turns disk failures, an `OSError` or one of `failures`, into one line that names a path.
 
-    The file that an error names comes before `path`, an inner block's path before an outer one's.
+    A file that the error names has priority over `path`, and an inner block's path over an outer's.
     """
     try:
         yield
@@ -181,7 +181,7 @@ def try_writing(folder: Path) -> None:
     """Raises a `StorageError` unless files can be written in a folder; leaves none there."""
     place = folder
     while not place.exists() and place != place.parent:
-        if place.is_symlink():  # For instance to a disk that is not mounted.
+        if place.is_symlink():  # For instance, a link to a disk that is not mounted.
             raise _storage_error(place, f"is a link to {os.readlink(place)}, which is not there")
         place = place.parent
     try:
@@ -195,12 +195,12 @@ def try_writing(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds a lock file within the block; the system frees it if this process is killed.
+    """Holds a lock file within the block; the system releases it if this process is killed.
 
     If another thread or process holds it, this waits, or raises an `InUse` that names the holder.
     """
     key = path.resolve(), threading.get_ident()
-    if key in _held:  # A thread may take its lock again.
+    if key in _held:  # A thread may take its own lock again.
         yield
         return
     with naming(path):
@@ -210,7 +210,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         _held.remove(key)
-        path.unlink(missing_ok=True)  # While it is held: it cannot be another's.
+        path.unlink(missing_ok=True)  # Removed while it is held, so it cannot be another's.
         os.close(descriptor)
 
 
@@ -220,7 +220,7 @@ def _lock(path: Path, wait: bool) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, how)
-            # The holder before may have removed the file after it was opened here.
+            # The previous holder may have removed the file after it was opened here.
             if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

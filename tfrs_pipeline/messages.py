@@ -1,4 +1,4 @@
-"""Words of messages, progress of long work, and checks that many rooms share."""
+"""Wording of messages, progress of long work, and shared checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-SECONDS_BETWEEN_LINES = 15.0  # Of progress, where each report is a new line.
+SECONDS_BETWEEN_LINES = 15.0  # Between lines of progress, if each report is a new line.
 
 
 @dataclass
@@ -20,28 +20,28 @@ class StepReport:
 
 
 class Progress:
-    """Is told how long work goes on, and shows nothing; subclasses do."""
+    """Receives the progress of long work and shows nothing; subclasses show it."""
 
     def step(self, report: StepReport) -> None:
-        """Is called as each step ends."""
+        """Called at the end of each step."""
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
-        """Is called within long steps, with a task's name, its steps done and in all."""
+        """Called within long steps with a task's name, its steps done and in all."""
 
 
 SILENT = Progress()
 
 
 def check_integer(least: int, **values: object) -> None:
-    """Refuses (`ValueError`) values, by name, that are not integers or below the least."""
+    """Refuses (`ValueError`) values, by name, that are not integers or are below `least`."""
     for name, value in values.items():
-        is_bool = isinstance(value, bool)  # An int to Python.
+        is_bool = isinstance(value, bool)  # A subclass of int.
         if is_bool or not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name} must be a whole number, {least} or more. Received: {value!r}")
 
 
 def printable(text: str, max_chars: int = 80) -> str:
-    r"""Cuts text from outside to one short line, with control characters escaped."""
+    r"""Shortens external text to one line, and escapes control characters."""
     cut = text if len(text) <= max_chars else text[:max_chars] + "..."
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
 
@@ -63,7 +63,7 @@ def kept_new_gone(what: str, num_kept: int, num_here: int, num_there: int) -> st
 
 
 def in_percent(part: int, whole: int) -> str:
-    """Writes a part of a whole in percent; only zero is 0.0%."""
+    """Formats a part of a whole in percent; only zero is 0.0%."""
     percent = f"{part / whole:.1%}"
     return "<0.1%" if part and percent == "0.0%" else percent
 

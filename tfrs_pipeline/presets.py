@@ -1,4 +1,4 @@
-"""Presets: what suits a kind of log, as settings that flags may replace."""
+"""Presets: settings for a kind of log, which flags may replace."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 
-# Name -> what it is good for, and the settings that it changes, by dotted name.
+# Name -> its purpose, and the settings that it changes, by dotted name.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quick": (
         "a first look at a log with an order: small embeddings, sequence-level training, ten "
@@ -46,7 +46,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_dropout": 0.0,
             "model.candidate_bias": True,
             "model.item_init": "svd",
-            # Between what small catalogs and large ones want: docs/explanation/tried.md.
+            # Between the best values for small and large catalogs: docs/explanation/tried.md.
             "model.temperature": 0.12,
             "training.examples": "sets",
             "training.batch_size": 3072,
@@ -54,7 +54,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.decay": "cosine",
             "training.warmup_steps": 10,
             "training.max_epochs": 40,
-            # No early stop: as the rate falls, a model may gain again after ten epochs without.
+            # No early stop: as the rate falls, a model may improve again after ten epochs.
             "training.patience": 40,
         },
     ),
@@ -72,7 +72,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.temperature": 0.1,
             "training.examples": "sequences",
             "training.max_epochs": 100,
-            # An epoch of a sparse log has few steps, and validation wavers for ten of them and more
+            # An epoch of a sparse log has few steps: validation may waver for ten epochs and more
             # while the model still learns.
             "training.patience": 20,
         },

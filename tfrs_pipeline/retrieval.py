@@ -1,4 +1,4 @@
-"""The contract of retrievers: queries, answers, and the arguments that are refused."""
+"""The contract of retrievers: queries, answers, and refused arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HISTORY_TIMESTAMPS = "history_timestamps"
 """Key of a query: the time of each item of its history."""
 
 Query: TypeAlias = Mapping[str, Any]
-"""A mapping with whichever of these keys a retriever needs; ids are as in the log:
+"""A mapping with the keys that a retriever needs; ids are as in the log:
 
 - `"user_id"`: int or str.
 - `"history"`: item ids, oldest first.
@@ -25,7 +25,7 @@ Query: TypeAlias = Mapping[str, Any]
 """
 
 Excluded: TypeAlias = Sequence[Collection[Any]] | None
-"""For each query, candidate ids never to return, unknown ones ignored; None excludes nothing."""
+"""For each query, candidate ids never to return; unknown ids are ignored. None excludes nothing."""
 
 Retrieved: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Candidate ids and scores, [num_queries, k] each; see `Retriever.retrieve`."""
@@ -35,16 +35,15 @@ Retrieved: TypeAlias = tuple[np.ndarray, np.ndarray]
 class Retriever(Protocol):
     """Finds the best candidates of each query: a model, a baseline, an index.
 
-    One contract test runs on every retriever of the package.
+    A single contract test covers every retriever of the package.
     """
 
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query.
 
-        The order of the corpus breaks ties. A query gets the same answer alone as in any batch. If
+        The order of the corpus breaks ties. A query gets the same answer alone and in any batch. If
         fewer than k candidates are left, the last slots are empty. An approximate index may miss
-        candidates, and which ones can depend on k, exclusions and the batch; otherwise it keeps
-        this contract too.
+        candidates, depending on k, exclusions and the batch; otherwise it keeps this contract.
 
         Args:
             queries: One mapping for each query. Unknown ids in a history are ignored.
@@ -57,7 +56,7 @@ class Retriever(Protocol):
             scores: [num_queries, k] float32, -inf in empty slots.
 
         Raises:
-            ValueError: As `check_asked`.
+            ValueError: As for `check_asked`.
         """
         ...
 
@@ -66,7 +65,7 @@ _KEYS = frozenset({"user_id", "history", HISTORY_TIMESTAMPS, "features", "reques
 
 
 def check_asked(queries: Sequence[Query], k: int, exclude: Excluded, *, ids_are_text: bool) -> None:
-    """Refuses (`ValueError`) arguments that no `Retriever` over items with such ids can answer."""
+    """Refuses (`ValueError`) arguments that no `Retriever` over ids of this type can answer."""
     check_queries(queries, ids_are_text=ids_are_text)
     check_k(k)
     if exclude is not None:
@@ -75,7 +74,7 @@ def check_asked(queries: Sequence[Query], k: int, exclude: Excluded, *, ids_are_
 
 
 def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
-    """Refuses (`ValueError`) queries that would be answered as if they said something else.
+    """Refuses (`ValueError`) queries that would be silently misread.
 
     Each model checks user ids and names of features itself.
     """
@@ -96,7 +95,7 @@ def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
 
 
 def _check_mapping(name: str, values: Any) -> None:
-    """Refuses (`ValueError`) what is not a mapping."""
+    """Refuses (`ValueError`) anything but a mapping."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{name} is a mapping, values by name. Received: {values!r}")
 
@@ -123,7 +122,7 @@ def check_requests(
 
 
 def check_k(k: int) -> None:
-    """Refuses (`ValueError`) a k that is not an integer, below 1 or above int32."""
+    """Refuses (`ValueError`) a k that is not an integer, is below 1 or exceeds int32."""
     check_integer(1, k=k)
     if k >= 2**31:
         raise ValueError(f"k must be an int32, below 2**31. Received: {k}")
@@ -141,7 +140,7 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
 
 
 def _check_collection(name: str, values: Any) -> None:
-    """Refuses (`ValueError`) an id in place of a list, and iterators: checks would use them up."""
+    """Refuses (`ValueError`) an id in place of a list, and iterators, which a check exhausts."""
     if isinstance(values, str | int | np.integer):
         raise ValueError(f"{name} must be a list. Received: {values!r}; did you mean [{values!r}]?")
     if not hasattr(values, "__len__"):
@@ -149,11 +148,11 @@ def _check_collection(name: str, values: Any) -> None:
 
 
 def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
-    """Refuses (`ValueError`) ids of another type than the model's: they would count as unknown."""
+    """Refuses (`ValueError`) ids whose type is not the model's, or they would count as unknown."""
     allowed = str if are_text else (int, np.integer)
     fine: set[type] = {type(None)}  # A missing id.
     for ids in lists:
-        # By type, not by id: an evaluation checks tens of thousands of queries.
+        # Checks each type once, not each id: an evaluation has tens of thousands of queries.
         if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and not are_text:
             continue
         for kind in set(map(type, ids)) - fine:

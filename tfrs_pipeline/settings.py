@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
     Attributes:
         problems: (setting, message) pairs; the setting is a dotted name, `"training.batch_size"`,
-            or empty where the problem lies in no single setting.
+            or empty if the problem is not in a single setting.
     """
 
     def __init__(self, problems: Sequence[tuple[str, str]], source: str = "") -> None:
@@ -38,8 +38,8 @@ class Config(pydantic.BaseModel):
     """A table of settings: frozen, checked when made, unknown keys refused.
 
     Raises:
-        ConfigError: If values are out of range or keys unknown, with all such problems at once; or,
-            once each value is valid, if values contradict each other.
+        ConfigError: If values are out of range or keys unknown, with all such problems at once; if
+            all values are valid, if they contradict each other.
     """
 
     model_config = pydantic.ConfigDict(
@@ -52,7 +52,7 @@ class Config(pydantic.BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Unwraps the lines of the fields' sentences, for the command line's help."""
+        """Unwraps the lines of the fields' docstrings, for the command line's help."""
         super().__pydantic_init_subclass__(**kwargs)
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split())
@@ -116,7 +116,7 @@ def _alone(values: Any) -> Any:
 
 # Types of settings that list values; a single value may be given alone. `Distinct` values differ,
 # and `Several` needs at least one.
-if TYPE_CHECKING:  # A list does as well, and becomes a tuple.
+if TYPE_CHECKING:  # A list is accepted too, and becomes a tuple.
     Listed: TypeAlias = Sequence[T]
     Distinct: TypeAlias = Sequence[T]
     Several: TypeAlias = Sequence[T]
@@ -132,7 +132,7 @@ def refuse(problems: Iterable[tuple[str, str]]) -> None:
         raise ConfigError(found)
 
 
-# For these errors the library's own message describes its parser.
+# For these errors, the library's message would describe its parser.
 _NOT_READ = {
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
@@ -193,7 +193,7 @@ def tables_in(table: type[Config]) -> dict[str, type[Config]]:
 
 
 def setting_names(table: type[Config]) -> list[str]:
-    """Returns the dotted names of a table's settings, those of tables within it included."""
+    """Returns the dotted names of a table's settings, including those of nested tables."""
     names = list(table.model_fields)
     for name, inner in tables_in(table).items():
         names += [f"{name}.{setting}" for setting in setting_names(inner)]
@@ -201,9 +201,9 @@ def setting_names(table: type[Config]) -> list[str]:
 
 
 def from_text(value: Any) -> Any:
-    """Reads a table from JSON or from a short form, as typed after a flag; other values stay.
+    """Reads a table from JSON or a short form, as typed after a flag; keeps other values.
 
-    A validator for before: `Annotated[Uniform | Popularity, BeforeValidator(from_text)]`.
+    Use it as `Annotated[Uniform | Popularity, BeforeValidator(from_text)]`.
     """
     if not isinstance(value, str):
         return value

@@ -269,7 +269,7 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     )
     assert [text for text, _, _ in page.tables["Pools"]["retrieved"]] == ["2,500", "50.0%", "12.2"]
     assert "0.0251" in page.text
-    assert "This run allows them nevertheless" in page.text
+    assert "This run allows them anyway" in page.text
     known, exposed, never = page.tables["Masked"]
     assert (known[:14], exposed[:7], never[:21]) == (
         "known positive",

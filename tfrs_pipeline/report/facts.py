@@ -49,8 +49,8 @@ DROPPED = "dropped"
 class PopularityFacts:
     """How often each candidate is a positive or drawn as a negative; arrays are [num_candidates].
 
-    `before` and `after` are shares of the positives as logged and as trained on; `negatives` has
-    the distribution that each kind draws from, and no kind can draw the unreachable ones.
+    `before` and `after` are shares of the positives as logged and as trained on. `negatives` has
+    the distribution of each kind's draws. No kind can draw the unreachable candidates.
     """
 
     counts: np.ndarray
@@ -75,10 +75,10 @@ class PopularityFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the report says about a run.
+    """The facts that the report shows about a run.
 
-    Events are counted by stage, from the first of the funnel, and part of the split or "dropped".
-    Samples, masked shares (by reason) and popularity are of what the exported model was trained on.
+    Events are counted by stage, from the funnel's first, and by part of the split or "dropped".
+    Samples, masked shares (by reason) and popularity describe the exported model's training data.
     """
 
     folder: str
@@ -91,7 +91,7 @@ class RunFacts:
     items_by_part: Mapping[str, int]
     samples: Mapping[str, Any]
     masked_shares: Mapping[str, float]
-    mean_hard_share: float | None  # None where mined: it changes during training.
+    mean_hard_share: float | None  # None if mined, since it changes during training.
     popularity: PopularityFacts
     titles: Mapping[Any, str]
 
@@ -102,7 +102,7 @@ class RunFacts:
 
     @property
     def funnel(self) -> list[dict[str, Any]]:
-        """The stages from the first: how many events ended there, and how many reached it."""
+        """The stages from the first: how many events ended there, and how many reached them."""
         sizes = [sum(of_stage.values()) for of_stage in self.events_by_stage.values()]
         reached = np.cumsum(sizes[::-1])[::-1].tolist()
         return [
@@ -136,7 +136,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
 
 
 def report_page(facts: RunFacts) -> str:
-    """Renders the page, a whole HTML document; the same facts give the same text."""
+    """Renders the page as an HTML document; the same facts give the same text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tfrs_pipeline", "report"),
         autoescape=True,
@@ -167,7 +167,7 @@ def report_page(facts: RunFacts) -> str:
 
 
 def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup]]:
-    """Draws the figures of each place; the place's name keeps element ids unique."""
+    """Draws the figures of each section, whose name keeps element ids unique."""
     models = facts.metrics["models"]
     slices = {
         part: {name: model["slices"][part][recall] for name, model in models.items()}
@@ -187,7 +187,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
 
 
 def _training_figures(facts: RunFacts) -> list[Drawing]:
-    """Draws what each epoch logged: the loss and the monitored metric first."""
+    """Draws the logs of each epoch: the loss and the monitored metric first."""
     training = facts.metrics["training"]
     histories = {name: result["history"] for name, result in training.items()}
     chosen = {name: result["best_epoch"] for name, result in training.items()}
@@ -231,7 +231,7 @@ def gather_facts(folder: Path) -> RunFacts:
     metrics = read_record(folder / "metrics.json")
     log = Log.read(folder / "data")
     split = Split.read(log, folder / "data" / "split.parquet")
-    # Without a second training there are no other samples.
+    # If there was no second training, only the first has samples.
     trained_on, samples_folder = split.before_test, folder / "samples" / "final"
     if not samples_folder.is_dir():
         trained_on, samples_folder = split.train, folder / "samples" / "selection"

@@ -26,7 +26,7 @@ _MAX_POINTS = 150
 
 
 def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str) -> Drawing:
-    """Draws a metric of each model, the first on top; panels, by title, are side by side."""
+    """Draws a metric of each model, the first at the top, in panels by title, side by side."""
     names = list(next(iter(panels.values())))
     figure, all_axes = new_figure(
         4.8, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
@@ -134,14 +134,14 @@ def _plain_numbers(axes: Any) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("e-0", "e-"))
     axes.minorticks_off()
     low, high = axes.get_ylim()
-    if high < 100 * low:  # Powers of ten alone would leave an axis without a number.
+    if high < 100 * low:  # Powers of ten alone might leave the axis without a number.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Averages values over ranks that are close on a logarithmic axis, the first ones alone.
+    """Averages values over ranks that are close on a logarithmic axis; the first ranks stay alone.
 
-    Returns ranks, from 1, each the geometric middle of its group, and the groups' means.
+    Returns the geometric middle of each group's ranks, from 1, and the groups' means.
     """
     edges = np.unique(np.geomspace(1, len(values) + 1, _MAX_POINTS).round().astype(np.int64))
     starts, stops = edges[:-1], edges[1:] - 1

@@ -1,6 +1,6 @@
-"""What a run's numbers mean, in words, and what to try where a baseline wins.
+"""Explains a run's numbers in words, and says what to try if a baseline wins.
 
-All of it follows from `metrics.json` and the run's settings; the terminal and the page show it.
+Everything follows from `metrics.json` and the run's settings; the terminal and the page show it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.messages import counted
 
-# With fewer positives an item, an embedding an item learns little.
+# With fewer positives per item, an embedding per item learns little.
 _FEW_POSITIVES = 10
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
 
 Metrics = Mapping[str, Any]
-# How people write the models that a run names.
+# Names for people of the models in a run.
 _WRITTEN = {
     "ease": "EASE",
     "ials": "iALS",
@@ -30,7 +30,7 @@ _WRITTEN = {
 
 @dataclass(frozen=True)
 class Compared:
-    """The model beside another by one metric: both means, and the model minus the other."""
+    """The model compared with another by one metric: both means, and the model minus the other."""
 
     name: str
     own: float
@@ -45,7 +45,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to a question about a run, why, and an outcome where something was measured."""
+    """The answer to a question about a run, the reason, and the outcome if it was measured."""
 
     answer: str
     why: str
@@ -53,7 +53,7 @@ class Verdict:
 
 
 def _compare(metrics: Metrics, metric: str, part: str = "") -> list[Compared]:
-    """Compares the model, the first, with each other that has an interval; `part` is a slice."""
+    """Compares the first model with each other one that has an interval; `part` is a slice."""
     models = {
         name: (model["slices"][part] if part else model)[metric]["mean"]
         for name, model in metrics["models"].items()
@@ -70,12 +70,12 @@ def _compare(metrics: Metrics, metric: str, part: str = "") -> list[Compared]:
 
 
 def _is_variant(name: str) -> bool:
-    """Whether a model is another form of the two-tower model, or the version in service."""
+    """Whether a model is a variant of the two-tower model, or the version in service."""
     return name.startswith("two_tower_") or name == "in_service"
 
 
 def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
-    """Says whether the model is better than each baseline; variants of it are no baselines."""
+    """Says whether the model is better than each baseline; its variants are not baselines."""
     compared = [x for x in _compare(metrics, metric) if not _is_variant(x.name)]
     if not compared:
         return Verdict("not compared", "no baseline was measured beside it", None)
@@ -103,7 +103,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
 
 
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
-    """Says in which slices the model, or a variant of it, beats every baseline or is beaten."""
+    """Says in which slices the model beats every baseline or is beaten, and variants find more."""
     slices: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
     numbers, variants = [], []
     first = next(iter(metrics["models"].values()))
@@ -139,7 +139,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
 
 
 def found_by_index(index: Metrics) -> Verdict:
-    """Says what the index finds of the exact answers."""
+    """Says which share of the exact answers the index finds."""
     if index["kind"] == "exact":
         return Verdict("exact", "exact search: nothing is lost", Outcome.BETTER)
     if index["kind"] != "scann":
@@ -161,13 +161,13 @@ def _lowest(compared: Sequence[Compared]) -> Outcome:
 
 
 def _gap(gain: Interval) -> str:
-    """Writes the size of a gain with its interval, as positive numbers where it is clear."""
+    """Writes the size of a gain with its interval, as positive numbers if the outcome is clear."""
     low, high = (gain.low, gain.high) if gain.mean > 0 else (0.0 - gain.high, 0.0 - gain.low)
     return f"{abs(gain.mean):.4f} [{low:.4f}, {high:.4f}]"
 
 
 def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
-    """Says what to try, from what was measured; never what the settings have already.
+    """Says what to try, given the metrics; never what the settings already have.
 
     A model that is clearly better in `metric` gets only advice on longer training, the correction
     and what the test measures.
@@ -183,7 +183,7 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
             f"training stopped too early: validation {monitor} was best after the last of "
             f"{counted(len(values), 'epoch')}. Raise training.max_epochs"
         )
-    if measures:  # The other numbers answer another question.
+    if measures:  # Then the other numbers answer another question.
         return
     if _is_better("two_tower_uncorrected", metrics, metric):
         yield (
@@ -231,7 +231,7 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
 
 
 def _behind_popularity(config: RunConfig) -> Iterator[str]:
-    """Says what to try where popularity beats the model."""
+    """Says what to try if popularity beats the model."""
     remedies = []
     if config.model.use_candidate_id and not config.model.candidate_bias:
         remedies.append("set model.candidate_bias")
@@ -242,7 +242,7 @@ def _behind_popularity(config: RunConfig) -> Iterator[str]:
 
 
 def _behind_linear_models(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
-    """Says what to try where EASE or iALS is better than the model."""
+    """Says what to try if EASE or iALS is better than the model."""
     better = [_WRITTEN[name] for name in ("ease", "ials") if _is_better(name, metrics, metric)]
     if not better:
         return

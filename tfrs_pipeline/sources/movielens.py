@@ -62,7 +62,7 @@ Fetcher = Callable[[Path], None]
 
 
 class FetchError(OSError):
-    """One route to the data is closed. The message says why; the next route is tried."""
+    """One route to the data failed. The message says why; the next route is tried."""
 
 
 def load_movielens_100k(
@@ -171,7 +171,7 @@ FETCHERS: Mapping[str, Fetcher] = {
 
 
 def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
-    """Returns the folder of the first route that is cached, or that works."""
+    """Returns the folder of the first route that is cached or works."""
     targets = {
         route: cache_dir / f"movielens-100k-{route.lower().replace(' ', '-')}" for route in fetchers
     }

@@ -42,7 +42,7 @@ _TASTE_WEIGHT, _QUALITY_WEIGHT = 4.0, 0.3
 # Probability that the genre shown for an item, or for a user, is random.
 _FEATURE_NOISE = 0.2
 _START, _DURATION = datetime(2024, 1, 1, tzinfo=UTC), timedelta(days=30)
-# Scores of a block of requests for the whole corpus: 4 MiB stay in the processor's cache.
+# Scores of a block of requests for the whole corpus: 4 MiB fit in the processor's cache.
 _MAX_BLOCK_SCORES = 2**20
 _MAX_BLOCK_REQUESTS = 1024
 _STAGES = [stage.value for stage in Stage]
@@ -147,7 +147,7 @@ class Preferences:
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """A simulated log and the truth behind it. Ids, int64, are 1, 2, ..., as preferences' rows."""
+    """A simulated log and the truth behind it. Ids are int64 1, 2, ..., as preferences' rows."""
 
     log: Log
     user_ids: np.ndarray
@@ -273,7 +273,7 @@ def _event_blocks(
     seed: int,
 ) -> Iterator[pa.RecordBatch]:
     """Yields the events of all requests."""
-    # From the number of items alone, so that a block draws the same whatever follows it.
+    # Depends only on the number of items, so that later blocks do not change earlier ones.
     num_in_block = max(1, _MAX_BLOCK_SCORES // len(preferences.item_tastes))
     num_in_block = min(num_in_block, _MAX_BLOCK_REQUESTS)
     cumulative_activity = np.cumsum(activity) / activity.sum()
@@ -284,7 +284,7 @@ def _event_blocks(
         places = np.arange(start, start + num_in_block) + 0.9 * rng.random(num_in_block)
         since_start = places * (_DURATION / timedelta(microseconds=1) / num_requests)
         times = int(_START.timestamp()) * 1_000_000 + since_start.astype(np.int64)
-        # A separate stream: everything else is the same with and without devices.
+        # A separate stream, so that everything else is the same with and without devices.
         devices = _generator(seed, 1 + start // num_in_block, 1)
         device_rows = devices.integers(len(DEVICES), size=num_in_block)
         tastes = preferences.tastes(user_rows, device_rows)
