@@ -71,7 +71,7 @@ T = TypeVar("T")
 def checked_dataclass(cls: type[T]) -> type[T]:
     """Makes a frozen dataclass whose fields are checked as those of a `Config` are."""
     config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
-    made = pydantic.dataclasses.dataclass(frozen=True, config=config)(cls)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(cls)
     checked, names = made.__init__, [field.name for field in dataclasses.fields(made)]
 
     @functools.wraps(checked)
@@ -82,7 +82,7 @@ def checked_dataclass(cls: type[T]) -> type[T]:
         with _translating(made):
             checked(self, *values, **settings)
 
-    made.__init__ = init  # type: ignore[method-assign]
+    made.__init__ = init
     return made
 
 

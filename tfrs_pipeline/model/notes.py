@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
@@ -41,6 +42,14 @@ class EpochProgress(tf.keras.callbacks.Callback):
         if time.monotonic() - self._told >= messages.SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
             self._on_steps(self._epoch, batch + 1, self.params["steps"])
+
+
+def describe_sampled(validation: Holdout) -> list[str]:
+    """Says of how many users a validation is a sample."""
+    num_users = validation.num_sampled_from
+    if not num_users:
+        return []
+    return [f"validation ranks {len(validation):,} of {num_users:,} users, sampled"]
 
 
 def describe_data(

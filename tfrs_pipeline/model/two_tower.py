@@ -36,6 +36,7 @@ from tfrs_pipeline.model.notes import (
     OnProgress,
     OnSteps,
     describe_data,
+    describe_sampled,
     writers,
 )
 from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer
@@ -236,7 +237,7 @@ class TwoTower(TwoTowerSettings):
         strategy = training_strategy()
         check_shared(folder)
         data.check_negatives_left(self.hard)
-        source, corpus, samples = _checked(warm_start), data.corpus, data.samples
+        source, corpus = _checked(warm_start), data.corpus
         if source:  # Items that come later in this log may be known from an earlier log.
             corpus = dataclasses.replace(corpus, is_later=None)
         with naming_lost_workers():
@@ -244,22 +245,14 @@ class TwoTower(TwoTowerSettings):
             with strategy.scope():
                 network = self.build(corpus)
             encoder = QueryEncoder(network, corpus)
-            warm = None if source is None else WarmStart(source, self, self.training, corpus)
-            start: Start | None = None if warm is None else warm.apply
-            if warm is None and self.item_init == "svd":
-                clicked = samples.known_positives
-                start = functools.partial(add_item_factors, clicked=clicked, folder=folder)
-            batches = self.batches(samples)
+            start, first_step, notes = self._start(source, corpus, data.samples, folder)
+            batches = self.batches(data.samples)
             mining = self._mining(batches, network, folder, on_progress)
-            notes = [] if warm is None else warm.describe()
             validate = None
             if validation is not None:
                 ranked = validation.sample(self.training.validation_users, self.seed)
                 check_measurable(ranked, exclude)
-                if num_users := ranked.num_sampled_from:
-                    notes.append(
-                        f"validation ranks {len(ranked):,} of {num_users:,} users, sampled"
-                    )
+                notes += describe_sampled(ranked)
                 all_cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 measured = network, corpus, encoder, ranked, exclude, all_cutoffs
                 validate = functools.partial(validation_metrics, *measured)
@@ -273,7 +266,7 @@ class TwoTower(TwoTowerSettings):
                 validate=validate,
                 mining=mining,
                 start=start,
-                first_step=0 if warm is None else warm.first_step,
+                first_step=first_step,
                 folder=folder,
                 callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
                 on_epoch=on_epoch,
@@ -283,6 +276,18 @@ class TwoTower(TwoTowerSettings):
         return FittedTwoTower(
             self.settings, self.training, corpus, network, encoder, result, notes, log
         )
+
+    def _start(
+        self, source: FittedTwoTower | None, corpus: Corpus, samples: Samples, folder: Path | None
+    ) -> tuple[Start | None, int, list[str]]:
+        """Returns what sets the first weights, how many steps it has behind it, and notes."""
+        if source is not None:
+            warm = WarmStart(source, self, self.training, corpus)
+            return warm.apply, warm.first_step, warm.describe()
+        if self.item_init == "svd":
+            clicked = samples.known_positives
+            return functools.partial(add_item_factors, clicked=clicked, folder=folder), 0, []
+        return None, 0, []
 
     def batches(self, samples: Samples) -> HybridBatches:
         """Makes the training batches of samples; their `dataset()` is a plain `tf.data.Dataset`.
