@@ -128,7 +128,7 @@ def as_arrays(batch: Batch) -> Batch:
 def flat(batch: Any) -> dict[str, np.ndarray]:
     """Returns what a batch holds by name, such as "candidate_row", "hard.log_q"."""
     fields = batch if isinstance(batch, dict) else batch._asdict()
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name, value in fields.items():
         if isinstance(value, dict | tuple):
             found |= {f"{name}.{inner}": x for inner, x in flat(value).items()}

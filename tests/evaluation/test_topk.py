@@ -80,9 +80,9 @@ def test_refuses_scores_that_cannot_be_ranked(scores: list[list[float]], message
 
 
 def in_numpy(scores: np.ndarray, k: int, exclude_rows: np.ndarray) -> tuple[Any, Any]:
-    return top_k_in_blocks(
-        lambda block: scores[block], *scores.shape, k, [x[x > 0] for x in exclude_rows]
-    )
+    num_queries, num_candidates = scores.shape
+    excluded = [x[x > 0] for x in exclude_rows]
+    return top_k_in_blocks(lambda block: scores[block], num_queries, num_candidates, k, excluded)
 
 
 def in_graph(scores: np.ndarray, k: int, exclude_rows: np.ndarray) -> tuple[Any, Any]:

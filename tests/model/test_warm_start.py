@@ -337,7 +337,8 @@ def test_codes_are_those_of_the_same_values(kind: Any) -> None:
         columns: list[Any] = [rng.integers(0, 1000, size) for size in sizes]
         if kind == "bucketized":
             columns = [column.astype(float) for column in columns]
-        there, here = (KINDS[kind].fit("x", column) for column in columns)
+        fitted: list[Any] = [KINDS[kind].fit("x", column) for column in columns]
+        there, here = fitted
         codes = here.codes_of(there)
         assert len(codes) == here.num_codes + 1
         assert codes[0] == 0

@@ -1,8 +1,8 @@
 """Steps: what is whole is read, the rest is made; and the drawing of them on the page."""
 
+import itertools
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -42,9 +42,8 @@ def test_what_is_whole_is_read_and_the_rest_is_made(
     tmp_path: Path, lost: tuple[str, ...], made: list[str]
 ) -> None:
     done: list[str] = []
-    steps = [
-        counted_step(*x, done, tmp_path) for x in (("a", ()), ("b", ("a",)), ("c", ("a", "b")))
-    ]
+    reads: dict[str, tuple[str, ...]] = {"a": (), "b": ("a",), "c": ("a", "b")}
+    steps = [counted_step(name, given, done, tmp_path) for name, given in reads.items()]
     runner = Runner()
     assert runner.run(steps) == "a a b c"
     for name in lost:
@@ -60,8 +59,8 @@ def test_what_is_whole_is_read_and_the_rest_is_made(
 
 
 def test_an_artifact_in_memory_is_made_each_time() -> None:
-    made: list[Any] = []
-    step = Step("count", (), "number", lambda runner: made.append(1) or len(made))
+    numbers = itertools.count(1)
+    step = Step("count", (), "number", lambda runner: next(numbers))
     runner = Runner()
     assert [runner.run([step]) for _ in range(2)] == [1, 2]
 

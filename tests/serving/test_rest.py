@@ -110,7 +110,7 @@ NAN = np.nan
 def test_a_time_without_an_item_is_refused(
     key: str, history: list[list[int]], times: list[Any], expected: Any
 ) -> None:
-    query = {
+    query: dict[str, list[Any]] = {
         "user_id": [1, 2][: len(history)],
         "history": history,
         "history_timestamps": times,
