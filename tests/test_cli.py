@@ -54,6 +54,13 @@ class Answer:
 
 
 @pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes an empty folder the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command line within this process."""
 
@@ -69,7 +76,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.fixture
-def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, here: Path) -> Any:
     """Returns the settings that `run` would run with."""
     configs: list[RunConfig] = []
 
@@ -78,11 +85,10 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         raise RuntimeError("enough")
 
     monkeypatch.setattr(pipeline, "run", record)
-    monkeypatch.chdir(tmp_path)
 
     def run(*arguments: Any) -> RunConfig:
         own = arguments and "--run-dir" not in arguments
-        given = ["--run-dir", tmp_path / f"run {len(configs)}"] if own else []
+        given = ["--run-dir", here / f"run {len(configs)}"] if own else []
         assert command("run", *arguments, *given).err.startswith("error: enough\nThe error is un")
         return configs[-1]
 
@@ -205,9 +211,7 @@ OWN = RunConfig(
 
 
 @pytest.mark.parametrize("config", [movielens_config(), OWN], ids=["main job", "own data"])
-def test_a_flag_reads_what_the_help_shows_and_a_file_what_was_written(
-    config_of: Any, config: RunConfig, tmp_path: Path
-) -> None:
+def test_flags_and_files_are_read_back(config_of: Any, config: RunConfig, tmp_path: Path) -> None:
     assert config_of(*as_flags(config)) == config
     path = tmp_path / "run.toml"
     path.write_text(dump_config(config), encoding="utf-8")
@@ -251,9 +255,7 @@ def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     assert own == RunConfig(data={"source": "files", "path": "x.csv"})
 
 
-def test_a_folder_without_a_run_is_not_resumed_with_other_data(
-    config_of: Any, command: Any, tmp_path: Path
-) -> None:
+def test_a_folder_without_run_is_not_resumed(config_of: Any, command: Any, tmp_path: Path) -> None:
     for name in ("videos-20261126-141654", "videos-20261127-091500", "others"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.toml").write_text("seed = 3\n")
@@ -302,8 +304,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("run --trainin.batch_size 3", "unknown flag --trainin.batch_size; did you mean "
-         "'--training.batch_size'"),
+        ("run --trainin.batch_size 3", "did you mean '--training.batch_size'"),
         ("run --training.batch 3", r"unknown flag --training.batch; did you mean '--training.b"),
         ("run --zzz", "unknown flag --zzz; no known one is near"),
         ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
@@ -313,8 +314,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a whole num"),
         ("run --split.kind tme", r"split.kind: got 'tme'; did you mean 'time'\?"),
         ("run --data.columns user_id", r"--data.columns: got 'user_id'; write NAME=TEXT"),
-        ("run --data.columns usr_id=x --data.path x.csv",
-         r"data.columns.usr_id: unknown column; did you mean 'user_id'\?"),
+        ("run --data.columns usr_id=x --data.path x.csv", r"usr_id: .* did you mean 'user_id'\?"),
         ("run --model.negatives popularity:alpha=x", r"popularity.alpha: got 'x'; must be a num"),
         ("run --config nowhere.toml", r"nowhere.toml:\s+cannot be read: No such file"),
         ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
@@ -322,26 +322,21 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run --run-dir cut", r"cut/config.toml:\s+is not as the run wrote it: .* --config FILE"),
         ("run --run-dir cut --data.path x.csv", r"cut/config.toml:\s+is not as the run wrote it"),
         ("run --run-dir lost", r"lost/config.toml:\s+is not as the run wrote it: lost, cut or ch"),
-        ("run --data.path b/log.csv",
-         "export.name: saved_models/log/1 is a model of a/log.csv: set another name, or 'log' to"),
+        ("run --data.path b/log.csv", "export.name: saved_models/log/1 is a model of a/log.csv"),
         ("query", "the following arguments are required: MODEL\n"),
         ("query model", "user: required, or --history ITEM ... for someone without an id"),
-        ("query model --user 3 --history_timestamps 2024-05-01T08:00Z",
-         "history_timestamps: given without --history ITEM"),
+        ("query model --user 3 --history_timestamps 2024-05-01T08:00Z", "without --history ITEM"),
         ("query model --user 3 -k ten", "k: got 'ten'; must be a whole number"),
         ("query model --user 3 -k 0", "k: got '0'; must be greater than 0"),
-        ("refresh-index model --items x.csv --target-recall 2",
-         "target_recall: got '2'; must be less than or"),
+        ("refresh-index model --items x.csv --target-recall 2", "target_recall: got '2'; must be"),
         ("refresh-index model", "required: --items"),
         ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
         ("server", "unknown command 'server'; did you mean 'serve'?"),
         ("", "no command; known: run, compare, report, query, serve, refresh-index"),
     ],
 )  # fmt: skip
-def test_a_wrong_word_is_told_in_a_line(
-    command: Any, arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_a_wrong_word_is_told_in_a_line(command: Any, arguments: str, message: str) -> None:
     Path("broken.toml").write_text("seed == 3")
     Path("unknown.toml").write_text("[training]\nbatch_sise = 3")
     for name in ("cut", "lost/checkpoints"):
@@ -367,15 +362,12 @@ def test_a_wrong_word_is_told_in_a_line(
         ("run --data.path few.csv --split.kind last_n --split.min_positives 1",
          "batch needs 1024 positives .* Lower training.batch_size"),
         ("run --data.path old.csv", "timestamp_unit"),
-        ("run --data.path naive.csv",
-         r"Set time_zone to .* \(--data\.time_zone\)"),
+        ("run --data.path naive.csv", r"Set time_zone to .* \(--data\.time_zone\)"),
         ("query nowhere --user 3", r"No exported model at 'nowhere': .*`tfrs-pipeline run`"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_told_in_a_line(
-    command: Any, arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_what_cannot_be_used_is_told_in_a_line(command: Any, arguments: str, message: str) -> None:
     write(pa.table({"usr_id": [1], "item_id": [2]}), Path("other.csv"))
     few = {"user_id": [1, 1, 1, 2, 2, 2], "item_id": [1, 2, 3, 1, 2, 3]}
     write(pa.table(few), Path("few.csv"))
@@ -386,10 +378,8 @@ def test_what_cannot_be_used_is_told_in_a_line(
     assert re.fullmatch(rf"error: .*{message}.*\n", answer.err)
 
 
-def test_refused_data_can_be_mended_in_the_same_folder(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_refused_data_can_be_mended_in_the_same_folder(command: Any) -> None:
     write(pa.table({"usr_id": [1], "item_id": [2]}), Path("clicks.csv"))
     arguments = ["run", "--run-dir", "run", "--data.path", "clicks.csv"]
     assert "no column 'user_id'" in command(*arguments).err
@@ -479,9 +469,7 @@ def test_the_next_command_it_names_works(command: Any, run: Run) -> None:
     assert answer.out.count("Film ") == 10
 
 
-def test_a_check_shows_what_a_run_would_read_and_keeps_nothing(
-    command: Any, run: Run, tmp_path: Path
-) -> None:
+def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_path: Path) -> None:
     more = ["--preset", "quick", "--training.max_epochs", "7", "--check"]
     arguments = run_arguments(tmp_path, *more)
     before = set(tmp_path.iterdir())
@@ -568,21 +556,13 @@ def test_report_writes_a_page_where_it_is_told_to(
     assert re.fullmatch(r"error: .*missing/page.html: No such file or directory.\n", answer.err)
 
 
-def test_report_says_what_to_do_with_a_folder_that_holds_no_finished_run(
-    command: Any, tmp_path: Path
-) -> None:
+def test_report_refuses_a_folder_without_a_finished_run(command: Any, tmp_path: Path) -> None:
     folder = tmp_path / RUN
     answer = command("report", folder)
     assert (answer.code, answer.out, answer.err.count("\n")) == (1, "", 1)
     again = f"tfrs-pipeline run --run-dir {shlex.quote(str(folder))}"
     assert "holds no finished run" in answer.err
     assert f"finish it with:  {again}" in answer.err
-
-
-def test_a_folder_of_another_run_is_refused_in_a_line(command: Any, run: Run) -> None:
-    answer = command("run", "--run-dir", run.folder / RUN, "--seed", 9)
-    assert answer.code == 1
-    assert re.fullmatch(r"error: .* holds a run with other settings .*\n", answer.err)
 
 
 def clicked_by(user_id: int) -> set[int]:
@@ -599,9 +579,7 @@ def asked(command: Any, *arguments: Any) -> dict[str, Any]:
     return dict(json.loads(answer.out))
 
 
-def test_query_prints_the_best_with_titles_and_leaves_known_items_out(
-    command: Any, run: Run
-) -> None:
+def test_query_prints_the_best_titles_and_leaves_known_items_out(command: Any, run: Run) -> None:
     answered = asked(command, run.model, "--user", 7, "-k", NUM_ITEMS)
     assert (answered["user_id"], answered["is_known_user"]) == (7, True)
     items = answered["items"]

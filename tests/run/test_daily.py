@@ -131,9 +131,7 @@ def warm(yesterday: RunResult, place: Path) -> Warm:
     return Warm(result, watched.reports, started_from, alone)
 
 
-def test_a_run_starts_from_the_run_that_made_the_model(
-    yesterday: RunResult, place: Path, warm: Warm
-) -> None:
+def test_a_run_starts_from_the_served_model(yesterday: RunResult, place: Path, warm: Warm) -> None:
     result, reports = warm.result, warm.reports
     # What it went on from stays so, whatever is in service when it is resumed.
     assert RunFolder(result.folder).settings().warm_start == yesterday.folder
@@ -189,9 +187,7 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     assert set(withdrawn) <= set(holdout_of(result).candidate_ids)
 
 
-def test_all_models_of_a_run_can_be_started_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_model_of_a_run_starts_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = two_tower.validation_metrics
 
     def without_tail(*arguments: Any) -> dict[str, float]:
@@ -289,9 +285,7 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
         (warm.result.folder / name).write_bytes(content)
 
 
-def test_another_training_in_the_same_folder_is_no_killed_one(
-    place: Path, warm: Warm, tmp_path: Path
-) -> None:
+def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path: Path) -> None:
     """Its model is its own, and what the folder's earlier run has published is in service."""
     folder = warm.result.folder
     for name in ("metrics.json", "checkpoints"):

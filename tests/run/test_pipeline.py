@@ -37,7 +37,6 @@ from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.messages import StepReport
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import final_part, prepare
@@ -66,7 +65,7 @@ class Finished:
     ids: Ids
 
     def holdout(self, part: str) -> Holdout:
-        return holdout_of(self.folder, part)
+        return split_of(self.folder).holdout(part)
 
 
 def go(config: RunConfig, folder: Path, ids: Ids = "str") -> Finished:
@@ -76,8 +75,10 @@ def go(config: RunConfig, folder: Path, ids: Ids = "str") -> Finished:
     return Finished(config, folder, result.metrics, version, watched.reports, ids)
 
 
-def run_until(config: RunConfig, folder: Path, stage: str) -> dict[str, StepReport]:
-    watched = Watched(stage)
+def run_until(
+    config: RunConfig, folder: Path, stop: str | tuple[str, int]
+) -> dict[str, StepReport]:
+    watched = Watched(stop)
     with pytest.raises(Stopped):
         run(config, folder, progress=watched)
     return watched.reports
@@ -85,11 +86,6 @@ def run_until(config: RunConfig, folder: Path, stage: str) -> dict[str, StepRepo
 
 def split_of(folder: Path) -> Split[Log]:
     return split_in(RunFolder(folder))
-
-
-def holdout_of(folder: Path, part: str) -> Holdout:
-    holdout: Holdout = getattr(split_of(folder), part)
-    return holdout
 
 
 def stages_config(folder: Path, events: pa.Table, **settings: Any) -> RunConfig:
@@ -438,23 +434,6 @@ def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> No
     assert {"events.parquet", "items.parquet", "users.parquet"} <= set(manifest["data"])
 
 
-def test_the_weights_of_the_last_checkpoint_are_those_in_service(of_stages: Finished) -> None:
-    folder = of_stages.folder
-    split = split_of(folder)
-    samples = TrainingSet.build(split.before_test, folder / "samples" / "final", seed=0)
-    settings, training = of_stages.config.model, of_stages.config.training
-    model = TwoTower(**dict(settings), training=training).fit_samples(
-        samples,
-        max_epochs=of_stages.metrics["training"]["two_tower"]["best_epoch"],
-        folder=folder / "checkpoints" / "two_tower" / "refit",
-    )
-    queries = split.test.as_queries()[:20]
-    expected = load(of_stages.export_folder).retrieve(queries, 10)
-    got = model.retrieve(queries, 10)
-    np.testing.assert_array_equal(got[0], expected[0])
-    np.testing.assert_allclose(got[1], expected[1], atol=1e-6)
-
-
 # Again
 
 
@@ -477,9 +456,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
     assert max(Counter(epochs).values()) == 1
 
 
-def test_a_trained_model_is_read_back_unless_it_is_damaged(
-    tmp_path: Path, of_stages: Finished
-) -> None:
+def test_a_trained_model_is_read_back_unless_damaged(tmp_path: Path, of_stages: Finished) -> None:
     folder = Path(shutil.copytree(of_stages.folder, tmp_path / "run"))
     config = with_settings(of_stages.config, {"export.index": "none"})
     (saved,) = (folder / "checkpoints" / "two_tower" / "refit").glob("epoch-*.data-*")
@@ -500,7 +477,6 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert again.export_folder == of_ratings.export_folder
     assert list(watched.reports) == ["finished before"]
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
-    # From another folder, too.
     assert again.export_folder is not None
     assert again.export_folder.is_absolute()
     # Where another run's version has its number, it is not the run's own.
@@ -529,9 +505,7 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
 
 
 @pytest.mark.parametrize("name", ["runs [1]", "a\\b"])
-def test_a_folder_that_tensorflow_cannot_read_is_refused(
-    of_ratings: Finished, tmp_path: Path, name: str
-) -> None:
+def test_unreadable_folders_are_refused(of_ratings: Finished, tmp_path: Path, name: str) -> None:
     config = of_ratings.config
     with pytest.raises(ValueError, match=r"holds [\[\\]: TensorFlow could not read back"):
         run(config, tmp_path / name)
@@ -591,7 +565,7 @@ def test_nothing_of_the_test_part_is_known_before(of_stages: Finished, tmp_path:
     epochs = of_stages.metrics["training"]["two_tower"]["best_epoch"]
     for samples, step, epoch in (("selection", "selection", 2), ("final", "refit", epochs)):
         assert_same_training(of_stages.folder, tmp_path / "run", samples, step, epoch)
-    other = holdout_of(tmp_path / "run", "test")
+    other = split_of(tmp_path / "run").test
     assert_same_histories(other, of_stages.holdout("test"))
     # The change did reach what is to be found.
     assert any(
@@ -600,16 +574,12 @@ def test_nothing_of_the_test_part_is_known_before(of_stages: Finished, tmp_path:
     )
 
 
-def test_nothing_of_the_validation_part_is_known_before(
-    of_stages: Finished, tmp_path: Path
-) -> None:
+def test_nothing_of_the_validation_is_known_before(of_stages: Finished, tmp_path: Path) -> None:
     events = with_other_items(event_table("str"), of_stages.folder, ("validation", "test"))
     folders = of_stages.folder, tmp_path / "run"
-    stop = Watched(("two_tower, selection", 2))
-    with pytest.raises(Stopped):
-        run(stages_config(tmp_path, events), folders[1], progress=stop)
+    run_until(stages_config(tmp_path, events), folders[1], ("two_tower, selection", 2))
     assert_same_training(*folders, "selection", "selection", 2)
-    assert_same_histories(holdout_of(folders[1], "validation"), of_stages.holdout("validation"))
+    assert_same_histories(split_of(folders[1]).validation, of_stages.holdout("validation"))
     # The refit trains on the validation part, so there the change shows.
     before, after = (read_samples(folder / "samples" / "final").counts for folder in folders)
     assert not np.array_equal(before, after)
@@ -667,9 +637,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_whole_run_with_its_proof_in_a_fresh_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_run_proves_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "prove", PROVE)
     config = ratings_config(tmp_path)
     evaluation = config.evaluation.model_copy(update={"baselines": ("popularity", "ease", "ials")})
