@@ -119,9 +119,7 @@ def plain(line: str) -> str:
 
 
 @pytest.mark.parametrize("page", GUIDES)
-def test_a_guide_runs_as_it_stands(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, page: str
-) -> None:
+def test_a_guide_runs_as_is(folder: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
     namespace: dict[str, Any] = {}

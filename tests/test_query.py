@@ -134,9 +134,7 @@ def test_notes_say_what_a_request_lacks(
     assert notes == ([f"Not given, taken as missing: {lacking}."] if lacking else [])
 
 
-def test_notes_say_that_no_word_of_a_text_is_known(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_name_unknown_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search = Text.fit("search", ["red shoes", "blue shoes"])
     served = make_served("int", use_user_id=False, request_features=(search,))
     folder = export(served.exportable(), tmp_path / "model", index=Exact())

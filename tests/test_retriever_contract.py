@@ -366,9 +366,7 @@ def test_what_would_be_answered_as_something_else_is_refused(
         retriever.retrieve([{"history": [item]}], 2**31)
 
 
-def test_what_is_known_and_says_nothing_changes_nothing(
-    retriever: Retriever, ids: np.ndarray
-) -> None:
+def test_what_is_known_but_empty_changes_nothing(retriever: Retriever, ids: np.ndarray) -> None:
     histories = [ids[:3].tolist(), ids[:3], ids[:0], np.array([]), [], tuple(ids[:2])]
     nothing: dict[str, Any] = {"user_id": None, "features": None, "request": {"timestamp": None}}
     queries: list[Query] = [{"history": history} for history in histories]

@@ -365,8 +365,6 @@ def test_refusals() -> None:
             epochs_of(SAMPLES, seed=-1, **examples_of)
     with pytest.raises(ValueError, match="history_length must be a whole number, 1 or more"):
         ORDERS["sequences"](SAMPLES, seed=0, **examples_of | {"history_length": 0})
-    with pytest.raises(ValueError, match="No shared column"):
-        make_batches(negatives=[])
     with pytest.raises(ValueError, match=r"needs 151 positives.*has 150.*batch_size"):
         make_batches(batch_size=151)
     with pytest.raises(ValueError, match="need an order"):

@@ -36,9 +36,7 @@ def samples_of_users(places: list[list[int]]) -> Samples:
     places=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=13), min_size=1, max_size=5),
     length=st.integers(1, 5),
 )
-def test_every_sample_reads_the_end_of_its_own_history(
-    places: list[list[int]], length: int
-) -> None:
+def test_every_sample_reads_the_end_of_its_history(places: list[list[int]], length: int) -> None:
     samples = samples_of_users(places)
     num_earlier = samples.num_earlier
     assert num_earlier is not None

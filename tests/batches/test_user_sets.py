@@ -102,9 +102,7 @@ def test_a_long_history_is_read_in_part_any_of_it_by_users_spread_evenly() -> No
 
 
 @pytest.mark.parametrize(("num_users", "batch_size"), [(2, 2), (40, 2), (40, 20)])
-def test_users_of_one_positive_have_it_as_target_without_input(
-    num_users: int, batch_size: int
-) -> None:
+def test_users_of_one_positive_have_a_target_and_no_input(num_users: int, batch_size: int) -> None:
     """Or are excluded, when it is input; and no batch is left without a user."""
     rows = np.arange(1, num_users + 1)
     samples = Samples.from_pairs(rows, rows, num_queries=num_users, num_candidates=num_users)

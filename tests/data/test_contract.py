@@ -107,9 +107,7 @@ def test_other_engines_are_refused_with_what_copies_them() -> None:
         Log.from_ibis(table)
 
 
-def test_tables_larger_than_memory_lie_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_beyond_memory_lie_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorting 60 MB in 30 needs the disk, and nothing is left there in the end."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     connection = connect("30MB")

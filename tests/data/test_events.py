@@ -29,9 +29,7 @@ def test_ratings_below_the_threshold_are_exposures(load: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [pa.float32(), pa.float64()])
-def test_a_rating_at_the_threshold_is_a_positive_in_any_precision(
-    load: Any, dtype: pa.DataType
-) -> None:
+def test_a_rating_at_the_threshold_is_positive(load: Any, dtype: pa.DataType) -> None:
     # 4.1 is 4.0999999 in float32.
     ratings = pa.array([4.0, 4.1, 4.2], dtype)
     events = pa.table({"user_id": [1] * 3, "item_id": [2, 3, 4], "rating": ratings})

@@ -78,9 +78,7 @@ def test_a_denied_permission_is_told_as_such(
 
 
 @pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])
-def test_parquet_whose_files_have_different_columns_is_refused(
-    tmp_path: Path, first: str, second: str
-) -> None:
+def test_parquet_of_different_columns_is_refused(tmp_path: Path, first: str, second: str) -> None:
     # Read by the columns of one file, the other's funnel would be clicks.
     pq.write_table(pa.table({"user_id": [1], "item_id": [2]}), tmp_path / f"{first}.parquet")
     of_funnel = pa.table({"item_id": [3], "stage": ["exposed"], "user_id": [1]})

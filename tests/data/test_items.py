@@ -52,9 +52,7 @@ def test_features_in_parquet(load: Any) -> None:
 @pytest.mark.parametrize(
     "type_", [pa.float64(), pa.float32(), pa.decimal128(4, 2), pa.string()], ids=str
 )
-def test_fractions_are_categories_and_one_in_every_format(
-    load: Any, type_: pa.DataType, kind: str
-) -> None:
+def test_fractions_are_categories_in_every_format(load: Any, type_: pa.DataType, kind: str) -> None:
     def sizes(items: str | pa.Table) -> list[Any]:
         log = load("user_id,item_id\n1,5\n", items=items, item_features={"size": kind})
         assert not any("taken as missing" in note for note in log.notes)
@@ -84,9 +82,7 @@ def test_fractions_are_categories_and_one_in_every_format(
 @pytest.mark.parametrize(
     "kind", ["categorical", "hashed", "multi_categorical", "text", "numeric", "timestamp"]
 )
-def test_a_feature_without_any_value_in_parquet_is_missing(
-    tmp_path: Path, kind: Any, num_files: int
-) -> None:
+def test_an_empty_parquet_feature_is_missing(tmp_path: Path, kind: Any, num_files: int) -> None:
     """As pandas writes it: without a type."""
     (tmp_path / "items").mkdir()
     for i in range(num_files):
@@ -114,11 +110,7 @@ def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: An
     assert notes("war|drama", "war|") == notes("[war]|[drama]", "war|noir") == []
     assert notes("[war]|[drama]") == []
     assert notes("war|", "[drama]")
-    with pytest.raises(
-        DataError,
-        match=r"items\.csv: column 'tags' holds lists written as text in 2 rows, such as "
-        r"\"\['war', 'drama'\]\"\. Store them as lists",
-    ):
+    with pytest.raises(DataError, match=r"written as text in 2 rows, such as \"\['war', 'drama'\]"):
         notes("['war', 'drama']", " ['war']")
     with pytest.raises(DataError, match="in 2 rows"):
         notes("['war', 'drama']", "['war']", "noir")
@@ -149,9 +141,7 @@ def load_more(load: Any, table: str | pa.Table, **options: Any) -> list[dict[str
         ("2024-01-31 13:00:00", {"time_zone": "Europe/Berlin"}),
     ],
 )
-def test_times_vectors_buckets_and_hashes_in_csv(
-    load: Any, moment: str, options: dict[str, str]
-) -> None:
+def test_times_vectors_and_codes_in_csv(load: Any, moment: str, options: dict[str, str]) -> None:
     items = f"item_id,when,v,price,author\n5,{moment},0.5| -2e1|3,1.5,007\n6,,,,\n"
     assert load_more(load, items, **options) == [
         {"item_id": 5, "when": NOON, "v": [0.5, -20.0, 3.0], "price": 1.5, "author": "007"},
@@ -239,9 +229,7 @@ TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
         (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "hashed"}}, "must be"),
     ],
 )  # fmt: skip
-def test_item_files_that_are_refused(
-    load: Any, items: Any, options: dict[str, Any], message: str
-) -> None:
+def test_refused_item_files(load: Any, items: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as raised:
         load("user_id,item_id\n1,5\n", items=items, **options)
     assert raised.value.setting != "columns"  # Those of the events.

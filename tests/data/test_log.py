@@ -159,12 +159,8 @@ def test_a_fingerprint_is_of_the_rows(tmp_path: Path) -> None:
     # A rating is read as a stage, and this one as the same.
     same = [Log.read(tmp_path), made(EVENTS.replace(5.0, 4.5))]
     assert {each.fingerprint() for each in same} == {log.fingerprint()}
-    changes: list[dict[str, Any]] = [
-        {"rating": [5.0, 4.0, 4.0]},
-        {"item_id": [7, 8, 7]},
-        {"user": ["a", "b", "b"]},
-    ]
-    others = [made(EVENTS.assign(**change)) for change in changes]
+    changes = {"rating": [5.0, 4.0, 4.0], "item_id": [7, 8, 7], "user": ["a", "b", "b"]}
+    others = [made(EVENTS.assign(**{name: values})) for name, values in changes.items()]
     items = ITEMS.assign(kind=[1.0, None, 3.0])
     others.append(made(**{"items": items}))
     assert len({each.fingerprint() for each in [log, *others]}) == 5
@@ -282,11 +278,8 @@ def test_the_order_of_a_log_without_times() -> None:
 def test_weights_that_differ_are_told_with_what_they_do() -> None:
     clicks = pd.DataFrame({"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 9]})
     clicks["stage"] = ["clicked"] * 3 + ["exposed"]
-    (note,) = [
-        note
-        for note in Log.from_table(clicks.assign(weight=[0.5, 1, 3, 9])).describe()
-        if "weigh" in note
-    ]
+    notes = Log.from_table(clicks.assign(weight=[0.5, 1, 3, 9])).describe()
+    (note,) = [note for note in notes if "weigh" in note]
     assert note.startswith("weights of positives from 0.5 to 3: they weigh the loss; metrics and")
     for same in (clicks, clicks.assign(weight=[2, 2, 2, 9])):
         assert "weigh" not in "".join(Log.from_table(same).describe())
@@ -297,9 +290,8 @@ def test_a_day_without_positives_shows() -> None:
     days = [1, 1, 1, 2, 2, 6, 7, 7]
     times = [f"2024-01-{day:02}T23:30:00-00:15" for day in days]
     ratings = [5, 5, 5, 5, 5, 1, 5, 1]
-    events = pd.DataFrame(
-        {"user_id": 1, "item_id": range(8), "timestamp": times, "rating": ratings}
-    )
+    rows = {"user_id": 1, "item_id": range(8), "timestamp": times, "rating": ratings}
+    events = pd.DataFrame(rows)
     log = Log.from_table(events, reading=Reading(rating_threshold=4))
     assert log.describe()[1:3] == [
         "from 2024-01-01 23:45 to 2024-01-07 23:45 UTC",
@@ -312,26 +304,21 @@ def test_a_day_without_positives_shows() -> None:
 @pytest.mark.parametrize(
     ("error", "options", "message"),
     [
-        (DataError, {"rating_threshold": None},
-         "'rating': a log of ratings needs rating_threshold"),
-        (DataError, {"columns": {}}, "no column 'user_id'. Nearest: user.*Set columns"),
+        (DataError, {"rating_threshold": None}, "a log of ratings needs rating_threshold"),
         (DataError, {"item_columns": {}}, "item table: no column 'item_id'.*Set item_columns"),
-        (DataError, {"rating_threshold": None, "stage_values": {"x": "clicked"}},
-         "no column 'stage'"),
+        (DataError, {"rating_threshold": None, "stage_values": {"x": "clicked"}}, "column 'stage'"),
         (ConfigError, {"unknown_items": "refuse"}, "unknown_items: got 'refuse'; must be"),
         (ConfigError, {"duplicates": "dropp"}, "duplicates: got 'dropp'; did you mean 'drop'"),
         (ConfigError, {"timestamp_unit": "minutes"}, "timestamp_unit: got 'minutes'; must be"),
         # A mistyped name of a column makes no second one.
         (ValueError, {"columns": {"user_id": "user", "hourr": "hour"}},
          "columns.hourr: did you mean 'hour'"),
-        (ValueError, {"columns": {"usr_id": "user"}},
-         r"columns.usr_id: .*; did you mean 'user_id'\?$"),
+        (ValueError, {"columns": {"usr_id": "user"}}, r"usr_id: .*; did you mean 'user_id'\?$"),
         (ConfigError, {"columns": {"user_id": 0}}, "columns.user_id: got 0; must be a"),
         (ConfigError, {"item_columns": {"item_id": 0}}, "item_columns.item_id: got 0"),
         (ValueError, {"columns": {"user_id": "usr"}}, "no column 'usr'. Nearest: user"),
         (ValueError, {"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),
-        (ValueError, {"item_columns": {"item_id": "sku", "titel": "name"}},
-         "item_columns.titel: .*'title'"),
+        (ValueError, {"item_columns": {"item_id": "sku", "titel": "name"}}, "titel: .*'title'"),
         (ValueError, {"item_columns": {"item_id": "skuu"}}, "no column 'skuu'. Nearest: sku"),
         # The events call it as the item table does.
         (DataError, {"item_columns": {}, "columns": {"user_id": "user", "item_id": "sku"}},
@@ -346,16 +333,9 @@ def test_what_is_refused(error: type[Exception], options: Any, message: str) -> 
 @pytest.mark.parametrize(
     ("kind", "meant"),
     [
-        ("number", "numeric"),
-        ("Float", "numeric"),
-        ("int", "numeric"),
-        ("numeri", "numeric"),
-        ("string", "categorical"),
-        ("str", "categorical"),
-        ("category", "categorical"),
-        ("list", "multi_categorical"),
-        ("datetime", "timestamp"),
-        ("embedding", "vector"),
+        *((kind, "numeric") for kind in ("number", "Float", "int", "numeri")),
+        *((kind, "categorical") for kind in ("string", "str", "category")),
+        *(("list", "multi_categorical"), ("datetime", "timestamp"), ("embedding", "vector")),
     ],
 )
 def test_a_kind_of_feature_by_another_name_is_told_its_own(kind: Any, meant: str) -> None:

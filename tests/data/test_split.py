@@ -109,9 +109,7 @@ def slow_parts(
 @pytest.mark.parametrize(
     ("validation", "test", "min_positives"), [(1, 2, 1), (3, 0, 2), (0, 9, 1), (7, 6, 5), (9, 3, 3)]
 )
-def test_splits_by_place_are_what_a_slow_loop_gives(
-    validation: int, test: int, min_positives: int
-) -> None:
+def test_splits_by_place_equal_a_slow_loop(validation: int, test: int, min_positives: int) -> None:
     rows = random_rows(10 * validation + test)
     log = make_log(rows)
 
@@ -140,9 +138,7 @@ def all_splits(log: Log) -> dict[str, Split]:
 
 
 @pytest.mark.parametrize(("num_users", "num_rows"), [(40, 400), (3, 5)])
-def test_nothing_after_a_users_cut_reaches_train_or_a_history(
-    num_users: int, num_rows: int
-) -> None:
+def test_nothing_after_a_cut_reaches_train_or_a_history(num_users: int, num_rows: int) -> None:
     rows = random_rows(1, num_users, num_rows)
     later = {"train": 0, "fold_in": 0, "validation": 1, "test": 2}
     for name, split in all_splits(make_log(rows)).items():
@@ -226,9 +222,8 @@ def test_later_items_begin_after_the_last_event_of_a_part(kind: Any) -> None:
     for number in sorted(parts_of(split)):
         first.setdefault(rows[number][1], rows[number][2])
     for log in (split.train, split.before_test):
-        last = max(
-            rows[number][2] for number in log.events.to_pyarrow()["event_number"].to_pylist()
-        )
+        numbers = log.events.to_pyarrow()["event_number"].to_pylist()
+        last = max(rows[number][2] for number in numbers)
         assert log.later_items is not None
         found = set(log.later_items["item_id"].to_pyarrow().to_pylist())
         assert found == {item for item, second in first.items() if second > last}
@@ -269,9 +264,9 @@ def test_without_any_order_the_last_are_drawn_at_random(kind: Any) -> None:
     rng = np.random.default_rng(0)
     num_users, num_items = 60, 50
     pairs = [(user, item) for user in range(num_users) for item in range(num_items)]
-    options: dict[str, Any] = {"validation": 0.1, "test": 0.2}
-    if kind == "last_n":
-        options = {"validation": 5, "test": 10}
+    options = (
+        {"validation": 5, "test": 10} if kind == "last_n" else {"validation": 0.1, "test": 0.2}
+    )
 
     def parts(rows: list[tuple[int, int]], seed: int = 0) -> dict[tuple[int, int], str]:
         log = make_log([(*pair, 0, "clicked") for pair in rows], with_time=False)
@@ -318,11 +313,8 @@ def test_without_any_order_a_users_events_of_an_item_stay_in_one_part(kind: Any)
 
 
 def test_users_with_few_positives_are_dropped_and_counted(tmp_path: Path) -> None:
-    log = make_log(
-        [(1, i, i, "clicked") for i in range(5)]
-        + [(2, i, i, "clicked") for i in range(4)]
-        + [(3, 1, 1, "exposed")]
-    )
+    clicks = [(user, i, i, "clicked") for user, num in ((1, 5), (2, 4)) for i in range(num)]
+    log = make_log([*clicks, (3, 1, 1, "exposed")])
     split = log.split("last_share", validation=0.2, test=0.2)
     split.write(tmp_path / "split.parquet")
     Split.read(log, tmp_path / "split.parquet").write(tmp_path / "split.parquet")
@@ -534,9 +526,8 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
     ],
 )
 def test_settings_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^split\.\w+: got .*(must|leave|only|write)|^split: give .* both"
-    ):
+    said = r"^split\.\w+: got .*(must|leave|only|write)|^split: give .* both"
+    with pytest.raises(ConfigError, match=said):
         one_user("cccccc").split(kind, **options)
 
 
@@ -547,9 +538,7 @@ def test_what_cannot_be_split_says_what_else_to_do() -> None:
         one_user("ccc").split("column")
     days: list[Any] = [START.date(), START.date().isoformat()]
     for day in days:
-        with pytest.raises(
-            ValueError, match=rf"without a time zone; write {START.date()}T00:00:00Z"
-        ):
+        with pytest.raises(ValueError, match=f"write {START.date()}T00:00:00Z"):
             one_user("ccc").split("time", validation=day, test=day)
     with pytest.raises(ConfigError, match=r"^split\.test: got True; must be a share"):
         one_user("ccc").split("last_n", test=True)

@@ -39,9 +39,7 @@ def test_stages_and_times_are_not_left_unread(load: Any, name: str, is_csv: bool
 
 
 @pytest.mark.parametrize(("num_unreadable", "holds_times"), [(1, True), (2, False)])
-def test_times_are_told_among_a_few_that_are_none(
-    load: Any, num_unreadable: int, holds_times: bool
-) -> None:
+def test_times_are_told_among_others(load: Any, num_unreadable: int, holds_times: bool) -> None:
     days = [f"2024-01-{i + 1:02}" for i in range(20)]
     days[:num_unreadable] = [f"unknown {i}" for i in range(num_unreadable)]
     events = pa.table({"user_id": range(20), "item_id": range(20), "moment": days})

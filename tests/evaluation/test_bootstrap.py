@@ -46,9 +46,7 @@ def test_columns_are_resampled_together() -> None:
     assert difference == Interval(-1, -1, -1)
 
 
-def test_seed_decides_the_interval_whatever_stands_beside_the_column(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_seed_alone_decides_the_interval_of_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(4).random((100, 3))
     whole = bootstrap_intervals(values, seed=5)
     assert bootstrap_intervals(values, seed=5) == whole

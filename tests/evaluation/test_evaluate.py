@@ -250,9 +250,7 @@ def test_progress_counts_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.integers(0, 30), max_size=20).map(lambda x: np.array(x, int)))
-def test_slices_are_a_partition_cut_at_the_first_item_that_reaches_the_share(
-    counts: np.ndarray,
-) -> None:
+def test_slices_are_a_partition_cut_where_the_share_is_reached(counts: np.ndarray) -> None:
     slices = popularity_slices(counts)
     assert np.all(sum(s.astype(int) for s in slices.values()) == 1)
     total, held = int(counts.sum()), 0

@@ -89,9 +89,7 @@ def test_ndcg_equals_scikit_learn() -> None:
 
 
 @given(rankings(), st.lists(st.integers(0, 99), min_size=10, max_size=10), st.integers(0, 1023))
-def test_metrics_of_all_lists_equal_a_loop_over_slots(
-    ranking: Any, popularity: list[int], part: int
-) -> None:
+def test_metrics_equal_a_loop_over_slots(ranking: Any, popularity: list[int], part: int) -> None:
     retrieved, _, k = ranking
     in_part = np.array([part >> i & 1 for i in range(10)], bool)
     slots = [row for row in retrieved[:, :k].ravel().tolist() if row and in_part[row - 1]]

@@ -245,9 +245,7 @@ def test_the_time_before_the_first_step_is_over_does_not_count(
     assert result.seconds == 2 * (STEPS - 1) + (2 * STEPS - 1) + 100
 
 
-def test_keras_does_not_fetch_the_loss_of_each_step(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keras_does_not_fetch_each_steps_loss(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which none of the callbacks reads, and waits for the step."""
     given: list[tf.keras.callbacks.Callback] = [EpochProgress(lambda *step: None)]
 

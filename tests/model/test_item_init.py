@@ -89,9 +89,7 @@ def test_they_are_added_to_every_table_of_items(data: TrainingSet, is_shared: bo
 
 
 @pytest.mark.usefixtures("in_eager_steps")
-def test_a_stopped_training_and_a_warm_start_do_not_begin_again(
-    data: TrainingSet, tmp_path: Path
-) -> None:
+def test_stopped_trainings_and_warm_starts_go_on(data: TrainingSet, tmp_path: Path) -> None:
     whole = tiny(item_init="svd").fit_samples(data, max_epochs=2)
     tiny(item_init="svd").fit_samples(data, max_epochs=1, folder=tmp_path)
     resumed = tiny(item_init="svd").fit_samples(data, max_epochs=2, folder=tmp_path)

@@ -110,9 +110,7 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
-def test_a_warm_start_takes_them_for_new_ones(
-    train: Log, data: TrainingSet, tmp_path: Path
-) -> None:
+def test_a_warm_start_takes_them_for_new(train: Log, data: TrainingSet, tmp_path: Path) -> None:
     source = tiny(negatives=EASY, training={"max_epochs": 3}).fit_samples(data, log=train)
     whole = TrainingSet.build(train.whole, tmp_path / "whole", seed=0)
     assert whole.corpus.is_later is None
@@ -138,9 +136,7 @@ def test_a_warm_start_takes_them_for_new_ones(
     assert np.abs(again.network.embed_candidates(rows) - unknown).max() > 1e-3
 
 
-def test_a_folder_is_refused_to_a_training_with_other_later_items(
-    train: Log, tmp_path: Path
-) -> None:
+def test_a_folder_is_refused_to_one_with_other_later_items(train: Log, tmp_path: Path) -> None:
     """The item table and the training part may be the same on a day on which the log has grown."""
     settings: dict[str, Any] = {"negatives": EASY, "training": {"max_epochs": 1}}
     before = replace(train, later_items=train.items.filter(train.items["item_id"] == DEAD))

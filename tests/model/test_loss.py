@@ -79,9 +79,7 @@ def test_value_and_gradients_are_those_of_a_loop(repeats_rows: bool) -> None:
 
 @pytest.mark.parametrize("with_probability", [False, True])
 @pytest.mark.parametrize("weight_shape", [(W,), (W, 1)])
-def test_equals_the_parent_inside_its_range(
-    with_probability: bool, weight_shape: tuple[int, ...]
-) -> None:
+def test_equals_its_parent_in_range(with_probability: bool, weight_shape: tuple[int, ...]) -> None:
     options: dict[str, Any] = {
         "sample_weight": WEIGHTS[:W].reshape(weight_shape),
         "score_mask": MASK | np.eye(W, C, dtype=bool),
@@ -188,9 +186,7 @@ def test_refuses_probabilities_that_the_parent_would_clip(value: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (W,), (W, 1), (C, W), (2, C), (1, W, C)])
-def test_a_log_q_that_would_be_broadcast_over_the_columns_is_refused(
-    shape: tuple[int, ...],
-) -> None:
+def test_a_log_q_that_would_be_broadcast_over_columns_is_refused(shape: tuple[int, ...]) -> None:
     """[W, 1] would shift all logits of a row alike, which corrects nothing."""
     with pytest.raises(ValueError, match=r"log_q must be .* here of \(6, 10\)\. Received: shape"):
         HybridRetrieval()(QUERIES, COLUMNS, log_q=np.zeros(shape, np.float32))
@@ -231,9 +227,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="positive_query needs negative_embeddings"):
         task(QUERIES, positives, positive_query=tf.range(W)[::-1])
     for temperature in (0.0, -0.1, np.nan):
-        with pytest.raises(
-            ValueError, match=f"temperature must be above 0. Received: {temperature}"
-        ):
+        with pytest.raises(ValueError, match=f"above 0. Received: {temperature}"):
             HybridRetrieval(temperature)
 
 

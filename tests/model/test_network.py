@@ -152,9 +152,7 @@ def test_fit_reports_the_weighted_mean_loss_of_the_epoch(weighted: TrainingSet) 
     assert history["loss"][0] == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
 
 
-def test_the_corpus_is_embedded_in_blocks(
-    data: TrainingSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_corpus_is_embedded_in_blocks(data: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
     network = tiny().build(data.corpus)
     at_once = network.embed_candidates(tf.range(1, NUM_ITEMS + 1)).numpy()
     np.testing.assert_allclose(network.embed_corpus(), at_once, rtol=1e-6)
@@ -189,9 +187,7 @@ def test_a_shared_embedding_is_read_by_both_towers(data: TrainingSet) -> None:
 
 
 @pytest.mark.parametrize("candidate_id", [True, False])
-def test_without_ids_of_candidates_the_history_has_its_own(
-    data: TrainingSet, candidate_id: bool
-) -> None:
+def test_without_candidate_ids_histories_have_theirs(data: TrainingSet, candidate_id: bool) -> None:
     network = tiny(use_candidate_id=candidate_id).build(data.corpus)
     tables = [v.name for v in network.trainable_variables if v.shape == (NUM_ITEMS + 1, 8)]
     assert ["history_item" in name for name in tables] == [not candidate_id]
@@ -280,9 +276,7 @@ def test_towers_that_do_not_go_together_are_refused(
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 @pytest.mark.parametrize("name", ["query_tower", "candidate_tower"])
-def test_a_tower_that_does_not_return_float32_is_refused(
-    data: TrainingSet, name: str, dtype: str
-) -> None:
+def test_towers_must_return_float32(data: TrainingSet, name: str, dtype: str) -> None:
     """Whatever it computes in: a last layer of float32 makes it sound."""
 
     class Narrow(tf.keras.layers.Layer):

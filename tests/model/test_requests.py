@@ -40,9 +40,7 @@ def encoded(*requests: dict[str, Any]) -> dict[str, np.ndarray]:
 
 @settings(max_examples=40)
 @given(st.datetimes(datetime(1901, 1, 1), datetime(2100, 1, 1)), st.integers(-12, 14))
-def test_a_timestamp_tells_hour_and_weekday_as_the_calendar_does(
-    moment: datetime, offset: int
-) -> None:
+def test_a_timestamp_gives_hour_and_weekday_of_the_calendar(moment: datetime, offset: int) -> None:
     time = moment.replace(tzinfo=UTC)
     abroad = (time + timedelta(hours=offset)).replace(
         tzinfo=datetime.strptime(f"{offset:+03d}00", "%z").tzinfo
@@ -179,9 +177,7 @@ def test_a_holdout_may_bring_what_a_model_does_not_read(model: FittedTwoTower) -
     np.testing.assert_array_equal(got, expected)
 
 
-def test_validation_asks_with_the_requests_as_evaluation_does(
-    model: FittedTwoTower, holdout: Holdout
-) -> None:
+def test_validation_asks_as_evaluation_does(model: FittedTwoTower, holdout: Holdout) -> None:
     measured = evaluate(model, holdout, cutoffs=(5,), num_bootstrap=0).first
     best = max(model.result.history["val_ndcg@5"])
     assert measured.overall.intervals["ndcg@5"].mean == pytest.approx(best, rel=1e-6)

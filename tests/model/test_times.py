@@ -56,9 +56,7 @@ def model(timed: TrainingSet, split: Split) -> FittedTwoTower:
     return plan.fit_samples(timed, split.validation, log=split.train)
 
 
-def test_the_time_of_a_request_decides_what_is_retrieved(
-    model: FittedTwoTower, split: Split
-) -> None:
+def test_a_requests_time_decides_what_is_retrieved(model: FittedTwoTower, split: Split) -> None:
     last = make_events()["timestamp"].max()
     margins = []
     for since in (HOUR, WEEK, None):
@@ -79,9 +77,7 @@ def test_the_time_of_a_request_decides_what_is_retrieved(
     assert margins[0] < margins[2] < margins[1]
 
 
-def test_validation_asks_with_the_times_as_evaluation_does(
-    model: FittedTwoTower, split: Split
-) -> None:
+def test_validation_asks_as_evaluation_does(model: FittedTwoTower, split: Split) -> None:
     measured = evaluate(model, split.validation, cutoffs=(5,), num_bootstrap=0).first
     best = max(model.result.history["val_ndcg@5"])
     assert measured.overall.intervals["ndcg@5"].mean == pytest.approx(best, rel=1e-6)

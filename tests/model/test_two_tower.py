@@ -239,7 +239,12 @@ def test_a_plan_is_fitted_several_times(
     new = tiny(training=training).fit(other.train, other.validation, folder=tmp_path)
     np.testing.assert_array_equal(new.query_embeddings(query), again.query_embeddings(query))
     assert new.result.history == again.result.history
-    # And is refused what is of another training.
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_a_folder_is_refused_to_another_training(log: Log, tmp_path: Path) -> None:
+    training, other = {"max_epochs": 1}, log.split("last_n", validation=2, test=2)
+    again = tiny(training=training).fit(other.train, other.validation, folder=tmp_path)
     for changes, differ in (
         ({"training": {**training, "learning_rate": 0.5}}, "learning_rate: 0.02, now 0.5"),
         ({"training": training, "temperature": 0.9}, "temperature: .*, now 0.9"),
@@ -333,9 +338,7 @@ def test_a_signature_names_every_option() -> None:
     ids=["a function without return", "a layer of Keras 3"],
 )
 @pytest.mark.parametrize("name", ["query_tower", "candidate_tower"])
-def test_an_own_tower_is_a_layer_or_makes_one(
-    data: TrainingSet, name: str, tower: Any, received: str
-) -> None:
+def test_own_towers_are_checked(data: TrainingSet, name: str, tower: Any, received: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be a layer of tf.keras.*: {received}"):
         tiny(**{name: tower}).build(data.corpus)
 
@@ -369,8 +372,6 @@ def test_an_own_tower_that_does_not_read_sequences_is_refused_when_built(data: T
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_fit_starts_from_a_fitted_model_and_an_export_needs_a_log(data: TrainingSet) -> None:
-    with pytest.raises(ValueError, match=r"needs 121 positives and the training part has 120"):
-        tiny(training={"batch_size": 121}).fit_samples(data)
     plan = tiny(training={"max_epochs": 1}, resampling_exponent=0.5)
     model = plan.fit_samples(data)
     warm = plan.fit_samples(data, warm_start=model)
@@ -453,22 +454,17 @@ def test_refusals(tmp_path: Path) -> None:
         "optimizer: is a setting of the training: training=tp.TrainingSettings(optimizer='adam')",
     ]
     assert tp.TrainingSettings(max_epochs=3).max_epochs == 3
-    with pytest.raises(ConfigError, match="max_epoch: unknown setting"):
-        TwoTower(**{"max_epoch": 3})
     with pytest.raises(ConfigError, match=r"negatives: got .*needs one kind or more"):
         TwoTower(negatives=[])
-    with pytest.raises(ConfigError, match="seed: got -1; must be greater than or equal to 0"):
-        TwoTower(seed=-1)
-    with pytest.raises(ConfigError, match=r"training.max_epochs: got 0"):
-        TwoTower(training={"max_epochs": 0})
+    for wrong in ({"seed": -1}, {"training": {"max_epochs": 0}}, {"hidden_layers": True}):
+        with pytest.raises(ConfigError, match=r"(seed|max_epochs|hidden_layers): got (-1|0|True)"):
+            TwoTower(**wrong)
     # One value may stand for a list of it.
     alone: Any = {"hidden_layers": 8, "history_pooling": "mean", "negatives": InBatch()}
     assert (
         TwoTower(**alone).settings
         == TwoTower(hidden_layers=(8,), history_pooling=("mean",), negatives=(InBatch(),)).settings
     )
-    with pytest.raises(ConfigError, match="hidden_layers: got True"):
-        TwoTower(hidden_layers=True)
     # Before the work: there are fewer positives than a batch needs.
     clicks = Log.from_table(pd.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 8, 7]}))
     with pytest.raises(ValueError, match="A batch needs 4 positives and the training part has 3"):

@@ -167,9 +167,7 @@ SMALL = {"train": {"num_positives": 1_500}}
         (made(WINNING, training=SHORT), "training stopped too early"),
     ],
 )
-def test_advice_follows_from_what_was_measured(
-    metrics: dict[str, Any], expected: str | None
-) -> None:
+def test_advice_follows_what_was_measured(metrics: dict[str, Any], expected: str | None) -> None:
     found = list(advice(metrics, METRIC, RunConfig()))
     assert len(found) == (expected is not None)
     assert expected is None or expected in found[0]
@@ -227,9 +225,7 @@ BIAS = {"model.candidate_bias": True}
         (BIAS, ["check with split.kind last_share whether popularity has changed over time"]),
     ],
 )
-def test_behind_popularity_what_is_not_set_is_suggested(
-    settings: dict[str, Any], remedies: list[str]
-) -> None:
+def test_unset_settings_are_suggested(settings: dict[str, Any], remedies: list[str]) -> None:
     behind = made({"two_tower": 0.2, "popularity": 0.3, "ease": 0.4})
     found = list(advice(behind, METRIC, with_settings(RunConfig(), settings)))
     assert found == [f"behind popularity: {remedy}" for remedy in remedies]

@@ -103,9 +103,7 @@ def slow_histories(events: list[Event], has_request: bool) -> list[Any]:
     events=[(1, 2, 3, "clicked", 1), (1, 3, 4, "clicked", 1), (1, 4, 4, "clicked", None)],
     has_request=True,
 )
-def test_histories_counts_and_masks_match_a_loop(
-    tmp_path: Path, events: list[Event], has_request: bool
-) -> None:
+def test_samples_match_a_loop(tmp_path: Path, events: list[Event], has_request: bool) -> None:
     # One folder an example: the fixture's is shared by all of them.
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     log = make_log(events, has_request=has_request)

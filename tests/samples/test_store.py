@@ -92,9 +92,7 @@ def arrays(samples: Samples) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("samples", [ORDERED, WITHOUT_ORDER])
-def test_what_is_mapped_is_what_was_written(
-    samples: Samples, num_parts: int, tmp_path: Path
-) -> None:
+def test_mapped_is_what_was_written(samples: Samples, num_parts: int, tmp_path: Path) -> None:
     write_samples(samples, tmp_path, num_parts)
     expected, found = arrays(samples), arrays(read_samples(tmp_path))
     assert found.keys() == expected.keys()

@@ -61,9 +61,7 @@ def decoded(ids: tf.Tensor) -> list[list[Any]]:
     return [[i.decode() if isinstance(i, bytes) else i for i in row] for row in ids.numpy()]
 
 
-def test_an_unknown_user_gets_the_answer_for_an_empty_history(
-    served: Served, module: RetrievalModule
-) -> None:
+def test_an_unknown_user_is_an_empty_history(served: Served, module: RetrievalModule) -> None:
     stranger = 999 if served.ids == "int" else "stranger"
     expected, _ = served.in_memory.retrieve([{"history": []}], 5)
     answer = module.retrieve_user(as_users(served, [stranger]), as_ids(served, [[]]), 5)
@@ -136,9 +134,7 @@ def test_scores_are_products_of_the_embeddings(served: Served, module: Retrieval
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_a_filter_matches_a_loop(
-    served: Served, module: RetrievalModule, data: st.DataObject
-) -> None:
+def test_filters_match_a_loop(served: Served, module: RetrievalModule, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, NUM_CANDIDATES + 5))
     ids = served.candidate_ids.tolist()
     some_ids = st.lists(st.sampled_from(ids), max_size=70)
@@ -184,9 +180,7 @@ def test_a_filter_matches_a_loop(
             assert np.isneginf(answer["scores"][i].numpy()[len(best) :]).all()
 
 
-def test_a_filter_takes_a_boolean_however_it_is_written(
-    tmp_path: Path, trusted_exports: None
-) -> None:
+def test_filters_take_booleans_however_written(tmp_path: Path, trusted_exports: None) -> None:
     served = make_served("int")
     is_even = [id_ % 2 == 0 for id_ in served.candidate_ids.tolist()]
     told = dataclasses.replace(served, genres=[[str(x)] for x in is_even])
@@ -241,9 +235,7 @@ def test_a_version_that_answers_in_a_fresh_process_is_published(
 
 
 @pytest.mark.slow
-def test_an_export_that_answers_otherwise_is_not_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_export_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save_another_model(module: RetrievalModule, *args: Any, **kwargs: Any) -> None:
         bias = next(v for v in module.encoder.variables if "bias" in v.name)
         before = bias.numpy()

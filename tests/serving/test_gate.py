@@ -27,9 +27,7 @@ def test_ids_of_another_type_are_none_of_the_runs_items(
     assert f"its ids are like {first!r}, these like {others[0]!r}" in str(error.value)
 
 
-def test_request_features_that_are_new_in_a_run_say_nothing(
-    served: Served, exported: Exported
-) -> None:
+def test_new_request_features_of_a_run_say_nothing(served: Served, exported: Exported) -> None:
     in_service = version_in_service(exported(served.ids, "exact"), served.candidate_ids)
     assert in_service is not None
     queries = served.queries()

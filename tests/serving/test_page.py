@@ -21,9 +21,7 @@ def test_the_page_is_one_file_that_asks_no_other_server(running: Running) -> Non
         assert outside not in response.text
 
 
-def test_the_page_shows_the_card_of_the_model(
-    served: Served, running: Running, loaded: LoadedRetriever
-) -> None:
+def test_the_page_shows_the_card(served: Served, running: Running, loaded: LoadedRetriever) -> None:
     card = running.get("/page/model").json()
     assert (card["name"], card["version"], card["num_candidates"]) == ("films", 1, NUM_CANDIDATES)
     assert card["example_user"] == served.query_ids.tolist()[3]

@@ -202,9 +202,7 @@ def test_users_and_given_features_go_with_requests(served: Served, model: Loaded
     )
 
 
-def test_request_features_that_the_model_does_not_read_are_ignored(
-    served: Served, model: LoadedRetriever
-) -> None:
+def test_request_features_not_read_are_ignored(served: Served, model: LoadedRetriever) -> None:
     """A holdout brings all those of its log."""
     for asked in (served.in_memory, model):
         expected, _ = asked.retrieve([{"request": {"Gender": "ios"}}], K)
@@ -217,10 +215,7 @@ def test_request_features_that_the_model_does_not_read_are_ignored(
 def test_wrong_requests_and_times_are_refused(model: LoadedRetriever) -> None:
     for query, message in (
         ({"request": {"houre": 3}}, r"no request feature 'houre'; did you mean 'hour'\?"),
-        (
-            {"history": [3, 10], "history_timestamps": [TIME]},
-            r"one time for each item .*Received: 1 times for 2 items",
-        ),
+        ({"history": [3, 10], "history_timestamps": [TIME]}, "1 times for 2 items"),
         ({"history": [3], "history_timestamps": [datetime(2024, 1, 1)]}, "time zone"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -245,12 +240,8 @@ def test_rest_takes_what_is_given_and_names_what_is_wrong(
         return str(caught.value.detail)
 
     columns = parsed(inputs={"user_id": [100, 101], "Gender_": ["ios", ""], "hour": ["7", "8"]})
-    rows = parsed(
-        instances=[
-            {"user_id": 100, "Gender_": "ios", "hour": "7"},
-            {"user_id": 101, "hour": "8"},
-        ]
-    )
+    first, second = {"user_id": 100, "Gender_": "ios", "hour": "7"}, {"user_id": 101, "hour": "8"}
+    rows = parsed(instances=[first, second])
     names = ["user_id", "Gender_", "hour", "free_space", "words", "place", "timestamp"]
     assert set(columns) == set(rows) == set(names)
     for name in names:
@@ -276,9 +267,7 @@ def test_rest_takes_what_is_given_and_names_what_is_wrong(
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
 
 
-def test_rest_tells_times_and_sides_apart_whatever_their_names(
-    tmp_path: Path,
-) -> None:
+def test_rest_tells_times_and_sides_apart_whatever_their_names(tmp_path: Path) -> None:
     since = Timestamp.fit("app since", [TIME])
     likes = Categorical.fit("genres", ["a"])  # Of items, genres are lists.
     served = make_served("int", use_user_id=False, request_features=(since, likes))

@@ -29,9 +29,7 @@ def given(query: dict[str, Any], gender: str | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("is_fallback", [False, True])
-def test_a_loaded_model_answers_as_the_one_in_memory(
-    served: Served, folder: Path, is_fallback: bool
-) -> None:
+def test_loaded_and_in_memory_agree(served: Served, folder: Path, is_fallback: bool) -> None:
     if is_fallback and KIND_OF[served.ids] == "exact":
         pytest.skip("has no fallback")
     loaded = load(folder, exact=is_fallback)
@@ -90,9 +88,7 @@ def test_a_filter_takes_what_is_allowed_from_the_whole_answer(
 def test_refuses_what_it_cannot_answer(loaded: LoadedRetriever, user: Any) -> None:
     other = 7 if isinstance(user, str) else "7"
     wrong: dict[str, Any] = {
-        r"no user feature 'age'; known: gender": lambda: loaded.retrieve(
-            [{"features": {"age": 3}}], 2
-        ),
+        "feature 'age'; known: gender": lambda: loaded.retrieve([{"features": {"age": 3}}], 2),
         r"did you mean \['b'\]\?": lambda: loaded.retrieve([{}], 3, allowed=["b"]),
         "No item has 'B' as its genres": lambda: loaded.retrieve([{}], 3, allowed=[["B"]]),
         "User ids come in a list": lambda: loaded.retrieve_user("u0", 3),
@@ -104,9 +100,7 @@ def test_refuses_what_it_cannot_answer(loaded: LoadedRetriever, user: Any) -> No
             ask()
 
 
-def test_a_version_is_served_as_it_was_exported_or_not_at_all(
-    exported: Exported, tmp_path: Path
-) -> None:
+def test_a_version_is_served_as_exported_or_not_at_all(exported: Exported, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported("int", "scann") / "1", tmp_path / "1"))
     variables = Path("variables") / "variables.data-00000-of-00001"
     for name, exact in ((variables, False), (EXACT_FOLDER / variables, True)):
@@ -126,9 +120,7 @@ def test_a_version_is_served_as_it_was_exported_or_not_at_all(
 
 
 def test_a_missing_model_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"No exported model at .*manifest.json.* run` writ"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"No exported model at .*manifest.json.* run` "):
         load(tmp_path)
     manifest = tmp_path / "movies" / "1" / MANIFEST_FILE
     manifest.parent.mkdir(parents=True)

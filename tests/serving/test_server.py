@@ -180,9 +180,7 @@ def put(source: Path, folder: Path, number: int) -> None:
     os.rename(partial, folder / str(number))
 
 
-def test_new_versions_are_taken_up_without_a_failed_request(
-    int_folder: Path, tmp_path: Path
-) -> None:
+def test_new_versions_are_taken_up_without_failures(int_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "films"
     put(int_folder / "1", folder, 1)
     with Running(folder) as running:

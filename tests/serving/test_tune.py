@@ -269,10 +269,7 @@ def test_the_measured_recall_is_that_of_a_slow_loop() -> None:
 
 @pytest.mark.parametrize(
     ("embeddings", "queries", "message"),
-    [
-        (EMBEDDINGS, QUERIES[:0], "0 queries"),
-        (EMBEDDINGS[:15], QUERIES, "Received: 15 candidates"),
-    ],
+    [(EMBEDDINGS, QUERIES[:0], "0 queries"), (EMBEDDINGS[:15], QUERIES, "Received: 15 candidates")],
 )
 def test_refuses(embeddings: np.ndarray, queries: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):

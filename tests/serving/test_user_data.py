@@ -29,13 +29,10 @@ def bytes_of(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in files) + "".join(tables).encode()
 
 
-def test_an_export_without_user_data_says_nothing_about_users(
-    tmp_path: Path, exported: Exported
-) -> None:
+def test_an_export_without_user_data_names_no_users(tmp_path: Path, exported: Exported) -> None:
     served = make_served("str", use_user_id=False)
-    left_out = export(
-        served.exportable(), tmp_path / "films", index=Scann(recall=0.9), user_data=False
-    )
+    index, folder = Scann(recall=0.9), tmp_path / "films"
+    left_out = export(served.exportable(), folder, index=index, user_data=False)
     with_users, without = bytes_of(exported("str", "exact")), bytes_of(left_out)
     for user in served.query_ids:
         assert user.encode() in with_users

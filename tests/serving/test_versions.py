@@ -133,9 +133,7 @@ def test_a_broken_newest_version_is_passed_over(folder: Path) -> None:
         assert states(model) == {left: "AVAILABLE"}
 
 
-def test_another_model_under_the_same_number_is_a_new_version(
-    model: ModelVersions, folder: Path
-) -> None:
+def test_another_model_of_that_number_is_a_new_version(model: ModelVersions, folder: Path) -> None:
     shutil.rmtree(folder / "1")
     put(folder, 1, "another")
     model.refresh()
