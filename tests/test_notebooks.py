@@ -108,10 +108,6 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # Nothing listens: a fetch would fail.
     monkeypatch.setenv("no_proxy", "127.0.0.1")  # A server of the notebook's own.
-    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")  # Negatives are mined after the first.
-    if path != SAMPLING:
-        monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_DATA", str(folder))
-        monkeypatch.setenv("TFRS_PIPELINE_CACHE", str(folder / "empty_cache"))
     notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs = []
@@ -125,8 +121,13 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 
 
 @pytest.mark.slow
-def test_quickstart_runs_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_runs_on_a_small_log_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tables(tmp_path)
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")
+    monkeypatch.setenv("TFRS_PIPELINE_CACHE", str(tmp_path / "empty_cache"))
     cells = run(QUICKSTART, tmp_path, monkeypatch)
     assert f"{NUM_USERS:,} users" in outputs(cells["data"])
     assert "ease" in outputs(cells["metrics"])
@@ -138,6 +139,7 @@ def test_quickstart_runs_without_network(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_sampling_runs_on_a_small_funnel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_SMALL", "1")
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")  # Mined after the first.
     cells = run(SAMPLING, tmp_path, monkeypatch)
     assert "150,000" in outputs(cells["funnel"])
     for plan in ("mixed_uncorrected", "in_batch_uncorrected", "resampled_0.6"):
@@ -149,8 +151,13 @@ def test_sampling_runs_on_a_small_funnel(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_serving_runs_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_runs_on_a_small_log_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tables(tmp_path, prefix="id ")
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")
+    monkeypatch.setenv("TFRS_PIPELINE_CACHE", str(tmp_path / "empty_cache"))
     cells = run(SERVING, tmp_path, monkeypatch)
     kept_away = re.search(rf"{NUM_ITEMS} films, (\d+) of them kept away", outputs(cells["data"]))
     assert kept_away is not None
