@@ -37,6 +37,7 @@ from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.messages import StepReport
+from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import final_part, prepare
@@ -432,6 +433,23 @@ def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> No
     assert manifest["export"]["index"] == {"kind": asked.index, "recall": asked.target_recall}
     assert manifest["counts"]["num_candidates"] == NUM_ITEMS
     assert {"events.parquet", "items.parquet", "users.parquet"} <= set(manifest["data"])
+
+
+def test_the_weights_of_the_last_checkpoint_are_those_in_service(of_stages: Finished) -> None:
+    folder = of_stages.folder
+    split = split_of(folder)
+    samples = TrainingSet.build(split.before_test, folder / "samples" / "final", seed=0)
+    settings, training = of_stages.config.model, of_stages.config.training
+    model = TwoTower(**dict(settings), training=training).fit_samples(
+        samples,
+        max_epochs=of_stages.metrics["training"]["two_tower"]["best_epoch"],
+        folder=folder / "checkpoints" / "two_tower" / "refit",
+    )
+    queries = split.test.as_queries()[:20]
+    expected = load(of_stages.export_folder).retrieve(queries, 10)
+    got = model.retrieve(queries, 10)
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_allclose(got[1], expected[1], atol=1e-6)
 
 
 # Again
