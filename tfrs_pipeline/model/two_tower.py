@@ -230,9 +230,8 @@ class TwoTower(TwoTowerSettings):
     ) -> FittedTwoTower:
         """Fits the model to samples that are built already; see also `fit`.
 
-        `max_epochs` replaces the settings' number. `folder` keeps checkpoints. `on_steps` is called
-        now and then in a long epoch, `on_progress` while mining, with a task's name, steps done and
-        in all. An export needs the samples' `log`.
+        `max_epochs` replaces the settings' number. `folder` keeps checkpoints. A long epoch calls
+        `on_steps`, mining calls `on_progress`. An export needs the samples' `log`.
         """
         strategy = training_strategy()
         check_shared(folder)
@@ -250,10 +249,8 @@ class TwoTower(TwoTowerSettings):
             mining = self._mining(batches, network, folder, on_progress)
             validate = None
             if validation is not None:
-                ranked = validation.sample(self.training.validation_users, self.seed)
-                check_measurable(ranked, exclude)
+                ranked, all_cutoffs = self._ranking(validation, exclude, cutoffs)
                 notes += describe_sampled(ranked)
-                all_cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 measured = network, corpus, encoder, ranked, exclude, all_cutoffs
                 validate = functools.partial(validation_metrics, *measured)
             # Even if no step is left to train, because a checkpoint is read into them.
@@ -288,6 +285,14 @@ class TwoTower(TwoTowerSettings):
             clicked = samples.known_positives
             return functools.partial(add_item_factors, clicked=clicked, folder=folder), 0, []
         return None, 0, []
+
+    def _ranking(
+        self, validation: Holdout, exclude: Exclude, cutoffs: Sequence[int]
+    ) -> tuple[Holdout, list[int]]:
+        """Returns the users that validation ranks after each epoch, and all cutoffs."""
+        ranked = validation.sample(self.training.validation_users, self.seed)
+        check_measurable(ranked, exclude)
+        return ranked, sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
 
     def batches(self, samples: Samples) -> HybridBatches:
         """Makes the training batches of samples; their `dataset()` is a plain `tf.data.Dataset`.
