@@ -306,7 +306,7 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
         (lambda ids, scores: (ids[:, [0, 1, 0]], scores), "twice"),
         (lambda ids, scores: (ids - 1, scores), "excluded"),
         (lambda ids, scores: (ids, scores + np.arange(3)), "best first"),
-        (lambda ids, scores: (ids, scores * np.nan), "no NaN"),
+        (lambda ids, scores: (ids, scores * np.nan), "without NaN"),
         (lambda ids, scores: (ids, scores.astype(str)), "numbers as scores"),
         (lambda ids, scores: (ids.astype(str).astype(object), scores), "not candidates"),
     ],
@@ -318,7 +318,7 @@ def test_a_retriever_that_breaks_its_contract_is_refused(spoil: Any, message: st
 
 def test_a_single_score_may_not_be_nan() -> None:
     broken = Scores(np.zeros((1, 12)), spoil=lambda ids, scores: (ids, scores * np.nan))
-    with pytest.raises(ValueError, match="no NaN"):
+    with pytest.raises(ValueError, match="without NaN"):
         measure(broken, make_holdout([[102]]), cutoffs=(1,))
 
 

@@ -336,7 +336,7 @@ def test_texts_keep_more_values_than_lists_and_tell_what_is_cut() -> None:
 @pytest.mark.parametrize(
     ("kind", "column", "message"),
     [
-        ("numeric", [1.5, None, "cheap"], "numbers: .*'cheap'.*None: it is"),
+        ("numeric", [1.5, None, "cheap"], "numbers: .*'cheap'.*None for missing"),
         ("numeric", [10**400], "numbers: int too large"),
         ("bucketized", pa.array(["1", "", "3"]), "numbers: .*''"),
         ("timestamp", [None, datetime(2024, 1, 1)], "datetimes with a time zone.* row 1 of 2"),
