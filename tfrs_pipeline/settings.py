@@ -10,10 +10,9 @@ import json
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import pydantic
-import pydantic.dataclasses
 from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import ErrorDetails
 
@@ -67,12 +66,14 @@ class Config(pydantic.BaseModel):
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True)
-def checked_dataclass(cls: type[T]) -> type[T]:
-    """Makes a frozen dataclass whose fields are checked as those of a `Config` are."""
-    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
-    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(cls)
-    checked, names = made.__init__, [field.name for field in dataclasses.fields(made)]
+CHECKED = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Configuration of pydantic's dataclasses whose fields are checked as those of a `Config` are."""
+
+
+def refused_by_name(made: type[T]) -> type[T]:
+    """Makes a dataclass of pydantic raise a ConfigError that names the argument."""
+    table: Any = made
+    checked, names = table.__init__, [field.name for field in dataclasses.fields(table)]
 
     @functools.wraps(checked)
     def init(self: Any, *values: Any, **settings: Any) -> None:
@@ -82,7 +83,7 @@ def checked_dataclass(cls: type[T]) -> type[T]:
         with _translating(made):
             checked(self, *values, **settings)
 
-    made.__init__ = init
+    table.__init__ = init
     return made
 
 

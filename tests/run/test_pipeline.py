@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -65,7 +65,7 @@ class Finished:
     reports: dict[str, StepReport]
     ids: Ids
 
-    def holdout(self, part: str) -> Holdout:
+    def holdout(self, part: Literal["validation", "test"]) -> Holdout:
         return split_of(self.folder).holdout(part)
 
 

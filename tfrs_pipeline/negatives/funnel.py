@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 
-from tfrs_pipeline.settings import Several, checked_dataclass
+from tfrs_pipeline.settings import CHECKED, Several, refused_by_name
 
 HardShare: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 HardStage: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
@@ -24,14 +25,15 @@ Stages: TypeAlias = Annotated[Several[HardStage], BeforeValidator(_split)]
 Hours: TypeAlias = Annotated[float, Field(gt=0, le=100_000_000)]
 
 
-@checked_dataclass
+@refused_by_name
+@dataclass(frozen=True, config=CHECKED)
 class FunnelLosers:
     """Items that lost to the positive in its own request, or lost in the user's recent requests.
 
     Stages have equal weight. `samples.hard_pools` finds the losers when samples are built, leaving
     out exposed items and known positives.
 
-    Args:
+    Attributes:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold, in rows that
             have any. .5 is the rule of thumb; published ablations, and this package's, found about
             .01 better.

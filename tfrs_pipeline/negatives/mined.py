@@ -11,16 +11,18 @@ from typing import Literal
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 
 from tfrs_pipeline.negatives.funnel import HardShare
-from tfrs_pipeline.settings import checked_dataclass
+from tfrs_pipeline.settings import CHECKED, refused_by_name
 
 
-@checked_dataclass
+@refused_by_name
+@dataclass(frozen=True, config=CHECKED)
 class Mined:
     """Items that the model ranks from `min_rank` to `max_rank` for the sample's query.
 
-    Args:
+    Attributes:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold.
         num: Columns drawn for each row from its pool.
         min_rank: Best rank to keep; 0 is the top, after known positives and exposed items are
