@@ -461,6 +461,12 @@ def test_what_came_out_is_shown_of_a_version_that_another_run_has_replaced(run: 
     assert f"model    {gone}\n" in without_colours(shown)
 
 
+def test_a_folder_of_another_run_is_refused_in_a_line(command: Any, run: Run) -> None:
+    answer = command("run", "--run-dir", run.folder / RUN, "--seed", 9)
+    assert answer.code == 1
+    assert re.fullmatch(r"error: .* holds a run with other settings .*\n", answer.err)
+
+
 def test_the_next_command_it_names_works(command: Any, run: Run) -> None:
     _, *arguments = shlex.split(run.out.splitlines()[-1].removeprefix("next:"))
     answer = command(*arguments)
