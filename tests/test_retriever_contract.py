@@ -15,8 +15,9 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Transitions
 from tfrs_pipeline.evaluation.interactions import Interactions
+from tfrs_pipeline.evaluation.sequences import Sequences
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.exportable import Exportable
@@ -126,6 +127,13 @@ def popularity(problem: Problem) -> Retriever:
     return MostPopular().fit(problem.interactions)
 
 
+def transitions(problem: Problem) -> Retriever:
+    users, columns = np.nonzero(problem.clicks)
+    order = np.lexsort((np.random.default_rng(3).random(len(users)), users))
+    clicks = users[order], columns[order] + 1, np.ones(len(users), bool)
+    return Transitions().fit(Sequences(problem.interactions.items, *clicks))
+
+
 def ease(problem: Problem) -> Retriever:
     return Ease(l2=10.0).fit(problem.interactions)
 
@@ -154,6 +162,7 @@ def fallback(problem: Problem) -> Retriever:
 FACTORIES: list[Factory] = [
     exact,
     popularity,
+    transitions,
     ease,
     ials,
     two_tower,
@@ -161,7 +170,7 @@ FACTORIES: list[Factory] = [
     fallback,
 ]
 IGNORES_HISTORY = {popularity}
-NEEDS_HISTORY = {ease, ials}
+NEEDS_HISTORY = {transitions, ease, ials}
 KNOWS_USERS = {two_tower, exported, fallback}  # And which request features there are.
 HAS_TIES = {exact, popularity, two_tower, exported, fallback}
 

@@ -47,6 +47,7 @@ PUBLIC = {
     "SinglePositives": "batches.single",
     "TrainingSet": "model.corpus",
     "TrainingSettings": "model.settings",
+    "Transitions": "evaluation.baselines",
     "TwoTower": "model.two_tower",
     "TwoTowerNetwork": "model.network",
     "TwoTowerSettings": "model.settings",

@@ -36,7 +36,7 @@ PlanKind: TypeAlias = Literal[
     "exposed",
 ]
 
-Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "ease", "ials"]
+Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "transitions", "ease", "ials"]
 
 
 class EvaluationConfig(Config):
@@ -48,10 +48,11 @@ class EvaluationConfig(Config):
     """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
     max_users: PositiveInt = 100_000
     """Most users to measure; sampled if the test has more."""
-    baselines: Distinct[Baseline] = ("uncorrected", "popularity", "repeats", "ease", "ials")
+    baselines: Distinct[Baseline] = get_args(Baseline)
     """What the model is compared with in the same table: itself, trained without the correction;
     the most popular items (in a split by time of the latest clicks, a share that validation
-    chooses); the user's own items again, if evaluation.exclude is none; EASE; iALS."""
+    chooses); the user's own items again, if evaluation.exclude is none; what came next after the
+    user's last item, if the log has an order; EASE; iALS."""
 
 
 class ExportConfig(Config):

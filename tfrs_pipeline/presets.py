@@ -11,7 +11,7 @@ from tfrs_pipeline.negatives.uniform import Uniform
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quick": (
         "a first look at a log with an order: small embeddings, sequence-level training, ten "
-        "epochs at most, compared with popularity and EASE",
+        "epochs at most, compared with popularity, transitions and EASE",
         {
             "model.negatives": (Uniform(256), Popularity(256)),
             "model.dim": 32,
@@ -19,7 +19,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.max_epochs": 10,
             "training.patience": 2,
             "training.learning_rate": 0.004,
-            "evaluation.baselines": ("popularity", "repeats", "ease"),
+            "evaluation.baselines": ("popularity", "repeats", "transitions", "ease"),
         },
     ),
     "ids": (

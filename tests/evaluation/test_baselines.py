@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,8 @@ from implicit.cpu.als import AlternatingLeastSquares
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
 from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.retrieval import Query, Retriever
 
@@ -45,7 +47,7 @@ def test_a_log_marks_each_positive_once() -> None:
     assert scores.tolist() == [[1, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("kind", [MostPopular, Ease])
+@pytest.mark.parametrize("kind", [MostPopular, Transitions, Ease])
 def test_a_log_whose_items_lack_a_clicked_one_is_refused(kind: Any) -> None:
     log = Log.from_table(pd.DataFrame({"user_id": [1, 1], "item_id": [1, 2]}))
     lacking = replace(log, items=log.items.filter(log.items["item_id"] == 1))
@@ -106,6 +108,51 @@ def test_repeats_rank_own_items_by_number_then_time_and_then_others_by_users() -
         last = {item: place for place, item in enumerate(history)}
         own.sort(key=lambda item: (-history.count(item), -last[item]))
         assert ids == own + [item for item in popular if item not in own]
+
+
+def in_turn(histories: dict[Any, Sequence[int]], **columns: Any) -> Log:
+    """Makes a log of histories, whose users take turns, so that rows are not grouped by user."""
+    rows = [(i, user, item) for user, h in histories.items() for i, item in enumerate(h)]
+    places = np.array([(i, user, item) for i, user, item in sorted(rows)])
+    return Log.from_table(
+        pd.DataFrame({"user_id": places[:, 1], "item_id": places[:, 2]}), **columns
+    )
+
+
+def test_transitions_count_what_came_next_beside_popularity() -> None:
+    rng = np.random.default_rng(0)
+    histories = {user: rng.integers(0, 9, rng.integers(1, 12)).tolist() for user in range(20)}
+    found = Transitions(prior=3.0, window=2).fit(in_turn(histories))
+    num_users = np.array([sum(j in h for h in histories.values()) for j in range(9)])
+    prior = 3 * num_users / num_users.sum()
+    for last in range(9):
+        num = np.zeros(9)
+        for history in histories.values():
+            for i, item in enumerate(history):
+                for weight, later in zip((1, 0.8), history[i + 1 :], strict=False):
+                    num[later] += weight * (item == last)
+        scores = (num + prior) / (num.sum() + prior.sum())
+        ids, of_ids = found.retrieve([{"history": [3, last, 77]}], 9)
+        np.testing.assert_allclose(of_ids[0], scores[ids[0]], rtol=1e-5)
+        assert of_ids.sum() == pytest.approx(1, rel=1e-5)
+    popular = MostPopular().fit(in_turn(histories)).retrieve([{}], 9)[0]
+    assert found.retrieve([{"history": [77]}], 9)[0].tolist() == popular.tolist()
+
+
+def test_transitions_follow_the_time_and_lead_from_one_request_to_the_next() -> None:
+    """A user clicks 1 and 2, then 3 and 4, each pair from one request; rows are backwards."""
+    clicks = {"user_id": 7, "item_id": [5, 4, 3, 2, 1], "request_id": [None, "b", "b", "a", "a"]}
+    times = pd.to_datetime([10**9 - i for i in range(5)], unit="s", utc=True)
+    log = Log.from_table(pd.DataFrame(clicks | {"timestamp": times}))
+    score = Transitions(prior=1e-9, window=1).fit(log).score
+    scores = score([{"history": [item]} for item in range(1, 6)])
+    assert scores.round(3).tolist()[1:4] == [[0, 0, 0.5, 0.5, 0], [0.2] * 5, [0, 0, 0, 0, 1]]
+
+
+def test_transitions_need_an_order() -> None:
+    log = in_turn({1: [1, 2]}, reading=Reading(is_ordered=False))
+    with pytest.raises(ValueError, match=r"nothing follows anything.*is_ordered"):
+        Transitions().fit(log)
 
 
 def test_ease_equals_a_ridge_regression_of_each_column_on_the_others() -> None:
@@ -180,7 +227,7 @@ def test_a_fit_returns_a_retriever_and_leaves_earlier_ones_as_they_were(plan: An
         np.testing.assert_array_equal(kept, again)
 
 
-@pytest.mark.parametrize("kind", [MostPopular, Ease, Ials])
+@pytest.mark.parametrize("kind", [MostPopular, Transitions, Ease, Ials])
 def test_refuses_to_fit_to_what_is_no_log(kind: Any) -> None:
     with pytest.raises(TypeError, match=r"fit takes a Log.* Received: dict"):
         kind().fit({})
@@ -191,6 +238,8 @@ def test_refuses_settings_out_of_range() -> None:
         Ease(l2=0)
     with pytest.raises(ValueError, match="alpha=0"):
         Ials(alpha=0)
+    with pytest.raises(ValueError, match="window=0"):
+        Transitions(window=0)
 
 
 @pytest.mark.parametrize("kind", [Ease, Ials])

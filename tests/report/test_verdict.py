@@ -72,9 +72,15 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
             "no",
             "iALS, beats it by 0.1000 [0.0900, 0.1100]; it also is behind EASE",
         ),
+        (
+            {"transitions": 0.4, "popularity": 0.1},
+            WORSE,
+            "no",
+            "the best baseline, item-to-item transitions, beats it by 0.1000 .*; it beats pop",
+        ),
         ({}, None, "not compared", "no baseline"),
     ],
-    ids=["better", "level", "worse", "alone"],
+    ids=["better", "level", "worse", "transitions", "alone"],
 )
 # Another form of the model is no baseline.
 @pytest.mark.parametrize("variants", [{}, {"two_tower_uncorrected": 0.4}, {"in_service": 0.301}])
@@ -155,6 +161,10 @@ SMALL = {"train": {"num_positives": 1_500}}
     [
         (made({"two_tower": 0.4, "ease": 0.3}, split={"train": {"num_positives": 5}}), None),
         (made(LOSING), "behind EASE: set model.item_init svd, or give features"),
+        (
+            made(LOSING | {"transitions": 0.3}),
+            "behind item-to-item transitions and EASE: take --preset s",
+        ),
         (made(LOSING | {"popularity": 0.3, "ease": 0.4}), "behind popularity: "),
         (made(LEVEL_MEANS, split=SMALL), "5.0 each"),
         (made(LEVEL_MEANS, training=SHORT), "was best after the last of 1 epoch."),

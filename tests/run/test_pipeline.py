@@ -632,7 +632,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> 
         "training.examples": "sets",
         "training.max_epochs": 4,
         "training.tensorboard": True,
-        "evaluation.baselines": ("popularity",),
+        "evaluation.baselines": ("popularity", "transitions"),
         "export.index": "exact",
     }
     config = with_settings(ratings_config(tmp_path), settings)
@@ -645,7 +645,9 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> 
         assert sorted(samples.history(i).tolist()) == sorted(others)
     batches = TwoTower(**dict(config.model), training=config.training).batches(samples)
     assert isinstance(batches.examples, UserSets)
+    assert finished.reports["baselines"].notes[-1].startswith("transitions: skipped")
     models = finished.metrics["models"]
+    assert list(models) == ["two_tower", "popularity"]
     assert models["two_tower"]["ndcg@20"]["mean"] > 1.3 * models["popularity"]["ndcg@20"]["mean"]
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes = finished.reports["train two_tower"].notes
@@ -658,7 +660,15 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> 
 def test_a_whole_run_proves_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "prove", PROVE)
     config = ratings_config(tmp_path)
-    evaluation = config.evaluation.model_copy(update={"baselines": ("popularity", "ease", "ials")})
+    evaluation = config.evaluation.model_copy(
+        update={"baselines": ("popularity", "transitions", "ease", "ials")}
+    )
     finished = go(config.model_copy(update={"evaluation": evaluation}), tmp_path / "run", "int")
-    assert list(finished.metrics["models"]) == ["two_tower", "popularity", "ease", "ials"]
+    assert list(finished.metrics["models"]) == [
+        "two_tower",
+        "popularity",
+        "transitions",
+        "ease",
+        "ials",
+    ]
     assert "fresh process" in finished.reports["export"].notes[-1]

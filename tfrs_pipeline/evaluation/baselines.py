@@ -1,4 +1,4 @@
-"""Baselines that a model has to beat: popularity, the user's own items, EASE, implicit ALS.
+"""Baselines that a model has to beat: popularity, own items, transitions, EASE, implicit ALS.
 
 A baseline holds settings; its `fit` returns a fitted retriever and does not change the baseline.
 """
@@ -24,6 +24,7 @@ from tfrs_pipeline.evaluation.interactions import (
     history_matrix,
     items_of,
 )
+from tfrs_pipeline.evaluation.sequences import Sequences
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 
@@ -134,6 +135,70 @@ class Repeats:
             return scores
 
         return HistoryRetriever(train.items, score)
+
+
+# What the next item counts as a successor, the one after it, and so on.
+_DECAY = 0.8
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Retrieves what came next after the last item of the history; then popular items.
+
+    score(j) = (n_ij + m p_j) / (n_i + m), the mean of a Dirichlet posterior: i is the last known
+    item of the history, n_ij how often j came next in a user's training positives, n_i their sum,
+    p_j the item's share of users, and m the prior's size. Positives of one request do not follow
+    each other; they follow those before the request.
+
+    Args:
+        prior: m, above 0. An item of a hundredth of the users is worth m / 100 transitions.
+        window: How many of the next positives count as coming next, 1 or more: the first as 1, each
+            further one as .8 of the one before. More than 1 gains where pairs are few.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import pyarrow as pa
+        >>> clicks = {"user_id": [1, 1, 2, 2, 3, 4], "item_id": ["a", "b", "a", "b", "c", "c"]}
+        >>> fitted = Transitions().fit(Log.from_table(pa.table(clicks)))
+        >>> fitted.retrieve([{"history": ["c", "a"]}, {"history": ["b"]}], k=2)[0]
+        array([['b', 'a'],
+               ['a', 'b']], dtype=object)
+    """
+
+    prior: float = 100.0
+    window: int = 3
+
+    def __post_init__(self) -> None:
+        if self.prior <= 0 or self.window < 1:
+            raise ValueError(f"prior must be above 0, window 1 or more. Received: {self}.")
+
+    def fit(self, train: Log | Sequences) -> HistoryRetriever:
+        """Counts the transitions of a log, or of sequences; a `ValueError` if it has no order."""
+        if not isinstance(train, Sequences):
+            train = Sequences.from_log(train)
+        items, rows = train.items, train.item_rows
+        popular = Interactions.from_rows(items, train.users, rows).counts
+        popular = self.prior * popular / max(1, popular.sum())
+        # Row 0 is for histories without a known item.
+        shape = (1 + len(items), len(items))
+        num = scipy.sparse.csr_matrix(shape, dtype=np.float32)
+        for i in range(self.window):
+            place = train.earlier(1 + i)
+            is_there = place >= 0
+            pair = rows[place[is_there]], rows[is_there] - 1
+            weight = np.full(len(pair[0]), _DECAY**i, np.float32)
+            num += scipy.sparse.csr_matrix((weight, pair), shape)
+        num_all = num.sum(axis=1).A1
+
+        def score(queries: Sequence[Query]) -> np.ndarray:
+            histories = history_columns(queries, items)
+            last = np.array([1 + x[-1] if len(x) else 0 for x in histories], np.int64)
+            total = num_all[last] + popular.sum()
+            return (num[last].toarray() + popular) / np.maximum(total, 1e-12)[:, np.newaxis]
+
+        return HistoryRetriever(items, score)
 
 
 @dataclass(frozen=True)

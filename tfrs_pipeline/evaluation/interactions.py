@@ -40,7 +40,7 @@ class Interactions:
         pairs = log.events.filter(is_positive).select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
         users = pairs["user_id"].combine_chunks().dictionary_encode().indices
-        return cls.from_rows(items, users.to_numpy(), _clicked_rows(pairs, items))
+        return cls.from_rows(items, users.to_numpy(), clicked_rows(pairs, items))
 
     @classmethod
     def of(cls, train: Log | Interactions) -> Interactions:
@@ -63,13 +63,14 @@ def count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
     """Counts the users of each item in a table of positives: [num_items] int64."""
     found = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
     counts = np.zeros(len(items), np.int64)
-    counts[_clicked_rows(found, items) - 1] = found["num"].to_numpy()
+    counts[clicked_rows(found, items) - 1] = found["num"].to_numpy()
     return counts
 
 
-def _clicked_rows(clicked: pa.Table, items: Ids) -> np.ndarray:
+def clicked_rows(clicked: pa.Table, items: Ids) -> np.ndarray:
     """Looks up the rows of clicked items; raises a `ValueError` if the log's items lack one."""
-    rows = items.rows(clicked["item_id"].to_numpy())
+    ids = clicked["item_id"].combine_chunks().dictionary_encode()
+    rows = items.rows(ids.dictionary.to_numpy(zero_copy_only=False))[ids.indices.to_numpy()]
     if num_unknown := np.count_nonzero(rows < 1):
         raise ValueError(
             f"{num_unknown} of {len(rows)} clicked items are not among the log's items."

@@ -21,6 +21,7 @@ _MANY_NEW = 0.3
 Metrics = Mapping[str, Any]
 # Names for people of the models in a run.
 _WRITTEN = {
+    "transitions": "item-to-item transitions",
     "ease": "EASE",
     "ials": "iALS",
     "two_tower_uncorrected": "the uncorrected model",
@@ -202,7 +203,7 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     if _is_better("popularity", metrics, metric):
         yield from _behind_popularity(config)
     else:
-        yield from _behind_linear_models(metrics, metric, config)
+        yield from _behind_item_models(metrics, metric, config)
 
 
 def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
@@ -241,12 +242,14 @@ def _behind_popularity(config: RunConfig) -> Iterator[str]:
         yield f"behind popularity: {', or '.join(remedies)}"
 
 
-def _behind_linear_models(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
-    """Says what to try if EASE or iALS is better than the model."""
-    better = [_WRITTEN[name] for name in ("ease", "ials") if _is_better(name, metrics, metric)]
-    if not better:
+def _behind_item_models(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
+    """Says what to try if transitions, EASE or iALS are better than the model."""
+    names = [x for x in ("transitions", "ease", "ials") if _is_better(x, metrics, metric)]
+    if not names:
         return
     model, remedies = config.model, []
+    if "transitions" in names and config.training.examples != "sequences":
+        remedies.append("take --preset sequence, which learns from the order")
     if not config.data.is_ordered and config.training.examples != "sets":
         remedies.append("take --preset sets")
     reads_ids = model.use_candidate_id or model.history_pooling
@@ -254,7 +257,8 @@ def _behind_linear_models(metrics: Metrics, metric: str, config: RunConfig) -> I
         remedies.append("set model.item_init svd")
     if not config.data.item_features:
         remedies.append("give features of the items (data.item_features)")
-    yield f"behind {_listed(better)}: {', or '.join([*remedies, 'more model.negatives'])}"
+    remedies.append("more model.negatives")
+    yield f"behind {_listed([_WRITTEN[x] for x in names])}: {', or '.join(remedies)}"
 
 
 def _is_better(name: str, metrics: Metrics, metric: str) -> bool:

@@ -8,13 +8,13 @@ from typing import TypeAlias
 import numpy as np
 
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
 
-Baseline: TypeAlias = MostPopular | Repeats | Ease | Ials
+Baseline: TypeAlias = MostPopular | Repeats | Transitions | Ease | Ials
 
 # Shares of the latest positives by which popularity is counted in a split by time: for a test on
 # later days, recent popularity may be a better guess.
@@ -36,6 +36,7 @@ def fit_baselines(
     choices: dict[str, Sequence[Baseline]] = {
         "popularity": [MostPopular(latest=share) for share in latest],
         "repeats": [Repeats()],
+        "transitions": [Transitions()],
         "ease": [Ease()],
         "ials": [Ials(seed=config.seed)],
         **(grids or {}),
@@ -52,6 +53,9 @@ def fit_baselines(
                 f"ease: skipped, because it inverts an item-by-item matrix and {num_items:,} items "
                 f"are more than {Ease.max_candidates:,}"
             )
+            continue
+        if name == "transitions" and data.split.log.order == "none":
+            notes.append("transitions: skipped, because the log has no order")
             continue
         best = choices[name][0]
         if len(choices[name]) > 1:
