@@ -75,6 +75,9 @@ class ExportConfig(Config):
     gate: bool = False
     """Whether to export a model only if it is not worse than the version in service, beyond the 95%
     interval of training.monitor on the same test queries."""
+    if_beaten: bool = False
+    """Whether to export a model that a baseline beats beyond the 95% interval of training.monitor
+    on the test."""
     user_data: bool = True
     """Whether the export holds personal data of the log: users' ids, histories and features, and
     held-out queries. Without it, every request must send the user's history."""

@@ -29,11 +29,12 @@ from tests.small_log import (
     user_table,
     write,
 )
+from tfrs_pipeline import cli
 from tfrs_pipeline.batches.user_sets import UserSets
-from tfrs_pipeline.config import RunConfig, load_config, with_settings
+from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.messages import StepReport
@@ -354,6 +355,41 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
     with_ease = with_settings(config, {"evaluation.baselines": ["ease"]})
     (note,) = fit_baselines(with_ease, data, grids={"ease": choices})[1]
     assert note in [f"ease: {ease!r}, best of 2 on validation" for ease in choices]
+
+
+def test_a_model_that_a_baseline_beats_is_exported_only_if_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so first, and by how much; the run is kept, and exports without another training."""
+    settings = {
+        "training.learning_rate": 1e-9,
+        "training.max_epochs": 1,
+        "evaluation.baselines": ("popularity", "ease"),
+        "export.index": "exact",
+        "export.if_beaten": False,
+    }
+    (tmp_path / "lost.toml").write_text(
+        dump_config(with_settings(ratings_config(tmp_path), settings))
+    )
+    folder = tmp_path / "run"
+    asked = ["run", "--config", str(tmp_path / "lost.toml"), "--run-dir", str(folder)]
+    assert cli.main(asked) == cli.NOT_PUBLISHED
+    shown, told = capsys.readouterr()
+    metrics = read_record(folder / "metrics.json")
+    means = {name: model["ndcg@20"]["mean"] for name, model in metrics["models"].items()}
+    best = max(("popularity", "ease"), key=lambda name: means[name])
+    first = shown.partition("a baseline wins: ")[2].splitlines()[0]
+    assert f"the best baseline, {best.replace('ease', 'EASE')}, beats it by" in first
+    assert shown.index(first) < shown.index("On the test split")
+    assert f"{means['two_tower']:.4f}, and {means[best]:.4f} of the baseline {best}: -" in told
+    assert metrics["refusal"] in told
+    assert not (tmp_path / "saved_models").exists()
+    trained = {x: x.stat().st_mtime_ns for x in folder.rglob("checkpoints/**/*") if x.is_file()}
+    assert trained
+    assert cli.main(["run", "--run-dir", str(folder), "--export.if_beaten"]) == 0
+    assert "exported anyway, as export.if_beaten allows: A baseline" in capsys.readouterr().out
+    assert {x: x.stat().st_mtime_ns for x in trained} == trained
+    assert read_record(folder / "metrics.json")["export_folder"].endswith("films/1")
 
 
 def test_what_is_dropped_is_counted(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     The code is 0 for success, 1 for refused data or a failed run, 2 for a wrong flag or setting, 3
-    for a model worse than the one in service, 130 after Ctrl-C, 141 if nobody reads the output.
+    for a model that a baseline or the version in service beats, 130 after Ctrl-C, 141 if nobody
+    reads the output.
     """
     # Failures in TensorFlow's C++ log also come as Python errors.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

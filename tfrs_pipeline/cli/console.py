@@ -120,6 +120,9 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     # Columns that do not fit are left out, since a wrapped table is unreadable.
     width = console.width if console.is_terminal else None
     table = format_table(result.metrics["models"], list(dict.fromkeys(columns)), width=width)
+    monitored = compared_with_baselines(result.metrics, config.training.monitor)
+    if monitored.outcome is Outcome.WORSE:
+        say(console, f"\na baseline wins: {monitored.why}")
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
     say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:\n{table}\n")
     for head, text in _findings(config, result.metrics):

@@ -16,7 +16,7 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.json"
-MAY_CHANGE = ("export.gate", "export.index", "export.target_recall")
+MAY_CHANGE = ("export.gate", "export.if_beaten", "export.index", "export.target_recall")
 """Settings of a started run that may change until something is exported; then only the first."""
 
 # Files that a run replaces; a user's own files may have the same names.

@@ -32,7 +32,7 @@ class RunResult:
 
     @property
     def refusal(self) -> str | None:
-        """Why `export.gate` keeps the model out of service; None if it does not."""
+        """Why a baseline or `export.gate` keeps the model out of service; None if neither does."""
         refusal: str | None = self.metrics.get("refusal")
         return refusal
 
@@ -77,7 +77,7 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
     A stopped run of the same config in the folder is resumed: finished data and samples are kept,
     and training continues from its last epoch. A finished run is returned unchanged, since another
     export would make a server load another version. It is exported again only if its version is
-    gone and there is no other version, or if the gate kept it out.
+    gone and there is no other version, or if it was refused.
 
     If TF_CONFIG names several workers, each calls this with the same folder, on a shared file
     system. They train together; the chief alone writes, with its own config, evaluates and exports,
@@ -135,7 +135,7 @@ def read_result(config: RunConfig, folder: RunFolder) -> RunResult | None:
     result = RunResult(folder.path, metrics)
     if config.export.index == "none":
         return result
-    if result.export_folder is None:  # It was refused, but the gate may be open now.
+    if result.export_folder is None:  # It was refused, but the settings may allow it now.
         return None
     # If other versions exist, this one would replace them. The project may have moved.
     folders = result.export_folder.parent, config.model_folder

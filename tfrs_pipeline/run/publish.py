@@ -1,6 +1,7 @@
-"""Exports a run's model if the gate allows it, and at most once per training."""
+"""Exports a run's model unless it is worse than others, and at most once per training."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from tfrs_pipeline.run.refresh import describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.versions import name_of_log, own_version, trained_by
 from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_version
-from tfrs_pipeline.serving.gate import IN_SERVICE, describe_lacking, refuse_worse
+from tfrs_pipeline.serving.gate import IN_SERVICE, describe_lacking, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
 
@@ -27,7 +28,7 @@ class Exported:
 
     folder: Path | None = None
     index: dict[str, Any] | None = None
-    refusal: str | None = None  # Why the gate refused the model, if it did.
+    refusal: str | None = None  # Why the model was refused, if it was.
 
     def as_metrics(self) -> dict[str, Any]:
         """Returns the export's entries of metrics.json."""
@@ -63,7 +64,7 @@ def _read_exported(
 def _export_best(
     config: RunConfig, folder: RunFolder, runner: Runner, data: RunData, measured: Measured
 ) -> Exported:
-    """Exports the two-tower model, unless the version in service is better."""
+    """Exports the two-tower model, unless a baseline or the version in service is better."""
     listed = data.split.log.listed_ids
     if config.export.index == "none":
         runner.note("export.index is 'none': nothing is exported")
@@ -71,8 +72,9 @@ def _export_best(
     try:
         runner.note(*_pass_gate(config, folder, measured))
     except NotPublished as error:
-        runner.note("not exported: the version in service is better")
-        return Exported(refusal=str(error))
+        refusal = str(error)
+        runner.note(f"not exported: {refusal.partition('. ')[0]}")
+        return Exported(refusal=refusal)
     if measured.in_service is not None:
         known = {"in_service": measured.in_service.corpus.values, "exported": listed}
         runner.note(describe_lacking(data.test, config.evaluation.exclude, **known))
@@ -111,21 +113,30 @@ def _export_best(
     return Exported(version, manifest["index"])
 
 
-def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> list[str]:
-    """Compares the model with the version in service, but not with its own export."""
-    if IN_SERVICE not in measured.evaluation.results:
-        return ["no version is in service yet"] if config.export.gate else []
+def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> Iterator[str]:
+    """Compares the model with the baselines, and with the version in service if that is measured.
+
+    It is not compared with its own export. Yields notes; raises `NotPublished` if it is refused.
+    """
+    export, monitor, models = config.export, config.training.monitor, config.model_folder
+    evaluation = measured.evaluation
+    baselines = [x for x in evaluation.results if x not in (*measured.models, IN_SERVICE)]
+    kept = f"{models} stays as it is. The trained run is kept: --run-dir {folder.path} with"
     try:
-        own = own_version(config, folder.path)
-        monitor, models = config.training.monitor, config.model_folder
-        return [refuse_worse(measured.evaluation, monitor, models, without=own)]
+        refuse_beaten(evaluation, monitor, baselines)
     except NotPublished as error:
-        if not config.export.gate:
-            return [f"exported anyway, without the gate: {error}"]
-        raise NotPublished(
-            f"{error} {config.model_folder} stays as it is. The trained run is kept: --run-dir "
-            f"{folder.path} with --no-export.gate exports it anyway."
-        ) from None
+        if not export.if_beaten:
+            raise NotPublished(f"{error} {kept} --export.if_beaten exports it anyway.") from None
+        yield f"exported anyway, as export.if_beaten allows: {error}"
+    if IN_SERVICE not in evaluation.results:
+        yield from ["no version is in service yet"] if export.gate else []
+        return
+    try:
+        yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder.path))
+    except NotPublished as error:
+        if export.gate:
+            raise NotPublished(f"{error} {kept} --no-export.gate exports it anyway.") from None
+        yield f"exported anyway, without the gate: {error}"
 
 
 def _made_by(config: RunConfig, folder: RunFolder) -> dict[str, Any]:

@@ -114,20 +114,35 @@ def refuse_worse(
     """
     version = _newest(folder, without)
     assert version is not None  # It was measured.
+    found = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
+    if evaluation.differences[IN_SERVICE][metric].low > 0:
+        raise NotPublished(f"The new model is worse than the one in service. {found}.")
+    return f"not worse than the version in service: {found}"
+
+
+def refuse_beaten(evaluation: Evaluation, metric: str, baselines: Sequence[str]) -> None:
+    """Raises `NotPublished` if a baseline is significantly better than the new model, the first."""
+    gains = {name: evaluation.differences[name][metric] for name in baselines}
+    ahead = [name for name, gain in gains.items() if gain.low > 0]
+    if ahead:
+        best = max(ahead, key=lambda name: gains[name].mean)
+        found = _described(evaluation, metric, best, f"the baseline {best}")
+        raise NotPublished(f"A baseline beats the new model. {found}.")
+
+
+def _described(evaluation: Evaluation, metric: str, other: str, written: str) -> str:
+    """Describes the first model beside another: both means, and the difference of the first."""
     new, old = (
         result.overall.intervals[metric].mean
-        for result in (evaluation.first, evaluation.results[IN_SERVICE])
+        for result in (evaluation.first, evaluation.results[other])
     )
-    better = evaluation.differences[IN_SERVICE][metric]  # The version in service minus the model.
+    better = evaluation.differences[other][metric]  # The other minus the first.
     # Taken from 0: the negative of 0.0 would be shown as -0.0000.
-    found = (
-        f"{metric} {new:.4f}, and {old:.4f} of version {version.name} in service: "
+    return (
+        f"{metric} {new:.4f}, and {old:.4f} of {written}: "
         f"{0 - better.mean:+.4f} [{0 - better.high:+.4f}, {0 - better.low:+.4f}] on the same "
         f"{len(evaluation.first.user_ids):,} queries"
     )
-    if better.low > 0:
-        raise NotPublished(f"The new model is worse than the one in service. {found}.")
-    return f"not worse than the version in service: {found}"
 
 
 def describe_lacking(
