@@ -37,6 +37,7 @@ PUBLIC = {
     "Negatives": "negatives.protocol",
     "Popularity": "negatives.popularity",
     "Query": "retrieval",
+    "Race": "run.race",
     "Reading": "data.reading",
     "Repeats": "evaluation.baselines",
     "Retriever": "retrieval",
@@ -60,6 +61,7 @@ PUBLIC = {
     "load": "serving.retriever",
     "load_config": "config",
     "movielens_config": "config",
+    "race": "run.race",
     "trained_in": "run.training",
     "with_settings": "config",
 }

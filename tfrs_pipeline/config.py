@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 import tomli_w
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
@@ -19,7 +19,7 @@ from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.presets import PRESETS
+from tfrs_pipeline.presets import PRESETS, Recipe
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
 # The last two are not defaults.
@@ -37,6 +37,19 @@ PlanKind: TypeAlias = Literal[
 ]
 
 Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "transitions", "ease", "ials"]
+
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _read_duration(value: Any) -> Any:
+    """Reads seconds from text such as 90s, 10m or 2h."""
+    if not isinstance(value, str) or value == "none":
+        return None if value == "none" else value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
+    if found is None:
+        raise ValueError("must be seconds, or a number with s, m or h, such as 10m")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 class EvaluationConfig(Config):
@@ -135,6 +148,16 @@ class RunConfig(Config):
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
     """Finished run or exported model whose weights training starts from. If not given, from
     scratch."""
+    recipes: Distinct[Recipe] = ()
+    """Recipes to race on validation; the winner is trained. On your own log, a run without --preset
+    races all; none trains the settings as they are."""
+    given: Distinct[str] = ()
+    """Settings, by dotted name, that no recipe changes: in a run, those given as flags or in the
+    file."""
+    budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
+    """CPU time of the race, such as 600, 10m or 2h, after which the leading recipe wins. If not
+    given, a recipe races until its curve says that it cannot win: about as long, all together, as
+    the winner trains twice."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 
@@ -174,6 +197,9 @@ class RunConfig(Config):
             (not data.is_ordered and training.examples == "sequences", "training.examples",
              "got 'sequences' with data.is_ordered false: set that to true, as suits a log with "
              "timestamps too, or take --preset sets for a log without an order"),
+            (bool(self.recipes) and self.warm_start is not None, "recipes",
+             "got some with warm_start, which goes on with the model of another run: race without, "
+             "or leave recipes out"),
             (data.request_features and training.examples == "sets", "data.request_features",
              f"got {', '.join(data.request_features)} with training.examples 'sets', which "
              "gives a query the positives of many requests: train 'single' or 'sequences'"),
@@ -243,6 +269,21 @@ def load_config(path: Path | str) -> RunConfig:
         return RunConfig(**settings)
     except ConfigError as error:
         raise ConfigError(error.problems, str(path)) from None
+
+
+def names_in_file(path: Path | str) -> list[str]:
+    """Names the settings that a file of `load_config` holds, dotted."""
+    settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    return list(flat_settings(settings))
+
+
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested tables of settings, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = flat_settings(value, f"{prefix}{name}.") if isinstance(value, Mapping) else None
+        flat |= inner or {f"{prefix}{name}": value}
+    return flat
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,6 +1,6 @@
 """Presets: settings for a kind of log, which flags may replace."""
 
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.mined import Mined
@@ -90,3 +90,20 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"model.hard": Mined(share=0.01)},
     ),
 }
+
+Recipe: TypeAlias = Literal["default", "quick", "sequence", "sets"]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+"""The recipes of a race, in the order in which they train; "default" changes nothing."""
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Returns what a recipe changes in a model and its training, by dotted name.
+
+    The data stays as it is, so that all recipes are compared on the same validation.
+    """
+    settings = {} if name == "default" else PRESETS[name][1]
+    return {
+        setting: value
+        for setting, value in settings.items()
+        if setting.startswith(("model.", "training."))
+    }

@@ -31,10 +31,11 @@ from tfrs_pipeline.config import (
     dump_changes,
     load_config,
     movielens_config,
+    names_in_file,
     with_settings,
 )
 from tfrs_pipeline.messages import Progress
-from tfrs_pipeline.presets import PRESETS
+from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.versions import check_model_name, with_source
 from tfrs_pipeline.serving.publish import NotPublished
@@ -110,14 +111,17 @@ Compare = _with_settings_but(
 def train(command: str, given: Mapping[str, Any]) -> int:
     """Does `run` or `compare` in a folder, and says how to resume it if it is stopped."""
     flags = Work(**{name: value for name, value in given.items() if name in Work.model_fields})
-    config = _config_of(flags, {k: v for k, v in given.items() if k not in Work.model_fields})
+    settings = {k: v for k, v in given.items() if k not in Work.model_fields}
+    config = _config_of(flags, settings)
+    if command == "run":
+        config = _with_recipes(config, flags, settings)
     prefix, work, show = _WORK[command]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     place = RunFolder(folder)
     if command == "run":
         check_model_name(config)  # Checked before a folder is made.
-        config = with_source(config, place)
+        config = place.settled(with_source(config, place))
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
@@ -204,6 +208,20 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
         base = RunConfig()
     # Together, because a flag may resolve a conflict with a preset.
     return with_settings(base, settings, preset=flags.preset)
+
+
+def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> RunConfig:
+    """Adds the recipes to race: all, if nothing says which model suits the user's own log."""
+    is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
+    in_file = names_in_file(flags.config) if flags.config else list(config.given)
+    given = {"given": sorted({*settings, *in_file} - {"recipes", "given", "budget"})}
+    if config.recipes and "given" not in in_file:
+        return with_settings(config, given)
+    is_demo = config.data.source == "movielens-100k"
+    is_settled = "recipes" in settings or "recipes" in in_file or (is_begun and not flags.config)
+    if is_settled or is_demo or flags.preset or config.warm_start is not None:
+        return config
+    return with_settings(config, {**given, "recipes": RECIPES})
 
 
 def _run(config: RunConfig, folder: Path, progress: Progress) -> RunResult:

@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline.cluster import this_worker
-from tfrs_pipeline.config import RunConfig, dump_config, load_config
-from tfrs_pipeline.durable import is_whole, locked, naming, read_record, replace_text, try_writing
+from tfrs_pipeline.config import RunConfig, dump_config, flat_settings, load_config, with_settings
+from tfrs_pipeline.durable import (
+    is_whole,
+    locked,
+    naming,
+    read_record,
+    replace_text,
+    try_writing,
+    write_record,
+)
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.settings import ConfigError
@@ -21,7 +29,7 @@ MAY_CHANGE = ("export.gate", "export.if_beaten", "export.index", "export.target_
 
 # Files that a run replaces; a user's own files may have the same names.
 _REPLACED = (
-    *(CONFIG_FILE, "data", "samples", "plans", "native.log", "report.html"),
+    *(CONFIG_FILE, "data", "samples", "race", "plans", "native.log", "report.html"),
     *("comparison.json", "comparison.md", "comparison.svg"),
 )
 # Files that show that a run has started; from then on its settings are fixed.
@@ -59,6 +67,16 @@ class RunFolder:
     def samples(self, part: str) -> Path:
         """Returns the folder of a training's samples: "selection" or "final"."""
         return self.path / "samples" / part
+
+    @property
+    def race(self) -> Path:
+        """The curves of a race, and its trainings until it is decided."""
+        return self.path / "race"
+
+    @property
+    def race_file(self) -> Path:
+        """The record of a decided race, with the settings that were asked for."""
+        return self.race / "race.json"
 
     def checkpoints(self, model: str) -> Path:
         """Returns the folder of a model's two trainings."""
@@ -98,6 +116,22 @@ class RunFolder:
             )
             raise ConfigError([("", message)], str(path))
         return load_config(path)
+
+    def settle(self, asked: RunConfig, settled: RunConfig, race: Mapping[str, Any]) -> None:
+        """Replaces the settings by those of a race's winner, and records the race."""
+        content = {"asked": asked.model_dump(mode="json"), "race": dict(race)}
+        write_record(self.race_file, content)
+        self._write_settings(settled)
+
+    def settled(self, config: RunConfig) -> RunConfig:
+        """Returns the winner's settings if a race of these settings was decided here."""
+        if not (config.recipes and is_whole(self.race_file)):
+            return config
+        changed = {name: getattr(config.export, name.rpartition(".")[2]) for name in MAY_CHANGE}
+        asked = RunConfig(**read_record(self.race_file)["asked"])
+        if with_settings(asked, changed) != config:
+            return config
+        return with_settings(self.settings(), changed)
 
     @contextlib.contextmanager
     def claim(self, config: RunConfig, *, is_run: bool) -> Iterator[None]:
@@ -141,7 +175,7 @@ class RunFolder:
             self._refuse_files_of_others()
             self._write_settings(config)
             return
-        old, new = (_flat(x.model_dump(mode="json")) for x in (self.settings(), config))
+        old, new = (flat_settings(x.model_dump(mode="json")) for x in (self.settings(), config))
         every_change = [name for name in old | new if old.get(name) != new.get(name)]
         metrics = self.metrics()
         is_exported = metrics is not None and exported_version(metrics, config.model_folder)
@@ -214,12 +248,3 @@ def _remove(folder: Path, made: Sequence[Path]) -> None:
 
 def _hash(settings: str) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested tables of settings, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else None
-        flat |= inner or {f"{prefix}{name}": value}
-    return flat

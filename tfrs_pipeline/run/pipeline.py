@@ -8,7 +8,7 @@ from typing import Any
 
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.durable import is_whole, read_record, write_record
 from tfrs_pipeline.messages import SILENT, Progress, StepReport
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.retrieval import Retriever
@@ -17,6 +17,7 @@ from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder, exported_version
 from tfrs_pipeline.run.measure import is_compared, measure, metrics_of
 from tfrs_pipeline.run.publish import Exported, export_step
+from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_source, training_step, variants
 from tfrs_pipeline.run.versions import check_model_name, with_source
@@ -44,9 +45,13 @@ class RunResult:
 
 
 def run_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
-    """Returns the steps of a run, in order."""
+    """Returns the steps of a run, in order.
+
+    After a race, the model steps are those of the winner's settings.
+    """
     return [
         *data_steps(config, folder),
+        *([race_step(config, folder)] if config.recipes else []),
         *_model_steps(config, folder),
         *_closing_steps(config, folder),
     ]
@@ -91,7 +96,8 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
     check_model_name(config)
     training_strategy()  # Joins the other workers, if there are any.
     place = RunFolder(folder)
-    config = RunConfig(**on_chief(lambda: with_source(config, place).model_dump(mode="json")))
+    begun = on_chief(lambda: place.settled(with_source(config, place)).model_dump(mode="json"))
+    config = RunConfig(**begun)
     if place.metrics() is None:  # A finished run needs no source any more.
         check_source(config)
     with place.claim(config, is_run=True):
@@ -100,6 +106,8 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
             return finished
         runner = Runner(progress)
         chief_first(lambda: runner.run(data_steps(config, place)))
+        if config.recipes:
+            config = settle(config, place, runner.run([race_step(config, place)]))
         runner.run(_model_steps(config, place))
         return chief_first(lambda: _conclude(config, place, runner))
 
@@ -117,6 +125,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
     data, measured = runner.artifacts["samples"], runner.artifacts["measured"]
     metrics = {
         **metrics_of(config, data, measured),
+        **({"race": read_record(folder.race_file)["race"]} if is_whole(folder.race_file) else {}),
         **exported.as_metrics(),
         "notes": {report.name: report.notes for report in runner.reports},
         "seconds": {report.name: report.seconds for report in runner.reports},

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import is_whole, read_record, write_record
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.batching import make_batches
-from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief, training_strategy
-from tfrs_pipeline.model.fit import TrainingResult, read_epoch
+from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.notes import describe_epoch, describe_steps
 from tfrs_pipeline.model.optimizer import make_optimizer
@@ -74,31 +75,22 @@ def train_and_refit(
     first training; its `notes` describe both.
     """
     check_trainable(data, config)
-    source = config.warm_start
+    source, log = config.warm_start, data.split.train
 
     def fit(step: Training, max_epochs: int) -> FittedTwoTower:
-        task, is_first = f"{name}, {step}", step == "selection"
-
-        def on_epoch(so_far: TrainingResult) -> None:
-            note = describe_epoch(so_far, config.training.monitor, max_epochs)
-            progress.task(task, so_far.num_epochs, max_epochs, note)
-
-        def on_steps(epoch: int, done: int, total: int) -> None:
-            progress.task(task, epoch - 1, max_epochs, describe_steps(epoch, done, total))
-
-        return plan_of(config, name).fit_samples(
+        is_first = step == "selection"
+        return fit_once(
+            config,
             data.selection if is_first else data.final,
             data.validation if is_first else None,
+            log,
+            name=name,
+            task=f"{name}, {step}",
             max_epochs=max_epochs,
             # The source's first training has seen nothing that validates here.
             warm_start=None if source is None else trained_in(source, step, name),
             folder=None if folder is None else folder / step,
-            exclude=config.evaluation.exclude,
-            cutoffs=config.evaluation.cutoffs,
-            on_epoch=on_epoch,
-            on_steps=on_steps,
-            on_progress=progress.task,
-            log=data.split.train,
+            progress=progress,
         )
 
     models = [fit("selection", config.training.max_epochs)]
@@ -110,6 +102,45 @@ def train_and_refit(
     if folder is not None:
         on_chief(lambda: _write_trained(folder, data, model))
     return model
+
+
+def fit_once(
+    config: RunConfig,
+    data: TrainingSet,
+    validation: Holdout | None,
+    log: Log,
+    *,
+    name: str,
+    task: str,
+    max_epochs: int,
+    warm_start: FittedTwoTower | None = None,
+    folder: Path | None = None,
+    progress: Progress = SILENT,
+    on_epoch: OnEpoch = lambda so_far: None,
+) -> FittedTwoTower:
+    """Does one training of a config, and shows its epochs as the progress of a task."""
+
+    def tell_epoch(so_far: TrainingResult) -> None:
+        note = describe_epoch(so_far, config.training.monitor, max_epochs)
+        progress.task(task, so_far.num_epochs, max_epochs, note)
+        on_epoch(so_far)
+
+    def tell_steps(epoch: int, done: int, total: int) -> None:
+        progress.task(task, epoch - 1, max_epochs, describe_steps(epoch, done, total))
+
+    return plan_of(config, name).fit_samples(
+        data,
+        validation,
+        max_epochs=max_epochs,
+        warm_start=warm_start,
+        folder=folder,
+        exclude=config.evaluation.exclude,
+        cutoffs=config.evaluation.cutoffs,
+        on_epoch=tell_epoch,
+        on_steps=tell_steps,
+        on_progress=progress.task,
+        log=log,
+    )
 
 
 def _about_trainings(

@@ -1,0 +1,146 @@
+"""Which recipe of a race trains next: a rule over the curves so far, which trains nothing itself.
+
+It is successive halving by CPU time with one change: a recipe is not dropped because it is in the
+slower half, but because its own curve says that it will not catch up. So a slow starter may go on.
+"""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Each recipe trains so many epochs, and so many CPU seconds, before any is compared.
+FIRST_EPOCHS = 2
+FIRST_SECONDS = 10.0
+# Doubling the CPU time is expected to gain at most this many times what the last doubling gained.
+# Chosen on the curves of fourteen logs: docs/explanation/tried.md.
+STILL_TO_GAIN = 1.5
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The curve of one recipe.
+
+    Attributes:
+        name: Name of the recipe.
+        seconds: CPU seconds that its epochs had taken by the end of each; building the network,
+            which each turn does once more, does not count.
+        values: Validation metric after each epoch.
+        has_ended: Whether the training has ended by itself: by its patience, or all epochs done.
+    """
+
+    name: str
+    seconds: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
+    has_ended: bool = False
+
+    @property
+    def spent(self) -> float:
+        """CPU seconds so far."""
+        return self.seconds[-1] if self.seconds else 0.0
+
+    @property
+    def best(self) -> float:
+        """Best value so far; minus infinity before the first epoch."""
+        return max(self.values, default=float("-inf"))
+
+    @property
+    def best_epoch(self) -> int:
+        """Epoch, from 1, of the best value; 0 before the first."""
+        return self.values.index(self.best) + 1 if self.values else 0
+
+    def after(self, values: Sequence[float], durations: Sequence[float], has_ended: bool) -> "Lane":
+        """Returns the lane after a turn.
+
+        Args:
+            values: Those of all epochs, the earlier turns' included.
+            durations: CPU seconds of the turn's epochs. The first includes the building of the
+                network: it counts as much as a usual one.
+            has_ended: Whether the training has ended by itself.
+        """
+        known = [b - a for a, b in itertools.pairwise((0.0, *self.seconds))]
+        usual = [*known, *durations[1:]] or durations[:1]
+        each = [*known, *([statistics.median(usual)] if durations else []), *durations[1:]]
+        # Epochs that an earlier process saved as it was killed have no duration.
+        each += [statistics.median(each)] * (len(values) - len(each))
+        seconds = tuple(itertools.accumulate(each[: len(values)]))
+        return Lane(self.name, seconds, tuple(values), has_ended)
+
+    def has_ended_by(self, seconds: float) -> bool:
+        """Returns whether the training has ended within a number of CPU seconds."""
+        return self.has_ended and self.spent <= seconds
+
+    def best_by(self, seconds: float) -> float:
+        """Returns the best value within a number of CPU seconds."""
+        reached = [x for x, at in zip(self.values, self.seconds, strict=True) if at <= seconds]
+        return max(reached, default=float("-inf"))
+
+    def reach(self, seconds: float) -> float:
+        """Estimates the value that a lane can reach from its curve within a number of seconds."""
+        now, before = self.best_by(seconds), self.best_by(seconds / 2)
+        return now + STILL_TO_GAIN * (now - before)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which recipe trains next, until it has both so many epochs and so many CPU seconds."""
+
+    name: str
+    epochs: int
+    seconds: float
+
+    def is_over(self, lane: Lane) -> bool:
+        """Returns whether the recipe has had its turn."""
+        return len(lane.values) >= self.epochs and lane.spent >= self.seconds
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A race after some turns.
+
+    Attributes:
+        turn: Who trains next; None if the race is decided.
+        dropped: What each recipe had spent, and how far it was behind, when it was dropped.
+    """
+
+    turn: Turn | None
+    dropped: dict[str, tuple[float, float]]
+
+
+def standing(lanes: Sequence[Lane], budget: float | None = None) -> Standing:
+    """Says who trains next in a race, and who is out of it.
+
+    In each round a recipe gets twice the CPU seconds of the round before. After it, a recipe stays
+    if it leads, or if what it can still reach is as good as the leader's best by then.
+
+    Args:
+        lanes: The recipes, in the order in which they train.
+        budget: CPU seconds of all recipes together, after which the leader wins.
+    """
+    left = float("inf") if budget is None else budget - sum(lane.spent for lane in lanes)
+    if left <= 0 and any(lane.values for lane in lanes):
+        return Standing(None, {})
+    for lane in lanes:
+        if len(lane.values) < FIRST_EPOCHS and not lane.has_ended:
+            return Standing(Turn(lane.name, FIRST_EPOCHS, 0.0), {})
+    quota = max(FIRST_SECONDS, *(lane.seconds[:FIRST_EPOCHS][-1] for lane in lanes))
+    racing, dropped = list(lanes), dict[str, tuple[float, float]]()
+    while True:
+        for lane in racing:
+            if lane.spent < quota and not lane.has_ended:
+                return Standing(Turn(lane.name, 0, min(quota, lane.spent + left)), dropped)
+        leading = max(lane.best_by(quota) for lane in racing)
+        for lane in racing:
+            best = lane.best_by(quota)
+            can_gain = not lane.has_ended_by(quota) and lane.reach(quota) >= leading
+            if best < leading and not can_gain:
+                dropped[lane.name] = min(lane.spent, quota), leading - best
+        racing = [lane for lane in racing if lane.name not in dropped]
+        if all(lane.has_ended_by(quota) for lane in racing):
+            return Standing(None, dropped)
+        quota *= 2
+
+
+def winner(lanes: Sequence[Lane]) -> Lane:
+    """Returns the lane with the best value; the first of equals."""
+    return max(lanes, key=lambda lane: lane.best)

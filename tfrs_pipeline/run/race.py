@@ -1,0 +1,308 @@
+"""Races recipes on validation, and continues with the winner.
+
+A recipe is a preset's settings of the model and its training. Its training in the race is the one
+that a run would do to choose the epoch: the winner's goes on where it is, and is not repeated.
+"""
+
+import dataclasses
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.durable import is_whole, read_record, write_record
+from tfrs_pipeline.messages import SILENT, Progress
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.distribution import on_chief
+from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.presets import RECIPES, recipe
+from tfrs_pipeline.run.data import RunData
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.lanes import Lane, Turn, standing, winner
+from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.run.training import fit_once
+from tfrs_pipeline.settings import ConfigError
+
+# The curves so far, beside the trainings.
+CURVES_FILE = "curves.json"
+
+
+@dataclass(frozen=True)
+class Race:
+    """A decided race.
+
+    Attributes:
+        lanes: The curve of each recipe.
+        metric: The validation metric that decided.
+        dropped: Recipe -> its CPU seconds when it was dropped, and how far it was behind by then.
+        not_begun: Recipe -> why it did not race.
+    """
+
+    lanes: tuple[Lane, ...]
+    metric: str
+    dropped: Mapping[str, tuple[float, float]]
+    not_begun: Mapping[str, str]
+
+    @property
+    def winner(self) -> str:
+        """Name of the recipe that won."""
+        return winner(self.lanes).name
+
+    def lines(self) -> list[str]:
+        """Describes the race: the winner first, a line for each recipe."""
+        first = winner(self.lanes)
+        ranked = sorted(self.lanes, key=lambda lane: -lane.best)
+        spent = sum(lane.spent for lane in self.lanes)
+        return [
+            f"{first.name} won: validation {self.metric} {first.best:.4f}; the race took "
+            f"{spent:.0f} CPU seconds, the winner {first.spent:.0f} of them",
+            *(self._line(lane) for lane in ranked if lane is not first),
+            *(f"{name}: not begun, {why}" for name, why in self.not_begun.items()),
+        ]
+
+    def _line(self, lane: Lane) -> str:
+        best = f"{lane.name}: {lane.best:.4f} at its best, after epoch {lane.best_epoch}"
+        if lane.name in self.dropped:
+            seconds, behind = self.dropped[lane.name]
+            return f"{best}; out after {seconds:.0f} CPU seconds, {behind:.4f} behind"
+        how = "trained to its end" if lane.has_ended else "the budget ended the race"
+        return f"{best}; {how}, {lane.spent:.0f} CPU seconds"
+
+    def as_metrics(self) -> dict[str, Any]:
+        """Returns the race as an entry of metrics.json."""
+        return {
+            "winner": self.winner,
+            "metric": self.metric,
+            "recipes": {lane.name: dataclasses.asdict(lane) for lane in self.lanes},
+            "lines": self.lines(),
+        }
+
+
+class _Paused(Exception):
+    """Ends a turn, from within a training whose last epoch is saved."""
+
+
+def race(
+    train: Log,
+    validation: Holdout,
+    *,
+    recipes: Sequence[str] = RECIPES,
+    settings: Mapping[str, Any] | None = None,
+    budget: float | None = None,
+    seed: int = 0,
+    folder: Path | str | None = None,
+    progress: Progress = SILENT,
+) -> tuple[FittedTwoTower, Race]:
+    """Races recipes on validation; returns the winner's model, trained to its end, and the race.
+
+    Args:
+        train: The training part.
+        validation: Decides the race, and chooses the winner's epoch.
+        recipes: Names in `RECIPES`.
+        settings: Settings of the model and its training, by dotted name, that no recipe changes.
+        budget: CPU seconds of all recipes together, after which the leader wins; None lets a recipe
+            race until its curve says that it cannot win.
+        seed: Seed of everything random.
+        folder: Keeps samples and trainings, so that a stopped race can resume; None is temporary.
+        progress: Told about epochs.
+
+    Raises:
+        ConfigError: If a name or setting is unknown, or no recipe can train with these settings.
+        DataError: If there is no positive.
+
+    Example:
+        A model whose recipe need not be known::
+
+            train, validation, test = log.split("time")
+            model, race = tp.race(train, validation)
+            print(*race.lines(), sep="; ")
+    """
+    settings = dict(settings or {})
+    given = tuple(settings)
+    base = with_settings(
+        RunConfig(seed=seed), {**settings, "recipes": recipes, "given": given, "budget": budget}
+    )
+    with ExitStack() as stack:
+        place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        data = TrainingSet.build(train, place / "samples", seed=seed)
+        laps = _Laps(base, data, validation, train, place / "race", progress)
+        decided = laps.run()
+        model = laps.train(Turn(decided.winner, 0, math.inf))
+        assert model is not None  # It has no turn that ends.
+        return model, decided
+
+
+def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
+    """Makes the winner's training that of the run; returns its settings, which race no more.
+
+    The folder keeps the curves; the other recipes' checkpoints are removed.
+    """
+    settled = winners_settings(config, decided)
+
+    def move() -> None:
+        won, place = folder.race / decided.winner, folder.checkpoints("two_tower") / "selection"
+        if won.is_dir() and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            won.rename(place)
+        for lane in decided.lanes:
+            shutil.rmtree(folder.race / lane.name, ignore_errors=True)
+        folder.settle(config, settled, decided.as_metrics())
+
+    on_chief(move)
+    return settled
+
+
+def race_step(config: RunConfig, folder: RunFolder) -> Step:
+    """Returns the step that races the recipes of a config."""
+
+    def noted(runner: Runner, decided: Race | None) -> Race | None:
+        runner.note(*(decided.lines() if decided else []))
+        return decided
+
+    def make(runner: Runner, data: RunData) -> Race | None:
+        selection, log = data.selection, data.split.train
+        laps = _Laps(config, selection, data.validation, log, folder.race, runner.progress)
+        return noted(runner, laps.run())
+
+    return Step("race", ("samples",), "race", make, place="race/")
+
+
+def winners_settings(config: RunConfig, decided: Race) -> RunConfig:
+    """Returns the settings of a config's winner, which race no more."""
+    changed: dict[str, Any] = {"recipes": (), "given": (), "budget": None}
+    if "evaluation.baselines" not in config.given:  # It would take the winner's time once more.
+        named = config.evaluation.baselines
+        changed["evaluation.baselines"] = tuple(x for x in named if x != "uncorrected")
+    return with_settings(planned(config, decided.winner), changed)
+
+
+def planned(config: RunConfig, name: str) -> RunConfig:
+    """Returns the settings of a recipe; those that are given stay."""
+    changed = {key: value for key, value in recipe(name).items() if not _covers(config, key)}
+    return with_settings(config, changed)
+
+
+def _covers(config: RunConfig, setting: str) -> bool:
+    return any(setting == name or setting.startswith(f"{name}.") for name in config.given)
+
+
+def runners(config: RunConfig, log: Log) -> tuple[dict[str, RunConfig], dict[str, str]]:
+    """Returns the settings of each recipe that can win, and why the others are not begun."""
+    found: dict[str, RunConfig] = {}
+    not_begun: dict[str, str] = {}
+    for name in config.recipes:
+        try:
+            each = planned(config, name)
+        except ConfigError as error:
+            not_begun[name] = "; ".join(f"{key}: {why}" for key, why in error.problems)
+            continue
+        examples = each.training.examples
+        if examples == "sequences" and log.order == "none":
+            not_begun[name] = "the log has no order"
+        elif examples == "sets" and log.request_features:
+            not_begun[name] = "it gives a query the positives of many requests, and the log has "
+            not_begun[name] += "features of the request"
+        elif same := [other for other, config in found.items() if config == each]:
+            not_begun[name] = f"with the settings that are given, it is {same[0]}"
+        else:
+            found[name] = each
+    if not found:
+        raise ConfigError([("recipes", f"none can train: {'; '.join(not_begun.values())}")])
+    return found, not_begun
+
+
+class _Laps:
+    """The trainings of a race, which take turns; their curves and checkpoints are in a folder."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: TrainingSet,
+        validation: Holdout,
+        log: Log,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.config, self.data, self.validation, self.log = config, data, validation, log
+        self.folder, self.progress = folder, progress
+        self.configs, self.not_begun = runners(config, log)
+        self.lanes = {name: Lane(name) for name in self.configs}
+        for name, (seconds, values, has_ended) in on_chief(self._read).items():
+            if name in self.configs:
+                self.lanes[name] = Lane(name, tuple(seconds), tuple(values), has_ended)
+
+    def run(self) -> Race:
+        """Races until it is decided; goes on after the last whole epoch of a stopped race."""
+        while (turn := self._turn()) is not None:
+            self.train(turn)
+        lanes = tuple(self.lanes.values())
+        dropped = standing(lanes, self.config.budget).dropped
+        return Race(lanes, self.config.training.monitor, dropped, self.not_begun)
+
+    def _turn(self) -> Turn | None:
+        turn = standing(tuple(self.lanes.values()), self.config.budget).turn
+        # The chief's clock decides for all workers.
+        chosen = on_chief(lambda: None if turn is None else dataclasses.astuple(turn))
+        return None if chosen is None else Turn(*chosen)
+
+    def train(self, turn: Turn) -> FittedTwoTower | None:
+        """Trains a recipe for its turn; returns the model if the training came to its end."""
+        tf.keras.backend.clear_session()  # One network at a time.
+        config, before = self.configs[turn.name], self.lanes[turn.name]
+        clock, durations = [time.process_time()], list[float]()
+
+        def keep(so_far: TrainingResult, has_ended: bool) -> Lane:
+            values = so_far.history[f"val_{config.training.monitor}"]
+            self.lanes[turn.name] = lane = before.after(values, durations, has_ended)
+            on_chief(self._write)
+            return lane
+
+        def on_epoch(so_far: TrainingResult) -> None:
+            clock.append(time.process_time())
+            durations.append(clock[-1] - clock[-2])
+            lane = keep(so_far, has_ended=False)
+            if on_chief(lambda: turn.is_over(lane)):
+                raise _Paused
+
+        try:
+            model = fit_once(
+                config,
+                self.data,
+                self.validation,
+                self.log,
+                name="two_tower",
+                task=f"race, {turn.name}{self._leading()}",
+                max_epochs=config.training.max_epochs,
+                folder=self.folder / turn.name,
+                progress=self.progress,
+                on_epoch=on_epoch,
+            )
+        except _Paused:
+            return None
+        keep(model.result, has_ended=True)
+        return model
+
+    def _leading(self) -> str:
+        """Returns who leads, for the progress."""
+        first = winner(tuple(self.lanes.values()))
+        return f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / CURVES_FILE
+        return dict(read_record(path)["lanes"]) if is_whole(path) else {}
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lanes = {x.name: (x.seconds, x.values, x.has_ended) for x in self.lanes.values()}
+        write_record(self.folder / CURVES_FILE, {"lanes": lanes})
