@@ -160,6 +160,7 @@ def _check(command: str, config: RunConfig) -> int:
     ):
         from tfrs_pipeline.run.compare import plan_steps
         from tfrs_pipeline.run.pipeline import run_steps
+        from tfrs_pipeline.run.race import runners
         from tfrs_pipeline.run.steps import Runner, as_lines
         from tfrs_pipeline.run.training import check_source, check_trainable, variants
 
@@ -170,8 +171,11 @@ def _check(command: str, config: RunConfig) -> int:
             steps = run_steps(config, place)
         runner.run([step for step in steps if step.writes in ("log", "split", "samples", "plans")])
         if command == "run":
-            for model in variants(config).values():
-                check_trainable(runner.artifacts["samples"], model)
+            data = runner.artifacts["samples"]
+            if config.recipes:
+                runners(config, data.split.train, data.parts)
+            for model in [] if config.recipes else variants(config).values():
+                check_trainable(data.parts, model)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
     say(console, dump_changes(config).rstrip())
     say(console, "\n# steps, as name: reads -> writes")

@@ -111,7 +111,7 @@ def _make_plans(
     num_candidates = len(data.final.corpus.candidate_ids)
     plans, notes = sampling_plans(config, logged, num_candidates, _max_epochs(config, data))
     for plan in plans.values():
-        check_trainable(data, _planned(config, plan, data))
+        check_trainable(data.parts, _planned(config, plan, data))
     runner.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
     return plans, notes
 

@@ -33,6 +33,11 @@ class RunData:
     test: Holdout
 
     @property
+    def parts(self) -> tuple[TrainingSet, TrainingSet]:
+        """What the first training and the refit are trained on."""
+        return self.selection, self.final
+
+    @property
     def has_refit(self) -> bool:
         """Whether models are trained again on all events before the test."""
         return self.final is not self.selection

@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,8 @@ from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.lanes import Lane, Turn, standing, winner
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.training import fit_once
-from tfrs_pipeline.settings import ConfigError
+from tfrs_pipeline.run.training import check_trainable, fit_once
+from tfrs_pipeline.settings import refuse
 
 # The curves so far, beside the trainings.
 CURVES_FILE = "curves.json"
@@ -118,8 +118,9 @@ def race(
         progress: Told about epochs.
 
     Raises:
-        ConfigError: If a name or setting is unknown, or no recipe can train with these settings.
-        DataError: If there is no positive.
+        ConfigError: If a name or setting is unknown.
+        ValueError: If no recipe can train with these settings, or there is no positive
+            (`DataError`).
 
     Example:
         A model whose recipe need not be known::
@@ -136,7 +137,7 @@ def race(
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, place / "samples", seed=seed)
-        laps = _Laps(base, data, validation, train, place / "race", progress)
+        laps = _Laps(base, (data,), validation, train, place / "race", progress)
         decided = laps.run()
         model = laps.train(Turn(decided.winner, 0, math.inf))
         assert model is not None  # It has no turn that ends.
@@ -171,8 +172,8 @@ def race_step(config: RunConfig, folder: RunFolder) -> Step:
         return decided
 
     def make(runner: Runner, data: RunData) -> Race | None:
-        selection, log = data.selection, data.split.train
-        laps = _Laps(config, selection, data.validation, log, folder.race, runner.progress)
+        log, told = data.split.train, runner.progress
+        laps = _Laps(config, data.parts, data.validation, log, folder.race, told)
         return noted(runner, laps.run())
 
     return Step("race", ("samples",), "race", make, place="race/")
@@ -197,29 +198,44 @@ def _covers(config: RunConfig, setting: str) -> bool:
     return any(setting == name or setting.startswith(f"{name}.") for name in config.given)
 
 
-def runners(config: RunConfig, log: Log) -> tuple[dict[str, RunConfig], dict[str, str]]:
-    """Returns the settings of each recipe that can win, and why the others are not begun."""
+def runners(
+    config: RunConfig, log: Log, parts: Iterable[TrainingSet]
+) -> tuple[dict[str, RunConfig], dict[str, str]]:
+    """Returns the settings of each recipe that can train, and why the others are not begun.
+
+    Raises the error of the last recipe if none can.
+    """
     found: dict[str, RunConfig] = {}
     not_begun: dict[str, str] = {}
     for name in config.recipes:
         try:
             each = planned(config, name)
-        except ConfigError as error:
-            not_begun[name] = "; ".join(f"{key}: {why}" for key, why in error.problems)
+            check_log(each, log)
+            check_trainable(parts, each)
+        except ValueError as error:
+            not_begun[name], refused = str(error), error
             continue
-        examples = each.training.examples
-        if examples == "sequences" and log.order == "none":
-            not_begun[name] = "the log has no order"
-        elif examples == "sets" and log.request_features:
-            not_begun[name] = "it gives a query the positives of many requests, and the log has "
-            not_begun[name] += "features of the request"
-        elif same := [other for other, config in found.items() if config == each]:
+        if same := [other for other, config in found.items() if config == each]:
             not_begun[name] = f"with the settings that are given, it is {same[0]}"
         else:
             found[name] = each
     if not found:
-        raise ConfigError([("recipes", f"none can train: {'; '.join(not_begun.values())}")])
+        raise refused
     return found, not_begun
+
+
+def check_log(config: RunConfig, log: Log) -> None:
+    """Refuses (`ConfigError`) examples that a log cannot give."""
+    examples = config.training.examples
+    refuse(
+        ("training.examples", f"got {examples!r}, and the log has {what}")
+        for what, is_wrong in {
+            "no order": examples == "sequences" and log.order == "none",
+            "features of the request, of which a set has many": examples == "sets"
+            and bool(log.request_features),
+        }.items()
+        if is_wrong
+    )
 
 
 class _Laps:
@@ -228,15 +244,15 @@ class _Laps:
     def __init__(
         self,
         config: RunConfig,
-        data: TrainingSet,
+        parts: tuple[TrainingSet, ...],
         validation: Holdout,
         log: Log,
         folder: Path,
         progress: Progress,
     ) -> None:
-        self.config, self.data, self.validation, self.log = config, data, validation, log
+        self.config, self.data, self.validation, self.log = config, parts[0], validation, log
         self.folder, self.progress = folder, progress
-        self.configs, self.not_begun = runners(config, log)
+        self.configs, self.not_begun = runners(config, log, parts)
         self.lanes = {name: Lane(name) for name in self.configs}
         for name, (seconds, values, has_ended) in on_chief(self._read).items():
             if name in self.configs:

@@ -1,7 +1,7 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -52,10 +52,10 @@ def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -
     return Step(f"train {name}", ("samples",), name, make, read, place)
 
 
-def check_trainable(data: RunData, config: RunConfig) -> None:
-    """Refuses what either training would refuse, before hours of training."""
+def check_trainable(parts: Iterable[TrainingSet], config: RunConfig) -> None:
+    """Refuses what a training on any of these parts would refuse, before hours of training."""
     settings, training = config.model, config.training
-    for part in (data.selection, data.final):
+    for part in parts:
         part.check_negatives_left(settings.hard)
         batches = make_batches(part.samples, settings, training, settings.negatives, seed=0)
         make_optimizer(training, training.max_epochs * batches.steps_per_epoch)
@@ -74,7 +74,7 @@ def train_and_refit(
     `folder` keeps both trainings, so that they can resume. The model's `result` is that of the
     first training; its `notes` describe both.
     """
-    check_trainable(data, config)
+    check_trainable(data.parts, config)
     source, log = config.warm_start, data.split.train
 
     def fit(step: Training, max_epochs: int) -> FittedTwoTower:

@@ -1,0 +1,132 @@
+"""The rule of a race, on curves that are known beforehand: nothing is trained here."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfrs_pipeline.run.lanes import FIRST_EPOCHS, FIRST_SECONDS, Lane, Turn, standing, winner
+
+CURVES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30)
+
+
+def full(name: str, values: Sequence[float], epoch: float = 5.0) -> Lane:
+    """A recipe whose epochs take equally long, trained to its end."""
+    seconds = tuple(itertools.accumulate(itertools.repeat(epoch, len(values))))
+    return Lane(name, seconds, tuple(values), has_ended=True)
+
+
+def until(lane: Lane, num_epochs: int) -> Lane:
+    is_all = num_epochs == len(lane.values)
+    return Lane(lane.name, lane.seconds[:num_epochs], lane.values[:num_epochs], is_all)
+
+
+def raced(known: Sequence[Lane], budget: float | None = None) -> tuple[list[Lane], list[str]]:
+    """Replays a race on known curves; returns where each recipe stopped, and who had the turns."""
+    lanes, turns = [until(lane, 0) for lane in known], []
+    while (turn := standing(lanes, budget).turn) is not None:
+        place = [lane.name for lane in known].index(turn.name)
+        whole, done = known[place], len(lanes[place].values)
+        assert done < len(whole.values), "An ended training cannot have another turn."
+        for number in range(done + 1, len(whole.values) + 1):
+            lanes[place] = until(whole, number)
+            if turn.is_over(lanes[place]):
+                break
+        turns.append(turn.name)
+    return lanes, turns
+
+
+def test_a_slow_starter_that_rises_wins() -> None:
+    early = full("early", [0.30, 0.33, 0.34, 0.34, 0.34, 0.34, 0.34])
+    late = full("late", [0.20, 0.28, 0.31, 0.32, *[0.33 + 0.002 * i for i in range(20)]])
+    lanes, _ = raced([early, late])
+    assert winner(lanes).name == "late"
+    assert winner(lanes).has_ended
+
+
+def test_one_that_cannot_catch_up_is_dropped_early() -> None:
+    good = full("good", [0.30 + 0.005 * i for i in range(40)])
+    flat = full("flat", [0.20] * 40)
+    lanes, _ = raced([good, flat])
+    assert winner(lanes) == good
+    spent, behind = standing(lanes).dropped["flat"]
+    assert lanes[1].spent == spent <= max(FIRST_SECONDS, FIRST_EPOCHS * 5.0)
+    assert behind == pytest.approx(0.105)
+
+
+def test_two_that_stay_close_are_both_trained_to_their_ends() -> None:
+    one, other = full("one", [0.3, 0.4, 0.41]), full("other", [0.3, 0.39, 0.42])
+    lanes, _ = raced([one, other])
+    assert lanes == [one, other]
+    assert winner(lanes).name == "other"
+
+
+def test_of_equals_the_first_wins() -> None:
+    assert winner(raced([full("a", [0.2, 0.3]), full("b", [0.3, 0.2])])[0]).name == "a"
+
+
+def test_a_round_gives_each_recipe_the_same_cpu_time() -> None:
+    cheap = full("cheap", [0.3 + 0.001 * i for i in range(400)], epoch=1.0)
+    dear = full("dear", [0.3 + 0.01 * i for i in range(40)], epoch=10.0)
+    lanes = [until(cheap, FIRST_EPOCHS), until(dear, FIRST_EPOCHS)]
+    assert standing(lanes).turn == Turn("cheap", 0, 20.0)
+    lanes[0] = until(cheap, 20)
+    assert standing(lanes).turn == Turn("cheap", 0, 40.0)
+    lanes[0] = until(cheap, 40)
+    assert standing(lanes).turn == Turn("dear", 0, 40.0)
+
+
+def test_a_lonely_recipe_trains_to_its_end() -> None:
+    alone = full("alone", [0.1, 0.05, 0.04, 0.03])
+    assert raced([alone])[0] == [alone]
+
+
+def test_a_budget_ends_the_race_with_the_leader() -> None:
+    known = [
+        full(name, [0.1 * (i + 1) + 0.001 * j for j in range(100)])
+        for i, name in enumerate(["poor", "fair", "good"])
+    ]
+    unlimited = sum(lane.spent for lane in raced(known)[0])
+    for budget in (10.0, 60.0, 200.0):
+        lanes, _ = raced(known, budget)
+        # An epoch is not cut, and each recipe has its turn before the budget is looked at.
+        assert sum(lane.spent for lane in lanes) <= max(budget, 5.0) + 5.0 < unlimited
+    assert winner(lanes).name == "good"
+    assert not winner(lanes).has_ended
+
+
+@given(st.lists(CURVES, min_size=1, max_size=4), st.integers(0, 10**6))
+def test_a_race_ends_and_its_winner_was_trained_to_its_end(
+    curves: list[list[float]], seed: int
+) -> None:
+    known = [full(str(i), values, epoch=1.0 + (seed + i) % 7) for i, values in enumerate(curves)]
+    lanes, turns = raced(known)
+    first = winner(lanes)
+    assert first in known
+    dropped = standing(lanes).dropped
+    for lane in lanes:
+        # Whoever did not win was behind when it was dropped, or has ended behind.
+        assert lane is first or lane.best <= first.best
+        assert lane.has_ended or lane.name in dropped
+    # The rule reads the curves alone: a race that was stopped after any turn goes on the same way.
+    assert raced(known)[1] == turns
+
+
+def test_the_building_of_a_network_counts_as_a_usual_epoch() -> None:
+    lane = Lane("a").after([0.1, 0.2, 0.3], [9.0, 2.0, 2.0], has_ended=False)
+    assert lane.seconds == (2.0, 4.0, 6.0)
+    lane = lane.after([0.1, 0.2, 0.3, 0.4, 0.5], [7.0, 3.0], has_ended=True)
+    assert lane.seconds == pytest.approx((2.0, 4.0, 6.0, 8.0, 11.0))
+    assert lane.has_ended
+    # One epoch was saved, but not its time.
+    assert Lane("a").after([0.1, 0.2], [4.0], has_ended=False).seconds == (4.0, 8.0)
+
+
+def test_a_lane_knows_its_best() -> None:
+    lane = full("a", [0.1, 0.3, 0.2])
+    assert (lane.best, lane.best_epoch, lane.spent) == (0.3, 2, 15.0)
+    assert (lane.best_by(4.0), lane.best_by(5.0), lane.best_by(10.0)) == (-float("inf"), 0.1, 0.3)
+    assert (Lane("b").best, Lane("b").best_epoch, Lane("b").spent) == (-float("inf"), 0, 0.0)
+    assert (lane.has_ended_by(14.0), lane.has_ended_by(15.0)) == (False, True)

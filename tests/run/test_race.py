@@ -1,0 +1,270 @@
+"""A race of recipes within a run: who may race, what the winner leaves, and how it goes on."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tfrs_pipeline as tp
+from tests.small_log import Stopped, Watched, event_table, small_config, write
+from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.settings import DataConfig
+from tfrs_pipeline.durable import read_record
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.presets import PRESETS, RECIPES, recipe
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.pipeline import RunResult, run
+from tfrs_pipeline.run.race import Race, planned, runners
+from tfrs_pipeline.settings import ConfigError
+
+pytestmark = pytest.mark.usefixtures("trusted_exports")
+# Few and small, so that a race takes seconds; no recipe changes them.
+GIVEN = {
+    "model.dim": 8,
+    "model.negatives": ["uniform:num=32"],
+    "model.history_length": 10,
+    "training.max_epochs": 3,
+    "training.batch_size": 256,
+    "training.monitor": "ndcg@20",
+}
+
+
+def config_in(folder: Path, **changes: Any) -> RunConfig:
+    path = write(event_table("int"), folder / "events.parquet")
+    config = small_config(folder, {"path": path}, split={"kind": "last_share", "test": 0.2})
+    asked = {"recipes": ["default", "quick", "sets"], "given": list(GIVEN)}
+    return with_settings(config, {**GIVEN, **asked, **changes})
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunResult]:
+    folder = tmp_path_factory.mktemp("race")
+    config = config_in(folder)
+    return config, run(config, folder / "run")
+
+
+def curves_of(result: RunResult) -> dict[str, list[float]]:
+    return {name: lane["values"] for name, lane in result.metrics["race"]["recipes"].items()}
+
+
+def test_the_winner_is_trained_and_its_settings_are_the_runs(
+    raced: tuple[RunConfig, RunResult],
+) -> None:
+    config, result = raced
+    curves = curves_of(result)
+    best = max(curves, key=lambda name: max(curves[name]))
+    assert result.metrics["race"]["winner"] == best
+    settled = RunFolder(result.folder).settings()
+    assert (settled.recipes, settled.given, settled.budget) == ((), (), None)
+    assert settled.model == planned(config, best).model
+    assert settled.training == planned(config, best).training
+    for name, value in GIVEN.items():
+        table, _, setting = name.partition(".")
+        kept = getattr(getattr(config, table), setting)
+        assert getattr(getattr(settled, table), setting) == kept, (name, value)
+    # Its training in the race is the first training of the run: no epoch was trained twice.
+    history = result.metrics["training"]["two_tower"]["history"]
+    assert history["val_ndcg@20"] == curves[best]
+    assert (result.folder / "checkpoints" / "two_tower" / "selection").is_dir()
+    kept_files = sorted(path.name for path in (result.folder / "race").iterdir())
+    assert kept_files == ["curves.json", "race.json"]
+    assert f"{best} won" in result.metrics["notes"]["race"][0]
+
+
+def test_a_recipe_trains_in_a_race_as_it_trains_alone(
+    raced: tuple[RunConfig, RunResult], tmp_path: Path
+) -> None:
+    config, result = raced
+    best = result.metrics["race"]["winner"]
+    alone = with_settings(planned(config, best), {"recipes": (), "given": ()})
+    alone = with_settings(alone, {"export.directory": tmp_path})
+    trained = run(alone, tmp_path / "run").metrics
+    assert trained["training"]["two_tower"] == result.metrics["training"]["two_tower"]
+    assert trained["models"]["two_tower"] == result.metrics["models"]["two_tower"]
+
+
+def test_the_same_command_finds_the_finished_run(raced: tuple[RunConfig, RunResult]) -> None:
+    config, result = raced
+    watched = Watched()
+    again = run(config, result.folder, progress=watched)
+    assert again.metrics["models"] == result.metrics["models"]
+    assert list(watched.reports) == ["finished before"]
+    other = with_settings(config, {"seed": 5})
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        run(other, result.folder)
+
+
+def test_the_next_days_run_does_not_race(
+    raced: tuple[RunConfig, RunResult], tmp_path: Path
+) -> None:
+    _, result = raced
+    settings = load_config(result.folder / "config.toml")
+    today = with_settings(settings, {"warm_start": result.folder, "split.test": 0.1})
+    watched = Watched()
+    run(today, tmp_path / "today", progress=watched)
+    assert "race" not in watched.reports
+    with pytest.raises(ConfigError, match="recipes: got some with warm_start"):
+        with_settings(today, {"recipes": ["default"]})
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        ("race, quick", 2),
+        *(
+            pytest.param(stop, marks=pytest.mark.slow)
+            for stop in (("race, default", 1), ("race, sets", 3), "race", ("two_tower, refit", 1))
+        ),
+    ],
+)
+def test_a_killed_race_goes_on_and_ends_the_same(
+    raced: tuple[RunConfig, RunResult], stop: Any, tmp_path: Path
+) -> None:
+    _, result = raced
+    config = config_in(tmp_path)
+    with pytest.raises(Stopped):
+        run(config, tmp_path / "run", progress=StoppedIn(stop))
+    told = Watched()
+    again = run(config, tmp_path / "run", progress=told)
+    assert curves_of(again) == curves_of(result)
+    assert again.metrics["models"] == result.metrics["models"]
+    epochs = [task for task in told.tasks if task[0].startswith("race, ")]
+    if stop == "race" or stop[0] == "two_tower, refit":
+        assert not [number for _, number in epochs if number], "Every epoch was saved."
+
+
+class StoppedIn(Watched):
+    """Stops at an epoch of a task, whose name goes on with who leads."""
+
+    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        super().task(name.partition(" (")[0], done, total, note)
+
+
+def test_a_budget_ends_the_race(tmp_path: Path) -> None:
+    result = run(config_in(tmp_path, budget="0.001s"), tmp_path / "run")
+    trained = {name: len(values) for name, values in curves_of(result).items()}
+    assert trained == {"default": 2, "quick": 0, "sets": 0}
+    assert result.metrics["race"]["winner"] == "default"
+    # The winner is then trained to its end all the same.
+    assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90.0), ("90s", 90.0), ("10m", 600.0), ("1.5h", 5400.0)]
+)
+def test_a_budget_has_a_unit(text: str, seconds: float) -> None:
+    assert RunConfig(budget=text).budget == seconds
+    assert RunConfig(budget=seconds).budget == seconds
+
+
+@pytest.mark.parametrize("wrong", ["ten minutes", "10d", "0", "-5", "m"])
+def test_a_budget_that_is_none_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="budget"):
+        RunConfig(budget=wrong)
+
+
+ORDERED_LOG = Log.from_table(event_table("int").select(["user_id", "item_id"]))
+
+
+@pytest.mark.parametrize(
+    ("is_ordered", "given", "racing", "why"),
+    [
+        (True, {}, RECIPES, {}),
+        (False, {}, ("default", "sets"), {"sequence": "is_ordered", "quick": "is_ordered"}),
+        (True, {"training.examples": "sets"}, ("quick", "sequence", "sets"),
+         {"default": "model.negatives"}),
+        (True, {"training.batch_size": 50}, ("default", "sets"),
+         {"sequence": "training.batch_size", "quick": "training.batch_size"}),
+        (True, {"training.max_epochs": 2}, ("default", "quick", "sequence"), {"sets": "warm-up"}),
+    ],
+)  # fmt: skip
+def test_who_races(
+    is_ordered: bool,
+    given: dict[str, Any],
+    racing: tuple[str, ...],
+    why: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    log = dataclasses.replace(ORDERED_LOG, is_ordered=is_ordered)
+    asked = {"recipes": RECIPES, "given": list(given), "data.is_ordered": is_ordered}
+    # Given settings may contradict those that a recipe would replace.
+    tables = RunConfig().model_dump()
+    for name, value in {**asked, **given}.items():
+        table, _, setting = name.rpartition(".")
+        (tables[table] if table else tables)[setting] = value
+    config = RunConfig.model_construct(
+        **{name: getattr(RunConfig(), name) for name in RunConfig.model_fields}
+        | {"recipes": RECIPES, "given": tuple(given), "data": DataConfig(is_ordered=is_ordered)}
+        | {"training": TrainingSettings(**tables["training"])}
+    )
+    data = TrainingSet.build(log, tmp_path, seed=0)
+    found, not_begun = runners(config, log, [data])
+    assert tuple(found) == racing
+    assert not_begun.keys() == why.keys()
+    for name, fragment in why.items():
+        assert fragment in not_begun[name]
+
+
+def test_recipes_that_the_given_settings_make_equal_race_once(tmp_path: Path) -> None:
+    every = list(dict.fromkeys(itertools.chain.from_iterable(map(recipe, RECIPES))))
+    config = with_settings(RunConfig(), {"recipes": RECIPES, "given": every})
+    data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0)
+    found, not_begun = runners(config, ORDERED_LOG, [data])
+    assert tuple(found) == ("default",)
+    assert set(not_begun.values()) == {"with the settings that are given, it is default"}
+
+
+def test_a_recipe_leaves_the_data_and_the_evaluation_alone() -> None:
+    assert recipe("default") == {}
+    for name in RECIPES[1:]:
+        left_out = PRESETS[name][1].keys() - recipe(name).keys()
+        assert all(x.startswith(("data.", "evaluation.")) for x in left_out), name
+
+
+def test_a_race_in_python_is_one_call(tmp_path: Path) -> None:
+    log = Log.from_table(event_table("int"))
+    train, validation, _ = log.split("last_share", validation=0.1, test=0.2)
+    settings = {**GIVEN, "training.max_epochs": 4}
+    names = ("default", "sets")
+    model, race = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
+    assert isinstance(race, Race)
+    assert [lane.name for lane in race.lanes] == ["default", "sets"]
+    won = next(lane for lane in race.lanes if lane.name == race.winner)
+    assert tuple(model.result.history["val_ndcg@20"]) == won.values
+    assert len(race.lines()) == 2
+    ids, _ = model.retrieve([{"history": [10, 20]}], k=5)
+    assert ids.shape == (1, 5)
+    # A folder keeps it: the second call trains nothing.
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")}
+    again, same = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
+    assert same.lanes == race.lanes
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")} == files
+    assert again.retrieve([{"history": [10, 20]}], k=5)[0].tolist() == ids.tolist()
+
+
+def test_a_race_refuses_a_wrong_name() -> None:
+    log = Log.from_table(event_table("int"))
+    train, validation, _ = log.split("last_share", validation=0.1, test=0.2)
+    with pytest.raises(ConfigError, match="did you mean 'sequence'"):
+        tp.race(train, validation, recipes=["sequences"])
+
+
+def test_the_record_of_a_race_reads_back(raced: tuple[RunConfig, RunResult]) -> None:
+    config, result = raced
+    folder = RunFolder(result.folder)
+    record = read_record(folder.race_file)
+    assert RunConfig(**record["asked"]) == config
+    assert record["race"] == json.loads(json.dumps(result.metrics["race"]))
+    assert folder.settled(config) == folder.settings()
+    # What may change in a started run, may change here.
+    opened = with_settings(config, {"export.gate": True})
+    assert folder.settled(opened).export.gate
+    other = with_settings(config, {"seed": 9})
+    assert folder.settled(other) is other
+    assert load_config(folder.config_file) == folder.settings()
+    assert dump_config(folder.settings()) in folder.config_file.read_text()
