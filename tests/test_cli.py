@@ -35,6 +35,7 @@ from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.folder import RunFolder
@@ -252,7 +253,13 @@ def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     assert config_of() == movielens_config()
     # Data of the user's own has no features of MovieLens, and no index of its own.
     own = config_of("--data.path", "x.csv")
-    assert own == RunConfig(data={"source": "files", "path": "x.csv"})
+    data = {"source": "files", "path": "x.csv"}
+    assert own == RunConfig(data=data, recipes=RECIPES, given=["data.path"])
+    # What a user gives is what no recipe changes; who chooses a model does not race.
+    dim = config_of("--data.path", "x.csv", "--model.dim", "32", "--recipes", "sets", "sequence")
+    assert (dim.recipes, dim.given) == (("sets", "sequence"), ("data.path", "model.dim"))
+    for chosen in (["--preset", "quick"], ["--recipes", "none"]):
+        assert config_of("--data.path", "x.csv", *chosen).recipes == ()
 
 
 def test_a_folder_without_run_is_not_resumed(config_of: Any, command: Any, tmp_path: Path) -> None:

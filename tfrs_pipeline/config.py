@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 import tomli_w
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic_settings import CliSuppress
 
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
@@ -50,6 +51,10 @@ def _read_duration(value: Any) -> Any:
     if found is None:
         raise ValueError("must be seconds, or a number with s, m or h, such as 10m")
     return float(found[1]) * _UNITS[found[2]]
+
+
+def _or_none(values: Any) -> Any:
+    return () if values in ("none", ["none"], ("none",)) else values
 
 
 class EvaluationConfig(Config):
@@ -148,16 +153,14 @@ class RunConfig(Config):
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
     """Finished run or exported model whose weights training starts from. If not given, from
     scratch."""
-    recipes: Distinct[Recipe] = ()
-    """Recipes to race on validation; the winner is trained. On your own log, a run without --preset
-    races all; none trains the settings as they are."""
-    given: Distinct[str] = ()
-    """Settings, by dotted name, that no recipe changes: in a run, those given as flags or in the
-    file."""
+    recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
+    """Recipes that race on validation; the winner is trained. On your own log, a run without a
+    preset races all."""
+    given: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
+    """Settings, by dotted name, that no recipe changes: a run's flags, and what its file holds."""
     budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
-    """CPU time of the race, such as 600, 10m or 2h, after which the leading recipe wins. If not
-    given, a recipe races until its curve says that it cannot win: about as long, all together, as
-    the winner trains twice."""
+    """CPU time of a race, such as 10m, after which the leader wins. If not given, a recipe races
+    until its curve says that it cannot win."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 

@@ -168,8 +168,9 @@ class CommandLine:
             return
         if options.pop("const", None):
             del options["nargs"]
+        is_hidden = options["help"] == argparse.SUPPRESS or "." in setting
         options["help"] = explained(field).replace("%", "%%")
-        if "." in setting and not shows_all and setting not in self.brief.get(command, ()):
+        if is_hidden and not shows_all and setting not in self.brief.get(command, ()):
             options["help"] = argparse.SUPPRESS
         if options.get("action") == "append":
             options |= {"action": _Values, "nargs": "*"}

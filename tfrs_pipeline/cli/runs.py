@@ -50,8 +50,7 @@ BRIEF = frozenset(
     {
         *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
         *("data.request_features", "data.rating_threshold", "data.label"),
-        *("split.kind", "model.negatives", "model.hard"),
-        *("training.max_epochs", "export.name", "export.filter_by"),
+        *("split.kind", "model.hard", "export.name", "export.filter_by"),
         *("compare.plans", "compare.reference", "compare.max_steps"),
     }
 )
@@ -91,8 +90,9 @@ Run = _with_settings_but(
 
     Trains a two-tower model, compares it with baselines and exports it with its index. Without an
     argument it does so on MovieLens-100K, fetched if needed, with that data's features and a ScaNN
-    index; the defaults below are for your own data. Settings come from --config or the stopped run
-    in --run-dir; --preset replaces some, flags replace those.
+    index; the defaults below are for your own data, on which recipes race unless a --preset is
+    given. Settings come from --config or the stopped run in --run-dir; --preset replaces some,
+    flags replace those.
     """,
 )
 

@@ -177,6 +177,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
     drawings = {
         "results": [figures.intervals_figure(overall, metric)],
         "slices": [figures.intervals_figure(slices, recall)],
+        "race": _race_figures(facts),
         "training": _training_figures(facts),
         "popularity": _popularity_figures(facts.popularity),
     }
@@ -201,6 +202,18 @@ def _training_figures(facts: RunFacts) -> list[Drawing]:
         )
         for curve in logged
     ]
+
+
+def _race_figures(facts: RunFacts) -> list[Drawing]:
+    """Draws the curves of a race by CPU time; none if the run did not race."""
+    if "race" not in facts.metrics:
+        return []
+    race = facts.metrics["race"]
+    lanes = {name: lane for name, lane in race["recipes"].items() if lane["values"]}
+    values, seconds = ({x: lane[key] for x, lane in lanes.items()} for key in ("values", "seconds"))
+    chosen = {name: of_lane.index(max(of_lane)) + 1 for name, of_lane in values.items()}
+    what = f"validation {race['metric']} of the recipes"
+    return [figures.curves_figure(values, chosen, what, seconds=seconds)]
 
 
 def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:

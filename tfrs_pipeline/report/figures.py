@@ -62,26 +62,34 @@ def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metr
 
 
 def curves_figure(
-    curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int], what: str
+    curves: Mapping[str, Sequence[float]],
+    chosen: Mapping[str, int],
+    what: str,
+    *,
+    seconds: Mapping[str, Sequence[float]] | None = None,
 ) -> Drawing:
-    """Draws each model's values by epoch, from 1, with a mark at the chosen epoch."""
+    """Draws each model's values by epoch, from 1, with a mark at the chosen epoch.
+
+    With the CPU `seconds` at the end of each epoch, values are drawn by these.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = new_figure(*_SIZE)
     ends = {}
     for number, (model, values) in enumerate(curves.items()):
         colour, marker = SERIES[number % 5], MARKERS[number % 5]
-        epochs = np.arange(1, len(values) + 1)
-        axes.plot(epochs, values, color=colour, linestyle=LINES[number % 5])
-        if 1 <= chosen[model] <= len(values):
-            axes.plot(chosen[model], values[chosen[model] - 1], marker, color=colour, markersize=6)
-        ends[model] = (len(values), values[-1])
-    axes.set_xlabel("epoch")
+        places = np.arange(1, len(values) + 1) if seconds is None else np.array(seconds[model])
+        axes.plot(places, values, color=colour, linestyle=LINES[number % 5])
+        if 1 <= (epoch := chosen[model]) <= len(values):
+            axes.plot(places[epoch - 1], values[epoch - 1], marker, color=colour, markersize=6)
+        ends[model] = (places[-1], values[-1])
+    by = "epoch" if seconds is None else "CPU seconds"
+    axes.set_xlabel(by)
     title(axes, what)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=GRID)
     label_lines(axes, ends, [SERIES[i % 5] for i in range(len(ends))])
-    return finish(figure, f"{what} by epoch, the chosen epoch marked")
+    return finish(figure, f"{what} by {by}, the chosen epoch marked")
 
 
 def popularity_figure(

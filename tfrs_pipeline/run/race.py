@@ -65,8 +65,9 @@ class Race:
         ranked = sorted(self.lanes, key=lambda lane: -lane.best)
         spent = sum(lane.spent for lane in self.lanes)
         return [
-            f"{first.name} won: validation {self.metric} {first.best:.4f}; the race took "
-            f"{spent:.0f} CPU seconds, the winner {first.spent:.0f} of them",
+            f"{first.name} won: validation {self.metric} {first.best:.4f} after epoch "
+            f"{first.best_epoch}; the epochs of all took {spent:.0f} CPU seconds, the winner's "
+            f"{first.spent:.0f}",
             *(self._line(lane) for lane in ranked if lane is not first),
             *(f"{name}: not begun, {why}" for name, why in self.not_begun.items()),
         ]
