@@ -33,7 +33,10 @@ RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", 
 SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # What makes a command short; of a flag given twice the last counts.
 SHORT = {
-    "run": ["--training.max_epochs", "2", "--no-training.refit", "--export.if_beaten"],
+    "run": [
+        *("--training.max_epochs", "2", "--no-training.refit", "--export.if_beaten"),
+        *("--recipes", "none"),
+    ],
     "compare": ["--training.max_epochs", "2", "--compare.max_steps", "2", "--no-training.refit"],
 }
 ONE_BASELINE = ["--evaluation.baselines", "popularity"]
