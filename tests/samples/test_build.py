@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.data.schema import DataError, TieRule
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.histories import latest_histories
 from tfrs_pipeline.samples.store import RowLists, Samples, read_ids, read_samples
@@ -23,6 +23,7 @@ from tfrs_pipeline.samples.store import RowLists, Samples, read_ids, read_sample
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = ibis.duckdb.connect()
 NUM_USERS = 12
+TIE_RULES: tuple[TieRule, ...] = ("drop", "order", "random")
 STAGES = ("retrieved", "pre_ranked", "ranked", "exposed", "clicked")
 
 # user, item, second, stage, request (None: no request)
@@ -50,6 +51,7 @@ def make_log(
     has_time: bool = True,
     has_request: bool = True,
     is_ordered: bool = True,
+    ties: TieRule = "drop",
     **columns: Any,
 ) -> Log:
     """Makes a log of users 1 to 12 and items 1 to 7, so that ids equal rows."""
@@ -70,6 +72,7 @@ def make_log(
         items=table_of({"item_id": pa.array(range(1, 8), pa.int64())}),
         users=table_of({"user_id": pa.array(range(1, NUM_USERS + 1), pa.int64())}),
         is_ordered=is_ordered,
+        ties=ties,
     )
 
 
@@ -81,33 +84,49 @@ def build(log: Log, folder: Path) -> list[tuple[int, int, tuple[int, ...]]]:
     return sorted((q, c, tuple(samples.history(i).tolist())) for i, (q, c) in enumerate(pairs))
 
 
-def slow_histories(events: list[Event], has_request: bool) -> list[Any]:
+def slow_histories(events: list[Event], has_request: bool, ties: TieRule) -> list[Any]:
     """Loops over positives: what was clicked before the request, or the event, began."""
-    starts: dict[tuple[int, int | None], int] = {}
-    for user, _, second, _, request in events:
-        starts[user, request] = min(second, starts.get((user, request), second))
-    clicks = [event for event in events if event[3] == "clicked"]
+    # When each event happened, and where it stands among those of its second.
+    moments = [(event[2], 0 if ties == "drop" else place) for place, event in enumerate(events)]
+    starts: dict[tuple[int, int | None], tuple[int, int]] = {}
+    for (user, _, _, _, request), moment in zip(events, moments, strict=True):
+        starts[user, request] = min(moment, starts.get((user, request), moment))
     samples = []
-    for user, item, second, _, request in clicks:
-        began = second if request is None or not has_request else starts[user, request]
-        earlier = [click for click in clicks if click[0] == user and click[2] < began]
-        earlier.sort(key=lambda click: click[2])  # Stable: ties in the order of the log.
-        samples.append((user, item, tuple(click[1] for click in earlier)))
+    clicks = [pair for pair in zip(events, moments, strict=True) if pair[0][3] == "clicked"]
+    for (user, item, _, _, request), moment in clicks:
+        began = moment if request is None or not has_request else starts[user, request]
+        earlier = [pair for pair in clicks if pair[0][0] == user and pair[1] < began]
+        earlier.sort(key=lambda pair: pair[1])  # Stable: ties in the order of the log.
+        samples.append((user, item, tuple(click[1] for click, _ in earlier)))
     return sorted(samples)
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events=EVENTS, has_request=st.booleans())
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=EVENTS, has_request=st.booleans(), ties=st.sampled_from(TIE_RULES))
+@example(
+    # The query of the request comes before all of its events, and after what came before these.
+    events=[
+        (1, 2, 3, "clicked", None),
+        (1, 3, 3, "exposed", 1),
+        (1, 4, 3, "clicked", None),
+        (1, 5, 3, "clicked", 1),
+    ],
+    has_request=True,
+    ties="order",
+)
 @example(
     # Of the same request, and of the same second, nothing is in the history.
     events=[(1, 2, 3, "clicked", 1), (1, 3, 4, "clicked", 1), (1, 4, 4, "clicked", None)],
     has_request=True,
+    ties="drop",
 )
-def test_samples_match_a_loop(tmp_path: Path, events: list[Event], has_request: bool) -> None:
+def test_samples_match_a_loop(
+    tmp_path: Path, events: list[Event], has_request: bool, ties: TieRule
+) -> None:
     # One folder an example: the fixture's is shared by all of them.
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    log = make_log(events, has_request=has_request)
-    assert build(log, folder) == slow_histories(events, has_request)
+    log = make_log(events, has_request=has_request, ties=ties)
+    assert build(log, folder) == slow_histories(events, has_request, ties)
 
     clicked, exposed, counts = defaultdict(list), defaultdict(set), np.zeros(8, np.int64)
     seconds = defaultdict(list)

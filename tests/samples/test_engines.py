@@ -13,7 +13,7 @@ import pytest
 
 from tfrs_pipeline.data.engines import connect_spark
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.schema import DataError, SplitKind
+from tfrs_pipeline.data.schema import DataError, SplitKind, Ties
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.model.corpus import TrainingSet
@@ -108,6 +108,29 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
         assert table.num_rows
         assert table.to_pylist() == others[name].to_pylist()
     assert len(part_files(tmp_path / "spark" / "samples" / "samples.parquet")) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ties", ["order", "random"])
+def test_duckdb_and_spark_order_equal_times_alike(
+    logs: tuple[Log, Log], ties: Ties, tmp_path: Path
+) -> None:
+    found = []
+    for log in logs:
+        events = log.events.drop("near", "place")
+        day = events["timestamp"].truncate("D").cast("timestamp('UTC', 6)")
+        events = events.mutate(timestamp=day)
+        by_day = Log.from_ibis(events, ties=ties)
+        folder = tmp_path / log.events.get_backend().name
+        TrainingSet.build(by_day, folder, seed=0)
+        drawn = by_day.events.order_by("event_number").select("event_number", "item_id")
+        found.append((by_day.notes, drawn.to_pyarrow().to_pylist(), read(folder)))
+    (notes, drawn, tables), (other_notes, other_drawn, others) = found
+    assert notes == other_notes
+    assert "steps of a day" in notes[0]
+    assert drawn == other_drawn
+    for name, table in tables.items():
+        assert table.to_pylist() == others[name].to_pylist()
 
 
 @pytest.mark.slow

@@ -27,12 +27,15 @@ from tfrs_pipeline.data.schema import (
     Dropped,
     Source,
     SplitKind,
+    TieRule,
+    Ties,
     checked_kinds,
     count_rows,
 )
 from tfrs_pipeline.data.settings import SplitConfig
 from tfrs_pipeline.data.split import split_events
 from tfrs_pipeline.data.tables import make_tables
+from tfrs_pipeline.data.ties import settle_ties
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
 from tfrs_pipeline.settings import ConfigError
 
@@ -71,6 +74,9 @@ class Log:
         notes: Other findings from then, in lines for a person: events of unknown items, repeated
             events, missing features.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
+        ties: With timestamps, "drop" if a user's events at equal times are not in each other's
+            histories; else the one with the smaller `event_number` is earlier. With "random" these
+            numbers were drawn at random within equal times. See `Reading.ties`.
         reading: How the tables were read. An item table that refreshes an export is read in the
             same way.
         part_of: The whole log, if a split made this one.
@@ -99,6 +105,7 @@ class Log:
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
     is_ordered: bool = True
+    ties: TieRule = "drop"
     reading: Reading = field(default_factory=Reading)
     part_of: Log | None = None
     later_items: ibis.Table | None = None
@@ -145,7 +152,7 @@ class Log:
         """
         features = checked_kinds(item_features, user_features, request_features)
         reading = reading or Reading()
-        tables, dropped, notes = make_tables(
+        tables, ties, dropped, notes = make_tables(
             connection or connect(), path, items, users, features, reading
         )
         return cls(
@@ -154,6 +161,7 @@ class Log:
             dropped=dropped,
             notes=notes,
             is_ordered=reading.is_ordered,
+            ties=ties,
             reading=reading,
         )
 
@@ -205,6 +213,7 @@ class Log:
         user_features: Mapping[str, str] | None = None,
         request_features: Mapping[str, str] | None = None,
         is_ordered: bool = True,
+        ties: Ties = "auto",
     ) -> Log:
         """Makes a log from tables in place: in DuckDB, or in Spark for more than one machine.
 
@@ -220,12 +229,12 @@ class Log:
         check_engine(events, items, users)
         features = checked_kinds(item_features, user_features, request_features)
         events = check_events(events, Source("event table"), features[2])
-        tables = (
-            events,
+        entities = (
             check_entities(items, "item_id", events, features[0]),
             check_entities(users, "user_id", events, features[1]),
         )
-        return cls(*tables, *features, is_ordered=is_ordered)
+        events, rule, notes = settle_ties(events, ties)
+        return cls(events, *entities, *features, notes=notes, is_ordered=is_ordered, ties=rule)
 
     @classmethod
     def read(cls, folder: Path | str, connection: Any = None) -> Log:
@@ -279,6 +288,7 @@ class Log:
             "dropped": [dataclasses.asdict(dropped) for dropped in self.dropped],
             "notes": self.notes,
             "is_ordered": self.is_ordered,
+            "ties": self.ties,
             "reading": self.reading.as_json(),
         }
         files = [file for name in _KEYS for file in part_files(folder / f"{name}.parquet")]

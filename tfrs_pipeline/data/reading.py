@@ -13,6 +13,7 @@ from tfrs_pipeline.data.schema import (
     MAX_WEIGHT,
     MIN_WEIGHT,
     Duplicates,
+    Ties,
     TimestampUnit,
     UnknownItems,
     name_problem,
@@ -66,6 +67,11 @@ class Reading(Config):
     features; if not given, these are refused."""
     is_ordered: bool = True
     """Whether the order of the rows is the order of the events, for events without timestamps."""
+    ties: Ties = "auto"
+    """Which of a user's events at equal times come first, for events with timestamps: order, those
+    that come first in the source; random, drawn at random; drop, none: they are not in each other's
+    histories. If not given, drop for times in seconds or finer; for times by minute, hour or day
+    order, or random if the source sorts such events by item id."""
     list_separator: str = Field("|", min_length=1)
     """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
     file."""

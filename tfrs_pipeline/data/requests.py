@@ -81,7 +81,7 @@ def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.
     of_timestamp = [name for name in features if is_from_timestamp(name, events.columns)]
     values: dict[str, ir.Value] = {name: events[name] for name in features if name in events}
     if of_timestamp:
-        seconds = whole_seconds(query_time(events, events["timestamp"]))
+        seconds = whole_seconds(query_start(events, events["timestamp"])[0])
         day = (seconds / 86_400).floor().cast("int64")
         # 1970 began on a Thursday. The remainder, whose sign differs by engine, is not used.
         weekday = day + 3 - 7 * ((day + 3) / 7).floor().cast("int64")
@@ -96,9 +96,17 @@ def whole_seconds(timestamp: ir.Value) -> ir.Value:
     return timestamp.truncate("s").epoch_seconds().cast("int64")
 
 
-def query_time(events: ibis.Table, time: ir.Value) -> ir.Value:
-    """Returns the time of an event's query: the start of its request, or else its own time."""
+def query_start(events: ibis.Table, time: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Returns when an event's query comes: the time and number of its request's first event.
+
+    An event without a request is a query of its own.
+    """
+    number = events["event_number"]
     if "request_id" not in events.columns:
-        return time
-    start = time.min().over(ibis.window(group_by=["user_id", "request_id"]))
-    return events["request_id"].isnull().ifelse(time, start)
+        return time, number
+    in_order = ibis.window(group_by=["user_id", "request_id"], order_by=[time, number])
+    is_alone = events["request_id"].isnull()
+    start, first = (
+        is_alone.ifelse(value, value.first().over(in_order)) for value in (time, number)
+    )
+    return start, first

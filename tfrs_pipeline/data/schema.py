@@ -22,6 +22,8 @@ Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 UnknownItems: TypeAlias = Literal["keep", "drop", "error"]
 Duplicates: TypeAlias = Literal["keep", "drop", "error"]
 TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
+TieRule: TypeAlias = Literal["order", "random", "drop"]
+Ties: TypeAlias = Literal["auto", TieRule]
 
 
 # Column of a log's items: True if the item table has the item, False if only the events do.

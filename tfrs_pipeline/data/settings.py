@@ -32,7 +32,7 @@ Kind: TypeAlias = Annotated[str, BeforeValidator(_kind)]
 _HEEDED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(Reading.model_fields, ("files",)),
     **dict.fromkeys(("items_path", "users_path"), ("files", "spark")),
-    "is_ordered": ("files", "spark", "movielens-100k"),
+    **dict.fromkeys(("is_ordered", "ties"), ("files", "spark", "movielens-100k")),
     "memory_limit": ("files", "movielens-100k"),
 }
 

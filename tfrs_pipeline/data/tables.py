@@ -20,11 +20,13 @@ from tfrs_pipeline.data.schema import (
     Dropped,
     Duplicates,
     Source,
+    TieRule,
     UnknownItems,
     count_rows,
     require_column,
 )
 from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.data.ties import settle_ties
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse
 
@@ -40,11 +42,11 @@ def make_tables(
     users: Any,
     features: tuple[Features, Features, Features],
     reading: Reading,
-) -> tuple[Tables, tuple[Dropped, ...], tuple[str, ...]]:
+) -> tuple[Tables, TieRule, tuple[Dropped, ...], tuple[str, ...]]:
     """Reads, types and stores consistent tables of a log; arguments as in `Log.from_files`.
 
-    `features` are those of items, users and requests. Returns the tables, the dropped events, and
-    notes for a person.
+    `features` are those of items, users and requests. Returns the tables, the rule for equal times,
+    the dropped events, and notes for a person.
     """
     item_features, user_features, request_features = features
     check_names(request_features, reading.label, reading.columns)
@@ -78,9 +80,12 @@ def make_tables(
     if len(raw.dropped) > num_reasons:
         events = store(events, raw.source)
     _check_positives(events, raw.source)
+    events, rule, notes = settle_ties(events, reading.ties)
+    if rule == "random":
+        events = store(events, raw.source)
     whole = (add_missing(table, events, name).order_by(name) for name, table in tables.items())
     items, users = (store(table, raw.source) for table in whole)
-    return (events, items, users), tuple(raw.dropped), tuple(raw.notes)
+    return (events, items, users), rule, tuple(raw.dropped), (*raw.notes, *notes)
 
 
 def _check_positives(events: ibis.Table, source: Source) -> None:

@@ -209,6 +209,7 @@ def _made_of(log: Log, seed: int, hard: FunnelLosers | None) -> dict[str, Any]:
     return {
         "log": log.fingerprint(),
         "order": log.order,
+        "ties": log.ties,
         "request_features": dict(log.request_features),
         "seed": seed,
         "hard": repr(hard),

@@ -151,7 +151,7 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
 
     features = given("item_features", "user_features", "request_features")
     if config.source == "movielens-100k":
-        log = load_movielens_100k(config.path, **features)
+        log = load_movielens_100k(config.path, ties=config.ties, **features)
         return dataclasses.replace(log, is_ordered=config.is_ordered)
     assert config.path is not None  # The config has checked it.
     if config.source == "spark":
@@ -160,7 +160,7 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
             name: None if path is None else connection.sql(f"SELECT * FROM {path}")
             for name, path in paths.items()
         }
-        return Log.from_ibis(**tables, is_ordered=config.is_ordered, **features)
+        return Log.from_ibis(**tables, is_ordered=config.is_ordered, ties=config.ties, **features)
     return Log.from_files(
         config.path,
         items=config.items_path,

@@ -16,8 +16,8 @@ import ibis
 
 from tfrs_pipeline.data.engines import open_parquet, remove, replace, write_parquet
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.requests import at_request, query_time, whole_seconds
-from tfrs_pipeline.data.schema import DataError, Stage, count_rows
+from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
+from tfrs_pipeline.data.schema import DataError, Stage, TieRule, count_rows
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -50,8 +50,9 @@ def build_samples(
     "unknown" on both sides. Counts, histories and masks come only from the given events: give the
     training part. The same log gives the same samples on either engine.
 
-    An earlier event has an earlier timestamp and another request; in a log without times it has an
-    earlier place; in one without order it is any other positive of the user.
+    An earlier event comes before the first event of the request, in time or, at an equal time, by
+    its number if the log's rule for `ties` says so; in a log without times it has an earlier place;
+    in one without order it is any other positive of the user.
 
     All items and users of the log get rows. The seed draws the hard pools from the losers that
     `hard` asks for. Returns counts by name; with hard negatives also "hard_negatives" by stage
@@ -66,7 +67,7 @@ def build_samples(
         positives = events.filter(is_positive)
         _write_counts(positives, work)
         _write_masks(events, positives, work)
-        samples = positives if log.order == "none" else _with_num_earlier(positives)
+        samples = positives if log.order == "none" else _with_num_earlier(positives, log.ties)
         num_removed = 0
         if hard is not None:
             num_removed = _write_pools(events, positives, work, hard, seed)
@@ -127,7 +128,8 @@ def _write_rows(log: Log, work: _Work) -> ibis.Table:
     requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
     events = log.events.select(*kept, time=time, **requests)
     events = events.inner_join(items, "item_id").inner_join(users, "user_id")
-    events = events.mutate(query_time=query_time(events, events["time"]))
+    start, first = query_start(events, events["time"])
+    events = events.mutate(query_time=start, query_number=first)
     return work.write("_events", events.drop("user_id", "item_id"))
 
 
@@ -156,20 +158,24 @@ def _write_masks(events: ibis.Table, positives: ibis.Table, work: _Work) -> None
     work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
 
 
-def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
+def _with_num_earlier(positives: ibis.Table, ties: TieRule) -> ibis.Table:
     """Adds num_earlier: for each positive, the number of the user's positives before its query.
 
-    They are a prefix of the user's sequence. Ties and items of the same request do not count.
+    They are a prefix of the user's sequence. Items of the same request do not count.
     """
-    # Puts clicks and queries on one timeline; a query comes before clicks at the same moment.
-    queries = positives.mutate(at=positives["query_time"], is_click=0)
+    # Puts clicks and queries on one timeline; a query comes before clicks at the same place.
+    number, first = (
+        ibis.literal(0) if ties == "drop" else positives[name]
+        for name in ("event_number", "query_number")
+    )
+    queries = positives.mutate(at=positives["query_time"], at_number=first, is_click=0)
     nulls = {name: ibis.null(dtype) for name, dtype in positives.schema().items()}
     nulls["query_row"] = positives["query_row"]
-    clicks = positives.select(**nulls, at=positives["time"], is_click=1)
+    clicks = positives.select(**nulls, at=positives["time"], at_number=number, is_click=1)
     line = queries.union(clicks)
-    before = ibis.cumulative_window(group_by="query_row", order_by=["at", "is_click"])
+    before = ibis.cumulative_window(group_by="query_row", order_by=["at", "at_number", "is_click"])
     line = line.mutate(num_earlier=line["is_click"].sum().over(before).cast("int32"))
-    return line.filter(line["is_click"] == 0).drop("at", "is_click")
+    return line.filter(line["is_click"] == 0).drop("at", "at_number", "is_click")
 
 
 def _write_pools(

@@ -23,7 +23,7 @@ import pyarrow.csv
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.data.schema import DataError, Ties
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def load_movielens_100k(
     item_features: Mapping[str, str] | None = None,
     user_features: Mapping[str, str] | None = None,
     request_features: Mapping[str, str] | None = None,
+    ties: Ties = "auto",
     cache_dir: Path | None = None,
     fetchers: Mapping[str, Fetcher] | None = None,
 ) -> Log:
@@ -82,6 +83,7 @@ def load_movielens_100k(
 
     `folder` holds GroupLens's own files u.data, u.item and u.user. Features are some of
     `ITEM_FEATURES` and `USER_FEATURES`, None means all, and `hour` and `weekday` of the rating.
+    `ties` is as in `Reading`.
     Fetched files are kept in `cache_dir`, None means `default_cache_dir()`. Routes are tried in
     order. Events come in the order of the source; titles without the year, which is null if
     unknown. A `DataError` if no route leads to the data, or a file has other contents.
@@ -100,7 +102,7 @@ def load_movielens_100k(
         item_features=ITEM_FEATURES if item_features is None else item_features,
         user_features=USER_FEATURES if user_features is None else user_features,
         request_features=request_features,
-        reading=Reading(rating_threshold=MIN_CLICKED_RATING),
+        reading=Reading(rating_threshold=MIN_CLICKED_RATING, ties=ties),
     )
 
 

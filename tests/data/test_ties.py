@@ -1,0 +1,132 @@
+"""Events at equal times: what a log finds, what it does, and that every engine does the same."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.small_log import column
+from tfrs_pipeline.data.engines import connect
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.schema import Ties
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+CONNECTION = connect()
+
+
+def made(rows: Sequence[tuple[Any, ...]], ties: Ties = "auto", step: float = 86_400) -> Log:
+    """Makes a log of (user, item, number of the step, request) in this order."""
+    users, items, steps, *requests = zip(*rows, strict=True)
+    times = [START + timedelta(seconds=step * number) for number in steps]
+    columns: dict[str, Any] = {"user_id": users, "item_id": items}
+    columns["timestamp"] = pa.array(times, pa.timestamp("us", "UTC"))
+    if requests:
+        columns["request_id"] = pa.array(requests[0], pa.int64())
+    reading = Reading(ties=ties)
+    return Log.from_table(pa.table(columns), reading=reading, connection=CONNECTION)
+
+
+def by_day(order: str, num: int = 600) -> list[tuple[int, Any, int]]:
+    """Returns events of 20 users on 9 days, in the order of the file."""
+    rng = np.random.default_rng(0)
+    items = [f"i{item:03}" for item in rng.integers(0, 500, num)]
+    if order in ("ascending", "descending"):
+        items.sort(reverse=order == "descending")
+    return [(int(rng.integers(20)), item, int(rng.integers(9))) for item in items]
+
+
+@pytest.mark.parametrize(
+    ("step", "order", "rule", "words"),
+    [
+        (86_400, "as it is", "order", ["steps of a day", "does not sort"]),
+        (86_400, "ascending", "random", ["steps of a day", "100% of such"]),
+        (3_600, "descending", "random", ["steps of a hour", "0% of such"]),
+        (60, "as it is", "order", ["steps of a minute"]),
+        (1, "ascending", "drop", ["steps of a second", "one visit"]),
+        (0.25, "as it is", "drop", ["steps of a fraction"]),
+    ],
+)
+def test_the_rule_follows_from_the_clock_and_the_order_by_item(
+    step: float, order: str, rule: str, words: list[str]
+) -> None:
+    rows = by_day(order)
+    log = made(rows, step=step)
+    assert log.ties == rule
+    found = [note for note in log.describe() if "share theirs" in note]
+    together: dict[Any, int] = defaultdict(int)
+    for user, _, day in rows:
+        together[user, day] += 1
+    num_tied = sum(num for num in together.values() if num > 1)
+    assert f"{num_tied / len(rows):.1%} of the positives" in found[0]
+    assert all(word in found[0] for word in words)
+
+
+def test_few_ties_show_no_order_by_item_and_none_are_not_told() -> None:
+    log = made([(1, 1, 0), (1, 2, 0), (1, 3, 0), (2, 1, 1)])
+    assert log.ties == "order"
+    log = made([(1, 1, 0), (1, 2, 1), (2, 3, 0)])
+    assert not [note for note in log.describe() if "share theirs" in note]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 3),
+            st.integers(1, 9),
+            st.integers(0, 2),
+            st.one_of(st.none(), st.integers(0, 1)),
+        ),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_numbers_are_redrawn_within_equal_times_alone(rows: list[Any]) -> None:
+    drawn = made(rows, "random").events
+    names = ("user_id", "item_id", "timestamp", "request_id")
+    now = list(zip(*(column(drawn, name) for name in names), strict=True))
+    assert column(drawn, "event_number") == list(range(len(rows)))
+    groups: dict[Any, list[Any]] = defaultdict(list)
+    for (user, item, day, request), found in zip(rows, now, strict=True):
+        time = START + timedelta(days=day)
+        assert found[::2] == (user, time)  # Only what happened at that time stands there now.
+        groups[user, time].append((item, request))
+    for key, before in groups.items():
+        after = [(item, request) for user, item, time, request in now if (user, time) == key]
+        assert sorted(after, key=repr) == sorted(before, key=repr)
+        requests = [request for _, request in after]
+        for request in {*requests} - {None}:
+            places = [place for place, own in enumerate(requests) if own == request]
+            assert places == list(range(places[0], places[-1] + 1))
+
+
+def test_an_order_by_item_is_gone_and_the_draw_is_the_same_again() -> None:
+    rows = by_day("ascending")
+    items = column(made(rows).events, "item_id")
+    assert items == column(made(rows).events, "item_id") != [item for _, item, _ in rows]
+    assert made(rows, "random").ties == "random"
+    again = made([(user, item, day) for (user, _, day), item in zip(rows, items, strict=True)])
+    assert again.ties == "order"
+
+
+def test_the_rule_is_kept_with_the_log_and_asked_of_tables_in_place(tmp_path: Path) -> None:
+    log = made(by_day("ascending"))
+    log.write(tmp_path)
+    back = Log.read(tmp_path)
+    assert back.ties == log.ties == "random"
+    assert back.notes == log.notes
+    assert column(back.events, "item_id") == column(log.events, "item_id")
+    table = made(by_day("ascending"), "order").events
+    in_place = Log.from_ibis(table)
+    assert in_place.ties == "random"
+    assert column(in_place.events, "item_id") == column(log.events, "item_id")
+    assert Log.from_ibis(table, ties="drop").ties == "drop"
+    assert log.split().train.ties == "random"
