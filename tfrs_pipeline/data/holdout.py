@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import ibis
+import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.ids import as_id_array
-from tfrs_pipeline.data.requests import at_request, whole_seconds
-from tfrs_pipeline.data.schema import DataError, Exclude, Stage, count_rows
+from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
+from tfrs_pipeline.data.schema import DataError, Exclude, Stage, TieRule
 from tfrs_pipeline.data.split import is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
+AskedBy: TypeAlias = Literal["users", "requests"]
 
 # Parts that a query may know: those before the user's cut; for "test" also the validation part.
 _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
@@ -162,113 +164,175 @@ def make_holdout(
     items: ibis.Table,
     training: ibis.Table,
     *,
+    by: AskedBy = "users",
+    ties: TieRule = "drop",
     request_features: Mapping[str, str],
     max_queries: int | None = None,
     seed: int = 0,
 ) -> Holdout:
-    """Makes the queries of a part, one for each user with a positive in it.
+    """Makes the queries of a part; see `Split.holdout`.
 
     When a request is made, its own clicks are unknown. So histories leave out clicks from the
-    request of a user's first target, but rankings exclude them: training had them.
+    request of a query's first target. By users, rankings exclude them: training had them.
 
     `split` holds events with `part`; `items` are the candidates; `training` holds the events whose
-    positives are counted. The engine draws `max_queries` users by `seed` and reads no others.
-    Raises a `DataError` if there is no positive.
+    positives are counted. The engine draws users by `seed` and reads no others. Raises a
+    `DataError` if there is no positive.
     """
     asked = split.filter((split["part"] == part) & is_positive(split))
-    users, num_users = _draw_users(asked, max_queries, seed)
-    rows = _read_events(split, part, users)
+    users, num_queries = _draw_users(asked, by, max_queries, seed)
+    rows = _read_events(split.semi_join(users, "user_id"), part, by, request_features)
     if rows.num_rows == 0:
         without = " In Python, split.train and split.test do not need it."
         raise DataError(
             f"The {part} part has no positive. Give split.{part} a larger share or an earlier "
             f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
-    columns = {name: rows[name].to_numpy() for name in rows.column_names if name != "_request"}
-    user_ids, is_target = np.unique(columns["user_id"]), columns["_is_target"]
-
-    def per_user(keep: np.ndarray, name: str = "item_id") -> list[np.ndarray]:
-        users, values = columns["user_id"][keep], columns[name][keep]
-        starts = np.searchsorted(users, user_ids, side="left")
-        ends = np.searchsorted(users, user_ids, side="right")
-        return [values[start:end] for start, end in zip(starts, ends, strict=True)]
-
-    was_clicked = columns["_is_positive"] & ~is_target
-    is_history = was_clicked & ~_is_of_first_request(rows, user_ids)
+    events = _Events.of(rows)
+    queries = [*(_of_users(events) if by == "users" else _of_requests(events, ties))]
+    first = np.array([query.targets[0] for query in queries])
+    ids, is_positive_row = events.item_ids, events.is_positive
     times: dict[str, Any] = {}
-    if "_seconds" in columns:
-        first = [seconds[0] for seconds in per_user(is_target, "_seconds")]
-        times = {"history_times": per_user(is_history, "_seconds"), "times": np.array(first)}
+    if "timestamp" in split.columns:
+        seconds = rows["_seconds"].to_numpy()
+        history_times = [seconds[query.history] for query in queries]
+        times = {"history_times": history_times, "times": seconds[first]}
     candidate_ids, counts = _count_candidates(items, training)
+    requests = rows.select([*request_features]).take(first).to_pylist()
     return Holdout(
-        user_ids=user_ids,
-        histories=per_user(is_history),
-        relevant=[np.unique(ids) for ids in per_user(is_target)],
-        clicked=[np.unique(ids) for ids in per_user(was_clicked)],
-        seen=[np.unique(ids) for ids in per_user(~is_target)],
+        user_ids=rows["user_id"].to_numpy()[first],
+        histories=[ids[query.history] for query in queries],
+        relevant=[np.unique(ids[query.targets]) for query in queries],
+        clicked=[np.unique(ids[q.before[is_positive_row[q.before]]]) for q in queries],
+        seen=[np.unique(ids[query.before]) for query in queries],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
-        num_sampled_from=num_users,
-        requests=_first_requests(split.semi_join(users, "user_id"), part, request_features),
+        num_sampled_from=num_queries,
+        requests=requests if request_features else None,
         **times,
-    )
+    ).sample(max_queries or len(queries), seed)
 
 
 def _draw_users(
-    asked: ibis.Table, max_queries: int | None, seed: int
+    asked: ibis.Table, by: AskedBy, max_queries: int | None, seed: int
 ) -> tuple[ibis.Table, int | None]:
-    """Returns at most `max_queries` users, and the number that they were drawn from, if drawn."""
-    users = asked.select("user_id").distinct()
-    if max_queries is None or (num_users := count_rows(users)) <= max_queries:
-        return users, None
-    drawn = [random_key(users["user_id"], seed=seed), "user_id"]
-    return users.order_by(drawn).limit(max_queries), num_users
+    """Draws users with `max_queries` queries together, or a few more, if there are more.
+
+    Returns the users, and the number of queries that they were drawn from, if drawn.
+    """
+    num: ir.Scalar = ibis.literal(1)
+    if by == "requests" and "request_id" in asked.columns:
+        num = asked["request_id"].nunique() + asked["request_id"].isnull().sum()
+    elif by == "requests":
+        num = asked.count()
+    users = asked.group_by("user_id").agg(_num=num)
+    if max_queries is None:
+        return users.select("user_id"), None
+    num_queries = users["_num"].sum().to_pyarrow().as_py() or 0
+    if num_queries <= max_queries:
+        return users.select("user_id"), None
+    drawn = [random_key(users["user_id"], seed=seed), users["user_id"]]
+    so_far = users["_num"].sum().over(ibis.cumulative_window(order_by=drawn))
+    users = users.mutate(_before=so_far - users["_num"])
+    return users.filter(users["_before"] < max_queries).select("user_id"), num_queries
 
 
-def _read_events(split: ibis.Table, part: EvaluationPart, users: ibis.Table) -> pa.Table:
-    """Reads the users' targets, and what they were shown before, in order."""
-    is_target = split["part"] == part
+def _read_events(
+    split: ibis.Table, part: EvaluationPart, by: AskedBy, request_features: Mapping[str, str]
+) -> pa.Table:
+    """Reads the targets of users, and what they were shown before, in order."""
+    is_target = (split["part"] == part) & is_positive(split)
     was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
-    is_read = is_target & is_positive(split)
-    is_read |= split["part"].isin(_PARTS_BEFORE[part]) & was_shown
+    before = (*_PARTS_BEFORE[part], *([part] if by == "requests" else []))
     known = {"_is_positive": is_positive(split), "_is_target": is_target}
+    time = split["event_number"]
     if "timestamp" in split.columns:
-        known["_seconds"] = whole_seconds(split["timestamp"])
+        time = split["timestamp"]
+        known["_seconds"] = whole_seconds(time)
+    known["_time"], (known["_start"], known["_first"]) = time, query_start(split, time)
+    known["_request"] = ibis.null("int64")
     if "request_id" in split.columns:
         known["_request"] = split["request_id"]
+    known |= at_request(split, request_features)
     return (
         split.mutate(**known)
-        .filter(is_read)
-        .semi_join(users, "user_id")
+        .filter(is_target | (split["part"].isin(before) & was_shown))
         .order_by(["user_id", *order_keys(split)])
-        .select("user_id", "item_id", *known)
+        .select("user_id", "item_id", "event_number", *known)
         .to_pyarrow()
     )
 
 
-def _is_of_first_request(rows: pa.Table, user_ids: np.ndarray) -> np.ndarray:
-    """Marks rows from the request of their user's first target, if requests are logged."""
-    if "_request" not in rows.column_names:
-        return np.zeros(len(rows), bool)
-    requests = rows["_request"].combine_chunks().dictionary_encode()
-    codes = requests.indices.fill_null(-1).to_numpy()
-    users, targets = rows["user_id"].to_numpy(), np.flatnonzero(rows["_is_target"].to_numpy())
-    first_targets = targets[np.searchsorted(users[targets], user_ids)]
-    own = codes[first_targets[np.searchsorted(user_ids, users)]]
-    return (codes == own) & (codes >= 0)
+@dataclass(frozen=True)
+class _Events:
+    """The events of a holdout's users, by user and in order: [num_events] each."""
+
+    users: np.ndarray  # Number of the user, from 0.
+    item_ids: np.ndarray
+    is_positive: np.ndarray
+    is_target: np.ndarray
+    requests: np.ndarray  # Number of the request; -1 for none.
+    moments: np.ndarray  # [num_events, 2]: time and event number.
+    starts: np.ndarray  # [num_events, 2]: those of the first event of the request.
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> _Events:
+        requests = rows["_request"].combine_chunks().dictionary_encode().indices
+
+        def pairs(*names: str) -> np.ndarray:
+            return np.stack([rows[name].to_numpy().astype(np.int64) for name in names], axis=1)
+
+        return cls(
+            np.unique(rows["user_id"].to_numpy(), return_inverse=True)[1],
+            rows["item_id"].to_numpy(),
+            rows["_is_positive"].to_numpy(),
+            rows["_is_target"].to_numpy(),
+            requests.fill_null(-1).to_numpy(),
+            pairs("_time", "event_number"),
+            pairs("_start", "_first"),
+        )
 
 
-def _first_requests(
-    events: ibis.Table, part: EvaluationPart, features: Mapping[str, str]
-) -> list[dict[str, Any]] | None:
-    """Returns the request features of each user's first positive in a part, by user id."""
-    if not features:
-        return None
-    asked = events.mutate(**at_request(events, features))
-    asked = asked.filter((asked["part"] == part) & is_positive(asked))
-    in_order = ibis.window(group_by="user_id", order_by=order_keys(asked))
-    first = asked.mutate(_place=ibis.row_number().over(in_order)).filter(lambda t: t["_place"] == 0)
-    return first.order_by("user_id").select(*features).to_pyarrow().to_pylist()
+class _Asked(NamedTuple):
+    """A query, as places of events: its targets, what was shown before, and the history in it."""
+
+    targets: np.ndarray
+    before: np.ndarray
+    history: np.ndarray
+
+
+def _of_users(events: _Events) -> Iterator[_Asked]:
+    """Yields a query for each user: all targets, from what was shown before the cut."""
+    ends = np.flatnonzero(np.diff(events.users, append=-1)) + 1
+    for places in np.split(np.arange(ends[-1]), ends[:-1]):
+        is_target = events.is_target[places]
+        targets, before = places[is_target], places[~is_target]
+        own = events.requests[targets[0]]
+        is_own = (events.requests[before] == own) & (own >= 0)
+        yield _Asked(targets, before, before[events.is_positive[before] & ~is_own])
+
+
+def _of_requests(events: _Events, ties: TieRule) -> Iterator[_Asked]:
+    """Yields a query for each request with targets, from what was shown before it."""
+    targets = np.flatnonzero(events.is_target)
+    # Events and queries on one timeline; a query comes before events at the same place.
+    moments = np.concatenate([events.starts[targets], events.moments])
+    users = np.concatenate([events.users[targets], events.users])
+    is_event = np.arange(len(users)) >= len(targets)
+    numbers = np.zeros(len(users)) if ties == "drop" else moments[:, 1]
+    line = np.lexsort([is_event, numbers, moments[:, 0], users])
+    num_before = np.empty(len(users), np.int64)
+    num_before[line] = np.cumsum(is_event[line])
+    # Those without a request are queries of their own.
+    requests = events.requests[targets]
+    requests = np.where(requests < 0, -1 - targets, requests)
+    keys = np.stack([events.users[targets], num_before[: len(targets)], requests])
+    order = np.lexsort([targets, *keys[::-1]])
+    is_next = np.any(np.diff(keys[:, order], axis=1), axis=0)
+    for own in np.split(order, np.flatnonzero(is_next) + 1):
+        start = np.searchsorted(events.users, events.users[targets[own[0]]])
+        before = np.arange(start, num_before[own[0]])
+        yield _Asked(targets[own], before, before[events.is_positive[before]])
 
 
 def _count_candidates(items: ibis.Table, training: ibis.Table) -> tuple[np.ndarray, np.ndarray]:

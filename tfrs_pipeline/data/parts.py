@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 import ibis
 
 from tfrs_pipeline.data.engines import open_parquet, replace, write_parquet
-from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
-from tfrs_pipeline.data.schema import SplitKind
+from tfrs_pipeline.data.holdout import AskedBy, EvaluationPart, Holdout, make_holdout
+from tfrs_pipeline.data.schema import DataError, SplitKind
 from tfrs_pipeline.data.split import PARTS, is_positive
 from tfrs_pipeline.durable import part_files, read_record, write_record
 from tfrs_pipeline.messages import counted
@@ -72,16 +72,28 @@ class Split(Generic[LogT]):
         max_queries: int | None = None,
         seed: int = 0,
         *,
+        by: AskedBy = "users",
         trained_on: LogT | None = None,
     ) -> Holdout:
-        """Makes the queries of a part, for all users or at most `max_queries` drawn at random.
+        """Makes the queries of a part: all, or at most `max_queries`, of users drawn at random.
+
+        By "users", each user with a positive in the part asks once, with the history before the
+        part, for all of these positives. By "requests", as a server is asked: each request with a
+        positive in the part (without a request_id, each positive) is a query for its positives,
+        from the history up to it; rankings exclude what was clicked, or seen, before it.
 
         `trained_on` is the log with the training positives, which define head, torso and tail, and
         which items are new. None is all that may train a model for the part: `train` for
         validation, `before_test` for the test.
 
-        Only the drawn users' events leave the engine. Raises a `DataError` without a positive.
+        Only the drawn users' events leave the engine. Raises a `DataError` without a positive, and
+        by requests in a log without an order.
         """
+        if by == "requests" and self.log.order == "none":
+            raise DataError(
+                "Queries by requests need an order: the log does not say what came before a "
+                "request. Ask by users, or give the log its order."
+            )
         if trained_on is None:
             trained_on = self.train if part == "validation" else self.before_test
         return make_holdout(
@@ -89,6 +101,8 @@ class Split(Generic[LogT]):
             part,
             self.log.items,
             trained_on.events,
+            by=by,
+            ties=self.log.ties,
             request_features=self.log.request_features,
             max_queries=max_queries,
             seed=seed,
