@@ -407,12 +407,13 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     assert notes[0] == f"{len(left):,} events, {NUM_ITEMS - 1} items, {NUM_USERS} users"
     assert re.fullmatch(r"from 2023-11-14 22:13 to 2023-11-\d\d \d\d:\d\d UTC", notes[1])
     assert notes[2].startswith("positives a day: ")
-    assert notes[3:] == [
+    assert notes[3:7] == [
         f"dropped {num_lost + num_repeated:,} of {len(rows) + 9:,} rows",
         f"dropped {num_lost:,} rows: item is not in the item table",
         f"dropped {num_repeated:,} rows: repeats an earlier event",
         f"{tmp_path / 'events.parquet'}: columns not read: rating",
     ]
+    assert ["share theirs with another" in note for note in notes[7:]] == [True]
     clicks = Counter(row["user_id"] for row in left if row["stage"] == "clicked")
     rare = {user for user, num in clicks.items() if num < 15}
     num_events = sum(row["user_id"] in rare for row in left)
