@@ -26,12 +26,13 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.presets import RECIPES, recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.lanes import Lane, Turn, standing, winner
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.training import check_trainable, fit_once
+from tfrs_pipeline.run.training import check_trainable, fit_once, trains_winner_alone
 from tfrs_pipeline.settings import refuse
 
 # The curves so far, beside the trainings.
@@ -137,7 +138,8 @@ def race(
     )
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        data = TrainingSet.build(train, place / "samples", seed=seed)
+        hard = base.model.hard if isinstance(base.model.hard, FunnelLosers) else None
+        data = TrainingSet.build(train, place / "samples", seed=seed, hard=hard)
         laps = _Laps(base, (data,), validation, train, place / "race", progress)
         decided = laps.run()
         model = laps.train(Turn(decided.winner, 0, math.inf))
@@ -183,7 +185,7 @@ def race_step(config: RunConfig, folder: RunFolder) -> Step:
 def winners_settings(config: RunConfig, decided: Race) -> RunConfig:
     """Returns the settings of a config's winner, which race no more."""
     changed: dict[str, Any] = {"recipes": (), "given": (), "budget": None}
-    if "evaluation.baselines" not in config.given:  # It would take the winner's time once more.
+    if trains_winner_alone(config):
         named = config.evaluation.baselines
         changed["evaluation.baselines"] = tuple(x for x in named if x != "uncorrected")
     return with_settings(planned(config, decided.winner), changed)

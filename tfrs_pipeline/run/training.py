@@ -188,9 +188,15 @@ def read_trained(
 def variants(config: RunConfig) -> dict[str, RunConfig]:
     """Returns the settings of each model that a run trains, by name."""
     found = {"two_tower": config}
-    if "uncorrected" in config.evaluation.baselines and config.model.correction != "none":
+    named = set() if trains_winner_alone(config) else {*config.evaluation.baselines}
+    if "uncorrected" in named and config.model.correction != "none":
         found["two_tower_uncorrected"] = with_settings(config, {"model.correction": "none"})
     return found
+
+
+def trains_winner_alone(config: RunConfig) -> bool:
+    """Returns whether a race leaves out the uncorrected model: it would train the winner again."""
+    return bool(config.recipes) and "evaluation.baselines" not in config.given
 
 
 def plan_of(config: RunConfig, name: str) -> TwoTower:
