@@ -1,19 +1,21 @@
-"""Measures the presets as they are, and the baselines, on logs of several kinds.
+"""Measures a race of recipes, the presets as they are, and the baselines, on logs of several kinds.
 
 Every model is fitted to the training part of each log of `log_kinds.py`, and epochs are chosen on
-validation. The result is NDCG@100 on the test, on which nothing was chosen, and its difference from
-the first model's, with a 95% bootstrap interval over users. There is no second training on the
-training and validation parts together. EASE is left out where there are too many items for it.
+validation. The result is NDCG on the test, on which nothing was chosen, and the difference in
+NDCG@100 from the first model's, with a 95% bootstrap interval over users. `run` is what the race
+chooses, which `run` without a preset does; it is the first model. There is no second training on
+the training and validation parts together. EASE is left out where there are too many items for it.
 
     python benchmarks/presets.py --data-dir data --json benchmarks/results/presets.json
     python benchmarks/presets.py --no-order --data-dir data --json FILE
 
---data-dir is that of `log_kinds.py`.
+--data-dir is that of `log_kinds.py`. A file that is there keeps what is not measured anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -24,46 +26,72 @@ import tfrs_pipeline as tp
 
 # isort: split
 import tensorflow as tf
-from log_kinds import logs, unordered_logs
-from record import write_json
+from log_kinds import EXCLUDE, logs, unordered_logs
+from record import COMMIT, write_json
 
 from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.presets import PRESETS
 
 METRICS = ("ndcg@100", "ndcg@10", "recall@100")
 # Whether a log has an order -> what is measured on it; the others are compared with the first.
-PRESETS_OF = {True: ("default", "quick", "sequence"), False: ("sets", "default", "ids")}
+MODELS_OF = {
+    True: ("run", "default", "quick", "sequence", "sets"),
+    False: ("run", "sets", "default", "ids"),
+}
 
 
-def measure(split: Split, seed: int) -> dict[str, dict[str, Any]]:
-    """Fits all models to one log; returns by name what its test, epochs and CPU time were."""
+def raced(split: Split, seed: int, exclude: Exclude) -> tuple[Any, dict[str, Any]]:
+    """Races all recipes; returns the winner's model, and the race."""
+    settings = {"evaluation.exclude": exclude}
+    model, race = tp.race(split.train, split.validation, settings=settings, seed=seed)
+    return model, {"winner": race.winner, "raced": {x.name: [x.best, x.spent] for x in race.lanes}}
+
+
+def preset(name: str, split: Split, seed: int, exclude: Exclude) -> tuple[Any, dict[str, Any]]:
+    """Fits a preset, or the default; whether the log has an order is its own."""
+    settings = dict(PRESETS[name][1]) if name in PRESETS else {}
+    settings.pop("data.is_ordered", None)
+    config = tp.with_settings(tp.RunConfig(), settings)
+    plan = tp.TwoTower(**dict(config.model), training=config.training, seed=seed)
+    return plan.fit(split.train, split.validation, exclude=exclude), {}
+
+
+def measure(split: Split, seed: int, exclude: Exclude, names: list[str]) -> dict[str, Any]:
+    """Fits models to one log; returns by name what its test, epochs and CPU time were."""
     train, validation, test = split
     fitted: dict[str, tp.Retriever] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name in PRESETS_OF[train.is_ordered]:
+    for name in names:
         tf.keras.backend.clear_session()
-        settings = PRESETS[name][1] if name in PRESETS else {}
-        config = tp.with_settings(tp.RunConfig(), settings)
-        plan = tp.TwoTower(**dict(config.model), training=config.training, seed=seed)
         start = time.process_time()
-        fitted[name] = plan.fit(train, validation)
-        found[name] = {
+        made = raced(split, seed, exclude) if name == "run" else preset(name, split, seed, exclude)
+        fitted[name], found[name] = made
+        found[name] |= {
             "cpu_seconds": time.process_time() - start,
-            "num_epochs": fitted[name].result.num_epochs,
-            "best_epoch": fitted[name].result.best_epoch,
+            "num_epochs": made[0].result.num_epochs,
+            "best_epoch": made[0].result.best_epoch,
+            "commit": COMMIT,
         }
     baselines: dict[str, Any] = {
         "popularity": tp.MostPopular(),
         "ease": tp.Ease(),
         "ials": tp.Ials(seed=seed),
     }
+    if train.is_ordered:
+        baselines["transitions"] = tp.Transitions()
+    if exclude == "none":
+        baselines["repeats"] = tp.Repeats()
     if train.items.count().to_pyarrow().as_py() > baselines["ease"].max_candidates:
         del baselines["ease"]
     for name, baseline in baselines.items():
         start = time.process_time()
         fitted[name] = baseline.fit(train)
         found[name] = {"cpu_seconds": time.process_time() - start}
-    evaluation = tp.evaluate(fitted, test, cutoffs=(10, 100))
+    chosen_on = tp.evaluate(fitted, validation, exclude=exclude, cutoffs=(10, 100), num_bootstrap=0)
+    for name, result in chosen_on.results.items():
+        found[name]["validation"] = result.overall.intervals["ndcg@100"].mean
+    evaluation = tp.evaluate(fitted, test, exclude=exclude, cutoffs=(10, 100))
     for name, result in evaluation.results.items():
         found[name] |= {metric: result.overall.intervals[metric].mean for metric in METRICS}
         if name in evaluation.differences:
@@ -78,20 +106,25 @@ def main() -> None:
     )
     parser.add_argument("--data-dir", type=Path, help="Folder of the data sets.")
     parser.add_argument("--logs", nargs="+", metavar="LOG", help="Which; all without it.")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="Which; all without it.")
     parser.add_argument("--no-order", action="store_true", help="The logs without an order.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     tf.get_logger().setLevel("ERROR")  # A model a log retraces its functions: no fault here.
-    found: dict[str, Any] = {}
+    is_there = options.json is not None and options.json.exists()
+    found: dict[str, Any] = json.loads(options.json.read_text())["logs"] if is_there else {}
     with tempfile.TemporaryDirectory() as folder:
         make = unordered_logs if options.no_order else logs
         makers = make(options.data_dir, Path(folder))
         if unknown := set(options.logs or ()) - makers.keys():
             parser.error(f"--logs: got {sorted(unknown)}; there are {list(makers)}")
         for log in options.logs or makers:
-            found[log] = measure(makers[log](), options.seed)
-            for name, x in found[log].items():
+            split, exclude = makers[log](), EXCLUDE.get(log, "clicked")
+            models = options.models or list(MODELS_OF[split.train.is_ordered])
+            now = measure(split, options.seed, exclude, models)
+            found[log] = {**found.get(log, {}), **now}
+            for name, x in now.items():
                 print(
                     f"{log:20} {name:12} ndcg@100 {x['ndcg@100']:.4f}   "
                     f"{x['cpu_seconds']:6.1f} CPU s",

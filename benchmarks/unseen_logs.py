@@ -30,7 +30,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SAMPLE_SEED = 0
 MIN_HOUSEHOLDS, BASKETS_SINCE = 10, "2017-10-01"
 
 
@@ -47,23 +46,13 @@ def amazon_days(folder: Path, name: str) -> pa.Table:
     return _events(items).append_column("timestamp", pa.array(np.concatenate([*times.values()])))
 
 
-def toys(folder: Path) -> pa.Table:
-    """Reads `Toys_and_Games.txt`: repository salesforce/ICLRec, folder data; S3Rec has it too."""
-    return _events(_sequences((folder / "Toys_and_Games.txt").read_text()))
-
-
 def sessions(folder: Path) -> pa.Table:
     """Reads the files below: repository rn5l/session-rec, folder data/rsc15/prepared."""
     names = (f"yoochoose-clicks-100k_{part}.txt" for part in ("train_full", "test"))
     clicks = pd.concat(pd.read_csv(folder / name, sep="\t") for name in names)
-    clicks = clicks.sort_values(["SessionId", "Time"], kind="stable")
-    return pa.table(
-        {
-            "user_id": clicks["SessionId"].to_numpy(),
-            "item_id": clicks["ItemId"].to_numpy(),
-            "timestamp": clicks["Time"].to_numpy().astype(np.int64),
-        }
-    )
+    clicks = clicks.sort_values(["SessionId", "Time"], kind="stable").astype({"Time": np.int64})
+    columns = {"SessionId": "user_id", "ItemId": "item_id", "Time": "timestamp"}
+    return pa.Table.from_pandas(clicks.rename(columns=columns), preserve_index=False)
 
 
 def sampled_sessions(folder: Path, num_sessions: int) -> pa.Table:
@@ -74,7 +63,7 @@ def sampled_sessions(folder: Path, num_sessions: int) -> pa.Table:
     """
     with (folder / "all_train_seq.txt").open("rb") as file:
         of_session = [items for items in _Lists(file).load() if len(items) >= 3]
-    rng = np.random.default_rng(SAMPLE_SEED)
+    rng = np.random.default_rng(0)
     kept = np.sort(rng.choice(len(of_session), num_sessions, replace=False))
     return _events({number: of_session[place] for number, place in enumerate(kept)})
 
@@ -84,22 +73,23 @@ def baskets(folder: Path) -> pa.Table:
 
     The last three months of the year, products that ten households and more bought.
     """
-    names = {"household_id": "user_id", "product_id": "item_id"}
-    bought = pd.read_parquet(folder / "transactions.parquet").rename(columns=names)
+    bought = pd.read_parquet(folder / "transactions.parquet")
     bought = bought[bought["transaction_timestamp"] >= BASKETS_SINCE]
-    num_households = bought.groupby("item_id")["user_id"].transform("nunique")
+    num_households = bought.groupby("product_id")["household_id"].transform("nunique")
     bought = bought[num_households >= MIN_HOUSEHOLDS]
-    bought = bought.sort_values(["user_id", "transaction_timestamp", "basket_id"], kind="stable")
-    seconds = bought["transaction_timestamp"].astype("datetime64[s]").astype(np.int64)
-    ids = {name: bought[name].to_numpy() for name in names.values()}
-    return pa.table({**ids, "timestamp": seconds.to_numpy()})
+    order = ["household_id", "transaction_timestamp", "basket_id"]
+    bought = bought.sort_values(order, kind="stable").astype({order[1]: "datetime64[s]"})
+    columns = {order[0]: "user_id", "product_id": "item_id", order[1]: "timestamp"}
+    bought = bought[[*columns]].rename(columns=columns).astype({"timestamp": np.int64})
+    return pa.Table.from_pandas(bought, preserve_index=False)
 
 
 # Name, which is that of its folder -> how the log is read.
 UNSEEN: dict[str, Callable[[Path], pa.Table]] = {
     "cosmetics": lambda folder: amazon_days(folder, "Beauty"),
     "sports": lambda folder: amazon_days(folder, "Sports"),
-    "toys": toys,
+    # Repository salesforce/ICLRec, folder data; S3Rec has the same file.
+    "toys": lambda folder: _events(_sequences((folder / "Toys_and_Games.txt").read_text())),
     "reviews": lambda folder: amazon_days(folder, "Yelp"),
     "sessions": sessions,
     "views": lambda folder: sampled_sessions(folder, 30_000),
@@ -138,12 +128,7 @@ def main() -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     for name, read in UNSEEN.items():
         if (options.data_dir / name).is_dir():
-            events = read(options.data_dir / name)
-            pq.write_table(events, options.to / f"{name}.parquet")
-            counts = [
-                f"{len(events[column].unique()):,} {column}s" for column in events.column_names
-            ]
-            print(f"{name:10} {len(events):,} events, {', '.join(counts)}")
+            pq.write_table(read(options.data_dir / name), options.to / f"{name}.parquet")
 
 
 if __name__ == "__main__":
