@@ -122,6 +122,8 @@ def test_the_building_of_a_network_counts_as_a_usual_epoch() -> None:
     assert lane.has_ended
     # One epoch was saved, but not its time.
     assert Lane("a").after([0.1, 0.2], [4.0], has_ended=False).seconds == (4.0, 8.0)
+    # All epochs were saved as a process was killed before it wrote any time.
+    assert Lane("a").after([0.1, 0.2], [], has_ended=True).seconds == (0.0, 0.0)
 
 
 def test_a_lane_knows_its_best() -> None:

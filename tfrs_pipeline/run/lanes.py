@@ -62,7 +62,7 @@ class Lane:
         usual = [*known, *durations[1:]] or durations[:1]
         each = [*known, *([statistics.median(usual)] if durations else []), *durations[1:]]
         # Epochs that an earlier process saved as it was killed have no duration.
-        each += [statistics.median(each)] * (len(values) - len(each))
+        each += [statistics.median(each or [0.0])] * (len(values) - len(each))
         seconds = tuple(itertools.accumulate(each[: len(values)]))
         return Lane(self.name, seconds, tuple(values), has_ended)
 
