@@ -62,6 +62,7 @@ PUBLIC = {
     "load_config": "config",
     "movielens_config": "config",
     "race": "run.race",
+    "signals": "evaluation.signals",
     "trained_in": "run.training",
     "with_settings": "config",
 }

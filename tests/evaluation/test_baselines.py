@@ -149,6 +149,11 @@ def test_transitions_follow_the_time_and_lead_from_one_request_to_the_next() -> 
     assert scores.round(3).tolist()[1:4] == [[0, 0, 0.5, 0.5, 0], [0.2] * 5, [0, 0, 0, 0, 1]]
 
 
+def test_transitions_fit_to_fewer_positives_than_the_window() -> None:
+    found = Transitions(window=5).fit(in_turn({1: [1, 2]}))
+    assert found.retrieve([{"history": [1]}], 2)[0].tolist() == [[2, 1]]
+
+
 def test_transitions_need_an_order() -> None:
     log = in_turn({1: [1, 2]}, reading=Reading(is_ordered=False))
     with pytest.raises(ValueError, match=r"nothing follows anything.*is_ordered"):

@@ -104,6 +104,10 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
              "num_relevant": 9, "found": [6]}
         ],
         "versions": {"tensorflow": "2.20.0"},
+        "signals": {
+            "order": {"value": 0.0612, "beside": 0.035, "meaning": "of what followed"},
+            "clock": {"value": 86_400.0, "beside": None, "meaning": "seconds"}
+        },
         "index": {"kind": "scann", "target_recall": 0.98, "num_leaves": 41},
         "notes": {"data": ["dropped nothing"], "evaluate": []},
         "seconds": {"data": 1.25, "train two_tower": 8.5}
@@ -295,6 +299,12 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert shares[1] not in PAGE.headers["Shares by slice"]
 
 
+def test_signals_stand_beside_what_they_are_compared_with() -> None:
+    order, clock = (PAGE.tables["Signals"][name] for name in ("order", "clock"))
+    assert order[:2] == [("0.061", 0.0612, False), ("0.035", 0.035, False)]
+    assert [shown for shown, *_ in clock] == ["86,400", "-", "seconds"]
+
+
 def test_what_is_missing_is_a_dash_or_no_section() -> None:
     nothing = {"mean": None, "low": None, "high": None}
     models = {name: {**model, "slices": {**model["slices"]}} for name, model in MODELS.items()}
@@ -371,7 +381,7 @@ def test_the_page_can_be_read_aloud_and_moved_through() -> None:
     assert len(PAGE.of("h1")) == len(PAGE.of("main")) == len(PAGE.of("title")) == 1
     sections = [f"#{attributes['id']}" for attributes in PAGE.of("section")]
     assert [attributes["href"] for attributes in PAGE.of("a")] == sections
-    assert len(sections) == 9
+    assert len(sections) == 10
     assert len(PAGE.headings) == 4 + len(sections)
     assert len(PAGE.of("svg")) == 6
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in PAGE.of("svg"))

@@ -411,8 +411,8 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
     assert (folder / "report.html").is_file()
     metrics = read_record(folder / "metrics.json")
     assert metrics["export_folder"] is None
-    assert list(metrics["seconds"]) == ["data", "split", "samples", "train two_tower", "baselines",
-                                        "evaluate", "export"]  # fmt: skip
+    assert list(metrics["seconds"]) == ["data", "split", "samples", "signals", "train two_tower",
+                                        "baselines", "evaluate", "export"]  # fmt: skip
     gap = metrics["differences"][IN_SERVICE]["ndcg@20"]
     assert gap["low"] > 0
     # Another look is another refusal; opened, the gate lets it through without another training.

@@ -37,6 +37,7 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
+from tfrs_pipeline.evaluation.signals import signals
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -52,7 +53,8 @@ from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
 pytestmark = pytest.mark.usefixtures("trusted_exports")
-STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate", "export"]
+STAGES = ["data", "split", "samples", "signals", "train two_tower", "baselines", "evaluate",
+          "export"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,10 @@ def test_models_and_stages_are_those_asked_for(of_stages: Finished, of_ratings: 
     assert list(of_stages.metrics["models"]) == ["two_tower", "popularity", "ease"]
     assert list(of_ratings.metrics["models"]) == ["two_tower", "two_tower_uncorrected"]
     assert list(of_stages.reports) == STAGES
-    with_second = [*STAGES[:4], "train two_tower_uncorrected", *STAGES[4:]]
+    found = signals(split_of(of_stages.folder).train)
+    assert of_stages.metrics["signals"] == found.as_dict()
+    assert of_stages.reports["signals"].notes == found.lines()
+    with_second = [*STAGES[:5], "train two_tower_uncorrected", *STAGES[5:]]
     assert list(of_ratings.reports) == with_second
     assert of_stages.metrics["index"] == {"kind": "exact"}
     assert of_ratings.metrics["index"]["target_recall"] == 1.0

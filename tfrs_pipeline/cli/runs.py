@@ -169,7 +169,8 @@ def _check(command: str, config: RunConfig) -> int:
         if command == "run":
             check_source(config)
             steps = run_steps(config, place)
-        runner.run([step for step in steps if step.writes in ("log", "split", "samples", "plans")])
+        shown_steps = ("log", "split", "samples", "signals", "plans")
+        runner.run([step for step in steps if step.writes in shown_steps])
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:

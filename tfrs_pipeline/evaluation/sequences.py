@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ibis
 import numpy as np
 import pyarrow as pa
 
@@ -38,13 +39,14 @@ class Sequences:
                 "The log has no order, so nothing follows anything in it. If its rows are in the "
                 "order of time, set is_ordered; else use Ease or Ials."
             )
-        positives = log.events.filter(is_positive)
-        names = [x for x in ("user_id", "item_id", "request_id") if x in positives.columns]
-        in_order = positives.order_by(["user_id", *order_keys(positives)])
-        table = in_order.select(*names).to_pyarrow()
+        return cls.from_table(positives_in_order(log.events).to_pyarrow(), items)
+
+    @classmethod
+    def from_table(cls, table: pa.Table, items: Ids) -> Sequences:
+        """Collects the rows of `positives_in_order`."""
         users = _codes(table["user_id"])
         is_next_request = np.ones(len(users), bool)
-        if "request_id" in names:
+        if "request_id" in table.column_names:
             requests = _codes(table["request_id"])
             is_same = (users[1:] == users[:-1]) & (requests[1:] == requests[:-1])
             is_next_request[1:] = ~is_same | (requests[1:] < 0)
@@ -56,8 +58,16 @@ class Sequences:
         Returns [n] places, -1 where the user has none.
         """
         place = np.arange(len(self.users))
-        place = np.maximum.accumulate(np.where(self.is_next_request, place, 0)) - num
+        place = np.maximum.accumulate(np.where(self.is_next_request, place, 0))
+        place = np.maximum(place - num, -1)
         return np.where((place >= 0) & (self.users[place] == self.users), place, -1)
+
+
+def positives_in_order(events: ibis.Table, *others: str) -> ibis.Table:
+    """Selects the positives, user by user, with their requests, if any, and other columns."""
+    positives = events.filter(is_positive)
+    names = ["user_id", "item_id", *(["request_id"] if "request_id" in events.columns else [])]
+    return positives.order_by(["user_id", *order_keys(positives)]).select(*names, *others)
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:

@@ -8,7 +8,10 @@ from typing import Any
 
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.parts import Split
 from tfrs_pipeline.durable import is_whole, read_record, write_record
+from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.retrieval import Retriever
@@ -51,10 +54,20 @@ def run_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     """
     return [
         *data_steps(config, folder),
+        _signals_step(config),
         *([race_step(config, folder)] if config.recipes else []),
         *_model_steps(config, folder),
         *_closing_steps(config, folder),
     ]
+
+
+def _signals_step(config: RunConfig) -> Step:
+    def measure_signals(runner: Runner, split: Split[Log]) -> Signals:
+        found = signals(split.train, seed=config.seed)
+        runner.note(*found.lines())
+        return found
+
+    return Step("signals", ("split",), "signals", measure_signals)
 
 
 def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
@@ -105,7 +118,7 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
             progress.step(StepReport("finished before", _describe_finished(finished, config)))
             return finished
         runner = Runner(progress)
-        chief_first(lambda: runner.run(data_steps(config, place)))
+        chief_first(lambda: runner.run([*data_steps(config, place), _signals_step(config)]))
         if config.recipes:
             config = settle(config, place, runner.run([race_step(config, place)]))
         runner.run(_model_steps(config, place))
@@ -127,6 +140,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
         **metrics_of(config, data, measured),
         **({"race": read_record(folder.race_file)["race"]} if is_whole(folder.race_file) else {}),
         **exported.as_metrics(),
+        "signals": runner.artifacts["signals"].as_dict(),
         "notes": {report.name: report.notes for report in runner.reports},
         "seconds": {report.name: report.seconds for report in runner.reports},
     }

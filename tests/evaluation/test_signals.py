@@ -1,0 +1,159 @@
+"""What a log rewards, on made-up logs where the answer is known."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.evaluation.signals import Signals, signals
+
+RNG = np.random.default_rng(0)
+
+
+def log_of(histories: Iterable[Sequence[int]], times: Any = None, **options: Any) -> Log:
+    """Makes a log of a history for each user; `times` are those of all rows."""
+    rows = [(user, item) for user, history in enumerate(histories) for item in history]
+    events = pd.DataFrame(rows, columns=["user_id", "item_id"])
+    if times is not None:
+        events["timestamp"] = pd.to_datetime(times, unit="s", utc=True)
+    return Log.from_table(events, **options)
+
+
+def walks(length: int, num_streams: int = 1) -> list[list[int]]:
+    """Makes 300 histories, each of several streams in turn that walk on a circle of 200 items."""
+    starts = RNG.integers(0, 200, (300, num_streams))
+    return [[(s[i % num_streams] + i) % 200 for i in range(length)] for s in starts.tolist()]
+
+
+def shuffled(histories: list[list[int]]) -> list[list[int]]:
+    return [RNG.permutation(history).tolist() for history in histories]
+
+
+def test_order_is_told_from_none() -> None:
+    histories = walks(8)
+    found = signals(log_of(histories))["order"]
+    assert found.value == 1
+    assert found.beside == pytest.approx(0.55, abs=0.2)
+    without = signals(log_of(shuffled(histories)))["order"]
+    assert without.value == pytest.approx(without.beside, abs=0.15)
+
+
+def test_a_hit_is_among_the_ten_that_followed_most_often_ties_in_random_order() -> None:
+    histories = [RNG.zipf(1.3, 7).clip(max=40).tolist() for _ in range(80)]
+    items = np.unique(np.concatenate(histories))
+    popular = np.array([sum(h[:-1].count(item) for h in histories) for item in items])
+    hits = []
+    for *_, last, target in histories:
+        pairs = [pair for h in histories for pair in pairwise(h[:-1])]
+        num = np.array([pairs.count((last, item)) for item in items])
+        scores = (num + 100 * popular / popular.sum()).round(9)
+        own = scores[items == target]
+        above, level = np.sum(scores > own), np.sum(scores == own)
+        hits.append(min(1, max(0, (10 - above) / level)))
+    assert signals(log_of(histories))["order"].value == pytest.approx(np.mean(hits))
+
+
+def test_recency_compares_the_last_item_with_the_fifth_last() -> None:
+    """Of five streams in turn, the fifth last item says what comes, and the last one nothing."""
+    found = signals(log_of(walks(12, num_streams=5)))["recency"]
+    assert found.beside == 1
+    assert found.value < 0.4
+
+
+def test_trend_compares_the_latest_clicks_with_all_before() -> None:
+    histories = [[0] * 60 + [1] * 40, range(2, 100)]
+    log = log_of(histories, times=10**9 + np.r_[0:100, np.zeros(98)])
+    found = signals(log)["trend"]
+    assert (found.value, found.beside) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("histories", "name", "value", "beside"),
+    [
+        ([[1, 1, 2, 2], [3, 4, 4, 3]], "repeats", 0.5, None),
+        ([range(5), range(5)], "repeats", 0, None),
+        ([[0] * 101, range(100)], "top 1%", 102 / 201, 0.01),
+        ([[0] * 101, range(100)], "top 10%", 111 / 201, 0.1),
+        ([range(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 30)], "history", 5, 9),
+        ([range(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 30)], "short", 0.4, None),
+    ],
+)
+def test_counts(histories: Any, name: str, value: float, beside: float | None) -> None:
+    found = signals(log_of(histories))[name]
+    assert found.value == pytest.approx(value)
+    assert found.beside == beside
+
+
+def test_ties_are_of_the_same_user_and_the_clock_has_the_step_of_all_times() -> None:
+    day = 86_400
+    times = 10**9 + day * np.array([0, 0, 2, 5, 5, 6, 9])
+    found = signals(log_of([[1, 2, 3, 4], [1, 2, 3]], times=times))
+    assert found["ties"].value == pytest.approx(2 / 7)
+    assert found["clock"].value == day
+
+
+def test_features_with_categories_are_compared_with_chance() -> None:
+    """A user stays in a genre; the request's device decides the item, and its volume nothing."""
+    rows = pd.DataFrame({"user_id": np.arange(3000) // 10})
+    rows["device"] = RNG.integers(0, 20, 3000)
+    rows["volume"] = RNG.random(3000)
+    rows["item_id"] = 2 * rows["device"] + rows["user_id"] % 2
+    items = pd.DataFrame({"item_id": range(40), "genre": ["war", "noir"] * 20, "year": range(40)})
+    log = Log.from_table(
+        rows,
+        items=items,
+        item_features={"genre": "categorical", "year": "numeric"},
+        request_features={"device": "categorical", "volume": "numeric"},
+    )
+    found = signals(log)
+    genre, device = found["item genre"], found["request device"]
+    assert genre.value == device.value == 1
+    assert genre.beside == pytest.approx(0.5, abs=0.05)
+    assert device.beside == pytest.approx(0.25, abs=0.12)
+    names = {signal.name for signal in found}
+    assert not names & {"item year", "request volume", "ties", "trend"}
+
+
+def test_lists_share_a_value_if_any_is_the_same_and_none_is_not_one() -> None:
+    items = pd.DataFrame({"item_id": [0, 1, 2, 3], "tags": [["a", "b"], ["b", "c"], ["d"], None]})
+    histories = [[0, 1]] * 4 + [[1, 2], [3, 2], [3, 0], [2, 2]]
+    log = log_of(histories, items=items, item_features={"tags": "multi_categorical"})
+    assert signals(log)["item tags"].value == pytest.approx(4 / 7)
+
+
+def test_items_of_the_last_request_are_not_what_was_known_before_it() -> None:
+    """All clicks of a user are of one request: nothing is before it to ask with."""
+    rows = pd.DataFrame({"user_id": np.arange(60) // 6, "item_id": np.arange(60) % 6})
+    names = [signal.name for signal in signals(Log.from_table(rows.assign(request_id="a")))]
+    assert "order" not in names
+    assert "repeats" in names
+
+
+def test_a_log_without_order_has_no_signals_of_order() -> None:
+    names = [x.name for x in signals(log_of(walks(8), reading=Reading(is_ordered=False)))]
+    assert names == ["repeats", "top 1%", "top 10%", "history", "short"]
+
+
+def test_a_large_log_is_read_for_some_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of([[1, 2]] * 100 + [[3, 4, 3, 4]] * 100)
+    some = signals(log, max_positives=300)
+    assert some["repeats"].value == pytest.approx(1 / 3, abs=0.1)
+    assert some["repeats"].value != signals(log)["repeats"].value
+    assert some == signals(log, max_positives=300)
+
+
+def test_signals_print_as_a_table_and_are_data() -> None:
+    found: Signals = signals(log_of([[1, 1, 2, 2]]))
+    (line,) = (x for x in str(found).splitlines() if x.startswith("repeats"))
+    assert line.split(maxsplit=2)[:2] == ["repeats", "0.500"]
+    assert found.as_dict()["repeats"] == {
+        "value": 0.5,
+        "beside": None,
+        "meaning": found["repeats"].meaning,
+    }
+    assert list(found.as_dict()) == [x.name for x in found]

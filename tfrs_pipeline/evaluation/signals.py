@@ -1,0 +1,286 @@
+"""What a log rewards, measured in seconds before any training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse
+
+from tfrs_pipeline.data.engines import random_key
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.requests import at_request
+from tfrs_pipeline.data.schema import count_rows
+from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.evaluation.baselines import Transitions
+from tfrs_pipeline.evaluation.interactions import items_of
+from tfrs_pipeline.evaluation.sequences import Sequences, positives_in_order
+from tfrs_pipeline.evaluation.table import format_cells
+from tfrs_pipeline.features.feature import Column
+from tfrs_pipeline.features.kinds import KINDS
+
+_NUM_FOUND, _FAR = 10, 5
+_MAX_ASKED, _MAX_PAIRS, _MAX_VALUES = 5000, 20_000, 16
+# Queries at a time, since popular items have many successors.
+_BLOCK = 500
+_REQUESTED = "_requested_"
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A number, the number to compare it with, if any, and what they are in a few words."""
+
+    name: str
+    value: float
+    beside: float | None
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a log rewards: signals by name. Prints as a table."""
+
+    signals: tuple[Signal, ...]
+
+    def __iter__(self) -> Iterator[Signal]:
+        return iter(self.signals)
+
+    def __getitem__(self, name: str) -> Signal:
+        return {signal.name: signal for signal in self}[name]
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Returns value, beside and meaning of each signal by its name."""
+        rows = map(dataclasses.asdict, self)
+        return {row.pop("name"): row for row in rows}
+
+    def lines(self) -> list[str]:
+        """Returns the lines of the table."""
+        numbers = [(x.name, _written(x.value), _written(x.beside)) for x in self]
+        table = format_cells([("signal", "value", "beside"), *numbers]).splitlines()
+        meanings = ["meaning", *(x.meaning for x in self)]
+        return [f"{line}  {meaning}" for line, meaning in zip(table, meanings, strict=True)]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signals:
+    """Measures what a log rewards, from the positives of its training part alone.
+
+    Where the value is a hit rate, the last positive of a user (of 5,000 at most) is held out. It is
+    a hit if it is among the ten items that came most often with what is known, backed off to
+    popularity. Beside it is the hit rate if what is known says nothing: with shuffled histories,
+    or without the value of the request feature. The gap is what a model can learn from it.
+
+    Args:
+        train: The training part of a log.
+        max_positives: About how many positives to read: of users drawn at random, if there are
+            more.
+        seed: Seed of everything random.
+
+    Example:
+        >>> import pyarrow as pa
+        >>> clicks = {"user_id": [1, 1, 2, 2, 2], "item_id": ["a", "b", "a", "b", "a"]}
+        >>> found = signals(Log.from_table(pa.table(clicks)))["repeats"]
+        >>> found.value, found.meaning
+        (0.2, 'of positives are of an item that the user had before')
+    """
+    rng = np.random.default_rng(seed)
+    table = _read(train, max_positives, seed)
+    sequences = Sequences.from_table(table, items_of(train))
+    if not len(table):
+        return Signals(())
+    is_asked = _draw_asked(sequences, rng)
+    found: list[Signal] = []
+    if train.order != "none" and is_asked.any():
+        found += _of_order(sequences, is_asked, rng)
+    if "timestamp" in table.column_names:
+        times = table["timestamp"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+        found += _of_times(sequences, times)
+    found += _of_counts(sequences)
+    found += _of_items(train, sequences, rng)
+    if is_asked.any():
+        found += _of_requests(train, table, sequences, is_asked)
+    return Signals(tuple(found))
+
+
+def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
+    """Reads positives, of all users or of some, in order."""
+    requests = at_request(train.events, _categories(train.request_features))
+    requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
+    events = train.events.mutate(**requests)
+    positives = events.filter(is_positive)
+    if (num := count_rows(positives)) > max_positives:
+        users = positives.select("user_id").distinct()
+        drawn = users.order_by([random_key(users["user_id"], seed=seed), "user_id"])
+        events = events.semi_join(drawn.limit(count_rows(users) * max_positives // num), "user_id")
+    times = ["timestamp"] if "timestamp" in events.columns else []
+    return positives_in_order(events, *times, *requests).to_pyarrow()
+
+
+def _categories(features: Any) -> dict[str, str]:
+    return {name: kind for name, kind in features.items() if KINDS[kind].holds_categories}
+
+
+def _draw_asked(sequences: Sequences, rng: np.random.Generator) -> np.ndarray:
+    """Draws users' last positives that come after another request: [n] bool."""
+    users, before = sequences.users, sequences.earlier(1)
+    is_last = np.append(users[1:] != users[:-1], True)
+    places = np.flatnonzero(is_last & (before >= 0))
+    is_asked = np.zeros(len(users), bool)
+    is_asked[rng.permutation(places)[:_MAX_ASKED]] = True
+    return is_asked
+
+
+def _hit_rate(known: np.ndarray, sequences: Sequences, is_asked: np.ndarray) -> float:
+    """Asks for positives by what is known of each, [n] codes from 1, or 0 for nothing."""
+    rows, num_items = sequences.item_rows, len(sequences.items)
+    popular = np.bincount(rows[~is_asked], minlength=1 + num_items)
+    prior = Transitions.prior * popular / max(1, popular.sum())
+    is_pair = ~is_asked & (known > 0)
+    shape = 1 + int(known.max()), 1 + num_items
+    num = scipy.sparse.csr_matrix((np.ones(is_pair.sum()), (known[is_pair], rows[is_pair])), shape)
+    asked = np.flatnonzero(is_asked)
+    blocks = (asked[i : i + _BLOCK] for i in range(0, len(asked), _BLOCK))
+    return sum(_num_hits(num[known[x]], prior, rows[x]) for x in blocks) / len(asked)
+
+
+def _num_hits(num: scipy.sparse.csr_matrix, prior: np.ndarray, target: np.ndarray) -> float:
+    """Counts the queries whose target is found: by `num`, [num_queries, 1 + num_items], and prior.
+
+    Items of equal scores are in random order.
+    """
+    query = np.repeat(np.arange(len(target)), np.diff(num.indptr))
+    own_num = np.bincount(query, num.data * (num.indices == target[query]), len(target))
+    own = prior[target] + own_num
+    alone, score, bound = prior[num.indices], num.data + prior[num.indices], own[query]
+    # Of all items by the prior alone, then corrected for those that `num` has.
+    ascending = np.sort(prior[1:])
+    above = len(ascending) - np.searchsorted(ascending, own, "right")
+    level = len(ascending) - np.searchsorted(ascending, own, "left")
+    above = above + np.bincount(query, 1.0 * (score > bound) - (alone > bound), len(target))
+    level = level + np.bincount(query, 1.0 * (score >= bound) - (alone >= bound), len(target))
+    return float(np.clip((_NUM_FOUND - above) / (level - above), 0, 1).sum())
+
+
+def _of_order(
+    sequences: Sequences, is_asked: np.ndarray, rng: np.random.Generator
+) -> Iterator[Signal]:
+    last = _earlier_rows(sequences, 1)
+    key = rng.random(len(last))
+    key[is_asked] = 1
+    order = np.lexsort((key, sequences.users))
+    shuffled = dataclasses.replace(sequences, item_rows=sequences.item_rows[order])
+    yield Signal(
+        "order",
+        _hit_rate(last, sequences, is_asked),
+        _hit_rate(_earlier_rows(shuffled, 1), shuffled, is_asked),
+        "hit rate of what followed the last item; beside, of shuffled histories",
+    )
+    far = _earlier_rows(sequences, _FAR)
+    if (is_far := is_asked & (far > 0)).any():
+        yield Signal(
+            "recency",
+            _hit_rate(np.where(far > 0, last, 0), sequences, is_far),
+            _hit_rate(far, sequences, is_far),
+            "the same in longer histories; beside, by the fifth last item",
+        )
+
+
+def _earlier_rows(sequences: Sequences, num: int) -> np.ndarray:
+    place = sequences.earlier(num)
+    return np.where(place < 0, 0, sequences.item_rows[place])
+
+
+def _of_times(sequences: Sequences, times: np.ndarray) -> Iterator[Signal]:
+    rows, num_items = sequences.item_rows, len(sequences.items)
+    rows = rows[np.argsort(times, kind="stable")]
+    if tenth := len(rows) // 10:
+        before, recent, target = rows[:-tenth], rows[-2 * tenth : -tenth], rows[-tenth:]
+        all_time, latest = (np.bincount(x, minlength=1 + num_items) for x in (before, recent))
+        top = -(-num_items // 100)
+        yield Signal(
+            "trend",
+            float(np.isin(target, np.lexsort((-all_time, -latest))[:top]).mean()),
+            float(np.isin(target, np.argsort(-all_time, kind="stable")[:top]).mean()),
+            "of the last tenth are of the 1% most popular just before; beside, in all time before",
+        )
+    users = sequences.users
+    is_tied = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
+    is_tied = np.append(is_tied, False) | np.append(False, is_tied)
+    shared = "of positives have the time of the user's one before or after"
+    yield Signal("ties", float(is_tied.mean()), None, shared)
+    step = int(np.gcd.reduce(np.diff(np.sort(times)))) / 10**6
+    yield Signal("clock", step, None, "seconds: the step of the clock")
+
+
+def _of_counts(sequences: Sequences) -> Iterator[Signal]:
+    users, rows = sequences.users, sequences.item_rows
+    num_pairs = len(np.unique(users.astype(np.int64) << 32 | rows))
+    again = "of positives are of an item that the user had before"
+    yield Signal("repeats", (len(rows) - num_pairs) / len(rows), None, again)
+    counts = np.sort(np.bincount(rows, minlength=1 + len(sequences.items))[1:])[::-1]
+    for percent in (1, 10):
+        share = counts[: -(-len(counts) * percent // 100)].sum() / len(rows)
+        of = f"of positives are of the {percent}% most popular items"
+        yield Signal(f"top {percent}%", float(share), percent / 100, of)
+    lengths = np.bincount(users)
+    median, long = (float(x) for x in np.quantile(lengths, (0.5, 0.9), method="lower"))
+    yield Signal("history", median, long, "median positives of a user; beside, 90th percentile")
+    yield Signal("short", float((lengths < 5).mean()), None, "of users have fewer than 5 positives")
+
+
+def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Iterator[Signal]:
+    kinds, last = _categories(train.item_features), _earlier_rows(sequences, 1)
+    places = rng.permutation(np.flatnonzero((last > 0) & (last != sequences.item_rows)))
+    places = places[:_MAX_PAIRS]
+    if not kinds or not len(places):
+        return
+    used, pairs = np.unique([last[places], sequences.item_rows[places]], return_inverse=True)
+    last_of, next_of = pairs.reshape(2, -1)
+    table = train.items.order_by("item_id").select(*kinds).to_pyarrow().take(used - 1)
+    for name, kind in kinds.items():
+        codes = _codes(name, kind, table[name].combine_chunks())[:, :_MAX_VALUES]
+
+        real, chance = (
+            float(_share_value(codes[last_of], codes[x]).mean())
+            for x in (next_of, rng.permutation(next_of))
+        )
+        of = "of next items share a value with the last one; beside, of random ones"
+        yield Signal(f"item {name}", real, chance, of)
+
+
+def _share_value(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Says which rows of codes, [n, any] each, have one in common: [n] bool."""
+    is_same = (a[:, :, np.newaxis] == b[:, np.newaxis]) & (a[:, :, np.newaxis] > 0)
+    return np.any(is_same.reshape(len(a), -1), axis=1)
+
+
+def _of_requests(
+    train: Log, table: pa.Table, sequences: Sequences, is_asked: np.ndarray
+) -> Iterator[Signal]:
+    for name, kind in _categories(train.request_features).items():
+        known = _codes(name, kind, table[f"{_REQUESTED}{name}"].combine_chunks())[:, 0]
+        yield Signal(
+            f"request {name}",
+            _hit_rate(known, sequences, is_asked),
+            _hit_rate(np.zeros_like(known), sequences, is_asked),
+            "hit rate of what is popular with its value; beside, of what is popular",
+        )
+
+
+def _codes(name: str, kind: str, column: Column) -> np.ndarray:
+    """Numbers the values of a feature, from 1: [n, any], 0 where missing."""
+    raw = KINDS[kind].fit(name, column).to_raw(column)
+    _, codes = np.unique(np.append("", raw.ravel()).astype(str), return_inverse=True)
+    return codes[1:].reshape(len(raw), -1)
+
+
+def _written(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value == int(value) else f"{value:.3f}"
