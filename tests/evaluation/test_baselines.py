@@ -12,6 +12,7 @@ from implicit.cpu.als import AlternatingLeastSquares
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.schema import Ties
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
 from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.retrieval import Query, Retriever
@@ -147,6 +148,22 @@ def test_transitions_follow_the_time_and_lead_from_one_request_to_the_next() -> 
     score = Transitions(prior=1e-9, window=1).fit(log).score
     scores = score([{"history": [item]} for item in range(1, 6)])
     assert scores.round(3).tolist()[1:4] == [[0, 0, 0.5, 0.5, 0], [0.2] * 5, [0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("ties", "after_1", "after_2"),
+    [("drop", [0, 0.5, 0.5, 0], [0.25] * 4), ("order", [0, 1, 0, 0], [0, 0, 1, 0])],
+)
+def test_transitions_at_equal_times_keep_the_rule_of_the_log(
+    ties: Ties, after_1: list[float], after_2: list[float]
+) -> None:
+    """A user clicks 1, then 2 and 3 at one time, then 4."""
+    times = pd.to_datetime(10**9 + np.array([0, 5, 5, 9]), unit="s", utc=True)
+    events = pd.DataFrame({"user_id": 7, "item_id": [1, 2, 3, 4], "timestamp": times})
+    log = Log.from_table(events, reading=Reading(ties=ties))
+    score = Transitions(prior=1e-9, window=1).fit(log).score
+    found = score([{"history": [item]} for item in (1, 2, 3)]).round(3).tolist()
+    assert found == [after_1, after_2, [0, 0, 0, 1]]
 
 
 def test_transitions_fit_to_fewer_positives_than_the_window() -> None:

@@ -320,7 +320,7 @@ def test_models_and_stages_are_those_asked_for(of_stages: Finished, of_ratings: 
     assert list(of_stages.reports) == STAGES
     found = signals(split_of(of_stages.folder).train)
     assert of_stages.metrics["signals"] == found.as_dict()
-    assert of_stages.reports["signals"].notes == found.lines()
+    assert of_stages.reports["signals"].notes == str(found).splitlines()
     with_second = [*STAGES[:5], "train two_tower_uncorrected", *STAGES[5:]]
     assert list(of_ratings.reports) == with_second
     assert of_stages.metrics["index"] == {"kind": "exact"}

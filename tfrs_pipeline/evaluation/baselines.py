@@ -147,8 +147,8 @@ class Transitions:
 
     score(j) = (n_ij + m p_j) / (n_i + m), the mean of a Dirichlet posterior: i is the last known
     item of the history, n_ij how often j came next in a user's training positives, n_i their sum,
-    p_j the item's share of users, and m the prior's size. Positives of one request do not follow
-    each other; they follow those before the request.
+    p_j the item's share of users, and m the prior's size. Positives of one request follow not each
+    other but those before it; so do those of one time, if the log's rule for ties is "drop".
 
     Args:
         prior: m, above 0. An item of a hundredth of the users is worth m / 100 transitions.

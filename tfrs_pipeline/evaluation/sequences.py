@@ -10,8 +10,11 @@ import pyarrow as pa
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.requests import query_start
 from tfrs_pipeline.data.split import is_positive, order_keys
 from tfrs_pipeline.evaluation.interactions import clicked_rows, items_of
+
+_MOMENT = "_moment"
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,16 @@ class Sequences:
 
     Args:
         items: The corpus.
-        users: [n] numbers of users, equal ones side by side.
+        users: [n] numbers of users, ascending.
         item_rows: [n] rows of items, from 1.
-        is_next_request: [n] bool, False if the positive has the request of the one before it.
+        is_new_moment: [n] bool, False if the positive before it was not known before it: it is of
+            the same request, or of the same time and the log's rule for ties is "drop".
     """
 
     items: Ids
     users: np.ndarray
     item_rows: np.ndarray
-    is_next_request: np.ndarray
+    is_new_moment: np.ndarray
 
     @classmethod
     def from_log(cls, log: Log) -> Sequences:
@@ -39,39 +43,31 @@ class Sequences:
                 "The log has no order, so nothing follows anything in it. If its rows are in the "
                 "order of time, set is_ordered; else use Ease or Ials."
             )
-        return cls.from_table(positives_in_order(log.events).to_pyarrow(), items)
+        return cls.from_table(positives_in_order(log, log.events).to_pyarrow(), items)
 
     @classmethod
     def from_table(cls, table: pa.Table, items: Ids) -> Sequences:
         """Collects the rows of `positives_in_order`."""
-        users = _codes(table["user_id"])
-        is_next_request = np.ones(len(users), bool)
-        if "request_id" in table.column_names:
-            requests = _codes(table["request_id"])
-            is_same = (users[1:] == users[:-1]) & (requests[1:] == requests[:-1])
-            is_next_request[1:] = ~is_same | (requests[1:] < 0)
-        return cls(items, users, clicked_rows(table, items), is_next_request)
+        users = table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+        moments = table[_MOMENT].cast(pa.int64()).to_numpy()
+        is_new = (users[1:] != users[:-1]) | (moments[1:] != moments[:-1])
+        return cls(items, users, clicked_rows(table, items), np.append(True, is_new)[: len(users)])
 
     def earlier(self, num: int) -> np.ndarray:
-        """Finds the `num`-th positive of the user before each positive's request.
+        """Finds the `num`-th positive of the user before each positive's moment.
 
         Returns [n] places, -1 where the user has none.
         """
         place = np.arange(len(self.users))
-        place = np.maximum.accumulate(np.where(self.is_next_request, place, 0))
+        place = np.maximum.accumulate(np.where(self.is_new_moment, place, 0))
         place = np.maximum(place - num, -1)
         return np.where((place >= 0) & (self.users[place] == self.users), place, -1)
 
 
-def positives_in_order(events: ibis.Table, *others: str) -> ibis.Table:
-    """Selects the positives, user by user, with their requests, if any, and other columns."""
-    positives = events.filter(is_positive)
-    names = ["user_id", "item_id", *(["request_id"] if "request_id" in events.columns else [])]
-    return positives.order_by(["user_id", *order_keys(positives)]).select(*names, *others)
-
-
-def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers the values of a column: [n] int32, -1 where null."""
-    indices = column.combine_chunks().dictionary_encode().indices
-    codes: np.ndarray = indices.fill_null(-1).to_numpy()
-    return codes
+def positives_in_order(log: Log, events: ibis.Table, *others: str) -> ibis.Table:
+    """Selects the positives among a log's events, user by user, with other columns of them."""
+    keys = order_keys(events)
+    start, first = query_start(events, events[keys[0]])
+    moment = start if log.ties == "drop" else first
+    positives = events.mutate(**{_MOMENT: moment}).filter(is_positive)
+    return positives.order_by(["user_id", *keys]).select("user_id", "item_id", _MOMENT, *others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,11 @@ class Signals:
         rows = map(dataclasses.asdict, self)
         return {row.pop("name"): row for row in rows}
 
-    def lines(self) -> list[str]:
-        """Returns the lines of the table."""
+    def __str__(self) -> str:
         numbers = [(x.name, _written(x.value), _written(x.beside)) for x in self]
         table = format_cells([("signal", "value", "beside"), *numbers]).splitlines()
         meanings = ["meaning", *(x.meaning for x in self)]
-        return [f"{line}  {meaning}" for line, meaning in zip(table, meanings, strict=True)]
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join(f"{x}  {meaning}" for x, meaning in zip(table, meanings, strict=True))
 
 
 def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signals:
@@ -78,8 +74,7 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
 
     Args:
         train: The training part of a log.
-        max_positives: About how many positives to read: of users drawn at random, if there are
-            more.
+        max_positives: About how many to read; if there are more, those of users drawn at random.
         seed: Seed of everything random.
 
     Example:
@@ -94,17 +89,18 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
     sequences = Sequences.from_table(table, items_of(train))
     if not len(table):
         return Signals(())
-    is_asked = _draw_asked(sequences, rng)
+    before = sequences.earlier(1)
+    is_last = np.append(sequences.users[1:] != sequences.users[:-1], True)
+    asked = rng.permutation(np.flatnonzero(is_last & (before >= 0)))[:_MAX_ASKED]
     found: list[Signal] = []
-    if train.order != "none" and is_asked.any():
-        found += _of_order(sequences, is_asked, rng)
+    if train.order != "none" and len(asked):
+        found += _of_order(sequences, asked, rng)
     if "timestamp" in table.column_names:
-        times = table["timestamp"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
-        found += _of_times(sequences, times)
+        found += _of_times(sequences, table["timestamp"])
     found += _of_counts(sequences)
     found += _of_items(train, sequences, rng)
-    if is_asked.any():
-        found += _of_requests(train, table, sequences, is_asked)
+    if len(asked):
+        found += _of_requests(train, table, sequences, asked)
     return Signals(tuple(found))
 
 
@@ -119,32 +115,24 @@ def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
         drawn = users.order_by([random_key(users["user_id"], seed=seed), "user_id"])
         events = events.semi_join(drawn.limit(count_rows(users) * max_positives // num), "user_id")
     times = ["timestamp"] if "timestamp" in events.columns else []
-    return positives_in_order(events, *times, *requests).to_pyarrow()
+    return positives_in_order(train, events, *times, *requests).to_pyarrow()
 
 
-def _categories(features: Any) -> dict[str, str]:
+def _categories(features: Mapping[str, str]) -> dict[str, str]:
     return {name: kind for name, kind in features.items() if KINDS[kind].holds_categories}
 
 
-def _draw_asked(sequences: Sequences, rng: np.random.Generator) -> np.ndarray:
-    """Draws users' last positives that come after another request: [n] bool."""
-    users, before = sequences.users, sequences.earlier(1)
-    is_last = np.append(users[1:] != users[:-1], True)
-    places = np.flatnonzero(is_last & (before >= 0))
-    is_asked = np.zeros(len(users), bool)
-    is_asked[rng.permutation(places)[:_MAX_ASKED]] = True
-    return is_asked
-
-
-def _hit_rate(known: np.ndarray, sequences: Sequences, is_asked: np.ndarray) -> float:
+def _hit_rate(known: np.ndarray, sequences: Sequences, asked: np.ndarray) -> float:
     """Asks for positives by what is known of each, [n] codes from 1, or 0 for nothing."""
     rows, num_items = sequences.item_rows, len(sequences.items)
-    popular = np.bincount(rows[~is_asked], minlength=1 + num_items)
+    is_counted = np.ones(len(rows), bool)
+    is_counted[asked] = False
+    popular = np.bincount(rows[is_counted], minlength=1 + num_items)
     prior = Transitions.prior * popular / max(1, popular.sum())
-    is_pair = ~is_asked & (known > 0)
+    is_counted &= known > 0
+    pairs = known[is_counted], rows[is_counted]
     shape = 1 + int(known.max()), 1 + num_items
-    num = scipy.sparse.csr_matrix((np.ones(is_pair.sum()), (known[is_pair], rows[is_pair])), shape)
-    asked = np.flatnonzero(is_asked)
+    num = scipy.sparse.csr_matrix((np.ones(len(pairs[0])), pairs), shape)
     blocks = (asked[i : i + _BLOCK] for i in range(0, len(asked), _BLOCK))
     return sum(_num_hits(num[known[x]], prior, rows[x]) for x in blocks) / len(asked)
 
@@ -168,25 +156,24 @@ def _num_hits(num: scipy.sparse.csr_matrix, prior: np.ndarray, target: np.ndarra
 
 
 def _of_order(
-    sequences: Sequences, is_asked: np.ndarray, rng: np.random.Generator
+    sequences: Sequences, asked: np.ndarray, rng: np.random.Generator
 ) -> Iterator[Signal]:
-    last = _earlier_rows(sequences, 1)
-    key = rng.random(len(last))
-    key[is_asked] = 1
+    key, moment = rng.random(len(sequences.users)), sequences.earlier(0)
+    key[np.isin(moment, moment[asked])] = 1  # Those of the moment asked for stay the last ones.
     order = np.lexsort((key, sequences.users))
     shuffled = dataclasses.replace(sequences, item_rows=sequences.item_rows[order])
+    last, far = _earlier_rows(sequences, 1), _earlier_rows(sequences, _FAR)
     yield Signal(
         "order",
-        _hit_rate(last, sequences, is_asked),
-        _hit_rate(_earlier_rows(shuffled, 1), shuffled, is_asked),
+        _hit_rate(last, sequences, asked),
+        _hit_rate(_earlier_rows(shuffled, 1), shuffled, asked),
         "hit rate of what followed the last item; beside, of shuffled histories",
     )
-    far = _earlier_rows(sequences, _FAR)
-    if (is_far := is_asked & (far > 0)).any():
+    if len(asked := asked[far[asked] > 0]):
         yield Signal(
             "recency",
-            _hit_rate(np.where(far > 0, last, 0), sequences, is_far),
-            _hit_rate(far, sequences, is_far),
+            _hit_rate(np.where(far > 0, last, 0), sequences, asked),
+            _hit_rate(far, sequences, asked),
             "the same in longer histories; beside, by the fifth last item",
         )
 
@@ -196,33 +183,30 @@ def _earlier_rows(sequences: Sequences, num: int) -> np.ndarray:
     return np.where(place < 0, 0, sequences.item_rows[place])
 
 
-def _of_times(sequences: Sequences, times: np.ndarray) -> Iterator[Signal]:
-    rows, num_items = sequences.item_rows, len(sequences.items)
-    rows = rows[np.argsort(times, kind="stable")]
+def _of_times(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]:
+    times = column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+    users, num_items = sequences.users, len(sequences.items)
+    rows = sequences.item_rows[np.argsort(times, kind="stable")]
     if tenth := len(rows) // 10:
         before, recent, target = rows[:-tenth], rows[-2 * tenth : -tenth], rows[-tenth:]
         all_time, latest = (np.bincount(x, minlength=1 + num_items) for x in (before, recent))
-        top = -(-num_items // 100)
-        yield Signal(
-            "trend",
-            float(np.isin(target, np.lexsort((-all_time, -latest))[:top]).mean()),
-            float(np.isin(target, np.argsort(-all_time, kind="stable")[:top]).mean()),
-            "of the last tenth are of the 1% most popular just before; beside, in all time before",
-        )
-    users = sequences.users
+        orders = np.lexsort((-all_time, -latest)), np.argsort(-all_time, kind="stable")
+        now, ever = (float(np.isin(target, x[: -(-num_items // 100)]).mean()) for x in orders)
+        of = "of the last tenth are of the 1% most popular just before; beside, in all time before"
+        yield Signal("trend", now, ever, of)
     is_tied = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     is_tied = np.append(is_tied, False) | np.append(False, is_tied)
-    shared = "of positives have the time of the user's one before or after"
-    yield Signal("ties", float(is_tied.mean()), None, shared)
+    of = "of positives have the time of the user's one before or after"
+    yield Signal("ties", float(is_tied.mean()), None, of)
     step = int(np.gcd.reduce(np.diff(np.sort(times)))) / 10**6
     yield Signal("clock", step, None, "seconds: the step of the clock")
 
 
 def _of_counts(sequences: Sequences) -> Iterator[Signal]:
     users, rows = sequences.users, sequences.item_rows
-    num_pairs = len(np.unique(users.astype(np.int64) << 32 | rows))
-    again = "of positives are of an item that the user had before"
-    yield Signal("repeats", (len(rows) - num_pairs) / len(rows), None, again)
+    num_again = len(rows) - len(np.unique(users.astype(np.int64) << 32 | rows))
+    of = "of positives are of an item that the user had before"
+    yield Signal("repeats", num_again / len(rows), None, of)
     counts = np.sort(np.bincount(rows, minlength=1 + len(sequences.items))[1:])[::-1]
     for percent in (1, 10):
         share = counts[: -(-len(counts) * percent // 100)].sum() / len(rows)
@@ -241,41 +225,33 @@ def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Ite
     if not kinds or not len(places):
         return
     used, pairs = np.unique([last[places], sequences.item_rows[places]], return_inverse=True)
-    last_of, next_of = pairs.reshape(2, -1)
+    one, following = pairs.reshape(2, -1)
     table = train.items.order_by("item_id").select(*kinds).to_pyarrow().take(used - 1)
+    of = "of next items share a value with the last one; beside, of random ones"
     for name, kind in kinds.items():
-        codes = _codes(name, kind, table[name].combine_chunks())[:, :_MAX_VALUES]
-
+        codes = _codes(name, kind, table[name])[:, :_MAX_VALUES]
+        own = codes[one][:, :, np.newaxis]
         real, chance = (
-            float(_share_value(codes[last_of], codes[x]).mean())
-            for x in (next_of, rng.permutation(next_of))
+            float(np.any((own == codes[x][:, np.newaxis]) & (own > 0), axis=(1, 2)).mean())
+            for x in (following, rng.permutation(following))
         )
-        of = "of next items share a value with the last one; beside, of random ones"
         yield Signal(f"item {name}", real, chance, of)
 
 
-def _share_value(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Says which rows of codes, [n, any] each, have one in common: [n] bool."""
-    is_same = (a[:, :, np.newaxis] == b[:, np.newaxis]) & (a[:, :, np.newaxis] > 0)
-    return np.any(is_same.reshape(len(a), -1), axis=1)
-
-
 def _of_requests(
-    train: Log, table: pa.Table, sequences: Sequences, is_asked: np.ndarray
+    train: Log, table: pa.Table, sequences: Sequences, asked: np.ndarray
 ) -> Iterator[Signal]:
+    of = "hit rate of what is popular with its value; beside, of what is popular"
     for name, kind in _categories(train.request_features).items():
-        known = _codes(name, kind, table[f"{_REQUESTED}{name}"].combine_chunks())[:, 0]
-        yield Signal(
-            f"request {name}",
-            _hit_rate(known, sequences, is_asked),
-            _hit_rate(np.zeros_like(known), sequences, is_asked),
-            "hit rate of what is popular with its value; beside, of what is popular",
-        )
+        known = _codes(name, kind, table[f"{_REQUESTED}{name}"])[:, 0]
+        rate, without = (_hit_rate(x, sequences, asked) for x in (known, np.zeros_like(known)))
+        yield Signal(f"request {name}", rate, without, of)
 
 
-def _codes(name: str, kind: str, column: Column) -> np.ndarray:
+def _codes(name: str, kind: str, column: pa.ChunkedArray) -> np.ndarray:
     """Numbers the values of a feature, from 1: [n, any], 0 where missing."""
-    raw = KINDS[kind].fit(name, column).to_raw(column)
+    values: Column = column.combine_chunks()
+    raw = KINDS[kind].fit(name, values).to_raw(values)
     _, codes = np.unique(np.append("", raw.ravel()).astype(str), return_inverse=True)
     return codes[1:].reshape(len(raw), -1)
 
