@@ -45,6 +45,7 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
         ({"history_lenght": 3}, "did you mean 'history_length'?"),
         ({"history_pooling": ["mean", "mean"]}, "history_pooling: .*a value twice"),
         ({"history_pooling": ["attention"], "dim": 9}, "dim: got 9; must be a multiple of 2"),
+        ({"correction": "recent"}, "correction: got 'recent', which needs candidate_bias"),
         ({"candidate_bias": True, "use_candidate_id": False}, "candidate_bias: needs use_candida"),
         (
             {"item_init": "svd", "use_candidate_id": False, "history_pooling": ()},

@@ -69,9 +69,10 @@ class TwoTowerSettings(Config):
     resampling_exponent: float = Field(0.0, ge=0, le=1)
     """Down-samples positives of popular items and up-samples the others, by counts to the power of
     minus this: 0 changes nothing, 1 makes every clicked item equally likely."""
-    correction: Literal["mixture", "none"] = "mixture"
-    """The logQ correction: mixture, the log of each candidate's expected count in the batch; or
-    none."""
+    correction: Literal["mixture", "recent", "none"] = "mixture"
+    """The logQ correction: mixture, the log of each candidate's expected count in the batch;
+    recent, the same, and after training an item's score changes by how its share of the latest
+    clicks differs from its share of all, in a log with timestamps; or none."""
     temperature: PositiveFloat = 0.15
     """Divisor of the scores in the loss."""
     normalize: bool = True
@@ -125,6 +126,8 @@ class TwoTowerSettings(Config):
             yield "dim", f"got {self.dim}; {message}"
         if self.candidate_bias and not self.use_candidate_id:
             yield "candidate_bias", "needs use_candidate_id"
+        if self.correction == "recent" and not self.candidate_bias:
+            yield "correction", "got 'recent', which needs candidate_bias"
         if self.item_init == "svd" and not (self.use_candidate_id or self.history_pooling):
             yield "item_init", "got 'svd', which needs use_candidate_id or a history"
 

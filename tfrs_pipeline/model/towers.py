@@ -29,8 +29,9 @@ class Tower(tf.keras.layers.Layer):
 
     There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that are False
     in `are_trained`, [num_ids + 1] bool, share that of row 0, which is trained in place of dropped
-    ids. With the `bias` "id" an output's last entry is a learned number of the id; with "ones", for
-    the other tower, it is 1.
+    ids. With the `bias` "id" an output's last entry is a learned number of the id, plus, outside
+    training and if the correction is "recent", its `shift`; with "ones", for the other tower, it
+    is 1.
     """
 
     def __init__(
@@ -52,11 +53,15 @@ class Tower(tf.keras.layers.Layer):
             None if num_ids is None else tf.keras.layers.Embedding(num_ids + 1, dim, name="id")
         )
         self._appends_one = bias == "ones"
-        self._bias = None
+        self._bias = self.shift = None
         if bias == "id" and num_ids is not None:
             self._bias = tf.keras.layers.Embedding(
                 num_ids + 1, 1, embeddings_initializer="zeros", name="bias"
             )
+            if settings.correction == "recent":
+                self.shift = self.add_weight(
+                    name="shift", shape=[num_ids + 1], initializer="zeros", trainable=False
+                )
         self._row_of_id = None
         if are_trained is not None:
             self._row_of_id = tf.constant(np.arange(len(are_trained)) * are_trained, tf.int32)
@@ -105,8 +110,13 @@ class Tower(tf.keras.layers.Layer):
             output = tf.math.l2_normalize(output, axis=1)
         if self._appends_one:
             return tf.concat([output, tf.ones_like(output[:, :1])], axis=1)
+        if self._bias is None:
+            return output
         # If the id is dropped, the bias of row 0 is trained.
-        return output if self._bias is None else tf.concat([output, self._bias(rows)], axis=1)
+        bias = self._bias(rows)
+        if self.shift is not None and not training:
+            bias += tf.gather(self.shift, rows)[:, tf.newaxis]
+        return tf.concat([output, bias], axis=1)
 
     @property
     def id_tables(self) -> list[tf.Variable]:

@@ -48,7 +48,8 @@ from tfrs_pipeline.model.settings import (
     check_examples,
     reads_times,
 )
-from tfrs_pipeline.model.towers import candidate_tower, query_tower
+from tfrs_pipeline.model.towers import Tower, candidate_tower, query_tower
+from tfrs_pipeline.model.trend import popularity_shift
 from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.mined import Mined
@@ -262,7 +263,7 @@ class TwoTower(TwoTowerSettings):
                 max_epochs=max_epochs,
                 validate=validate,
                 mining=mining,
-                start=start,
+                start=functools.partial(self._begin, start, data.samples),
                 first_step=first_step,
                 folder=folder,
                 callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
@@ -285,6 +286,14 @@ class TwoTower(TwoTowerSettings):
             clicked = samples.known_positives
             return functools.partial(add_item_factors, clicked=clicked, folder=folder), 0, []
         return None, 0, []
+
+    def _begin(self, start: Start | None, samples: Samples, network: TwoTowerNetwork) -> None:
+        """Sets what an untrained network begins with, and what is popular now."""
+        if start is not None:
+            start(network)
+        tower = network.candidate_tower
+        if isinstance(tower, Tower) and tower.shift is not None:
+            tower.shift.assign(self.temperature * popularity_shift(samples))
 
     def _ranking(
         self, validation: Holdout, exclude: Exclude, cutoffs: Sequence[int]

@@ -1,0 +1,97 @@
+"""What is popular at the end of the training: what it is estimated to be, and where it counts."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfrs_pipeline as tp
+from tests.model.conftest import NUM_ITEMS, assert_same, tiny, weights_of
+from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.trend import popularity_shift
+from tfrs_pipeline.samples.store import Samples
+
+
+def clicks_in_turn(*probabilities: np.ndarray, num: int = 4000, seed: int = 0) -> Samples:
+    """Of 500 users in random order; the items of each period have other probabilities."""
+    rng = np.random.default_rng(seed)
+    items = [1 + rng.choice(len(p), num, p=p) for p in probabilities]
+    rows, users = np.concatenate(items), rng.integers(1, 501, num * len(items))
+    samples = Samples.from_pairs(users, rows, num_queries=500, num_candidates=len(probabilities[0]))
+    return dataclasses.replace(samples, sequence_times=np.argsort(users, kind="stable"))
+
+
+def test_shares_now_are_those_of_the_last_period() -> None:
+    before, now = np.repeat([0.09, 0.01], 10), np.repeat([0.02, 0.08], 10)
+    samples = clicks_in_turn(before, before, before, now)
+    expected = now / (0.75 * before + 0.25 * now)
+    shift = popularity_shift(samples)
+    # A share is known from half of the last period's 4,000 clicks or more: to 5 deviations.
+    deviation = 1 / np.sqrt(2000 * now)
+    assert (np.abs(shift[1:] - np.log(expected)) < 5 * deviation).all()
+    assert shift[0] == 0
+
+
+def test_what_stays_as_popular_is_left_alone() -> None:
+    same = np.repeat([0.09, 0.01], 10)
+    shift = popularity_shift(clicks_in_turn(same, same, same, same))
+    # Within the deviation of a share in the latest eighth of the 16,000 clicks.
+    assert (np.abs(shift[1:]) < 3 / np.sqrt(2000 * same)).all()
+    assert np.abs(shift).mean() < 0.15
+
+
+def test_unclicked_items_and_logs_that_tell_nothing() -> None:
+    probabilities = np.append(np.full(10, 0.1), 0.0)
+    samples = clicks_in_turn(probabilities, probabilities)
+    assert np.isfinite(popularity_shift(samples)).all()
+    assert not popularity_shift(dataclasses.replace(samples, sequence_times=None)).any()
+    few = Samples.from_pairs([1] * 99, [1, 2, 3] * 33, num_queries=1, num_candidates=3)
+    assert not popularity_shift(dataclasses.replace(few, sequence_times=np.arange(99))).any()
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_it_counts_in_answers_and_not_in_training(
+    split: Split, data: TrainingSet, tmp_path: Path
+) -> None:
+    plain, recent = (
+        tiny(correction=correction, candidate_bias=True).fit_samples(
+            data, max_epochs=2, log=split.train
+        )
+        for correction in ("mixture", "recent")
+    )
+    variables = zip(
+        plain.network.trainable_variables, recent.network.trainable_variables, strict=True
+    )
+    for a, b in variables:
+        np.testing.assert_array_equal(a, b)
+    shift = popularity_shift(data.samples)
+    assert np.ptp(shift) > 0.05
+    rows, histories = tf.constant([1, 2, 0]), tf.constant([[3, 4, 0]] * 3)
+    scores, shifted = (
+        model.network.embed_queries(rows, histories).numpy() @ model.network.embed_corpus().T
+        for model in (plain, recent)
+    )
+    moved = plain.settings.temperature * shift[1:]
+    np.testing.assert_allclose(shifted, scores + moved, atol=1e-5)
+    # So do the export's answers.
+    loaded = tp.load(tp.export(recent, tmp_path / "m", index=tp.Exact()))
+    query = [{"user_id": 101, "history": [30, 40]}]
+    ids, expected = (model.retrieve(query, NUM_ITEMS)[0].tolist() for model in (loaded, recent))
+    assert ids == expected
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_stopped_trainings_and_warm_starts_have_it(data: TrainingSet, tmp_path: Path) -> None:
+    plan = tiny(correction="recent", candidate_bias=True)
+    whole = plan.fit_samples(data, max_epochs=2)
+    plan.fit_samples(data, max_epochs=1, folder=tmp_path)
+    resumed = plan.fit_samples(data, max_epochs=2, folder=tmp_path)
+    assert_same(weights_of(whole.network), weights_of(resumed.network))
+    before = tiny(candidate_bias=True).fit_samples(data, max_epochs=1)
+    warm = plan.fit_samples(data, warm_start=before, max_epochs=1)
+    np.testing.assert_array_equal(
+        warm.network.candidate_tower.shift, whole.network.candidate_tower.shift
+    )
