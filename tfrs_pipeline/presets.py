@@ -7,6 +7,22 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 
+_SEQUENCE: dict[str, Any] = {
+    "model.negatives": (Uniform(512), Popularity(512)),
+    "model.history_length": 200,
+    "model.history_pooling": ("attention",),
+    "model.history_dropout": 0.2,
+    "model.id_dropout": 0.01,
+    "model.item_init": "svd",
+    "model.feature_dim": 4,  # 16 lost on sparse 1M: docs/explanation/tried.md.
+    "model.temperature": 0.1,
+    "training.examples": "sequences",
+    "training.max_epochs": 100,
+    # An epoch of a sparse log has few steps: validation may waver for ten epochs and more
+    # while the model still learns.
+    "training.patience": 20,
+}
+
 # Name -> its purpose, and the settings that it changes, by dotted name.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quick": (
@@ -61,20 +77,18 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence": (
         "logs in which the order of the events tells what comes next: causal self-attention over "
         "the history, sequence-level training",
+        _SEQUENCE,
+    ),
+    "sparse": (
+        "many items with few events each, in an order, whose popularity changes: `sequence` with "
+        "larger embeddings, and scores that follow what is popular at the end of the training",
         {
-            "model.negatives": (Uniform(512), Popularity(512)),
-            "model.history_length": 200,
-            "model.history_pooling": ("attention",),
-            "model.history_dropout": 0.2,
-            "model.id_dropout": 0.01,
-            "model.item_init": "svd",
-            "model.feature_dim": 4,  # 16 lost on sparse 1M: docs/explanation/tried.md.
-            "model.temperature": 0.1,
-            "training.examples": "sequences",
-            "training.max_epochs": 100,
-            # An epoch of a sparse log has few steps: validation may waver for ten epochs and more
-            # while the model still learns.
-            "training.patience": 20,
+            **_SEQUENCE,
+            "model.dim": 128,
+            "model.candidate_bias": True,
+            "model.correction": "recent",
+            "training.batch_size": 2048,
+            "training.learning_rate": 0.004,
         },
     ),
     "hybrid_1_100": (
@@ -91,7 +105,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-Recipe: TypeAlias = Literal["default", "quick", "sequence", "sets"]
+Recipe: TypeAlias = Literal["default", "quick", "sequence", "sparse", "sets"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 """The recipes of a race, in the order in which they train; "default" changes nothing."""
 

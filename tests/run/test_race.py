@@ -168,6 +168,7 @@ def test_a_budget_that_is_none_is_refused(wrong: str) -> None:
         RunConfig(budget=wrong)
 
 
+IN_ORDER = ("quick", "sequence", "sparse")
 ORDERED_LOG = Log.from_table(event_table("int").select(["user_id", "item_id"]))
 
 
@@ -175,12 +176,12 @@ ORDERED_LOG = Log.from_table(event_table("int").select(["user_id", "item_id"]))
     ("is_ordered", "given", "racing", "why"),
     [
         (True, {}, RECIPES, {}),
-        (False, {}, ("default", "sets"), {"sequence": "is_ordered", "quick": "is_ordered"}),
-        (True, {"training.examples": "sets"}, ("quick", "sequence", "sets"),
+        (False, {}, ("default", "sets"), dict.fromkeys(IN_ORDER, "is_ordered")),
+        (True, {"training.examples": "sets"}, (*IN_ORDER, "sets"),
          {"default": "model.negatives"}),
         (True, {"training.batch_size": 50}, ("default", "sets"),
-         {"sequence": "training.batch_size", "quick": "training.batch_size"}),
-        (True, {"training.max_epochs": 2}, ("default", "quick", "sequence"), {"sets": "warm-up"}),
+         dict.fromkeys(IN_ORDER, "training.batch_size")),
+        (True, {"training.max_epochs": 2}, ("default", *IN_ORDER), {"sets": "warm-up"}),
     ],
 )  # fmt: skip
 def test_who_races(
