@@ -13,7 +13,7 @@ import pytest
 
 from tfrs_pipeline.data.engines import connect_spark
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.schema import DataError, SplitKind, Ties
+from tfrs_pipeline.data.schema import AskedBy, DataError, SplitKind, Ties
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.model.corpus import TrainingSet
@@ -149,9 +149,11 @@ def test_duckdb_and_spark_draw_the_same_parts(logs: tuple[Log, Log], kind: Split
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["last_share", "held_out_users"])
-def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind) -> None:
-    holdout, other = (log.split(kind).holdout("test", 5, seed=1) for log in logs)
+@pytest.mark.parametrize(
+    ("kind", "by"), [("last_share", "users"), ("held_out_users", "users"), ("time", "requests")]
+)
+def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind, by: AskedBy) -> None:
+    holdout, other = (log.split(kind).holdout("test", 5, seed=1, by=by) for log in logs)
     assert holdout.num_sampled_from == other.num_sampled_from
     for name in ("user_ids", "times", "candidate_ids", "candidate_counts"):
         assert getattr(holdout, name).tolist() == getattr(other, name).tolist()

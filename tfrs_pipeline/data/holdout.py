@@ -16,12 +16,11 @@ import pyarrow as pa
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
-from tfrs_pipeline.data.schema import DataError, Exclude, Stage, TieRule
+from tfrs_pipeline.data.schema import AskedBy, DataError, Exclude, Stage, TieRule
 from tfrs_pipeline.data.split import is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
-AskedBy: TypeAlias = Literal["users", "requests"]
 
 # Parts that a query may know: those before the user's cut; for "test" also the validation part.
 _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
@@ -32,15 +31,15 @@ _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class Holdout:
-    """The queries of an evaluation: one for each user, in aligned lists, sorted by user id.
+    """The queries of an evaluation, in aligned lists, sorted by user id: one a user, or a request.
 
     Args:
         user_ids: [num_queries] int64 or object (str).
-        histories: Per query, the item ids of the positives before the user's cut, oldest first,
-            except those from the request that brought the first target.
+        histories: Per query, the item ids of the positives before the user's cut, or before the
+            request, oldest first, except those from the request that brought the first target.
         relevant: Per query, the distinct item ids of the targets, 1 or more.
-        clicked: Per query, the distinct item ids of all positives before the user's cut.
-        seen: Per query, the distinct item ids clicked or exposed before the cut.
+        clicked: Per query, the distinct item ids of all positives before the cut or the request.
+        seen: Per query, the distinct item ids clicked or exposed before it.
         candidate_ids: [num_candidates] int64 or object (str): all items of the log, ascending.
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
         num_sampled_from: How many queries this sample was drawn from; None if it is not a sample.
@@ -52,7 +51,7 @@ class Holdout:
             None in a log without timestamps.
 
     Raises:
-        ValueError: If a list lacks one entry per user, or the counts one per candidate.
+        ValueError: If a list lacks one entry per query, or the counts one per candidate.
     """
 
     user_ids: np.ndarray

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 import ibis
 
 from tfrs_pipeline.data.engines import open_parquet, replace, write_parquet
-from tfrs_pipeline.data.holdout import AskedBy, EvaluationPart, Holdout, make_holdout
-from tfrs_pipeline.data.schema import DataError, SplitKind
+from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
+from tfrs_pipeline.data.schema import AskedBy, DataError, SplitKind
 from tfrs_pipeline.data.split import PARTS, is_positive
 from tfrs_pipeline.durable import part_files, read_record, write_record
 from tfrs_pipeline.messages import counted

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import ibis
 
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
+AskedBy: TypeAlias = Literal["users", "requests"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 UnknownItems: TypeAlias = Literal["keep", "drop", "error"]
 Duplicates: TypeAlias = Literal["keep", "drop", "error"]

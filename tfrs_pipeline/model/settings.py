@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -159,7 +160,11 @@ class TrainingSettings(Config):
     monitor: str = "ndcg@100"
     """Validation metric that chooses the epoch: recall or ndcg, at one of evaluation.cutoffs."""
     validation_users: PositiveInt = 10_000
-    """Most users that validation ranks after each epoch; sampled if there are more."""
+    """Most queries that validation ranks after each epoch; sampled if there are more."""
+    validate_by: AskedBy = "users"
+    """Whose queries validation asks in a run: users, each once with the history before the
+    validation part, for all that follows; or requests, as a server is asked, each with the history
+    up to it."""
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs; never on held-out users."""

@@ -125,7 +125,8 @@ def _samples(
     if selection is None or final is None:
         return None
     runner.note(*describe_samples(final.report))
-    validation = split.holdout("validation", config.training.validation_users, config.seed)
+    most, by = config.training.validation_users, config.training.validate_by
+    validation = split.holdout("validation", most, config.seed, by=by)
     test = split.holdout("test", config.evaluation.max_users, config.seed, trained_on=last)
     for holdout in (validation, test):
         check_measurable(holdout, config.evaluation.exclude)
