@@ -335,6 +335,14 @@ def test_the_model_learns_the_tastes(of_stages: Finished) -> None:
     assert models["two_tower/recall@5/mean"] > 2.5 * 5 / 80
 
 
+def test_validation_asks_as_it_is_set(of_stages: Finished) -> None:
+    config = with_settings(of_stages.config, {"training.validate_by": "requests"})
+    found = prepare(config, of_stages.folder).validation
+    by_requests = split_of(of_stages.folder).holdout("validation", by="requests")
+    assert found.fingerprint() == by_requests.fingerprint()
+    assert len(found) > len(of_stages.holdout("validation"))
+
+
 def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -> None:
     evaluation = {"exclude": "none", "baselines": ["popularity", "repeats"], "cutoffs": [5, 20]}
     config = stages_config(
