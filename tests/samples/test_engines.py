@@ -16,6 +16,8 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import AskedBy, DataError, SplitKind, Ties
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
+from tfrs_pipeline.evaluation.baselines import Transitions
+from tfrs_pipeline.evaluation.signals import signals
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.run.data import load_log
@@ -131,6 +133,18 @@ def test_duckdb_and_spark_order_equal_times_alike(
     assert drawn == other_drawn
     for name, table in tables.items():
         assert table.to_pylist() == others[name].to_pylist()
+
+
+@pytest.mark.slow
+def test_duckdb_and_spark_have_the_same_signals_and_transitions(logs: tuple[Log, Log]) -> None:
+    """Of all users, and of some that are drawn."""
+    found = []
+    for log in logs:
+        scores = Transitions().fit(log).score([{"history": [item]} for item in (1, 5, 40)])
+        found.append((signals(log), signals(log, max_positives=200), scores.tolist()))
+    assert found[0] == found[1]
+    of_all, of_some, _ = found[0]
+    assert of_all["request place"] != of_some["request place"]
 
 
 @pytest.mark.slow
