@@ -44,7 +44,7 @@ def test_order_is_told_from_none() -> None:
 
 
 def test_a_hit_is_among_the_ten_that_followed_most_often_ties_in_random_order() -> None:
-    histories = [RNG.zipf(1.3, 7).clip(max=40).tolist() for _ in range(80)]
+    histories = RNG.integers(0, 40, (80, 7)).tolist()
     items = np.unique(np.concatenate(histories))
     popular = np.array([sum(h[:-1].count(item) for h in histories) for item in items])
     hits = []
@@ -132,6 +132,21 @@ def test_items_of_the_last_request_are_not_what_was_known_before_it() -> None:
     names = [signal.name for signal in signals(Log.from_table(rows.assign(request_id="a")))]
     assert "order" not in names
     assert "repeats" in names
+
+
+def test_shuffling_takes_nothing_from_the_last_request_into_the_history(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In it, each user clicks an item and its twin: the one gives the other away."""
+    monkeypatch.setattr("tfrs_pipeline.evaluation.signals._MAX_ASKED", 100)
+    before, item = RNG.integers(0, 60, (2, 400))
+    rows = pd.DataFrame(
+        {"user_id": np.repeat(np.arange(400), 3), "request_id": ["a", "b", "b"] * 400}
+    )
+    rows["item_id"] = np.stack([before, 100 + item, 200 + item], axis=1).ravel()
+    beside = signals(Log.from_table(rows))["order"].beside
+    assert beside is not None
+    assert beside < 0.4
 
 
 def test_a_log_without_order_has_no_signals_of_order() -> None:
