@@ -46,12 +46,12 @@ def by_day(order: str, num: int = 600) -> list[tuple[int, Any, int]]:
 @pytest.mark.parametrize(
     ("step", "order", "rule", "words"),
     [
-        (86_400, "as it is", "order", ["steps of a day", "does not sort"]),
-        (86_400, "ascending", "random", ["steps of a day", "100% of such"]),
-        (3_600, "descending", "random", ["steps of a hour", "0% of such"]),
-        (60, "as it is", "order", ["steps of a minute"]),
-        (1, "ascending", "drop", ["steps of a second", "one visit"]),
-        (0.25, "as it is", "drop", ["steps of a fraction"]),
+        (86_400, "as it is", "order", ["times by day", "order of the source"]),
+        (86_400, "ascending", "random", ["times by day", "ascend from 100%"]),
+        (3_600, "descending", "random", ["times by hour", "ascend from 0%"]),
+        (60, "as it is", "order", ["times by minute"]),
+        (1, "ascending", "drop", ["times by second", "one visit"]),
+        (0.25, "as it is", "drop", ["finer than seconds"]),
     ],
 )
 def test_the_rule_follows_from_the_clock_and_the_order_by_item(

@@ -129,7 +129,7 @@ def test_duckdb_and_spark_order_equal_times_alike(
         found.append((by_day.notes, drawn.to_pyarrow().to_pylist(), read(folder)))
     (notes, drawn, tables), (other_notes, other_drawn, others) = found
     assert notes == other_notes
-    assert "steps of a day" in notes[0]
+    assert "times by day" in notes[0]
     assert drawn == other_drawn
     for name, table in tables.items():
         assert table.to_pylist() == others[name].to_pylist()

@@ -106,7 +106,5 @@ def query_start(events: ibis.Table, time: ir.Value) -> tuple[ir.Value, ir.Value]
         return time, number
     in_order = ibis.window(group_by=["user_id", "request_id"], order_by=[time, number])
     is_alone = events["request_id"].isnull()
-    start, first = (
-        is_alone.ifelse(value, value.first().over(in_order)) for value in (time, number)
-    )
-    return start, first
+    first = [is_alone.ifelse(value, value.first().over(in_order)) for value in (time, number)]
+    return first[0], first[1]

@@ -10,11 +10,14 @@ from tfrs_pipeline.data.schema import TieRule, Ties
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.messages import in_percent
 
-_STEPS = {"day": 86_400, "hour": 3_600, "minute": 60, "second": 1}
-# A share of ascending item ids so far from one half is an order by item, not by time.
-_MAX_BIAS = 0.1
-# With so many standard errors, chance does not look like an order by item.
-_NUM_ERRORS = 4
+_STEPS = {"by day": 86_400, "by hour": 3_600, "by minute": 60, "by second": 1}
+# The share of ascending item ids is so far from one half only if the source sorts by item.
+_MIN_BIAS, _MIN_ERRORS = 0.1, 4
+_DONE: dict[TieRule, str] = {
+    "order": "the order of the source counts",
+    "random": "a random order counts",
+    "drop": "they are not in each other's histories, as items of one visit",
+}
 
 
 def settle_ties(events: ibis.Table, ties: Ties) -> tuple[ibis.Table, TieRule, tuple[str, ...]]:
@@ -26,70 +29,51 @@ def settle_ties(events: ibis.Table, ties: Ties) -> tuple[ibis.Table, TieRule, tu
     if "timestamp" not in events.columns:
         return events, "drop", ()
     found = _measure(events)
-    step = next((name for name in _STEPS if not found[name]), "fraction of a second")
-    num, num_pairs = found["num"], (found["up"] or 0) + (found["down"] or 0)
-    share = (found["up"] or 0) / max(1, num_pairs)
-    least = max(_MAX_BIAS, _NUM_ERRORS * 0.5 / max(1, num_pairs) ** 0.5)
-    is_sorted = abs(share - 0.5) > least
-    rule: TieRule
-    rising = f"the item ids of {share:.0%} of such neighbours ascend"
-    if ties != "auto":
-        rule, why = ties, "as ties says"
-    elif step not in ("day", "hour", "minute"):
-        rule, why = "drop", "as items of one visit"
-    elif is_sorted:
-        rule, why = "random", f"because the source sorts them by item: {rising}"
-    else:
-        rule, why = "order", f"as in the source, which does not sort them by item: {rising}"
-    if not found["tied"]:
-        return events, rule, ()
-    done = {
-        "order": "the earlier ones are in the histories of the later ones",
-        "random": "they are put into a random order",
-        "drop": "they are not in each other's histories",
-    }[rule]
+    step = next((name for name in _STEPS if not found[name]), "finer than seconds")
+    num_pairs = max(1, found["num_up"] + found["num_down"])
+    bias = abs(found["num_up"] - found["num_down"]) / (2 * num_pairs)
+    is_sorted = bias > max(_MIN_BIAS, _MIN_ERRORS * 0.5 / num_pairs**0.5)
+    why, rule = "", ties if ties != "auto" else "drop"
+    if _STEPS.get(step, 0) >= 60:
+        why = f" (item ids ascend from {found['num_up'] / num_pairs:.0%} of them to the next)"
+        rule = ties if ties != "auto" else "random" if is_sorted else "order"
     note = (
-        f"times in steps of a {step}; {in_percent(found['tied'], num)} of the positives share "
-        f"theirs with another of their user: {done}, {why}"
+        f"times {step}; {in_percent(found['num_tied'], found['num'])} of the positives share "
+        f"theirs with another of their user: {_DONE[rule]}{why}"
     )
-    return (_redrawn(events) if rule == "random" else events), rule, (note,)
+    events = _redrawn(events) if rule == "random" else events
+    return events, rule, (note,) if found["num_tied"] else ()
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:
-    """Counts positives: all, those not at a whole step, tied ones, and neighbours by item id."""
-    clicks = events.filter(is_positive(events))
-    time, item = clicks["timestamp"], clicks["item_id"]
+    """Counts positives: all, tied ones, neighbours by item id, and those between whole steps."""
     tied = ["user_id", "timestamp"]
+    clicks = events.filter(is_positive(events))
     clicks = clicks.mutate(
-        _seconds=whole_seconds(time),
-        _is_fraction=time.truncate("s") != time,
+        _seconds=whole_seconds(clicks["timestamp"]),
         _num=clicks.count().over(ibis.window(group_by=tied)),
-        _previous=item.lag().over(ibis.window(group_by=tied, order_by="event_number")),
+        _last=clicks["item_id"].lag().over(ibis.window(group_by=tied, order_by="event_number")),
     )
-    off = {
-        name: (clicks["_is_fraction"] | (clicks["_seconds"] % seconds != 0)).sum()
-        for name, seconds in _STEPS.items()
-    }
-    found = clicks.aggregate(
-        num=clicks.count(),
-        tied=(clicks["_num"] > 1).sum(),
-        up=(clicks["item_id"] > clicks["_previous"]).sum(),
-        down=(clicks["item_id"] < clicks["_previous"]).sum(),
-        **off,
-    )
+    is_fraction = clicks["timestamp"].truncate("s") != clicks["timestamp"]
+    sums = {name: is_fraction | (clicks["_seconds"] % of != 0) for name, of in _STEPS.items()}
+    sums["num_tied"] = clicks["_num"] > 1
+    sums["num_up"] = (clicks["item_id"] > clicks["_last"]).fill_null(False)
+    sums["num_down"] = (clicks["item_id"] < clicks["_last"]).fill_null(False)
+    counts = {name: value.sum() for name, value in sums.items()}
+    found = clicks.aggregate(num=clicks.count(), **counts)
     return dict(found.to_pyarrow().to_pylist()[0])
 
 
 def _redrawn(events: ibis.Table) -> ibis.Table:
     """Permutes the event numbers of a user's events at equal times; requests stay together."""
     tied, number = ["user_id", "timestamp"], events["event_number"]
-    own = random_key(number, seed=0)
-    keys = [own, number]
-    if "request_id" in events.columns:
-        together = random_key(events["request_id"], seed=1)  # Never the key of an event number.
-        keys.insert(0, ibis.coalesce(together, own))
-    drawn = ibis.row_number().over(ibis.window(group_by=tied, order_by=keys))
-    place = ibis.row_number().over(ibis.window(group_by=tied, order_by=number))
+    keys = [own := random_key(number, seed=0), number]
+    if "request_id" in events.columns:  # Another seed: the two never have the same key.
+        keys.insert(0, ibis.coalesce(random_key(events["request_id"], seed=1), own))
+    drawn, place = (
+        ibis.row_number().over(ibis.window(group_by=tied, order_by=order))
+        for order in (keys, number)
+    )
     numbers = events.select(*tied, _place=place, _number=number)
     joined = events.mutate(_place=drawn).inner_join(numbers, [*tied, "_place"])
     return joined.mutate(event_number=joined["_number"]).select(*events.columns)
