@@ -10,7 +10,7 @@ import pytest
 
 from tests.model.test_distribution import outputs, started
 from tests.small_log import event_table, small_config, write
-from tfrs_pipeline.config import dump_config
+from tfrs_pipeline.config import dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.run.pipeline import run
 
@@ -60,3 +60,23 @@ def test_a_killed_worker_stops_the_others_and_all_go_on(tmp_path: Path) -> None:
         alone["training"]["two_tower"]["history"]["loss"],
         rtol=1e-4,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("trusted_exports")
+def test_workers_race_together(tmp_path: Path) -> None:
+    data = {"path": write(event_table("int"), tmp_path / "events.parquet")}
+    given = {"model.negatives": ["uniform:num=32"], "training.optimizer": "adagrad"}
+    asked = {"recipes": ["default", "quick"], "given": [*given, "model.dim", "training.max_epochs"]}
+    config = with_settings(small_config(tmp_path, data), {**given, **asked})
+    (tmp_path / "settings.toml").write_text(dump_config(config))
+    together = tmp_path / "together"
+    flags = ("--config", str(tmp_path / "settings.toml"), "--run-dir", str(together))
+    with started(2, "tfrs_pipeline.cli", "run", *flags) as workers:
+        printed = outputs(workers)
+    assert [worker.returncode for worker in workers] == [0, 0], printed
+    race = read_record(together / "metrics.json")["race"]
+    alone = run(with_settings(config, {"export.index": "none"}), tmp_path / "alone")
+    for name, lane in alone.metrics["race"]["recipes"].items():
+        np.testing.assert_allclose(race["recipes"][name]["values"], lane["values"], rtol=0.02)
+    assert f"{race['winner']} won" in printed[0]
