@@ -4,8 +4,6 @@ Importing this package selects Keras 2 (TensorFlow Recommenders needs it) and im
 Public names are resolved on first use, so `import tfrs_pipeline` stays fast.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

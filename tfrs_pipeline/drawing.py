@@ -5,8 +5,6 @@ variables as colours: a page can set them; elsewhere the figure is a card that f
 light or dark scheme.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -94,7 +92,7 @@ def _variable(name: str) -> str:
 
 def new_figure(
     width: float, height: float, columns: int = 1, **options: Any
-) -> tuple[Figure, Sequence[Axes]]:
+) -> "tuple[Figure, Sequence[Axes]]":
     """Makes a figure, in inches, with axes side by side; options are those of `Figure.subplots`."""
     from matplotlib.figure import Figure  # Not pyplot: no window, no state.
 
@@ -110,13 +108,13 @@ def new_figure(
     return figure, all_axes
 
 
-def title(axes: Axes, text: str, align: Literal["left", "center"] = "left") -> None:
+def title(axes: "Axes", text: str, align: Literal["left", "center"] = "left") -> None:
     """Writes a title above axes."""
     axes.set_title(text, loc=align, color=INK, fontsize=_FONT_SIZE)
 
 
 def label_lines(
-    axes: Axes, labels: Mapping[str, tuple[float, float]], colours: Sequence[str]
+    axes: "Axes", labels: Mapping[str, tuple[float, float]], colours: Sequence[str]
 ) -> None:
     """Writes names to the right of points, such as line ends, without overlaps.
 
@@ -181,7 +179,7 @@ def style_notebook() -> None:
     formatters["image/svg+xml"].for_type(Figure, lambda figure: finish(figure, "Figure").card())
 
 
-def finish(figure: Figure, label: str) -> Drawing:
+def finish(figure: "Figure", label: str) -> Drawing:
     """Converts a figure to SVG; the same figure gives the same text."""
     import matplotlib
     from markupsafe import escape

@@ -4,8 +4,6 @@ A record is a JSON file that is written last. Under "sha256" it holds its own ha
 files that belong to it. Files without their record count as incomplete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Wording of messages, progress of long work, and shared checks."""
 
-from __future__ import annotations
-
 import difflib
 import numbers
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """The contract of retrievers: queries, answers, and refused arguments."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable

@@ -1,7 +1,5 @@
 """Tables of settings: frozen, checked when made, unknown keys refused with the nearest one."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

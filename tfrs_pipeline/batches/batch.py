@@ -1,7 +1,5 @@
 """A training batch: a record whose fields declare their axis, and slices of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum

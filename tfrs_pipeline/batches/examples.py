@@ -1,7 +1,5 @@
 """Which positives are batched together, and what their queries read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """The guard of a batch: candidates that must never be a query's negatives, in any column."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Draws each row's own hard negatives from its pools, with their masks and log_q."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import TypeAlias
 

@@ -4,8 +4,6 @@ A batch is a function of (seed, step): the order of the samples is too, and draw
 same seed gives the same batches with any parallelism, and a run can start at any step.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ A sample's history is a prefix of its query's sequence (`Samples`). So a causal 
 outputs depend only on earlier items, gives the query of every sample in one pass.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +132,7 @@ class _Windows:
     samples: RowLists
 
     @classmethod
-    def cut(cls, samples: Samples, length: int) -> _Windows:
+    def cut(cls, samples: Samples, length: int) -> "_Windows":
         """Cuts sequences from their ends, the last window ending with the last history."""
         # A window that starts at s trains the samples with s < num_earlier <= s + length; the first
         # window of a sequence also trains those with an empty history.

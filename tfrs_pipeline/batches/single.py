@@ -1,7 +1,5 @@
 """Positives one by one: each sample is a separate example."""
 
-from __future__ import annotations
-
 import numpy as np
 import tensorflow as tf
 

@@ -4,8 +4,6 @@ All targets of a query share its embedding and its scores with the shared negati
 positives would compute these for each target.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import tensorflow as tf
 

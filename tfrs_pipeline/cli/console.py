@@ -1,7 +1,5 @@
 """Prints stages, progress and results, and keeps the errors of C++ libraries apart."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex
@@ -110,7 +108,7 @@ def native_errors_to(path: Path) -> Iterator[None]:
             sys.stderr = python_errors
 
 
-def print_result(console: Console, config: RunConfig, result: RunResult) -> None:
+def print_result(console: Console, config: "RunConfig", result: "RunResult") -> None:
     """Prints the metrics of a run, its files and the next command."""
     from tfrs_pipeline.evaluation.table import format_table
 
@@ -149,7 +147,7 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
 
 
-def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields what the numbers mean and, if they are not good, what to try."""
     longest = max(config.evaluation.cutoffs)
     better = compared_with_baselines(metrics, f"ndcg@{longest}")
@@ -162,7 +160,7 @@ def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[s
         yield "more", "docs/guides/debugging.md"
 
 
-def print_comparison(console: Console, config: RunConfig, result: PlanComparison) -> None:
+def print_comparison(console: Console, config: "RunConfig", result: "PlanComparison") -> None:
     """Prints the table of a comparison, its conclusion and its files."""
     from tfrs_pipeline.evaluation.comparison import compared_in_words
 

@@ -4,8 +4,6 @@ A setting within a table is spelled as in a config file, `--training.batch_size`
 dot has hyphens, `--run-dir`. Both spellings are accepted for both.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

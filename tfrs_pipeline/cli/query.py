@@ -1,7 +1,5 @@
 """The command that queries an exported model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,7 +54,7 @@ class Query(OfModel):
     """Print JSON instead of a table; its notes are the lines above the table."""
 
     @pydantic.model_validator(mode="after")
-    def _check(self) -> Query:
+    def _check(self) -> "Query":
         if self.user is None and self.history is None:
             message = "required, or --history ITEM ... for someone without an id"
             raise ConfigError([("user", message)])
@@ -96,7 +94,7 @@ class Query(OfModel):
         return 0
 
     def _ask(
-        self, retriever: LoadedRetriever, about: dict[str, Any], notes: list[str]
+        self, retriever: "LoadedRetriever", about: dict[str, Any], notes: list[str]
     ) -> tuple[list[Any], list[float]]:
         """Returns ids and scores; adds entries to the JSON and notes."""
         if self.user is not None:
@@ -143,7 +141,7 @@ def _parse_time(text: str) -> Any:
     return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
 
 
-def _request_notes(retriever: LoadedRetriever, texts: Mapping[str, str]) -> Iterator[str]:
+def _request_notes(retriever: "LoadedRetriever", texts: Mapping[str, str]) -> Iterator[str]:
     """Describes typed request values that are missing or that the model does not know."""
     features, request = retriever.features["request"], retriever.parse_request(texts)
     for feature in features:
@@ -163,7 +161,7 @@ def _request_notes(retriever: LoadedRetriever, texts: Mapping[str, str]) -> Iter
 
 
 def _history_notes(
-    retriever: LoadedRetriever, query: Mapping[str, Any], unknown: Sequence[Any]
+    retriever: "LoadedRetriever", query: Mapping[str, Any], unknown: Sequence[Any]
 ) -> Iterator[str]:
     """Describes what the model ignores in a query's history, given its unknown items."""
     import numpy as np

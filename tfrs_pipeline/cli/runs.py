@@ -1,7 +1,5 @@
 """The commands that train, `run` and `compare`, and `report`, which describes a run."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import shlex
@@ -229,7 +227,7 @@ def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -
     return with_settings(config, {**given, "recipes": RECIPES})
 
 
-def _run(config: RunConfig, folder: Path, progress: Progress) -> RunResult:
+def _run(config: RunConfig, folder: Path, progress: Progress) -> "RunResult":
     from tfrs_pipeline.report.facts import write_report
     from tfrs_pipeline.run.pipeline import run
 
@@ -240,7 +238,7 @@ def _run(config: RunConfig, folder: Path, progress: Progress) -> RunResult:
     return result
 
 
-def _compare(config: RunConfig, folder: Path, progress: Progress) -> PlanComparison:
+def _compare(config: RunConfig, folder: Path, progress: Progress) -> "PlanComparison":
     from tfrs_pipeline.run.compare import compare
 
     return compare(config, folder, progress=progress)

@@ -1,7 +1,5 @@
 """A log: what happened, to which items, for which users."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Mapping
@@ -107,7 +105,7 @@ class Log:
     is_ordered: bool = True
     ties: TieRule = "drop"
     reading: Reading = field(default_factory=Reading)
-    part_of: Log | None = None
+    part_of: "Log | None" = None
     later_items: ibis.Table | None = None
 
     def __post_init__(self) -> None:
@@ -126,7 +124,7 @@ class Log:
         request_features: Mapping[str, str] | None = None,
         reading: Reading | None = None,
         connection: DuckDB | None = None,
-    ) -> Log:
+    ) -> "Log":
         """Makes a log from CSV or Parquet.
 
         Args:
@@ -177,7 +175,7 @@ class Log:
         request_features: Mapping[str, str] | None = None,
         reading: Reading | None = None,
         connection: DuckDB | None = None,
-    ) -> Log:
+    ) -> "Log":
         """Makes a log from tables in memory, or in another engine; see `from_files` for arguments.
 
         `events`, `items` and `users` are pandas DataFrames, pyarrow Tables, Ibis tables of any
@@ -214,7 +212,7 @@ class Log:
         request_features: Mapping[str, str] | None = None,
         is_ordered: bool = True,
         ties: Ties = "auto",
-    ) -> Log:
+    ) -> "Log":
         """Makes a log from tables in place: in DuckDB, or in Spark for more than one machine.
 
         Nothing is copied or cleaned: the engine checks that the tables hold what `Log` says, and
@@ -237,7 +235,7 @@ class Log:
         return cls(events, *entities, *features, notes=notes, is_ordered=is_ordered, ties=rule)
 
     @classmethod
-    def read(cls, folder: Path | str, connection: Any = None) -> Log:
+    def read(cls, folder: Path | str, connection: Any = None) -> "Log":
         """Opens a written log in an Ibis DuckDB (None opens one) or Spark, without loading it.
 
         Raises:
@@ -296,7 +294,7 @@ class Log:
         shutil.rmtree(partial)
 
     @property
-    def whole(self) -> Log:
+    def whole(self) -> "Log":
         """The log that this one is a part of, or itself."""
         return self if self.part_of is None else self.part_of
 
@@ -333,7 +331,7 @@ class Log:
         target_share: float = 0.2,
         min_positives: int = 5,
         seed: int = 0,
-    ) -> Split[Log]:
+    ) -> Split["Log"]:
         """Splits the log into training, validation and test.
 
         `SplitConfig` describes the options and the kinds of splits. Only `time` keeps other users'

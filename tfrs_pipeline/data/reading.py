@@ -1,7 +1,5 @@
 """How raw tables, which are not a log yet, are read."""
 
-from __future__ import annotations
-
 import zoneinfo
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
@@ -90,7 +88,7 @@ class Reading(Config):
     such row."""
 
     @model_validator(mode="after")
-    def _check_reading(self) -> Reading:
+    def _check_reading(self) -> "Reading":
         refuse(self._contradictions())
         return self
 

@@ -3,8 +3,6 @@
 Each kind of feature adds its own rules (`features/`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,7 +34,7 @@ class Rule(NamedTuple):
     setting: str | None = None
     is_droppable: bool = True
 
-    def filled(self, **words: object) -> Rule:
+    def filled(self, **words: object) -> "Rule":
         """Fills in the blanks of the problem."""
         return self._replace(problem=self.problem.format(**words))
 

@@ -3,8 +3,6 @@
 Ibis is imported for type hints only, so that settings load without it.
 """
 
-from __future__ import annotations
-
 import difflib
 import enum
 from collections.abc import Collection, Mapping
@@ -154,6 +152,6 @@ def require_column(
     raise DataError(f"{source.name}: no column {printable(repr(name))}. {hint} {remedy}", setting)
 
 
-def count_rows(table: ibis.Table) -> int:
+def count_rows(table: "ibis.Table") -> int:
     """Counts the rows of a table."""
     return int(table.count().to_pyarrow().as_py())

@@ -3,8 +3,6 @@
 The text under each field is its documentation and its help in the command line.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime, time
@@ -94,7 +92,7 @@ class DataConfig(Reading, Tables):
         return settings
 
     @model_validator(mode="after")
-    def _check(self) -> DataConfig:
+    def _check(self) -> "DataConfig":
         refuse([*self._source_problems(), *self.name_problems(self.request_features)])
         return self
 
@@ -139,7 +137,7 @@ class SplitConfig(Config):
     user."""
 
     @model_validator(mode="after")
-    def _check(self) -> SplitConfig:
+    def _check(self) -> "SplitConfig":
         refuse(self._problems())
         return self
 

@@ -3,8 +3,6 @@
 A baseline holds settings; its `fit` returns a fitted retriever and does not change the baseline.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -53,7 +51,7 @@ class MostPopular:
         if not 0 < self.latest <= 1:
             raise ValueError(f"latest must be in (0, 1]. Received: {self.latest}.")
 
-    def fit(self, train: Log | Interactions) -> FittedPopularity:
+    def fit(self, train: Log | Interactions) -> "FittedPopularity":
         """Counts the users of each candidate of a log, or of interactions.
 
         Raises a `ValueError` if `latest` is below 1 without timestamps; interactions have none.

@@ -1,7 +1,5 @@
 """Bootstrap intervals of means over queries."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from enum import Enum
 

@@ -1,7 +1,5 @@
 """A comparison of sampling plans as a table, in words and as a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -54,7 +52,7 @@ def compared_in_words(evaluation: Evaluation, metric: str) -> str:
     return f"in {metric} {'; '.join(parts)}"
 
 
-def comparison_figure(evaluation: Evaluation) -> Figure:
+def comparison_figure(evaluation: Evaluation) -> "Figure":
     """Draws two panels with a row for each plan: gains over the first, recall by popularity."""
     names, longest = list(evaluation.results), evaluation.cutoffs[-1]
     figure, (gains, slices) = new_figure(9, 1.6 + 0.36 * len(names), 2, sharey=True)
@@ -74,7 +72,7 @@ def comparison_figure(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def _draw_dots(axes: Axes, series: Mapping[str, Sequence[float]]) -> None:
+def _draw_dots(axes: "Axes", series: Mapping[str, Sequence[float]]) -> None:
     """Draws the plans' values with a legend above, since crossing lines leave no room beside."""
     for colour, marker, (name, values) in zip(SERIES, MARKERS, series.items(), strict=False):
         axes.plot(values, range(len(values)), marker, color=colour, label=name)
@@ -89,7 +87,7 @@ def _draw_dots(axes: Axes, series: Mapping[str, Sequence[float]]) -> None:
     )
 
 
-def _draw_gains(axes: Axes, evaluation: Evaluation, metric: str) -> None:
+def _draw_gains(axes: "Axes", evaluation: Evaluation, metric: str) -> None:
     gains = [Interval(0.0, 0.0, 0.0), *(x[metric] for x in evaluation.differences.values())]
     for place, gain in enumerate(gains):
         colour = SOFT if gain.outcome is Outcome.LEVEL else SERIES[0]

@@ -1,7 +1,5 @@
 """Measures retrievers: per query first, then means with intervals, overall and by slice."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,7 +148,7 @@ class Truth:
         return [all_queries[i] for i in self.places]
 
     @classmethod
-    def of(cls, holdout: Holdout, exclude: Exclude) -> Truth:
+    def of(cls, holdout: Holdout, exclude: Exclude) -> "Truth":
         """Looks up ids once for all retrievers; a `ValueError` if nothing is left to find."""
         items, excluded = Ids(holdout.candidate_ids), holdout.excluded(exclude)
         num_queries = len(holdout)

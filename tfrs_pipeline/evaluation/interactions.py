@@ -1,7 +1,5 @@
 """Who clicked what in training, as a matrix, to fit baselines to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,14 +25,14 @@ class Interactions:
     matrix: scipy.sparse.csr_matrix
 
     @classmethod
-    def from_rows(cls, items: Ids, user_rows: np.ndarray, item_rows: np.ndarray) -> Interactions:
+    def from_rows(cls, items: Ids, user_rows: np.ndarray, item_rows: np.ndarray) -> "Interactions":
         """Makes a matrix from user numbers, from 0, and item rows, from 1; drops empty users."""
         shape = (int(user_rows.max(initial=-1)) + 1, len(items))
         matrix = _zero_one_matrix(user_rows, item_rows, shape)
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
 
     @classmethod
-    def from_log(cls, log: Log) -> Interactions:
+    def from_log(cls, log: Log) -> "Interactions":
         """Collects the positives of a log; its items, ordered by id, are the corpus."""
         items = items_of(log)
         pairs = log.events.filter(is_positive).select("user_id", "item_id").distinct()
@@ -43,7 +41,7 @@ class Interactions:
         return cls.from_rows(items, users.to_numpy(), clicked_rows(pairs, items))
 
     @classmethod
-    def of(cls, train: Log | Interactions) -> Interactions:
+    def of(cls, train: "Log | Interactions") -> "Interactions":
         """Returns interactions unchanged, and collects those of a log."""
         return train if isinstance(train, Interactions) else cls.from_log(train)
 

@@ -4,8 +4,6 @@ Candidates are rows from 1, best first; row 0 is an empty slot. To measure a par
 items, such as a popularity slice, clear the other hits and count only that part in `num_relevant`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from tfrs_pipeline.data.ids import are_listed

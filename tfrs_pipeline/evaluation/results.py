@@ -1,7 +1,5 @@
 """The results of `evaluate`: one per retriever, and a comparison of several."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Each user's training positives in their order, to see what follows what."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import ibis
@@ -35,7 +33,7 @@ class Sequences:
     is_new_moment: np.ndarray
 
     @classmethod
-    def from_log(cls, log: Log) -> Sequences:
+    def from_log(cls, log: Log) -> "Sequences":
         """Collects the positives of a log; a `ValueError` if it has no order."""
         items = items_of(log)
         if log.order == "none":
@@ -46,7 +44,7 @@ class Sequences:
         return cls.from_table(positives_in_order(log, log.events).to_pyarrow(), items)
 
     @classmethod
-    def from_table(cls, table: pa.Table, items: Ids) -> Sequences:
+    def from_table(cls, table: pa.Table, items: Ids) -> "Sequences":
         """Collects the rows of `positives_in_order`."""
         users = table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
         moments = table[_MOMENT].cast(pa.int64()).to_numpy()

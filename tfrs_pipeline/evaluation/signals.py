@@ -1,7 +1,5 @@
 """What a log rewards, measured in seconds before any training."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

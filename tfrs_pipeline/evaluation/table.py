@@ -1,7 +1,5 @@
 """Tables of numbers, for logs and for Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

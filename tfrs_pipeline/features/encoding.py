@@ -1,7 +1,5 @@
 """Signature inputs and encoding of several features at once, also those of requests."""
 
-from __future__ import annotations
-
 import keyword
 import re
 from collections.abc import Mapping, Sequence

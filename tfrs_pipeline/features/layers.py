@@ -1,7 +1,5 @@
 """Layers that embed encoded features."""
 
-from __future__ import annotations
-
 import re
 import zlib
 

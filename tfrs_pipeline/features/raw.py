@@ -3,8 +3,6 @@
 Typed arrays are converted at once, lists value by value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 from typing import Any, TypeAlias

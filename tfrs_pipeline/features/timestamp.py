@@ -1,7 +1,5 @@
 """Moments: their age, hour and weekday."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from datetime import datetime
@@ -46,7 +44,7 @@ class Timestamp(Feature):
     is_time = True
 
     @classmethod
-    def read(cls, column: TableColumn) -> ir.Value:
+    def read(cls, column: TableColumn) -> "ir.Value":
         """Reads moments in UTC."""
         return column.read("time")
 
@@ -65,7 +63,7 @@ class Timestamp(Feature):
         """Returns [n] float64 seconds since 1970, NaN where missing."""
         return to_seconds(self.name, column)
 
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: "tf.Tensor") -> "tf.Tensor":
         """Returns [B, 5] float32: age, sine and cosine of the hour, then of the weekday."""
         import tensorflow as tf
 

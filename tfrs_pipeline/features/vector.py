@@ -1,7 +1,5 @@
 """Vectors from another model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -39,7 +37,7 @@ class Vector(Feature):
     example = "1,2,3"
 
     @classmethod
-    def read(cls, column: TableColumn) -> ir.Value:
+    def read(cls, column: TableColumn) -> "ir.Value":
         """Reads lists of float32; other lengths than the most common one are faults."""
         import ibis
 
@@ -86,7 +84,7 @@ class Vector(Feature):
         """Returns [n, num_values] float32, NaN in missing rows."""
         return _to_vectors(self.name, column, self.num_values)
 
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: "tf.Tensor") -> "tf.Tensor":
         """Returns [B, num_values] float32, NaN in rows with a missing or infinite number."""
         import tensorflow as tf
 

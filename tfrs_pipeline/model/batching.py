@@ -1,7 +1,5 @@
 """The training batches that a model's settings ask for."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

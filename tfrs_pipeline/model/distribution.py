@@ -1,7 +1,5 @@
 """Training on several replicas: devices of one machine, or workers that TF_CONFIG names."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

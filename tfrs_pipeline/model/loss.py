@@ -1,7 +1,5 @@
 """The retrieval loss over mixed negatives."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

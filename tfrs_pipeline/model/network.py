@@ -1,7 +1,5 @@
 """The Keras model: a query tower and a candidate tower under the loss over mixed negatives."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Optimizers that update only a batch's rows, and the learning rate schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Seeds of training's dropout: one per batch, from which each use derives its own."""
 
-from __future__ import annotations
-
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -52,7 +50,7 @@ class Dropout(NamedTuple):
     seed: tf.Tensor
     part: tf.Tensor | None = None
 
-    def of(self, number: int) -> Dropout:
+    def of(self, number: int) -> "Dropout":
         """Derives the draws of one use (see `fold`)."""
         return Dropout(fold(self.seed, number), self.part)
 

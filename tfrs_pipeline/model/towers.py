@@ -1,7 +1,5 @@
 """The query tower and the candidate tower: an MLP over ids, features and the history."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 

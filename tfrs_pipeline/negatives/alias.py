@@ -3,8 +3,6 @@
 An inverse CDF in float32 would give the tail of a large corpus probability zero.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import tensorflow as tf
 

@@ -1,7 +1,5 @@
 """Hard negatives from the funnel's log: items that lost in pre-rank or in rank."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
@@ -83,7 +81,7 @@ class FunnelLosers:
                 f"stages {self.stages!r}"
             )
 
-    def of_stages(self, stages: Sequence[HardStage]) -> FunnelLosers:
+    def of_stages(self, stages: Sequence[HardStage]) -> "FunnelLosers":
         """Returns a copy with other stages, without the options of stages that are left out."""
         if "ranked" in stages:
             return replace(self, stages=stages)

@@ -5,8 +5,6 @@ and the ranks from a to b of the rest are kept: the top is full of items that th
 but has not met, which would be false negatives.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -17,8 +17,6 @@ n(c) is the expected number of copies of c among the shared columns, whichever k
 expectation of the sum over columns is then the sum over the corpus.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The report of a run: reads the run's folder and renders one self-contained HTML page."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Iterable, Mapping, Sequence

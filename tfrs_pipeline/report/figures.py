@@ -1,7 +1,5 @@
 """The figures of a run's report, in the style of `drawing`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

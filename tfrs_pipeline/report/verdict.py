@@ -3,8 +3,6 @@
 Everything follows from `metrics.json` and the run's settings; the terminal and the page show it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

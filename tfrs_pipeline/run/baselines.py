@@ -1,7 +1,5 @@
 """The baselines that a run compares its model with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 

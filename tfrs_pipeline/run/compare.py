@@ -4,8 +4,6 @@ Every plan trains the same towers from the same initial weights, on the same pos
 same budget; only the negatives of a positive and their weights differ.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -1,7 +1,5 @@
 """Measures the models of a run, the baselines, and the version in service."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 from collections.abc import Mapping

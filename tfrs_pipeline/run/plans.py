@@ -1,7 +1,5 @@
 """The sampling plans of a comparison: the negatives with which each is trained."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias

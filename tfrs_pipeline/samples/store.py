@@ -1,7 +1,5 @@
 """Samples, in memory or mapped from the Parquet files of `build_samples`."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -72,18 +70,18 @@ class RowLists:
         return (self[key] for key in range(len(self)))
 
     @classmethod
-    def from_lists(cls, lists: Sequence[np.ndarray]) -> RowLists:
+    def from_lists(cls, lists: Sequence[np.ndarray]) -> "RowLists":
         """Packs a list of 1-D integer arrays."""
         offsets = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
         values = np.concatenate(lists) if len(lists) else np.zeros(0)
         return cls(offsets, values.astype(np.int32))
 
     @classmethod
-    def empty(cls, num_keys: int) -> RowLists:
+    def empty(cls, num_keys: int) -> "RowLists":
         """Makes empty lists."""
         return cls(np.zeros(num_keys + 1, np.int64), np.zeros(0, np.int32))
 
-    def take(self, keys: np.ndarray) -> RowLists:
+    def take(self, keys: np.ndarray) -> "RowLists":
         """Gathers the list of each key, [n] integers; repeats are allowed."""
         starts = self.offsets[keys]
         lengths = self.offsets[keys + 1] - starts
@@ -91,7 +89,7 @@ class RowLists:
         place = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         return RowLists(offsets, self.values[place])
 
-    def where(self, is_kept: np.ndarray) -> RowLists:
+    def where(self, is_kept: np.ndarray) -> "RowLists":
         """Keeps some of the values, [total] bool."""
         return RowLists(np.append(0, np.cumsum(is_kept))[self.offsets], self.values[is_kept])
 
@@ -155,7 +153,7 @@ class Samples:
         *,
         num_queries: int,
         num_candidates: int,
-    ) -> Samples:
+    ) -> "Samples":
         """Makes samples from positives only, given in the order of time.
 
         Args:

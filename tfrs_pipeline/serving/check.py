@@ -4,8 +4,6 @@
 It exits with 0 if all answers agree, else with 1 and the differences on standard error.
 """
 
-from __future__ import annotations
-
 import pickle
 import subprocess
 import sys

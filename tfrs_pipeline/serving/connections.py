@@ -6,8 +6,6 @@ any time. A request sent while its connection closes is not read and gets no byt
 the client can send it again.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

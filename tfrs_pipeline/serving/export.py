@@ -3,8 +3,6 @@
 saved_models/README.md lists the files of a version.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -86,14 +84,14 @@ class ExportOptions:
             )
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> ExportOptions:
+    def of(cls, manifest: Mapping[str, Any]) -> "ExportOptions":
         """Reads the options back from the manifest of an export."""
         asked = dict(manifest["export"])
         return cls(search_of(**asked.pop("index")), **asked)
 
 
 def export(
-    model: Exportable | FittedTwoTower,
+    model: "Exportable | FittedTwoTower",
     path: str | Path,
     *,
     index: Search | None = None,
@@ -151,7 +149,7 @@ def export(
 
 
 def export_version(
-    model: Exportable | FittedTwoTower,
+    model: "Exportable | FittedTwoTower",
     path: str | Path,
     options: ExportOptions,
     *,

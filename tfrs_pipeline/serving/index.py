@@ -1,7 +1,5 @@
 """Exact and ScaNN search over candidate embeddings, as TensorFlow modules for an export."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,7 +104,7 @@ class ExactIndex(tf.Module):
         self.num_candidates = len(embeddings)
 
     @property
-    def exact(self) -> ExactIndex:
+    def exact(self) -> "ExactIndex":
         """The exact search over the same candidates: this index itself."""
         return self
 

@@ -1,7 +1,5 @@
 """The item filter: which candidates have one of the values that a request chooses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ class Allowed(NamedTuple):
     codes: tf.Tensor  # [num_candidates + 1, P] int32, the values of each row, padded with 0.
     share: tf.Tensor  # [B] float32, rough share of the candidates that may be found.
 
-    def of_queries(self, lines: tf.Tensor) -> Allowed:
+    def of_queries(self, lines: tf.Tensor) -> "Allowed":
         """Takes the queries with the numbers `lines`, [b]."""
         return Allowed(tf.gather(self.is_chosen, lines), self.codes, tf.gather(self.share, lines))
 

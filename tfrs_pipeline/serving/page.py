@@ -1,7 +1,5 @@
 """Answers the requests of the page at /: the model's card, items by title, queries."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import time

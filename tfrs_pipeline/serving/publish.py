@@ -4,8 +4,6 @@ A version is written to a temporary folder and renamed once it is complete, so t
 see a broken one. One process publishes at a time, and removes what a killed one left behind.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import logging
@@ -66,7 +64,7 @@ def publishing(parent: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion]:
+def new_version(parent: Path, *, keep: int | None = None) -> Iterator["NewVersion"]:
     """Yields a version to write to `partial`, which becomes `folder` if the block succeeds."""
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be 1 or more, or None. Received: {keep}")

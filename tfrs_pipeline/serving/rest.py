@@ -3,8 +3,6 @@
 docs/guides/serving.md describes it, and where it is stricter than TensorFlow Serving.
 """
 
-from __future__ import annotations
-
 import base64
 import reprlib
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """Loads an exported model and queries it from Python."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +41,7 @@ from tfrs_pipeline.serving.publish import (
 from tfrs_pipeline.serving.signatures import Retrieval
 
 
-def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
+def load(path: str | Path, *, exact: bool = False) -> "LoadedRetriever":
     """Loads an exported model.
 
     Args:

@@ -1,7 +1,5 @@
 """The exported module: an encoder and an index behind raw ids."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 docs/guides/serving.md describes addresses, requests, limits and use on a network.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

@@ -1,7 +1,5 @@
 """The settings of the server; without TensorFlow, because the command line's help needs them."""
 
-from __future__ import annotations
-
 from typing import Annotated, TypeAlias
 
 from pydantic import Field, PositiveFloat, PositiveInt

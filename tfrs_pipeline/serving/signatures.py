@@ -1,7 +1,5 @@
 """The signatures of an exported model: their names and inputs, and how they are called."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal

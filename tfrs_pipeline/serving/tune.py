@@ -1,7 +1,5 @@
 """Tunes how widely an index searches, and measures its recall."""
 
-from __future__ import annotations
-
 import bisect
 import functools
 import itertools
@@ -48,7 +46,7 @@ class Requests(NamedTuple):
     queries: np.ndarray
     known: Sequence[np.ndarray]
 
-    def parted(self) -> tuple[Requests, Requests]:
+    def parted(self) -> tuple["Requests", "Requests"]:
         """Holds out 128 queries for measurement, second; below 384, uses all for both."""
         num = _REPORTED_QUERIES
         if len(self.queries) < 3 * num:

@@ -1,7 +1,5 @@
 """Serves the newest version of a model on disk, and switches without dropping a request."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes
