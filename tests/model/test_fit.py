@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -105,27 +104,13 @@ def whole(run: Run) -> Whole:
     return Whole(result, states)
 
 
-def events(folder: Path) -> dict[str, dict[int, float]]:
-    """Reads what TensorBoard would show: name -> epoch from 0 -> value."""
-    values: dict[str, dict[int, float]] = {}
-    for file in sorted(folder.rglob("events.*")):
-        for record in tf.data.TFRecordDataset(str(file)):
-            event = tf.compat.v1.Event.FromString(record.numpy())
-            for value in event.summary.value:
-                if value.tag.startswith("epoch_"):
-                    found = values.setdefault(value.tag.removeprefix("epoch_"), {})
-                    found[event.step] = float(tf.make_ndarray(value.tensor))
-    return values
-
-
 def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_path: Path) -> None:
     """Stopped within the second epoch, then after the third one with a checkpoint half written."""
-    options = {"folder": tmp_path, "training": {"tensorboard": True}}
     with pytest.raises(Stopped):
-        run(RISING, callbacks=[StopAt(STEPS + 2)], **options)
+        run(RISING, callbacks=[StopAt(STEPS + 2)], folder=tmp_path)
     assert [path.name for path in tmp_path.glob("*.json")] == ["epoch-1.json"]
     with pytest.raises(Stopped):
-        run(RISING, done=[1], stop_after=3, **options)
+        run(RISING, done=[1], stop_after=3, folder=tmp_path)
     # What TensorFlow leaves when it is killed as it writes, of this epoch and of an earlier one.
     for number in (2, 4):
         (tmp_path / f"epoch-{number}_temp").mkdir()
@@ -135,7 +120,7 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_
         RISING,
         done=[1, 2, 3],
         on_epoch=lambda so_far: told.append(describe_epoch(so_far, "ndcg@5", len(RISING))),
-        **options,
+        folder=tmp_path,
     )
     assert result.resumed_after == 3
     loss = result.history["loss"][3]
@@ -151,21 +136,11 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_
         assert result.history[name] == values
     assert result.best_epoch == NUM_EPOCHS
     assert {path.name.split(".")[0] for path in tmp_path.glob("epoch-?.*")} == {"epoch-5"}
-    # The event files hold every epoch, resumed or not; the rates rise for 7 steps, then fall.
-    found = events(tmp_path / "tensorboard")
-    assert list(found["loss"]) == list(range(NUM_EPOCHS))
-    np.testing.assert_allclose(list(found["loss"].values()), result.history["loss"], rtol=1e-6)
-    shares = [
-        n / 7 if n < 7 else math.cos(math.pi / 2 * (n - 7) / 13) ** 2 for n in range(4, 21, 4)
-    ]
-    rates = list(found["learning_rate"].values())
-    np.testing.assert_allclose(rates, 0.02 * np.array(shares), rtol=1e-5, atol=1e-9)
-    assert {"masked_share", "norm/query"} <= found.keys()
     # Once done it stays so.
     again, kept = run(RISING, folder=tmp_path)
     assert_same(state_of(again), whole.states[-1])
     assert kept.history == result.history
-    assert kept.seconds > result.seconds / 2
+    assert 0 < kept.seconds <= result.seconds
 
 
 def test_a_second_training_goes_the_way_of_the_first(run: Run, whole: Whole) -> None:

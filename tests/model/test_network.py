@@ -218,25 +218,6 @@ def test_a_shared_item_is_read_with_its_features(
     np.testing.assert_allclose(queries, network.embed_corpus(), rtol=1e-5, atol=1e-6)
 
 
-def test_diagnostics_are_what_the_batch_holds(data: TrainingSet) -> None:
-    model = tiny(normalize=False, use_user_id=True)
-    network, batch = model.build(data.corpus), model.batches(data.samples).batch(2)
-    figures = network.diagnose(batch)
-    is_counted = batch.is_counted.numpy()
-    cells = np.broadcast_to(batch.log_q, is_counted.shape)[is_counted]
-    queries = network.embed_queries(batch.query_row, batch.history_rows)
-    positives = network.embed_corpus()[batch.candidate_row.numpy() - 1]
-    assert figures == {
-        "masked_share": pytest.approx(np.mean(~is_counted), abs=1e-6),
-        "log_q/min": pytest.approx(cells.min()),
-        "log_q/max": pytest.approx(cells.max()),
-        "norm/query": pytest.approx(np.linalg.norm(queries, axis=1).mean(), rel=1e-5),
-        "norm/candidate": pytest.approx(np.linalg.norm(positives, axis=1).mean(), rel=1e-5),
-    }
-    plain = tiny(correction="none").build(data.corpus)
-    assert plain.diagnose(batch).keys() == figures.keys() - {"log_q/min", "log_q/max"}
-
-
 def test_without_a_correction_the_logits_stay_as_they_are(data: TrainingSet) -> None:
     model = tiny(hard=LOSERS, correction="none")
     network, batch = model.build(data.corpus), model.batches(data.samples).batch(0)

@@ -14,7 +14,6 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
 from tfrs_pipeline.model.distribution import chief_first, dataset_of, on_chief
 from tfrs_pipeline.model.mining import MinedPools
@@ -93,13 +92,8 @@ def train(
         first_epoch = keeper.restore(network, mining)
         if not first_epoch and start is not None:
             start(network)
-        all_callbacks = [*callbacks, keeper]
-        if settings.tensorboard and folder is not None and this_worker().is_chief:
-            board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
-            # The keeper comes last, so that an epoch that counts as done has its events.
-            all_callbacks = [_Diagnostics(batches), *callbacks, board, keeper]
         last = settings.max_epochs if max_epochs is None else max_epochs
-        _train_epochs(network, batches, mining, all_callbacks, first_epoch, last)
+        _train_epochs(network, batches, mining, [*callbacks, keeper], first_epoch, last)
         keeper.keep_best(network)
     return keeper.result
 
@@ -151,18 +145,6 @@ def _compile(
     with network.distribute_strategy.scope():
         network.compile(optimizer=make_optimizer(settings, num_steps, first_step))
         network.optimizer.build(network.trainable_variables)
-
-
-class _Diagnostics(tf.keras.callbacks.Callback):
-    """Adds the network's diagnostics to each epoch's logs; Keras adds the learning rate."""
-
-    def __init__(self, batches: HybridBatches) -> None:
-        super().__init__()
-        self._batches = batches
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        last_step = (epoch + 1) * self._batches.steps_per_epoch - 1
-        logs |= self.model.diagnose(self._batches.batch(last_step))
 
 
 class _BestEpoch(tf.keras.callbacks.Callback):

@@ -236,25 +236,6 @@ class TwoTowerNetwork(tfrs.Model):
         self.compute_loss(inputs, training=False)
         return {"loss": self._loss_metric.result()}
 
-    def diagnose(self, inputs: Batch) -> dict[str, float]:
-        """Computes figures of one batch that show when training goes wrong; changes nothing.
-
-        "masked_share" is the share of shared columns that do not count; "norm/query" and
-        "norm/candidate" are mean lengths of the batch's embeddings. With a correction, "log_q/min"
-        and "log_q/max" are over the shared columns that count.
-        """
-        is_counted, log_q = inputs.is_counted, self.log_q(inputs)
-        candidates = self.embed_candidates(inputs.candidate_row)
-        figures = {
-            "masked_share": 1.0 - tf.reduce_mean(tf.cast(is_counted, tf.float32)),
-            "norm/query": tf.reduce_mean(tf.norm(self._queries(inputs), axis=1)),
-            "norm/candidate": tf.reduce_mean(tf.norm(candidates, axis=1)),
-        }
-        if log_q is not None:
-            counted = tf.boolean_mask(tf.broadcast_to(log_q, tf.shape(is_counted)), is_counted)
-            figures |= {"log_q/min": tf.reduce_min(counted), "log_q/max": tf.reduce_max(counted)}
-        return {name: float(figure) for name, figure in figures.items()}
-
     def _build_variables(self) -> None:
         """Creates every variable, so that weights can be loaded before the first step."""
         row = tf.zeros([1], tf.int32)

@@ -168,8 +168,6 @@ class TrainingSettings(Config):
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs; never on held-out users."""
-    tensorboard: bool = False
-    """Whether to write event files for TensorBoard beside the checkpoints."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
