@@ -53,11 +53,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
         if not dtype.is_decimal():
             is_whole &= value.abs() < (2**24 if dtype.is_float32() else 2**53)
         is_number = value.notnull() & ~value.cast("float64").isnan()
-        raw.fault(
-            column,
-            is_number & ~is_whole.fill_null(False),
-            rules.NOT_AN_ID,
-        )
+        raw.fault(column, is_number & ~is_whole.fill_null(False), rules.NOT_AN_ID)
         value = is_whole.ifelse(whole, ibis.null("int64"))
     return value.cast("int64" if as_integer else "string")
 

@@ -11,14 +11,7 @@ import ibis.expr.types as ir
 from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.engines import ENGINES
 from tfrs_pipeline.data.rules import Fault, Found, evaluate, id_faults, is_usable_weight
-from tfrs_pipeline.data.schema import (
-    LISTED,
-    DataError,
-    Source,
-    Stage,
-    name_problem,
-    require_column,
-)
+from tfrs_pipeline.data.schema import LISTED, DataError, Source, Stage, name_problem, require_column
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.data.tables import add_missing
 from tfrs_pipeline.features.feature import ID_TYPES, NUMBER_TYPES, TIME_TYPES
@@ -104,10 +97,7 @@ def check_events(
 
 
 def check_entities(
-    entities: ibis.Table | None,
-    id_name: str,
-    events: ibis.Table,
-    features: Mapping[str, str],
+    entities: ibis.Table | None, id_name: str, events: ibis.Table, features: Mapping[str, str]
 ) -> ibis.Table:
     """Checks an item or user table, or makes one, and adds ids that only the events have."""
     source = Source(f"{id_name.removesuffix('_id')} table")

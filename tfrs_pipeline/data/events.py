@@ -116,10 +116,7 @@ def load_events(
 
 
 def _event_columns(
-    scanned: Scan,
-    stages_in: str | None,
-    reading: Reading,
-    request_features: Collection[str],
+    scanned: Scan, stages_in: str | None, reading: Reading, request_features: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Returns the columns to read, by the log's names, and the unread ones."""
     required = ["user_id", "item_id", *([stages_in] if stages_in else [])]

@@ -5,13 +5,7 @@ from collections.abc import Collection, Mapping
 import ibis
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import (
-    LOG_COLUMNS,
-    DataError,
-    Source,
-    case_problem,
-    require_column,
-)
+from tfrs_pipeline.data.schema import LOG_COLUMNS, DataError, Source, case_problem, require_column
 from tfrs_pipeline.features.kinds import KINDS
 
 FROM_TIMESTAMP = ("hour", "weekday")

@@ -225,12 +225,7 @@ def _load_raw(
 
 
 def _type_entities(
-    raw: RawTable,
-    id_name: str,
-    *,
-    as_integer: bool,
-    features: Mapping[str, str],
-    reading: Reading,
+    raw: RawTable, id_name: str, *, as_integer: bool, features: Mapping[str, str], reading: Reading
 ) -> ibis.Table:
     """Types and stores an item or user table, one row per id: features, and titles of items."""
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
@@ -262,11 +257,7 @@ def _describe(raw: RawTable) -> list[str]:
 
 
 def load_items(
-    source: Any,
-    *,
-    is_integer_id: bool,
-    item_features: Mapping[str, str],
-    reading: Reading,
+    source: Any, *, is_integer_id: bool, item_features: Mapping[str, str], reading: Reading
 ) -> tuple[ibis.Table, list[str]]:
     """Loads only an item table, such as today's for a model of last week.
 

@@ -175,10 +175,7 @@ def _split_columns(
 
 
 def _hard_logits(
-    queries: tf.Tensor,
-    hard: tf.Tensor | None,
-    log_q: tf.Tensor | None,
-    mask: tf.Tensor | None,
+    queries: tf.Tensor, hard: tf.Tensor | None, log_q: tf.Tensor | None, mask: tf.Tensor | None
 ) -> list[tf.Tensor]:
     if hard is None:
         if log_q is not None or mask is not None:

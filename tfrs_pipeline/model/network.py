@@ -114,10 +114,7 @@ class TwoTowerNetwork(tfrs.Model):
         return self.embed_candidates(candidate_rows)
 
     def _queries(
-        self,
-        batch: Batch,
-        features: Mapping[str, tf.Tensor] | None = None,
-        training: bool = False,
+        self, batch: Batch, features: Mapping[str, tf.Tensor] | None = None, training: bool = False
     ) -> tf.Tensor:
         rows = batch.query_row
         given = dict(features or {})

@@ -52,12 +52,7 @@ class PlanComparison:
         return comparison_table(self.evaluation, trained, markdown=markdown, width=width)
 
 
-def compare(
-    config: RunConfig,
-    folder: Path,
-    *,
-    progress: Progress = SILENT,
-) -> PlanComparison:
+def compare(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> PlanComparison:
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
     A stopped comparison of the same config in the folder is resumed: trained plans are measured

@@ -13,12 +13,7 @@ from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.model.encoder import (
-    as_inputs,
-    features_of,
-    query_inputs,
-    request_inputs,
-)
+from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
 from tfrs_pipeline.model.graph import id_list, id_lists
 from tfrs_pipeline.retrieval import (
     Excluded,

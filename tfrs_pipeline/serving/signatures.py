@@ -7,10 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.graph import (
-    empty_id,
-    signature_inputs,
-)
+from tfrs_pipeline.model.graph import empty_id, signature_inputs
 
 
 @dataclass(frozen=True)
