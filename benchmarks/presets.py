@@ -95,7 +95,8 @@ def measure(split: Split, seed: int, exclude: Exclude, names: list[str]) -> dict
     for name, result in evaluation.results.items():
         found[name] |= {metric: result.overall.intervals[metric].mean for metric in METRICS}
         if name in evaluation.differences:
-            found[name]["difference"] = evaluation.differences[name]["ndcg@100"].as_dict()
+            difference = evaluation.differences[name]["ndcg@100"].as_dict()
+            found[name]["difference"] = {"from": names[0], **difference}
     return found
 
 
