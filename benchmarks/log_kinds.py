@@ -98,9 +98,8 @@ def logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
     }
     if data_dir is None:
         return made
-    names = [
-        name for name in (*UNSEEN, "cosmetics, last") if (data_dir / name.split(",")[0]).is_dir()
-    ]
+    unseen_names = (*UNSEEN, "cosmetics, last")
+    names = [name for name in unseen_names if (data_dir / name.partition(",")[0]).is_dir()]
     return {
         **made,
         **{name: (lambda of=name: unseen(of, data_dir)) for name in names},

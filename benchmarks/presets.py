@@ -36,7 +36,7 @@ from tfrs_pipeline.presets import PRESETS
 METRICS = ("ndcg@100", "ndcg@10", "recall@100")
 # Whether a log has an order -> what is measured on it; the others are compared with the first.
 MODELS_OF = {
-    True: ("run", "default", "quick", "sequence", "sets"),
+    True: ("run", "default", "quick", "sequence", "sparse", "sets"),
     False: ("run", "sets", "default", "ids"),
 }
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +22,6 @@ from rectools.models.nn.transformers.ligr import LiGRLayers
 
 def main() -> None:
     """Trains and recommends, epoch by epoch."""
-    warnings.filterwarnings("ignore")
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     num_epochs, max_cpu_seconds = settings.pop("num_epochs"), settings.pop("max_cpu_seconds")
     events = pd.read_csv(folder / "train.csv")

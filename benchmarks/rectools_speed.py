@@ -43,11 +43,11 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "softmax": {**SHAPE, "loss": "softmax"},
 }
 # Epochs of the preset without validation, whose time is that of an epoch.
-TIMED_EPOCHS = 4
+TIMED_EPOCHS, SEED = 4, 0
 
 
 def fit_preset(
-    split: Split, holdout: tp.Holdout | None, max_epochs: int, seed: int
+    split: Split, holdout: tp.Holdout | None, max_epochs: int
 ) -> tuple[list[float], list[float]]:
     """Trains the preset; returns CPU seconds until the end of each epoch, and its NDCG@10."""
     settings = {
@@ -58,7 +58,7 @@ def fit_preset(
         "training.monitor": "ndcg@10",
     }
     config = tp.with_settings(tp.RunConfig(), settings)
-    plan = tp.TwoTower(**dict(config.model), training=config.training, seed=seed)
+    plan = tp.TwoTower(**dict(config.model), training=config.training, seed=SEED)
     start, seconds = time.process_time(), list[float]()
     model = plan.fit(
         split.train, holdout, on_epoch=lambda _: seconds.append(time.process_time() - start)
@@ -92,7 +92,6 @@ def main() -> None:
     parser.add_argument("--reference", metavar="PYTHON", help="Interpreter that has RecTools.")
     parser.add_argument("--max-epochs", type=int, default=30, help="Of each model (30).")
     parser.add_argument("--max-cpu-seconds", type=float, default=240, help="Of RecTools (240).")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     bounds = {"num_epochs": options.max_epochs, "max_cpu_seconds": options.max_cpu_seconds}
@@ -100,8 +99,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         split = sparse("ml-1m", options.data_dir, Path(folder))
         figures["num_positives"] = split.train.events.count().to_pyarrow().as_py()
-        timed, _ = fit_preset(split, None, TIMED_EPOCHS, options.seed)
-        curves = {"sequence": fit_preset(split, split.validation, options.max_epochs, options.seed)}
+        timed, _ = fit_preset(split, None, TIMED_EPOCHS)
+        curves = {"sequence": fit_preset(split, split.validation, options.max_epochs)}
         for name, settings in REFERENCES.items() if options.reference else ():
             python, given = options.reference, {**settings, **bounds}
             curves[name] = fit_reference(python, split, given, Path(folder))
@@ -114,7 +113,7 @@ def main() -> None:
     if not options.reference:
         print("RecTools was left out: install 'rectools[torch]==0.19.0' and name --reference.")
     if options.json:
-        write_json(options.json, figures, seed=options.seed)
+        write_json(options.json, figures, seed=SEED)
 
 
 if __name__ == "__main__":

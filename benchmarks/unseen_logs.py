@@ -10,10 +10,7 @@
     baskets    what households bought at a grocer (Dunnhumby); all of a basket has one time
 
 Each function reads a folder with the files that it names, and says where they are published. The
-files stay out of this repository.
-
-    python benchmarks/unseen_logs.py --data-dir DIR --to FOLDER
-
+files stay out of this repository. `python benchmarks/unseen_logs.py --data-dir DIR --to FOLDER`
 writes FOLDER/NAME.parquet for every log whose folder DIR/NAME is there.
 """
 
@@ -29,8 +26,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-MIN_HOUSEHOLDS, BASKETS_SINCE = 10, "2017-10-01"
 
 
 def amazon_days(folder: Path, name: str) -> pa.Table:
@@ -74,9 +69,9 @@ def baskets(folder: Path) -> pa.Table:
     The last three months of the year, products that ten households and more bought.
     """
     bought = pd.read_parquet(folder / "transactions.parquet")
-    bought = bought[bought["transaction_timestamp"] >= BASKETS_SINCE]
+    bought = bought[bought["transaction_timestamp"] >= "2017-10-01"]
     num_households = bought.groupby("product_id")["household_id"].transform("nunique")
-    bought = bought[num_households >= MIN_HOUSEHOLDS]
+    bought = bought[num_households >= 10]
     order = ["household_id", "transaction_timestamp", "basket_id"]
     bought = bought.sort_values(order, kind="stable").astype({order[1]: "datetime64[s]"})
     columns = {order[0]: "user_id", "product_id": "item_id", order[1]: "timestamp"}
@@ -119,9 +114,7 @@ def _events(items: dict[int, list[int]]) -> pa.Table:
 
 def main() -> None:
     """Writes the logs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Writes public logs as event tables.")
     parser.add_argument("--data-dir", type=Path, required=True, help="Folder of their folders.")
     parser.add_argument("--to", type=Path, required=True, help="Where to write the tables.")
     options = parser.parse_args()
