@@ -5,16 +5,17 @@ slower half, but because its own curve says that it will not catch up. So a slow
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Each recipe trains so many epochs, and so many CPU seconds, before any is compared.
-FIRST_EPOCHS = 2
+FIRST_EPOCHS = 5
 FIRST_SECONDS = 10.0
 # Doubling the CPU time is expected to gain at most this many times what the last doubling gained.
-# Chosen on the curves of fourteen logs: docs/explanation/tried.md.
-STILL_TO_GAIN = 1.5
+# Chosen on the curves of nine logs: docs/explanation/tried.md.
+STILL_TO_GAIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Lane:
     @property
     def best(self) -> float:
         """Best value so far; minus infinity before the first epoch."""
-        return max(self.values, default=float("-inf"))
+        return max(self.values, default=-math.inf)
 
     @property
     def best_epoch(self) -> int:
@@ -73,7 +74,7 @@ class Lane:
     def best_by(self, seconds: float) -> float:
         """Returns the best value within a number of CPU seconds."""
         reached = [x for x, at in zip(self.values, self.seconds, strict=True) if at <= seconds]
-        return max(reached, default=float("-inf"))
+        return max(reached, default=-math.inf)
 
     def reach(self, seconds: float) -> float:
         """Estimates the value that a lane can reach from its curve within a number of seconds."""
@@ -83,15 +84,20 @@ class Lane:
 
 @dataclass(frozen=True)
 class Turn:
-    """Which recipe trains next, until it has both so many epochs and so many CPU seconds."""
+    """Which recipe trains next, until it has both so many epochs and so many CPU seconds.
+
+    It is also over at `limit` CPU seconds, where the budget ends.
+    """
 
     name: str
     epochs: int
     seconds: float
+    limit: float = math.inf
 
     def is_over(self, lane: Lane) -> bool:
         """Returns whether the recipe has had its turn."""
-        return len(lane.values) >= self.epochs and lane.spent >= self.seconds
+        is_full = len(lane.values) >= self.epochs and lane.spent >= self.seconds
+        return is_full or lane.spent >= self.limit
 
 
 @dataclass(frozen=True)
@@ -117,18 +123,18 @@ def standing(lanes: Sequence[Lane], budget: float | None = None) -> Standing:
         lanes: The recipes, in the order in which they train.
         budget: CPU seconds of all recipes together, after which the leader wins.
     """
-    left = float("inf") if budget is None else budget - sum(lane.spent for lane in lanes)
+    left = math.inf if budget is None else budget - sum(lane.spent for lane in lanes)
     if left <= 0 and any(lane.values for lane in lanes):
         return Standing(None, {})
     for lane in lanes:
         if len(lane.values) < FIRST_EPOCHS and not lane.has_ended:
-            return Standing(Turn(lane.name, FIRST_EPOCHS, 0.0), {})
+            return Standing(Turn(lane.name, FIRST_EPOCHS, 0.0, lane.spent + left), {})
     quota = max(FIRST_SECONDS, *(lane.seconds[:FIRST_EPOCHS][-1] for lane in lanes))
     racing, dropped = list(lanes), dict[str, tuple[float, float]]()
     while True:
         for lane in racing:
             if lane.spent < quota and not lane.has_ended:
-                return Standing(Turn(lane.name, 0, min(quota, lane.spent + left)), dropped)
+                return Standing(Turn(lane.name, 0, quota, lane.spent + left), dropped)
         leading = max(lane.best_by(quota) for lane in racing)
         for lane in racing:
             best = lane.best_by(quota)
