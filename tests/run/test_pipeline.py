@@ -336,11 +336,17 @@ def test_the_model_learns_the_tastes(of_stages: Finished) -> None:
 
 
 def test_validation_asks_as_it_is_set(of_stages: Finished) -> None:
-    config = with_settings(of_stages.config, {"training.validate_by": "requests"})
-    found = prepare(config, of_stages.folder).validation
-    by_requests = split_of(of_stages.folder).holdout("validation", by="requests")
-    assert found.fingerprint() == by_requests.fingerprint()
-    assert len(found) > len(of_stages.holdout("validation"))
+    by_users, by_requests = (
+        split_of(of_stages.folder).holdout("validation", by=by).fingerprint()
+        for by in ("users", "requests")
+    )
+    assert by_users != by_requests
+    # In a split by time, the test of the baselines asks by requests.
+    assert split_of(of_stages.folder).kind == "last_share"
+    for by, expected in ((None, by_users), ("users", by_users), ("requests", by_requests)):
+        config = with_settings(of_stages.config, {"training.validate_by": by})
+        found = prepare(config, of_stages.folder).validation
+        assert found.fingerprint() == expected
 
 
 def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -> None:
@@ -349,6 +355,8 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
         tmp_path, event_table("str"), split={"kind": "time"}, evaluation=evaluation
     )
     data = prepare(config, tmp_path / "run")
+    asked = data.split.holdout("validation", by="requests")
+    assert data.validation.fingerprint() == asked.fingerprint()
     found, notes = fit_baselines(config, data)
     scores = {}
     for latest in (1.0, 0.2, 0.05, 0.01):

@@ -161,10 +161,10 @@ class TrainingSettings(Config):
     """Validation metric that chooses the epoch: recall or ndcg, at one of evaluation.cutoffs."""
     validation_users: PositiveInt = 10_000
     """Most queries that validation ranks after each epoch; sampled if there are more."""
-    validate_by: AskedBy = "users"
-    """Whose queries validation asks in a run: users, each once with the history before the
-    validation part, for all that follows; or requests, as a server is asked, each with the history
-    up to it."""
+    validate_by: AskedBy | None = None
+    """Who asks in a run's validation: users, each once with the history before the validation part,
+    for all that follows; or requests, as a server is asked, each with the history up to it. If not
+    given, requests in a split by time, else users."""
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs; never on held-out users."""

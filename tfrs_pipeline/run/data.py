@@ -125,7 +125,8 @@ def _samples(
     if selection is None or final is None:
         return None
     runner.note(*describe_samples(final.report))
-    most, by = config.training.validation_users, config.training.validate_by
+    by = config.training.validate_by or ("requests" if split.kind == "time" else "users")
+    most = config.training.validation_users
     validation = split.holdout("validation", most, config.seed, by=by)
     test = split.holdout("test", config.evaluation.max_users, config.seed, trained_on=last)
     for holdout in (validation, test):
