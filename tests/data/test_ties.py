@@ -47,8 +47,8 @@ def by_day(order: str, num: int = 600) -> list[tuple[int, Any, int]]:
     ("step", "order", "rule", "words"),
     [
         (86_400, "as it is", "order", ["times by day", "order of the source"]),
-        (86_400, "ascending", "random", ["times by day", "ascend from 100%"]),
-        (3_600, "descending", "random", ["times by hour", "ascend from 0%"]),
+        (86_400, "ascending", "random", ["times by day", "ascend in 100%"]),
+        (3_600, "descending", "random", ["times by hour", "ascend in 0%"]),
         (60, "as it is", "order", ["times by minute"]),
         (1, "ascending", "drop", ["times by second", "one visit"]),
         (0.25, "as it is", "drop", ["finer than seconds"]),
@@ -60,7 +60,7 @@ def test_the_rule_follows_from_the_clock_and_the_order_by_item(
     rows = by_day(order)
     log = made(rows, step=step)
     assert log.ties == rule
-    found = [note for note in log.describe() if "share theirs" in note]
+    found = [note for note in log.describe() if "have the time of another" in note]
     together: dict[Any, int] = defaultdict(int)
     for user, _, day in rows:
         together[user, day] += 1
@@ -73,7 +73,7 @@ def test_few_ties_show_no_order_by_item_and_none_are_not_told() -> None:
     log = made([(1, 1, 0), (1, 2, 0), (1, 3, 0), (2, 1, 1)])
     assert log.ties == "order"
     log = made([(1, 1, 0), (1, 2, 1), (2, 3, 0)])
-    assert not [note for note in log.describe() if "share theirs" in note]
+    assert not [note for note in log.describe() if "have the time of another" in note]
 
 
 @settings(max_examples=15, deadline=None)

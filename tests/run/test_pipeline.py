@@ -434,7 +434,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
         f"dropped {num_repeated:,} rows: repeats an earlier event",
         f"{tmp_path / 'events.parquet'}: columns not read: rating",
     ]
-    assert ["share theirs with another" in note for note in notes[7:]] == [True]
+    assert ["have the time of another" in note for note in notes[7:]] == [True]
     clicks = Counter(row["user_id"] for row in left if row["stage"] == "clicked")
     rare = {user for user, num in clicks.items() if num < 15}
     num_events = sum(row["user_id"] in rare for row in left)

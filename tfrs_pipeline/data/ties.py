@@ -1,4 +1,4 @@
-"""Which of a user's events at equal times comes first: found once, when a log is made."""
+"""The order of a user's events at equal times: decided once, when a log is made."""
 
 from typing import Any
 
@@ -11,20 +11,21 @@ from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.messages import in_percent
 
 _STEPS = {"by day": 86_400, "by hour": 3_600, "by minute": 60, "by second": 1}
-# The share of ascending item ids is so far from one half only if the source sorts by item.
+# If the source sorts by item, the share of ascending item ids is farther from one half than this
+# bias, and than this many standard errors.
 _MIN_BIAS, _MIN_ERRORS = 0.1, 4
 _DONE: dict[TieRule, str] = {
-    "order": "the order of the source counts",
-    "random": "a random order counts",
-    "drop": "they are not in each other's histories, as items of one visit",
+    "order": "they keep the order of the source",
+    "random": "their order is drawn at random",
+    "drop": "none is in another's history, as items of one visit",
 }
 
 
 def settle_ties(events: ibis.Table, ties: Ties) -> tuple[ibis.Table, TieRule, tuple[str, ...]]:
-    """Decides what `Reading.ties` leaves open, and redraws event numbers if the rule is "random".
+    """Decides the rule if `Reading.ties` is "auto"; for "random", redraws the event numbers.
 
-    Returns the events, the rule, and what was found and done, in a line for a person if any
-    positive shares its time with another one of its user.
+    Returns the events, the rule, and a note about both if any positive has the time of another one
+    of its user.
     """
     if "timestamp" not in events.columns:
         return events, "drop", ()
@@ -35,18 +36,18 @@ def settle_ties(events: ibis.Table, ties: Ties) -> tuple[ibis.Table, TieRule, tu
     is_sorted = bias > max(_MIN_BIAS, _MIN_ERRORS * 0.5 / num_pairs**0.5)
     why, rule = "", ties if ties != "auto" else "drop"
     if _STEPS.get(step, 0) >= 60:
-        why = f" (item ids ascend from {found['num_up'] / num_pairs:.0%} of them to the next)"
+        why = f" (item ids ascend in {found['num_up'] / num_pairs:.0%} of neighbouring pairs)"
         rule = ties if ties != "auto" else "random" if is_sorted else "order"
     note = (
-        f"times {step}; {in_percent(found['num_tied'], found['num'])} of the positives share "
-        f"theirs with another of their user: {_DONE[rule]}{why}"
+        f"times {step}; {in_percent(found['num_tied'], found['num'])} of the positives have the "
+        f"time of another one of their user: {_DONE[rule]}{why}"
     )
     events = _redrawn(events) if rule == "random" else events
     return events, rule, (note,) if found["num_tied"] else ()
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:
-    """Counts positives: all, tied ones, neighbours by item id, and those between whole steps."""
+    """Counts positives: all, tied ones, tied pairs by item id, and times that are no whole step."""
     tied = ["user_id", "timestamp"]
     clicks = events.filter(is_positive(events))
     clicks = clicks.mutate(

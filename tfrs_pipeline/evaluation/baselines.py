@@ -135,7 +135,7 @@ class Repeats:
         return HistoryRetriever(train.items, score)
 
 
-# What the next item counts as a successor, the one after it, and so on.
+# Among an item's successors, each further one counts this much of the one before it.
 _DECAY = 0.8
 
 
@@ -145,13 +145,14 @@ class Transitions:
 
     score(j) = (n_ij + m p_j) / (n_i + m), the mean of a Dirichlet posterior: i is the last known
     item of the history, n_ij how often j came next in a user's training positives, n_i their sum,
-    p_j the item's share of users, and m the prior's size. Positives of one request follow not each
-    other but those before it; so do those of one time, if the log's rule for ties is "drop".
+    p_j the item's share of the distinct pairs of user and item, and m the prior's size. Positives
+    of one request do not follow each other; all follow the positives before the request. The same
+    holds for positives at one time, if the log's rule for ties is "drop".
 
     Args:
-        prior: m, above 0. An item of a hundredth of the users is worth m / 100 transitions.
+        prior: m, above 0. An item with 1% of the pairs counts as m / 100 transitions.
         window: How many of the next positives count as coming next, 1 or more: the first as 1, each
-            further one as .8 of the one before. More than 1 gains where pairs are few.
+            further one as .8 of the one before. A window above 1 helps where transitions are few.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -1,4 +1,4 @@
-"""Each user's training positives in their order, to see what follows what."""
+"""Each user's training positives in the order of the log, to count what follows what."""
 
 from dataclasses import dataclass
 
@@ -23,8 +23,9 @@ class Sequences:
         items: The corpus.
         users: [n] numbers of users, ascending.
         item_rows: [n] rows of items, from 1.
-        is_new_moment: [n] bool, False if the positive before it was not known before it: it is of
-            the same request, or of the same time and the log's rule for ties is "drop".
+        is_new_moment: [n] bool, False for a positive of the same moment as the one before it: the
+            same request, or the same time if the log's rule for ties is "drop". Positives of one
+            moment do not follow each other.
     """
 
     items: Ids
@@ -54,7 +55,7 @@ class Sequences:
     def earlier(self, num: int) -> np.ndarray:
         """Finds the `num`-th positive of the user before each positive's moment.
 
-        Returns [n] places, -1 where the user has none.
+        Returns [n] places, -1 where the user has none; for 0, where the moment begins.
         """
         place = np.arange(len(self.users))
         place = np.maximum.accumulate(np.where(self.is_new_moment, place, 0))

@@ -30,7 +30,7 @@ _REQUESTED = "_requested_"
 
 @dataclass(frozen=True)
 class Signal:
-    """A number, the number to compare it with, if any, and what they are in a few words."""
+    """A number, the number to compare it with (`beside`), if any, and what both mean."""
 
     name: str
     value: float
@@ -65,10 +65,10 @@ class Signals:
 def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signals:
     """Measures what a log rewards, from the positives of its training part alone.
 
-    Where the value is a hit rate, the last positive of a user (of 5,000 at most) is held out. It is
-    a hit if it is among the ten items that came most often with what is known, backed off to
-    popularity. Beside it is the hit rate if what is known says nothing: with shuffled histories,
-    or without the value of the request feature. The gap is what a model can learn from it.
+    For a hit rate, the last positive of each of at most 5,000 users is held out. It is a hit if it
+    is among the ten items that came most often with what is known (the last item, or the value of a
+    request feature), backed off to popularity. Beside it is the hit rate with less information,
+    such as shuffled histories. The gap is what a model can learn from the signal.
 
     Args:
         train: The training part of a log.
@@ -80,7 +80,7 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
         >>> clicks = {"user_id": [1, 1, 2, 2, 2], "item_id": ["a", "b", "a", "b", "a"]}
         >>> found = signals(Log.from_table(pa.table(clicks)))["repeats"]
         >>> found.value, found.meaning
-        (0.2, 'of positives are of an item that the user had before')
+        (0.2, 'share of positives on an item that the user had before')
     """
     rng = np.random.default_rng(seed)
     table = _read(train, max_positives, seed)
@@ -121,7 +121,7 @@ def _categories(features: Mapping[str, str]) -> dict[str, str]:
 
 
 def _hit_rate(known: np.ndarray, sequences: Sequences, asked: np.ndarray) -> float:
-    """Asks for positives by what is known of each, [n] codes from 1, or 0 for nothing."""
+    """Returns the hit rate of the positives at `asked` by what is known: [n] codes, 0 if none."""
     rows, num_items = sequences.item_rows, len(sequences.items)
     is_counted = np.ones(len(rows), bool)
     is_counted[asked] = False
@@ -144,7 +144,7 @@ def _num_hits(num: scipy.sparse.csr_matrix, prior: np.ndarray, target: np.ndarra
     own_num = np.bincount(query, num.data * (num.indices == target[query]), len(target))
     own = prior[target] + own_num
     alone, score, bound = prior[num.indices], num.data + prior[num.indices], own[query]
-    # Of all items by the prior alone, then corrected for those that `num` has.
+    # Counts over all items by the prior alone, then corrects them for the items in `num`.
     ascending = np.sort(prior[1:])
     above = len(ascending) - np.searchsorted(ascending, own, "right")
     level = len(ascending) - np.searchsorted(ascending, own, "left")
@@ -157,7 +157,7 @@ def _of_order(
     sequences: Sequences, asked: np.ndarray, rng: np.random.Generator
 ) -> Iterator[Signal]:
     key, moment = rng.random(len(sequences.users)), sequences.earlier(0)
-    key[np.isin(moment, moment[asked])] = 1  # Those of the moment asked for stay the last ones.
+    key[np.isin(moment, moment[asked])] = 1  # Positives of the held-out moment stay last.
     order = np.lexsort((key, sequences.users))
     shuffled = dataclasses.replace(sequences, item_rows=sequences.item_rows[order])
     last, far = _earlier_rows(sequences, 1), _earlier_rows(sequences, _FAR)
@@ -165,14 +165,14 @@ def _of_order(
         "order",
         _hit_rate(last, sequences, asked),
         _hit_rate(_earlier_rows(shuffled, 1), shuffled, asked),
-        "hit rate of what followed the last item; beside, of shuffled histories",
+        "hit rate by what followed the last item; beside: with shuffled histories",
     )
     if len(asked := asked[far[asked] > 0]):
         yield Signal(
             "recency",
             _hit_rate(np.where(far > 0, last, 0), sequences, asked),
             _hit_rate(far, sequences, asked),
-            "the same in longer histories; beside, by the fifth last item",
+            "the same for histories of 5 items and more; beside: by the fifth item from the end",
         )
 
 
@@ -190,30 +190,34 @@ def _of_times(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]
         all_time, latest = (np.bincount(x, minlength=1 + num_items) for x in (before, recent))
         orders = np.lexsort((-all_time, -latest)), np.argsort(-all_time, kind="stable")
         now, ever = (float(np.isin(target, x[: -(-num_items // 100)]).mean()) for x in orders)
-        of = "of the last tenth are of the 1% most popular just before; beside, in all time before"
+        of = "share of the latest 10% on the 1% most popular just before; beside: ever before"
         yield Signal("trend", now, ever, of)
     is_tied = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     is_tied = np.append(is_tied, False) | np.append(False, is_tied)
-    of = "of positives have the time of the user's one before or after"
+    of = "share of positives at the same time as another of their user"
     yield Signal("ties", float(is_tied.mean()), None, of)
     step = int(np.gcd.reduce(np.diff(np.sort(times)))) / 10**6
-    yield Signal("clock", step, None, "seconds: the step of the clock")
+    yield Signal("clock", step, None, "step of the timestamps, in seconds")
 
 
 def _of_counts(sequences: Sequences) -> Iterator[Signal]:
     users, rows = sequences.users, sequences.item_rows
     num_again = len(rows) - len(np.unique(users.astype(np.int64) << 32 | rows))
-    of = "of positives are of an item that the user had before"
+    of = "share of positives on an item that the user had before"
     yield Signal("repeats", num_again / len(rows), None, of)
     counts = np.sort(np.bincount(rows, minlength=1 + len(sequences.items))[1:])[::-1]
     for percent in (1, 10):
         share = counts[: -(-len(counts) * percent // 100)].sum() / len(rows)
-        of = f"of positives are of the {percent}% most popular items"
+        of = f"share of positives on the {percent}% most popular items; beside: if all were equal"
         yield Signal(f"top {percent}%", float(share), percent / 100, of)
     lengths = np.bincount(users)
     median, long = (float(x) for x in np.quantile(lengths, (0.5, 0.9), method="lower"))
-    yield Signal("history", median, long, "median positives of a user; beside, 90th percentile")
-    yield Signal("short", float((lengths < 5).mean()), None, "of users have fewer than 5 positives")
+    yield Signal(
+        "history", median, long, "positives of the median user; beside: of the 90th percentile"
+    )
+    yield Signal(
+        "short", float((lengths < 5).mean()), None, "share of users with fewer than 5 positives"
+    )
 
 
 def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Iterator[Signal]:
@@ -225,7 +229,7 @@ def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Ite
     used, pairs = np.unique([last[places], sequences.item_rows[places]], return_inverse=True)
     one, following = pairs.reshape(2, -1)
     table = train.items.order_by("item_id").select(*kinds).to_pyarrow().take(used - 1)
-    of = "of next items share a value with the last one; beside, of random ones"
+    of = "share of next items with a value of the item before; beside: of random items"
     for name, kind in kinds.items():
         codes = _codes(name, kind, table[name])[:, :_MAX_VALUES]
         own = codes[one][:, :, np.newaxis]
@@ -239,7 +243,7 @@ def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Ite
 def _of_requests(
     train: Log, table: pa.Table, sequences: Sequences, asked: np.ndarray
 ) -> Iterator[Signal]:
-    of = "hit rate of what is popular with its value; beside, of what is popular"
+    of = "hit rate by popularity at the request's value; beside: by popularity overall"
     for name, kind in _categories(train.request_features).items():
         known = _codes(name, kind, table[f"{_REQUESTED}{name}"])[:, 0]
         rate, without = (_hit_rate(x, sequences, asked) for x in (known, np.zeros_like(known)))

@@ -1,4 +1,4 @@
-"""How popular items are at the end of the training, compared with all of it."""
+"""How an item's popularity at the end of the training part differs from that in all of it."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from tfrs_pipeline.samples.store import Samples
 
-# In shares of all clicks: the latest clicks count for more, or all alike.
+# Half-lives of a click's weight, as shares of all clicks; with infinity all clicks count alike.
 _HALF_LIVES = (*(0.5**k for k in range(1, 11)), np.inf)
 # The latest tenth of the clicks, in five slices.
 _SLICES = np.linspace(0.9, 1.0, 6)
@@ -16,9 +16,10 @@ def popularity_shift(samples: Samples) -> np.ndarray:
     """Computes log(share of the clicks now / share of all clicks): [num_candidates + 1] float32.
 
     An item's share now is a mixture of its shares with several half-lives, counted in clicks, and
-    of a uniform share, which the share of all clicks is mixed with too. The weights are those that
-    make the latest tenth of the clicks likeliest, each slice of it by the clicks before
-    (expectation maximisation). Row 0, logs without timestamps and of under 100 clicks give zeros.
+    a uniform share; the share of all clicks is mixed with the same uniform share. Expectation
+    maximisation finds the weights that make the latest tenth of the clicks likeliest, each slice of
+    it given the clicks before. The shift is 0 in row 0, and everywhere if the log has no timestamps
+    or fewer than 100 clicks.
     """
     num_clicks, num_rows = len(samples), len(samples.counts)
     if samples.sequence_times is None or num_clicks < 100:
@@ -26,7 +27,7 @@ def popularity_shift(samples: Samples) -> np.ndarray:
     rows = samples.sequences.values[np.argsort(samples.sequence_times, kind="stable")]
 
     def shares(num: int) -> np.ndarray:
-        """Returns each kind of share of the items among the first clicks."""
+        """Returns each kind of the items' shares among the first `num` clicks."""
         age = np.arange(num, 0, -1) / num_clicks
         kinds = [np.bincount(rows[:num], 0.5 ** (age / x), num_rows) for x in _HALF_LIVES]
         return np.stack(
