@@ -8,10 +8,10 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import tomli_w
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic_settings import CliSuppress
 
 from tfrs_pipeline.data.schema import Exclude
@@ -21,24 +21,12 @@ from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.presets import PRESETS, Recipe
-from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
+from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, setting_names
 
+EasyPlan: TypeAlias = Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"]
 # The last two are not defaults.
-PlanKind: TypeAlias = Literal[
-    "in_batch_uncorrected",
-    "in_batch",
-    "uniform",
-    "popularity",
-    "mixed",
-    "hybrid",
-    "hybrid_50_50",
-    "resampled",
-    "mined",
-    "exposed",
-]
-
+PlanKind: TypeAlias = Literal[EasyPlan, "hybrid", "hybrid_50_50", "resampled", "mined", "exposed"]
 Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "transitions", "ease", "ials"]
-
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -100,12 +88,10 @@ class ExportConfig(Config):
     """Whether the export holds personal data of the log: users' ids, histories and features, and
     held-out queries. Without it, every request must send the user's history."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             message = "must be letters, digits, '.', '_' and '-', a letter or digit first"
-            refuse([("name", f"got {self.name!r}; {message}")])
-        return self
+            yield "name", f"got {self.name!r}; {message}"
 
 
 class CompareConfig(Config):
@@ -114,9 +100,7 @@ class CompareConfig(Config):
     plans: Several[PlanKind] = get_args(PlanKind)[:-2]
     """Sampling plans to compare. Not among the defaults: mined, and exposed, which uses items that
     were shown and not clicked as negatives."""
-    reference: Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"] = (
-        "mixed"
-    )
+    reference: EasyPlan = "mixed"
     """Plan with which the others are compared, query by query."""
     hard_shares: Several[Share] = (0.01, 0.05, 0.2)
     """Hard shares of the plans hybrid, mined and exposed: one plan each."""
@@ -125,12 +109,9 @@ class CompareConfig(Config):
     max_steps: PositiveInt | None = None
     """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if self.reference not in self.plans:
-            message = f"got {self.reference!r}, which is not among compare.plans"
-            refuse([("reference", message)])
-        return self
+            yield "reference", f"got {self.reference!r}, which is not among compare.plans"
 
 
 class RunConfig(Config):
@@ -164,13 +145,7 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        refuse(self._problems())
-        return self
-
     def _problems(self) -> Iterator[tuple[str, str]]:
-        """Yields (setting, message) for settings that contradict each other."""
         data, model, training, export = self.data, self.model, self.training, self.export
         is_held_out = self.split.kind == "held_out_users"
         of_held_out = "with split.kind 'held_out_users': an earlier model was trained on them"

@@ -8,7 +8,7 @@ import json
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator
@@ -54,6 +54,15 @@ class Config(pydantic.BaseModel):
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split())
 
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse(self._problems())
+        return self
+
+    def _problems(self) -> Iterable[tuple[str, str]]:
+        """Yields (setting, message) for settings that contradict each other."""
+        return ()
+
     if not TYPE_CHECKING:  # To an editor the fields are the arguments.
 
         def __init__(self, **settings: Any) -> None:
@@ -62,7 +71,6 @@ class Config(pydantic.BaseModel):
 
 
 T = TypeVar("T")
-
 
 CHECKED = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 """Configuration of pydantic's dataclasses whose fields are checked as those of a `Config` are."""

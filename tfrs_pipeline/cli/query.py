@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pydantic
 from pydantic import Field, PositiveInt
 from pydantic_settings import CliToggleFlag
 from rich.console import Console
@@ -15,7 +14,6 @@ from tfrs_pipeline.cli.console import say
 from tfrs_pipeline.cli.flags import OfModel
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-from tfrs_pipeline.settings import ConfigError
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
@@ -53,15 +51,12 @@ class Query(OfModel):
     as_json: CliToggleFlag[bool] = Field(False, alias="json")
     """Print JSON instead of a table; its notes are the lines above the table."""
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> "Query":
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if self.user is None and self.history is None:
-            message = "required, or --history ITEM ... for someone without an id"
-            raise ConfigError([("user", message)])
-        if self.history is None and self.history_timestamps is not None:
+            yield "user", "required, or --history ITEM ... for someone without an id"
+        elif self.history is None and self.history_timestamps is not None:
             message = "given without --history ITEM ..., whose items they are the times of"
-            raise ConfigError([("history_timestamps", message)])
-        return self
+            yield "history_timestamps", message
 
     def __call__(self) -> int:
         """Queries the model and prints the answer."""

@@ -44,13 +44,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 # Settings within tables that the short help shows.
-BRIEF = frozenset(
-    {
-        *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
-        *("data.request_features", "data.rating_threshold", "data.label"),
-        *("split.kind", "model.hard", "export.name", "export.filter_by"),
-        *("compare.plans", "compare.reference", "compare.max_steps"),
-    }
+BRIEF = (
+    *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
+    *("data.request_features", "data.rating_threshold", "data.label"),
+    *("split.kind", "model.hard", "export.name", "export.filter_by"),
+    *("compare.plans", "compare.reference", "compare.max_steps"),
 )
 
 

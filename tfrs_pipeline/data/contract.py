@@ -20,16 +20,11 @@ from tfrs_pipeline.messages import sentence
 
 # Column -> its allowed types -> the type that a log stores.
 _EVENT_TYPES: dict[str, dict[str, str]] = {
-    "user_id": ID_TYPES,
-    "item_id": ID_TYPES,
-    "event_number": {"integer": "int64"},
-    "stage": {"string": "string"},
+    **dict.fromkeys(("user_id", "item_id", "request_id"), ID_TYPES),
+    **{name: {"integer": "int64"} for name in ("event_number", "rank")},
+    **{name: {"string": "string"} for name in ("stage", "part")},
+    **dict.fromkeys(("score", "weight"), NUMBER_TYPES),
     "timestamp": TIME_TYPES,
-    "request_id": ID_TYPES,
-    "rank": {"integer": "int64"},
-    "score": NUMBER_TYPES,
-    "weight": NUMBER_TYPES,
-    "part": {"string": "string"},
 }
 _REQUIRED = ("user_id", "item_id", "event_number", "stage")
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tfrs_pipeline.data.schema import (
     MAX_WEIGHT,
@@ -17,7 +17,7 @@ from tfrs_pipeline.data.schema import (
     name_problem,
 )
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.settings import Config, refuse
+from tfrs_pipeline.settings import Config
 
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
 LabelWeight: TypeAlias = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
@@ -87,12 +87,7 @@ class Reading(Config):
     or unreadable, and of a feature's values that may be unreadable; more is refused, with 0 any
     such row."""
 
-    @model_validator(mode="after")
-    def _check_reading(self) -> "Reading":
-        refuse(self._contradictions())
-        return self
-
-    def _contradictions(self) -> Iterator[tuple[str, str]]:
+    def _problems(self) -> Iterator[tuple[str, str]]:
         zone = self.time_zone
         if zone is not None and zone not in (zones := zoneinfo.available_timezones()):
             yield "time_zone", f"unknown time zone {zone!r}; {suggest(zone, zones)}"

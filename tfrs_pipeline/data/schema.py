@@ -24,27 +24,16 @@ TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 TieRule: TypeAlias = Literal["order", "random", "drop"]
 Ties: TypeAlias = Literal["auto", TieRule]
 
-
 # Column of a log's items: True if the item table has the item, False if only the events do.
 LISTED = "_listed"
 LOG_COLUMNS = (
-    "user_id",
-    "item_id",
-    "timestamp",
-    "stage",
-    "rating",
-    "request_id",
-    "rank",
-    "score",
-    "weight",
-    "part",
+    *("user_id", "item_id", "timestamp", "stage", "rating"),
+    *("request_id", "rank", "score", "weight", "part"),
 )
 """Columns of an event table that mean something to a log; any other one is context."""
 
-
 TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time", "time_ms")
 """Common names elsewhere for the column `timestamp`."""
-
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 """The range of weights that float32 can hold and add up."""

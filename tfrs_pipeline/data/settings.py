@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import SplitKind
 from tfrs_pipeline.features.kinds import kind_problem
-from tfrs_pipeline.settings import Config, refuse
+from tfrs_pipeline.settings import Config
 
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
@@ -91,10 +91,10 @@ class DataConfig(Reading, Tables):
             return {**settings, "source": "files"}
         return settings
 
-    @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        refuse([*self._source_problems(), *self.name_problems(self.request_features)])
-        return self
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._problems()
+        yield from self._source_problems()
+        yield from self.name_problems(self.request_features)
 
     def reading(self) -> Reading:
         """Returns how the tables are read, for `Log.from_files`."""
@@ -135,11 +135,6 @@ class SplitConfig(Config):
     min_positives: PositiveInt = 5
     """Users with fewer positives are dropped, except with time and column, which keep every
     user."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "SplitConfig":
-        refuse(self._problems())
-        return self
 
     def amounts(self) -> tuple[Any, Any]:
         """Returns the amounts of validation and test: shares, numbers or moments."""

@@ -41,7 +41,9 @@ def top_k_in_blocks(
         shape = (block.stop - block.start, num_candidates)
         block_scores = _checked_scores(score_block(block), shape)
         if exclude_rows is not None:
-            _exclude(block_scores, exclude_rows[block])
+            excluded = exclude_rows[block]
+            queries = np.repeat(np.arange(shape[0]), [len(of_query) for of_query in excluded])
+            block_scores[queries, np.concatenate(excluded) - 1] = -np.inf
         rows[block, :num_found], scores[block, :num_found] = _top_k(block_scores, num_found)
     return rows, scores
 
@@ -61,12 +63,6 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
             "diverged or a feature is NaN."
         )
     return scores
-
-
-def _exclude(scores: np.ndarray, exclude_rows: Sequence[np.ndarray]) -> None:
-    """Sets the scores of excluded rows to -inf, in place."""
-    queries = np.repeat(np.arange(len(scores)), [len(of_query) for of_query in exclude_rows])
-    scores[queries, np.concatenate(exclude_rows) - 1] = -np.inf
 
 
 def _top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

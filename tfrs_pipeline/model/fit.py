@@ -49,7 +49,6 @@ class TrainingResult:
 
 OnEpoch = Callable[[TrainingResult], None]
 
-
 Start = Callable[[TwoTowerNetwork], None]
 """Sets what an untrained network, compiled, begins with in place of weights drawn at random."""
 

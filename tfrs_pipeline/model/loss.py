@@ -145,12 +145,11 @@ def _parents_log_q(
         f"candidate_sampling_probability leaves [{low}, {high}], where "
         "tfrs.tasks.Retrieval would clip it. Pass log_q instead."
     )
-    with tf.control_dependencies(
-        [
-            tf.debugging.assert_greater_equal(probability, low, message),
-            tf.debugging.assert_less_equal(probability, high, message),
-        ]
-    ):
+    checks = [
+        tf.debugging.assert_greater_equal(probability, low, message),
+        tf.debugging.assert_less_equal(probability, high, message),
+    ]
+    with tf.control_dependencies(checks):
         return tf.math.log(probability)
 
 

@@ -48,7 +48,8 @@ def mine_pools(
         batch, states = order[ends[0] : ends[-1]], order[ends[:-1]]
         keys = samples.query_rows[states]
         masks = [lists.take(keys) for lists in (samples.known_positives, samples.exposed)]
-        k = min(num_candidates, mined.max_rank + _num_masked(masks) + int(is_later.sum()))
+        num_masked = int(np.sum([np.diff(x.offsets) for x in masks], axis=0).max())
+        k = min(num_candidates, mined.max_rank + num_masked + int(is_later.sum()))
         found = retrieve(keys, samples.latest(states, history_length), k)
         is_known, is_exposed = (are_listed(found, lists, num_candidates) for lists in masks)
         state_of = np.repeat(np.arange(len(states)), np.diff(ends))
@@ -62,11 +63,6 @@ def mine_pools(
         on_progress(int(ends[-1]), len(samples))
     as_mined = RowLists(np.append(0, np.cumsum(sizes[order])), np.concatenate(kept))
     return as_mined.take(np.argsort(order))
-
-
-def _num_masked(masks: Sequence[RowLists]) -> int:
-    """Returns the most items that are masked for any query."""
-    return int(np.sum([np.diff(lists.offsets) for lists in masks], axis=0).max())
 
 
 def _by_state(samples: Samples) -> tuple[np.ndarray, np.ndarray]:

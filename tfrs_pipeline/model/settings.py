@@ -2,16 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -19,7 +12,7 @@ from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.settings import Config, Distinct, Listed, from_text, refuse
+from tfrs_pipeline.settings import Config, Distinct, Listed, from_text
 
 DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 OptimizerName: TypeAlias = Literal["adagrad", "adam", "lazy_adam"]
@@ -28,7 +21,6 @@ Decay: TypeAlias = Literal["none", "cosine"]
 _Kind = TypeVar("_Kind")
 
 ATTENTION_HEADS = 2  # In each block of the self-attention.
-
 
 EASY_KINDS = InBatch, Uniform, Popularity
 
@@ -43,18 +35,9 @@ def _refuse_subclass(kind: _Kind) -> _Kind:
     return kind
 
 
-SharedKind: TypeAlias = Annotated[
-    InBatch | Uniform | Popularity,
-    Field(discriminator="kind"),
-    BeforeValidator(from_text),
-    AfterValidator(_refuse_subclass),
-]
-HardKind: TypeAlias = Annotated[
-    FunnelLosers | Mined,
-    Field(discriminator="kind"),
-    BeforeValidator(from_text),
-    AfterValidator(_refuse_subclass),
-]
+_READ = Field(discriminator="kind"), BeforeValidator(from_text), AfterValidator(_refuse_subclass)
+SharedKind: TypeAlias = Annotated[InBatch | Uniform | Popularity, *_READ]
+HardKind: TypeAlias = Annotated[FunnelLosers | Mined, *_READ]
 
 
 class TwoTowerSettings(Config):
@@ -116,11 +99,6 @@ class TwoTowerSettings(Config):
     attention_dropout: DropoutShare = 0.2
     """Share of the self-attention's activations that training drops, at random."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        refuse(self._problems())
-        return self
-
     def _problems(self) -> Iterator[tuple[str, str]]:
         if "attention" in self.history_pooling and self.dim % ATTENTION_HEADS:
             message = f"must be a multiple of {ATTENTION_HEADS}, the heads of the self-attention"
@@ -169,12 +147,10 @@ class TrainingSettings(Config):
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs; never on held-out users."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if not re.fullmatch(r"(recall|ndcg)@[1-9]\d*", self.monitor):
             message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
-            refuse([("monitor", f"got {self.monitor!r}; {message}")])
-        return self
+            yield "monitor", f"got {self.monitor!r}; {message}"
 
     @property
     def min_positives(self) -> int:

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tensorflow as tf
 from pydantic import AfterValidator, Field, WrapValidator, model_validator
@@ -121,10 +121,9 @@ class TwoTower(TwoTowerSettings):
         )
         return given
 
-    @model_validator(mode="after")
-    def _check_training(self) -> Self:
-        refuse(check_examples(self, self.training))
-        return self
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._problems()
+        yield from check_examples(self, self.training)
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(kind).__name__ for kind in self.negatives)

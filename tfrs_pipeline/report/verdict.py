@@ -80,12 +80,11 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
         return Verdict("not compared", "no baseline was measured beside it", None)
     best, *others = sorted(compared, key=lambda x: x.gain.mean)
     gap, where = _gap(best.gain), "above" if best.gain.mean > 0 else "below"
+    rival = f"the best baseline, {best.written}"
     about_best = {
-        Outcome.BETTER: f"it beats the best baseline, {best.written}, by {gap}",
-        Outcome.LEVEL: (
-            f"it is {gap} {where} the best baseline, {best.written}, no clear difference"
-        ),
-        Outcome.WORSE: f"the best baseline, {best.written}, beats it by {gap}",
+        Outcome.BETTER: f"it beats {rival}, by {gap}",
+        Outcome.LEVEL: f"it is {gap} {where} {rival}, no clear difference",
+        Outcome.WORSE: f"{rival}, beats it by {gap}",
     }
     parts = [about_best[best.gain.outcome]]
     for outcome, words in (

@@ -77,12 +77,9 @@ def compare(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> 
         measured: dict[str, tuple[Evaluation, TrainingResult]] = {}
         for name, plan in plans.items():
             planned = _planned(config, plan, data)
-            measured[name] = runner.run(
-                [
-                    training_step(name, planned, place, f"plans/{name}/checkpoints"),
-                    Step(f"measure {name}", ("samples", name), "measured", measure),
-                ]
-            )
+            training = training_step(name, planned, place, f"plans/{name}/checkpoints")
+            measuring = Step(f"measure {name}", ("samples", name), "measured", measure)
+            measured[name] = runner.run([training, measuring])
             del runner.artifacts[name]  # One network at a time.
         return _write(config, measured, notes, plans, folder)
 

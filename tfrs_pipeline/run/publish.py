@@ -65,8 +65,8 @@ def _export_best(
     config: RunConfig, folder: RunFolder, runner: Runner, data: RunData, measured: Measured
 ) -> Exported:
     """Exports the two-tower model, unless a baseline or the version in service is better."""
-    listed = data.split.log.listed_ids
-    if config.export.index == "none":
+    listed, export = data.split.log.listed_ids, config.export
+    if export.index == "none":
         runner.note("export.index is 'none': nothing is exported")
         return Exported()
     try:
@@ -87,11 +87,9 @@ def _export_best(
         measured.models["two_tower"],
         config.model_folder,
         ExportOptions(
-            search_of(config.export.index, config.export.target_recall),
-            config.export.filter_by,
-            config.export.keep_versions,
+            search_of(export.index, export.target_recall), export.filter_by, export.keep_versions
         ),
-        user_data=config.export.user_data,
+        user_data=export.user_data,
         # A ScaNN index is tuned and measured on these. The first user is the manifest's example.
         queries=data.test.as_queries(),
         manifest={

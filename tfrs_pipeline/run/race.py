@@ -131,11 +131,8 @@ def race(
             model, race = tp.race(train, validation)
             print(*race.lines(), sep="; ")
     """
-    settings = dict(settings or {})
-    given = tuple(settings)
-    base = with_settings(
-        RunConfig(seed=seed), {**settings, "recipes": recipes, "given": given, "budget": budget}
-    )
+    asked = {"recipes": recipes, "given": tuple(settings or ()), "budget": budget}
+    base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         hard = base.model.hard if isinstance(base.model.hard, FunnelLosers) else None
@@ -170,14 +167,11 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
 def race_step(config: RunConfig, folder: RunFolder) -> Step:
     """Returns the step that races the recipes of a config."""
 
-    def noted(runner: Runner, decided: Race | None) -> Race | None:
-        runner.note(*(decided.lines() if decided else []))
-        return decided
-
-    def make(runner: Runner, data: RunData) -> Race | None:
+    def make(runner: Runner, data: RunData) -> Race:
         log, told = data.split.train, runner.progress
-        laps = _Laps(config, data.parts, data.validation, log, folder.race, told)
-        return noted(runner, laps.run())
+        decided = _Laps(config, data.parts, data.validation, log, folder.race, told).run()
+        runner.note(*decided.lines())
+        return decided
 
     return Step("race", ("samples",), "race", make, place="race/")
 
@@ -193,12 +187,10 @@ def winners_settings(config: RunConfig, decided: Race) -> RunConfig:
 
 def planned(config: RunConfig, name: str) -> RunConfig:
     """Returns the settings of a recipe; those that are given stay."""
-    changed = {key: value for key, value in recipe(name).items() if not _covers(config, key)}
+    # A table that is given covers its settings.
+    given = tuple(f"{setting}." for setting in config.given)
+    changed = {key: x for key, x in recipe(name).items() if not f"{key}.".startswith(given)}
     return with_settings(config, changed)
-
-
-def _covers(config: RunConfig, setting: str) -> bool:
-    return any(setting == name or setting.startswith(f"{name}.") for name in config.given)
 
 
 def runners(
@@ -229,16 +221,12 @@ def runners(
 
 def check_log(config: RunConfig, log: Log) -> None:
     """Refuses (`ConfigError`) examples that a log cannot give."""
-    examples = config.training.examples
-    refuse(
-        ("training.examples", f"got {examples!r}, and the log has {what}")
-        for what, is_wrong in {
-            "no order": examples == "sequences" and log.order == "none",
-            "features of the request, of which a set has many": examples == "sets"
-            and bool(log.request_features),
-        }.items()
-        if is_wrong
-    )
+    examples, what = config.training.examples, ""
+    if examples == "sequences" and log.order == "none":
+        what = "no order"
+    if examples == "sets" and log.request_features:
+        what = "features of the request, of which a set has many"
+    refuse([("training.examples", f"got {examples!r}, and the log has {what}")] if what else [])
 
 
 class _Laps:

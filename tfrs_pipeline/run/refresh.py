@@ -78,19 +78,14 @@ def refresh_steps(
     """Returns the steps of a refresh; `options` replace those of the version's export."""
     check = functools.partial(_check, items, allow_all_new=allow_all_new)
     embed = functools.partial(_embed, items, allow_all_new=allow_all_new)
+    export, read = functools.partial(_export, items, options), ("model", "items")
     return [
         Step("model", (), "model", functools.partial(_load_numbered, model)),
         Step("items", ("model",), "items", functools.partial(_read_items, items)),
         # Checked before the items are embedded, which takes long.
-        Step("check", ("model", "items"), "unknown", check),
-        Step("embed", ("model", "items"), "embedded", embed),
-        Step(
-            "export",
-            ("model", "items", "unknown", "embedded"),
-            "version",
-            functools.partial(_export, items, options),
-            place="NAME/VERSION/",
-        ),
+        Step("check", read, "unknown", check),
+        Step("embed", read, "embedded", embed),
+        Step("export", (*read, "unknown", "embedded"), "version", export, place="NAME/VERSION/"),
     ]
 
 

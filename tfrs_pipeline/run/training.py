@@ -34,20 +34,18 @@ TRAINED_FILE = "trained.json"
 
 def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -> Step:
     """Returns the step that trains a model with these settings, kept in the run's folder."""
-    checkpoints = folder.path / place
+    kept = folder.path / place
 
     def noted(runner: Runner, model: FittedTwoTower | None) -> FittedTwoTower | None:
         runner.note(*(model.notes if model else []))
         return model
 
     def make(runner: Runner, data: RunData) -> FittedTwoTower | None:
-        told = runner.progress
-        return noted(
-            runner, train_and_refit(config, data, name=name, folder=checkpoints, progress=told)
-        )
+        model = train_and_refit(config, data, name=name, folder=kept, progress=runner.progress)
+        return noted(runner, model)
 
     def read(runner: Runner, data: RunData) -> FittedTwoTower | None:
-        return noted(runner, read_trained(config, data, checkpoints, name))
+        return noted(runner, read_trained(config, data, kept, name))
 
     return Step(f"train {name}", ("samples",), name, make, read, place)
 
@@ -279,8 +277,7 @@ def _about_source(path: Path, name: str, data: RunData) -> Iterator[str]:
     final = "before_test" if (folder.checkpoints(name) / "refit").is_dir() else "train"
     for part, held_out in (("train", "validation"), (final, "test")):
         last = getattr(source, part).events["timestamp"].max().to_pyarrow().as_py()
-        events = data.split.events
-        held = events.filter(events["part"] == held_out)
+        held = data.split.events.filter(data.split.events["part"] == held_out)
         first = held["timestamp"].min().to_pyarrow().as_py()
         if first is not None and last >= first:
             yield (

@@ -59,12 +59,10 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # Manifest names that an export or a run writes itself.
-TAKEN = frozenset(
-    (
-        *("config", "date", "export", "feature_inputs", "features", "filter", "index"),
-        *("log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
-    )
-)
+TAKEN = {
+    *("config", "date", "export", "feature_inputs", "features", "filter", "index"),
+    *("log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
+}
 # Most queries to tune and measure an index on; how many the reloaded model must answer alike.
 NUM_QUERIES, NUM_PROBES = 1000, 20
 

@@ -28,16 +28,8 @@ from tfrs_pipeline.data.schema import DataError, Ties
 logger = logging.getLogger(__name__)
 
 MIN_CLICKED_RATING = 4
-ITEM_FEATURES: Mapping[str, str] = {
-    "title": "text",
-    "year": "categorical",
-    "genres": "multi_categorical",
-}
-USER_FEATURES: Mapping[str, str] = {
-    "age_group": "categorical",
-    "gender": "categorical",
-    "occupation": "categorical",
-}
+ITEM_FEATURES = {"title": "text", "year": "categorical", "genres": "multi_categorical"}
+USER_FEATURES = dict.fromkeys(("age_group", "gender", "occupation"), "categorical")
 ARCHIVE_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 GROUPLENS_FILES = ("u.data", "u.item", "u.user")
 RECBOLE_REQUIREMENT = "recbole==1.2.1"
@@ -243,13 +235,8 @@ def _read_recbole(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     titles = [
         "unknown" if n == "unkonwn" else f"{n} ({y})" for n, y in zip(name, year, strict=True)
     ]
-    films = pa.table(
-        {
-            "item_id": films["item_id"],
-            "title": titles,
-            "genres": pa.array([names.split() for names in genres], _STRINGS),
-        }
-    )
+    lists = pa.array([names.split() for names in genres], _STRINGS)
+    films = pa.table({"item_id": films["item_id"], "title": titles, "genres": lists})
     return ratings, films, users
 
 
@@ -292,14 +279,9 @@ def _items(films: pa.Table) -> pa.Table:
         titles.append(match["title"] if match else full_title)
         years.append(match["year"] if match else None)
     genres = [[g for g in names if g != "unknown"] for names in films["genres"].to_pylist()]
-    return pa.table(
-        {
-            "item_id": films["item_id"],
-            "title": pa.array(titles, pa.string()),
-            "year": pa.array(years, pa.string()),
-            "genres": pa.array(genres, _STRINGS),
-        }
-    )
+    texts = {"title": pa.array(titles, pa.string()), "year": pa.array(years, pa.string())}
+    lists = pa.array(genres, _STRINGS)
+    return pa.table({"item_id": films["item_id"], **texts, "genres": lists})
 
 
 def _users(users: pa.Table) -> pa.Table:
