@@ -93,7 +93,6 @@ def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
 
 
 def _check_mapping(name: str, values: Any) -> None:
-    """Refuses (`ValueError`) anything but a mapping."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{name} is a mapping, values by name. Received: {values!r}")
 

@@ -183,7 +183,6 @@ def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
 
 
 def _dataclasses_in(annotation: Any) -> Iterator[type]:
-    """Yields the dataclasses that an annotation is made of."""
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         yield annotation
     for inner in typing.get_args(annotation):

@@ -51,6 +51,7 @@ class HybridBatches:
             scaled to a mean of 1 over the samples.
 
     Attributes:
+        steps_per_epoch: Batches per pass over the samples.
         negatives: The kinds of shared negatives.
         frame: The distributions from which they are drawn.
         expected_count: [num_candidates + 1] float64, n(c).
@@ -97,6 +98,7 @@ class HybridBatches:
             )
         self.samples = samples
         self.examples = examples
+        self.steps_per_epoch = examples.steps_per_epoch
         self.negatives = tuple(negatives)
         self._num_in_batch = sum(map(counts_as_in_batch, self.negatives))
         self._seed = seed
@@ -142,11 +144,6 @@ class HybridBatches:
             total += rates.sum()
             drawn += rates[has_any].sum()
         return self._hard.share * drawn / total
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches per pass over the samples."""
-        return self.examples.steps_per_epoch
 
     def dataset(
         self, start_step: int = 0, num_steps: int | None = None, slices: Slices | None = None

@@ -52,23 +52,13 @@ class WholeSequences(EpochExamples):
                 "sequence. Give the log its order, or train its users as sets."
             )
         windows = _Windows.cut(samples, history_length)
-        row = tf.TensorSpec([None], tf.int32)
-        self.signature = Batch(
-            query_row=row,
-            index=row,
-            candidate_row=row,
-            sequence_rows=tf.TensorSpec([None, None], tf.int32),
-            state=row,
-        )
+        row, rows = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
+        self.signature = Batch(row, row, row, sequence_rows=rows, state=row)
         if samples.sequence_times is not None:
             times = tf.TensorSpec([None, None], tf.float64)
             self.signature = self.signature._replace(sequence_times=times)
-        super().__init__(
-            batch_size=batch_size,
-            steps_per_epoch=max(1, round(len(samples) / batch_size)),
-            seed=seed,
-            drawn=tf.TensorSpec([None], tf.int32),
-        )
+        steps = max(1, round(len(samples) / batch_size))
+        super().__init__(batch_size=batch_size, steps_per_epoch=steps, seed=seed, drawn=row)
         self._num_samples = len(samples)
         self._num_positives = np.diff(windows.samples.offsets)
         longest = int(self._num_positives.max())

@@ -63,12 +63,8 @@ class SinglePositives:
         self.steps_per_epoch = max(1, round(len(samples) / batch_size))
         self.rate = rate
         row = tf.TensorSpec([batch_size], tf.int32)
-        self.signature = Batch(
-            query_row=row,
-            index=row,
-            candidate_row=row,
-            history_rows=tf.TensorSpec([batch_size, history_length], tf.int32),
-        )
+        history = tf.TensorSpec([batch_size, history_length], tf.int32)
+        self.signature = Batch(row, row, row, history_rows=history)
         if samples.sequence_times is not None:
             times = tf.TensorSpec([batch_size, history_length + 1], tf.float64)
             self.signature = self.signature._replace(history_times=times)

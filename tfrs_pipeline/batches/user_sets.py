@@ -46,14 +46,8 @@ class UserSets(EpochExamples):
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
     ) -> None:
         check_integer(1, batch_size=batch_size)
-        row = tf.TensorSpec([None], tf.int32)
-        self.signature = Batch(
-            query_row=row,
-            index=row,
-            candidate_row=row,
-            positive_query=row,
-            history_rows=tf.TensorSpec([None, None], tf.int32),
-        )
+        row, rows = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
+        self.signature = Batch(row, row, row, positive_query=row, history_rows=rows)
         self._history_length = history_length
         self._num_samples = len(samples)
         self._rows = samples.candidate_rows
@@ -64,14 +58,9 @@ class UserSets(EpochExamples):
         self._query_of_sample = query_of_pair[self._pair]
         # At least half of all draws leave the mean number of users, rounded down, or more.
         mean_left = np.sum(1 - 0.5 ** np.bincount(query_of_pair))
-        wanted = round(len(samples) * 0.5 / batch_size)
-        names = ("query_row", "target", "num_targets", "input", "num_inputs")
-        super().__init__(
-            batch_size=batch_size,
-            steps_per_epoch=max(1, min(wanted, int(mean_left))),
-            seed=seed,
-            drawn=dict.fromkeys(names, row),
-        )
+        steps = max(1, min(round(len(samples) * 0.5 / batch_size), int(mean_left)))
+        drawn = dict.fromkeys(("query_row", "target", "num_targets", "input", "num_inputs"), row)
+        super().__init__(batch_size=batch_size, steps_per_epoch=steps, seed=seed, drawn=drawn)
 
     def draw_epoch(self, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
         """Draws each batch's users with their targets and inputs, one after the other."""

@@ -118,7 +118,6 @@ class CommandLine:
         }
 
     def _source(self, parser: _Parser, shows_all: bool) -> CliSettingsSource[_Parser]:
-        """Adds all commands and flags to a parser."""
         sub_command: Any = CliSubCommand
         fields: dict[str, Any] = {
             name.replace("-", "_"): (

@@ -12,6 +12,7 @@ import ibis
 import numpy as np
 from ibis.backends.duckdb import Backend as DuckDB
 
+from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.contract import check_engine, check_entities, check_events
 from tfrs_pipeline.data.describe import describe, listed
 from tfrs_pipeline.data.engines import connect, open_parquet, replace, write_parquet
@@ -19,17 +20,6 @@ from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.parts import Split
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import check_names, check_request_features
-from tfrs_pipeline.data.schema import (
-    LISTED,
-    DataError,
-    Dropped,
-    Source,
-    SplitKind,
-    TieRule,
-    Ties,
-    checked_kinds,
-    count_rows,
-)
 from tfrs_pipeline.data.settings import SplitConfig
 from tfrs_pipeline.data.split import split_events
 from tfrs_pipeline.data.tables import make_tables
@@ -100,10 +90,10 @@ class Log:
     item_features: Mapping[str, str] = field(default_factory=dict)
     user_features: Mapping[str, str] = field(default_factory=dict)
     request_features: Mapping[str, str] = field(default_factory=dict)
-    dropped: tuple[Dropped, ...] = ()
+    dropped: tuple[schema.Dropped, ...] = ()
     notes: tuple[str, ...] = ()
     is_ordered: bool = True
-    ties: TieRule = "drop"
+    ties: schema.TieRule = "drop"
     reading: Reading = field(default_factory=Reading)
     part_of: "Log | None" = None
     later_items: ibis.Table | None = None
@@ -148,7 +138,7 @@ class Log:
             StorageError: If the tables cannot be stored, such as on a full disk.
             ValueError: If a feature has an unknown kind, or a column has a reserved name.
         """
-        features = checked_kinds(item_features, user_features, request_features)
+        features = schema.checked_kinds(item_features, user_features, request_features)
         reading = reading or Reading()
         tables, ties, dropped, notes = make_tables(
             connection or connect(), path, items, users, features, reading
@@ -211,7 +201,7 @@ class Log:
         user_features: Mapping[str, str] | None = None,
         request_features: Mapping[str, str] | None = None,
         is_ordered: bool = True,
-        ties: Ties = "auto",
+        ties: schema.Ties = "auto",
     ) -> "Log":
         """Makes a log from tables in place: in DuckDB, or in Spark for more than one machine.
 
@@ -225,8 +215,8 @@ class Log:
                 another engine.
         """
         check_engine(events, items, users)
-        features = checked_kinds(item_features, user_features, request_features)
-        events = check_events(events, Source("event table"), features[2])
+        features = schema.checked_kinds(item_features, user_features, request_features)
+        events = check_events(events, schema.Source("event table"), features[2])
         entities = (
             check_entities(items, "item_id", events, features[0]),
             check_entities(users, "user_id", events, features[1]),
@@ -244,11 +234,11 @@ class Log:
         """
         folder = Path(folder)
         if not (folder / "log.json").exists():
-            raise DataError(
+            raise schema.DataError(
                 f"{folder} has no log.json: writing the log did not finish there. Write it again."
             )
         about = read_record(folder / "log.json")
-        about["dropped"] = tuple(Dropped(**dropped) for dropped in about["dropped"])
+        about["dropped"] = tuple(schema.Dropped(**dropped) for dropped in about["dropped"])
         about["notes"] = tuple(about["notes"])
         about["reading"] = Reading(**about["reading"])
         connection = connection or connect()
@@ -311,8 +301,8 @@ class Log:
     @property
     def listed_ids(self) -> np.ndarray:
         """[n] int64, or object of str: the items of the item table, or all if there is none."""
-        is_marked = LISTED in self.items.columns
-        items = self.items.filter(self.items[LISTED]) if is_marked else self.items
+        is_marked = schema.LISTED in self.items.columns
+        items = self.items.filter(self.items[schema.LISTED]) if is_marked else self.items
         return as_id_array(items.order_by("item_id")["item_id"].to_pyarrow().to_pylist())
 
     @property
@@ -324,7 +314,7 @@ class Log:
 
     def split(
         self,
-        kind: SplitKind | None = None,
+        kind: schema.SplitKind | None = None,
         *,
         validation: float | datetime | str | None = None,
         test: float | datetime | str | None = None,
@@ -376,7 +366,7 @@ class Log:
 
     def counts(self) -> dict[str, int]:
         """Counts the events, items and users."""
-        return {name: count_rows(getattr(self, name)) for name in _KEYS}
+        return {name: schema.count_rows(getattr(self, name)) for name in _KEYS}
 
     def describe(self) -> list[str]:
         """Describes what the log holds and what was dropped, in lines for a person."""

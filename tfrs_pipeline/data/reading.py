@@ -7,20 +7,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from tfrs_pipeline.data.schema import (
-    MAX_WEIGHT,
-    MIN_WEIGHT,
-    Duplicates,
-    Ties,
-    TimestampUnit,
-    UnknownItems,
-    name_problem,
-)
+from tfrs_pipeline.data import schema
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.settings import Config
 
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
-LabelWeight: TypeAlias = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
+LabelWeight: TypeAlias = Annotated[float, Field(ge=schema.MIN_WEIGHT, le=schema.MAX_WEIGHT)]
 
 Period: TypeAlias = tuple[datetime, datetime]
 """The first moment at which an event may have happened, and the first that is too late for one."""
@@ -54,7 +46,7 @@ class Reading(Config):
     """Stages by the values in the file's stage column, such as impression=exposed."""
     rating_threshold: float | None = None
     """Ratings at or above this are clicks; lower ones are exposed items, never negatives."""
-    timestamp_unit: TimestampUnit | None = None
+    timestamp_unit: schema.TimestampUnit | None = None
     """Unit of timestamps that are stored as numbers since 1970, also in features; if not given,
     seconds."""
     label: dict[str, LabelWeight] = {}
@@ -65,7 +57,7 @@ class Reading(Config):
     features; if not given, these are refused."""
     is_ordered: bool = True
     """Whether the order of the rows is the order of the events, for events without timestamps."""
-    ties: Ties = "auto"
+    ties: schema.Ties = "auto"
     """Order of a user's events at the same time: order, that of the source; random, one drawn at
     random; drop, none, so that they are not in each other's histories. If not given, drop for times
     in seconds or finer; for times by minute, hour or day order, or random if the source sorts such
@@ -73,10 +65,10 @@ class Reading(Config):
     list_separator: str = Field("|", min_length=1)
     """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
     file."""
-    unknown_items: UnknownItems = "keep"
+    unknown_items: schema.UnknownItems = "keep"
     """What to do with events whose item is not in the item table: keep them with missing features
     (a run's export does not retrieve the item), drop and count them, or stop ("error")."""
-    duplicates: Duplicates = "keep"
+    duplicates: schema.Duplicates = "keep"
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
     drop and count all but the first, or stop ("error")."""
     earliest_time: datetime | None = None
@@ -100,7 +92,7 @@ class Reading(Config):
     def name_problems(self, request_features: Collection[str]) -> Iterator[tuple[str, str]]:
         """Yields columns that a log cannot have, with the reason; request features are exempt."""
         for name in (*self.columns, *self.label):
-            if name not in request_features and (problem := name_problem(name)):
+            if name not in request_features and (problem := schema.name_problem(name)):
                 yield f"columns.{name}", problem
 
     def as_json(self) -> dict[str, Any]:

@@ -90,7 +90,6 @@ def _named(retrievers: Retriever | Mapping[str, Retriever]) -> Mapping[str, Retr
 
 
 def _checked_cutoffs(cutoffs: Sequence[int]) -> tuple[int, ...]:
-    """Returns the cutoffs in ascending order."""
     if not isinstance(cutoffs, Iterable):
         raise TypeError(f"cutoffs must be a list, such as [20, 100]. Received: {cutoffs!r}.")
     cutoffs = tuple(cutoffs)

@@ -167,12 +167,9 @@ class Evaluation:
         keys = [(name, metric) for name in others for metric in values[reference]]
         if not keys:
             return {}
+        gaps = np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1)
         # One bootstrap for all, since one for each would take most of an evaluation's time.
-        intervals = bootstrap_intervals(
-            np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1),
-            num_bootstrap=self.num_bootstrap,
-            seed=self.seed,
-        )
+        intervals = bootstrap_intervals(gaps, num_bootstrap=self.num_bootstrap, seed=self.seed)
         found: dict[str, dict[str, Interval]] = {name: {} for name in others}
         for (name, metric), interval in zip(keys, intervals, strict=True):
             found[name][metric] = interval

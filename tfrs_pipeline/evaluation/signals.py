@@ -103,7 +103,6 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
 
 
 def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
-    """Reads positives, of all users or of some, in order."""
     requests = at_request(train.events, _categories(train.request_features))
     requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
     events = train.events.mutate(**requests)

@@ -38,11 +38,7 @@ def make_batches(
         examples = UserSets(samples, **common)
     else:
         examples = SinglePositives(samples, rate=rate, **common)
+    weight = None if training.examples == "single" else rate
     return HybridBatches(
-        samples,
-        examples,
-        negatives,
-        hard=settings.hard,
-        seed=seed,
-        positive_weight=None if training.examples == "single" else rate,
+        samples, examples, negatives, hard=settings.hard, seed=seed, positive_weight=weight
     )

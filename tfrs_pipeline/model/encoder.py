@@ -328,7 +328,6 @@ def known_rows(
 
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:
-    """Gathers the lists of rows."""
     values, offsets = values_and_offsets
     return tf.gather(tf.RaggedTensor.from_row_splits(values, offsets, validate=False), rows)
 

@@ -81,13 +81,9 @@ def train(
     # rates that validation has seen.
     _compile(network, settings, settings.max_epochs * batches.steps_per_epoch, first_step)
     with contextlib.ExitStack() as stack:
-        keeper = _BestEpoch(
-            settings,
-            validate,
-            folder=folder or Path(stack.enter_context(tempfile.TemporaryDirectory())),
-            saves_all=folder is not None,
-            on_epoch=on_epoch,
-        )
+        saves_all = folder is not None
+        kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        keeper = _BestEpoch(settings, validate, folder=kept, saves_all=saves_all, on_epoch=on_epoch)
         first_epoch = keeper.restore(network, mining)
         if not first_epoch and start is not None:
             start(network)

@@ -63,7 +63,6 @@ def tables_in(*towers: tf.keras.layers.Layer) -> list[Any]:
 
 
 def _parts(*towers: tf.keras.layers.Layer) -> Iterator[tf.Module]:
-    """Yields towers and all layers within them."""
     for tower in towers:
         yield from (tower, *tower.submodules)
 

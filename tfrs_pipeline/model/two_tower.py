@@ -18,14 +18,9 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to, refuse_others
 from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model import distribution
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
-from tfrs_pipeline.model.distribution import (
-    check_shared,
-    chief_first,
-    naming_lost_workers,
-    training_strategy,
-)
 from tfrs_pipeline.model.fit import OnEpoch, Start, train
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.item_init import add_item_factors
@@ -177,13 +172,13 @@ class TwoTower(TwoTowerSettings):
         check_log(train)
         if validation is not None:
             check_holdout(validation)
-        training_strategy()  # Joins any other workers, which must come first.
-        check_shared(folder)
+        distribution.training_strategy()  # Joins any other workers, which must come first.
+        distribution.check_shared(folder)
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
             source = None if folder is None else _checked(warm_start)
             chosen_by = {"validation": validation, "warm_start": source, "exclude": exclude}
-            data = chief_first(lambda: self._training_set(train, place, chosen_by))
+            data = distribution.chief_first(lambda: self._training_set(train, place, chosen_by))
             write_epoch, write_steps = writers(self.training, verbose)
             return self.fit_samples(
                 data,
@@ -233,13 +228,13 @@ class TwoTower(TwoTowerSettings):
         `max_epochs` replaces the settings' number. `folder` keeps checkpoints. A long epoch calls
         `on_steps`, mining calls `on_progress`. An export needs the samples' `log`.
         """
-        strategy = training_strategy()
-        check_shared(folder)
+        strategy = distribution.training_strategy()
+        distribution.check_shared(folder)
         data.check_negatives_left(self.hard)
         source, corpus = _checked(warm_start), data.corpus
         if source:  # Items that come later in this log may be known from an earlier log.
             corpus = dataclasses.replace(corpus, is_later=None)
-        with naming_lost_workers():
+        with distribution.naming_lost_workers():
             tf.keras.utils.set_random_seed(self.seed)
             with strategy.scope():
                 network = self.build(corpus)
@@ -317,7 +312,7 @@ class TwoTower(TwoTowerSettings):
             ValueError: If the towers' widths differ, or an own tower does not read what
                 `training.examples` gives it or holds a layer that was trained before.
         """
-        training_strategy()  # As in `fit`, because variables are made here.
+        distribution.training_strategy()  # As in `fit`, because variables are made here.
         if not reads_times(self, self.training):
             corpus = dataclasses.replace(corpus, has_times=False)
         query, candidate = (

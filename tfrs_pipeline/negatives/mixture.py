@@ -102,15 +102,11 @@ class Mixture:
                 f"positive_rows must be integers. Received: {positive_rows.dtype.name}"
             )
         positive_rows = tf.cast(positive_rows, tf.int32)
-        drawn = [
-            kind.draw(
-                self._frame,
-                positive_rows,
-                tf.cast(tf.random.experimental.stateless_fold_in(seed, i), tf.int32),
-            )
-            for i, kind in enumerate(self._negatives)
-        ]
-        return tf.concat([tf.cast(rows, tf.int32) for rows in drawn], axis=0)
+        drawn = []
+        for i, kind in enumerate(self._negatives):
+            own_seed = tf.cast(tf.random.experimental.stateless_fold_in(seed, i), tf.int32)
+            drawn.append(tf.cast(kind.draw(self._frame, positive_rows, own_seed), tf.int32))
+        return tf.concat(drawn, axis=0)
 
     def log_q(self, candidate_rows: tf.Tensor, hard_share: tf.Tensor | None = None) -> tf.Tensor:
         """Looks up log n(c) of candidates, float32 of the shape of `candidate_rows`.

@@ -28,13 +28,7 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
-from tfrs_pipeline.report import figures
-from tfrs_pipeline.report.verdict import (
-    advice,
-    by_popularity,
-    compared_with_baselines,
-    found_by_index,
-)
+from tfrs_pipeline.report import figures, verdict
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_ids, read_samples
@@ -150,10 +144,10 @@ def report_page(facts: RunFacts) -> str:
         palettes=[variables(scheme) for scheme in (0, 1)],
         figures=_figures(facts, metric, recall),
         counted=counted,
-        better=compared_with_baselines(facts.metrics, metric),
-        advice=list(advice(facts.metrics, metric, facts.config)),
-        for_whom=by_popularity(facts.metrics, recall),
-        index=found_by_index(facts.metrics["index"]),
+        better=verdict.compared_with_baselines(facts.metrics, metric),
+        advice=list(verdict.advice(facts.metrics, metric, facts.config)),
+        for_whom=verdict.by_popularity(facts.metrics, recall),
+        index=verdict.found_by_index(facts.metrics["index"]),
         metric_names=[f"{name}@{k}" for name in (*QUERY_METRICS, *SET_METRICS) for k in cutoffs],
         parts=[
             part
@@ -305,7 +299,6 @@ def _label(kind: Negatives) -> str:
 
 
 def _titles(log: Log, metrics: dict[str, Any]) -> dict[Any, str]:
-    """Reads the titles of the items in the examples."""
     shown: Iterable[Any] = {
         id_
         for example in metrics.get("examples", [])

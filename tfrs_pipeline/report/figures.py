@@ -5,37 +5,27 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.drawing import (
-    GRID,
-    INK,
-    LINES,
-    MARKERS,
-    SERIES,
-    SOFT,
-    Drawing,
-    finish,
-    label_lines,
-    new_figure,
-    title,
-)
+from tfrs_pipeline import drawing
 
 _SIZE = (4.8, 2.9)
 _MAX_POINTS = 150
 
 
-def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str) -> Drawing:
+def intervals_figure(
+    panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str
+) -> drawing.Drawing:
     """Draws a metric of each model, the first at the top, in panels by title, side by side."""
     names = list(next(iter(panels.values())))
-    figure, all_axes = new_figure(
+    figure, all_axes = drawing.new_figure(
         4.8, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
     )
     for axes, (of_panel, intervals) in zip(all_axes, panels.items(), strict=True):
         for place, interval in enumerate(intervals.values()):
-            colour = SERIES[0] if place == 0 else SERIES[1]
+            colour = drawing.SERIES[0] if place == 0 else drawing.SERIES[1]
             # None becomes NaN.
             mean, low, high = np.array([interval[key] for key in ("mean", "low", "high")], float)
             axes.plot([low, high], [place, place], color=colour, linewidth=2)
-            axes.plot(mean, place, MARKERS[min(place, 1)], color=colour, markersize=5)
+            axes.plot(mean, place, drawing.MARKERS[min(place, 1)], color=colour, markersize=5)
             if not np.isnan(mean):
                 axes.annotate(
                     f"{mean:.3f}".replace("0.", "."),
@@ -43,20 +33,22 @@ def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metr
                     xytext=(0, 4),
                     textcoords="offset points",
                     ha="center",
-                    color=INK,
+                    color=drawing.INK,
                     fontsize=8.5,
                 )
-        title(axes, of_panel, "center")
+        drawing.title(axes, of_panel, "center")
         axes.spines["left"].set_visible(False)
         axes.tick_params(left=False)
         axes.margins(x=0.18)
         axes.locator_params(axis="x", nbins=6 // len(panels))
-        axes.grid(axis="x", color=GRID)
+        axes.grid(axis="x", color=drawing.GRID)
     all_axes[0].set_yticks(range(len(names)), names)
     all_axes[0].set_ylim(len(names) - 0.5, -0.6)
     for text in all_axes[0].get_yticklabels():
-        text.set(color=INK, weight="bold" if text.get_text() == names[0] else "normal")
-    return finish(figure, f"{metric} of each model with its 95% interval: {', '.join(panels)}")
+        text.set(color=drawing.INK, weight="bold" if text.get_text() == names[0] else "normal")
+    return drawing.finish(
+        figure, f"{metric} of each model with its 95% interval: {', '.join(panels)}"
+    )
 
 
 def curves_figure(
@@ -65,41 +57,41 @@ def curves_figure(
     what: str,
     *,
     seconds: Mapping[str, Sequence[float]] | None = None,
-) -> Drawing:
+) -> drawing.Drawing:
     """Draws each model's values by epoch, from 1, with a mark at the chosen epoch.
 
     With the CPU `seconds` at the end of each epoch, values are drawn by these.
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, (axes,) = new_figure(*_SIZE)
+    figure, (axes,) = drawing.new_figure(*_SIZE)
     ends = {}
     for number, (model, values) in enumerate(curves.items()):
-        colour, marker = SERIES[number % 5], MARKERS[number % 5]
+        colour, marker = drawing.SERIES[number % 5], drawing.MARKERS[number % 5]
         places = np.arange(1, len(values) + 1) if seconds is None else np.array(seconds[model])
-        axes.plot(places, values, color=colour, linestyle=LINES[number % 5])
+        axes.plot(places, values, color=colour, linestyle=drawing.LINES[number % 5])
         if 1 <= (epoch := chosen[model]) <= len(values):
             axes.plot(places[epoch - 1], values[epoch - 1], marker, color=colour, markersize=6)
         ends[model] = (places[-1], values[-1])
     by = "epoch" if seconds is None else "CPU seconds"
     axes.set_xlabel(by)
-    title(axes, what)
+    drawing.title(axes, what)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color=GRID)
-    label_lines(axes, ends, [SERIES[i % 5] for i in range(len(ends))])
-    return finish(figure, f"{what} by {by}, the chosen epoch marked")
+    axes.grid(axis="y", color=drawing.GRID)
+    drawing.label_lines(axes, ends, [drawing.SERIES[i % 5] for i in range(len(ends))])
+    return drawing.finish(figure, f"{what} by {by}, the chosen epoch marked")
 
 
 def popularity_figure(
     curves: Mapping[str, np.ndarray], slices: Mapping[str, int], what: str
-) -> Drawing:
+) -> drawing.Drawing:
     """Draws values by popularity rank on logarithmic axes; `slices` are numbers of candidates."""
-    figure, (axes,) = new_figure(*_SIZE)
+    figure, (axes,) = drawing.new_figure(*_SIZE)
     ends = {}
     for number, (label, values) in enumerate(curves.items()):
         ranks, means = thinned(values)
         is_drawn = means > 0
-        colour, line = SERIES[number % 5], LINES[number % 5]
+        colour, line = drawing.SERIES[number % 5], drawing.LINES[number % 5]
         axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line)
         if is_drawn.any():
             ends[label] = (ranks[is_drawn][-1], means[is_drawn][-1])
@@ -107,11 +99,11 @@ def popularity_figure(
     _mark_slices(axes, slices)
     _plain_numbers(axes)
     axes.set_xlabel("rank of the item by training positives")
-    title(axes, f"{what}\n")
-    axes.grid(color=GRID)
+    drawing.title(axes, f"{what}\n")
+    axes.grid(color=drawing.GRID)
     if len(curves) > 1:
-        label_lines(axes, ends, [SERIES[i % 5] for i in range(len(ends))])
-    return finish(figure, f"{what} by popularity rank of the item, both axes logarithmic")
+        drawing.label_lines(axes, ends, [drawing.SERIES[i % 5] for i in range(len(ends))])
+    return drawing.finish(figure, f"{what} by popularity rank of the item, both axes logarithmic")
 
 
 def _mark_slices(axes: Any, slices: Mapping[str, int]) -> None:
@@ -119,14 +111,14 @@ def _mark_slices(axes: Any, slices: Mapping[str, int]) -> None:
     start = 0
     for part, num in slices.items():
         if start:
-            axes.axvline(start + 0.5, color=SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
+            axes.axvline(start + 0.5, color=drawing.SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
         if num:
             axes.annotate(
                 part,
                 (np.sqrt((start + 1) * (start + num)), 1.01),
                 xycoords=("data", "axes fraction"),
                 ha="center",
-                color=SOFT,
+                color=drawing.SOFT,
                 fontsize=9,
             )
         start += num

@@ -229,7 +229,6 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
 
 
 def _behind_popularity(config: RunConfig) -> Iterator[str]:
-    """Says what to try if popularity beats the model."""
     remedies = []
     if config.model.use_candidate_id and not config.model.candidate_bias:
         remedies.append("set model.candidate_bias")
@@ -259,7 +258,6 @@ def _behind_item_models(metrics: Metrics, metric: str, config: RunConfig) -> Ite
 
 
 def _is_better(name: str, metrics: Metrics, metric: str) -> bool:
-    """Whether another model is clearly better than the first."""
     above = metrics["differences"].get(name, {}).get(metric)
     return bool(above) and (above["low"] or 0) > 0
 

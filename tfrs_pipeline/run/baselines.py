@@ -70,7 +70,6 @@ def _best(
     data: RunData,
     on_progress: OnProgress,
 ) -> Baseline:
-    """Chooses the best baseline on validation, by the metric that chooses the epoch."""
     # The same number of users as for the model's epoch.
     validation = data.validation.sample(config.training.validation_users, config.seed)
     scores = []

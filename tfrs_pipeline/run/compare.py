@@ -119,7 +119,6 @@ def _measure(
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:
-    """Returns the budget of a plan in epochs."""
     if config.compare.max_steps is None:
         return config.training.max_epochs
     steps_per_epoch = max(1, round(len(data.selection.samples) / config.training.batch_size))

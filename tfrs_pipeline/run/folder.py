@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,45 +37,28 @@ _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run or of a comparison."""
+    """The folder of a run or of a comparison, and what lies in it.
 
-    path: Path
+    Attributes:
+        path: The folder.
+        config_file: The settings, with their hash.
+        metrics_file: The record of a finished run.
+        data: The log and its split.
+        split: The events with their parts.
+        race: The curves of a race, and its trainings until it is decided.
+        race_file: The record of a decided race, with the settings that were asked for.
+    """
 
-    @property
-    def config_file(self) -> Path:
-        """The settings, with their hash."""
-        return self.path / CONFIG_FILE
-
-    @property
-    def metrics_file(self) -> Path:
-        """The record of a finished run."""
-        return self.path / METRICS_FILE
-
-    @property
-    def data(self) -> Path:
-        """The log and its split."""
-        return self.path / "data"
-
-    @property
-    def split(self) -> Path:
-        """The events with their parts."""
-        return self.data / "split.parquet"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file, self.metrics_file = path / CONFIG_FILE, path / METRICS_FILE
+        self.data, self.split = path / "data", path / "data" / "split.parquet"
+        self.race, self.race_file = path / "race", path / "race" / "race.json"
 
     def samples(self, part: str) -> Path:
         """Returns the folder of a training's samples: "selection" or "final"."""
         return self.path / "samples" / part
-
-    @property
-    def race(self) -> Path:
-        """The curves of a race, and its trainings until it is decided."""
-        return self.path / "race"
-
-    @property
-    def race_file(self) -> Path:
-        """The record of a decided race, with the settings that were asked for."""
-        return self.race / "race.json"
 
     def checkpoints(self, model: str) -> Path:
         """Returns the folder of a model's two trainings."""

@@ -301,7 +301,6 @@ class _Laps:
         return model
 
     def _leading(self) -> str:
-        """Returns who leads, for the progress."""
         first = winner(tuple(self.lanes.values()))
         return f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
 

@@ -219,7 +219,6 @@ def _export(
     num_unknown: dict[str, int],
     embedded: _Embedded,
 ) -> Refreshed:
-    """Exports the items as the model's next version."""
     number, num_untrained = int(retriever.folder.name), int((~embedded.is_trained).sum())
     ids, before = set(embedded.table["item_id"].to_pylist()), set(retriever.candidate_ids())
     refreshed = {

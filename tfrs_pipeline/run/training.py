@@ -162,7 +162,6 @@ def _about_trainings(
 
 
 def _write_trained(folder: Path, data: RunData, model: FittedTwoTower) -> None:
-    """Records that a model is trained, and its files."""
     step, epoch = "refit" if data.has_refit else "selection", model.result.best_epoch
     files = sorted((folder / step).glob(f"epoch-{epoch}.*"))
     about = {"result": dataclasses.asdict(model.result), "notes": list(model.notes)}

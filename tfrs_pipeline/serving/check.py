@@ -94,7 +94,6 @@ def _inputs(
     item_ids: Sequence[Any],
     values: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, tf.Tensor]:
-    """Makes the inputs to ask a signature with."""
     specs = signature_inputs(function)
     inputs = {"k": tf.constant(10), **query_inputs(function, queries)}
     num_rows, of_side = len(queries), values["query"]

@@ -33,6 +33,7 @@ from tfrs_pipeline.model.encoder import (
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.graph import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
+from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.index import (
     SMALLEST_SCANN_CORPUS,
@@ -44,13 +45,6 @@ from tfrs_pipeline.serving.index import (
     search_of,
 )
 from tfrs_pipeline.serving.item_filter import ItemFilter
-from tfrs_pipeline.serving.publish import (
-    EXACT_FOLDER,
-    ITEMS_FILE,
-    MANIFEST_FILE,
-    QUERIES_FILE,
-    new_version,
-)
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
@@ -248,7 +242,7 @@ def export_index(
     search, description = _built(options.index, embeddings, ids, encoder, queries, features)
     modules = {Path(): RetrievalModule(encoder, search, ids, item_filter)}
     if search is not search.exact:
-        modules[EXACT_FOLDER] = RetrievalModule(encoder, search.exact, ids, item_filter)
+        modules[publish.EXACT_FOLDER] = RetrievalModule(encoder, search.exact, ids, item_filter)
     full = {
         **manifest,
         "index": description,
@@ -259,20 +253,20 @@ def export_index(
         "signatures": sorted(modules[Path()].exported),
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
     }
-    with new_version(Path(path), keep=options.keep_versions) as version:
+    with publish.new_version(Path(path), keep=options.keep_versions) as version:
         saved = {version.partial / place: module for place, module in modules.items()}
         with_scann = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
         for folder, module in saved.items():
             with naming(folder, tf.errors.OpError):
                 tf.saved_model.save(module, str(folder), module.exported, with_scann)
-        (version.partial / ITEMS_FILE).parent.mkdir()
-        pq.write_table(_shown(items), version.partial / ITEMS_FILE)
+        (version.partial / publish.ITEMS_FILE).parent.mkdir()
+        pq.write_table(_shown(items), version.partial / publish.ITEMS_FILE)
         read = signature_inputs(encoder.embed_query)
         asked = query_table(queries, items, features["request"], read)
-        pq.write_table(asked, version.partial / QUERIES_FILE)
+        pq.write_table(asked, version.partial / publish.QUERIES_FILE)
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
-        write_record(version.partial / MANIFEST_FILE, full, files)
+        write_record(version.partial / publish.MANIFEST_FILE, full, files)
         prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), example_values(full))
     return version.folder, full
 
@@ -293,7 +287,6 @@ def _built(
     queries: Sequence[Query],
     features: Mapping[str, Sequence[Feature]],
 ) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
-    """Builds an index, and describes it for the manifest."""
     if isinstance(index, Auto):
         index = index.choose(len(embeddings))
     if isinstance(index, Exact):

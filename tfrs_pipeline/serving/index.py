@@ -245,11 +245,9 @@ class ScannIndex(tf.Module):
         )
         # Exact search answers queries beyond the last level and those left with too few candidates.
         short = tf.where(tf.math.count_nonzero(rows, axis=1, dtype=tf.int32) < num_wanted)
+        chosen = None if allowed is None else allowed.of_queries(short[:, 0])
         exact_rows, exact_scores = self.exact.search(
-            tf.gather_nd(queries, short),
-            k,
-            tf.gather(excluded, short[:, 0]),
-            None if allowed is None else allowed.of_queries(short[:, 0]),
+            tf.gather_nd(queries, short), k, tf.gather(excluded, short[:, 0]), chosen
         )
         return (
             tf.tensor_scatter_nd_update(rows, short, exact_rows),
@@ -266,11 +264,8 @@ class ScannIndex(tf.Module):
         lines: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Searches the queries numbered `lines` [b, 1] at a level: rows and scores [b, k]."""
-        settings = tf.constant(
-            [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels],
-            tf.int32,
-            [len(self.levels), 3],
-        )
+        widths = [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels]
+        settings = tf.constant(widths, tf.int32, [len(widths), 3])
         found, scores = self.approximate(tf.gather_nd(queries, lines), *tf.unstack(settings[level]))
         is_dropped = is_member(tf.gather(excluded, lines[:, 0]), found)
         if allowed is not None:
@@ -300,9 +295,5 @@ def _as_lists(rows: tf.Tensor) -> tf.RaggedTensor:
     lines = tf.where(rows > 0)
     pairs = lines[:, 0] * 2**32 + tf.cast(tf.gather_nd(rows, lines), tf.int64)
     pairs = tf.sort(tf.unique(pairs).y)
-    return tf.RaggedTensor.from_value_rowids(
-        tf.cast(pairs % 2**32, tf.int32),
-        pairs // 2**32,
-        tf.shape(rows, tf.int64)[0],
-        validate=False,
-    )
+    values, num_lines = tf.cast(pairs % 2**32, tf.int32), tf.shape(rows, tf.int64)[0]
+    return tf.RaggedTensor.from_value_rowids(values, pairs // 2**32, num_lines, validate=False)

@@ -131,9 +131,7 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         nobody = empty_id(retriever.user_dtype)
         inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
     retrieval = Retrieval(
-        "history" if query.user_id is None else "user",
-        has_features=bool(query.features),
-        is_filtered=bool(query.filter),
+        "history" if query.user_id is None else "user", bool(query.features), bool(query.filter)
     )
     given: dict[str, tf.Tensor] = {}
     if query.features:

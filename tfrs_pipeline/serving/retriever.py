@@ -24,15 +24,8 @@ from tfrs_pipeline.retrieval import (
     check_queries,
     check_requests,
 )
+from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.index import load_scann_ops
-from tfrs_pipeline.serving.publish import (
-    EXACT_FOLDER,
-    ITEMS_FILE,
-    MANIFEST_FILE,
-    QUERIES_FILE,
-    no_model_at,
-    versions_of,
-)
 from tfrs_pipeline.serving.signatures import Retrieval
 
 
@@ -54,11 +47,11 @@ def load(path: str | Path, *, exact: bool = False) -> "LoadedRetriever":
 def version_at(path: str | Path) -> Path:
     """Returns the folder of the version that `load` loads, or raises a `FileNotFoundError`."""
     folder = Path(path).resolve()
-    if (folder / MANIFEST_FILE).is_file():
+    if (folder / publish.MANIFEST_FILE).is_file():
         return folder
-    versions = versions_of(folder)
+    versions = publish.versions_of(folder)
     if not versions:
-        raise no_model_at(Path(path))
+        raise publish.no_model_at(Path(path))
     return folder / str(versions[-1])
 
 
@@ -79,14 +72,14 @@ class LoadedRetriever:
     def __init__(self, folder: Path, *, exact: bool) -> None:
         self.folder = folder
         try:
-            self.manifest = read_record(folder / MANIFEST_FILE)
+            self.manifest = read_record(folder / publish.MANIFEST_FILE)
         except Damaged as error:
             raise Damaged(
                 f"{error} A version's towers and index belong together: copy it whole, or export "
                 "it again."
             ) from None
         is_scann = self.manifest["index"]["kind"] == "scann"
-        place = EXACT_FOLDER if is_scann and exact else Path()
+        place = publish.EXACT_FOLDER if is_scann and exact else Path()
         if is_scann and not exact:
             load_scann_ops()
         self.saved_model: Any = tf.saved_model.load(str(folder / place))
@@ -217,11 +210,11 @@ class LoadedRetriever:
     @property
     def num_candidates(self) -> int:
         """Number of candidates."""
-        return int(pq.read_metadata(self.folder / ITEMS_FILE).num_rows)
+        return int(pq.read_metadata(self.folder / publish.ITEMS_FILE).num_rows)
 
     def candidate_ids(self) -> list[Any]:
         """Reads the ids of the candidates, in the order of their embeddings."""
-        return pq.read_table(self.folder / ITEMS_FILE)["item_id"].to_pylist()
+        return pq.read_table(self.folder / publish.ITEMS_FILE)["item_id"].to_pylist()
 
     def candidate_embeddings(self) -> np.ndarray:
         """Returns the embeddings of the candidates: [num_candidates, D] float32."""
@@ -229,11 +222,11 @@ class LoadedRetriever:
 
     def held_out_queries(self) -> list[Query]:
         """Reads the queries stored with the export, 1,000 at most."""
-        return pq.read_table(self.folder / QUERIES_FILE).to_pylist()
+        return pq.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
 
     def titles(self) -> dict[Any, str]:
         """Reads the candidates' titles by id; empty if they have none."""
-        items = pq.read_table(self.folder / ITEMS_FILE).to_pydict()
+        items = pq.read_table(self.folder / publish.ITEMS_FILE).to_pydict()
         return dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
 
     def _retrieved(

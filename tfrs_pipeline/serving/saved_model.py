@@ -7,16 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.encoder import Encoder
-from tfrs_pipeline.model.graph import (
-    call,
-    lookup,
-    row_table,
-    signature_inputs,
-    stored,
-    traced,
-    with_empty,
-)
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.signatures import EMBEDDINGS, RETRIEVALS, Retrieval, completed
@@ -44,8 +36,8 @@ class RetrievalModule(tf.Module):
         self.exact = index.exact
         self._index = index
         self._item_filter = item_filter
-        self._candidate_rows = row_table(candidate_ids)
-        self._candidate_ids = stored(with_empty(candidate_ids))
+        self._candidate_rows = graph.row_table(candidate_ids)
+        self._candidate_ids = graph.stored(graph.with_empty(candidate_ids))
         self._names: tuple[str, ...] = ()
         self._trace()
 
@@ -58,7 +50,7 @@ class RetrievalModule(tf.Module):
         self, name: str, function: Callable[..., Any], inputs: Sequence[tf.TensorSpec]
     ) -> None:
         # An attribute can be called on the loaded object too.
-        setattr(self, name, traced(function, inputs))
+        setattr(self, name, graph.traced(function, inputs))
         self._names += (name,)
 
     def _trace(self) -> None:
@@ -66,7 +58,7 @@ class RetrievalModule(tf.Module):
         embeds = {x: f for x in EMBEDDINGS if (f := getattr(self.encoder, x, None)) is not None}
         for name, embed in embeds.items():
             answer = functools.partial(_embedded, embed)
-            self._export(name, answer, list(signature_inputs(embed).values()))
+            self._export(name, answer, list(graph.signature_inputs(embed).values()))
         exclude = tf.TensorSpec([None, None], self._candidate_ids.dtype, "exclude")
         k = tf.TensorSpec([], tf.int32, "k")
         allowed = tf.TensorSpec([None, None], tf.string, "allowed")
@@ -74,16 +66,16 @@ class RetrievalModule(tf.Module):
             if retrieval.is_filtered and self._item_filter is None:
                 continue
             if embed := embeds.get(retrieval.embed_name):
-                inputs = [*signature_inputs(embed).values(), exclude, k]
+                inputs = [*graph.signature_inputs(embed).values(), exclude, k]
                 inputs += [allowed] if retrieval.is_filtered else []
                 self._export(retrieval.name, functools.partial(self._answer, retrieval), inputs)
         if "embed_user" in embeds:
-            user_id = signature_inputs(embeds["embed_user"])["user_id"]
+            user_id = graph.signature_inputs(embeds["embed_user"])["user_id"]
             self._export("serving_default", self._answer_default, [user_id])
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
         retrieval = Retrieval("user")
-        specs = signature_inputs(getattr(self, retrieval.name))
+        specs = graph.signature_inputs(getattr(self, retrieval.name))
         given = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
         return self._answer(retrieval, **completed(specs, given, tf.shape(user_id)[0]))
 
@@ -99,12 +91,12 @@ class RetrievalModule(tf.Module):
         """Answers queries; empty ids pad `exclude` [B, E], and "" pads `allowed` [B, F]."""
         with tf.control_dependencies([tf.debugging.assert_positive(k, "k must be 1 or more")]):
             k = tf.identity(k)
-        embedded = call(getattr(self.encoder, retrieval.embed_name), query)
+        embedded = graph.call(getattr(self.encoder, retrieval.embed_name), query)
         # Items of a given history are not excluded, unless `exclude` holds them.
         if retrieval.asks_by == "user":
             exclude = tf.concat([self.encoder.known_items(query["user_id"]), exclude], axis=1)
         # Row 0 is padding, an unknown item, or one that the index does not have.
-        excluded = lookup(self._candidate_rows, exclude)
+        excluded = graph.lookup(self._candidate_rows, exclude)
         chosen = None
         if self._item_filter is not None and allowed is not None:
             chosen = self._item_filter.choose(allowed)
@@ -117,4 +109,4 @@ class RetrievalModule(tf.Module):
 
 
 def _embedded(embed: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:
-    return call(embed, inputs)
+    return graph.call(embed, inputs)

@@ -108,7 +108,6 @@ def exact_ranking(
 
 
 def _depths(num_candidates: int) -> list[int]:
-    """Returns the depths to tune for, each twice the one before."""
     depths = [min(SMALLEST_DEPTH, num_candidates)]
     while 2 * depths[-1] <= min(LARGEST_DEPTH, num_candidates - 1):
         depths.append(2 * depths[-1])

@@ -212,7 +212,6 @@ def _run(command: list[str], *, timeout_seconds: int) -> str:
 
 
 def _read_grouplens(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Reads u.data, u.item and u.user."""
     flags = [f"genre {number}" for number in range(len(_GENRES))]
     ratings = _read(folder / "u.data", "\t", _RATING_COLUMNS)
     films = _read(folder / "u.item", "|", ["item_id", "title", "date", "video", "url", *flags])

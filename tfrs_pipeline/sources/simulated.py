@@ -272,7 +272,6 @@ def _event_blocks(
     num_requests: int,
     seed: int,
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the events of all requests."""
     # Depends only on the number of items, so that later blocks do not change earlier ones.
     num_in_block = max(1, _MAX_BLOCK_SCORES // len(preferences.item_tastes))
     num_in_block = min(num_in_block, _MAX_BLOCK_REQUESTS)
@@ -350,7 +349,6 @@ def _as_events(
     rank_scores: np.ndarray,
     first_request: int,
 ) -> pa.RecordBatch:
-    """Writes a block of requests as rows of the event table."""
     (num, num_logged), num_ranked = item_rows.shape, rank_scores.shape[1]
     scores = np.pad(rank_scores, [(0, 0), (0, num_logged - num_ranked)])
     ranks = np.tile(np.arange(num_logged), num)
