@@ -80,8 +80,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         _SEQUENCE,
     ),
     "sparse": (
-        "many items with few events each, in an order, whose popularity changes: `sequence` with "
-        "larger embeddings, and scores that follow what is popular at the end of the training",
+        "ordered logs with few events per item: `sequence` with larger embeddings, and scores that "
+        "follow what is popular at the end of the training",
         {
             **_SEQUENCE,
             "model.dim": 128,
