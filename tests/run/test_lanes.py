@@ -54,6 +54,10 @@ def test_one_that_cannot_catch_up_is_dropped_early() -> None:
     spent, behind = standing(lanes).dropped["flat"]
     assert lanes[1].spent == spent <= max(FIRST_SECONDS, FIRST_EPOCHS * 5.0)
     assert behind == pytest.approx(good.best_by(spent) - 0.2)
+    budget = 2 * lanes[1].spent + 1.0
+    stopped, _ = raced([good, flat], budget)
+    assert not winner(stopped).has_ended
+    assert standing(stopped, budget).dropped == {"flat": (spent, behind)}
 
 
 def test_two_that_stay_close_are_both_trained_to_their_ends() -> None:

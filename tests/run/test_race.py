@@ -19,7 +19,7 @@ from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.presets import PRESETS, RECIPES, recipe
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
-from tfrs_pipeline.run.race import Race, planned, runners
+from tfrs_pipeline.run.race import Race, planned, trainable_recipes
 from tfrs_pipeline.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
@@ -150,6 +150,7 @@ def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     trained = {name: len(values) for name, values in curves_of(result).items()}
     assert trained == {"default": 1, "quick": 0, "sets": 0}
     assert result.metrics["race"]["winner"] == "default"
+    assert "quick: not trained before the budget ended" in result.metrics["race"]["lines"]
     # The winner is then trained to its end all the same.
     assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
 
@@ -204,7 +205,7 @@ def test_who_races(
         | {"training": TrainingSettings(**tables["training"])}
     )
     data = TrainingSet.build(log, tmp_path, seed=0)
-    found, not_begun = runners(config, log, [data])
+    found, not_begun = trainable_recipes(config, log, [data])
     assert tuple(found) == racing
     assert not_begun.keys() == why.keys()
     for name, fragment in why.items():
@@ -215,9 +216,9 @@ def test_recipes_that_the_given_settings_make_equal_race_once(tmp_path: Path) ->
     every = list(dict.fromkeys(itertools.chain.from_iterable(map(recipe, RECIPES))))
     config = with_settings(RunConfig(), {"recipes": RECIPES, "given": every})
     data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0)
-    found, not_begun = runners(config, ORDERED_LOG, [data])
+    found, not_begun = trainable_recipes(config, ORDERED_LOG, [data])
     assert tuple(found) == ("default",)
-    assert set(not_begun.values()) == {"with the settings that are given, it is default"}
+    assert set(not_begun.values()) == {"your settings make it equal to default"}
 
 
 def test_a_recipe_leaves_the_data_and_the_evaluation_alone() -> None:

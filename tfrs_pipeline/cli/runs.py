@@ -156,7 +156,7 @@ def _check(command: str, config: RunConfig) -> int:
     ):
         from tfrs_pipeline.run.compare import plan_steps
         from tfrs_pipeline.run.pipeline import run_steps
-        from tfrs_pipeline.run.race import runners
+        from tfrs_pipeline.run.race import trainable_recipes
         from tfrs_pipeline.run.steps import Runner, as_lines
         from tfrs_pipeline.run.training import check_source, check_trainable, variants
 
@@ -170,7 +170,7 @@ def _check(command: str, config: RunConfig) -> int:
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:
-                runners(config, data.split.train, data.parts)
+                trainable_recipes(config, data.split.train, data.parts)
             for model in [] if config.recipes else variants(config).values():
                 check_trainable(data.parts, model)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")

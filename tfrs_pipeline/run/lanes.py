@@ -1,7 +1,7 @@
-"""Which recipe of a race trains next: a rule over the curves so far, which trains nothing itself.
+"""The rule of a race: from the curves so far, which recipe trains next and which are dropped.
 
-It is successive halving by CPU time with one change: a recipe is not dropped because it is in the
-slower half, but because its own curve says that it will not catch up. So a slow starter may go on.
+It is successive halving by CPU time with one change: a recipe is not dropped for being in the worse
+half, but if its own curve says that it will not catch up. So a slow starter may go on.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Each recipe trains so many epochs, and so many CPU seconds, before any is compared.
+# Before any comparison, each recipe has at least this many epochs and CPU seconds.
 FIRST_EPOCHS = 5
 FIRST_SECONDS = 10.0
 # Doubling the CPU time is expected to gain at most this many times what the last doubling gained.
@@ -24,8 +24,8 @@ class Lane:
 
     Attributes:
         name: Name of the recipe.
-        seconds: CPU seconds that its epochs had taken by the end of each; building the network,
-            which each turn does once more, does not count.
+        seconds: CPU seconds of its epochs up to the end of each. Building the network, which each
+            turn repeats, does not count.
         values: Validation metric after each epoch.
         has_ended: Whether the training has ended by itself: by its patience, or all epochs done.
     """
@@ -55,14 +55,14 @@ class Lane:
 
         Args:
             values: Those of all epochs, the earlier turns' included.
-            durations: CPU seconds of the turn's epochs. The first includes the building of the
-                network: it counts as much as a usual one.
+            durations: CPU seconds of the turn's epochs. The first includes building the network,
+                so the median of the other epochs replaces it.
             has_ended: Whether the training has ended by itself.
         """
         known = [b - a for a, b in itertools.pairwise((0.0, *self.seconds))]
         usual = [*known, *durations[1:]] or durations[:1]
         each = [*known, *([statistics.median(usual)] if durations else []), *durations[1:]]
-        # Epochs that an earlier process saved as it was killed have no duration.
+        # An epoch has no duration if its process was killed after saving it.
         each += [statistics.median(each or [0.0])] * (len(values) - len(each))
         seconds = tuple(itertools.accumulate(each[: len(values)]))
         return Lane(self.name, seconds, tuple(values), has_ended)
@@ -77,16 +77,16 @@ class Lane:
         return max(reached, default=-math.inf)
 
     def reach(self, seconds: float) -> float:
-        """Estimates the value that a lane can reach from its curve within a number of seconds."""
+        """Estimates the value that a lane can still reach, from its first `seconds` CPU seconds."""
         now, before = self.best_by(seconds), self.best_by(seconds / 2)
         return now + STILL_TO_GAIN * (now - before)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Which recipe trains next, until it has both so many epochs and so many CPU seconds.
+    """Which recipe trains next, until it has both `epochs` and CPU `seconds`, in total.
 
-    It is also over at `limit` CPU seconds, where the budget ends.
+    The turn also ends at `limit` CPU seconds, where the budget does.
     """
 
     name: str
@@ -105,8 +105,8 @@ class Standing:
     """A race after some turns.
 
     Attributes:
-        turn: Who trains next; None if the race is decided.
-        dropped: What each recipe had spent, and how far it was behind, when it was dropped.
+        turn: Which recipe trains next; None if the race is decided.
+        dropped: Recipe -> its CPU seconds when it was dropped, and how far it was behind.
     """
 
     turn: Turn | None
@@ -114,27 +114,29 @@ class Standing:
 
 
 def standing(lanes: Sequence[Lane], budget: float | None = None) -> Standing:
-    """Says who trains next in a race, and who is out of it.
+    """Says which recipe trains next, and which are dropped.
 
-    In each round a recipe gets twice the CPU seconds of the round before. After it, a recipe stays
-    if it leads, or if what it can still reach is as good as the leader's best by then.
+    Each round doubles the CPU seconds that a recipe has in total. After a round, a recipe stays if
+    it leads, or if what it can still reach is as good as the leader's best by then.
 
     Args:
         lanes: The recipes, in the order in which they train.
         budget: CPU seconds of all recipes together, after which the leader wins.
     """
     left = math.inf if budget is None else budget - sum(lane.spent for lane in lanes)
-    if left <= 0 and any(lane.values for lane in lanes):
-        return Standing(None, {})
+
+    def next_is(lane: Lane, epochs: int, seconds: float) -> Turn | None:
+        return Turn(lane.name, epochs, seconds, lane.spent + left) if left > 0 else None
+
     for lane in lanes:
         if len(lane.values) < FIRST_EPOCHS and not lane.has_ended:
-            return Standing(Turn(lane.name, FIRST_EPOCHS, 0.0, lane.spent + left), {})
+            return Standing(next_is(lane, FIRST_EPOCHS, 0.0), {})
     quota = max(FIRST_SECONDS, *(lane.seconds[:FIRST_EPOCHS][-1] for lane in lanes))
     racing, dropped = list(lanes), dict[str, tuple[float, float]]()
     while True:
         for lane in racing:
             if lane.spent < quota and not lane.has_ended:
-                return Standing(Turn(lane.name, 0, quota, lane.spent + left), dropped)
+                return Standing(next_is(lane, 0, quota), dropped)
         leading = max(lane.best_by(quota) for lane in racing)
         for lane in racing:
             best = lane.best_by(quota)

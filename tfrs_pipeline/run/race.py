@@ -1,7 +1,7 @@
 """Races recipes on validation, and continues with the winner.
 
-A recipe is a preset's settings of the model and its training. Its training in the race is the one
-that a run would do to choose the epoch: the winner's goes on where it is, and is not repeated.
+A recipe is a preset's settings of the model and its training. The race trains each as a run would,
+to choose the epoch. So the winner's training goes on where it is, and is not repeated.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_trainable, fit_once, trains_winner_alone
 from tfrs_pipeline.settings import refuse
 
-# The curves so far, beside the trainings.
+# The curves so far, in the folder of the trainings.
 CURVES_FILE = "curves.json"
 
 
@@ -61,25 +61,28 @@ class Race:
         return winner(self.lanes).name
 
     def lines(self) -> list[str]:
-        """Describes the race: the winner first, a line for each recipe."""
+        """Describes the race in a line for each recipe, the winner first."""
         first = winner(self.lanes)
         ranked = sorted(self.lanes, key=lambda lane: -lane.best)
         spent = sum(lane.spent for lane in self.lanes)
         return [
             f"{first.name} won: validation {self.metric} {first.best:.4f} after epoch "
-            f"{first.best_epoch}; the epochs of all took {spent:.0f} CPU seconds, the winner's "
-            f"{first.spent:.0f}",
+            f"{first.best_epoch}; its epochs took {first.spent:.0f} of all {spent:.0f} CPU seconds",
             *(self._line(lane) for lane in ranked if lane is not first),
-            *(f"{name}: not begun, {why}" for name, why in self.not_begun.items()),
+            *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
         ]
 
     def _line(self, lane: Lane) -> str:
-        best = f"{lane.name}: {lane.best:.4f} at its best, after epoch {lane.best_epoch}"
+        if not lane.values:
+            return f"{lane.name}: not trained before the budget ended"
+        best = f"{lane.name}: best {lane.best:.4f} after epoch {lane.best_epoch}"
         if lane.name in self.dropped:
             seconds, behind = self.dropped[lane.name]
-            return f"{best}; out after {seconds:.0f} CPU seconds, {behind:.4f} behind"
-        how = "trained to its end" if lane.has_ended else "the budget ended the race"
-        return f"{best}; {how}, {lane.spent:.0f} CPU seconds"
+            return (
+                f"{best}; dropped after {seconds:.0f} CPU seconds, {behind:.4f} behind the leader"
+            )
+        how = "trained to its end in" if lane.has_ended else "stopped by the budget after"
+        return f"{best}; {how} {lane.spent:.0f} CPU seconds"
 
     def as_metrics(self) -> dict[str, Any]:
         """Returns the race as an entry of metrics.json."""
@@ -112,9 +115,9 @@ def race(
         train: The training part.
         validation: Decides the race, and chooses the winner's epoch.
         recipes: Names in `RECIPES`.
-        settings: Settings of the model and its training, by dotted name, that no recipe changes.
-        budget: CPU seconds of all recipes together, after which the leader wins; None lets a recipe
-            race until its curve says that it cannot win.
+        settings: Settings of the model and its training, by dotted name, for all recipes.
+        budget: CPU seconds of all recipes together, after which the leader wins and is trained to
+            its end. If None, recipes race until their curves decide.
         seed: Seed of everything random.
         folder: Keeps samples and trainings, so that a stopped race can resume; None is temporary.
         progress: Told about epochs.
@@ -125,7 +128,7 @@ def race(
             (`DataError`).
 
     Example:
-        A model whose recipe need not be known::
+        The model of the best recipe::
 
             train, validation, test = log.split("time")
             model, race = tp.race(train, validation)
@@ -140,14 +143,15 @@ def race(
         laps = _Laps(base, (data,), validation, train, place / "race", progress)
         decided = laps.run()
         model = laps.train(Turn(decided.winner, 0, math.inf))
-        assert model is not None  # It has no turn that ends.
+        assert model is not None  # This turn has no end.
         return model, decided
 
 
 def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
-    """Makes the winner's training that of the run; returns its settings, which race no more.
+    """Makes the winner's training the first one of the run; returns the winner's settings.
 
-    The folder keeps the curves; the other recipes' checkpoints are removed.
+    These have no recipes, so that they do not race again. The folder keeps the curves; the other
+    recipes' checkpoints are removed.
     """
     settled = winners_settings(config, decided)
 
@@ -177,7 +181,7 @@ def race_step(config: RunConfig, folder: RunFolder) -> Step:
 
 
 def winners_settings(config: RunConfig, decided: Race) -> RunConfig:
-    """Returns the settings of a config's winner, which race no more."""
+    """Returns the settings of a config's winner, without recipes."""
     changed: dict[str, Any] = {"recipes": (), "given": (), "budget": None}
     if trains_winner_alone(config):
         named = config.evaluation.baselines
@@ -186,14 +190,14 @@ def winners_settings(config: RunConfig, decided: Race) -> RunConfig:
 
 
 def planned(config: RunConfig, name: str) -> RunConfig:
-    """Returns the settings of a recipe; those that are given stay."""
+    """Returns the config with a recipe's settings, except for those that are given."""
     # A table that is given covers its settings.
     given = tuple(f"{setting}." for setting in config.given)
     changed = {key: x for key, x in recipe(name).items() if not f"{key}.".startswith(given)}
     return with_settings(config, changed)
 
 
-def runners(
+def trainable_recipes(
     config: RunConfig, log: Log, parts: Iterable[TrainingSet]
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:
     """Returns the settings of each recipe that can train, and why the others are not begun.
@@ -211,7 +215,7 @@ def runners(
             not_begun[name], refused = str(error), error
             continue
         if same := [other for other, config in found.items() if config == each]:
-            not_begun[name] = f"with the settings that are given, it is {same[0]}"
+            not_begun[name] = f"your settings make it equal to {same[0]}"
         else:
             found[name] = each
     if not found:
@@ -225,12 +229,12 @@ def check_log(config: RunConfig, log: Log) -> None:
     if examples == "sequences" and log.order == "none":
         what = "no order"
     if examples == "sets" and log.request_features:
-        what = "features of the request, of which a set has many"
+        what = "request features, which differ within a set"
     refuse([("training.examples", f"got {examples!r}, and the log has {what}")] if what else [])
 
 
 class _Laps:
-    """The trainings of a race, which take turns; their curves and checkpoints are in a folder."""
+    """The trainings of a race, which take turns. A folder keeps their curves and checkpoints."""
 
     def __init__(
         self,
@@ -243,14 +247,14 @@ class _Laps:
     ) -> None:
         self.config, self.data, self.validation, self.log = config, parts[0], validation, log
         self.folder, self.progress = folder, progress
-        self.configs, self.not_begun = runners(config, log, parts)
+        self.configs, self.not_begun = trainable_recipes(config, log, parts)
         self.lanes = {name: Lane(name) for name in self.configs}
         for name, (seconds, values, has_ended) in on_chief(self._read).items():
             if name in self.configs:
                 self.lanes[name] = Lane(name, tuple(seconds), tuple(values), has_ended)
 
     def run(self) -> Race:
-        """Races until it is decided; goes on after the last whole epoch of a stopped race."""
+        """Trains in turns until the race is decided; resumes after the last whole epoch."""
         while (turn := self._turn()) is not None:
             self.train(turn)
         lanes = tuple(self.lanes.values())
@@ -264,7 +268,7 @@ class _Laps:
         return None if chosen is None else Turn(*chosen)
 
     def train(self, turn: Turn) -> FittedTwoTower | None:
-        """Trains a recipe for its turn; returns the model if the training came to its end."""
+        """Trains a recipe for its turn; returns the model if the training has ended."""
         tf.keras.backend.clear_session()  # One network at a time.
         config, before = self.configs[turn.name], self.lanes[turn.name]
         clock, durations = [time.process_time()], list[float]()
