@@ -135,8 +135,7 @@ class RunConfig(Config):
     """Finished run or exported model whose weights training starts from. If not given, from
     scratch."""
     recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
-    """Recipes that race on validation; the winner is trained. On your own log, a run without a
-    preset races all."""
+    """Recipes that race on validation to be trained. On your own log, all race without a preset."""
     given: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
     """Settings, by dotted name, that no recipe changes: a run's flags, and what its file holds."""
     budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None

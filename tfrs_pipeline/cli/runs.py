@@ -61,7 +61,7 @@ class Work(Command):
     """Folder of the run; given alone, resumes the run in it. If not given, a new folder in
     runs/."""
     check: CliToggleFlag[bool] = False
-    """Only read and split the data, and show the settings."""
+    """Only read and split data; show settings."""
     preset: str | None = Field(
         None,
         description="Settings for a kind of log: "
