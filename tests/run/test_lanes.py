@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tfrs_pipeline.run.lanes import FIRST_EPOCHS, FIRST_SECONDS, Lane, Turn, standing, winner
@@ -103,6 +103,7 @@ def test_a_budget_ends_the_race_with_the_leader() -> None:
 
 
 @given(st.lists(CURVES, min_size=1, max_size=4), st.integers(0, 10**6))
+@example([[1.0, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0], [0.0, 0.0, 1.0, 2.0]], 2)
 def test_a_race_ends_and_its_winner_was_trained_to_its_end(
     curves: list[list[float]], seed: int
 ) -> None:

@@ -141,7 +141,8 @@ def standing(lanes: Sequence[Lane], budget: float | None = None) -> Standing:
         for lane in racing:
             best = lane.best_by(quota)
             can_gain = not lane.has_ended_by(quota) and lane.reach(quota) >= leading
-            if best < leading and not can_gain:
+            # The epoch that ends a turn may reach beyond the quota, and count for the winner.
+            if lane.best < leading and not can_gain:
                 dropped[lane.name] = min(lane.spent, quota), leading - best
         racing = [lane for lane in racing if lane.name not in dropped]
         if all(lane.has_ended_by(quota) for lane in racing):
