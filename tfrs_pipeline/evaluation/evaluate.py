@@ -156,7 +156,11 @@ class Truth:
         # unsigned integers beside signed ones would without `as_id_array`.
         given = [as_id_array(ids) for ids in lists if len(ids)]
         ids = np.concatenate([items.values[:0], *given])
-        _check_type(ids, items)
+        if len(ids) and isinstance(ids[0], str) != isinstance(items.empty_id, str):
+            raise ValueError(
+                "Relevant ids and candidate ids must be of one type: load both the same way. "
+                f"Received: relevant {ids.tolist()[0]!r}, candidate {items.values.tolist()[0]!r}."
+            )
         rows = items.rows(ids).astype(np.int64)
         # Unknown ids get distinct numbers above the corpus.
         is_unknown = rows == 0
@@ -201,14 +205,6 @@ class Truth:
 def check_measurable(holdout: Holdout, exclude: Exclude) -> None:
     """Refuses (`ValueError`) a holdout in which `exclude` leaves nothing to find."""
     Truth.of(holdout, exclude)
-
-
-def _check_type(ids: np.ndarray, items: Ids) -> None:
-    if len(ids) and isinstance(ids.tolist()[0], str) != isinstance(items.empty_id, str):
-        raise ValueError(
-            "Relevant ids and candidate ids must be of one type: load both the same way. "
-            f"Received: relevant {ids.tolist()[0]!r}, candidate {items.values.tolist()[0]!r}."
-        )
 
 
 def _retrieve_rows(

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tensorflow as tf
 
+from tfrs_pipeline import retrieval
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.raw import to_text
@@ -15,15 +16,6 @@ from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
 from tfrs_pipeline.model.graph import id_list, id_lists
-from tfrs_pipeline.retrieval import (
-    Excluded,
-    Query,
-    Retrieved,
-    check_asked,
-    check_one_each,
-    check_queries,
-    check_requests,
-)
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.signatures import Retrieval
@@ -90,12 +82,12 @@ class LoadedRetriever:
 
     def retrieve(
         self,
-        queries: Sequence[Query],
+        queries: Sequence[retrieval.Query],
         k: int,
-        exclude: Excluded = None,
+        exclude: retrieval.Excluded = None,
         *,
         allowed: Sequence[Collection[str]] | None = None,
-    ) -> Retrieved:
+    ) -> retrieval.Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         Excludes only `exclude`; items that a user is known to have clicked are retrieved too.
@@ -123,7 +115,7 @@ class LoadedRetriever:
         self,
         user_ids: Sequence[Any],
         k: int,
-        exclude: Excluded = None,
+        exclude: retrieval.Excluded = None,
         *,
         allowed: Sequence[Collection[str]] | None = None,
         requests: Sequence[Mapping[str, Any]] | None = None,
@@ -149,14 +141,14 @@ class LoadedRetriever:
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
         queries = [{"user_id": id_} for id_ in user_ids]
         if requests is not None:
-            check_one_each("requests", requests, len(queries))
+            retrieval.check_one_each("requests", requests, len(queries))
             queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
         answer = self._retrieved(queries, "user", k, exclude, allowed)
         return answer["candidate_ids"], answer["scores"], answer["is_known_user"]
 
-    def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
+    def embed_queries(self, queries: Sequence[retrieval.Query]) -> np.ndarray:
         """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
-        check_queries(queries, ids_are_text=self.item_dtype == tf.string)
+        retrieval.check_queries(queries, ids_are_text=self.item_dtype == tf.string)
         names = [Retrieval("history", has_features).embed_name for has_features in (False, True)]
         return self._answer(queries, names, {})["embeddings"]
 
@@ -203,7 +195,7 @@ class LoadedRetriever:
         Commas separate lists; times are ISO 8601 with a time zone. Raises a `ValueError` if the
         model does not read a feature, or a value is of the wrong kind.
         """
-        check_requests([texts], self._request_names)
+        retrieval.check_requests([texts], self._request_names)
         known = {feature.name: feature for feature in self.features["request"]}
         return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
@@ -220,7 +212,7 @@ class LoadedRetriever:
         """Returns the embeddings of the candidates: [num_candidates, D] float32."""
         return self.saved_model.exact.embeddings.numpy()
 
-    def held_out_queries(self) -> list[Query]:
+    def held_out_queries(self) -> list[retrieval.Query]:
         """Reads the queries stored with the export, 1,000 at most."""
         return pq.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
 
@@ -231,14 +223,14 @@ class LoadedRetriever:
 
     def _retrieved(
         self,
-        queries: Sequence[Query],
+        queries: Sequence[retrieval.Query],
         asks_by: Literal["user", "history"],
         k: int,
-        exclude: Excluded,
+        exclude: retrieval.Excluded,
         allowed: Sequence[Collection[str]] | None,
     ) -> dict[str, np.ndarray]:
         """Checks the arguments, and asks the signature that takes them."""
-        check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
+        retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
         exclude = [()] * len(queries) if exclude is None else exclude
         asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
         if allowed is not None:
@@ -251,11 +243,14 @@ class LoadedRetriever:
         return {**answer, "candidate_ids": _decoded(answer["candidate_ids"])}
 
     def _answer(
-        self, queries: Sequence[Query], names: Sequence[str], asked: Mapping[str, tf.Tensor]
+        self,
+        queries: Sequence[retrieval.Query],
+        names: Sequence[str],
+        asked: Mapping[str, tf.Tensor],
     ) -> dict[str, np.ndarray]:
         """Asks the first signature about queries without features, the second about the rest."""
         requests = [query.get("request") for query in queries]
-        check_requests(requests, self._request_names, may_have_others=True)
+        retrieval.check_requests(requests, self._request_names, may_have_others=True)
         has_features = np.array([query.get("features") is not None for query in queries], bool)
         parts, order = [], []
         for which in np.unique(has_features) if len(queries) else [False]:
@@ -273,7 +268,7 @@ class LoadedRetriever:
         back = np.argsort(np.concatenate(order))
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
-    def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
+    def raw_query_features(self, queries: Sequence[retrieval.Query]) -> dict[str, tf.Tensor]:
         """Makes the inputs for given features, or raises a `ValueError` if one is unknown."""
         read = self.features["query"]
         names = [feature.name for feature in read]
@@ -296,7 +291,7 @@ class LoadedRetriever:
     def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:
         if self.item_filter is None:
             raise ValueError("This model has no item filter: export it with filter_by.")
-        check_one_each("allowed", allowed, num_queries)
+        retrieval.check_one_each("allowed", allowed, num_queries)
         known = set(self.item_filter["values"])
         unknown = next(
             (value for values in allowed for value in values if to_text(value) not in known), None
