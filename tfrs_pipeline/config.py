@@ -32,7 +32,7 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _read_duration(value: Any) -> Any:
-    """Reads seconds from text such as 90s, 10m or 2h."""
+    """Converts text such as 90s, 10m or 2h to seconds."""
     if not isinstance(value, str) or value == "none":
         return None if value == "none" else value
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
@@ -135,9 +135,9 @@ class RunConfig(Config):
     """Finished run or exported model whose weights training starts from. If not given, from
     scratch."""
     recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
-    """Recipes that race on validation to be trained. On your own log, all race without a preset."""
+    """Recipes that race on validation. On your own log, all race unless a preset is given."""
     given: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
-    """Settings, by dotted name, that no recipe changes: a run's flags, and what its file holds."""
+    """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
     budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
     """CPU time of a race, such as 10m, after which the leader wins. If not given, the curves
     decide."""
@@ -175,8 +175,8 @@ class RunConfig(Config):
              "got 'sequences' with data.is_ordered false: set that to true, as suits a log with "
              "timestamps too, or take --preset sets for a log without an order"),
             (bool(self.recipes) and self.warm_start is not None, "recipes",
-             "got some with warm_start, which goes on with the model of another run: race without, "
-             "or leave recipes out"),
+             "got some with warm_start, which continues the model of another run: leave out one "
+             "of the two"),
             (data.request_features and training.examples == "sets", "data.request_features",
              f"got {', '.join(data.request_features)} with training.examples 'sets', which "
              "gives a query the positives of many requests: train 'single' or 'sequences'"),
@@ -249,7 +249,7 @@ def load_config(path: Path | str) -> RunConfig:
 
 
 def names_in_file(path: Path | str) -> list[str]:
-    """Names the settings that a file of `load_config` holds, dotted."""
+    """Returns the dotted names of the settings in a file of `load_config`."""
     settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     return list(flat_settings(settings))
 

@@ -107,13 +107,13 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 Recipe: TypeAlias = Literal["default", "quick", "sequence", "sparse", "sets"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
-"""The recipes of a race, in the order in which they train; "default" changes nothing."""
+"""The recipes of a race, in the order in which they train; "default" changes no setting."""
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """Returns what a recipe changes in a model and its training, by dotted name.
+    """Returns a recipe's settings of the model and its training, by dotted name.
 
-    The data stays as it is, so that all recipes are compared on the same validation.
+    Settings of data, split and evaluation are left out, so that all recipes have one validation.
     """
     settings = {} if name == "default" else PRESETS[name][1]
     return {

@@ -31,14 +31,14 @@ _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class Holdout:
-    """The queries of an evaluation, in aligned lists, sorted by user id: one a user, or a request.
+    """The queries of an evaluation, one per user or per request, in aligned lists by user id.
 
     Args:
         user_ids: [num_queries] int64 or object (str).
-        histories: Per query, the item ids of the positives before the user's cut, or before the
-            request, oldest first, except those from the request that brought the first target.
+        histories: Per query, the item ids of the positives before it (before the user's cut, or
+            before the request), oldest first, except those from the first target's own request.
         relevant: Per query, the distinct item ids of the targets, 1 or more.
-        clicked: Per query, the distinct item ids of all positives before the cut or the request.
+        clicked: Per query, the distinct item ids of all positives before it.
         seen: Per query, the distinct item ids clicked or exposed before it.
         candidate_ids: [num_candidates] int64 or object (str): all items of the log, ascending.
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
@@ -172,7 +172,8 @@ def make_holdout(
     """Makes the queries of a part; see `Split.holdout`.
 
     When a request is made, its own clicks are unknown. So histories leave out clicks from the
-    request of a query's first target. By users, rankings exclude them: training had them.
+    request of a query's first target. If users ask, the ranking still excludes such clicks from
+    before the cut, because training had them.
 
     `split` holds events with `part`; `items` are the candidates; `training` holds the events whose
     positives are counted. The engine draws users by `seed` and reads no others. Raises a
@@ -215,9 +216,9 @@ def make_holdout(
 def _draw_users(
     asked: ibis.Table, by: AskedBy, max_queries: int | None, seed: int
 ) -> tuple[ibis.Table, int | None]:
-    """Draws users with `max_queries` queries together, or a few more, if there are more.
+    """Draws users until they have `max_queries` queries or more; takes all users if too few.
 
-    Returns the users, and the number of queries that they were drawn from, if drawn.
+    Returns the users, and how many queries there were to draw from; None if all are taken.
     """
     num: ir.Scalar = ibis.literal(1)
     if by == "requests" and "request_id" in asked.columns:
@@ -239,7 +240,7 @@ def _draw_users(
 def _read_events(
     split: ibis.Table, part: EvaluationPart, by: AskedBy, request_features: Mapping[str, str]
 ) -> pa.Table:
-    """Reads the targets of users, and what they were shown before, in order."""
+    """Reads the targets, and the events that a query may know, by user and in order."""
     is_target = (split["part"] == part) & is_positive(split)
     was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
     before = (*_PARTS_BEFORE[part], *([part] if by == "requests" else []))
@@ -264,7 +265,7 @@ def _read_events(
 
 @dataclass(frozen=True)
 class _Events:
-    """The events of a holdout's users, by user and in order: [num_events] each."""
+    """The events of a holdout's users, by user and in order: arrays of [num_events]."""
 
     users: np.ndarray  # Number of the user, from 0.
     item_ids: np.ndarray
@@ -293,7 +294,7 @@ class _Events:
 
 
 class _Asked(NamedTuple):
-    """A query, as places of events: its targets, what was shown before, and the history in it."""
+    """A query, as places of events: its targets, what was shown before it, and its history."""
 
     targets: np.ndarray
     before: np.ndarray
@@ -301,7 +302,7 @@ class _Asked(NamedTuple):
 
 
 def _of_users(events: _Events) -> Iterator[_Asked]:
-    """Yields a query for each user: all targets, from what was shown before the cut."""
+    """Yields a query for each user: all targets, and what was shown before the cut."""
     ends = np.flatnonzero(np.diff(events.users, append=-1)) + 1
     for places in np.split(np.arange(ends[-1]), ends[:-1]):
         is_target = events.is_target[places]
@@ -312,7 +313,7 @@ def _of_users(events: _Events) -> Iterator[_Asked]:
 
 
 def _of_requests(events: _Events, ties: TieRule) -> Iterator[_Asked]:
-    """Yields a query for each request with targets, from what was shown before it."""
+    """Yields a query for each request with targets, and what was shown before it."""
     targets = np.flatnonzero(events.is_target)
     # Events and queries on one timeline; a query comes before events at the same place.
     moments = np.concatenate([events.starts[targets], events.moments])
@@ -322,7 +323,7 @@ def _of_requests(events: _Events, ties: TieRule) -> Iterator[_Asked]:
     line = np.lexsort([is_event, numbers, moments[:, 0], users])
     num_before = np.empty(len(users), np.int64)
     num_before[line] = np.cumsum(is_event[line])
-    # Those without a request are queries of their own.
+    # A target without a request is a query of its own.
     requests = events.requests[targets]
     requests = np.where(requests < 0, -1 - targets, requests)
     keys = np.stack([events.users[targets], num_before[: len(targets)], requests])

@@ -60,11 +60,11 @@ class Log:
             training would see it, but no request can bring it.
         dropped: Events that were dropped when the log was made, and why.
         notes: Other findings from then, in lines for a person: events of unknown items, repeated
-            events, missing features.
+            events, missing features, equal times.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
-        ties: With timestamps, "drop" if a user's events at equal times are not in each other's
-            histories; else the one with the smaller `event_number` is earlier. With "random" these
-            numbers were drawn at random within equal times. See `Reading.ties`.
+        ties: With timestamps, "drop" if a user's events at the same time are not in each other's
+            histories; else the one with the smaller `event_number` is earlier. With "random", these
+            numbers were shuffled among events at the same time. See `Reading.ties`.
         reading: How the tables were read. An item table that refreshes an export is read in the
             same way.
         part_of: The whole log, if a split made this one.

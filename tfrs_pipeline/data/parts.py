@@ -77,10 +77,10 @@ class Split(Generic[LogT]):
     ) -> Holdout:
         """Makes the queries of a part: all, or at most `max_queries`, of users drawn at random.
 
-        By "users", each user with a positive in the part asks once, with the history before the
-        part, for all of these positives. By "requests", as a server is asked: each request with a
-        positive in the part (without a request_id, each positive) is a query for its positives,
-        from the history up to it; rankings exclude what was clicked, or seen, before it.
+        By "users", each user with a positive in the part has one query for all of these positives,
+        with the history before the part. By "requests", each request with a positive in the part
+        (without a request_id, each positive) has a query for its positives, with the history up to
+        it, as in service. Rankings exclude what was clicked, or seen, before the query.
 
         `trained_on` is the log with the training positives, which define head, torso and tail, and
         which items are new. None is all that may train a model for the part: `train` for
@@ -92,7 +92,7 @@ class Split(Generic[LogT]):
         if by == "requests" and self.log.order == "none":
             raise DataError(
                 "Queries by requests need an order: the log does not say what came before a "
-                "request. Ask by users, or give the log its order."
+                "request. Use by='users', or give the log timestamps or an order."
             )
         if trained_on is None:
             trained_on = self.train if part == "validation" else self.before_test

@@ -91,7 +91,7 @@ def whole_seconds(timestamp: ir.Value) -> ir.Value:
 
 
 def query_start(events: ibis.Table, time: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Returns when an event's query comes: the time and number of its request's first event.
+    """Returns the moment of an event's query: time and number of the request's first event.
 
     An event without a request is a query of its own.
     """

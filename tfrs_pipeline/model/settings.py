@@ -54,9 +54,9 @@ class TwoTowerSettings(Config):
     """Down-samples positives of popular items and up-samples the others, by counts to the power of
     minus this: 0 changes nothing, 1 makes every clicked item equally likely."""
     correction: Literal["mixture", "recent", "none"] = "mixture"
-    """The logQ correction: mixture, the log of each candidate's expected count in the batch;
-    recent, the same, and after training an item's score changes by how its share of the latest
-    clicks differs from its share of all, in a log with timestamps; or none."""
+    """The logQ correction: mixture, by the log of each candidate's expected count in the batch;
+    recent, the same, and retrieval also raises items whose share of the latest clicks is above
+    their share of all, and lowers the others, in a log with timestamps; or none."""
     temperature: PositiveFloat = 0.15
     """Divisor of the scores in the loss."""
     normalize: bool = True
@@ -140,9 +140,9 @@ class TrainingSettings(Config):
     validation_users: PositiveInt = 10_000
     """Most queries that validation ranks after each epoch; sampled if there are more."""
     validate_by: AskedBy | None = None
-    """Who asks in a run's validation: users, each once with the history before the validation part,
-    for all that follows; or requests, as a server is asked, each with the history up to it. If not
-    given, requests in a split by time, else users."""
+    """Queries of a run's validation: users, one per user, with the history before the validation
+    part; or requests, one per request, with the history up to it, as in service. If not given,
+    requests in a split by time, else users."""
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs; never on held-out users."""

@@ -27,9 +27,9 @@ class Tower(tf.keras.layers.Layer):
 
     There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that are False
     in `are_trained`, [num_ids + 1] bool, share that of row 0, which is trained in place of dropped
-    ids. With the `bias` "id" an output's last entry is a learned number of the id, plus, outside
-    training and if the correction is "recent", its `shift`; with "ones", for the other tower, it
-    is 1.
+    ids. With the `bias` "id", an output's last entry is a learned number of the id. If the
+    correction is "recent", the id's `shift` is added to it outside training. With "ones", for the
+    other tower, the last entry is 1.
     """
 
     def __init__(

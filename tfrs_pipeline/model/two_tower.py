@@ -282,7 +282,7 @@ class TwoTower(TwoTowerSettings):
         return None, 0, []
 
     def _begin(self, start: Start | None, samples: Samples, network: TwoTowerNetwork) -> None:
-        """Sets what an untrained network begins with, and what is popular now."""
+        """Initialises an untrained network, and sets the shift of what is popular now."""
         if start is not None:
             start(network)
         tower = network.candidate_tower

@@ -60,7 +60,7 @@ def curves_figure(
 ) -> drawing.Drawing:
     """Draws each model's values by epoch, from 1, with a mark at the chosen epoch.
 
-    With the CPU `seconds` at the end of each epoch, values are drawn by these.
+    If the CPU `seconds` at the end of each epoch are given, values are drawn by them instead.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -34,7 +34,7 @@ class RunData:
 
     @property
     def parts(self) -> tuple[TrainingSet, TrainingSet]:
-        """What the first training and the refit are trained on."""
+        """The data of the first training and of the refit."""
         return self.selection, self.final
 
     @property

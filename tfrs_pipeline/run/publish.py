@@ -114,7 +114,7 @@ def _export_best(
 def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> Iterator[str]:
     """Compares the model with the baselines, and with the version in service if that is measured.
 
-    It is not compared with its own export. Yields notes; raises `NotPublished` if it is refused.
+    It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
     evaluation = measured.evaluation

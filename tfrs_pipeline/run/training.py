@@ -116,7 +116,7 @@ def fit_once(
     progress: Progress = SILENT,
     on_epoch: OnEpoch = lambda so_far: None,
 ) -> FittedTwoTower:
-    """Does one training of a config, and shows its epochs as the progress of a task."""
+    """Runs one training of a config, and reports its epochs as the progress of a task."""
 
     def tell_epoch(so_far: TrainingResult) -> None:
         note = describe_epoch(so_far, config.training.monitor, max_epochs)
@@ -192,7 +192,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def trains_winner_alone(config: RunConfig) -> bool:
-    """Returns whether a race leaves out the uncorrected model: it would train the winner again."""
+    """Returns whether a race leaves out the uncorrected model, to save a second long training."""
     return bool(config.recipes) and "evaluation.baselines" not in config.given
 
 

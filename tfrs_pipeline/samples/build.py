@@ -50,9 +50,9 @@ def build_samples(
     "unknown" on both sides. Counts, histories and masks come only from the given events: give the
     training part. The same log gives the same samples on either engine.
 
-    An earlier event comes before the first event of the request, in time or, at an equal time, by
-    its number if the log's rule for `ties` says so; in a log without times it has an earlier place;
-    in one without order it is any other positive of the user.
+    An earlier event comes before the first event of the request: by time, and at equal times by
+    event number, unless the log's rule for `ties` is "drop". Without times, it has an earlier
+    place; without an order, it is any other positive of the user.
 
     All items and users of the log get rows. The seed draws the hard pools from the losers that
     `hard` asks for. Returns counts by name; with hard negatives also "hard_negatives" by stage

@@ -121,7 +121,7 @@ def refuse_worse(
 
 
 def refuse_beaten(evaluation: Evaluation, metric: str, baselines: Sequence[str]) -> None:
-    """Raises `NotPublished` if a baseline is significantly better than the new model, the first."""
+    """Raises `NotPublished` if a baseline is significantly better than the first, the new model."""
     gains = {name: evaluation.differences[name][metric] for name in baselines}
     ahead = [name for name, gain in gains.items() if gain.low > 0]
     if ahead:
@@ -131,7 +131,7 @@ def refuse_beaten(evaluation: Evaluation, metric: str, baselines: Sequence[str])
 
 
 def _described(evaluation: Evaluation, metric: str, other: str, written: str) -> str:
-    """Describes the first model beside another: both means, and the difference of the first."""
+    """Describes the first model and another: both means, and the first minus the other."""
     new, old = (
         result.overall.intervals[metric].mean
         for result in (evaluation.first, evaluation.results[other])
