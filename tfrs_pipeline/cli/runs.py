@@ -212,7 +212,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> RunConfig:
-    """Adds the recipes to race: all, if nothing says which model suits the user's own log."""
+    """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
     in_file = names_in_file(flags.config) if flags.config else list(config.given)
     given = {"given": sorted({*settings, *in_file} - {"recipes", "given", "budget"})}
