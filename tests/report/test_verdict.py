@@ -261,3 +261,13 @@ def test_behind_linear_models_what_is_not_set_and_suits_the_log_is_suggested(
     behind = made({"two_tower": 0.2, "popularity": 0.1, "ease": 0.3, "ials": 0.3})
     (found,) = advice(behind, METRIC, with_settings(RunConfig(), settings, preset=preset))
     assert found == f"behind EASE and iALS: {remedies}more model.negatives"
+
+
+def test_a_recipe_that_lost_the_race_is_not_suggested() -> None:
+    behind = made({"two_tower": 0.2, "popularity": 0.1, "transitions": 0.3})
+    config = with_settings(RunConfig(), {"data.is_ordered": False})
+    (before,) = advice(behind, METRIC, config)
+    assert "--preset sequence" in before
+    assert "--preset sets" in before
+    (after,) = advice({**behind, "race": {"recipes": {"sequence": {}, "sets": {}}}}, METRIC, config)
+    assert "--preset" not in after

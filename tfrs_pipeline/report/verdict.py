@@ -244,9 +244,12 @@ def _behind_item_models(metrics: Metrics, metric: str, config: RunConfig) -> Ite
     if not names:
         return
     model, remedies = config.model, []
-    if "transitions" in names and config.training.examples != "sequences":
+    # A recipe that raced has lost, or is the model.
+    untried = {"sequence", "sets"} - metrics.get("race", {}).get("recipes", {}).keys()
+    of_sequences, of_sets = (config.training.examples == x for x in ("sequences", "sets"))
+    if "transitions" in names and not of_sequences and "sequence" in untried:
         remedies.append("take --preset sequence, which learns from the order")
-    if not config.data.is_ordered and config.training.examples != "sets":
+    if not config.data.is_ordered and not of_sets and "sets" in untried:
         remedies.append("take --preset sets")
     reads_ids = model.use_candidate_id or model.history_pooling
     if reads_ids and model.item_init == "random" and config.warm_start is None:
