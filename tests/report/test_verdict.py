@@ -166,6 +166,7 @@ SMALL = {"train": {"num_positives": 1_500}}
             "behind item-to-item transitions and EASE: take --preset s",
         ),
         (made(LOSING | {"popularity": 0.3, "ease": 0.4}), "behind popularity: "),
+        (made({"two_tower": 0.2, "repeats": 0.3}), "behind the user's own items again"),
         (made(LEVEL_MEANS, split=SMALL), "5.0 each"),
         (made(LEVEL_MEANS, training=SHORT), "was best after the last of 1 epoch."),
         (made(LEVEL_MEANS | {"two_tower_uncorrected": 0.25}), "model.correction"),

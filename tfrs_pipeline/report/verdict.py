@@ -197,6 +197,11 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
             f"{num_positives / num_items:.1f} each; a longer log may help"
         )
+    if _is_better("repeats", metrics, metric):
+        yield (
+            "behind the user's own items again, which a service can show without a model: to "
+            "measure what else a user clicks, set evaluation.exclude to clicked"
+        )
     if _is_better("popularity", metrics, metric):
         yield from _behind_popularity(config)
     else:
