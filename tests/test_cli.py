@@ -260,6 +260,8 @@ def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     assert (dim.recipes, dim.given) == (("sets", "sequence"), ("data.path", "model.dim"))
     for chosen in (["--preset", "quick"], ["--recipes", "none"]):
         assert config_of("--data.path", "x.csv", *chosen).recipes == ()
+    both = ["--preset", "hybrid_1_100", "--recipes", "default", "sequence"]
+    assert config_of("--data.path", "x.csv", *both).given == ("data.path", "model.hard")
 
 
 def test_a_folder_without_run_is_not_resumed(config_of: Any, command: Any, tmp_path: Path) -> None:
@@ -320,6 +322,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run --seed", "argument --seed: expected one argument"),
         ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a whole num"),
         ("run --split.kind tme", r"split.kind: got 'tme'; did you mean 'time'\?"),
+        ("run --data.path x.csv --preset quick --budget 9s", "--budget: nothing races here"),
         ("run --data.columns user_id", r"--data.columns: got 'user_id'; write NAME=TEXT"),
         ("run --data.columns usr_id=x --data.path x.csv", r"usr_id: .* did you mean 'user_id'\?"),
         ("run --model.negatives popularity:alpha=x", r"popularity.alpha: got 'x'; must be a num"),

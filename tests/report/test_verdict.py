@@ -193,10 +193,10 @@ def test_advice_follows_what_was_measured(metrics: dict[str, Any], expected: str
         ),
         ({"num_empty_histories": 50}, None),
         (
-            {"num_relevant_excluded": 501},
-            "501 of 1,001 items to find are excluded.*exclude to none",
+            {"num_relevant_excluded": 126},
+            "126 of 626 items to find are excluded.*exclude to none",
         ),
-        ({"num_relevant_excluded": 500}, None),
+        ({"num_relevant_excluded": 125}, None),
         (
             {"num_relevant_unclicked": 151},
             "151 of 500 items to find have no .* find them, of which data.item_features has none",

@@ -215,12 +215,16 @@ def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -
     """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
     in_file = names_in_file(flags.config) if flags.config else list(config.given)
-    given = {"given": sorted({*settings, *in_file} - {"recipes", "given", "budget"})}
+    in_preset = PRESETS[flags.preset][1] if flags.preset else ()
+    named = {*settings, *in_file, *in_preset} - {"recipes", "given", "budget"}
+    given = {"given": sorted(named)}
     if config.recipes and "given" not in in_file:
         return with_settings(config, given)
     is_demo = config.data.source == "movielens-100k"
     is_settled = "recipes" in settings or "recipes" in in_file or (is_begun and not flags.config)
     if is_settled or is_demo or flags.preset or config.warm_start is not None:
+        if "budget" in settings and not config.recipes:
+            raise UsageError("--budget: nothing races here; name --recipes, or leave it out")
         return config
     return with_settings(config, {**given, "recipes": RECIPES})
 

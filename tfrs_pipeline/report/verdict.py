@@ -15,6 +15,8 @@ from tfrs_pipeline.messages import counted
 _FEW_POSITIVES = 10
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
+# Above this share of the items to find, excluded ones are named.
+_MANY_EXCLUDED = 0.2
 
 Metrics = Mapping[str, Any]
 # Names for people of the models in a run.
@@ -218,11 +220,14 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
             f"new users{remedy if config.split.kind != 'last_share' else ''}"
         )
     num_left, num_excluded = model["num_relevant"], model["num_relevant_excluded"]
-    if num_excluded > num_left and config.evaluation.exclude != "none":
+    if (
+        num_excluded > _MANY_EXCLUDED * (num_left + num_excluded)
+        and config.evaluation.exclude != "none"
+    ):
         yield (
             f"{num_excluded:,} of {num_left + num_excluded:,} items to find are excluded, because "
             f"their users had {config.evaluation.exclude} them before. If they may come again, set "
-            "evaluation.exclude to none"
+            "evaluation.exclude to none (docs/guides/seen.md)"
         )
     num_new = model.get("num_relevant_unclicked", 0)
     if num_new > _MANY_NEW * num_left:

@@ -37,6 +37,8 @@ from tfrs_pipeline.settings import refuse
 
 # The curves so far, in the folder of the trainings.
 CURVES_FILE = "curves.json"
+# Two seeds of one recipe differ by about as much.
+CLOSE = 0.003
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class Race:
         if not lane.values:
             return f"{lane.name}: not trained before the budget ended"
         best = f"{lane.name}: best {lane.best:.4f} after epoch {lane.best_epoch}"
-        if lane.name in self.dropped:
+        if winner(self.lanes).best - lane.best < CLOSE:
+            best += ", close to the winner"
+        if lane.name in self.dropped and not lane.has_ended:
             seconds, behind = self.dropped[lane.name]
             return (
                 f"{best}; dropped after {seconds:.0f} CPU seconds, {behind:.4f} behind the leader"
@@ -113,7 +117,8 @@ def race(
 
     Args:
         train: The training part.
-        validation: Decides the race, and chooses the winner's epoch.
+        validation: Decides the race, and chooses the winner's epoch. In a split by time, a run asks
+            by request: `split.holdout("validation", by="requests")`.
         recipes: Names in `RECIPES`.
         settings: Settings of the model and its training, by dotted name, for all recipes.
         budget: CPU seconds of all recipes together, after which the leader wins and is trained to
