@@ -223,7 +223,7 @@ def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -
     is_demo = config.data.source == "movielens-100k"
     is_settled = "recipes" in settings or "recipes" in in_file or (is_begun and not flags.config)
     if is_settled or is_demo or flags.preset or config.warm_start is not None:
-        if "budget" in settings and not config.recipes:
+        if config.budget is not None and not config.recipes:
             raise UsageError("--budget: nothing races here; name --recipes, or leave it out")
         return config
     return with_settings(config, {**given, "recipes": RECIPES})
