@@ -258,6 +258,8 @@ def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     # What a user gives is what no recipe changes; who chooses a model does not race.
     dim = config_of("--data.path", "x.csv", "--model.dim", "32", "--recipes", "sets", "sequence")
     assert (dim.recipes, dim.given) == (("sets", "sequence"), ("data.path", "model.dim"))
+    gate = config_of("--data.path", "x.csv", "--export.gate")
+    assert (gate.export.gate, gate.given) == (True, ("data.path",))
     for chosen in (["--preset", "quick"], ["--recipes", "none"]):
         assert config_of("--data.path", "x.csv", *chosen).recipes == ()
     both = ["--preset", "hybrid_1_100", "--recipes", "default", "sequence"]

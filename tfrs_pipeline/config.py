@@ -139,8 +139,8 @@ class RunConfig(Config):
     given: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
     budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
-    """CPU time of a race, such as 10m, after which the leader wins. If not given, the curves
-    decide."""
+    """CPU time of a race's epochs, such as 10m, after which the leader wins. If not given, the
+    curves decide."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 

@@ -216,7 +216,8 @@ def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
     in_file = names_in_file(flags.config) if flags.config else list(config.given)
     in_preset = PRESETS[flags.preset][1] if flags.preset else ()
-    named = {*settings, *in_file, *in_preset} - {"recipes", "given", "budget"}
+    # Not what may change in a started run: given anew, it would make the settings others.
+    named = {*settings, *in_file, *in_preset} - {"recipes", "given", "budget", *MAY_CHANGE}
     given = {"given": sorted(named)}
     if config.recipes and "given" not in in_file:
         return with_settings(config, given)
