@@ -1,7 +1,5 @@
 """The queries of an evaluation, and what they are to find."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -95,7 +93,7 @@ class Holdout:
             digest.update(f"{np.asarray(values).tolist()}".encode())
         return digest.hexdigest()[:12]
 
-    def sample(self, num_queries: int, seed: int = 0) -> Holdout:
+    def sample(self, num_queries: int, seed: int = 0) -> "Holdout":
         """Draws at most `num_queries` queries at random, without replacement.
 
         Returns a holdout of these, sorted by user id, or itself if it has no more.
@@ -276,7 +274,7 @@ class _Events:
     starts: np.ndarray  # [num_events, 2]: those of the first event of the request.
 
     @classmethod
-    def of(cls, rows: pa.Table) -> _Events:
+    def of(cls, rows: pa.Table) -> "_Events":
         requests = rows["_request"].combine_chunks().dictionary_encode().indices
 
         def pairs(*names: str) -> np.ndarray:

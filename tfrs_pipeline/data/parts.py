@@ -1,7 +1,5 @@
 """A log in parts: the training events, and the queries of validation and test."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -158,7 +156,7 @@ class Split(Generic[LogT]):
         write_record(path.with_suffix(".json"), {"kind": self.kind}, part_files(path))
 
     @classmethod
-    def read(cls, log: LogT, path: Path) -> Split[LogT]:
+    def read(cls, log: LogT, path: Path) -> "Split[LogT]":
         """Opens a written split of this log without loading it."""
         kind = read_record(path.with_suffix(".json"), check_files=False)["kind"]
         return cls(log, open_parquet(log.events.get_backend(), path), kind)

@@ -1,7 +1,5 @@
 """Turns a query's history into a vector: pooled, or read by causal self-attention."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
