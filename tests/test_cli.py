@@ -344,7 +344,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("refresh-index model", "required: --items"),
         ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
         ("server", "unknown command 'server'; did you mean 'serve'?"),
-        ("", "no command; known: run, compare, report, query, serve, refresh-index"),
+        ("", "no command; known: run, compare, report, query, serve, refresh-index, vectors"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("here")

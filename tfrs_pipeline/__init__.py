@@ -63,6 +63,7 @@ PUBLIC = {
     "signals": "evaluation.signals",
     "trained_in": "run.training",
     "with_settings": "config",
+    "write_vectors": "serving.vectors",
 }
 
 __all__ = ["__version__", *sorted(PUBLIC)]

@@ -11,7 +11,7 @@ from typing import Any
 import tfrs_pipeline
 from tfrs_pipeline.cli.console import PROGRAM
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
-from tfrs_pipeline.cli.models import RefreshIndex, Serve
+from tfrs_pipeline.cli.models import RefreshIndex, Serve, Vectors
 from tfrs_pipeline.cli.query import Query
 from tfrs_pipeline.cli.runs import BRIEF, INTERRUPTED, Compare, Report, Run, train
 from tfrs_pipeline.serving.publish import NotPublished
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Any] = {
     "query": Query,
     "serve": Serve,
     "refresh-index": RefreshIndex,
+    "vectors": Vectors,
 }
 COMMAND_LINE = CommandLine(
     PROGRAM,

@@ -1,16 +1,19 @@
-"""The commands that serve an exported model, or replace its items."""
+"""The commands that serve an exported model, replace its items, or write their vectors."""
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt
-from pydantic_settings import CliToggleFlag
+from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel
+from tfrs_pipeline.messages import counted
+from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.settings import ServeSettings
 
 TargetRecall: TypeAlias = Annotated[float, Field(gt=0, le=1)]
@@ -81,4 +84,42 @@ class RefreshIndex(OfModel):
                 progress=progress,
             )
         say(console, f"model  {done.folder}")
+        return 0
+
+
+class Vectors(OfModel):
+    """Write the vectors of an exported model's items, for another engine.
+
+    The file has a row for each item: id, title if the export has titles, embedding and its length.
+    Its metadata says the metric, which is the inner product. docs/guides/engines.md loads it into
+    FAISS, hnswlib, Qdrant and PostgreSQL.
+    """
+
+    file: CliPositionalArg[Path]
+    """Parquet file to write; an earlier one is replaced."""
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        from tfrs_pipeline.serving.vectors import destination_problem
+
+        if problem := destination_problem(self.file):
+            yield "file", problem
+
+    def __call__(self) -> int:
+        """Writes the file and says what is in it."""
+        is_version = (self.model / publish.MANIFEST_FILE).is_file()
+        if not (is_version or publish.versions_of(self.model)):
+            raise publish.no_model_at(self.model)
+        # Only now, because TensorFlow takes seconds to import.
+        from tfrs_pipeline.serving.retriever import load
+        from tfrs_pipeline.serving.vectors import write_vectors
+
+        about = write_vectors(load(self.model, exact=True), self.file)
+        lengths = "{min_norm:.3g} to {max_norm:.3g}".format(**about)
+        if about["unit_length"]:
+            lengths = "1, so cosine similarity ranks alike"
+        say(
+            Console(),
+            f"vectors  {self.file}: {counted(about['num_items'], 'item')} of version "
+            f"{about['version']}, {about['dim']} dimensions, inner product; lengths {lengths}",
+        )
         return 0

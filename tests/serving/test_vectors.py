@@ -1,0 +1,121 @@
+"""The file of vectors: each item's own, whole, and what its metadata says of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tfrs_pipeline import cli
+from tfrs_pipeline.durable import StorageError
+from tfrs_pipeline.serving import vectors
+from tfrs_pipeline.serving.retriever import LoadedRetriever
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts 60 items into three blocks, the last of them shorter."""
+    monkeypatch.setattr(vectors, "BLOCK", 25)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_each_item_has_its_own_vector(loaded: LoadedRetriever, tmp_path: Path) -> None:
+    path = tmp_path / "films.parquet"
+    about = vectors.write_vectors(loaded, path)
+    table = pq.read_table(path)
+    assert pq.ParquetFile(path).num_row_groups == 3
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 8)
+    expected = dict(zip(loaded.candidate_ids(), loaded.candidate_embeddings(), strict=True))
+    for row in table.to_pylist():
+        own = expected.pop(row["item_id"])
+        np.testing.assert_array_equal(np.float32(row["embedding"]), own)
+        assert row["norm"] == pytest.approx(np.sqrt(np.sum(own**2)), rel=1e-6)
+        assert row["title"] == loaded.titles()[row["item_id"]]
+    assert not expected
+    metadata = {name.decode(): text.decode() for name, text in table.schema.metadata.items()}
+    assert metadata.items() >= {
+        "model": "films",
+        "version": "1",
+        "dim": "8",
+        "metric": "inner_product",
+        "unit_length": "true",
+    }.items()  # fmt: skip
+    assert float(metadata["max_norm"]) == about["max_norm"] == table["norm"].to_numpy().max()
+    # A reader that is not Arrow.
+    (dims,) = duckdb.sql(f"SELECT DISTINCT len(embedding) FROM '{path}'").fetchall()
+    assert dims == (8,)
+
+
+class Untitled:
+    """A model of two items, one of them of length 2."""
+
+    folder, manifest = Path("plain/3"), {"name": "plain"}
+    ids: list[Any] = ["a", "b"]
+
+    def candidate_ids(self) -> list[Any]:
+        return self.ids
+
+    def candidate_embeddings(self) -> np.ndarray:
+        return np.array([[1, 0], [0, 2]], np.float32)
+
+    def titles(self) -> dict[Any, str]:
+        return {}
+
+
+def test_other_lengths_are_told_and_a_failure_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = tmp_path / "plain.parquet", Untitled()
+    about = vectors.write_vectors(model, path)  # type: ignore[arg-type]
+    assert (about["min_norm"], about["max_norm"], about["unit_length"]) == (1, 2, False)
+    assert pq.read_schema(path).names == ["item_id", "embedding", "norm"]
+    before = path.read_bytes()
+    monkeypatch.setattr(vectors.os, "replace", _full)
+    model.ids = ["c", "d"]
+    with pytest.raises(StorageError, match=r"plain\.parquet.*No space left"):
+        vectors.write_vectors(model, path)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _full(*paths: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
+REFUSED = [
+    ("films", ".", "file: '.' is a folder; give a file in it", 2),
+    ("films", "films.csv", "end the name with .parquet", 2),
+    ("films", "lost/films.parquet", "there is no folder 'lost'", 2),
+    ("film", "films.parquet", "Did you mean films?", 1),
+]
+
+
+def test_what_cannot_be_written_is_told_before_tensorflow_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "films" / "1").mkdir(parents=True)
+    (tmp_path / "films" / "1" / "manifest.json").write_text("{}")
+    code = (
+        "import json, sys\nfrom tfrs_pipeline import cli\n"
+        f"codes = [cli.main(['vectors', model, file]) for model, file, *_ in {REFUSED}]\n"
+        "print(json.dumps([codes, 'tensorflow' in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [[code for *_, code in REFUSED], False]
+    for line, (*_, message, _code) in zip(done.stderr.splitlines(), REFUSED, strict=True):
+        assert message in line
+
+
+def test_the_command_writes_the_file_and_says_what_is_in_it(
+    int_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "films.parquet"
+    assert cli.main(["vectors", str(int_folder), str(path)]) == 0
+    assert "60 items of version 1, 8 dimensions, inner product" in capsys.readouterr().out
+    assert pq.read_table(path)["item_id"].to_pylist() == [7 * n + 3 for n in range(60)]

@@ -1,0 +1,103 @@
+"""Writes the vectors of a model's items for another engine, as Parquet."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tfrs_pipeline.durable import flush, naming
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.serving.retriever import LoadedRetriever
+
+BLOCK = 65_536  # Rows that are converted at a time: a row group of the file.
+# Normalised float32 vectors are as long as 1 but for rounding.
+_ROUNDING = 1e-5
+
+
+def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
+    """Writes the items of a model with their vectors, for a search engine of your own.
+
+    Each item is a row with `item_id`, `title` if the export has titles, `embedding`, a list of D
+    float32, and `norm`, its length. A query's score is the inner product of an embedding with
+    what `LoadedRetriever.embed_queries` or the signatures `embed_user` and `embed_query` return
+    of the same version. An export keeps no other features of the items.
+
+    Args:
+        model: What `tp.load` returns; `tp.load(path, exact=True)` needs no ScaNN.
+        path: File to write, `.parquet`. It replaces an earlier file once it is complete.
+
+    Returns:
+        The file's metadata, which its Parquet schema holds as text: `model`, `version`, `dim`,
+        `num_items`, `metric` ("inner_product"), `min_norm`, `max_norm` and `unit_length`, whether
+        all vectors have length 1. Cosine similarity then ranks items alike.
+
+    Raises:
+        ValueError: If the path is a folder, lies in none, or has another suffix.
+        StorageError: If the file cannot be written.
+
+    Example:
+        >>> write_vectors(tp.load("saved_models/videos"), "videos.parquet")  # doctest: +SKIP
+    """
+    path = Path(path)
+    if problem := destination_problem(path):
+        raise ValueError(f"path: {problem}")
+    ids, embeddings, titles = model.candidate_ids(), model.candidate_embeddings(), model.titles()
+    norms = np.concatenate([np.linalg.norm(part, axis=1) for part in _blocks(embeddings)])
+    about = {
+        "model": model.manifest["name"],
+        "version": model.folder.name,
+        "dim": embeddings.shape[1],
+        "num_items": len(ids),
+        "metric": "inner_product",
+        "min_norm": float(norms.min()),
+        "max_norm": float(norms.max()),
+        "unit_length": bool(np.abs(norms - 1).max() < _ROUNDING),
+    }
+    columns = [pa.field("item_id", pa.string() if isinstance(ids[0], str) else pa.int64())]
+    columns += [pa.field("title", pa.string())] if titles else []
+    columns += [
+        pa.field("embedding", pa.list_(pa.float32(), embeddings.shape[1])),
+        pa.field("norm", pa.float32()),
+    ]
+    schema = pa.schema(columns, metadata={name: _as_text(value) for name, value in about.items()})
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with naming(path):
+            with pq.ParquetWriter(partial, schema) as writer:
+                for start in range(0, len(ids), BLOCK):
+                    of_block = slice(start, start + BLOCK)
+                    some, flat = ids[of_block], embeddings[of_block].ravel()
+                    arrays = [pa.array(some, columns[0].type)]
+                    arrays += [pa.array(map(titles.get, some), pa.string())] if titles else []
+                    arrays.append(pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1]))
+                    writer.write_table(pa.table([*arrays, norms[of_block]], schema=schema))
+            flush([partial])
+            os.replace(partial, path)
+            flush([path.parent])
+    finally:
+        partial.unlink(missing_ok=True)
+    return about
+
+
+def destination_problem(path: Path) -> str:
+    """Says why vectors cannot be written to a path; "" if they can."""
+    if path.is_dir():
+        return f"'{path}' is a folder; give a file in it, such as {path / 'vectors.parquet'}"
+    if path.suffix != ".parquet":
+        return f"got '{path}'; vectors are written as Parquet: end the name with .parquet"
+    if not path.parent.is_dir():
+        return f"there is no folder '{path.parent}': make it, or choose another"
+    return ""
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    return (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
