@@ -27,9 +27,9 @@ START = "docs/start/ten_minutes.md"
 # Those that read the files and the model of the first page.
 NAMES = "clicks recipes logq negatives exposed funnel seen new_items request debugging pieces"
 GUIDES = [START, *(f"docs/guides/{name}.md" for name in NAMES.split())]
-# The requests of the first are made below, of the README's model; the others are scripts for cron
-# and for a cluster.
-RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", "scale"))
+# The requests of the first are made below, of the README's model; the next are scripts for cron
+# and for a cluster; tests/test_engines.py runs the last.
+RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", "scale", "engines"))
 SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # What makes a command short; of a flag given twice the last counts.
 SHORT = {
@@ -48,7 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    return BLOCK.findall((ROOT / page).read_text())
+    return blocks_of((ROOT / page).read_text())
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    return BLOCK.findall(text)
 
 
 def run_command(words: list[str], more: Sequence[str]) -> None:
@@ -68,10 +72,10 @@ def run_command(words: list[str], more: Sequence[str]) -> None:
 
 def ask(url: str, body: str) -> str:
     """Asks the server in the thread what a page asks the one at the default port."""
-    name = re.search(r"/v1/models/([\w-]+):predict", url)
+    name = re.search(r"/v1/models/([\w-]+)((?:/versions/\d+)?:predict)", url)
     assert name is not None
     request = urllib.request.Request(
-        f"{address_of(Path('saved_models', name[1]).absolute())}:predict",
+        f"{address_of(Path('saved_models', name[1]).absolute())}{name[2]}",
         body.encode(),
         {"Content-Type": "application/json"},
     )
