@@ -21,16 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from index_libraries import synthetic
 from record import write_json
 
 from tfrs_pipeline.evaluation.table import format_cells
 from tfrs_pipeline.model.encoder import known_rows
-from tfrs_pipeline.serving.index import ScannIndex
-from tfrs_pipeline.serving.item_filter import Allowed
+from tfrs_pipeline.serving.candidates import Candidates, ItemValues
 from tfrs_pipeline.serving.retriever import load
-from tfrs_pipeline.serving.tune import Requests, exact_ranking, tune_index
+from tfrs_pipeline.serving.tune import Requests, Tuned, exact_ranking, tune_index
 
 BATCH_SIZE = 16
 # Exact search is asked less: its time differs little between queries.
@@ -40,60 +38,45 @@ FILTERS = ("at random", "near", "far")
 
 
 class Searches:
-    """An index and the exact search beside it, compiled, asked by queries in calls of 16."""
+    """An index and the exact search beside it, asked by queries alone and in calls of 16."""
 
-    def __init__(self, index: ScannIndex, queries: np.ndarray) -> None:
-        self._queries = queries
-        self._searches = [
-            tf.function(search, reduce_retracing=True)
-            for search in (index.search, index.exact.search)
-        ]
-        self._filtered = [
-            tf.function(
-                lambda queries, k, excluded, codes, share, search=search: search(
-                    queries, k, excluded, of_one_value(codes, share, len(queries))
-                ),
-                input_signature=[
-                    tf.TensorSpec([BATCH_SIZE, queries.shape[1]]),
-                    tf.TensorSpec([], tf.int32),
-                    tf.TensorSpec([BATCH_SIZE, None], tf.int32),
-                    tf.TensorSpec([None, 1], tf.int32),
-                    tf.TensorSpec([]),
-                ],
-            )
-            for search in (index.search, index.exact.search)
-        ]
+    def __init__(self, index: Tuned, embeddings: np.ndarray, queries: np.ndarray) -> None:
+        self._index, self._embeddings, self._queries = index, embeddings, queries
+        self._candidates = index.candidates(embeddings)
 
     def compare(
-        self, k: int, excluded: np.ndarray, *of_filter: Any
+        self, k: int, excluded: np.ndarray, codes: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """Returns what is found, [n, k] rows of all queries, exact ones of some, and the times."""
-        answers, ms = [], []
-        searches = self._filtered if of_filter else self._searches
-        for search, num in zip(searches, (len(self._queries), NUM_TIMED_EXACTLY), strict=True):
-            rows, seconds = [], []
-            self._ask(search, slice(0, BATCH_SIZE), k, excluded, of_filter)
-            for start in range(0, num, BATCH_SIZE):
-                begin = time.perf_counter()
-                block = slice(start, start + BATCH_SIZE)
-                rows.append(self._ask(search, block, k, excluded, of_filter))
-                seconds.append(time.perf_counter() - begin)
+        """Returns what is found, [n, k] rows of all queries, exact ones of some, and the times.
+
+        With `codes`, [num_candidates, 1], only candidates with the code 1 are found.
+        """
+        candidates, allowed = self._candidates, None
+        if codes is not None:
+            rows = np.arange(1, len(codes) + 1)
+            of_index = self._index.searcher, self._index.levels
+            values = ItemValues(["some"], codes)
+            candidates = Candidates(rows, self._embeddings, *of_index, values, codes)
+            allowed = ["some"]
+        answers, times = [], {}
+        for name, num in (("", len(self._queries)), ("exact_", NUM_TIMED_EXACTLY)):
+            for size in (1, BATCH_SIZE):
+                rows, seconds = [], []
+                for start in range(0, num if size > 1 else NUM_TIMED_EXACTLY, size):
+                    block = slice(start, start + size)
+                    begin = time.perf_counter()
+                    found, _ = candidates.search(
+                        self._queries[block],
+                        k,
+                        excluded[block],
+                        allowed and [allowed] * size,
+                        exact=bool(name),
+                    )
+                    seconds.append(time.perf_counter() - begin)
+                    rows.append(np.maximum(found, 0))
+                times[f"{name}ms_of_{size}"] = 1e3 * float(np.median(seconds)) / size
             answers.append(np.concatenate(rows))
-            ms.append(1e3 * float(np.median(seconds)) / BATCH_SIZE)
-        return answers[0], answers[1], {"ms": ms[0], "exact_ms": ms[1]}
-
-    def _ask(
-        self, search: Any, block: slice, k: int, excluded: np.ndarray, of_filter: Sequence[Any]
-    ) -> np.ndarray:
-        lists = tf.constant(excluded[block].astype(np.int32))
-        return search(tf.constant(self._queries[block]), tf.constant(k), lists, *of_filter)[
-            0
-        ].numpy()
-
-
-def of_one_value(codes: tf.Tensor, share: tf.Tensor, num_queries: int) -> Allowed:
-    """Lets the candidates pass whose code is 1."""
-    return Allowed(tf.tile([[False, True]], [num_queries, 1]), codes, tf.fill([num_queries], share))
+        return answers[0], answers[1], times
 
 
 def recall_of(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
@@ -142,10 +125,9 @@ def measure_filters(
             value = embeddings @ direction * (-1 if kind == "near" else 1)
         order = np.argsort(value)
         for share in options.shares:
-            codes = np.zeros((len(embeddings) + 1, 1), np.int32)
-            codes[1 + order[: round(share * len(embeddings))]] = 1
-            of_filter = tf.constant(codes), tf.constant(share, tf.float32)
-            found, exact, times = searches.compare(100, ranking[:, :20], *of_filter)
+            codes = np.zeros((len(embeddings), 1), np.int32)
+            codes[order[: round(share * len(embeddings))]] = 1
+            found, exact, times = searches.compare(100, ranking[:, :20], codes)
             cell = {"share": share, "which": kind}
             yield {**cell, **recall_of(found[: len(exact)], exact), **times}
 
@@ -158,7 +140,7 @@ def measure(
     index = tune_index(embeddings, tuning, target_recall=options.target_recall)
     seconds = time.perf_counter() - start
     ranking, _ = exact_ranking(embeddings, queries, max(options.k) + max(options.excluded))
-    searches = Searches(index, queries)
+    searches = Searches(index, embeddings, queries)
     print(f"{len(embeddings):,} candidates, built and tuned in {seconds:.0f} s", flush=True)
     cells = list(measure_grid(searches, ranking, len(embeddings), options))
     show(cells)

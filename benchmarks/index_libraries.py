@@ -110,7 +110,7 @@ class Task:
 def measure_exact(task: Task) -> list[dict[str, Any]]:
     """Scores every candidate, in TensorFlow."""
     tf = _tensorflow_of_one_thread()
-    from tfrs_pipeline.serving.index import ExactIndex
+    from tfrs_pipeline.serving.graph_index import ExactIndex
 
     candidates = task.load("candidates")
     start = time.perf_counter()
@@ -122,49 +122,43 @@ def measure_exact(task: Task) -> list[dict[str, Any]]:
 
 
 def measure_scann(task: Task) -> list[dict[str, Any]]:
-    """Tunes this project's index, through TensorFlow; then ScaNN alone, set alike."""
+    """Tunes this project's index; measures its search, and ScaNN's operation in TensorFlow."""
     tf = _tensorflow_of_one_thread()
-    from scann import scann_ops_pybind
-
-    from tfrs_pipeline.serving.index import ScannIndex, build_searcher
+    from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
+    from tfrs_pipeline.serving.searcher import Searcher
     from tfrs_pipeline.serving.tune import Requests, tune_index
 
-    candidates, queries = task.load("candidates"), task.load("queries")
+    vectors, queries = task.load("candidates"), task.load("queries")
     start = time.perf_counter()
     requests = Requests(queries[::2], [np.zeros(0, np.int32)] * len(queries[::2]))
-    index = tune_index(candidates, requests, target_recall=task.target_recall)
+    index = tune_index(vectors, requests, target_recall=task.target_recall)
     tuning_seconds = time.perf_counter() - start
     level = next(level for level in index.levels if level.depth >= task.k)
     start = time.perf_counter()
-    ScannIndex(index.exact)
+    Searcher.build(vectors, index.num_leaves)
     build_seconds = time.perf_counter() - start
-    num_bytes = sum(
-        v.numpy().nbytes for v in index._state.variables if v.dtype != tf.string and v.shape.rank
-    )
+    saved, candidates = index.searcher.save(), index.candidates(vectors)
+    num_bytes = vectors.nbytes + sum(memoryview(content).nbytes for content in saved.values())
     settings = {"num_leaves": index.num_leaves, **asdict(level)}
-    result = task.measure(
+    own = task.measure(
+        "ScaNN, this package",
+        lambda q: candidates.search(q, task.k)[0] - 1,
+        build_seconds,
+        num_bytes,
+        **settings,
+    )
+    own["tuning_seconds"] = tuning_seconds
+    graph = ScannIndex(ExactIndex(vectors), saved, index.num_leaves, index.levels)
+    operation = task.measure(
         "ScaNN, TensorFlow",
         _compiled(
-            tf, lambda q, k: index.search(q, k, tf.zeros([tf.shape(q)[0], 0], tf.int32)), task.k
+            tf, lambda q, k: graph.search(q, k, tf.zeros([tf.shape(q)[0], 0], tf.int32)), task.k
         ),
         build_seconds,
         num_bytes,
         **settings,
     )
-    result["tuning_seconds"] = tuning_seconds
-    start = time.perf_counter()
-    searcher = build_searcher(scann_ops_pybind.builder, candidates, index.num_leaves)
-    seconds = time.perf_counter() - start
-    alone = task.measure(
-        "ScaNN, alone",
-        lambda q: searcher.search_batched(
-            q, task.k, level.num_reordered, level.num_leaves_to_search
-        )[0].astype(np.int64),
-        seconds,
-        num_bytes,
-        **settings,
-    )
-    return [result, alone]
+    return [own, operation]
 
 
 def _tensorflow_of_one_thread() -> Any:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline.evaluation import topk
 from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
-from tfrs_pipeline.serving.index import ExactIndex
+from tfrs_pipeline.serving.graph_index import ExactIndex
 
 Problem: TypeAlias = tuple[np.ndarray, int, list[np.ndarray], int]
 

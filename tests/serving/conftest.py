@@ -24,10 +24,12 @@ from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.index import Exact, ExactIndex, Level, Scann, ScannIndex
+from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.index import Exact, Level, Scann
 from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import RetrievalModule
+from tfrs_pipeline.serving.searcher import Searcher
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
@@ -88,7 +90,8 @@ class Served:
     def module(self, kind: str, num_leaves_to_search: int = 8) -> RetrievalModule:
         index: ExactIndex | ScannIndex = ExactIndex(self.model.embed_corpus())
         if kind == "scann":
-            index = ScannIndex(index, 8, [Level(60, num_leaves_to_search, 60)])
+            saved = Searcher.build(self.model.embed_corpus(), 8).save()
+            index = ScannIndex(index, saved, 8, [Level(60, num_leaves_to_search, 60)])
         genres = ItemFilter("genres", self.genres)
         return RetrievalModule(Encoder(self.exportable()), index, self.candidate_ids, genres)
 

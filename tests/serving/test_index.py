@@ -1,10 +1,15 @@
 """Search structures against exact scoring."""
 
+import threading
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.serving.index import Auto, Exact, ExactIndex, Scann, ScannIndex
+from tfrs_pipeline.serving.check import ExportError, check_operation
+from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.index import Auto, Exact, Level, Scann
+from tfrs_pipeline.serving.searcher import Searcher
 
 
 def clustered(num: int, dim: int = 16, seed: int = 0) -> np.ndarray:
@@ -21,39 +26,93 @@ def exact_order(queries: np.ndarray, k: int) -> np.ndarray:
     return 1 + np.argsort(-(queries @ EMBEDDINGS.T), axis=1, kind="stable")[:, :k]
 
 
-@pytest.mark.parametrize("num_leaves", [1, 45])
-def test_scann_that_searches_all_is_exact_search(num_leaves: int) -> None:
-    index = ScannIndex(ExactIndex(EMBEDDINGS), num_leaves)
-    rows, scores = index.approximate(tf.constant(QUERIES), 100, num_leaves, len(EMBEDDINGS))
+@pytest.fixture(scope="module", params=[1, 45])
+def searcher(request: pytest.FixtureRequest) -> Searcher:
+    return Searcher.build(EMBEDDINGS, request.param)
+
+
+def in_graph(searcher: Searcher, *levels: Level) -> ScannIndex:
+    return ScannIndex(ExactIndex(EMBEDDINGS), searcher.save(), 45, levels)
+
+
+def test_scann_that_searches_all_is_exact_search(searcher: Searcher) -> None:
+    rows, scores, num_rows = searcher.search(QUERIES, 100, 45, len(EMBEDDINGS))
+    assert num_rows == len(EMBEDDINGS)
     assert np.mean(np.sort(rows) == np.sort(exact_order(QUERIES, 100))) >= 0.999
     # Rescored exactly: the score is the dot product of what was found.
-    expected = np.take_along_axis(QUERIES @ EMBEDDINGS.T, rows.numpy() - 1, axis=1)
+    expected = np.take_along_axis(QUERIES @ EMBEDDINGS.T, rows - 1, axis=1)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_operation_and_a_loaded_copy_answer_like_the_searcher(searcher: Searcher) -> None:
+    graph, copy = in_graph(searcher), Searcher.load(searcher.save(), EMBEDDINGS)
+    for options in ((100, 45, 2000), (100, 3, 100), (500, 20, 700)):
+        rows, scores, _ = searcher.search(QUERIES, *options)
+        for other in (
+            graph.approximate(tf.constant(QUERIES), *options),
+            copy.search(QUERIES, *options),
+        ):
+            np.testing.assert_array_equal(other[0], rows)
+            np.testing.assert_array_equal(other[1], scores)
+
+
+def test_an_operation_that_answers_otherwise_is_refused(searcher: Searcher) -> None:
+    other = Searcher.build(EMBEDDINGS[::-1].copy(), 45)
+    check_operation(in_graph(searcher, Level(50, 45, 2000)), searcher, QUERIES)
+    with pytest.raises(ExportError, match="answers otherwise"):
+        check_operation(in_graph(searcher, Level(50, 2, 60)), other, QUERIES)
+
+
 def test_a_wider_search_finds_more() -> None:
-    index = ScannIndex(ExactIndex(EMBEDDINGS), 45)
-    exact = exact_order(QUERIES, 100)
+    searcher, exact = Searcher.build(EMBEDDINGS, 45), exact_order(QUERIES, 100)
 
     def num_found(*options: int) -> int:
-        rows = index.approximate(tf.constant(QUERIES), 100, *options)[0]
+        rows = searcher.search(QUERIES, 100, *options)[0]
         return sum(len(np.intersect1d(a, b)) for a, b in zip(rows, exact, strict=True))
 
     assert num_found(3, 100) < num_found(45, 100) < num_found(45, 2000)
 
 
 def test_empty_slots_have_no_score() -> None:
-    index = ScannIndex(ExactIndex(EMBEDDINGS[:40]), 8)
-    rows, scores = (x.numpy() for x in index.approximate(tf.constant(QUERIES), 40, 1, 40))
+    rows, scores, _ = Searcher.build(EMBEDDINGS[:40], 8).search(QUERIES, 40, 1, 40)
     assert (rows == 0).any()
     np.testing.assert_array_equal(rows == 0, np.isneginf(scores))
 
 
+def test_what_is_added_is_found_under_the_next_rows() -> None:
+    searcher = Searcher.build(EMBEDDINGS[:1000], 20)
+    searcher.add(2 * QUERIES[:8])
+    rows, scores, num_rows = searcher.search(QUERIES[:8], 1, 20, 1008)
+    assert num_rows == 1008
+    np.testing.assert_array_equal(rows[:, 0], np.arange(1001, 1009))
+    np.testing.assert_allclose(scores[:, 0], 2, rtol=1e-5)
+
+
+def test_searches_go_on_while_another_thread_adds() -> None:
+    searcher, found = Searcher.build(EMBEDDINGS[:1000], 20), []
+
+    def search() -> None:
+        for _ in range(300):
+            rows, _, num_rows = searcher.search(QUERIES[:1], 10, 20, 100)
+            found.append(rows.max() <= num_rows)
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for start in range(1000, 2000, 8):
+        searcher.add(EMBEDDINGS[start : start + 8])
+    for thread in threads:
+        thread.join(60)
+    assert found == [True] * 900
+    rows, _, num_rows = searcher.search(QUERIES, 100, 20, 2000)
+    assert num_rows == 2000
+    assert np.mean(np.sort(rows) == np.sort(exact_order(QUERIES, 100))) >= 0.999
+
+
 def test_two_indexes_in_one_process_do_not_mix() -> None:
-    first = ScannIndex(ExactIndex(EMBEDDINGS[:500]), 5)
-    second = ScannIndex(ExactIndex(EMBEDDINGS[500:1000]), 5)
-    for index, points in ((first, EMBEDDINGS[:500]), (second, EMBEDDINGS[500:1000])):
-        rows, _ = index.approximate(tf.constant(QUERIES), 1, 5, 500)
+    first, second = Searcher.build(EMBEDDINGS[:500], 5), Searcher.build(EMBEDDINGS[500:1000], 5)
+    for searcher, points in ((first, EMBEDDINGS[:500]), (second, EMBEDDINGS[500:1000])):
+        rows, _, _ = searcher.search(QUERIES, 1, 5, 500)
         np.testing.assert_array_equal(rows[:, 0], 1 + (QUERIES @ points.T).argmax(axis=1))
 
 

@@ -154,9 +154,7 @@ def test_the_page_needs_no_folder_once_it_is_loaded(int_folder: Path, tmp_path: 
         assert running.post("/page/query", json={"user_id": "101"}).status_code == 200
 
 
-def test_without_the_page_no_fallback_is_loaded(exported: Exported) -> None:
+def test_without_the_page_its_addresses_are_unknown(exported: Exported) -> None:
     with Running(exported("int", "scann"), page=False) as running:
-        with running.server.versions.use() as version:
-            assert version.exact is None
         for path in ("/", "/page/model"):
             assert running.get(path).status_code == 404

@@ -283,7 +283,7 @@ def test_rest_tells_times_and_sides_apart_whatever_their_names(tmp_path: Path) -
     seconds = TIME.timestamp()
     with pytest.raises(HTTPException, match="'app_since' takes seconds since 1970; divide milli"):
         answer("embed_user", user_id=[100], app_since=[1000 * seconds])
-    assert len(answer("embed_user", user_id=[100], app_since=[seconds], genres=["b"])) == 2
+    assert len(answer("embed_user", user_id=[100], app_since=[seconds], genres=["b"])) == 3
     with pytest.raises(HTTPException, match="genres: Missing named input"):
         answer("embed_candidate", item_id=[3])
     assert answer("embed_candidate", item_id=[3], genres=[["a", "b"]])["is_known_item"].all()

@@ -235,16 +235,13 @@ def test_new_versions_are_taken_up_without_failures(int_folder: Path, tmp_path: 
         running.predict(**GOOD)
 
 
-def test_a_released_version_leaves_nothing_behind(folder: Path, kind: str) -> None:
+def test_a_released_version_leaves_nothing_behind(folder: Path) -> None:
     version = ServedVersion(folder / "1", ServeSettings())
-    assert (version.exact is version.retriever) == (kind == "exact")
-    tables, indexes = version.handles()
-    # Each model has tables of users and items, of two vocabularies, of the index's items and of
-    # the filter.
-    assert len(tables) == 6 * (1 + (kind == "scann"))
-    assert len(indexes) == (kind == "scann")
+    tables = version.tables()
+    # Of users and items, of two vocabularies, of the index's items and of the filter.
+    assert len(tables) == 6
     assert min(int(tf.raw_ops.LookupTableSizeV2(table_handle=x)) for x in tables) > 0
     version.release()
-    for handle in (*tables, *indexes):
+    for handle in tables:
         with pytest.raises(tf.errors.NotFoundError):
             tf.raw_ops.DestroyResourceOp(resource=handle, ignore_lookup_error=False)

@@ -5,28 +5,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from tests.serving.test_index import clustered
 from tfrs_pipeline.serving import tune
-from tfrs_pipeline.serving.index import ExactIndex, Level, ScannIndex
-from tfrs_pipeline.serving.item_filter import Allowed
+from tfrs_pipeline.serving.candidates import Candidates, ItemValues
+from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.tune import (
-    WORK_OF_EXACT_SCORE,
     Requests,
-    compiled,
+    Size,
     found_places,
     lowest_recall,
     measure_requests,
     tune_index,
-    work_of,
 )
 
 EMBEDDINGS, QUERIES = clustered(2000), clustered(60, seed=1)
 NUM, TARGET = 20_000, 0.98
 
 
-def tuned_on(embeddings: np.ndarray, queries: np.ndarray, target: float = 0.9) -> ScannIndex:
+def tuned_on(embeddings: np.ndarray, queries: np.ndarray, target: float = 0.9) -> tune.Tuned:
     """Tunes an index on queries whose users know nothing."""
     return tune_index(embeddings, nothing_known(queries), target_recall=target)
 
@@ -40,8 +38,12 @@ class Tuned(NamedTuple):
 
     embeddings: np.ndarray
     queries: np.ndarray
-    index: ScannIndex
+    built: tune.Tuned
     order: np.ndarray
+
+    @property
+    def candidates(self) -> Candidates:
+        return self.built.candidates(self.embeddings)
 
 
 @pytest.fixture(scope="module")
@@ -64,35 +66,30 @@ def recalls(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("k", [10, 100, 1000])
 def test_one_call_reaches_the_target_for_near_and_far_exclusions(tuned: Tuned, k: int) -> None:
-    _, queries, index, order = tuned
-    search = compiled(index.search, 1, num_lists=1)
+    _, queries, _, order = tuned
     for most in (0, 20, 50, 110, 400, 1000, 5000):
-        excluded = np.zeros((len(queries), most), np.int32)
+        excluded = [np.zeros(0, np.int32)] * len(queries)
         excluded[::4] = order[::4, :most]  # The nearest.
         excluded[1::4] = order[1::4, 10 * most // 9 - most : 10 * most // 9]
         excluded[2::4] = order[2::4, NUM - most :]  # The farthest. The rest exclude nothing.
-        found = search(tf.constant(queries), tf.constant(k), tf.constant(excluded))[0].numpy()
+        found, _ = tuned.candidates.search(queries, k, excluded)
         exact = np.stack(
             [line[~np.isin(line, out)][:k] for line, out in zip(order, excluded, strict=True)]
         )
-        assert not any(np.isin(a, b[b > 0]).any() for a, b in zip(found, excluded, strict=True))
+        assert not any(np.isin(a, b).any() for a, b in zip(found, excluded, strict=True))
         per_query = recalls(found, exact)
         for kind in range(4):
             assert per_query[kind::4].mean() >= TARGET, (most, kind)
 
 
 def test_a_query_alone_is_answered_as_in_a_call_of_many(tuned: Tuned) -> None:
-    _, queries, index, order = tuned
-    excluded = np.zeros((8, 5000), np.int32)
-    for line, num in zip(excluded, (0, 1, 30, 100, 900, 2000, 5000, 0), strict=True):
-        line[:num] = order[0, :num]
-    excluded[1, 1:40] = excluded[1, 0]  # A repeated item counts once.
-    search = compiled(index.search, 1, num_lists=1)
-    k = tf.constant(90)
-    together = search(tf.constant(queries[:8]), k, tf.constant(excluded))
+    _, queries, _, order = tuned
+    excluded = [order[0, :num].tolist() for num in (0, 1, 30, 100, 900, 2000, 5000, 0)]
+    excluded[1] *= 40  # A repeated item counts once.
+    together = tuned.candidates.search(queries[:8], 90, excluded)
     for i in range(8):
         one = slice(i, i + 1)
-        alone = search(tf.constant(queries[one]), k, tf.constant(excluded[one]))
+        alone = tuned.candidates.search(queries[one], 90, excluded[one])
         np.testing.assert_array_equal(together[0][one], alone[0])
         np.testing.assert_allclose(together[1][one], alone[1], rtol=1e-5)
 
@@ -105,73 +102,73 @@ def test_filters_reach_the_target(tuned: Tuned, kind: str, share: float) -> None
     # "near" and "far" items lie along a direction and against it, as those of a genre do.
     value = rng.random(NUM) if kind == "at random" else embeddings @ queries[0]
     order = np.argsort(value if kind != "near" else -value)
-    codes = np.zeros((NUM + 1, 1), np.int32)
-    codes[1 + order[:num]] = 1
-    is_chosen = tf.tile([[False, True]], [len(queries), 1])
-    allowed = Allowed(is_chosen, tf.constant(codes), tf.fill([len(queries)], np.float32(share)))
-    request = tf.constant(queries), 10, tf.constant(exact_order[:, :20]), allowed
-    (rows, scores), (exact, exact_scores) = index.search(*request), index.exact.search(*request)
-    assert codes[rows.numpy()[np.isfinite(scores)]].all()
+    codes = np.zeros((NUM, 1), np.int32)
+    codes[order[:num]] = 1
+    candidates = Candidates(
+        *(np.arange(1, NUM + 1), embeddings, index.searcher, index.levels),
+        *(ItemValues(["some"], codes), codes),
+    )
+    request = queries, 10, list(exact_order[:, :20]), [["some"]] * len(queries)
+    rows, scores = candidates.search(*request)
+    exact, exact_scores = candidates.search(*request, exact=True)
+    assert codes[rows[np.isfinite(scores)] - 1].all()
     np.testing.assert_array_equal(np.isneginf(scores), np.isneginf(exact_scores))
-    some = (exact.numpy() > 0).any(axis=1)
-    assert recalls(rows.numpy()[some], exact.numpy()[some]).mean() >= TARGET
+    some = (exact > 0).any(axis=1)
+    # The empty id is -1.
+    assert recalls(np.maximum(rows, 0)[some], np.maximum(exact, 0)[some]).mean() >= TARGET
 
 
 @pytest.mark.parametrize(
-    ("num_excluded", "share", "is_exact"),
-    [
-        (0, None, False),
-        (150, None, False),
-        (15_000, None, True),
-        (10, 0.25, False),
-        (0, 1e-4, True),
-    ],
+    ("num_excluded", "num_values", "is_exact"),
+    [(0, 0, False), (150, 0, False), (15_000, 0, True), (10, 4, False), (0, 10_000, True)],
 )
 def test_only_unusual_requests_are_searched_exactly(
     tuned: Tuned,
     monkeypatch: pytest.MonkeyPatch,
     num_excluded: int,
-    share: float | None,
+    num_values: int,
     is_exact: bool,
 ) -> None:
-    _, queries, index, order = tuned
+    embeddings, queries, index, order = tuned
     exactly: list[int] = []
-    search = index.exact.search
+    search = Candidates._exact
 
-    def counted(queries: tf.Tensor, *rest: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        exactly.append(len(queries))
-        return search(queries, *rest)
+    def counted(self: Candidates, asked: Any, lines: np.ndarray, *rest: Any) -> None:
+        exactly.append(len(lines))
+        search(self, asked, lines, *rest)
 
-    monkeypatch.setattr(index.exact, "search", counted)
-    allowed = None
-    if share is not None:
-        codes = np.append(0, np.random.default_rng(7).integers(1, 5, NUM))[:, np.newaxis]
-        is_chosen = tf.tile([[False, True, False, False, False]], [len(queries), 1])
-        allowed = Allowed(is_chosen, tf.constant(codes, tf.int32), tf.fill([len(queries)], share))
-    index.search(tf.constant(queries), 10, tf.constant(order[:, :num_excluded]), allowed)
-    assert exactly == [len(queries) if is_exact else 0]
+    monkeypatch.setattr(Candidates, "_exact", counted)
+    codes = np.random.default_rng(7).integers(1, 1 + max(1, num_values), NUM)[:, np.newaxis]
+    values = ItemValues([str(i) for i in range(num_values)], codes) if num_values else None
+    candidates = Candidates(
+        *(np.arange(1, NUM + 1), embeddings, index.searcher, index.levels, values),
+        codes.astype(np.int32) if num_values else None,
+    )
+    allowed = [["1"]] * len(queries) if num_values else None
+    candidates.search(queries, 10, list(order[:, :num_excluded]), allowed)
+    assert exactly == ([len(queries)] if is_exact else [])
 
 
 def test_equal_data_give_an_equal_index() -> None:
     first, second = (tuned_on(EMBEDDINGS, QUERIES) for _ in range(2))
     assert first.levels == second.levels
-    assert len(first.variables) > 1
-    for one, other in zip(first.variables, second.variables, strict=True):
-        if one.shape.rank:  # Others stand for parts that this kind of index lacks.
-            np.testing.assert_array_equal(one.numpy(), other.numpy())
+    one, other = first.searcher.save(), second.searcher.save()
+    assert one.keys() == other.keys() >= {"hashed_dataset.npy"}
+    for name, content in one.items():
+        np.testing.assert_array_equal(content, other[name])
 
 
 def test_levels_take_the_least_work_up_to_that_of_exact_search(tuned: Tuned) -> None:
-    index = tuned.index
+    index = tuned.built
+    size = Size(NUM, 32, index.num_leaves)
     depths = [level.depth for level in index.levels]
     assert depths == [128 * 2**i for i in range(len(depths))]
-    works = [work_of(level, index) for level in index.levels]
+    works = [size.work(level) for level in index.levels]
     assert works == sorted(works)
-    exact_work = WORK_OF_EXACT_SCORE * NUM
-    assert works[-1] < exact_work
+    assert works[-1] < size.exact_work
     assert index.levels[0].num_leaves_to_search < index.num_leaves
     deeper = Level(2 * depths[-1], index.num_leaves, 3 * depths[-1])
-    assert work_of(deeper, index) >= exact_work or depths[-1] == 8192
+    assert size.work(deeper) >= size.exact_work or depths[-1] == 8192
 
 
 def test_the_recall_is_that_of_the_worst_kind_of_request() -> None:
@@ -206,15 +203,14 @@ def test_candidates_with_equal_scores_are_interchangeable() -> None:
     embeddings = EMBEDDINGS[np.random.default_rng(2).integers(0, 400, len(EMBEDDINGS))]
     index = tuned_on(embeddings, QUERIES, 1.0)
     depth = index.levels[0].depth
-    nothing = tf.zeros([len(QUERIES), 0], tf.int32)
-    rows, scores = index.search(tf.constant(QUERIES), depth, nothing)
+    rows, scores = index.candidates(embeddings).search(QUERIES, depth)
     order = ranked(embeddings, QUERIES)[:, :depth]
     exact = np.take_along_axis(QUERIES @ embeddings.T, order - 1, axis=1)
     np.testing.assert_allclose(scores, exact, rtol=1e-5, atol=1e-5)
     # Some of the rows found are others, in whichever order equal ones come.
     backwards = len(embeddings) + 1 - ranked(embeddings[::-1], QUERIES)[:, :depth]
-    assert min(recalls(rows.numpy(), exact).mean() for exact in (order, backwards)) < 1
-    measured = measure_requests(index, nothing_known(QUERIES))
+    assert min(recalls(rows, exact).mean() for exact in (order, backwards)) < 1
+    measured = measure_requests(index.candidates(embeddings), nothing_known(QUERIES))
     assert {x["recall"] for x in measured if (x["k"], x["excluded"]) == (100, 0)} == {1}
 
 
@@ -239,18 +235,19 @@ def test_only_a_candidate_with_its_score_replaces_a_missed_one(
 def test_a_corpus_smaller_than_k_is_found_whole(num_candidates: int) -> None:
     index = tuned_on(EMBEDDINGS[:num_candidates], QUERIES, 0.99)
     assert [level.depth for level in index.levels] == [num_candidates]
-    excluded = tf.ones([len(QUERIES), 1], tf.int32)
-    rows, _ = index.search(tf.constant(QUERIES), 100, excluded)
-    everything = [[*[0] * (101 - num_candidates), *range(2, num_candidates + 1)]] * len(QUERIES)
+    candidates = index.candidates(EMBEDDINGS[:num_candidates])
+    rows, _ = candidates.search(QUERIES, 100, [[1]] * len(QUERIES))
+    everything = [[*[-1] * (101 - num_candidates), *range(2, num_candidates + 1)]] * len(QUERIES)
     np.testing.assert_array_equal(np.sort(rows, axis=1), everything)
 
 
 def test_the_measured_recall_is_that_of_a_slow_loop() -> None:
-    index = ScannIndex(ExactIndex(EMBEDDINGS), 45, [Level(128, 1, 128), Level(1999, 9, 1999)])
+    levels = [Level(128, 1, 128), Level(1999, 9, 1999)]
+    rows = np.arange(1, len(EMBEDDINGS) + 1)
+    candidates = Candidates(rows, EMBEDDINGS, Searcher.build(EMBEDDINGS, 45), levels)
     queries = QUERIES[:16]
     known = [np.arange(1, 1 + 9 * i, dtype=np.int32) for i in range(len(queries))]
-    requests = measure_requests(index, Requests(queries, known))
-    search = compiled(index.search, 1, num_lists=1)
+    requests = measure_requests(candidates, Requests(queries, known))
     measured = {(x["k"], x["excluded"]): x for x in requests}
     order = ranked(EMBEDDINGS, queries)
     for (k, name), figures in measured.items():
@@ -258,9 +255,8 @@ def test_the_measured_recall_is_that_of_a_slow_loop() -> None:
         for i, line in enumerate(order):
             out = known[i] if name == "known" else line[:name]
             exact = line[~np.isin(line, out)][:k]
-            given = tf.constant(out[np.newaxis], tf.int32)
-            rows, _ = search(tf.constant(queries[i : i + 1]), tf.constant(k), given)
-            per_query.append(len(set(rows.numpy()[0]) & set(exact)) / k)
+            found, _ = candidates.search(queries[i : i + 1], k, [out])
+            per_query.append(len(set(found[0]) & set(exact)) / k)
         # A candidate that scores like the last of the k may replace it.
         assert figures["recall"] == pytest.approx(np.mean(per_query), abs=2e-3)
     assert 0.2 < measured[10, 0]["recall"] < 1

@@ -51,8 +51,8 @@ class Encoder(tf.Module):
 
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool, from the
-            user's stored history and features; None without user data.
-        embed_query: user_id [B], history [B, L] oldest first -> the same, from that history.
+            user's stored history and features, and `known_items`; None without user data.
+        embed_query: user_id [B], history [B, L] oldest first -> the first two, from that history.
         embed_query_with_features: user_id, history, raw query features -> the same, from these
             features in place of the stored ones; None without query features.
         embed_candidate: item_id [B], raw features -> embeddings [B, D] float32, is_known_item [B]
@@ -127,7 +127,8 @@ class Encoder(tf.Module):
         times = None
         if self._history_times is not None:
             times = _lists([self._history_times, self._histories[1]], query_rows)
-        return self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
+        embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
+        return {**embedded, "known_items": self._items_in(self._known, user_id)}
 
     def _embed_query(
         self, user_id: tf.Tensor, history: tf.Tensor, **raw: tf.Tensor

@@ -18,8 +18,9 @@ from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.model.encoder import features_of, query_inputs
 from tfrs_pipeline.model.graph import call, signature_inputs
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.index import ScannIndex, load_scann_ops
+from tfrs_pipeline.serving.graph_index import ScannIndex, load_scann_ops
 from tfrs_pipeline.serving.saved_model import RetrievalModule
+from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import ask, completed
 
 # A reloaded model may run other kernels, so that scores differ in their last bits.
@@ -86,6 +87,16 @@ def prove(
     if done.returncode:
         problems = done.stderr.decode(errors="replace").strip()[-2000:]
         raise ExportError(f"A fresh process could not use the export: {problems}")
+
+
+def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) -> None:
+    """Checks that ScaNN's operation answers as its searcher does, at every level."""
+    for level in index.levels:
+        width = level.num_leaves_to_search, level.num_reordered
+        _, scores, _ = searcher.search(queries, level.depth, *width)
+        _, others = index.approximate(tf.constant(queries), level.depth, *width)
+        if problem := difference({"scores": scores}, {"scores": others.numpy()}):
+            raise ExportError(f"ScaNN's TensorFlow operation answers otherwise: {problem}")
 
 
 def _inputs(

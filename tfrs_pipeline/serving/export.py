@@ -34,16 +34,9 @@ from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.graph import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.check import example_values, prove
-from tfrs_pipeline.serving.index import (
-    SMALLEST_SCANN_CORPUS,
-    Auto,
-    Exact,
-    ExactIndex,
-    ScannIndex,
-    Search,
-    search_of,
-)
+from tfrs_pipeline.serving.check import check_operation, example_values, prove
+from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS, Auto, Exact, Search, search_of
 from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
@@ -294,13 +287,17 @@ def _built(
     embedded = embed_queries(encoder, queries, features)
     requests = Requests(embedded, known_rows(encoder, queries, ids))
     tuning, measured = requests.parted()
-    scann = tune_index(embeddings, tuning, target_recall=index.recall)
+    tuned = tune_index(embeddings, tuning, target_recall=index.recall)
+    scann = ScannIndex(
+        ExactIndex(embeddings), tuned.searcher.save(), tuned.num_leaves, tuned.levels
+    )
+    check_operation(scann, tuned.searcher, embedded[:NUM_PROBES])
     return scann, {
         "kind": index.kind,
         "target_recall": index.recall,
-        "num_leaves": scann.num_leaves,
-        "levels": [asdict(level) for level in scann.levels],
-        "requests": measure_requests(scann, measured),
+        "num_leaves": tuned.num_leaves,
+        "levels": [asdict(level) for level in tuned.levels],
+        "requests": measure_requests(tuned.candidates(embeddings), measured),
     }
 
 

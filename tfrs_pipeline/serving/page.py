@@ -18,7 +18,7 @@ from tfrs_pipeline.model.graph import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import Retrieval, ask
+from tfrs_pipeline.serving.signatures import Retrieval
 from tfrs_pipeline.serving.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")
@@ -102,7 +102,7 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
         asked = parse_predict(request.encode(), version.signatures)
     except ValueError as error:
         raise bad_request(str(error)) from None
-    found = _asked(version.retriever, asked, version.titles)
+    found = _asked(version, asked)
     result: dict[str, Any] = {"version": version.number, "index": found, "exact": None}
     name = version.retriever.folder.parent.name
     result["request"] = {"path": f"/v1/models/{name}:predict", "body": request}
@@ -111,8 +111,8 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
         history = version.retriever.stored_history(user)
         shown = _shown(history[:MAX_HISTORY_SHOWN], version.titles)
         result["history"] = {"items": shown, "length": len(history)}
-    if version.exact not in (None, version.retriever):
-        result["exact"] = reference = _asked(version.exact, asked, version.titles)
+    if version.retriever.manifest["index"]["kind"] == "scann":
+        result["exact"] = reference = _asked(version, asked, exact=True)
         ids = [{item["item_id"] for item in side["items"]} for side in (found, reference)]
         result["num_common"] = len(ids[0] & ids[1])
     return result
@@ -151,20 +151,18 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     return {"signature_name": retrieval.name, "inputs": {**inputs, "k": query.k}}
 
 
-def _asked(
-    retriever: LoadedRetriever, asked: PredictCall, titles: Mapping[Any, str | None]
-) -> dict[str, Any]:
+def _asked(version: ServedVersion, asked: PredictCall, *, exact: bool = False) -> dict[str, Any]:
     # The first call is a warm-up; the second is timed.
     for _ in range(2):
         start = time.perf_counter()
-        outputs = ask(retriever.saved_model.signatures[asked.signature], asked.inputs)
+        outputs = version.call(asked.signature, asked.inputs, exact=exact)
         milliseconds = 1000 * (time.perf_counter() - start)
     ids = to_jsonable_python(outputs["candidate_ids"][0].tolist())
     return {
         "is_known_user": bool(outputs["is_known_user"][0]),
         "latency_ms": round(milliseconds, 3),
         "items": [
-            {"item_id": id_, "title": titles[id_], "score": float(f"{score:.6g}")}
+            {"item_id": id_, "title": version.titles.get(id_), "score": float(f"{score:.6g}")}
             for id_, score in zip(ids, outputs["scores"][0].tolist(), strict=True)
             if score > -np.inf
         ],

@@ -15,10 +15,13 @@ from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
-from tfrs_pipeline.model.graph import id_list, id_lists
+from tfrs_pipeline.model.graph import id_list, signature_inputs
 from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.index import load_scann_ops
-from tfrs_pipeline.serving.signatures import Retrieval
+from tfrs_pipeline.serving.candidates import Candidates, ItemValues
+from tfrs_pipeline.serving.graph_index import read_saved_index
+from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.searcher import Searcher
+from tfrs_pipeline.serving.signatures import Retrieval, ask
 
 
 def load(path: str | Path, *, exact: bool = False) -> "LoadedRetriever":
@@ -26,11 +29,11 @@ def load(path: str | Path, *, exact: bool = False) -> "LoadedRetriever":
 
     Args:
         path: A version's folder, or a model's folder to load its newest complete version.
-        exact: Whether to load the brute-force fallback instead of a ScaNN index.
+        exact: Whether to score all candidates, also if there is a ScaNN index.
 
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
-        ImportError: If the index needs ScaNN and it is not installed.
+        ImportError: If the index needs the package scann and it is not installed.
         Damaged: If a file has changed since the export.
     """
     return LoadedRetriever(version_at(path), exact=exact)
@@ -50,10 +53,14 @@ def version_at(path: str | Path) -> Path:
 class LoadedRetriever:
     """A `Retriever` on an exported model; see `load`.
 
+    TensorFlow embeds the queries. The search is ScaNN's own or NumPy's, so that a TensorFlow for
+    which ScaNN has no operation will do.
+
     Attributes:
         folder: The version's folder.
         manifest: The content of `manifest.json`.
-        saved_model: What `tf.saved_model.load` returned.
+        saved_model: What `tf.saved_model.load` returned, of a module that needs no operation.
+        candidates: The items to retrieve, and their search.
         user_dtype: Type of the user ids, int64 or string.
         item_dtype: Type of the item ids.
         features: The fitted features that the model reads, by side: "query" (the user's), "request"
@@ -71,14 +78,27 @@ class LoadedRetriever:
                 "it again."
             ) from None
         is_scann = self.manifest["index"]["kind"] == "scann"
-        place = publish.EXACT_FOLDER if is_scann and exact else Path()
-        if is_scann and not exact:
-            load_scann_ops()
+        place = publish.EXACT_FOLDER if is_scann else Path()
         self.saved_model: Any = tf.saved_model.load(str(folder / place))
         spec = self.saved_model.signatures["retrieve"].structured_input_signature[1]
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         self.features = features_of(self.manifest)
+        self.candidates = self._candidates(with_index=is_scann and not exact)
+
+    def _candidates(self, *, with_index: bool) -> Candidates:
+        ids = pq.read_table(self.folder / publish.ITEMS_FILE, columns=["item_id"])["item_id"]
+        # A view, because a copy would double the memory.
+        vectors = np.asarray(memoryview(self.saved_model.exact.embeddings.read_value()))
+        searcher, values, codes = None, None, None
+        levels: tuple[Level, ...] = ()
+        if with_index:
+            searcher = Searcher.load(read_saved_index(self.folder), vectors)
+            levels = tuple(Level(**level) for level in self.manifest["index"]["levels"])
+        if self.item_filter is not None:
+            codes = self.saved_model._item_filter._codes.numpy()[1:]
+            values = ItemValues(self.item_filter["values"], codes)
+        return Candidates(ids.to_numpy(), vectors, searcher, levels, values, codes)
 
     def retrieve(
         self,
@@ -108,8 +128,8 @@ class LoadedRetriever:
                 a request feature that looks misspelt (others are ignored); if `allowed` is given
                 without an item filter, or holds a value that no item has.
         """
-        answer = self._retrieved(queries, "history", k, exclude, allowed)
-        return answer["candidate_ids"], answer["scores"]
+        ids, scores, _ = self._retrieved(queries, "history", k, exclude, allowed)
+        return ids, scores
 
     def retrieve_user(
         self,
@@ -143,14 +163,13 @@ class LoadedRetriever:
         if requests is not None:
             retrieval.check_one_each("requests", requests, len(queries))
             queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
-        answer = self._retrieved(queries, "user", k, exclude, allowed)
-        return answer["candidate_ids"], answer["scores"], answer["is_known_user"]
+        return self._retrieved(queries, "user", k, exclude, allowed)
 
     def embed_queries(self, queries: Sequence[retrieval.Query]) -> np.ndarray:
         """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
         retrieval.check_queries(queries, ids_are_text=self.item_dtype == tf.string)
         names = [Retrieval("history", has_features).embed_name for has_features in (False, True)]
-        return self._answer(queries, names, {})["embeddings"]
+        return self._embedded(queries, names)["embeddings"]
 
     def embed_candidates(
         self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
@@ -178,8 +197,7 @@ class LoadedRetriever:
     def stored_history(self, user_id: Any) -> list[Any]:
         """Returns the stored history of a user, most recent first; [] for an unknown user."""
         ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
-        history: list[Any] = _decoded(ids.numpy())[0].tolist()
-        return history
+        return _id_lists(ids.numpy())[0]
 
     def parse_user_id(self, text: str) -> Any:
         """Parses a typed user id into the type of the model's ids, or raises a `ValueError`."""
@@ -202,15 +220,16 @@ class LoadedRetriever:
     @property
     def num_candidates(self) -> int:
         """Number of candidates."""
-        return int(pq.read_metadata(self.folder / publish.ITEMS_FILE).num_rows)
+        return len(self.candidates)
 
     def candidate_ids(self) -> list[Any]:
-        """Reads the ids of the candidates, in the order of their embeddings."""
-        return pq.read_table(self.folder / publish.ITEMS_FILE)["item_id"].to_pylist()
+        """Returns the ids of the candidates, in the order of their embeddings."""
+        ids: list[Any] = self.candidates.ids().tolist()
+        return ids
 
     def candidate_embeddings(self) -> np.ndarray:
         """Returns the embeddings of the candidates: [num_candidates, D] float32."""
-        return self.saved_model.exact.embeddings.numpy()
+        return self.candidates.vectors()
 
     def held_out_queries(self) -> list[retrieval.Query]:
         """Reads the queries stored with the export, 1,000 at most."""
@@ -228,25 +247,48 @@ class LoadedRetriever:
         k: int,
         exclude: retrieval.Excluded,
         allowed: Sequence[Collection[str]] | None,
-    ) -> dict[str, np.ndarray]:
-        """Checks the arguments, and asks the signature that takes them."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Checks the arguments, embeds the queries, and searches."""
         retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
-        exclude = [()] * len(queries) if exclude is None else exclude
-        asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
         if allowed is not None:
             self._check_allowed(allowed, len(queries))
-            texts = [list(map(to_text, values)) for values in allowed]
-            lists = tf.ragged.constant(texts, tf.string, ragged_rank=1)
-            asked["allowed"] = lists.to_tensor("")
-        names = [Retrieval(asks_by, x, allowed is not None).name for x in (False, True)]
-        answer = self._answer(queries, names, asked)
-        return {**answer, "candidate_ids": _decoded(answer["candidate_ids"])}
+        names = [Retrieval(asks_by, has_features).embed_name for has_features in (False, True)]
+        embedded = self._embedded(queries, names)
+        return self._searched(embedded, k, exclude, allowed)
 
-    def _answer(
+    def answer(
+        self, asked: Retrieval, inputs: Mapping[str, np.ndarray], *, exact: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Answers a signature that retrieves as the SavedModel does, with live items too."""
+        function = self.saved_model.signatures[asked.embed_name]
+        embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
+        exclude, allowed = (inputs.get(name) for name in ("exclude", "allowed"))
+        ids, scores, is_known_user = self._searched(
+            embedded,
+            int(inputs["k"]),
+            None if exclude is None else _id_lists(exclude),
+            None if allowed is None else _id_lists(allowed),
+            exact=exact,
+        )
+        return {"candidate_ids": ids, "scores": scores, "is_known_user": is_known_user}
+
+    def _searched(
         self,
-        queries: Sequence[retrieval.Query],
-        names: Sequence[str],
-        asked: Mapping[str, tf.Tensor],
+        embedded: Mapping[str, np.ndarray],
+        k: int,
+        exclude: retrieval.Excluded,
+        allowed: Sequence[Collection[str]] | None,
+        *,
+        exact: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if (known := embedded.get("known_items")) is not None:
+            lists = _id_lists(known)
+            exclude = [[*x, *y] for x, y in zip(lists, exclude or [()] * len(lists), strict=True)]
+        found = self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
+        return *found, embedded["is_known_user"]
+
+    def _embedded(
+        self, queries: Sequence[retrieval.Query], names: Sequence[str]
     ) -> dict[str, np.ndarray]:
         """Asks the first signature about queries without features, the second about the rest."""
         requests = [query.get("request") for query in queries]
@@ -260,9 +302,6 @@ class LoadedRetriever:
             function = self.saved_model.signatures[names[int(which)]]
             given |= query_inputs(function, some)
             given |= request_inputs(function, self.features, [requests[i] for i in places])
-            for name, values in asked.items():
-                is_whole = name == "k" or len(some) == len(queries)
-                given[name] = values if is_whole else tf.gather(values, places)
             parts.append({name: x.numpy() for name, x in function(**given).items()})
             order.append(places)
         back = np.argsort(np.concatenate(order))
@@ -292,7 +331,8 @@ class LoadedRetriever:
         if self.item_filter is None:
             raise ValueError("This model has no item filter: export it with filter_by.")
         retrieval.check_one_each("allowed", allowed, num_queries)
-        known = set(self.item_filter["values"])
+        assert self.candidates.values is not None
+        known = self.candidates.values.code_of
         unknown = next(
             (value for values in allowed for value in values if to_text(value) not in known), None
         )
@@ -310,7 +350,8 @@ def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
         raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
 
 
-def _decoded(ids: np.ndarray) -> np.ndarray:
-    if ids.dtype != object:
-        return ids
-    return np.array([[id_.decode() for id_ in row] for row in ids], object).reshape(ids.shape)
+def _id_lists(ids: np.ndarray) -> list[list[Any]]:
+    """Returns the ids in each row of [n, any] padded ids of a graph, which are bytes if text."""
+    if ids.dtype.kind == "i":
+        return [row[row != -1].tolist() for row in ids]
+    return [[id_.decode(errors="replace") for id_ in row if id_ != b""] for row in ids.tolist()]

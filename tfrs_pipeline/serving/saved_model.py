@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.encoder import Encoder
-from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.signatures import EMBEDDINGS, RETRIEVALS, Retrieval, completed
 
@@ -94,7 +94,7 @@ class RetrievalModule(tf.Module):
         embedded = graph.call(getattr(self.encoder, retrieval.embed_name), query)
         # Items of a given history are not excluded, unless `exclude` holds them.
         if retrieval.asks_by == "user":
-            exclude = tf.concat([self.encoder.known_items(query["user_id"]), exclude], axis=1)
+            exclude = tf.concat([embedded["known_items"], exclude], axis=1)
         # Row 0 is padding, an unknown item, or one that the index does not have.
         excluded = graph.lookup(self._candidate_rows, exclude)
         chosen = None

@@ -24,8 +24,7 @@ class ServeSettings(Config):
     poll_seconds: PositiveFloat = 2.0
     """Seconds between checks for a new version."""
     page: bool = True
-    """Whether to serve the page at /. It compares the index with exact search, so it keeps a ScaNN
-    model's brute-force fallback in memory too."""
+    """Whether to serve the page at /, which compares the index with exact search."""
     num_threads: PositiveInt = 4
     """How many small requests are answered at the same time. Larger ones take turns in one more
     thread, so that they do not hold up the others."""

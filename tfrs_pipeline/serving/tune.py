@@ -5,14 +5,16 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import tensorflow as tf
 
 from tfrs_pipeline.data.ids import are_listed
 from tfrs_pipeline.evaluation.topk import top_k_in_blocks
-from tfrs_pipeline.serving.index import ExactIndex, Level, ScannIndex
+from tfrs_pipeline.serving.candidates import Candidates
+from tfrs_pipeline.serving.index import Level, num_leaves_of
+from tfrs_pipeline.serving.searcher import Searcher
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +24,16 @@ SMALLEST_DEPTH, LARGEST_DEPTH = 128, 8192
 REPORTED_KS, REPORTED_EXCLUSIONS = (10, 100, 1000), (0, 100, 1000, 5000)
 # A mean over fewer queries is unreliable.
 _FEW_QUERIES = 20
-_QUERIES_PER_CALL = 16
 _REPORTED_QUERIES = 128
-# In units of one hashed candidate: a million of 64 dimensions, 16 queries a call.
-_WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT, WORK_OF_EXACT_SCORE = 1, 9, 20, 3
+# In units of one hashed candidate, some 4 nanoseconds at 64 dimensions, for a query alone.
+_WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT = 3, 4, 6
+# Scoring a candidate exactly, where the processor's cache holds all vectors and where it does not.
+_WORK_OF_EXACT_SCORE, _CACHED_BYTES = (1.5, 4), 1 << 24
 # Differences below this share of a query's largest score are rounding.
 _EQUAL = 1e-6
 # Candidates rescored exactly, per candidate looked for.
 _REORDERED_OVER_DEPTH = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
-_Search = Callable[..., tuple[tf.Tensor, tf.Tensor]]
 _Answer: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Rows from 1, best first, 0 in empty slots, and their scores."""
 
@@ -55,7 +57,20 @@ class Requests(NamedTuple):
         return tuning, Requests(self.queries[:num], self.known[:num])
 
 
-def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: float) -> ScannIndex:
+class Tuned(NamedTuple):
+    """An index, its number of leaves, and how widely to search it by depth, ascending."""
+
+    searcher: Searcher
+    num_leaves: int
+    levels: tuple[Level, ...]
+
+    def candidates(self, embeddings: np.ndarray) -> Candidates:
+        """Returns the search over the vectors of the index, whose ids are their rows from 1."""
+        rows = np.arange(1, len(embeddings) + 1)
+        return Candidates(rows, embeddings, self.searcher, self.levels)
+
+
+def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: float) -> Tuned:
     """Builds a ScaNN index that reaches a recall target with the least work, at each depth.
 
     The depth of a request is its k plus its number of excluded candidates.
@@ -65,38 +80,37 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
         raise ValueError("There must be queries to measure on. Received: 0 queries")
     if num_queries < _FEW_QUERIES:
         logger.warning("the index is tuned on no more than %d queries", num_queries)
-    index = ScannIndex(ExactIndex(embeddings))
+    num_leaves = num_leaves_of(len(embeddings))
+    searcher = Searcher.build(embeddings, num_leaves)
     depths = _depths(len(embeddings))
     ranking, scores = exact_ranking(embeddings, requests.queries, depths[-1])
     is_known = are_listed(ranking, requests.known, len(embeddings))
-    search = compiled(index.approximate, 3)
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
-        found = _in_calls(search, requests.queries, depth, leaves, reordered)
+        found = searcher.search(requests.queries, depth, leaves, reordered)[:2]
         is_found = found_places((ranking[:, :depth], scores[:, :depth]), found)
         return lowest_recall(is_found, is_known[:, :depth])
 
-    exact_work = WORK_OF_EXACT_SCORE * index.num_candidates
+    size = Size(len(embeddings), embeddings.shape[1], num_leaves)
     # Aims a quarter of the allowed loss higher, so that other queries reach the target too.
     wanted = target_recall + (1 - target_recall) / 4
     levels: list[Level] = []
     # Work is computed, not timed, so that equal data give an equal index.
     for depth in depths:
-        if levels and work_of(Level(depth, 1, depth), index) >= exact_work:
+        if levels and size.work(Level(depth, 1, depth)) >= size.exact_work:
             break
-        level = _least(index, functools.partial(recall, depth), depth, wanted)
+        level = _least(size, functools.partial(recall, depth), depth, wanted)
         if level is None and not levels:
             raise RuntimeError(
                 f"No ScaNN search finds {target_recall} of the best {depth}: the widest finds "
-                f"{recall(depth, index.num_leaves, index.num_candidates):.4f}. Lower the recall "
+                f"{recall(depth, num_leaves, len(embeddings)):.4f}. Lower the recall "
                 "target, or take the exact index."
             )
-        if level is None or (levels and work_of(level, index) >= exact_work):
+        if level is None or (levels and size.work(level) >= size.exact_work):
             break
         levels.append(level)
-    index.levels = tuple(levels)
-    logger.info("index of %d leaves: %s", index.num_leaves, index.levels)
-    return index
+    logger.info("index of %d leaves: %s", num_leaves, levels)
+    return Tuned(searcher, num_leaves, tuple(levels))
 
 
 def exact_ranking(
@@ -115,28 +129,41 @@ def _depths(num_candidates: int) -> list[int]:
 
 
 def _least(
-    index: ScannIndex, recall: Callable[[int, int], float], depth: int, wanted: float
+    size: "Size", recall: Callable[[int, int], float], depth: int, wanted: float
 ) -> Level | None:
     """Finds the fewest candidates to rescore, then the fewest leaves; None if none suffices."""
     # Half of the allowed loss is left for the leaves. Recall nearly always rises with both.
-    most, half = index.num_candidates, (1 + wanted) / 2
+    most, half = size.num_candidates, (1 + wanted) / 2
     options = sorted({min(round(x * depth), most) for x in _REORDERED_OVER_DEPTH} | {most})
-    place = bisect.bisect_left(options, True, key=lambda n: recall(index.num_leaves, n) >= half)
+    place = bisect.bisect_left(options, True, key=lambda n: recall(size.num_leaves, n) >= half)
     reordered = options[min(place, len(options) - 1)]
-    leaves = sorted({max(1, round(index.num_leaves * 2 ** (-step / 2))) for step in range(16)})
+    leaves = sorted({max(1, round(size.num_leaves * 2 ** (-step / 2))) for step in range(16)})
     place = bisect.bisect_left(leaves, True, key=lambda n: recall(n, reordered) >= wanted)
     return None if place == len(leaves) else Level(depth, leaves[place], reordered)
 
 
-def work_of(level: Level, index: ScannIndex) -> float:
-    """Computes the work of a search at a level, in hashed candidates."""
-    hashed = index.num_candidates * level.num_leaves_to_search / index.num_leaves
-    return (
-        hashed
-        + _WORK_OF_A_LEAF * index.num_leaves
-        + _WORK_OF_RESCORING * level.num_reordered
-        + _WORK_OF_A_RESULT * level.depth
-    )
+@dataclass(frozen=True)
+class Size:
+    """The size of an index, from which the work of a search is computed."""
+
+    num_candidates: int
+    dim: int
+    num_leaves: int
+
+    def work(self, level: Level) -> float:
+        """Computes the work of a search at a level, in hashed candidates."""
+        return (
+            self.num_candidates * level.num_leaves_to_search / self.num_leaves
+            + _WORK_OF_A_LEAF * self.num_leaves
+            + _WORK_OF_RESCORING * level.num_reordered
+            + _WORK_OF_A_RESULT * level.depth
+        )
+
+    @property
+    def exact_work(self) -> float:
+        """The work of scoring every candidate."""
+        is_large = 4 * self.num_candidates * self.dim > _CACHED_BYTES
+        return _WORK_OF_EXACT_SCORE[is_large] * self.num_candidates
 
 
 def lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
@@ -169,46 +196,24 @@ def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
     return is_found | (is_missed & is_replaced)
 
 
-def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, Any]]:
-    """Measures "recall" by "k" and "excluded": a number of the nearest, or "known" items."""
-    queries, num = requests.queries[:_REPORTED_QUERIES], index.num_candidates
+def measure_requests(candidates: Candidates, requests: Requests) -> list[dict[str, Any]]:
+    """Measures "recall" by "k" and "excluded": a number of the nearest, or "known" items.
+
+    The ids of the candidates are their rows, from 1.
+    """
+    queries, num = requests.queries[:_REPORTED_QUERIES], len(candidates)
     most = min(REPORTED_EXCLUSIONS[-1], num)
-    ranking, _ = exact_ranking(index.exact.embeddings.numpy(), queries, most)
+    ranking, _ = exact_ranking(candidates.vectors(), queries, most)
     cases: dict[int | str, Any] = {n: ranking[:, :n] for n in REPORTED_EXCLUSIONS}
     cases["known"] = requests.known[: len(queries)]
-    searches = [compiled(x.search, 1, num_lists=1) for x in (index, index.exact)]
     measured = []
     for k, (name, excluded) in itertools.product(REPORTED_KS, cases.items()):
-        width = max(map(len, excluded))
-        if k + width >= num:
+        if k + max(map(len, excluded)) >= num:
             continue
-        lists = np.zeros((len(queries), width), np.int32)
-        for line, rows in zip(lists, excluded, strict=True):
-            line[: len(rows)] = rows
-        found, exact = (_in_calls(search, queries, k, excluded=lists) for search in searches)
-        recall = round(float(found_places(exact, found).mean()), 4)
-        measured.append({"k": k, "excluded": name, "recall": recall})
+        found, exact = (
+            candidates.search(queries, k, excluded, exact=is_exact) for is_exact in (False, True)
+        )
+        rows = [np.maximum(ids, 0) for ids in (found[0], exact[0])]
+        is_found = found_places((rows[1], exact[1]), (rows[0], found[1]))
+        measured.append({"k": k, "excluded": name, "recall": round(float(is_found.mean()), 4)})
     return measured
-
-
-def _in_calls(
-    search: _Search, queries: np.ndarray, *options: int, excluded: np.ndarray | None = None
-) -> _Answer:
-    """Searches in calls of 16 queries: [num_queries, any] rows, and their scores."""
-    found = []
-    arguments = [tf.constant(option, tf.int32) for option in options]
-    for start in range(0, len(queries), _QUERIES_PER_CALL):
-        block = slice(start, start + _QUERIES_PER_CALL)
-        lists = [] if excluded is None else [tf.constant(excluded[block])]
-        found.append(search(tf.constant(queries[block]), *arguments, *lists))
-    rows, scores = (np.concatenate(blocks) for blocks in zip(*found, strict=True))
-    return rows, scores
-
-
-def compiled(search: _Search, num_options: int, num_lists: int = 0) -> _Search:
-    """Compiles a search by queries, `num_options` integers and `num_lists` lists of rows."""
-    options = [tf.TensorSpec([], tf.int32)] * num_options
-    lists = [tf.TensorSpec([None, None], tf.int32)] * num_lists
-    signature = [tf.TensorSpec([None, None], tf.float32), *options, *lists]
-    # A plain tf.function would warn of retracing when many indexes are built in turn.
-    return tf.function(search, input_signature=signature).get_concrete_function()

@@ -21,15 +21,17 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
-from tfrs_pipeline.serving.rest import SignatureInputs
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs
+from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import ask, completed
+from tfrs_pipeline.serving.signatures import RETRIEVALS, Retrieval, ask, completed
 
 logger = logging.getLogger(__name__)
 
 # Wait before a version that failed to load is tried again: its folder may still be incomplete.
 RETRY_SECONDS = 30.0
+_RETRIEVALS = {retrieval.name: retrieval for retrieval in RETRIEVALS}
 
 State: TypeAlias = Literal["LOADING", "AVAILABLE", "UNLOADING", "END"]
 # A version's number, inode and time; a later version may reuse the number.
@@ -37,11 +39,7 @@ Identity: TypeAlias = tuple[int, int, int]
 
 
 class ServedVersion:
-    """A loaded version of a model, from a folder named by its number.
-
-    `exact` searches the same items exactly: the brute-force fallback of a ScaNN model (None without
-    the page), or else `retriever` itself.
-    """
+    """A loaded version of a model, from a folder named by its number."""
 
     def __init__(self, folder: Path, settings: ServeSettings) -> None:
         if not folder.name.isdigit():
@@ -52,9 +50,6 @@ class ServedVersion:
         self.number = int(folder.name)
         self.num_uses = 0
         self.retriever = load(folder)
-        self.exact: LoadedRetriever | None = self.retriever
-        if self.retriever.manifest["index"]["kind"] == "scann":
-            self.exact = load(folder, exact=True) if settings.page else None
         # The page needs the titles. They are read now, because the folder may be deleted later.
         self.titles: dict[Any, str | None] = {}
         if settings.page:
@@ -81,39 +76,42 @@ class ServedVersion:
                 times=[name for name, feature in features.items() if feature.is_time],
             )
         # The first call is slow, and would fail for a broken model.
-        for retriever in self._retrievers():
-            for name, inputs in specs.items():
-                retriever.saved_model.signatures[name](**completed(inputs, {}, 1))
+        for name, inputs in specs.items():
+            given = completed(inputs, {}, 1)
+            self.call(name, {name: np.asarray(value) for name, value in given.items()})
 
-    def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Calls a signature with arrays that all have as many queries."""
+    def call(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Calls a signature with arrays that all have as many queries.
+
+        With `exact`, one that retrieves scores all candidates.
+        """
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with metrics.CALL_SECONDS.time():
+            if signature == DEFAULT_SIGNATURE:
+                asked, num = Retrieval("user"), len(inputs["user_id"])
+                given = {"user_id": inputs["user_id"], "k": np.int32(DEFAULT_K)}
+                signature = asked.name
+                inputs = completed(signature_inputs(self._functions[signature]), given, num)
+                inputs = {name: np.asarray(value) for name, value in inputs.items()}
+            if (retrieval := _RETRIEVALS.get(signature)) is not None:
+                return self.retriever.answer(retrieval, inputs, exact=exact)
             return ask(self._functions[signature], inputs)
-
-    def _retrievers(self) -> set[LoadedRetriever]:
-        return {self.retriever} if self.exact is None else {self.retriever, self.exact}
 
     def release(self) -> None:
         """Frees the version's memory; it must not be called afterwards."""
-        # TensorFlow keeps hash tables and ScaNN's index by name, so they would outlive the model.
-        for handles in self.handles():
-            for handle in handles:
-                tf.raw_ops.DestroyResourceOp(resource=handle)
+        # TensorFlow keeps hash tables by name, so they would outlive the model.
+        for handle in self.tables():
+            tf.raw_ops.DestroyResourceOp(resource=handle)
 
-    def handles(self) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """Returns the resources of all hash tables, and those of ScaNN's indexes."""
-        tables: list[tf.Tensor] = []
-        indexes: list[tf.Tensor] = []
-        for retriever in self._retrievers():
-            module = retriever.saved_model
-            for part in tf.train.TrackableView(module).descendants():
-                if isinstance(part, tf.saved_model.experimental.TrackableResource):
-                    tables.append(part.resource_handle)
-            state = getattr(getattr(module, "_index", None), "_state", None)
-            if state is not None:
-                indexes.append(state.recreate_handle())
-        return tables, indexes
+    def tables(self) -> list[tf.Tensor]:
+        """Returns the resources of all hash tables."""
+        return [
+            part.resource_handle
+            for part in tf.train.TrackableView(self.retriever.saved_model).descendants()
+            if isinstance(part, tf.saved_model.experimental.TrackableResource)
+        ]
 
 
 def _signature_def(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,429 @@
+"""Search over candidates in memory: with an index or over all, with exclusions and a filter.
+
+Candidates can be added and removed while others search. A change writes rows that no search reads
+yet, and then makes a new view; each search keeps the view that it began with, and never waits.
+"""
+
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.features.raw import has_booleans, to_text, to_text_lists
+from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.searcher import Searcher
+
+# Scores in memory at a time: 64 MB.
+_SCORES_PER_BLOCK = 1 << 24
+_NEVER = np.iinfo(np.int64).max
+# So many of the newest candidates are scored one by one; the index takes in more than these.
+LONGEST_TAIL = 1024
+# Candidates per change of the index, and how much is reserved for new ones.
+_ADDED_AT_ONCE, _GROWTH = 8, 1.25
+
+
+class ItemValues:
+    """The values by which requests may choose candidates, and each row's codes of them.
+
+    `values` have the codes 1, 2, ... New values get the next ones.
+    """
+
+    def __init__(self, values: Sequence[str], codes: np.ndarray) -> None:
+        self.code_of = {value: code for code, value in enumerate(values, 1)}
+        self._counts = np.bincount(codes.ravel(), minlength=len(values) + 1)
+
+    def encode(self, column: Sequence[Any]) -> np.ndarray:
+        """Returns the codes of new rows' values, [n, any] int32 padded with 0; learns new ones."""
+        texts, lengths = to_text_lists(column)
+        flat = np.array(
+            [self.code_of.setdefault(x, len(self.code_of) + 1) for x in texts.to_pylist()], np.int32
+        )
+        rows = np.zeros((len(lengths), max(1, lengths.max(initial=0))), np.int32)
+        rows[np.arange(rows.shape[1]) < lengths[:, np.newaxis]] = flat
+        counts = np.bincount(rows.ravel(), minlength=len(self.code_of) + 1)
+        counts[: len(self._counts)] += self._counts
+        self._counts = counts
+        return rows
+
+    def choose(self, values: Iterable[Any], num_rows: int) -> "Chosen | None":
+        """Finds what has one of the values; None if there are none, which allows all."""
+        texts = [value for value in values if value not in ("", b"")]
+        if not texts:
+            return None
+        counts, table = self._counts, np.zeros(len(self.code_of) + 1, bool)
+        lower = has_booleans(self.code_of)
+        for text in texts:
+            table[self.code_of.get(to_text(text) if lower else text, 0)] = True
+        table[0] = False  # Padding, and values that no item has.
+        # This counts candidates with two of the values twice.
+        share = counts[table[: len(counts)].nonzero()].sum() / max(1, num_rows)
+        return Chosen(table, min(1.0, float(share)))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which codes a query allows, [num_codes + 1] bool, and the rough share of their candidates."""
+
+    table: np.ndarray
+    share: float
+
+    def has(self, codes: np.ndarray) -> np.ndarray:
+        """Returns which rows' codes, [n, P], are chosen: [n] bool."""
+        found = self.table[np.minimum(codes, len(self.table) - 1)]
+        found &= codes < len(self.table)  # Values that came after the query.
+        return np.asarray(found.any(axis=1))
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a search sees. Rows beyond `num_rows`, and deaths after `version`, are not in it."""
+
+    corpus: Ids
+    # By row from 1; place 0 is the empty slot. Their ends are reserved for new rows.
+    ids: np.ndarray
+    vectors: np.ndarray  # Without a place 0.
+    codes: np.ndarray | None
+    died: np.ndarray | None  # The version from which a row is gone; None if none ever was.
+    searcher: Searcher | None
+    levels: tuple[Level, ...]
+    num_rows: int
+    num_dead: int = 0
+    version: int = 0
+    # The rows, after the corpus, of ids that have changed.
+    new_rows: dict[Any, list[int]] = field(default_factory=dict)
+
+    @property
+    def num_candidates(self) -> int:
+        return self.num_rows - self.num_dead
+
+    def rows_of(self, ids: Collection[Any]) -> np.ndarray:
+        """Returns all rows, gone or not, that ids have had: [any] int32, ascending."""
+        rows = self.corpus.known_rows(ids)
+        if not self.new_rows:
+            return rows
+        more = [row for id_ in set(ids) for row in self._new_rows_of(id_)]
+        return np.union1d(rows, np.array(more, np.int32))
+
+    def row_of(self, id_: Any) -> int:
+        """Returns the row that an id has now, 0 if it is no candidate."""
+        row = max(self._new_rows_of(id_), default=0) or int(self.corpus.rows([id_])[0])
+        return row if row and not self.is_dead(np.array([row]))[0] else 0
+
+    def _new_rows_of(self, id_: Any) -> list[int]:
+        # Those of later views are there too.
+        return [row for row in self.new_rows.get(id_, ()) if row <= self.num_rows]
+
+    def is_dead(self, rows: np.ndarray) -> np.ndarray:
+        if self.died is None:
+            return np.zeros(len(rows), bool)
+        return self.died[rows] <= self.version
+
+
+class Candidates:
+    """Candidates by id, their vectors, and the searches over them.
+
+    Args:
+        ids: [n] ids.
+        vectors: [n, D] float32, in their order.
+        searcher: An index of the vectors; None searches exactly.
+        levels: How widely to search the index, by ascending depth. Deeper requests are answered
+            exactly.
+        values: The values that requests may choose by, with `codes`.
+        codes: [n, P] int32, each candidate's codes of `values`, padded with 0.
+    """
+
+    def __init__(
+        self,
+        ids: Collection[Any] | np.ndarray,
+        vectors: np.ndarray,
+        searcher: Searcher | None = None,
+        levels: Sequence[Level] = (),
+        values: ItemValues | None = None,
+        codes: np.ndarray | None = None,
+    ) -> None:
+        corpus = Ids(ids)
+        by_row = corpus.take(np.arange(len(corpus) + 1))
+        if codes is not None:
+            codes = np.pad(codes, [[1, 0], [0, 0]])
+        self.values = values
+        self._view = _View(
+            *(corpus, by_row, vectors, codes, None, searcher, tuple(levels)), num_rows=len(corpus)
+        )
+        self._lock = threading.RLock()
+        self._marks = threading.local()
+
+    def __len__(self) -> int:
+        return self._view.num_candidates
+
+    @property
+    def num_pending(self) -> int:
+        """Number of candidates that the index has not taken in yet."""
+        view = self._view
+        return 0 if view.searcher is None else view.num_rows - view.searcher.num_rows
+
+    def has(self, ids: Collection[Any]) -> np.ndarray:
+        """Returns which ids are candidates now, [n] bool."""
+        view = self._view
+        return np.array([view.row_of(id_) > 0 for id_ in ids], bool)
+
+    def ids(self) -> np.ndarray:
+        """Returns the ids of the candidates, [n]."""
+        view = self._view
+        return view.ids[self._live_rows(view)]
+
+    def vectors(self) -> np.ndarray:
+        """Returns the vectors of the candidates, [n, D] float32, in the order of `ids`."""
+        view = self._view
+        return view.vectors[self._live_rows(view) - 1]
+
+    def vectors_of(self, ids: Sequence[Any]) -> np.ndarray:
+        """Returns the vectors of some candidates; a `KeyError` if one is not there."""
+        view = self._view
+        rows = np.array([view.row_of(id_) for id_ in ids], np.int32)
+        if not rows.all():
+            raise KeyError(ids[int(np.flatnonzero(rows == 0)[0])])
+        return view.vectors[rows - 1]
+
+    @staticmethod
+    def _live_rows(view: _View) -> np.ndarray:
+        rows = np.arange(1, view.num_rows + 1)
+        return rows if view.died is None else rows[~view.is_dead(rows)]
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        excluded: Sequence[Collection[Any]] | None = None,
+        allowed: Sequence[Iterable[Any]] | None = None,
+        *,
+        exact: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the k best candidates of [B, D] float32 queries, of equal ones the first.
+
+        Args:
+            queries: Finite.
+            k: 1 or more.
+            excluded: Ids never to return, for each query.
+            allowed: Values of which a candidate must have one, for each query; none allows all.
+            exact: Whether to score all candidates.
+
+        Returns:
+            ids [B, k], best first, the empty id in empty slots; scores [B, k] float32, -inf there.
+        """
+        view, num = self._view, len(queries)
+        rows, scores = np.zeros((num, k), np.int32), np.full((num, k), -np.inf, np.float32)
+        excluded = [()] * num if excluded is None else excluded
+        lists = [view.rows_of(ids) if len(ids) else None for ids in excluded]
+        chosen: list[Chosen | None] = [None] * num
+        if allowed is not None and self.values is not None:
+            chosen = [self.values.choose(values, len(self)) for values in allowed]
+        asked = _Asked(view, queries, k, lists, chosen)
+        levels = np.full(num, len(view.levels)) if exact else asked.levels()
+        short = levels == len(view.levels)
+        for level in set(levels[~short].tolist()):
+            lines = np.flatnonzero(levels == level)
+            self._approximate(asked, view.levels[level], lines, rows, scores)
+            short[lines] = (rows[lines] > 0).sum(axis=1) < asked.num_wanted[lines]
+        if short.any():
+            self._exact(asked, np.flatnonzero(short), rows, scores)
+        return view.ids[rows], scores
+
+    def _approximate(
+        self, asked: "_Asked", level: Level, lines: np.ndarray, rows: np.ndarray, scores: np.ndarray
+    ) -> None:
+        view, k = asked.view, asked.k
+        assert view.searcher is not None
+        found, found_scores, num_indexed = view.searcher.search(
+            asked.queries[lines], level.depth, level.num_leaves_to_search, level.num_reordered
+        )
+        is_whole = num_indexed == view.num_rows and view.died is None
+        tail = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
+        for i, line in enumerate(lines):
+            best, best_scores = found[i], found_scores[i]
+            if not is_whole or asked.is_limited(line):
+                is_open = self._open(asked, line, best)
+                best, best_scores = best[is_open], best_scores[is_open]
+            if len(tail):
+                tail_scores = view.vectors[num_indexed : view.num_rows] @ asked.queries[line]
+                is_open = self._open(asked, line, tail)
+                best = np.concatenate([best, tail[is_open]])
+                best_scores = np.concatenate([best_scores, tail_scores[is_open]])
+                order = np.argsort(-best_scores, kind="stable")[:k]
+                best, best_scores = best[order], best_scores[order]
+            num = min(k, len(best))
+            rows[line, :num], scores[line, :num] = best[:num], best_scores[:num]
+
+    def _open(self, asked: "_Asked", line: int, rows: np.ndarray) -> np.ndarray:
+        """Returns which rows, [n], a query may find: [n] bool."""
+        view, excluded, chosen = asked.view, asked.excluded[line], asked.chosen[line]
+        is_open = (rows > 0) & (rows <= view.num_rows)
+        if view.died is not None:
+            rows = np.where(is_open, rows, 0)  # The index may have rows that the view has not.
+            is_open &= ~view.is_dead(rows)
+        if excluded is not None:
+            marks: np.ndarray | None = getattr(self._marks, "marks", None)
+            if marks is None or len(marks) < len(view.ids):
+                marks = self._marks.marks = np.zeros(len(view.ids), bool)
+            marks[excluded] = True
+            is_open &= ~marks[np.minimum(rows, view.num_rows)]
+            marks[excluded] = False
+        if chosen is not None:
+            assert view.codes is not None
+            is_open &= chosen.has(view.codes[np.minimum(rows, view.num_rows)])
+        return is_open
+
+    def _exact(
+        self, asked: "_Asked", lines: np.ndarray, rows: np.ndarray, scores: np.ndarray
+    ) -> None:
+        view = asked.view
+        vectors, size = view.vectors[: view.num_rows], max(1, _SCORES_PER_BLOCK // view.num_rows)
+        for start in range(0, len(lines), size):
+            block = lines[start : start + size]
+            all_scores = (vectors @ asked.queries[block].T).T
+            for line, of_line in zip(block, all_scores, strict=True):
+                of_line = np.ascontiguousarray(of_line)
+                if view.died is not None:
+                    of_line[view.died[1 : view.num_rows + 1] <= view.version] = -np.inf
+                excluded, chosen = asked.excluded[line], asked.chosen[line]
+                if excluded is not None:
+                    of_line[excluded - 1] = -np.inf
+                if chosen is not None:
+                    assert view.codes is not None
+                    of_line[~chosen.has(view.codes[1 : view.num_rows + 1])] = -np.inf
+                places = best_places(of_line, asked.k)
+                rows[line], scores[line] = 0, -np.inf
+                rows[line, : len(places)] = places + 1
+                scores[line, : len(places)] = of_line[places]
+
+    def change(
+        self,
+        ids: Sequence[Any],
+        vectors: np.ndarray,
+        column: Sequence[Any] | None = None,
+        removed: Iterable[Any] = (),
+    ) -> int:
+        """Adds or replaces candidates, and removes others, at once for every later search.
+
+        Args:
+            ids: [n] distinct ids.
+            vectors: [n, D] float32.
+            column: [n] values to choose by, if there is a filter.
+            removed: Ids to remove; unknown ones are ignored.
+
+        Returns:
+            How many of `removed` were candidates.
+        """
+        with self._lock:
+            view, num = self._view, len(ids)
+            gone = [view.row_of(id_) for id_ in ids]
+            num_removed = -len(gone)
+            gone = [row for row in gone if row]
+            num_replaced = len(gone)
+            gone += filter(None, map(view.row_of, removed))
+            num_removed = len(gone) - num_replaced
+            codes = None if self.values is None else self.values.encode(column or [None] * num)
+            view = _with_room(view, num, 0 if codes is None else codes.shape[1], died=bool(gone))
+            first, last = view.num_rows + 1, view.num_rows + num
+            view.ids[first : last + 1] = as_id_array(ids) if num else []
+            view.vectors[first - 1 : last] = vectors
+            if codes is not None and view.codes is not None:
+                view.codes[first : last + 1, : codes.shape[1]] = codes
+            for row, id_ in enumerate(ids, first):
+                view.new_rows.setdefault(id_, []).append(row)
+            if view.died is not None:
+                view.died[gone] = view.version + 1
+            self._view = replace(
+                view,
+                num_rows=last,
+                num_dead=view.num_dead + len(gone),
+                version=view.version + 1,
+            )
+            return num_removed
+
+    def take_in(self) -> None:
+        """Adds new candidates to the index, a few at a time, so that searches go on between."""
+        while (view := self._view).searcher is not None:
+            first = view.searcher.num_rows
+            last = min(first + _ADDED_AT_ONCE, view.num_rows)
+            if first >= last:
+                return
+            view.searcher.add(view.vectors[first:last])
+
+
+@dataclass
+class _Asked:
+    """Queries, and what each excludes and allows; None where it is nothing, or all."""
+
+    view: _View
+    queries: np.ndarray
+    k: int
+    excluded: Sequence[np.ndarray | None]
+    chosen: Sequence[Chosen | None]
+
+    def is_limited(self, line: int) -> bool:
+        """Whether a query excludes anything or allows only some candidates."""
+        return self.excluded[line] is not None or self.chosen[line] is not None
+
+    @property
+    def num_excluded(self) -> np.ndarray:
+        return np.array([0 if x is None else len(x) for x in self.excluded], np.int64)
+
+    @property
+    def num_wanted(self) -> np.ndarray:
+        """Returns how many candidates each query should get if its filter allowed all."""
+        return np.clip(self.view.num_candidates - self.num_excluded, 0, self.k)
+
+    def levels(self) -> np.ndarray:
+        """Returns each query's level; the number past the last one means exact search."""
+        view = self.view
+        if view.searcher is None:
+            return np.full(len(self.queries), len(view.levels))
+        needed = (self.num_wanted + self.num_excluded).astype(np.float64)
+        share = np.array([1.0 if x is None else x.share for x in self.chosen])
+        share *= view.num_candidates / max(1, view.num_rows)
+        is_part = share < 1
+        # So many candidates nearly always include enough open ones: three deviations more.
+        part = needed[is_part]
+        needed[is_part] = (part + 3 * np.sqrt(part)) / np.maximum(share[is_part], 1e-9)
+        return np.searchsorted([level.depth for level in view.levels], needed)
+
+
+def _with_room(view: _View, num: int, width: int, *, died: bool) -> _View:
+    """Makes room for new rows, and codes of some width, in arrays that older views do not share."""
+    capacity = len(view.ids) - 1
+    if view.num_rows + num > capacity or not view.vectors.flags.writeable:
+        capacity = round(_GROWTH * (view.num_rows + num)) + LONGEST_TAIL
+    parts: dict[str, Any] = {}
+    if died and view.died is None:
+        parts["died"] = np.full(capacity + 1, _NEVER)
+    for name in ("ids", "vectors", "codes", "died"):
+        array: np.ndarray | None = getattr(view, name)
+        if array is None:
+            continue
+        shape = [capacity + (name != "vectors"), *array.shape[1:]]
+        if name == "codes":
+            shape[1] = max(shape[1], width)
+        if tuple(shape) == array.shape:
+            continue
+        fill = _NEVER if name == "died" else "" if array.dtype == object else 0
+        grown = np.full(shape, fill, array.dtype)
+        grown[tuple(map(slice, array.shape))] = array
+        parts[name] = grown
+    return replace(view, **parts)
+
+
+def best_places(scores: np.ndarray, k: int) -> np.ndarray:
+    """Returns the places of the k best of [n] scores, best first, equal ones in order.
+
+    Fewer if fewer are above -inf.
+    """
+    if k < len(scores):
+        places = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    else:
+        places = np.arange(len(scores))
+    found = scores[places]
+    places = places[np.argsort(-found, kind="stable")][:k]
+    return places[scores[places] > -np.inf]

@@ -1,0 +1,217 @@
+"""Exact and ScaNN search as TensorFlow modules, for the exported model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.batches.guard import is_member
+from tfrs_pipeline.model.graph import stored
+from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.item_filter import Allowed
+from tfrs_pipeline.serving.searcher import FILES, Saved
+
+
+def load_scann_ops() -> Any:
+    """Imports ScaNN's TensorFlow ops, without which a ScaNN SavedModel cannot be loaded."""
+    try:
+        from scann import scann_ops
+    except Exception as error:  # With another TensorFlow version, the op's loader fails.
+        raise ImportError(
+            "The ScaNN index needs the package scann, built for this TensorFlow "
+            f"({tf.__version__}): pip install 'scann==1.4.2' with tensorflow 2.20, or use exact "
+            f"search. The import said: {error}"
+        ) from error
+    return scann_ops
+
+
+class ExactIndex(tf.Module):
+    """Scores every candidate: `embeddings` are [num_candidates, D] float32."""
+
+    def __init__(self, embeddings: np.ndarray) -> None:
+        super().__init__(name="exact_index")
+        self.embeddings = tf.Variable(embeddings, trainable=False, name="candidate_embeddings")
+        self.num_candidates = len(embeddings)
+
+    @property
+    def exact(self) -> "ExactIndex":
+        """The exact search over the same candidates: this index itself."""
+        return self
+
+    def search(
+        self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor, allowed: Allowed | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Finds the k best candidates of [B, D] queries: rows and scores, [B, k], best first.
+
+        Rows are int32 from 1, in `excluded` [B, E] too; 0 is padding, or an empty slot with the
+        score -inf.
+        """
+        scores = tf.linalg.matmul(queries, self.embeddings, transpose_b=True)
+        if allowed is not None:
+            scores = tf.where(allowed.has_all(), scores, -np.inf)
+        cells = tf.where(excluded > 0)
+        columns = tf.cast(tf.gather_nd(excluded, cells), tf.int64) - 1
+        lowest = tf.fill([tf.shape(cells)[0]], tf.constant(-np.inf, tf.float32))
+        cells = tf.stack([cells[:, 0], columns], axis=1)
+        scores = tf.tensor_scatter_nd_update(scores, cells, lowest)
+        top_scores, places = tf.math.top_k(scores, tf.minimum(k, self.num_candidates))
+        return _filled_up(places + 1, top_scores, k)
+
+
+class SavedIndex(tf.Module):
+    """The files of a ScaNN index as variables, from which the operation makes a searcher."""
+
+    def __init__(self, vectors: tf.Variable, saved: Saved) -> None:
+        super().__init__(name="saved_index")
+        self._ops = load_scann_ops()
+        self._vectors = vectors
+        for file in FILES:
+            # The operation reads a scalar as a part that an index has not.
+            content: Any = saved.get(file, 0 if file.endswith(".npy") else b"")
+            if file in saved and isinstance(content, bytes):
+                content = [content]
+            dtype = None if file in saved or isinstance(content, bytes) else tf.int32
+            setattr(self, _variable(file), stored(tf.constant(content, dtype)))
+
+    @tf.function(input_signature=[])
+    def recreate_handle(self) -> tf.Tensor:
+        """Returns the handle of a searcher, made at the first call."""
+        config, codebook, partitioner, tokens, hashed = (
+            getattr(self, _variable(file)) for file in FILES
+        )
+        no_int8 = tf.constant(0, tf.int8), *2 * [tf.constant(0, tf.float32)]
+        return self._ops.tensors_to_scann(
+            self._vectors, config, partitioner, tokens, codebook, hashed, *no_int8
+        )
+
+
+def read_saved_index(folder: Path) -> Saved:
+    """Reads the files of the index of a SavedModel, without the operation."""
+    reader = tf.train.load_checkpoint(str(folder / "variables" / "variables"))
+    saved: dict[str, np.ndarray | bytes] = {}
+    for file in FILES:
+        value = reader.get_tensor(f"_index/_state/{_variable(file)}/.ATTRIBUTES/VARIABLE_VALUE")
+        if np.ndim(value):
+            saved[file] = value if file.endswith(".npy") else value[0]
+    return saved
+
+
+def _variable(file: str) -> str:
+    return file.partition(".")[0]
+
+
+class ScannIndex(tf.Module):
+    """An approximate index: partitions, asymmetric hashing, exact rescoring of the best.
+
+    `levels` are sorted by depth, ascending; `exact` answers deeper requests.
+    """
+
+    def __init__(
+        self, exact: ExactIndex, saved: Saved, num_leaves: int, levels: Sequence[Level]
+    ) -> None:
+        super().__init__(name="scann_index")
+        self._ops = load_scann_ops()
+        self.exact = exact
+        self.num_leaves = num_leaves
+        self.levels = tuple(levels)
+        self.num_candidates = exact.num_candidates
+        self._state = SavedIndex(exact.embeddings, saved)
+
+    def approximate(
+        self,
+        queries: tf.Tensor,
+        depth: tf.Tensor,
+        num_leaves_to_search: tf.Tensor,
+        num_reordered: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Finds roughly the `depth` best candidates: rows and scores as in `ExactIndex.search`."""
+        searcher = self._ops.searcher_from_module(self._state)
+        places, scores = searcher.search_batched(
+            queries,
+            final_num_neighbors=depth,
+            pre_reorder_num_neighbors=num_reordered,
+            leaves_to_search=num_leaves_to_search,
+        )
+        # ScaNN pads with NaN where the searched leaves hold fewer candidates.
+        scores = tf.where(tf.math.is_nan(scores), -np.inf, scores)
+        return _filled_up(tf.cast(places, tf.int32) + 1, scores, depth)
+
+    def search(
+        self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor, allowed: Allowed | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Finds roughly the k best candidates that are not excluded; see `ExactIndex.search`."""
+        lists = _as_lists(excluded)
+        num_excluded = tf.cast(lists.row_lengths(), tf.int32)
+        num_wanted = tf.minimum(k, self.num_candidates - num_excluded)
+        level = self._levels_of(num_wanted + num_excluded, allowed)
+        # All queries are searched as widely as the one that needs the most.
+        lines = tf.where(level < len(self.levels))
+        widest = tf.reduce_max(tf.where(level < len(self.levels), level, 0))
+        shape = tf.stack([tf.shape(queries)[0], k])
+        rows = tf.zeros(shape, tf.int32)
+        scores = tf.fill(shape, tf.constant(-np.inf, tf.float32))
+
+        def approximately() -> tuple[tf.Tensor, tf.Tensor]:
+            found = self._search_level(widest, queries, k, lists, allowed, lines)
+            return (
+                tf.tensor_scatter_nd_update(rows, lines, found[0]),
+                tf.tensor_scatter_nd_update(scores, lines, found[1]),
+            )
+
+        rows, scores = tf.cond(tf.size(lines) > 0, approximately, lambda: (rows, scores))
+        # Exact search answers queries beyond the last level and those left with too few candidates.
+        short = tf.where(tf.math.count_nonzero(rows, axis=1, dtype=tf.int32) < num_wanted)
+        chosen = None if allowed is None else allowed.of_queries(short[:, 0])
+        exact_rows, exact_scores = self.exact.search(
+            tf.gather_nd(queries, short), k, tf.gather(excluded, short[:, 0]), chosen
+        )
+        return (
+            tf.tensor_scatter_nd_update(rows, short, exact_rows),
+            tf.tensor_scatter_nd_update(scores, short, exact_scores),
+        )
+
+    def _search_level(
+        self,
+        level: tf.Tensor,
+        queries: tf.Tensor,
+        k: tf.Tensor,
+        excluded: tf.RaggedTensor,
+        allowed: Allowed | None,
+        lines: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Searches the queries numbered `lines` [b, 1] at a level: rows and scores [b, k]."""
+        widths = [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels]
+        settings = tf.constant(widths, tf.int32, [len(widths), 3])
+        found, scores = self.approximate(tf.gather_nd(queries, lines), *tf.unstack(settings[level]))
+        is_dropped = is_member(tf.gather(excluded, lines[:, 0]), found)
+        if allowed is not None:
+            is_dropped |= ~allowed.of_queries(lines[:, 0]).has(found)
+        left = tf.where(is_dropped, -np.inf, scores)
+        top_scores, order = tf.math.top_k(left, tf.minimum(k, tf.shape(left)[1]))
+        return _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
+
+    def _levels_of(self, depth: tf.Tensor, allowed: Allowed | None) -> tf.Tensor:
+        """Returns each query's level, [B]; a number past the last level means exact search."""
+        needed = tf.cast(depth, tf.float32)
+        if allowed is not None:
+            # So many candidates nearly always include enough allowed ones: three deviations more.
+            needed = (needed + 3 * tf.sqrt(needed)) / allowed.share
+        return tf.searchsorted(tf.constant([x.depth for x in self.levels], tf.float32), needed)
+
+
+def _filled_up(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Fills [B, <=k] rows and scores up to k, with row 0 wherever the score is -inf."""
+    missing = [[0, 0], [0, k - tf.shape(rows)[1]]]
+    rows = tf.pad(tf.where(scores > -np.inf, rows, 0), missing)
+    return rows, tf.pad(scores, missing, constant_values=-np.inf)
+
+
+def _as_lists(rows: tf.Tensor) -> tf.RaggedTensor:
+    """Turns [B, E] rows into a sorted list for each line, without 0s and repeats."""
+    lines = tf.where(rows > 0)
+    pairs = lines[:, 0] * 2**32 + tf.cast(tf.gather_nd(rows, lines), tf.int64)
+    pairs = tf.sort(tf.unique(pairs).y)
+    values, num_lines = tf.cast(pairs % 2**32, tf.int32), tf.shape(rows, tf.int64)[0]
+    return tf.RaggedTensor.from_value_rowids(values, pairs // 2**32, num_lines, validate=False)

@@ -1,0 +1,181 @@
+"""ScaNN's own searcher, which needs no TensorFlow: built, searched, added to, and saved.
+
+An index is saved as the arrays and bytes of `FILES` beside its vectors. ScaNN's TensorFlow
+operation reads the same ones, so an exported model holds them once.
+"""
+
+import contextlib
+import importlib.util
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+
+# Codes per block.
+SMALLEST_HASHED_CORPUS = 16
+# With two dimensions per block, a deep search has to rescore several times as many.
+_DIMENSIONS_PER_BLOCK, _ANISOTROPIC_THRESHOLD = 1, 0.2
+_TRAINING_SAMPLE = 100_000
+_CONFIG, _VECTORS = "scann_config.pb", "dataset.npy"
+# What ScaNN saves besides its settings and the vectors -> the name of its kind. An index without
+# leaves lacks the second and the third.
+_ASSETS = {
+    "ah_codebook.pb": "AH_CENTERS",
+    "serialized_partitioner.pb": "PARTITIONER",
+    "datapoint_to_token.npy": "TOKENIZATION_NPY",
+    "hashed_dataset.npy": "AH_DATASET_NPY",
+}
+FILES = (_CONFIG, *_ASSETS)
+# How long to wait for a moment without a search before new searches are held up.
+_PATIENCE_SECONDS = 0.02
+
+Saved: TypeAlias = Mapping[str, "np.ndarray | bytes"]
+"""Content of a saved index by the names of `FILES`: arrays, and bytes of messages."""
+
+
+def _module(name: str, *place: str) -> ModuleType:
+    """Imports a module of ScaNN alone: the package itself imports TensorFlow and its operation."""
+    found = importlib.util.find_spec("scann")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("A ScaNN index needs the package scann: pip install 'scann==1.4.2'.")
+    path = Path(found.submodule_search_locations[0]).joinpath(*place)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ImportError(
+            "The package scann cannot be used: pip install 'scann==1.4.2', or use exact search. "
+            f"The import said: {error}"
+        ) from error
+    return module
+
+
+def _scann_numpy() -> Any:
+    return _module("scann_pybind", "scann_ops", "cc", "python", "scann_pybind.so").ScannNumpy
+
+
+class Searcher:
+    """A dot-product index: partitions, asymmetric hashing, exact rescoring of the best.
+
+    Rows count from 1 in the order of the vectors, then of what was added. Threads may search
+    together, and while another adds.
+    """
+
+    def __init__(self, scann: Any) -> None:
+        self._scann = scann
+        # ScaNN searches without Python's lock, so that a change meanwhile would corrupt a search.
+        self._change = threading.Condition()
+        self._num_searches, self._is_held_up = 0, False
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, num_leaves: int) -> Self:
+        """Builds the index of [n, D] float32 vectors; one leaf means no partitions."""
+        if len(vectors) < SMALLEST_HASHED_CORPUS:
+            raise ValueError(
+                f"ScaNN learns its hashing from {SMALLEST_HASHED_CORPUS} candidates or more: take "
+                f"the exact index. Received: {len(vectors)} candidates"
+            )
+        scann_numpy, sample = _scann_numpy(), min(len(vectors), _TRAINING_SAMPLE)
+        builder = _module("scann_builder", "scann_ops", "py", "scann_builder.py").ScannBuilder
+        configured = builder(np.ascontiguousarray(vectors), 1, "dot_product")
+        if num_leaves > 1:
+            configured = configured.tree(
+                num_leaves=num_leaves,
+                num_leaves_to_search=num_leaves,
+                training_sample_size=sample,
+                min_partition_size=1,
+            )
+        hashed = configured.score_ah(
+            _DIMENSIONS_PER_BLOCK,
+            anisotropic_quantization_threshold=_ANISOTROPIC_THRESHOLD,
+            training_sample_size=sample,
+        )
+        # Each search sets its own width.
+        complete = hashed.reorder(1).set_builder_lambda(
+            lambda db, config, num_threads, **_: scann_numpy(db, config, num_threads)
+        )
+        return cls(complete.build())
+
+    @classmethod
+    def load(cls, saved: Saved, vectors: np.ndarray) -> Self:
+        """Loads a saved index of the same vectors."""
+        with tempfile.TemporaryDirectory(prefix="tfrs_pipeline-index-") as name:
+            folder, assets = Path(name), []
+            np.save(folder / _VECTORS, vectors)
+            for file, content in saved.items():
+                if isinstance(content, bytes):
+                    (folder / file).write_bytes(content)
+                else:
+                    np.save(folder / file, content)
+            for file, kind in {**_ASSETS, _VECTORS: "DATASET_NPY"}.items():
+                if (folder / file).exists():
+                    assets.append(f'assets {{ asset_type: {kind} asset_path: "{folder / file}" }}')
+            return cls(_scann_numpy()(name, "\n".join(assets)))
+
+    def save(self) -> Saved:
+        """Returns what `load` takes besides the vectors."""
+        with tempfile.TemporaryDirectory(prefix="tfrs_pipeline-index-") as name:
+            self._scann.serialize(name, True)
+            files = [path for path in map(Path(name).joinpath, FILES) if path.exists()]
+            return {
+                path.name: np.load(path) if path.suffix == ".npy" else path.read_bytes()
+                for path in files
+            }
+
+    @property
+    def num_rows(self) -> int:
+        """Number of vectors."""
+        return int(self._scann.size())
+
+    def search(
+        self, queries: np.ndarray, depth: int, num_leaves_to_search: int, num_reordered: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Finds roughly the `depth` best of [B, D] float32 queries.
+
+        Returns:
+            rows [B, depth] int32, best first, 0 in empty slots; scores [B, depth] float32, -inf in
+            them; the number of rows that were searched.
+        """
+        with self._searching():
+            num_rows = self.num_rows
+            places, scores = self._scann.search_batched(
+                queries, depth, num_reordered, num_leaves_to_search, False, 0
+            )
+        rows = places.astype(np.int32) + 1
+        is_empty = np.isnan(scores)  # The searched leaves hold fewer.
+        if is_empty.any():
+            rows[is_empty], scores[is_empty] = 0, -np.inf
+        return rows, scores, num_rows
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Adds [n, D] float32 vectors; searches wait meanwhile, some 20 microseconds a vector."""
+        with self._change:
+            if not self._change.wait_for(self._is_idle, _PATIENCE_SECONDS):
+                self._is_held_up = True
+                self._change.wait_for(self._is_idle)
+                self._is_held_up = False
+                self._change.notify_all()
+            self._scann.upsert([None] * len(vectors), vectors, 1)
+
+    @contextlib.contextmanager
+    def _searching(self) -> Iterator[None]:
+        with self._change:
+            self._change.wait_for(lambda: not self._is_held_up)
+            self._num_searches += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._num_searches -= 1
+                if not self._num_searches:
+                    self._change.notify_all()
+
+    def _is_idle(self) -> bool:
+        return not self._num_searches
