@@ -37,7 +37,7 @@ from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts
-from tfrs_pipeline.run import pipeline
+from tfrs_pipeline.run import log, pipeline
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
@@ -86,6 +86,7 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, here: Path) -> Any:
         raise RuntimeError("enough")
 
     monkeypatch.setattr(pipeline, "run", record)
+    monkeypatch.setattr(log, "log_steps", lambda *settings: [])
 
     def run(*arguments: Any) -> RunConfig:
         own = arguments and "--run-dir" not in arguments
@@ -272,12 +273,12 @@ def test_a_folder_without_run_is_not_resumed(config_of: Any, command: Any, tmp_p
         (tmp_path / name / "config.toml").write_text("seed = 3\n")
     remedy = "For a new run there, name its data too: --data.path FILE"
     missing = tmp_path / "videos-2026112-141654"
-    near = f"{tmp_path}/videos-20261126-141654 or {tmp_path}/videos-20261127-091500"
+    near = f"Did you mean {tmp_path}/videos-20261126-141654 or {tmp_path}/videos-20261127-091500?"
     # What may change in a finished run does not begin another.
     for asked in (["run"], ["run", "--no-export.gate"], ["compare"]):
         answer = command(*asked, "--run-dir", missing)
         assert answer.code == 2
-        assert f"there is no run in {missing}; did you mean {near}? {remedy}" in answer.err
+        assert f"there is no run in {missing}. {near} {remedy}" in answer.err
     empty, own = tmp_path / "empty", tmp_path / "own"
     empty.mkdir()
     (own / "data").mkdir(parents=True)
@@ -461,6 +462,45 @@ def test_a_run_says_what_it_did_and_where_things_lie(run: Run) -> None:
     assert epochs
     assert "ndcg@20" in verdict
     assert lines[-1].startswith("next:  tfrs-pipeline query ")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
+    """Whose import takes seconds. All commands are refused in one fresh process."""
+    write(pa.table({"usr_id": [1], "item_id": [2]}), Path("other.csv"))
+    write(pa.table({"user_id": [1, 1], "item_id": [2, 3], "stage": ["a", "b"]}), Path("rows.csv"))
+    write(event_table("int"), Path("log.parquet"))
+    write(pa.table({"title": ["a"], "genre": ["b"]}), Path("titles.csv"))
+    Path("empty/1").mkdir(parents=True)
+    warm = ["--warm-start", run.folder / RUN]
+    refused: list[tuple[list[Any], str]] = [
+        (["run", "--data.path", "lg.parquet"], r"Did you mean log\.parquet\?"),
+        (["run", "--data.path", "other.csv", "--check"], "Nearest: usr_id"),
+        (["run", "--data.path", "rows.csv"], "stage"),
+        (["run", "--data.path", "log.parquet", "--data.items_path", "titles.csv"], "'item_id'"),
+        (["run", "--data.path", "log.parquet", *warm, "--model.dim", "5"], "model.dim"),
+        (["compare", "--data.path", "nowhere.csv"], "nowhere.csv does not exist"),
+        (["report", "nowhere"], "holds no finished run"),
+        (["query", "empty", "--user", "3"], "No exported model at 'empty'"),
+        (["serve", "empty"], "No exported model at 'empty'"),
+        (["refresh-index", run.model, "--items", "item.csv"], "item.csv does not exist"),
+        (["refresh-index", run.model, "--items", "titles.csv"], "no column 'item_id'"),
+        (["refresh-index", f"{run.model}x", "--items", "titles.csv"], f"Did you mean {run.model}"),
+    ]
+    arguments = [[str(word) for word in words] for words, _ in refused]
+    code = (
+        "import json, sys\nfrom tfrs_pipeline import cli\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    print('code', cli.main(arguments), 'tensorflow' in sys.modules)"
+    )
+    program = [sys.executable, "-c", code, json.dumps(arguments)]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for (words, message), line in zip(refused, told, strict=True):
+        assert re.search(message, line), words
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
+    assert {line.split()[2] for line in codes} == {"False"}
+    assert {line.split()[1] for line in codes} == {"1", "2"}
 
 
 def test_what_came_out_is_shown_of_a_version_that_another_run_has_replaced(run: Run) -> None:
@@ -744,11 +784,11 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
 ) -> None:
     configs = []
 
-    def interrupt(config: RunConfig, folder: Path, **options: Any) -> None:
+    def interrupt(config: RunConfig, folder: RunFolder) -> None:
         configs.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "run", interrupt)
+    monkeypatch.setattr(log, "log_steps", interrupt)
     own = ("--data.path", tmp_path / "clicks.csv", "--run-dir", tmp_path / "a run")
     answer = command("run", *own)
     assert answer.code == 130

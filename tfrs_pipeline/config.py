@@ -17,7 +17,7 @@ from pydantic_settings import CliSuppress
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.presets import PRESETS, Recipe
@@ -231,7 +231,8 @@ def load_config(path: Path | str) -> RunConfig:
         # Some editors begin a file with a byte order mark, which TOML does not allow.
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError([("", f"cannot be read: {error.strerror}")], str(path)) from error
+        near = beside(Path(path), lambda x: x.suffix == ".toml" and x.name != Path(path).name)
+        raise ConfigError([("", f"cannot be read: {error.strerror}.{near}")], str(path)) from error
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
         raise ConfigError([("", f"is not a TOML file: {error}")], str(path)) from error
     if not settings:  # Usually the disk was full. The defaults would make another run.

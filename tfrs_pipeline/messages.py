@@ -2,8 +2,9 @@
 
 import difflib
 import numbers
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SECONDS_BETWEEN_LINES = 15.0  # Between lines of progress, if each report is a new line.
 
@@ -76,3 +77,11 @@ def suggest(name: str, known: Collection[str]) -> str:
     if len(known) > 30:
         return "no known one is near"
     return "known: " + ", ".join(sorted(known))
+
+
+def beside(path: Path, is_meant: Callable[[Path], object] = Path.exists) -> str:
+    """Suggests neighbours of a missing path with nearly its name; "" if there are none."""
+    folder = path.parent
+    names = [x.name for x in folder.iterdir() if is_meant(x)] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, sorted(names), cutoff=0.7)
+    return f" Did you mean {' or '.join(str(path.with_name(x)) for x in near)}?" if near else ""

@@ -19,9 +19,9 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.settings import ATTENTION_SHAPE, SHAPE, TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.model.warm_start import ATTENTION_SHAPE, SHAPE, WarmStart
+from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.settings import ConfigError
 
 NUM_USERS = 20

@@ -18,11 +18,13 @@ from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.small_log import Watched
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import index as index_module
+from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.serving.export import ExportOptions, export
 from tfrs_pipeline.serving.index import Auto, Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
@@ -93,7 +95,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"path": path, **vars(options), **given})
         return path, {"index": {"kind": "exact"}}
 
-    monkeypatch.setattr(refresh, "export_index", export_index)
+    monkeypatch.setattr(export_module, "export_index", export_index)
     return calls
 
 
@@ -379,7 +381,7 @@ cached_load = functools.cache(load)
 def test_a_bad_item_table_changes_nothing(
     exported: Exported, items_file: Path, change: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refresh, "load", cached_load)
+    monkeypatch.setattr(retriever, "load", cached_load)
     folder = exported("int", "exact")
     pq.write_table(change(pq.read_table(items_file)), items_file)
     with pytest.raises(DataError, match=message):
@@ -407,7 +409,7 @@ def test_the_command_says_what_it_did(
 def load_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedRetriever:
     """Loads a model whose manifest a test may change before the refresh reads it."""
     loaded = load(folder)
-    monkeypatch.setattr(refresh, "load", lambda *arguments, **options: loaded)
+    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: loaded)
     return loaded
 
 
@@ -417,10 +419,12 @@ def test_items_are_read_as_those_of_the_log_were(
     loaded = load_once(folder, monkeypatch)
     path = tmp_path / "items.csv"
     path.write_text("sku,genres\n10,a;b\n17,c\n")
-    loaded.manifest["reading"] = {"list_separator": ";", "item_columns": {"item_id": "sku"}}
+    reading = {"list_separator": ";", "item_columns": {"item_id": "sku"}}
+    write_record(loaded.folder / MANIFEST_FILE, {**loaded.manifest, "reading": reading})
     refresh_index(folder, path)
     assert asked[-1]["items"]["genres"].to_pylist() == [["a", "b"], ["c"]]
     del loaded.manifest["reading"]
+    write_record(loaded.folder / MANIFEST_FILE, loaded.manifest)
     with pytest.raises(DataError, match="no column 'item_id'"):
         refresh_index(folder, path)
 

@@ -12,8 +12,10 @@ from rich.console import Console
 
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.serving import publish
+from tfrs_pipeline.serving.index import Scann, search_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.serving.settings import ServeSettings
 
 TargetRecall: TypeAlias = Annotated[float, Field(gt=0, le=1)]
@@ -29,6 +31,7 @@ class Serve(ServeSettings, OfModel):
 
     def __call__(self) -> int:
         """Serves until it is told to stop."""
+        version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         from tfrs_pipeline.serving.server import serve
 
         # Answers report errors too, but a server's log must say when they happened.
@@ -62,11 +65,7 @@ class RefreshIndex(OfModel):
 
     def __call__(self) -> int:
         """Writes the new version and says where it is."""
-        from tfrs_pipeline.durable import read_record
         from tfrs_pipeline.run.refresh import refresh_index
-        from tfrs_pipeline.serving.index import Scann, search_of
-        from tfrs_pipeline.serving.publish import MANIFEST_FILE
-        from tfrs_pipeline.serving.retriever import version_at
 
         index = None
         if self.index or self.target_recall:
@@ -106,14 +105,11 @@ class Vectors(OfModel):
 
     def __call__(self) -> int:
         """Writes the file and says what is in it."""
-        is_version = (self.model / publish.MANIFEST_FILE).is_file()
-        if not (is_version or publish.versions_of(self.model)):
-            raise publish.no_model_at(self.model)
-        # Only now, because TensorFlow takes seconds to import.
+        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         from tfrs_pipeline.serving.retriever import load
         from tfrs_pipeline.serving.vectors import write_vectors
 
-        about = write_vectors(load(self.model, exact=True), self.file)
+        about = write_vectors(load(version, exact=True), self.file)
         lengths = "{min_norm:.3g} to {max_norm:.3g}".format(**about)
         if about["unit_length"]:
             lengths = "1, so cosine similarity ranks alike"

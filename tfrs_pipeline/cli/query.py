@@ -14,6 +14,7 @@ from tfrs_pipeline.cli.console import say
 from tfrs_pipeline.cli.flags import OfModel
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
+from tfrs_pipeline.serving.publish import version_at
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
@@ -60,9 +61,10 @@ class Query(OfModel):
 
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
+        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         from tfrs_pipeline.serving.retriever import load
 
-        retriever = load(self.model, exact=self.exact)
+        retriever = load(version, exact=self.exact)
         about: dict[str, Any] = {}
         notes = list(_request_notes(retriever, self.request))
         ids, scores = self._ask(retriever, about, notes)

@@ -1,7 +1,6 @@
 """The commands that train, `run` and `compare`, and `report`, which describes a run."""
 
 import contextlib
-import difflib
 import shlex
 import tempfile
 import time
@@ -32,9 +31,10 @@ from tfrs_pipeline.config import (
     names_in_file,
     with_settings,
 )
-from tfrs_pipeline.messages import Progress
+from tfrs_pipeline.messages import Progress, beside
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
+from tfrs_pipeline.run.steps import Runner, as_lines
 from tfrs_pipeline.run.versions import check_model_name, with_source
 from tfrs_pipeline.serving.publish import NotPublished
 
@@ -154,19 +154,16 @@ def _check(command: str, config: RunConfig) -> int:
         native_errors_to(Path(folder) / "native.log"),
         shown(console) as progress,
     ):
+        place = RunFolder(Path(folder))
+        runner = _begin(config, place, progress)
         from tfrs_pipeline.run.compare import plan_steps
         from tfrs_pipeline.run.pipeline import run_steps
         from tfrs_pipeline.run.race import trainable_recipes
-        from tfrs_pipeline.run.steps import Runner, as_lines
-        from tfrs_pipeline.run.training import check_source, check_trainable, variants
+        from tfrs_pipeline.run.training import check_trainable, variants
 
-        runner, place = Runner(progress), RunFolder(Path(folder))
-        steps = plan_steps(config, place)
-        if command == "run":
-            check_source(config)
-            steps = run_steps(config, place)
+        steps = (run_steps if command == "run" else plan_steps)(config, place)
         shown_steps = ("log", "split", "samples", "signals", "plans")
-        runner.run([step for step in steps if step.writes in shown_steps])
+        runner.run(runner.left([step for step in steps if step.writes in shown_steps]))
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:
@@ -190,12 +187,10 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     # Settings that may change in a finished run do not start another one.
     is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
     if folder and holds_nothing and not is_named:
-        runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}")]
-        near = [str(folder.with_name(x)) for x in difflib.get_close_matches(folder.name, runs)]
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        near = beside(folder, lambda x: (x / CONFIG_FILE).is_file())
         raise UsageError(
-            f"--run-dir: there is no run in {folder}{hint} For a new run there, name its data too: "
-            "--data.path FILE, --config FILE, or --data.source movielens-100k"
+            f"--run-dir: there is no run in {folder}.{near} For a new run there, name its data "
+            "too: --data.path FILE, --config FILE, or --data.source movielens-100k"
         )
     if flags.config:
         base = load_config(flags.config)
@@ -230,11 +225,25 @@ def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -
     return with_settings(config, {**given, "recipes": RECIPES})
 
 
+def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> Runner:
+    """Makes the log and its split, unless workers have to join first or the run is finished.
+
+    This comes before TensorFlow is imported, so that refused data is told at once.
+    """
+    runner = Runner(progress)
+    if this_worker().count == 1 and place.metrics() is None:
+        from tfrs_pipeline.run.log import log_steps
+
+        runner.run(log_steps(config, place))
+    return runner
+
+
 def _run(config: RunConfig, folder: Path, progress: Progress) -> "RunResult":
+    begun = _begin(config, RunFolder(folder), progress)
     from tfrs_pipeline.report.facts import write_report
     from tfrs_pipeline.run.pipeline import run
 
-    result = run(config, folder, progress=progress)
+    result = run(config, folder, progress=progress, begun=begun)
     progress.task("report", 0, 0)
     if this_worker().is_chief:
         write_report(folder)
@@ -242,9 +251,10 @@ def _run(config: RunConfig, folder: Path, progress: Progress) -> "RunResult":
 
 
 def _compare(config: RunConfig, folder: Path, progress: Progress) -> "PlanComparison":
+    begun = _begin(config, RunFolder(folder), progress)
     from tfrs_pipeline.run.compare import compare
 
-    return compare(config, folder, progress=progress)
+    return compare(config, folder, progress=progress, begun=begun)
 
 
 _WORK: dict[str, tuple[str, Callable[..., Any], Callable[[Console, RunConfig, Any], None]]] = {
@@ -267,6 +277,7 @@ class Report(Command):
 
     def __call__(self) -> int:
         """Writes the page and prints where."""
+        RunFolder(self.run).results()  # Refuses at once, before libraries are imported.
         from tfrs_pipeline.report.facts import write_report
 
         print(write_report(self.run, self.output))

@@ -22,7 +22,7 @@ from ibis.common.exceptions import TableNotFound
 from tfrs_pipeline.data.engines import check_stored
 from tfrs_pipeline.data.rules import LINES_REMEDY, RawTable
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows
-from tfrs_pipeline.messages import printable, sentence
+from tfrs_pipeline.messages import beside, printable, sentence
 
 _LONGEST_HEADER = 1 << 20
 _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -294,7 +294,8 @@ def _csv_sql(path: Path, paths: Sequence[Path], rejects: str) -> str:
 def _list_files(path: Path) -> tuple[list[Path], bool]:
     """Returns the files of a path, by name, and whether they are CSV."""
     if not path.exists():
-        raise DataError(f"{path} does not exist. Give a CSV or Parquet file, or a folder of them.")
+        remedy = "Give a CSV or Parquet file, or a folder of them."
+        raise DataError(f"{path} does not exist.{beside(path)} {remedy}")
     paths = [path]
     if path.is_dir():
         below = (each.relative_to(path) for each in path.rglob("*") if each.is_file())

@@ -21,6 +21,13 @@ Decay: TypeAlias = Literal["none", "cosine"]
 _Kind = TypeVar("_Kind")
 
 ATTENTION_HEADS = 2  # In each block of the self-attention.
+# The settings that decide what weights mean.
+SHAPE = (
+    *("dim", "normalize", "hidden_layers"),
+    *("use_user_id", "use_candidate_id", "candidate_bias", "share_item_embedding"),
+    *("feature_dim", "history_pooling"),
+)
+ATTENTION_SHAPE = ("history_length", "attention_blocks")
 
 EASY_KINDS = InBatch, Uniform, Popularity
 
@@ -162,6 +169,15 @@ def reads_times(model: TwoTowerSettings, training: TrainingSettings) -> bool:
     """Returns whether a model reads the times of a log that has them: self-attention does."""
     # Sets have no order, and their items no time before a request.
     return "attention" in model.history_pooling and training.examples != "sets"
+
+
+def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[tuple[str, str]]:
+    """Yields (setting, message) for each setting that makes weights mean something else."""
+    has_attention = "attention" in here.history_pooling
+    for name in (*SHAPE, *(ATTENTION_SHAPE if has_attention else ())):
+        old, new = getattr(there, name), getattr(here, name)
+        if old != new:
+            yield f"model.{name}", f"got {new!r}, where the model to start from has {old!r}"
 
 
 def check_examples(

@@ -14,17 +14,14 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import slots_of
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
+from tfrs_pipeline.model.settings import (
+    TrainingSettings,
+    TwoTowerSettings,
+    reads_times,
+    shape_problems,
+)
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.settings import refuse
-
-# The settings that decide what weights mean.
-SHAPE = (
-    *("dim", "normalize", "hidden_layers"),
-    *("use_user_id", "use_candidate_id", "candidate_bias", "share_item_embedding"),
-    *("feature_dim", "history_pooling"),
-)
-ATTENTION_SHAPE = ("history_length", "attention_blocks")
 
 
 class WarmStart:
@@ -124,15 +121,6 @@ class WarmStart:
         keeps_own = is_new & (not has_stand_in)
         for new, old, is_kept in [(variable, source, keeps_own), *((*x, is_new) for x in slots)]:
             new.assign(tf.where(is_kept[:, np.newaxis], new, tf.gather(old, rows)))
-
-
-def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[tuple[str, str]]:
-    """Yields (setting, message) for each setting that makes weights mean something else."""
-    has_attention = "attention" in here.history_pooling
-    for name in (*SHAPE, *(ATTENTION_SHAPE if has_attention else ())):
-        old, new = getattr(there, name), getattr(here, name)
-        if old != new:
-            yield f"model.{name}", f"got {new!r}, where the model to start from has {old!r}"
 
 
 def _problems(

@@ -1,7 +1,6 @@
 """The report of a run: reads the run's folder and renders one self-contained HTML page."""
 
 import dataclasses
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -227,13 +226,7 @@ def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:
 
 def gather_facts(folder: Path) -> RunFacts:
     """Reads all that the report needs from a run's folder."""
-    if not (folder / "metrics.json").is_file():
-        raise ValueError(
-            f"{folder} holds no finished run: it has no metrics.json. If it holds one that was "
-            f"stopped, finish it with:  tfrs-pipeline run --run-dir {shlex.quote(str(folder))}"
-        )
-    config = RunFolder(folder).settings()
-    metrics = read_record(folder / "metrics.json")
+    metrics, config = RunFolder(folder).results(), RunFolder(folder).settings()
     log = Log.read(folder / "data")
     split = Split.read(log, folder / "data" / "split.parquet")
     # If there was no second training, only the first has samples.

@@ -52,12 +52,14 @@ class PlanComparison:
         return comparison_table(self.evaluation, trained, markdown=markdown, width=width)
 
 
-def compare(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> PlanComparison:
+def compare(
+    config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: Runner | None = None
+) -> PlanComparison:
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
     A stopped comparison of the same config in the folder is resumed: trained plans are measured
     again from their checkpoints, and the unfinished one continues from its last epoch. `progress`
-    is told about the steps.
+    is told about the steps; `begun` has run the first ones in the folder.
 
     Raises:
         ConfigError: If `warm_start` is set.
@@ -70,8 +72,8 @@ def compare(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> 
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
     place = RunFolder(folder)
     with place.claim(config, is_run=False):
-        runner = Runner(progress)
-        plans, notes = runner.run(plan_steps(config, place))
+        runner = begun or Runner(progress)
+        plans, notes = runner.run(runner.left(plan_steps(config, place)))
         measure = functools.partial(_measure, config)
         data: RunData = runner.artifacts["samples"]
         measured: dict[str, tuple[Evaluation, TrainingResult]] = {}

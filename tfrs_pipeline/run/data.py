@@ -1,6 +1,5 @@
-"""The data of a run: its log, split and samples, each made by a step."""
+"""The samples of a run, made by a step after those of its log and split."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.settings import DataConfig
-from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.log import log_steps
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.sources.movielens import load_movielens_100k
 
 
 @dataclass(frozen=True)
@@ -52,62 +48,15 @@ def data_steps(
     seed, least = config.seed, config.training.min_positives
     build = functools.partial(TrainingSet.build, seed=seed, hard=hard, min_positives=least)
     read = functools.partial(TrainingSet.read, seed=seed, hard=hard)
-    build_all, read_all = (functools.partial(_samples, get) for get in (build, read))
-
-    def bound(
-        make: Callable[..., Any], read: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        return functools.partial(make, config, folder), functools.partial(read, config, folder)
-
-    return [
-        Step("data", (), "log", *bound(_make_log, _read_log), "data/"),
-        Step("split", ("log",), "split", *bound(_make_split, _read_split), "data/split.parquet"),
-        Step("samples", ("split",), "samples", *bound(build_all, read_all), "samples/"),
-    ]
+    make_all, read_all = (functools.partial(_samples, get, config, folder) for get in (build, read))
+    samples = Step("samples", ("split",), "samples", make_all, read_all, "samples/")
+    return [*log_steps(config, folder), samples]
 
 
 def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None) -> RunData:
     """Makes the samples of a config in a folder, or reads those there; see `data_steps`."""
     data: RunData = Runner().run(data_steps(config, RunFolder(folder), hard))
     return data
-
-
-def _make_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | None:
-    folder.data.mkdir(parents=True, exist_ok=True)
-    load_log(config.data).write(folder.data)
-    return _read_log(config, folder, runner)
-
-
-def _read_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | None:
-    if not (folder.data / "log.json").exists():
-        return None
-    try:
-        log = Log.read(folder.data, connect_engine(config.data))
-    except Damaged as error:
-        # If made again, it might hold other events than those that were trained on.
-        raise Damaged(
-            f"{error} Everything in {folder.path} depends on it: train in another folder, with "
-            f"--config {folder.config_file} --run-dir NEW, and delete this one."
-        ) from error
-    runner.note(*log.describe())
-    return log
-
-
-def _make_split(
-    config: RunConfig, folder: RunFolder, runner: Runner, log: Log
-) -> Split[Log] | None:
-    log.split(**dict(config.split), seed=config.seed).write(folder.split)
-    return _read_split(config, folder, runner, log)
-
-
-def _read_split(
-    config: RunConfig, folder: RunFolder, runner: Runner, log: Log
-) -> Split[Log] | None:
-    if not is_whole(folder.split.with_suffix(".json")):
-        return None
-    split = Split.read(log, folder.split)
-    runner.note(*split.describe())
-    return split
 
 
 def _samples(
@@ -137,40 +86,6 @@ def _samples(
 def final_part(config: RunConfig, split: Split[Log]) -> Log:
     """Returns the part of the log that the tested models are trained on."""
     return split.before_test if config.training.refit else split.train
-
-
-def connect_engine(config: DataConfig) -> Any:
-    """Opens the engine in which a config's log and samples are made."""
-    return connect_spark() if config.source == "spark" else connect(config.memory_limit)
-
-
-def load_log(config: DataConfig, connection: Any = None) -> Log:
-    """Loads the log that a config names, into a connection of `connect_engine`; None opens one."""
-    connection = connection or connect_engine(config)
-
-    def given(*names: str) -> dict[str, Any]:
-        return {name: getattr(config, name) for name in names}
-
-    features = given("item_features", "user_features", "request_features")
-    if config.source == "movielens-100k":
-        log = load_movielens_100k(config.path, ties=config.ties, **features)
-        return dataclasses.replace(log, is_ordered=config.is_ordered)
-    assert config.path is not None  # The config has checked it.
-    if config.source == "spark":
-        paths = {"events": config.path, "items": config.items_path, "users": config.users_path}
-        tables = {
-            name: None if path is None else connection.sql(f"SELECT * FROM {path}")
-            for name, path in paths.items()
-        }
-        return Log.from_ibis(**tables, is_ordered=config.is_ordered, ties=config.ties, **features)
-    return Log.from_files(
-        config.path,
-        items=config.items_path,
-        users=config.users_path,
-        reading=config.reading(),
-        connection=connection,
-        **features,
-    )
 
 
 def describe_samples(report: Mapping[str, Any]) -> list[str]:

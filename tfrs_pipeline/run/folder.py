@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from tfrs_pipeline.durable import (
     try_writing,
     write_record,
 )
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import beside, counted
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.settings import ConfigError
 
@@ -84,6 +85,17 @@ class RunFolder:
     def metrics(self) -> dict[str, Any] | None:
         """Reads the metrics of a finished run; None if it is not finished."""
         return read_record(self.metrics_file) if is_whole(self.metrics_file) else None
+
+    def results(self) -> dict[str, Any]:
+        """Reads the metrics of a finished run; refuses (`ValueError`) any other folder."""
+        if not self.metrics_file.is_file():
+            near = beside(self.path, lambda x: (x / METRICS_FILE).is_file())
+            raise ValueError(
+                f"{self.path} holds no finished run: it has no {METRICS_FILE}.{near} If it holds "
+                "one that was stopped, finish it with:  tfrs-pipeline run --run-dir "
+                f"{shlex.quote(str(self.path))}"
+            )
+        return read_record(self.metrics_file)
 
     def settings(self) -> RunConfig:
         """Reads the settings that the run started with; refuses a lost, cut or changed file."""

@@ -22,7 +22,7 @@ from tfrs_pipeline.run.measure import is_compared, measure, metrics_of
 from tfrs_pipeline.run.publish import Exported, export_step
 from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.training import check_source, training_step, variants
+from tfrs_pipeline.run.training import training_step, variants
 from tfrs_pipeline.run.versions import check_model_name, with_source
 from tfrs_pipeline.serving.publish import publishing, versions_of
 
@@ -89,8 +89,12 @@ def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     ]
 
 
-def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunResult:
+def run(
+    config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: Runner | None = None
+) -> RunResult:
     """Runs the whole pipeline in a folder, which is made if missing.
+
+    `begun` has run the first steps in the folder.
 
     A stopped run of the same config in the folder is resumed: finished data and samples are kept,
     and training continues from its last epoch. A finished run is returned unchanged, since another
@@ -107,18 +111,18 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
         WorkerLost: If another worker fails or does not answer.
     """
     check_model_name(config)
+    is_chief = this_worker().is_chief
     training_strategy()  # Joins the other workers, if there are any.
     place = RunFolder(folder)
-    begun = on_chief(lambda: place.settled(with_source(config, place)).model_dump(mode="json"))
-    config = RunConfig(**begun)
-    if place.metrics() is None:  # A finished run needs no source any more.
-        check_source(config)
+    chiefs = on_chief(lambda: place.settled(with_source(config, place)).model_dump(mode="json"))
+    config = RunConfig(**chiefs)
     with place.claim(config, is_run=True):
         if (finished := chief_first(lambda: read_result(config, place))) is not None:
             progress.step(StepReport("finished before", _describe_finished(finished, config)))
             return finished
-        runner = Runner(progress)
-        chief_first(lambda: runner.run([*data_steps(config, place), _signals_step(config)]))
+        runner = begun or Runner(progress)
+        first = [*data_steps(config, place), *([_signals_step(config)] if is_chief else [])]
+        chief_first(lambda: runner.run(runner.left(first)))
         if config.recipes:
             config = settle(config, place, runner.run([race_step(config, place)]))
         runner.run(_model_steps(config, place))

@@ -1,15 +1,17 @@
-"""Gives an exported model another set of items, without training."""
+"""Gives an exported model another set of items, without training.
+
+TensorFlow is imported once the items are read, so that refused ones are told at once.
+"""
 
 import functools
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tensorflow as tf
 
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
@@ -18,12 +20,18 @@ from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import in_blocks
 from tfrs_pipeline.messages import SILENT, Progress
-from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
 from tfrs_pipeline.serving.index import Search
-from tfrs_pipeline.serving.publish import ITEMS_FILE, MANIFEST_FILE, publishing, versions_of
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
+from tfrs_pipeline.serving.publish import (
+    ITEMS_FILE,
+    MANIFEST_FILE,
+    publishing,
+    version_at,
+    versions_of,
+)
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,8 @@ def refresh_steps(
     embed = functools.partial(_embed, items, allow_all_new=allow_all_new)
     export, read = functools.partial(_export, items, options), ("model", "items")
     return [
-        Step("model", (), "model", functools.partial(_load_numbered, model)),
-        Step("items", ("model",), "items", functools.partial(_read_items, items)),
+        Step("items", (), "items", functools.partial(_read_items, model, items)),
+        Step("model", (), "model", functools.partial(_load, model)),
         # Checked before the items are embedded, which takes long.
         Step("check", read, "unknown", check),
         Step("embed", read, "embedded", embed),
@@ -89,23 +97,21 @@ def refresh_steps(
     ]
 
 
-def _load_numbered(model: Path, runner: Runner) -> LoadedRetriever:
-    # The brute-force fallback needs no ScaNN, and has the same encoder.
-    retriever = load(model, exact=True)
-    if not retriever.folder.name.isdecimal():
+def _read_items(model: Path, path: Path, runner: Runner) -> pa.Table:
+    version = version_at(model)
+    if not version.name.isdecimal():
         raise ValueError(
             "A version's folder is named by its number, such as saved_models/NAME/3: the new "
-            f"one is written beside it. Received: {retriever.folder}"
+            f"one is written beside it. Received: {version}"
         )
-    return retriever
-
-
-def _read_items(path: Path, runner: Runner, retriever: LoadedRetriever) -> pa.Table:
+    manifest = read_record(version / MANIFEST_FILE, check_files=False)
     items, notes = load_items(
         path,
-        is_integer_id=retriever.item_dtype == tf.int64,
-        item_features={x.name: x.kind for x in retriever.features["candidate"]},
-        reading=Reading(**retriever.manifest.get("reading", {})),
+        is_integer_id=pa.types.is_integer(
+            pq.read_schema(version / ITEMS_FILE).field("item_id").type
+        ),
+        item_features={x["name"]: x["kind"] for x in manifest["features"]["candidate"]},
+        reading=Reading(**manifest.get("reading", {})),
     )
     table = items.to_pyarrow()
     if not table.num_rows:
@@ -114,8 +120,20 @@ def _read_items(path: Path, runner: Runner, retriever: LoadedRetriever) -> pa.Ta
     return table
 
 
+def _load(model: Path, runner: Runner) -> "LoadedRetriever":
+    from tfrs_pipeline.serving.retriever import load
+
+    # The brute-force fallback needs no ScaNN, and has the same encoder.
+    return load(model, exact=True)
+
+
 def _check(
-    path: Path, runner: Runner, retriever: LoadedRetriever, items: pa.Table, *, allow_all_new: bool
+    path: Path,
+    runner: Runner,
+    retriever: "LoadedRetriever",
+    items: pa.Table,
+    *,
+    allow_all_new: bool,
 ) -> dict[str, int]:
     """Counts the items with only unknown values, by categorical feature."""
     num_unknown = {}
@@ -167,9 +185,16 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
 
 
 def _embed(
-    path: Path, runner: Runner, retriever: LoadedRetriever, items: pa.Table, *, allow_all_new: bool
+    path: Path,
+    runner: Runner,
+    retriever: "LoadedRetriever",
+    items: pa.Table,
+    *,
+    allow_all_new: bool,
 ) -> _Embedded:
     """Embeds the items that the model can embed; refuses a file of only unknown ids."""
+    from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
+
     features, blocks = [x.name for x in retriever.features["candidate"]], []
     for start in range(0, items.num_rows, ITEMS_PER_CALL):
         runner.progress.task("embed items", start, items.num_rows)
@@ -214,11 +239,13 @@ def _export(
     path: Path,
     options: dict[str, Any],
     runner: Runner,
-    retriever: LoadedRetriever,
+    retriever: "LoadedRetriever",
     items: pa.Table,
     num_unknown: dict[str, int],
     embedded: _Embedded,
 ) -> Refreshed:
+    from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
+
     number, num_untrained = int(retriever.folder.name), int((~embedded.is_trained).sum())
     ids, before = set(embedded.table["item_id"].to_pylist()), set(retriever.candidate_ids())
     refreshed = {

@@ -64,6 +64,10 @@ class Runner:
             self.progress.step(report)
         return made
 
+    def left(self, steps: Sequence[Step]) -> list[Step]:
+        """Lists the steps whose artifacts are not there yet."""
+        return [step for step in steps if step.writes not in self.artifacts]
+
     def note(self, *lines: str) -> None:
         """Adds lines for the user to the report of the current step."""
         self.reports[-1].notes += lines

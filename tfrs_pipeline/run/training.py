@@ -19,12 +19,10 @@ from tfrs_pipeline.model.notes import describe_epoch, describe_steps
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.model.warm_start import shape_problems
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.versions import settings_of_finished
-from tfrs_pipeline.settings import refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
 
@@ -212,12 +210,6 @@ def read_training(
     result = read_epoch(network, config.training, folder, epoch)
     encoder = QueryEncoder(network, corpus)
     return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
-
-
-def check_source(config: RunConfig) -> None:
-    """Refuses a run to start from that is unfinished, or whose model has another shape."""
-    if config.warm_start is not None:
-        refuse(shape_problems(settings_of_finished(config.warm_start).model, config.model))
 
 
 def trained_in(

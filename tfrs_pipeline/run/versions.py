@@ -5,9 +5,11 @@ from pathlib import Path
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import Damaged, file_hash, read_record
+from tfrs_pipeline.messages import beside
+from tfrs_pipeline.model.settings import shape_problems
 from tfrs_pipeline.run.folder import RunFolder, is_made_by
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
-from tfrs_pipeline.settings import ConfigError
+from tfrs_pipeline.settings import ConfigError, refuse
 
 
 def trained_by(folder: Path) -> list[str]:
@@ -64,26 +66,38 @@ def name_of_log(data: DataConfig) -> str:
 
 
 def with_source(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """Returns the settings with `warm_start` as a run, in place of the model that it made."""
+    """Returns the settings with `warm_start` as a run, in place of the model that it made.
+
+    Refuses (`ConfigError`) a run that is unfinished, or whose model has another shape.
+    """
+    if config.warm_start is None:
+        return config
+    source = _source(config.warm_start, folder)
+    if folder.metrics() is None:  # A finished run needs no source any more.
+        refuse(shape_problems(settings_of_finished(source).model, config.model))
+    return config.model_copy(update={"warm_start": source})
+
+
+def _source(path: Path, folder: RunFolder) -> Path:
     # A model gets new versions, but a resumed run must keep the source that it began with, even if
     # its own version is the newest by now.
-    path = config.warm_start
-    if path is None or RunFolder(path).config_file.is_file():
-        return config
+    if RunFolder(path).config_file.is_file():
+        return path
     # The source of a finished run may be gone.
     if folder.metrics() is not None and (source := folder.settings().warm_start) is not None:
-        return config.model_copy(update={"warm_start": source})
+        return source
     versions = versions_of(path)
     version = path / str(versions[-1]) if versions else path
     if not (version / MANIFEST_FILE).is_file():
         raise _refused(
-            f"got {str(path)!r}, which is neither a run's folder nor an exported model's"
+            f"got {str(path)!r}, which is neither a run's folder nor an exported model's."
+            f"{beside(path)}"
         )
     source = _run_that_made(version)
     if source.resolve() != folder.path.resolve():
-        return config.model_copy(update={"warm_start": source})
+        return source
     if (first := folder.settings().warm_start) is not None:
-        return config.model_copy(update={"warm_start": first})
+        return first
     raise _refused(
         f"{version} was made by this very run, which began from random weights. To continue "
         "training from it, give another --run-dir"

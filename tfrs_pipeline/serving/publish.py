@@ -5,7 +5,6 @@ see a broken one. One process publishes at a time, and removes what a killed one
 """
 
 import contextlib
-import difflib
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tfrs_pipeline.durable import Damaged, flush, locked, naming, read_record
+from tfrs_pipeline.messages import beside
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +42,23 @@ def versions_of(folder: Path) -> list[int]:
 
 def no_model_at(path: Path) -> FileNotFoundError:
     """Makes the error for a path without a complete version; it suggests a model nearby."""
-    within, beside = (
-        sorted(x.name for x in folder.iterdir() if versions_of(x)) if folder.is_dir() else []
-        for folder in (path, path.parent)
-    )
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    meant = [str(path / x) for x in within] or [str(path.with_name(x)) for x in near]
-    hint = f"Did you mean {' or '.join(meant)}?" if meant else "`tfrs-pipeline run` writes one."
+    within = sorted(str(x) for x in path.iterdir() if versions_of(x)) if path.is_dir() else []
+    hint = f" Did you mean {' or '.join(within)}?" if within else beside(path, versions_of)
     return FileNotFoundError(
-        f"No exported model at '{path}': it must hold {MANIFEST_FILE}, or versions that do. {hint}"
+        f"No exported model at '{path}': it must hold {MANIFEST_FILE}, or versions that do."
+        f"{hint or ' `tfrs-pipeline run` writes one.'}"
     )
+
+
+def version_at(path: str | Path) -> Path:
+    """Returns the folder of the version that `load` loads, or raises a `FileNotFoundError`."""
+    folder = Path(path).resolve()
+    if (folder / MANIFEST_FILE).is_file():
+        return folder
+    versions = versions_of(folder)
+    if not versions:
+        raise no_model_at(Path(path))
+    return folder / str(versions[-1])
 
 
 @contextlib.contextmanager

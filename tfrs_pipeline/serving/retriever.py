@@ -36,18 +36,7 @@ def load(path: str | Path, *, exact: bool = False) -> "LoadedRetriever":
         ImportError: If the index needs the package scann and it is not installed.
         Damaged: If a file has changed since the export.
     """
-    return LoadedRetriever(version_at(path), exact=exact)
-
-
-def version_at(path: str | Path) -> Path:
-    """Returns the folder of the version that `load` loads, or raises a `FileNotFoundError`."""
-    folder = Path(path).resolve()
-    if (folder / publish.MANIFEST_FILE).is_file():
-        return folder
-    versions = publish.versions_of(folder)
-    if not versions:
-        raise publish.no_model_at(Path(path))
-    return folder / str(versions[-1])
+    return LoadedRetriever(publish.version_at(path), exact=exact)
 
 
 class LoadedRetriever:
