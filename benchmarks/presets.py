@@ -45,7 +45,7 @@ def raced(split: Split, seed: int, exclude: Exclude) -> tuple[Any, dict[str, Any
     """Races all recipes; returns the winner's model, and the race."""
     settings = {"evaluation.exclude": exclude}
     model, race = tp.race(split.train, split.validation, settings=settings, seed=seed)
-    return model, {"winner": race.winner, "raced": {x.name: [x.best, x.spent] for x in race.lanes}}
+    return model, {"winner": race.winner, "raced": {x.name: [x.best, x.spent] for x in race.curves}}
 
 
 def preset(name: str, split: Split, seed: int, exclude: Exclude) -> tuple[Any, dict[str, Any]]:

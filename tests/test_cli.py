@@ -255,16 +255,16 @@ def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     # Data of the user's own has no features of MovieLens, and no index of its own.
     own = config_of("--data.path", "x.csv")
     data = {"source": "files", "path": "x.csv"}
-    assert own == RunConfig(data=data, recipes=RECIPES, given=["data.path"])
+    assert own == RunConfig(data=data, recipes=RECIPES, fixed=["data.path"])
     # What a user gives is what no recipe changes; who chooses a model does not race.
     dim = config_of("--data.path", "x.csv", "--model.dim", "32", "--recipes", "sets", "sequence")
-    assert (dim.recipes, dim.given) == (("sets", "sequence"), ("data.path", "model.dim"))
+    assert (dim.recipes, dim.fixed) == (("sets", "sequence"), ("data.path", "model.dim"))
     gate = config_of("--data.path", "x.csv", "--export.gate")
-    assert (gate.export.gate, gate.given) == (True, ("data.path",))
+    assert (gate.export.gate, gate.fixed) == (True, ("data.path",))
     for chosen in (["--preset", "quick"], ["--recipes", "none"]):
         assert config_of("--data.path", "x.csv", *chosen).recipes == ()
     both = ["--preset", "hybrid_1_100", "--recipes", "default", "sequence"]
-    assert config_of("--data.path", "x.csv", *both).given == ("data.path", "model.hard")
+    assert config_of("--data.path", "x.csv", *both).fixed == ("data.path", "model.hard")
 
 
 def test_a_folder_without_run_is_not_resumed(config_of: Any, command: Any, tmp_path: Path) -> None:

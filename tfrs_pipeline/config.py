@@ -136,7 +136,7 @@ class RunConfig(Config):
     scratch."""
     recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
-    given: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
+    fixed: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
     budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
     """CPU time of a race's epochs, such as 10m, after which the leader wins. If not given, the

@@ -37,7 +37,7 @@ GIVEN = {
 def config_in(folder: Path, **changes: Any) -> RunConfig:
     path = write(event_table("int"), folder / "events.parquet")
     config = small_config(folder, {"path": path}, split={"kind": "last_share", "test": 0.2})
-    asked = {"recipes": ["default", "quick", "sets"], "given": list(GIVEN)}
+    asked = {"recipes": ["default", "quick", "sets"], "fixed": list(GIVEN)}
     return with_settings(config, {**GIVEN, **asked, **changes})
 
 
@@ -49,7 +49,7 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunResul
 
 
 def curves_of(result: RunResult) -> dict[str, list[float]]:
-    return {name: lane["values"] for name, lane in result.metrics["race"]["recipes"].items()}
+    return {name: curve["values"] for name, curve in result.metrics["race"]["recipes"].items()}
 
 
 def test_the_winner_is_trained_and_its_settings_are_the_runs(
@@ -60,7 +60,7 @@ def test_the_winner_is_trained_and_its_settings_are_the_runs(
     best = max(curves, key=lambda name: max(curves[name]))
     assert result.metrics["race"]["winner"] == best
     settled = RunFolder(result.folder).settings()
-    assert (settled.recipes, settled.given, settled.budget) == ((), (), None)
+    assert (settled.recipes, settled.fixed, settled.budget) == ((), (), None)
     assert settled.model == planned(config, best).model
     assert settled.training == planned(config, best).training
     for name, value in GIVEN.items():
@@ -81,7 +81,7 @@ def test_a_recipe_trains_in_a_race_as_it_trains_alone(
 ) -> None:
     config, result = raced
     best = result.metrics["race"]["winner"]
-    alone = with_settings(planned(config, best), {"recipes": (), "given": ()})
+    alone = with_settings(planned(config, best), {"recipes": (), "fixed": ()})
     alone = with_settings(alone, {"export.directory": tmp_path})
     trained = run(alone, tmp_path / "run").metrics
     assert trained["training"]["two_tower"] == result.metrics["training"]["two_tower"]
@@ -171,7 +171,7 @@ ORDERED_LOG = Log.from_table(event_table("int").select(["user_id", "item_id"]))
 
 
 @pytest.mark.parametrize(
-    ("is_ordered", "given", "racing", "why"),
+    ("is_ordered", "fixed", "racing", "why"),
     [
         (True, {}, RECIPES, {}),
         (False, {}, ("default", "sets"), dict.fromkeys(IN_ORDER, "is_ordered")),
@@ -190,7 +190,7 @@ def test_who_races(
     tmp_path: Path,
 ) -> None:
     log = dataclasses.replace(ORDERED_LOG, is_ordered=is_ordered)
-    asked = {"recipes": RECIPES, "given": list(given), "data.is_ordered": is_ordered}
+    asked = {"recipes": RECIPES, "fixed": list(given), "data.is_ordered": is_ordered}
     # Given settings may contradict those that a recipe would replace.
     tables = RunConfig().model_dump()
     for name, value in {**asked, **given}.items():
@@ -198,7 +198,7 @@ def test_who_races(
         (tables[table] if table else tables)[setting] = value
     config = RunConfig.model_construct(
         **{name: getattr(RunConfig(), name) for name in RunConfig.model_fields}
-        | {"recipes": RECIPES, "given": tuple(given), "data": DataConfig(is_ordered=is_ordered)}
+        | {"recipes": RECIPES, "fixed": tuple(given), "data": DataConfig(is_ordered=is_ordered)}
         | {"training": TrainingSettings(**tables["training"])}
     )
     data = TrainingSet.build(log, tmp_path, seed=0)
@@ -211,7 +211,7 @@ def test_who_races(
 
 def test_recipes_that_the_given_settings_make_equal_race_once(tmp_path: Path) -> None:
     every = list(dict.fromkeys(itertools.chain.from_iterable(map(recipe, RECIPES))))
-    config = with_settings(RunConfig(), {"recipes": RECIPES, "given": every})
+    config = with_settings(RunConfig(), {"recipes": RECIPES, "fixed": every})
     data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0)
     found, not_begun = trainable_recipes(config, ORDERED_LOG, [data])
     assert tuple(found) == ("default",)
@@ -232,8 +232,8 @@ def test_a_race_in_python_is_one_call(tmp_path: Path) -> None:
     names = ("default", "sets")
     model, race = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
     assert isinstance(race, Race)
-    assert [lane.name for lane in race.lanes] == ["default", "sets"]
-    won = next(lane for lane in race.lanes if lane.name == race.winner)
+    assert [curve.name for curve in race.curves] == ["default", "sets"]
+    won = next(curve for curve in race.curves if curve.name == race.winner)
     assert tuple(model.result.history["val_ndcg@20"]) == won.values
     assert len(race.lines()) == 2
     ids, _ = model.retrieve([{"history": [10, 20]}], k=5)
@@ -241,7 +241,7 @@ def test_a_race_in_python_is_one_call(tmp_path: Path) -> None:
     # A folder keeps it: the second call trains nothing.
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")}
     again, same = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
-    assert same.lanes == race.lanes
+    assert same.curves == race.curves
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")} == files
     assert again.retrieve([{"history": [10, 20]}], k=5)[0].tolist() == ids.tolist()
 

@@ -67,7 +67,7 @@ def test_a_killed_worker_stops_the_others_and_all_go_on(tmp_path: Path) -> None:
 def test_workers_race_together(tmp_path: Path) -> None:
     data = {"path": write(event_table("int"), tmp_path / "events.parquet")}
     given = {"model.negatives": ["uniform:num=32"], "training.optimizer": "adagrad"}
-    asked = {"recipes": ["default", "quick"], "given": [*given, "model.dim", "training.max_epochs"]}
+    asked = {"recipes": ["default", "quick"], "fixed": [*given, "model.dim", "training.max_epochs"]}
     config = with_settings(small_config(tmp_path, data), {**given, **asked})
     (tmp_path / "settings.toml").write_text(dump_config(config))
     together = tmp_path / "together"

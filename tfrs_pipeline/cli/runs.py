@@ -209,20 +209,20 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
 def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
-    in_file = names_in_file(flags.config) if flags.config else list(config.given)
+    in_file = names_in_file(flags.config) if flags.config else list(config.fixed)
     in_preset = PRESETS[flags.preset][1] if flags.preset else ()
     # Not what may change in a started run: given anew, it would make the settings others.
-    named = {*settings, *in_file, *in_preset} - {"recipes", "given", "budget", *MAY_CHANGE}
-    given = {"given": sorted(named)}
-    if config.recipes and "given" not in in_file:
-        return with_settings(config, given)
+    named = {*settings, *in_file, *in_preset} - {"recipes", "fixed", "budget", *MAY_CHANGE}
+    fixed = {"fixed": sorted(named)}
+    if config.recipes and "fixed" not in in_file:
+        return with_settings(config, fixed)
     is_demo = config.data.source == "movielens-100k"
     is_settled = "recipes" in settings or "recipes" in in_file or (is_begun and not flags.config)
     if is_settled or is_demo or flags.preset or config.warm_start is not None:
         if config.budget is not None and not config.recipes:
             raise UsageError("--budget: nothing races here; name --recipes, or leave it out")
         return config
-    return with_settings(config, {**given, "recipes": RECIPES})
+    return with_settings(config, {**fixed, "recipes": RECIPES})
 
 
 def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> Runner:

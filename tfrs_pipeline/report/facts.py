@@ -200,8 +200,10 @@ def _race_figures(facts: RunFacts) -> list[Drawing]:
     if "race" not in facts.metrics:
         return []
     race = facts.metrics["race"]
-    lanes = {name: lane for name, lane in race["recipes"].items() if lane["values"]}
-    values, seconds = ({x: lane[key] for x, lane in lanes.items()} for key in ("values", "seconds"))
+    curves = {name: curve for name, curve in race["recipes"].items() if curve["values"]}
+    values, seconds = (
+        {x: curve[key] for x, curve in curves.items()} for key in ("values", "seconds")
+    )
     chosen = {name: of_lane.index(max(of_lane)) + 1 for name, of_lane in values.items()}
     what = f"validation {race['metric']} of the recipes"
     return [figures.curves_figure(values, chosen, what, seconds=seconds)]

@@ -30,7 +30,7 @@ from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.presets import RECIPES, recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.lanes import Lane, Turn, standing, winner
+from tfrs_pipeline.run.rounds import Curve, Turn, standing, winner
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_trainable, fit_once, trains_winner_alone
 from tfrs_pipeline.settings import refuse
@@ -46,13 +46,13 @@ class Race:
     """A decided race.
 
     Attributes:
-        lanes: The curve of each recipe.
+        curves: Those of the recipes.
         metric: The validation metric that decided.
         dropped: Recipe -> its CPU seconds when it was dropped, and how far it was behind by then.
         not_begun: Recipe -> why it did not race.
     """
 
-    lanes: tuple[Lane, ...]
+    curves: tuple[Curve, ...]
     metric: str
     dropped: Mapping[str, tuple[float, float]]
     not_begun: Mapping[str, str]
@@ -60,40 +60,40 @@ class Race:
     @property
     def winner(self) -> str:
         """Name of the recipe that won."""
-        return winner(self.lanes).name
+        return winner(self.curves).name
 
     def lines(self) -> list[str]:
         """Describes the race in a line for each recipe, the winner first."""
-        first = winner(self.lanes)
-        ranked = sorted(self.lanes, key=lambda lane: -lane.best)
-        spent = sum(lane.spent for lane in self.lanes)
+        first = winner(self.curves)
+        ranked = sorted(self.curves, key=lambda curve: -curve.best)
+        spent = sum(curve.spent for curve in self.curves)
         return [
             f"{first.name} won: validation {self.metric} {first.best:.4f} after epoch "
             f"{first.best_epoch}; its epochs took {first.spent:.0f} of all {spent:.0f} CPU seconds",
-            *(self._line(lane) for lane in ranked if lane is not first),
+            *(self._line(curve) for curve in ranked if curve is not first),
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
         ]
 
-    def _line(self, lane: Lane) -> str:
-        if not lane.values:
-            return f"{lane.name}: not trained before the budget ended"
-        best = f"{lane.name}: best {lane.best:.4f} after epoch {lane.best_epoch}"
-        if winner(self.lanes).best - lane.best < CLOSE:
+    def _line(self, curve: Curve) -> str:
+        if not curve.values:
+            return f"{curve.name}: not trained before the budget ended"
+        best = f"{curve.name}: best {curve.best:.4f} after epoch {curve.best_epoch}"
+        if winner(self.curves).best - curve.best < CLOSE:
             best += ", close to the winner"
-        if lane.name in self.dropped and not lane.has_ended:
-            seconds, behind = self.dropped[lane.name]
+        if curve.name in self.dropped and not curve.has_ended:
+            seconds, behind = self.dropped[curve.name]
             return (
                 f"{best}; dropped after {seconds:.0f} CPU seconds, {behind:.4f} behind the leader"
             )
-        how = "trained to its end in" if lane.has_ended else "stopped by the budget after"
-        return f"{best}; {how} {lane.spent:.0f} CPU seconds"
+        how = "trained to its end in" if curve.has_ended else "stopped by the budget after"
+        return f"{best}; {how} {curve.spent:.0f} CPU seconds"
 
     def as_metrics(self) -> dict[str, Any]:
         """Returns the race as an entry of metrics.json."""
         return {
             "winner": self.winner,
             "metric": self.metric,
-            "recipes": {lane.name: dataclasses.asdict(lane) for lane in self.lanes},
+            "recipes": {curve.name: dataclasses.asdict(curve) for curve in self.curves},
             "lines": self.lines(),
         }
 
@@ -139,15 +139,15 @@ def race(
             model, race = tp.race(train, validation)
             print(*race.lines(), sep="; ")
     """
-    asked = {"recipes": recipes, "given": tuple(settings or ()), "budget": budget}
+    asked = {"recipes": recipes, "fixed": tuple(settings or ()), "budget": budget}
     base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         hard = base.model.hard if isinstance(base.model.hard, FunnelLosers) else None
         data = TrainingSet.build(train, place / "samples", seed=seed, hard=hard)
-        laps = _Laps(base, (data,), validation, train, place / "race", progress)
-        decided = laps.run()
-        model = laps.train(Turn(decided.winner, 0, math.inf))
+        trainings = _Trainings(base, (data,), validation, train, place / "race", progress)
+        decided = trainings.run()
+        model = trainings.train(Turn(decided.winner, 0, math.inf))
         assert model is not None  # This turn has no end.
         return model, decided
 
@@ -165,8 +165,8 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
         if won.is_dir() and not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             won.rename(place)
-        for lane in decided.lanes:
-            shutil.rmtree(folder.race / lane.name, ignore_errors=True)
+        for curve in decided.curves:
+            shutil.rmtree(folder.race / curve.name, ignore_errors=True)
         folder.settle(config, settled, decided.as_metrics())
 
     on_chief(move)
@@ -178,7 +178,7 @@ def race_step(config: RunConfig, folder: RunFolder) -> Step:
 
     def make(runner: Runner, data: RunData) -> Race:
         log, told = data.split.train, runner.progress
-        decided = _Laps(config, data.parts, data.validation, log, folder.race, told).run()
+        decided = _Trainings(config, data.parts, data.validation, log, folder.race, told).run()
         runner.note(*decided.lines())
         return decided
 
@@ -187,7 +187,7 @@ def race_step(config: RunConfig, folder: RunFolder) -> Step:
 
 def winners_settings(config: RunConfig, decided: Race) -> RunConfig:
     """Returns the settings of a config's winner, without recipes."""
-    changed: dict[str, Any] = {"recipes": (), "given": (), "budget": None}
+    changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": None}
     if trains_winner_alone(config):
         named = config.evaluation.baselines
         changed["evaluation.baselines"] = tuple(x for x in named if x != "uncorrected")
@@ -195,10 +195,10 @@ def winners_settings(config: RunConfig, decided: Race) -> RunConfig:
 
 
 def planned(config: RunConfig, name: str) -> RunConfig:
-    """Returns the config with a recipe's settings, except for those that are given."""
-    # A table that is given covers its settings.
-    given = tuple(f"{setting}." for setting in config.given)
-    changed = {key: x for key, x in recipe(name).items() if not f"{key}.".startswith(given)}
+    """Returns the config with a recipe's settings, except for those that are fixed."""
+    # A table that is fixed covers its settings.
+    fixed = tuple(f"{setting}." for setting in config.fixed)
+    changed = {key: x for key, x in recipe(name).items() if not f"{key}.".startswith(fixed)}
     return with_settings(config, changed)
 
 
@@ -238,7 +238,7 @@ def check_log(config: RunConfig, log: Log) -> None:
     refuse([("training.examples", f"got {examples!r}, and the log has {what}")] if what else [])
 
 
-class _Laps:
+class _Trainings:
     """The trainings of a race, which take turns. A folder keeps their curves and checkpoints."""
 
     def __init__(
@@ -253,21 +253,21 @@ class _Laps:
         self.config, self.data, self.validation, self.log = config, parts[0], validation, log
         self.folder, self.progress = folder, progress
         self.configs, self.not_begun = trainable_recipes(config, log, parts)
-        self.lanes = {name: Lane(name) for name in self.configs}
+        self.curves = {name: Curve(name) for name in self.configs}
         for name, (seconds, values, has_ended) in on_chief(self._read).items():
             if name in self.configs:
-                self.lanes[name] = Lane(name, tuple(seconds), tuple(values), has_ended)
+                self.curves[name] = Curve(name, tuple(seconds), tuple(values), has_ended)
 
     def run(self) -> Race:
         """Trains in turns until the race is decided; resumes after the last whole epoch."""
         while (turn := self._turn()) is not None:
             self.train(turn)
-        lanes = tuple(self.lanes.values())
-        dropped = standing(lanes, self.config.budget).dropped
-        return Race(lanes, self.config.training.monitor, dropped, self.not_begun)
+        curves = tuple(self.curves.values())
+        dropped = standing(curves, self.config.budget).dropped
+        return Race(curves, self.config.training.monitor, dropped, self.not_begun)
 
     def _turn(self) -> Turn | None:
-        turn = standing(tuple(self.lanes.values()), self.config.budget).turn
+        turn = standing(tuple(self.curves.values()), self.config.budget).turn
         # The chief's clock decides for all workers.
         chosen = on_chief(lambda: None if turn is None else dataclasses.astuple(turn))
         return None if chosen is None else Turn(*chosen)
@@ -275,20 +275,20 @@ class _Laps:
     def train(self, turn: Turn) -> FittedTwoTower | None:
         """Trains a recipe for its turn; returns the model if the training has ended."""
         tf.keras.backend.clear_session()  # One network at a time.
-        config, before = self.configs[turn.name], self.lanes[turn.name]
+        config, before = self.configs[turn.name], self.curves[turn.name]
         clock, durations = [time.process_time()], list[float]()
 
-        def keep(so_far: TrainingResult, has_ended: bool) -> Lane:
+        def keep(so_far: TrainingResult, has_ended: bool) -> Curve:
             values = so_far.history[f"val_{config.training.monitor}"]
-            self.lanes[turn.name] = lane = before.after(values, durations, has_ended)
+            self.curves[turn.name] = curve = before.after(values, durations, has_ended)
             on_chief(self._write)
-            return lane
+            return curve
 
         def on_epoch(so_far: TrainingResult) -> None:
             clock.append(time.process_time())
             durations.append(clock[-1] - clock[-2])
-            lane = keep(so_far, has_ended=False)
-            if on_chief(lambda: turn.is_over(lane)):
+            curve = keep(so_far, has_ended=False)
+            if on_chief(lambda: turn.is_over(curve)):
                 raise _Paused
 
         try:
@@ -310,14 +310,14 @@ class _Laps:
         return model
 
     def _leading(self) -> str:
-        first = winner(tuple(self.lanes.values()))
+        first = winner(tuple(self.curves.values()))
         return f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / CURVES_FILE
-        return dict(read_record(path)["lanes"]) if is_whole(path) else {}
+        return dict(read_record(path)["curves"]) if is_whole(path) else {}
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        lanes = {x.name: (x.seconds, x.values, x.has_ended) for x in self.lanes.values()}
-        write_record(self.folder / CURVES_FILE, {"lanes": lanes})
+        curves = {x.name: (x.seconds, x.values, x.has_ended) for x in self.curves.values()}
+        write_record(self.folder / CURVES_FILE, {"curves": curves})

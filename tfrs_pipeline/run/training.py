@@ -191,7 +191,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 
 def trains_winner_alone(config: RunConfig) -> bool:
     """Returns whether a race leaves out the uncorrected model, to save a second long training."""
-    return bool(config.recipes) and "evaluation.baselines" not in config.given
+    return bool(config.recipes) and "evaluation.baselines" not in config.fixed
 
 
 def plan_of(config: RunConfig, name: str) -> TwoTower:

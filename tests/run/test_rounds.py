@@ -7,54 +7,54 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.run.lanes import FIRST_EPOCHS, FIRST_SECONDS, Lane, Turn, standing, winner
+from tfrs_pipeline.run.rounds import FIRST_EPOCHS, FIRST_SECONDS, Curve, Turn, standing, winner
 
 CURVES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30)
 
 
-def full(name: str, values: Sequence[float], epoch: float = 5.0) -> Lane:
+def full(name: str, values: Sequence[float], epoch: float = 5.0) -> Curve:
     """A recipe whose epochs take equally long, trained to its end."""
     seconds = tuple(itertools.accumulate(itertools.repeat(epoch, len(values))))
-    return Lane(name, seconds, tuple(values), has_ended=True)
+    return Curve(name, seconds, tuple(values), has_ended=True)
 
 
-def until(lane: Lane, num_epochs: int) -> Lane:
-    is_all = num_epochs == len(lane.values)
-    return Lane(lane.name, lane.seconds[:num_epochs], lane.values[:num_epochs], is_all)
+def until(curve: Curve, num_epochs: int) -> Curve:
+    is_all = num_epochs == len(curve.values)
+    return Curve(curve.name, curve.seconds[:num_epochs], curve.values[:num_epochs], is_all)
 
 
-def raced(known: Sequence[Lane], budget: float | None = None) -> tuple[list[Lane], list[str]]:
+def raced(known: Sequence[Curve], budget: float | None = None) -> tuple[list[Curve], list[str]]:
     """Replays a race on known curves; returns where each recipe stopped, and who had the turns."""
-    lanes, turns = [until(lane, 0) for lane in known], []
-    while (turn := standing(lanes, budget).turn) is not None:
-        place = [lane.name for lane in known].index(turn.name)
-        whole, done = known[place], len(lanes[place].values)
+    curves, turns = [until(curve, 0) for curve in known], []
+    while (turn := standing(curves, budget).turn) is not None:
+        place = [curve.name for curve in known].index(turn.name)
+        whole, done = known[place], len(curves[place].values)
         assert done < len(whole.values), "An ended training cannot have another turn."
         for number in range(done + 1, len(whole.values) + 1):
-            lanes[place] = until(whole, number)
-            if turn.is_over(lanes[place]):
+            curves[place] = until(whole, number)
+            if turn.is_over(curves[place]):
                 break
         turns.append(turn.name)
-    return lanes, turns
+    return curves, turns
 
 
 def test_a_slow_starter_that_rises_wins() -> None:
     early = full("early", [0.30, 0.33, 0.34, 0.34, 0.34, 0.34, 0.34])
     late = full("late", [0.20, 0.28, 0.31, 0.32, *[0.33 + 0.002 * i for i in range(20)]])
-    lanes, _ = raced([early, late])
-    assert winner(lanes).name == "late"
-    assert winner(lanes).has_ended
+    curves, _ = raced([early, late])
+    assert winner(curves).name == "late"
+    assert winner(curves).has_ended
 
 
 def test_one_that_cannot_catch_up_is_dropped_early() -> None:
     good = full("good", [0.30 + 0.005 * i for i in range(40)])
     flat = full("flat", [0.20] * 40)
-    lanes, _ = raced([good, flat])
-    assert winner(lanes) == good
-    spent, behind = standing(lanes).dropped["flat"]
-    assert lanes[1].spent == spent <= max(FIRST_SECONDS, FIRST_EPOCHS * 5.0)
+    curves, _ = raced([good, flat])
+    assert winner(curves) == good
+    spent, behind = standing(curves).dropped["flat"]
+    assert curves[1].spent == spent <= max(FIRST_SECONDS, FIRST_EPOCHS * 5.0)
     assert behind == pytest.approx(good.best_by(spent) - 0.2)
-    budget = 2 * lanes[1].spent + 1.0
+    budget = 2 * curves[1].spent + 1.0
     stopped, _ = raced([good, flat], budget)
     assert not winner(stopped).has_ended
     assert standing(stopped, budget).dropped == {"flat": (spent, behind)}
@@ -62,9 +62,9 @@ def test_one_that_cannot_catch_up_is_dropped_early() -> None:
 
 def test_two_that_stay_close_are_both_trained_to_their_ends() -> None:
     one, other = full("one", [0.3, 0.4, 0.41]), full("other", [0.3, 0.39, 0.42])
-    lanes, _ = raced([one, other])
-    assert lanes == [one, other]
-    assert winner(lanes).name == "other"
+    curves, _ = raced([one, other])
+    assert curves == [one, other]
+    assert winner(curves).name == "other"
 
 
 def test_of_equals_the_first_wins() -> None:
@@ -74,13 +74,13 @@ def test_of_equals_the_first_wins() -> None:
 def test_a_round_gives_each_recipe_the_same_cpu_time() -> None:
     cheap = full("cheap", [0.3 + 0.001 * i for i in range(400)], epoch=1.0)
     dear = full("dear", [0.3 + 0.01 * i for i in range(40)], epoch=10.0)
-    lanes = [until(cheap, FIRST_EPOCHS), until(dear, FIRST_EPOCHS)]
+    curves = [until(cheap, FIRST_EPOCHS), until(dear, FIRST_EPOCHS)]
     first = FIRST_EPOCHS * 10
-    assert standing(lanes).turn == Turn("cheap", 0, first)
-    lanes[0] = until(cheap, first)
-    assert standing(lanes).turn == Turn("cheap", 0, 2 * first)
-    lanes[0] = until(cheap, 2 * first)
-    assert standing(lanes).turn == Turn("dear", 0, 2 * first)
+    assert standing(curves).turn == Turn("cheap", 0, first)
+    curves[0] = until(cheap, first)
+    assert standing(curves).turn == Turn("cheap", 0, 2 * first)
+    curves[0] = until(cheap, 2 * first)
+    assert standing(curves).turn == Turn("dear", 0, 2 * first)
 
 
 def test_a_lonely_recipe_trains_to_its_end() -> None:
@@ -93,13 +93,13 @@ def test_a_budget_ends_the_race_with_the_leader() -> None:
         full(name, [0.1 * (i + 1) + 0.001 * j for j in range(100)])
         for i, name in enumerate(["poor", "fair", "good"])
     ]
-    unlimited = sum(lane.spent for lane in raced(known)[0])
+    unlimited = sum(curve.spent for curve in raced(known)[0])
     for budget in (10.0, 60.0, 200.0):
-        lanes, _ = raced(known, budget)
+        curves, _ = raced(known, budget)
         # An epoch is not cut, and each recipe has its turn before the budget is looked at.
-        assert sum(lane.spent for lane in lanes) <= max(budget, 5.0) + 5.0 < unlimited
-    assert winner(lanes).name == "good"
-    assert not winner(lanes).has_ended
+        assert sum(curve.spent for curve in curves) <= max(budget, 5.0) + 5.0 < unlimited
+    assert winner(curves).name == "good"
+    assert not winner(curves).has_ended
 
 
 @given(st.lists(CURVES, min_size=1, max_size=4), st.integers(0, 10**6))
@@ -108,33 +108,37 @@ def test_a_race_ends_and_its_winner_was_trained_to_its_end(
     curves: list[list[float]], seed: int
 ) -> None:
     known = [full(str(i), values, epoch=1.0 + (seed + i) % 7) for i, values in enumerate(curves)]
-    lanes, turns = raced(known)
-    first = winner(lanes)
+    curves, turns = raced(known)
+    first = winner(curves)
     assert first in known
-    dropped = standing(lanes).dropped
-    for lane in lanes:
+    dropped = standing(curves).dropped
+    for curve in curves:
         # Whoever did not win was behind when it was dropped, or has ended behind.
-        assert lane is first or lane.best <= first.best
-        assert lane.has_ended or lane.name in dropped
+        assert curve is first or curve.best <= first.best
+        assert curve.has_ended or curve.name in dropped
     # The rule reads the curves alone: a race that was stopped after any turn goes on the same way.
     assert raced(known)[1] == turns
 
 
 def test_the_building_of_a_network_counts_as_a_usual_epoch() -> None:
-    lane = Lane("a").after([0.1, 0.2, 0.3], [9.0, 2.0, 2.0], has_ended=False)
-    assert lane.seconds == (2.0, 4.0, 6.0)
-    lane = lane.after([0.1, 0.2, 0.3, 0.4, 0.5], [7.0, 3.0], has_ended=True)
-    assert lane.seconds == pytest.approx((2.0, 4.0, 6.0, 8.0, 11.0))
-    assert lane.has_ended
+    curve = Curve("a").after([0.1, 0.2, 0.3], [9.0, 2.0, 2.0], has_ended=False)
+    assert curve.seconds == (2.0, 4.0, 6.0)
+    curve = curve.after([0.1, 0.2, 0.3, 0.4, 0.5], [7.0, 3.0], has_ended=True)
+    assert curve.seconds == pytest.approx((2.0, 4.0, 6.0, 8.0, 11.0))
+    assert curve.has_ended
     # One epoch was saved, but not its time.
-    assert Lane("a").after([0.1, 0.2], [4.0], has_ended=False).seconds == (4.0, 8.0)
+    assert Curve("a").after([0.1, 0.2], [4.0], has_ended=False).seconds == (4.0, 8.0)
     # All epochs were saved as a process was killed before it wrote any time.
-    assert Lane("a").after([0.1, 0.2], [], has_ended=True).seconds == (0.0, 0.0)
+    assert Curve("a").after([0.1, 0.2], [], has_ended=True).seconds == (0.0, 0.0)
 
 
 def test_a_lane_knows_its_best() -> None:
-    lane = full("a", [0.1, 0.3, 0.2])
-    assert (lane.best, lane.best_epoch, lane.spent) == (0.3, 2, 15.0)
-    assert (lane.best_by(4.0), lane.best_by(5.0), lane.best_by(10.0)) == (-float("inf"), 0.1, 0.3)
-    assert (Lane("b").best, Lane("b").best_epoch, Lane("b").spent) == (-float("inf"), 0, 0.0)
-    assert (lane.has_ended_by(14.0), lane.has_ended_by(15.0)) == (False, True)
+    curve = full("a", [0.1, 0.3, 0.2])
+    assert (curve.best, curve.best_epoch, curve.spent) == (0.3, 2, 15.0)
+    assert (curve.best_by(4.0), curve.best_by(5.0), curve.best_by(10.0)) == (
+        -float("inf"),
+        0.1,
+        0.3,
+    )
+    assert (Curve("b").best, Curve("b").best_epoch, Curve("b").spent) == (-float("inf"), 0, 0.0)
+    assert (curve.has_ended_by(14.0), curve.has_ended_by(15.0)) == (False, True)

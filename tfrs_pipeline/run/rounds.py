@@ -19,7 +19,7 @@ STILL_TO_GAIN = 2.0
 
 
 @dataclass(frozen=True)
-class Lane:
+class Curve:
     """The curve of one recipe.
 
     Attributes:
@@ -50,8 +50,10 @@ class Lane:
         """Epoch, from 1, of the best value; 0 before the first."""
         return self.values.index(self.best) + 1 if self.values else 0
 
-    def after(self, values: Sequence[float], durations: Sequence[float], has_ended: bool) -> "Lane":
-        """Returns the lane after a turn.
+    def after(
+        self, values: Sequence[float], durations: Sequence[float], has_ended: bool
+    ) -> "Curve":
+        """Returns the curve after a turn.
 
         Args:
             values: Those of all epochs, the earlier turns' included.
@@ -65,7 +67,7 @@ class Lane:
         # An epoch has no duration if its process was killed after saving it.
         each += [statistics.median(each or [0.0])] * (len(values) - len(each))
         seconds = tuple(itertools.accumulate(each[: len(values)]))
-        return Lane(self.name, seconds, tuple(values), has_ended)
+        return Curve(self.name, seconds, tuple(values), has_ended)
 
     def has_ended_by(self, seconds: float) -> bool:
         """Returns whether the training has ended within a number of CPU seconds."""
@@ -77,7 +79,7 @@ class Lane:
         return max(reached, default=-math.inf)
 
     def reach(self, seconds: float) -> float:
-        """Estimates the value that a lane can still reach, from its first `seconds` CPU seconds."""
+        """Estimates the value that it can still reach, from its first `seconds` CPU seconds."""
         now, before = self.best_by(seconds), self.best_by(seconds / 2)
         return now + STILL_TO_GAIN * (now - before)
 
@@ -94,10 +96,10 @@ class Turn:
     seconds: float
     limit: float = math.inf
 
-    def is_over(self, lane: Lane) -> bool:
+    def is_over(self, curve: Curve) -> bool:
         """Returns whether the recipe has had its turn."""
-        is_full = len(lane.values) >= self.epochs and lane.spent >= self.seconds
-        return is_full or lane.spent >= self.limit
+        is_full = len(curve.values) >= self.epochs and curve.spent >= self.seconds
+        return is_full or curve.spent >= self.limit
 
 
 @dataclass(frozen=True)
@@ -113,43 +115,43 @@ class Standing:
     dropped: dict[str, tuple[float, float]]
 
 
-def standing(lanes: Sequence[Lane], budget: float | None = None) -> Standing:
+def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
     """Says which recipe trains next, and which are dropped.
 
     Each round doubles the CPU seconds that a recipe has in total. After a round, a recipe stays if
     it leads, or if what it can still reach is as good as the leader's best by then.
 
     Args:
-        lanes: The recipes, in the order in which they train.
+        curves: The recipes, in the order in which they train.
         budget: CPU seconds of all recipes together, after which the leader wins.
     """
-    left = math.inf if budget is None else budget - sum(lane.spent for lane in lanes)
+    left = math.inf if budget is None else budget - sum(curve.spent for curve in curves)
 
-    def next_is(lane: Lane, epochs: int, seconds: float) -> Turn | None:
-        return Turn(lane.name, epochs, seconds, lane.spent + left) if left > 0 else None
+    def next_is(curve: Curve, epochs: int, seconds: float) -> Turn | None:
+        return Turn(curve.name, epochs, seconds, curve.spent + left) if left > 0 else None
 
-    for lane in lanes:
-        if len(lane.values) < FIRST_EPOCHS and not lane.has_ended:
-            return Standing(next_is(lane, FIRST_EPOCHS, 0.0), {})
-    quota = max(FIRST_SECONDS, *(lane.seconds[:FIRST_EPOCHS][-1] for lane in lanes))
-    racing, dropped = list(lanes), dict[str, tuple[float, float]]()
+    for curve in curves:
+        if len(curve.values) < FIRST_EPOCHS and not curve.has_ended:
+            return Standing(next_is(curve, FIRST_EPOCHS, 0.0), {})
+    quota = max(FIRST_SECONDS, *(curve.seconds[:FIRST_EPOCHS][-1] for curve in curves))
+    racing, dropped = list(curves), dict[str, tuple[float, float]]()
     while True:
-        for lane in racing:
-            if lane.spent < quota and not lane.has_ended:
-                return Standing(next_is(lane, 0, quota), dropped)
-        leading = max(lane.best_by(quota) for lane in racing)
-        for lane in racing:
-            best = lane.best_by(quota)
-            can_gain = not lane.has_ended_by(quota) and lane.reach(quota) >= leading
+        for curve in racing:
+            if curve.spent < quota and not curve.has_ended:
+                return Standing(next_is(curve, 0, quota), dropped)
+        leading = max(curve.best_by(quota) for curve in racing)
+        for curve in racing:
+            best = curve.best_by(quota)
+            can_gain = not curve.has_ended_by(quota) and curve.reach(quota) >= leading
             # The epoch that ends a turn may reach beyond the quota, and count for the winner.
-            if lane.best < leading and not can_gain:
-                dropped[lane.name] = min(lane.spent, quota), leading - best
-        racing = [lane for lane in racing if lane.name not in dropped]
-        if all(lane.has_ended_by(quota) for lane in racing):
+            if curve.best < leading and not can_gain:
+                dropped[curve.name] = min(curve.spent, quota), leading - best
+        racing = [curve for curve in racing if curve.name not in dropped]
+        if all(curve.has_ended_by(quota) for curve in racing):
             return Standing(None, dropped)
         quota *= 2
 
 
-def winner(lanes: Sequence[Lane]) -> Lane:
-    """Returns the lane with the best value; the first of equals."""
-    return max(lanes, key=lambda lane: lane.best)
+def winner(curves: Sequence[Curve]) -> Curve:
+    """Returns the curve with the best value; the first of equals."""
+    return max(curves, key=lambda curve: curve.best)
