@@ -93,7 +93,7 @@ def test_a_file_names_itself_and_every_problem_in_a_line_each(tmp_path: Path) ->
     assert {line.strip() for line in lines} == {
         "sed: unknown setting; did you mean 'seed'?",
         "model.negatives.1.popularity.alpah: unknown setting; did you mean 'alpha'?",
-        "model.negatives.2: unknown kind 'unifrm'; did you mean 'uniform'?",
+        "model.negatives: unknown kind 'unifrm'; did you mean 'uniform'?",
         "training.learning_rte: unknown setting; did you mean 'learning_rate'?",
         "training.patience: got 0; must be greater than 0",
         "training.optimizer: got 'sgd'; must be 'adagrad', 'adam' or 'lazy_adam'",

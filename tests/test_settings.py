@@ -76,10 +76,10 @@ def test_one_kind_may_be_given_alone(shape: Any) -> None:
 @pytest.mark.parametrize(
     ("shapes", "problem"),
     [
-        (["circel"], ("shapes.0", "unknown kind 'circel'; did you mean 'circle'?")),
+        (["circel"], ("shapes", "unknown kind 'circel'; did you mean 'circle'?")),
         (["box:widht=4"], ("shapes.0.box.widht", "unknown setting; did you mean 'width'?")),
         (["circle", "box:width=0"], ("shapes.1.box.width", "got '0'; must be greater than 0")),
-        ([3], ("shapes.0", "got 3; must be a table of settings")),
+        ([3], ("shapes", "got 3; must be a table of settings")),
     ],
 )
 def test_what_is_no_kind_is_refused(shapes: list[Any], problem: tuple[str, str]) -> None:
@@ -101,7 +101,7 @@ def test_counts_shares_and_text_from_outside_are_written_in_a_short_line() -> No
         ((), {"share": 1.5}, "share: got 1.5; must be less than 1"),
         ((1.5,), {}, "share: got 1.5"),
         ((), {"shar": 0.1}, "shar: unknown setting; did you mean 'share'"),
-        ((), {"stages": ("clicked",)}, "stages.0: got 'clicked'"),
+        ((), {"stages": ("clicked",)}, "stages: got 'clicked'"),
         ((), {"stages": "exposed"}, "^stages holds 'exposed'"),
         ((0.1,), {"share": 0.2}, "share"),
     ],

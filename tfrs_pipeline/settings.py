@@ -150,8 +150,11 @@ _NOT_READ = {
 
 def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
     """Translates one of pydantic's errors in a table or dataclass into (setting, message) pairs."""
-    setting = ".".join(str(key) for key in details["loc"])
-    cause = details.get("ctx", {}).get("error")
+    place, cause = details["loc"], details.get("ctx", {}).get("error")
+    # The message shows a wrong value of a list, which says more than its number there.
+    if place and isinstance(place[-1], int) and not isinstance(cause, ConfigError):
+        place = place[:-1]
+    setting = ".".join(map(str, place))
     if isinstance(cause, ConfigError):  # From a table within this one, or from a check of it.
         for name, message in cause.problems:
             yield ".".join(part for part in (setting, name) if part), message

@@ -37,7 +37,7 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
     ("settings", "message"),
     [
         ({"negatives": ["uniform:num=0"]}, r"negatives\.0.*num must be a whole number, 1 or more"),
-        ({"negatives": ["uniform:5"]}, r"negatives\.0: got 'uniform:5'.*such as uniform:num=256"),
+        ({"negatives": ["uniform:5"]}, r"negatives: got 'uniform:5'.*such as uniform:num=256"),
         ({"negatives": ["popular:num=5"]}, "unknown kind 'popular'.*popularity"),
         ({"hard": {"kind": "mined", "share": 1}}, "share"),
         ({"hard": {"kind": "mined", "min_rank": 9, "max_rank": 9}}, "min_rank < max_rank"),
