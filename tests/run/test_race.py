@@ -115,7 +115,7 @@ def test_the_next_days_run_does_not_race(
 @pytest.mark.parametrize(
     "stop",
     [
-        ("race, quick", 2),
+        ("race, round 1, 3 recipes left: quick", 2),
         *(pytest.param(stop, marks=pytest.mark.slow) for stop in ("race", ("two_tower, refit", 1))),
     ],
 )

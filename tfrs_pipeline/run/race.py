@@ -298,7 +298,7 @@ class _Trainings:
                 self.validation,
                 self.log,
                 name="two_tower",
-                task=f"race, {turn.name}{self._leading()}",
+                task=f"race, {turn.within}: {turn.name}{self._leading()}",
                 max_epochs=config.training.max_epochs,
                 folder=self.folder / turn.name,
                 progress=self.progress,

@@ -8,7 +8,9 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from tfrs_pipeline.messages import counted
 
 # Before any comparison, each recipe has at least this many epochs and CPU seconds.
 FIRST_EPOCHS = 5
@@ -88,13 +90,15 @@ class Curve:
 class Turn:
     """Which recipe trains next, until it has both `epochs` and CPU `seconds`, in total.
 
-    The turn also ends at `limit` CPU seconds, where the budget does.
+    The turn also ends at `limit` CPU seconds, where the budget does. `within` says, for people, in
+    which round it is.
     """
 
     name: str
     epochs: int
     seconds: float
     limit: float = math.inf
+    within: str = field(default="the winner", compare=False)
 
     def is_over(self, curve: Curve) -> bool:
         """Returns whether the recipe has had its turn."""
@@ -126,16 +130,18 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
         budget: CPU seconds of all recipes together, after which the leader wins.
     """
     left = math.inf if budget is None else budget - sum(curve.spent for curve in curves)
+    number, racing, dropped = 1, list(curves), dict[str, tuple[float, float]]()
 
     def next_is(curve: Curve, epochs: int, seconds: float) -> Turn | None:
-        return Turn(curve.name, epochs, seconds, curve.spent + left) if left > 0 else None
+        within = f"round {number}, {counted(len(racing), 'recipe')} left"
+        return Turn(curve.name, epochs, seconds, curve.spent + left, within) if left > 0 else None
 
     for curve in curves:
         if len(curve.values) < FIRST_EPOCHS and not curve.has_ended:
             return Standing(next_is(curve, FIRST_EPOCHS, 0.0), {})
     quota = max(FIRST_SECONDS, *(curve.seconds[:FIRST_EPOCHS][-1] for curve in curves))
-    racing, dropped = list(curves), dict[str, tuple[float, float]]()
     while True:
+        number += 1
         for curve in racing:
             if curve.spent < quota and not curve.has_ended:
                 return Standing(next_is(curve, 0, quota), dropped)
