@@ -329,6 +329,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run --data.columns user_id", r"--data.columns: got 'user_id'; write NAME=TEXT"),
         ("run --data.columns usr_id=x --data.path x.csv", r"usr_id: .* did you mean 'user_id'\?"),
         ("run --model.negatives popularity:alpha=x", r"popularity.alpha: got 'x'; must be a num"),
+        ("run --data.path x.csv --recipes sets sequenc", "recipes: got 'sequenc'; did you mean 's"),
         ("run --config nowhere.toml", r"nowhere.toml:\s+cannot be read: No such file"),
         ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
         ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
@@ -513,6 +514,26 @@ def test_what_came_out_is_shown_of_a_version_that_another_run_has_replaced(run: 
     assert f"model    {gone}\n" in without_colours(shown)
 
 
+@pytest.mark.parametrize("is_beaten", [False, True])
+def test_the_next_command_exports_even_a_beaten_model(run: Run, is_beaten: bool) -> None:
+    metrics = {**read_record(run.folder / RUN / "metrics.json"), "export_folder": None}
+    config = with_settings(
+        RunFolder(run.folder / RUN).settings(), {"export.index": "none", "export.if_beaten": False}
+    )
+    gain = (
+        {"mean": 0.2, "low": 0.1, "high": 0.3}
+        if is_beaten
+        else dict.fromkeys(("mean", "low", "high"), 0.0)
+    )
+    metrics["differences"] = {
+        "popularity": dict.fromkeys(metrics["differences"]["popularity"], gain)
+    }
+    result = pipeline.RunResult(run.folder / RUN, metrics)
+    shown = rendered(200, lambda console: print_result(console, config, result))
+    (line,) = (x for x in without_colours(shown).splitlines() if x.startswith("next:"))
+    assert line.endswith("--export.index auto" + " --export.if_beaten" * is_beaten)
+
+
 def test_a_folder_of_another_run_is_refused_in_a_line(command: Any, run: Run) -> None:
     answer = command("run", "--run-dir", run.folder / RUN, "--seed", 9)
     assert answer.code == 1
@@ -575,9 +596,12 @@ def test_a_check_refuses_what_a_run_would(
 @pytest.mark.usefixtures("trusted_exports")
 def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path) -> None:
     short = ["--training.max_epochs", "1", "--no-training.refit", "--evaluation.baselines", "none"]
+    short += ["--evaluation.exclude", "none"]
     arguments = run_arguments(tmp_path, *short, "--export.index", "none")
     answer = command(*arguments)
     assert (answer.code, answer.err) == (0, "")
+    about_known = "asked by user id, the model leaves out the user's known items"
+    assert about_known not in answer.out
     *_, not_exported, _, after = answer.out.splitlines()
     assert not_exported == "model    not exported"
     assert not (tmp_path / "saved_models").exists()
@@ -587,7 +611,8 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
     assert (again.code, again.out.splitlines()[-1]) == (0, after)
     assert "finished before" in again.out
     trained = {x: x.stat().st_mtime_ns for x in (tmp_path / RUN / "checkpoints").rglob("*")}
-    assert command(*shlex.split(after.removeprefix("next:"))[1:]).code == 0
+    exported = command(*shlex.split(after.removeprefix("next:"))[1:])
+    assert (exported.code, about_known in exported.out) == (0, True)
     assert {x: x.stat().st_mtime_ns for x in trained} == trained
     assert (tmp_path / "saved_models" / "films" / "1" / "manifest.json").is_file()
     assert "holds a run with other settings (export.index: 'auto', now" in command(*arguments).err

@@ -10,7 +10,7 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.evaluation.signals import Signals, signals
+from tfrs_pipeline.evaluation.signals import Signal, Signals, signals
 
 RNG = np.random.default_rng(0)
 
@@ -87,6 +87,17 @@ def test_counts(histories: Any, name: str, value: float, beside: float | None) -
     found = signals(log_of(histories))[name]
     assert found.value == pytest.approx(value)
     assert found.beside == beside
+
+
+def test_many_repeats_are_told_where_a_ranking_leaves_them_out() -> None:
+    again, new = (
+        Signals((Signal("repeats", share, None, ""), Signal("history", 3.0, None, "")))
+        for share in (0.314, 0.1)
+    )
+    (line,) = again.excluded_repeats("clicked")
+    assert line.startswith("31% repeats")
+    assert not [*again.excluded_repeats("none"), *new.excluded_repeats("clicked")]
+    assert not list(Signals(()).excluded_repeats("seen"))
 
 
 def test_ties_are_of_the_same_user_and_the_clock_has_the_step_of_all_times() -> None:

@@ -242,6 +242,24 @@ def test_unset_settings_are_suggested(settings: dict[str, Any], remedies: list[s
     assert found == [f"behind popularity: {remedy}" for remedy in remedies]
 
 
+def test_a_trend_suggests_scores_that_follow_it() -> None:
+    """With the settings that it needs; a log whose popularity stays, or without times, has none."""
+    behind = made({"two_tower": 0.2, "popularity": 0.3})
+    wanted = "set model.candidate_bias and model.correction recent"
+    for signals, is_told in (
+        ({"trend": {"value": 0.3, "beside": 0.1}}, True),
+        ({"trend": {"value": 0.1, "beside": 0.1}}, False),
+        ({}, False),
+    ):
+        for settings in (BY_USER, BIAS | BY_USER):
+            config = with_settings(RunConfig(), settings)
+            found = list(advice({**behind, "signals": signals}, METRIC, config))
+            assert any(wanted in line for line in found) == is_told
+    recent = with_settings(RunConfig(), BIAS | BY_USER | {"model.correction": "recent"})
+    signals = {"trend": {"value": 0.3, "beside": 0.1}}
+    assert not list(advice({**behind, "signals": signals}, METRIC, recent))
+
+
 @pytest.mark.parametrize(
     ("settings", "preset", "remedies"),
     [

@@ -134,6 +134,8 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
         say(console, "model    not exported")
         if config.export.index == "none":
             again = [program(), "run", "--run-dir", str(result.folder), "--export.index", "auto"]
+            is_kept_out = monitored.outcome is Outcome.WORSE and not config.export.if_beaten
+            again += ["--export.if_beaten"] if is_kept_out else []
             say(console, f"\nnext:  {shlex.join(again)}")
         return
     made = result.export_folder

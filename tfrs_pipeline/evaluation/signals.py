@@ -12,7 +12,7 @@ import scipy.sparse
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request
-from tfrs_pipeline.data.schema import count_rows
+from tfrs_pipeline.data.schema import Exclude, count_rows
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.evaluation.baselines import Transitions
 from tfrs_pipeline.evaluation.interactions import items_of
@@ -26,6 +26,8 @@ _MAX_ASKED, _MAX_PAIRS, _MAX_VALUES = 5000, 20_000, 16
 # Queries at a time, since popular items have many successors.
 _BLOCK = 500
 _REQUESTED = "_requested_"
+# Above this share of repeats, a ranking that leaves them out measures something else.
+_MANY_REPEATS = 0.2
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ class Signals:
         """Returns value, beside and meaning of each signal by its name."""
         rows = map(dataclasses.asdict, self)
         return {row.pop("name"): row for row in rows}
+
+    def excluded_repeats(self, exclude: Exclude) -> Iterator[str]:
+        """Says what a ranking without a user's own items leaves out, if it is much."""
+        share = next((x.value for x in self if x.name == "repeats"), 0.0)
+        if share > _MANY_REPEATS and exclude != "none":
+            yield (
+                f"{share:.0%} repeats, which rankings leave out (evaluation.exclude {exclude}): "
+                "if a user's own items may come again, set it to none (docs/guides/seen.md)"
+            )
 
     def __str__(self) -> str:
         numbers = [(x.name, _written(x.value), _written(x.beside)) for x in self]

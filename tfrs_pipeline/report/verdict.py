@@ -15,6 +15,9 @@ from tfrs_pipeline.messages import counted
 _FEW_POSITIVES = 10
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
+# What is popular changes if the latest positives follow the popularity just before by this much
+# more than that of all time.
+_TREND = 1.1
 # Above this share of the items to find, excluded ones are named.
 _MANY_EXCLUDED = 0.2
 
@@ -205,7 +208,7 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
             "measure what else a user clicks, set evaluation.exclude to clicked"
         )
     if _is_better("popularity", metrics, metric):
-        yield from _behind_popularity(config)
+        yield from _behind_popularity(metrics, config)
     else:
         yield from _behind_item_models(metrics, metric, config)
 
@@ -238,10 +241,12 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
         )
 
 
-def _behind_popularity(config: RunConfig) -> Iterator[str]:
-    remedies = []
-    if config.model.use_candidate_id and not config.model.candidate_bias:
-        remedies.append("set model.candidate_bias")
+def _behind_popularity(metrics: Metrics, config: RunConfig) -> Iterator[str]:
+    remedies, trend = [], metrics.get("signals", {}).get("trend", {"value": 0.0, "beside": 0.0})
+    has_trend = trend["value"] > _TREND * trend["beside"] and config.model.correction != "recent"
+    if config.model.use_candidate_id and (has_trend or not config.model.candidate_bias):
+        more = " and model.correction recent, since what is popular changes" if has_trend else ""
+        remedies.append(f"set model.candidate_bias{more}")
     if config.split.kind in (None, "time"):
         remedies.append("check with split.kind last_share whether popularity has changed over time")
     if remedies:

@@ -64,7 +64,7 @@ def run_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
 def _signals_step(config: RunConfig) -> Step:
     def measure_signals(runner: Runner, split: Split[Log]) -> Signals:
         found = signals(split.train, seed=config.seed)
-        runner.note(*str(found).splitlines())
+        runner.note(*str(found).splitlines(), *found.excluded_repeats(config.evaluation.exclude))
         return found
 
     return Step("signals", ("split",), "signals", measure_signals)

@@ -99,6 +99,11 @@ def _export_best(
             "metrics": measured.evaluation.summary()["models"]["two_tower"],
         },
     )
+    if config.evaluation.exclude == "none" and export.user_data:
+        runner.note(
+            "asked by user id, the model leaves out the user's known items, which the test ranks "
+            "(evaluation.exclude none): ask by history, with `retrieve`, to get them too"
+        )
     if num_left := len(data.test.candidate_ids) - len(listed):
         runner.note(
             f"the item table lacks {counted(num_left, 'item')} of the log: they are read in "
