@@ -1,6 +1,6 @@
 """Events: their types, stages, times and labels, and what is refused."""
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,21 @@ def test_timestamps(load: Any, value: str | pa.Array, options: dict[str, str]) -
     assert column(load(events, **options).events, "timestamp") == [MOMENT]
 
 
+@pytest.mark.parametrize(
+    "days", ["2024-01-31", pa.array([date(2024, 1, 31)])], ids=["text", "dates"]
+)
+def test_dates_are_days_of_utc_unless_a_zone_is_given(load: Any, days: str | pa.Array) -> None:
+    events: str | pa.Table = f"user_id,item_id,timestamp\n1,2,{days}\n"
+    if not isinstance(days, str):
+        events = pa.table({"user_id": [1], "item_id": [2], "timestamp": days})
+    log = load(events)
+    assert column(log.events, "timestamp") == [datetime(2024, 1, 31, tzinfo=UTC)]
+    assert "column 'timestamp' holds dates: read as days in UTC" in " ".join(log.notes)
+    log = load(events, time_zone="Europe/Berlin")
+    assert column(log.events, "timestamp") == [datetime(2024, 1, 30, 23, tzinfo=UTC)]
+    assert "UTC" not in " ".join(log.notes)
+
+
 def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
     text = "user_id,item_id,{0}\n1,2,train\n1,3,\n1,2,test\n1,2,test\n"
     for tables in (load(text.format("part")), load(text.format("fold"), columns={"part": "fold"})):
@@ -166,7 +181,8 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         (CLICKS.replace("1700000000", "yesterday"), {}, "times and .* 1 of 3 rows, .*'yesterday'"),
         (CLICKS.replace("1700000000", "2024-01-01"), {}, "one way .*'2024-01-01' .first: row 3"),
         (CLICKS.replace("1700000000", ""), {}, "'timestamp' is null in 1 of 3 rows"),
-        ("user_id,item_id,timestamp\n1,2,2024-01-31\n", {}, "without a time zone.*1 rows"),
+        ("user_id,item_id,timestamp\n1,2,2024-01-31 00:00\n1,3,2024-01-31\n", {},
+         "without a time zone.*2 rows"),
         ("user_id,item_id,timestamp\n1,2,2024-01-31 10:00:00\n1,2,2024-01-31T10:00:00Z\n",
          {"time_zone": "UTC"}, "does not in 1 of 2 rows.* with an offset in all or in none"),
         ("user_id,item_id,timestamp\n1,2,20240131\n", {}, "look like dates"),

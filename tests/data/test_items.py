@@ -222,7 +222,7 @@ TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
         (pa.table({"item_id": [5], "v": [["1"]]}), VECTOR, "must be a list .* it is array<string>"),
         ("item_id,v\n5,\n", VECTOR, "no row holds a vector"),
         ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite .* in 1 of 1 rows"),
-        ("item_id,t\n5,2024-01-31\n", TIME, r"'t' holds times without a time zone \(1 rows\)"),
+        ("item_id,t\n5,2024-01-31T10:00\n", TIME, r"'t' holds times without a time zone \(1 row"),
         ("item_id,t\n5,1999\n6,\n7,2024\n", TIME, r"1999 to 2024 \(3 rows\), .* like years"),
         ("item_id,t\n5,2024-01-31\n6,10000-01-01\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02",
          TIME | {"time_zone": "UTC"}, r"items\.csv: column 't' has no year .* in 3 of 5 rows"),

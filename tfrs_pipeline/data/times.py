@@ -44,8 +44,9 @@ def to_timestamp(
     """Converts numbers, times with an offset, or naive times in a time zone to UTC timestamps.
 
     A missing time is null. A time outside the period, if one is given, is null and a fault
-    (`RawTable.fault`). Raises a `DataError` if the column has another type, if most numbers have
-    another unit, or if times have no zone and `reading` names none.
+    (`RawTable.fault`). Dates are days of `reading.time_zone`, or of UTC. Raises a `DataError` if
+    the column has another type, if most numbers have another unit, or if times have no zone and
+    `reading` names none.
     """
     first, end = period or (_FIRST, _END)
     value = raw.table[column]
@@ -65,14 +66,16 @@ def to_timestamp(
     elif dtype.is_timestamp() and dtype.timezone is not None:
         time = value.cast(_UTC)
     elif dtype.is_timestamp() or dtype.is_date():
-        if reading.time_zone is None:
+        if reading.time_zone is None and dtype.is_date():
+            raw.notes.append(f"{raw.source.column(column)} holds dates: read as days in UTC")
+        elif reading.time_zone is None:
             raise DataError(
                 f"{raw.source.column(column)} holds times without a time zone "
                 f"({raw.num_rows} rows). Set time_zone to the zone of the clock that wrote "
                 "them, such as UTC or Europe/Berlin.",
                 setting="time_zone",
             )
-        time = _in_time_zone(ibis.literal(reading.time_zone), value.cast(_NAIVE))
+        time = _in_time_zone(ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE))
     else:
         raise raw.wrong_type(column, "a timestamp or a number")
     is_within = ((time >= first) & (time < end)).fill_null(False)
@@ -82,7 +85,10 @@ def to_timestamp(
 
 
 def _read_time(raw: RawTable, column: str) -> ir.Value:
-    """Reads times in text by the form of most: numbers, or ISO 8601 with or without an offset."""
+    """Reads times in text by the form of most: numbers, or ISO 8601 with or without an offset.
+
+    Returns dates if no time without an offset has a clock time.
+    """
     value = raw.table[column]
     number = value.try_cast("float64")
     text = number.isnull().ifelse(value, ibis.null("string"))  # A failing cast is slow.
@@ -95,12 +101,15 @@ def _read_time(raw: RawTable, column: str) -> ir.Value:
         "naive": (text.try_cast(_NAIVE), is_time & ~has_offset),
     }
     sums = {name: is_so.sum() for name, (_, is_so) in ways.items()}
-    whole = is_integer_text(value).sum()
-    counts = raw.table.aggregate(whole=whole, **sums).to_pyarrow().to_pylist()[0]
+    sums["whole"] = is_integer_text(value).sum()
+    sums["clock"] = (ways["naive"][1] & text.re_search(r"\d[ tT]+\d")).sum()
+    counts = raw.table.aggregate(**sums).to_pyarrow().to_pylist()[0]
     usual = max(ways, key=lambda name: counts[name] or 0)
     time, is_usual = ways[usual]
     if usual == "number" and counts["whole"] == counts["number"]:
         time = value.try_cast("int64")  # Nanoseconds exceed the integers that a float holds.
+    if usual == "naive" and not counts["clock"]:
+        time = time.cast("date")
     raw.fault(column, value.notnull() & ~(number.notnull() | is_time), rules.NOT_A_TIME)
     raw.fault(column, value.notnull() & ~is_usual, rules.TIME_OF_ANOTHER_KIND)
     return is_usual.ifelse(time, ibis.null(time.type()))

@@ -89,9 +89,10 @@ def _source(path: Path, folder: RunFolder) -> Path:
     versions = versions_of(path)
     version = path / str(versions[-1]) if versions else path
     if not (version / MANIFEST_FILE).is_file():
+        near = beside(path)
         raise _refused(
-            f"got {str(path)!r}, which is neither a run's folder nor an exported model's."
-            f"{beside(path)}"
+            f"got {str(path)!r}, which is neither a run's folder nor an exported model's"
+            f"{near and f'.{near}'}"
         )
     source = _run_that_made(version)
     if source.resolve() != folder.path.resolve():
