@@ -232,7 +232,9 @@ def load_config(path: Path | str) -> RunConfig:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         near = beside(Path(path), lambda x: x.suffix == ".toml" and x.name != Path(path).name)
-        raise ConfigError([("", f"cannot be read: {error.strerror}{near and f'.{near}'}")], str(path)) from error
+        raise ConfigError(
+            [("", f"cannot be read: {error.strerror}{near and f'.{near}'}")], str(path)
+        ) from error
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
         raise ConfigError([("", f"is not a TOML file: {error}")], str(path)) from error
     if not settings:  # Usually the disk was full. The defaults would make another run.

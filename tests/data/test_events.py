@@ -143,6 +143,25 @@ def test_what_float32_cannot_tell_apart_is_refused() -> None:
         Log.from_table(pd.DataFrame(times))
 
 
+def test_all_columns_that_are_missing_or_misnamed_are_told_at_once(load: Any) -> None:
+    events = "uid,iid,time,hour\n1,2,1700000000,3\n"
+    for given, what in (
+        ({}, ["no column 'user_id'", "no column 'item_id'", "'time' is not read"]),
+        ({"columns": {"user_id": "uid", "hourr": "hour"}}, ["no column 'item_id'", "'time' is",
+         "columns.hourr: did you mean 'hour'"]),
+    ):  # fmt: skip
+        with pytest.raises(DataError) as refused:
+            load(events, **given)
+        lines = str(refused.value).splitlines()
+        assert len(lines) == len(what)
+        assert all(any(each in line for line in lines) for each in what)
+        assert refused.value.setting == "columns"
+    items = "sku\n2\n"
+    with pytest.raises(DataError) as refused:
+        load(CLICKS, items=items, item_features={"a": "text", "b": "text"})
+    assert len(str(refused.value).splitlines()) == 3
+
+
 def test_an_empty_request_id_is_none(tmp_path: Path, load: Any) -> None:
     # As one request, all events without would have been asked for at once, without a history.
     rows = {"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "request_id": ["", "r", " ", None]}

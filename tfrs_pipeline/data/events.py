@@ -30,7 +30,8 @@ from tfrs_pipeline.data.schema import (
     DataError,
     Source,
     Stage,
-    require_column,
+    missing,
+    refuse_all,
 )
 from tfrs_pipeline.data.times import to_timestamp
 from tfrs_pipeline.messages import printable
@@ -126,16 +127,15 @@ def _event_columns(
         for name in request_features
         if not is_from_timestamp(name, (*reading.columns, *scanned.columns))
     ]
-    names = {}
+    names, problems, source = {}, list[str](), Source(scanned.name)
     for name in dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested]):
         names[name] = reading.columns.get(name, name)
         remedy = f"Set columns to say which column is {name}."
-        require_column(scanned.columns, names[name], Source(scanned.name), remedy, "columns")
+        problems += missing(scanned.columns, names[name], source, remedy)
         if name not in LOG_COLUMNS and _is_mistyped(name, names[name]):
-            raise DataError(
+            problems.append(
                 f"columns.{name}: did you mean {names[name]!r}? A column that keeps its name needs "
-                "no entry.",
-                "columns",
+                "no entry."
             )
     absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
     if stages_in or reading.label:
@@ -143,10 +143,9 @@ def _event_columns(
     # A log whose stage or time is overlooked would silently become another kind of log.
     for name in set(names) & set(TIMES_ELSEWHERE) & set(reading.columns):
         if "timestamp" in absent:
-            raise DataError(
+            problems.append(
                 f"columns.{name}: did you mean 'timestamp'? The log has none. To keep it as a "
-                "column that is not a time, give it another name.",
-                "columns",
+                "column that is not a time, give it another name."
             )
     unread = [column for column in scanned.columns if column not in names.values()]
     for column in unread:
@@ -154,11 +153,11 @@ def _event_columns(
         if not near and "timestamp" in absent and column.lower() in TIMES_ELSEWHERE:
             near = ["timestamp"]
         if near:
-            raise DataError(
-                f"{Source(scanned.name).column(column)} is not read; did you mean {near[0]!r}? Set "
-                f"columns to say which column is {near[0]}, or rename it.",
-                "columns",
+            problems.append(
+                f"{source.column(column)} is not read; did you mean {near[0]!r}? Set columns to "
+                f"say which column is {near[0]}, or rename it."
             )
+    refuse_all(problems, "columns")
     if absent & {"stage", "timestamp"}:
         _refuse_values(scanned, unread, absent)
     if "stage" in absent:

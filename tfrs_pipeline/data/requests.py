@@ -5,7 +5,14 @@ from collections.abc import Collection, Mapping
 import ibis
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import LOG_COLUMNS, DataError, Source, case_problem, require_column
+from tfrs_pipeline.data.schema import (
+    LOG_COLUMNS,
+    DataError,
+    Source,
+    case_problem,
+    missing,
+    refuse_all,
+)
 from tfrs_pipeline.features.kinds import KINDS
 
 FROM_TIMESTAMP = ("hour", "weekday")
@@ -48,9 +55,8 @@ def check_request_features(events: ibis.Table, features: Mapping[str, str]) -> N
     source = Source("event table")
     for name, kind in features.items():
         if not is_from_timestamp(name, events.columns):
-            require_column(
-                events.columns, name, source, "It is among request_features: remove it there."
-            )
+            remedy = "It is among request_features: remove it there."
+            refuse_all(missing(events.columns, name, source, remedy))
         elif "timestamp" not in events.columns:
             raise DataError(
                 f"{source.column(name)} is among request_features but missing, and the log has "

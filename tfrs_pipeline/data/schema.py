@@ -5,7 +5,7 @@ Ibis is imported for type hints only, so that settings load without it.
 
 import difflib
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -130,15 +130,19 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
     return ""
 
 
-def require_column(
-    columns: Collection[str], name: str, source: Source, remedy: str, setting: str = ""
-) -> None:
-    """Refuses a table without a column, naming the nearest ones and the remedy."""
+def missing(columns: Collection[str], name: str, source: Source, remedy: str) -> list[str]:
+    """Describes a column that a table lacks, with the nearest ones and the remedy, in one line."""
     if name in columns:
-        return
+        return []
     near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
     hint = f"{'Nearest' if near else 'It has'}: {printable(', '.join(near or columns), 300)}."
-    raise DataError(f"{source.name}: no column {printable(repr(name))}. {hint} {remedy}", setting)
+    return [f"{source.name}: no column {printable(repr(name))}. {hint} {remedy}"]
+
+
+def refuse_all(problems: Iterable[str], setting: str = "") -> None:
+    """Raises a `DataError` that has a line for each problem, if there is any."""
+    if found := "\n".join(problems):
+        raise DataError(found, setting)
 
 
 def count_rows(table: "ibis.Table") -> int:

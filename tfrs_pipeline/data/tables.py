@@ -23,7 +23,8 @@ from tfrs_pipeline.data.schema import (
     TieRule,
     UnknownItems,
     count_rows,
-    require_column,
+    missing,
+    refuse_all,
 )
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.data.ties import settle_ties
@@ -214,13 +215,14 @@ def _load_raw(
             f"{suggest(unused[0], used)}",
             setting,
         )
-    names = {}
+    names, problems = {}, list[str]()
     for name in dict.fromkeys([id_name, *features, *shown, *columns]):
         names[name] = columns.get(name, name)
         mend = remedy or f"Set {setting} to say which column is {name}."
         if name == id_name and id_of_events in scanned.columns:
             mend = f"Add {name}={printable(id_of_events)} to {setting}, as in columns."
-        require_column(scanned.columns, names[name], Source(scanned.name), mend, setting)
+        problems += missing(scanned.columns, names[name], Source(scanned.name), mend)
+    refuse_all(problems, setting)
     return replace(scanned.load(names), renaming=setting)
 
 
