@@ -483,6 +483,7 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
         (["compare", "--data.path", "nowhere.csv"], "nowhere.csv does not exist"),
         (["report", "nowhere"], "holds no finished run"),
         (["query", "empty", "--user", "3"], "No exported model at 'empty'"),
+        (["vectors", "empty", "x.parquet"], "No exported model at 'empty'"),
         (["serve", "empty"], "No exported model at 'empty'"),
         (["refresh-index", run.model, "--items", "item.csv"], "item.csv does not exist"),
         (["refresh-index", run.model, "--items", "titles.csv"], "no column 'item_id'"),

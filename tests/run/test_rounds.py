@@ -108,11 +108,11 @@ def test_a_race_ends_and_its_winner_was_trained_to_its_end(
     curves: list[list[float]], seed: int
 ) -> None:
     known = [full(str(i), values, epoch=1.0 + (seed + i) % 7) for i, values in enumerate(curves)]
-    curves, turns = raced(known)
-    first = winner(curves)
+    trained, turns = raced(known)
+    first = winner(trained)
     assert first in known
-    dropped = standing(curves).dropped
-    for curve in curves:
+    dropped = standing(trained).dropped
+    for curve in trained:
         # Whoever did not win was behind when it was dropped, or has ended behind.
         assert curve is first or curve.best <= first.best
         assert curve.has_ended or curve.name in dropped
