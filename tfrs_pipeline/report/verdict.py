@@ -15,9 +15,9 @@ from tfrs_pipeline.messages import counted
 _FEW_POSITIVES = 10
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
-# What is popular changes if the latest positives follow the popularity just before by this much
-# more than that of all time.
-_TREND = 1.1
+# What is popular changes if the popularity just before finds this much more of the latest positives
+# than that of all time: .06 and .09 on two logs where it does, at most .01 on four others.
+_TREND = 0.02
 # Above this share of the items to find, excluded ones are named.
 _MANY_EXCLUDED = 0.2
 
@@ -243,7 +243,7 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
 
 def _behind_popularity(metrics: Metrics, config: RunConfig) -> Iterator[str]:
     remedies, trend = [], metrics.get("signals", {}).get("trend", {"value": 0.0, "beside": 0.0})
-    has_trend = trend["value"] > _TREND * trend["beside"] and config.model.correction != "recent"
+    has_trend = trend["value"] - trend["beside"] > _TREND and config.model.correction != "recent"
     if config.model.use_candidate_id and (has_trend or not config.model.candidate_bias):
         more = " and model.correction recent, since what is popular changes" if has_trend else ""
         remedies.append(f"set model.candidate_bias{more}")
