@@ -171,7 +171,7 @@ ORDERED_LOG = Log.from_table(event_table("int").select(["user_id", "item_id"]))
 
 
 @pytest.mark.parametrize(
-    ("is_ordered", "fixed", "racing", "why"),
+    ("is_ordered", "given", "racing", "why"),
     [
         (True, {}, RECIPES, {}),
         (False, {}, ("default", "sets"), dict.fromkeys(IN_ORDER, "is_ordered")),
