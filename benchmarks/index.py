@@ -26,7 +26,8 @@ from record import write_json
 
 from tfrs_pipeline.evaluation.table import format_cells
 from tfrs_pipeline.model.encoder import known_rows
-from tfrs_pipeline.serving.candidates import Candidates, ItemValues
+from tfrs_pipeline.serving.candidates import Candidates
+from tfrs_pipeline.serving.item_values import ItemValues
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.tune import Requests, Tuned, exact_ranking, tune_index
 

@@ -8,8 +8,9 @@ import pytest
 
 from tests.serving.test_index import clustered
 from tfrs_pipeline.serving import tune
-from tfrs_pipeline.serving.candidates import Candidates, ItemValues
+from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.item_values import ItemValues
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.tune import (
     Requests,

@@ -124,7 +124,7 @@ def _load(model: Path, runner: Runner) -> "LoadedRetriever":
     from tfrs_pipeline.serving.retriever import load
 
     # The brute-force fallback needs no ScaNN, and has the same encoder.
-    return load(model, exact=True)
+    return load(model, exact=True, live=False)
 
 
 def _check(

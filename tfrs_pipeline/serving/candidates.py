@@ -5,121 +5,25 @@ yet, and then makes a new view; each search keeps the view that it began with, a
 """
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tfrs_pipeline.data.ids import Ids, as_id_array
-from tfrs_pipeline.features.raw import has_booleans, to_text, to_text_lists
 from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.item_values import Chosen, ItemValues
 from tfrs_pipeline.serving.searcher import Searcher
+from tfrs_pipeline.serving.view import View, with_room
 
 # Scores in memory at a time: 64 MB.
 _SCORES_PER_BLOCK = 1 << 24
-_NEVER = np.iinfo(np.int64).max
 # So many of the newest candidates are scored one by one; the index takes in more than these.
 LONGEST_TAIL = 1024
-# Candidates per change of the index, and how much is reserved for new ones.
-_ADDED_AT_ONCE, _GROWTH = 8, 1.25
-
-
-class ItemValues:
-    """The values by which requests may choose candidates, and each row's codes of them.
-
-    `values` have the codes 1, 2, ... New values get the next ones.
-    """
-
-    def __init__(self, values: Sequence[str], codes: np.ndarray) -> None:
-        self.code_of = {value: code for code, value in enumerate(values, 1)}
-        self._counts = np.bincount(codes.ravel(), minlength=len(values) + 1)
-
-    def encode(self, column: Sequence[Any]) -> np.ndarray:
-        """Returns the codes of new rows' values, [n, any] int32 padded with 0; learns new ones."""
-        texts, lengths = to_text_lists(column)
-        flat = np.array(
-            [self.code_of.setdefault(x, len(self.code_of) + 1) for x in texts.to_pylist()], np.int32
-        )
-        rows = np.zeros((len(lengths), max(1, lengths.max(initial=0))), np.int32)
-        rows[np.arange(rows.shape[1]) < lengths[:, np.newaxis]] = flat
-        counts = np.bincount(rows.ravel(), minlength=len(self.code_of) + 1)
-        counts[: len(self._counts)] += self._counts
-        self._counts = counts
-        return rows
-
-    def choose(self, values: Iterable[Any], num_rows: int) -> "Chosen | None":
-        """Finds what has one of the values; None if there are none, which allows all."""
-        texts = [value for value in values if value not in ("", b"")]
-        if not texts:
-            return None
-        counts, table = self._counts, np.zeros(len(self.code_of) + 1, bool)
-        lower = has_booleans(self.code_of)
-        for text in texts:
-            table[self.code_of.get(to_text(text) if lower else text, 0)] = True
-        table[0] = False  # Padding, and values that no item has.
-        # This counts candidates with two of the values twice.
-        share = counts[table[: len(counts)].nonzero()].sum() / max(1, num_rows)
-        return Chosen(table, min(1.0, float(share)))
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Which codes a query allows, [num_codes + 1] bool, and the rough share of their candidates."""
-
-    table: np.ndarray
-    share: float
-
-    def has(self, codes: np.ndarray) -> np.ndarray:
-        """Returns which rows' codes, [n, P], are chosen: [n] bool."""
-        found = self.table[np.minimum(codes, len(self.table) - 1)]
-        found &= codes < len(self.table)  # Values that came after the query.
-        return np.asarray(found.any(axis=1))
-
-
-@dataclass(frozen=True)
-class _View:
-    """What a search sees. Rows beyond `num_rows`, and deaths after `version`, are not in it."""
-
-    corpus: Ids
-    # By row from 1; place 0 is the empty slot. Their ends are reserved for new rows.
-    ids: np.ndarray
-    vectors: np.ndarray  # Without a place 0.
-    codes: np.ndarray | None
-    died: np.ndarray | None  # The version from which a row is gone; None if none ever was.
-    searcher: Searcher | None
-    levels: tuple[Level, ...]
-    num_rows: int
-    num_dead: int = 0
-    version: int = 0
-    # The rows, after the corpus, of ids that have changed.
-    new_rows: dict[Any, list[int]] = field(default_factory=dict)
-
-    @property
-    def num_candidates(self) -> int:
-        return self.num_rows - self.num_dead
-
-    def rows_of(self, ids: Collection[Any]) -> np.ndarray:
-        """Returns all rows, gone or not, that ids have had: [any] int32, ascending."""
-        rows = self.corpus.known_rows(ids)
-        if not self.new_rows:
-            return rows
-        more = [row for id_ in set(ids) for row in self._new_rows_of(id_)]
-        return np.union1d(rows, np.array(more, np.int32))
-
-    def row_of(self, id_: Any) -> int:
-        """Returns the row that an id has now, 0 if it is no candidate."""
-        row = max(self._new_rows_of(id_), default=0) or int(self.corpus.rows([id_])[0])
-        return row if row and not self.is_dead(np.array([row]))[0] else 0
-
-    def _new_rows_of(self, id_: Any) -> list[int]:
-        # Those of later views are there too.
-        return [row for row in self.new_rows.get(id_, ()) if row <= self.num_rows]
-
-    def is_dead(self, rows: np.ndarray) -> np.ndarray:
-        if self.died is None:
-            return np.zeros(len(rows), bool)
-        return self.died[rows] <= self.version
+_ADDED_AT_ONCE = 8  # For searches go on between.
+# The index is built anew after so many changes, as a number and as a share of its candidates.
+_LEAST_DRIFT, _MOST_DRIFT = 2_000, 0.3
 
 
 class Candidates:
@@ -149,7 +53,7 @@ class Candidates:
         if codes is not None:
             codes = np.pad(codes, [[1, 0], [0, 0]])
         self.values = values
-        self._view = _View(
+        self._view = View(
             *(corpus, by_row, vectors, codes, None, searcher, tuple(levels)), num_rows=len(corpus)
         )
         self._lock = threading.RLock()
@@ -157,6 +61,18 @@ class Candidates:
 
     def __len__(self) -> int:
         return self._view.num_candidates
+
+    @property
+    def corpus(self) -> Ids:
+        """The ids that this was made of, or last rebuilt from."""
+        return self._view.corpus
+
+    @property
+    def has_drifted(self) -> bool:
+        """Whether much has changed since the index was built, so that it should be anew."""
+        view, num_built = self._view, len(self._view.corpus)
+        num_changed = max(view.num_rows - num_built, view.num_dead)
+        return num_changed > max(_LEAST_DRIFT, _MOST_DRIFT * num_built)
 
     @property
     def num_pending(self) -> int:
@@ -188,7 +104,7 @@ class Candidates:
         return view.vectors[rows - 1]
 
     @staticmethod
-    def _live_rows(view: _View) -> np.ndarray:
+    def _live_rows(view: View) -> np.ndarray:
         rows = np.arange(1, view.num_rows + 1)
         return rows if view.died is None else rows[~view.is_dead(rows)]
 
@@ -325,7 +241,7 @@ class Candidates:
             gone += filter(None, map(view.row_of, removed))
             num_removed = len(gone) - num_replaced
             codes = None if self.values is None else self.values.encode(column or [None] * num)
-            view = _with_room(view, num, 0 if codes is None else codes.shape[1], died=bool(gone))
+            view = with_room(view, num, 0 if codes is None else codes.shape[1], died=bool(gone))
             first, last = view.num_rows + 1, view.num_rows + num
             view.ids[first : last + 1] = as_id_array(ids) if num else []
             view.vectors[first - 1 : last] = vectors
@@ -352,12 +268,43 @@ class Candidates:
                 return
             view.searcher.add(view.vectors[first:last])
 
+    def rebuild(self, build: Callable[[np.ndarray], Searcher] | None) -> None:
+        """Builds the index anew, of the candidates alone; None if there is none.
+
+        Changes go on meanwhile, and are kept.
+        """
+        view = self._view
+        rows = self._live_rows(view)
+        ids, vectors = view.ids[rows], view.vectors[rows - 1]
+        corpus, searcher = Ids(ids), None if build is None else build(vectors)
+        with self._lock:
+            now, num = self._view, len(rows)
+            later = np.arange(view.num_rows + 1, now.num_rows + 1)
+            all_rows = np.concatenate([[0], rows, later])
+            died = None if now.died is None else now.died[all_rows]
+            new_rows = {
+                id_: [row - view.num_rows + num for row in of_id if row > view.num_rows]
+                for id_, of_id in now.new_rows.items()
+            }
+            self._view = replace(
+                now,
+                corpus=corpus,
+                ids=now.ids[all_rows],
+                vectors=np.concatenate([vectors, now.vectors[later - 1]]),
+                codes=None if now.codes is None else now.codes[all_rows],
+                died=died,
+                searcher=searcher,
+                num_rows=num + len(later),
+                num_dead=0 if died is None else int((died <= now.version).sum()),
+                new_rows={id_: of_id for id_, of_id in new_rows.items() if of_id},
+            )
+
 
 @dataclass
 class _Asked:
     """Queries, and what each excludes and allows; None where it is nothing, or all."""
 
-    view: _View
+    view: View
     queries: np.ndarray
     k: int
     excluded: Sequence[np.ndarray | None]
@@ -389,30 +336,6 @@ class _Asked:
         part = needed[is_part]
         needed[is_part] = (part + 3 * np.sqrt(part)) / np.maximum(share[is_part], 1e-9)
         return np.searchsorted([level.depth for level in view.levels], needed)
-
-
-def _with_room(view: _View, num: int, width: int, *, died: bool) -> _View:
-    """Makes room for new rows, and codes of some width, in arrays that older views do not share."""
-    capacity = len(view.ids) - 1
-    if view.num_rows + num > capacity or not view.vectors.flags.writeable:
-        capacity = round(_GROWTH * (view.num_rows + num)) + LONGEST_TAIL
-    parts: dict[str, Any] = {}
-    if died and view.died is None:
-        parts["died"] = np.full(capacity + 1, _NEVER)
-    for name in ("ids", "vectors", "codes", "died"):
-        array: np.ndarray | None = getattr(view, name)
-        if array is None:
-            continue
-        shape = [capacity + (name != "vectors"), *array.shape[1:]]
-        if name == "codes":
-            shape[1] = max(shape[1], width)
-        if tuple(shape) == array.shape:
-            continue
-        fill = _NEVER if name == "died" else "" if array.dtype == object else 0
-        grown = np.full(shape, fill, array.dtype)
-        grown[tuple(map(slice, array.shape))] = array
-        parts[name] = grown
-    return replace(view, **parts)
 
 
 def best_places(scores: np.ndarray, k: int) -> np.ndarray:

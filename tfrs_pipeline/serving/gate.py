@@ -37,7 +37,7 @@ def version_in_service(
     newest = _newest(folder, without)
     if newest is None:
         return None
-    retriever = load(newest, exact=True)
+    retriever = load(newest, exact=True, live=False)
     ids, embeddings = _comparable(retriever, candidate_ids, exported)
     return ExactRetriever(ids, embeddings, _query_embedder(retriever, log))
 

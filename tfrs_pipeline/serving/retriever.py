@@ -17,26 +17,31 @@ from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
 from tfrs_pipeline.model.graph import id_list, signature_inputs
 from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.candidates import Candidates, ItemValues
+from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.graph_index import read_saved_index
 from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.item_values import ItemValues
+from tfrs_pipeline.serving.journal import Journal
+from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import Retrieval, ask
 
 
-def load(path: str | Path, *, exact: bool = False) -> "LoadedRetriever":
+def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "LoadedRetriever":
     """Loads an exported model.
 
     Args:
         path: A version's folder, or a model's folder to load its newest complete version.
         exact: Whether to score all candidates, also if there is a ScaNN index.
+        live: Whether to take in the items written since the export, and to allow `upsert` and
+            `remove`.
 
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
         ImportError: If the index needs the package scann and it is not installed.
         Damaged: If a file has changed since the export.
     """
-    return LoadedRetriever(publish.version_at(path), exact=exact)
+    return LoadedRetriever(publish.version_at(path), exact=exact, live=live)
 
 
 class LoadedRetriever:
@@ -57,7 +62,7 @@ class LoadedRetriever:
         item_filter: "name" and "values" of the column that requests may filter by, or None.
     """
 
-    def __init__(self, folder: Path, *, exact: bool) -> None:
+    def __init__(self, folder: Path, *, exact: bool, live: bool) -> None:
         self.folder = folder
         try:
             self.manifest = read_record(folder / publish.MANIFEST_FILE)
@@ -74,6 +79,17 @@ class LoadedRetriever:
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         self.features = features_of(self.manifest)
         self.candidates = self._candidates(with_index=is_scann and not exact)
+        self._live: LiveItems | None = None
+        if live and folder.name.isdecimal():
+            self._live = LiveItems(
+                self.candidates,
+                Journal(folder.parent),
+                int(folder.name),
+                self.features["candidate"],
+                self.item_filter and self.item_filter["name"],
+                self.manifest["index"]["num_leaves"] if is_scann and not exact else 0,
+                self.embed_candidates,
+            )
 
     def _candidates(self, *, with_index: bool) -> Candidates:
         ids = pq.read_table(self.folder / publish.ITEMS_FILE, columns=["item_id"])["item_id"]
@@ -154,6 +170,52 @@ class LoadedRetriever:
             queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
         return self._retrieved(queries, "user", k, exclude, allowed)
 
+    def upsert(self, items: Sequence[Item]) -> int:
+        """Adds items, or replaces those with the same ids, for all later queries.
+
+        An item that training did not have is embedded by its features, as in a refresh. The items
+        are on disk, beside the versions, when this returns; other processes that serve or load the
+        model take them in too. A newer version that knows an item itself goes before them. To
+        replace the whole catalogue, `refresh_index` is the way.
+
+        Args:
+            items: Mappings of `item_id` and raw values by the names of the log's item table: each
+                feature that the model reads, and the column of the item filter. None is missing.
+                A `title` is shown; other values are kept for later versions.
+
+        Returns:
+            How many of the items are new.
+
+        Raises:
+            Damaged: If the file of live items has changed since it was written.
+            StorageError: If the items cannot be put on disk; then nothing has changed.
+            ValueError: If an item has the wrong form, or cannot be embedded; if the model was
+                loaded without `live`, or from a folder that is not one of its versions.
+        """
+        return self._writable.upsert(items)
+
+    def remove(self, item_ids: Sequence[Any]) -> int:
+        """Removes items from all later answers; unknown ids are ignored. Raises as `upsert`.
+
+        Returns:
+            How many of the items there were.
+        """
+        return self._writable.remove(item_ids)
+
+    def catch_up(self) -> None:
+        """Takes in the items that other processes have written since the last call or write."""
+        if self._live is not None:
+            self._live.catch_up()
+
+    @property
+    def _writable(self) -> LiveItems:
+        if self._live is None:
+            raise ValueError(
+                "This model takes no items: load it with live=True, by its own folder or one of "
+                f"the versions in it. Received: {self.folder}"
+            )
+        return self._live
+
     def embed_queries(self, queries: Sequence[retrieval.Query]) -> np.ndarray:
         """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
         retrieval.check_queries(queries, ids_are_text=self.item_dtype == tf.string)
@@ -224,8 +286,12 @@ class LoadedRetriever:
         """Reads the queries stored with the export, 1,000 at most."""
         return pq.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
 
+    def title_of(self, item_id: Any) -> str | None:
+        """Returns the title that an item was written with, None if it is not a live item."""
+        return None if self._live is None else self._live.title_of(item_id)
+
     def titles(self) -> dict[Any, str]:
-        """Reads the candidates' titles by id; empty if they have none."""
+        """Reads the titles of the version's own items by id; empty if they have none."""
         items = pq.read_table(self.folder / publish.ITEMS_FILE).to_pydict()
         return dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
 

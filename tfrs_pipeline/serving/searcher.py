@@ -6,6 +6,8 @@ operation reads the same ones, so an exported model holds them once.
 
 import contextlib
 import importlib.util
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -107,17 +109,23 @@ class Searcher:
     def load(cls, saved: Saved, vectors: np.ndarray) -> Self:
         """Loads a saved index of the same vectors."""
         with tempfile.TemporaryDirectory(prefix="tfrs_pipeline-index-") as name:
-            folder, assets = Path(name), []
+            folder = Path(name)
             np.save(folder / _VECTORS, vectors)
             for file, content in saved.items():
                 if isinstance(content, bytes):
                     (folder / file).write_bytes(content)
                 else:
                     np.save(folder / file, content)
-            for file, kind in {**_ASSETS, _VECTORS: "DATASET_NPY"}.items():
-                if (folder / file).exists():
-                    assets.append(f'assets {{ asset_type: {kind} asset_path: "{folder / file}" }}')
-            return cls(_scann_numpy()(name, "\n".join(assets)))
+            return cls._in(folder)
+
+    @classmethod
+    def _in(cls, folder: Path) -> Self:
+        assets = [
+            f'assets {{ asset_type: {kind} asset_path: "{folder / file}" }}'
+            for file, kind in {**_ASSETS, _VECTORS: "DATASET_NPY"}.items()
+            if (folder / file).exists()
+        ]
+        return cls(_scann_numpy()(str(folder), "\n".join(assets)))
 
     def save(self) -> Saved:
         """Returns what `load` takes besides the vectors."""
@@ -179,3 +187,25 @@ class Searcher:
 
     def _is_idle(self) -> bool:
         return not self._num_searches
+
+
+def build_apart(vectors: np.ndarray, num_leaves: int) -> Searcher:
+    """Builds an index in another process: ScaNN holds Python's lock while it builds."""
+    with tempfile.TemporaryDirectory(prefix="tfrs_pipeline-index-") as name:
+        np.save(Path(name, _VECTORS), vectors)
+        package = str(Path(__file__).parents[2])
+        command = [sys.executable, "-P", "-c", _PROGRAM, package, name, str(num_leaves)]
+        subprocess.run(command, check=True, capture_output=True)
+        return Searcher._in(Path(name))
+
+
+# The package last on the path, so that it hides no module of the standard library.
+_PROGRAM = """
+import sys
+import numpy as np
+package, folder, num_leaves = sys.argv[1:]
+sys.path.append(package)
+from tfrs_pipeline.serving.searcher import Searcher
+vectors = np.load(f"{folder}/dataset.npy")
+Searcher.build(vectors, int(num_leaves))._scann.serialize(folder, True)
+"""

@@ -1,0 +1,187 @@
+"""Candidates that change while they are searched, against a plain dictionary of vectors."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.serving.test_index import clustered
+from tfrs_pipeline.serving import candidates as candidates_module
+from tfrs_pipeline.serving.candidates import Candidates, best_places
+from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.item_values import ItemValues
+from tfrs_pipeline.serving.searcher import Searcher
+
+NUM, DIM = 400, 16
+VECTORS, QUERIES = clustered(NUM, DIM), clustered(12, DIM, seed=1)
+NEW = clustered(3000, DIM, seed=2)
+COLOURS = ["red", "green", "blue"]
+
+
+def build(vectors: np.ndarray) -> Searcher:
+    return Searcher.build(vectors, 10)
+
+
+class Plain:
+    """What is a candidate now: id -> vector and colours; and the same as `Candidates`."""
+
+    def __init__(self, kind: str, ids: str) -> None:
+        rng = np.random.default_rng(3)
+        self.id_of = int if ids == "int" else lambda number: f"é{number}"
+        colours = [[COLOURS[i]] for i in rng.integers(0, 3, NUM)]
+        self.now = {self.id_of(i): x for i, x in enumerate(zip(VECTORS, colours, strict=True))}
+        codes = np.array([[1 + COLOURS.index(x[0])] for x in colours], np.int32)
+        searcher = build(VECTORS) if kind == "scann" else None
+        # Searches all leaves: what is missed is then an error, and no approximation.
+        levels = [Level(150, 10, 10_000)] if searcher else []
+        self.candidates = Candidates(
+            *(list(self.now), VECTORS, searcher, levels, ItemValues(COLOURS, codes), codes)
+        )
+
+    def put(self, numbers: list[int], vectors: np.ndarray, colours: list[list[str]]) -> None:
+        ids = [self.id_of(number) for number in numbers]
+        self.candidates.change(ids, vectors, colours)
+        self.now |= dict(zip(ids, zip(vectors, colours, strict=True), strict=True))
+
+    def remove(self, numbers: list[int]) -> None:
+        ids = [self.id_of(number) for number in numbers]
+        there = [id_ for id_ in ids if id_ in self.now]
+        nothing = np.zeros((0, DIM), np.float32)
+        assert self.candidates.change([], nothing, [], ids) == len(there)
+        for id_ in there:
+            del self.now[id_]
+
+    def best(
+        self, query: np.ndarray, k: int, excluded: set[Any], allowed: list[str]
+    ) -> tuple[set[Any], list[float]]:
+        scores = {
+            id_: float(vector @ query)
+            for id_, (vector, colours) in self.now.items()
+            if id_ not in excluded and (not allowed or set(allowed) & set(colours))
+        }
+        best = sorted(scores, key=lambda id_: -scores[id_])[:k]
+        return set(best), [scores[id_] for id_ in best]
+
+    def check(self, rng: np.random.Generator) -> None:
+        ids = list(self.now)
+        excluded = [
+            {ids[i] for i in rng.integers(0, len(ids), n)} | {self.id_of(-5)}
+            for n in rng.integers(0, 30, len(QUERIES))
+        ]
+        allowed: list[list[str]] = [
+            [[], ["red"], ["blue", "grey"], ["none"]][i] for i in rng.integers(0, 4, len(QUERIES))
+        ]
+        for k in (1, 10, 60):
+            found, scores = self.candidates.search(QUERIES, k, excluded, allowed)
+            for i, query in enumerate(QUERIES):
+                best, best_scores = self.best(query, k, excluded[i], allowed[i])
+                num = len(best)
+                assert set(found[i][:num].tolist()) == best
+                np.testing.assert_allclose(scores[i][:num], best_scores, rtol=1e-5, atol=1e-6)
+                assert np.isneginf(scores[i][num:]).all()
+                assert {*found[i][num:].tolist()} <= {-1, ""}
+        assert len(self.candidates) == len(self.now)
+        assert set(self.candidates.ids().tolist()) == set(self.now)
+        known = self.candidates.vectors_of(ids[:5])
+        np.testing.assert_array_equal(known, np.stack([self.now[id_][0] for id_ in ids[:5]]))
+
+
+@pytest.fixture(params=[("exact", "int"), ("scann", "str"), ("scann", "int")])
+def plain(request: pytest.FixtureRequest) -> Plain:
+    return Plain(*request.param)
+
+
+def test_every_change_is_in_the_next_search(plain: Plain) -> None:
+    rng, fresh = np.random.default_rng(4), iter(range(len(NEW)))
+    plain.check(rng)
+    for step in range(40):
+        numbers = np.unique(rng.integers(0, NUM + 200, rng.integers(1, 30))).tolist()
+        if step % 3 == 2:
+            plain.remove(numbers)
+        else:
+            vectors = NEW[[next(fresh) for _ in numbers]]
+            colours = [COLOURS[: rng.integers(0, 4)] for _ in numbers]
+            colours[0] = ["grey"]  # A value that no item had before.
+            plain.put(numbers, vectors, colours)
+        if step % 7 == 5:
+            plain.candidates.take_in()
+        if step % 13 == 10:
+            plain.candidates.rebuild(build if plain.candidates.num_pending or step else None)
+        if step % 4 == 3:
+            plain.check(rng)
+    plain.check(rng)
+
+
+def test_a_search_sees_a_change_whole_or_not_at_all(plain: Plain) -> None:
+    """Two items have each other's place in turn; every search finds exactly one of them first."""
+    best = 5 * QUERIES[:1]
+    names, stop, seen = (plain.id_of(9001), plain.id_of(9002)), threading.Event(), set()
+    plain.put([9001], best, [[]])
+
+    def search() -> None:
+        while not stop.is_set():
+            found, _ = plain.candidates.search(QUERIES[:1], 2)
+            seen.add(tuple(id_ in names for id_ in found[0].tolist()))
+
+    threads = [threading.Thread(target=search) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(300):
+        put, gone = names[(step + 1) % 2], names[step % 2]
+        plain.candidates.change([put], best, [[]], [gone])
+        if step % 50 == 25:
+            plain.candidates.take_in()
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert seen == {(True, False)}
+
+
+def test_changes_during_a_rebuild_are_kept(plain: Plain) -> None:
+    plain.remove(list(range(0, 200, 2)))
+
+    def build_slowly(vectors: np.ndarray) -> Searcher:
+        assert len(vectors) == NUM - 100
+        plain.put([1, 700, 701], NEW[:3], [["red"], [], ["blue"]])
+        plain.remove([3, 700])
+        return build(vectors)
+
+    plain.candidates.rebuild(build_slowly)
+    plain.check(np.random.default_rng(5))
+    assert plain.candidates.num_pending == 3
+    plain.candidates.take_in()
+    assert plain.candidates.num_pending == 0
+    plain.check(np.random.default_rng(6))
+
+
+def test_much_change_calls_for_a_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates_module, "_LEAST_DRIFT", 10)
+    for change in ("put", "remove"):
+        plain = Plain("scann", "int")
+        most = int(0.3 * NUM)
+        for numbers, is_far in ((range(most), False), (range(most, most + 1), True)):
+            if change == "put":
+                plain.put(list(numbers), NEW[: len(numbers)], [[]] * len(numbers))
+            else:
+                plain.remove(list(numbers))
+            assert plain.candidates.has_drifted == is_far
+        plain.candidates.rebuild(build)
+        assert not plain.candidates.has_drifted
+
+
+def ties() -> Iterator[tuple[list[float], int]]:
+    rng = np.random.default_rng(7)
+    for num in (1, 2, 5, 40):
+        for k in (1, 3, 40, 50):
+            yield rng.integers(0, 4, num).astype(float).tolist(), k
+    yield [-np.inf, 1, -np.inf, 1], 3
+    yield [-np.inf], 1
+
+
+@pytest.mark.parametrize(("scores", "k"), list(ties()))
+def test_the_best_places_are_those_of_a_stable_sort(scores: list[float], k: int) -> None:
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    expected = [i for i in order[:k] if scores[i] > -np.inf]
+    assert best_places(np.array(scores, np.float32), k).tolist() == expected

@@ -1,0 +1,136 @@
+"""The journal of a model's live items: an append-only file beside its versions.
+
+A record is a line: the CRC-32 of its text in hexadecimal, a space, and JSON. It is on disk before
+its write is confirmed. What a kill leaves of a record has no end of line, and is cut off by the
+next write. Several processes may write, one at a time, and any number may read.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tfrs_pipeline.durable import Damaged, flush, naming
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "live.journal"
+
+Record: TypeAlias = Mapping[str, Any]
+
+
+class Journal:
+    """Reads and writes the journal in a model's folder, which may not exist yet.
+
+    It remembers up to where it has read. After the journal was rewritten, it reads it anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL_FILE
+        self._lock = threading.RLock()
+        self._read: tuple[int, int] = (0, 0)  # The file's inode, and the offset.
+
+    def records(self) -> list[Record]:
+        """Reads the records since the last call; raises `Damaged` if one has changed."""
+        with self._lock, naming(self.path):
+            try:
+                file = self.path.open("rb")
+            except FileNotFoundError:
+                return []
+            with file:
+                inode = os.fstat(file.fileno()).st_ino
+                offset = self._read[1] if self._read[0] == inode else 0
+                file.seek(offset)
+                lines = file.read().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):
+                del lines[-1]  # Still being written, or never confirmed.
+            records = [_decoded(self.path, line) for line in lines]
+            self._read = inode, offset + sum(map(len, lines))
+            return records
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator["Writer"]:
+        """Locks the journal, against other threads and processes, to read and then append."""
+        with self._lock, naming(self.path):
+            while True:
+                is_new = not self.path.exists()
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    # Another process may have rewritten it meanwhile.
+                    if os.fstat(descriptor).st_ino == os.stat(self.path).st_ino:
+                        if is_new:
+                            flush([self.path.parent])
+                        yield Writer(self, descriptor)
+                        return
+                except FileNotFoundError:
+                    pass
+                finally:
+                    os.close(descriptor)  # Which unlocks it.
+
+
+class Writer:
+    """Appends to a locked journal, or rewrites it."""
+
+    def __init__(self, journal: Journal, descriptor: int) -> None:
+        self._journal, self._file = journal, descriptor
+
+    def append(self, record: Record) -> None:
+        """Appends a record, which is on disk when this returns; read `records` first.
+
+        If it fails, nothing of the record is left.
+        """
+        (inode, end), line = self._journal._read, _encoded(record)
+        os.ftruncate(self._file, end)  # Cuts off what a kill has left.
+        try:
+            _write(self._file, line)
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, end)
+            raise
+        self._journal._read = inode, end + len(line)
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Rewrites the journal: a reader sees the old one or the new one, whole."""
+        path = self._journal.path
+        partial = path.with_name(f".{path.name}.partial")
+        lines = b"".join(map(_encoded, records))
+        partial.write_bytes(lines)
+        flush([partial])
+        inode = partial.stat().st_ino
+        os.replace(partial, path)
+        flush([path.parent])
+        self._journal._read = inode, len(lines)
+
+    @property
+    def num_bytes(self) -> int:
+        """The length of the journal."""
+        return os.fstat(self._file).st_size
+
+
+def _write(file: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(file, content) :]
+
+
+def _encoded(record: Record) -> bytes:
+    # In ASCII, so that no text of a client can hold an end of line.
+    text = json.dumps(record, allow_nan=False, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _decoded(path: Path, line: bytes) -> Record:
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        raise Damaged(
+            f"{path} is not as it was written: a record of it has changed. Restore the file, or "
+            "move it away and write the live items again."
+        )
+    record: Record = json.loads(text)
+    return record

@@ -1,0 +1,328 @@
+"""Items that are added, changed and removed while a model is in service.
+
+Each write is checked, embedded by the exported item tower, put into the journal beside the
+versions, and found by the next search. A newer version that knows an item itself goes before what
+the journal says of it.
+"""
+
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.features.encoding import raw_columns
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
+from tfrs_pipeline.retrieval import check_ids
+from tfrs_pipeline.serving.candidates import LONGEST_TAIL, Candidates
+from tfrs_pipeline.serving.journal import Journal, Record, Writer
+from tfrs_pipeline.serving.searcher import build_apart
+
+logger = logging.getLogger(__name__)
+
+Item: TypeAlias = Mapping[str, Any]
+"""An item: `item_id`, and raw values by the names of the log's item table; None is missing."""
+
+# In a journal that is rewritten.
+_ITEMS_PER_RECORD = 1024
+# The journal is rewritten when it is longer than this, and most of it is outdated.
+_SMALL_JOURNAL_BYTES = 1 << 20
+
+_Embed: TypeAlias = Callable[
+    [Sequence[Any], Mapping[str, Sequence[Any]]], tuple[np.ndarray, np.ndarray]
+]
+
+
+class LiveItems:
+    """Writes to the candidates of a loaded version; safe from several threads.
+
+    Args:
+        candidates: As the version has them. Those of the journal are added to them here.
+        journal: The journal of the model.
+        version: The version's number.
+        features: The item features that the model reads.
+        filter_by: The column that requests may filter by, or None.
+        num_leaves: The partitions of the index, 0 for exact search.
+        embed: Embeds ids with columns of raw features: vectors [n, D], is_known_item [n].
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        journal: Journal,
+        version: int,
+        features: Sequence[Feature],
+        filter_by: str | None,
+        num_leaves: int,
+        embed: _Embed,
+    ) -> None:
+        self._candidates, self._journal, self._version = candidates, journal, version
+        self._features, self._filter, self._embed = tuple(features), filter_by, embed
+        self._num_leaves = num_leaves
+        self._own: Ids = candidates.corpus
+        self._lock = threading.RLock()
+        # What the journal says last of each id: the version that was in use, and the item or None.
+        self._last: dict[Any, tuple[int, Item | None]] = {}
+        self._num_written = 0
+        self._is_busy = threading.Lock()
+        self.catch_up()
+
+    def upsert(self, items: Sequence[Item]) -> int:
+        """Adds items, or replaces them; see `LoadedRetriever.upsert`."""
+        if isinstance(items, Mapping):
+            raise ValueError(f"Items come in a list, also a single one: [{dict(items)!r:.200}]")
+        items = [self._checked(item) for item in items]
+        ids = [item["item_id"] for item in items]
+        self._refuse_repeated(ids)
+        embedded = self._embedded(items)
+        with self._lock, self._journal.writing() as writer:
+            self.catch_up()
+            num_new = int((~self._candidates.has(ids)).sum())
+            self._write(writer, {"put": items})
+            self._candidates.change(ids, embedded, self._filter_column(items))
+            self._rewrite_if_long(writer)
+        self._maintain()
+        return num_new
+
+    def remove(self, item_ids: Iterable[Any]) -> int:
+        """Removes items; see `LoadedRetriever.remove`."""
+        if isinstance(item_ids, str | int | np.integer):
+            raise ValueError(f"item_ids must be a list. Received: {item_ids!r}")
+        ids = [self._checked_id(id_) for id_ in item_ids]
+        self._refuse_repeated(ids)
+        with self._lock, self._journal.writing() as writer:
+            self.catch_up()
+            self._write(writer, {"gone": ids})
+            num_removed = self._candidates.change([], self._nothing, [], ids)
+            self._rewrite_if_long(writer)
+        self._maintain()
+        return num_removed
+
+    def catch_up(self) -> None:
+        """Takes in what other processes have written."""
+        with self._lock:
+            changed: dict[Any, tuple[int, Item | None]] = {}
+            for record in self._journal.records():
+                self._num_written += len(record.get("put", ())) + len(record.get("gone", ()))
+                changed |= _changes(record)
+            # A journal that was rewritten is read anew, and says much that is known.
+            changed = {id_: x for id_, x in changed.items() if self._last.get(id_) != x}
+            self._last |= changed
+            wanted = {
+                id_: item for id_, (number, item) in changed.items() if self._counts(id_, number)
+            }
+            items = [item for item in wanted.values() if item is not None]
+            embedded, is_embedded = self._embedded_again(items)
+            items = [item for item, fine in zip(items, is_embedded, strict=True) if fine]
+            gone = [id_ for id_, item in wanted.items() if item is None]
+            if items or gone:
+                ids = [item["item_id"] for item in items]
+                self._candidates.change(ids, embedded, self._filter_column(items), gone)
+        self._maintain()
+
+    def title_of(self, item_id: Any) -> str | None:
+        """Returns the title that an item was written with, if any."""
+        _, item = self._last.get(item_id, (0, None))
+        title = None if item is None else item.get("title")
+        return None if title is None else str(title)
+
+    def _counts(self, item_id: Any, version: int) -> bool:
+        """Whether a write counts for this version, or the version knows the item itself."""
+        return version >= self._version or not self._own.rows([item_id])[0]
+
+    def _write(self, writer: Writer, change: Record) -> None:
+        record = {"version": self._version, **change}
+        writer.append(record)
+        self._last |= _changes(record)
+        self._num_written += len(change.get("put", ())) + len(change.get("gone", ()))
+
+    def _rewrite_if_long(self, writer: Writer) -> None:
+        if writer.num_bytes < _SMALL_JOURNAL_BYTES or self._num_written < 2 * len(self._last):
+            return
+        self._last = {id_: x for id_, x in self._last.items() if self._counts(id_, x[0])}
+        records: list[Record] = []
+        for version in sorted({number for number, _ in self._last.values()}):
+            of_version = {i: item for i, (number, item) in self._last.items() if number == version}
+            items = [item for item in of_version.values() if item is not None]
+            gone = [id_ for id_, item in of_version.items() if item is None]
+            for start in range(0, len(items), _ITEMS_PER_RECORD):
+                block = items[start : start + _ITEMS_PER_RECORD]
+                records.append({"version": version, "put": block})
+            records.append({"version": version, "gone": gone})
+        writer.replace(records)
+        self._num_written = len(self._last)
+        logger.info("rewrote %s: %d items", self._journal.path, len(self._last))
+
+    def _maintain(self) -> None:
+        """Lets the index take in new items in the background, or builds it anew, if need be."""
+        candidates = self._candidates
+        is_needed = candidates.num_pending > LONGEST_TAIL or candidates.has_drifted
+        if is_needed and self._is_busy.acquire(blocking=False):
+            threading.Thread(target=self._keep_up, name="live-items", daemon=True).start()
+
+    def _keep_up(self) -> None:
+        try:
+            self._candidates.take_in()
+            if self._candidates.has_drifted:
+                build = functools.partial(build_apart, num_leaves=self._num_leaves)
+                self._candidates.rebuild(build if self._num_leaves else None)
+                self._candidates.take_in()
+        except Exception:  # Searches go on with the index as it is; the next write tries again.
+            logger.exception("cannot build the index anew")
+        finally:
+            self._is_busy.release()
+
+    @property
+    def _nothing(self) -> np.ndarray:
+        return self._candidates.vectors_of([])
+
+    def _filter_column(self, items: Sequence[Item]) -> list[Any] | None:
+        return None if self._filter is None else [item.get(self._filter) for item in items]
+
+    def _columns(self, items: Sequence[Item]) -> dict[str, list[Any]]:
+        columns = {}
+        for feature in self._features:
+            column = [item.get(feature.name) for item in items]
+            if feature.is_time:
+                column = [feature.parse(x) if isinstance(x, str) else x for x in column]
+            columns[feature.name] = column
+        return columns
+
+    def _embedded(self, items: Sequence[Item]) -> np.ndarray:
+        """Embeds checked items, or raises a `ValueError` that names the first that cannot be."""
+        if not items:
+            return self._nothing
+        blocks = [
+            self._embed([item["item_id"] for item in block], self._columns(block))
+            for block in (
+                items[start : start + ITEMS_PER_CALL]
+                for start in range(0, len(items), ITEMS_PER_CALL)
+            )
+        ]
+        vectors, is_known = map(np.concatenate, zip(*blocks, strict=True))
+        wrong = ~np.isfinite(vectors).all(axis=1)
+        if not self._features:  # Then a new item says nothing of itself.
+            wrong |= ~is_known
+        if wrong.any():
+            raise ValueError(
+                f"Item {items[int(wrong.argmax())]['item_id']!r} cannot be embedded: the model "
+                + (
+                    "gives it no finite vector."
+                    if self._features
+                    else "reads no item features, and its training did not have it."
+                )
+            )
+        return vectors
+
+    def _embedded_again(self, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds items of the journal, which another version may have checked."""
+        try:
+            return self._embedded(items), np.ones(len(items), bool)
+        except ValueError:
+            pass
+        vectors, fine = [], np.zeros(len(items), bool)
+        for i, item in enumerate(items):
+            try:
+                vectors.append(self._embedded([item])[0])
+                fine[i] = True
+            except ValueError as error:
+                logger.warning("%s: %s It is left out.", self._journal.path, error)
+        return (np.stack(vectors) if vectors else self._nothing), fine
+
+    def _checked(self, item: Item) -> dict[str, Any]:
+        """Returns an item of plain values, or raises a `ValueError`."""
+        if not isinstance(item, Mapping):
+            raise ValueError(f"An item is a mapping, values by name. Received: {item!r:.200}")
+        needed = ["item_id", *(feature.name for feature in self._features)]
+        needed += [self._filter] if self._filter and self._filter not in needed else []
+        if missing := [name for name in needed if name not in item]:
+            hint = suggest(missing[0], [str(name) for name in item if name not in needed])
+            raise ValueError(
+                f"An item lacks {', '.join(map(repr, missing))}, which the model reads; give None "
+                f"(null) where it is unknown. Received: {', '.join(map(str, item))}; {hint}"
+            )
+        plain = {"item_id": self._checked_id(item["item_id"])}
+        kinds = {feature.name: feature for feature in self._features}
+        for name, value in item.items():
+            if not isinstance(name, str):
+                raise ValueError(f"An item's names are text. Received: {name!r}")
+            if name != "item_id":
+                plain[name] = _plain(f"{name!r} of item {plain['item_id']!r}", value)
+                if name in kinds:
+                    _check_kind(kinds[name], plain["item_id"], plain[name])
+        raw_columns(self._features, self._columns([plain]), 1)
+        return plain
+
+    def _checked_id(self, id_: Any) -> Any:
+        is_fine = not isinstance(id_, bool | np.bool_ | None.__class__)
+        if is_fine:
+            check_ids([[id_]], are_text=self._own.are_text)
+        if not is_fine or id_ == self._own.empty_id:
+            raise ValueError(f"An item needs an id. Received: {id_!r}")
+        if self._own.are_text:
+            return _plain("An id", id_)
+        if not -(2**63) <= id_ < 2**63:
+            raise ValueError(f"An id must be an int64. Received: {id_!r}")
+        return int(id_)
+
+    @staticmethod
+    def _refuse_repeated(ids: Sequence[Any]) -> None:
+        if len(set(ids)) < len(ids):
+            twice = next(id_ for i, id_ in enumerate(ids) if id_ in ids[:i])
+            raise ValueError(f"Item {twice!r} occurs more than once in one write.")
+
+
+def _changes(record: Record) -> dict[Any, tuple[int, Item | None]]:
+    """Returns what a record says of each id: the version that was in use, and the item or None."""
+    version = record["version"]
+    return {item["item_id"]: (version, item) for item in record.get("put", ())} | {
+        id_: (version, None) for id_ in record.get("gone", ())
+    }
+
+
+def _plain(what: str, value: Any) -> Any:
+    """Converts a value to what JSON holds, or raises a `ValueError`."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        if any(isinstance(x, list | tuple | Mapping) for x in value):
+            raise ValueError(f"{what} is a list of lists. Received: {value!r:.200}")
+        return [_plain(what, x) for x in value]
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError(f"{what} needs a time zone. Received: {value!r}")
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{what} must be finite, or None (null). Received: {value!r}")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} is no valid text. Received: {value!r:.200}") from None
+    elif not isinstance(value, bool | int | float | None.__class__):
+        raise ValueError(f"{what} must be text, a number, a list or None. Received: {value!r:.200}")
+    return value
+
+
+def _check_kind(feature: Feature, item_id: Any, value: Any) -> None:
+    """Refuses numbers given as text, text given as numbers, and lists where there is one value."""
+    takes_numbers = feature.raw_spec.dtype.is_floating and not feature.is_time
+    values = value if isinstance(value, list) else [value]
+    kinds: tuple[type, ...] = (int, float) if takes_numbers else (str, int, float)
+    needs: Literal["numbers", "text"] = "numbers" if takes_numbers else "text"
+    is_wrong = any(
+        x is not None and (not isinstance(x, kinds) or (takes_numbers and isinstance(x, bool)))
+        for x in values
+    )
+    if is_wrong or (isinstance(value, list) and feature.raw_shape == ()):
+        one = "one value" if feature.raw_shape == () else "a list"
+        raise ValueError(
+            f"{feature.name!r} of item {item_id!r} takes {one} of {needs}. Received: {value!r:.200}"
+        )
