@@ -127,6 +127,11 @@ class LiveItems:
                 self._candidates.change(ids, embedded, self._filter_column(items), gone)
         self._maintain()
 
+    def ids(self) -> list[Any]:
+        """Returns the ids of items that were written, and not removed since."""
+        last = dict(self._last)  # Others may write meanwhile.
+        return [id_ for id_, (_, item) in last.items() if item is not None]
+
     def title_of(self, item_id: Any) -> str | None:
         """Returns the title that an item was written with, if any."""
         _, item = self._last.get(item_id, (0, None))

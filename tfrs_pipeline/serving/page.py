@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,17 +52,17 @@ def card(version: ServedVersion) -> dict[str, Any]:
     """Describes the model for the page, with an example query."""
     retriever = version.retriever
     manifest = retriever.manifest
-    ids, _ = retriever.retrieve([{}], min(NUM_EXAMPLE_ITEMS, len(version.titles)))
+    ids, _ = retriever.retrieve([{}], NUM_EXAMPLE_ITEMS)
     item_filter = retriever.item_filter or {"name": None, "values": []}
     return {
         "name": retriever.folder.parent.name,
         "version": version.number,
         "index": manifest["index"],
-        "num_candidates": len(version.titles),
+        "num_candidates": retriever.num_candidates,
         "has_titles": any(version.titles.values()),
         "has_users": manifest["user_data"],
         "example_user": manifest["example_user"],
-        "example_items": _shown(ids[0].tolist(), version.titles),
+        "example_items": _shown(version, [x for x in ids[0].tolist() if x not in (-1, "")]),
         "filter": {**item_filter, "values": item_filter["values"][:MAX_CHOICES]},
         "inputs": [
             {"name": x.name, "example": x.example, "values": _choices(x)}
@@ -78,15 +78,17 @@ def _choices(feature: Feature) -> list[str]:
     return list(values) if is_one_of_few and len(values) <= MAX_CHOICES else []
 
 
-def _shown(ids: Iterable[Any], titles: Mapping[Any, str | None]) -> list[dict[str, Any]]:
-    return [{"item_id": id_, "title": titles.get(id_)} for id_ in ids]
+def _shown(version: ServedVersion, ids: Iterable[Any]) -> list[dict[str, Any]]:
+    return [{"item_id": id_, "title": version.title_of(id_)} for id_ in ids]
 
 
 def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     """Finds the first items, in the order of the corpus, whose title or id contains `words`."""
-    part = " ".join(words.casefold().split())
-    ids = (id_ for id_, line in version.search_lines.items() if part and part in line)
-    return _shown(itertools.islice(ids, MAX_FOUND), version.titles)
+    part, retriever = " ".join(words.casefold().split()), version.retriever
+    lines = {**version.search_lines, **retriever.live_search_lines()}
+    ids = (id_ for id_, line in lines.items() if part and part in line)
+    listed = (id_ for id_ in ids if retriever.candidates.has([id_])[0])
+    return _shown(version, itertools.islice(listed, MAX_FOUND))
 
 
 def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
     if query.user_id is not None:
         user = version.retriever.parse_user_id(str(query.user_id))
         history = version.retriever.stored_history(user)
-        shown = _shown(history[:MAX_HISTORY_SHOWN], version.titles)
+        shown = _shown(version, history[:MAX_HISTORY_SHOWN])
         result["history"] = {"items": shown, "length": len(history)}
     if version.retriever.manifest["index"]["kind"] == "scann":
         result["exact"] = reference = _asked(version, asked, exact=True)
@@ -162,7 +164,7 @@ def _asked(version: ServedVersion, asked: PredictCall, *, exact: bool = False) -
         "is_known_user": bool(outputs["is_known_user"][0]),
         "latency_ms": round(milliseconds, 3),
         "items": [
-            {"item_id": id_, "title": version.titles.get(id_), "score": float(f"{score:.6g}")}
+            {"item_id": id_, "title": version.title_of(id_), "score": float(f"{score:.6g}")}
             for id_, score in zip(ids, outputs["scores"][0].tolist(), strict=True)
             if score > -np.inf
         ],

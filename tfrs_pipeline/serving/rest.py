@@ -173,6 +173,22 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     return PredictCall(name, inputs, is_row_format)
 
 
+def parse_items(body: bytes, key: str) -> list[Any]:
+    """Reads the body of a write: {key: [...]}, or one item alone; else refuses it (400)."""
+    try:
+        document = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"The body is not JSON in UTF-8: {error}") from None
+    if key == "items" and isinstance(document, dict) and "item_id" in document:
+        return [document]
+    values = document.get(key) if isinstance(document, dict) and len(document) == 1 else None
+    if not isinstance(values, list) or not values:
+        raise bad_request(
+            f"The body must be {{{key!r}: [...]}}, with one or more. Received: {_shown(document)}"
+        )
+    return values
+
+
 def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> bytes:
     """Writes an answer as JSON: arrays [num_queries, ...] of numbers, bools or `bytes`."""
     columns = {name: array.tolist() for name, array in outputs.items()}

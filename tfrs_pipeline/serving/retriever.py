@@ -290,6 +290,11 @@ class LoadedRetriever:
         """Returns the title that an item was written with, None if it is not a live item."""
         return None if self._live is None else self._live.title_of(item_id)
 
+    def live_search_lines(self) -> dict[Any, str]:
+        """Returns what a search by words looks through, by the id of each live item."""
+        ids = () if self._live is None else self._live.ids()
+        return {id_: search_line(id_, self.title_of(id_)) for id_ in ids}
+
     def titles(self) -> dict[Any, str]:
         """Reads the titles of the version's own items by id; empty if they have none."""
         items = pq.read_table(self.folder / publish.ITEMS_FILE).to_pydict()
@@ -394,6 +399,11 @@ class LoadedRetriever:
         if unknown is not None:
             hint = suggest(str(unknown), known)
             raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
+
+
+def search_line(item_id: Any, title: str | None) -> str:
+    """Returns what a search by words looks through: an item's title and id."""
+    return f"{title or ''} {item_id}".casefold()
 
 
 def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:

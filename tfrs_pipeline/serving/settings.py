@@ -1,5 +1,6 @@
 """The settings of the server; without TensorFlow, because the command line's help needs them."""
 
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -23,6 +24,9 @@ class ServeSettings(Config):
     listens on; *.example.com allows all names below it, * any. Keeps other web pages out."""
     poll_seconds: PositiveFloat = 2.0
     """Seconds between checks for a new version."""
+    token_file: Path | None = None
+    """File with a token, of 16 characters or more, whose holders may add and remove items
+    (PUT and DELETE /v1/models/NAME/items). Without it nobody may."""
     page: bool = True
     """Whether to serve the page at /, which compares the index with exact search."""
     num_threads: PositiveInt = 4

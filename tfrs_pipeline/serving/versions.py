@@ -22,7 +22,7 @@ from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs
-from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.retriever import load, search_line
 from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import RETRIEVALS, Retrieval, ask, completed
@@ -54,9 +54,7 @@ class ServedVersion:
         self.titles: dict[Any, str | None] = {}
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
-        self.search_lines = {
-            id_: f"{title or ''} {id_}".casefold() for id_, title in self.titles.items()
-        }
+        self.search_lines = {id_: search_line(id_, title) for id_, title in self.titles.items()}
         self.signature_def = _signature_def(folder)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
@@ -98,6 +96,10 @@ class ServedVersion:
             if (retrieval := _RETRIEVALS.get(signature)) is not None:
                 return self.retriever.answer(retrieval, inputs, exact=exact)
             return ask(self._functions[signature], inputs)
+
+    def title_of(self, item_id: Any) -> str | None:
+        """Returns the title of an item, as it was last written."""
+        return self.retriever.title_of(item_id) or self.titles.get(item_id)
 
     def release(self) -> None:
         """Frees the version's memory; it must not be called afterwards."""
@@ -165,6 +167,8 @@ class ModelVersions:
             _, retry_at = self._failures.get(identity, ("", 0.0))
             if retry_at <= time.monotonic() and self._load(identity, on_disk[identity]):
                 break
+        if self._current is not None:
+            self._current.retriever.catch_up()
         if self._release_idle():
             # TensorFlow's objects have reference cycles, which only the collector frees.
             gc.collect()

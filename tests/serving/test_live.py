@@ -1,0 +1,374 @@
+"""Items written while a model is in service: found at once, durable, and refused if wrong."""
+
+import asyncio
+import itertools
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
+from tests.serving.running_server import JSON, Running
+from tfrs_pipeline.durable import Damaged
+from tfrs_pipeline.features.numeric import Numeric
+from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.run.refresh import refresh_index
+from tfrs_pipeline.serving import live as live_module
+from tfrs_pipeline.serving.candidates import LONGEST_TAIL
+from tfrs_pipeline.serving.journal import JOURNAL_FILE
+from tfrs_pipeline.serving.live import _check_kind, _plain
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+
+TOKEN = "0123456789abcdef"
+ITEMS = "/v1/models/films/items"
+
+
+@pytest.fixture
+def model(served: Served, folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "films"))
+
+
+@pytest.fixture
+def retriever(model: Path) -> LoadedRetriever:
+    return load(model)
+
+
+def new_id(served: Served, number: int = 0) -> Any:
+    return 90_000 + number if served.ids == "int" else f"new ☂ {number}"
+
+
+def item(id_: Any, genres: Any = ("a", "b"), **more: Any) -> dict[str, Any]:
+    return {"item_id": id_, "genres": genres, **more}
+
+
+def ranking(retriever: LoadedRetriever, query: dict[str, Any], **options: Any) -> dict[Any, float]:
+    """Returns the scores of all candidates, best first."""
+    ids, scores = retriever.retrieve([query], NUM_CANDIDATES + 10, **options)
+    pairs = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
+    return {id_: score for id_, score in pairs if score > -np.inf}
+
+
+def test_a_new_item_is_found_by_the_next_query(served: Served, retriever: LoadedRetriever) -> None:
+    id_, query = new_id(served), {"history": served.known(3)}
+    before = ranking(retriever, query)
+    assert retriever.upsert([item(id_, title="Brand New")]) == 1
+    after = ranking(retriever, query)
+    # As the exported towers say: the dot product of the query and of an unknown id with these
+    # features.
+    vector, is_known = retriever.embed_candidates([id_], {"genres": [["a", "b"]]})
+    assert not is_known[0]
+    expected = float((retriever.embed_queries([query]) @ vector.T)[0, 0])
+    assert after.pop(id_) == pytest.approx(expected, rel=1e-4)
+    assert list(after) == list(before)
+    assert retriever.num_candidates == NUM_CANDIDATES + 1
+    assert retriever.title_of(id_) == "Brand New"
+    # Exclusions and filters know it.
+    assert id_ not in ranking(retriever, query, exclude=[[id_]])
+    assert id_ in ranking(retriever, query, allowed=[["a"]])
+    assert id_ not in ranking(retriever, query, allowed=[["c"]])
+    assert retriever.upsert([item(id_, ["brand-new genre"])]) == 0
+    assert set(ranking(retriever, query, allowed=[["brand-new genre"]])) == {id_}
+
+
+def test_a_known_item_is_replaced_and_removed(served: Served, retriever: LoadedRetriever) -> None:
+    id_, query = served.candidate_ids[11], {"history": served.known(2)}
+    before = ranking(retriever, query)
+    assert retriever.upsert([item(id_, ["c"])]) == 0
+    vector, is_known = retriever.embed_candidates([id_], {"genres": [["c"]]})
+    assert is_known[0]
+    after = ranking(retriever, query)
+    assert after[id_] == pytest.approx(
+        float(retriever.embed_queries([query])[0] @ vector[0]), rel=1e-4
+    )
+    assert len(after) == len(before) == NUM_CANDIDATES
+    assert retriever.remove([id_, new_id(served)]) == 1
+    assert set(before) - set(ranking(retriever, query)) == {id_}
+    user = served.query_ids[0]
+    assert id_ not in retriever.retrieve_user([user], NUM_CANDIDATES)[0][0].tolist()
+
+
+def test_live_items_are_there_after_a_restart_and_for_other_processes(
+    served: Served, model: Path, retriever: LoadedRetriever
+) -> None:
+    query, other = {"history": served.known(3)}, load(model)
+    retriever.upsert([item(new_id(served, i)) for i in range(5)])
+    retriever.remove([new_id(served, 1), served.candidate_ids[4]])
+    other.upsert([item(new_id(served, 2), ["c"]), item(new_id(served, 7))])
+    retriever.catch_up()
+    expected = ranking(retriever, query)
+    assert len(expected) == NUM_CANDIDATES + 4
+    for again in (other, load(model), load(model, exact=True), load(model / "1")):
+        assert ranking(again, query) == pytest.approx(expected)
+    frozen = load(model, live=False)
+    assert len(ranking(frozen, query)) == NUM_CANDIDATES
+    with pytest.raises(ValueError, match="live=True"):
+        frozen.upsert([item(new_id(served))])
+
+
+def test_a_newer_version_goes_before_what_it_knows_itself(
+    exported: Exported, tmp_path: Path
+) -> None:
+    served, model = make_served("int"), tmp_path / "films"
+    shutil.copytree(exported("int", "exact"), model)
+    first = load(model)
+    mine, gone, new = served.candidate_ids[5], served.candidate_ids[6], new_id(served)
+    first.upsert([item(mine, ["c"]), item(new, ["a"])])
+    first.remove([gone])
+    table = "\n".join(f'{id_},Title,"b"' for id_ in served.candidate_ids[:40])
+    (model.parent / "items.csv").write_text(f"item_id,title,genres\n{table}\n")
+    refresh_index(model, model.parent / "items.csv")
+    second, query = load(model), {"history": served.known(3)}
+    assert second.manifest["refreshed"]["num_items"] == 40
+    after = ranking(second, query)
+    assert {mine, gone, new} <= set(after)
+    assert len(after) == 41
+    own = ranking(load(model, live=False), query)
+    assert after[mine] == pytest.approx(own[mine])
+    # What is written now goes before the version again.
+    second.remove([mine])
+    assert mine not in ranking(load(model), query)
+    # An older version takes all in.
+    assert gone not in ranking(load(model / "1"), query)
+
+
+def test_a_long_journal_is_rewritten(
+    served: Served, model: Path, retriever: LoadedRetriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "_SMALL_JOURNAL_BYTES", 2000)
+    other, sizes = load(model), []
+    for step in range(60):
+        retriever.upsert([item(new_id(served, step % 5), ["abc"[step % 3]], title=f"v{step}")])
+        retriever.remove([new_id(served, (step + 1) % 5)])
+        sizes.append((model / JOURNAL_FILE).stat().st_size)
+    assert max(sizes) < 5000  # The 120 writes took more than 7,000.
+    assert sum(b < a for a, b in itertools.pairwise(sizes)) > 1
+    other.catch_up()
+    query = {"history": served.known(3)}
+    for again in (other, load(model)):
+        assert ranking(again, query) == pytest.approx(ranking(retriever, query), abs=1e-6)
+    assert other.title_of(new_id(served, 4)) == "v59"
+
+
+def test_the_index_takes_in_many_items(served: Served, model: Path) -> None:
+    retriever = load(model)
+    items = [item(new_id(served, i), [str(i % 50)]) for i in range(1500)]
+    for start in range(0, 1500, 300):
+        retriever.upsert(items[start : start + 300])
+    with retriever._live._is_busy:  # type: ignore[union-attr]
+        assert retriever.candidates.num_pending <= LONGEST_TAIL
+    ids, _ = retriever.retrieve([{"history": served.known(1)}], 2000)
+    assert {x["item_id"] for x in items} < set(ids[0].tolist())
+
+
+WRONG: dict[str, Any] = {
+    "come in a list": {"item_id": 1},
+    "is a mapping": [3],
+    "lacks 'genres'": [{"item_id": 90_000, "genre": ["a"]}],
+    "lacks 'item_id'": [{"genres": ["a"]}],
+    "needs an id": [item(-1)],
+    "ids are integers": [item("90000")],
+    "int64": [item(2**63)],
+    "text, a number": [item(90_000, {"a": 1})],
+    "list of lists": [item(90_000, [["a"]])],
+    "must be finite": [item(90_000, weight=float("nan"))],
+    "no valid text": [item(90_000, ["\ud800"])],
+    "more than once": [item(90_000), item(90_000)],
+    "time zone": [item(90_000, since=datetime(2024, 1, 1))],
+}
+
+
+def test_a_wrong_item_is_refused_and_changes_nothing(exported: Exported, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
+    retriever = load(model)
+    for message, wrong in WRONG.items():
+        with pytest.raises(ValueError, match=message):
+            retriever.upsert([item(90_001), *wrong] if isinstance(wrong, list) else wrong)
+    for ids in ("5", [True], [None], ["5"], [1.0], [7, 7]):
+        with pytest.raises(ValueError, match=r"id|Item 7 occurs"):
+            retriever.remove(ids)
+    assert retriever.num_candidates == NUM_CANDIDATES
+    assert (model / JOURNAL_FILE).exists() is False
+
+
+def test_values_have_the_kind_of_their_feature() -> None:
+    price, since = Numeric.fit("price", [1.0, 2.0]), Timestamp.fit("since", [datetime.now(UTC)])
+    cases: list[tuple[Any, list[Any], list[Any]]] = [
+        (price, [1, 2.5, None], ["1", True, [1.0], [1]]),
+        (since, ["2024-01-01T00:00:00Z", None], [["2024-01-01T00:00:00Z"]]),
+    ]
+    for feature, fine, wrong in cases:
+        for value in fine:
+            _check_kind(feature, 7, value)
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"'{feature.name}' of item 7 takes one value"):
+                _check_kind(feature, 7, value)
+    assert _plain("x", np.array([1, 2])) == [1, 2]
+    assert _plain("x", datetime(2024, 1, 1, tzinfo=UTC)) == "2024-01-01T00:00:00+00:00"
+
+
+def test_a_changed_journal_is_refused(model: Path, served: Served) -> None:
+    load(model).upsert([item(new_id(served, i)) for i in range(3)])
+    path = model / JOURNAL_FILE
+    path.write_bytes(path.read_bytes().replace(b"genres", b"genrez", 1))
+    with pytest.raises(Damaged, match=JOURNAL_FILE):
+        load(model)
+
+
+def test_a_killed_writer_loses_nothing_that_it_confirmed(
+    exported: Exported, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
+    program = (
+        "import sys; from tfrs_pipeline.serving.retriever import load\n"
+        "model = load(sys.argv[1])\n"
+        "for i in range(10**6):\n"
+        "    model.upsert([{'item_id': 90000 + i, 'genres': ['a']}])\n"
+        "    print(i, flush=True)\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(model)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    for line in writer.stdout:
+        if int(line) == 20:
+            writer.send_signal(signal.SIGKILL)
+            break
+    confirmed = 20
+    for line in writer.stdout:
+        confirmed = int(line) if line.endswith("\n") else confirmed
+    writer.wait(30)
+    there = set(load(model).candidate_ids())
+    assert set(range(90_000, 90_001 + confirmed)) <= there
+    assert len(there) <= NUM_CANDIDATES + confirmed + 2
+
+
+@pytest.fixture
+def running(exported: Exported, tmp_path: Path) -> Any:
+    model = Path(shutil.copytree(exported("int", "scann"), tmp_path / "films"))
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    with Running(model, token_file=tmp_path / "token") as running:
+        yield running
+
+
+def send(running: Running, method: str, body: Any, token: str | None = TOKEN) -> Any:
+    headers = {**JSON, **({"authorization": f"Bearer {token}"} if token else {})}
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return running.run(running.client.request(method, ITEMS, content=content, headers=headers))
+
+
+def test_rest_adds_and_removes_items(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    def found() -> list[int]:
+        asked = {"user_id": [-1], "history": [[]], "exclude": [[]], "k": 80}
+        answer = running.predict(signature_name="retrieve", inputs=asked)["outputs"]
+        return [id_ for id_ in answer["candidate_ids"][0] if id_ != -1]
+
+    own = set(found())
+    answer = send(running, "PUT", {"items": [item(90_001), item(90_002, title="<b>Two</b>")]})
+    assert (answer.status_code, answer.json()) == (200, {"num_new": 2, "num_items": 62})
+    assert set(found()) == own | {90_001, 90_002}
+    assert send(running, "PUT", item(90_003)).json()["num_items"] == 63
+    assert send(running, "DELETE", {"item_ids": [90_001, 5]}).json()["num_removed"] == 1
+    assert set(found()) == own | {90_002, 90_003}
+    page = running.get("/page/items?search=two").json()["items"]
+    assert {"item_id": 90_002, "title": "<b>Two</b>"} in page
+    assert running.get("/page/items?search=90001").json()["items"] == []
+    # A new version that knows none of them takes them over.
+    model = running.server.versions._path
+    shutil.copytree(model / "1", model / ".2")
+    (model / ".2").rename(model / "2")
+
+    async def until_second() -> None:
+        while running.server.versions.statuses().get(2, ("",))[0] != "AVAILABLE":
+            await asyncio.sleep(0.02)
+
+    running.run(asyncio.wait_for(until_second(), 50))
+    assert set(found()) == own | {90_002, 90_003}
+    # Another process writes.
+    load(model).upsert([item(90_009)])
+
+    async def until_found() -> None:
+        while 90_009 not in await asyncio.to_thread(found_now):
+            await asyncio.sleep(0.02)
+
+    def found_now() -> list[Any]:
+        with running.server.versions.use() as version:
+            return version.retriever.candidate_ids()
+
+    running.run(asyncio.wait_for(until_found(), 50))
+
+
+HOSTILE: list[tuple[str, Any, str | None, int]] = [
+    ("PUT", {"items": [item(90_001)]}, None, 401),
+    ("PUT", {"items": [item(90_001)]}, TOKEN[:-1], 401),
+    ("PUT", {"items": [item(90_001)]}, f"{TOKEN}0", 401),
+    ("DELETE", {"item_ids": [1]}, "", 401),
+    ("POST", {"items": [item(90_001)]}, TOKEN, 405),
+    ("GET", b"", TOKEN, 405),
+    ("PUT", b'{"items": [{"item_id": 90001, "genres": NaN}]}', TOKEN, 400),
+    ("PUT", b'{"items": [{"item_id": 90001, "genres": 1e999}]}', TOKEN, 400),
+    ("PUT", b"[" * 100_000, TOKEN, 400),
+    ("PUT", b'{"items": ' + b"[" * 90_000 + b"]" * 90_000 + b"}", TOKEN, 400),
+    ("PUT", b'{"items": [{"item_id": 90001, "genres": "\\ud800"}]}', TOKEN, 400),
+    ("PUT", {"items": []}, TOKEN, 400),
+    ("PUT", {"items": {}}, TOKEN, 400),
+    ("PUT", {"items": [item(90_001)], "more": 1}, TOKEN, 400),
+    ("PUT", {"items": [item("90001")]}, TOKEN, 400),
+    ("PUT", {"items": [item(90_001, 5.5, item_idx=3), item(90_001)]}, TOKEN, 400),
+    ("PUT", {"items": [item(i) for i in range(20_000)]}, TOKEN, 413),
+    ("DELETE", {"item_ids": [str(10**40)]}, TOKEN, 400),
+    ("DELETE", {"item_ids": [10**40]}, TOKEN, 400),
+    ("DELETE", {"items": [1]}, TOKEN, 400),
+]
+
+
+def test_hostile_writes_are_refused_and_change_nothing(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    for method, body, token, code in HOSTILE:
+        answer = send(running, method, body, token)
+        assert answer.status_code == code, (method, body, answer.text)
+        assert answer.json()["error"]
+    with running.server.versions.use() as version:
+        assert version.retriever.num_candidates == NUM_CANDIDATES
+    assert not (running.server.versions._path / JOURNAL_FILE).exists()
+    assert not [x for x in caplog.records if x.levelno >= logging.ERROR]
+
+
+def test_names_with_odd_characters_stay_what_they_are(running: Running) -> None:
+    odd = ["../../etc", "a\nb", "\x00", "'; drop table", "‮evil", "<script>", "é" * 500]
+    body = {"items": [item(90_100 + i, [name], title=name) for i, name in enumerate(odd)]}
+    assert send(running, "PUT", body).json()["num_new"] == len(odd)
+    again = load(running.server.versions._path)
+    for i, name in enumerate(odd):
+        assert again.title_of(90_100 + i) == name
+        assert set(ranking(again, {}, allowed=[[name]])) == {90_100 + i}
+
+
+def test_without_a_token_nobody_writes(exported: Exported, tmp_path: Path) -> None:
+    with Running(exported("int", "exact")) as running:
+        assert send(running, "PUT", {"items": [item(90_001)]}).status_code == 403
+    for text in ("short", "a token with a space", "é" * 20):
+        (tmp_path / "token").write_text(text)
+        with pytest.raises(ValueError, match="16 or more ASCII"):
+            Running(exported("int", "exact"), token_file=tmp_path / "token")
+
+
+def test_a_full_disk_is_told_and_changes_nothing(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tfrs_pipeline.serving.journal.os.fsync", full)
+    answer = send(running, "PUT", {"items": [item(90_001)]})
+    assert (answer.status_code, "nothing has changed" in answer.text) == (503, True)
+    monkeypatch.undo()
+    assert send(running, "PUT", {"items": [item(90_002)]}).json()["num_items"] == 61
