@@ -1,0 +1,76 @@
+"""What Containerfile says, against the package; `.ci/container.py` runs its steps."""
+
+import importlib.util
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from tfrs_pipeline.cli import COMMAND_LINE
+from tfrs_pipeline.serving.settings import ServeSettings
+
+ROOT = Path(__file__).parents[1]
+PORT = ServeSettings.model_fields["port"].default
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """The instructions of each stage, by its name."""
+    spec = importlib.util.spec_from_file_location("container", ROOT / ".ci" / "container.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script: Any = importlib.util.module_from_spec(spec)
+    sys.modules["container"] = script  # Its dataclasses look for their module there.
+    spec.loader.exec_module(script)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for instruction, text in script.instructions(ROOT / "Containerfile"):
+        if instruction == "FROM":
+            found[text.split(" AS ")[1]] = here = []
+        here.append((instruction, text))
+    return found
+
+
+def test_the_server_of_the_image_is_one_that_the_package_starts(stages: Any) -> None:
+    image = dict(stages["serve"])
+    shell, flag, command = json.loads(image["CMD"])
+    assert (shell, flag) == ("sh", "-c")
+    program, *words = command.removeprefix("exec ").replace("'", "").replace('"', "").split()
+    assert program == "tfrs-pipeline"
+    name, given = COMMAND_LINE.read(words)
+    assert (name, str(given["model"])) == ("serve", "/models/$MODEL_NAME")
+    settings = ServeSettings(**{key: given[key] for key in ("host", "allowed_hosts", "page")})
+    assert (settings.host, settings.allowed_hosts, settings.page) == ("0.0.0.0", ("*",), False)
+    assert f"127.0.0.1:{PORT}/healthz" in image["HEALTHCHECK"]
+    assert image["EXPOSE"] == str(PORT)
+
+
+def test_no_image_runs_as_root_and_what_is_copied_reaches_the_engine(stages: Any) -> None:
+    for name in ("serve", "train"):
+        # A number, since Kubernetes cannot tell who a name is.
+        assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", dict(stages[name])["USER"])
+    sent = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = (text.split()[:-1] for kind, text in stages["build"] if kind == "COPY")
+    for source in itertools.chain.from_iterable(copied):
+        assert (ROOT / source).exists()
+        assert f"!{source.split('/')[0]}" in sent
+
+
+def test_the_deployment_of_the_guide_fits_the_image(stages: Any) -> None:
+    page = (ROOT / "docs/guides/serving.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    pod = yaml.safe_load(text)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["ports"] == [{"containerPort": PORT}]
+    assert {container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "liveness")} == {
+        PORT
+    }
+    assert container["env"][0]["name"] in dict(stages["serve"])["ENV"]
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    assert mounts["models"] == {"name": "models", "mountPath": "/models", "readOnly": True}
+    assert mounts["tmp"]["mountPath"] == "/tmp"
