@@ -280,7 +280,7 @@ def main() -> None:
     if given.inside:
         images = build(given.inside)
         for name, image in images.items():
-            sizes = call("sh", "-c", "du -sh . opt/* 2>/dev/null || true", cwd=image.layers[-1])
+            sizes = call("sh", "-c", "du -sh opt/* . 2>/dev/null || true", cwd=image.layers[-1])
             print(f"{name}, user {image.user}: {' '.join(sizes.split())}")
         serve(images["serve"], train(images["train"], given.inside), given.inside)
         return
