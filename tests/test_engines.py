@@ -83,6 +83,7 @@ def asked(videos: Path) -> dict[str, Any]:
     model = namespace["model"]
     stored = {"user_id": 42, "history": model.stored_history(42)[::-1]}
     np.testing.assert_array_equal(np.float32(by_user["embeddings"]), model.embed_queries([stored]))
+    assert set(by_user["known_items"][0]) == set(stored["history"])
     return namespace
 
 

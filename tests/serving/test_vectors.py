@@ -1,6 +1,7 @@
 """The file of vectors: each item's own, whole, and what its metadata says of them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 from tfrs_pipeline import cli
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.serving import vectors
-from tfrs_pipeline.serving.retriever import LoadedRetriever
+from tfrs_pipeline.serving.candidates import Candidates
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 
 @pytest.fixture
@@ -52,17 +54,33 @@ def test_each_item_has_its_own_vector(loaded: LoadedRetriever, tmp_path: Path) -
     assert dims == (8,)
 
 
+def test_items_of_the_service_are_written_too(int_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(int_folder, tmp_path / "films")
+    model = load(tmp_path / "films")
+    model.upsert([{"item_id": 5, "genres": ["a"], "title": "New"}])
+    model.remove([3])
+    assert cli.main(["vectors", str(tmp_path / "films"), str(tmp_path / "films.parquet")]) == 0
+    rows = {row["item_id"]: row for row in pq.read_table(tmp_path / "films.parquet").to_pylist()}
+    assert len(rows) == 60
+    assert rows.keys() == set(model.candidate_ids()) == {5, *(7 * n + 3 for n in range(1, 60))}
+    (expected,), _ = model.embed_candidates([5], {"genres": [["a"]]})
+    np.testing.assert_allclose(rows[5]["embedding"], expected, rtol=1e-6)
+    assert (rows[5]["title"], rows[10]["title"]) == ("New", "The 1th Film")
+
+
 class Untitled:
     """A model of two items, one of them of length 2."""
 
     folder, manifest = Path("plain/3"), {"name": "plain"}
     ids: list[Any] = ["a", "b"]
 
+    @property
+    def candidates(self) -> Candidates:
+        vectors = np.array([[1, 0], [0, 2]], np.float32)
+        return Candidates(np.array(self.ids, object), vectors, None, ())
+
     def candidate_ids(self) -> list[Any]:
         return self.ids
-
-    def candidate_embeddings(self) -> np.ndarray:
-        return np.array([[1, 0], [0, 2]], np.float32)
 
     def titles(self) -> dict[Any, str]:
         return {}
@@ -77,6 +95,9 @@ def test_other_lengths_are_told_and_a_failure_leaves_the_old_file(
     assert pq.read_schema(path).names == ["item_id", "embedding", "norm"]
     before = path.read_bytes()
     monkeypatch.setattr(vectors.os, "replace", _full)
+    model.ids = []
+    with pytest.raises(ValueError, match="no items"):
+        vectors.write_vectors(model, path)  # type: ignore[arg-type]
     model.ids = ["c", "d"]
     with pytest.raises(StorageError, match=r"plain\.parquet.*No space left"):
         vectors.write_vectors(model, path)  # type: ignore[arg-type]

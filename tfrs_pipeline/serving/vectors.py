@@ -25,7 +25,8 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     Each item is a row with `item_id`, `title` if the export has titles, `embedding`, a list of D
     float32, and `norm`, its length. A query's score is the inner product of an embedding with
     what `LoadedRetriever.embed_queries` or the signatures `embed_user` and `embed_query` return
-    of the same version. An export keeps no other features of the items.
+    of the same version. An export keeps no other features of the items. Items that were added or
+    removed in service count as they do in a query.
 
     Args:
         model: What `tp.load` returns; `tp.load(path, exact=True)` needs no ScaNN.
@@ -37,7 +38,8 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         all vectors have length 1. Cosine similarity then ranks items alike.
 
     Raises:
-        ValueError: If the path is a folder, lies in none, or has another suffix.
+        ValueError: If the path is a folder, lies in none, or has another suffix; if all items have
+            been removed.
         StorageError: If the file cannot be written.
 
     Example:
@@ -46,7 +48,11 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if problem := destination_problem(path):
         raise ValueError(f"path: {problem}")
-    ids, embeddings, titles = model.candidate_ids(), model.candidate_embeddings(), model.titles()
+    ids, titles = model.candidate_ids(), model.titles()
+    if not ids:
+        raise ValueError("The model has no items: all of them have been removed.")
+    # By id, because another thread may add items meanwhile.
+    embeddings = model.candidates.vectors_of(ids)
     norms = np.concatenate([np.linalg.norm(part, axis=1) for part in _blocks(embeddings)])
     about = {
         "model": model.manifest["name"],
@@ -73,7 +79,9 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
                     of_block = slice(start, start + BLOCK)
                     some, flat = ids[of_block], embeddings[of_block].ravel()
                     arrays = [pa.array(some, columns[0].type)]
-                    arrays += [pa.array(map(titles.get, some), pa.string())] if titles else []
+                    if titles:
+                        shown = [model.title_of(id_) or titles.get(id_) for id_ in some]
+                        arrays.append(pa.array(shown, pa.string()))
                     arrays.append(pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1]))
                     writer.write_table(pa.table([*arrays, norms[of_block]], schema=schema))
             flush([partial])
