@@ -1,7 +1,7 @@
 """Writes the vectors of a model's items for another engine, as Parquet."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,32 +64,42 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         "max_norm": float(norms.max()),
         "unit_length": bool(np.abs(norms - 1).max() < _ROUNDING),
     }
-    columns = [pa.field("item_id", pa.string() if isinstance(ids[0], str) else pa.int64())]
-    columns += [pa.field("title", pa.string())] if titles else []
-    columns += [
-        pa.field("embedding", pa.list_(pa.float32(), embeddings.shape[1])),
-        pa.field("norm", pa.float32()),
-    ]
-    schema = pa.schema(columns, metadata={name: _as_text(value) for name, value in about.items()})
     partial = path.with_name(f"{path.name}.partial")
     try:
         with naming(path):
-            with pq.ParquetWriter(partial, schema) as writer:
-                for start in range(0, len(ids), BLOCK):
-                    of_block = slice(start, start + BLOCK)
-                    some, flat = ids[of_block], embeddings[of_block].ravel()
-                    arrays = [pa.array(some, columns[0].type)]
-                    if titles:
-                        shown = [model.title_of(id_) or titles.get(id_) for id_ in some]
-                        arrays.append(pa.array(shown, pa.string()))
-                    arrays.append(pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1]))
-                    writer.write_table(pa.table([*arrays, norms[of_block]], schema=schema))
+            metadata = {name: _as_text(value) for name, value in about.items()}
+            titled = [model.title_of(id_) or titles.get(id_) for id_ in ids] if titles else None
+            _write(partial, metadata, ids, titled, embeddings, norms)
             flush([partial])
             os.replace(partial, path)
             flush([path.parent])
     finally:
         partial.unlink(missing_ok=True)
     return about
+
+
+def _write(
+    path: Path,
+    metadata: dict[str, str],
+    ids: Sequence[Any],
+    titles: Sequence[str | None] | None,
+    embeddings: np.ndarray,
+    norms: np.ndarray,
+) -> None:
+    """Writes the rows in blocks, so that Arrow holds few of them at a time."""
+    fields = [("item_id", pa.string() if isinstance(ids[0], str) else pa.int64())]
+    fields += [("title", pa.string())] if titles else []
+    vector = pa.list_(pa.float32(), embeddings.shape[1])
+    schema = pa.schema([*fields, ("embedding", vector), ("norm", pa.float32())], metadata)
+    # Hardly a value comes twice.
+    with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
+        for start in range(0, len(ids), BLOCK):
+            rows = slice(start, start + BLOCK)
+            columns = [pa.array(ids[rows], fields[0][1])]
+            columns += [pa.array(titles[rows], pa.string())] if titles else []
+            flat = embeddings[rows].ravel()
+            columns += [pa.FixedSizeListArray.from_arrays(flat, type=vector), pa.array(norms[rows])]
+            writer.write_table(pa.table(columns, schema=schema))
 
 
 def destination_problem(path: Path) -> str:
