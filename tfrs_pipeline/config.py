@@ -58,7 +58,7 @@ class EvaluationConfig(Config):
     """What the model is compared with in the same table: itself, trained without the correction;
     the most popular items (in a split by time of the latest clicks, a share that validation
     chooses); the user's own items again, if evaluation.exclude is none; what came next after the
-    user's last item, if the log has an order; EASE; iALS."""
+    user's last two items, if the log has an order; EASE; iALS."""
 
 
 class ExportConfig(Config):

@@ -126,14 +126,15 @@ def test_transitions_count_what_came_next_beside_popularity() -> None:
     found = Transitions(prior=3.0, window=2).fit(in_turn(histories))
     num_users = np.array([sum(j in h for h in histories.values()) for j in range(9)])
     prior = 3 * num_users / num_users.sum()
-    for last in range(9):
+    for before, last in ((3, 0), (0, 3), (5, 5), (None, 7), (8, 1)):
         num = np.zeros(9)
         for history in histories.values():
             for i, item in enumerate(history):
                 for weight, later in zip((1, 0.8), history[i + 1 :], strict=False):
-                    num[later] += weight * (item == last)
+                    num[later] += weight * ((item == last) + 0.3 * (item == before))
         scores = (num + prior) / (num.sum() + prior.sum())
-        ids, of_ids = found.retrieve([{"history": [3, last, 77]}], 9)
+        known = [last] if before is None else [before, last]
+        ids, of_ids = found.retrieve([{"history": [77, *known, 77]}], 9)
         np.testing.assert_allclose(of_ids[0], scores[ids[0]], rtol=1e-5)
         assert of_ids.sum() == pytest.approx(1, rel=1e-5)
     popular = MostPopular().fit(in_turn(histories)).retrieve([{}], 9)[0]

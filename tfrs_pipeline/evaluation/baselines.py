@@ -137,17 +137,20 @@ class Repeats:
 
 # Among an item's successors, each further one counts this much of the one before it.
 _DECAY = 0.8
+# What followed the item before the last one counts this much: docs/explanation/tried.md.
+_BEFORE = 0.3
 
 
 @dataclass(frozen=True)
 class Transitions:
-    """Retrieves what came next after the last item of the history; then popular items.
+    """Retrieves what came next after the last two items of the history; then popular items.
 
-    score(j) = (n_ij + m p_j) / (n_i + m), the mean of a Dirichlet posterior: i is the last known
-    item of the history, n_ij how often j came next in a user's training positives, n_i their sum,
-    p_j the item's share of the distinct pairs of user and item, and m the prior's size. Positives
-    of one request do not follow each other; all follow the positives before the request. The same
-    holds for positives at one time, if the log's rule for ties is "drop".
+    score(j) = (n_ij + .3 n_hj + m p_j) / (n_i + .3 n_h + m), the mean of a Dirichlet posterior: i
+    is the last known item of the history and h the one before it, n_ij how often j came next in a
+    user's training positives, n_i their sum, p_j the item's share of the distinct pairs of user and
+    item, and m the prior's size. Positives of one request do not follow each other; all follow the
+    positives before the request. The same holds for positives at one time, if the log's rule for
+    ties is "drop".
 
     Args:
         prior: m, above 0. An item with 1% of the pairs counts as m / 100 transitions.
@@ -180,7 +183,7 @@ class Transitions:
         items, rows = train.items, train.item_rows
         popular = Interactions.from_rows(items, train.users, rows).counts
         popular = self.prior * popular / max(1, popular.sum())
-        # Row 0 is for histories without a known item.
+        # Row 0, which is empty, is for histories without a known item.
         shape = (1 + len(items), len(items))
         num = scipy.sparse.csr_matrix(shape, dtype=np.float32)
         for i in range(self.window):
@@ -193,9 +196,13 @@ class Transitions:
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             histories = history_columns(queries, items)
-            last = np.array([1 + x[-1] if len(x) else 0 for x in histories], np.int64)
-            total = num_all[last] + popular.sum()
-            return (num[last].toarray() + popular) / np.maximum(total, 1e-12)[:, np.newaxis]
+            last, before = (
+                np.array([1 + x[-i] if len(x) >= i else 0 for x in histories], np.int64)
+                for i in (1, 2)
+            )
+            total = num_all[last] + _BEFORE * num_all[before] + popular.sum()
+            scores = (num[last] + _BEFORE * num[before]).toarray() + popular
+            return scores / np.maximum(total, 1e-12)[:, np.newaxis]
 
         return HistoryRetriever(items, score)
 
