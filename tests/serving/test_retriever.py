@@ -1,6 +1,8 @@
 """A loaded model against the one in memory; what loading refuses."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served
 from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +136,31 @@ def test_a_missing_model_is_explained(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "movies", tmp_path / "clips")
     with pytest.raises(FileNotFoundError, match=rf"mean {tmp_path}/clips or {tmp_path}/movies\?"):
         load(tmp_path)
+
+
+WITHOUT_THE_OPERATION = """
+import sys
+import tensorflow as tf
+
+def refuse(path):
+    raise tf.errors.NotFoundError(None, None, f"{path}: undefined symbol")
+
+tf.load_op_library = refuse
+from tests.serving.running_server import GOOD, Running
+from tfrs_pipeline.serving.retriever import load
+
+loaded = load(sys.argv[1])
+ids, _ = loaded.retrieve([{"history": [7]}], 5)
+assert loaded.candidates._view.searcher is not None
+with Running(__import__("pathlib").Path(sys.argv[1])) as running:
+    answer = running.predict(**GOOD)["outputs"]["candidate_ids"][0]
+assert "scann" not in sys.modules
+assert "_scann_ops" not in open("/proc/self/maps").read()
+print(len(ids[0]), len(answer))
+"""
+
+
+def test_a_tensorflow_without_the_operation_loads_and_serves(exported: Exported) -> None:
+    command = [sys.executable, "-c", WITHOUT_THE_OPERATION, str(exported("int", "scann"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "5 5\n"), done.stderr
