@@ -4,6 +4,7 @@ Candidates can be added and removed while others search. A change writes rows th
 yet, and then makes a new view; each search keeps the view that it began with, and never waits.
 """
 
+import bisect
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -130,6 +131,9 @@ class Candidates:
             ids [B, k], best first, the empty id in empty slots; scores [B, k] float32, -inf there.
         """
         view, num = self._view, len(queries)
+        is_plain = allowed is None and (excluded is None or not any(map(len, excluded)))
+        if is_plain and not exact and (found := _found_at_once(view, queries, k)) is not None:
+            return found
         rows, scores = np.zeros((num, k), np.int32), np.full((num, k), -np.inf, np.float32)
         excluded = [()] * num if excluded is None else excluded
         lists = [view.rows_of(ids) if len(ids) else None for ids in excluded]
@@ -163,7 +167,9 @@ class Candidates:
                 is_open = self._open(asked, line, best)
                 best, best_scores = best[is_open], best_scores[is_open]
             if len(tail):
-                tail_scores = view.vectors[num_indexed : view.num_rows] @ asked.queries[line]
+                tail_scores = np.vecdot(
+                    view.vectors[num_indexed : view.num_rows], asked.queries[line]
+                )
                 is_open = self._open(asked, line, tail)
                 best = np.concatenate([best, tail[is_open]])
                 best_scores = np.concatenate([best_scores, tail_scores[is_open]])
@@ -198,7 +204,14 @@ class Candidates:
         vectors, size = view.vectors[: view.num_rows], max(1, _SCORES_PER_BLOCK // view.num_rows)
         for start in range(0, len(lines), size):
             block = lines[start : start + size]
-            all_scores = (vectors @ asked.queries[block].T).T
+            queries = asked.queries[block]
+            # For a query alone in one thread: the threads of a matrix product wait for each other,
+            # which takes a hundred times as long where other processes work.
+            all_scores = (
+                np.vecdot(vectors, queries)[np.newaxis]
+                if len(queries) == 1
+                else (vectors @ queries.T).T
+            )
             for line, of_line in zip(block, all_scores, strict=True):
                 of_line = np.ascontiguousarray(of_line)
                 if view.died is not None:
@@ -336,6 +349,23 @@ class _Asked:
         part = needed[is_part]
         needed[is_part] = (part + 3 * np.sqrt(part)) / np.maximum(share[is_part], 1e-9)
         return np.searchsorted([level.depth for level in view.levels], needed)
+
+
+def _found_at_once(view: View, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Answers queries without limits if the index holds all that the view has, else None."""
+    searcher, levels = view.searcher, view.levels
+    if searcher is None or view.died is not None or searcher.num_rows != view.num_rows:
+        return None
+    place = bisect.bisect_left(levels, min(k, view.num_rows), key=lambda level: level.depth)
+    if place == len(levels) or levels[place].depth < k:
+        return None
+    level = levels[place]
+    rows, scores, num_rows = searcher.search(
+        queries, level.depth, level.num_leaves_to_search, level.num_reordered
+    )
+    rows, scores = rows[:, :k], scores[:, :k]
+    is_full = num_rows == view.num_rows and rows[:, -1].all()
+    return (view.ids[rows], scores) if is_full else None
 
 
 def best_places(scores: np.ndarray, k: int) -> np.ndarray:

@@ -4,13 +4,12 @@ An index is saved as the arrays and bytes of `FILES` beside its vectors. ScaNN's
 operation reads the same ones, so an exported model holds them once.
 """
 
-import contextlib
 import importlib.util
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self, TypeAlias
@@ -151,12 +150,21 @@ class Searcher:
             rows [B, depth] int32, best first, 0 in empty slots; scores [B, depth] float32, -inf in
             them; the number of rows that were searched.
         """
-        with self._searching():
-            num_rows = self.num_rows
+        change = self._change
+        with change:
+            change.wait_for(lambda: not self._is_held_up)
+            self._num_searches += 1
+        try:
+            num_rows = self._scann.size()
             places, scores = self._scann.search_batched(
                 queries, depth, num_reordered, num_leaves_to_search, False, 0
             )
-        rows = places.astype(np.int32) + 1
+        finally:
+            with change:
+                self._num_searches -= 1
+                if not self._num_searches:
+                    change.notify_all()
+        rows = places.view(np.int32) + 1
         is_empty = np.isnan(scores)  # The searched leaves hold fewer.
         if is_empty.any():
             rows[is_empty], scores[is_empty] = 0, -np.inf
@@ -171,19 +179,6 @@ class Searcher:
                 self._is_held_up = False
                 self._change.notify_all()
             self._scann.upsert([None] * len(vectors), vectors, 1)
-
-    @contextlib.contextmanager
-    def _searching(self) -> Iterator[None]:
-        with self._change:
-            self._change.wait_for(lambda: not self._is_held_up)
-            self._num_searches += 1
-        try:
-            yield
-        finally:
-            with self._change:
-                self._num_searches -= 1
-                if not self._num_searches:
-                    self._change.notify_all()
 
     def _is_idle(self) -> bool:
         return not self._num_searches
