@@ -56,6 +56,8 @@ class Chosen:
 
     def has(self, codes: np.ndarray) -> np.ndarray:
         """Returns which rows' codes, [n, P], are chosen: [n] bool."""
-        found = self.table[np.minimum(codes, len(self.table) - 1)]
-        found &= codes < len(self.table)  # Values that came after the query.
-        return np.asarray(found.any(axis=1))
+        # A column at a time: all at once would take P times the memory.
+        found = self.table[codes[:, 0]]
+        for column in codes.T[1:]:
+            found |= self.table[column]
+        return found
