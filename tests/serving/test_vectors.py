@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.serving.conftest import Exported
 from tfrs_pipeline import cli
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.serving import vectors
 from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.retriever import load
 
 
 @pytest.fixture
@@ -27,8 +28,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_each_item_has_its_own_vector(loaded: LoadedRetriever, tmp_path: Path) -> None:
-    path = tmp_path / "films.parquet"
+@pytest.mark.parametrize("ids", ["int", "str"])
+def test_each_item_has_its_own_vector(exported: Exported, tmp_path: Path, ids: str) -> None:
+    path, loaded = tmp_path / "films.parquet", load(exported(ids, "exact"))
     about = vectors.write_vectors(loaded, path)
     table = pq.read_table(path)
     assert pq.ParquetFile(path).num_row_groups == 3
