@@ -11,15 +11,7 @@ import ibis.expr.types as ir
 from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.engines import ENGINES
 from tfrs_pipeline.data.rules import Fault, Found, evaluate, id_faults, is_usable_weight
-from tfrs_pipeline.data.schema import (
-    LISTED,
-    DataError,
-    Source,
-    Stage,
-    missing,
-    name_problem,
-    refuse_all,
-)
+from tfrs_pipeline.data.schema import LISTED, DataError, Source, Stage, name_problem, require_all
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.data.tables import add_missing
 from tfrs_pipeline.features.feature import ID_TYPES, NUMBER_TYPES, TIME_TYPES
@@ -69,9 +61,7 @@ def check_events(
 
     Returns the table with a log's types and unchanged values.
     """
-    refuse_all(
-        x for name in _REQUIRED for x in missing(events.columns, name, source, _remedy(name))
-    )
+    require_all(events.columns, {name: _remedy(name) for name in _REQUIRED}, source)
     known = {
         **{name: KINDS[kind].column_types for name, kind in request_features.items()},
         **_EVENT_TYPES,
@@ -106,12 +96,11 @@ def check_entities(
     """Checks an item or user table, or makes one, and adds ids that only the events have."""
     source = Source(f"{id_name.removesuffix('_id')} table")
     if entities is None:
-        given = "Give the table that holds it."
-        refuse_all(x for name in features for x in missing([id_name], name, source, given))
+        require_all([id_name], dict.fromkeys(features, "Give the table that holds it."), source)
         return events.select(id_name).distinct()
     kept = [id_name, *features, *(x for x in ("title", LISTED) if x in entities.columns)]
     remedy = "Rename the column that holds it."
-    refuse_all(x for name in kept for x in missing(entities.columns, name, source, remedy))
+    require_all(entities.columns, dict.fromkeys(kept, remedy), source)
     types = {id_name: ID_TYPES} | {
         name: KINDS[kind].column_types for name, kind in features.items()
     }

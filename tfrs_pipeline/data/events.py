@@ -30,8 +30,7 @@ from tfrs_pipeline.data.schema import (
     DataError,
     Source,
     Stage,
-    missing,
-    refuse_all,
+    require_all,
 )
 from tfrs_pipeline.data.times import to_timestamp
 from tfrs_pipeline.messages import printable
@@ -127,11 +126,10 @@ def _event_columns(
         for name in request_features
         if not is_from_timestamp(name, (*reading.columns, *scanned.columns))
     ]
-    names, problems, source = {}, list[str](), Source(scanned.name)
+    names, remedies, problems, source = {}, {}, list[str](), Source(scanned.name)
     for name in dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested]):
         names[name] = reading.columns.get(name, name)
-        remedy = f"Set columns to say which column is {name}."
-        problems += missing(scanned.columns, names[name], source, remedy)
+        remedies[names[name]] = f"Set columns to say which column is {name}."
         if name not in LOG_COLUMNS and _is_mistyped(name, names[name]):
             problems.append(
                 f"columns.{name}: did you mean {names[name]!r}? A column that keeps its name needs "
@@ -157,7 +155,7 @@ def _event_columns(
                 f"{source.column(column)} is not read; did you mean {near[0]!r}? Set columns to "
                 f"say which column is {near[0]}, or rename it."
             )
-    refuse_all(problems, "columns")
+    require_all(scanned.columns, remedies, source, "columns", problems)
     if absent & {"stage", "timestamp"}:
         _refuse_values(scanned, unread, absent)
     if "stage" in absent:

@@ -5,14 +5,7 @@ from collections.abc import Collection, Mapping
 import ibis
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import (
-    LOG_COLUMNS,
-    DataError,
-    Source,
-    case_problem,
-    missing,
-    refuse_all,
-)
+from tfrs_pipeline.data.schema import LOG_COLUMNS, DataError, Source, case_problem, require_all
 from tfrs_pipeline.features.kinds import KINDS
 
 FROM_TIMESTAMP = ("hour", "weekday")
@@ -56,7 +49,7 @@ def check_request_features(events: ibis.Table, features: Mapping[str, str]) -> N
     for name, kind in features.items():
         if not is_from_timestamp(name, events.columns):
             remedy = "It is among request_features: remove it there."
-            refuse_all(missing(events.columns, name, source, remedy))
+            require_all(events.columns, {name: remedy}, source)
         elif "timestamp" not in events.columns:
             raise DataError(
                 f"{source.column(name)} is among request_features but missing, and the log has "

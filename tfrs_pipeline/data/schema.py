@@ -130,19 +130,21 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
     return ""
 
 
-def missing(columns: Collection[str], name: str, source: Source, remedy: str) -> list[str]:
-    """Describes a column that a table lacks, with the nearest ones and the remedy, in one line."""
-    if name in columns:
-        return []
-    near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
-    hint = f"{'Nearest' if near else 'It has'}: {printable(', '.join(near or columns), 300)}."
-    return [f"{source.name}: no column {printable(repr(name))}. {hint} {remedy}"]
-
-
-def refuse_all(problems: Iterable[str], setting: str = "") -> None:
-    """Raises a `DataError` that has a line for each problem, if there is any."""
-    if found := "\n".join(problems):
-        raise DataError(found, setting)
+def require_all(
+    columns: Collection[str],
+    remedies: Mapping[str, str],
+    source: Source,
+    setting: str = "",
+    others: Iterable[str] = (),
+) -> None:
+    """Refuses a table without some columns, in a line each; `others` are its further problems."""
+    found = []
+    for name in (x for x in remedies if x not in columns):
+        near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
+        hint = ("Nearest: " if near else "It has: ") + printable(", ".join(near or columns), 300)
+        found.append(f"{source.name}: no column {printable(repr(name))}. {hint}. {remedies[name]}")
+    if lines := [*found, *others]:
+        raise DataError("\n".join(lines), setting)
 
 
 def count_rows(table: "ibis.Table") -> int:

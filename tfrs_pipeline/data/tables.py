@@ -23,8 +23,7 @@ from tfrs_pipeline.data.schema import (
     TieRule,
     UnknownItems,
     count_rows,
-    missing,
-    refuse_all,
+    require_all,
 )
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.data.ties import settle_ties
@@ -215,14 +214,14 @@ def _load_raw(
             f"{suggest(unused[0], used)}",
             setting,
         )
-    names, problems = {}, list[str]()
+    names, remedies = {}, {}
     for name in dict.fromkeys([id_name, *features, *shown, *columns]):
         names[name] = columns.get(name, name)
         mend = remedy or f"Set {setting} to say which column is {name}."
         if name == id_name and id_of_events in scanned.columns:
             mend = f"Add {name}={printable(id_of_events)} to {setting}, as in columns."
-        problems += missing(scanned.columns, names[name], Source(scanned.name), mend)
-    refuse_all(problems, setting)
+        remedies[names[name]] = mend
+    require_all(scanned.columns, remedies, Source(scanned.name), setting)
     return replace(scanned.load(names), renaming=setting)
 
 

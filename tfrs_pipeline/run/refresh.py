@@ -21,14 +21,8 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import in_blocks
 from tfrs_pipeline.messages import SILENT, Progress
 from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.index import Search
-from tfrs_pipeline.serving.publish import (
-    ITEMS_FILE,
-    MANIFEST_FILE,
-    publishing,
-    version_at,
-    versions_of,
-)
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
@@ -72,7 +66,7 @@ def refresh_index(
     `keep_versions` are as before unless given.
     """
     # Locked, because the new version would hide a newly trained one behind older towers.
-    with publishing(version_at(model).parent):
+    with publish.publishing(publish.version_at(model).parent):
         asked = {"index": index, "keep_versions": keep_versions}
         asked = {name: value for name, value in asked.items() if value is not None}
         steps = refresh_steps(Path(model), Path(items), asked, allow_all_new=allow_all_new)
@@ -98,18 +92,17 @@ def refresh_steps(
 
 
 def _read_items(model: Path, path: Path, runner: Runner) -> pa.Table:
-    version = version_at(model)
+    version = publish.version_at(model)
     if not version.name.isdecimal():
         raise ValueError(
             "A version's folder is named by its number, such as saved_models/NAME/3: the new "
             f"one is written beside it. Received: {version}"
         )
-    manifest = read_record(version / MANIFEST_FILE, check_files=False)
+    manifest = read_record(version / publish.MANIFEST_FILE, check_files=False)
+    id_type = pq.read_schema(version / publish.ITEMS_FILE).field("item_id").type
     items, notes = load_items(
         path,
-        is_integer_id=pa.types.is_integer(
-            pq.read_schema(version / ITEMS_FILE).field("item_id").type
-        ),
+        is_integer_id=pa.types.is_integer(id_type),
         item_features={x["name"]: x["kind"] for x in manifest["features"]["candidate"]},
         reading=Reading(**manifest.get("reading", {})),
     )
@@ -285,15 +278,15 @@ def _export(
 
 def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
     """Describes how a new version with these items would undo a refresh; None if it would not."""
-    if not (versions := versions_of(model)):
+    if not (versions := publish.versions_of(model)):
         return None
     newest = model / str(versions[-1])
     since = since.replace(microsecond=0)  # A manifest has whole seconds.
     try:
-        manifest = read_record(newest / MANIFEST_FILE, check_files=False)
+        manifest = read_record(newest / publish.MANIFEST_FILE, check_files=False)
         if "refreshed" not in manifest or datetime.fromisoformat(manifest["date"]) < since:
             return None
-        items = pq.read_table(newest / ITEMS_FILE, columns=["item_id"])
+        items = pq.read_table(newest / publish.ITEMS_FILE, columns=["item_id"])
     except (Damaged, OSError, pa.ArrowInvalid):
         return None
     refreshed, ours = set(items["item_id"].to_pylist()), set(item_ids.tolist())
