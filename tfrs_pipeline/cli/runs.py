@@ -132,7 +132,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             shown(console) as progress,
         ):
             say(console, f"run folder: {folder}")
-            result = work(config, folder, progress)
+            result = work(config, folder, _begin(config, place, progress))
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
         kept = place.kept()
@@ -226,35 +226,30 @@ def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -
 
 
 def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> Runner:
-    """Makes the log and its split, unless workers have to join first or the run is finished.
-
-    This comes before TensorFlow is imported, so that refused data is told at once.
-    """
+    """Makes the log and its split before TensorFlow is imported: a refusal comes at once."""
     runner = Runner(progress)
-    if this_worker().count == 1 and place.metrics() is None:
+    if this_worker().count == 1 and place.metrics() is None:  # Several workers have to join first.
         from tfrs_pipeline.run.log import log_steps
 
         runner.run(log_steps(config, place))
     return runner
 
 
-def _run(config: RunConfig, folder: Path, progress: Progress) -> "RunResult":
-    begun = _begin(config, RunFolder(folder), progress)
+def _run(config: RunConfig, folder: Path, begun: Runner) -> "RunResult":
     from tfrs_pipeline.report.facts import write_report
     from tfrs_pipeline.run.pipeline import run
 
-    result = run(config, folder, progress=progress, begun=begun)
-    progress.task("report", 0, 0)
+    result = run(config, folder, begun=begun)
+    begun.progress.task("report", 0, 0)
     if this_worker().is_chief:
         write_report(folder)
     return result
 
 
-def _compare(config: RunConfig, folder: Path, progress: Progress) -> "PlanComparison":
-    begun = _begin(config, RunFolder(folder), progress)
+def _compare(config: RunConfig, folder: Path, begun: Runner) -> "PlanComparison":
     from tfrs_pipeline.run.compare import compare
 
-    return compare(config, folder, progress=progress, begun=begun)
+    return compare(config, folder, begun=begun)
 
 
 _WORK: dict[str, tuple[str, Callable[..., Any], Callable[[Console, RunConfig, Any], None]]] = {

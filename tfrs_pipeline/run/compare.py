@@ -59,7 +59,7 @@ def compare(
 
     A stopped comparison of the same config in the folder is resumed: trained plans are measured
     again from their checkpoints, and the unfinished one continues from its last epoch. `progress`
-    is told about the steps; `begun` has run the first ones in the folder.
+    is told about the steps; `begun` replaces it: a runner of the first ones in the folder.
 
     Raises:
         ConfigError: If `warm_start` is set.

@@ -94,8 +94,6 @@ def run(
 ) -> RunResult:
     """Runs the whole pipeline in a folder, which is made if missing.
 
-    `begun` has run the first steps in the folder.
-
     A stopped run of the same config in the folder is resumed: finished data and samples are kept,
     and training continues from its last epoch. A finished run is returned unchanged, since another
     export would make a server load another version. It is exported again only if its version is
@@ -103,7 +101,7 @@ def run(
 
     If TF_CONFIG names several workers, each calls this with the same folder, on a shared file
     system. They train together; the chief alone writes, with its own config, evaluates and exports,
-    and the others wait.
+    and the others wait. `begun` replaces `progress`: a runner of the first steps in the folder.
 
     Raises:
         ValueError: If the folder holds a run of another config, the run to start from is unfinished
@@ -111,16 +109,16 @@ def run(
         WorkerLost: If another worker fails or does not answer.
     """
     check_model_name(config)
-    is_chief = this_worker().is_chief
+    runner, is_chief = begun or Runner(progress), this_worker().is_chief
     training_strategy()  # Joins the other workers, if there are any.
     place = RunFolder(folder)
     chiefs = on_chief(lambda: place.settled(with_source(config, place)).model_dump(mode="json"))
     config = RunConfig(**chiefs)
     with place.claim(config, is_run=True):
         if (finished := chief_first(lambda: read_result(config, place))) is not None:
-            progress.step(StepReport("finished before", _describe_finished(finished, config)))
+            notes = _describe_finished(finished, config)
+            runner.progress.step(StepReport("finished before", notes))
             return finished
-        runner = begun or Runner(progress)
         first = [*data_steps(config, place), *([_signals_step(config)] if is_chief else [])]
         chief_first(lambda: runner.run(runner.left(first)))
         if config.recipes:
