@@ -484,6 +484,7 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
         (["report", "nowhere"], "holds no finished run"),
         (["query", "empty", "--user", "3"], "No exported model at 'empty'"),
         (["vectors", "empty", "x.parquet"], "No exported model at 'empty'"),
+        (["query", run.model, "--history", "1", "--history-timestamps", "soon"], "is written like"),
         (["serve", "empty"], "No exported model at 'empty'"),
         (["refresh-index", run.model, "--items", "item.csv"], "item.csv does not exist"),
         (["refresh-index", run.model, "--items", "titles.csv"], "no column 'item_id'"),

@@ -61,13 +61,17 @@ class Query(OfModel):
 
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
-        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
+        # These refuse at once, before TensorFlow is imported.
+        version, times = (
+            version_at(self.model),
+            list(map(_parse_time, self.history_timestamps or ())),
+        )
         from tfrs_pipeline.serving.retriever import load
 
         retriever = load(version, exact=self.exact)
         about: dict[str, Any] = {}
         notes = list(_request_notes(retriever, self.request))
-        ids, scores = self._ask(retriever, about, notes)
+        ids, scores = self._ask(retriever, times, about, notes)
         titles = retriever.titles()
         items = [
             {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
@@ -91,7 +95,11 @@ class Query(OfModel):
         return 0
 
     def _ask(
-        self, retriever: "LoadedRetriever", about: dict[str, Any], notes: list[str]
+        self,
+        retriever: "LoadedRetriever",
+        times: list[Any],
+        about: dict[str, Any],
+        notes: list[str],
     ) -> tuple[list[Any], list[float]]:
         """Returns ids and scores; adds entries to the JSON and notes."""
         if self.user is not None:
@@ -123,7 +131,7 @@ class Query(OfModel):
         history = list(map(retriever.parse_item_id, self.history))
         query = {"user_id": about.get("user_id"), "history": history, "request": request}
         if self.history_timestamps is not None:
-            query[HISTORY_TIMESTAMPS] = list(map(_parse_time, self.history_timestamps))
+            query[HISTORY_TIMESTAMPS] = times
         ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
         is_known = retriever.knows(history)
         unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
