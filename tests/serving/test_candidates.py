@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.serving.test_index import clustered
+from tfrs_pipeline.evaluation.topk import best_places
 from tfrs_pipeline.serving import candidates as candidates_module
-from tfrs_pipeline.serving.candidates import Candidates, best_places
+from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.item_values import ItemValues
 from tfrs_pipeline.serving.searcher import Searcher

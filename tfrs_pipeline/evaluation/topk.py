@@ -34,7 +34,6 @@ def top_k_in_blocks(
     """
     rows = np.zeros((num_queries, k), np.int32)
     scores = np.full((num_queries, k), -np.inf, np.float32)
-    num_found = min(k, num_candidates)
     block_size = max(1, _SCORES_PER_BLOCK // max(1, num_candidates))
     for start in range(0, num_queries, block_size):
         block = slice(start, min(start + block_size, num_queries))
@@ -44,7 +43,10 @@ def top_k_in_blocks(
             excluded = exclude_rows[block]
             queries = np.repeat(np.arange(shape[0]), [len(of_query) for of_query in excluded])
             block_scores[queries, np.concatenate(excluded) - 1] = -np.inf
-        rows[block, :num_found], scores[block, :num_found] = _top_k(block_scores, num_found)
+        for line, of_line in enumerate(block_scores, start):
+            places = best_places(of_line, k)
+            rows[line, : len(places)] = places + 1
+            scores[line, : len(places)] = of_line[places]
     return rows, scores
 
 
@@ -65,21 +67,18 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return scores
 
 
-def _top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k best of [num_queries, num_candidates] scores, k at most num_candidates."""
-    threshold = np.partition(scores, -k, axis=1)[:, [-k]]
-    is_above = scores > threshold
-    is_tie = scores == threshold
-    # Ties at the threshold fill the slots that are left, in row order.
-    num_ties = k - is_above.sum(axis=1, keepdims=True, dtype=np.int32)
-    is_found = is_above | (is_tie & (np.cumsum(is_tie, axis=1, dtype=np.int32) <= num_ties))
-    places = np.nonzero(is_found)[1].reshape(-1, k)
-    found = np.take_along_axis(scores, places, axis=1)
-    # Equal scores are in row order within `places`, and a stable sort keeps them so.
-    order = np.argsort(-found, axis=1, kind="stable")
-    rows = np.take_along_axis(places, order, axis=1) + 1
-    found = np.take_along_axis(found, order, axis=1)
-    return np.where(found > -np.inf, rows, 0), found
+def best_places(scores: np.ndarray, k: int) -> np.ndarray:
+    """Returns the places of the k best of [n] scores, best first, equal ones in order.
+
+    Fewer if fewer are above -inf.
+    """
+    if k < len(scores):
+        places = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    else:
+        places = np.arange(len(scores))
+    found = scores[places]
+    places = places[np.argsort(-found, kind="stable")][:k]
+    return places[scores[places] > -np.inf]
 
 
 def retrieve_by_scores(

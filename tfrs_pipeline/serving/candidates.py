@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.evaluation.topk import best_places
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.item_values import Chosen, ItemValues
 from tfrs_pipeline.serving.searcher import Searcher
@@ -366,17 +367,3 @@ def _found_at_once(view: View, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     rows, scores = rows[:, :k], scores[:, :k]
     is_full = num_rows == view.num_rows and rows[:, -1].all()
     return (view.ids[rows], scores) if is_full else None
-
-
-def best_places(scores: np.ndarray, k: int) -> np.ndarray:
-    """Returns the places of the k best of [n] scores, best first, equal ones in order.
-
-    Fewer if fewer are above -inf.
-    """
-    if k < len(scores):
-        places = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-    else:
-        places = np.arange(len(scores))
-    found = scores[places]
-    places = places[np.argsort(-found, kind="stable")][:k]
-    return places[scores[places] > -np.inf]
