@@ -45,7 +45,7 @@ from unseen_logs import UNSEEN
 
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.run.log import load_log
+from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.sources.simulated import simulate_funnel
 
 # Where users return to the same items, nothing is excluded from a ranking.

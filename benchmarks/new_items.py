@@ -42,7 +42,7 @@ from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import query_metrics
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.run.log import load_log
+from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.run.refresh import refresh_index
 
 NEW_SHARE = 0.1

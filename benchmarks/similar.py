@@ -42,7 +42,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.run.log import load_log
+from tfrs_pipeline.run.data import load_log
 
 METRICS = ("hit_rate@10", "ndcg@10")
 LOGS = ("ratings", "sessions")

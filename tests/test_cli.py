@@ -37,7 +37,8 @@ from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts
-from tfrs_pipeline.run import log, pipeline
+from tfrs_pipeline.run import data as run_data
+from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
@@ -86,7 +87,7 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, here: Path) -> Any:
         raise RuntimeError("enough")
 
     monkeypatch.setattr(pipeline, "run", record)
-    monkeypatch.setattr(log, "log_steps", lambda *settings: [])
+    monkeypatch.setattr(run_data, "log_steps", lambda *settings: [])
 
     def run(*arguments: Any) -> RunConfig:
         own = arguments and "--run-dir" not in arguments
@@ -261,7 +262,7 @@ def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     assert (dim.recipes, dim.fixed) == (("sets", "sequence"), ("data.path", "model.dim"))
     gate = config_of("--data.path", "x.csv", "--export.gate")
     assert (gate.export.gate, gate.fixed) == (True, ("data.path",))
-    for chosen in (["--preset", "quick"], ["--recipes", "none"]):
+    for chosen in (["--preset", "quick"], ["--recipes", "none"], ["--recipes", "none"] * 2):
         assert config_of("--data.path", "x.csv", *chosen).recipes == ()
     both = ["--preset", "hybrid_1_100", "--recipes", "default", "sequence"]
     assert config_of("--data.path", "x.csv", *both).fixed == ("data.path", "model.hard")
@@ -815,7 +816,7 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
         configs.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(log, "log_steps", interrupt)
+    monkeypatch.setattr(run_data, "log_steps", interrupt)
     own = ("--data.path", tmp_path / "clicks.csv", "--run-dir", tmp_path / "a run")
     answer = command("run", *own)
     assert answer.code == 130

@@ -42,7 +42,8 @@ def _read_duration(value: Any) -> Any:
 
 
 def _or_none(values: Any) -> Any:
-    return () if values in ("none", ["none"], ("none",)) else values
+    listed = values if isinstance(values, list | tuple) else [values]
+    return () if listed and all(value == "none" for value in listed) else values
 
 
 class EvaluationConfig(Config):

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 from pydantic_settings import CliToggleFlag
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 
+def _parse_time(text: str) -> Any:
+    from tfrs_pipeline.features.timestamp import Timestamp
+
+    return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
+
+
 class Query(OfModel):
     """Ask an exported model for a user's items.
 
@@ -33,7 +39,7 @@ class Query(OfModel):
     history: tuple[str, ...] | None = None
     """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
     or instead of the history that it stores."""
-    history_timestamps: tuple[str, ...] | None = None
+    history_timestamps: tuple[Annotated[str, AfterValidator(_parse_time)], ...] | None = None
     """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is not known,
     for a model that reads times."""
     request: dict[str, str] = {}
@@ -61,17 +67,13 @@ class Query(OfModel):
 
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
-        # These refuse at once, before TensorFlow is imported.
-        version, times = (
-            version_at(self.model),
-            list(map(_parse_time, self.history_timestamps or ())),
-        )
+        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         from tfrs_pipeline.serving.retriever import load
 
         retriever = load(version, exact=self.exact)
         about: dict[str, Any] = {}
         notes = list(_request_notes(retriever, self.request))
-        ids, scores = self._ask(retriever, times, about, notes)
+        ids, scores = self._ask(retriever, about, notes)
         titles = retriever.titles()
         items = [
             {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
@@ -95,11 +97,7 @@ class Query(OfModel):
         return 0
 
     def _ask(
-        self,
-        retriever: "LoadedRetriever",
-        times: list[Any],
-        about: dict[str, Any],
-        notes: list[str],
+        self, retriever: "LoadedRetriever", about: dict[str, Any], notes: list[str]
     ) -> tuple[list[Any], list[float]]:
         """Returns ids and scores; adds entries to the JSON and notes."""
         if self.user is not None:
@@ -131,19 +129,13 @@ class Query(OfModel):
         history = list(map(retriever.parse_item_id, self.history))
         query = {"user_id": about.get("user_id"), "history": history, "request": request}
         if self.history_timestamps is not None:
-            query[HISTORY_TIMESTAMPS] = times
+            query[HISTORY_TIMESTAMPS] = list(self.history_timestamps)
         ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
         is_known = retriever.knows(history)
         unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
         about |= {"history": history, "unknown_items": unknown}
         notes += _history_notes(retriever, query, unknown)
         return ids[0].tolist(), scores[0].tolist()
-
-
-def _parse_time(text: str) -> Any:
-    from tfrs_pipeline.features.timestamp import Timestamp
-
-    return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
 
 
 def _request_notes(retriever: "LoadedRetriever", texts: Mapping[str, str]) -> Iterator[str]:

@@ -229,7 +229,7 @@ def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> Runner:
     """Makes the log and its split before TensorFlow is imported: a refusal comes at once."""
     runner = Runner(progress)
     if this_worker().count == 1 and place.metrics() is None:  # Several workers have to join first.
-        from tfrs_pipeline.run.log import log_steps
+        from tfrs_pipeline.run.data import log_steps
 
         runner.run(log_steps(config, place))
     return runner
