@@ -142,9 +142,15 @@ def try_page(browser: Browser, address: str, shots: Path, name: str) -> None:
     assert "retrieve_user" in browser.run("document.querySelector('#curl').textContent")
     browser.screenshot(shots / f"{name}-user.png")
 
+    title = browser.run("document.querySelector('#sides ol:not(.history) .title').textContent")
+    browser.run("document.querySelector('#sides ol:not(.history) .similar').click()")
+    browser.until(f"document.querySelector('#note').textContent.startsWith('Similar to {title}:')")
+    assert title not in browser.run("document.querySelector('#sides').textContent")
+    browser.screenshot(shots / f"{name}-similar.png")
+
     browser.type("#user", "123456789")
     browser.key("Enter")
-    browser.until("document.querySelector('#note').textContent.includes('unknown to the model')")
+    browser.until("document.querySelector('#note').textContent.includes('does not know this user')")
     browser.type("#user", "me")
     browser.key("Enter")
     browser.until("document.querySelector('#problem').textContent.includes('integers')")

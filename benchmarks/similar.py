@@ -3,12 +3,12 @@
 A query holds one item, the user's last before the held-out one, and the held-out one is to be
 found among all others. `similar` searches by the vectors of a recipe's candidates, in three ways:
 
-    similar     by the direction of the item's vector, without an item bias: what the package does
+    similar     by the direction of the item's vector, without an item bias
     plus bias   the same, plus the bias of the item that is found
     product     the dot product of both whole vectors, the biases multiplied too
 
-The last two are what `similar` was chosen over, on validation; without a bias all three are the
-same if the vectors have length 1. Beside them `retrieve`, which embeds a history of that item
+The package does the second where there is a bias: chosen on validation. Without one, all three are
+the same. Beside them `retrieve`, which embeds a history of that item
 alone with the query tower, EASE's item-to-item weights, transitions, and popularity. The recipe
 `lengths` is the default with vectors of any length, where `cosine` divides by those of both items.
 Models are fitted to the training part, their epochs chosen on validation.

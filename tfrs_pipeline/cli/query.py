@@ -26,8 +26,11 @@ def _parse_time(text: str) -> Any:
     return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
 
 
+_OF_USERS = ("user", "history", "history_timestamps", "request")
+
+
 class Query(OfModel):
-    """Ask an exported model for a user's items.
+    """Ask an exported model for a user's items, or for items similar to one.
 
     Prints the best items for a user or a history, with ids, titles and scores. The user's known
     items, or those of the given history, are excluded; an unknown user gets the answer for an empty
@@ -42,6 +45,9 @@ class Query(OfModel):
     history_timestamps: tuple[Annotated[str, AfterValidator(_parse_time)], ...] | None = None
     """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is not known,
     for a model that reads times."""
+    similar_to: str | None = None
+    """Id of an item, in place of a user or a history: prints the items similar to it, which answer
+    the same queries."""
     request: dict[str, str] = {}
     """Values of the model's request features, such as device=ios hour=8; lists and vectors with
     commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
@@ -59,7 +65,11 @@ class Query(OfModel):
     """Print JSON instead of a table; its notes are the lines above the table."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        if self.user is None and self.history is None:
+        if self.similar_to is not None:
+            asked = {name: getattr(self, name) for name in _OF_USERS}
+            if given := [name for name, value in asked.items() if value]:
+                yield given[0], "given with --similar-to, which asks by an item alone"
+        elif self.user is None and self.history is None:
             yield "user", "required, or --history ITEM ... for someone without an id"
         elif self.history is None and self.history_timestamps is not None:
             message = "given without --history ITEM ..., whose items they are the times of"
@@ -72,7 +82,8 @@ class Query(OfModel):
 
         retriever = load(version, exact=self.exact)
         about: dict[str, Any] = {}
-        notes = list(_request_notes(retriever, self.request))
+        is_request = self.similar_to is None
+        notes = list(_request_notes(retriever, self.request)) if is_request else []
         ids, scores = self._ask(retriever, about, notes)
         titles = retriever.titles()
         items = [
@@ -93,7 +104,8 @@ class Query(OfModel):
             table.add_row(*(Text(printable(cell)) for cell in cells))
         console.print(table)
         if len(items) < self.k:
-            say(console, f"Left for this user: {counted(len(items), 'item')}.")
+            whom = "user" if self.similar_to is None else "item"
+            say(console, f"Left for this {whom}: {counted(len(items), 'item')}.")
         return 0
 
     def _ask(
@@ -115,6 +127,10 @@ class Query(OfModel):
                 )
         k = min(self.k, retriever.num_candidates)
         allowed = None if self.filter is None else [list(self.filter)]
+        if self.similar_to is not None:
+            about["similar_to"] = item = retriever.parse_item_id(self.similar_to)
+            ids, scores = retriever.similar([item], k, [exclude], allowed=allowed)
+            return ids[0].tolist(), scores[0].tolist()
         request = retriever.parse_request(self.request)
         if self.history is None:
             ids, scores, (is_known,) = retriever.retrieve_user(

@@ -48,6 +48,8 @@ class Exportable:
         request_features: Fitted features of requests, in that order.
         candidate_features: Fitted features of the candidates.
         reading: How the item table was read (see `Log`).
+        has_item_bias: Whether the last entry of a candidate's embedding is a bias, and that of a
+            query's 1, as it then is of an item to which others should be similar.
 
     Raises:
         ValueError: If `histories`, `known_positives` or `history_times` have another length, the
@@ -68,6 +70,7 @@ class Exportable:
     request_features: Sequence[Feature] = ()
     candidate_features: Sequence[Feature] = ()
     reading: Reading = field(default_factory=Reading)
+    has_item_bias: bool = False
 
     def __post_init__(self) -> None:
         if len(self.query_ids):

@@ -16,6 +16,7 @@ from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.own import tables_in
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.samples.histories import latest_histories
 
@@ -123,4 +124,5 @@ class FittedTwoTower:
             request_features=corpus.request_features,
             candidate_features=corpus.candidate_features,
             reading=log.reading,
+            has_item_bias=self.settings.candidate_bias and isinstance(towers[1], Tower),
         )

@@ -109,7 +109,8 @@ def _inputs(
     inputs = {"k": tf.constant(10), **query_inputs(function, queries)}
     num_rows, of_side = len(queries), values["query"]
     if "item_id" in specs:
-        num_rows, of_side = len(item_ids), values["candidate"]
+        num_rows = len(item_ids)
+        of_side = values["query" if "k" in specs else "candidate"]  # Similar items have a filter.
         inputs["item_id"] = tf.constant(item_ids, specs["item_id"].dtype)
     for name in specs.keys() & of_side:
         shape = [num_rows, *(size or 1 for size in specs[name].shape[1:])]

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # Manifest names that an export or a run writes itself.
 TAKEN = {
-    *("config", "date", "export", "feature_inputs", "features", "filter", "index"),
-    *("log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
+    *("config", "date", "export", "feature_inputs", "features", "filter", "has_item_bias"),
+    *("index", "log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
 }
 # Most queries to tune and measure an index on; how many the reloaded model must answer alike.
 NUM_QUERIES, NUM_PROBES = 1000, 20
@@ -179,6 +179,7 @@ def export_version(
         },
         "reading": model.reading.as_json(),
         "user_data": user_data,
+        "has_item_bias": model.has_item_bias,
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(
@@ -233,9 +234,14 @@ def export_index(
     ids = items["item_id"].to_numpy()
     features = features_of(manifest)
     search, description = _built(options.index, embeddings, ids, encoder, queries, features)
-    modules = {Path(): RetrievalModule(encoder, search, ids, item_filter)}
+    searches: dict[Path, ExactIndex | ScannIndex] = {Path(): search}
     if search is not search.exact:
-        modules[publish.EXACT_FOLDER] = RetrievalModule(encoder, search.exact, ids, item_filter)
+        searches[publish.EXACT_FOLDER] = search.exact
+    has_bias = manifest.get("has_item_bias", False)
+    modules = {
+        place: RetrievalModule(encoder, of_place, ids, item_filter, has_item_bias=has_bias)
+        for place, of_place in searches.items()
+    }
     full = {
         **manifest,
         "index": description,

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -38,8 +38,9 @@ PAGE_HEADERS = {
 
 
 class PageQuery(BaseModel):
-    """A query of the page: a user's stored history, or items and features as typed."""
+    """A query of the page: a user's stored history, items and features as typed, or one item."""
 
+    similar_to: StrictInt | StrictStr | None = None
     user_id: StrictInt | StrictStr | None = None
     items: Annotated[list[StrictInt | StrictStr], FailFast()] = []
     features: dict[str, StrictStr] = {}
@@ -97,8 +98,9 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
         query = PageQuery.model_validate_json(body)
     except ValidationError as error:
         raise refusal(error) from None
-    if (query.user_id is None) == (not query.items and not query.features):
-        raise bad_request("A query has either 'user_id', or 'items' or 'features'.")
+    asked_by = query.user_id, query.similar_to, query.items or query.features or None
+    if sum(by is not None for by in asked_by) != 1:
+        raise bad_request("A query has 'user_id', or 'similar_to', or 'items' or 'features'.")
     try:
         request = json.dumps(request_of(version.retriever, query), ensure_ascii=False)
         asked = parse_predict(request.encode(), version.signatures)
@@ -123,7 +125,9 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     """Makes the predict call for a query."""
     inputs: dict[str, Any]
-    if query.user_id is not None:
+    if query.similar_to is not None:
+        inputs = {"item_id": [retriever.parse_item_id(str(query.similar_to))], "exclude": [[]]}
+    elif query.user_id is not None:
         if not retriever.manifest["user_data"]:
             raise ValueError("This model was exported without user data: pick items instead.")
         user = retriever.parse_user_id(str(query.user_id))
@@ -132,9 +136,9 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         history = [retriever.parse_item_id(str(item)) for item in query.items]
         nobody = empty_id(retriever.user_dtype)
         inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
-    retrieval = Retrieval(
-        "history" if query.user_id is None else "user", bool(query.features), bool(query.filter)
-    )
+    by_user: Literal["user", "history"] = "history" if query.user_id is None else "user"
+    asks_by = by_user if query.similar_to is None else "item"
+    retrieval = Retrieval(asks_by, bool(query.features), bool(query.filter))
     given: dict[str, tf.Tensor] = {}
     if query.features:
         known = {feature.name: feature for feature in retriever.features["query"]}
@@ -143,7 +147,7 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
             for name, text in query.features.items()
         }
         given |= retriever.raw_query_features([{"features": features}])
-    if query.request:
+    if query.request and asks_by != "item":
         function = retriever.saved_model.signatures[retrieval.embed_name]
         request = retriever.parse_request(query.request)
         given |= request_inputs(function, retriever.features, [request])
@@ -161,7 +165,7 @@ def _asked(version: ServedVersion, asked: PredictCall, *, exact: bool = False) -
         milliseconds = 1000 * (time.perf_counter() - start)
     ids = to_jsonable_python(outputs["candidate_ids"][0].tolist())
     return {
-        "is_known_user": bool(outputs["is_known_user"][0]),
+        "is_known_user": bool(outputs.get("is_known_user", [False])[0]),
         "latency_ms": round(milliseconds, 3),
         "items": [
             {"item_id": id_, "title": version.title_of(id_), "score": float(f"{score:.6g}")}

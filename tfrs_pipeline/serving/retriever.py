@@ -1,6 +1,6 @@
 """Loads an exported model and queries it from Python."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import Retrieval, ask
+from tfrs_pipeline.serving.similar import find_similar
 
 
 def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "LoadedRetriever":
@@ -78,6 +79,7 @@ class LoadedRetriever:
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         self.features = features_of(self.manifest)
+        self._has_bias: bool = self.manifest.get("has_item_bias", False)
         self.candidates = self._candidates(with_index=is_scann and not exact)
         self._live: LiveItems | None = None
         if live and folder.name.isdecimal():
@@ -169,6 +171,35 @@ class LoadedRetriever:
             retrieval.check_one_each("requests", requests, len(queries))
             queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
         return self._retrieved(queries, "user", k, exclude, allowed)
+
+    def similar(
+        self,
+        item_ids: Sequence[Any],
+        k: int,
+        exclude: retrieval.Excluded = None,
+        *,
+        allowed: Sequence[Collection[str]] | None = None,
+    ) -> retrieval.Retrieved:
+        """Finds the k items most similar to each item, which is left out itself.
+
+        They answer the same queries; they need not be clicked or bought together. An item's vector
+        searches as a query's does, so the score is the dot product of both vectors: their cosine,
+        as they have length 1 unless `model.normalize` is off or the tower is your own, plus the
+        bias of the item that is found, if the model has one. `exclude` and `allowed` have one entry
+        for each item, as in `retrieve`.
+
+        Raises:
+            ValueError: If an item is not among the candidates; otherwise as for `retrieve`.
+        """
+        if isinstance(item_ids, str):
+            raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")
+        is_text = self.item_dtype == tf.string
+        retrieval.check_ids([item_ids], are_text=is_text)
+        retrieval.check_asked([{}] * len(item_ids), k, exclude, ids_are_text=is_text)
+        if allowed is not None:
+            self._check_allowed(allowed, len(item_ids))
+        limits = k, exclude, allowed
+        return find_similar(self.candidates, item_ids, *limits, has_bias=self._has_bias)
 
     def upsert(self, items: Sequence[Item]) -> int:
         """Adds items, or replaces those with the same ids, for all later queries.
@@ -314,22 +345,24 @@ class LoadedRetriever:
             self._check_allowed(allowed, len(queries))
         names = [Retrieval(asks_by, has_features).embed_name for has_features in (False, True)]
         embedded = self._embedded(queries, names)
-        return self._searched(embedded, k, exclude, allowed)
+        found = self._searched(embedded, k, exclude, allowed)
+        return *found, embedded["is_known_user"]
 
     def answer(
         self, asked: Retrieval, inputs: Mapping[str, np.ndarray], *, exact: bool = False
     ) -> dict[str, np.ndarray]:
         """Answers a signature that retrieves as the SavedModel does, with live items too."""
+        lists = (inputs.get(name) for name in ("exclude", "allowed"))
+        exclude, allowed = (None if x is None else _id_lists(x) for x in lists)
+        limits = int(inputs["k"]), exclude, allowed
+        if asked.asks_by == "item":
+            of_items = self.candidates, _as_ids(inputs["item_id"].tolist()), *limits
+            ids, scores = find_similar(*of_items, has_bias=self._has_bias, exact=exact)
+            return {"candidate_ids": ids, "scores": scores}
         function = self.saved_model.signatures[asked.embed_name]
         embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
-        exclude, allowed = (inputs.get(name) for name in ("exclude", "allowed"))
-        ids, scores, is_known_user = self._searched(
-            embedded,
-            int(inputs["k"]),
-            None if exclude is None else _id_lists(exclude),
-            None if allowed is None else _id_lists(allowed),
-            exact=exact,
-        )
+        ids, scores = self._searched(embedded, *limits, exact=exact)
+        is_known_user = embedded["is_known_user"]
         return {"candidate_ids": ids, "scores": scores, "is_known_user": is_known_user}
 
     def _searched(
@@ -340,12 +373,11 @@ class LoadedRetriever:
         allowed: Sequence[Collection[str]] | None,
         *,
         exact: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> retrieval.Retrieved:
         if (known := embedded.get("known_items")) is not None:
             lists = _id_lists(known)
             exclude = [[*x, *y] for x, y in zip(lists, exclude or [()] * len(lists), strict=True)]
-        found = self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
-        return *found, embedded["is_known_user"]
+        return self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
 
     def _embedded(
         self, queries: Sequence[retrieval.Query], names: Sequence[str]
@@ -419,4 +451,8 @@ def _id_lists(ids: np.ndarray) -> list[list[Any]]:
     """Returns the ids in each row of [n, any] padded ids of a graph, which are bytes if text."""
     if ids.dtype.kind == "i":
         return [row[row != -1].tolist() for row in ids]
-    return [[id_.decode(errors="replace") for id_ in row if id_ != b""] for row in ids.tolist()]
+    return [_as_ids(id_ for id_ in row if id_ != b"") for row in ids.tolist()]
+
+
+def _as_ids(values: Iterable[Any]) -> list[Any]:
+    return [x.decode(errors="replace") if isinstance(x, bytes) else x for x in values]

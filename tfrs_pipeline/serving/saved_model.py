@@ -30,12 +30,15 @@ class RetrievalModule(tf.Module):
         index: ExactIndex | ScannIndex,
         candidate_ids: np.ndarray,
         item_filter: ItemFilter | None = None,
+        *,
+        has_item_bias: bool = False,
     ) -> None:
         super().__init__(name="retrieval")
         self.encoder = encoder
         self.exact = index.exact
         self._index = index
         self._item_filter = item_filter
+        self._has_item_bias = has_item_bias
         self._candidate_rows = graph.row_table(candidate_ids)
         self._candidate_ids = graph.stored(graph.with_empty(candidate_ids))
         self._names: tuple[str, ...] = ()
@@ -59,14 +62,17 @@ class RetrievalModule(tf.Module):
         for name, embed in embeds.items():
             answer = functools.partial(_embedded, embed)
             self._export(name, answer, list(graph.signature_inputs(embed).values()))
+        item_id = tf.TensorSpec([None], self._candidate_ids.dtype, "item_id")
+        queries = {x: [*graph.signature_inputs(f).values()] for x, f in embeds.items()}
+        queries[Retrieval("item").embed_name] = [item_id]
         exclude = tf.TensorSpec([None, None], self._candidate_ids.dtype, "exclude")
         k = tf.TensorSpec([], tf.int32, "k")
         allowed = tf.TensorSpec([None, None], tf.string, "allowed")
         for retrieval in RETRIEVALS:
             if retrieval.is_filtered and self._item_filter is None:
                 continue
-            if embed := embeds.get(retrieval.embed_name):
-                inputs = [*graph.signature_inputs(embed).values(), exclude, k]
+            if query := queries.get(retrieval.embed_name):
+                inputs = [*query, exclude, k]
                 inputs += [allowed] if retrieval.is_filtered else []
                 self._export(retrieval.name, functools.partial(self._answer, retrieval), inputs)
         if "embed_user" in embeds:
@@ -91,9 +97,12 @@ class RetrievalModule(tf.Module):
         """Answers queries; empty ids pad `exclude` [B, E], and "" pads `allowed` [B, F]."""
         with tf.control_dependencies([tf.debugging.assert_positive(k, "k must be 1 or more")]):
             k = tf.identity(k)
-        embedded = graph.call(getattr(self.encoder, retrieval.embed_name), query)
+        if retrieval.asks_by == "item":
+            embedded = self._item_queries(**query)
+        else:
+            embedded = graph.call(getattr(self.encoder, retrieval.embed_name), query)
         # Items of a given history are not excluded, unless `exclude` holds them.
-        if retrieval.asks_by == "user":
+        if "known_items" in embedded:
             exclude = tf.concat([embedded["known_items"], exclude], axis=1)
         # Row 0 is padding, an unknown item, or one that the index does not have.
         excluded = graph.lookup(self._candidate_rows, exclude)
@@ -101,11 +110,23 @@ class RetrievalModule(tf.Module):
         if self._item_filter is not None and allowed is not None:
             chosen = self._item_filter.choose(allowed)
         rows, scores = self._index.search(embedded["embeddings"], k, excluded, chosen)
-        return {
-            "candidate_ids": tf.gather(self._candidate_ids, rows),
-            "scores": scores,
-            "is_known_user": embedded["is_known_user"],
-        }
+        answer = {"candidate_ids": tf.gather(self._candidate_ids, rows), "scores": scores}
+        if retrieval.asks_by != "item":
+            answer["is_known_user"] = embedded["is_known_user"]
+        return answer
+
+    def _item_queries(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Makes queries of items as `find_similar` does."""
+        rows = graph.lookup(self._candidate_rows, item_id)
+        unknown = tf.boolean_mask(item_id, rows == 0)
+        check = tf.debugging.Assert(
+            tf.size(unknown) == 0, ["Not among the model's items:", unknown]
+        )
+        with tf.control_dependencies([check]):
+            vectors = tf.gather(self.exact.embeddings, rows - 1)
+        if self._has_item_bias:
+            vectors = tf.concat([vectors[:, :-1], tf.ones_like(vectors[:, -1:])], axis=1)
+        return {"embeddings": vectors, "known_items": item_id[:, tf.newaxis]}
 
 
 def _embedded(embed: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:

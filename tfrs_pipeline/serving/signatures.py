@@ -14,27 +14,34 @@ from tfrs_pipeline.model.graph import empty_id, signature_inputs
 class Retrieval:
     """A signature that retrieves; saved_models/README.md lists the inputs."""
 
-    asks_by: Literal["user", "history"]
+    asks_by: Literal["user", "history", "item"]
     has_features: bool = False
     is_filtered: bool = False
 
     @property
     def name(self) -> str:
         """Name of the signature."""
-        user = "_user" if self.asks_by == "user" else ""
-        return f"retrieve{user}{self._features}{'_filtered' if self.is_filtered else ''}"
+        verb = {"user": "retrieve_user", "history": "retrieve", "item": "similar"}[self.asks_by]
+        return f"{verb}{self._features}{'_filtered' if self.is_filtered else ''}"
 
     @property
     def embed_name(self) -> str:
-        """Name of the encoder's function, and of the signature, that embeds its queries."""
-        return f"embed_{'user' if self.asks_by == 'user' else 'query'}{self._features}"
+        """Name of the encoder's function, and of the signature, that embeds its queries.
+
+        There is no "embed_item": the index has the vectors.
+        """
+        side = {"user": "user", "history": "query", "item": "item"}[self.asks_by]
+        return f"embed_{side}{self._features}"
 
     @property
     def _features(self) -> str:
         return "_with_features" if self.has_features else ""
 
 
-_UNFILTERED = Retrieval("user"), Retrieval("history"), Retrieval("history", has_features=True)
+_UNFILTERED = (
+    *(Retrieval("user"), Retrieval("history"), Retrieval("history", has_features=True)),
+    Retrieval("item"),
+)
 RETRIEVALS = (*_UNFILTERED, *(replace(each, is_filtered=True) for each in _UNFILTERED))
 EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 

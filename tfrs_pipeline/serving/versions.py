@@ -21,11 +21,12 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
-from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs
+from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs, bad_request
 from tfrs_pipeline.serving.retriever import load, search_line
 from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import RETRIEVALS, Retrieval, ask, completed
+from tfrs_pipeline.serving.similar import UnknownItem
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,16 @@ class ServedVersion:
         # The first call is slow, and would fail for a broken model.
         for name, inputs in specs.items():
             given = completed(inputs, {}, 1)
-            self.call(name, {name: np.asarray(value) for name, value in given.items()})
+            with contextlib.suppress(HTTPException):  # Nothing is similar to a missing item.
+                self.call(name, {name: np.asarray(value) for name, value in given.items()})
 
     def call(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
     ) -> dict[str, np.ndarray]:
         """Calls a signature with arrays that all have as many queries.
 
-        With `exact`, one that retrieves scores all candidates.
+        With `exact`, one that retrieves scores all candidates. Raises a 400 if none is similar to
+        an unknown item.
         """
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with metrics.CALL_SECONDS.time():
@@ -94,7 +97,10 @@ class ServedVersion:
                 inputs = completed(signature_inputs(self._functions[signature]), given, num)
                 inputs = {name: np.asarray(value) for name, value in inputs.items()}
             if (retrieval := _RETRIEVALS.get(signature)) is not None:
-                return self.retriever.answer(retrieval, inputs, exact=exact)
+                try:
+                    return self.retriever.answer(retrieval, inputs, exact=exact)
+                except UnknownItem as error:
+                    raise bad_request(str(error)) from None
             return ask(self._functions[signature], inputs)
 
     def title_of(self, item_id: Any) -> str | None:

@@ -1,0 +1,227 @@
+"""Items similar to an item: by NumPy, in Python, by the signature, over REST, on the page."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow as tf
+
+from tests.serving.conftest import NUM_CANDIDATES, Served
+from tests.serving.running_server import PREDICT, Running
+from tfrs_pipeline import cli
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.model.graph import id_list, id_lists
+from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.run.refresh import refresh_index
+from tfrs_pipeline.serving.export import export
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+
+pytestmark = pytest.mark.usefixtures("trusted_exports")
+K = 6
+SOME = [3, 40, 17]  # Places of the items that are asked about.
+UNKNOWN: dict[str, Any] = {"int": 4, "str": "film 4"}
+
+
+@pytest.fixture(scope="module")
+def items(served: Served) -> list[Any]:
+    return [served.candidate_ids.tolist()[place] for place in SOME]
+
+
+def by_numpy(
+    ids: list[Any],
+    vectors: np.ndarray,
+    places: list[int],
+    k: int,
+    closed: list[set[Any]],
+    biases: np.ndarray | float = 0.0,
+) -> tuple[list[list[Any]], np.ndarray]:
+    """Ranks all other items that are not closed by their dot products, one by one."""
+    found, scores = [], []
+    for place, of_item in zip(places, closed, strict=True):
+        products = np.array([float(np.dot(vectors[place], other)) for other in vectors]) + biases
+        order = [i for i in np.argsort(-products, kind="stable") if ids[i] not in of_item]
+        order = [i for i in order if i != place][:k]
+        found.append([ids[i] for i in order])
+        scores.append(products[order])
+    return found, np.array(scores)
+
+
+def by_signature(
+    served: Served, model: Any, items: list[Any], k: int, exclude: list[list[Any]], *allowed: Any
+) -> tuple[list[list[Any]], np.ndarray]:
+    """Asks a module, in memory or as it was saved."""
+    dtype = tf.int64 if served.ids == "int" else tf.string
+    function = model.similar_filtered if allowed else model.similar
+    given = id_list(items, dtype), id_lists(exclude, dtype), tf.constant(k)
+    answer = function(*given, *map(tf.constant, allowed))
+    assert set(answer) == {"candidate_ids", "scores"}
+    ids = answer["candidate_ids"].numpy().tolist()
+    texts = [[x.decode() if isinstance(x, bytes) else x for x in row] for row in ids]
+    return texts, answer["scores"].numpy()
+
+
+def test_every_way_answers_as_numpy(
+    served: Served, loaded: LoadedRetriever, running: Running, items: list[Any], kind: str
+) -> None:
+    vectors, ids = served.model.embed_corpus(), served.candidate_ids.tolist()
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    # Of each item, its best one is excluded too.
+    best, _ = by_numpy(ids, vectors, SOME, 1, [set()] * 3)
+    expected, scores = by_numpy(ids, vectors, SOME, K, list(map(set, best)))
+    inputs = {"item_id": items, "exclude": best, "k": K}
+    over_rest = running.predict(signature_name="similar", inputs=inputs)["outputs"]
+    assert set(over_rest) == {"candidate_ids", "scores"}
+    for found, found_scores in (
+        loaded.similar(items, K, best),
+        by_signature(served, loaded.saved_model, items, K, best),
+        by_signature(served, served.module(kind), items, K, best),
+        (over_rest["candidate_ids"], over_rest["scores"]),
+    ):
+        assert np.asarray(found, object).tolist() == expected
+        np.testing.assert_allclose(found_scores, scores, atol=1e-5)
+
+
+def test_a_filter_applies_everywhere(
+    served: Served, loaded: LoadedRetriever, running: Running, items: list[Any], kind: str
+) -> None:
+    ids, allowed = served.candidate_ids.tolist(), [["a"], ["b"], ["c"]]
+    closed = [
+        {id_ for id_, genres in zip(ids, served.genres, strict=True) if of_item[0] not in genres}
+        for of_item in allowed
+    ]
+    expected, scores = by_numpy(ids, served.model.embed_corpus(), SOME, K, closed)
+    inputs = {"item_id": items, "exclude": [[]] * 3, "k": K, "allowed": allowed}
+    over_rest = running.predict(signature_name="similar_filtered", inputs=inputs)["outputs"]
+    for found, found_scores in (
+        loaded.similar(items, K, allowed=allowed),
+        by_signature(served, loaded.saved_model, items, K, [[]] * 3, allowed),
+        by_signature(served, served.module(kind), items, K, [[]] * 3, allowed),
+        (over_rest["candidate_ids"], over_rest["scores"]),
+    ):
+        assert np.asarray(found, object).tolist() == expected
+        np.testing.assert_allclose(found_scores, scores, atol=1e-5)
+
+
+def test_an_item_never_finds_itself(served: Served, loaded: LoadedRetriever) -> None:
+    ids = served.candidate_ids.tolist()
+    for found, scores in (
+        loaded.similar(ids, NUM_CANDIDATES),
+        by_signature(served, loaded.saved_model, ids, NUM_CANDIDATES, [[]] * len(ids)),
+    ):
+        # All others are found, and one slot is left.
+        assert all({*row[:-1]} == {*ids} - {id_} for id_, row in zip(ids, found, strict=True))
+        assert {row[-1] for row in found} == {-1 if served.ids == "int" else ""}
+        assert np.isneginf(np.asarray(scores)[:, -1]).all()
+
+
+def test_refuses_what_is_not_there(
+    served: Served, loaded: LoadedRetriever, running: Running, items: list[Any]
+) -> None:
+    unknown = UNKNOWN[served.ids]
+    with pytest.raises(ValueError, match=rf"Item {unknown!r} is not among the 60 items"):
+        loaded.similar([items[0], unknown], K)
+    with pytest.raises(ValueError, match="Item ids come in a list"):
+        loaded.similar("film", K)
+    with pytest.raises(ValueError, match="This model's ids are"):
+        loaded.similar([UNKNOWN["str" if served.ids == "int" else "int"]], K)
+    with pytest.raises(ValueError, match="k must be"):
+        loaded.similar(items, 0)
+    with pytest.raises(ValueError, match="exclude must hold one collection"):
+        loaded.similar(items, K, [[]])
+    with pytest.raises(ValueError, match="No item has 'z' as its genres"):
+        loaded.similar(items[:1], K, allowed=[["z"]])
+    # TensorFlow Serving turns this into a 400.
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"Not among .*{unknown}"):
+        by_signature(served, loaded.saved_model, [items[0], unknown], K, [[]] * 2)
+    inputs = {"item_id": [items[0], unknown], "exclude": [[], []], "k": K}
+    response = running.post(PREDICT, json={"signature_name": "similar", "inputs": inputs})
+    assert response.status_code == 400
+    assert f"Item {unknown!r} is not among" in response.json()["error"]
+
+
+def test_an_item_of_today_is_compared_and_found(
+    served: Served, folder: Path, tmp_path: Path
+) -> None:
+    loaded = load(shutil.copytree(folder, tmp_path / "films"))
+    gone, *rest = served.candidate_ids.tolist()
+    new, genres = UNKNOWN[served.ids], ["a", "c"]
+    loaded.upsert([{"item_id": new, "genres": genres}])
+    loaded.remove([gone])
+    ids = [*rest, new]
+    own = loaded.embed_candidates([new], {"genres": [genres]})[0]
+    vectors = np.concatenate([served.model.embed_corpus()[1:], own])
+    # The new one, and the one nearest to it.
+    (nearest,), _ = by_numpy(ids, vectors, [len(rest)], 1, [set()])
+    for place in (len(rest), ids.index(nearest[0])):
+        expected, scores = by_numpy(ids, vectors, [place], len(rest), [set()])
+        found, found_scores = loaded.similar([ids[place]], len(rest))
+        assert found.tolist() == expected
+        np.testing.assert_allclose(found_scores, scores, atol=1e-5)
+    with pytest.raises(ValueError, match="is not among"):
+        loaded.similar([gone], 1)
+
+
+def test_the_page_and_the_command_ask_it(
+    served: Served,
+    running: Running,
+    loaded: LoadedRetriever,
+    items: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = loaded.similar(items[:1], K, allowed=[["b"]])[0][0].tolist()
+    asked = {"similar_to": str(items[0]), "k": K, "filter": ["b"]}
+    answer = running.post("/page/query", json=asked).json()
+    assert [item["item_id"] for item in answer["index"]["items"]] == expected
+    assert json.loads(answer["request"]["body"])["signature_name"] == "similar_filtered"
+    response = running.post("/page/query", json={**asked, "user_id": "1"})
+    assert response.status_code == 400
+    command = ["query", str(loaded.folder), "-k", str(K), "--similar-to"]
+    assert cli.main([*command, str(items[0]), "--filter", "b", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["similar_to"], shown["notes"]) == (items[0], [])
+    assert [item["item_id"] for item in shown["items"]] == expected
+    for flags, message in (
+        ([str(UNKNOWN[served.ids])], "is not among the 60 items"),
+        ([str(items[0]), "--user", "1"], "given with --similar-to"),
+    ):
+        assert cli.main([*command, *flags]) != 0
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_only_the_bias_of_a_found_item_counts(tmp_path: Path) -> None:
+    """Of a model with a learned bias, which is the last entry of its vectors, also refreshed."""
+    rng = np.random.default_rng(0)
+    clicks = {"user_id": rng.integers(1, 20, 100), "item_id": rng.integers(1, 12, 100) * 10}
+    log = Log.from_table(pa.table(clicks))
+    training = TrainingSettings(batch_size=32, max_epochs=1)
+    plan = TwoTower(dim=4, candidate_bias=True, training=training)
+    model = plan.fit(log)
+    tower = model.network.candidate_tower
+    for table in tower.id_tables:  # An untrained bias is nearly 0.
+        table.assign(rng.normal(size=table.shape))
+    ids, vectors = model.candidate_ids.tolist(), model.network.embed_corpus()
+    places = list(range(len(ids)))
+    nothing: list[set[Any]] = [set() for _ in ids]
+    directions, biases = vectors[:, :-1], vectors[:, -1]
+    expected, scores = by_numpy(ids, directions, places, 4, nothing, biases)
+    for others in ((directions, places, 4, nothing), (vectors, places, 4, nothing)):
+        assert by_numpy(ids, *others)[0] != expected
+    folder = export(model, tmp_path / "films")
+    pq.write_table(pa.table({"item_id": ids}), tmp_path / "items.parquet")
+    for path in (folder, refresh_index(folder.parent, tmp_path / "items.parquet").folder):
+        loaded = load(path)
+        found = loaded.saved_model.similar(
+            tf.constant(ids, tf.int64), tf.zeros([len(ids), 0], tf.int64), tf.constant(4)
+        )
+        for got, got_scores in (
+            loaded.similar(ids, 4),
+            (found["candidate_ids"].numpy(), found["scores"].numpy()),
+        ):
+            assert got.tolist() == expected
+            np.testing.assert_allclose(got_scores, scores, atol=1e-5)
