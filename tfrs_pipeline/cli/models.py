@@ -65,11 +65,12 @@ class RefreshIndex(OfModel):
 
     def __call__(self) -> int:
         """Writes the new version and says where it is."""
+        version = version_at(self.model)  # Refuses at once, before libraries are imported.
         from tfrs_pipeline.run.refresh import refresh_index
 
         index = None
         if self.index or self.target_recall:
-            before = read_record(version_at(self.model) / MANIFEST_FILE, check_files=False)
+            before = read_record(version / MANIFEST_FILE, check_files=False)
             recall = before["export"]["index"].get("recall", Scann.recall)
             index = search_of(self.index or "scann", self.target_recall or recall)
         console = Console()

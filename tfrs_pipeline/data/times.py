@@ -85,10 +85,7 @@ def to_timestamp(
 
 
 def _read_time(raw: RawTable, column: str) -> ir.Value:
-    """Reads times in text by the form of most: numbers, or ISO 8601 with or without an offset.
-
-    Returns dates if no time without an offset has a clock time.
-    """
+    """Reads times in text by the form of most: numbers, dates, ISO 8601 with or without offset."""
     value = raw.table[column]
     number = value.try_cast("float64")
     text = number.isnull().ifelse(value, ibis.null("string"))  # A failing cast is slow.

@@ -78,8 +78,8 @@ def refresh_steps(
     model: Path, items: Path, options: dict[str, Any], *, allow_all_new: bool
 ) -> list[Step]:
     """Returns the steps of a refresh; `options` replace those of the version's export."""
-    check = functools.partial(_check, items, allow_all_new=allow_all_new)
-    embed = functools.partial(_embed, items, allow_all_new=allow_all_new)
+    check = functools.partial(_check, items, allow_all=allow_all_new)
+    embed = functools.partial(_embed, items, allow_all=allow_all_new)
     export, read = functools.partial(_export, items, options), ("model", "items")
     return [
         Step("items", (), "items", functools.partial(_read_items, model, items)),
@@ -121,20 +121,15 @@ def _load(model: Path, runner: Runner) -> "LoadedRetriever":
 
 
 def _check(
-    path: Path,
-    runner: Runner,
-    retriever: "LoadedRetriever",
-    items: pa.Table,
-    *,
-    allow_all_new: bool,
+    path: Path, runner: Runner, retriever: "LoadedRetriever", items: pa.Table, *, allow_all: bool
 ) -> dict[str, int]:
     """Counts the items with only unknown values, by categorical feature."""
     num_unknown = {}
     for feature in retriever.features["candidate"]:
-        if not allow_all_new:
+        if not allow_all:
             refuse_lost(feature, path, items)
         if feature.holds_categories:
-            num = _num_unknown(path, items, feature, allow_all_new)
+            num = _num_unknown(path, items, feature, allow_all)
             num_unknown[feature.name] = num
             if num:
                 runner.note(
@@ -178,12 +173,7 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
 
 
 def _embed(
-    path: Path,
-    runner: Runner,
-    retriever: "LoadedRetriever",
-    items: pa.Table,
-    *,
-    allow_all_new: bool,
+    path: Path, runner: Runner, retriever: "LoadedRetriever", items: pa.Table, *, allow_all: bool
 ) -> _Embedded:
     """Embeds the items that the model can embed; refuses a file of only unknown ids."""
     from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
@@ -210,7 +200,7 @@ def _embed(
         items, embeddings = items.filter(pa.array(is_trained)), embeddings[is_trained]
         is_trained = is_trained[is_trained]
     ids, before = items["item_id"].to_pylist(), set(retriever.candidate_ids())
-    if not (allow_all_new or is_trained.any()) and before.isdisjoint(ids):
+    if not (allow_all or is_trained.any()) and before.isdisjoint(ids):
         raise DataError(
             f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
             f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "

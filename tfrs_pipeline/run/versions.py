@@ -66,10 +66,7 @@ def name_of_log(data: DataConfig) -> str:
 
 
 def with_source(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """Returns the settings with `warm_start` as a run, in place of the model that it made.
-
-    Refuses (`ConfigError`) a run that is unfinished, or whose model has another shape.
-    """
+    """Returns the settings with `warm_start` as a finished run of the same shape, or refuses."""
     if config.warm_start is None:
         return config
     source = _source(config.warm_start, folder)
