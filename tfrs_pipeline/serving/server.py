@@ -6,7 +6,6 @@ docs/guides/serving.md describes addresses, requests, limits and use on a networ
 import asyncio
 import contextlib
 import gc
-import hmac
 import http
 import ipaddress
 import logging
@@ -38,8 +37,8 @@ except ImportError as missing:
         f"project's folder. The import said: {missing}"
     ) from missing
 
-from tfrs_pipeline.durable import Damaged, naming
 from tfrs_pipeline.serving import page, rest
+from tfrs_pipeline.serving.item_writes import ItemWrites
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 
@@ -72,8 +71,7 @@ class ModelServer:
         self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
         self.large = ThreadPoolExecutor(1, "large-requests")
-        self.writes = ThreadPoolExecutor(1, "writes")
-        self._token = None if settings.token_file is None else _read_token(settings.token_file)
+        self.items = ItemWrites(self.versions, settings.token_file)
 
     def number(self, request: Request) -> str | None:
         """Reads the version in a request's path, None for any; raises a 404 for another model."""
@@ -114,51 +112,6 @@ class ModelServer:
             outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             return await _run(self.large, rest.format_outputs, outputs, call.is_row_format)
 
-    def authorize(self, request: Request) -> None:
-        """Refuses a write without the token, and all writes if there is none."""
-        if self._token is None:
-            raise HTTPException(
-                403, "This server takes no items: it was started without --token-file."
-            )
-        kind, _, token = request.headers.get("authorization", "").partition(" ")
-        # In a time that says nothing of how much of it is right.
-        is_right = hmac.compare_digest(token.strip().encode(), self._token)
-        if kind.lower() != "bearer" or not is_right:
-            raise HTTPException(
-                401,
-                "Send the token that the server was started with: Authorization: Bearer TOKEN",
-                {"WWW-Authenticate": "Bearer"},
-            )
-
-    async def write(self, body: bytes, *, is_put: bool) -> dict[str, Any]:
-        """Adds or removes the items in a body, one write after the other."""
-        return await _run(self.writes, self._write, body, is_put)
-
-    def _write(self, body: bytes, is_put: bool) -> dict[str, Any]:
-        items = rest.parse_items(body, "items" if is_put else "item_ids")
-        with self.versions.use() as version:
-            try:
-                if is_put:
-                    answer = {"num_new": version.retriever.upsert(items)}
-                else:
-                    answer = {"num_removed": version.retriever.remove(items)}
-            except Damaged:
-                raise
-            except ValueError as error:
-                raise rest.bad_request(str(error)) from None
-            except OSError:
-                logger.exception("a write of items was not confirmed")
-                raise HTTPException(
-                    503,
-                    "The items could not be put on disk, and nothing has changed; the server's log "
-                    "has more.",
-                    {"Retry-After": "1"},
-                ) from None
-        with self.versions.use() as newest:
-            if newest is not version:  # Loaded meanwhile: it may have read the journal before.
-                newest.retriever.catch_up()
-            return {**answer, "num_items": newest.retriever.num_candidates}
-
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
@@ -174,7 +127,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
         on_ready()
         yield
         watch.cancel()
-        for threads in (server.threads, server.large, server.writes):
+        for threads in (server.threads, server.large, server.items.threads):
             threads.shutdown(wait=False, cancel_futures=True)
 
     # FastAPI's documentation pages load scripts from other sites.
@@ -232,8 +185,9 @@ def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
             raise HTTPException(405, headers={"Allow": "PUT, DELETE"})
         server.number(request)
         body = await read_body(request, server.settings)
-        server.authorize(request)
-        return JSONResponse(await server.write(body, is_put=request.method == "PUT"))
+        server.items.authorize(request.headers.get("authorization", ""))
+        is_put = request.method == "PUT"
+        return JSONResponse(await _run(server.items.threads, server.items.write, body, is_put))
 
     app.add_route(f"{model}/items", items, list(http.HTTPMethod))
 
@@ -342,18 +296,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _internal_error(request: Request, error: Exception) -> Response:
     # Starlette raises the error again for the log; the client gets no details.
     return JSONResponse({"error": "Internal error; the server's log has more."}, 500)
-
-
-def _read_token(path: Path) -> bytes:
-    """Reads a token, or raises a `ValueError` if it is too easy to guess."""
-    with naming(path):
-        token = path.read_text(encoding="utf-8").strip()
-    if len(token) < 16 or not token.isascii() or any(map(str.isspace, token)):
-        raise ValueError(
-            f"{path} must hold a token of 16 or more ASCII characters, on one line, such as that "
-            "of `openssl rand -hex 32`."
-        )
-    return token.encode()
 
 
 def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None]) -> None:

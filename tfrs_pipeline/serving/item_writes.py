@@ -1,0 +1,81 @@
+"""Writes of live items over REST: who may, what they answer, one after the other."""
+
+import hmac
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from tfrs_pipeline.durable import Damaged, naming
+from tfrs_pipeline.serving import rest
+from tfrs_pipeline.serving.versions import ModelVersions
+
+logger = logging.getLogger(__name__)
+
+
+class ItemWrites:
+    """Adds and removes items of the version in use, for the holders of a token.
+
+    Without `token_file` nobody may; a `ValueError` if it holds no good token.
+    """
+
+    def __init__(self, versions: ModelVersions, token_file: Path | None) -> None:
+        self.threads = ThreadPoolExecutor(1, "writes")
+        self._versions = versions
+        self._token = None if token_file is None else _read_token(token_file)
+
+    def authorize(self, header: str) -> None:
+        """Refuses a write without the token, and all writes if there is none."""
+        if self._token is None:
+            raise HTTPException(
+                403, "This server takes no items: it was started without --token-file."
+            )
+        kind, _, token = header.partition(" ")
+        # In a time that says nothing of how much of it is right.
+        is_right = hmac.compare_digest(token.strip().encode(), self._token)
+        if kind.lower() != "bearer" or not is_right:
+            raise HTTPException(
+                401,
+                "Send the token that the server was started with: Authorization: Bearer TOKEN",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    def write(self, body: bytes, is_put: bool) -> dict[str, Any]:
+        """Adds or removes the items in a body; call it in `threads`."""
+        items = rest.parse_items(body, "items" if is_put else "item_ids")
+        with self._versions.use() as version:
+            try:
+                if is_put:
+                    answer = {"num_new": version.retriever.upsert(items)}
+                else:
+                    answer = {"num_removed": version.retriever.remove(items)}
+            except Damaged:
+                raise
+            except ValueError as error:
+                raise rest.bad_request(str(error)) from None
+            except OSError:
+                logger.exception("a write of items was not confirmed")
+                raise HTTPException(
+                    503,
+                    "The items could not be put on disk, and nothing has changed; the server's log "
+                    "has more.",
+                    {"Retry-After": "1"},
+                ) from None
+        with self._versions.use() as newest:
+            if newest is not version:  # Loaded meanwhile: it may have read the journal before.
+                newest.retriever.catch_up()
+            return {**answer, "num_items": newest.retriever.num_candidates}
+
+
+def _read_token(path: Path) -> bytes:
+    """Reads a token, or raises a `ValueError` if it is too easy to guess."""
+    with naming(path):
+        token = path.read_text(encoding="utf-8").strip()
+    if len(token) < 16 or not token.isascii() or any(map(str.isspace, token)):
+        raise ValueError(
+            f"{path} must hold a token of 16 or more ASCII characters, on one line, such as that "
+            "of `openssl rand -hex 32`."
+        )
+    return token.encode()
