@@ -234,14 +234,10 @@ def export_index(
     ids = items["item_id"].to_numpy()
     features = features_of(manifest)
     search, description = _built(options.index, embeddings, ids, encoder, queries, features)
-    searches: dict[Path, ExactIndex | ScannIndex] = {Path(): search}
+    behind = ids, item_filter, manifest.get("has_item_bias", False)
+    modules = {Path(): RetrievalModule(encoder, search, *behind)}
     if search is not search.exact:
-        searches[publish.EXACT_FOLDER] = search.exact
-    has_bias = manifest.get("has_item_bias", False)
-    modules = {
-        place: RetrievalModule(encoder, of_place, ids, item_filter, has_item_bias=has_bias)
-        for place, of_place in searches.items()
-    }
+        modules[publish.EXACT_FOLDER] = RetrievalModule(encoder, search.exact, *behind)
     full = {
         **manifest,
         "index": description,

@@ -30,7 +30,6 @@ class RetrievalModule(tf.Module):
         index: ExactIndex | ScannIndex,
         candidate_ids: np.ndarray,
         item_filter: ItemFilter | None = None,
-        *,
         has_item_bias: bool = False,
     ) -> None:
         super().__init__(name="retrieval")

@@ -26,10 +26,8 @@ class Retrieval:
 
     @property
     def embed_name(self) -> str:
-        """Name of the encoder's function, and of the signature, that embeds its queries.
-
-        There is no "embed_item": the index has the vectors.
-        """
+        """Name of the encoder's function, and of the signature, that embeds its queries."""
+        # There is no "embed_item": the index has the vectors.
         side = {"user": "user", "history": "query", "item": "item"}[self.asks_by]
         return f"embed_{side}{self._features}"
 
