@@ -145,7 +145,10 @@ def try_page(browser: Browser, address: str, shots: Path, name: str) -> None:
     title = browser.run("document.querySelector('#sides ol:not(.history) .title').textContent")
     browser.run("document.querySelector('#sides ol:not(.history) .similar').click()")
     browser.until(f"document.querySelector('#note').textContent.startsWith('Similar to {title}:')")
-    assert title not in browser.run("document.querySelector('#sides').textContent")
+    titles = "[...document.querySelectorAll('#sides .title')].map((x) => x.textContent)"
+    found = browser.run(titles)
+    assert len(found) == 20
+    assert title not in found
     browser.screenshot(shots / f"{name}-similar.png")
 
     browser.type("#user", "123456789")
