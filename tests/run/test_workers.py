@@ -77,6 +77,7 @@ def test_workers_race_together(tmp_path: Path) -> None:
     assert [worker.returncode for worker in workers] == [0, 0], printed
     race = read_record(together / "metrics.json")["race"]
     alone = run(with_settings(config, {"export.index": "none"}), tmp_path / "alone")
-    for name, lane in alone.metrics["race"]["recipes"].items():
-        np.testing.assert_allclose(race["recipes"][name]["values"], lane["values"], rtol=0.02)
+    for name, curve in alone.metrics["race"]["recipes"].items():
+        np.testing.assert_allclose(race["recipes"][name]["values"], curve["values"], rtol=0.02)
     assert f"{race['winner']} won" in printed[0]
+    assert ["\nsignals " in each for each in printed] == [True, False]  # Only the chief's are used.
