@@ -1,6 +1,6 @@
 """Loads an exported model and queries it from Python."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,13 +9,9 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline import retrieval
-from tfrs_pipeline.durable import Damaged, read_record
-from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.raw import to_text
-from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
-from tfrs_pipeline.model.graph import id_list, signature_inputs
+from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.graph_index import read_saved_index
@@ -23,6 +19,7 @@ from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.item_values import ItemValues
 from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.live import Item, LiveItems
+from tfrs_pipeline.serving.loaded_towers import LoadedTowers, as_ids, id_lists_of
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import Retrieval, ask
 from tfrs_pipeline.serving.similar import find_similar
@@ -45,41 +42,22 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
     return LoadedRetriever(publish.version_at(path), exact=exact, live=live)
 
 
-class LoadedRetriever:
+class LoadedRetriever(LoadedTowers):
     """A `Retriever` on an exported model; see `load`.
 
     TensorFlow embeds the queries. The search is ScaNN's own or NumPy's, so that a TensorFlow for
     which ScaNN has no operation will do.
 
     Attributes:
-        folder: The version's folder.
-        manifest: The content of `manifest.json`.
-        saved_model: What `tf.saved_model.load` returned, of a module that needs no operation.
         candidates: The items to retrieve, and their search.
-        user_dtype: Type of the user ids, int64 or string.
-        item_dtype: Type of the item ids.
-        features: The fitted features that the model reads, by side: "query" (the user's), "request"
-            or "candidate".
         item_filter: "name" and "values" of the column that requests may filter by, or None.
     """
 
     def __init__(self, folder: Path, *, exact: bool, live: bool) -> None:
-        self.folder = folder
-        try:
-            self.manifest = read_record(folder / publish.MANIFEST_FILE)
-        except Damaged as error:
-            raise Damaged(
-                f"{error} A version's towers and index belong together: copy it whole, or export "
-                "it again."
-            ) from None
-        is_scann = self.manifest["index"]["kind"] == "scann"
-        place = publish.EXACT_FOLDER if is_scann else Path()
-        self.saved_model: Any = tf.saved_model.load(str(folder / place))
-        spec = self.saved_model.signatures["retrieve"].structured_input_signature[1]
-        self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
+        super().__init__(folder)
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
-        self.features = features_of(self.manifest)
         self._has_bias: bool = self.manifest.get("has_item_bias", False)
+        is_scann = self.manifest["index"]["kind"] == "scann"
         self.candidates = self._candidates(with_index=is_scann and not exact)
         self._live: LiveItems | None = None
         if live and folder.name.isdecimal():
@@ -247,58 +225,6 @@ class LoadedRetriever:
             )
         return self._live
 
-    def embed_queries(self, queries: Sequence[retrieval.Query]) -> np.ndarray:
-        """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
-        retrieval.check_queries(queries, ids_are_text=self.item_dtype == tf.string)
-        names = [Retrieval("history", has_features).embed_name for has_features in (False, True)]
-        return self._embedded(queries, names)["embeddings"]
-
-    def embed_candidates(
-        self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeds items, which need not be in the index.
-
-        Items new since the training are embedded by their `features`: [n] raw values by name, as
-        in the item table; None is missing. Raises a `ValueError` if a whole feature is missing.
-
-        Returns:
-            embeddings [n, D] float32, is_known_item [n] bool: whether the training had the item.
-        """
-        read = self.features["candidate"]
-        raw = as_inputs(raw_signature(read), raw_columns(read, features, len(item_ids)))
-        answer = self.saved_model.signatures["embed_candidate"](
-            item_id=id_list(item_ids, self.item_dtype), **raw
-        )
-        return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
-
-    def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
-        """Returns which items the training had, [n] bool; histories ignore all others."""
-        nothing = {x.name: [None] * len(item_ids) for x in self.features["candidate"]}
-        return self.embed_candidates(item_ids, nothing)[1]
-
-    def stored_history(self, user_id: Any) -> list[Any]:
-        """Returns the stored history of a user, most recent first; [] for an unknown user."""
-        ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
-        return _id_lists(ids.numpy())[0]
-
-    def parse_user_id(self, text: str) -> Any:
-        """Parses a typed user id into the type of the model's ids, or raises a `ValueError`."""
-        return _parse_id(text, self.user_dtype, "user")
-
-    def parse_item_id(self, text: str) -> Any:
-        """Parses a typed item id into the type of the model's ids, or raises a `ValueError`."""
-        return _parse_id(text, self.item_dtype, "item")
-
-    def parse_request(self, texts: Mapping[str, str]) -> dict[str, Any]:
-        """Parses typed request features, and the timestamp.
-
-        Commas separate lists; times are ISO 8601 with a time zone. Raises a `ValueError` if the
-        model does not read a feature, or a value is of the wrong kind.
-        """
-        retrieval.check_requests([texts], self._request_names)
-        known = {feature.name: feature for feature in self.features["request"]}
-        return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
-
     @property
     def num_candidates(self) -> int:
         """Number of candidates."""
@@ -353,10 +279,10 @@ class LoadedRetriever:
     ) -> dict[str, np.ndarray]:
         """Answers a signature that retrieves as the SavedModel does, with live items too."""
         lists = (inputs.get(name) for name in ("exclude", "allowed"))
-        exclude, allowed = (None if x is None else _id_lists(x) for x in lists)
+        exclude, allowed = (None if x is None else id_lists_of(x) for x in lists)
         limits = int(inputs["k"]), exclude, allowed
         if asked.asks_by == "item":
-            of_items = self.candidates, _as_ids(inputs["item_id"].tolist()), *limits
+            of_items = self.candidates, as_ids(inputs["item_id"].tolist()), *limits
             ids, scores = find_similar(*of_items, has_bias=self._has_bias, exact=exact)
             return {"candidate_ids": ids, "scores": scores}
         function = self.saved_model.signatures[asked.embed_name]
@@ -375,49 +301,9 @@ class LoadedRetriever:
         exact: bool = False,
     ) -> retrieval.Retrieved:
         if (known := embedded.get("known_items")) is not None:
-            lists = _id_lists(known)
+            lists = id_lists_of(known)
             exclude = [[*x, *y] for x, y in zip(lists, exclude or [()] * len(lists), strict=True)]
         return self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
-
-    def _embedded(
-        self, queries: Sequence[retrieval.Query], names: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        """Asks the first signature about queries without features, the second about the rest."""
-        requests = [query.get("request") for query in queries]
-        retrieval.check_requests(requests, self._request_names, may_have_others=True)
-        has_features = np.array([query.get("features") is not None for query in queries], bool)
-        parts, order = [], []
-        for which in np.unique(has_features) if len(queries) else [False]:
-            places = np.flatnonzero(has_features == which).tolist()
-            some = [queries[i] for i in places]
-            given = self.raw_query_features(some) if which else {}
-            function = self.saved_model.signatures[names[int(which)]]
-            given |= query_inputs(function, some)
-            given |= request_inputs(function, self.features, [requests[i] for i in places])
-            parts.append({name: x.numpy() for name, x in function(**given).items()})
-            order.append(places)
-        back = np.argsort(np.concatenate(order))
-        return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
-
-    def raw_query_features(self, queries: Sequence[retrieval.Query]) -> dict[str, tf.Tensor]:
-        """Makes the inputs for given features, or raises a `ValueError` if one is unknown."""
-        read = self.features["query"]
-        names = [feature.name for feature in read]
-        if not names:
-            raise ValueError(
-                "The model reads no user features: remove `features` from the queries."
-            )
-        if unknown := {name for query in queries for name in query["features"]} - set(names):
-            raise ValueError(
-                f"The model reads no user feature {', '.join(map(repr, sorted(unknown)))}; known: "
-                f"{', '.join(names)}"
-            )
-        columns = {name: [query["features"].get(name) for query in queries] for name in names}
-        return as_inputs(raw_signature(read), raw_columns(read, columns, len(queries)))
-
-    @property
-    def _request_names(self) -> list[str]:
-        return [feature.name for feature in self.features["request"]]
 
     def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:
         if self.item_filter is None:
@@ -436,23 +322,3 @@ class LoadedRetriever:
 def search_line(item_id: Any, title: str | None) -> str:
     """Returns what a search by words looks through: an item's title and id."""
     return f"{title or ''} {item_id}".casefold()
-
-
-def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
-    if dtype == tf.string:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
-
-
-def _id_lists(ids: np.ndarray) -> list[list[Any]]:
-    """Returns the ids in each row of [n, any] padded ids of a graph, which are bytes if text."""
-    if ids.dtype.kind == "i":
-        return [row[row != -1].tolist() for row in ids]
-    return [_as_ids(id_ for id_ in row if id_ != b"") for row in ids.tolist()]
-
-
-def _as_ids(values: Iterable[Any]) -> list[Any]:
-    return [x.decode(errors="replace") if isinstance(x, bytes) else x for x in values]
