@@ -7,16 +7,16 @@ found among all others. `similar` searches by the vectors of a recipe's candidat
     plus bias   the same, plus the bias of the item that is found
     product     the dot product of both whole vectors, the biases multiplied too
 
-The package does the second where there is a bias: chosen on validation. Without one, all three are
-the same. Beside them `retrieve`, which embeds a history of that item
-alone with the query tower, EASE's item-to-item weights, transitions, and popularity. The recipe
-`lengths` is the default with vectors of any length, where `cosine` divides by those of both items.
-Models are fitted to the training part, their epochs chosen on validation.
+Without a bias, all three are the same. With one, the package does the second, chosen on validation.
+Beside them are `retrieve`, which embeds a history of that item alone with the query tower, EASE's
+item-to-item weights, transitions, and popularity. The recipe `lengths` is the default with vectors
+of any length, where `cosine` divides by those of both items. Models are fitted to the training
+part, their epochs chosen on validation.
 
     python benchmarks/similar.py --data-dir data --json benchmarks/results/similar.json
 
---data-dir holds the folder `sessions` of `unseen_logs.py`; without it there is MovieLens alone. A
-file that is there keeps what is not measured anew.
+--data-dir holds the folder `sessions` of `unseen_logs.py`; without it, only MovieLens is measured.
+An existing file keeps what is not measured again.
 """
 
 from __future__ import annotations

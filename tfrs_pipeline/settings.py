@@ -151,7 +151,7 @@ _NOT_READ = {
 def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
     """Translates one of pydantic's errors in a table or dataclass into (setting, message) pairs."""
     place, cause = details["loc"], details.get("ctx", {}).get("error")
-    # The message shows a wrong value of a list, which says more than its number there.
+    # The message shows the wrong value of a list, which says more than its position.
     if place and isinstance(place[-1], int) and not isinstance(cause, ConfigError):
         place = place[:-1]
     setting = ".".join(map(str, place))

@@ -158,7 +158,7 @@ def test_changes_during_a_rebuild_are_kept(plain: Plain) -> None:
 
 
 def test_much_change_calls_for_a_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates_module, "_LEAST_DRIFT", 10)
+    monkeypatch.setattr(candidates_module, "_LEAST_CHANGES", 10)
     for change in ("put", "remove"):
         plain = Plain("scann", "int")
         most = int(0.3 * NUM)

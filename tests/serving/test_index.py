@@ -59,7 +59,7 @@ def test_the_operation_and_a_loaded_copy_answer_like_the_searcher(searcher: Sear
 def test_an_operation_that_answers_otherwise_is_refused(searcher: Searcher) -> None:
     other = Searcher.build(EMBEDDINGS[::-1].copy(), 45)
     check_operation(in_graph(searcher, Level(50, 45, 2000)), searcher, QUERIES)
-    with pytest.raises(ExportError, match="answers otherwise"):
+    with pytest.raises(ExportError, match="does not answer as its searcher"):
         check_operation(in_graph(searcher, Level(50, 2, 60)), other, QUERIES)
 
 

@@ -22,7 +22,7 @@ from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import live as live_module
-from tfrs_pipeline.serving.candidates import LONGEST_TAIL
+from tfrs_pipeline.serving.candidates import MOST_PENDING
 from tfrs_pipeline.serving.journal import JOURNAL_FILE
 from tfrs_pipeline.serving.live import _check_kind, _plain
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
@@ -163,7 +163,7 @@ def test_the_index_takes_in_many_items(served: Served, model: Path) -> None:
     for start in range(0, 1500, 300):
         retriever.upsert(items[start : start + 300])
     with retriever._live._is_busy:  # type: ignore[union-attr]
-        assert retriever.candidates.num_pending <= LONGEST_TAIL
+        assert retriever.candidates.num_pending <= MOST_PENDING
     ids, _ = retriever.retrieve([{"history": served.known(1)}], 2000)
     assert {x["item_id"] for x in items} < set(ids[0].tolist())
 

@@ -276,10 +276,10 @@ def test_refuses(embeddings: np.ndarray, queries: np.ndarray, message: str) -> N
 def test_an_index_is_measured_on_other_queries_than_it_is_tuned_on() -> None:
     queries = np.arange(500, dtype=np.float32)[:, np.newaxis]
     requests = Requests(queries, [np.array([i]) for i in range(500)])
-    tuning, measured = requests.parted()
+    tuning, measured = requests.for_tuning_and_measuring()
     assert (len(tuning.queries), len(measured.queries)) == (372, 128)
     assert sorted([*tuning.queries[:, 0], *measured.queries[:, 0]]) == list(range(500))
     for part in (tuning, measured):
         assert [known.item() for known in part.known] == part.queries[:, 0].tolist()
     few = Requests(queries[:300], requests.known[:300])
-    assert few.parted() == (few, few)
+    assert few.for_tuning_and_measuring() == (few, few)

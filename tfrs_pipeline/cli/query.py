@@ -60,7 +60,7 @@ class Query(OfModel):
     """Print only items with one of these values of the model's filter feature
     (export.filter_by)."""
     exact: CliToggleFlag[bool] = False
-    """Use the brute-force fallback instead of the index."""
+    """Score every item instead of using the index."""
     as_json: CliToggleFlag[bool] = Field(False, alias="json")
     """Print JSON instead of a table; its notes are the lines above the table."""
 

@@ -163,7 +163,7 @@ def _check(command: str, config: RunConfig) -> int:
 
         steps = (run_steps if command == "run" else plan_steps)(config, place)
         shown_steps = ("log", "split", "samples", "signals", "plans")
-        runner.run(runner.left([step for step in steps if step.writes in shown_steps]))
+        runner.run(runner.remaining([step for step in steps if step.writes in shown_steps]))
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:

@@ -137,7 +137,7 @@ def require_all(
     setting: str = "",
     others: Iterable[str] = (),
 ) -> None:
-    """Refuses a table without some columns, in a line each; `others` are its further problems."""
+    """Refuses a table that lacks columns, in a line each; `others` are its further problems."""
     found = []
     for name in (x for x in remedies if x not in columns):
         near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)

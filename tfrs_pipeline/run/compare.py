@@ -59,7 +59,7 @@ def compare(
 
     A stopped comparison of the same config in the folder is resumed: trained plans are measured
     again from their checkpoints, and the unfinished one continues from its last epoch. `progress`
-    is told about the steps; `begun` replaces it: a runner of the first ones in the folder.
+    is told about the steps; `begun`, a runner that has made the first of them, replaces it.
 
     Raises:
         ConfigError: If `warm_start` is set.
@@ -73,7 +73,7 @@ def compare(
     place = RunFolder(folder)
     with place.claim(config, is_run=False):
         runner = begun or Runner(progress)
-        plans, notes = runner.run(runner.left(plan_steps(config, place)))
+        plans, notes = runner.run(runner.remaining(plan_steps(config, place)))
         measure = functools.partial(_measure, config)
         data: RunData = runner.artifacts["samples"]
         measured: dict[str, tuple[Evaluation, TrainingResult]] = {}

@@ -1,6 +1,6 @@
 """The data of a run: its log, split and samples, each made by a step.
 
-TensorFlow is imported for the samples alone, so that a refused log or split is told at once.
+TensorFlow is imported for the samples alone, so that a bad log or split is refused at once.
 """
 
 import dataclasses

@@ -101,7 +101,7 @@ def run(
 
     If TF_CONFIG names several workers, each calls this with the same folder, on a shared file
     system. They train together; the chief alone writes, with its own config, evaluates and exports,
-    and the others wait. `begun` replaces `progress`: a runner of the first steps in the folder.
+    and the others wait. `begun`, a runner that has made the first steps, replaces `progress`.
 
     Raises:
         ValueError: If the folder holds a run of another config, the run to start from is unfinished
@@ -120,7 +120,7 @@ def run(
             runner.progress.step(StepReport("finished before", notes))
             return finished
         first = [*data_steps(config, place), *([_signals_step(config)] if is_chief else [])]
-        chief_first(lambda: runner.run(runner.left(first)))
+        chief_first(lambda: runner.run(runner.remaining(first)))
         if config.recipes:
             config = settle(config, place, runner.run([race_step(config, place)]))
         runner.run(_model_steps(config, place))

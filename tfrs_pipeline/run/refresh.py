@@ -1,6 +1,6 @@
 """Gives an exported model another set of items, without training.
 
-TensorFlow is imported once the items are read, so that refused ones are told at once.
+TensorFlow is imported after the items are read, so that bad ones are refused at once.
 """
 
 import functools
@@ -116,7 +116,7 @@ def _read_items(model: Path, path: Path, runner: Runner) -> pa.Table:
 def _load(model: Path, runner: Runner) -> "LoadedRetriever":
     from tfrs_pipeline.serving.retriever import load
 
-    # The brute-force fallback needs no ScaNN, and has the same encoder.
+    # The towers and the version's own items are needed, not its index.
     return load(model, exact=True, live=False)
 
 

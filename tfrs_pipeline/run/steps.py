@@ -64,7 +64,7 @@ class Runner:
             self.progress.step(report)
         return made
 
-    def left(self, steps: Sequence[Step]) -> list[Step]:
+    def remaining(self, steps: Sequence[Step]) -> list[Step]:
         """Lists the steps whose artifacts are not there yet."""
         return [step for step in steps if step.writes not in self.artifacts]
 

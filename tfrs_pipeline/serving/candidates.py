@@ -1,7 +1,8 @@
-"""Search over candidates in memory: with an index or over all, with exclusions and a filter.
+"""Search over candidates in memory: with an index or exactly, with exclusions and a filter.
 
 Candidates can be added and removed while others search. A change writes rows that no search reads
-yet, and then makes a new view; each search keeps the view that it began with, and never waits.
+yet, and then makes a new view. Each search keeps the view that it began with; it waits only while
+the index takes in a few rows.
 """
 
 import bisect
@@ -21,11 +22,12 @@ from tfrs_pipeline.serving.view import View, with_room
 
 # Scores in memory at a time: 64 MB.
 _SCORES_PER_BLOCK = 1 << 24
-# So many of the newest candidates are scored one by one; the index takes in more than these.
-LONGEST_TAIL = 1024
-_ADDED_AT_ONCE = 8  # For searches go on between.
-# The index is built anew after so many changes, as a number and as a share of its candidates.
-_LEAST_DRIFT, _MOST_DRIFT = 2_000, 0.3
+# The newest candidates, up to this many, are scored exactly. If there are more, the index takes
+# them in.
+MOST_PENDING = 1024
+_ADDED_AT_ONCE = 8  # So that searches go on in between.
+# The index is rebuilt after more changes than this number and than this share of its candidates.
+_LEAST_CHANGES, _LEAST_CHANGED_SHARE = 2_000, 0.3
 
 
 class Candidates:
@@ -37,7 +39,7 @@ class Candidates:
         searcher: An index of the vectors; None searches exactly.
         levels: How widely to search the index, by ascending depth. Deeper requests are answered
             exactly.
-        values: The values that requests may choose by, with `codes`.
+        values: The values that requests may choose by, if there is a filter.
         codes: [n, P] int32, each candidate's codes of `values`, padded with 0.
     """
 
@@ -59,22 +61,22 @@ class Candidates:
             *(corpus, by_row, vectors, codes, None, searcher, tuple(levels)), num_rows=len(corpus)
         )
         self._lock = threading.RLock()
-        self._marks = threading.local()
+        self._marks = threading.local()  # Each thread marks what a query excludes.
 
     def __len__(self) -> int:
         return self._view.num_candidates
 
     @property
     def corpus(self) -> Ids:
-        """The ids that this was made of, or last rebuilt from."""
+        """The ids at the start, or at the last `rebuild`."""
         return self._view.corpus
 
     @property
     def has_drifted(self) -> bool:
-        """Whether much has changed since the index was built, so that it should be anew."""
+        """Whether so much has changed since the index was built that it should be rebuilt."""
         view, num_built = self._view, len(self._view.corpus)
-        num_changed = max(view.num_rows - num_built, view.num_dead)
-        return num_changed > max(_LEAST_DRIFT, _MOST_DRIFT * num_built)
+        num_changed = max(view.num_rows - num_built, view.num_removed)
+        return num_changed > max(_LEAST_CHANGES, _LEAST_CHANGED_SHARE * num_built)
 
     @property
     def num_pending(self) -> int:
@@ -98,7 +100,7 @@ class Candidates:
         return view.vectors[self._live_rows(view) - 1]
 
     def vectors_of(self, ids: Sequence[Any]) -> np.ndarray:
-        """Returns the vectors of some candidates; a `KeyError` if one is not there."""
+        """Returns a copy of some candidates' vectors; a `KeyError` if one is not there."""
         view = self._view
         rows = np.array([view.row_of(id_) for id_ in ids], np.int32)
         if not rows.all():
@@ -108,7 +110,7 @@ class Candidates:
     @staticmethod
     def _live_rows(view: View) -> np.ndarray:
         rows = np.arange(1, view.num_rows + 1)
-        return rows if view.died is None else rows[~view.is_dead(rows)]
+        return rows if view.removed_by is None else rows[~view.is_removed(rows)]
 
     def search(
         self,
@@ -119,14 +121,14 @@ class Candidates:
         *,
         exact: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the k best candidates of [B, D] float32 queries, of equal ones the first.
+        """Finds the k best candidates of [B, D] float32 queries; if exact, of equal ones the first.
 
         Args:
             queries: Finite.
             k: 1 or more.
             excluded: Ids never to return, for each query.
             allowed: Values of which a candidate must have one, for each query; none allows all.
-            exact: Whether to score all candidates.
+            exact: Whether to score every candidate.
 
         Returns:
             ids [B, k], best first, the empty id in empty slots; scores [B, k] float32, -inf there.
@@ -160,32 +162,32 @@ class Candidates:
         found, found_scores, num_indexed = view.searcher.search(
             asked.queries[lines], level.depth, level.num_leaves_to_search, level.num_reordered
         )
-        is_whole = num_indexed == view.num_rows and view.died is None
-        tail = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
+        is_whole = num_indexed == view.num_rows and view.removed_by is None
+        pending = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
         for i, line in enumerate(lines):
             best, best_scores = found[i], found_scores[i]
             if not is_whole or asked.is_limited(line):
                 is_open = self._open(asked, line, best)
                 best, best_scores = best[is_open], best_scores[is_open]
-            if len(tail):
-                tail_scores = np.vecdot(
+            if len(pending):
+                pending_scores = np.vecdot(
                     view.vectors[num_indexed : view.num_rows], asked.queries[line]
                 )
-                is_open = self._open(asked, line, tail)
-                best = np.concatenate([best, tail[is_open]])
-                best_scores = np.concatenate([best_scores, tail_scores[is_open]])
+                is_open = self._open(asked, line, pending)
+                best = np.concatenate([best, pending[is_open]])
+                best_scores = np.concatenate([best_scores, pending_scores[is_open]])
                 order = np.argsort(-best_scores, kind="stable")[:k]
                 best, best_scores = best[order], best_scores[order]
             num = min(k, len(best))
             rows[line, :num], scores[line, :num] = best[:num], best_scores[:num]
 
     def _open(self, asked: "_Asked", line: int, rows: np.ndarray) -> np.ndarray:
-        """Returns which rows, [n], a query may find: [n] bool."""
+        """Returns which rows, [n], a query may return: [n] bool."""
         view, excluded, chosen = asked.view, asked.excluded[line], asked.chosen[line]
         is_open = (rows > 0) & (rows <= view.num_rows)
-        if view.died is not None:
-            rows = np.where(is_open, rows, 0)  # The index may have rows that the view has not.
-            is_open &= ~view.is_dead(rows)
+        if view.removed_by is not None:
+            rows = np.where(is_open, rows, 0)  # The index may have rows newer than the view.
+            is_open &= ~view.is_removed(rows)
         if excluded is not None:
             marks: np.ndarray | None = getattr(self._marks, "marks", None)
             if marks is None or len(marks) < len(view.ids):
@@ -206,8 +208,8 @@ class Candidates:
         for start in range(0, len(lines), size):
             block = lines[start : start + size]
             queries = asked.queries[block]
-            # For a query alone in one thread: the threads of a matrix product wait for each other,
-            # which takes a hundred times as long where other processes work.
+            # A single query is scored in one thread: the threads of a matrix product wait for each
+            # other, which takes a hundred times as long while other processes work.
             all_scores = (
                 np.vecdot(vectors, queries)[np.newaxis]
                 if len(queries) == 1
@@ -215,8 +217,8 @@ class Candidates:
             )
             for line, of_line in zip(block, all_scores, strict=True):
                 of_line = np.ascontiguousarray(of_line)
-                if view.died is not None:
-                    of_line[view.died[1 : view.num_rows + 1] <= view.version] = -np.inf
+                if view.removed_by is not None:
+                    of_line[view.removed_by[1 : view.num_rows + 1] <= view.num_changes] = -np.inf
                 excluded, chosen = asked.excluded[line], asked.chosen[line]
                 if excluded is not None:
                     of_line[excluded - 1] = -np.inf
@@ -235,12 +237,12 @@ class Candidates:
         column: Sequence[Any] | None = None,
         removed: Iterable[Any] = (),
     ) -> int:
-        """Adds or replaces candidates, and removes others, at once for every later search.
+        """Adds or replaces candidates, and removes others, in one change for all later searches.
 
         Args:
             ids: [n] distinct ids.
             vectors: [n, D] float32.
-            column: [n] values to choose by, if there is a filter.
+            column: [n] values of the filter, if there is one.
             removed: Ids to remove; unknown ones are ignored.
 
         Returns:
@@ -248,14 +250,11 @@ class Candidates:
         """
         with self._lock:
             view, num = self._view, len(ids)
-            gone = [view.row_of(id_) for id_ in ids]
-            num_removed = -len(gone)
-            gone = [row for row in gone if row]
+            gone = list(filter(None, map(view.row_of, ids)))
             num_replaced = len(gone)
             gone += filter(None, map(view.row_of, removed))
-            num_removed = len(gone) - num_replaced
             codes = None if self.values is None else self.values.encode(column or [None] * num)
-            view = with_room(view, num, 0 if codes is None else codes.shape[1], died=bool(gone))
+            view = with_room(view, num, 0 if codes is None else codes.shape[1], removes=bool(gone))
             first, last = view.num_rows + 1, view.num_rows + num
             view.ids[first : last + 1] = as_id_array(ids) if num else []
             view.vectors[first - 1 : last] = vectors
@@ -263,18 +262,18 @@ class Candidates:
                 view.codes[first : last + 1, : codes.shape[1]] = codes
             for row, id_ in enumerate(ids, first):
                 view.new_rows.setdefault(id_, []).append(row)
-            if view.died is not None:
-                view.died[gone] = view.version + 1
+            if view.removed_by is not None:
+                view.removed_by[gone] = view.num_changes + 1
             self._view = replace(
                 view,
                 num_rows=last,
-                num_dead=view.num_dead + len(gone),
-                version=view.version + 1,
+                num_removed=view.num_removed + len(gone),
+                num_changes=view.num_changes + 1,
             )
-            return num_removed
+            return len(gone) - num_replaced
 
     def take_in(self) -> None:
-        """Adds new candidates to the index, a few at a time, so that searches go on between."""
+        """Adds new candidates to the index, a few at a time, so that searches go on in between."""
         while (view := self._view).searcher is not None:
             first = view.searcher.num_rows
             last = min(first + _ADDED_AT_ONCE, view.num_rows)
@@ -283,9 +282,9 @@ class Candidates:
             view.searcher.add(view.vectors[first:last])
 
     def rebuild(self, build: Callable[[np.ndarray], Searcher] | None) -> None:
-        """Builds the index anew, of the candidates alone; None if there is none.
+        """Drops removed rows, and builds the index of the rest anew; no `build` means no index.
 
-        Changes go on meanwhile, and are kept.
+        Changes made meanwhile are kept.
         """
         view = self._view
         rows = self._live_rows(view)
@@ -295,7 +294,7 @@ class Candidates:
             now, num = self._view, len(rows)
             later = np.arange(view.num_rows + 1, now.num_rows + 1)
             all_rows = np.concatenate([[0], rows, later])
-            died = None if now.died is None else now.died[all_rows]
+            removed_by = None if now.removed_by is None else now.removed_by[all_rows]
             new_rows = {
                 id_: [row - view.num_rows + num for row in of_id if row > view.num_rows]
                 for id_, of_id in now.new_rows.items()
@@ -306,10 +305,10 @@ class Candidates:
                 ids=now.ids[all_rows],
                 vectors=np.concatenate([vectors, now.vectors[later - 1]]),
                 codes=None if now.codes is None else now.codes[all_rows],
-                died=died,
+                removed_by=removed_by,
                 searcher=searcher,
                 num_rows=num + len(later),
-                num_dead=0 if died is None else int((died <= now.version).sum()),
+                num_removed=0 if removed_by is None else int((removed_by <= now.num_changes).sum()),
                 new_rows={id_: of_id for id_, of_id in new_rows.items() if of_id},
             )
 
@@ -334,11 +333,11 @@ class _Asked:
 
     @property
     def num_wanted(self) -> np.ndarray:
-        """Returns how many candidates each query should get if its filter allowed all."""
+        """How many candidates each query should get if its filter allowed all."""
         return np.clip(self.view.num_candidates - self.num_excluded, 0, self.k)
 
     def levels(self) -> np.ndarray:
-        """Returns each query's level; the number past the last one means exact search."""
+        """Returns each query's level; a number past the last one means exact search."""
         view = self.view
         if view.searcher is None:
             return np.full(len(self.queries), len(view.levels))
@@ -346,16 +345,16 @@ class _Asked:
         share = np.array([1.0 if x is None else x.share for x in self.chosen])
         share *= view.num_candidates / max(1, view.num_rows)
         is_part = share < 1
-        # So many candidates nearly always include enough open ones: three deviations more.
+        # So many candidates, three deviations more, nearly always include enough allowed ones.
         part = needed[is_part]
         needed[is_part] = (part + 3 * np.sqrt(part)) / np.maximum(share[is_part], 1e-9)
         return np.searchsorted([level.depth for level in view.levels], needed)
 
 
 def _found_at_once(view: View, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Answers queries without limits if the index holds all that the view has, else None."""
+    """Answers queries without limits by the index alone if it holds the whole view, else None."""
     searcher, levels = view.searcher, view.levels
-    if searcher is None or view.died is not None or searcher.num_rows != view.num_rows:
+    if searcher is None or view.removed_by is not None or searcher.num_rows != view.num_rows:
         return None
     place = bisect.bisect_left(levels, min(k, view.num_rows), key=lambda level: level.depth)
     if place == len(levels) or levels[place].depth < k:

@@ -79,7 +79,7 @@ def prove(
             expected[name] = given, answer
         needs_scann = any(isinstance(part, ScannIndex) for part in module.submodules)
         probes.append((str(folder), needs_scann, expected))
-    # Brute-force fallbacks come first, before ScaNN's op is loaded.
+    # Exact modules come first, since they must load without ScaNN's operation.
     probes.sort(key=lambda probe: probe[1])
     # With -P, Python does not import files such as queue.py from the working directory.
     command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])]
@@ -90,13 +90,15 @@ def prove(
 
 
 def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) -> None:
-    """Checks that ScaNN's operation answers as its searcher does, at every level."""
+    """Checks that ScaNN's operation scores as its searcher does, at every level."""
     for level in index.levels:
         width = level.num_leaves_to_search, level.num_reordered
         _, scores, _ = searcher.search(queries, level.depth, *width)
         _, others = index.approximate(tf.constant(queries), level.depth, *width)
         if problem := difference({"scores": scores}, {"scores": others.numpy()}):
-            raise ExportError(f"ScaNN's TensorFlow operation answers otherwise: {problem}")
+            raise ExportError(
+                f"ScaNN's TensorFlow operation does not answer as its searcher does: {problem}"
+            )
 
 
 def _inputs(

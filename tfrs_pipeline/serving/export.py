@@ -288,7 +288,7 @@ def _built(
         return ExactIndex(embeddings), {"kind": index.kind}
     embedded = embed_queries(encoder, queries, features)
     requests = Requests(embedded, known_rows(encoder, queries, ids))
-    tuning, measured = requests.parted()
+    tuning, measured = requests.for_tuning_and_measuring()
     tuned = tune_index(embeddings, tuning, target_recall=index.recall)
     scann = ScannIndex(
         ExactIndex(embeddings), tuned.searcher.save(), tuned.num_leaves, tuned.levels
@@ -314,7 +314,7 @@ def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
         f"and the number of excluded items add up to more than {levels[-1]['depth']:,}"
     )
     if num_candidates < SMALLEST_SCANN_CORPUS:
-        text += f". For {num_candidates:,} candidates exact search alone would do"
+        text += f". For {num_candidates:,} candidates exact search is as fast"
     return text
 
 

@@ -61,14 +61,14 @@ class ExactIndex(tf.Module):
 
 
 class SavedIndex(tf.Module):
-    """The files of a ScaNN index as variables, from which the operation makes a searcher."""
+    """A saved ScaNN index in variables, from which ScaNN's operation makes a searcher."""
 
     def __init__(self, vectors: tf.Variable, saved: Saved) -> None:
         super().__init__(name="saved_index")
         self._ops = load_scann_ops()
         self._vectors = vectors
         for file in FILES:
-            # The operation reads a scalar as a part that an index has not.
+            # To the operation, a scalar means that the index lacks this part.
             content: Any = saved.get(file, 0 if file.endswith(".npy") else b"")
             if file in saved and isinstance(content, bytes):
                 content = [content]
@@ -88,7 +88,7 @@ class SavedIndex(tf.Module):
 
 
 def read_saved_index(folder: Path) -> Saved:
-    """Reads the files of the index of a SavedModel, without the operation."""
+    """Reads the index of a SavedModel, without ScaNN's operation."""
     reader = tf.train.load_checkpoint(str(folder / "variables" / "variables"))
     saved: dict[str, np.ndarray | bytes] = {}
     for file in FILES:
@@ -146,7 +146,7 @@ class ScannIndex(tf.Module):
         num_excluded = tf.cast(lists.row_lengths(), tf.int32)
         num_wanted = tf.minimum(k, self.num_candidates - num_excluded)
         level = self._levels_of(num_wanted + num_excluded, allowed)
-        # All queries are searched as widely as the one that needs the most.
+        # All queries within the levels are searched as widely as the one that needs most.
         lines = tf.where(level < len(self.levels))
         widest = tf.reduce_max(tf.where(level < len(self.levels), level, 0))
         shape = tf.stack([tf.shape(queries)[0], k])

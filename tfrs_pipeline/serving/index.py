@@ -1,4 +1,4 @@
-"""How to search: the index's settings, without TensorFlow, and how widely it is searched."""
+"""The settings of the search, and how widely an index is searched; without TensorFlow."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The values by which requests choose candidates in memory."""
+"""The item filter over candidates in memory."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from tfrs_pipeline.features.raw import has_booleans, to_text, to_text_lists
 
 
 class ItemValues:
-    """The values by which requests may choose candidates, and each row's codes of them.
+    """The values by which requests may choose candidates, and how often each occurs.
 
-    `values` have the codes 1, 2, ... New values get the next ones.
+    `values` have the codes 1, 2, ...; new values get the next ones. `codes` are those of all rows.
     """
 
     def __init__(self, values: Sequence[str], codes: np.ndarray) -> None:
@@ -33,7 +33,7 @@ class ItemValues:
         return rows
 
     def choose(self, values: Iterable[Any], num_rows: int) -> "Chosen | None":
-        """Finds what has one of the values; None if there are none, which allows all."""
+        """Chooses candidates with one of the values; None, which allows all, if there are none."""
         texts = [value for value in values if value not in ("", b"")]
         if not texts:
             return None

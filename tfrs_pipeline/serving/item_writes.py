@@ -1,4 +1,4 @@
-"""Writes of live items over REST: who may, what they answer, one after the other."""
+"""Writes of live items over REST: checked for the token, and done one after the other."""
 
 import hmac
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class ItemWrites:
     """Adds and removes items of the version in use, for the holders of a token.
 
-    Without `token_file` nobody may; a `ValueError` if it holds no good token.
+    Without `token_file` nobody may. Raises a `ValueError` if its token is too easy to guess.
     """
 
     def __init__(self, versions: ModelVersions, token_file: Path | None) -> None:
@@ -33,7 +33,7 @@ class ItemWrites:
                 403, "This server takes no items: it was started without --token-file."
             )
         kind, _, token = header.partition(" ")
-        # In a time that says nothing of how much of it is right.
+        # In constant time, which does not tell how much of the token is right.
         is_right = hmac.compare_digest(token.strip().encode(), self._token)
         if kind.lower() != "bearer" or not is_right:
             raise HTTPException(
@@ -64,13 +64,13 @@ class ItemWrites:
                     {"Retry-After": "1"},
                 ) from None
         with self._versions.use() as newest:
-            if newest is not version:  # Loaded meanwhile: it may have read the journal before.
+            if newest is not version:  # It may have read the journal before this write.
                 newest.retriever.catch_up()
             return {**answer, "num_items": newest.retriever.num_candidates}
 
 
 def _read_token(path: Path) -> bytes:
-    """Reads a token, or raises a `ValueError` if it is too easy to guess."""
+    """Reads a token; raises a `ValueError` if it is short, has spaces or is not ASCII."""
     with naming(path):
         token = path.read_text(encoding="utf-8").strip()
     if len(token) < 16 or not token.isascii() or any(map(str.isspace, token)):

@@ -1,8 +1,8 @@
 """The journal of a model's live items: an append-only file beside its versions.
 
-A record is a line: the CRC-32 of its text in hexadecimal, a space, and JSON. It is on disk before
-its write is confirmed. What a kill leaves of a record has no end of line, and is cut off by the
-next write. Several processes may write, one at a time, and any number may read.
+A record is a line: the CRC-32 of its JSON in hexadecimal, a space, and the JSON. It is on disk
+before its write is confirmed. If a writer is killed, what is left of its record has no end of line,
+and the next write cuts it off. Several processes may write, one at a time; any number may read.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ Record: TypeAlias = Mapping[str, Any]
 class Journal:
     """Reads and writes the journal in a model's folder, which may not exist yet.
 
-    It remembers up to where it has read. After the journal was rewritten, it reads it anew.
+    It remembers how far it has read. A rewritten journal is read from its start.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class Journal:
         self._read: tuple[int, int] = (0, 0)  # The file's inode, and the offset.
 
     def records(self) -> list[Record]:
-        """Reads the records since the last call; raises `Damaged` if one has changed."""
+        """Reads the records since the last call or write; raises `Damaged` if one has changed."""
         with self._lock, naming(self.path):
             try:
                 file = self.path.open("rb")
@@ -56,7 +56,7 @@ class Journal:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator["Writer"]:
-        """Locks the journal, against other threads and processes, to read and then append."""
+        """Locks the journal against other threads and processes, to read it and then write."""
         with self._lock, naming(self.path):
             while True:
                 is_new = not self.path.exists()
@@ -72,7 +72,7 @@ class Journal:
                 except FileNotFoundError:
                     pass
                 finally:
-                    os.close(descriptor)  # Which unlocks it.
+                    os.close(descriptor)  # Also unlocks it.
 
 
 class Writer:
@@ -82,12 +82,12 @@ class Writer:
         self._journal, self._file = journal, descriptor
 
     def append(self, record: Record) -> None:
-        """Appends a record, which is on disk when this returns; read `records` first.
+        """Appends a record, which is on disk when this returns; call `records` first.
 
-        If it fails, nothing of the record is left.
+        If this fails, nothing of the record is left.
         """
         (inode, end), line = self._journal._read, _encoded(record)
-        os.ftruncate(self._file, end)  # Cuts off what a kill has left.
+        os.ftruncate(self._file, end)  # Cuts off what a killed writer has left.
         try:
             _write(self._file, line)
             os.fsync(self._file)
@@ -120,7 +120,7 @@ def _write(file: int, content: bytes) -> None:
 
 
 def _encoded(record: Record) -> bytes:
-    # In ASCII, so that no text of a client can hold an end of line.
+    # JSON escapes ends of lines, so a record is one line whatever a client sends.
     text = json.dumps(record, allow_nan=False, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 

@@ -1,8 +1,8 @@
 """Items that are added, changed and removed while a model is in service.
 
 Each write is checked, embedded by the exported item tower, put into the journal beside the
-versions, and found by the next search. A newer version that knows an item itself goes before what
-the journal says of it.
+versions, and found by the next search. If a newer version has an item itself, what the journal says
+of that item no longer counts.
 """
 
 import functools
@@ -21,16 +21,16 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
-from tfrs_pipeline.serving.candidates import LONGEST_TAIL, Candidates
+from tfrs_pipeline.serving.candidates import MOST_PENDING, Candidates
 from tfrs_pipeline.serving.journal import Journal, Record, Writer
-from tfrs_pipeline.serving.searcher import build_apart
+from tfrs_pipeline.serving.searcher import build_in_subprocess
 
 logger = logging.getLogger(__name__)
 
 Item: TypeAlias = Mapping[str, Any]
-"""An item: `item_id`, and raw values by the names of the log's item table; None is missing."""
+"""An item: `item_id`, and raw values by column of the log's item table; None is missing."""
 
-# In a journal that is rewritten.
+# When the journal is rewritten.
 _ITEMS_PER_RECORD = 1024
 # The journal is rewritten when it is longer than this, and most of it is outdated.
 _SMALL_JOURNAL_BYTES = 1 << 20
@@ -44,12 +44,12 @@ class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
     Args:
-        candidates: As the version has them. Those of the journal are added to them here.
+        candidates: Those of the version. What the journal says is done to them here.
         journal: The journal of the model.
         version: The version's number.
         features: The item features that the model reads.
         filter_by: The column that requests may filter by, or None.
-        num_leaves: The partitions of the index, 0 for exact search.
+        num_leaves: Number of partitions of the index; 0 for exact search.
         embed: Embeds ids with columns of raw features: vectors [n, D], is_known_item [n].
     """
 
@@ -112,7 +112,7 @@ class LiveItems:
             for record in self._journal.records():
                 self._num_written += len(record.get("put", ())) + len(record.get("gone", ()))
                 changed |= _changes(record)
-            # A journal that was rewritten is read anew, and says much that is known.
+            # A rewritten journal is read from its start, and mostly repeats what is known.
             changed = {id_: x for id_, x in changed.items() if self._last.get(id_) != x}
             self._last |= changed
             wanted = {
@@ -128,7 +128,7 @@ class LiveItems:
         self._maintain()
 
     def ids(self) -> list[Any]:
-        """Returns the ids of items that were written, and not removed since."""
+        """Returns the ids of items that were written and not removed since."""
         last = dict(self._last)  # Others may write meanwhile.
         return [id_ for id_, (_, item) in last.items() if item is not None]
 
@@ -139,7 +139,7 @@ class LiveItems:
         return None if title is None else str(title)
 
     def _counts(self, item_id: Any, version: int) -> bool:
-        """Whether a write counts for this version, or the version knows the item itself."""
+        """Whether a write counts: not if this version is newer and has the item itself."""
         return version >= self._version or not self._own.rows([item_id])[0]
 
     def _write(self, writer: Writer, change: Record) -> None:
@@ -166,9 +166,9 @@ class LiveItems:
         logger.info("rewrote %s: %d items", self._journal.path, len(self._last))
 
     def _maintain(self) -> None:
-        """Lets the index take in new items in the background, or builds it anew, if need be."""
+        """After many writes, lets the index take in new items or rebuilds it, in the background."""
         candidates = self._candidates
-        is_needed = candidates.num_pending > LONGEST_TAIL or candidates.has_drifted
+        is_needed = candidates.num_pending > MOST_PENDING or candidates.has_drifted
         if is_needed and self._is_busy.acquire(blocking=False):
             threading.Thread(target=self._keep_up, name="live-items", daemon=True).start()
 
@@ -176,10 +176,10 @@ class LiveItems:
         try:
             self._candidates.take_in()
             if self._candidates.has_drifted:
-                build = functools.partial(build_apart, num_leaves=self._num_leaves)
+                build = functools.partial(build_in_subprocess, num_leaves=self._num_leaves)
                 self._candidates.rebuild(build if self._num_leaves else None)
                 self._candidates.take_in()
-        except Exception:  # Searches go on with the index as it is; the next write tries again.
+        except Exception:  # Searches go on with the old index, and the next write tries again.
             logger.exception("cannot build the index anew")
         finally:
             self._is_busy.release()
@@ -213,7 +213,7 @@ class LiveItems:
         ]
         vectors, is_known = map(np.concatenate, zip(*blocks, strict=True))
         wrong = ~np.isfinite(vectors).all(axis=1)
-        if not self._features:  # Then a new item says nothing of itself.
+        if not self._features:  # A new item then has nothing to be embedded by.
             wrong |= ~is_known
         if wrong.any():
             raise ValueError(
@@ -227,7 +227,7 @@ class LiveItems:
         return vectors
 
     def _embedded_again(self, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
-        """Embeds items of the journal, which another version may have checked."""
+        """Embeds items of the journal, and leaves out those that only another version can embed."""
         try:
             return self._embedded(items), np.ones(len(items), bool)
         except ValueError:

@@ -23,7 +23,7 @@ class LoadedTowers:
     Attributes:
         folder: The version's folder.
         manifest: The content of `manifest.json`.
-        saved_model: What `tf.saved_model.load` returned, of a module that needs no operation.
+        saved_model: What `tf.saved_model.load` returned for the module with exact search.
         user_dtype: Type of the user ids, int64 or string.
         item_dtype: Type of the item ids.
         features: The fitted features that the model reads, by side: "query" (the user's), "request"

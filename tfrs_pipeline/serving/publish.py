@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 ITEMS_FILE = Path("assets.extra") / "items.parquet"
 QUERIES_FILE = Path("assets.extra") / "queries.parquet"
-# The brute-force fallback of a ScaNN model.
+# The same model with exact search, beside a ScaNN index.
 EXACT_FOLDER = Path("exact") / "1"
 _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 

@@ -45,8 +45,8 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
 class LoadedRetriever(LoadedTowers):
     """A `Retriever` on an exported model; see `load`.
 
-    TensorFlow embeds the queries. The search is ScaNN's own or NumPy's, so that a TensorFlow for
-    which ScaNN has no operation will do.
+    TensorFlow embeds the queries; ScaNN's own searcher, or NumPy, finds the candidates. So ScaNN's
+    TensorFlow operation is not needed.
 
     Attributes:
         candidates: The items to retrieve, and their search.
@@ -184,8 +184,8 @@ class LoadedRetriever(LoadedTowers):
 
         An item that training did not have is embedded by its features, as in a refresh. The items
         are on disk, beside the versions, when this returns; other processes that serve or load the
-        model take them in too. A newer version that knows an item itself goes before them. To
-        replace the whole catalogue, `refresh_index` is the way.
+        model take them in too. If a newer version has an item itself, that item counts. To replace
+        the whole catalogue, use `refresh_index`.
 
         Args:
             items: Mappings of `item_id` and raw values by the names of the log's item table: each

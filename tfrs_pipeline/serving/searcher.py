@@ -1,7 +1,7 @@
-"""ScaNN's own searcher, which needs no TensorFlow: built, searched, added to, and saved.
+"""ScaNN's own searcher, without TensorFlow.
 
-An index is saved as the arrays and bytes of `FILES` beside its vectors. ScaNN's TensorFlow
-operation reads the same ones, so an exported model holds them once.
+An index is saved as the arrays and bytes of `FILES`, beside its vectors. ScaNN's TensorFlow
+operation reads the same, so an exported model holds them once.
 """
 
 import importlib.util
@@ -16,14 +16,14 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
-# Codes per block.
+# ScaNN has this many codes per block, and learns them from as many vectors or more.
 SMALLEST_HASHED_CORPUS = 16
 # With two dimensions per block, a deep search has to rescore several times as many.
 _DIMENSIONS_PER_BLOCK, _ANISOTROPIC_THRESHOLD = 1, 0.2
 _TRAINING_SAMPLE = 100_000
 _CONFIG, _VECTORS = "scann_config.pb", "dataset.npy"
-# What ScaNN saves besides its settings and the vectors -> the name of its kind. An index without
-# leaves lacks the second and the third.
+# What ScaNN saves besides its settings and the vectors -> ScaNN's name for it. An index without
+# partitions lacks the second and the third.
 _ASSETS = {
     "ah_codebook.pb": "AH_CENTERS",
     "serialized_partitioner.pb": "PARTITIONER",
@@ -31,15 +31,15 @@ _ASSETS = {
     "hashed_dataset.npy": "AH_DATASET_NPY",
 }
 FILES = (_CONFIG, *_ASSETS)
-# How long to wait for a moment without a search before new searches are held up.
+# An addition waits this long for a moment without a search; then it holds up new searches.
 _PATIENCE_SECONDS = 0.02
 
 Saved: TypeAlias = Mapping[str, "np.ndarray | bytes"]
-"""Content of a saved index by the names of `FILES`: arrays, and bytes of messages."""
+"""A saved index by the names of `FILES`: arrays, and serialized messages."""
 
 
 def _module(name: str, *place: str) -> ModuleType:
-    """Imports a module of ScaNN alone: the package itself imports TensorFlow and its operation."""
+    """Imports one module of ScaNN, because the package itself imports TensorFlow."""
     found = importlib.util.find_spec("scann")
     if found is None or not found.submodule_search_locations:
         raise ImportError("A ScaNN index needs the package scann: pip install 'scann==1.4.2'.")
@@ -65,13 +65,13 @@ def _scann_numpy() -> Any:
 class Searcher:
     """A dot-product index: partitions, asymmetric hashing, exact rescoring of the best.
 
-    Rows count from 1 in the order of the vectors, then of what was added. Threads may search
-    together, and while another adds.
+    Rows count from 1: first the vectors that it was built of, then those added. Threads may search
+    at the same time, also while another adds.
     """
 
     def __init__(self, scann: Any) -> None:
         self._scann = scann
-        # ScaNN searches without Python's lock, so that a change meanwhile would corrupt a search.
+        # ScaNN releases Python's lock in a search, which a change meanwhile would corrupt.
         self._change = threading.Condition()
         self._num_searches, self._is_held_up = 0, False
 
@@ -115,10 +115,10 @@ class Searcher:
                     (folder / file).write_bytes(content)
                 else:
                     np.save(folder / file, content)
-            return cls._in(folder)
+            return cls._from_folder(folder)
 
     @classmethod
-    def _in(cls, folder: Path) -> Self:
+    def _from_folder(cls, folder: Path) -> Self:
         assets = [
             f'assets {{ asset_type: {kind} asset_path: "{folder / file}" }}'
             for file, kind in {**_ASSETS, _VECTORS: "DATASET_NPY"}.items()
@@ -165,13 +165,13 @@ class Searcher:
                 if not self._num_searches:
                     change.notify_all()
         rows = places.view(np.int32) + 1
-        is_empty = np.isnan(scores)  # The searched leaves hold fewer.
+        is_empty = np.isnan(scores)  # The searched leaves hold fewer than `depth`.
         if is_empty.any():
             rows[is_empty], scores[is_empty] = 0, -np.inf
         return rows, scores, num_rows
 
     def add(self, vectors: np.ndarray) -> None:
-        """Adds [n, D] float32 vectors; searches wait meanwhile, some 20 microseconds a vector."""
+        """Adds [n, D] float32 vectors. Searches wait meanwhile: some 20 microseconds a vector."""
         with self._change:
             if not self._change.wait_for(self._is_idle, _PATIENCE_SECONDS):
                 self._is_held_up = True
@@ -184,17 +184,17 @@ class Searcher:
         return not self._num_searches
 
 
-def build_apart(vectors: np.ndarray, num_leaves: int) -> Searcher:
-    """Builds an index in another process: ScaNN holds Python's lock while it builds."""
+def build_in_subprocess(vectors: np.ndarray, num_leaves: int) -> Searcher:
+    """Builds an index in another process, because ScaNN holds Python's lock while it builds."""
     with tempfile.TemporaryDirectory(prefix="tfrs_pipeline-index-") as name:
         np.save(Path(name, _VECTORS), vectors)
         package = str(Path(__file__).parents[2])
         command = [sys.executable, "-P", "-c", _PROGRAM, package, name, str(num_leaves)]
         subprocess.run(command, check=True, capture_output=True)
-        return Searcher._in(Path(name))
+        return Searcher._from_folder(Path(name))
 
 
-# The package last on the path, so that it hides no module of the standard library.
+# The package comes last on the path, so that it hides no module of the standard library.
 _PROGRAM = """
 import sys
 import numpy as np

@@ -145,7 +145,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
 
 
 class PredictCalls:
-    """ASGI middleware that answers predict calls, past the router, which costs more than they do.
+    """ASGI middleware that answers predict calls before the router, which costs more than a call.
 
     It takes every method, because the other routes would read ":predict" as part of a name.
     """

@@ -23,7 +23,7 @@ class ServeSettings(Config):
     """Names that requests may have in their Host header, besides the address that the server
     listens on; *.example.com allows all names below it, * any. Keeps other web pages out."""
     poll_seconds: PositiveFloat = 2.0
-    """Seconds between checks for a new version."""
+    """Seconds between checks for a new version, and for items that other processes have written."""
     token_file: Path | None = None
     """File with a token, of 16 characters or more, whose holders may add and remove items
     (PUT and DELETE /v1/models/NAME/items). Without it nobody may."""

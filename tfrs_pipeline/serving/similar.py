@@ -1,4 +1,4 @@
-"""Similar items: a candidate's own vector searches in place of a query's."""
+"""Similar items: the search by a candidate's own vector in place of a query's."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from tfrs_pipeline.serving.candidates import Candidates
 
 
 class UnknownItem(ValueError):
-    """An item to which others should be similar is not among a model's candidates."""
+    """The item of a request for similar ones is not among a model's candidates."""
 
 
 def find_similar(

@@ -48,8 +48,8 @@ class Requests(NamedTuple):
     queries: np.ndarray
     known: Sequence[np.ndarray]
 
-    def parted(self) -> tuple["Requests", "Requests"]:
-        """Holds out 128 queries for measurement, second; below 384, uses all for both."""
+    def for_tuning_and_measuring(self) -> tuple["Requests", "Requests"]:
+        """Holds out 128 queries for the measurement; below 384, returns all for both."""
         num = _REPORTED_QUERIES
         if len(self.queries) < 3 * num:
             return self, self
@@ -65,7 +65,7 @@ class Tuned(NamedTuple):
     levels: tuple[Level, ...]
 
     def candidates(self, embeddings: np.ndarray) -> Candidates:
-        """Returns the search over the vectors of the index, whose ids are their rows from 1."""
+        """Returns a search over the vectors of the index; ids are rows from 1."""
         rows = np.arange(1, len(embeddings) + 1)
         return Candidates(rows, embeddings, self.searcher, self.levels)
 
@@ -183,7 +183,7 @@ def lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
 
 
 def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
-    """Returns which places of the exact answers, [num_queries, depth], a search has found."""
+    """Returns which entries of the exact answers, [num_queries, depth], a search has found."""
     # Candidates with equal scores are interchangeable: another candidate with the score of the
     # last one may replace a missed candidate with that score.
     (rows, scores), (found_rows, found_scores) = exact, found

@@ -14,8 +14,8 @@ from tfrs_pipeline.durable import flush, naming
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
 
-BLOCK = 65_536  # Rows that are converted at a time: a row group of the file.
-# Normalised float32 vectors are as long as 1 but for rounding.
+BLOCK = 65_536  # Rows per row group of the file.
+# The length of a normalised float32 vector differs from 1 by rounding alone.
 _ROUNDING = 1e-5
 
 
@@ -25,8 +25,8 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     Each item is a row with `item_id`, `title` if the export has titles, `embedding`, a list of D
     float32, and `norm`, its length. A query's score is the inner product of an embedding with
     what `LoadedRetriever.embed_queries` or the signatures `embed_user` and `embed_query` return
-    of the same version. An export keeps no other features of the items. Items that were added or
-    removed in service count as they do in a query.
+    of the same version. An export keeps no other features of the items. Items added in service are
+    written, removed ones are not.
 
     Args:
         model: What `tp.load` returns; `tp.load(path, exact=True)` needs no ScaNN.
@@ -34,12 +34,12 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
 
     Returns:
         The file's metadata, which its Parquet schema holds as text: `model`, `version`, `dim`,
-        `num_items`, `metric` ("inner_product"), `min_norm`, `max_norm` and `unit_length`, whether
-        all vectors have length 1. Cosine similarity then ranks items alike.
+        `num_items`, `metric` ("inner_product"), `min_norm`, `max_norm`, and `unit_length`: whether
+        all vectors have length 1, so that cosine similarity ranks items alike.
 
     Raises:
-        ValueError: If the path is a folder, lies in none, or has another suffix; if all items have
-            been removed.
+        ValueError: If the path is a folder, its folder is missing, or its suffix is another; if all
+            items have been removed.
         StorageError: If the file cannot be written.
 
     Example:
@@ -91,7 +91,7 @@ def _write(
     fields += [("title", pa.string())] if titles else []
     vector = pa.list_(pa.float32(), embeddings.shape[1])
     schema = pa.schema([*fields, ("embedding", vector), ("norm", pa.float32())], metadata)
-    # Hardly a value comes twice.
+    # A dictionary would not help: hardly a value comes twice.
     with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
         for start in range(0, len(ids), BLOCK):
             rows = slice(start, start + BLOCK)

@@ -77,16 +77,16 @@ class ServedVersion:
         # The first call is slow, and would fail for a broken model.
         for name, inputs in specs.items():
             given = completed(inputs, {}, 1)
-            with contextlib.suppress(HTTPException):  # Nothing is similar to a missing item.
+            with contextlib.suppress(HTTPException):  # `similar` refuses the missing item.
                 self.call(name, {name: np.asarray(value) for name, value in given.items()})
 
     def call(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
     ) -> dict[str, np.ndarray]:
-        """Calls a signature with arrays that all have as many queries.
+        """Calls a signature with arrays that all have the same number of queries.
 
-        With `exact`, one that retrieves scores all candidates. Raises a 400 if none is similar to
-        an unknown item.
+        With `exact`, one that retrieves scores every candidate. Raises a 400 if the item of
+        `similar` is unknown.
         """
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with metrics.CALL_SECONDS.time():
