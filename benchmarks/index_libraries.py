@@ -148,7 +148,7 @@ def measure_scann(task: Task) -> list[dict[str, Any]]:
         **settings,
     )
     own["tuning_seconds"] = tuning_seconds
-    graph = ScannIndex(ExactIndex(vectors), saved, index.num_leaves, index.levels)
+    graph = ScannIndex(ExactIndex(vectors), saved, index.levels)
     operation = task.measure(
         "ScaNN, TensorFlow",
         _compiled(

@@ -91,7 +91,7 @@ class Served:
         index: ExactIndex | ScannIndex = ExactIndex(self.model.embed_corpus())
         if kind == "scann":
             saved = Searcher.build(self.model.embed_corpus(), 8).save()
-            index = ScannIndex(index, saved, 8, [Level(60, num_leaves_to_search, 60)])
+            index = ScannIndex(index, saved, [Level(60, num_leaves_to_search, 60)])
         genres = ItemFilter("genres", self.genres)
         return RetrievalModule(Encoder(self.exportable()), index, self.candidate_ids, genres)
 

@@ -32,7 +32,7 @@ def searcher(request: pytest.FixtureRequest) -> Searcher:
 
 
 def in_graph(searcher: Searcher, *levels: Level) -> ScannIndex:
-    return ScannIndex(ExactIndex(EMBEDDINGS), searcher.save(), 45, levels)
+    return ScannIndex(ExactIndex(EMBEDDINGS), searcher.save(), levels)
 
 
 def test_scann_that_searches_all_is_exact_search(searcher: Searcher) -> None:

@@ -290,9 +290,7 @@ def _built(
     requests = Requests(embedded, known_rows(encoder, queries, ids))
     tuning, measured = requests.for_tuning_and_measuring()
     tuned = tune_index(embeddings, tuning, target_recall=index.recall)
-    scann = ScannIndex(
-        ExactIndex(embeddings), tuned.searcher.save(), tuned.num_leaves, tuned.levels
-    )
+    scann = ScannIndex(ExactIndex(embeddings), tuned.searcher.save(), tuned.levels)
     check_operation(scann, tuned.searcher, embedded[:NUM_PROBES])
     return scann, {
         "kind": index.kind,

@@ -108,13 +108,10 @@ class ScannIndex(tf.Module):
     `levels` are sorted by depth, ascending; `exact` answers deeper requests.
     """
 
-    def __init__(
-        self, exact: ExactIndex, saved: Saved, num_leaves: int, levels: Sequence[Level]
-    ) -> None:
+    def __init__(self, exact: ExactIndex, saved: Saved, levels: Sequence[Level]) -> None:
         super().__init__(name="scann_index")
         self._ops = load_scann_ops()
         self.exact = exact
-        self.num_leaves = num_leaves
         self.levels = tuple(levels)
         self.num_candidates = exact.num_candidates
         self._state = SavedIndex(exact.embeddings, saved)

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -317,17 +317,14 @@ def _plain(what: str, value: Any) -> Any:
 
 
 def _check_kind(feature: Feature, item_id: Any, value: Any) -> None:
-    """Refuses numbers given as text, text given as numbers, and lists where there is one value."""
+    """Refuses text and booleans in place of numbers, and a list in place of one value."""
     takes_numbers = feature.raw_spec.dtype.is_floating and not feature.is_time
     values = value if isinstance(value, list) else [value]
-    kinds: tuple[type, ...] = (int, float) if takes_numbers else (str, int, float)
-    needs: Literal["numbers", "text"] = "numbers" if takes_numbers else "text"
-    is_wrong = any(
-        x is not None and (not isinstance(x, kinds) or (takes_numbers and isinstance(x, bool)))
-        for x in values
-    )
+    wrong: tuple[type, ...] = (str, bool, list) if takes_numbers else (list,)
+    is_wrong = any(isinstance(x, wrong) for x in values)
     if is_wrong or (isinstance(value, list) and feature.raw_shape == ()):
         one = "one value" if feature.raw_shape == () else "a list"
+        needs = "numbers" if takes_numbers else "text"
         raise ValueError(
             f"{feature.name!r} of item {item_id!r} takes {one} of {needs}. Received: {value!r:.200}"
         )

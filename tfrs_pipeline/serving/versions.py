@@ -164,7 +164,7 @@ class ModelVersions:
             raise RuntimeError(f"No version of '{self._path}' can be served. {problems}")
 
     def refresh(self) -> None:
-        """Switches to the newest version on disk, loading it first; frees unused older ones."""
+        """Loads and switches to the newest version, takes in live items, frees unused versions."""
         on_disk = self._on_disk()
         self._failures = {i: failure for i, failure in self._failures.items() if i in on_disk}
         for identity in sorted(on_disk, reverse=True):
@@ -183,7 +183,7 @@ class ModelVersions:
                 ctypes.CDLL(None).malloc_trim(0)
 
     async def watch(self, poll_seconds: float) -> None:
-        """Looks for new versions until it is cancelled."""
+        """Looks for new versions and live items until it is cancelled."""
         while not self._is_version:
             await asyncio.sleep(poll_seconds)
             try:
