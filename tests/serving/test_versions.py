@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ class Fake:
         self.number = int(folder.name)
         self.payload = (folder / "manifest.json").read_text()
         self.num_releases = self.num_uses = 0
+        self.retriever = SimpleNamespace(catch_up=lambda: None)
 
     def release(self) -> None:
         self.num_releases += 1
