@@ -27,7 +27,7 @@ from record import write_json
 from tfrs_pipeline.evaluation.table import format_cells
 from tfrs_pipeline.model.encoder import known_rows
 from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.item_values import ItemValues
+from tfrs_pipeline.serving.filter_values import FilterValues
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.tune import Requests, Tuned, exact_ranking, tune_index
 
@@ -56,7 +56,7 @@ class Searches:
         if codes is not None:
             rows = np.arange(1, len(codes) + 1)
             of_index = self._index.searcher, self._index.levels
-            values = ItemValues(["some"], codes)
+            values = FilterValues(["some"], codes)
             candidates = Candidates(rows, self._embeddings, *of_index, values, codes)
             allowed = ["some"]
         answers, times = [], {}

@@ -11,8 +11,8 @@ from tests.serving.test_index import clustered
 from tfrs_pipeline.evaluation.topk import best_places
 from tfrs_pipeline.serving import candidates as candidates_module
 from tfrs_pipeline.serving.candidates import Candidates
+from tfrs_pipeline.serving.filter_values import FilterValues
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.item_values import ItemValues
 from tfrs_pipeline.serving.searcher import Searcher
 
 NUM, DIM = 400, 16
@@ -38,7 +38,7 @@ class Plain:
         # Searches all leaves: what is missed is then an error, and no approximation.
         levels = [Level(150, 10, 10_000)] if searcher else []
         self.candidates = Candidates(
-            *(list(self.now), VECTORS, searcher, levels, ItemValues(COLOURS, codes), codes)
+            *(list(self.now), VECTORS, searcher, levels, FilterValues(COLOURS, codes), codes)
         )
 
     def put(self, numbers: list[int], vectors: np.ndarray, colours: list[list[str]]) -> None:

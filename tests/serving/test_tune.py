@@ -9,8 +9,8 @@ import pytest
 from tests.serving.test_index import clustered
 from tfrs_pipeline.serving import tune
 from tfrs_pipeline.serving.candidates import Candidates
+from tfrs_pipeline.serving.filter_values import FilterValues
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.item_values import ItemValues
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.tune import (
     Requests,
@@ -107,7 +107,7 @@ def test_filters_reach_the_target(tuned: Tuned, kind: str, share: float) -> None
     codes[order[:num]] = 1
     candidates = Candidates(
         *(np.arange(1, NUM + 1), embeddings, index.searcher, index.levels),
-        *(ItemValues(["some"], codes), codes),
+        *(FilterValues(["some"], codes), codes),
     )
     request = queries, 10, list(exact_order[:, :20]), [["some"]] * len(queries)
     rows, scores = candidates.search(*request)
@@ -140,7 +140,7 @@ def test_only_unusual_requests_are_searched_exactly(
 
     monkeypatch.setattr(Candidates, "_exact", counted)
     codes = np.random.default_rng(7).integers(1, 1 + max(1, num_values), NUM)[:, np.newaxis]
-    values = ItemValues([str(i) for i in range(num_values)], codes) if num_values else None
+    values = FilterValues([str(i) for i in range(num_values)], codes) if num_values else None
     candidates = Candidates(
         *(np.arange(1, NUM + 1), embeddings, index.searcher, index.levels, values),
         codes.astype(np.int32) if num_values else None,

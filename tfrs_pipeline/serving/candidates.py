@@ -15,8 +15,8 @@ import numpy as np
 
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.evaluation.topk import best_places
+from tfrs_pipeline.serving.filter_values import Chosen, FilterValues
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.item_values import Chosen, ItemValues
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.view import View, with_room
 
@@ -49,7 +49,7 @@ class Candidates:
         vectors: np.ndarray,
         searcher: Searcher | None = None,
         levels: Sequence[Level] = (),
-        values: ItemValues | None = None,
+        values: FilterValues | None = None,
         codes: np.ndarray | None = None,
     ) -> None:
         corpus = Ids(ids)

@@ -66,7 +66,7 @@ class LiveItems:
         self._candidates, self._journal, self._version = candidates, journal, version
         self._features, self._filter, self._embed = tuple(features), filter_by, embed
         self._num_leaves = num_leaves
-        self._own: Ids = candidates.corpus
+        self._own: Ids = candidates.corpus  # The version's own items.
         self._lock = threading.RLock()
         # What the journal says last of each id: the version that was in use, and the item or None.
         self._last: dict[Any, tuple[int, Item | None]] = {}
@@ -88,7 +88,7 @@ class LiveItems:
             self._write(writer, {"put": items})
             self._candidates.change(ids, embedded, self._filter_column(items))
             self._rewrite_if_long(writer)
-        self._maintain()
+        self._maintain_if_needed()
         return num_new
 
     def remove(self, item_ids: Iterable[Any]) -> int:
@@ -100,9 +100,9 @@ class LiveItems:
         with self._lock, self._journal.writing() as writer:
             self.catch_up()
             self._write(writer, {"gone": ids})
-            num_removed = self._candidates.change([], self._nothing, [], ids)
+            num_removed = self._candidates.change([], self._no_vectors, [], ids)
             self._rewrite_if_long(writer)
-        self._maintain()
+        self._maintain_if_needed()
         return num_removed
 
     def catch_up(self) -> None:
@@ -116,7 +116,7 @@ class LiveItems:
             changed = {id_: x for id_, x in changed.items() if self._last.get(id_) != x}
             self._last |= changed
             wanted = {
-                id_: item for id_, (number, item) in changed.items() if self._counts(id_, number)
+                id_: item for id_, (number, item) in changed.items() if self._applies(id_, number)
             }
             items = [item for item in wanted.values() if item is not None]
             embedded, is_embedded = self._embedded_again(items)
@@ -125,7 +125,7 @@ class LiveItems:
             if items or gone:
                 ids = [item["item_id"] for item in items]
                 self._candidates.change(ids, embedded, self._filter_column(items), gone)
-        self._maintain()
+        self._maintain_if_needed()
 
     def ids(self) -> list[Any]:
         """Returns the ids of items that were written and not removed since."""
@@ -138,8 +138,8 @@ class LiveItems:
         title = None if item is None else item.get("title")
         return None if title is None else str(title)
 
-    def _counts(self, item_id: Any, version: int) -> bool:
-        """Whether a write counts: not if this version is newer and has the item itself."""
+    def _applies(self, item_id: Any, version: int) -> bool:
+        """Whether a write applies: not if this version is newer and has the item itself."""
         return version >= self._version or not self._own.rows([item_id])[0]
 
     def _write(self, writer: Writer, change: Record) -> None:
@@ -151,7 +151,7 @@ class LiveItems:
     def _rewrite_if_long(self, writer: Writer) -> None:
         if writer.num_bytes < _SMALL_JOURNAL_BYTES or self._num_written < 2 * len(self._last):
             return
-        self._last = {id_: x for id_, x in self._last.items() if self._counts(id_, x[0])}
+        self._last = {id_: x for id_, x in self._last.items() if self._applies(id_, x[0])}
         records: list[Record] = []
         for version in sorted({number for number, _ in self._last.values()}):
             of_version = {i: item for i, (number, item) in self._last.items() if number == version}
@@ -165,14 +165,14 @@ class LiveItems:
         self._num_written = len(self._last)
         logger.info("rewrote %s: %d items", self._journal.path, len(self._last))
 
-    def _maintain(self) -> None:
+    def _maintain_if_needed(self) -> None:
         """After many writes, lets the index take in new items or rebuilds it, in the background."""
         candidates = self._candidates
         is_needed = candidates.num_pending > MOST_PENDING or candidates.has_drifted
         if is_needed and self._is_busy.acquire(blocking=False):
-            threading.Thread(target=self._keep_up, name="live-items", daemon=True).start()
+            threading.Thread(target=self._maintain, name="live-items", daemon=True).start()
 
-    def _keep_up(self) -> None:
+    def _maintain(self) -> None:
         try:
             self._candidates.take_in()
             if self._candidates.has_drifted:
@@ -185,7 +185,7 @@ class LiveItems:
             self._is_busy.release()
 
     @property
-    def _nothing(self) -> np.ndarray:
+    def _no_vectors(self) -> np.ndarray:
         return self._candidates.vectors_of([])
 
     def _filter_column(self, items: Sequence[Item]) -> list[Any] | None:
@@ -203,13 +203,11 @@ class LiveItems:
     def _embedded(self, items: Sequence[Item]) -> np.ndarray:
         """Embeds checked items, or raises a `ValueError` that names the first that cannot be."""
         if not items:
-            return self._nothing
+            return self._no_vectors
         blocks = [
             self._embed([item["item_id"] for item in block], self._columns(block))
-            for block in (
-                items[start : start + ITEMS_PER_CALL]
-                for start in range(0, len(items), ITEMS_PER_CALL)
-            )
+            for start in range(0, len(items), ITEMS_PER_CALL)
+            for block in [items[start : start + ITEMS_PER_CALL]]
         ]
         vectors, is_known = map(np.concatenate, zip(*blocks, strict=True))
         wrong = ~np.isfinite(vectors).all(axis=1)
@@ -239,7 +237,7 @@ class LiveItems:
                 fine[i] = True
             except ValueError as error:
                 logger.warning("%s: %s It is left out.", self._journal.path, error)
-        return (np.stack(vectors) if vectors else self._nothing), fine
+        return (np.stack(vectors) if vectors else self._no_vectors), fine
 
     def _checked(self, item: Item) -> dict[str, Any]:
         """Returns an item of plain values, or raises a `ValueError`."""

@@ -146,10 +146,7 @@ class PredictCall(NamedTuple):
 
 def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> PredictCall:
     """Reads the body of a predict call, in time proportional to its length, or refuses it (400)."""
-    try:
-        document = from_json(body)
-    except ValueError as error:
-        raise bad_request(f"The body is not JSON in UTF-8: {error}") from None
+    document = _read_json(body)
     if not isinstance(document, dict):
         raise bad_request(
             f"The body must be an object, such as {{'inputs': [42]}}. Received: {_shown(document)}"
@@ -175,10 +172,7 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
 
 def parse_items(body: bytes, key: str) -> list[Any]:
     """Reads the body of a write: {key: [...]}, or one item alone; else refuses it (400)."""
-    try:
-        document = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise bad_request(f"The body is not JSON in UTF-8: {error}") from None
+    document = _read_json(body, allow_inf_nan=False)
     if key == "items" and isinstance(document, dict) and "item_id" in document:
         return [document]
     values = document.get(key) if isinstance(document, dict) and len(document) == 1 else None
@@ -187,6 +181,13 @@ def parse_items(body: bytes, key: str) -> list[Any]:
             f"The body must be {{{key!r}: [...]}}, with one or more. Received: {_shown(document)}"
         )
     return values
+
+
+def _read_json(body: bytes, *, allow_inf_nan: bool = True) -> Any:
+    try:
+        return from_json(body, allow_inf_nan=allow_inf_nan)
+    except ValueError as error:
+        raise bad_request(f"The body is not JSON in UTF-8: {error}") from None
 
 
 def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> bytes:

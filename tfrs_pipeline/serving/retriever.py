@@ -14,9 +14,9 @@ from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.candidates import Candidates
+from tfrs_pipeline.serving.filter_values import FilterValues
 from tfrs_pipeline.serving.graph_index import read_saved_index
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.item_values import ItemValues
 from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.loaded_towers import LoadedTowers, as_ids, id_lists_of
@@ -82,7 +82,7 @@ class LoadedRetriever(LoadedTowers):
             levels = tuple(Level(**level) for level in self.manifest["index"]["levels"])
         if self.item_filter is not None:
             codes = self.saved_model._item_filter._codes.numpy()[1:]
-            values = ItemValues(self.item_filter["values"], codes)
+            values = FilterValues(self.item_filter["values"], codes)
         return Candidates(ids.to_numpy(), vectors, searcher, levels, values, codes)
 
     def retrieve(

@@ -9,7 +9,7 @@ import numpy as np
 from tfrs_pipeline.features.raw import has_booleans, to_text, to_text_lists
 
 
-class ItemValues:
+class FilterValues:
     """The values by which requests may choose candidates, and how often each occurs.
 
     `values` have the codes 1, 2, ...; new values get the next ones. `codes` are those of all rows.
