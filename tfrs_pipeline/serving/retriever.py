@@ -190,7 +190,7 @@ class LoadedRetriever(LoadedTowers):
         Args:
             items: Mappings of `item_id` and raw values by the names of the log's item table: each
                 feature that the model reads, and the column of the item filter. None is missing.
-                A `title` is shown; other values are kept for later versions.
+                The server's page shows a `title`; other values are kept for later versions.
 
         Returns:
             How many of the items are new.
