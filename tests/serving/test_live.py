@@ -20,6 +20,7 @@ from tests.serving.running_server import JSON, Running
 from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import live as live_module
 from tfrs_pipeline.serving.candidates import MOST_PENDING
@@ -139,6 +140,42 @@ def test_a_newer_version_goes_before_what_it_knows_itself(
     assert gone not in ranking(load(model / "1"), query)
 
 
+def test_what_is_written_during_a_refresh_counts(exported: Exported, tmp_path: Path) -> None:
+    served, model = make_served("int"), tmp_path / "films"
+    shutil.copytree(exported("int", "exact"), model)
+    before, during = served.candidate_ids[5], served.candidate_ids[6]
+    server = load(model)
+    server.remove([before])
+    server.upsert([item(new_id(served))])
+
+    class Watched(Progress):
+        def step(self, report: Any) -> None:
+            if server.candidates.has([during])[0]:
+                server.remove([during])
+
+    table = "\n".join(f'{id_},Title,"b"' for id_ in served.candidate_ids)
+    (tmp_path / "items.csv").write_text(f"item_id,title,genres\n{table}\n")
+    done = refresh_index(model, tmp_path / "items.csv", progress=Watched())
+    ids = load(model).candidate_ids()
+    assert before in ids
+    assert during not in ids
+    assert any("1 live item that the file lacks" in note for note in done.notes)
+    assert any("written live of 1 item of it" in note for note in done.notes)
+
+
+def test_values_are_cleaned_as_those_of_a_log(exported: Exported, tmp_path: Path) -> None:
+    for ids, id_, other in (("int", 90_000, 90_001), ("str", " new ", "other")):
+        model = Path(shutil.copytree(exported(ids, "exact"), tmp_path / ids))
+        retriever = load(model)
+        retriever.upsert([item(id_, ["  spaced "], title=float("nan")), item(other, np.nan)])
+        clean = id_.strip() if isinstance(id_, str) else id_
+        assert set(ranking(retriever, {}, allowed=[["spaced"]])) == {clean}
+        assert retriever.titles().get(clean) is None
+    for wrong in ("nan", "None", "  "):
+        with pytest.raises(ValueError, match="needs an id"):
+            retriever.upsert([item(wrong)])
+
+
 def test_a_long_journal_is_rewritten(
     served: Served, model: Path, retriever: LoadedRetriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +215,7 @@ WRONG: dict[str, Any] = {
     "int64": [item(2**63)],
     "text, a number": [item(90_000, {"a": 1})],
     "list of lists": [item(90_000, [["a"]])],
-    "must be finite": [item(90_000, weight=float("nan"))],
+    "must be finite": [item(90_000, weight=float("inf"))],
     "no valid text": [item(90_000, ["\ud800"])],
     "more than once": [item(90_000), item(90_000)],
     "time zone": [item(90_000, since=datetime(2024, 1, 1))],
@@ -202,7 +239,7 @@ def test_values_have_the_kind_of_their_feature() -> None:
     price, since = Numeric.fit("price", [1.0, 2.0]), Timestamp.fit("since", [datetime.now(UTC)])
     cases: list[tuple[Any, list[Any], list[Any]]] = [
         (price, [1, 2.5, None], ["1", True, [1.0], [1]]),
-        (since, ["2024-01-01T00:00:00Z", None], [["2024-01-01T00:00:00Z"]]),
+        (since, ["2024-01-01T00:00:00Z", None], [["2024-01-01T00:00:00Z"], 1.7e9]),
     ]
     for feature, fine, wrong in cases:
         for value in fine:

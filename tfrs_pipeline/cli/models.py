@@ -16,7 +16,7 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.serving.index import Scann, search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at
-from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.serving.settings import ServeSettings, read_token
 
 TargetRecall: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
@@ -32,6 +32,8 @@ class Serve(ServeSettings, OfModel):
     def __call__(self) -> int:
         """Serves until it is told to stop."""
         version_at(self.model)  # Refuses at once, before TensorFlow is imported.
+        if self.token_file is not None:
+            read_token(self.token_file)
         from tfrs_pipeline.serving.server import serve
 
         # Answers report errors too, but a server's log must say when they happened.

@@ -13,6 +13,7 @@ import ibis
 import ibis.expr.types as ir
 
 from tfrs_pipeline.data import rules
+from tfrs_pipeline.data.ids import NO_ID
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.rules import RawTable, Rule, id_faults
 from tfrs_pipeline.data.schema import DataError
@@ -23,7 +24,6 @@ from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
 
 _LARGEST_INT64 = 2**63 - 1
 # How programs write a missing id.
-_NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
 
 
 def is_integer(raw: RawTable, column: str) -> bool:
@@ -165,10 +165,10 @@ def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
     if column not in raw.texts:
         value = raw.table[column]
         text = value.re_replace(WHOLE_FLOAT, r"\1").strip()
-        cleaned = text.isin(_NO_ID).ifelse(ibis.null("string"), text)
+        cleaned = text.isin(NO_ID).ifelse(ibis.null("string"), text)
         found = raw.table.aggregate(
             is_other=(~is_integer_text(value)).any(),
-            is_unclean=((value != value.strip()) | value.endswith(".0") | value.isin(_NO_ID)).any(),
+            is_unclean=((value != value.strip()) | value.endswith(".0") | value.isin(NO_ID)).any(),
         )
         is_other, is_unclean = found.to_pyarrow().to_pylist()[0].values()
         if is_other and is_unclean:

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
+"""How tables write a missing id as text."""
+
 
 class Ids:
     """Distinct ids in order, from row 1 to row n; ties are broken by row.

@@ -97,6 +97,7 @@ def _export_best(
             **_made_by(config, folder),
             "counts": data.final.report,
             "metrics": measured.evaluation.summary()["models"]["two_tower"],
+            "items_read": began.isoformat(),
         },
     )
     if config.evaluation.exclude == "none" and export.user_data:

@@ -4,8 +4,9 @@ TensorFlow is imported after the items are read, so that bad ones are refused at
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,10 +20,11 @@ from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import in_blocks
-from tfrs_pipeline.messages import SILENT, Progress
+from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.index import Search
+from tfrs_pipeline.serving.journal import Journal
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
@@ -80,7 +82,7 @@ def refresh_steps(
     """Returns the steps of a refresh; `options` replace those of the version's export."""
     check = functools.partial(_check, items, allow_all=allow_all_new)
     embed = functools.partial(_embed, items, allow_all=allow_all_new)
-    export, read = functools.partial(_export, items, options), ("model", "items")
+    export, read = functools.partial(_export, items, options, datetime.now(UTC)), ("model", "items")
     return [
         Step("items", (), "items", functools.partial(_read_items, model, items)),
         Step("model", (), "model", functools.partial(_load, model)),
@@ -221,6 +223,7 @@ def _embed(
 def _export(
     path: Path,
     options: dict[str, Any],
+    began: datetime,
     runner: Runner,
     retriever: "LoadedRetriever",
     items: pa.Table,
@@ -246,12 +249,17 @@ def _export(
         embeddings=embedded.embeddings,
         items=embedded.table,
         queries=retriever.held_out_queries(),
-        manifest={**retriever.manifest, "refreshed": refreshed},
+        manifest={
+            **retriever.manifest,
+            "refreshed": refreshed,
+            "items_read": began.isoformat(),
+        },
     )
     num_new, num_dropped = len(ids - before), len(before - ids)
     runner.note(
         f"{len(ids):,} items: {num_new:,} new, {num_dropped:,} gone since the previous version",
         describe_index(manifest["index"], len(ids)),
+        *_describe_live(Journal(retriever.folder.parent), began, ids),
     )
     return Refreshed(
         folder=folder,
@@ -264,6 +272,21 @@ def _export(
         index=manifest["index"],
         notes=[note for report in runner.reports for note in report.notes],
     )
+
+
+def _describe_live(journal: Journal, began: datetime, ids: set[Any]) -> Iterator[str]:
+    """Says which live items stay, and which writes the file goes before."""
+    from tfrs_pipeline.serving.live import changes_of
+
+    last: dict[Any, Any] = {}
+    for record in journal.records():
+        last |= changes_of(record)
+    more = [id_ for id_, (_, item) in last.items() if item is not None and id_ not in ids]
+    if more:
+        yield f"{counted(len(more), 'live item')} that the file lacks stay until they are removed"
+    before = [id_ for id_, (time, _) in last.items() if time < began.timestamp() and id_ in ids]
+    if before:
+        yield f"the file goes before what was written live of {counted(len(before), 'item')} of it"
 
 
 def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:

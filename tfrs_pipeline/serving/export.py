@@ -48,6 +48,7 @@ LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "nump
 # Manifest names that an export or a run writes itself.
 TAKEN = {
     *("config", "date", "export", "feature_inputs", "features", "filter", "has_item_bias"),
+    "items_read",
     *("index", "log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
 }
 # Most queries to tune and measure an index on; how many the reloaded model must answer alike.
@@ -180,6 +181,7 @@ def export_version(
         "reading": model.reading.as_json(),
         "user_data": user_data,
         "has_item_bias": model.has_item_bias,
+        "items_read": datetime.now(UTC).isoformat(),
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(

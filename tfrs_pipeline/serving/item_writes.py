@@ -8,8 +8,9 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from tfrs_pipeline.durable import Damaged, naming
+from tfrs_pipeline.durable import Damaged, try_writing
 from tfrs_pipeline.serving import rest
+from tfrs_pipeline.serving.settings import read_token
 from tfrs_pipeline.serving.versions import ModelVersions
 
 logger = logging.getLogger(__name__)
@@ -18,13 +19,16 @@ logger = logging.getLogger(__name__)
 class ItemWrites:
     """Adds and removes items of the version in use, for the holders of a token.
 
-    Without `token_file` nobody may. Raises a `ValueError` if its token is too easy to guess.
+    Without `token_file` nobody may. With it, a `StorageError` if nothing can be written to
+    `folder`, the model's, and a `ValueError` if the file holds no good token.
     """
 
-    def __init__(self, versions: ModelVersions, token_file: Path | None) -> None:
+    def __init__(self, versions: ModelVersions, folder: Path, token_file: Path | None) -> None:
         self.threads = ThreadPoolExecutor(1, "writes")
         self._versions = versions
-        self._token = None if token_file is None else _read_token(token_file)
+        self._token = None if token_file is None else read_token(token_file)
+        if token_file is not None:
+            try_writing(folder)
 
     def authorize(self, header: str) -> None:
         """Refuses a write without the token, and all writes if there is none."""
@@ -67,15 +71,3 @@ class ItemWrites:
             if newest is not version:  # It may have read the journal before this write.
                 newest.retriever.catch_up()
             return {**answer, "num_items": newest.retriever.num_candidates}
-
-
-def _read_token(path: Path) -> bytes:
-    """Reads a token; raises a `ValueError` if it is short, has spaces or is not ASCII."""
-    with naming(path):
-        token = path.read_text(encoding="utf-8").strip()
-    if len(token) < 16 or not token.isascii() or any(map(str.isspace, token)):
-        raise ValueError(
-            f"{path} must hold a token of 16 or more ASCII characters, on one line, such as that "
-            "of `openssl rand -hex 32`."
-        )
-    return token.encode()

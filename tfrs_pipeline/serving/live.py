@@ -9,16 +9,17 @@ import functools
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.ids import NO_ID, Ids
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.features.raw import is_missing
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.serving.candidates import MOST_PENDING, Candidates
@@ -30,8 +31,6 @@ logger = logging.getLogger(__name__)
 Item: TypeAlias = Mapping[str, Any]
 """An item: `item_id`, and raw values by column of the log's item table; None is missing."""
 
-# When the journal is rewritten.
-_ITEMS_PER_RECORD = 1024
 # The journal is rewritten when it is longer than this, and most of it is outdated.
 _SMALL_JOURNAL_BYTES = 1 << 20
 
@@ -46,7 +45,8 @@ class LiveItems:
     Args:
         candidates: Those of the version. What the journal says is done to them here.
         journal: The journal of the model.
-        version: The version's number.
+        items_read: Seconds since 1970 at which the items of the version were read. What was written
+            before does not count for an item that the version has itself.
         features: The item features that the model reads.
         filter_by: The column that requests may filter by, or None.
         num_leaves: Number of partitions of the index; 0 for exact search.
@@ -57,19 +57,19 @@ class LiveItems:
         self,
         candidates: Candidates,
         journal: Journal,
-        version: int,
+        items_read: float,
         features: Sequence[Feature],
         filter_by: str | None,
         num_leaves: int,
         embed: _Embed,
     ) -> None:
-        self._candidates, self._journal, self._version = candidates, journal, version
+        self._candidates, self._journal, self._items_read = candidates, journal, items_read
         self._features, self._filter, self._embed = tuple(features), filter_by, embed
         self._num_leaves = num_leaves
         self._own: Ids = candidates.corpus  # The version's own items.
         self._lock = threading.RLock()
-        # What the journal says last of each id: the version that was in use, and the item or None.
-        self._last: dict[Any, tuple[int, Item | None]] = {}
+        # What the journal says last of each id: the time of the write, and the item or None.
+        self._last: dict[Any, tuple[float, Item | None]] = {}
         self._num_written = 0
         self._is_busy = threading.Lock()
         self.catch_up()
@@ -108,15 +108,15 @@ class LiveItems:
     def catch_up(self) -> None:
         """Takes in what other processes have written."""
         with self._lock:
-            changed: dict[Any, tuple[int, Item | None]] = {}
+            changed: dict[Any, tuple[float, Item | None]] = {}
             for record in self._journal.records():
                 self._num_written += len(record.get("put", ())) + len(record.get("gone", ()))
-                changed |= _changes(record)
+                changed |= changes_of(record)
             # A rewritten journal is read from its start, and mostly repeats what is known.
             changed = {id_: x for id_, x in changed.items() if self._last.get(id_) != x}
             self._last |= changed
             wanted = {
-                id_: item for id_, (number, item) in changed.items() if self._applies(id_, number)
+                id_: item for id_, (written, item) in changed.items() if self._applies(id_, written)
             }
             items = [item for item in wanted.values() if item is not None]
             embedded, is_embedded = self._embedded_again(items)
@@ -138,30 +138,25 @@ class LiveItems:
         title = None if item is None else item.get("title")
         return None if title is None else str(title)
 
-    def _applies(self, item_id: Any, version: int) -> bool:
-        """Whether a write applies: not if this version is newer and has the item itself."""
-        return version >= self._version or not self._own.rows([item_id])[0]
+    def _applies(self, item_id: Any, written: float) -> bool:
+        """Whether a write applies: not if the version has the item itself, and read it later."""
+        return written >= self._items_read or not self._own.rows([item_id])[0]
 
     def _write(self, writer: Writer, change: Record) -> None:
-        record = {"version": self._version, **change}
+        record = {"time": time.time(), **change}
         writer.append(record)
-        self._last |= _changes(record)
+        self._last |= changes_of(record)
         self._num_written += len(change.get("put", ())) + len(change.get("gone", ()))
 
     def _rewrite_if_long(self, writer: Writer) -> None:
         if writer.num_bytes < _SMALL_JOURNAL_BYTES or self._num_written < 2 * len(self._last):
             return
         self._last = {id_: x for id_, x in self._last.items() if self._applies(id_, x[0])}
-        records: list[Record] = []
-        for version in sorted({number for number, _ in self._last.values()}):
-            of_version = {i: item for i, (number, item) in self._last.items() if number == version}
-            items = [item for item in of_version.values() if item is not None]
-            gone = [id_ for id_, item in of_version.items() if item is None]
-            for start in range(0, len(items), _ITEMS_PER_RECORD):
-                block = items[start : start + _ITEMS_PER_RECORD]
-                records.append({"version": version, "put": block})
-            records.append({"version": version, "gone": gone})
-        writer.replace(records)
+        kept: dict[float, dict[str, list[Any]]] = {}
+        for id_, (written, item) in self._last.items():
+            record = kept.setdefault(written, {"put": [], "gone": []})
+            record["gone" if item is None else "put"].append(id_ if item is None else item)
+        writer.replace([{"time": written, **record} for written, record in sorted(kept.items())])
         self._num_written = len(self._last)
         logger.info("rewrote %s: %d items", self._journal.path, len(self._last))
 
@@ -246,10 +241,9 @@ class LiveItems:
         needed = ["item_id", *(feature.name for feature in self._features)]
         needed += [self._filter] if self._filter and self._filter not in needed else []
         if missing := [name for name in needed if name not in item]:
-            hint = suggest(missing[0], [str(name) for name in item if name not in needed])
             raise ValueError(
                 f"An item lacks {', '.join(map(repr, missing))}, which the model reads; give None "
-                f"(null) where it is unknown. Received: {', '.join(map(str, item))}; {hint}"
+                f"(null) where it is unknown. Received: {', '.join(map(str, item))}"
             )
         plain = {"item_id": self._checked_id(item["item_id"])}
         kinds = {feature.name: feature for feature in self._features}
@@ -267,10 +261,12 @@ class LiveItems:
         is_fine = not isinstance(id_, bool | np.bool_ | None.__class__)
         if is_fine:
             check_ids([[id_]], are_text=self._own.are_text)
-        if not is_fine or id_ == self._own.empty_id:
+        if self._own.are_text and is_fine:
+            id_ = _plain("An id", id_)
+        if not is_fine or id_ == self._own.empty_id or id_ in NO_ID:
             raise ValueError(f"An item needs an id. Received: {id_!r}")
         if self._own.are_text:
-            return _plain("An id", id_)
+            return id_
         if not -(2**63) <= id_ < 2**63:
             raise ValueError(f"An id must be an int64. Received: {id_!r}")
         return int(id_)
@@ -282,11 +278,11 @@ class LiveItems:
             raise ValueError(f"Item {twice!r} occurs more than once in one write.")
 
 
-def _changes(record: Record) -> dict[Any, tuple[int, Item | None]]:
-    """Returns what a record says of each id: the version that was in use, and the item or None."""
-    version = record["version"]
-    return {item["item_id"]: (version, item) for item in record.get("put", ())} | {
-        id_: (version, None) for id_ in record.get("gone", ())
+def changes_of(record: Record) -> dict[Any, tuple[float, Item | None]]:
+    """Returns what a record says of each id: the time of the write, and the item or None."""
+    written = record["time"]
+    return {item["item_id"]: (written, item) for item in record.get("put", ())} | {
+        id_: (written, None) for id_ in record.get("gone", ())
     }
 
 
@@ -298,6 +294,8 @@ def _plain(what: str, value: Any) -> Any:
         if any(isinstance(x, list | tuple | Mapping) for x in value):
             raise ValueError(f"{what} is a list of lists. Received: {value!r:.200}")
         return [_plain(what, x) for x in value]
+    if is_missing(value):  # As a log's: None, or NaN in a table.
+        return None
     if isinstance(value, datetime):
         if value.tzinfo is None:
             raise ValueError(f"{what} needs a time zone. Received: {value!r}")
@@ -305,11 +303,12 @@ def _plain(what: str, value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{what} must be finite, or None (null). Received: {value!r}")
     if isinstance(value, str):
+        value = value.strip()
         try:
             value.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{what} is no valid text. Received: {value!r:.200}") from None
-    elif not isinstance(value, bool | int | float | None.__class__):
+    elif not isinstance(value, bool | int | float):
         raise ValueError(f"{what} must be text, a number, a list or None. Received: {value!r:.200}")
     return value
 
@@ -319,10 +318,13 @@ def _check_kind(feature: Feature, item_id: Any, value: Any) -> None:
     takes_numbers = feature.raw_spec.dtype.is_floating and not feature.is_time
     values = value if isinstance(value, list) else [value]
     wrong: tuple[type, ...] = (str, bool, list) if takes_numbers else (list,)
+    if feature.is_time:
+        wrong = (bool, int, float, list)
     is_wrong = any(isinstance(x, wrong) for x in values)
     if is_wrong or (isinstance(value, list) and feature.raw_shape == ()):
         one = "one value" if feature.raw_shape == () else "a list"
         needs = "numbers" if takes_numbers else "text"
+        needs += ", ISO 8601 with a time zone" if feature.is_time else ""
         raise ValueError(
             f"{feature.name!r} of item {item_id!r} takes {one} of {needs}. Received: {value!r:.200}"
         )

@@ -54,7 +54,7 @@ def card(version: ServedVersion) -> dict[str, Any]:
     retriever = version.retriever
     manifest = retriever.manifest
     ids, _ = retriever.retrieve([{}], NUM_EXAMPLE_ITEMS)
-    item_filter = retriever.item_filter or {"name": None, "values": []}
+    values = retriever.candidates.values
     return {
         "name": retriever.folder.parent.name,
         "version": version.number,
@@ -64,7 +64,10 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "has_users": manifest["user_data"],
         "example_user": manifest["example_user"],
         "example_items": _shown(version, [x for x in ids[0].tolist() if x not in (-1, "")]),
-        "filter": {**item_filter, "values": item_filter["values"][:MAX_CHOICES]},
+        "filter": {
+            "name": retriever.item_filter and retriever.item_filter["name"],
+            "values": [] if values is None else sorted(values.code_of)[:MAX_CHOICES],
+        },
         "inputs": [
             {"name": x.name, "example": x.example, "values": _choices(x)}
             for x in retriever.features["query"]

@@ -1,6 +1,7 @@
 """Loads an exported model and queries it from Python."""
 
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ class LoadedRetriever(LoadedTowers):
             self._live = LiveItems(
                 self.candidates,
                 Journal(folder.parent),
-                int(folder.name),
+                datetime.fromisoformat(self.manifest["items_read"]).timestamp(),
                 self.features["candidate"],
                 self.item_filter and self.item_filter["name"],
                 self.manifest["index"]["num_leaves"] if is_scann and not exact else 0,
@@ -253,9 +254,13 @@ class LoadedRetriever(LoadedTowers):
         return {id_: search_line(id_, self.title_of(id_)) for id_ in ids}
 
     def titles(self) -> dict[Any, str]:
-        """Reads the titles of the version's own items by id; empty if they have none."""
+        """Reads the titles of items by id, live ones included; empty if they have none."""
         items = pq.read_table(self.folder / publish.ITEMS_FILE).to_pydict()
-        return dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
+        titles = (
+            dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
+        )
+        live = () if self._live is None else self._live.ids()
+        return titles | {id_: title for id_ in live if (title := self.title_of(id_)) is not None}
 
     def _retrieved(
         self,

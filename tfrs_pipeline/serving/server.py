@@ -39,6 +39,7 @@ except ImportError as missing:
 
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.item_writes import ItemWrites
+from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 
@@ -71,7 +72,7 @@ class ModelServer:
         self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
         self.large = ThreadPoolExecutor(1, "large-requests")
-        self.items = ItemWrites(self.versions, settings.token_file)
+        self.items = ItemWrites(self.versions, version_at(model).parent, settings.token_file)
 
     def number(self, request: Request) -> str | None:
         """Reads the version in a request's path, None for any; raises a 404 for another model."""

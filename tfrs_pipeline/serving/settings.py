@@ -5,6 +5,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from tfrs_pipeline.durable import naming
 from tfrs_pipeline.settings import Config
 
 Port: TypeAlias = Annotated[int, Field(ge=0, le=65535)]
@@ -50,3 +51,15 @@ class ServeSettings(Config):
     """Most open connections; further ones get a 503."""
     shutdown_seconds: PositiveInt = 20
     """Seconds that requests in flight have to finish after a signal to stop."""
+
+
+def read_token(path: Path) -> bytes:
+    """Reads a token, or raises a `ValueError` if it is too easy to guess."""
+    with naming(path):
+        token = path.read_text(encoding="utf-8").strip()
+    if len(token) < 16 or not token.isascii() or any(map(str.isspace, token)):
+        raise ValueError(
+            f"{path} must hold a token of 16 or more ASCII characters, on one line, such as that "
+            "of `openssl rand -hex 32`."
+        )
+    return token.encode()
