@@ -65,7 +65,7 @@ class LoadedRetriever(LoadedTowers):
             self._live = LiveItems(
                 self.candidates,
                 Journal(folder.parent),
-                datetime.fromisoformat(self.manifest["items_read"]).timestamp(),
+                _items_read(self.manifest),
                 self.features["candidate"],
                 self.item_filter and self.item_filter["name"],
                 self.manifest["index"]["num_leaves"] if is_scann and not exact else 0,
@@ -322,6 +322,10 @@ class LoadedRetriever(LoadedTowers):
         if unknown is not None:
             hint = suggest(str(unknown), known)
             raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
+
+
+def _items_read(manifest: Mapping[str, Any]) -> float:
+    return datetime.fromisoformat(manifest.get("items_read", manifest["date"])).timestamp()
 
 
 def search_line(item_id: Any, title: str | None) -> str:
