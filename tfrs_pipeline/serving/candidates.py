@@ -134,7 +134,7 @@ class Candidates:
             ids [B, k], best first, the empty id in empty slots; scores [B, k] float32, -inf there.
         """
         view, num = self._view, len(queries)
-        is_plain = allowed is None and (excluded is None or not any(map(len, excluded)))
+        is_plain = num > 0 and allowed is None and (excluded is None or not any(map(len, excluded)))
         if is_plain and not exact and (found := _found_at_once(view, queries, k)) is not None:
             return found
         rows, scores = np.zeros((num, k), np.int32), np.full((num, k), -np.inf, np.float32)
