@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -273,6 +274,21 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def lower_boolean(value: Any) -> str:
+    text = str(value)
+    return text.lower() if text in ("True", "TRUE", "False", "FALSE") else text
+
+
+def as_written(value: Any, vocabulary: Collection[str]) -> str:
+    """Writes a value as a log does, unless the vocabulary tells spellings apart."""
+    text = lower_boolean(value)
+    if all(known == known.strip() for known in vocabulary):
+        text = text.strip()
+    if not any(known.endswith(".0") for known in vocabulary):
+        text = re.sub(r"^(-?[0-9]+)\.0$", r"\1", text)
+    return text
+
+
 def slowly_encoded(feature: Any, value: Any) -> Any:
     """Encodes one value, with Python alone."""
     if is_missing(value) or value == -math.inf:
@@ -289,11 +305,11 @@ def slowly_encoded(feature: Any, value: Any) -> Any:
         return np.clip(np.array(value) / feature.scale, -10, 10)
     places = {known: i for i, known in enumerate(feature.vocabulary, 1)}
     if feature.kind == "categorical":
-        return places.get(str(value), 0)
+        return places.get(as_written(value, places), 0)
     if feature.kind == "text":
         values = re.findall(r"\w+(?:'+\w+)*", value.lower())
     else:
-        values = [str(v) for v in value if not is_missing(v) and v != ""]
+        values = [lower_boolean(v) for v in value if not is_missing(v) and v != ""]
     codes = [places[v] for v in values if v in places][: feature.num_values]
     return codes + [0] * (feature.num_values - len(codes))
 
