@@ -3,6 +3,7 @@
 Commands run within this process, so that TensorFlow is loaded once; a server answers in a thread.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.serving.running_server import address_of
+from tests.serving.running_server import TOKEN, address_of
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import load_config
 
@@ -64,20 +65,26 @@ def run_command(words: list[str], more: Sequence[str]) -> None:
         short = [*SHORT[arguments[0]], *more] if arguments[0] in SHORT else []
         assert cli.main([*arguments, *short]) == 0
     elif program == "curl":
-        body, url = arguments[1:]
-        print(ask(url, body))
+        curl = argparse.ArgumentParser()
+        curl.add_argument("url")
+        curl.add_argument("--json")
+        curl.add_argument("-X", default="POST")
+        curl.add_argument("-H", default="X-None: 0")
+        asked = curl.parse_args(arguments)
+        print(ask(asked.url, asked.json, asked.X, asked.H.replace("$(cat token)", TOKEN)))
     else:
         assert program in SHELL, f"a command that no test runs: {program}"
 
 
-def ask(url: str, body: str) -> str:
+def ask(url: str, body: str, method: str = "POST", header: str = "X-None: 0") -> str:
     """Asks the server in the thread what a page asks the one at the default port."""
-    name = re.search(r"/v1/models/([\w-]+)((?:/versions/\d+)?:predict)", url)
+    name = re.search(r"/v1/models/([\w-]+)((?:/versions/\d+)?:predict|/items)", url)
     assert name is not None
     request = urllib.request.Request(
         f"{address_of(Path('saved_models', name[1]).absolute())}{name[2]}",
         body.encode(),
-        {"Content-Type": "application/json"},
+        {"Content-Type": "application/json", **dict([header.split(": ")])},
+        method=method,
     )
     with urllib.request.urlopen(request) as answer:
         return json.dumps(json.load(answer), sort_keys=True, separators=(",", ":"))
@@ -192,7 +199,8 @@ def test_what_the_readme_runs_can_be_asked_all_that_the_pages_ask(
         if kind == "sh" and "curl" in text
         for answer in run_block("sh", text).splitlines()
     ]
-    assert len(answers) == 5
+    assert len(answers) == 7
+    assert answers[5:] == [{"num_items": 201, "num_new": 1}, {"num_items": 200, "num_removed": 1}]
     filtered = answers[3]["outputs"]["candidate_ids"][0]
     films = [line.split("|") for line in Path("u.item").read_text("latin-1").splitlines()]
     is_sci_fi = {int(film[0]): film[5 + SCI_FI] == "1" for film in films}

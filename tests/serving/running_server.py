@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Coroutine
@@ -19,6 +20,7 @@ from tfrs_pipeline.serving.server import ModelServer, create_app
 from tfrs_pipeline.serving.settings import ServeSettings
 
 PREDICT = "/v1/models/films:predict"
+TOKEN = "0123456789abcdef"
 JSON = {"content-type": "application/json"}
 
 
@@ -83,8 +85,11 @@ class Running:
 
 @functools.cache
 def address_of(model: Path) -> str:
-    """Serves a model until the tests end; returns its URL."""
-    server = ModelServer(model, ServeSettings(page=False))
+    """Serves a model until the tests end, with `TOKEN`; returns its URL."""
+    with tempfile.NamedTemporaryFile("w", prefix="token-") as file:
+        file.write(TOKEN)
+        file.flush()
+        server = ModelServer(model, ServeSettings(page=False, token_file=Path(file.name)))
     server.versions.load_first()
     listener = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(create_app(server), log_config=None))

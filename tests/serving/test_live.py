@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
-from tests.serving.running_server import JSON, Running
+from tests.serving.running_server import JSON, TOKEN, Running
 from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.timestamp import Timestamp
@@ -28,7 +28,6 @@ from tfrs_pipeline.serving.journal import JOURNAL_FILE
 from tfrs_pipeline.serving.live import _check_kind, _plain
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
-TOKEN = "0123456789abcdef"
 ITEMS = "/v1/models/films/items"
 
 
