@@ -120,7 +120,7 @@ def test_a_newer_version_goes_before_what_it_knows_itself(
     shutil.copytree(exported("int", "exact"), model)
     first = load(model)
     mine, gone, new = served.candidate_ids[5], served.candidate_ids[6], new_id(served)
-    first.upsert([item(mine, ["c"]), item(new, ["a"])])
+    first.upsert([item(mine, ["c"], title="Live"), item(new, ["a"], title="New")])
     first.remove([gone])
     table = "\n".join(f'{id_},Title,"b"' for id_ in served.candidate_ids[:40])
     (model.parent / "items.csv").write_text(f"item_id,title,genres\n{table}\n")
@@ -132,6 +132,8 @@ def test_a_newer_version_goes_before_what_it_knows_itself(
     assert len(after) == 41
     own = ranking(load(model, live=False), query)
     assert after[mine] == pytest.approx(own[mine])
+    assert (second.title_of(mine), second.title_of(new)) == (None, "New")
+    assert second.titles()[mine] == "Title"
     # What is written now goes before the version again.
     second.remove([mine])
     assert mine not in ranking(load(model), query)

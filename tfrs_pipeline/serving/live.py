@@ -133,9 +133,11 @@ class LiveItems:
         return [id_ for id_, (_, item) in last.items() if item is not None]
 
     def title_of(self, item_id: Any) -> str | None:
-        """Returns the title that an item was written with, if any."""
-        _, item = self._last.get(item_id, (0, None))
-        title = None if item is None else item.get("title")
+        """Returns the title that an item was written with, None if there is none that applies."""
+        written, item = self._last.get(item_id, (0.0, None))
+        if item is None or not self._applies(item_id, written):
+            return None
+        title = item.get("title")
         return None if title is None else str(title)
 
     def _applies(self, item_id: Any, written: float) -> bool:
