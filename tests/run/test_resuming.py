@@ -18,5 +18,5 @@ def test_killed_and_damaged_runs_end_as_an_undisturbed_one(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())
     assert found["kills"]["num_kills"] == found["damage"]["num_damages"] == 2
-    assert (found["kills"]["num_failed"], found["kills"]["num_other"]) == (0, 0)
+    assert (found["kills"]["num_failed"], found["kills"]["num_other"]) == (0, 0), done.stderr
     assert found["damage"]["wrong"] == []
