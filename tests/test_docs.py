@@ -1,6 +1,7 @@
 """What the documentation shows, run."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -94,7 +95,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "saved_models/README.md", *DOCS]
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
-    text = (ROOT / page).read_text()
+    text = re.sub("made by.*?<!-- end -->", "", (ROOT / page).read_text(), flags=re.DOTALL)
     settings = set(setting_names(tp.RunConfig))
     flags = set(re.findall(r"--(?:no-)?([a-z]+\.[a-z0-9_]+)", text))
     assert flags <= settings
@@ -107,13 +108,39 @@ def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
     assert presets <= PRESETS.keys()
 
 
-def benchmark(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+def benchmark(name: str, folder: str = "benchmarks") -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_reference_is_that_of_the_code() -> None:
+    generate = benchmark("generate", "docs")
+    stale = [
+        f"docs/{name}"
+        for name in generate.PARTS
+        if (ROOT / "docs" / name).read_text() != generate.page(name)
+    ]
+    assert not stale, f"Run `{generate.COMMAND}` and commit what it writes."
+
+
+def test_the_reference_has_every_public_name_with_its_arguments() -> None:
+    """A second route: what Python itself says of the names."""
+    text = (ROOT / "docs" / "reference" / "api.md").read_text()
+    headings = re.findall(r"^### (\w+)$", text, re.MULTILINE)
+    assert sorted(["__version__", *headings]) == sorted(tp.__all__)
+    for name in headings:
+        part = re.split(r"^### ", text.split(f"\n### {name}\n")[1], maxsplit=1, flags=re.M)[0]
+        value = getattr(tp, name)
+        if isinstance(value, type) and not getattr(value, "_is_protocol", False):
+            arguments = set(inspect.signature(value).parameters) - {"args", "kwargs", "settings"}
+            assert arguments <= set(re.findall(r"\w+", part)) or issubclass(value, tp.TwoTower), (
+                name
+            )
+    assert "#### Log.from_files" in text
 
 
 @pytest.mark.usefixtures("trusted_exports")

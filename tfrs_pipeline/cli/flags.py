@@ -117,6 +117,13 @@ class CommandLine:
             ".".join(path[1:]): functools.reduce(operator.getitem, path, given) for path in paths
         }
 
+    def parsers(self) -> Mapping[str, argparse.ArgumentParser]:
+        """Returns each command's parser, for the reference."""
+        parser = _Parser(prog=self.program)
+        self._source(parser, shows_all=False)
+        (found,) = (action.choices for action in parser._actions if action.dest == ":subcommand")
+        return dict(found or {})
+
     def _source(self, parser: _Parser, shows_all: bool) -> CliSettingsSource[_Parser]:
         sub_command: Any = CliSubCommand
         fields: dict[str, Any] = {
