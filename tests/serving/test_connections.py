@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from tfrs_pipeline.serving import connections
-from tfrs_pipeline.serving.connections import Connection, Server
+from tfrs_pipeline.serving.connections import MAX_HEADER_BYTES, Connection, Server
 
 REQUEST = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -102,6 +102,34 @@ def test_headers_that_never_end_are_cut_off(running: Running) -> None:
         assert silent.recv(65536) == b""
     with running.open() as connection:
         assert answer(connection).startswith("HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"",
+        b"GET /",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
+        b"POST /slow HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
+    ],
+    ids=["nothing", "path", "header", "trailer"],
+)
+def test_headers_without_end_are_refused(running: Running, begin: bytes) -> None:
+    filler = b"x" if begin else b"\r\n"
+    with running.open() as connection:
+        connection.sendall(begin)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 10 * MAX_HEADER_BYTES:
+                sent += connection.send(1000 * filler)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+        assert is_cut_off(connection)
+    with running.open() as connection:
+        assert answer(connection, b"x" * (MAX_HEADER_BYTES // 2)).startswith("HTTP/1.1 200")
+        # Many requests on one connection are longer together.
+        for _ in range(3):
+            assert answer(connection, b"x" * (MAX_HEADER_BYTES // 2)).startswith("HTTP/1.1 200")
 
 
 def seconds_of_refusals() -> float:

@@ -1,4 +1,4 @@
-"""Adds to uvicorn: a deadline for headers, a 503 with `Retry-After`, a graceful stop.
+"""Adds to uvicorn: limits of headers, a 503 with `Retry-After`, a graceful stop.
 
 A stopping server accepts requests for one more second, on open and new connections, and answers
 with `Connection: close`. It then refuses new connections and closes idle ones, as HTTP allows at
@@ -19,12 +19,12 @@ import uvicorn
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tfrs_pipeline.serving import metrics
 
 # For the headers of a request, from its first byte or the opening of its connection.
-HEADER_SECONDS = 10.0
+HEADER_SECONDS, MAX_HEADER_BYTES = 10.0, 65_536
 # After a signal to stop: time for new connections, then for requests on the last of them.
 DRAIN_SECONDS, LAST_SECONDS = 1.0, 0.5
 
@@ -67,11 +67,12 @@ _BUSY = CountRequests(
 )
 
 
-class Connection(H11Protocol):
-    """A connection whose request headers must arrive in time."""
+class Connection(HttpToolsProtocol):
+    """A connection whose request headers must be short and arrive in time."""
 
     _deadline: asyncio.TimerHandle | None = None
     _is_one_too_many = False
+    _num_header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts to wait for a request."""
@@ -86,8 +87,21 @@ class Connection(H11Protocol):
         self._is_one_too_many &= self._is_over(self.connections)
         is_busy = self._is_one_too_many or self._is_over(self.tasks)
         self.app = _BUSY if is_busy else self.config.loaded_app
+        self._num_header_bytes += len(data)
         super().data_received(data)
+        if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The headers are longer than {MAX_HEADER_BYTES} bytes.")
         self._expect_headers(self.cycle is None or self.cycle.response_complete)
+
+    def on_headers_complete(self) -> None:
+        """Begins to answer."""
+        super().on_headers_complete()
+        self._num_header_bytes = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Keeps a part of the body, which counts as no header."""
+        self._num_header_bytes = 0
+        super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops waiting."""
