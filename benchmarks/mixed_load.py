@@ -1,10 +1,12 @@
 """Asks a server everything at once for an hour: it must fail no good request and hold its memory.
 
 The load: good requests, small and as large as is allowed; hostile ones; connections that send a
-byte at a time; new versions, every fifth of them broken; stops and restarts at the same port. A
-client repeats a request if its connection was refused, or closed without a byte of an answer; any
-other answer than a 200 is a failure. Before the load, the script measures a small client's latency
-alone and beside the largest requests, in turn.
+byte at a time; live writes; new versions, every fifth of them broken; stops and restarts at the
+same port. A client repeats a request if its connection was refused, or closed without a byte of an
+answer; any other answer than a 200 is a failure. The writer removes the best items of a user and
+puts them back; an answer that holds a removed item, or lacks one that is back, is a failure too.
+Before the load, the script measures a small client's latency alone and beside the largest requests,
+in turn.
 
 It records two sizes of memory. Resident memory varies with what the allocator has just given back.
 Memory for data, all that the process holds, must settle: otherwise something is never freed.
@@ -46,13 +48,27 @@ from serving import (
 Counts = collections.Counter[str]
 
 
+TOKEN = "of-this-benchmark-alone"
+
+
 def post(body: bytes, content_type: str = "application/json") -> bytes:
     """Writes a request to predict."""
+    return http("POST", f"/v1/models/{NAME}:predict", body, content_type)
+
+
+def http(method: str, path: str, body: bytes, content_type: str, more: str = "") -> bytes:
+    """Writes a request."""
     head = (
-        f"POST /v1/models/{NAME}:predict HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{more}"
         f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+def write_items(method: str, content: Any, token: str = TOKEN) -> bytes:
+    """Writes a request that changes live items."""
+    body, bearer = json.dumps(content).encode(), f"Authorization: Bearer {token}\r\n"
+    return http(method, f"/v1/models/{NAME}/items", body, "application/json", bearer)
 
 
 def large_requests() -> dict[str, tuple[int, bytes]]:
@@ -81,6 +97,10 @@ HOSTILE = [
     b"GET /v1/models/%s:predict HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % NAME.encode(),
     b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n",
     b"\x16\x03\x01 this is no HTTP\r\n\r\n",
+    write_items("PUT", {"items": [{"item_id": 1}]}, "no-token"),
+    write_items("PUT", {"items": [{"item_id": "text"}]}),
+    write_items("PUT", {"items": [{"item_id": 1}, {"item_id": float("nan")}]}),
+    write_items("DELETE", {"item_ids": [10**30]}),
 ]
 
 
@@ -93,6 +113,10 @@ class Client:
 
     async def ask(self, data: bytes) -> int:
         """Returns the code of the answer, 0 of one that broke off."""
+        return (await self.answer(data))[0]
+
+    async def answer(self, data: bytes) -> tuple[int, bytes]:
+        """Returns the code and the body of the answer."""
         while True:
             head = b""
             try:
@@ -102,14 +126,14 @@ class Client:
                 writer.write(data)
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]
-                await reader.readexactly(int(length or 0))
+                body = await reader.readexactly(int(length or 0))
                 if b"connection: close" in head.lower():
                     self._close()
-                return int(head[9:12])
+                return int(head[9:12]), body
             except (ConnectionError, asyncio.IncompleteReadError) as error:
                 self._close()
                 if head or getattr(error, "partial", b""):
-                    return 0
+                    return 0, b""
                 self._counts["sent again"] += 1
                 await asyncio.sleep(0.02)
 
@@ -166,9 +190,30 @@ def run_load(port: int, seconds: float) -> dict[str, Any]:
             except ConnectionError:
                 await asyncio.sleep(0.5)
 
+    async def writer() -> None:
+        rng, client = np.random.default_rng(3), Client(port, counts)
+
+        async def best(user: int) -> set[int]:
+            code, body = await client.answer(request(user))
+            return set(json.loads(body)["outputs"]["candidate_ids"][0]) if code == 200 else set()
+
+        while time.monotonic() < until:
+            user = int(rng.integers(NUM_USERS))
+            chosen = list(await best(user))[:3]
+            for method, content in (
+                ("DELETE", {"item_ids": chosen}),
+                ("PUT", {"items": [{"item_id": i, "title": f"Item {i}"} for i in chosen]}),
+            ):
+                code = await client.ask(write_items(method, content))
+                found = len(await best(user) & set(chosen))
+                is_right = found == (0 if method == "DELETE" else len(chosen))
+                what = "seen" if is_right else f"failed: {method} not seen"
+                counts[f"write, {what}" if code == 200 else f"failed: write, {code}"] += 1
+            await asyncio.sleep(0.1)
+
     async def run() -> None:
-        clients = [small(0), small(1), small(2), large(), hostile(), *(slow() for _ in range(20))]
-        await asyncio.gather(*clients)
+        quick = [small(0), small(1), small(2), large(), hostile(), writer()]
+        await asyncio.gather(*quick, *(slow() for _ in range(20)))
 
     asyncio.run(run())
     failed = sum(count for what, count in counts.items() if what.startswith("failed"))
@@ -222,7 +267,9 @@ def repeat(port: int, num_clients: int, data: bytes, seconds: float) -> None:
 def start(model: Path, port: int) -> subprocess.Popen[str]:
     """Starts the server and waits until it serves."""
     command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(model), "--no-page"]
-    flags = ["--port", str(port), "--poll-seconds", "0.2"]
+    (token := model.parent / "token").write_text(TOKEN)
+    token.chmod(0o600)
+    flags = ["--port", str(port), "--poll-seconds", "0.2", "--token-file", str(token)]
     process = subprocess.Popen(
         [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
