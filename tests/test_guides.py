@@ -26,7 +26,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trusted_exports")]
 ROOT = Path(__file__).parents[1]
 START = "docs/start/ten_minutes.md"
 # Those that read the files and the model of the first page.
-NAMES = "clicks recipes logq negatives exposed funnel seen similar new_items request debugging"
+NAMES = (
+    "clicks recipes logq negatives exposed events funnel seen similar new_items request debugging"
+)
 GUIDES = [START, *(f"docs/guides/{name}.md" for name in (*NAMES.split(), "pieces"))]
 # The requests of the first are made below, of the README's model; the next are scripts for cron
 # and for a cluster; tests/test_engines.py runs the last.

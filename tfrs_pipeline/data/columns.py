@@ -93,7 +93,11 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
     # In a typed table, a column without any value has the type string.
     may_be_text = raw.is_text or not raw.has(value.notnull())
     if not (value.type().is_numeric() or (value.type().is_string() and may_be_text)):
-        raise raw.wrong_type(column, "boolean, or a number above 0 where the outcome holds")
+        raise raw.wrong_type(
+            column,
+            "boolean, or a number above 0 where the outcome holds (types of events have "
+            "event_weights)",
+        )
     number = value.try_cast("float64")
     if raw.is_text:
         number = ibis.coalesce(number, value.try_cast("boolean").cast("float64"))

@@ -20,6 +20,7 @@ from tfrs_pipeline.data.columns import (
     to_required_id,
     type_features,
 )
+from tfrs_pipeline.data.event_types import keep_weighted, refuse_unread, stage_and_weight
 from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import is_from_timestamp
@@ -28,6 +29,7 @@ from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
     TIMES_ELSEWHERE,
     DataError,
+    Dropped,
     Source,
     Stage,
     require_all,
@@ -45,7 +47,7 @@ _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
 def stage_column(reading: Reading, scanned: Scan) -> str | None:
-    """Returns the column that stages are made from, `stage` or `rating`, or None.
+    """Returns the column that stages are made from, `stage`, `event` or `rating`, or None.
 
     Raises a `DataError` if there are ratings but no threshold.
     """
@@ -55,6 +57,8 @@ def stage_column(reading: Reading, scanned: Scan) -> str | None:
 
     if reading.rating_threshold is not None:
         return "rating"
+    if reading.event_weights:
+        return "event"
     if has("stage") or reading.stage_values:
         return "stage"
     if has("rating") and not reading.label:
@@ -79,7 +83,9 @@ def load_events(
     """
     stages_in = stage_column(reading, scanned)
     names, unread = _event_columns(scanned, stages_in, reading, request_features)
-    raw = scanned.load(names)
+    raw, of_other_types = scanned.load(names), list[Dropped]()
+    if stages_in == "event":
+        raw, of_other_types = keep_weighted(raw, reading.event_weights)
     columns: dict[str, ir.Value] = {}
     if unread:
         raw.notes.append(f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}")
@@ -94,22 +100,26 @@ def load_events(
         columns["timestamp"] = to_timestamp(raw, "timestamp", reading, reading.period())
         raw.fault("timestamp", columns["timestamp"].isnull(), rules.NO_TIME)
     columns["event_number"] = raw.table["_row"]
-    columns["stage"] = _stage(raw, stages_in, reading)
+    columns["stage"], weight = _stage(raw, stages_in, reading), ibis.literal(1.0)
     requests = {k: v for k, v in request_features.items() if k in names}
     type_features(raw, columns, requests, reading)
     for name in names:
         if name in reading.label:
             columns[name] = to_outcome(raw, name)
+            if "weight" not in names:
+                _note_amounts(raw, name, columns[name])
         elif name not in columns and name not in (stages_in, "weight"):
             columns[name] = _other_column(raw, name)
-    weight = ibis.literal(1.0)
+    if stages_in == "event":
+        columns["stage"], weight = stage_and_weight(raw, reading.event_weights)
     if reading.label:
         columns["stage"], weight = _relabel(columns, reading.label)
     if "weight" in names:
-        weight = weight * _weight(raw, columns["stage"])
-    if reading.label or "weight" in names:
+        weight = weight * _weight(raw, columns["stage"], reading.max_weight)
+    if reading.label or reading.event_weights or "weight" in names:
         columns["weight"] = weight
     events = raw.store_sound(columns, reading.max_bad_share)
+    raw.dropped.extend(of_other_types)
     raw.note_missing(events, requests)
     raw.drop()
     return events, raw
@@ -160,6 +170,7 @@ def _event_columns(
         _refuse_values(scanned, unread, absent)
     if "stage" in absent:
         _refuse_outcomes(scanned, [name for name in unread if name.lower() in _OUTCOMES])
+        refuse_unread(scanned, unread)
     return names, unread
 
 
@@ -245,6 +256,8 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
             lowest = lowest.cast("float32").cast("float64")
         is_clicked = rating >= lowest
         return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+    if stages_in == "event":
+        raw.fault("event", raw.table["event"].isnull(), rules.NO_TYPE)
     return ibis.literal((Stage.EXPOSED if reading.label else Stage.CLICKED).value)
 
 
@@ -271,7 +284,23 @@ def _relabel(
     return was_exposed.ifelse(new_stage, stage), (was_exposed & is_labelled).ifelse(weight, 1.0)
 
 
-def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:
+def _note_amounts(raw: RawTable, name: str, outcome: ir.Value) -> None:
+    """Notes that a label of amounts, such as seconds, is taken as yes or no."""
+    if outcome.type().is_boolean():
+        return
+    above = outcome > 0
+    found = raw.table.aggregate(low=outcome.min(where=above), high=outcome.max(where=above))
+    low, high = found.to_pyarrow().to_pylist()[0].values()
+    if low != high:
+        column = printable(raw.source.columns.get(name, name))
+        raw.notes.append(
+            f"{raw.source.column(name)} is in the label with numbers from {low:g} to {high:g}: all "
+            f"above 0 weigh the same. To weigh each by its number, add weight={column} to columns; "
+            f"for a threshold, set rating={column} there and rating_threshold instead of the label"
+        )
+
+
+def _weight(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> ir.FloatingValue:
     """Makes weights. Only those of positives are used; an unusable weight elsewhere becomes 1."""
     value = raw.table["weight"]
     if not (value.type().is_numeric() or value.type().is_string()):
@@ -279,6 +308,8 @@ def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:
     weight = value.try_cast("float64")
     is_usable = is_usable_weight(weight)
     raw.fault("weight", (stage == Stage.CLICKED.value) & ~is_usable, rules.WEIGHT)
+    if max_weight is not None:
+        weight = ibis.least(weight, max_weight)
     return is_usable.ifelse(weight, 1.0)
 
 

@@ -68,6 +68,13 @@ class Scan:
             found = self.open(list(columns)).aggregate(tests).fetchone() or ()
         return [column for column, is_found in zip(columns, found, strict=True) if is_found]
 
+    def values(self, column: str, num: int) -> list[str]:
+        """Returns up to `num` distinct values of a column in any row, as stripped text, sorted."""
+        text = f'trim(CAST("{_double(column)}" AS VARCHAR)) AS value'
+        with self._reading():
+            rows = self.open([column]).project(text).distinct().limit(num).fetchall()
+        return sorted(value for (value,) in rows if value is not None)
+
     def load(self, names: Mapping[str, str]) -> RawTable:
         """Reads columns, once; `names` maps their new names to the names here.
 

@@ -1,11 +1,12 @@
 """How raw tables, which are not a log yet, are read."""
 
+import contextlib
 import zoneinfo
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tfrs_pipeline.data import schema
 from tfrs_pipeline.messages import suggest
@@ -14,6 +15,15 @@ from tfrs_pipeline.settings import Config
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
 LabelWeight: TypeAlias = Annotated[float, Field(ge=schema.MIN_WEIGHT, le=schema.MAX_WEIGHT)]
 
+
+def _meaning(value: Any) -> Any:
+    with contextlib.suppress(ValueError, TypeError):
+        if value == "exposed" or schema.MIN_WEIGHT <= float(value) <= schema.MAX_WEIGHT:
+            return value
+    raise ValueError("must be the weight of a positive, a number above 0, or exposed")
+
+
+EventMeaning: TypeAlias = Annotated[float | Literal["exposed"], BeforeValidator(_meaning)]
 Period: TypeAlias = tuple[datetime, datetime]
 """The first moment at which an event may have happened, and the first that is too late for one."""
 
@@ -52,6 +62,13 @@ class Reading(Config):
     label: dict[str, LabelWeight] = {}
     """Columns that make an exposed event a positive, each with its weight, such as is_click=1
     long_view=2. A column counts if it is true or above 0; the weights add up."""
+    event_weights: dict[str, EventMeaning] = {}
+    """Types of events, the values of the column event (or event_type, action, ...), each with its
+    weight as a positive, or exposed if it was only shown, such as purchase=5 click=1 view=exposed.
+    Events of other types are dropped and counted. Of several events of one user and item in a
+    request, the strongest is kept."""
+    max_weight: LabelWeight | None = None
+    """Larger weights in the column weight, such as long watch times, count as this."""
     time_zone: str | None = None
     """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris, also in
     features; if not given, these are refused."""
@@ -85,9 +102,13 @@ class Reading(Config):
             yield "time_zone", f"unknown time zone {zone!r}; {suggest(zone, zones)}"
         if taken := sorted(set(_NOT_OUTCOMES) & {*self.label}):
             yield "label", f"takes outcomes, and {', '.join(taken)} is not one"
-        if self.rating_threshold is not None and (self.label or self.stage_values):
-            other = "label" if self.label else "stage_values"
-            yield "rating_threshold", f"defines what a positive is, and so does {other}: set one"
+        ways = ("rating_threshold", "event_weights", "stage_values", "label")
+        given = [name for name in ways if getattr(self, name) not in (None, {})]
+        # A label may judge what a funnel exposed.
+        if len(given) > 1 and given != ["stage_values", "label"]:
+            yield given[0], f"defines what a positive is, and so does {given[1]}: set one"
+        if self.event_weights and "stage" in self.columns:
+            yield "event_weights", "decides the stages; leave stage out of columns"
 
     def name_problems(self, request_features: Collection[str]) -> Iterator[tuple[str, str]]:
         """Yields columns that a log cannot have, with the reason; request features are exempt."""

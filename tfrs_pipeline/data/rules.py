@@ -61,16 +61,21 @@ TIME_OUTSIDE = Rule(
 )
 NO_YEAR = Rule("has no year of 2 to 9998", "Correct them.", "")
 NO_STAGE = Rule("is null", "Give these rows a stage.")
+NO_TYPE = Rule("is null", "Give these rows a type of event.")
 UNKNOWN_STAGE = Rule(
     "holds an unknown stage",
-    f"{_STAGES} Set stage_values to the stage of each value.",
+    f"{_STAGES} Set stage_values to the stage of each value; if they are types of events, name the "
+    "column event, and set event_weights.",
     "stage_values",
     False,
 )
 NOT_A_STAGE = Rule("holds no stage", _STAGES)
 NO_RATING = Rule("is null or NaN", "Rate these rows.")
 NOT_AN_OUTCOME = Rule(
-    "is in the label and no number", "Leave it null where the outcome does not hold.", "label"
+    "is in the label and no number",
+    "Leave it null where the outcome does not hold. If it holds types of events, set event_weights "
+    "(such as purchase=5 view=exposed) instead.",
+    "label",
 )
 EMPTY_REQUEST = Rule("is ''", "Make it null where there is no request.")
 WEIGHT = Rule(

@@ -9,6 +9,7 @@ from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.columns import is_integer, to_required_id, type_features
 from tfrs_pipeline.data.engines import connect
+from tfrs_pipeline.data.event_types import strongest, with_event_column
 from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.reading import Reading
@@ -49,9 +50,11 @@ def make_tables(
     the dropped events, and notes for a person.
     """
     item_features, user_features, request_features = features
-    check_names(request_features, reading.label, reading.columns)
     refuse(reading.name_problems(request_features))
     scanned = scan(connection, source, "event table")
+    reading = with_event_column(reading, scanned)
+    outcomes = (*reading.label, *(["event"] if reading.event_weights else []))
+    check_names(request_features, outcomes, reading.columns)
     given = {
         "item_id": (items, reading.item_columns, item_features),
         "user_id": (users, reading.user_columns, user_features),
@@ -72,6 +75,10 @@ def make_tables(
             raw.notes.extend(_describe(entity))
             entity.drop()
     num_reasons = len(raw.dropped)
+    if reading.event_weights and "request_id" in events.columns:
+        num_rows, events = count_rows(events), strongest(events)
+        if num := num_rows - count_rows(events):
+            raw.dropped.append(Dropped("their request has a stronger event of the item", num))
     for name, entity in raws.items():
         if entity is not None:
             unknown = reading.unknown_items if name == "item_id" else "keep"
@@ -96,7 +103,7 @@ def _check_positives(events: ibis.Table, source: Source) -> None:
     if not num_positives:
         raise DataError(
             f"{source.name}: none of {num_rows} rows is a positive (stage 'clicked'). Check "
-            "stage_values, rating_threshold or label."
+            "event_weights, stage_values, rating_threshold or label."
         )
 
 

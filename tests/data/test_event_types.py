@@ -1,0 +1,150 @@
+"""Types of events: positives with weights, exposures, and what is dropped."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from tests.small_log import column
+from tfrs_pipeline.data.event_types import suggested
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.schema import DataError
+
+WEIGHTS: dict[str, Any] = {"purchase": 5, "click": 1, "view": "exposed"}
+
+
+def shop(num: int = 400) -> pd.DataFrame:
+    """A shop's log; a session is a request."""
+    rng = np.random.default_rng(0)
+    users = rng.integers(1, 9, num)
+    types = rng.choice(["view", "click", "purchase", "scroll"], num, p=[0.5, 0.3, 0.1, 0.1])
+    return pd.DataFrame(
+        {
+            "user_id": users,
+            "item_id": rng.integers(1, 6, num),
+            "event": types,
+            "session": [f"{user}-{row // 40}" for row, user in enumerate(users)],
+        }
+    )
+
+
+@pytest.mark.parametrize("is_csv", [True, False])
+def test_types_become_positives_with_weights_and_exposures(load: Any, is_csv: bool) -> None:
+    frame = shop()
+    text = frame.replace({"click": " click"}).to_csv(index=False)
+    events = text if is_csv else pa.Table.from_pandas(frame)
+    log = load(events, event_weights=WEIGHTS)
+    kept = frame[frame["event"] != "scroll"]
+    assert column(log.events, "event_number") == kept.index.tolist()
+    is_shown = kept["event"] == "view"
+    assert column(log.events, "stage") == np.where(is_shown, "exposed", "clicked").tolist()
+    assert column(log.events, "weight") == np.where(kept["event"] == "purchase", 5.0, 1.0).tolist()
+    # Types without a weight are wanted losses: max_bad_share does not limit them.
+    num = Counter(frame["event"])
+    assert {each.reason: each.num_rows for each in log.dropped} == {
+        "column 'event' is 'scroll', which has no weight": num["scroll"]
+    }
+    told = f"purchase {num['purchase']} (positive, weight 5), click {num['click']} (positive, "
+    assert told in log.notes[0]
+    few = load(events, event_weights={"purchase": 1}, max_bad_share=0)
+    assert few.counts()["events"] == num["purchase"]
+
+
+def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
+    frame = shop()
+    log = load(frame.to_csv(index=False), event_weights=WEIGHTS, columns={"request_id": "session"})
+    strength = {"purchase": 3, "click": 2, "view": 1}
+    best: dict[tuple[Any, ...], tuple[int, int]] = {}
+    for row in frame[frame["event"] != "scroll"].itertuples():
+        key = (row.user_id, row.item_id, row.session)
+        found = (strength[str(row.event)], -int(str(row.Index)))
+        best[key] = max(best.get(key, found), found)
+    assert column(log.events, "event_number") == sorted(-number for _, number in best.values())
+    assert sum(each.num_rows for each in log.dropped) + log.counts()["events"] == len(frame)
+
+
+def test_events_without_a_request_are_not_joined(load: Any) -> None:
+    text = "user_id,item_id,event,request_id\n1,2,view,\n1,2,click,\n1,2,view,a\n1,2,click,a\n"
+    assert column(load(text, event_weights=WEIGHTS).events, "event_number") == [0, 1, 3]
+
+
+def test_a_weight_of_the_event_multiplies_that_of_its_type(load: Any) -> None:
+    text = "user_id,item_id,action,amount\n1,2,purchase,3\n1,3,click,90\n1,4,view,\n"
+    log = load(text, event_weights=WEIGHTS, columns={"weight": "amount"}, max_weight=20)
+    assert column(log.events, "weight") == [15.0, 20.0, 1.0]
+    assert "action" not in log.events.columns
+
+
+@pytest.mark.parametrize("name", ["event", "Event_Type", "action"])
+def test_a_column_of_types_is_not_left_unread(load: Any, name: str) -> None:
+    text = shop().rename(columns={"event": name}).to_csv(index=False)
+    with pytest.raises(DataError, match="event_weights, such as purchase=5 click=1") as raised:
+        load(text)
+    assert "view=exposed" in str(raised.value)
+    assert raised.value.setting == "event_weights"
+    assert load(text, event_weights=WEIGHTS).counts()["events"]
+    assert name in load(text, columns={name: name}).events.columns
+    # One type is a log of clicks; many values are something else.
+    same = shop().assign(event="click").rename(columns={"event": name})
+    assert f"columns not read: {name}" in load(same.to_csv(index=False)).notes[0]
+    many = shop().assign(event=range(400)).rename(columns={"event": name})
+    assert f"columns not read: {name}" in load(many.to_csv(index=False)).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"event_weights": {"purchse": 5}}, r"event_weights.purchse: no row .* mean 'purchase'\?"),
+        ({"event_weights": {"view": "exposed"}}, "is a positive"),
+        ({"event_weights": {"view": "shown"}}, "got 'shown'; must be the weight of a positive"),
+        ({"event_weights": {"view": 0}}, "got 0; must be the weight"),
+        ({"event_weights": WEIGHTS, "label": {"x": 1}}, "and so does label: set one"),
+        ({"event_weights": WEIGHTS, "columns": {"stage": "event"}}, "leave stage out"),
+        ({"event_weights": WEIGHTS, "columns": {"event": "what"}}, "no column 'what'"),
+        ({"event_weights": WEIGHTS, "request_features": {"event": "categorical"}}, "an outcome"),
+        ({"label": {"event": 1}}, "types of events, set event_weights"),
+        ({"columns": {"stage": "event"}}, "types of events, name the column event"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(load: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(shop().to_csv(index=False), **options)
+
+
+def test_the_column_of_types_must_be_found(load: Any) -> None:
+    frame = shop().rename(columns={"event": "what"})
+    with pytest.raises(DataError, match=r"none has a usual name.*Add event=COLUMN to columns"):
+        load(frame.to_csv(index=False), event_weights=WEIGHTS)
+    log = load(frame.to_csv(index=False), event_weights=WEIGHTS, columns={"event": "what"})
+    assert log.counts()["events"] == (frame["what"] != "scroll").sum()
+    both = frame.assign(action="x", event_type="y").to_csv(index=False)
+    with pytest.raises(DataError, match="action and event_type may be it"):
+        load(both, event_weights=WEIGHTS)
+
+
+def test_a_view_is_a_click_where_there_are_no_clicks() -> None:
+    assert suggested(["view", "click"]) == "click=1 view=exposed"
+    assert suggested(["addtocart", "transaction", "view"]) == (
+        "transaction=5 addtocart=3 view=1"
+    )  # fmt: skip
+    assert suggested(["remove_from_cart", "pv", "buy"]) == "buy=5 pv=1"
+
+
+def test_a_label_of_amounts_says_that_all_weigh_the_same() -> None:
+    events = pa.table({"user_id": [1] * 3, "item_id": [1, 2, 3], "watch_s": [0.0, 6.0, 285.0]})
+    log = Log.from_table(events, reading=Reading(label={"watch_s": 0.01}))
+    assert "from 6 to 285: all above 0 weigh the same" in log.notes[0]
+    # The offers: each by its number, clipped, and a threshold.
+    reading = Reading(label={"watch_s": 1}, columns={"weight": "watch_s"}, max_weight=60)
+    log = Log.from_table(events, reading=reading)
+    assert column(log.events, "weight") == [1.0, 6.0, 60.0]
+    assert not log.notes
+    reading = Reading(columns={"rating": "watch_s"}, rating_threshold=30)
+    found = column(Log.from_table(events, reading=reading).events, "stage")
+    assert found == ["exposed", "exposed", "clicked"]
+    likes = events.set_column(2, "like", [[0, 1, 1]])
+    assert not Log.from_table(likes, reading=Reading(label={"like": 1})).notes

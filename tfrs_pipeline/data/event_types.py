@@ -1,0 +1,158 @@
+"""Types of events, such as view, click and purchase: positives with weights, or only shown."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import ibis
+import ibis.expr.types as ir
+
+from tfrs_pipeline.data.files import Scan
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.rules import RawTable
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage
+from tfrs_pipeline.messages import printable
+
+NAMES = (
+    *("event", "event_type", "event_name", "action", "action_type", "behavior", "behavior_type"),
+    *("behaviour", "behaviour_type", "interaction", "interaction_type", "activity"),
+)
+"""Usual names of a column of event types."""
+
+_MOST_TYPES = 50  # A column with more values is another one.
+_MOST_TOLD = 10
+# Parts of usual names, and what such an event suggests; the first that fits counts.
+_USUAL = {
+    **dict.fromkeys(("purchase", "buy", "order", "transaction"), "5"),
+    **dict.fromkeys(("remove", "unlike", "dislike"), ""),
+    **dict.fromkeys(("cart", "basket", "fav", "wish", "like"), "3"),
+    **dict.fromkeys(("click", "play", "open"), "1"),
+    **dict.fromkeys(("view", "impression", "show", "expos", "pv"), "exposed"),
+}
+
+
+def with_event_column(reading: Reading, scanned: Scan) -> Reading:
+    """Adds the column of event types to `columns`, if there are weights and one usual name."""
+    if not reading.event_weights or "event" in reading.columns:
+        return reading
+    found = [name for name in scanned.columns if name.lower() in NAMES]
+    if len(found) != 1:
+        what = f"{' and '.join(found)} may be it" if found else "none has a usual name"
+        listed = printable(", ".join(scanned.columns), 300)
+        raise DataError(
+            f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
+            f"{listed}. Add event=COLUMN to columns.",
+            "columns",
+        )
+    return reading.model_copy(update={"columns": {**reading.columns, "event": found[0]}})
+
+
+def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:
+    """Deletes the rows of types without a weight; returns the table and what was deleted.
+
+    Notes how many events each type has. Raises a `DataError` if no event has a type of `weights`
+    and one of nearly its name is not in them.
+    """
+    counts = _counts(raw)
+    others = {name: num for name, num in counts.items() if name not in weights}
+    for name in weights:
+        if name not in counts and (near := difflib.get_close_matches(name, others, n=1)):
+            raise DataError(
+                f"event_weights.{printable(name)}: no row has this type; did you mean "
+                f"{printable(repr(near[0]))}?",
+                "event_weights",
+            )
+    told = (
+        f"{printable(name)} {counts.get(name, 0):,} "
+        f"({meaning if meaning == 'exposed' else f'positive, weight {meaning:g}'})"
+        for name, meaning in weights.items()
+    )
+    raw.notes.append(f"{raw.source.column('event')}: {', '.join(told)}")
+    listed = sorted(weights)
+    table = raw.table.get_name()
+    raw.table.get_backend().con.execute(
+        f'DELETE FROM "{table}" WHERE NOT list_contains(?, trim(CAST(event AS VARCHAR)))', [listed]
+    )
+    column = printable(repr(raw.source.columns.get("event", "event")))
+    most = sorted(others, key=lambda name: -others[name])[:_MOST_TOLD]
+    dropped = [
+        Dropped(f"column {column} is {printable(repr(name))}, which has no weight", others[name])
+        for name in most
+    ]
+    if num_rest := sum(others.values()) - sum(others[name] for name in most):
+        dropped.append(Dropped(f"column {column} is of another type without a weight", num_rest))
+    return replace(raw, num_rows=raw.num_rows - sum(others.values())), dropped
+
+
+def stage_and_weight(
+    raw: RawTable, weights: Mapping[str, object]
+) -> tuple[ir.StringValue, ir.FloatingValue]:
+    """Returns the stage and the weight of each event; an exposed one weighs 1."""
+    value = _text(raw)
+    positive = {name: weight for name, weight in weights.items() if weight != "exposed"}
+    stage = value.isin([*positive]).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+    # DuckDB reads the literal 1.0 as a decimal.
+    cases = [(value == name, ibis.literal(str(weight))) for name, weight in positive.items()]
+    weight = ibis.cases(*cases, else_="1").cast("float64") if cases else ibis.literal(1.0)
+    return stage, weight
+
+
+def strongest(events: ibis.Table) -> ibis.Table:
+    """Keeps one event of each user and item in a request: a positive of the most weight.
+
+    Events without a request are kept.
+    """
+    keys = [x for x in ("user_id", "item_id", "request_id", "part") if x in events.columns]
+    is_shown = (events["stage"] == Stage.EXPOSED.value).cast("int8")
+    order = [is_shown, events["weight"].desc(), events["event_number"]]
+    place = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
+    numbered = events.mutate(_place=place)
+    kept = numbered.filter((numbered["_place"] == 0) | numbered["request_id"].isnull())
+    return kept.drop("_place")
+
+
+def refuse_unread(scanned: Scan, unread: Iterable[str]) -> None:
+    """Refuses (`DataError`) an unread column of event types, in a log whose rows are all clicks."""
+    if scanned.is_stream:  # It can be read only once.
+        return
+    for name in (name for name in unread if name.lower() in NAMES):
+        types = [text for text in scanned.values(name, _MOST_TYPES + 1) if text]
+        if not 1 < len(types) <= _MOST_TYPES:
+            continue
+        column, listed = printable(name), printable(", ".join(types), 200)
+        raise DataError(
+            f"{Source(scanned.name).column(name)} is not read and holds {len(types)} types of "
+            f"events ({listed}): every row would be a click. Set event_weights, such as "
+            f"{printable(suggested(types), 200)} (a number is the weight of a positive; exposed "
+            "was only shown; other types are dropped); or add "
+            f"{column}={column} to columns, if it is a column like others.",
+            "event_weights",
+        )
+
+
+def suggested(types: Iterable[str]) -> str:
+    """Suggests weights for types of events, by their names.
+
+    A view is an exposure if there are clicks as well; otherwise it is what a click is elsewhere.
+    """
+    meanings = {
+        name: next((of for part, of in _USUAL.items() if part in name.lower()), "")
+        for name in types
+    }
+    if "1" not in meanings.values():
+        meanings = {name: of.replace("exposed", "1") for name, of in meanings.items()}
+    order = sorted((name for name in meanings if meanings[name]), key=lambda x: meanings[x])
+    strong_first = [x for x in order if meanings[x] != "exposed"][::-1]
+    shown = [x for x in order if meanings[x] == "exposed"]
+    return " ".join(f"{x}={meanings[x]}" for x in (*strong_first, *shown)) or "purchase=5 click=1"
+
+
+def _text(raw: RawTable) -> ir.StringValue:
+    return raw.table["event"].cast("string").strip()
+
+
+def _counts(raw: RawTable) -> dict[str, int]:
+    """Counts the events of each type; those without one are left out."""
+    typed = raw.table.select(name=_text(raw))
+    counts = typed.group_by("name").agg(num=typed.count()).to_pyarrow().to_pylist()
+    return {row["name"]: row["num"] for row in counts if row["name"] is not None}
