@@ -145,6 +145,7 @@ def try_page(browser: Browser, address: str, shots: Path, name: str) -> None:
     title = browser.run("document.querySelector('#sides ol:not(.history) .title').textContent")
     browser.run("document.querySelector('#sides ol:not(.history) .similar').click()")
     browser.until(f"document.querySelector('#note').textContent.startsWith('Similar to {title}:')")
+    assert browser.run("document.activeElement.id") == "note"
     titles = "[...document.querySelectorAll('#sides .title')].map((x) => x.textContent)"
     found = browser.run(titles)
     assert len(found) == 20

@@ -267,7 +267,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="Training steps a round (200).")
     parser.add_argument("--rounds", type=int, default=3, help="Of the training in turn (3).")
     parser.add_argument("--folder", type=Path, help="Where temporary files go.")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="Where to draw it.")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="Where to draw its CPU seconds."
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     sizes: list[dict[str, Any]] = []
@@ -288,7 +290,7 @@ def main() -> None:
             sizes[-1]["training_in_turn"] = in_turn[-1]
             write_figures(options, sizes)
     if options.figure and not options.engines:
-        options.figure.write_text(draw_scale(sizes).card())
+        options.figure.write_text(draw_scale(sizes)["scale_seconds"].card())
 
 
 if __name__ == "__main__":

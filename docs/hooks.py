@@ -31,7 +31,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Makes links right that leave the folder."""
+    """Makes links right that leave the folder; the first page has the width of its contents."""
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]
     name = page.file.src_uri
     source = Path(SHOWN.get(name, f"docs/{name}"))
     page_of = {shown: name for name, shown in SHOWN.items()}
@@ -43,3 +45,12 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
     # Of a link in line, and of one that is named at the end of the page.
     return re.sub(r"(\]\(|^\[\w+\]: )(?!\w+:)([\w./-]+)", on_site, markdown, flags=re.MULTILINE)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keeps each word of code on one line, such as a flag, unless it is long."""
+
+    def whole(found: re.Match[str]) -> str:
+        return re.sub(r"(?<!\S)\S{2,40}(?!\S)", r'<span class="whole">\g<0></span>', found[0])
+
+    return re.sub(r"(?<=<code>)[^<]*[-_.][^<]*(?=</code>)", whole, html)

@@ -17,7 +17,7 @@ def intervals_figure(
     """Draws a metric of each model, the first at the top, in panels by title, side by side."""
     names = list(next(iter(panels.values())))
     figure, all_axes = drawing.new_figure(
-        4.8, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
+        4.2, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
     )
     for axes, (of_panel, intervals) in zip(all_axes, panels.items(), strict=True):
         for place, interval in enumerate(intervals.values()):
@@ -42,7 +42,7 @@ def intervals_figure(
         axes.margins(x=0.18)
         axes.locator_params(axis="x", nbins=6 // len(panels))
         axes.grid(axis="x", color=drawing.GRID)
-    all_axes[0].set_yticks(range(len(names)), names)
+    all_axes[0].set_yticks(range(len(names)), [x.replace("_uncorr", "\nuncorr") for x in names])
     all_axes[0].set_ylim(len(names) - 0.5, -0.6)
     for text in all_axes[0].get_yticklabels():
         text.set(color=drawing.INK, weight="bold" if text.get_text() == names[0] else "normal")
