@@ -7,32 +7,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.encoding import (
-    TIMESTAMP,
-    encode_raw,
-    encode_requests,
-    graph_resources,
-    raw_requests,
-    raw_signature,
-    request_signature,
-)
+from tfrs_pipeline.features import encoding
+from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
+from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.graph import (
-    call,
-    id_dtype,
-    id_list,
-    id_lists,
-    lookup,
-    padded,
-    row_table,
-    signature_inputs,
-    stored,
-    traced,
-    with_empty,
-)
+from tfrs_pipeline.model.graph import lookup, signature_inputs, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 
 ITEMS_PER_CALL = 8192
@@ -65,10 +47,10 @@ class Encoder(tf.Module):
         super().__init__(name="encoder")
         self._model = lambda: model  # A function: the model stays out of the exported objects.
         self._holds_users = user_data
-        self._query_rows = row_table(model.query_ids if user_data else model.query_ids[:0])
-        self._candidate_rows = row_table(model.candidate_ids)
+        self._query_rows = graph.row_table(model.query_ids if user_data else model.query_ids[:0])
+        self._candidate_rows = graph.row_table(model.candidate_ids)
         # Place 0 holds the empty id, since an empty slot has row 0.
-        self._candidate_ids = stored(with_empty(model.candidate_ids))
+        self._candidate_ids = stored(graph.with_empty(model.candidate_ids))
         nobody = np.zeros(0, np.int32), np.zeros(2, np.int64)
         self._histories, self._known = (
             [stored(x) for x in ((lists.values, lists.offsets) if user_data else nobody)]
@@ -82,11 +64,11 @@ class Encoder(tf.Module):
         self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
         # Attributes are saved with the module.
-        self._query_resources = graph_resources(model.query_features)
-        self._request_resources = graph_resources(model.request_features)
-        self._candidate_resources = graph_resources(model.candidate_features)
-        user_id = tf.TensorSpec([None], id_dtype(model.query_ids), "user_id")
-        item_dtype = id_dtype(model.candidate_ids)
+        self._query_resources = encoding.graph_resources(model.query_features)
+        self._request_resources = encoding.graph_resources(model.request_features)
+        self._candidate_resources = encoding.graph_resources(model.candidate_features)
+        user_id = tf.TensorSpec([None], graph.id_dtype(model.query_ids), "user_id")
+        item_dtype = graph.id_dtype(model.candidate_ids)
         item_id = tf.TensorSpec([None], item_dtype, "item_id")
         history = tf.TensorSpec([None, None], item_dtype, "history")
         query_features = raw_signature(self._query_features).values()
@@ -167,10 +149,10 @@ class Encoder(tf.Module):
         """Encodes the features of the request and, where the signature has them, of the user."""
         of_user = raw_signature(self._query_features)
         given = {name: raw[spec.name] for name, spec in self._request_signature.items()}
-        features = encode_requests(self._request_features, given)
+        features = encoding.encode_requests(self._request_features, given)
         if all(spec.name in raw for spec in of_user.values()):
             given = {name: raw[spec.name] for name, spec in of_user.items()}
-            features |= encode_raw(self._query_features, given)
+            features |= encoding.encode_raw(self._query_features, given)
         return features
 
     def _missing_features(self, num_rows: tf.Tensor | int) -> dict[str, tf.Tensor]:
@@ -198,13 +180,13 @@ class Encoder(tf.Module):
         """Identifies the resources that the functions read."""
         functions = (self.embed_query, self.embed_query_with_features, self.embed_candidate)
         graphs = [f.get_concrete_function().graph for f in functions if f is not None]
-        return {id(resource) for graph in graphs for resource, _ in graph.captures}
+        return {id(resource) for each in graphs for resource, _ in each.captures}
 
     def _embed_candidate(self, item_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = lookup(self._candidate_rows, item_id)
         signature = raw_signature(self._candidate_features)
         given = {name: raw[spec.name] for name, spec in signature.items()}
-        features = encode_raw(self._candidate_features, given)
+        features = encoding.encode_raw(self._candidate_features, given)
         return {
             "embeddings": self._model().embed_candidates(rows, **_given(features)),
             "is_known_item": rows > 0,
@@ -230,7 +212,7 @@ def embed_queries(
         inputs = query_inputs(encoder.embed_query, block)
         requests = [query.get("request") for query in block]
         inputs |= request_inputs(encoder.embed_query, features, requests)
-        blocks.append(call(encoder.embed_query, inputs)["embeddings"].numpy())
+        blocks.append(graph.call(encoder.embed_query, inputs)["embeddings"].numpy())
     return np.concatenate(blocks)
 
 
@@ -249,7 +231,7 @@ def request_inputs(
 ) -> dict[str, tf.Tensor]:
     """Makes the inputs of a signature that requests bring: raw features and the timestamp."""
     reads_times = TIMESTAMP in signature_inputs(function)
-    raw = raw_requests(features["request"], requests, reads_times=reads_times)
+    raw = encoding.raw_requests(features["request"], requests, reads_times=reads_times)
     specs = request_signature(features["request"], features["query"], reads_times=reads_times)
     return as_inputs(specs, raw)
 
@@ -269,13 +251,13 @@ def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor
     inputs = {}
     if "user_id" in specs:
         users = [query.get("user_id") for query in queries]
-        inputs["user_id"] = id_list(users, specs["user_id"].dtype)
+        inputs["user_id"] = graph.id_list(users, specs["user_id"].dtype)
     if "history" in specs:
-        inputs["history"] = id_lists(list(map(history_of, queries)), specs["history"].dtype)
+        inputs["history"] = graph.id_lists(list(map(history_of, queries)), specs["history"].dtype)
     if HISTORY_TIMESTAMPS in specs:
         times = item_times(queries)
         values = tf.constant(np.concatenate([np.zeros(0), *times]))
-        inputs[HISTORY_TIMESTAMPS] = padded(values, times, np.nan)
+        inputs[HISTORY_TIMESTAMPS] = graph.padded(values, times, np.nan)
     return inputs
 
 
@@ -318,12 +300,12 @@ def known_rows(
     encoder: Encoder, queries: Sequence[Query], item_ids: np.ndarray
 ) -> list[np.ndarray]:
     """Returns the known positives of each query's user, as rows among `item_ids`."""
-    table = row_table(item_ids)
+    table = graph.row_table(item_ids)
     found: list[np.ndarray] = []
     for start in range(0, len(queries), QUERIES_PER_CALL):
         users = [query.get("user_id") for query in queries[start : start + QUERIES_PER_CALL]]
         (spec,) = signature_inputs(encoder.known_items).values()
-        rows = lookup(table, encoder.known_items(id_list(users, spec.dtype))).numpy()
+        rows = lookup(table, encoder.known_items(graph.id_list(users, spec.dtype))).numpy()
         found += [np.unique(line[line > 0]) for line in rows]
     return found
 

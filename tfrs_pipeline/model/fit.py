@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -229,27 +230,25 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     def restore(self, network: TwoTowerNetwork, mining: MinedPools | None) -> int:
         """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
-        epoch = int(on_chief(lambda: self._last_whole(mining)))
-        self.history, self._seconds_before = {}, 0.0
+        epoch, state = on_chief(lambda: self._last_whole(mining))
+        self.history, self._seconds_before = state["history"], state["seconds"]
         if epoch:
-            state = read_record(self._path(epoch, ".json"), check_files=False)
-            self.history, self._seconds_before = state["history"], state["seconds"]
             _read_checkpoint(network, self._path(epoch))
         self.is_over = self._has_ended()
         self._resumed_after = epoch
         return epoch
 
-    def _last_whole(self, mining: MinedPools | None) -> int:
+    def _last_whole(self, mining: MinedPools | None) -> tuple[int, dict[str, Any]]:
         saved = self._folder.glob("epoch-*.json")
         for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
             if mining is not None and not mining.can_go_on(epoch):
                 continue
             if is_whole(self._path(epoch, ".json")):
-                record = read_record(self._path(epoch, ".json"), check_files=False)
-                self.history = record["history"]
+                state = read_record(self._path(epoch, ".json"), check_files=False)
+                self.history = state["history"]
                 if is_whole(self._path(self.best_epoch, ".json")):
-                    return epoch
-        return 0
+                    return epoch, state
+        return 0, {"history": {}, "seconds": 0.0}
 
     def _path(self, epoch: int, suffix: str = "") -> Path:
         return self._folder / f"epoch-{epoch}{suffix}"

@@ -3,8 +3,12 @@
 An inverse CDF in float32 would give the tail of a large corpus probability zero.
 """
 
+import functools
+
 import numpy as np
 import tensorflow as tf
+
+from tfrs_pipeline.negatives.protocol import SamplingFrame, sampling_probability
 
 
 def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,3 +78,10 @@ class AliasSampler:
         threshold = tf.random.stateless_uniform([num], accept_seed)
         keep = threshold < tf.gather(self._accept, slot)
         return tf.where(keep, tf.cast(slot, tf.int32), tf.gather(self._alias, slot))
+
+
+@functools.lru_cache(maxsize=16)
+def sampler_of(frame: SamplingFrame, alpha: float | None = None) -> AliasSampler:
+    """Makes the sampler of a frame's counts^alpha, or of its positives, once for all batches."""
+    probability = frame.q_positive if alpha is None else sampling_probability(frame.counts, alpha)
+    return AliasSampler(probability)

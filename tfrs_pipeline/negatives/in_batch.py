@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,8 +11,6 @@ from tfrs_pipeline.negatives.protocol import SamplingFrame
 
 if TYPE_CHECKING:
     import tensorflow as tf
-
-    from tfrs_pipeline.negatives.alias import AliasSampler
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,13 @@ class InBatch:
             raise ValueError(f"{message}. Received: {num_rows}")
         import tensorflow as tf
 
+        from tfrs_pipeline.negatives.alias import sampler_of
+
         num_rows = tf.shape(positive_rows)[0]
         check = tf.debugging.assert_less_equal(num_rows, frame.batch_size, message)
         with tf.control_dependencies([check]):
             num_missing = frame.batch_size - num_rows
-        return tf.concat([positive_rows, _sampler(frame).sample(num_missing, seed)], axis=0)
+        return tf.concat([positive_rows, sampler_of(frame).sample(num_missing, seed)], axis=0)
 
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
         """Computes (B - 1) * q_positive(c), 0 at row 0, since a row meets the others' positives."""
@@ -60,10 +59,3 @@ class InBatch:
 def counts_as_in_batch(kind: object) -> bool:
     """Returns whether a kind has the expected count of `InBatch`; a subclass may have another."""
     return getattr(type(kind), "expected_count", None) is InBatch.expected_count
-
-
-@functools.lru_cache(maxsize=8)
-def _sampler(frame: SamplingFrame) -> AliasSampler:
-    from tfrs_pipeline.negatives.alias import AliasSampler
-
-    return AliasSampler(frame.q_positive)

@@ -57,6 +57,22 @@ class SamplingFrame:
         return len(self.counts) - 1
 
 
+def sampling_probability(counts: np.ndarray, alpha: float) -> np.ndarray:
+    """Computes p(c) proportional to counts(c)^alpha over the corpus; row 0 is never drawn.
+
+    alpha = 0 is uniform over every candidate, clicked or not; alpha = 1 is the distribution of
+    in-batch negatives; .75 lies between (word2vec; Mikolov et al. 2013).
+
+    Example:
+        >>> sampling_probability(np.array([0, 16, 1, 0]), alpha=0.75)
+        array([0.        , 0.88888889, 0.11111111, 0.        ])
+    """
+    # 0^0 is 1, as intended: uniform draws include items without a click.
+    mass = np.power(np.asarray(counts, np.float64), alpha)
+    mass[0] = 0.0
+    return mass / mass.sum()
+
+
 class Negatives(Protocol):
     """A kind of negative that the rows of a batch share.
 

@@ -50,10 +50,24 @@ class RunData:
 
 def log_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     """Returns the steps that make the log and its split."""
-    make_log, read_log, make_split, read_split = (
-        functools.partial(each, config, folder)
-        for each in (_make_log, _read_log, _make_split, _read_split)
-    )
+    read_log = functools.partial(_read_log, config, folder)
+
+    def make_log(runner: Runner) -> Log | None:
+        folder.data.mkdir(parents=True, exist_ok=True)
+        load_log(config.data).write(folder.data)
+        return read_log(runner)
+
+    def make_split(runner: Runner, log: Log) -> Split[Log] | None:
+        log.split(**dict(config.split), seed=config.seed).write(folder.split)
+        return read_split(runner, log)
+
+    def read_split(runner: Runner, log: Log) -> Split[Log] | None:
+        if not is_whole(folder.split.with_suffix(".json")):
+            return None
+        split = Split.read(log, folder.split)
+        runner.note(*split.describe())
+        return split
+
     return [
         Step("data", (), "log", make_log, read_log, "data/"),
         Step("split", ("log",), "split", make_split, read_split, "data/split.parquet"),
@@ -82,12 +96,6 @@ def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None
     return data
 
 
-def _make_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | None:
-    folder.data.mkdir(parents=True, exist_ok=True)
-    load_log(config.data).write(folder.data)
-    return _read_log(config, folder, runner)
-
-
 def _read_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | None:
     if not (folder.data / "log.json").exists():
         return None
@@ -101,23 +109,6 @@ def _read_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | Non
         ) from error
     runner.note(*log.describe())
     return log
-
-
-def _make_split(
-    config: RunConfig, folder: RunFolder, runner: Runner, log: Log
-) -> Split[Log] | None:
-    log.split(**dict(config.split), seed=config.seed).write(folder.split)
-    return _read_split(config, folder, runner, log)
-
-
-def _read_split(
-    config: RunConfig, folder: RunFolder, runner: Runner, log: Log
-) -> Split[Log] | None:
-    if not is_whole(folder.split.with_suffix(".json")):
-        return None
-    split = Split.read(log, folder.split)
-    runner.note(*split.describe())
-    return split
 
 
 def _samples(

@@ -1,7 +1,8 @@
 """Writes the vectors of a model's items for another engine, as Parquet."""
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         raise ValueError("The model has no items: all of them have been removed.")
     # By id, because another thread may add items meanwhile.
     embeddings = model.candidates.vectors_of(ids)
-    norms = np.concatenate([np.linalg.norm(part, axis=1) for part in _blocks(embeddings)])
+    norms = np.sqrt(np.vecdot(embeddings, embeddings))
     about = {
         "model": model.manifest["name"],
         "version": model.folder.name,
@@ -67,8 +68,8 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     partial = path.with_name(f"{path.name}.partial")
     try:
         with naming(path):
-            metadata = {name: _as_text(value) for name, value in about.items()}
-            titled = [model.title_of(id_) or titles.get(id_) for id_ in ids] if titles else None
+            metadata = {x: v if isinstance(v, str) else json.dumps(v) for x, v in about.items()}
+            titled = [titles.get(id_) for id_ in ids] if titles else None
             _write(partial, metadata, ids, titled, embeddings, norms)
             flush([partial])
             os.replace(partial, path)
@@ -111,11 +112,3 @@ def destination_problem(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder '{path.parent}': make it, or choose another"
     return ""
-
-
-def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    return (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
-
-
-def _as_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
