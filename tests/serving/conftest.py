@@ -1,6 +1,7 @@
 """A small untrained model behind the serving modules, whose answers can be computed by hand."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from tests.serving.running_server import Running
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.durable import locked
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
@@ -27,6 +29,7 @@ from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.index import Exact, Level, Scann
 from tfrs_pipeline.serving.item_filter import ItemFilter
+from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.searcher import Searcher
@@ -186,21 +189,26 @@ def _times(histories: list[np.ndarray]) -> np.ndarray:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Exports a model with a filter, once for all tests; its folder may be read or copied."""
-    folder = tmp_path_factory.mktemp("exported")
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # Which all workers share: an export takes seconds.
 
     @functools.cache
     def once(ids: str, kind: str) -> Path:
-        served = make_served(ids)
+        served, model = make_served(ids), root / "exported" / ids / kind / "films"
+        model.parent.mkdir(parents=True, exist_ok=True)
         queries = served.queries()
-        with pytest.MonkeyPatch.context() as patch:
+        with locked(model.with_name("lock"), wait=True), pytest.MonkeyPatch.context() as patch:
             patch.setattr(export, "prove", lambda *arguments: None)
-            return export.export(
-                served.exportable(),
-                folder / ids / kind / "films",
-                index=Exact() if kind == "exact" else Scann(recall=0.9),
-                filter_by="genres",
-                queries=[*queries[3:], *queries[:3]],
-            ).parent
+            if not versions_of(model):
+                export.export(
+                    served.exportable(),
+                    model,
+                    index=Exact() if kind == "exact" else Scann(recall=0.9),
+                    filter_by="genres",
+                    queries=[*queries[3:], *queries[:3]],
+                )
+        return model
 
     return once
 

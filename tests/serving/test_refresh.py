@@ -1,7 +1,6 @@
 """A model over other items: what is new is found by its features, what is gone is gone."""
 
 import dataclasses
-import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -364,9 +363,7 @@ def test_what_is_missing_or_dropped_is_told_and_a_feature_without_any_value_is_r
     assert main([*command, "--allow-all-new"]) == 0
 
 
-cached_load = functools.cache(load)
-
-
+@pytest.mark.parametrize("refreshed", ["int"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -379,10 +376,14 @@ cached_load = functools.cache(load)
     ids=["no feature", "no id", "an id twice", "no row", "text ids"],
 )
 def test_a_bad_item_table_changes_nothing(
-    exported: Exported, items_file: Path, change: Any, message: str, monkeypatch: pytest.MonkeyPatch
+    refreshed: Refreshed,
+    folder: Path,
+    items_file: Path,
+    change: Any,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(retriever, "load", cached_load)
-    folder = exported("int", "exact")
+    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: refreshed.before)
     pq.write_table(change(pq.read_table(items_file)), items_file)
     with pytest.raises(DataError, match=message):
         refresh_index(folder, items_file)
