@@ -374,8 +374,6 @@ def test_a_wrong_word_is_told_in_a_line(command: Any, arguments: str, message: s
     [
         ("run --data.path nowhere.csv", "nowhere.csv does not exist"),
         ("run --data.path other.csv", "no column 'user_id'. Nearest: usr_id"),
-        ("run --data.path few.csv --split.kind last_n --split.min_positives 1",
-         "batch needs 1024 positives .* Lower training.batch_size"),
         ("run --data.path old.csv", "timestamp_unit"),
         ("run --data.path naive.csv", r"Set time_zone to .* \(--data\.time_zone\)"),
         ("query nowhere --user 3", r"No exported model at 'nowhere': .*`tfrs-pipeline run`"),
@@ -384,8 +382,6 @@ def test_a_wrong_word_is_told_in_a_line(command: Any, arguments: str, message: s
 @pytest.mark.usefixtures("here")
 def test_what_cannot_be_used_is_told_in_a_line(command: Any, arguments: str, message: str) -> None:
     write(pa.table({"usr_id": [1], "item_id": [2]}), Path("other.csv"))
-    few = {"user_id": [1, 1, 1, 2, 2, 2], "item_id": [1, 2, 3, 1, 2, 3]}
-    write(pa.table(few), Path("few.csv"))
     for name, time_ in (("old", 1_700_000_000_000), ("naive", "2024-01-31 12:00:00")):
         write(pa.table({"user_id": [1], "item_id": [2], "timestamp": [time_]}), Path(f"{name}.csv"))
     answer = command(*shlex.split(arguments))
@@ -580,7 +576,6 @@ def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_pa
     [
         (["--model.hard", "funnel:stages=ranked"], "none of .* positives has one"),
         (["--training.warmup_steps", "1000", "--training.decay", "cosine"], "of 1000 steps leaves"),
-        (["--training.batch_size", "100000"], "A batch needs 100000 positives and the"),
         (["--warm_start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
     ],
     ids=lambda value: str(value)[:40],

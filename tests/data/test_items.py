@@ -169,6 +169,13 @@ def test_times_vectors_buckets_and_hashes_in_parquet(
     ]
 
 
+@pytest.mark.parametrize("text", ["[0.5, -20, 3]", "0.5,-20 ,3", "[ 0.5 -2e1  3.]", " 0.5|-20|3"])
+def test_vectors_in_text_are_read_as_programs_write_them(load: Any, text: str) -> None:
+    items = f'item_id,when,v,price,author\n5,,"{text}",,\n6,,[],,\n7,,"[1,2,null]",,\n8,,2|3|4,,'
+    rows = load_more(load, items, max_bad_share=0.3)
+    assert [row["v"] for row in rows] == [[0.5, -20.0, 3.0], None, None, [2.0, 3.0, 4.0]]
+
+
 @pytest.mark.parametrize("column_type", [pa.float64(), pa.string()])
 def test_lists_of_nothing_but_nulls_are_no_vectors(load: Any, column_type: pa.DataType) -> None:
     items = pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(column_type))})

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -12,6 +14,21 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.settings import ConfigError
+
+
+@given(num=st.integers(1, 5000), batch_size=st.integers(2, 1024))
+def test_a_batch_fits_the_positives(num: int, batch_size: int) -> None:
+    training = TrainingSettings(batch_size=batch_size)
+    fitting = training.fitting(num).batch_size
+    if num >= batch_size:
+        assert fitting == batch_size
+    else:  # Some eight batches, of a power of two, which workers can share.
+        assert 2 <= fitting <= max(2, num // 8)
+        assert fitting & (fitting - 1) == 0
+        assert num < 16 or 8 <= num // fitting < 16
+    # Other ways of batching fit batches to whole users themselves.
+    sets = TrainingSettings(batch_size=batch_size, examples="sets")
+    assert sets.fitting(num) == sets
 
 
 def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:

@@ -13,15 +13,6 @@ from tfrs_pipeline.samples.store import Samples
 INT32_MAX = np.iinfo(np.int32).max
 
 
-def check_one_batch(num_positives: int, batch_size: int) -> None:
-    """Refuses (`ValueError`) fewer positives than fill a batch."""
-    if num_positives < batch_size:
-        raise ValueError(
-            f"A batch needs {batch_size} positives and the training part has {num_positives}: "
-            "there is no partial batch. Lower training.batch_size."
-        )
-
-
 class SinglePositives:
     """Every sample once an epoch, in a random order that the graph computes.
 
@@ -54,7 +45,11 @@ class SinglePositives:
         rate: np.ndarray | None = None,
     ) -> None:
         check_integer(1, batch_size=batch_size)
-        check_one_batch(len(samples), batch_size)
+        if len(samples) < batch_size:
+            raise ValueError(
+                f"A batch needs {batch_size} positives and the training part has {len(samples)}: "
+                "there is no partial batch. Lower batch_size."
+            )
         if len(samples) > INT32_MAX:
             raise ValueError(
                 f"{len(samples)} samples are more than the {INT32_MAX} that one order holds."

@@ -202,6 +202,7 @@ def _metavar(annotation: str) -> str:
     """Shortens the library's names of types, such as dict[str,float] and tuple[int,...]."""
     inner = re.sub(r"^tuple\[(.*),\.\.\.\]$", r"\1", annotation)
     inner = re.sub(r"^dict\[str,(.*)\]$", r"NAME=\1", inner)
+    inner = re.sub(r"^NAME=\{float,.*\}$", "NAME=X", inner)
     inner = re.sub(r"^NAME=\{.*\}$", "NAME=KIND", inner)
     inner = re.sub(r"\b(str|Path|int|float|datetime)\b", lambda match: _WORDS[match[0]], inner)
     return "[KIND:]NAME=VALUE:..." if re.search(r"JSON|[A-Z][a-z]", inner) else inner

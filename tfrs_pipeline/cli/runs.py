@@ -47,7 +47,7 @@ INTERRUPTED = 130
 BRIEF = (
     *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
     *("data.request_features", "data.rating_threshold", "data.label"),
-    *("split.kind", "model.hard", "export.name", "export.filter_by"),
+    *("data.event_weights", "split.kind", "export.name", "export.filter_by"),
     *("compare.plans", "compare.reference", "compare.max_steps"),
 )
 

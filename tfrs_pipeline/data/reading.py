@@ -47,7 +47,8 @@ class Reading(Config):
 
     columns: dict[str, str] = {}
     """Columns of the event table that have other names, such as user_id=viewer, for user_id,
-    item_id, timestamp, stage, rating, request_id, rank, score, weight, part; others are context."""
+    item_id, timestamp, stage, event, rating, request_id, rank, score, weight, part; others are
+    context."""
     item_columns: dict[str, str] = {}
     """Columns of the item table by this package's names, such as item_id=sku."""
     user_columns: dict[str, str] = {}
@@ -63,10 +64,8 @@ class Reading(Config):
     """Columns that make an exposed event a positive, each with its weight, such as is_click=1
     long_view=2. A column counts if it is true or above 0; the weights add up."""
     event_weights: dict[str, EventMeaning] = {}
-    """Types of events, the values of the column event (or event_type, action, ...), each with its
-    weight as a positive, or exposed if it was only shown, such as purchase=5 click=1 view=exposed.
-    Events of other types are dropped and counted. Of several events of one user and item in a
-    request, the strongest is kept."""
+    """Weights of the types in the column event (or event_type, action, ...), such as purchase=5
+    click=1 view=exposed; other types are dropped. Of an item in a request, the strongest counts."""
     max_weight: LabelWeight | None = None
     """Larger weights in the column weight, such as long watch times, count as this."""
     time_zone: str | None = None
@@ -81,7 +80,7 @@ class Reading(Config):
     events by item id."""
     list_separator: str = Field("|", min_length=1)
     """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
-    file."""
+    file; a vector may also be written [0.1, 0.2]."""
     unknown_items: schema.UnknownItems = "keep"
     """What to do with events whose item is not in the item table: keep them with missing features
     (a run's export does not retrieve the item), drop and count them, or stop ("error")."""

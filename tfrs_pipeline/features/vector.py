@@ -38,15 +38,21 @@ class Vector(Feature):
 
     @classmethod
     def read(cls, column: TableColumn) -> "ir.Value":
-        """Reads lists of float32; other lengths than the most common one are faults."""
+        """Reads lists of float32; other lengths than the most common one are faults.
+
+        In text, brackets may surround numbers that `list_separator`, commas or spaces separate.
+        """
         import ibis
 
         value, dtype = column.value, column.value.type()
         if dtype.is_string():
-            parts = value.split(column.list_separator).map(lambda part: part.strip())
-            numbers = parts.map(lambda part: part.try_cast("float64"))
+            inner = value.re_replace(r"^\s*\[|\]\s*$", "").strip().nullif("")
+            parts = inner.contains(column.list_separator).ifelse(
+                inner.split(column.list_separator), inner.re_split(r"\s*,\s*|\s+")
+            )
+            numbers = parts.map(lambda part: part.strip().try_cast("float64"))
             is_unread = numbers.map(lambda number: number.isnull()).anys()
-            shown = f"{column.list_separator!r} (list_separator)"
+            shown = f"{column.list_separator!r} (list_separator), commas or spaces"
             problem = f"must hold numbers separated by {shown} and does not"
             column.fault(is_unread, problem, setting="list_separator")
         elif dtype.is_array() and dtype.value_type.is_numeric():

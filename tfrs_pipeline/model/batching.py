@@ -25,6 +25,7 @@ def make_batches(
     """Makes the batches of `TwoTower.batches`; `negatives` include the user's own kinds."""
     if not reads_times(settings, training):
         samples = dataclasses.replace(samples, sequence_times=None)
+    training = training.fitting(len(samples))
     rate = resampling_rate(samples.counts, settings.resampling_exponent)
     common: dict[str, Any] = {
         "batch_size": training.batch_size,

@@ -9,12 +9,10 @@ from typing import Any, Self
 import ibis
 import numpy as np
 
-from tfrs_pipeline.batches.single import check_one_batch
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
-from tfrs_pipeline.data.schema import DataError, count_rows
-from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import hold_to, is_whole, read_record, refuse_others, write_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
@@ -133,7 +131,6 @@ class TrainingSet:
         *,
         seed: int,
         hard: FunnelLosers | None = None,
-        min_positives: int = 1,
     ) -> Self:
         """Builds the samples of a training part in a folder, or reads those that are whole there.
 
@@ -142,18 +139,14 @@ class TrainingSet:
             folder: Where samples are kept.
             seed: Seed of the draw of hard pools.
             hard: Which losers of the funnel become hard negatives.
-            min_positives: Fewest positives.
 
         Raises:
             DataError: If there is no positive.
-            ValueError: If there are fewer than `min_positives`, or the folder holds samples of
-                another log, seed or `hard`, or other files.
+            ValueError: If the folder holds samples of another log, seed or `hard`, or other files.
         """
         folder = Path(folder)
         if (found := cls.read(log, folder, seed=seed, hard=hard)) is not None:
             return found
-        if num_positives := count_rows(log.events.filter(is_positive)):
-            check_one_batch(num_positives, min_positives)
         refuse_others(folder.glob("[!.]*"), folder / MADE_OF_FILE)
         folder.mkdir(parents=True, exist_ok=True)
         # Written first: without it, samples could be of any log.

@@ -81,6 +81,15 @@ def describe_data(
     return notes
 
 
+def describe_few(num_positives: int, batch_size: int) -> str:
+    """Says that a log fills no batch of the settings, and what to expect of its model."""
+    return (
+        f"{counted(num_positives, 'positive')} fill no batch of training.batch_size: batches of "
+        f"{batch_size}. So few say little of an item: expect a model near the baselines, and wide "
+        "intervals"
+    )
+
+
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:
     """Describes the last epoch: loss, validation, the best so far, time left for all epochs."""
     parts = [f"loss {so_far.history['loss'][-1]:.3f}"]

@@ -122,7 +122,7 @@ class TrainingSettings(Config):
     """How the model is fitted."""
 
     batch_size: int = Field(1024, ge=2)
-    """Positives in a batch."""
+    """Positives in a batch; a training part with fewer gets smaller batches, about eight."""
     examples: Literal["single", "sequences", "sets"] = "single"
     """Which positives are trained together: single, each by itself; sequences, a user's whole
     sequence in one pass (sequence-level training), for logs with an order; sets, a random half of a
@@ -159,10 +159,13 @@ class TrainingSettings(Config):
             message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
             yield "monitor", f"got {self.monitor!r}; {message}"
 
-    @property
-    def min_positives(self) -> int:
-        """Fewest positives that make a batch."""
-        return self.batch_size if self.examples == "single" else 1
+    def fitting(self, num_positives: int) -> "TrainingSettings":
+        """Returns settings with batches that a log's positives fill, some eight to an epoch."""
+        if self.examples != "single" or num_positives >= self.batch_size:
+            return self
+        # A power of two, which workers can share.
+        size = 2 ** max(1, (num_positives // 8).bit_length() - 1)
+        return self.model_copy(update={"batch_size": size})
 
 
 def reads_times(model: TwoTowerSettings, training: TrainingSettings) -> bool:

@@ -31,6 +31,7 @@ from tfrs_pipeline.model.notes import (
     OnProgress,
     OnSteps,
     describe_data,
+    describe_few,
     describe_sampled,
     writers,
 )
@@ -164,7 +165,7 @@ class TwoTower(TwoTowerSettings):
             TypeError: If an argument or an own tower has the wrong type.
             DataError: If there is no positive, no negative for anyone, or no loser for `hard`.
             ConfigError: If `warm_start` has another shape.
-            ValueError: If positives are too few for a batch, training diverges, several workers
+            ValueError: If there is one positive, training diverges, several workers
                 have no folder, the folder belongs to another or no training, an own layer was
                 trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
@@ -199,7 +200,6 @@ class TwoTower(TwoTowerSettings):
             folder / "samples",
             seed=self.seed,
             hard=self.hard if isinstance(self.hard, FunnelLosers) else None,
-            min_positives=self.training.min_positives,
         )
         told = {
             name: part.fingerprint() if hasattr(part, "fingerprint") else part
@@ -265,6 +265,8 @@ class TwoTower(TwoTowerSettings):
             )
             notes += [] if mining is None else mining.describe()
             notes += describe_data(data, batches, self)
+            if (size := batches.frame.batch_size) < self.training.batch_size:
+                notes.append(describe_few(len(data.samples), size))
         return FittedTwoTower(
             self.settings, self.training, corpus, network, encoder, result, notes, log
         )
@@ -332,7 +334,9 @@ class TwoTower(TwoTowerSettings):
         return {"query_tower": self.query_tower, "candidate_tower": self.candidate_tower}
 
     def _made_of(self, log: Log, samples: Samples) -> dict[str, Any]:
-        frame = SamplingFrame.of_counts(samples.counts, self.training.batch_size)
+        frame = SamplingFrame.of_counts(
+            samples.counts, self.training.fitting(len(samples)).batch_size
+        )
         later = samples.is_later  # According to the whole log, which may have grown since.
         later_items = None if later is None else hashlib.sha256(later.tobytes()).hexdigest()[:12]
         return {

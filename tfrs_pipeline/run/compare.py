@@ -123,7 +123,8 @@ def _measure(
 def _max_epochs(config: RunConfig, data: RunData) -> int:
     if config.compare.max_steps is None:
         return config.training.max_epochs
-    steps_per_epoch = max(1, round(len(data.selection.samples) / config.training.batch_size))
+    num = len(data.selection.samples)
+    steps_per_epoch = max(1, round(num / config.training.fitting(num).batch_size))
     return math.ceil(config.compare.max_steps / steps_per_epoch)
 
 

@@ -82,9 +82,10 @@ def data_steps(
 
     if hard is None and isinstance(config.model.hard, FunnelLosers):
         hard = config.model.hard
-    seed, least = config.seed, config.training.min_positives
-    build = functools.partial(TrainingSet.build, seed=seed, hard=hard, min_positives=least)
-    read = functools.partial(TrainingSet.read, seed=seed, hard=hard)
+    build, read = (
+        functools.partial(each, seed=config.seed, hard=hard)
+        for each in (TrainingSet.build, TrainingSet.read)
+    )
     make_all, read_all = (functools.partial(_samples, get, config, folder) for get in (build, read))
     samples = Step("samples", ("split",), "samples", make_all, read_all, "samples/")
     return [*log_steps(config, folder), samples]
