@@ -41,6 +41,8 @@ class Holdout:
         candidate_ids: [num_candidates] int64 or object (str): all items of the log, ascending.
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
         num_sampled_from: How many queries this sample was drawn from; None if it is not a sample.
+        exposure: [num_candidates] how readily the log showed each item, up to a factor; None if
+            unknown. See `tfrs_pipeline.evaluation.unbiased`.
         requests: Per query, the raw features, by name, of the request that brought the first
             target. None in a log without request features.
         history_times: Per query, the time of each item of `histories`, in whole seconds since 1970.
@@ -60,6 +62,7 @@ class Holdout:
     candidate_ids: np.ndarray
     candidate_counts: np.ndarray
     num_sampled_from: int | None = None
+    exposure: np.ndarray | None = None
     requests: list[dict[str, Any]] | None = None
     history_times: list[np.ndarray] | None = None
     times: np.ndarray | None = None
@@ -71,9 +74,11 @@ class Holdout:
             if name.endswith("_ids"):
                 values = as_id_array(values)
             else:
-                values = np.asarray(values) if name in ("candidate_counts", "times") else [*values]
+                is_array = name in ("candidate_counts", "exposure", "times")
+                values = np.asarray(values) if is_array else [*values]
             object.__setattr__(self, name, values)
-            of = "candidate_ids" if name.startswith("candidate") else "user_ids"
+            of_candidates = name.startswith("candidate") or name == "exposure"
+            of = "candidate_ids" if of_candidates else "user_ids"
             if len(values) != len(getattr(self, of)):
                 raise ValueError(
                     f"{name} must hold one entry for each of the {len(getattr(self, of))} {of}. "
@@ -195,7 +200,12 @@ def make_holdout(
         seconds = rows["_seconds"].to_numpy()
         history_times = [seconds[query.history] for query in queries]
         times = {"history_times": history_times, "times": seconds[first]}
-    candidate_ids, counts = _count_candidates(items, training)
+    positives = training.filter(is_positive)
+    candidate_ids, counts = _count_candidates(items, positives, count=positives.count())
+    shown = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
+    of_shown = {"events": shown.count(), "positives": is_positive(shown).sum()}
+    _, num_events, num_positives = _count_candidates(items, shown, **of_shown)
+    has_more = np.any(num_events > num_positives)
     requests = rows.select([*request_features]).take(first).to_pylist()
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
@@ -206,6 +216,7 @@ def make_holdout(
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
+        exposure=num_events.astype(float) if has_more else np.sqrt(num_positives),
         requests=requests if request_features else None,
         **times,
     ).sample(max_queries or len(queries), seed)
@@ -333,15 +344,17 @@ def _of_requests(events: _Events, ties: TieRule) -> Iterator[_Asked]:
         yield _Asked(targets[own], before, before[events.is_positive[before]])
 
 
-def _count_candidates(items: ibis.Table, training: ibis.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids of all items, ascending, and how many training positives each has."""
-    positives = training.filter(is_positive)
-    counts = positives.group_by("item_id").agg(count=positives.count())
+def _count_candidates(
+    items: ibis.Table, table: ibis.Table, **numbers: ir.Scalar
+) -> Iterator[np.ndarray]:
+    """Yields the ids of all items, ascending, and numbers that aggregate their rows."""
+    counts = table.group_by("item_id").agg(**numbers)
     candidates = (
         items.select("item_id")  # An item feature may be called count too.
         .left_join(counts, "item_id")
-        .select("item_id", count=lambda t: t["count"].fill_null(0))
+        .select("item_id", *numbers)
+        .fill_null(dict.fromkeys(numbers, 0))
         .order_by("item_id")
         .to_pyarrow()
     )
-    return candidates["item_id"].to_numpy(), candidates["count"].to_numpy()
+    return (candidates[name].to_numpy() for name in candidates.column_names)

@@ -25,6 +25,7 @@ def comparison_table(
     """Formats plans and numbers of their trainings, in as many columns as fit."""
     shortest, longest = evaluation.cutoffs[0], evaluation.cutoffs[-1]
     compared = [f"ndcg@{longest}", f"recall@{longest}"]
+    compared += [f"even_recall@{longest}"] if evaluation.first.num_even is not None else []
     columns = [*compared, f"tail/recall@{longest}", f"coverage@{shortest}"]
     columns += [f"average_popularity@{shortest}", *next(iter(trained.values()))]
     plans = {name: {**x.summary(), **trained[name]} for name, x in evaluation.results.items()}

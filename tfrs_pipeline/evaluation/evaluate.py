@@ -14,6 +14,7 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import find_hits, query_metrics, set_metrics
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, SliceResult
+from tfrs_pipeline.evaluation.unbiased import even_metrics
 from tfrs_pipeline.retrieval import Query, Retriever
 
 QUERIES_PER_CALL = 1024
@@ -285,6 +286,9 @@ def _measure(
         }
         for in_part, num in zip(parts, num_relevant, strict=True)
     ]
+    user_ids, exposure = np.asarray(truth.holdout.user_ids)[truth.places], truth.holdout.exposure
+    even, num_even = even_metrics(rows, is_hit, truth.relevant, user_ids, exposure, cutoffs)
+    per_query[0] |= even
     columns = np.stack([values for of_part in per_query for values in of_part.values()], axis=1)
     intervals = iter(bootstrap_intervals(columns, num_bootstrap=num_bootstrap, seed=seed))
     overall, *of_slices = (
@@ -304,7 +308,7 @@ def _measure(
     )
     num_unknown = int(truth.num_relevant.sum()) - len(relevant_rows)
     return EvaluationResult(
-        user_ids=np.asarray(truth.holdout.user_ids)[truth.places],
+        user_ids=user_ids,
         overall=overall,
         slices=dict(zip(slices, of_slices, strict=True)),
         exclude=truth.exclude,
@@ -314,4 +318,5 @@ def _measure(
         num_relevant_unclicked=num_unknown + int((counts[relevant_rows - 1] == 0).sum()),
         num_empty_histories=sum(not len(query.get("history", ())) for query in truth.queries),
         num_sampled_from=truth.holdout.num_sampled_from,
+        num_even=num_even,
     )

@@ -67,6 +67,8 @@ class EvaluationResult:
             stay in the denominator.
         num_empty_histories: Measured queries whose history is empty.
         num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
+        num_even: Relevant items that the metrics "even_recall@k" and "even_ndcg@k" rest on, as if
+            they had equal weights; None without these. See `tfrs_pipeline.evaluation.unbiased`.
     """
 
     user_ids: np.ndarray = field(repr=False)
@@ -79,6 +81,7 @@ class EvaluationResult:
     num_relevant_unclicked: int
     num_empty_histories: int
     num_sampled_from: int | None = None
+    num_even: int | None = None
 
     @property
     def per_query(self) -> Mapping[str, np.ndarray]:
@@ -122,6 +125,11 @@ class EvaluationResult:
         ):
             if number > 0.1 * total:
                 lines.append(f"{number:,} of {total:,} {of} have {what}")
+        if self.num_even is not None:
+            lines.append(
+                f"even_: as if the log had shown every item equally often; rests on "
+                f"{self.num_even:,} of {num_relevant:,} items to find, by their weights"
+            )
         return lines
 
     def summary(self) -> dict[str, Any]:
@@ -188,6 +196,7 @@ class Evaluation:
     def __repr__(self) -> str:
         shortest, longest = self.cutoffs[0], self.cutoffs[-1]
         columns = [f"ndcg@{longest}", f"recall@{shortest}", f"recall@{longest}"]
+        columns += [f"even_recall@{longest}"] if self.first.num_even is not None else []
         columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
         summary = self.summary()
         differences = {

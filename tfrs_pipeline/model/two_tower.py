@@ -379,6 +379,7 @@ def validation_metrics(
 ) -> dict[str, float]:
     """Measures a network's current weights: means by name, and the recall of the tail."""
     retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder.embed)
+    holdout = dataclasses.replace(holdout, exposure=None)  # Plain metrics alone are monitored.
     result = evaluate(retriever, holdout, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
     measured = result.first
     tail = measured.slices["tail"].intervals

@@ -1,0 +1,152 @@
+"""Metrics as if every item had been shown equally often: a slow loop, known propensities, limits."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.evaluation.baselines import MostPopular
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.metrics import find_hits
+from tfrs_pipeline.evaluation.unbiased import even_metrics, item_weights
+
+NUM_ITEMS = 8
+
+
+def even(
+    found: Any, relevant: list[list[int]], users: list[int], exposure: Any, *cutoffs: int
+) -> tuple[dict[str, np.ndarray], int | None]:
+    """Calls `even_metrics` with lists of candidates from 1."""
+    rows = np.array(found)
+    queries = np.repeat(np.arange(len(relevant)), [len(x) for x in relevant])
+    pairs = queries, np.array([item for x in relevant for item in x], int)
+    shown = np.array(exposure, float)
+    return even_metrics(rows, find_hits(rows, *pairs), pairs, np.array(users), shown, cutoffs)
+
+
+def slow(
+    found: list[list[int]], relevant: list[list[int]], users: list[int], exposure: list[int], k: int
+) -> tuple[float, float, float]:
+    """Recall, NDCG and the effective number, in plain Python, a user and an item at a time."""
+    wanted = [item for of_query in relevant for item in of_query]
+    raw = {item: 1 / max(exposure[item - 1], 1) for item in range(1, NUM_ITEMS + 1)}
+    limit = math.sqrt(len(wanted)) * sum(raw[item] for item in wanted) / len(wanted)
+    weight = {item: min(value, limit) for item, value in raw.items()}
+    recalls, gains, squares = [], [], 0.0
+    for user in sorted(set(users)):
+        own = [q for q, other in enumerate(users) if other == user and relevant[q]]
+        if not own:
+            continue
+        total = sum(weight[item] for q in own for item in relevant[q])
+        squares += sum((weight[item] / total) ** 2 for q in own for item in relevant[q])
+        recall = gain = 0.0
+        for q in own:
+            top = [item for item in found[q][:k] if item in relevant[q]]
+            recall += sum(weight[item] for item in top) / total
+            place = {item: p for p, item in enumerate(found[q][:k])}
+            dcg = sum(weight[item] / math.log2(2 + place[item]) for item in top)
+            best = sorted((weight[item] for item in relevant[q]), reverse=True)[:k]
+            ideal = sum(w / math.log2(2 + p) for p, w in enumerate(best))
+            gain += dcg / ideal * sum(weight[item] for item in relevant[q]) / total
+        recalls.append(recall)
+        gains.append(gain)
+    return sum(recalls) / len(recalls), sum(gains) / len(gains), len(recalls) ** 2 / squares
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Any:
+    num_queries = draw(st.integers(1, 6))
+    items = st.permutations(range(1, NUM_ITEMS + 1))
+    found = [draw(items) for _ in range(num_queries)]
+    some = st.lists(st.integers(1, NUM_ITEMS), unique=True, max_size=5)
+    relevant = [sorted(draw(some)) for _ in range(num_queries)]
+    users = sorted(draw(st.integers(0, 3)) for _ in range(num_queries))
+    exposure = draw(st.lists(st.integers(0, 900), min_size=NUM_ITEMS, max_size=NUM_ITEMS))
+    return found, relevant, users, exposure, draw(st.integers(1, NUM_ITEMS))
+
+
+@given(problems())
+def test_equals_a_slow_loop_over_users(problem: Any) -> None:
+    found, relevant, users, exposure, k = problem
+    values, num_even = even(found, relevant, users, exposure, k)
+    with_items = {user for user, x in zip(users, relevant, strict=True) if x}
+    if sum(map(len, relevant)) < max(1, 2 * len(with_items)):
+        assert (values, num_even) == ({}, None)
+        return
+    recall, ndcg, effective = slow(found, relevant, users, exposure, k)
+    np.testing.assert_allclose(np.nanmean(values[f"even_recall@{k}"]), recall, rtol=1e-9)
+    np.testing.assert_allclose(np.nanmean(values[f"even_ndcg@{k}"]), ndcg, rtol=1e-9)
+    assert num_even == round(effective)
+
+
+def test_equal_exposure_gives_the_plain_metric_and_counts_every_item() -> None:
+    found, relevant = [[1, 2, 3], [3, 1, 2]], [[1, 4], [2, 3]]
+    values, num_even = even(found, relevant, [0, 1], [50] * NUM_ITEMS, 1, 2)
+    np.testing.assert_allclose(values["even_recall@1"], [0.5, 0.5])
+    assert num_even == 4
+
+
+NUM_LIKED, NUM_USERS = 60, 2000
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_known_propensities_give_the_recall_of_all_that_users_like(is_known: bool) -> None:
+    # Users like 60 of 200 items. The log shows item i to a user with probability p(i), and the
+    # ranking finds the items that are shown most, so that what was clicked looks easier to find.
+    rng = np.random.default_rng(0)
+    p = np.linspace(0.9, 0.1, 200)
+    liked = np.argsort(rng.random((NUM_USERS, 200)), axis=1)[:, :NUM_LIKED]
+    clicked = [np.sort(1 + x[rng.random(NUM_LIKED) < p[x]]).tolist() for x in liked]
+    found = np.tile(np.arange(1, 101), (NUM_USERS, 1))
+    truth = np.mean(liked < 100, axis=1)
+    shown = 1e6 * (p if is_known else p[::-1])
+    values = even(found, clicked, list(range(NUM_USERS)), shown, 100)[0]["even_recall@100"]
+    plain = [np.mean(np.array(x) <= 100) for x in clicked]
+    error = values - truth
+    # Four standard errors, and the bias of a ratio, whose size is its variance: 1 / items of a user.
+    tolerance = 4 * error.std() / math.sqrt(NUM_USERS) + 0.5 / np.mean([len(x) for x in clicked])
+    assert tolerance < 0.03 < np.mean(plain) - truth.mean()
+    assert (abs(error.mean()) < tolerance) == is_known
+
+
+def test_no_weight_is_above_the_root_of_the_items_times_the_mean() -> None:
+    exposure = np.array([1.0, *[1e6] * 7])
+    wanted = np.array([0, *range(1, 8), *range(1, 8), 1])
+    weights = item_weights(exposure, wanted)
+    mean = (1 + 15e-6) / 16
+    assert weights[0] == pytest.approx(4 * mean)
+    np.testing.assert_array_equal(weights[1:], 1e-6)
+
+
+def test_a_heavy_item_of_each_user_leaves_one_effective_item_per_user() -> None:
+    relevant = [[1, 2, 3, 4, 5]] * 3
+    assert even([[1, 2]] * 3, relevant, [0, 1, 2], [1, *[10**9] * 7], 2)[1] == 3
+    assert even([[1, 2]] * 3, relevant, [0, 1, 2], [7] * 8, 2)[1] == 15
+
+
+@pytest.mark.parametrize("first", ["clicked", "retrieved"])
+def test_exposure_is_what_the_log_held_until_the_part_ends(first: str) -> None:
+    # Of each of two users, in order: a three times, then b, c, d and e.
+    items = [*"aaabcde"] * 2
+    stages = [first, *["clicked"] * 6] * 2
+    log = Log.from_table(
+        pa.table({"user_id": [1] * 7 + [2] * 7, "item_id": items, "stage": stages})
+    )
+    split = log.split("last_n", validation=2, test=1, min_positives=3)
+    for holdout, num_e in ((split.validation, 0), (split.test, 2)):
+        num_events = {"a": 6, "b": 2, "c": 2, "d": 2, "e": num_e}
+        # A log of clicks alone cannot tell what it showed.
+        power = 0.5 if first == "clicked" else 1.0
+        expected = [num_events[item] ** power for item in holdout.candidate_ids]
+        assert holdout.exposure is not None
+        np.testing.assert_allclose(holdout.exposure, expected)
+    model = MostPopular().fit(log)
+    assert evaluate(model, split.validation, cutoffs=(2,)).first.num_even == 4
+    # With one item to find per user there is nothing to weigh.
+    one_each = evaluate(model, split.test, cutoffs=(2,)).first
+    assert one_each.num_even is None and not any("even" in name for name in one_each.per_query)
