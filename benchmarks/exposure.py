@@ -2,13 +2,14 @@
 
 `even_recall@k` (tfrs_pipeline.evaluation.unbiased) and the plain recall@k are computed from a log's
 held-out clicks, and compared with a truth over models that rank differently: Spearman's rank
-correlation, and regret, the truth of the best model less that of the model that the metric chooses.
+correlation, and regret: the truth of the best model minus that of the model that is chosen.
 
-    funnel  the simulated funnel and plans of funnel.py, at three strengths of its favour for popular
-            items. The truth is recall@50 of the 50 items that a user would most probably click;
-            if the ranking excludes clicked items, of the best 50 of the others.
+    funnel  the simulated funnel and plans of funnel.py, at three strengths of its favour for
+            popular items. The truth is recall@50 of the 50 items that a user would most probably
+            click; if the ranking excludes clicked items, of the best 50 of the others.
     random  ratings of items that users chose, and of items drawn at random (Coat, Schnabel et al.
-            2016; Yahoo! R3, Marlin and Zemel 2009). Ratings of 4 and 5 are clicks, others exposures.
+            2016; Yahoo! R3, Marlin and Zemel 2009). Ratings of 4 and 5 are clicks, the others
+            exposures.
             Models are trained on four fifths of the chosen clicks and measured on the last fifth;
             the truth is recall@k of the clicks among the random items.
 
@@ -18,8 +19,8 @@ in a log of clicks alone), and the clicks.
     python benchmarks/exposure.py funnel --folder rankings --json exposure_funnel.json
     python benchmarks/exposure.py random --data coat user.txt random.txt --json exposure_random.json
 
-The folder keeps the rankings, so that a stopped study continues. The files of `random` have lines of
-user, item and rating, with commas.
+The folder keeps the rankings, so that a stopped study continues. The files of `random` have lines
+of user, item and rating, with commas.
 """
 
 from __future__ import annotations
@@ -173,7 +174,8 @@ def run_funnel(options: argparse.Namespace) -> dict[str, Any]:
             )
             by_liking = simulation.best_items(queries.user_ids, len(simulation.item_ids))
             for place, exclude in enumerate(("none", "clicked")):
-                out = queries.clicked if exclude == "clicked" else [[]] * len(queries)
+                nothing = [np.empty(0, np.int64)] * len(queries)
+                out = queries.clicked if exclude == "clicked" else nothing
                 best = [x[~np.isin(x, gone)][:K] for x, gone in zip(by_liking, out, strict=True)]
                 rows = []
                 for name, found in rankings.items():

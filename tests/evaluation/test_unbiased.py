@@ -1,4 +1,4 @@
-"""Metrics as if every item had been shown equally often: a slow loop, known propensities, limits."""
+"""Metrics as if all items had been shown equally often: a slow loop, known exposure, limits."""
 
 import math
 from typing import Any
@@ -108,7 +108,7 @@ def test_known_propensities_give_the_recall_of_all_that_users_like(is_known: boo
     values = even(found, clicked, list(range(NUM_USERS)), shown, 100)[0]["even_recall@100"]
     plain = [np.mean(np.array(x) <= 100) for x in clicked]
     error = values - truth
-    # Four standard errors, and the bias of a ratio, whose size is its variance: 1 / items of a user.
+    # Four standard errors, and the bias of a ratio: of the order of 1 / items of a user.
     tolerance = 4 * error.std() / math.sqrt(NUM_USERS) + 0.5 / np.mean([len(x) for x in clicked])
     assert tolerance < 0.03 < np.mean(plain) - truth.mean()
     assert (abs(error.mean()) < tolerance) == is_known
@@ -149,4 +149,5 @@ def test_exposure_is_what_the_log_held_until_the_part_ends(first: str) -> None:
     assert evaluate(model, split.validation, cutoffs=(2,)).first.num_even == 4
     # With one item to find per user there is nothing to weigh.
     one_each = evaluate(model, split.test, cutoffs=(2,)).first
-    assert one_each.num_even is None and not any("even" in name for name in one_each.per_query)
+    assert one_each.num_even is None
+    assert not any("even" in name for name in one_each.per_query)

@@ -5,8 +5,8 @@ item to find is weighted by one over how readily the log showed it, p(i), and th
 are normalised to sum to 1: self-normalised inverse propensity scores (Yang et al. 2018, "Unbiased
 offline recommender evaluation for missing-not-at-random implicit feedback").
 
-    p(i) ~ events of i at any stage, up to the end of the part, in a log that has more than positives
-    p(i) ~ sqrt(positives of i) in a log of positives alone
+    p(i) ~ events of i at any stage, up to the end of the part; in a log of positives alone,
+           the square root of their number
     w(i) = min(1 / p(i), sqrt(n) * mean of 1 / p over the n items to find)
     even_recall@k = mean over users u of: sum of w over u's items found in the top k / W(u)
     even_ndcg@k   = the same for NDCG with gains w; W(u): sum of w over all items that u is to find
