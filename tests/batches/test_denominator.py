@@ -5,7 +5,6 @@ estimated denominator is the exact one, within what that many draws allow.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,21 +153,3 @@ def test_one_probability_for_all_columns_is_far_off() -> None:
     samples, sums = denominators(batches, 50)
     expected = np.array([exact(i, 0.0, np.ones(NUM_CANDIDATES + 1)) for i in range(NUM_SAMPLES)])
     assert abs((sums / expected[samples]).mean() - 1) > 0.2
-
-
-def test_own_kinds_are_checked() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Wrong(Shelf):
-        count: Sequence[float] = ()
-
-        def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-            return np.array(self.count)
-
-    for count, message in (
-        ([0, 1.0], r"each of 41 candidate rows. Received: shape \(2,\)"),
-        ([1.0] * 41, "with 0 at row 0"),
-        ([0.0, np.nan] + [1.0] * 39, "finite"),
-        ([0.0, -1.0] + [1.0] * 39, "0 or more.*-1.0 to 1.0"),
-    ):
-        with pytest.raises(ValueError, match=f"Wrong.*{message}"):
-            make_batches(negatives=[Wrong(3, count)])

@@ -90,12 +90,15 @@ def test_they_are_added_to_every_table_of_items(data: TrainingSet, is_shared: bo
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_stopped_trainings_and_warm_starts_go_on(data: TrainingSet, tmp_path: Path) -> None:
-    whole = tiny(item_init="svd").fit_samples(data, max_epochs=2)
-    tiny(item_init="svd").fit_samples(data, max_epochs=1, folder=tmp_path)
-    resumed = tiny(item_init="svd").fit_samples(data, max_epochs=2, folder=tmp_path)
+    """With the shift of what is popular at the end, too, which is not trained."""
+    settings = {"item_init": "svd", "correction": "recent", "candidate_bias": True}
+    plan = tiny(**settings)
+    whole = plan.fit_samples(data, max_epochs=2)
+    plan.fit_samples(data, max_epochs=1, folder=tmp_path)
+    resumed = plan.fit_samples(data, max_epochs=2, folder=tmp_path)
     assert resumed.result.resumed_after == 1
     assert_same(weights_of(whole.network), weights_of(resumed.network))
-    warm = tiny(item_init="svd", training=STILL).fit_samples(data, warm_start=whole)
+    warm = tiny(**settings, training=STILL).fit_samples(data, warm_start=whole)
     for before, after in zip(tables(whole.network), tables(warm.network), strict=True):
         np.testing.assert_allclose(after, before, atol=1e-6)
 

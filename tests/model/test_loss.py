@@ -140,25 +140,35 @@ def test_log_q_is_not_clipped() -> None:
     assert loss(-80.0) - loss(-40.0) == pytest.approx(40 * W, rel=1e-5)
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_a_column_that_no_kind_draws_does_not_count(by_row: bool) -> None:
-    """As if it were masked, whether log_q is the columns' or differs by row."""
-    log_q = LOG_Q if by_row else LOG_Q[0]
+@pytest.mark.parametrize("log_q", [LOG_Q, LOG_Q[0]], ids=["by row", "by column"])
+def test_what_no_kind_draws_does_not_count(log_q: np.ndarray) -> None:
+    """As if it were masked: a shared column, and each row's own hard negatives."""
     is_drawn = np.arange(C) != 3
-    never_drawn = np.where(is_drawn, log_q, -np.inf).astype(np.float32)
+    assert MASK[:, 3].any()
+    never, never_hard = (
+        np.where(there, given, -np.inf).astype(np.float32)
+        for there, given in ((is_drawn, log_q), (HARD_MASK, HARD_LOG_Q))
+    )
 
-    def loss(log_q: np.ndarray, mask: np.ndarray) -> Any:
-        options = {"negative_embeddings": COLUMNS, "log_q": log_q, "score_mask": mask}
-        return lambda queries, positives: HybridRetrieval(0.5)(
-            queries, positives, compute_metrics=False, **options
+    def loss(**options: Any) -> Any:
+        return lambda queries, positives, hard: HybridRetrieval(0.5)(
+            queries,
+            positives,
+            negative_embeddings=COLUMNS,
+            hard_embeddings=hard,
+            compute_metrics=False,
+            **options,
         )
 
-    arrays = QUERIES, POSITIVES[:W]
-    got = value_and_gradients(loss(never_drawn, MASK), *arrays)
-    expected = value_and_gradients(loss(log_q, MASK & is_drawn), *arrays)
-    assert MASK[:, 3].any()
-    for ours, masked in zip(got, expected, strict=True):
-        np.testing.assert_allclose(ours, masked, rtol=1e-6)
+    arrays = QUERIES, POSITIVES[:W], HARD
+    got = loss(score_mask=MASK, log_q=never, hard_log_q=never_hard)
+    masked = loss(
+        score_mask=MASK & is_drawn, log_q=log_q, hard_log_q=HARD_LOG_Q, hard_mask=HARD_MASK
+    )
+    for ours, expected in zip(
+        value_and_gradients(got, *arrays), value_and_gradients(masked, *arrays), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1e4, 0.0), (-1e4, 2e4)])
@@ -296,18 +306,3 @@ def test_what_would_be_broadcast_or_reshaped_is_refused(name: str, form: Any) ->
     error = ValueError if len(given.shape) == 1 else tf.errors.InvalidArgumentError
     with pytest.raises(error, match=rf"{name} must be"):
         loss.get_concrete_function(unknown)(given)
-
-
-def test_a_hard_negative_of_infinite_log_q_does_not_count() -> None:
-    never_drawn = np.where(HARD_MASK, HARD_LOG_Q, -np.inf).astype(np.float32)
-
-    def loss(**hard: Any) -> Any:
-        options = {"negative_embeddings": COLUMNS, "score_mask": MASK, **hard}
-        return lambda queries, own: HybridRetrieval(0.5)(
-            queries, POSITIVES[:W], hard_embeddings=own, **options
-        )
-
-    got = value_and_gradients(loss(hard_log_q=never_drawn), QUERIES, HARD)
-    masked = loss(hard_log_q=HARD_LOG_Q, hard_mask=HARD_MASK)
-    for ours, expected in zip(got, value_and_gradients(masked, QUERIES, HARD), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-6)

@@ -178,8 +178,8 @@ def test_refusals_of_counts() -> None:
 class Own:
     """An own kind that draws what it is told."""
 
-    def __init__(self, drawn: Any, *counts: float) -> None:
-        self.drawn, self.counts = drawn, np.array([0.0, *counts])
+    def __init__(self, drawn: Any, *counts: float, first: float = 0.0) -> None:
+        self.drawn, self.counts = drawn, np.array([first, *counts])
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return tf.convert_to_tensor(self.drawn)
@@ -203,6 +203,21 @@ def test_an_own_kind_that_draws_the_unexpected_is_refused(drawn: Any, message: s
     frame = frame_of([0, 3, 1, 0], 4)
     with pytest.raises(ValueError, match=rf"Own .*draw .*{message}"):
         Mixture([InBatch(), Own(drawn, 1, 1, 0)], frame)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((0, 1), r"each of 3 candidate rows. Received: shape \(2,\)"),
+        ((1, 1, 1), "with 0 at row 0"),
+        ((0, np.nan, 1), "finite"),
+        ((0, -1, 1), "0 or more.*-1.0 to 1.0"),
+    ],
+)
+def test_an_own_kind_that_expects_the_impossible_is_refused(counts: Any, message: str) -> None:
+    first, *others = counts
+    with pytest.raises(ValueError, match=f"Own.*{message}"):
+        Mixture([Own([1], *others, first=first)], frame_of([0, 3, 1], 4))
 
 
 def test_a_mixture_may_be_made_in_a_graph() -> None:

@@ -56,12 +56,15 @@ def test_each_item_has_its_own_vector(exported: Exported, tmp_path: Path, ids: s
     assert dims == (8,)
 
 
-def test_items_of_the_service_are_written_too(int_folder: Path, tmp_path: Path) -> None:
+def test_the_command_writes_items_of_the_service_too(
+    int_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(int_folder, tmp_path / "films")
     model = load(tmp_path / "films")
     model.upsert([{"item_id": 5, "genres": ["a"], "title": "New"}])
     model.remove([3])
     assert cli.main(["vectors", str(tmp_path / "films"), str(tmp_path / "films.parquet")]) == 0
+    assert "60 items of version 1, 8 dimensions, inner product" in capsys.readouterr().out
     rows = {row["item_id"]: row for row in pq.read_table(tmp_path / "films.parquet").to_pylist()}
     assert len(rows) == 60
     assert rows.keys() == set(model.candidate_ids()) == {5, *(7 * n + 3 for n in range(1, 60))}
@@ -133,12 +136,3 @@ def test_what_cannot_be_written_is_told_before_tensorflow_is_imported(tmp_path: 
     assert json.loads(done.stdout) == [[code for *_, code in REFUSED], False]
     for line, (*_, message, _code) in zip(done.stderr.splitlines(), REFUSED, strict=True):
         assert message in line
-
-
-def test_the_command_writes_the_file_and_says_what_is_in_it(
-    int_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "films.parquet"
-    assert cli.main(["vectors", str(int_folder), str(path)]) == 0
-    assert "60 items of version 1, 8 dimensions, inner product" in capsys.readouterr().out
-    assert pq.read_table(path)["item_id"].to_pylist() == [7 * n + 3 for n in range(60)]

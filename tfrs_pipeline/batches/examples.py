@@ -16,10 +16,7 @@ SAMPLES_PER_BLOCK = 1 << 20
 class Use(IntEnum):
     """The uses of a seed; their draws are independent of each other."""
 
-    ORDER = 0
-    DROPOUT = 1
-    HARD = 2
-    SHARED = 3
+    ORDER, DROPOUT, HARD, SHARED = range(4)
 
 
 def seed_of(seed: int, use: Use, key: tf.Tensor) -> tf.Tensor:

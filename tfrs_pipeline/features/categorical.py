@@ -110,13 +110,9 @@ class Categorical(Category, Vocabulary):
 
 @dataclass(frozen=True)
 class Hashed(Category):
-    """A value's bucket by its hash (FarmHash), the same in every process.
+    """A value's bucket by its hash (FarmHash), the same in every process."""
 
-    Args:
-        num_buckets: Number of buckets, a power of two.
-    """
-
-    num_buckets: int
+    num_buckets: int  # A power of two.
 
     kind: ClassVar[str] = "hashed"
 

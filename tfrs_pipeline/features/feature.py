@@ -49,14 +49,12 @@ class Feature(ABC):
     array into what the layer embeds. Training and exported models run the same encoding.
 
     A new kind is a frozen dataclass that implements the abstract methods, and an entry in `KINDS`.
-
-    Args:
-        name: Column name.
-        is_from_timestamp: Whether it is the hour or the weekday of the request's timestamp.
     """
 
     name: str
+    """Name of the column."""
     is_from_timestamp: bool = field(default=False, kw_only=True)
+    """Whether it is the hour or the weekday of the request's timestamp."""
 
     kind: ClassVar[str]
     """Name of the kind in settings."""
@@ -85,15 +83,10 @@ class Feature(ABC):
     @classmethod
     @abstractmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Learns the encoding of a column.
+        """Learns the encoding of a column, one entry per row, where None or NaN is missing.
 
-        Args:
-            name: Column name.
-            column: One entry per row; None or NaN is missing.
-            reference: The time from which ages count back, such as the end of the log.
-
-        Raises:
-            ValueError: If an entry does not fit the kind.
+        Ages count back from `reference`, such as the end of the log. Raises a `ValueError` if an
+        entry does not fit the kind.
         """
 
     def to_raw(self, column: Column) -> np.ndarray:

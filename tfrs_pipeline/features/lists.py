@@ -34,14 +34,10 @@ _UNSPACED = (
 
 @dataclass(frozen=True)
 class ValueLists(Vocabulary):
-    """A feature with any number of values per row; only the first known ones count.
-
-    Args:
-        num_values: Number of known values that count.
-    """
+    """A feature with any number of values per row; only the first known ones count."""
 
     num_values: int = 1
-
+    """Number of known values that count."""
     min_count: ClassVar[int] = 1
     """Values in fewer rows are unknown."""
     max_values: ClassVar[int]

@@ -49,10 +49,6 @@ class Numeric(Number):
     It is clipped to 10 deviations on either side, so that an absurd value does not dominate a
     tower. Keras's `Normalization` computes in float32, too coarse for counts above 16 million, and
     raises deviations below 1e-7 to 1e-7.
-
-    Args:
-        mean: Mean of the column.
-        scale: Standard deviation of the column.
     """
 
     mean: float = 0.0
@@ -74,13 +70,9 @@ class Numeric(Number):
 
 @dataclass(frozen=True)
 class Bucketized(Number):
-    """A number's bucket between quantiles of the column, in float64.
+    """A number's bucket between quantiles of the column, in float64."""
 
-    Args:
-        boundaries: Lowest value of each bucket but the first, ascending.
-    """
-
-    boundaries: tuple[float, ...] = ()
+    boundaries: tuple[float, ...] = ()  # Lowest value of each bucket but the first, ascending.
 
     kind: ClassVar[str] = "bucketized"
 

@@ -24,16 +24,11 @@ class Timestamp(Feature):
 
     The age is log(1 + days before `reference`), standardised: the logarithm separates recent
     moments. Later moments count as 0 days.
-
-    Args:
-        mean: Mean of the column's ages.
-        scale: Their standard deviation.
-        reference: Time from which ages count back, in seconds since 1970.
     """
 
-    mean: float = 0.0
+    mean: float = 0.0  # Of the column's ages.
     scale: float = 1.0
-    reference: float = 0.0
+    reference: float = 0.0  # In seconds since 1970.
 
     kind: ClassVar[str] = "timestamp"
     names_elsewhere = ("time", "date", "datetime")

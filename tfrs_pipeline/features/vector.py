@@ -21,14 +21,10 @@ class Vector(Feature):
 
     Directions are kept, and the layer is a trained linear map. Numbers are clipped to 10 typical
     lengths.
-
-    Args:
-        num_values: Length of the lists.
-        scale: Root mean square of the vectors' lengths.
     """
 
     num_values: int
-    scale: float = 1.0
+    scale: float = 1.0  # Root mean square of the vectors' lengths.
 
     kind: ClassVar[str] = "vector"
     names_elsewhere = ("embedding", "floats")

@@ -134,11 +134,7 @@ class TrainingSet:
     ) -> Self:
         """Builds the samples of a training part in a folder, or reads those that are whole there.
 
-        Args:
-            log: The training part.
-            folder: Where samples are kept.
-            seed: Seed of the draw of hard pools.
-            hard: Which losers of the funnel become hard negatives.
+        The seed draws the hard pools from the losers of the funnel that `hard` asks for.
 
         Raises:
             DataError: If there is no positive.

@@ -29,18 +29,14 @@ Validate = Callable[[], dict[str, float]]
 class TrainingResult:
     """What `train` did.
 
-    Args:
-        history: One value an epoch, by logged name.
-        best_epoch: The epoch, from 1, whose weights were kept.
-        seconds: Wall time from the end of the first step on, with validation and the earlier parts
-            of a resumed training. The first step would include TensorFlow's start.
-        resumed_after: Epochs that an earlier process had done.
+    `seconds` are the wall time from the end of the first step on, which would include TensorFlow's
+    start; with validation, and with the earlier parts of a resumed training.
     """
 
-    history: dict[str, list[float]]
-    best_epoch: int
+    history: dict[str, list[float]]  # One value an epoch, by logged name.
+    best_epoch: int  # The epoch, from 1, whose weights were kept.
     seconds: float
-    resumed_after: int = 0
+    resumed_after: int = 0  # Epochs that an earlier process had done.
 
     @property
     def num_epochs(self) -> int:

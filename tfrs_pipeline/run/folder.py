@@ -41,14 +41,9 @@ _MAX_DIFFERENCES = 10
 class RunFolder:
     """The folder of a run or of a comparison, and what lies in it.
 
-    Attributes:
-        path: The folder.
-        config_file: The settings, with their hash.
-        metrics_file: The record of a finished run.
-        data: The log and its split.
-        split: The events with their parts.
-        race: The curves of a race, and its trainings until it is decided.
-        race_file: The record of a decided race, with the settings that were asked for.
+    `config_file` has the settings with their hash, `metrics_file` is the record of a finished run.
+    `race` has the curves of a race, and its trainings until it is decided; `race_file` is the
+    record of a decided one, with the settings that were asked for.
     """
 
     def __init__(self, path: Path) -> None:

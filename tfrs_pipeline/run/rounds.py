@@ -24,18 +24,14 @@ STILL_TO_GAIN = 2.0
 class Curve:
     """The curve of one recipe.
 
-    Attributes:
-        name: Name of the recipe.
-        seconds: CPU seconds of its epochs up to the end of each. Building the network, which each
-            turn repeats, does not count.
-        values: Validation metric after each epoch.
-        has_ended: Whether the training has ended by itself: by its patience, or all epochs done.
+    `seconds` are the CPU seconds of its epochs up to the end of each; building the network, which
+    each turn repeats, does not count.
     """
 
     name: str
     seconds: tuple[float, ...] = ()
-    values: tuple[float, ...] = ()
-    has_ended: bool = False
+    values: tuple[float, ...] = ()  # The validation metric after each epoch.
+    has_ended: bool = False  # By itself: by its patience, or all epochs done.
 
     @property
     def spent(self) -> float:
@@ -55,13 +51,10 @@ class Curve:
     def after(
         self, values: Sequence[float], durations: Sequence[float], has_ended: bool
     ) -> "Curve":
-        """Returns the curve after a turn.
+        """Returns the curve after a turn: the values of all epochs, the earlier turns' included.
 
-        Args:
-            values: Those of all epochs, the earlier turns' included.
-            durations: CPU seconds of the turn's epochs. The first includes building the network,
-                so the median of the other epochs replaces it.
-            has_ended: Whether the training has ended by itself.
+        `durations` are the CPU seconds of the turn's epochs. The first includes building the
+        network, so the median of the other epochs replaces it.
         """
         known = [b - a for a, b in itertools.pairwise((0.0, *self.seconds))]
         usual = [*known, *durations[1:]] or durations[:1]
@@ -108,14 +101,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Standing:
-    """A race after some turns.
+    """A race after some turns."""
 
-    Attributes:
-        turn: Which recipe trains next; None if the race is decided.
-        dropped: Recipe -> its CPU seconds when it was dropped, and how far it was behind.
-    """
-
-    turn: Turn | None
+    turn: Turn | None  # None if the race is decided.
+    # Recipe -> its CPU seconds when it was dropped, and how far it was behind.
     dropped: dict[str, tuple[float, float]]
 
 
@@ -123,11 +112,8 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
     """Says which recipe trains next, and which are dropped.
 
     Each round doubles the CPU seconds that a recipe has in total. After a round, a recipe stays if
-    it leads, or if what it can still reach is as good as the leader's best by then.
-
-    Args:
-        curves: The recipes, in the order in which they train.
-        budget: CPU seconds of all recipes together, after which the leader wins.
+    it leads, or if what it can still reach is as good as the leader's best by then. The leader wins
+    after the `budget`, CPU seconds of all recipes together. Recipes train in the order of `curves`.
     """
     left = math.inf if budget is None else budget - sum(curve.spent for curve in curves)
     number, racing, dropped = 1, list(curves), dict[str, tuple[float, float]]()

@@ -16,14 +16,9 @@ from tfrs_pipeline.messages import SILENT, Progress, StepReport
 class Step:
     """One step of a run, a comparison or a refresh.
 
-    Attributes:
-        name: Name for the user.
-        reads: Names of the artifacts that the step needs.
-        writes: Name of the artifact that it makes.
-        make: Makes the artifact. It is called with the runner and what the step reads, in order.
-        read: Reads the artifact back, called in the same way; returns None if it is incomplete. If
-            `read` is None, the artifact lives in memory and is made each time.
-        place: Where the artifact is stored; empty if in memory.
+    `make` makes an artifact. It is called with the runner and the artifacts that the step reads, in
+    order. `read` is called in the same way and reads the artifact back; it returns None if that is
+    incomplete. Without `read`, the artifact lives in memory and is made each time.
     """
 
     name: str
@@ -31,22 +26,16 @@ class Step:
     writes: str
     make: Callable[..., Any]
     read: Callable[..., Any] | None = None
-    place: str = ""
+    place: str = ""  # Where the artifact is stored; empty if in memory.
 
 
 class Runner:
-    """Runs steps, and shows each as it begins and ends.
-
-    Attributes:
-        progress: Told about the steps and long tasks.
-        artifacts: What the steps have made or read back, by name.
-        reports: What each step did; the last one belongs to the current step.
-    """
+    """Runs steps, and shows each as it begins and ends."""
 
     def __init__(self, progress: Progress = SILENT) -> None:
         self.progress = progress
-        self.artifacts: dict[str, Any] = {}
-        self.reports: list[StepReport] = []
+        self.artifacts: dict[str, Any] = {}  # What the steps have made or read back, by name.
+        self.reports: list[StepReport] = []  # The last one belongs to the current step.
 
     def run(self, steps: Sequence[Step]) -> Any:
         """Runs steps in order; returns the artifact of the last one."""

@@ -31,16 +31,12 @@ _LEAST_CHANGES, _LEAST_CHANGED_SHARE = 2_000, 0.3
 
 
 class Candidates:
-    """Candidates by id, their vectors, and the searches over them.
+    """Candidates by id, [n], their vectors, [n, D] float32, and the searches over them.
 
-    Args:
-        ids: [n] ids.
-        vectors: [n, D] float32, in their order.
-        searcher: An index of the vectors; None searches exactly.
-        levels: How widely to search the index, by ascending depth. Deeper requests are answered
-            exactly.
-        values: The values that requests may choose by, if there is a filter.
-        codes: [n, P] int32, each candidate's codes of `values`, padded with 0.
+    `searcher` is an index of the vectors; without one, searches are exact. `levels` say how widely
+    to search it, by ascending depth; deeper requests are answered exactly. If there is a filter,
+    requests choose by `values`, and `codes`, [n, P] int32, are those of each candidate, padded with
+    0.
     """
 
     def __init__(
@@ -121,14 +117,10 @@ class Candidates:
         *,
         exact: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the k best candidates of [B, D] float32 queries; if exact, of equal ones the first.
+        """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
-        Args:
-            queries: Finite.
-            k: 1 or more.
-            excluded: Ids never to return, for each query.
-            allowed: Values of which a candidate must have one, for each query; none allows all.
-            exact: Whether to score every candidate.
+        Each query has `excluded` ids, never to return, and `allowed` values, of which a candidate
+        must have one; none allows all. Exact search returns the first of equal candidates.
 
         Returns:
             ids [B, k], best first, the empty id in empty slots; scores [B, k] float32, -inf there.
@@ -166,7 +158,7 @@ class Candidates:
         pending = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
         for i, line in enumerate(lines):
             best, best_scores = found[i], found_scores[i]
-            if not is_whole or asked.is_limited(line):
+            if not is_whole or asked.excluded[line] is not None or asked.chosen[line] is not None:
                 is_open = self._open(asked, line, best)
                 best, best_scores = best[is_open], best_scores[is_open]
             if len(pending):
@@ -239,14 +231,8 @@ class Candidates:
     ) -> int:
         """Adds or replaces candidates, and removes others, in one change for all later searches.
 
-        Args:
-            ids: [n] distinct ids.
-            vectors: [n, D] float32.
-            column: [n] values of the filter, if there is one.
-            removed: Ids to remove; unknown ones are ignored.
-
-        Returns:
-            How many of `removed` were candidates.
+        Ids are distinct; `vectors` are [n, D] float32, and `column` has the [n] values of a filter.
+        Returns how many of `removed` were candidates; unknown ids are ignored.
         """
         with self._lock:
             view, num = self._view, len(ids)
@@ -322,10 +308,6 @@ class _Asked:
     k: int
     excluded: Sequence[np.ndarray | None]
     chosen: Sequence[Chosen | None]
-
-    def is_limited(self, line: int) -> bool:
-        """Whether a query excludes anything or allows only some candidates."""
-        return self.excluded[line] is not None or self.chosen[line] is not None
 
     @property
     def num_excluded(self) -> np.ndarray:

@@ -42,15 +42,10 @@ _Embed: TypeAlias = Callable[
 class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
-    Args:
-        candidates: Those of the version. What the journal says is done to them here.
-        journal: The journal of the model.
-        items_read: Seconds since 1970 at which the items of the version were read. What was written
-            before does not count for an item that the version has itself.
-        features: The item features that the model reads.
-        filter_by: The column that requests may filter by, or None.
-        num_leaves: Number of partitions of the index; 0 for exact search.
-        embed: Embeds ids with columns of raw features: vectors [n, D], is_known_item [n].
+    What the journal says is done to the candidates first. At `items_read`, in seconds since 1970,
+    the version's items were read: what was written before does not count for an item that the
+    version has itself. `embed` embeds ids with columns of raw `features`: vectors [n, D],
+    is_known_item [n]. An index has `num_leaves` partitions; 0 is exact search.
     """
 
     def __init__(
@@ -260,18 +255,15 @@ class LiveItems:
         return plain
 
     def _checked_id(self, id_: Any) -> Any:
-        is_fine = not isinstance(id_, bool | np.bool_ | None.__class__)
-        if is_fine:
+        is_id = not isinstance(id_, bool | np.bool_ | None)
+        if is_id:
             check_ids([[id_]], are_text=self._own.are_text)
-        if self._own.are_text and is_fine:
             id_ = _plain("An id", id_)
-        if not is_fine or id_ == self._own.empty_id or id_ in NO_ID:
+        if not is_id or id_ == self._own.empty_id or id_ in NO_ID:
             raise ValueError(f"An item needs an id. Received: {id_!r}")
-        if self._own.are_text:
-            return id_
-        if not -(2**63) <= id_ < 2**63:
+        if isinstance(id_, int) and not -(2**63) <= id_ < 2**63:
             raise ValueError(f"An id must be an int64. Received: {id_!r}")
-        return int(id_)
+        return id_
 
     @staticmethod
     def _refuse_repeated(ids: Sequence[Any]) -> None:

@@ -20,14 +20,9 @@ from tfrs_pipeline.serving.signatures import Retrieval
 class LoadedTowers:
     """The towers of a version on disk.
 
-    Attributes:
-        folder: The version's folder.
-        manifest: The content of `manifest.json`.
-        saved_model: What `tf.saved_model.load` returned for the module with exact search.
-        user_dtype: Type of the user ids, int64 or string.
-        item_dtype: Type of the item ids.
-        features: The fitted features that the model reads, by side: "query" (the user's), "request"
-            or "candidate".
+    `saved_model` is what `tf.saved_model.load` returned for the module with exact search;
+    `user_dtype` and `item_dtype` are the types of the ids, int64 or string. `features` are the
+    fitted ones that the model reads, by side: "query" (the user's), "request" or "candidate".
     """
 
     def __init__(self, folder: Path) -> None:

@@ -23,7 +23,6 @@ from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.loaded_towers import LoadedTowers, as_ids, id_lists_of
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import Retrieval, ask
-from tfrs_pipeline.serving.similar import find_similar
 
 
 def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "LoadedRetriever":
@@ -41,6 +40,10 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
         Damaged: If a file has changed since the export.
     """
     return LoadedRetriever(publish.version_at(path), exact=exact, live=live)
+
+
+class UnknownItem(ValueError):
+    """The item of a request for similar ones is not among a model's candidates."""
 
 
 class LoadedRetriever(LoadedTowers):
@@ -177,8 +180,7 @@ class LoadedRetriever(LoadedTowers):
         retrieval.check_asked([{}] * len(item_ids), k, exclude, ids_are_text=is_text)
         if allowed is not None:
             self._check_allowed(allowed, len(item_ids))
-        limits = k, exclude, allowed
-        return find_similar(self.candidates, item_ids, *limits, has_bias=self._has_bias)
+        return self._similar(item_ids, k, exclude, allowed)
 
     def upsert(self, items: Sequence[Item]) -> int:
         """Adds items, or replaces those with the same ids, for all later queries.
@@ -287,14 +289,36 @@ class LoadedRetriever(LoadedTowers):
         exclude, allowed = (None if x is None else id_lists_of(x) for x in lists)
         limits = int(inputs["k"]), exclude, allowed
         if asked.asks_by == "item":
-            of_items = self.candidates, as_ids(inputs["item_id"].tolist()), *limits
-            ids, scores = find_similar(*of_items, has_bias=self._has_bias, exact=exact)
+            item_ids = as_ids(inputs["item_id"].tolist())
+            ids, scores = self._similar(item_ids, *limits, exact=exact)
             return {"candidate_ids": ids, "scores": scores}
         function = self.saved_model.signatures[asked.embed_name]
         embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
         ids, scores = self._searched(embedded, *limits, exact=exact)
         is_known_user = embedded["is_known_user"]
         return {"candidate_ids": ids, "scores": scores, "is_known_user": is_known_user}
+
+    def _similar(
+        self,
+        item_ids: Sequence[Any],
+        k: int,
+        exclude: retrieval.Excluded,
+        allowed: Sequence[Collection[str]] | None,
+        *,
+        exact: bool = False,
+    ) -> retrieval.Retrieved:
+        try:
+            vectors = self.candidates.vectors_of(item_ids)  # A copy.
+        except KeyError as error:
+            raise UnknownItem(
+                f"Item {error.args[0]!r} is not among the {len(self.candidates):,} items that the "
+                "model retrieves. A new one comes in by `upsert` or `tfrs-pipeline refresh-index`."
+            ) from None
+        if self._has_bias:
+            vectors[:, -1] = 1  # As of a query: the item's own bias does not count.
+        others: Sequence[Collection[Any]] = [()] * len(item_ids) if exclude is None else exclude
+        excluded = [[id_, *ids] for id_, ids in zip(item_ids, others, strict=True)]
+        return self.candidates.search(vectors, k, excluded, allowed, exact=exact)
 
     def _searched(
         self,

@@ -115,7 +115,7 @@ class RetrievalModule(tf.Module):
         return answer
 
     def _item_queries(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Makes queries of items as `find_similar` does."""
+        """Makes queries of items as `LoadedRetriever.similar` does."""
         rows = graph.lookup(self._candidate_rows, item_id)
         unknown = tf.boolean_mask(item_id, rows == 0)
         check = tf.debugging.Assert(

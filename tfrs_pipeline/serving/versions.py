@@ -22,11 +22,10 @@ from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs, bad_request
-from tfrs_pipeline.serving.retriever import load, search_line
+from tfrs_pipeline.serving.retriever import UnknownItem, load, search_line
 from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import RETRIEVALS, Retrieval, ask, completed
-from tfrs_pipeline.serving.similar import UnknownItem
 
 logger = logging.getLogger(__name__)
 

@@ -65,36 +65,22 @@ _EVENT_SCHEMA = pa.schema(
 class FunnelOptions:
     """How the simulated funnel works. The defaults are round numbers, not fitted to anything.
 
-    A `ValueError` if a number is out of range, not finite, or a count is not an integer.
-
-    Args:
-        num_retrieved: Items of the corpus that retrieval takes for a request.
-        num_pre_ranked: Items that pre-rank keeps.
-        num_ranked: Items that rank keeps, and logs with rank and score.
-        num_exposed: Items that are shown, the first ones: one screen.
-        popularity_weight: Weight of popularity in retrieval. 1: Zipf's law, blurred by noise.
-        click_bias: Logit of a click on an item of mean popularity at right angles to the user's
-            taste. -4: 1.8%.
-        retrieval_noise: Standard deviation of retrieval's error, in logits, 0 or more.
-        pre_rank_noise: The same for pre-rank.
-        rank_noise: The same for rank.
-        position_bias: How attention falls with the place, 0 or more. 0.5: the fourth place is
-            looked at half as often as the first.
-        device_weight: Weight of the device in the taste, 0 or more; the user's is 4. At 0 requests
-            have no device.
+    The formulas above say what the weights, noises and biases do; each stage keeps its `num_...`
+    best items. A `ValueError` if a number is out of range, not finite, or a count is not an
+    integer.
     """
 
     num_retrieved: int = 100
     num_pre_ranked: int = 40
-    num_ranked: int = 20
-    num_exposed: int = 10
-    popularity_weight: float = 1.0
-    click_bias: float = -4.0
-    retrieval_noise: float = 2.0
+    num_ranked: int = 20  # These are logged with rank and score.
+    num_exposed: int = 10  # One screen.
+    popularity_weight: float = 1.0  # In retrieval.
+    click_bias: float = -4.0  # 1.8% for mean popularity at right angles to the user's taste.
+    retrieval_noise: float = 2.0  # Standard deviations of errors, in logits.
     pre_rank_noise: float = 1.0
     rank_noise: float = 0.5
-    position_bias: float = 0.5
-    device_weight: float = 0.0
+    position_bias: float = 0.5  # The fourth place is looked at half as often as the first.
+    device_weight: float = 0.0  # At 0, requests have no device.
 
     def __post_init__(self) -> None:
         kept = ("num_exposed", "num_ranked", "num_pre_ranked", "num_retrieved")
