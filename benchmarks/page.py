@@ -4,6 +4,7 @@ Needs chromium (Debian: apt-get install chromium). The browser is headless, has 
 driven through a pipe, and is given no other address than the server's.
 
     python benchmarks/page.py --screenshots DIR
+    python benchmarks/page.py --report runs/NAME/report.html    # Takes the README's picture.
 
 Exits with an error if the page shows something wrong, writes to the console, or calls any other
 address than its server's.
@@ -24,6 +25,7 @@ from typing import Any, Self
 
 from serving import build_export, served
 
+PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "report.png"
 SIZES = {"wide": (1200, 900), "narrow": (380, 900)}
 FLAGS = (
     "--headless=new",
@@ -120,9 +122,10 @@ class Browser:
         self.command("Input.dispatchKeyEvent", type="keyDown", **key, **text)
         self.command("Input.dispatchKeyEvent", type="keyUp", **key)
 
-    def screenshot(self, path: Path) -> None:
-        """Takes a picture of the whole page."""
-        shot = self.command("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, path: Path, **clip: float) -> None:
+        """Takes a picture of the whole page, or of a part of it."""
+        part = {"clip": {**clip, "scale": 1}} if clip else {}
+        shot = self.command("Page.captureScreenshot", captureBeyondViewport=True, **part)
         path.write_bytes(base64.b64decode(shot["data"]))
 
 
@@ -184,6 +187,15 @@ def try_page(browser: Browser, address: str, shots: Path, name: str) -> None:
     assert wide <= 0, f"{name}: {wide} pixels too wide"
 
 
+def picture(report: Path) -> None:
+    """Takes a picture of the two verdicts at the top of a run's report."""
+    with Browser(False, (1000, 800)) as browser:
+        browser.command("Page.navigate", url=report.absolute().as_uri())
+        browser.until("document.querySelectorAll('.card').length > 2")
+        bottom = "document.querySelectorAll('.card')[1].getBoundingClientRect().bottom"
+        browser.screenshot(PICTURE, x=0, y=0, width=1000, height=browser.run(bottom) + 16)
+
+
 def check_events(events: list[dict[str, Any]], address: str) -> None:
     """Checks that nothing was asked elsewhere, and that only refused queries were logged."""
     of = {
@@ -206,8 +218,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="A ScaNN model made by benchmarks/serving.py.")
+    parser.add_argument("--report", type=Path, help="A run's report, for the picture alone.")
     parser.add_argument("--screenshots", type=Path, default=Path("screenshots"), metavar="DIR")
     options = parser.parse_args()
+    if options.report:
+        return picture(options.report)
     options.screenshots.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if options.model is None:

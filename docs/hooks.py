@@ -13,7 +13,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+# Files that pages link to.
+LINKED = [*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("notebooks/*.ipynb")]
 # Page of the site -> the file of the repository that it shows.
 SHOWN = {
     "index.md": "README.md",
@@ -25,7 +26,7 @@ SHOWN = {
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the files outside the folder that are pages, or that pages link to."""
     shown = {name: ROOT / source for name, source in SHOWN.items()}
-    for name, path in {**shown, **{str(p.relative_to(ROOT)): p for p in RESULTS}}.items():
+    for name, path in {**shown, **{str(p.relative_to(ROOT)): p for p in sorted(LINKED)}}.items():
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 

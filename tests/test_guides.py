@@ -28,6 +28,7 @@ START = "docs/start/ten_minutes.md"
 # Those that read the files and the model of the first page.
 NAMES = (
     "clicks recipes logq negatives exposed events funnel seen similar new_items request debugging"
+    " vectors tracking"
 )
 GUIDES = [START, *(f"docs/guides/{name}.md" for name in (*NAMES.split(), "pieces"))]
 # The requests of the first are made below, of the README's model; the next are scripts for cron

@@ -42,7 +42,7 @@ def intervals_figure(
         axes.margins(x=0.18)
         axes.locator_params(axis="x", nbins=6 // len(panels))
         axes.grid(axis="x", color=drawing.GRID)
-    all_axes[0].set_yticks(range(len(names)), [x.replace("_uncorr", "\nuncorr") for x in names])
+    all_axes[0].set_yticks(range(len(names)), [x.replace("_uncorr", "_\nuncorr") for x in names])
     all_axes[0].set_ylim(len(names) - 0.5, -0.6)
     for text in all_axes[0].get_yticklabels():
         text.set(color=drawing.INK, weight="bold" if text.get_text() == names[0] else "normal")
