@@ -24,7 +24,7 @@ import numpy as np
 
 PREFIX = "even_"
 # With fewer items to find per user, weights within users change little.
-_MIN_ITEMS_PER_USER = 2
+_MIN_ITEMS_PER_USER = 1.5
 
 
 def item_weights(exposure: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -54,7 +54,7 @@ def even_metrics(
         relevant: [num_pairs] query numbers, ascending, and candidates, from 1.
         user_ids: [num_queries].
         exposure: [num_candidates] p, up to a factor; None if unknown: nothing is computed then, nor
-            for users with fewer than two items to find on average.
+            for users with fewer than 1.5 items to find on average.
         cutoffs: Values of k.
     """
     queries, wanted = relevant
