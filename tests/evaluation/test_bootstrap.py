@@ -70,3 +70,21 @@ def test_the_interval_holds_within_the_values(values: Any) -> None:
         assert min(finite) - slack <= interval.low <= interval.high <= max(finite) + slack
     else:
         assert interval.as_dict() == {"mean": next(iter(finite), None), "low": None, "high": None}
+
+
+def test_queries_of_one_user_are_drawn_together() -> None:
+    """Copies of a user's query say no more than one; users of one query each are queries."""
+    rng = np.random.default_rng(0)
+    values, users = rng.random((50, 2)), rng.permutation(50)
+    once = bootstrap_intervals(values)
+    assert bootstrap_intervals(values, users=users) == once
+    copied = np.repeat(np.arange(50), 10)
+    (first, _), (again, _) = once, bootstrap_intervals(values[copied], users=copied)
+    assert (again.mean, again.low, again.high) == pytest.approx(
+        (first.mean, first.low, first.high), abs=1e-12
+    )
+    # As queries of their own they would seem to say more.
+    (apart, _) = bootstrap_intervals(values[copied])
+    assert apart.high - apart.low < 0.5 * (again.high - again.low)
+    # A single user has no spread, whatever the number of queries.
+    assert np.isnan(bootstrap_intervals(values, users=np.zeros(50))[0].low)

@@ -43,6 +43,9 @@ class Holdout:
         num_sampled_from: How many queries this sample was drawn from; None if it is not a sample.
         exposure: [num_candidates] how readily the log showed each item, up to a factor; None if
             unknown. See `tfrs_pipeline.evaluation.unbiased`.
+        by: How the queries were made; see `Split.holdout`.
+        tied: Per query, bool for each of `relevant`: whether it was clicked at the time of another
+            positive of its user. None if that is not known.
         requests: Per query, the raw features, by name, of the request that brought the first
             target. None in a log without request features.
         history_times: Per query, the time of each item of `histories`, in whole seconds since 1970.
@@ -63,13 +66,15 @@ class Holdout:
     candidate_counts: np.ndarray
     num_sampled_from: int | None = None
     exposure: np.ndarray | None = None
+    by: AskedBy = "users"
+    tied: list[np.ndarray] | None = None
     requests: list[dict[str, Any]] | None = None
     history_times: list[np.ndarray] | None = None
     times: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, values in [*vars(self).items()]:
-            if values is None or name == "num_sampled_from":
+            if values is None or name in ("num_sampled_from", "by"):
                 continue
             if name.endswith("_ids"):
                 values = as_id_array(values)
@@ -97,6 +102,11 @@ class Holdout:
         for values in (self.user_ids, *self.relevant):
             digest.update(f"{np.asarray(values).tolist()}".encode())
         return digest.hexdigest()[:12]
+
+    def asks_like(self, other: "Holdout", exclude: Exclude) -> bool:
+        """Returns whether both ask the same, with the same histories and exclusions."""
+        mine, others = ([*x.histories, *(x.excluded(exclude) or ())] for x in (self, other))
+        return self.fingerprint() == other.fingerprint() and all(map(np.array_equal, mine, others))
 
     def sample(self, num_queries: int, seed: int = 0) -> "Holdout":
         """Draws at most `num_queries` queries at random, without replacement.
@@ -192,9 +202,9 @@ def make_holdout(
             f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
     events = _Events.of(rows)
-    queries = [*(_of_users(events) if by == "users" else _of_requests(events, ties))]
+    queries = [*(_of_users(events) if by == "users" else _of_requests(events, ties, by))]
     first = np.array([query.targets[0] for query in queries])
-    ids, is_positive_row = events.item_ids, events.is_positive
+    ids, is_positive_row, is_tied = events.item_ids, events.is_positive, events.is_tied()
     times: dict[str, Any] = {}
     if "timestamp" in split.columns:
         seconds = rows["_seconds"].to_numpy()
@@ -211,12 +221,14 @@ def make_holdout(
         user_ids=rows["user_id"].to_numpy()[first],
         histories=[ids[query.history] for query in queries],
         relevant=[np.unique(ids[query.targets]) for query in queries],
+        tied=[_any_by_id(ids[q.targets], is_tied[q.targets]) for q in queries],
         clicked=[np.unique(ids[q.before[is_positive_row[q.before]]]) for q in queries],
         seen=[np.unique(ids[query.before]) for query in queries],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
         exposure=num_events.astype(float) if has_more else np.sqrt(num_positives),
+        by=by,
         requests=requests if request_features else None,
         **times,
     ).sample(max_queries or len(queries), seed)
@@ -252,7 +264,7 @@ def _read_events(
     """Reads the targets, and the events that a query may know, by user and in order."""
     is_target = (split["part"] == part) & is_positive(split)
     was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
-    before = (*_PARTS_BEFORE[part], *([part] if by == "requests" else []))
+    before = (*_PARTS_BEFORE[part], *([] if by == "users" else [part]))
     known = {"_is_positive": is_positive(split), "_is_target": is_target}
     time = split["event_number"]
     if "timestamp" in split.columns:
@@ -301,6 +313,19 @@ class _Events:
             pairs("_start", "_first"),
         )
 
+    def is_tied(self) -> np.ndarray:
+        """Marks the events at the time of two positives or more of their user: [num_events]."""
+        times = self.moments[:, 0]
+        is_new = (self.users[1:] != self.users[:-1]) | (times[1:] != times[:-1])
+        moment = np.cumsum(np.append(False, is_new))
+        return np.bincount(moment, self.is_positive)[moment] > 1
+
+
+def _any_by_id(ids: np.ndarray, is_true: np.ndarray) -> np.ndarray:
+    """Returns for each distinct id, ascending, whether any of its values is true."""
+    distinct, places = np.unique(ids, return_inverse=True)
+    return np.bincount(places, is_true, len(distinct)) > 0
+
 
 class _Asked(NamedTuple):
     """A query, as places of events: its targets, what was shown before it, and its history."""
@@ -321,8 +346,11 @@ def _of_users(events: _Events) -> Iterator[_Asked]:
         yield _Asked(targets, before, before[events.is_positive[before] & ~is_own])
 
 
-def _of_requests(events: _Events, ties: TieRule) -> Iterator[_Asked]:
-    """Yields a query for each request with targets, and what was shown before it."""
+def _of_requests(events: _Events, ties: TieRule, by: AskedBy) -> Iterator[_Asked]:
+    """Yields a query for each request with targets, and what was shown before it.
+
+    By "first_request" or "last_request", only for that of the user's first or last target.
+    """
     targets = np.flatnonzero(events.is_target)
     # Events and queries on one timeline; a query comes before events at the same place.
     moments = np.concatenate([events.starts[targets], events.moments])
@@ -338,7 +366,11 @@ def _of_requests(events: _Events, ties: TieRule) -> Iterator[_Asked]:
     keys = np.stack([events.users[targets], num_before[: len(targets)], requests])
     order = np.lexsort([targets, *keys[::-1]])
     is_next = np.any(np.diff(keys[:, order], axis=1), axis=0)
+    is_change = np.diff(events.users[targets]) > 0
+    is_first, is_last = np.append(True, is_change), np.append(is_change, True)
     for own in np.split(order, np.flatnonzero(is_next) + 1):
+        if not {"first_request": is_first[own[0]], "last_request": is_last[own[-1]]}.get(by, True):
+            continue
         start = np.searchsorted(events.users, events.users[targets[own[0]]])
         before = np.arange(start, num_before[own[0]])
         yield _Asked(targets[own], before, before[events.is_positive[before]])

@@ -78,7 +78,9 @@ class Split(Generic[LogT]):
         By "users", each user with a positive in the part has one query for all of these positives,
         with the history before the part. By "requests", each request with a positive in the part
         (without a request_id, each positive) has a query for its positives, with the history up to
-        it, as in service. Rankings exclude what was clicked, or seen, before the query.
+        it, as in service; "first_request" and "last_request" take one of these per user, that of
+        the user's first or last positive in the part. Rankings exclude what was clicked, or seen,
+        before the query.
 
         `trained_on` is the log with the training positives, which define head, torso and tail, and
         which items are new. None is all that may train a model for the part: `train` for
@@ -87,7 +89,7 @@ class Split(Generic[LogT]):
         Only the drawn users' events leave the engine. Raises a `DataError` without a positive, and
         by requests in a log without an order.
         """
-        if by == "requests" and self.log.order == "none":
+        if by != "users" and self.log.order == "none":
             raise DataError(
                 "Queries by requests need an order: the log does not say what came before a "
                 "request. Use by='users', or give the log timestamps or an order."

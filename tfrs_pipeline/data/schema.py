@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import ibis
 
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
-AskedBy: TypeAlias = Literal["users", "requests"]
+AskedBy: TypeAlias = Literal["users", "requests", "first_request", "last_request"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 UnknownItems: TypeAlias = Literal["keep", "drop", "error"]
 Duplicates: TypeAlias = Literal["keep", "drop", "error"]

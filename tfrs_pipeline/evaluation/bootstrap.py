@@ -39,12 +39,17 @@ class Interval:
 
 
 def bootstrap_intervals(
-    values: np.ndarray, *, num_bootstrap: int = 1000, seed: int = 0
+    values: np.ndarray,
+    *,
+    users: np.ndarray | None = None,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
 ) -> list[Interval]:
     """Computes the mean of each column of per-query values, with a 95% percentile interval.
 
     Whole queries are drawn with replacement, the same for every column, so columns stay paired. For
-    the interval of a difference, pass a column of differences.
+    the interval of a difference, pass a column of differences. If `users`, [num_queries], holds a
+    user twice, whole users are drawn with all their queries, which are alike.
 
     Values are [num_queries, num_columns]; a mean skips NaN. The same seed and number of queries
     give the same resamples. Without resamples, low and high are NaN.
@@ -54,15 +59,27 @@ def bootstrap_intervals(
     # Each resample divides by its own number of measured queries.
     both = np.concatenate([filled, is_measured.astype(np.float64)], axis=1)
     means = _divide(both.sum(axis=0)[None])[0]
+    if users is not None:
+        both = _sums_by_user(both, users)
     resampled = _divide(_resampled_sums(both, num_bootstrap, np.random.default_rng(seed)))
     intervals = []
     for column, mean in enumerate(means):
         # A single value has no spread.
-        draws = resampled[:, column] if is_measured[:, column].sum() > 1 else np.empty(0)
+        num_measured = np.count_nonzero(both[:, len(means) + column])
+        draws = resampled[:, column] if num_measured > 1 else np.empty(0)
         draws = draws[~np.isnan(draws)]
         low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
         intervals.append(Interval(float(mean), float(low), float(high)))
     return intervals
+
+
+def _sums_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Sums the rows of each user; returns the values unchanged if each has one."""
+    places, num = np.unique(users, return_inverse=True, return_counts=True)[1:]
+    if len(num) == len(users):
+        return values
+    starts = np.cumsum(num) - num
+    return np.add.reduceat(values[np.argsort(places, kind="stable")], starts, axis=0)
 
 
 def _resampled_sums(values: np.ndarray, num_bootstrap: int, rng: np.random.Generator) -> np.ndarray:

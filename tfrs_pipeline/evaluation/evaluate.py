@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -127,8 +127,9 @@ class Truth:
     """The queries of a holdout that can be measured, and their relevant items.
 
     `places` are the places of the measured queries in the holdout. Pairs leave out candidates
-    outside the corpus, but `num_relevant`, [num_queries], counts them. `num_excluded` counts the
-    relevant items that were excluded, over all queries.
+    outside the corpus, but `num_relevant`, [num_queries], counts them. `tied` and `num_tied` are
+    those of the items that `Holdout.tied` marks. `num_excluded` counts the relevant items that were
+    excluded, over all queries.
     """
 
     holdout: Holdout
@@ -139,6 +140,8 @@ class Truth:
     excluded_pairs: Pairs
     relevant: Pairs
     num_relevant: np.ndarray
+    tied: Pairs
+    num_tied: np.ndarray
     num_excluded: int
 
     @cached_property
@@ -169,9 +172,13 @@ class Truth:
         query = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
         stride = rows.max(initial=0) + 1
         is_relevant = query < num_queries
-        relevant = np.unique(query[is_relevant] * stride + rows[is_relevant])
+        found = query[is_relevant] * stride + rows[is_relevant]
+        relevant = np.unique(found)
         excluded_keys = np.unique((query[~is_relevant] - num_queries) * stride + rows[~is_relevant])
         left = np.setdiff1d(relevant, excluded_keys, assume_unique=True)
+        flags = [np.asarray(x, bool) for x in holdout.tied or () if len(x)]
+        is_tied = np.concatenate(flags) if flags else np.zeros(len(found), bool)
+        tied = np.intersect1d(left, found[is_tied])
 
         num_relevant = np.bincount(left // stride, minlength=num_queries)
         measured = np.flatnonzero(num_relevant)
@@ -199,6 +206,8 @@ class Truth:
             excluded_pairs=pairs(excluded_keys),
             relevant=pairs(left),
             num_relevant=num_relevant[measured],
+            tied=pairs(tied),
+            num_tied=np.bincount(tied // stride, minlength=num_queries)[measured],
             num_excluded=num_excluded,
         )
 
@@ -267,56 +276,80 @@ def _described(ids: np.ndarray, scores: np.ndarray) -> str:
 def _measure(
     rows: np.ndarray, truth: Truth, cutoffs: Sequence[int], num_bootstrap: int, seed: int
 ) -> EvaluationResult:
-    """Measures the ranking `rows`, [num_queries, k], over the whole corpus and in each slice."""
+    """Measures the ranking `rows`, [num_queries, k], over the whole corpus and in each part."""
     counts = truth.holdout.candidate_counts
-    slices = popularity_slices(counts)
-    parts = [np.ones(len(truth.items), bool), *slices.values()]
-    relevant_queries, relevant_rows = truth.relevant
-    is_hit = find_hits(rows, *truth.relevant)
-    # [num_parts, num_queries]; relevant items outside the corpus count only overall.
-    num_relevant = [truth.num_relevant]
-    for in_part in slices.values():
-        of_part = relevant_queries[in_part[relevant_rows - 1]]
-        num_relevant.append(np.bincount(of_part, minlength=len(rows)))
+    parts = {part.name: part for part in _parts(rows, truth)}
     per_query = [
         {
             f"{metric}@{k}": values
             for k in cutoffs
-            for metric, values in query_metrics(is_hit & in_part[rows - 1], num, k).items()
+            for metric, values in query_metrics(part.is_hit, part.num_relevant, k).items()
         }
-        for in_part, num in zip(parts, num_relevant, strict=True)
+        for part in parts.values()
     ]
     user_ids, exposure = np.asarray(truth.holdout.user_ids)[truth.places], truth.holdout.exposure
+    is_hit = parts["all"].is_hit
     even, num_even = even_metrics(rows, is_hit, truth.relevant, user_ids, exposure, cutoffs)
     per_query[0] |= even
     columns = np.stack([values for of_part in per_query for values in of_part.values()], axis=1)
-    intervals = iter(bootstrap_intervals(columns, num_bootstrap=num_bootstrap, seed=seed))
-    overall, *of_slices = (
-        SliceResult(
+    found = bootstrap_intervals(columns, users=user_ids, num_bootstrap=num_bootstrap, seed=seed)
+    intervals = iter(found)
+    results = {
+        part.name: SliceResult(
             per_query=values,
             intervals={name: next(intervals) for name in values},
             set_metrics={
                 f"{metric}@{k}": value
                 for k in cutoffs
-                for metric, value in set_metrics(rows, counts, in_part, k).items()
+                if part.candidates is not None
+                for metric, value in set_metrics(rows, counts, part.candidates, k).items()
             },
-            num_candidates=int(in_part.sum()),
-            num_queries=int(np.count_nonzero(num)),
-            num_relevant=int(num.sum()),
+            num_candidates=len(counts) if part.candidates is None else int(part.candidates.sum()),
+            num_queries=int(np.count_nonzero(part.num_relevant)),
+            num_relevant=int(part.num_relevant.sum()),
         )
-        for values, in_part, num in zip(per_query, parts, num_relevant, strict=True)
-    )
-    num_unknown = int(truth.num_relevant.sum()) - len(relevant_rows)
+        for values, part in zip(per_query, parts.values(), strict=True)
+    }
+    num_unknown = int(truth.num_relevant.sum()) - len(truth.relevant[1])
     return EvaluationResult(
         user_ids=user_ids,
-        overall=overall,
-        slices=dict(zip(slices, of_slices, strict=True)),
+        overall=results.pop("all"),
+        ties={name: results.pop(name) for name in ("tied", "untied") if name in results},
+        slices=results,
+        by=truth.holdout.by,
         exclude=truth.exclude,
         num_skipped=len(truth.holdout) - len(rows),
         num_relevant_excluded=truth.num_excluded,
         num_relevant_unknown=num_unknown,
-        num_relevant_unclicked=num_unknown + int((counts[relevant_rows - 1] == 0).sum()),
+        num_relevant_unclicked=num_unknown + int((counts[truth.relevant[1] - 1] == 0).sum()),
         num_empty_histories=sum(not len(query.get("history", ())) for query in truth.queries),
         num_sampled_from=truth.holdout.num_sampled_from,
         num_even=num_even,
     )
+
+
+class _Part(NamedTuple):
+    """Some of the relevant items: their hits, [num_queries, k], and numbers, [num_queries].
+
+    `candidates`, [num_candidates] bool, is None if they are not those of a part of the corpus.
+    """
+
+    name: str
+    candidates: np.ndarray | None
+    is_hit: np.ndarray
+    num_relevant: np.ndarray
+
+
+def _parts(rows: np.ndarray, truth: Truth) -> Iterator[_Part]:
+    """Yields all relevant items, those in each slice, and, if there are any, the tied ones."""
+    queries, relevant_rows = truth.relevant
+    is_hit = find_hits(rows, *truth.relevant)
+    yield _Part("all", np.ones(len(truth.items), bool), is_hit, truth.num_relevant)
+    for name, is_in in popularity_slices(truth.holdout.candidate_counts).items():
+        # Relevant items outside the corpus are in no slice.
+        num = np.bincount(queries[is_in[relevant_rows - 1]], minlength=len(rows))
+        yield _Part(name, is_in, is_hit & is_in[rows - 1], num)
+    if truth.num_tied.any():
+        is_tied = find_hits(rows, *truth.tied)
+        yield _Part("tied", None, is_tied, truth.num_tied)
+        yield _Part("untied", None, is_hit & ~is_tied, truth.num_relevant - truth.num_tied)

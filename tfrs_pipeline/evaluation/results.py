@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
 from tfrs_pipeline.evaluation.table import format_table
 from tfrs_pipeline.messages import counted
@@ -57,6 +57,9 @@ class EvaluationResult:
         user_ids: [num_queries] users of the measured queries; per-query arrays have this order.
         overall: The whole corpus.
         slices: Name -> each part of the candidates.
+        ties: "tied", the relevant items clicked at the time of another positive of their user, and
+            "untied", the others; empty if none is tied. Both have the ranking of the whole corpus.
+        by: How the queries were made; see `Split.holdout`.
         exclude: What was excluded from a user's ranking; see `Holdout.excluded`.
         num_skipped: Queries with nothing relevant left, which are not measured.
         num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking; not counted
@@ -74,6 +77,8 @@ class EvaluationResult:
     user_ids: np.ndarray = field(repr=False)
     overall: SliceResult
     slices: Mapping[str, SliceResult] = field(repr=False)
+    ties: Mapping[str, SliceResult] = field(repr=False)
+    by: AskedBy
     exclude: Exclude
     num_skipped: int
     num_relevant_excluded: int
@@ -90,26 +95,25 @@ class EvaluationResult:
 
     @property
     def per_query_and_slice(self) -> Mapping[str, np.ndarray]:
-        """Returns `per_query` and the recalls of each slice, as "tail/recall@20"."""
+        """Returns `per_query` and the recalls of slices and ties, as "tail/recall@20"."""
         of_slices = {
             f"{part}/{name}": values
-            for part, result in self.slices.items()
+            for part, result in (*self.slices.items(), *self.ties.items())
             for name, values in result.per_query.items()
             if name.startswith("recall@")
         }
         return {**self.per_query, **of_slices}
 
     def describe(self) -> list[str]:
-        """Describes, in lines for a person, what was left out or is hard to find.
+        """Describes, in lines for a person, what was left out, is hard to find or is tied.
 
-        Empty histories and relevant items without a training positive are mentioned above a tenth.
+        The last two, and empty histories, are mentioned above a tenth.
         """
         num_measured = len(self.user_ids)
         lines = []
         if self.num_sampled_from is not None:
-            lines.append(
-                f"measured on {num_measured:,} of {self.num_sampled_from:,} users, sampled"
-            )
+            of = "requests" if self.by == "requests" else "users"
+            lines.append(f"measured on {num_measured:,} of {self.num_sampled_from:,} {of}, sampled")
         if self.num_skipped:
             of = counted(num_measured + self.num_skipped, "query")
             lines.append(f"{self.num_skipped:,} of {of} skipped, with nothing to find")
@@ -119,9 +123,11 @@ class EvaluationResult:
                 f"excludes what its user had {self.exclude} before (exclude)"
             )
         num_relevant = self.overall.num_relevant
+        num_tied = self.ties["tied"].num_relevant if self.ties else 0
         for number, total, of, what in (
             (self.num_empty_histories, num_measured, "queries", "an empty history"),
             (self.num_relevant_unclicked, num_relevant, "items to find", "no positive in training"),
+            (num_tied, num_relevant, "items to find", "the time of another click of their user"),
         ):
             if number > 0.1 * total:
                 lines.append(f"{number:,} of {total:,} {of} have {what}")
@@ -139,6 +145,7 @@ class EvaluationResult:
             **self.overall.summary(),
             **{name: getattr(self, name) for name in names},
             "slices": {name: part.summary() for name, part in self.slices.items()},
+            "ties": {name: part.summary() for name, part in self.ties.items()},
         }
 
 
@@ -177,7 +184,8 @@ class Evaluation:
             return {}
         gaps = np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1)
         # One bootstrap for all, since one for each would take most of an evaluation's time.
-        intervals = bootstrap_intervals(gaps, num_bootstrap=self.num_bootstrap, seed=self.seed)
+        drawn = {"num_bootstrap": self.num_bootstrap, "seed": self.seed}
+        intervals = bootstrap_intervals(gaps, users=self.first.user_ids, **drawn)
         found: dict[str, dict[str, Interval]] = {name: {} for name in others}
         for (name, metric), interval in zip(keys, intervals, strict=True):
             found[name][metric] = interval

@@ -148,8 +148,8 @@ class TrainingSettings(Config):
     """Most queries that validation ranks after each epoch; sampled if there are more."""
     validate_by: AskedBy | None = None
     """Queries of a run's validation: users, one per user, with the history before the validation
-    part; or requests, one per request, with the history up to it, as in service. If not given,
-    requests in a split by time, else users."""
+    part; requests, one per request, with the history up to it, as in service; or each user's
+    first_request or last_request alone. If not given, requests in a split by time, else users."""
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs; never on held-out users."""

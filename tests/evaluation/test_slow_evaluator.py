@@ -1,0 +1,335 @@
+"""Evaluation from the rows of a log to its numbers, against loops over users in plain Python.
+
+The loops use neither NumPy nor the package: they read the rows, ask as the protocol says, rank all
+items and count. They know only which rule for equal times the log took and, for "random", the
+order that it drew.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.small_log import column
+from tfrs_pipeline.data.engines import connect
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.schema import AskedBy, Exclude, Ties
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.results import EvaluationResult
+from tfrs_pipeline.retrieval import Query
+
+CONNECTION = connect()
+BEFORE = {"validation": ["train"], "test": ["train", "validation"]}
+PARTS = ("all", "head", "torso", "tail", "tied", "untied")
+QUERY_METRICS, SET_METRICS = (
+    ["recall", "hit_rate", "ndcg", "mrr"],
+    ["coverage", "average_popularity", "gini"],
+)
+Score = Callable[[list[int], int], int]
+
+
+class Row(NamedTuple):
+    user: int
+    item: int
+    day: int
+    is_click: bool
+    request: int | None
+    part: str
+    number: int  # Place in the order of events at the same time.
+
+
+class Asked(NamedTuple):
+    user: int
+    history: list[int]
+    wanted: set[int]
+    tied: set[int]
+    clicked: set[int]
+    seen: set[int]
+
+
+def in_time(row: Row) -> tuple[int, int]:
+    return row.day, row.number
+
+
+def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[Asked]:
+    """Asks once for each user, or for each request, the first or the last."""
+    for user in sorted({row.user for row in rows}):
+        own = sorted((row for row in rows if row.user == user), key=in_time)
+        own = [row for row in own if row.part in [*BEFORE[part], part]]
+        targets = [row for row in own if row.part == part and row.is_click]
+        if not targets:
+            continue
+        days = [row.day for row in own if row.is_click]
+        tied = [row for row in targets if days.count(row.day) > 1]
+        if by == "users":
+            before = [row for row in own if row.part != part]
+            first = targets[0].request
+            known = [row for row in before if first is None or row.request != first]
+            yield asked(user, known, before, targets, tied)
+            continue
+        groups: list[list[Row]] = []
+        for target in targets:
+            same = [x for x in groups if x[0].request == target.request is not None]
+            if same:
+                same[0].append(target)
+            else:
+                groups.append([target])
+        if by == "first_request":
+            groups = [group for group in groups if targets[0] in group]
+        if by == "last_request":
+            groups = [group for group in groups if targets[-1] in group]
+        for group in groups:
+            page = [x for x in rows if x.user == user and x.request == group[0].request is not None]
+            start = min([*group, *page], key=in_time)
+            before = [
+                row
+                for row in own
+                if row.day < start.day
+                or (rule != "drop" and row.day == start.day and row.number < start.number)
+            ]
+            yield asked(user, before, before, group, [row for row in tied if row in group])
+
+
+def asked(
+    user: int, known: list[Row], before: list[Row], to_find: list[Row], tied: list[Row]
+) -> Asked:
+    return Asked(
+        user,
+        [row.item for row in known if row.is_click],
+        {row.item for row in to_find},
+        {row.item for row in tied},
+        {row.item for row in before if row.is_click},
+        {row.item for row in before},
+    )
+
+
+def best(score: Score, history: list[int], items: Collection[int], k: int) -> list[int]:
+    return sorted(items, key=lambda item: (-score(history, item), item))[:k]
+
+
+def slices_of(counts: dict[int, int]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {"head": set(), "torso": set(), "tail": set()}
+    held, total = 0, sum(counts.values())
+    for item in sorted(counts, key=lambda item: (-counts[item], item)):
+        if 2 * held < total or (held == 0 and total == 0):
+            found["head" if total else "tail"].add(item)
+        else:
+            found["torso" if 10 * held < 8 * total else "tail"].add(item)
+        held += counts[item]
+    return found
+
+
+def of_query(ranking: list[int], wanted: set[int], k: int) -> dict[str, float]:
+    if not wanted:
+        return dict.fromkeys(QUERY_METRICS, math.nan)
+    places = [place for place, item in enumerate(ranking[:k], 1) if item in wanted]
+    ideal = sum(1 / math.log2(1 + place) for place in range(1, min(k, len(wanted)) + 1))
+    return {
+        "recall": len(places) / len(wanted),
+        "hit_rate": 1.0 if places else 0.0,
+        "ndcg": sum(1 / math.log2(1 + place) for place in places) / ideal,
+        "mrr": 1 / places[0] if places else 0.0,
+    }
+
+
+def of_all(
+    rankings: list[list[int]], part: set[int], counts: dict[int, int], k: int
+) -> dict[str, float]:
+    if not part:
+        return dict.fromkeys(SET_METRICS, math.nan)
+    shown = [item for ranking in rankings for item in ranking[:k] if item in part]
+    times = [shown.count(item) for item in part]
+    apart = sum(abs(a - b) for a in times for b in times)
+    return {
+        "coverage": sum(x > 0 for x in times) / len(times),
+        "average_popularity": sum(counts[x] for x in shown) / len(shown) if shown else math.nan,
+        "gini": apart / (2 * len(times) * len(shown)) if shown else math.nan,
+    }
+
+
+def measure_slowly(
+    asked: list[Asked], exclude: Exclude, counts: dict[int, int], score: Score, ks: Sequence[int]
+) -> dict[str, Any]:
+    """Returns the per-query values by part and metric, the set metrics, and the counts."""
+    slices = slices_of(counts)
+    values: dict[str, dict[str, list[float]]] = {part: {} for part in PARTS}
+    rankings, num = [], dict.fromkeys(("skipped", "excluded", "unknown", "unclicked", "empty"), 0)
+    for query in asked:
+        gone = {"clicked": query.clicked, "seen": query.seen, "none": set[int]()}[exclude]
+        wanted = query.wanted - gone
+        num["excluded"] += len(query.wanted & gone)
+        if not wanted:
+            num["skipped"] += 1
+            continue
+        num["unknown"] += sum(item not in counts for item in wanted)
+        num["unclicked"] += sum(counts.get(item, 0) == 0 for item in wanted)
+        num["empty"] += not query.history
+        rankings.append(best(score, query.history, counts.keys() - gone, max(ks)))
+        of_part = {"all": wanted, "tied": wanted & query.tied, "untied": wanted - query.tied}
+        of_part |= {name: wanted & items for name, items in slices.items()}
+        for part, in_part in of_part.items():
+            for k in ks:
+                for name, value in of_query(rankings[-1], in_part, k).items():
+                    values[part].setdefault(f"{name}@{k}", []).append(value)
+    together = {
+        part: {
+            f"{name}@{k}": value
+            for k in ks
+            for name, value in of_all(rankings, items, counts, k).items()
+        }
+        for part, items in {"all": {*counts}, **slices}.items()
+    }
+    return {"values": values, "together": together, "num": num}
+
+
+class Plain:
+    """A retriever that ranks by a score of the history, one query at a time."""
+
+    def __init__(self, score: Score, items: list[int]) -> None:
+        self.score, self.items = score, items
+
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Any = None) -> Any:
+        ids, scores = np.full((len(queries), k), -1), np.full((len(queries), k), -np.inf)
+        for i, query in enumerate(queries):
+            history = [int(item) for item in query["history"]]
+            left = {*self.items} - (set() if exclude is None else {*map(int, exclude[i])})
+            for place, item in enumerate(best(self.score, history, left, k)):
+                ids[i, place], scores[i, place] = item, self.score(history, item)
+        return ids, scores
+
+
+def by_last(history: list[int], item: int) -> int:
+    return (3 * item + 5 * sum(history[-2:]) + len(history)) % 7
+
+
+def by_number(history: list[int], item: int) -> int:
+    return (4 * item) % 9 // 2
+
+
+def equal(found: EvaluationResult, slow: dict[str, Any]) -> None:
+    num = slow["num"]
+    assert {
+        "skipped": found.num_skipped,
+        "excluded": found.num_relevant_excluded,
+        "unknown": found.num_relevant_unknown,
+        "unclicked": found.num_relevant_unclicked,
+        "empty": found.num_empty_histories,
+    } == num
+    parts = {"all": found.overall, **found.slices, **found.ties}
+    has_tied = not all(map(math.isnan, slow["values"]["tied"]["recall@2"]))
+    assert set(parts) == {x for x in PARTS if has_tied or "tied" not in x}
+    for name, part in parts.items():
+        for metric, values in slow["values"][name].items():
+            known = [x for x in values if not math.isnan(x)]
+            mean = math.fsum(known) / len(known) if known else math.nan
+            assert part.intervals[metric].mean == pytest.approx(mean, abs=1e-9, nan_ok=True)
+            own = sorted(x for x in part.per_query[metric].tolist() if not math.isnan(x))
+            assert own == pytest.approx(sorted(known), abs=1e-9)
+        together = slow["together"].get(name, {})
+        assert dict(part.set_metrics) == pytest.approx(together, abs=1e-9, nan_ok=True)
+
+
+def read(rows: list[Any], ties: Ties) -> tuple[Log, list[Row]]:
+    users, items, days, clicks, requests, parts = zip(*rows, strict=True)
+    start = datetime(2024, 1, 1, tzinfo=UTC)
+    moments = [start + timedelta(days=day) for day in days]
+    table = pa.table(
+        {
+            "user_id": users,
+            "item_id": items,
+            "timestamp": pa.array(moments, pa.timestamp("us", "UTC")),
+            "stage": ["clicked" if is_click else "exposed" for is_click in clicks],
+            "request_id": pa.array(requests, pa.int64()),
+            "part": parts,
+            "line": range(len(rows)),
+        }
+    )
+    features = {"line": "numeric"}
+    reading = Reading(ties=ties)
+    log = Log.from_table(table, reading=reading, request_features=features, connection=CONNECTION)
+    lines, numbers = (column(log.events, name) for name in ("line", "event_number"))
+    drawn = {int(line): number for line, number in zip(lines, numbers, strict=True)}
+    if log.ties == "random":
+        for day in {*days}:  # The draw permutes the numbers of one user's events of one time.
+            for user in {*users}:
+                tied = [i for i in drawn if (users[i], days[i]) == (user, day)]
+                assert {drawn[i] for i in tied} == {*tied}
+    else:
+        drawn = {line: line for line in drawn}
+    return log, [Row(*[*rows[line], number]) for line, number in sorted(drawn.items())]
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(1, 3),
+        st.integers(1, 9),
+        st.integers(0, 3),
+        st.booleans(),
+        st.sampled_from([None, None, 0, 1]),
+        st.sampled_from(["train", "validation", "test"]),
+    ),
+    min_size=10,
+    max_size=40,
+).map(lambda rows: [*rows, *((9, 1, 0, True, None, x) for x in ("train", "validation", "test"))])
+
+
+@pytest.mark.parametrize("by", ["users", "requests", "first_request", "last_request"])
+@settings(max_examples=10, deadline=None)
+@given(
+    rows=ROWS,
+    ties=st.sampled_from(["auto", "order", "random", "drop"]),
+    part=st.sampled_from(["validation", "test"]),
+    exclude=st.sampled_from(["clicked", "seen", "none"]),
+    missing=st.sets(st.integers(2, 9), max_size=3),
+    longest=st.integers(3, 11),
+)
+def test_every_protocol_tie_rule_and_metric_is_what_loops_say(
+    by: AskedBy,
+    rows: list[Any],
+    ties: Ties,
+    part: Any,
+    exclude: Exclude,
+    missing: set[int],
+    longest: int,
+) -> None:
+    log, read_rows = read(rows, ties)
+    holdout = log.split("column").holdout(part, by=by)
+    counts = {row.item: 0 for row in read_rows if row.item not in missing}
+    for row in read_rows:
+        if row.is_click and row.part in BEFORE[part] and row.item in counts:
+            counts[row.item] += 1
+    items = sorted(counts)
+    known = dict(
+        zip(holdout.candidate_ids.tolist(), holdout.candidate_counts.tolist(), strict=True)
+    )
+    assert counts == {item: known[item] for item in items}
+    numbers = np.array([counts[item] for item in items])
+    holdout = dataclasses.replace(holdout, candidate_ids=np.array(items), candidate_counts=numbers)
+    queries = [*queries_of(read_rows, part, by, log.ties)]
+    scores = {"by_last": by_last, "by_number": by_number}
+    slow = {
+        name: measure_slowly(queries, exclude, counts, score, (2, longest))
+        for name, score in scores.items()
+    }
+    models: dict[str, Any] = {name: Plain(score, items) for name, score in scores.items()}
+    measured: dict[str, Any] = {"exclude": exclude, "cutoffs": (2, longest), "num_bootstrap": 0}
+    if slow["by_last"]["num"]["skipped"] == len(queries):
+        with pytest.raises(ValueError, match="Nothing to measure"):
+            evaluate(models, holdout, **measured)
+        return
+    found = evaluate(models, holdout, **measured)
+    for name, result in found.results.items():
+        equal(result, slow[name])
+    first, other = (slow[name]["values"]["all"] for name in scores)
+    for metric, interval in found.differences["by_number"].items():
+        if "/" not in metric:
+            gap = (math.fsum(other[metric]) - math.fsum(first[metric])) / len(first[metric])
+            assert interval.mean == pytest.approx(gap, abs=1e-9)
