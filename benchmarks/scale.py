@@ -18,6 +18,13 @@ With --engines the samples of the same log are made by DuckDB and by Spark (loca
 system) instead, each in a process of its own; Spark's JVM is measured apart from that process.
 
     python benchmarks/scale.py --events 1e6 --engines --json benchmarks/results/engines.json
+
+With --protocols the test of the same log is asked by user and by request instead, in turn, at most
+--users queries each, and the CPU seconds of making the queries and of measuring popularity on them
+are compared. Popularity ranks in next to no time, so that what the protocol costs shows.
+
+    python benchmarks/scale.py --events 4e6 --protocols --users 100000 \
+        --json benchmarks/results/protocols.json
 """
 
 from __future__ import annotations
@@ -199,6 +206,32 @@ def make_samples(engine: str, folder: Path, options: argparse.Namespace) -> dict
     return {"report": report, "stages": stages}
 
 
+def compare_protocols(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Asks the test by user and by request; the ratio is that of the medians of the rounds."""
+    log = tp.Log.read(folder / "log", open_duckdb(folder, options.memory_limit))
+    split = log.split("time")
+    popular = tp.MostPopular().fit(split.train)
+    found: dict[str, Any] = {by: [] for by in ("users", "requests")}
+    for _ in range(options.rounds):
+        for by, rounds in found.items():
+            stages: Stages = {}
+            print(f"by {by}", flush=True)
+            with stage("queries", stages) as figures:
+                holdout = split.holdout("test", options.users, by=by)
+                figures["num_queries"] = len(holdout)
+                figures["num_users"] = len(np.unique(holdout.user_ids))
+                figures["num_sampled_from"] = holdout.num_sampled_from or len(holdout)
+            with stage("measuring", stages):
+                tp.evaluate(popular, holdout)
+            rounds.append(stages)
+    by_user, by_request = (
+        float(np.median([sum(x["cpu_seconds"] for x in of.values()) for of in rounds]))
+        for rounds in found.values()
+    )
+    print(f"by request {by_request:.1f} CPU s, by user {by_user:.1f}", flush=True)
+    return {**found, "cpu_seconds_to_by_user": by_request / by_user}
+
+
 def write_log(folder: Path, memory_limit: str) -> None:
     """Makes a log of the clicks."""
     connection = open_duckdb(folder, memory_limit)
@@ -262,10 +295,11 @@ def main() -> None:
     )
     parser.add_argument("--events", type=lambda text: int(float(text)), nargs="+", required=True)
     parser.add_argument("--engines", action="store_true", help="Samples by DuckDB and by Spark.")
+    parser.add_argument("--protocols", action="store_true", help="The test by user and request.")
     parser.add_argument("--memory-limit", default="3GB", help="Of DuckDB, and Spark's heap (3GB).")
-    parser.add_argument("--users", type=int, default=10_000, help="Of validation (10,000).")
+    parser.add_argument("--users", type=int, default=10_000, help="Most queries (10,000).")
     parser.add_argument("--steps", type=int, default=200, help="Training steps a round (200).")
-    parser.add_argument("--rounds", type=int, default=3, help="Of the training in turn (3).")
+    parser.add_argument("--rounds", type=int, default=3, help="Of what is measured in turn (3).")
     parser.add_argument("--folder", type=Path, help="Where temporary files go.")
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help="Where to draw its CPU seconds."
@@ -279,6 +313,12 @@ def main() -> None:
             folder.mkdir()
             clicks = folder / "clicks.parquet"
             in_own_process(make_log, num_events, clicks, options.memory_limit)
+            if options.protocols:
+                in_own_process(write_log, folder, options.memory_limit)
+                found = in_own_process(compare_protocols, folder, options)
+                sizes.append({"num_events": num_events, **found})
+                write_figures(options, sizes)
+                continue
             if options.engines:
                 sizes.append({"num_events": num_events, **compare_engines(folder, options)})
                 write_figures(options, sizes)

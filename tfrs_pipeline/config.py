@@ -54,7 +54,7 @@ class EvaluationConfig(Config):
     exclude: Exclude = "clicked"
     """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
     max_users: PositiveInt = 100_000
-    """Most users to measure; sampled if the test has more."""
+    """Most users to measure, and most requests; sampled if the test has more."""
     baselines: Distinct[Baseline] = get_args(Baseline)
     """What the model is compared with in the same table: itself, trained without the correction;
     the most popular items (in a split by time of the latest clicks, a share that validation

@@ -9,13 +9,16 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.report.verdict import (
     advice,
+    as_served,
     by_popularity,
     compared_with_baselines,
     found_by_index,
+    tied_items,
 )
 
 METRIC = "ndcg@100"
 BETTER, LEVEL, WORSE = Outcome
+POPULAR, MIDDLING, RARE = "popular items (head)", "middling items (torso)", "rare items (tail)"
 SCANN = {"kind": "scann", "target_recall": 0.98}
 
 
@@ -63,14 +66,14 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
         (
             {"ease": 0.305, "p": 0.1},
             LEVEL,
-            "not clearly",
-            "it is 0.0050 [-0.0050, 0.0150] below the best baseline, EASE, no .*; it beats p",
+            "a tie",
+            "it ties with the best baseline, EASE: 0.0050 [-0.0050, 0.0150] below it.*; it beats p",
         ),
         (
             {"ease": 0.32, "ials": 0.4},
             WORSE,
             "no",
-            "iALS, beats it by 0.1000 [0.0900, 0.1100]; it also is behind EASE",
+            "iALS, beats it by 0.1000 [0.0900, 0.1100]; it is also behind EASE",
         ),
         (
             {"transitions": 0.4, "popularity": 0.1},
@@ -94,23 +97,29 @@ def test_a_model_is_better_where_every_interval_says_so(
     found = compared_with_baselines(made({"two_tower": 0.3, **variants, **means}), METRIC)
     assert (found.answer, found.outcome) == (answer, outcome)
     assert re.search(why.replace("[", r"\["), found.why)
-    assert not re.search("uncorrected|service", found.why)
+    assert not re.search("without the correction|service", found.why)
 
 
 def test_popularity_slices_are_told_apart() -> None:
     metrics = made({"two_tower": 0.3, "two_tower_uncorrected": 0.9, "ease": 0.25})
     found = by_popularity(metrics, METRIC)
-    assert (found.answer, found.outcome) == ("better in the head, torso and tail", BETTER)
-    assert "beats every baseline in the head, torso and tail" in found.why
-    for part in ("head items (1.10 against 0.50)", "tail items (0.80 against 0.20)"):
-        assert f"the uncorrected model finds more {part}" in found.why
+    everywhere = f"{POPULAR}, {MIDDLING} and {RARE}"
+    assert (found.answer, found.outcome) == (f"beats every baseline for {everywhere}", BETTER)
+    assert f"{everywhere}: it beats every baseline" in found.why
+    for part in (f"{POPULAR} (1.10 against 0.50)", f"{RARE} (0.80 against 0.20)"):
+        assert f"the model trained without the correction finds still more {part}" in found.why
+    assert "less in all" not in found.why
+    # What an uncorrected model finds more of is no gain in all.
+    metrics["differences"]["two_tower_uncorrected"][METRIC] = interval(-0.05)
+    metrics["models"]["two_tower_uncorrected"][METRIC] = interval(0.25)
+    assert by_popularity(metrics, METRIC).why.count("less in all (0.25 against 0.30)") == 3
     metrics["models"]["ease"]["slices"]["head"][METRIC] = interval(0.7)
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.2)
     metrics["differences"]["ease"][f"torso/{METRIC}"] = interval(0.005)
     found = by_popularity(metrics, METRIC)
-    assert (found.answer, found.outcome) == ("better in the tail", LEVEL)
-    assert "is level with the best in the torso" in found.why
-    assert "is behind the best in the head (EASE 0.70 against 0.50)" in found.why
+    assert (found.answer, found.outcome) == (f"beats every baseline for {RARE}", LEVEL)
+    assert f"{MIDDLING}: it ties with EASE (0.25 against 0.30)" in found.why
+    assert f"{POPULAR}: EASE beats it (0.70 against 0.50)" in found.why
 
 
 def test_slices_are_compared_query_by_query() -> None:
@@ -119,14 +128,14 @@ def test_slices_are_compared_query_by_query() -> None:
     metrics["differences"]["ease"][f"tail/{METRIC}"] = interval(-0.005, 0.002)
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.005, 0.002)
     found = by_popularity(metrics, METRIC)
-    assert found.answer == "better in the tail"
-    assert "behind the best in the head" in found.why
-    assert "level with the best in the torso" in found.why
+    assert found.answer == f"beats every baseline for {RARE}"
+    assert f"{POPULAR}: EASE beats it" in found.why
+    assert f"{MIDDLING}: it ties with EASE" in found.why
     # One that is ahead counts, whatever another one's wide interval holds.
     metrics = made({"two_tower": 0.3, "ease": 0.295, "ials": 0.295})
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.08, 0.05)
     metrics["differences"]["ials"][f"head/{METRIC}"] = interval(0.09, 0.14)
-    assert "in the head (EASE 0.49 against 0.50)" in by_popularity(metrics, METRIC).why
+    assert f"{POPULAR}: EASE beats it (0.49 against 0.50)" in by_popularity(metrics, METRIC).why
     # A single query has no interval, and is not compared.
     for others in metrics["differences"].values():
         others |= {key: {"mean": 0.1, "low": None, "high": None} for key in others}
@@ -136,7 +145,7 @@ def test_slices_are_compared_query_by_query() -> None:
 @pytest.mark.parametrize(
     ("index", "outcome", "why"),
     [
-        ({"kind": "exact"}, BETTER, "nothing is lost"),
+        ({"kind": "exact"}, BETTER, "scores every item"),
         (SCANN, None, "tuned to find 98%"),
         (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.981}]}, BETTER, "at least 98.1%"),
         (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.9}]}, WORSE, "at least 90.0%"),
@@ -145,8 +154,60 @@ def test_slices_are_compared_query_by_query() -> None:
 def test_an_index_is_measured_by_its_target(
     index: dict[str, Any], outcome: Outcome | None, why: str
 ) -> None:
-    found = found_by_index(index)
+    found = found_by_index(index, 1_000_000)
     assert (found.outcome, why in found.why) == (outcome, True)
+
+
+def test_an_index_that_saves_no_time_is_not_called_good() -> None:
+    found = found_by_index(SCANN | {"requests": [{"recall": 0.99}]}, 1_600)
+    assert found.outcome is LEVEL
+    assert "With 1,600 items exact search is as fast" in found.why
+
+
+def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
+    by_user = made({"two_tower": 0.3, "ease": 0.2})
+    assert as_served(by_user, METRIC) is None
+    assert as_served(by_user | {"by_request": {"left_out": "no order"}}, METRIC) is None
+    same = as_served(by_user | {"by_request": made({"two_tower": 0.2, "ease": 0.1})}, METRIC)
+    assert same is not None
+    assert (same.answer, "differ" in same.why) == ("yes", False)
+    other = as_served(by_user | {"by_request": made({"two_tower": 0.2, "ease": 0.4})}, METRIC)
+    assert other is not None
+    assert other.answer == "no"
+    assert "highest by request: EASE; by user: two_tower" in other.why
+
+
+@pytest.mark.parametrize(
+    ("tied", "untied", "difference", "said"),
+    [
+        (0.3, 0.25, (0.02, 0.02), None),
+        (0.3, 0.15, (0.02, 0.02), "40.0% of .*; ndcg@100 of these 0.30, of the others 0.15: "),
+        (0.1, 0.25, (0.02, 0.02), "of these 0.10, of the others 0.25: "),
+        (0.3, 0.25, (0.02, -0.02), "EASE is better only for these"),
+        (0.3, 0.25, (-0.02, 0.02), "EASE is better only for the others"),
+        (0.3, 0.25, (0.02, -0.005), None),  # The second is not clear.
+    ],
+)
+@pytest.mark.parametrize("is_by_request", [False, True])
+def test_ties_are_told_where_they_decide(
+    tied: float,
+    untied: float,
+    difference: tuple[float, float],
+    said: str | None,
+    is_by_request: bool,
+) -> None:
+    plain = made({"two_tower": 0.3, "ease": 0.25})
+    metrics = made({"two_tower": 0.3, "ease": 0.25})
+    assert tied_items(plain, METRIC) is None
+    metrics["models"]["two_tower"]["ties"] = {
+        "tied": {METRIC: interval(tied), "num_relevant": 200},
+        "untied": {METRIC: interval(untied), "num_relevant": 300},
+    }
+    for part, mean in zip(("tied", "untied"), difference, strict=True):
+        metrics["differences"]["ease"][f"{part}/{METRIC}"] = interval(mean)
+    found = tied_items(plain | {"by_request": metrics} if is_by_request else metrics, METRIC)
+    assert (found is None) == (said is None)
+    assert said is None or re.search(said, found or "")
 
 
 LOSING = {"two_tower": 0.2, "two_tower_uncorrected": 0.1, "popularity": 0.1, "ease": 0.3}

@@ -252,7 +252,7 @@ def test_differences_are_the_paired_ones(of_stages: Finished) -> None:
         for metric, interval in metrics["differences"][name].items():
             part, _, in_part = metric.rpartition("/")
             means = [
-                (model["slices"][part] if part else model)[in_part]["mean"]
+                ({**model["slices"], **model["ties"]}[part] if part else model)[in_part]["mean"]
                 for model in (metrics["models"][reference], metrics["models"][name])
             ]
             if None in means:  # Nothing to find in that part of so small a log.
@@ -331,6 +331,30 @@ def test_the_model_learns_the_tastes(of_stages: Finished) -> None:
     assert models["two_tower/ndcg@20/mean"] > 2.5 * models["popularity/ndcg@20/mean"]
     # At random, 5 of the 80 items hold a sixteenth of what there is to find.
     assert models["two_tower/recall@5/mean"] > 2.5 * 5 / 80
+
+
+def test_the_test_is_asked_by_request_too_where_that_says_more(
+    of_stages: Finished, tmp_path: Path
+) -> None:
+    config, split = of_stages.config, split_of(of_stages.folder)
+    measured = evaluate(
+        MostPopular().fit(final_part(config, split)),
+        split.holdout("test", by="requests", trained_on=final_part(config, split)),
+        exclude=config.evaluation.exclude,
+        cutoffs=config.evaluation.cutoffs,
+        seed=config.seed,
+    )
+    found = of_stages.metrics["by_request"]["models"]
+    assert list(found) == list(of_stages.metrics["models"])
+    expected = measured.summary()["models"]["FittedPopularity"]
+    assert found["popularity"] == expected
+    # The last item alone. (By the rule "drop", a history up to a request lacks what has its time,
+    # and the history before the test does not.)
+    last: dict[str, Any] = {"split.kind": "last_n", "split.validation": 1, "split.test": 1}
+    last["data.ties"] = "order"
+    data = prepare(with_settings(config, last), tmp_path / "run")
+    assert isinstance(data.served, str)
+    assert "by request is the same" in data.served
 
 
 def test_validation_asks_as_it_is_set(of_stages: Finished) -> None:

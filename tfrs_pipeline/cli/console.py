@@ -19,7 +19,13 @@ from rich.text import Text
 
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
-from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines
+from tfrs_pipeline.report.verdict import (
+    advice,
+    as_served,
+    by_popularity,
+    compared_with_baselines,
+    tied_items,
+)
 from tfrs_pipeline.run.folder import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -110,23 +116,32 @@ def native_errors_to(path: Path) -> Iterator[None]:
 
 def print_result(console: Console, config: "RunConfig", result: "RunResult") -> None:
     """Prints the metrics of a run, its files and the next command."""
-    from tfrs_pipeline.evaluation.table import format_table
+    from tfrs_pipeline.evaluation.table import (
+        BY_REQUEST,
+        explained,
+        format_table,
+        with_requests,
+    )
 
+    by_request = result.metrics.get("by_request", {})  # Older runs have none.
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
-    columns = [f"ndcg@{longest}", f"recall@{longest}", f"recall@{shortest}"]
+    columns = [f"ndcg@{longest}"]
+    columns += [f"{BY_REQUEST}/{columns[0]}"] if "models" in by_request else []
+    columns += [f"recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
     # Columns that do not fit are left out, since a wrapped table is unreadable.
     width = console.width if console.is_terminal else None
-    table = format_table(result.metrics["models"], list(dict.fromkeys(columns)), width=width)
+    models = with_requests(result.metrics["models"], by_request)
+    table = format_table(models, list(dict.fromkeys(columns)), width=width)
     monitored = compared_with_baselines(result.metrics, config.training.monitor)
     if monitored.outcome is Outcome.WORSE:
         say(console, f"\na baseline wins: {monitored.why}")
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
-    say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:\n{table}\n")
+    say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:\n{table}")
+    _say_filled(console, *explained(table, by_request))
+    say(console, "")
     for head, text in _findings(config, result.metrics):
-        # A pipe gets unwrapped lines.
-        width = min(console.width, 100) if console.is_terminal else 100_000
-        say(console, textwrap.fill(f"{head:8} {text}", width, subsequent_indent=" " * 9))
+        _say_filled(console, f"{head:8} {text}", indent=9)
     say(console, f"\nmetrics  {result.folder / 'metrics.json'}")
     say(console, f"config   {result.folder / CONFIG_FILE}")
     say(console, f"report   {result.folder / 'report.html'}")
@@ -149,13 +164,23 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
 
 
+def _say_filled(console: Console, *lines: str, indent: int = 0) -> None:
+    """Prints lines, wrapped for a terminal; a pipe gets them unwrapped."""
+    width = min(console.width, 100) if console.is_terminal else 100_000
+    for line in lines:
+        say(console, textwrap.fill(line, width, subsequent_indent=" " * indent))
+
+
 def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields what the numbers mean and, if they are not good, what to try."""
     longest = max(config.evaluation.cutoffs)
     better = compared_with_baselines(metrics, f"ndcg@{longest}")
-    for_whom = by_popularity(metrics, f"recall@{longest}")
     yield "better?", f"{better.answer}: {better.why}"
-    yield "for whom", for_whom.why
+    if (served := as_served(metrics, f"ndcg@{longest}")) is not None:
+        yield "served?", f"{served.answer}: by request, {served.why}"
+    yield "for whom", by_popularity(metrics, f"recall@{longest}").why
+    if (tied := tied_items(metrics, f"recall@{longest}")) is not None:
+        yield "ties", tied
     for line in advice(metrics, f"ndcg@{longest}", config):
         yield "try", line
     if better.outcome in (Outcome.LEVEL, Outcome.WORSE):
@@ -165,13 +190,18 @@ def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple
 def print_comparison(console: Console, config: "RunConfig", result: "PlanComparison") -> None:
     """Prints the table of a comparison, its conclusion and its files."""
     from tfrs_pipeline.evaluation.comparison import compared_in_words
+    from tfrs_pipeline.evaluation.table import explained
 
     reference = config.compare.reference
     width = console.width if console.is_terminal else None
-    say(console, f"\n{result.table(width=width)}")
+    table = result.table(width=width)
+    say(console, f"\n{table}")
+    _say_filled(console, *explained(table, result.by_request))
     say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
     metric = f"ndcg@{max(config.evaluation.cutoffs)}"
-    say(console, compared_in_words(result.evaluation, metric))
+    for name, found in (("", result.evaluation), ("by request, ", result.served)):
+        if not isinstance(found, str):
+            _say_filled(console, f"{name}{compared_in_words(found, metric)}")
     for note in result.notes:
         say(console, note)
     for kind in ("md", "svg", "json"):

@@ -1,34 +1,45 @@
 """A comparison of sampling plans as a table, in words and as a figure."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, new_figure
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.evaluation.table import format_table
+from tfrs_pipeline.evaluation.table import BY_REQUEST, format_table, with_requests
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LINKS = {Outcome.BETTER: "than", Outcome.LEVEL: "with", Outcome.WORSE: "than"}
+_OUTCOMES = (
+    (Outcome.BETTER, "beats", "beat"),
+    (Outcome.LEVEL, "ties with", "tie with"),
+    (Outcome.WORSE, "is worse than", "are worse than"),
+)
 
 
 def comparison_table(
     evaluation: Evaluation,
+    by_request: Mapping[str, Any],
     trained: Mapping[str, Mapping[str, int]],
     *,
     markdown: bool = False,
     width: int | None = None,
 ) -> str:
-    """Formats plans and numbers of their trainings, in as many columns as fit."""
+    """Formats plans and numbers of their trainings, in as many columns as fit.
+
+    `by_request` has their summaries by request, if any, as in comparison.json.
+    """
     shortest, longest = evaluation.cutoffs[0], evaluation.cutoffs[-1]
     compared = [f"ndcg@{longest}", f"recall@{longest}"]
     compared += [f"even_recall@{longest}"] if evaluation.first.num_even is not None else []
-    columns = [*compared, f"tail/recall@{longest}", f"coverage@{shortest}"]
+    served = [f"{BY_REQUEST}/ndcg@{longest}"] if "models" in by_request else []
+    columns = [compared[0], *served, *compared[1:], f"tail/recall@{longest}"]
+    columns += [f"coverage@{shortest}"]
     columns += [f"average_popularity@{shortest}", *next(iter(trained.values()))]
-    plans = {name: {**x.summary(), **trained[name]} for name, x in evaluation.results.items()}
+    plans = with_requests(evaluation.summary()["models"], by_request)
+    plans = {name: {**x, **trained[name]} for name, x in plans.items()}
     differences = {
         name: {metric: of_plan[metric].as_dict() for metric in compared}
         for name, of_plan in evaluation.differences.items()
@@ -37,19 +48,24 @@ def comparison_table(
 
 
 def compared_in_words(evaluation: Evaluation, metric: str) -> str:
-    """Says which plans are better than the first, level with it or worse, by the intervals."""
+    """Says which plans are better than the first, tie with it or are worse, by the intervals."""
     results = evaluation.results
     reference = next(iter(results))
+    names: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
+    for name, differences in evaluation.differences.items():
+        names[differences[metric].outcome].append(name)
     best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
-    parts = [f"best: {best}"]
-    for outcome, link in _LINKS.items():
-        names = [
-            name
-            for name, differences in evaluation.differences.items()
-            if differences[metric].outcome is outcome
-        ]
-        if names:
-            parts.append(f"{outcome.value} {link} {reference}: {', '.join(names)}")
+    parts = [
+        f"{', '.join(names[outcome])} {words if len(names[outcome]) > 1 else word} {reference}"
+        for outcome, word, words in _OUTCOMES
+        if names[outcome]
+    ]
+    if best == reference:
+        parts.insert(0, f"{reference} is highest")
+    elif best in names[Outcome.LEVEL]:
+        parts.append(f"{best} is highest, by no more than chance")
+    else:
+        parts[0] += f", {best} the most" if len(names[Outcome.BETTER]) > 1 else ""
     return f"in {metric} {'; '.join(parts)}"
 
 

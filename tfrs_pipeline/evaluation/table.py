@@ -1,7 +1,10 @@
 """Tables of numbers, for logs and for Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+BY_REQUEST = "by request"
+"""The name in a column of what is measured by request; the other columns are by user."""
 
 
 def format_table(
@@ -34,6 +37,36 @@ def format_table(
     if width is None or len(table.partition("\n")[0]) <= width or len(columns) <= 1:
         return table
     return format_table(models, columns[:-1], differences, markdown=markdown, width=width)
+
+
+def with_requests(
+    models: Mapping[str, Mapping[str, Any]], by_request: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Adds the summaries by request, for columns such as "by request/ndcg@20", to those by user.
+
+    `by_request` is the entry of that name in metrics.json; without models it adds nothing.
+    """
+    found = by_request.get("models", {})
+    return {
+        name: {**x, "slices": {**x["slices"], **({BY_REQUEST: found[name]} if found else {})}}
+        for name, x in models.items()
+    }
+
+
+def explained(table: str, by_request: Mapping[str, Any]) -> Iterator[str]:
+    """Says what a table of models shows, in lines for a reader who sees one for the first time."""
+    if BY_REQUEST in table:
+        yield (
+            f"{BY_REQUEST}: one query per request, with the history up to it, as in service; the "
+            "other columns: one query per user, with the history before the test, for all that "
+            "the user clicked in it"
+        )
+    elif "left_out" in by_request:
+        yield f"measured by user alone: {by_request['left_out']}"
+    if "±" in table:
+        yield "±: half of the 95% interval over users"
+    if "tail/" in table:
+        yield "tail: the least popular items, which together have a fifth of the training clicks"
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import counted, in_percent
+from tfrs_pipeline.serving.export import SMALLEST_SCANN_CORPUS
 
 # With fewer positives per item, an embedding per item learns little.
 _FEW_POSITIVES = 10
@@ -27,9 +28,18 @@ _WRITTEN = {
     "transitions": "item-to-item transitions",
     "ease": "EASE",
     "ials": "iALS",
-    "two_tower_uncorrected": "the uncorrected model",
+    "two_tower_uncorrected": "the model trained without the correction",
     "in_service": "the model in service",
 }
+# What the slices hold, for a reader who does not know the words.
+_ITEMS = {
+    "head": "popular items (head)",
+    "torso": "middling items (torso)",
+    "tail": "rare items (tail)",
+}
+# Tied items decide if the model finds this many times as many of them, or of the others.
+_MUCH_MORE = 2
+_ENDS = ("low", "high")
 
 
 @dataclass(frozen=True)
@@ -88,73 +98,139 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     rival = f"the best baseline, {best.written}"
     about_best = {
         Outcome.BETTER: f"it beats {rival}, by {gap}",
-        Outcome.LEVEL: f"it is {gap} {where} {rival}, no clear difference",
+        Outcome.LEVEL: f"it ties with {rival}: {gap} {where} it, an interval that includes 0",
         Outcome.WORSE: f"{rival}, beats it by {gap}",
     }
     parts = [about_best[best.gain.outcome]]
     for outcome, words in (
-        (Outcome.WORSE, "is behind"),
-        (Outcome.LEVEL, "does not clearly differ from"),
-        (Outcome.BETTER, "beats"),
+        (Outcome.WORSE, "is {}behind"),
+        (Outcome.LEVEL, "{}ties with"),
+        (Outcome.BETTER, "{}beats"),
     ):
         if names := [x.written for x in others if x.gain.outcome is outcome]:
             also = "also " if outcome is best.gain.outcome else ""
-            parts.append(f"it {also}{words} {_listed(names)}")
+            parts.append(f"it {words.format(also)} {_listed(names)}")
     lowest = _lowest(compared)
-    answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "not clearly", Outcome.WORSE: "no"}
+    answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "a tie", Outcome.WORSE: "no"}
     return Verdict(answers[lowest], f"in {metric} {'; '.join(parts)}", lowest)
 
 
+def as_served(metrics: Metrics, metric: str) -> Verdict | None:
+    """Says the same of the test by request, and where the two differ; None without that test."""
+    served = metrics.get("by_request", {})
+    if "models" not in served:
+        return None
+    found, by_user = (compared_with_baselines(x, metric) for x in (served, metrics))
+    best, best_by_user = (
+        max(x["models"], key=lambda name: x["models"][name][metric]["mean"] or 0.0)
+        for x in (served, metrics)
+    )
+    why = found.why
+    if found.outcome is not by_user.outcome or best != best_by_user:
+        why += (
+            f". The two differ (highest by request: {_WRITTEN.get(best, best)}; by user: "
+            f"{_WRITTEN.get(best_by_user, best_by_user)}): go by request if a service asks again "
+            "after each click, and by user if a list is made once, as for a daily mail"
+        )
+    return Verdict(found.answer, why, found.outcome)
+
+
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
-    """Says in which slices the model beats every baseline or is beaten, and variants find more."""
+    """Says for which items the model beats every baseline or is beaten, and variants find more."""
     slices: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
-    numbers, variants = [], []
-    first = next(iter(metrics["models"].values()))
-    for part in first["slices"]:
+    said: dict[str, list[str]] = {}
+    variants = []
+    overall = {x.name: x for x in _compare(metrics, metric)}
+    for part in next(iter(metrics["models"].values()))["slices"]:
         compared = _compare(metrics, metric, part)
         baselines = [x for x in compared if not _is_variant(x.name)]
         if not baselines:
             continue
-        lowest = _lowest(baselines)
-        slices[lowest].append(part)
-        if lowest is Outcome.WORSE:
-            ahead = (x for x in baselines if x.gain.outcome is Outcome.WORSE)
-            rival = min(ahead, key=lambda x: x.gain.mean)
-            numbers.append(f"{rival.written} {rival.other:.2f} against {rival.own:.2f}")
+        lowest, items = _lowest(baselines), _ITEMS.get(part, part)
+        slices[lowest].append(items)
+        best = max((x for x in baselines if x.gain.outcome is lowest), key=lambda x: x.other)
+        numbers = f"({best.other:.2f} against {best.own:.2f})"
+        clause = {
+            Outcome.BETTER: "it beats every baseline",
+            Outcome.LEVEL: f"it ties with {best.written} {numbers}",
+            Outcome.WORSE: f"{best.written} beats it {numbers}",
+        }[lowest]
+        said.setdefault(clause, []).append(items)
         variants += [
-            f"{x.written} finds more {part} items ({x.other:.2f} against {x.own:.2f})"
+            f"{x.written} finds {'still ' if lowest is Outcome.BETTER else ''}more {items} "
+            f"({x.other:.2f} against {x.own:.2f}){_in_all(overall[x.name])}"
             for x in compared
             if _is_variant(x.name) and x.gain.outcome is Outcome.WORSE
         ]
-    if not any(slices.values()):
+    if not said:
         return Verdict("not compared", "no baseline was measured beside it", None)
-    worse = [f"{part} ({x})" for part, x in zip(slices[Outcome.WORSE], numbers, strict=True)]
-    said = (
-        ("beats every baseline in the", slices[Outcome.BETTER]),
-        ("is level with the best in the", slices[Outcome.LEVEL]),
-        ("is behind the best in the", worse),
+    clauses = [f"{_listed(items)}: {clause}" for clause, items in said.items()]
+    first = next(outcome for outcome in Outcome if slices[outcome])
+    answers = {
+        Outcome.BETTER: "beats every baseline for",
+        Outcome.LEVEL: "ties with the best baseline for",
+        Outcome.WORSE: "behind the best baseline for",
+    }
+    outcome = first if sum(map(bool, slices.values())) == 1 else Outcome.LEVEL
+    why = f"by {metric}, {'; '.join([*clauses, *variants])}"
+    return Verdict(f"{answers[first]} {_listed(slices[first])}", why, outcome)
+
+
+def _in_all(compared: Compared) -> str:
+    """Adds to what another form finds more of that it finds less in all, where it does."""
+    if compared.gain.outcome is not Outcome.BETTER:
+        return ""
+    return f", but less in all ({compared.other:.2f} against {compared.own:.2f})"
+
+
+def tied_items(metrics: Metrics, metric: str) -> str | None:
+    """Says whether items clicked at the time of another click decide; None if they do not.
+
+    They do if a model is clearly better for these and clearly worse for the others, or if the
+    first model finds twice as many of these, or half. `metric` is a recall.
+    """
+    served = metrics.get("by_request", {})
+    of = served if "models" in served else metrics
+    model = next(iter(of["models"].values()))
+    if not model.get("ties"):
+        return None
+    tied, untied = model["ties"]["tied"], model["ties"]["untied"]
+    means = [x[metric]["mean"] or 0.0 for x in (tied, untied)]
+    told = []
+    for name, x in of["differences"].items():
+        lows, highs = (
+            [x[f"{part}/{metric}"][end] or 0.0 for part in model["ties"]] for end in _ENDS
+        )
+        if (lows[0] > 0 > highs[1]) or (lows[1] > 0 > highs[0]):
+            which = "these" if lows[0] > 0 else "the others"
+            told.append(f"{_WRITTEN.get(name, name)} is better only for {which}")
+    if not told and (not untied["num_relevant"] or max(means) < _MUCH_MORE * min(means)):
+        return None
+    return (
+        f"{in_percent(tied['num_relevant'], model['num_relevant'])} of the items to find were "
+        f"clicked at the time of another click of their user; {metric} of these {means[0]:.2f}, "
+        f"of the others {means[1]:.2f}{''.join(f'; {x}' for x in told)}: see what orders them "
+        "(data.ties) before you trust the order of the models"
     )
-    parts = _listed([f"{words} {_listed(names)}" for words, names in said if names])
-    is_all = [outcome for outcome in Outcome if slices[outcome]]
-    answer = f"{is_all[0].value} in the {_listed(slices[is_all[0]])}"
-    outcome = is_all[0] if len(is_all) == 1 else Outcome.LEVEL
-    return Verdict(answer, f"in {metric} it {'; '.join([parts, *variants])}", outcome)
 
 
-def found_by_index(index: Metrics) -> Verdict:
-    """Says which share of the exact answers the index finds."""
+def found_by_index(index: Metrics, num_items: int) -> Verdict:
+    """Says which share of the exact answers the index loses, and whether it is worth having."""
     if index["kind"] == "exact":
-        return Verdict("exact", "exact search: nothing is lost", Outcome.BETTER)
+        return Verdict("nothing", "search is exact: it scores every item", Outcome.BETTER)
     if index["kind"] != "scann":
-        return Verdict("none", index["kind"], None)
+        return Verdict("there is none", index["kind"], None)
     target = index["target_recall"]
     lowest = min((x["recall"] for x in index.get("requests", [])), default=None)
     if lowest is None:
         return Verdict("not measured", f"tuned to find {target:.0%} of the exact answer", None)
-    why = f"at least {lowest:.1%} of the exact answer is found; the target is {target:.0%}"
-    is_reached = lowest >= target
-    outcome = Outcome.BETTER if is_reached else Outcome.WORSE
-    return Verdict("yes" if is_reached else "below its target", why, outcome)
+    why = f"it finds at least {lowest:.1%} of the exact answer; the target is {target:.0%}"
+    if lowest < target:
+        return Verdict(f"{1 - lowest:.1%}, more than allowed", why, Outcome.WORSE)
+    if num_items < SMALLEST_SCANN_CORPUS:
+        why += f". With {num_items:,} items exact search is as fast and loses nothing"
+        return Verdict(f"at most {1 - lowest:.1%}, and gains no time", why, Outcome.LEVEL)
+    return Verdict(f"at most {1 - lowest:.1%}", why, Outcome.BETTER)
 
 
 def _lowest(compared: Sequence[Compared]) -> Outcome:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from pydantic_core import to_jsonable_python
 
@@ -19,16 +20,19 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.drawing import finish
 from tfrs_pipeline.evaluation.comparison import comparison_figure, comparison_table
 from tfrs_pipeline.evaluation.results import Evaluation
+from tfrs_pipeline.evaluation.table import explained
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.measure import evaluate_all
+from tfrs_pipeline.run.measure import as_served, evaluate_both
 from tfrs_pipeline.run.plans import Plan, every_loser, sampling_plans
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_trainable, training_step
 from tfrs_pipeline.settings import ConfigError
+
+_Measured: TypeAlias = tuple[Evaluation, Evaluation | str, TrainingResult]
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,14 @@ class PlanComparison:
 
     folder: Path
     evaluation: Evaluation
+    served: Evaluation | str  # By request; if that says no more, why.
     trainings: Mapping[str, TrainingResult]
     notes: Sequence[str]
+
+    @property
+    def by_request(self) -> dict[str, Any]:
+        """The entry of that name in comparison.json."""
+        return as_served(self.served)
 
     def table(self, *, markdown: bool = False, width: int | None = None) -> str:
         """Formats the plans as Markdown or text, with as many columns as fit in a width."""
@@ -49,7 +59,9 @@ class PlanComparison:
             name: {"epochs": training.best_epoch, "seconds": round(training.seconds)}
             for name, training in self.trainings.items()
         }
-        return comparison_table(self.evaluation, trained, markdown=markdown, width=width)
+        return comparison_table(
+            self.evaluation, self.by_request, trained, markdown=markdown, width=width
+        )
 
 
 def compare(
@@ -76,7 +88,7 @@ def compare(
         plans, notes = runner.run(runner.remaining(plan_steps(config, place)))
         measure = functools.partial(_measure, config)
         data: RunData = runner.artifacts["samples"]
-        measured: dict[str, tuple[Evaluation, TrainingResult]] = {}
+        measured: dict[str, _Measured] = {}
         for name, plan in plans.items():
             planned = _planned(config, plan, data)
             training = training_step(name, planned, place, f"plans/{name}/checkpoints")
@@ -113,11 +125,16 @@ def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
     return with_settings(config, {**plan, "training.max_epochs": _max_epochs(config, data)})
 
 
-def _measure(
-    config: RunConfig, runner: Runner, data: RunData, model: FittedTwoTower
-) -> tuple[Evaluation, TrainingResult]:
+def _measure(config: RunConfig, runner: Runner, data: RunData, model: FittedTwoTower) -> _Measured:
     named = {model.network.name: model}
-    return evaluate_all(config, named, data.test, runner.progress.task), model.result
+    return *evaluate_both(config, named, data, runner.progress.task), model.result
+
+
+def _joined(of_plans: Mapping[str, Evaluation | str]) -> Evaluation | str:
+    """Joins the evaluations of the plans, whose queries are the same."""
+    first = next(iter(of_plans.values()))
+    results = {name: x.first for name, x in of_plans.items() if isinstance(x, Evaluation)}
+    return first if isinstance(first, str) else dataclasses.replace(first, results=results)
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:
@@ -130,23 +147,25 @@ def _max_epochs(config: RunConfig, data: RunData) -> int:
 
 def _write(
     config: RunConfig,
-    measured: Mapping[str, tuple[Evaluation, TrainingResult]],
+    measured: Mapping[str, _Measured],
     notes: Sequence[str],
     plans: Mapping[str, Plan],
     folder: Path,
 ) -> PlanComparison:
     reference = config.compare.reference
     measured = {reference: measured[reference], **measured}
-    results = {name: evaluation.first for name, (evaluation, _) in measured.items()}
-    evaluation = dataclasses.replace(measured[reference][0], results=results)
-    trainings = {name: training for name, (_, training) in measured.items()}
-    comparison = PlanComparison(folder, evaluation, trainings, notes)
+    evaluation = _joined({name: x for name, (x, *_) in measured.items()})
+    served = _joined({name: x for name, (_, x, _) in measured.items()})
+    assert isinstance(evaluation, Evaluation)
+    trainings = {name: training for name, (*_, training) in measured.items()}
+    comparison = PlanComparison(folder, evaluation, served, trainings, notes)
     content = {
         "reference": reference,
         "exclude": config.evaluation.exclude,
         "seed": config.seed,
         "notes": list(notes),
         **evaluation.summary(),
+        "by_request": comparison.by_request,
         "plans": {
             name: {
                 "settings": to_jsonable_python(plans[name]),
@@ -157,11 +176,13 @@ def _write(
         },
     }
     (folder / "comparison.json").write_text(json.dumps(content, indent=2))
+    table = comparison.table(markdown=True)
+    lines = [*explained(table, comparison.by_request), *notes]
     lines = [
-        comparison.table(markdown=True),
+        table,
         "",
         f"Differences are from {reference}, query by query, with 95% bootstrap intervals.",
-        *(f"{note[0].upper()}{note[1:]}." for note in notes),
+        *(f"{line[0].upper()}{line[1:]}." for line in lines),
     ]
     (folder / "comparison.md").write_text("\n".join(lines) + "\n")
     label = f"What each plan gains over {reference}, and what it finds by popularity"

@@ -36,6 +36,7 @@ class RunData:
     final: "TrainingSet"  # All events that the tested models are trained on.
     validation: Holdout  # Chooses the epoch; like the test, sampled if it has too many users.
     test: Holdout
+    served: Holdout | str  # The test by request; if that says no more, why.
 
     @property
     def parts(self) -> "tuple[TrainingSet, TrainingSet]":
@@ -133,7 +134,25 @@ def _samples(
     test = split.holdout("test", config.evaluation.max_users, config.seed, trained_on=last)
     for holdout in (validation, test):
         check_measurable(holdout, config.evaluation.exclude)
-    return RunData(split, selection, final, validation, test)
+    served = _as_served(config, split, last, test)
+    if isinstance(served, str):
+        runner.note(f"tested by user alone: {served}")
+    return RunData(split, selection, final, validation, test, served)
+
+
+def _as_served(config: RunConfig, split: Split[Log], last: Log, test: Holdout) -> Holdout | str:
+    """Returns the test with a query per request, or why it would not say more than by user."""
+    if split.log.order == "none":
+        return "the log has no order, so no history up to a request"
+    most = config.evaluation.max_users
+    served = split.holdout("test", most, config.seed, by="requests", trained_on=last)
+    if served.asks_like(test, config.evaluation.exclude):
+        return "by request is the same, one request per user with the history before the test"
+    try:
+        check_measurable(served, config.evaluation.exclude)
+    except ValueError:
+        return f"by request, evaluation.exclude {config.evaluation.exclude} leaves nothing to find"
+    return served
 
 
 def final_part(config: RunConfig, split: Split[Log]) -> Log:

@@ -34,11 +34,12 @@ EXAMPLE_LENGTH = 10
 class Measured:
     """The trained models by name, of which the first is exported, and their evaluation.
 
-    The evaluation includes the baselines and, if it is compared, the version in service.
+    The evaluations include the baselines and, if it is compared, the version in service.
     """
 
     models: dict[str, FittedTwoTower]
     evaluation: Evaluation
+    served: Evaluation | str  # By request; if that says no more, why.
     in_service: ExactRetriever | None
 
 
@@ -65,12 +66,14 @@ def measure(
         )
         if in_service is not None:
             measured[IN_SERVICE] = in_service
-    evaluation = evaluate_all(config, measured, data.test, runner.progress.task)
-    first = evaluation.first
-    num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
-    runner.note(f"{counted(num_queries, 'query')}, {num_relevant:,} items to find")
-    runner.note(*first.describe())
-    return Measured(named, evaluation, in_service)
+    evaluation, served = evaluate_both(config, measured, data, runner.progress.task)
+    for name, found in (("by user", evaluation), ("by request", served)):
+        if isinstance(found, Evaluation):
+            first = found.first
+            num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
+            runner.note(f"{name}: {counted(num_queries, 'query')}, {num_relevant:,} items to find")
+            runner.note(*first.describe())
+    return Measured(named, evaluation, served, in_service)
 
 
 def is_compared(config: RunConfig, folder: RunFolder) -> bool:
@@ -79,21 +82,33 @@ def is_compared(config: RunConfig, folder: RunFolder) -> bool:
     return config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
 
 
-def evaluate_all(
+def evaluate_both(
     config: RunConfig,
     retrievers: Mapping[str, Retriever],
-    holdout: Holdout,
+    data: RunData,
     on_progress: OnProgress = lambda *task: None,
-) -> Evaluation:
-    """Evaluates retrievers with a config's settings, and compares the first with the others."""
-    return evaluate(
-        retrievers,
-        holdout,
-        exclude=config.evaluation.exclude,
-        cutoffs=config.evaluation.cutoffs,
-        seed=config.seed,
-        on_progress=on_progress,
+) -> tuple[Evaluation, Evaluation | str]:
+    """Evaluates retrievers by user and by request; see `RunData.served`."""
+    by_user, by_request = (
+        holdout
+        if isinstance(holdout, str)
+        else evaluate(
+            retrievers,
+            holdout,
+            exclude=config.evaluation.exclude,
+            cutoffs=config.evaluation.cutoffs,
+            seed=config.seed,
+            on_progress=on_progress,
+        )
+        for holdout in (data.test, data.served)
     )
+    assert isinstance(by_user, Evaluation)
+    return by_user, by_request
+
+
+def as_served(served: Evaluation | str) -> dict[str, Any]:
+    """Returns the entry of metrics.json and comparison.json about the test by request."""
+    return {"left_out": served} if isinstance(served, str) else served.summary()
 
 
 def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str, Any]:
@@ -103,6 +118,7 @@ def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": data.split.report(),
         **measured.evaluation.summary(),
+        "by_request": as_served(measured.served),
         "training": {
             name: {
                 "best_epoch": model.result.best_epoch,
