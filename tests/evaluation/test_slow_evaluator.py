@@ -312,7 +312,7 @@ def test_every_protocol_tie_rule_and_metric_is_what_loops_say(
     )
     assert counts == {item: known[item] for item in items}
     numbers = np.array([counts[item] for item in items])
-    others = {"candidate_counts": numbers, "exposure": None}
+    others: dict[str, Any] = {"candidate_counts": numbers, "exposure": None}
     holdout = dataclasses.replace(holdout, candidate_ids=np.array(items), **others)
     queries = [*queries_of(read_rows, part, by, log.ties)]
     scores = {"by_last": by_last, "by_number": by_number}

@@ -65,6 +65,8 @@ def explained(table: str, by_request: Mapping[str, Any]) -> Iterator[str]:
         yield f"measured by user alone: {by_request['left_out']}"
     if "±" in table:
         yield "±: half of the 95% interval over users"
+    if "even_" in table:
+        yield "even_: as if the log had shown every item equally often"
     if "tail/" in table:
         yield "tail: the least popular items, which together have a fifth of the training clicks"
 
