@@ -55,14 +55,19 @@ def part_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("[!._]*.parquet"))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a text file: a reader sees the whole old text or the whole new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a file to write, which then replaces `path`: readers see the old or the new one."""
     partial = path.with_name(f"{path.name}.partial")
-    with naming(path):
-        partial.write_text(text, encoding="utf-8")
-        flush([partial])
-        os.replace(partial, path)
-        flush([path.parent])
+    try:
+        with naming(path):
+            yield partial
+            flush([partial])
+            os.replace(partial, path)
+            flush([path.parent])
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def flush(paths: Iterable[Path]) -> None:
@@ -83,7 +88,8 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
         hashes = {file.relative_to(path.parent).as_posix(): file_hash(file) for file in files}
     record = json.loads(json.dumps({**content, _HASHES: hashes}))
     hashes[path.name] = _own_hash(record)
-    replace_text(path, json.dumps({**record, _HASHES: hashes}, indent=2))
+    with replacing(path) as partial:
+        partial.write_text(json.dumps({**record, _HASHES: hashes}, indent=2), encoding="utf-8")
 
 
 def refuse_others(paths: Iterable[Path], written_first: Path) -> None:
@@ -205,6 +211,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         descriptor = _lock(path, wait)
     _held.add(key)
     try:
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         _held.remove(key)
@@ -213,26 +222,31 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _lock(path: Path, wait: bool) -> int:
-    how, is_held = fcntl.LOCK_EX | fcntl.LOCK_NB, False
+    try:
+        return open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = "another process"
+        with contextlib.suppress(FileNotFoundError):  # It may have ended by now.
+            holder = path.read_text(errors="replace") or holder
+        message = f"{path.parent} is in use by {holder}, which holds {path.name} there."
+        if not wait:
+            raise InUse(f"{message} Wait until it ends, or take another folder.") from None
+        logger.warning("%s Waiting until it ends.", message)
+        return open_locked(path)
+
+
+def open_locked(path: Path, how: int = fcntl.LOCK_EX, flags: int = 0) -> int:
+    """Opens a file, made if missing, and locks it; closing the descriptor unlocks it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
         try:
             fcntl.flock(descriptor, how)
-            # The previous holder may have removed the file after it was opened here.
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                is_held = True
+            # The previous holder may have removed or replaced the file after it was opened here.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        except BlockingIOError:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
-            message = f"{path.parent} is in use by {holder}, which holds {path.name} there."
-            if not wait:
-                raise InUse(f"{message} Wait until it ends, or take another folder.") from None
-            logger.warning("%s Waiting until it ends.", message)
-            how = fcntl.LOCK_EX
         except FileNotFoundError:
             pass
-        finally:
-            if not is_held:
-                os.close(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)

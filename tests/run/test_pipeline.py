@@ -712,7 +712,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> 
         "training.examples": "sets",
         "training.max_epochs": 4,
         "evaluation.baselines": ("popularity", "transitions"),
-        "export.index": "exact",
+        "export.index": "none",
     }
     config = with_settings(ratings_config(tmp_path), settings)
     finished = go(config, tmp_path / "run", "int")

@@ -32,6 +32,7 @@ GIVEN = {
     "training.batch_size": 256,
     "training.monitor": "ndcg@20",
 }
+UNEXPORTED = {"export.index": "none"}
 
 
 def config_in(folder: Path, **changes: Any) -> RunConfig:
@@ -82,7 +83,7 @@ def test_a_recipe_trains_in_a_race_as_it_trains_alone(
     config, result = raced
     best = result.metrics["race"]["winner"]
     alone = with_settings(planned(config, best), {"recipes": (), "fixed": ()})
-    alone = with_settings(alone, {"export.directory": tmp_path})
+    alone = with_settings(alone, UNEXPORTED)
     trained = run(alone, tmp_path / "run").metrics
     assert trained["training"]["two_tower"] == result.metrics["training"]["two_tower"]
     assert trained["models"]["two_tower"] == result.metrics["models"]["two_tower"]
@@ -104,7 +105,8 @@ def test_the_next_days_run_does_not_race(
 ) -> None:
     _, result = raced
     settings = load_config(result.folder / "config.toml")
-    today = with_settings(settings, {"warm_start": result.folder, "split.test": 0.1})
+    changed = {"warm_start": result.folder, "split.test": 0.1, **UNEXPORTED}
+    today = with_settings(settings, changed)
     watched = Watched()
     run(today, tmp_path / "today", progress=watched)
     assert "race" not in watched.reports
@@ -123,7 +125,7 @@ def test_a_killed_race_goes_on_and_ends_the_same(
     raced: tuple[RunConfig, RunResult], stop: Any, tmp_path: Path
 ) -> None:
     _, result = raced
-    config = config_in(tmp_path)
+    config = config_in(tmp_path, **UNEXPORTED)
     with pytest.raises(Stopped):
         run(config, tmp_path / "run", progress=StoppedIn(stop))
     told = Watched()
@@ -143,7 +145,7 @@ class StoppedIn(Watched):
 
 
 def test_a_budget_ends_the_race(tmp_path: Path) -> None:
-    result = run(config_in(tmp_path, budget="0.001s"), tmp_path / "run")
+    result = run(config_in(tmp_path, budget="0.001s", **UNEXPORTED), tmp_path / "run")
     trained = {name: len(values) for name, values in curves_of(result).items()}
     assert trained == {"default": 1, "quick": 0, "sets": 0}
     assert result.metrics["race"]["winner"] == "default"

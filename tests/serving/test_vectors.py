@@ -99,7 +99,7 @@ def test_other_lengths_are_told_and_a_failure_leaves_the_old_file(
     assert (about["min_norm"], about["max_norm"], about["unit_length"]) == (1, 2, False)
     assert pq.read_schema(path).names == ["item_id", "embedding", "norm"]
     before = path.read_bytes()
-    monkeypatch.setattr(vectors.os, "replace", _full)
+    monkeypatch.setattr("os.replace", _full)
     model.ids = []
     with pytest.raises(ValueError, match="no items"):
         vectors.write_vectors(model, path)  # type: ignore[arg-type]

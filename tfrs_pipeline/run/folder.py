@@ -15,7 +15,7 @@ from tfrs_pipeline.durable import (
     locked,
     naming,
     read_record,
-    replace_text,
+    replacing,
     try_writing,
     write_record,
 )
@@ -195,7 +195,8 @@ class RunFolder:
 
     def _write_settings(self, config: RunConfig) -> None:
         settings = dump_config(config)
-        replace_text(self.config_file, f"{settings}{_HASH_LINE}{_hash(settings)}\n")
+        with replacing(self.config_file) as partial:
+            partial.write_text(f"{settings}{_HASH_LINE}{_hash(settings)}\n", encoding="utf-8")
 
 
 def exported_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:

@@ -6,7 +6,6 @@ and the next write cuts it off. Several processes may write, one at a time; any 
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tfrs_pipeline.durable import Damaged, flush, naming
+from tfrs_pipeline.durable import Damaged, flush, naming, open_locked, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +57,14 @@ class Journal:
     def writing(self) -> Iterator["Writer"]:
         """Locks the journal against other threads and processes, to read it and then write."""
         with self._lock, naming(self.path):
-            while True:
-                is_new = not self.path.exists()
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    # Another process may have rewritten it meanwhile.
-                    if os.fstat(descriptor).st_ino == os.stat(self.path).st_ino:
-                        if is_new:
-                            flush([self.path.parent])
-                        yield Writer(self, descriptor)
-                        return
-                except FileNotFoundError:
-                    pass
-                finally:
-                    os.close(descriptor)  # Also unlocks it.
+            is_new = not self.path.exists()
+            descriptor = open_locked(self.path, flags=os.O_APPEND)
+            try:
+                if is_new:
+                    flush([self.path.parent])
+                yield Writer(self, descriptor)
+            finally:
+                os.close(descriptor)
 
 
 class Writer:
@@ -98,14 +90,10 @@ class Writer:
 
     def replace(self, records: Iterable[Record]) -> None:
         """Rewrites the journal: a reader sees the old one or the new one, whole."""
-        path = self._journal.path
-        partial = path.with_name(f".{path.name}.partial")
         lines = b"".join(map(_encoded, records))
-        partial.write_bytes(lines)
-        flush([partial])
-        inode = partial.stat().st_ino
-        os.replace(partial, path)
-        flush([path.parent])
+        with replacing(self._journal.path) as partial:
+            partial.write_bytes(lines)
+            inode = partial.stat().st_ino
         self._journal._read = inode, len(lines)
 
     @property

@@ -1,7 +1,6 @@
 """Writes the vectors of a model's items for another engine, as Parquet."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.durable import flush, naming
+from tfrs_pipeline.durable import replacing
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
@@ -65,17 +64,10 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         "max_norm": float(norms.max()),
         "unit_length": bool(np.abs(norms - 1).max() < _ROUNDING),
     }
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with naming(path):
-            metadata = {x: v if isinstance(v, str) else json.dumps(v) for x, v in about.items()}
-            titled = [titles.get(id_) for id_ in ids] if titles else None
-            _write(partial, metadata, ids, titled, embeddings, norms)
-            flush([partial])
-            os.replace(partial, path)
-            flush([path.parent])
-    finally:
-        partial.unlink(missing_ok=True)
+    metadata = {x: v if isinstance(v, str) else json.dumps(v) for x, v in about.items()}
+    titled = [titles.get(id_) for id_ in ids] if titles else None
+    with replacing(path) as partial:
+        _write(partial, metadata, ids, titled, embeddings, norms)
     return about
 
 
