@@ -105,10 +105,9 @@ def refuse_others(paths: Iterable[Path], written_first: Path) -> None:
 def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
     """Records what a folder is made from; a `ValueError` if another record exists."""
     made_of = json.loads(json.dumps(made_of))
-    if not is_whole(path):
+    if (before := read_whole(path)) is None:
         write_record(path, made_of)
         return
-    before = read_record(path)
     changed = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
     if changed:
         differ = (f"{x}: {before.get(x)!r}, now {made_of.get(x)!r}" for x in changed)
@@ -137,16 +136,15 @@ def read_record(path: Path, *, check_files: bool = True) -> dict[str, Any]:
     return dict(record)
 
 
-def is_whole(path: Path) -> bool:
-    """Returns whether there is a record and it and its files are undamaged; logs damage."""
+def read_whole(path: Path) -> dict[str, Any] | None:
+    """Reads a record; None if it is missing or damaged, or one of its files is, which is logged."""
     try:
-        read_record(path)
+        return read_record(path)
     except FileNotFoundError:
-        return False
+        return None
     except Damaged as error:
         logger.warning("%s It is made again.", error)
-        return False
-    return True
+        return None
 
 
 def _own_hash(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.durable import hold_to, is_whole, read_record, refuse_others, write_record
+from tfrs_pipeline.durable import hold_to, read_record, read_whole, refuse_others, write_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -159,7 +159,7 @@ class TrainingSet:
         Raises a `ValueError` if they are of another log, seed or `hard`.
         """
         folder = Path(folder)
-        if not is_whole(folder / "report.json"):
+        if read_whole(folder / "report.json") is None:
             return None
         hold_to(folder / MADE_OF_FILE, _made_of(log, seed, hard))
         return cls._open(log, folder)

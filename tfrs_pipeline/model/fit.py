@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
+from tfrs_pipeline.durable import naming, read_record, read_whole, write_record
 from tfrs_pipeline.model.distribution import chief_first, dataset_of, on_chief
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork
@@ -239,10 +239,9 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
             if mining is not None and not mining.can_go_on(epoch):
                 continue
-            if is_whole(self._path(epoch, ".json")):
-                state = read_record(self._path(epoch, ".json"), check_files=False)
+            if (state := read_whole(self._path(epoch, ".json"))) is not None:
                 self.history = state["history"]
-                if is_whole(self._path(self.best_epoch, ".json")):
+                if read_whole(self._path(self.best_epoch, ".json")) is not None:
                     return epoch, state
         return 0, {"history": {}, "seconds": 0.0}
 

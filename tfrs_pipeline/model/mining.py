@@ -9,7 +9,7 @@ import numpy as np
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.ids import are_listed
-from tfrs_pipeline.durable import is_whole, naming, write_record
+from tfrs_pipeline.durable import naming, read_whole, write_record
 from tfrs_pipeline.model.queries import RetrieveRows
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.samples.columns import map_column
@@ -152,7 +152,7 @@ class MinedPools:
         ]
 
     def _load(self, epoch: int) -> RowLists | None:
-        if self.folder is None or not is_whole(self.folder / f"mined-{epoch}.json"):
+        if self.folder is None or read_whole(self.folder / f"mined-{epoch}.json") is None:
             return None
         self.pools[epoch] = RowLists(*(map_column(path) for path in self._files(epoch)))
         return self.pools[epoch]

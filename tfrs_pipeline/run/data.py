@@ -15,7 +15,7 @@ from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.settings import DataConfig
-from tfrs_pipeline.durable import Damaged, is_whole
+from tfrs_pipeline.durable import Damaged, read_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -63,7 +63,7 @@ def log_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
         return read_split(runner, log)
 
     def read_split(runner: Runner, log: Log) -> Split[Log] | None:
-        if not is_whole(folder.split.with_suffix(".json")):
+        if read_whole(folder.split.with_suffix(".json")) is None:
             return None
         split = Split.read(log, folder.split)
         runner.note(*split.describe())

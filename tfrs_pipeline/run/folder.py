@@ -11,10 +11,10 @@ from typing import Any
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, flat_settings, load_config, with_settings
 from tfrs_pipeline.durable import (
-    is_whole,
     locked,
     naming,
     read_record,
+    read_whole,
     replacing,
     try_writing,
     write_record,
@@ -79,7 +79,7 @@ class RunFolder:
 
     def metrics(self) -> dict[str, Any] | None:
         """Reads the metrics of a finished run; None if it is not finished."""
-        return read_record(self.metrics_file) if is_whole(self.metrics_file) else None
+        return read_whole(self.metrics_file)
 
     def results(self) -> dict[str, Any]:
         """Reads the metrics of a finished run; refuses (`ValueError`) any other folder."""
@@ -114,11 +114,9 @@ class RunFolder:
 
     def settled(self, config: RunConfig) -> RunConfig:
         """Returns the winner's settings if a race of these settings was decided here."""
-        if not (config.recipes and is_whole(self.race_file)):
-            return config
+        record = read_whole(self.race_file) if config.recipes else None
         changed = {name: getattr(config.export, name.rpartition(".")[2]) for name in MAY_CHANGE}
-        asked = RunConfig(**read_record(self.race_file)["asked"])
-        if with_settings(asked, changed) != config:
+        if record is None or with_settings(RunConfig(**record["asked"]), changed) != config:
             return config
         return with_settings(self.settings(), changed)
 
@@ -210,9 +208,8 @@ def exported_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | N
 
 def is_made_by(version: Path, metrics: Mapping[str, Any]) -> bool:
     """Returns whether a version was exported by the run with these metrics."""
-    path = version / MANIFEST_FILE
-    of_model = metrics["models"]["two_tower"]
-    return is_whole(path) and read_record(path, check_files=False).get("metrics") == of_model
+    manifest = read_whole(version / MANIFEST_FILE) or {}
+    return manifest.get("metrics") == metrics["models"]["two_tower"]
 
 
 def _check_path(folder: Path) -> None:

@@ -10,7 +10,7 @@ from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.parts import Split
-from tfrs_pipeline.durable import is_whole, read_record, write_record
+from tfrs_pipeline.durable import read_whole, write_record
 from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
@@ -140,7 +140,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
     data, measured = runner.artifacts["samples"], runner.artifacts["measured"]
     metrics = {
         **metrics_of(config, data, measured),
-        **({"race": read_record(folder.race_file)["race"]} if is_whole(folder.race_file) else {}),
+        **({} if (race := read_whole(folder.race_file)) is None else {"race": race["race"]}),
         **exported.as_metrics(),
         "signals": runner.artifacts["signals"].as_dict(),
         "notes": {report.name: report.notes for report in runner.reports},

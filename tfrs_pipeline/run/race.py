@@ -20,7 +20,7 @@ import tensorflow as tf
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.durable import is_whole, read_record, write_record
+from tfrs_pipeline.durable import read_whole, write_record
 from tfrs_pipeline.messages import SILENT, Progress
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
@@ -314,8 +314,8 @@ class _Trainings:
         return f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
 
     def _read(self) -> dict[str, Any]:
-        path = self.folder / CURVES_FILE
-        return dict(read_record(path)["curves"]) if is_whole(path) else {}
+        record = read_whole(self.folder / CURVES_FILE)
+        return {} if record is None else dict(record["curves"])
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

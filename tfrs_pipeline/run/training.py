@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.durable import is_whole, read_record, write_record
+from tfrs_pipeline.durable import read_record, read_whole, write_record
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
@@ -170,9 +170,9 @@ def read_trained(
     config: RunConfig, data: RunData, folder: Path, name: str = "two_tower"
 ) -> FittedTwoTower | None:
     """Reads the model that `train_and_refit` left in a folder; None if unfinished or damaged."""
-    if not on_chief(lambda: is_whole(folder / TRAINED_FILE)):
+    about = on_chief(lambda: read_whole(folder / TRAINED_FILE))
+    if about is None:
         return None
-    about = read_record(folder / TRAINED_FILE, check_files=False)
     chosen, step = TrainingResult(**about["result"]), "refit" if data.has_refit else "selection"
     model = read_training(
         config, name, data.final.corpus, data.split.train, folder / step, chosen.best_epoch

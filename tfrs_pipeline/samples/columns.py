@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.durable import file_hash, is_whole, naming, part_files, read_record, write_record
+from tfrs_pipeline.durable import file_hash, naming, part_files, read_whole, write_record
 
 
 def read_blocks(table: Path, column: str) -> Iterator[Any]:
@@ -63,15 +63,13 @@ def map_columns(
     changes, the columns are written again.
     """
     record = folder / "columns.json"
-
-    def are_there() -> bool:
-        return is_whole(record) and read_record(record) == made_of
-
-    if are_there():  # Checked without the lock, which cannot be made on a read-only disk.
+    if (
+        read_whole(record) == made_of
+    ):  # Checked without the lock, which cannot be made on a read-only disk.
         return _mapped(folder)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
-        if not are_there():
+        if read_whole(record) != made_of:
             with naming(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()

@@ -122,10 +122,10 @@ class LiveItems:
                 self._candidates.change(ids, embedded, self._filter_column(items), gone)
         self._maintain_if_needed()
 
-    def ids(self) -> list[Any]:
-        """Returns the ids of items that were written and not removed since."""
+    def titles(self) -> dict[Any, str | None]:
+        """Returns the titles of items that were written and not removed since, by id."""
         last = dict(self._last)  # Others may write meanwhile.
-        return [id_ for id_, (_, item) in last.items() if item is not None]
+        return {id_: self.title_of(id_) for id_, (_, item) in last.items() if item is not None}
 
     def title_of(self, item_id: Any) -> str | None:
         """Returns the title that an item was written with, None if there is none that applies."""

@@ -89,8 +89,8 @@ def _shown(version: ServedVersion, ids: Iterable[Any]) -> list[dict[str, Any]]:
 def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     """Finds the first items, in the order of the corpus, whose title or id contains `words`."""
     part, retriever = " ".join(words.casefold().split()), version.retriever
-    lines = {**version.search_lines, **retriever.live_search_lines()}
-    ids = (id_ for id_, line in lines.items() if part and part in line)
+    titles = {**version.titles, **retriever.live_titles()}
+    ids = (x for x, title in titles.items() if part and part in f"{title or ''} {x}".casefold())
     listed = (id_ for id_ in ids if retriever.candidates.has([id_])[0])
     return _shown(version, itertools.islice(listed, MAX_FOUND))
 

@@ -250,10 +250,9 @@ class LoadedRetriever(LoadedTowers):
         """Returns the title that an item was written with, None if it is not a live item."""
         return None if self._live is None else self._live.title_of(item_id)
 
-    def live_search_lines(self) -> dict[Any, str]:
-        """Returns what a search by words looks through, by the id of each live item."""
-        ids = () if self._live is None else self._live.ids()
-        return {id_: search_line(id_, self.title_of(id_)) for id_ in ids}
+    def live_titles(self) -> dict[Any, str | None]:
+        """Returns the titles of items that were written and not removed since, by id."""
+        return {} if self._live is None else self._live.titles()
 
     def titles(self) -> dict[Any, str]:
         """Reads the titles of items by id, live ones included; empty if they have none."""
@@ -261,8 +260,7 @@ class LoadedRetriever(LoadedTowers):
         titles = (
             dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
         )
-        live = () if self._live is None else self._live.ids()
-        return titles | {id_: title for id_ in live if (title := self.title_of(id_)) is not None}
+        return titles | {id_: x for id_, x in self.live_titles().items() if x is not None}
 
     def _retrieved(
         self,
@@ -350,8 +348,3 @@ class LoadedRetriever(LoadedTowers):
 
 def _items_read(manifest: Mapping[str, Any]) -> float:
     return datetime.fromisoformat(manifest.get("items_read", manifest["date"])).timestamp()
-
-
-def search_line(item_id: Any, title: str | None) -> str:
-    """Returns what a search by words looks through: an item's title and id."""
-    return f"{title or ''} {item_id}".casefold()

@@ -22,7 +22,7 @@ from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs, bad_request
-from tfrs_pipeline.serving.retriever import UnknownItem, load, search_line
+from tfrs_pipeline.serving.retriever import UnknownItem, load
 from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import RETRIEVALS, Retrieval, ask, completed
@@ -54,7 +54,6 @@ class ServedVersion:
         self.titles: dict[Any, str | None] = {}
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
-        self.search_lines = {id_: search_line(id_, title) for id_, title in self.titles.items()}
         self.signature_def = _signature_def(folder)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
