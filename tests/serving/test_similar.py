@@ -66,42 +66,34 @@ def by_signature(
     return texts, answer["scores"].numpy()
 
 
+@pytest.mark.parametrize("is_filtered", [False, True])
 def test_every_way_answers_as_numpy(
-    served: Served, loaded: LoadedRetriever, running: Running, items: list[Any], kind: str
+    served: Served,
+    loaded: LoadedRetriever,
+    running: Running,
+    items: list[Any],
+    kind: str,
+    is_filtered: bool,
 ) -> None:
     vectors, ids = served.model.embed_corpus(), served.candidate_ids.tolist()
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
     # Of each item, its best one is excluded too.
     best, _ = by_numpy(ids, vectors, SOME, 1, [set()] * 3)
-    expected, scores = by_numpy(ids, vectors, SOME, K, list(map(set, best)))
-    inputs = {"item_id": items, "exclude": best, "k": K}
-    over_rest = running.predict(signature_name="similar", inputs=inputs)["outputs"]
+    closed, allowed = list(map(set, best)), [["a"], ["b"], ["c"]] if is_filtered else []
+    for of_item, (genre,) in zip(closed, allowed, strict=False):
+        pairs = zip(ids, served.genres, strict=True)
+        of_item |= {id_ for id_, genres in pairs if genre not in genres}
+    expected, scores = by_numpy(ids, vectors, SOME, K, closed)
+    inputs: dict[str, Any] = {"item_id": items, "exclude": best, "k": K}
+    inputs |= {"allowed": allowed} if is_filtered else {}
+    name = "similar_filtered" if is_filtered else "similar"
+    over_rest = running.predict(signature_name=name, inputs=inputs)["outputs"]
     assert set(over_rest) == {"candidate_ids", "scores"}
+    given: tuple[Any, ...] = items, K, best, *([allowed] if is_filtered else [])
     for found, found_scores in (
-        loaded.similar(items, K, best),
-        by_signature(served, loaded.saved_model, items, K, best),
-        by_signature(served, served.module(kind), items, K, best),
-        (over_rest["candidate_ids"], over_rest["scores"]),
-    ):
-        assert np.asarray(found, object).tolist() == expected
-        np.testing.assert_allclose(found_scores, scores, atol=1e-5)
-
-
-def test_a_filter_applies_everywhere(
-    served: Served, loaded: LoadedRetriever, running: Running, items: list[Any], kind: str
-) -> None:
-    ids, allowed = served.candidate_ids.tolist(), [["a"], ["b"], ["c"]]
-    closed = [
-        {id_ for id_, genres in zip(ids, served.genres, strict=True) if of_item[0] not in genres}
-        for of_item in allowed
-    ]
-    expected, scores = by_numpy(ids, served.model.embed_corpus(), SOME, K, closed)
-    inputs = {"item_id": items, "exclude": [[]] * 3, "k": K, "allowed": allowed}
-    over_rest = running.predict(signature_name="similar_filtered", inputs=inputs)["outputs"]
-    for found, found_scores in (
-        loaded.similar(items, K, allowed=allowed),
-        by_signature(served, loaded.saved_model, items, K, [[]] * 3, allowed),
-        by_signature(served, served.module(kind), items, K, [[]] * 3, allowed),
+        loaded.similar(items, K, best, allowed=allowed or None),
+        by_signature(served, loaded.saved_model, *given),
+        by_signature(served, served.module(kind), *given),
         (over_rest["candidate_ids"], over_rest["scores"]),
     ):
         assert np.asarray(found, object).tolist() == expected

@@ -206,21 +206,6 @@ def test_clicks_follow_truth_times_examination(position_bias: float) -> None:
     assert chi_squared(is_clicked, others * looks, groups) > 2 * bound
 
 
-def head_share(log: Log, stages: list[str], num_items: int) -> float:
-    """Returns the share of the tenth of the items that has most."""
-    counts = np.bincount(log["item_id"][np.isin(log["stage"], stages)], minlength=num_items + 1)[1:]
-    return float(np.sort(counts)[::-1][: num_items // 10].sum() / counts.sum())
-
-
-def test_popularity_has_a_heavy_head() -> None:
-    zipf = log_of(simulate(400, num_items=2000))
-    flat = log_of(simulate(400, num_items=2000, popularity_weight=0))
-    shown, clicked = ["exposed", "clicked"], ["clicked"]
-    # Zipf's law itself gives the first tenth of 2,000 items 72%.
-    assert min(head_share(zipf, stages, 2000) for stages in (shown, clicked)) > 0.6
-    assert head_share(zipf, shown, 2000) > 1.5 * head_share(flat, shown, 2000)
-
-
 @pytest.mark.parametrize("name", ["retrieval_noise", "pre_rank_noise", "rank_noise"])
 def test_each_stage_has_a_noise_of_its_own(name: str) -> None:
     # What a stage keeps is worse with more noise; what the stages before it keep is the same.

@@ -27,32 +27,21 @@ MADE_OF_FILE = "made_of.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """The ids and features behind the rows of samples.
+    """The ids and fitted features behind the rows of samples, of items, users and requests."""
 
-    Attributes:
-        candidate_ids: Item ids of the candidate rows 1, 2, ...
-        query_ids: User ids of the query rows.
-        candidate_features: Fitted features of the items.
-        query_features: Fitted features of the users.
-        candidate_columns: Encoded features of rows 1, 2, ... by name.
-        query_columns: The same for users.
-        request_features: Fitted features of requests; the samples hold their values.
-        has_times: Whether the samples have times.
-        has_positive: [1 + users] bool, the query rows with a positive; None is all.
-        is_later: [1 + items] bool, the items that came after the training (`Log.later_items`).
-            They are new: they have the unknown id's embedding and are never negatives. None is
-            none.
-    """
-
-    candidate_ids: Ids
+    candidate_ids: Ids  # Of rows 1, 2, ...
     query_ids: Ids
     candidate_features: tuple[Feature, ...] = ()
     query_features: tuple[Feature, ...] = ()
+    # Encoded features of rows 1, 2, ... by name.
     candidate_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-    request_features: tuple[Feature, ...] = ()
-    has_times: bool = False
+    request_features: tuple[Feature, ...] = ()  # The samples hold their values.
+    has_times: bool = False  # Whether the samples have times.
+    # [1 + users] bool, the query rows with a positive; None is all.
     has_positive: np.ndarray | None = None
+    # [1 + items] bool, the items that came after the training (`Log.later_items`). They are new:
+    # they have the unknown id's embedding and are never negatives. None is none.
     is_later: np.ndarray | None = None
 
     @classmethod
