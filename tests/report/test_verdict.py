@@ -13,6 +13,7 @@ from tfrs_pipeline.report.verdict import (
     by_popularity,
     compared_with_baselines,
     found_by_index,
+    shown_evenly,
     tied_items,
 )
 
@@ -351,3 +352,26 @@ def test_a_recipe_that_lost_the_race_is_not_suggested() -> None:
     assert "--preset sets" in before
     (after,) = advice({**behind, "race": {"recipes": {"sequence": {}, "sets": {}}}}, METRIC, config)
     assert "--preset" not in after
+
+
+def test_what_an_even_log_would_say_otherwise_is_told_both_ways() -> None:
+    def metrics(even: dict[str, float]) -> dict[str, Any]:
+        found = made({"two_tower": 0.3, "ease": 0.4, "ials": 0.2, "popularity": 0.3})
+        for name, mean in even.items():
+            found["models"][name][f"even_{METRIC}"] = interval(mean)
+            if name != "two_tower":
+                gap = interval(mean - even["two_tower"])
+                found["differences"][name][f"even_{METRIC}"] = gap
+        return found
+
+    said = shown_evenly(
+        metrics({"two_tower": 0.2, "ease": 0.1, "ials": 0.3, "popularity": 0}), METRIC
+    )
+    assert said is not None
+    assert "EASE finds more of what users clicked (0.40 against 0.30), but less" in said
+    assert "iALS finds less of what users clicked (0.20 against 0.30), but more" in said
+    assert "(0.10 against 0.20)" in said
+    assert "popularity" not in said
+    agreeing = metrics({"two_tower": 0.2, "ease": 0.3, "ials": 0.2, "popularity": 0.1})
+    assert shown_evenly(agreeing, METRIC) is None
+    assert shown_evenly(made({"two_tower": 0.3, "ease": 0.4}), METRIC) is None

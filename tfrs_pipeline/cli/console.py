@@ -24,6 +24,7 @@ from tfrs_pipeline.report.verdict import (
     as_served,
     by_popularity,
     compared_with_baselines,
+    shown_evenly,
     tied_items,
 )
 from tfrs_pipeline.run.folder import CONFIG_FILE
@@ -124,14 +125,16 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     )
 
     by_request = result.metrics.get("by_request", {})  # Older runs have none.
+    models = with_requests(result.metrics["models"], by_request)
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
     columns = [f"ndcg@{longest}"]
     columns += [f"{BY_REQUEST}/{columns[0]}"] if "models" in by_request else []
-    columns += [f"recall@{longest}", f"recall@{shortest}"]
+    columns += [f"recall@{longest}"]
+    columns += [x for x in (f"even_recall@{longest}",) if x in next(iter(models.values()))]
+    columns += [f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
     # Columns that do not fit are left out, since a wrapped table is unreadable.
     width = console.width if console.is_terminal else None
-    models = with_requests(result.metrics["models"], by_request)
     table = format_table(models, list(dict.fromkeys(columns)), width=width)
     monitored = compared_with_baselines(result.metrics, config.training.monitor)
     if monitored.outcome is Outcome.WORSE:
@@ -181,6 +184,8 @@ def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple
     yield "for whom", by_popularity(metrics, f"recall@{longest}").why
     if (tied := tied_items(metrics, f"recall@{longest}")) is not None:
         yield "ties", tied
+    if (evenly := shown_evenly(metrics, f"recall@{longest}")) is not None:
+        yield "evenly", evenly
     for line in advice(metrics, f"ndcg@{longest}", config):
         yield "try", line
     if better.outcome in (Outcome.LEVEL, Outcome.WORSE):
@@ -198,10 +203,12 @@ def print_comparison(console: Console, config: "RunConfig", result: "PlanCompari
     say(console, f"\n{table}")
     _say_filled(console, *explained(table, result.by_request))
     say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
-    metric = f"ndcg@{max(config.evaluation.cutoffs)}"
+    longest = max(config.evaluation.cutoffs)
     for name, found in (("", result.evaluation), ("by request, ", result.served)):
         if not isinstance(found, str):
-            _say_filled(console, f"{name}{compared_in_words(found, metric)}")
+            _say_filled(console, f"{name}{compared_in_words(found, f'ndcg@{longest}')}")
+    if result.evaluation.first.num_even is not None:
+        _say_filled(console, compared_in_words(result.evaluation, f"even_recall@{longest}"))
     for note in result.notes:
         say(console, note)
     for kind in ("md", "svg", "json"):

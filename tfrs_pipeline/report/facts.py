@@ -146,10 +146,15 @@ def report_page(facts: RunFacts) -> str:
         better=verdict.compared_with_baselines(facts.metrics, metric),
         served=verdict.as_served(facts.metrics, metric),
         tied=verdict.tied_items(facts.metrics, recall),
+        evenly=verdict.shown_evenly(facts.metrics, recall),
         advice=list(verdict.advice(facts.metrics, metric, facts.config)),
         for_whom=verdict.by_popularity(facts.metrics, recall),
         index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
-        metric_names=[f"{name}@{k}" for name in (*QUERY_METRICS, *SET_METRICS) for k in cutoffs],
+        metric_names=[
+            f"{name}@{k}"
+            for name in (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
+            for k in cutoffs
+        ],
         parts=[
             part
             for part in (*PARTS, DROPPED)

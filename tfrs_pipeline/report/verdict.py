@@ -214,6 +214,33 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
     )
 
 
+def shown_evenly(metrics: Metrics, metric: str) -> str | None:
+    """Says which models are clearly better in a recall and clearly worse in its even form, or so.
+
+    None if there is none, or no even form.
+    """
+    if f"even_{metric}" not in next(iter(metrics["models"].values())):
+        return None
+    even = {x.name: x for x in _compare(metrics, f"even_{metric}")}
+    told = []
+    for plain in _compare(metrics, metric):
+        outcomes = (even[plain.name].gain.outcome, plain.gain.outcome)
+        if outcomes in ((Outcome.BETTER, Outcome.WORSE), (Outcome.WORSE, Outcome.BETTER)):
+            numbers = [(x.other, x.own) for x in (plain, even[plain.name])]
+            found, evenly = (f"{other:.2f} against {own:.2f}" for other, own in numbers)
+            words = ("more", "less") if plain.gain.outcome is Outcome.WORSE else ("less", "more")
+            told.append(
+                f"{plain.written} finds {words[0]} of what users clicked ({found}), but {words[1]} "
+                f"as if the log had shown every item equally often ({evenly})"
+            )
+    if not told:
+        return None
+    return (
+        f"by {metric} and even_{metric}, {'; '.join(told)}: go by the second if what chose the "
+        "log's items favours popular ones more than users do (docs/guides/negatives.md)"
+    )
+
+
 def found_by_index(index: Metrics, num_items: int) -> Verdict:
     """Says which share of the exact answers the index loses, and whether it is worth having."""
     if index["kind"] == "exact":
