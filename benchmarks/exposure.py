@@ -194,8 +194,11 @@ def run_funnel(options: argparse.Namespace) -> dict[str, Any]:
                             "estimates": estimates(retriever, queries, shown, K, exclude=exclude),
                         }
                     )
+                scores = score(rows)
+                for row in rows:  # Fewer numbers: intervals would make most of the file.
+                    row["estimates"] = {name: x["mean"] for name, x in row["estimates"].items()}
                 log = {"popularity_weight": strength, "seed": seed, "exclude": exclude}
-                logs.append({**log, "scores": score(rows), "models": rows})
+                logs.append({**log, "scores": scores, "models": rows})
     return {"scores": summarise(logs, "popularity_weight", "exclude"), "logs": logs}
 
 
