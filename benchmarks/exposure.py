@@ -183,7 +183,7 @@ def run_funnel(options: argparse.Namespace) -> dict[str, Any]:
                 nothing = [np.empty(0, np.int64)] * len(queries)
                 out = queries.clicked if exclude == "clicked" else nothing
                 best = [x[~np.isin(x, gone)][:K] for x, gone in zip(by_liking, out, strict=True)]
-                rows = []
+                rows: list[dict[str, Any]] = []
                 for name, found in rankings.items():
                     pairs = zip(found[place], best, strict=True)
                     retriever = Rankings(queries.user_ids, found[place])
@@ -196,7 +196,7 @@ def run_funnel(options: argparse.Namespace) -> dict[str, Any]:
                     )
                 scores = score(rows)
                 for row in rows:  # Fewer numbers: intervals would make most of the file.
-                    row["estimates"] = {name: x["mean"] for name, x in row["estimates"].items()}
+                    row["estimates"] = {x: of["mean"] for x, of in row["estimates"].items()}
                 log = {"popularity_weight": strength, "seed": seed, "exclude": exclude}
                 logs.append({**log, "scores": scores, "models": rows})
     return {"scores": summarise(logs, "popularity_weight", "exclude"), "logs": logs}

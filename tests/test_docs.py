@@ -150,7 +150,7 @@ def test_the_example_of_the_readme_runs(
     """As it stands, on a smaller log than the one whose numbers the README shows."""
     readme = (ROOT / "README.md").read_text()
     example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
-    sizes = {"num_users=1000": "num_users=60", "500": "100", "5000": "1500", "[42]": "[7]"}
+    sizes = {"num_users=1000": "num_users=120", "500": "200", "5000": "2000", "[42]": "[7]"}
     for size, smaller in sizes.items():
         assert size in example
         example = re.sub(rf"(?<!\w){re.escape(size)}(?!\w)", smaller, example)
