@@ -53,9 +53,12 @@ def describe_sampled(validation: Holdout) -> list[str]:
 
 
 def describe_data(
-    data: TrainingSet, batches: HybridBatches, settings: TwoTowerSettings
+    data: TrainingSet,
+    batches: HybridBatches,
+    settings: TwoTowerSettings,
+    training: TrainingSettings,
 ) -> list[str]:
-    """Says what histories lack, what batches never draw, and what they mask."""
+    """Says what histories lack, what batches never draw and mask, and if they are smaller."""
     notes = []
     reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
     if reading and data.samples.num_earlier is None:
@@ -78,16 +81,13 @@ def describe_data(
     elif settings.hard is not None:
         since = ", from the first mining on" if isinstance(settings.hard, Mined) else ""
         notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}{since}")
+    if (size := batches.frame.batch_size) < training.batch_size:
+        notes.append(
+            f"{counted(len(data.samples), 'positive')} fill no batch of training.batch_size: "
+            f"batches of {size}. So few say little of an item: expect a model near the baselines, "
+            "and wide intervals"
+        )
     return notes
-
-
-def describe_few(num_positives: int, batch_size: int) -> str:
-    """Says that a log fills no batch of the settings, and what to expect of its model."""
-    return (
-        f"{counted(num_positives, 'positive')} fill no batch of training.batch_size: batches of "
-        f"{batch_size}. So few say little of an item: expect a model near the baselines, and wide "
-        "intervals"
-    )
 
 
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:

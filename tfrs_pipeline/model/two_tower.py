@@ -31,7 +31,6 @@ from tfrs_pipeline.model.notes import (
     OnProgress,
     OnSteps,
     describe_data,
-    describe_few,
     describe_sampled,
     writers,
 )
@@ -264,9 +263,7 @@ class TwoTower(TwoTowerSettings):
                 on_epoch=on_epoch,
             )
             notes += [] if mining is None else mining.describe()
-            notes += describe_data(data, batches, self)
-            if (size := batches.frame.batch_size) < self.training.batch_size:
-                notes.append(describe_few(len(data.samples), size))
+            notes += describe_data(data, batches, self, self.training)
         return FittedTwoTower(
             self.settings, self.training, corpus, network, encoder, result, notes, log
         )
