@@ -207,8 +207,13 @@ def print_comparison(console: Console, config: "RunConfig", result: "PlanCompari
     for name, found in (("", result.evaluation), ("by request, ", result.served)):
         if not isinstance(found, str):
             _say_filled(console, f"{name}{compared_in_words(found, f'ndcg@{longest}')}")
-    if result.evaluation.first.num_even is not None:
-        _say_filled(console, compared_in_words(result.evaluation, f"even_recall@{longest}"))
+    first = result.evaluation.first
+    if first.num_even is not None:
+        words = compared_in_words(result.evaluation, f"even_recall@{longest}")
+        of = f"{first.num_even:,} of {first.overall.num_relevant:,} items to find"
+        _say_filled(console, f"{words} (it rests on {of}, by their weights)")
+    else:
+        say(console, "no even_recall: it needs 1.5 items to find per user")
     for note in result.notes:
         say(console, note)
     for kind in ("md", "svg", "json"):
