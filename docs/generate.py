@@ -36,6 +36,7 @@ ROOMS = {
     "batches": "Batches",
     "evaluation": "Evaluation and baselines",
     "run": "Races and runs",
+    "report": "Figures",
     "serving": "Export and search",
     "retrieval": "Retrievers",
     "config": "Settings of a run",
@@ -240,6 +241,7 @@ def commands() -> Iterator[str]:
     """Yields the flags of each command that its `--help` shows."""
     for command, parser in COMMAND_LINE.parsers().items():
         about = inspect.getdoc(COMMAND_LINE.commands[command]) or ""
+        about = re.sub(r"--[a-z][\w.-]*\w", r"`\g<0>`", about)
         yield from (f"## `{COMMAND_LINE.program} {command}`", "", *about.splitlines(), "")
         yield from ("| flag | values | |", "|---|---|---|")
         for action in parser._actions:

@@ -22,9 +22,9 @@ SERVING = NOTEBOOKS / "03_serving.ipynb"
 NUM_USERS, NUM_ITEMS, NUM_GROUPS = 200, 160, 4
 MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000, SERVING: 700_000}
 FIGURES = {
-    QUICKSTART: ("popularity", "curve", "slices", "nearest"),
+    QUICKSTART: ("popularity", "curve", "slices"),
     SAMPLING: ("positives", "samplers", "correction", "hard", "exposed", "figure"),
-    SERVING: ("ranks", "space", "nearest"),
+    SERVING: ("space",),
 }
 # The check of an export in a fresh process takes seconds and has its own tests.
 TRUST_EXPORTS = """

@@ -152,33 +152,6 @@ def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
     return found
 
 
-def style_notebook() -> None:
-    """Sets this style for pyplot, and shows its figures in IPython as drawings."""
-    import matplotlib.pyplot as plt
-    from IPython import get_ipython
-    from matplotlib.figure import Figure
-
-    plt.rcParams.update(
-        {
-            **dict.fromkeys(["axes.edgecolor", "grid.color", "xtick.color", "ytick.color"], GRID),
-            **dict.fromkeys(["xtick.labelcolor", "ytick.labelcolor"], SOFT),
-            **dict.fromkeys(["text.color", "axes.labelcolor", "axes.titlecolor"], INK),
-            **dict.fromkeys(["font.size", "axes.titlesize", "axes.labelsize"], _FONT_SIZE),
-            "axes.prop_cycle": plt.cycler(color=SERIES),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlelocation": "left",
-            "legend.frameon": False,
-            "figure.constrained_layout.use": True,
-        }
-    )
-    formatters = get_ipython().display_formatter.formatters
-    plt.figure()  # The first figure makes the backend set its own formatter.
-    plt.close()
-    formatters["image/png"].pop(Figure, None)
-    formatters["image/svg+xml"].for_type(Figure, lambda figure: finish(figure, "Figure").card())
-
-
 def finish(figure: "Figure", label: str) -> Drawing:
     """Converts a figure to SVG; the same figure gives the same text."""
     import matplotlib

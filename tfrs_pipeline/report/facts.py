@@ -173,8 +173,8 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
     }
     overall = {metric: {name: model[metric] for name, model in models.items()}}
     drawings = {
-        "results": [figures.intervals_figure(overall, metric)],
-        "slices": [figures.intervals_figure(slices, recall)],
+        "results": [figures.plot_intervals(overall, metric)],
+        "slices": [figures.plot_intervals(slices, recall)],
         "race": _race_figures(facts),
         "training": _training_figures(facts),
         "popularity": _popularity_figures(facts.popularity),
@@ -193,7 +193,7 @@ def _training_figures(facts: RunFacts) -> list[Drawing]:
     monitor = f"val_{facts.config.training.monitor}"
     logged = dict.fromkeys(["loss", monitor, *(name for h in histories.values() for name in h)])
     return [
-        figures.curves_figure(
+        figures.plot_curves(
             {name: history[curve] for name, history in histories.items() if curve in history},
             chosen,
             curve.replace("val_", "validation "),
@@ -213,21 +213,17 @@ def _race_figures(facts: RunFacts) -> list[Drawing]:
     )
     chosen = {name: of_lane.index(max(of_lane)) + 1 for name, of_lane in values.items()}
     what = f"validation {race['metric']} of the recipes"
-    return [figures.curves_figure(values, chosen, what, seconds=seconds)]
+    return [figures.plot_curves(values, chosen, what, seconds=seconds)]
 
 
 def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:
-    order = np.argsort(-popularity.counts, kind="stable")
-    sizes = {name: int(is_in.sum()) for name, is_in in popularity.slices.items()}
     ranks = {
         "training positives": {"training positives": popularity.counts},
         "share of the positives": popularity.shares if len(popularity.shares) > 1 else {},
         "probability of a draw": popularity.negatives,
     }
     return [
-        figures.popularity_figure(
-            {name: values[order] for name, values in lines.items()}, sizes, what
-        )
+        figures.plot_popularity(lines, popularity.counts, what)
         for what, lines in ranks.items()
         if lines
     ]

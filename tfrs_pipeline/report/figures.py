@@ -1,4 +1,4 @@
-"""The figures of a run's report, in the style of `drawing`."""
+"""The figures of a run's report, which notebooks show too, in the style of `drawing`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,15 +6,30 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline import drawing
+from tfrs_pipeline.evaluation.evaluate import popularity_slices
 
 _SIZE = (4.8, 2.9)
 _MAX_POINTS = 150
 
 
-def intervals_figure(
+def plot_intervals(
     panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str
 ) -> drawing.Drawing:
-    """Draws a metric of each model, the first at the top, in panels by title, side by side."""
+    """Draws a metric of each model with its interval, the first at the top, in panels side by side.
+
+    Args:
+        panels: Title of a panel -> model -> "mean", "low" and "high", as `Interval.as_dict` gives
+            them. All panels have the same models.
+        metric: Name of the metric, for screen readers.
+
+    Returns:
+        A drawing, which a notebook shows; its `card()` is an SVG document.
+
+    Example:
+        >>> found = {"ours": {"mean": 0.33, "low": 0.32, "high": 0.34}}
+        >>> plot_intervals({"NDCG@100": found}, "ndcg@100").label
+        'ndcg@100 of each model with its 95% interval: NDCG@100'
+    """
     names = list(next(iter(panels.values())))
     figure, all_axes = drawing.new_figure(
         4.2, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
@@ -44,14 +59,14 @@ def intervals_figure(
         axes.grid(axis="x", color=drawing.GRID)
     all_axes[0].set_yticks(range(len(names)), [x.replace("_uncorr", "_\nuncorr") for x in names])
     all_axes[0].set_ylim(len(names) - 0.5, -0.6)
-    for text in all_axes[0].get_yticklabels():
-        text.set(color=drawing.INK, weight="bold" if text.get_text() == names[0] else "normal")
+    for place, text in enumerate(all_axes[0].get_yticklabels()):
+        text.set(color=drawing.INK, weight="normal" if place else "bold")
     return drawing.finish(
         figure, f"{metric} of each model with its 95% interval: {', '.join(panels)}"
     )
 
 
-def curves_figure(
+def plot_curves(
     curves: Mapping[str, Sequence[float]],
     chosen: Mapping[str, int],
     what: str,
@@ -60,7 +75,11 @@ def curves_figure(
 ) -> drawing.Drawing:
     """Draws each model's values by epoch, from 1, with a mark at the chosen epoch.
 
-    If the CPU `seconds` at the end of each epoch are given, values are drawn by them instead.
+    Args:
+        curves: Model -> a value an epoch, such as `model.result.history["val_ndcg@100"]`.
+        chosen: Model -> the epoch to mark, such as `model.result.best_epoch`.
+        what: Title.
+        seconds: Model -> CPU seconds at the end of each epoch, to draw the values by.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -82,14 +101,23 @@ def curves_figure(
     return drawing.finish(figure, f"{what} by {by}, the chosen epoch marked")
 
 
-def popularity_figure(
-    curves: Mapping[str, np.ndarray], slices: Mapping[str, int], what: str
+def plot_popularity(
+    curves: Mapping[str, np.ndarray], counts: np.ndarray, what: str
 ) -> drawing.Drawing:
-    """Draws values by popularity rank on logarithmic axes; `slices` are numbers of candidates."""
+    """Draws values of the candidates by popularity rank, on logarithmic axes.
+
+    Args:
+        curves: Name -> [num_candidates] values, such as shares of the positives or of the draws.
+        counts: [num_candidates] training positives, which rank the candidates and divide them into
+            head, torso and tail, such as `holdout.candidate_counts`.
+        what: Title.
+    """
+    order = np.argsort(-counts, kind="stable")
+    slices = {name: int(is_in.sum()) for name, is_in in popularity_slices(counts).items()}
     figure, (axes,) = drawing.new_figure(*_SIZE)
     ends = {}
     for number, (label, values) in enumerate(curves.items()):
-        ranks, means = thinned(values)
+        ranks, means = thinned(values[order])
         is_drawn = means > 0
         colour, line = drawing.SERIES[number % 5], drawing.LINES[number % 5]
         axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line)
