@@ -24,7 +24,7 @@ from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run.compare import PlanComparison, compare
 from tfrs_pipeline.run.data import prepare
-from tfrs_pipeline.run.measure import evaluate_both
+from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.plans import every_loser, sampling_plans
 from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
@@ -248,7 +248,8 @@ def test_plans_are_compared_with_the_reference_query_by_query(compared: PlanComp
 def test_files_hold_the_plans(compared: PlanComparison) -> None:
     saved = json.loads((compared.folder / "comparison.json").read_text())
     evaluation = compared.evaluation
-    assert {name: saved[name] for name in ("models", "differences")} == evaluation.summary()
+    names = ("models", "differences", "by_request")
+    assert {name: saved[name] for name in names} == evaluation.summary()
     assert saved["plans"]["mixed"]["epochs"] == compared.trainings["mixed"].best_epoch
     text = (compared.folder / "comparison.md").read_text()
     for name, result in evaluation.results.items():
@@ -267,8 +268,9 @@ def test_files_hold_the_plans(compared: PlanComparison) -> None:
 def test_mixed_equals_a_run(config: RunConfig, compared: PlanComparison, tmp_path: Path) -> None:
     data = prepare(config, tmp_path)
     plain = with_settings(config, {"model.hard": None, "training.max_epochs": NUM_EPOCHS})
-    result = evaluate_both(plain, {"model": train_and_refit(plain, data)}, data)
-    for measured, again in zip((compared.evaluation, compared.served), result, strict=True):
+    result = evaluate_all(plain, {"model": train_and_refit(plain, data)}, data)
+    found = compared.evaluation
+    for measured, again in ((found, result), (found.by_request, result.by_request)):
         assert isinstance(measured, Evaluation)
         assert isinstance(again, Evaluation)
         mixed = measured.results["mixed"]

@@ -124,24 +124,20 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
         with_requests,
     )
 
-    by_request = result.metrics.get("by_request", {})  # Older runs have none.
-    models = with_requests(result.metrics["models"], by_request)
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
-    columns = [f"ndcg@{longest}"]
-    columns += [f"{BY_REQUEST}/{columns[0]}"] if "models" in by_request else []
-    columns += [f"recall@{longest}"]
-    columns += [x for x in (f"even_recall@{longest}",) if x in next(iter(models.values()))]
-    columns += [f"recall@{shortest}"]
+    columns = [f"ndcg@{longest}", f"{BY_REQUEST}/ndcg@{longest}"]
+    columns += [f"recall@{longest}", f"even_recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
     # Columns that do not fit are left out, since a wrapped table is unreadable.
     width = console.width if console.is_terminal else None
-    table = format_table(models, list(dict.fromkeys(columns)), width=width)
+    columns = list(dict.fromkeys(columns))
+    table = format_table(with_requests(result.metrics), columns, width=width)
     monitored = compared_with_baselines(result.metrics, config.training.monitor)
     if monitored.outcome is Outcome.WORSE:
         say(console, f"\na baseline wins: {monitored.why}")
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
     say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:\n{table}")
-    _say_filled(console, *explained(table, by_request))
+    _say_filled(console, *explained(table, result.metrics))
     say(console, "")
     for head, text in _findings(config, result.metrics):
         _say_filled(console, f"{head:8} {text}", indent=9)
@@ -201,12 +197,12 @@ def print_comparison(console: Console, config: "RunConfig", result: "PlanCompari
     width = console.width if console.is_terminal else None
     table = result.table(width=width)
     say(console, f"\n{table}")
-    _say_filled(console, *explained(table, result.by_request))
+    _say_filled(console, *explained(table, result.evaluation.summary()))
     say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
     longest = max(config.evaluation.cutoffs)
-    for name, found in (("", result.evaluation), ("by request, ", result.served)):
-        if not isinstance(found, str):
-            _say_filled(console, f"{name}{compared_in_words(found, f'ndcg@{longest}')}")
+    _say_filled(console, compared_in_words(result.evaluation, f"ndcg@{longest}"))
+    if not isinstance(served := result.evaluation.by_request, str):
+        _say_filled(console, f"by request, {compared_in_words(served, f'ndcg@{longest}')}")
     first = result.evaluation.first
     if first.num_even is not None:
         words = compared_in_words(result.evaluation, f"even_recall@{longest}")

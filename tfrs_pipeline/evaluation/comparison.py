@@ -1,7 +1,7 @@
 """A comparison of sampling plans as a table, in words and as a figure."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, new_figure
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
@@ -21,27 +21,21 @@ _OUTCOMES = (
 
 def comparison_table(
     evaluation: Evaluation,
-    by_request: Mapping[str, Any],
     trained: Mapping[str, Mapping[str, int]],
     *,
     markdown: bool = False,
     width: int | None = None,
 ) -> str:
-    """Formats plans and numbers of their trainings, in as many columns as fit.
-
-    `by_request` has their summaries by request, if any, as in comparison.json.
-    """
+    """Formats plans and numbers of their trainings, in as many columns as fit."""
     shortest, longest = evaluation.cutoffs[0], evaluation.cutoffs[-1]
-    compared = [f"ndcg@{longest}", f"recall@{longest}"]
-    compared += [f"even_recall@{longest}"] if evaluation.first.num_even is not None else []
-    served = [f"{BY_REQUEST}/ndcg@{longest}"] if "models" in by_request else []
-    columns = [compared[0], *served, *compared[1:], f"tail/recall@{longest}"]
-    columns += [f"coverage@{shortest}"]
-    columns += [f"average_popularity@{shortest}", *next(iter(trained.values()))]
-    plans = with_requests(evaluation.summary()["models"], by_request)
-    plans = {name: {**x, **trained[name]} for name, x in plans.items()}
+    compared = [f"{name}@{longest}" for name in ("ndcg", "recall", "even_recall")]
+    columns = [compared[0], f"{BY_REQUEST}/{compared[0]}", *compared[1:], f"tail/recall@{longest}"]
+    columns += [f"{name}@{shortest}" for name in ("coverage", "average_popularity")]
+    columns += next(iter(trained.values()))
+    models = with_requests(evaluation.summary())
+    plans = {name: {**x, **trained[name]} for name, x in models.items()}
     differences = {
-        name: {metric: of_plan[metric].as_dict() for metric in compared}
+        name: {metric: of_plan[metric].as_dict() for metric in compared if metric in of_plan}
         for name, of_plan in evaluation.differences.items()
     }
     return format_table(plans, columns, differences, markdown=markdown, width=width)

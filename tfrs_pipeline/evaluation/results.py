@@ -158,12 +158,14 @@ class Evaluation:
         cutoffs: Values of k, ascending.
         num_bootstrap: Resamples for the intervals of the differences.
         seed: Seed of the resamples.
+        by_request: In a run, the same retrievers asked by request; or why they were not, as text.
     """
 
     results: Mapping[str, EvaluationResult]
     cutoffs: tuple[int, ...]
     num_bootstrap: int
     seed: int
+    by_request: "Evaluation | str" = ""
 
     @property
     def first(self) -> EvaluationResult:
@@ -192,14 +194,22 @@ class Evaluation:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """Returns the numbers for JSON: "models" and "differences", each by name."""
-        return {
+        """Returns the numbers for JSON: "models" and "differences", each by name.
+
+        In a run also "by_request", with the same two, or "left_out": why it has none.
+        """
+        summary: dict[str, Any] = {
             "models": {name: result.summary() for name, result in self.results.items()},
             "differences": {
                 name: {metric: interval.as_dict() for metric, interval in by_metric.items()}
                 for name, by_metric in self.differences.items()
             },
         }
+        if isinstance(self.by_request, Evaluation):
+            summary["by_request"] = self.by_request.summary()
+        elif self.by_request:
+            summary["by_request"] = {"left_out": self.by_request}
+        return summary
 
     def __repr__(self) -> str:
         shortest, longest = self.cutoffs[0], self.cutoffs[-1]

@@ -19,8 +19,10 @@ def format_table(
 
     An interval is shown as its mean and half its width, a missing value as "-". Slices have columns
     such as "tail/recall@20". The differences of `Evaluation.summary()` are next to their metric.
-    The last columns that do not fit in `width` characters are left out, but never the first.
+    Columns that no model has are left out, and the last that do not fit in `width` characters, but
+    never the first.
     """
+    columns = [x for x in columns if any(_find(of, x) is not None for of in models.values())]
     differences = differences or {}
     compared = {metric for of_model in differences.values() for metric in of_model}
     reference = next((name for name in models if name not in differences), "")
@@ -39,30 +41,26 @@ def format_table(
     return format_table(models, columns[:-1], differences, markdown=markdown, width=width)
 
 
-def with_requests(
-    models: Mapping[str, Mapping[str, Any]], by_request: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Adds the summaries by request, for columns such as "by request/ndcg@20", to those by user.
-
-    `by_request` is the entry of that name in metrics.json; without models it adds nothing.
-    """
-    found = by_request.get("models", {})
+def with_requests(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the models of `Evaluation.summary()` with columns such as "by request/ndcg@20"."""
+    found = metrics.get("by_request", {}).get("models", {})
     return {
         name: {**x, "slices": {**x["slices"], **({BY_REQUEST: found[name]} if found else {})}}
-        for name, x in models.items()
+        for name, x in metrics["models"].items()
     }
 
 
-def explained(table: str, by_request: Mapping[str, Any]) -> Iterator[str]:
+def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
     """Says what a table of models shows, in lines for a reader who sees one for the first time."""
+    left_out = metrics.get("by_request", {}).get("left_out")
     if BY_REQUEST in table:
         yield (
             f"{BY_REQUEST}: one query per request, with the history up to it, as in service; the "
             "other columns: one query per user, with the history before the test, for all that "
             "the user clicked in it"
         )
-    elif "left_out" in by_request:
-        yield f"measured by user alone: {by_request['left_out']}"
+    elif left_out:
+        yield f"measured by user alone: {left_out}"
     if "±" in table:
         yield "±: half of the 95% interval over users"
     if "even_" in table:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from pydantic_core import to_jsonable_python
 
@@ -26,13 +25,11 @@ from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.measure import as_served, evaluate_both
+from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.plans import Plan, every_loser, sampling_plans
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_trainable, training_step
 from tfrs_pipeline.settings import ConfigError
-
-_Measured: TypeAlias = tuple[Evaluation, Evaluation | str, TrainingResult]
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,8 @@ class PlanComparison:
 
     folder: Path
     evaluation: Evaluation
-    served: Evaluation | str  # By request; if that says no more, why.
     trainings: Mapping[str, TrainingResult]
     notes: Sequence[str]
-
-    @property
-    def by_request(self) -> dict[str, Any]:
-        """The entry of that name in comparison.json."""
-        return as_served(self.served)
 
     def table(self, *, markdown: bool = False, width: int | None = None) -> str:
         """Formats the plans as Markdown or text, with as many columns as fit in a width."""
@@ -59,9 +50,7 @@ class PlanComparison:
             name: {"epochs": training.best_epoch, "seconds": round(training.seconds)}
             for name, training in self.trainings.items()
         }
-        return comparison_table(
-            self.evaluation, self.by_request, trained, markdown=markdown, width=width
-        )
+        return comparison_table(self.evaluation, trained, markdown=markdown, width=width)
 
 
 def compare(
@@ -88,7 +77,7 @@ def compare(
         plans, notes = runner.run(runner.remaining(plan_steps(config, place)))
         measure = functools.partial(_measure, config)
         data: RunData = runner.artifacts["samples"]
-        measured: dict[str, _Measured] = {}
+        measured: dict[str, tuple[Evaluation, TrainingResult]] = {}
         for name, plan in plans.items():
             planned = _planned(config, plan, data)
             training = training_step(name, planned, place, f"plans/{name}/checkpoints")
@@ -125,16 +114,21 @@ def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
     return with_settings(config, {**plan, "training.max_epochs": _max_epochs(config, data)})
 
 
-def _measure(config: RunConfig, runner: Runner, data: RunData, model: FittedTwoTower) -> _Measured:
+def _measure(
+    config: RunConfig, runner: Runner, data: RunData, model: FittedTwoTower
+) -> tuple[Evaluation, TrainingResult]:
     named = {model.network.name: model}
-    return *evaluate_both(config, named, data, runner.progress.task), model.result
+    return evaluate_all(config, named, data, runner.progress.task), model.result
 
 
-def _joined(of_plans: Mapping[str, Evaluation | str]) -> Evaluation | str:
+def _joined(of_plans: Mapping[str, Evaluation]) -> Evaluation:
     """Joins the evaluations of the plans, whose queries are the same."""
     first = next(iter(of_plans.values()))
-    results = {name: x.first for name, x in of_plans.items() if isinstance(x, Evaluation)}
-    return first if isinstance(first, str) else dataclasses.replace(first, results=results)
+    results = {name: x.first for name, x in of_plans.items()}
+    served = {name: x.by_request for name, x in of_plans.items()}
+    asked = {name: x for name, x in served.items() if isinstance(x, Evaluation)}
+    by_request = _joined(asked) if asked else first.by_request
+    return dataclasses.replace(first, results=results, by_request=by_request)
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:
@@ -147,25 +141,22 @@ def _max_epochs(config: RunConfig, data: RunData) -> int:
 
 def _write(
     config: RunConfig,
-    measured: Mapping[str, _Measured],
+    measured: Mapping[str, tuple[Evaluation, TrainingResult]],
     notes: Sequence[str],
     plans: Mapping[str, Plan],
     folder: Path,
 ) -> PlanComparison:
     reference = config.compare.reference
     measured = {reference: measured[reference], **measured}
-    evaluation = _joined({name: x for name, (x, *_) in measured.items()})
-    served = _joined({name: x for name, (_, x, _) in measured.items()})
-    assert isinstance(evaluation, Evaluation)
-    trainings = {name: training for name, (*_, training) in measured.items()}
-    comparison = PlanComparison(folder, evaluation, served, trainings, notes)
+    evaluation = _joined({name: evaluation for name, (evaluation, _) in measured.items()})
+    trainings = {name: training for name, (_, training) in measured.items()}
+    comparison = PlanComparison(folder, evaluation, trainings, notes)
     content = {
         "reference": reference,
         "exclude": config.evaluation.exclude,
         "seed": config.seed,
         "notes": list(notes),
         **evaluation.summary(),
-        "by_request": comparison.by_request,
         "plans": {
             name: {
                 "settings": to_jsonable_python(plans[name]),
@@ -177,7 +168,7 @@ def _write(
     }
     (folder / "comparison.json").write_text(json.dumps(content, indent=2))
     table = comparison.table(markdown=True)
-    lines = [*explained(table, comparison.by_request), *notes]
+    lines = [*explained(table, evaluation.summary()), *notes]
     lines = [
         table,
         "",

@@ -1,5 +1,6 @@
 """Measures the models of a run, the baselines, and the version in service."""
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -34,12 +35,11 @@ EXAMPLE_LENGTH = 10
 class Measured:
     """The trained models by name, of which the first is exported, and their evaluation.
 
-    The evaluations include the baselines and, if it is compared, the version in service.
+    The evaluation includes the baselines and, if it is compared, the version in service.
     """
 
     models: dict[str, FittedTwoTower]
     evaluation: Evaluation
-    served: Evaluation | str  # By request; if that says no more, why.
     in_service: ExactRetriever | None
 
 
@@ -66,14 +66,14 @@ def measure(
         )
         if in_service is not None:
             measured[IN_SERVICE] = in_service
-    evaluation, served = evaluate_both(config, measured, data, runner.progress.task)
-    for name, found in (("by user", evaluation), ("by request", served)):
+    evaluation = evaluate_all(config, measured, data, runner.progress.task)
+    for name, found in (("by user", evaluation), ("by request", evaluation.by_request)):
         if isinstance(found, Evaluation):
             first = found.first
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
             runner.note(f"{name}: {counted(num_queries, 'query')}, {num_relevant:,} items to find")
             runner.note(*first.describe())
-    return Measured(named, evaluation, served, in_service)
+    return Measured(named, evaluation, in_service)
 
 
 def is_compared(config: RunConfig, folder: RunFolder) -> bool:
@@ -82,17 +82,15 @@ def is_compared(config: RunConfig, folder: RunFolder) -> bool:
     return config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
 
 
-def evaluate_both(
+def evaluate_all(
     config: RunConfig,
     retrievers: Mapping[str, Retriever],
     data: RunData,
     on_progress: OnProgress = lambda *task: None,
-) -> tuple[Evaluation, Evaluation | str]:
-    """Evaluates retrievers by user and by request; see `RunData.served`."""
-    by_user, by_request = (
-        holdout
-        if isinstance(holdout, str)
-        else evaluate(
+) -> Evaluation:
+    """Evaluates retrievers on a run's test, by user and by request, with a config's settings."""
+    by_user, *served = (
+        evaluate(
             retrievers,
             holdout,
             exclude=config.evaluation.exclude,
@@ -101,14 +99,9 @@ def evaluate_both(
             on_progress=on_progress,
         )
         for holdout in (data.test, data.served)
+        if isinstance(holdout, Holdout)
     )
-    assert isinstance(by_user, Evaluation)
-    return by_user, by_request
-
-
-def as_served(served: Evaluation | str) -> dict[str, Any]:
-    """Returns the entry of metrics.json and comparison.json about the test by request."""
-    return {"left_out": served} if isinstance(served, str) else served.summary()
+    return dataclasses.replace(by_user, by_request=served[0] if served else str(data.served))
 
 
 def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str, Any]:
@@ -118,7 +111,6 @@ def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": data.split.report(),
         **measured.evaluation.summary(),
-        "by_request": as_served(measured.served),
         "training": {
             name: {
                 "best_epoch": model.result.best_epoch,
