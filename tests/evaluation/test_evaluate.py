@@ -372,7 +372,7 @@ def test_a_sample_measures_its_users_as_the_whole_does_and_says_so() -> None:
     for metric, values in whole.per_query.items():
         np.testing.assert_array_equal(sample.per_query[metric], values[is_drawn])
     assert sample.summary()["num_sampled_from"] == 50
-    assert "of 50 users, sampled" in repr(measure_all(Scores(scores), holdout.sample(20, 3)))
+    assert "of 50 queries, sampled" in repr(measure_all(Scores(scores), holdout.sample(20, 3)))
     assert "sampled" not in repr(measure_all(Scores(scores), holdout))
     assert holdout.sample(50) is holdout
     # Whatever holds the lists.

@@ -104,6 +104,7 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
             "models": {name: summary(rng) for name in names},
             "differences": compared | {"popularity": differences(0.01)}
         },
+        "tie_rule": "order",
         "training": {
             "two_tower": {"best_epoch": 2, "history": history},
             "two_tower_uncorrected": {"best_epoch": 1, "history": short}

@@ -51,6 +51,7 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
             if name != first
         },
         "split": {"train": {"num_positives": 30_000}},
+        "tie_rule": "order",
         "training": {first: {"best_epoch": 3, "history": {f"val_{METRIC}": [0.1, 0.2, 0.3, 0.2]}}},
     } | changed
 
@@ -182,8 +183,8 @@ def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
     ("tied", "untied", "difference", "said"),
     [
         (0.3, 0.25, (0.02, 0.02), None),
-        (0.3, 0.15, (0.02, 0.02), "40.0% of .*; ndcg@100 of these 0.30, of the others 0.15: "),
-        (0.1, 0.25, (0.02, 0.02), "of these 0.10, of the others 0.25: "),
+        (0.3, 0.15, (0.02, 0.02), "40.0% of .*; ndcg@100 of these 0.30, of the others 0.15. Try"),
+        (0.1, 0.25, (0.02, 0.02), "of these 0.10, of the others 0.25. Try"),
         (0.3, 0.25, (0.02, -0.02), "EASE is better only for these"),
         (0.3, 0.25, (-0.02, 0.02), "EASE is better only for the others"),
         (0.3, 0.25, (0.02, -0.005), None),  # The second is not clear.
@@ -206,9 +207,13 @@ def test_ties_are_told_where_they_decide(
     }
     for part, mean in zip(("tied", "untied"), difference, strict=True):
         metrics["differences"]["ease"][f"{part}/{METRIC}"] = interval(mean)
-    found = tied_items(plain | {"by_request": metrics} if is_by_request else metrics, METRIC)
+    metrics = plain | {"by_request": metrics} if is_by_request else metrics
+    found = tied_items(metrics, METRIC)
     assert (found is None) == (said is None)
     assert said is None or re.search(said, found or "")
+    # By request, this rule leaves tied items out of each other's histories.
+    told_by_rule = tied_items(metrics | {"tie_rule": "drop"}, METRIC)
+    assert (told_by_rule is None) == (said is None or is_by_request)
 
 
 LOSING = {"two_tower": 0.2, "two_tower_uncorrected": 0.1, "popularity": 0.1, "ease": 0.3}

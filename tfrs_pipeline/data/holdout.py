@@ -43,7 +43,6 @@ class Holdout:
         num_sampled_from: How many queries this sample was drawn from; None if it is not a sample.
         exposure: [num_candidates] how readily the log showed each item, up to a factor; None if
             unknown. See `tfrs_pipeline.evaluation.unbiased`.
-        by: How the queries were made; see `Split.holdout`.
         tied: Per query, bool for each of `relevant`: whether it was clicked at the time of another
             positive of its user. None if that is not known.
         requests: Per query, the raw features, by name, of the request that brought the first
@@ -66,7 +65,6 @@ class Holdout:
     candidate_counts: np.ndarray
     num_sampled_from: int | None = None
     exposure: np.ndarray | None = None
-    by: AskedBy = "users"
     tied: list[np.ndarray] | None = None
     requests: list[dict[str, Any]] | None = None
     history_times: list[np.ndarray] | None = None
@@ -74,7 +72,7 @@ class Holdout:
 
     def __post_init__(self) -> None:
         for name, values in [*vars(self).items()]:
-            if values is None or name in ("num_sampled_from", "by"):
+            if values is None or name == "num_sampled_from":
                 continue
             if name.endswith("_ids"):
                 values = as_id_array(values)
@@ -205,6 +203,8 @@ def make_holdout(
     queries = [*(_of_users(events) if by == "users" else _of_requests(events, ties, by))]
     first = np.array([query.targets[0] for query in queries])
     ids, is_positive_row, is_tied = events.item_ids, events.is_positive, events.is_tied()
+    relevant = [np.unique(ids[query.targets]) for query in queries]
+    tied_ids = (ids[query.targets[is_tied[query.targets]]] for query in queries)
     times: dict[str, Any] = {}
     if "timestamp" in split.columns:
         seconds = rows["_seconds"].to_numpy()
@@ -220,15 +220,14 @@ def make_holdout(
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
         histories=[ids[query.history] for query in queries],
-        relevant=[np.unique(ids[query.targets]) for query in queries],
-        tied=[_any_by_id(ids[q.targets], is_tied[q.targets]) for q in queries],
+        relevant=relevant,
+        tied=[np.isin(x, tied) for x, tied in zip(relevant, tied_ids, strict=True)],
         clicked=[np.unique(ids[q.before[is_positive_row[q.before]]]) for q in queries],
         seen=[np.unique(ids[query.before]) for query in queries],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
         exposure=num_events.astype(float) if has_more else np.sqrt(num_positives),
-        by=by,
         requests=requests if request_features else None,
         **times,
     ).sample(max_queries or len(queries), seed)
@@ -319,12 +318,6 @@ class _Events:
         is_new = (self.users[1:] != self.users[:-1]) | (times[1:] != times[:-1])
         moment = np.cumsum(np.append(False, is_new))
         return np.bincount(moment, self.is_positive)[moment] > 1
-
-
-def _any_by_id(ids: np.ndarray, is_true: np.ndarray) -> np.ndarray:
-    """Returns for each distinct id, ascending, whether any of its values is true."""
-    distinct, places = np.unique(ids, return_inverse=True)
-    return np.bincount(places, is_true, len(distinct)) > 0
 
 
 class _Asked(NamedTuple):

@@ -316,7 +316,6 @@ def _measure(
         overall=results.pop("all"),
         ties={name: results.pop(name) for name in ("tied", "untied") if name in results},
         slices=results,
-        by=truth.holdout.by,
         exclude=truth.exclude,
         num_skipped=len(truth.holdout) - len(rows),
         num_relevant_excluded=truth.num_excluded,

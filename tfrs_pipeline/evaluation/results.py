@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.schema import AskedBy, Exclude
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
 from tfrs_pipeline.evaluation.table import format_table
 from tfrs_pipeline.messages import counted
@@ -59,7 +59,6 @@ class EvaluationResult:
         slices: Name -> each part of the candidates.
         ties: "tied", the relevant items clicked at the time of another positive of their user, and
             "untied", the others; empty if none is tied. Both have the ranking of the whole corpus.
-        by: How the queries were made; see `Split.holdout`.
         exclude: What was excluded from a user's ranking; see `Holdout.excluded`.
         num_skipped: Queries with nothing relevant left, which are not measured.
         num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking; not counted
@@ -78,7 +77,6 @@ class EvaluationResult:
     overall: SliceResult
     slices: Mapping[str, SliceResult] = field(repr=False)
     ties: Mapping[str, SliceResult] = field(repr=False)
-    by: AskedBy
     exclude: Exclude
     num_skipped: int
     num_relevant_excluded: int
@@ -112,8 +110,8 @@ class EvaluationResult:
         num_measured = len(self.user_ids)
         lines = []
         if self.num_sampled_from is not None:
-            of = "requests" if self.by == "requests" else "users"
-            lines.append(f"measured on {num_measured:,} of {self.num_sampled_from:,} {of}, sampled")
+            of = counted(self.num_sampled_from, "query")
+            lines.append(f"measured on {num_measured:,} of {of}, sampled")
         if self.num_skipped:
             of = counted(num_measured + self.num_skipped, "query")
             lines.append(f"{self.num_skipped:,} of {of} skipped, with nothing to find")

@@ -31,12 +31,8 @@ _WRITTEN = {
     "two_tower_uncorrected": "the model trained without the correction",
     "in_service": "the model in service",
 }
-# What the slices hold, for a reader who does not know the words.
-_ITEMS = {
-    "head": "popular items (head)",
-    "torso": "middling items (torso)",
-    "tail": "rare items (tail)",
-}
+# What the slices hold, for a reader who does not know their names.
+_ITEMS = {"head": "popular", "torso": "middling", "tail": "rare"}
 # Tied items decide if the model finds this many times as many of them, or of the others.
 _MUCH_MORE = 2
 _ENDS = ("low", "high")
@@ -125,13 +121,13 @@ def as_served(metrics: Metrics, metric: str) -> Verdict | None:
         max(x["models"], key=lambda name: x["models"][name][metric]["mean"] or 0.0)
         for x in (served, metrics)
     )
-    why = found.why
-    if found.outcome is not by_user.outcome or best != best_by_user:
-        why += (
-            f". The two differ (highest by request: {_WRITTEN.get(best, best)}; by user: "
-            f"{_WRITTEN.get(best_by_user, best_by_user)}): go by request if a service asks again "
-            "after each click, and by user if a list is made once, as for a daily mail"
-        )
+    if found.outcome is by_user.outcome and best == best_by_user:
+        return found
+    why = (
+        f"{found.why}. The two differ (highest by request: {_WRITTEN.get(best, best)}; by user: "
+        f"{_WRITTEN.get(best_by_user, best_by_user)}): go by request if a service asks again after "
+        "each click, and by user if a list is made once, as for a daily mail"
+    )
     return Verdict(found.answer, why, found.outcome)
 
 
@@ -146,7 +142,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         baselines = [x for x in compared if not _is_variant(x.name)]
         if not baselines:
             continue
-        lowest, items = _lowest(baselines), _ITEMS.get(part, part)
+        lowest, items = _lowest(baselines), f"{_ITEMS[part]} items ({part})"
         slices[lowest].append(items)
         best = max((x for x in baselines if x.gain.outcome is lowest), key=lambda x: x.other)
         numbers = f"({best.other:.2f} against {best.own:.2f})"
@@ -187,12 +183,13 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
     """Says whether items clicked at the time of another click decide; None if they do not.
 
     They do if a model is clearly better for these and clearly worse for the others, or if the
-    first model finds twice as many of these, or half. `metric` is a recall.
+    first model finds twice as many of these, or half; unless no history holds what has the time of
+    its request. `metric` is a recall.
     """
     served = metrics.get("by_request", {})
     of = served if "models" in served else metrics
     model = next(iter(of["models"].values()))
-    if not model.get("ties"):
+    if not model.get("ties") or (of is served and metrics["tie_rule"] == "drop"):
         return None
     tied, untied = model["ties"]["tied"], model["ties"]["untied"]
     means = [x[metric]["mean"] or 0.0 for x in (tied, untied)]
@@ -209,8 +206,8 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
     return (
         f"{in_percent(tied['num_relevant'], model['num_relevant'])} of the items to find were "
         f"clicked at the time of another click of their user; {metric} of these {means[0]:.2f}, "
-        f"of the others {means[1]:.2f}{''.join(f'; {x}' for x in told)}: see what orders them "
-        "(data.ties) before you trust the order of the models"
+        f"of the others {means[1]:.2f}{''.join(f'; {x}' for x in told)}. Try another order of them "
+        f"(data.ties, here {metrics['tie_rule']}) before you trust the order of the models"
     )
 
 

@@ -110,6 +110,7 @@ def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str
         "dataset": config.model_name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": data.split.report(),
+        "tie_rule": data.split.log.ties,
         **measured.evaluation.summary(),
         "training": {
             name: {
