@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-BY_REQUEST = "by request"
-"""The name in a column of what is measured by request; the other columns are by user."""
+BY_REQUEST = "by_request"
+"""Begins the columns of what is measured by request; the others are by user."""
 
 
 def format_table(
@@ -42,7 +42,7 @@ def format_table(
 
 
 def with_requests(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the models of `Evaluation.summary()` with columns such as "by request/ndcg@20"."""
+    """Returns the models of `Evaluation.summary()` with columns such as "by_request/ndcg@20"."""
     found = metrics.get("by_request", {}).get("models", {})
     return {
         name: {**x, "slices": {**x["slices"], **({BY_REQUEST: found[name]} if found else {})}}

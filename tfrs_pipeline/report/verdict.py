@@ -10,7 +10,6 @@ from typing import Any
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.messages import counted, in_percent
-from tfrs_pipeline.serving.export import SMALLEST_SCANN_CORPUS
 
 # With fewer positives per item, an embedding per item learns little.
 _FEW_POSITIVES = 10
@@ -240,6 +239,9 @@ def shown_evenly(metrics: Metrics, metric: str) -> str | None:
 
 def found_by_index(index: Metrics, num_items: int) -> Verdict:
     """Says which share of the exact answers the index loses, and whether it is worth having."""
+    # Imported here, because the command line's help does not need TensorFlow.
+    from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS
+
     if index["kind"] == "exact":
         return Verdict("nothing", "search is exact: it scores every item", Outcome.BETTER)
     if index["kind"] != "scann":

@@ -67,12 +67,14 @@ def measure(
         if in_service is not None:
             measured[IN_SERVICE] = in_service
     evaluation = evaluate_all(config, measured, data, runner.progress.task)
+    lines: dict[str, None] = {}
     for name, found in (("by user", evaluation), ("by request", evaluation.by_request)):
         if isinstance(found, Evaluation):
             first = found.first
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
-            runner.note(f"{name}: {counted(num_queries, 'query')}, {num_relevant:,} items to find")
-            runner.note(*first.describe())
+            lines[f"{name}: {counted(num_queries, 'query')}, {num_relevant:,} items to find"] = None
+            lines |= dict.fromkeys(first.describe())
+    runner.note(*lines)
     return Measured(named, evaluation, in_service)
 
 
