@@ -444,7 +444,8 @@ def test_a_run_says_what_it_did_and_where_things_lie(run: Run) -> None:
         assert f"{stage:<28}{taken:8.1f} s" in lines
     assert "    dropped nothing" in lines
     (header,) = (line for line in lines if line.startswith("model  ") and "ndcg" in line)
-    columns = "model ndcg@20 recall@20 recall@5 tail/recall@20 coverage@5 mrr@5"
+    columns = "model ndcg@20 by_request/ndcg@20 recall@20 even_recall@20 recall@5 "
+    columns += "tail/recall@20 coverage@5 mrr@5"
     assert header.split() == columns.split()
     for name in ("two_tower", "popularity"):
         (row,) = (line for line in lines if line.startswith(f"{name}  "))

@@ -152,8 +152,8 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         }[lowest]
         said.setdefault(clause, []).append(items)
         variants += [
-            f"{x.written} finds {'still ' if lowest is Outcome.BETTER else ''}more {items} "
-            f"({x.other:.2f} against {x.own:.2f}){_in_all(overall[x.name])}"
+            f"{x.written} finds {'still ' if lowest is Outcome.BETTER else ''}more {_ITEMS[part]} "
+            f"items ({x.other:.2f} against {x.own:.2f}){_in_all(overall[x.name])}"
             for x in compared
             if _is_variant(x.name) and x.gain.outcome is Outcome.WORSE
         ]
@@ -188,7 +188,7 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
     served = metrics.get("by_request", {})
     of = served if "models" in served else metrics
     model = next(iter(of["models"].values()))
-    if not model.get("ties") or (of is served and metrics["tie_rule"] == "drop"):
+    if not model.get("ties") or (of is served and metrics.get("tie_rule") == "drop"):
         return None
     tied, untied = model["ties"]["tied"], model["ties"]["untied"]
     means = [x[metric]["mean"] or 0.0 for x in (tied, untied)]
