@@ -3,11 +3,14 @@
 import functools
 import io
 import json
+import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from tfrs_pipeline.config import (
     movielens_config,
     with_settings,
 )
+from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -472,6 +476,7 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
     write(pa.table({"title": ["a"], "genre": ["b"]}), Path("titles.csv"))
     Path("empty/1").mkdir(parents=True)
     warm = ["--warm-start", run.folder / RUN]
+    taken = socket.create_server(("127.0.0.1", 0))
     refused: list[tuple[list[Any], str]] = [
         (["run", "--data.path", "lg.parquet"], r"Did you mean log\.parquet\?"),
         (["run", "--data.path", "other.csv", "--check"], "Nearest: usr_id"),
@@ -484,6 +489,8 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
         (["vectors", "empty", "x.parquet"], "No exported model at 'empty'"),
         (["query", run.model, "--history", "1", "--history-timestamps", "soon"], "is written like"),
         (["serve", "empty"], "No exported model at 'empty'"),
+        (["serve", run.model, "--port", taken.getsockname()[1]], "Address already in use"),
+        (["compare", "--export.name", "x"], "unknown flag --export.name; a flag of run"),
         (["refresh-index", run.model, "--items", "item.csv"], "item.csv does not exist"),
         (["refresh-index", run.model, "--items", "titles.csv"], "no column 'item_id'"),
         (["refresh-index", f"{run.model}x", "--items", "titles.csv"], f"Did you mean {run.model}"),
@@ -532,6 +539,34 @@ def test_the_next_command_exports_even_a_beaten_model(run: Run, is_beaten: bool)
     shown = rendered(200, lambda console: print_result(console, config, result))
     (line,) = (x for x in without_colours(shown).splitlines() if x.startswith("next:"))
     assert line.endswith("--export.index auto" + " --export.if_beaten" * is_beaten)
+
+
+def test_an_id_that_a_terminal_would_obey_is_not_printed(run: Run) -> None:
+    metrics = read_record(run.folder / RUN / "metrics.json")
+    users = ["\x1b]0;pwned\x07", "\u202e7", "fine"]
+    for ids, last in ((users, "--user=fine -k 10"), (users[:2], "--history=ITEM -k 10")):
+        metrics["examples"] = [{"user_id": id_} for id_ in ids]
+        result = pipeline.RunResult(run.folder / RUN, metrics)
+        config = RunFolder(run.folder / RUN).settings()
+        shown = rendered(200, lambda console: print_result(console, config, result))  # noqa: B023
+        assert without_colours(shown).splitlines()[-1].endswith(last)
+
+
+def test_a_folder_with_other_files_is_told_and_a_refused_one_removed(
+    command: Any, here: Path
+) -> None:
+    (here / "own").mkdir()
+    (here / "own" / "thesis.txt").write_text("mine")
+    write(pa.table({"user_id": [1], "item_id": [2]}), here / "one.csv")
+    flags = ("--data.path", "one.csv", "--split.kind", "last_share")
+    answer = command("run", *flags, "--run-dir", "own")
+    assert "run folder: own, beside other files: thesis.txt" in answer.out
+    answer = command("run", *flags, "--run-dir", "new")
+    assert answer.code == 1
+    assert answer.out.splitlines()[-1] == "the run folder is removed again: nothing was made"
+    assert not (here / "new").exists()
+    # Missing files are told before there is a folder.
+    assert command("run", "--data.path", "nowhere.csv").out == ""
 
 
 def test_a_folder_of_another_run_is_refused_in_a_line(command: Any, run: Run) -> None:
@@ -803,14 +838,25 @@ def test_the_lines_of_a_stage_stand_as_they_are() -> None:
     assert f"    {note}\n" in text
 
 
+@pytest.mark.parametrize("in_duckdb", [False, True])
 def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_duckdb: bool
 ) -> None:
     configs = []
 
     def interrupt(config: RunConfig, folder: RunFolder) -> None:
         configs.append(config)
-        raise KeyboardInterrupt
+        if not in_duckdb:
+            raise KeyboardInterrupt
+        # As shells start background jobs, SIGINT may be ignored here.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
+        timer.start()
+        try:  # Ends as a RuntimeError.
+            slow = "SELECT count(*) FROM range(1000000000000) numbers(n) WHERE n % 7 = 3"
+            connect().con.execute(f"CREATE TABLE made AS {slow}")
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     monkeypatch.setattr(run_data, "log_steps", interrupt)
     own = ("--data.path", tmp_path / "clicks.csv", "--run-dir", tmp_path / "a run")

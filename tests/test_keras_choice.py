@@ -34,6 +34,18 @@ def test_what_is_light_imports_nothing_heavy(code: str, absent: str) -> None:
     assert result.stdout.strip() == "set()"
 
 
+def test_tensorflow_makes_no_noise() -> None:
+    code = (
+        "import tfrs_pipeline as tp; tp.TwoTower\n"
+        "import tensorflow as tf; tf.ones([1, 2]) @ [[1.0], [2.0]]"
+    )
+    environment = {name: x for name, x in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # A stand-in for TensorFlow: a lazy loader that fails when touched, or a resolved Keras.
 STAND_IN = """
 import sys, types

@@ -67,6 +67,8 @@ def test_requests_and_times_are_asked_with(
         (["--history_timestamps", "2024-05-01"], "write 2024-05-01T00:00:00Z if it is UTC"),
         (given({"place": "north"}), "place (vector) is written like 1,2,3"),
         (given({"free space": "much"}), "free space (numeric) is written like 1.5"),
+        (given({"free space": "inf"}), "(it is not finite)"),
+        (given({"place": "1,nan,3"}), "(it is not finite)"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
@@ -74,6 +76,19 @@ def test_what_cannot_be_read_is_refused(
 ) -> None:
     assert cli.main(["query", str(model.folder), "--history", "3", *flags]) != 0
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_json_holds_no_control_characters(
+    model: LoadedRetriever, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    title = "a\u202eb\x9b2Jc\x1b[0m é"
+    titles = dict.fromkeys(model.candidate_ids(), title)
+    monkeypatch.setattr(LoadedRetriever, "titles", lambda self: titles)
+    assert cli.main(["query", str(model.folder), "--history", "3", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.strip().isprintable()
+    assert "é" in shown
+    assert {item["title"] for item in json.loads(shown)["items"]} == {title}
 
 
 def notes_of(capsys: pytest.CaptureFixture[str], *command: Any) -> list[str]:

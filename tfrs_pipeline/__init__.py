@@ -28,6 +28,7 @@ PUBLIC = {
     "HybridRetrieval": "model.loss",
     "Ials": "evaluation.baselines",
     "InBatch": "negatives.in_batch",
+    "LoadedRetriever": "serving.retriever",
     "Log": "data.log",
     "Mined": "negatives.mined",
     "Mixture": "negatives.mixture",
@@ -88,6 +89,8 @@ def _select_keras_2() -> None:
             "tensorflow, or set TF_USE_LEGACY_KERAS=1 in the environment, and start a new process."
         )
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    # Failures in TensorFlow's C++ log also come as Python errors; the rest of it is noise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def __getattr__(name: str) -> Any:

@@ -168,9 +168,12 @@ def naming(path: Path, *failures: type[Exception]) -> Iterator[None]:
     except failures as error:
         raise _storage_error(path, printable(str(error).strip().partition("\n")[0], 300)) from error
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        # NumPy's error for a full disk has no number: "9 requested and 5 written".
+        is_short = error.errno is None and " requested and " in str(error)
+        number = errno.ENOSPC if is_short else error.errno
+        if number not in _DISK_ERRORS:
             raise
-        raise _storage_error(error.filename or path, os.strerror(error.errno)) from error
+        raise _storage_error(error.filename or path, os.strerror(number)) from error
 
 
 def _storage_error(path: Path | str, reason: str) -> StorageError:

@@ -31,12 +31,27 @@ class Progress:
 SILENT = Progress()
 
 
+class Lines(list[str]):
+    """Lines for a person, which a notebook or a prompt shows as text."""
+
+    def __repr__(self) -> str:
+        return "\n".join(self)
+
+    __str__ = __repr__
+
+
 def check_integer(least: int, **values: object) -> None:
     """Refuses (`ValueError`) values, by name, that are not integers or are below `least`."""
     for name, value in values.items():
         is_bool = isinstance(value, bool)  # A subclass of int.
         if is_bool or not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(f"{name} must be a whole number, {least} or more. Received: {value!r}")
+            message = f"{name} must be a whole number, {least} or more. Received: {plain(value)}"
+            raise ValueError(message)
+
+
+def plain(value: object) -> str:
+    """Shows a value as Python writes it, also if it is one of NumPy's: 5, not np.int64(5)."""
+    return repr(value.item() if getattr(value, "shape", None) == () else value)  # type: ignore[attr-defined]
 
 
 def printable(text: str, max_chars: int = 80) -> str:

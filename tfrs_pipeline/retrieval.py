@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from tfrs_pipeline.messages import check_integer, suggest
+from tfrs_pipeline.messages import check_integer, plain, suggest
 
 HISTORY_TIMESTAMPS = "history_timestamps"
 """Key of a query: the time of each item of its history."""
@@ -139,7 +139,9 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
 def _check_collection(name: str, values: Any) -> None:
     """Refuses (`ValueError`) an id in place of a list, and iterators, which a check exhausts."""
     if isinstance(values, str | int | np.integer):
-        raise ValueError(f"{name} must be a list. Received: {values!r}; did you mean [{values!r}]?")
+        raise ValueError(
+            f"{name} must be a list. Received: {plain(values)}; did you mean [{plain(values)}]?"
+        )
     if not hasattr(values, "__len__"):
         raise ValueError(f"{name} must be a list or another collection. Received: {values!r}")
 
@@ -156,5 +158,5 @@ def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
             if not issubclass(kind, allowed):
                 wrong = next(id_ for id_ in ids if type(id_) is kind)
                 what = "strings" if are_text else "integers"
-                raise ValueError(f"This model's ids are {what}. Received: {wrong!r}")
+                raise ValueError(f"This model's ids are {what}. Received: {plain(wrong)}")
             fine.add(kind)

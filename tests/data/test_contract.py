@@ -1,15 +1,18 @@
 """Tables that are a log already: what they must hold, and that they stay where they are."""
 
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import ibis
 import pyarrow as pa
 import pytest
 
 from tests.small_log import event_table, item_table
-from tfrs_pipeline.data.engines import connect, random_key
+from tfrs_pipeline.data.engines import check_stored, connect, random_key
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.samples.build import build_samples
@@ -105,6 +108,36 @@ def test_other_engines_are_refused_with_what_copies_them() -> None:
     table = ibis.sqlite.connect().create_table("events", event_table("int"))
     with pytest.raises(DataError, match=r"sqlite.*Log\.from_table copies"):
         Log.from_ibis(table)
+
+
+def test_what_a_killed_process_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    code = (
+        "from tfrs_pipeline.data.engines import connect\n"
+        "kept = connect()\nprint('connected', flush=True)\ninput()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == b"connected\n"
+        (theirs,) = tmp_path.iterdir()
+        own = connect()
+        assert theirs.exists()  # It lives.
+        process.kill()
+    (mine,) = {*tmp_path.iterdir()} - {theirs}
+    connect()
+    assert not theirs.exists()
+    assert mine.exists()
+    assert own.list_tables() == []
+    del own
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_interrupted_query_is_no_fault_of_the_log() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        check_stored(duckdb.InterruptException("INTERRUPT Error: Interrupted!"))
 
 
 def test_tables_beyond_memory_lie_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

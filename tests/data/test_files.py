@@ -136,6 +136,31 @@ def test_parquet_whose_files_have_different_types_is_refused(
         Log.from_files(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz"])
+@pytest.mark.parametrize("megabytes", [3, 34])
+def test_no_long_line_is_lost_without_a_word(tmp_path: Path, suffix: str, megabytes: int) -> None:
+    # DuckDB drops a line beyond its buffer of 32 MB, and its reject table says nothing.
+    lines = [f"{row},{row},x" for row in range(200)]
+    lines.insert(100, f"7,7,{'y' * megabytes * 1_000_000}")
+    text = "\n".join(["user_id,item_id,note", *lines, ""]).encode()
+    path = tmp_path / f"log.{suffix}"
+    path.write_bytes(gzip.compress(text, 1) if suffix.endswith("gz") else text)
+    with pytest.raises(DataError, match=f"log.{suffix} cannot be read: (a line is longer|Maxi)"):
+        Log.from_files(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("user_id,item_id\r1,2\r3,4\r", r"its lines end in \\r alone"),
+        (f"user_id,item_id,{'z' * 140_000}\n1,2,3\n", "its header has a field larger than"),
+    ],
+)
+def test_headers_that_pythons_reader_refuses(load: Any, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=rf"events.csv cannot be read: {message}"):
+        load(text)
+
+
 def test_a_date_in_the_names_of_folders_may_be_context(tmp_path: Path) -> None:
     for day in ("2024-01-31", "2024-02-01"):
         (tmp_path / f"day={day}").mkdir()

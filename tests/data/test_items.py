@@ -116,6 +116,22 @@ def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: An
         notes("['war', 'drama']", "['war']", "noir")
 
 
+@pytest.mark.parametrize("values", [[[["a"], ["b"]]], [[{"a": 1}]]])
+def test_lists_of_lists_are_no_values(load: Any, values: list[Any]) -> None:
+    items = pa.table({"item_id": [5], "genres": values})
+    with pytest.raises(DataError, match="'genres' must be a list of texts or numbers"):
+        load("user_id,item_id\n1,5\n", items=items, item_features={"genres": "multi_categorical"})
+
+
+def test_lists_in_parquet_are_stripped_as_text_is(load: Any) -> None:
+    lists = [[" war", "drama "], ["", None], None]
+    items = pa.table({"item_id": [5, 6, 7], "genres": lists})
+    kinds = {"genres": "multi_categorical"}
+    log = load("user_id,item_id\n1,5\n", items=items, item_features=kinds)
+    found = log.items.order_by("item_id").to_pyarrow()["genres"].to_pylist()
+    assert found == [["war", "drama"], [], None]
+
+
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
 MORE_KINDS = {"when": "timestamp", "v": "vector", "price": "bucketized", "author": "hashed"}
 IN_ORDER = ("item_id", "when", "v", "price", "author")

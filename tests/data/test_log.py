@@ -369,3 +369,10 @@ def test_what_is_no_table_is_refused() -> None:
         Log.from_table([1, 2])
     with pytest.raises(ConfigError, match=r"^colums: unknown setting; did you mean 'columns'\?$"):
         Reading(**{"colums": {}})
+
+
+def test_descriptions_are_shown_as_text() -> None:
+    log = Log.from_table(pa.table({"user_id": [1, 1, 2], "item_id": [1, 2, 1]}))
+    lines = log.describe()
+    assert repr(lines) == str(lines) == "\n".join([*lines])
+    assert lines[0] == "3 events, 2 items, 2 users"

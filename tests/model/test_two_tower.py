@@ -445,6 +445,20 @@ def test_layers_within_own_towers_are_of_one_training(data: TrainingSet) -> None
     np.testing.assert_array_equal(model.network.embed_corpus(), before)
 
 
+def test_what_is_no_kind_of_negative_is_told() -> None:
+    class Half:
+        def draw(self) -> None:
+            """Draws nothing."""
+
+    for wrong, message in (
+        (Half(), "is no kind. Own negatives have the methods draw and expected_count"),
+        (object(), "is no kind. Own negatives have the methods"),
+        (Uniform, "is a class: give an object of it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            TwoTower(negatives=[wrong])
+
+
 def test_a_log_below_one_batch_trains_in_smaller_ones(data: TrainingSet) -> None:
     model = tiny(training={"batch_size": 1024, "max_epochs": 1})
     fitted = model.fit_samples(data)

@@ -220,6 +220,56 @@ def test_an_own_kind_that_expects_the_impossible_is_refused(counts: Any, message
         Mixture([Own([1], *others, first=first)], frame_of([0, 3, 1], 4))
 
 
+class Declared(Uniform):
+    """Draws uniformly, and expects what another kind draws."""
+
+    expected: Any = Uniform(32)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        count: np.ndarray = self.expected.expected_count(frame)
+        return count
+
+
+class Block:
+    """Neighbours, all of one batch together."""
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        first = tf.random.stateless_uniform([1], seed, 0, frame.num_candidates, tf.int32)
+        return (first + tf.range(10)) % frame.num_candidates + 1
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        count = np.full(frame.num_candidates + 1, 10 / frame.num_candidates)
+        count[0] = 0
+        return count
+
+
+class Next:
+    """The item after each positive: drawn as often as positives come."""
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return positive_rows % frame.num_candidates + 1
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        share = np.roll(frame.q_positive[1:], 1)
+        return np.concatenate([[0.0], share * frame.batch_size])
+
+
+@pytest.mark.parametrize("expected", [Uniform(64), Uniform(16), Popularity(32, 1.0)])
+def test_a_count_that_does_not_fit_the_draws_is_noticed(expected: Any) -> None:
+    frame = frame_of([0, *range(1, 51)], 64)
+    kind = Declared(32)
+    object.__setattr__(kind, "expected", expected)
+    with pytest.raises(ValueError, match=r"a batch draws .* copies of .* log_q would belong"):
+        Mixture([kind], frame)
+
+
+@pytest.mark.parametrize("kind", [Declared(32), Block(), Next()])
+@pytest.mark.parametrize("slope", [0, 1, 3])
+def test_a_count_that_fits_is_left_alone(kind: Any, slope: int) -> None:
+    frame = frame_of([0, *(np.arange(1, 51) ** slope)], 64)
+    np.testing.assert_array_equal(Mixture([kind], frame).expected_count, kind.expected_count(frame))
+
+
 def test_a_mixture_may_be_made_in_a_graph() -> None:
     @tf.function
     def draw() -> tf.Tensor:

@@ -379,6 +379,14 @@ def evil_facts() -> RunFacts:
     )
 
 
+def test_control_characters_are_shown_as_text() -> None:
+    example = {**FACTS.metrics["examples"][0], "user_id": "a\x1b[31m\u202eb"}
+    metrics = {**FACTS.metrics, "examples": [example]}
+    text = report_page(dataclasses.replace(FACTS, metrics=metrics))
+    assert r"User a\x1b[31m\u202eb<" in text
+    assert not [x for x in text if not (x.isprintable() or x in "\n\t\xa0")]
+
+
 def test_what_users_write_stays_text() -> None:
     page = Page(report_page(evil_facts()))
     assert not page.of("script") + page.of("img")

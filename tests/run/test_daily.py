@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
+from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_id, item_table, small_config, write
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.durable import InUse, locked, read_record, write_record
+from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
@@ -359,6 +360,21 @@ def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> 
         np.testing.assert_array_equal(found[step], saved.get_tensor(name))
     assert not np.array_equal(found["selection"], found["refit"])
     assert trained_in(yesterday.folder, "refit", "two_tower_uncorrected") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["samples/final/corpus.parquet", "samples/final/queries.parquet", "data/split.parquet"]
+)
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_of_its_source_is_told(yesterday: RunResult, name: str, how: str) -> None:
+    path = yesterday.folder / name
+    content = path.read_bytes()
+    try:
+        damage(path, how)
+        with pytest.raises(Damaged, match=rf"{name} is not as it was written"):
+            trained_in(yesterday.folder)
+    finally:
+        path.write_bytes(content)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The version in service is asked as in service, whatever a run has that it has not."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 import tfrs_pipeline as tp
 from tests.serving.conftest import Exported, Served
+from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.gate import version_in_service
+from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
+from tfrs_pipeline.serving.publish import NotPublished
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
 
@@ -25,6 +28,21 @@ def test_ids_of_another_type_are_none_of_the_runs_items(
     with pytest.raises(ValueError, match="has none of the 2 items of this run") as error:
         version_in_service(exported(kind, "exact"), ids)
     assert f"its ids are like {first!r}, these like {others[0]!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.0, -0.5])
+def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "manifest.json").write_text("{}")
+    interval = Interval(gain, np.nan, np.nan)
+    first = SimpleNamespace(
+        overall=SimpleNamespace(intervals={"ndcg@9": interval}), user_ids=np.array([1])
+    )
+    evaluation: Any = SimpleNamespace(
+        first=first, results={IN_SERVICE: first}, differences={IN_SERVICE: {"ndcg@9": interval}}
+    )
+    with pytest.raises(NotPublished, match="One test query cannot tell which model is better"):
+        refuse_worse(evaluation, "ndcg@9", tmp_path)
 
 
 def test_new_request_features_of_a_run_say_nothing(served: Served, exported: Exported) -> None:

@@ -225,6 +225,10 @@ def test_repeated_ids_lists_of_others_and_unknown_filters_are_refused(tmp_path: 
         exportable(history_times=np.zeros(3))
     with pytest.raises(ValueError, match="1 ids occur more than once, first 7"):
         exportable(query_ids=np.array([7, 8, 7]))
+    for name in ("query_ids", "histories", "known_positives"):
+        nothing: dict[str, Any] = {name: None}
+        with pytest.raises(ValueError, match=f"{name} must be a list .* leave it out if"):
+            exportable(**nothing)
     for items, received in ((pa.table({"sku": ["a"]}), "'sku'"), ({"item_id": ["a"]}, "dict")):
         with pytest.raises(ValueError, match=f"Arrow table, .* column item_id.*{received}"):
             exportable(items=items)

@@ -69,6 +69,14 @@ def test_a_plain_list_is_the_only_input_by_columns_and_by_rows() -> None:
         assert is_row_format == (key == "instances")
 
 
+def test_times_are_read_as_seconds_and_as_text() -> None:
+    for text in ("2024-01-31T08:00Z", "2024-01-31T09:00:00+01:00", 1_706_688_000):
+        times = [text, None]
+        _, arrays, _ = parsed(inputs("timed", timestamp=times, history_timestamps=[times] * 2))
+        for name in ("timestamp", "history_timestamps"):
+            np.testing.assert_array_equal(np.ravel(arrays[name])[:2], [1_706_688_000, np.nan])
+
+
 def times_read(key: str, query: dict[str, list[Any]]) -> np.ndarray:
     rows = [dict(zip(query, row, strict=True)) for row in zip(*query.values(), strict=True)]
     given = rows if key == "instances" else query

@@ -49,6 +49,7 @@ def test_each_item_has_its_own_vector(exported: Exported, tmp_path: Path, ids: s
         "dim": "8",
         "metric": "inner_product",
         "unit_length": "true",
+        "has_item_bias": "false",
     }.items()  # fmt: skip
     assert float(metadata["max_norm"]) == about["max_norm"] == table["norm"].to_numpy().max()
     # A reader that is not Arrow.

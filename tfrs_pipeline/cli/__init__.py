@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tfrs_pipeline
-from tfrs_pipeline.cli.console import PROGRAM
+from tfrs_pipeline.cli.console import PROGRAM, as_interrupts
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
 from tfrs_pipeline.cli.models import RefreshIndex, Serve, Vectors
 from tfrs_pipeline.cli.query import Query
@@ -45,14 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for a model that a baseline or the version in service beats, 130 after Ctrl-C, 141 if nobody
     reads the output.
     """
-    # Failures in TensorFlow's C++ log also come as Python errors.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     is_verbose = False
     try:
         name, given = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
         is_verbose = given.pop("verbose", False)
         _log(is_verbose)
-        code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
+        with as_interrupts():
+            code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
         sys.stdout.flush()
         return int(code)
     except (ConfigError, UsageError) as error:

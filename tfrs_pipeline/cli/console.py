@@ -47,6 +47,20 @@ def program() -> str:
     return str(called)
 
 
+@contextlib.contextmanager
+def as_interrupts() -> Iterator[None]:
+    """Raises a `KeyboardInterrupt` in place of errors that one caused in a library, like DuckDB."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise KeyboardInterrupt from error
+
+
 def say(console: Console, text: str) -> None:
     """Prints a line unchanged, because "[...]" in a file name would be read as markup."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -157,9 +171,10 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
         made = made.relative_to(Path.cwd())
     say(console, f"model    {made}")
     command = [program(), "query", str(made.parent)]
-    user = str(result.metrics["examples"][0]["user_id"])
+    users = (str(example["user_id"]) for example in result.metrics["examples"])
+    user = next(filter(str.isprintable, users), None) if config.export.user_data else None
     # With "=", because an id may begin with a hyphen.
-    command.append(f"--user={user}" if config.export.user_data else "--history=ITEM")
+    command.append("--history=ITEM" if user is None else f"--user={user}")
     say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
 
 

@@ -110,7 +110,11 @@ class CommandLine:
             flag = unknown[0].partition("=")[0]
             if flag in self._flags[command]:
                 raise UsageError(f"{flag} stands before the command: write it after {command!r}")
-            raise UsageError(f"unknown flag {flag}; {suggest(flag, self._flags[command])}")
+            others = [name for name, flags in self._flags.items() if flag in flags]
+            hint = suggest(flag, self._flags[command])
+            if others:
+                hint = f"a flag of {' and '.join(others)}"
+            raise UsageError(f"unknown flag {flag}; {hint}")
         paths = [name.split(".") for name in vars(options) if name.startswith(f"{command}.")]
         given = source(parsed_args=options)()
         return command, {

@@ -16,7 +16,7 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.serving.index import Scann, search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at
-from tfrs_pipeline.serving.settings import ServeSettings, read_token
+from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
 
 TargetRecall: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
@@ -34,6 +34,8 @@ class Serve(ServeSettings, OfModel):
         version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         if self.token_file is not None:
             read_token(self.token_file)
+        with listening(self.host, self.port):
+            pass
         from tfrs_pipeline.serving.server import serve
 
         # Answers report errors too, but a server's log must say when they happened.

@@ -92,7 +92,9 @@ class Query(OfModel):
             if score > -float("inf")
         ]
         if self.as_json:
-            print(json.dumps({**about, "notes": notes, "items": items}, ensure_ascii=False))
+            answer = json.dumps({**about, "notes": notes, "items": items}, ensure_ascii=False)
+            # A title's control characters must not reach a terminal.
+            print("".join(x if x.isprintable() else json.dumps(x)[1:-1] for x in answer))
             return 0
         console = Console()
         for note in notes:
@@ -159,9 +161,7 @@ def _request_notes(retriever: "LoadedRetriever", texts: Mapping[str, str]) -> It
     features, request = retriever.features["request"], retriever.parse_request(texts)
     for feature in features:
         text = texts.get(feature.name, "")
-        if not (text.strip() and feature.num_codes is not None):
-            continue
-        if not feature.encode_column([request[feature.name]]).any():
+        if text.strip() and feature.unknown([request[feature.name]]).any():
             yield f"{feature.name} {text!r} is unknown to the model: taken as missing."
     lacking = [
         feature.name

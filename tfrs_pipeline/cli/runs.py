@@ -14,6 +14,7 @@ from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 
 from tfrs_pipeline.cli.console import (
+    as_interrupts,
     native_errors_to,
     print_comparison,
     print_result,
@@ -31,7 +32,8 @@ from tfrs_pipeline.config import (
     names_in_file,
     with_settings,
 )
-from tfrs_pipeline.messages import Progress, beside
+from tfrs_pipeline.data.schema import check_exists
+from tfrs_pipeline.messages import Progress, beside, printable
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import Runner, as_lines
@@ -118,6 +120,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if command == "run":
         check_model_name(config)  # Checked before a folder is made.
         config = place.settled(with_source(config, place))
+    others = _look_around(place, config)
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
@@ -130,9 +133,14 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             place.claim(config, is_run=command == "run"),
             native_errors_to(folder / "native.log") if is_chief else contextlib.nullcontext(),
             shown(console) as progress,
+            as_interrupts(),
         ):
-            say(console, f"run folder: {folder}")
+            say(console, f"run folder: {folder}{others}")
             result = work(config, folder, _begin(config, place, progress))
+    except ValueError:
+        if not folder.exists():
+            say(console, "the run folder is removed again: nothing was made")
+        raise
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
         kept = place.kept()
@@ -144,6 +152,18 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if command == "run" and result.refusal:
         raise NotPublished(result.refusal)
     return 0
+
+
+def _look_around(place: RunFolder, config: RunConfig) -> str:
+    """Refuses missing files, before libraries are imported; names others in a new run's folder."""
+    if place.holds_run():
+        return ""
+    data = config.data
+    if data.source == "files":
+        for path in filter(None, (data.path, data.items_path, data.users_path)):
+            check_exists(path)
+    others = sorted(path.name for path in place.path.glob("[!.]*"))
+    return f", beside other files: {printable(', '.join(others))}" if others else ""
 
 
 def _check(command: str, config: RunConfig) -> int:

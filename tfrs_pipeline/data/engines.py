@@ -3,6 +3,8 @@
 Both take the same Ibis expressions; this module hides their differences.
 """
 
+import contextlib
+import fcntl
 import glob
 import os
 import shutil
@@ -22,6 +24,7 @@ from tfrs_pipeline.durable import StorageError, naming, part_files
 from tfrs_pipeline.messages import printable
 
 _SPARK = "pyspark"
+_PREFIX = "tfrs-pipeline-"
 ENGINES = ("duckdb", _SPARK)
 
 
@@ -32,16 +35,39 @@ def connect(memory_limit: str | None = None) -> DuckDB:
     default, four fifths of the machine's memory. Both are in the system's temporary folder, and
     take about as much room as the uncompressed events.
     """
-    folder = Path(tempfile.mkdtemp(prefix="tfrs-pipeline-"))
+    folder, lock = _own_folder()
     options = {} if memory_limit is None else {"memory_limit": memory_limit}
     connection = ibis.duckdb.connect(
         folder / "tables.duckdb", temp_directory=str(folder / "spilled"), **options
     )
-    weakref.finalize(connection, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(connection, _remove_own, folder, lock)
     shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
     if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and cannot even be set.
         connection.con.execute("SET enable_progress_bar = false")
     return connection
+
+
+def _own_folder() -> tuple[Path, int]:
+    """Makes a temporary folder that this process holds; returns it and its lock.
+
+    Removes folders that killed processes have left: nobody holds their locks.
+    """
+    temporary = Path(tempfile.gettempdir())
+    for left in temporary.glob(f"{_PREFIX}*/lock"):
+        with contextlib.suppress(OSError), left.open("rb+") as opened:  # Held, or another user's.
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    # Gets its name when it is held, so that nobody takes it for a lock that was left.
+    lock = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(folder / "lock.new", folder / "lock")
+    return folder, lock
+
+
+def _remove_own(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 def connect_spark(master: str | None = None) -> Any:
@@ -112,7 +138,9 @@ def remove(path: Path) -> None:
 
 
 def check_stored(error: Exception) -> None:
-    """Raises a `StorageError` or `DataError` if an error means that DuckDB could not store data."""
+    """Raises a `StorageError` or `DataError` if DuckDB could not store data, or was interrupted."""
+    if isinstance(error, duckdb.InterruptException):
+        raise KeyboardInterrupt from error
     reason = printable(str(error).strip().partition("\n")[0], 300)
     if is_lost := isinstance(error, TableNotFound):
         reason = "a table is missing after it was written, as on a full disk"

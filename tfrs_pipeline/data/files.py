@@ -21,10 +21,13 @@ from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.engines import check_stored
 from tfrs_pipeline.data.rules import LINES_REMEDY, RawTable
-from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows
-from tfrs_pipeline.messages import beside, printable, sentence
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, check_exists, count_rows
+from tfrs_pipeline.messages import printable, sentence
 
 _LONGEST_HEADER = 1 << 20
+# DuckDB drops a line beyond its buffer, 32 MB, and says nothing. Such a line fills one of the
+# blocks of half that size that a file consists of.
+_BLOCK = 1 << 24
 _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 # Faults for which DuckDB skips a single line; an open quote may take any number of others with it.
 _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
@@ -300,9 +303,7 @@ def _csv_sql(path: Path, paths: Sequence[Path], rejects: str) -> str:
 
 def _list_files(path: Path) -> tuple[list[Path], bool]:
     """Returns the files of a path, by name, and whether they are CSV."""
-    if not path.exists():
-        remedy = "Give a CSV or Parquet file, or a folder of them."
-        raise DataError(f"{path} does not exist.{beside(path)} {remedy}")
+    check_exists(path)
     paths = [path]
     if path.is_dir():
         below = (each.relative_to(path) for each in path.rglob("*") if each.is_file())
@@ -331,10 +332,7 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
     lines = []
     for path in paths:
         try:
-            if _is_zipped(path):  # Read whole: DuckDB accepts truncated files and skips checksums.
-                with gzip.open(path) as opened:
-                    while opened.read(1 << 20):
-                        pass
+            _refuse_long_lines(path)
             with _open(path) as opened:
                 lines.append(opened.readline(_LONGEST_HEADER).decode("utf-8-sig").rstrip("\r\n"))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -350,10 +348,32 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
                 "files of a folder the same columns."
             )
     delimiter = max(",;\t|", key=lines[0].count)
-    header = [name.strip() for name in next(csv.reader([lines[0]], delimiter=delimiter))]
+    try:
+        header = [name.strip() for name in next(csv.reader([lines[0]], delimiter=delimiter))]
+    except csv.Error as error:
+        reason = "its lines end in \\r alone" if "\r" in lines[0] else f"its header has a {error}"
+        raise DataError(f"{paths[0]} cannot be read: {reason}. {LINES_REMEDY}") from error
     for path in paths:
         _check_names(path, header, _folders(place, path))
     return header, delimiter
+
+
+def _refuse_long_lines(path: Path) -> None:
+    """Refuses (`DataError`) lines that DuckDB drops; looks at the start of each block of a file.
+
+    A zipped file is read whole, since DuckDB accepts truncated files and skips checksums.
+    """
+    with _open(path) as opened:
+        start, part = 0, b"-"
+        while part:
+            opened.seek(start)
+            end, start = start + _BLOCK, start + _BLOCK
+            while (part := opened.read(min(1 << 16, end - opened.tell()))) and b"\n" not in part:
+                if opened.tell() == end:
+                    raise DataError(
+                        f"{path} cannot be read: a line is longer than {_BLOCK >> 20} MB. "
+                        f"{LINES_REMEDY}"
+                    )
 
 
 def _is_zipped(path: Path) -> bool:

@@ -25,6 +25,7 @@ from tfrs_pipeline.data.split import split_events
 from tfrs_pipeline.data.tables import make_tables
 from tfrs_pipeline.data.ties import settle_ties
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
+from tfrs_pipeline.messages import Lines
 from tfrs_pipeline.settings import ConfigError
 
 
@@ -76,8 +77,7 @@ class Log:
         >>> import pyarrow as pa
         >>> clicks = pa.table({"user": [1, 1, 2], "item_id": ["a", "b", "a"]})
         >>> log = Log.from_table(clicks, reading=Reading(columns={"user_id": "user"}))
-        >>> for line in log.describe():
-        ...     print(line)
+        >>> log.describe()
         3 events, 2 items, 2 users
         no timestamps: the row order is taken as the event order
         dropped nothing
@@ -368,9 +368,9 @@ class Log:
         """Counts the events, items and users."""
         return {name: schema.count_rows(getattr(self, name)) for name in _KEYS}
 
-    def describe(self) -> list[str]:
-        """Describes what the log holds and what was dropped, in lines for a person."""
-        return list(describe(self))
+    def describe(self) -> Lines:
+        """Describes what the log holds and what was dropped, in lines; printed, they are text."""
+        return Lines(describe(self))
 
 
 def check_log(train: Any) -> None:

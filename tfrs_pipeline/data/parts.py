@@ -14,7 +14,7 @@ from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
 from tfrs_pipeline.data.schema import AskedBy, DataError, SplitKind
 from tfrs_pipeline.data.split import PARTS, is_positive
 from tfrs_pipeline.durable import part_files, read_record, write_record
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import Lines, counted
 
 LogT = TypeVar("LogT", bound=Any)  # `Log`, whose module imports this one.
 
@@ -130,7 +130,7 @@ class Split(Generic[LogT]):
             report[f"num_{name}_dropped"] = before[name][0].as_py() - after[name][0].as_py()
         return report
 
-    def describe(self) -> list[str]:
+    def describe(self) -> Lines:
         """Describes the parts and what was dropped, in lines for a person."""
         counts = self.report()
         notes = [f"by {self.kind}"]
@@ -147,7 +147,7 @@ class Split(Generic[LogT]):
                 f"dropped {counted(counts['num_events_dropped'], 'event')} {why} "
                 f"({counted(counts['num_users_dropped'], 'user')})"
             )
-        return notes
+        return Lines(notes)
 
     def write(self, path: Path) -> None:
         """Writes the events with their parts as Parquet, then a record beside it, as JSON."""

@@ -7,10 +7,11 @@ import difflib
 import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tfrs_pipeline.features.kinds import kind_problem
-from tfrs_pipeline.messages import printable, sentence
+from tfrs_pipeline.messages import beside, printable, sentence
 
 if TYPE_CHECKING:
     import ibis
@@ -128,6 +129,13 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
     if name not in LOG_COLUMNS and near and near[0] not in columns:
         return f"unknown column; did you mean {near[0]!r}?"
     return ""
+
+
+def check_exists(path: Path) -> None:
+    """Refuses a missing file or folder, and suggests a neighbour."""
+    if not path.exists():
+        remedy = "Give a CSV or Parquet file, or a folder of them."
+        raise DataError(f"{path} does not exist.{beside(path)} {remedy}")
 
 
 def require_all(

@@ -163,6 +163,14 @@ class Feature(ABC):
         blocks = [self.encode(self.to_raw(block)).numpy() for block in in_blocks(column)]
         return np.concatenate(blocks)
 
+    def unknown(self, column: Column) -> np.ndarray:
+        """Returns which given values the training did not know, so that they are missing: [n]."""
+        is_given = np.array([value not in (None, "", []) for value in column], bool)
+        if self.num_codes is None or not is_given.any():
+            return np.zeros(len(column), bool)
+        codes = self.encode_column(column).reshape(len(column), -1)
+        return is_given & ~codes.any(axis=1)
+
     @property
     def graph_resource(self) -> Any:
         """A resource that an encoding `tf.Module` must hold, such as a lookup table, or None."""

@@ -93,13 +93,19 @@ class MultiCategorical(ValueLists):
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
         """Reads lists, or splits text; refuses text with lists in brackets."""
-        if column.value.type().is_array():
-            return column.value.cast("array<string>")
-        if not column.value.type().is_string():
+        dtype = column.value.type()
+        parts = column.value
+        if dtype.is_array():
+            if dtype.value_type.is_nested():
+                raise column.wrong_type("a list of texts or numbers")
+            parts = parts.cast("array<string>")
+        elif dtype.is_string():
+            parts = parts.split(column.list_separator)
+        else:
             raise column.wrong_type("a list or a string")
-        stripped = column.value.split(column.list_separator).map(lambda part: part.strip())
-        lists = stripped.filter(lambda part: part != "")
-        _check_texts(column, lists)
+        lists = parts.map(lambda part: part.strip()).filter(lambda part: part != "")
+        if dtype.is_string():
+            _check_texts(column, lists)
         return lists
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -39,7 +40,7 @@ class Number(Feature):
     @staticmethod
     def from_text(text: str) -> Any:
         """Converts a typed number."""
-        return float(text)
+        return finite(text)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,14 @@ class Bucketized(Number):
         """Returns the bucket there that holds the lowest value of each bucket here."""
         lowest = np.array([-np.inf, *self.boundaries])
         return np.concatenate([[0], 1 + np.searchsorted(there.boundaries, lowest, side="right")])
+
+
+def finite(text: str) -> float:
+    """Converts a typed number; a `ValueError` if it is none, or not finite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("it is not finite")
+    return number
 
 
 def moments(numbers: np.ndarray) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from tfrs_pipeline.features.feature import Feature, TableColumn
-from tfrs_pipeline.features.numeric import standardised
+from tfrs_pipeline.features.numeric import finite, standardised
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, is_missing, list_lengths, typed
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Vector(Feature):
     @staticmethod
     def from_text(text: str) -> Any:
         """Converts numbers separated by commas."""
-        return [float(number) for number in text.split(",")]
+        return [finite(number) for number in text.strip(" []").split(",")]
 
 
 def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:

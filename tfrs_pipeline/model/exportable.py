@@ -73,6 +73,12 @@ class Exportable:
     has_item_bias: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("query_ids", "histories", "known_positives"):
+            if not hasattr(getattr(self, name), "__len__"):
+                raise ValueError(
+                    f"{name} must be a list of one entry per user; leave it out if the model knows "
+                    f"no users. Received: {getattr(self, name)!r}"
+                )
         if len(self.query_ids):
             object.__setattr__(self, "query_ids", Ids(self.query_ids).values)
         num_rows = len(self.query_ids) + 1

@@ -161,7 +161,7 @@ class MinedPools:
         """Writes a pool, if there is a folder, and returns it mapped from there."""
         if self.folder is None:
             return pool
-        with naming(self.folder, OSError):  # NumPy's error has no number if the disk is full.
+        with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path, array in zip(self._files(epoch), (pool.offsets, pool.values), strict=True):
                 np.save(path, array)

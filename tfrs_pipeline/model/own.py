@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -22,6 +22,19 @@ _TRAINED: weakref.WeakSet[tf.Module] = weakref.WeakSet()
 def is_own(kind: object) -> bool:
     """Returns whether this is a kind of negative that settings cannot hold, such as a subclass."""
     return hasattr(kind, "draw") and type(kind) not in EASY_KINDS
+
+
+def own_or_setting(kind: Any, read: Callable[[Any], Any]) -> Any:
+    """Keeps an own kind of negative, and reads a setting; refuses (`ValueError`) anything else."""
+    if isinstance(kind, str | Mapping) or type(kind) in EASY_KINDS:
+        return read(kind)
+    lacking = [x for x in ("draw", "expected_count") if not callable(getattr(kind, x, None))]
+    if isinstance(kind, type) or lacking:
+        problem = "a class: give an object of it" if isinstance(kind, type) else "no kind"
+        raise ValueError(
+            f"is {problem}. Own negatives have the methods draw and expected_count (tp.Negatives)"
+        )
+    return kind
 
 
 def mark_trained(*towers: tf.keras.layers.Layer) -> None:

@@ -34,7 +34,13 @@ from tfrs_pipeline.model.notes import (
     describe_sampled,
     writers,
 )
-from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer
+from tfrs_pipeline.model.own import (
+    describe_own,
+    is_own,
+    mark_trained,
+    own_layer,
+    own_or_setting,
+)
 from tfrs_pipeline.model.queries import QueryEncoder, RowRetriever
 from tfrs_pipeline.model.settings import (
     SharedKind,
@@ -58,9 +64,7 @@ TowerLike: TypeAlias = Callable[..., Any]
 if TYPE_CHECKING:
     AnyKind: TypeAlias = Any
 else:
-    AnyKind: TypeAlias = Annotated[
-        SharedKind, WrapValidator(lambda kind, read: kind if is_own(kind) else read(kind))
-    ]
+    AnyKind: TypeAlias = Annotated[SharedKind, WrapValidator(own_or_setting)]
 
 
 def _own_last(kinds: tuple[Any, ...]) -> tuple[Any, ...]:

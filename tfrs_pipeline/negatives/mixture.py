@@ -22,9 +22,11 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.negatives.in_batch import counts_as_in_batch
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 
+_NUM_GROUPS = 8
 _NUM_TRIES = 16  # Draws before training; enough to find a mistake that shows in most batches.
 
 
@@ -42,8 +44,8 @@ class Mixture:
     Raises:
         TypeError: If something is not a kind of negative.
         ValueError: If a kind's counts do not match the corpus, are negative or not finite, or give
-            row 0 a count; if it draws rows outside the corpus or with a count of 0; if there is no
-            negative at all.
+            row 0 a count; if it draws rows outside the corpus, or others than its counts say; if
+            there is no negative at all.
 
     Example:
         The negatives of a batch for your own loss, with items that have 3 and 1 positives:
@@ -155,10 +157,14 @@ def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
 
 def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> None:
     """Tries a few draws of a kind: they must be candidates that it expects to draw."""
-    can_be_positive = 1 + np.flatnonzero(frame.q_positive[1:])
+    of_batch = frame.num_candidates, (_NUM_TRIES, frame.batch_size)
+    share = frame.q_positive[1:] / frame.q_positive[1:].sum()
+    positives = 1 + np.random.default_rng(0).choice(*of_batch, p=share)
     with tf.init_scope():  # In case the mixture is made in a graph.
-        positives = tf.constant(np.resize(can_be_positive, frame.batch_size), tf.int32)
-        drawn = [kind.draw(frame, positives, tf.constant([0, i])) for i in range(_NUM_TRIES)]
+        drawn = [
+            kind.draw(frame, tf.constant(rows, tf.int32), tf.constant([0, i]))
+            for i, rows in enumerate(positives)
+        ]
     for each in map(np.asarray, drawn):
         if not np.issubdtype(each.dtype, np.integer) or each.ndim != 1:
             raise ValueError(
@@ -171,9 +177,29 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
             f"{kind}: draw must return candidate rows in 1 .. {frame.num_candidates}: row 0 is "
             f"'unknown'. Received: {rows.min()} to {rows.max()}"
         )
-    if rows.size and not counts_as_in_batch(kind) and not count[rows].all():
+    if not rows.size or counts_as_in_batch(kind):
+        return
+    if not count[rows].all():
         never = rows[count[rows] == 0][0]
         raise ValueError(
             f"{kind}: draw returned candidate {never}, whose expected_count is 0: log_q would "
             "belong to another draw"
         )
+    _check_counts(kind, [np.bincount(each, minlength=len(count)) for each in drawn], count)
+
+
+def _check_counts(kind: Negatives, drawn: Sequence[np.ndarray], count: np.ndarray) -> None:
+    """Compares draws with what is expected: of all candidates, and of groups by their count."""
+    order = 1 + np.argsort(count[1:])
+    so_far = np.cumsum(count[order]) - count[order] / 2
+    group = (so_far / count.sum() * _NUM_GROUPS).astype(np.int64)
+    for members in (order, *(order[group == i] for i in range(_NUM_GROUPS))):
+        found, expected = [each[members].sum() for each in drawn], count[members].sum()
+        # Draws of a batch may depend on each other, those of different batches do not.
+        error = max(np.std(found, ddof=1), np.sqrt(expected)) / np.sqrt(len(drawn))
+        if abs(np.mean(found) - expected) > 6 * error:
+            raise ValueError(
+                f"{kind}: expected_count says that a batch draws {expected:.4g} copies of "
+                f"{counted(len(members), 'candidate')}, and {len(drawn)} batches drew "
+                f"{np.mean(found):.4g} on average: log_q would belong to another draw"
+            )

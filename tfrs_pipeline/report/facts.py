@@ -21,7 +21,7 @@ from tfrs_pipeline.drawing import Drawing, variables
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
@@ -131,6 +131,7 @@ def report_page(facts: RunFacts) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tfrs_pipeline", "report"),
         autoescape=True,
+        finalize=_visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -288,6 +289,13 @@ def _popularity(batches: HybridBatches) -> PopularityFacts:
         negatives={name: count[1:] / count.sum() for name, count in expected.items()},
         num_unreachable=batches.num_unreachable,
     )
+
+
+def _visible(value: Any) -> Any:
+    """Escapes the control characters of a text, such as an id's, except for line ends and tabs."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "".join(x if x.isprintable() or x in "\n\t" else printable(x) for x in value)
 
 
 def _label(kind: Negatives) -> str:

@@ -245,13 +245,15 @@ def trained_in(
         step = "selection"
     split = split_in(run)
     log, part = (split.train, "selection") if step == "selection" else (split.before_test, "final")
+    read_record(run.samples(part) / "report.json")  # Checks the files that ids are read from.
     corpus = Corpus.read(log, run.samples(part))
     best_epoch = trained[name]["best_epoch"]
     return read_training(models[name], name, corpus, log, checkpoints / step, best_epoch)
 
 
 def split_in(folder: RunFolder) -> Split[Log]:
-    """Reads the split of a run's log."""
+    """Reads the split of a run's log; raises `Damaged` if a file of either has changed."""
+    read_record(folder.split.with_suffix(".json"))
     return Split.read(Log.read(folder.data), folder.split)
 
 

@@ -115,8 +115,11 @@ def refuse_worse(
     version = _newest(folder, without)
     assert version is not None  # It was measured.
     found = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
-    if evaluation.differences[IN_SERVICE][metric].low > 0:
+    lowest = evaluation.differences[IN_SERVICE][metric].low
+    if lowest > 0:
         raise NotPublished(f"The new model is worse than the one in service. {found}.")
+    if np.isnan(lowest):
+        raise NotPublished(f"One test query cannot tell which model is better. {found}.")
     return f"not worse than the version in service: {found}"
 
 

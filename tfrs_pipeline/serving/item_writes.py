@@ -51,8 +51,11 @@ class ItemWrites:
         items = rest.parse_items(body, "items" if is_put else "item_ids")
         with self._versions.use() as version:
             try:
+                answer: dict[str, Any]
                 if is_put:
                     answer = {"num_new": version.retriever.upsert(items)}
+                    if notes := version.retriever.unknown_values(items):
+                        answer["notes"] = notes
                 else:
                     answer = {"num_removed": version.retriever.remove(items)}
             except Damaged:

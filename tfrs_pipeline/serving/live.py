@@ -20,6 +20,7 @@ from tfrs_pipeline.data.ids import NO_ID, Ids
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import is_missing
+from tfrs_pipeline.messages import plain
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.serving.candidates import MOST_PENDING, Candidates
@@ -85,6 +86,16 @@ class LiveItems:
             self._rewrite_if_long(writer)
         self._maintain_if_needed()
         return num_new
+
+    def unknown_values(self, items: Sequence[Item]) -> list[str]:
+        """Says which values are unknown; see `LoadedRetriever.unknown_values`."""
+        return [
+            f"{feature.name} {item[feature.name]!r:.80} of item {plain(item['item_id'])} is "
+            "unknown to the model: taken as missing"
+            for feature in self._features
+            for item in items
+            if feature.num_codes is not None and feature.unknown([item[feature.name]])[0]
+        ][:10]
 
     def remove(self, item_ids: Iterable[Any]) -> int:
         """Removes items; see `LoadedRetriever.remove`."""

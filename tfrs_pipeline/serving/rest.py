@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 
 from tfrs_pipeline.features.encoding import TIMESTAMP
 from tfrs_pipeline.features.raw import MAX_SECONDS
+from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.settings import ServeSettings
@@ -50,7 +51,9 @@ class SignatureInputs:
         optional = {HISTORY_TIMESTAMPS, *optional}
         self._max_results = limits.max_results
         types = {
-            name: _value_type(name, spec, limits, is_nullable=name in nullable)
+            name: _value_type(
+                name, spec, limits, is_nullable=name in nullable, is_time=name in self._times
+            )
             for name, spec in specs.items()
         }
         columns = {
@@ -224,7 +227,9 @@ def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
         raise refusal(error, where) from None
 
 
-def _value_type(name: str, spec: tf.TensorSpec, limits: ServeSettings, *, is_nullable: bool) -> Any:
+def _value_type(
+    name: str, spec: tf.TensorSpec, limits: ServeSettings, *, is_nullable: bool, is_time: bool
+) -> Any:
     """Returns the type of an input's value for a query, or for the whole request."""
     value: Any
     if spec.dtype == tf.string:
@@ -234,6 +239,8 @@ def _value_type(name: str, spec: tf.TensorSpec, limits: ServeSettings, *, is_nul
         value = Annotated[int, Field(strict=True, ge=low, le=high)]
     else:
         value = Annotated[float, Field(strict=True)]
+    if is_time:
+        value = Annotated[value, BeforeValidator(_seconds)]
     if is_nullable:
         value = Annotated[value, _OR_NULL]
     if spec.shape.rank < 2:
@@ -266,6 +273,11 @@ def _text(value: Any) -> bytes:
     if isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str):
         return base64.b64decode(value["b64"], validate=True)
     raise ValueError('takes a string, or {"b64": "..."}')
+
+
+def _seconds(value: Any) -> Any:
+    """Converts a time in ISO 8601 to seconds since 1970, and keeps what is no text."""
+    return Timestamp.from_text(value).timestamp() if isinstance(value, str) else value
 
 
 def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:

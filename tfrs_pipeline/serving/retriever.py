@@ -206,6 +206,10 @@ class LoadedRetriever(LoadedTowers):
         """
         return self._writable.upsert(items)
 
+    def unknown_values(self, items: Sequence[Item]) -> list[str]:
+        """Says which feature values of items the model does not know, in lines; at most ten."""
+        return self._writable.unknown_values(items)
+
     def remove(self, item_ids: Sequence[Any]) -> int:
         """Removes items from all later answers; unknown ids are ignored. Raises as `upsert`.
 

@@ -9,10 +9,8 @@ import gc
 import http
 import ipaddress
 import logging
-import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +38,7 @@ except ImportError as missing:
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.item_writes import ItemWrites
 from tfrs_pipeline.serving.publish import version_at
-from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.serving.settings import ServeSettings, listening
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 
 logger = logging.getLogger(__name__)
@@ -302,7 +300,7 @@ async def _internal_error(request: Request, error: Exception) -> Response:
 def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
     """Serves a model until SIGTERM or Ctrl-C; calls `on_ready` with the address at the start."""
     server = ModelServer(model, settings)
-    with _listener(settings.host, settings.port) as listener:
+    with listening(settings.host, settings.port) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
             # Set before the first load, so that a signal can end it. After it stops, uvicorn raises
             # the signal again, and the default handler would exit with an error.
@@ -333,20 +331,3 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
         )
         sys.setswitchinterval(SWITCH_SECONDS)
         Server(config, lambda: server.versions.is_loading).run(sockets=[listener])
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    """Binds the address before a model is loaded, so that one in use is refused at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            f"Cannot listen on {host}, port {port}: {reason}. Set --port to another one, or to 0 "
-            "for a free one."
-        ) from error
-    # Connections inherit this option, which asyncio sets only if a protocol is named. Without it an
-    # answer's body waits 40 ms for the client to acknowledge the headers.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener

@@ -34,8 +34,9 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
 
     Returns:
         The file's metadata, which its Parquet schema holds as text: `model`, `version`, `dim`,
-        `num_items`, `metric` ("inner_product"), `min_norm`, `max_norm`, and `unit_length`: whether
-        all vectors have length 1, so that cosine similarity ranks items alike.
+        `num_items`, `metric` ("inner_product"), `has_item_bias` (whether the last entry of a vector
+        is the item's bias, which a query multiplies by 1), `min_norm`, `max_norm`, and
+        `unit_length`: whether all have length 1, so that cosine similarity ranks items alike.
 
     Raises:
         ValueError: If the path is a folder, its folder is missing, or its suffix is another; if all
@@ -60,6 +61,7 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         "dim": embeddings.shape[1],
         "num_items": len(ids),
         "metric": "inner_product",
+        "has_item_bias": bool(model.manifest.get("has_item_bias")),
         "min_norm": float(norms.min()),
         "max_norm": float(norms.max()),
         "unit_length": bool(np.abs(norms - 1).max() < _ROUNDING),
