@@ -391,8 +391,8 @@ def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
     options: dict[str, Any] = {"candidate_tower": OwnCandidates, "training": {"max_epochs": 1}}
     plan = tiny(query_tower=layer, **options)
     plan.build(data.corpus)  # To look at it is no training, nor is one that is refused.
-    with pytest.raises(ValueError, match="needs 121 positives"):
-        tiny(query_tower=layer, **{**options, "training": {"batch_size": 121}}).fit_samples(data)
+    with pytest.raises(DataError, match="losers"):
+        tiny(query_tower=layer, hard=FunnelLosers(stages=("ranked",)), **options).fit_samples(data)
     model = plan.fit_samples(data)
     before = model.query_embeddings([{"history": [40]}])
     for again in (plan, tiny(query_tower=layer, **options)):
