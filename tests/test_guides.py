@@ -192,7 +192,7 @@ def test_what_the_readme_runs_can_be_asked_all_that_the_pages_ask(
     printed = run_block("sh", shlex.join(["tfrs-pipeline", "run", *where]))
     shown = next(text for kind, text in blocks("README.md") if kind == "text")
     # Who is ahead depends on the ratings.
-    shown = re.sub(r"(?m)^(better\?|for whom) .+", r"\1 ...", shown)
+    shown = re.sub(r"(?m)^(better\?|served\?|for whom) .+", r"\1 ...", shown)
     assert is_shown(shown, printed), printed
     asked = run_block("sh", commands[1])
     assert asked.count("rank") == 2

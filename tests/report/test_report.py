@@ -200,7 +200,7 @@ def test_what_is_by_request_and_what_is_tied_have_tables_of_their_own() -> None:
             assert found == [5678, *means]
     # Popularity ties with the model by user, and beats it by request.
     assert [x[2] for x in PAGE.tables["Differences, by request"]["ndcg@100"]] == [True, True]
-    assert "By request, as in service: no, in ndcg@100 the best baseline, popularity" in PAGE.joined
+    assert "No: by request, in ndcg@100 the best baseline, popularity" in PAGE.joined
     alone = page_of(metrics={**FACTS.metrics, "by_request": {"left_out": "it is the same"}})
     assert "Measured by user alone: it is the same." in alone.text
     untied = {name: {**x, "ties": {}} for name, x in MODELS.items()}

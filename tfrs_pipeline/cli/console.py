@@ -19,14 +19,7 @@ from rich.text import Text
 
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
-from tfrs_pipeline.report.verdict import (
-    advice,
-    as_served,
-    by_popularity,
-    compared_with_baselines,
-    shown_evenly,
-    tied_items,
-)
+from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines, remarks
 from tfrs_pipeline.run.folder import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -131,12 +124,7 @@ def native_errors_to(path: Path) -> Iterator[None]:
 
 def print_result(console: Console, config: "RunConfig", result: "RunResult") -> None:
     """Prints the metrics of a run, its files and the next command."""
-    from tfrs_pipeline.evaluation.table import (
-        BY_REQUEST,
-        explained,
-        format_table,
-        with_requests,
-    )
+    from tfrs_pipeline.evaluation.table import BY_REQUEST, explained, format_table, with_requests
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
     columns = [f"ndcg@{longest}", f"{BY_REQUEST}/ndcg@{longest}"]
@@ -187,17 +175,12 @@ def _say_filled(console: Console, *lines: str, indent: int = 0) -> None:
 
 def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields what the numbers mean and, if they are not good, what to try."""
-    longest = max(config.evaluation.cutoffs)
-    better = compared_with_baselines(metrics, f"ndcg@{longest}")
+    metric, recall = (f"{name}@{max(config.evaluation.cutoffs)}" for name in ("ndcg", "recall"))
+    better = compared_with_baselines(metrics, metric)
     yield "better?", f"{better.answer}: {better.why}"
-    if (served := as_served(metrics, f"ndcg@{longest}")) is not None:
-        yield "served?", f"{served.answer}: by request, {served.why}"
-    yield "for whom", by_popularity(metrics, f"recall@{longest}").why
-    if (tied := tied_items(metrics, f"recall@{longest}")) is not None:
-        yield "ties", tied
-    if (evenly := shown_evenly(metrics, f"recall@{longest}")) is not None:
-        yield "evenly", evenly
-    for line in advice(metrics, f"ndcg@{longest}", config):
+    yield from remarks(metrics, metric, recall)
+    yield "for whom", by_popularity(metrics, recall).why
+    for line in advice(metrics, metric, config):
         yield "try", line
     if better.outcome in (Outcome.LEVEL, Outcome.WORSE):
         yield "more", "docs/guides/debugging.md"

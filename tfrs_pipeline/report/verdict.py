@@ -110,8 +110,18 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     return Verdict(answers[lowest], f"in {metric} {'; '.join(parts)}", lowest)
 
 
-def as_served(metrics: Metrics, metric: str) -> Verdict | None:
-    """Says the same of the test by request, and where the two differ; None without that test."""
+def remarks(metrics: Metrics, metric: str, recall: str) -> Iterator[tuple[str, str]]:
+    """Yields what else the numbers say, each with a head, where it was measured or decides."""
+    found = {
+        "served?": as_served(metrics, metric),
+        "ties": tied_items(metrics, recall),
+        "evenly": shown_evenly(metrics, recall),
+    }
+    yield from ((head, text) for head, text in found.items() if text is not None)
+
+
+def as_served(metrics: Metrics, metric: str) -> str | None:
+    """Compares the models by request, and says where that differs; None without that test."""
     served = metrics.get("by_request", {})
     if "models" not in served:
         return None
@@ -120,14 +130,14 @@ def as_served(metrics: Metrics, metric: str) -> Verdict | None:
         max(x["models"], key=lambda name: x["models"][name][metric]["mean"] or 0.0)
         for x in (served, metrics)
     )
+    said = f"{found.answer}: by request, {found.why}"
     if found.outcome is by_user.outcome and best == best_by_user:
-        return found
-    why = (
-        f"{found.why}. The two differ (highest by request: {_WRITTEN.get(best, best)}; by user: "
+        return said
+    return (
+        f"{said}. The two differ (highest by request: {_WRITTEN.get(best, best)}; by user: "
         f"{_WRITTEN.get(best_by_user, best_by_user)}): go by request if a service asks again after "
         "each click, and by user if a list is made once, as for a daily mail"
     )
-    return Verdict(found.answer, why, found.outcome)
 
 
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
