@@ -222,6 +222,8 @@ LEVEL_MEANS = LOSING | {"ease": 0.2}
 WINNING = {"two_tower": 0.4, "popularity": 0.2, "ease": 0.3}
 SHORT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1]}}}
 SMALL = {"train": {"num_positives": 1_500}}
+# Ended by its patience, of five epochs: in a small log a few steps.
+IMPATIENT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1] * 6}}}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +240,11 @@ SMALL = {"train": {"num_positives": 1_500}}
         (made(LEVEL_MEANS, split=SMALL), "5.0 each"),
         (made(LEVEL_MEANS, training=SHORT), "was best after the last of 1 epoch."),
         (made(LEVEL_MEANS | {"two_tower_uncorrected": 0.25}), "model.correction"),
+        (
+            made(WINNING, training=IMPATIENT, split=SMALL),
+            "small 7 steps: validation may rise again",
+        ),
+        (made(WINNING, training=IMPATIENT), None),
         # A better model hears of longer training and of the correction too.
         (
             made({"two_tower": 0.2, "two_tower_uncorrected": 0.25, "popularity": 0.1}),

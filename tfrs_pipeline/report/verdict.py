@@ -12,6 +12,7 @@ from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.messages import counted, in_percent
 
 # With fewer positives per item, an embedding per item learns little.
+_PATIENT = 50  # Fewer steps without a gain are no sign that training is at its end.
 _FEW_POSITIVES = 10
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
@@ -281,23 +282,36 @@ def _gap(gain: Interval) -> str:
     return f"{abs(gain.mean):.4f} [{low:.4f}, {high:.4f}]"
 
 
+def _stopped(best: int, num_epochs: int, num_positives: int, config: RunConfig) -> Iterator[str]:
+    """Says whether training stopped at its best epoch, or too few steps after it."""
+    training, waited = config.training, num_epochs - best
+    num_steps = waited * num_positives // training.fitting(num_positives).batch_size
+    if not waited:
+        yield (
+            f"training stopped too early: validation {training.monitor} was best after the last of "
+            f"{counted(num_epochs, 'epoch')}. Raise training.max_epochs"
+        )
+    elif training.patience <= waited and num_epochs < training.max_epochs and num_steps < _PATIENT:
+        yield (
+            f"training stopped {counted(waited, 'epoch')} after its best, in a log this small "
+            f"{counted(num_steps, 'step')}: validation may rise again. Try --training.patience "
+            f"{training.max_epochs}"
+        )
+
+
 def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     """Says what to try, given the metrics; never what the settings already have.
 
     A model that is clearly better in `metric` gets only advice on longer training, the correction
     and what the test measures.
     """
-    models, monitor = metrics["models"], config.training.monitor
-    first, *_ = models
-    measures = list(_beside_the_question(models[first], config))
-    yield from measures
+    models = metrics["models"]
+    first = next(iter(models))
+    yield from (measures := list(_beside_the_question(models[first], config)))
+    num_positives = metrics["split"]["train"]["num_positives"]
     training = metrics["training"][first]
-    values = training["history"].get(f"val_{monitor}", [])
-    if training["best_epoch"] == len(values):
-        yield (
-            f"training stopped too early: validation {monitor} was best after the last of "
-            f"{counted(len(values), 'epoch')}. Raise training.max_epochs"
-        )
+    values = training["history"].get(f"val_{config.training.monitor}", [])
+    yield from _stopped(training["best_epoch"], len(values), num_positives, config)
     if measures:  # Then the other numbers answer another question.
         return
     if _is_better("two_tower_uncorrected", metrics, metric):
@@ -308,7 +322,6 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
         return
     slices = models[first]["slices"].values()
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
-    num_positives = metrics["split"]["train"]["num_positives"]
     if num_positives < _FEW_POSITIVES * num_items:
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
