@@ -94,7 +94,7 @@ class LiveItems:
             "unknown to the model: taken as missing"
             for feature in self._features
             for item in items
-            if feature.num_codes is not None and feature.unknown([item[feature.name]])[0]
+            if feature.holds_categories and feature.unknown([item[feature.name]])[0]
         ][:10]
 
     def remove(self, item_ids: Iterable[Any]) -> int:

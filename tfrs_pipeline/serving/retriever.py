@@ -207,7 +207,7 @@ class LoadedRetriever(LoadedTowers):
         return self._writable.upsert(items)
 
     def unknown_values(self, items: Sequence[Item]) -> list[str]:
-        """Says which feature values of items the model does not know, in lines; at most ten."""
+        """Says which categories of items the model does not know, in lines; at most ten."""
         return self._writable.unknown_values(items)
 
     def remove(self, item_ids: Sequence[Any]) -> int:
