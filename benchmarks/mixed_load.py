@@ -193,19 +193,19 @@ def run_load(port: int, seconds: float) -> dict[str, Any]:
     async def writer() -> None:
         rng, client = np.random.default_rng(3), Client(port, counts)
 
-        async def best(user: int) -> set[int]:
+        async def best(user: int) -> list[int]:
             code, body = await client.answer(request(user))
-            return set(json.loads(body)["outputs"]["candidate_ids"][0]) if code == 200 else set()
+            return json.loads(body)["outputs"]["candidate_ids"][0] if code == 200 else []
 
         while time.monotonic() < until:
             user = int(rng.integers(NUM_USERS))
-            chosen = list(await best(user))[:3]
+            chosen = (await best(user))[:3]
             for method, content in (
                 ("DELETE", {"item_ids": chosen}),
                 ("PUT", {"items": [{"item_id": i, "title": f"Item {i}"} for i in chosen]}),
             ):
                 code = await client.ask(write_items(method, content))
-                found = len(await best(user) & set(chosen))
+                found = len({*await best(user)} & {*chosen})
                 is_right = found == (0 if method == "DELETE" else len(chosen))
                 what = "seen" if is_right else f"failed: {method} not seen"
                 counts[f"write, {what}" if code == 200 else f"failed: write, {code}"] += 1

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from tfrs_pipeline.serving import versions
+from tfrs_pipeline.serving.item_writes import ItemWrites
 from tfrs_pipeline.serving.versions import ModelVersions
 
 
@@ -207,3 +209,48 @@ def test_no_version_at_all_is_said(tmp_path: Path) -> None:
     model = versions_of(tmp_path / "films")
     with pytest.raises(RuntimeError, match="no such variable"):
         model.load_first()
+
+
+def test_a_version_comes_into_use_with_every_confirmed_write(
+    model: ModelVersions, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal: list[Any] = []
+    writes = ItemWrites(model, folder, None)
+    writer = threading.Thread(target=writes.write, args=(b'{"item_ids": [7]}', False))
+
+    class Reader:
+        """Knows what was written when it last caught up."""
+
+        num_candidates = 0
+
+        def __init__(self, folder: Path) -> None:
+            self.known: list[Any] = []
+            self.is_first = folder.name == "2"
+
+        def remove(self, ids: list[Any]) -> int:
+            journal.extend(ids)
+            self.known = [*journal]
+            return len(ids)
+
+        def catch_up(self) -> None:
+            self.known = [*journal]
+            if self.is_first:  # A write that begins now must wait, or it would be missed.
+                self.is_first = False
+                writer.start()
+                writer.join(0.3)
+                assert journal == [5]
+
+    def loaded(folder: Path) -> Any:
+        version = Fake(folder)
+        version.retriever = Reader(folder)  # type: ignore[assignment]
+        if folder.name == "2":
+            writes.write(b'{"item_ids": [5]}', False)
+        return version
+
+    monkeypatch.setattr(model, "_load_version", loaded)
+    served(model).retriever = Reader(folder / "1")
+    put(folder, 2)
+    model.refresh()
+    writer.join()
+    assert served(model).number == 2
+    assert served(model).retriever.known == [5, 7]

@@ -49,7 +49,7 @@ class ItemWrites:
     def write(self, body: bytes, is_put: bool) -> dict[str, Any]:
         """Adds or removes the items in a body; call it in `threads`."""
         items = rest.parse_items(body, "items" if is_put else "item_ids")
-        with self._versions.use() as version:
+        with self._versions.writing, self._versions.use() as version:
             try:
                 answer: dict[str, Any]
                 if is_put:
@@ -70,7 +70,4 @@ class ItemWrites:
                     "has more.",
                     {"Retry-After": "1"},
                 ) from None
-        with self._versions.use() as newest:
-            if newest is not version:  # It may have read the journal before this write.
-                newest.retriever.catch_up()
-            return {**answer, "num_items": newest.retriever.num_candidates}
+            return {**answer, "num_items": version.retriever.num_candidates}

@@ -145,6 +145,8 @@ class ModelVersions:
         self._load_version = load_version
         self.name = path.parent.name if self._is_version else path.name
         self._lock = threading.Lock()
+        # Held while live items are written, and while the version in use changes.
+        self.writing = threading.Lock()
         self._current: ServedVersion | None = None
         self._identity: Identity | None = None
         self._loading: int | None = None
@@ -250,11 +252,13 @@ class ModelVersions:
             return False
         finally:
             self._loading = None
-        with self._lock:
-            self._failures.pop(identity, None)
-            if self._current is not None:
-                self._retired.append(self._current)
-            self._current, self._identity = version, identity
+        with self.writing:
+            version.retriever.catch_up()  # Others may have been written while it was loaded.
+            with self._lock:
+                self._failures.pop(identity, None)
+                if self._current is not None:
+                    self._retired.append(self._current)
+                self._current, self._identity = version, identity
         metrics.LOADS.labels(self.name, "ok").inc()
         metrics.LOAD_SECONDS.labels(self.name).set(time.monotonic() - start)
         metrics.VERSION.labels(self.name).set(version.number)
