@@ -54,6 +54,15 @@ def test_types_become_positives_with_weights_and_exposures(load: Any, is_csv: bo
     assert few.counts()["events"] == num["purchase"]
 
 
+def test_many_types_without_a_weight_are_told_together(load: Any) -> None:
+    types = ["click", *(f"type {i}" for i in range(30) for _ in range(i + 1))]
+    text = "".join(f"1,2,{name}\n" for name in types)
+    log = load(f"user_id,item_id,event\n{text}", event_weights={"click": 1})
+    assert len(log.dropped) == 11
+    assert log.dropped[0].num_rows == 30
+    assert sum(each.num_rows for each in log.dropped) == len(types) - 1
+
+
 def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
     frame = shop()
     log = load(frame.to_csv(index=False), event_weights=WEIGHTS, columns={"request_id": "session"})

@@ -68,18 +68,18 @@ def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTabl
         for name, meaning in weights.items()
     )
     raw.notes.append(f"{raw.source.column('event')}: {', '.join(told)}")
-    listed = sorted(weights)
-    table = raw.table.get_name()
     raw.table.get_backend().con.execute(
-        f'DELETE FROM "{table}" WHERE NOT list_contains(?, trim(CAST(event AS VARCHAR)))', [listed]
+        f'DELETE FROM "{raw.table.get_name()}" '
+        "WHERE NOT list_contains(?, trim(CAST(event AS VARCHAR)))",
+        [[*weights]],
     )
     column = printable(repr(raw.source.columns.get("event", "event")))
-    most = sorted(others, key=lambda name: -others[name])[:_MOST_TOLD]
+    ranked = sorted(others.items(), key=lambda pair: -pair[1])
     dropped = [
-        Dropped(f"column {column} is {printable(repr(name))}, which has no weight", others[name])
-        for name in most
+        Dropped(f"column {column} is {printable(repr(name))}, which has no weight", num)
+        for name, num in ranked[:_MOST_TOLD]
     ]
-    if num_rest := sum(others.values()) - sum(others[name] for name in most):
+    if num_rest := sum(num for _, num in ranked[_MOST_TOLD:]):
         dropped.append(Dropped(f"column {column} is of another type without a weight", num_rest))
     return replace(raw, num_rows=raw.num_rows - sum(others.values())), dropped
 
@@ -141,10 +141,9 @@ def suggested(types: Iterable[str]) -> str:
     }
     if "1" not in meanings.values():
         meanings = {name: of.replace("exposed", "1") for name, of in meanings.items()}
-    order = sorted((name for name in meanings if meanings[name]), key=lambda x: meanings[x])
-    strong_first = [x for x in order if meanings[x] != "exposed"][::-1]
-    shown = [x for x in order if meanings[x] == "exposed"]
-    return " ".join(f"{x}={meanings[x]}" for x in (*strong_first, *shown)) or "purchase=5 click=1"
+    known = [name for name, of in meanings.items() if of]
+    known.sort(key=lambda name: "531exposed".index(meanings[name]))
+    return " ".join(f"{name}={meanings[name]}" for name in known) or "purchase=5 click=1"
 
 
 def _text(raw: RawTable) -> ir.StringValue:
