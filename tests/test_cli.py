@@ -92,6 +92,7 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, here: Path) -> Any:
 
     monkeypatch.setattr(pipeline, "run", record)
     monkeypatch.setattr(run_data, "log_steps", lambda *settings: [])
+    monkeypatch.setattr(cli.runs, "check_exists", lambda path: None)
 
     def run(*arguments: Any) -> RunConfig:
         own = arguments and "--run-dir" not in arguments
@@ -859,7 +860,8 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
             signal.signal(signal.SIGINT, before)
 
     monkeypatch.setattr(run_data, "log_steps", interrupt)
-    own = ("--data.path", tmp_path / "clicks.csv", "--run-dir", tmp_path / "a run")
+    (log := tmp_path / "clicks.csv").touch()
+    own = ("--data.path", log, "--run-dir", tmp_path / "a run")
     answer = command("run", *own)
     assert answer.code == 130
     again = f"stopped; go on with:  tfrs-pipeline run --run-dir '{tmp_path}/a run'"
