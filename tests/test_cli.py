@@ -564,7 +564,7 @@ def test_a_folder_with_other_files_is_told_and_a_refused_one_removed(
     assert "run folder: own, beside other files: thesis.txt" in answer.out
     answer = command("run", *flags, "--run-dir", "new")
     assert answer.code == 1
-    assert answer.out.splitlines()[-1] == "the run folder is removed again: nothing was made"
+    assert answer.out.splitlines()[-1] == "nothing was made: the run folder is removed"
     assert not (here / "new").exists()
     # Missing files are told before there is a folder.
     assert command("run", "--data.path", "nowhere.csv").out == ""

@@ -50,7 +50,7 @@ def check_integer(least: int, **values: object) -> None:
 
 
 def plain(value: object) -> str:
-    """Shows a value as Python writes it, also if it is one of NumPy's: 5, not np.int64(5)."""
+    """Shows a value as Python writes it, NumPy's scalars too: 5, not np.int64(5)."""
     return repr(value.item() if getattr(value, "shape", None) == () else value)  # type: ignore[attr-defined]
 
 

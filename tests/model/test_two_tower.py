@@ -451,8 +451,8 @@ def test_what_is_no_kind_of_negative_is_told() -> None:
             """Draws nothing."""
 
     for wrong, message in (
-        (Half(), "is no kind. Own negatives have the methods draw and expected_count"),
-        (object(), "is no kind. Own negatives have the methods"),
+        (Half(), "is not a kind. Own negatives have the methods draw and expected_count"),
+        (object(), "is not a kind. Own negatives have the methods"),
         (Uniform, "is a class: give an object of it"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -42,7 +42,7 @@ def program() -> str:
 
 @contextlib.contextmanager
 def as_interrupts() -> Iterator[None]:
-    """Raises a `KeyboardInterrupt` in place of errors that one caused in a library, like DuckDB."""
+    """Raises `KeyboardInterrupt` in place of an error that Ctrl-C caused in a library."""
     try:
         yield
     except Exception as error:

@@ -122,7 +122,7 @@ class CommandLine:
         }
 
     def parsers(self) -> Mapping[str, argparse.ArgumentParser]:
-        """Returns each command's parser, for the reference."""
+        """Returns the parser of each command, by name."""
         parser = _Parser(prog=self.program)
         self._source(parser, shows_all=False)
         (found,) = (action.choices for action in parser._actions if action.dest == ":subcommand")

@@ -34,8 +34,7 @@ class Serve(ServeSettings, OfModel):
         version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         if self.token_file is not None:
             read_token(self.token_file)
-        with listening(self.host, self.port):
-            pass
+        listening(self.host, self.port).close()  # Refuses a port in use.
         from tfrs_pipeline.serving.server import serve
 
         # Answers report errors too, but a server's log must say when they happened.

@@ -139,7 +139,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             result = work(config, folder, _begin(config, place, progress))
     except ValueError:
         if not folder.exists():
-            say(console, "the run folder is removed again: nothing was made")
+            say(console, "nothing was made: the run folder is removed")
         raise
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
@@ -155,7 +155,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
 
 
 def _look_around(place: RunFolder, config: RunConfig) -> str:
-    """Refuses missing files, before libraries are imported; names others in a new run's folder."""
+    """Refuses missing files before slow imports; names other files in a new run's folder."""
     if place.holds_run():
         return ""
     data = config.data

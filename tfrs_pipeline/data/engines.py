@@ -50,7 +50,7 @@ def connect(memory_limit: str | None = None) -> DuckDB:
 def _own_folder() -> tuple[Path, int]:
     """Makes a temporary folder that this process holds; returns it and its lock.
 
-    Removes folders that killed processes have left: nobody holds their locks.
+    Removes the folders of killed processes, whose locks nobody holds.
     """
     temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{_PREFIX}*/lock"):
@@ -58,7 +58,7 @@ def _own_folder() -> tuple[Path, int]:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    # Gets its name when it is held, so that nobody takes it for a lock that was left.
+    # Renamed once held, so that no other process takes it for an abandoned lock.
     lock = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.rename(folder / "lock.new", folder / "lock")

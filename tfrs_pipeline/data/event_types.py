@@ -19,9 +19,9 @@ NAMES = (
 )
 """Usual names of a column of event types."""
 
-_MOST_TYPES = 50  # A column with more values is another one.
+_MOST_TYPES = 50  # A column with more values does not hold types.
 _MOST_TOLD = 10
-# Parts of usual names, and what such an event suggests; the first that fits counts.
+# Parts of usual names, and the suggested weight; the first part that fits counts.
 _USUAL = {
     **dict.fromkeys(("purchase", "buy", "order", "transaction"), "5"),
     **dict.fromkeys(("remove", "unlike", "dislike"), ""),
@@ -50,8 +50,8 @@ def with_event_column(reading: Reading, scanned: Scan) -> Reading:
 def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:
     """Deletes the rows of types without a weight; returns the table and what was deleted.
 
-    Notes how many events each type has. Raises a `DataError` if no event has a type of `weights`
-    and one of nearly its name is not in them.
+    Notes how many events each type has. Raises a `DataError` if `weights` names a type that no
+    event has, but resembles another: a typing error.
     """
     counts = _counts(raw)
     others = {name: num for name, num in counts.items() if name not in weights}
@@ -133,7 +133,7 @@ def refuse_unread(scanned: Scan, unread: Iterable[str]) -> None:
 def suggested(types: Iterable[str]) -> str:
     """Suggests weights for types of events, by their names.
 
-    A view is an exposure if there are clicks as well; otherwise it is what a click is elsewhere.
+    A view is an exposure if there are clicks as well; otherwise it counts as a click.
     """
     meanings = {
         name: next((of for part, of in _USUAL.items() if part in name.lower()), "")
@@ -141,9 +141,9 @@ def suggested(types: Iterable[str]) -> str:
     }
     if "1" not in meanings.values():
         meanings = {name: of.replace("exposed", "1") for name, of in meanings.items()}
-    known = [name for name, of in meanings.items() if of]
-    known.sort(key=lambda name: "531exposed".index(meanings[name]))
-    return " ".join(f"{name}={meanings[name]}" for name in known) or "purchase=5 click=1"
+    strongest_first = filter(None, dict.fromkeys(_USUAL.values()))
+    known = [f"{x}={of}" for of in strongest_first for x in meanings if meanings[x] == of]
+    return " ".join(known) or "purchase=5 click=1"
 
 
 def _text(raw: RawTable) -> ir.StringValue:

@@ -25,8 +25,8 @@ from tfrs_pipeline.data.schema import DataError, Dropped, Source, check_exists, 
 from tfrs_pipeline.messages import printable, sentence
 
 _LONGEST_HEADER = 1 << 20
-# DuckDB drops a line beyond its buffer, 32 MB, and says nothing. Such a line fills one of the
-# blocks of half that size that a file consists of.
+# DuckDB silently drops a line longer than its buffer of 32 MB. Such a line fills at least one of
+# the file's blocks of half that size.
 _BLOCK = 1 << 24
 _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 # Faults for which DuckDB skips a single line; an open quote may take any number of others with it.

@@ -102,7 +102,7 @@ class Holdout:
         return digest.hexdigest()[:12]
 
     def asks_like(self, other: "Holdout", exclude: Exclude) -> bool:
-        """Returns whether both ask the same, with the same histories and exclusions."""
+        """Returns whether both have the same queries, histories and exclusions."""
         mine, others = ([*x.histories, *(x.excluded(exclude) or ())] for x in (self, other))
         return self.fingerprint() == other.fingerprint() and all(map(np.array_equal, mine, others))
 
@@ -313,7 +313,7 @@ class _Events:
         )
 
     def is_tied(self) -> np.ndarray:
-        """Marks the events at the time of two positives or more of their user: [num_events]."""
+        """Marks events at whose time their user has two positives or more: [num_events] bool."""
         times = self.moments[:, 0]
         is_new = (self.users[1:] != self.users[:-1]) | (times[1:] != times[:-1])
         moment = np.cumsum(np.append(False, is_new))
@@ -342,7 +342,7 @@ def _of_users(events: _Events) -> Iterator[_Asked]:
 def _of_requests(events: _Events, ties: TieRule, by: AskedBy) -> Iterator[_Asked]:
     """Yields a query for each request with targets, and what was shown before it.
 
-    By "first_request" or "last_request", only for that of the user's first or last target.
+    `by` "first_request" or "last_request" keeps only the request of a user's first or last target.
     """
     targets = np.flatnonzero(events.is_target)
     # Events and queries on one timeline; a query comes before events at the same place.
@@ -372,7 +372,7 @@ def _of_requests(events: _Events, ties: TieRule, by: AskedBy) -> Iterator[_Asked
 def _count_candidates(
     items: ibis.Table, table: ibis.Table, **numbers: ir.Scalar
 ) -> Iterator[np.ndarray]:
-    """Yields the ids of all items, ascending, and numbers that aggregate their rows."""
+    """Yields the ids of all items, ascending, and each aggregate of their rows in `table`."""
     counts = table.group_by("item_id").agg(**numbers)
     candidates = (
         items.select("item_id")  # An item feature may be called count too.

@@ -65,9 +65,9 @@ class Reading(Config):
     long_view=2. A column counts if it is true or above 0; the weights add up."""
     event_weights: dict[str, EventMeaning] = {}
     """Weights of the types in the column event (or event_type, action, ...), such as purchase=5
-    click=1 view=exposed; other types are dropped. Of an item in a request, the strongest counts."""
+    click=1 view=exposed; other types are dropped. An item's strongest event in a request counts."""
     max_weight: LabelWeight | None = None
-    """Larger weights in the column weight, such as long watch times, count as this."""
+    """Larger weights in the column weight, such as long watch times, are clipped to this."""
     time_zone: str | None = None
     """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris, also in
     features; if not given, these are refused."""

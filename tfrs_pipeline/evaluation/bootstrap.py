@@ -49,7 +49,7 @@ def bootstrap_intervals(
 
     Whole queries are drawn with replacement, the same for every column, so columns stay paired. For
     the interval of a difference, pass a column of differences. If `users`, [num_queries], holds a
-    user twice, whole users are drawn with all their queries, which are alike.
+    user twice, users are drawn with all their queries, because these are not independent.
 
     Values are [num_queries, num_columns]; a mean skips NaN. The same seed and number of queries
     give the same resamples. Without resamples, low and high are NaN.

@@ -128,8 +128,8 @@ class Truth:
 
     `places` are the places of the measured queries in the holdout. Pairs leave out candidates
     outside the corpus, but `num_relevant`, [num_queries], counts them. `tied` and `num_tied` are
-    those of the items that `Holdout.tied` marks. `num_excluded` counts the relevant items that were
-    excluded, over all queries.
+    the same of the items that `Holdout.tied` marks. `num_excluded` counts the relevant items that
+    were excluded, over all queries.
     """
 
     holdout: Holdout
@@ -330,7 +330,7 @@ def _measure(
 class _Part(NamedTuple):
     """Some of the relevant items: their hits, [num_queries, k], and numbers, [num_queries].
 
-    `candidates`, [num_candidates] bool, is None if they are not those of a part of the corpus.
+    `candidates`, [num_candidates] bool, marks the part's candidates; ties have none.
     """
 
     name: str

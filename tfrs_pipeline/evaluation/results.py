@@ -105,7 +105,7 @@ class EvaluationResult:
     def describe(self) -> list[str]:
         """Describes, in lines for a person, what was left out, is hard to find or is tied.
 
-        The last two, and empty histories, are mentioned above a tenth.
+        Empty histories, items without a positive in training, and ties are mentioned above a tenth.
         """
         num_measured = len(self.user_ids)
         lines = []

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 BY_REQUEST = "by_request"
-"""Begins the columns of what is measured by request; the others are by user."""
+"""Prefix of the columns measured by request; the others are measured by user."""
 
 
 def format_table(
@@ -51,7 +51,7 @@ def with_requests(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Says what a table of models shows, in lines for a reader who sees one for the first time."""
+    """Explains the columns of a table of models, in lines."""
     left_out = metrics.get("by_request", {}).get("left_out")
     if BY_REQUEST in table:
         yield (

@@ -11,24 +11,22 @@ offline recommender evaluation for missing-not-at-random implicit feedback").
     even_recall@k = mean over users u of: sum of w over u's items found in the top k / W(u)
     even_ndcg@k   = the same for NDCG with gains w; W(u): sum of w over all items that u is to find
 
-The limit of w is that of Ionides 2008, "Truncated importance sampling". The exponent 1/2 is that of
-Saito et al. 2020, "Unbiased recommender learning from missing-not-at-random implicit feedback": a
-log of positives alone cannot tell what was shown often from what is liked, so it cannot be
-estimated. What one user clicks is never compared with what another does, so that a user with one
-item to find counts as in the plain metrics.
+The limit of w follows Ionides 2008, "Truncated importance sampling". The exponent 1/2 follows Saito
+et al. 2020, "Unbiased recommender learning from missing-not-at-random implicit feedback"; it cannot
+be estimated, because a log of positives alone cannot tell what was shown often from what is liked.
+Weights compare items of one user only: a user with one item to find counts as in plain metrics.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-PREFIX = "even_"
 # With fewer items to find per user, weights within users change little.
 _MIN_ITEMS_PER_USER = 1.5
 
 
 def item_weights(exposure: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Returns w of each candidate, [num_candidates]; `wanted` are the items to find, from 0."""
+    """Returns w of each candidate, [num_candidates]; `wanted`: items to find, from 0."""
     weights = 1.0 / np.maximum(exposure, 1.0)
     limit = np.sqrt(len(wanted)) * weights[wanted].mean() if len(wanted) else np.inf
     return np.minimum(weights, limit)
@@ -45,16 +43,17 @@ def even_metrics(
     """Computes the weighted metrics of each query, and how many items to find they rest on.
 
     The number is Kish's: (sum of v)^2 / sum of v^2, where v(u, i) = w(i) / W(u). If users have
-    several queries, each value has its query's part of W(u), times queries / users, so that the
-    mean over queries is the mean over users. Values are NaN for a query without a known item.
+    several queries, each value is multiplied by its query's share of W(u) and by queries / users,
+    so that the mean over queries is the mean over users. Values are NaN for a query without an item
+    of the corpus.
 
     Args:
         rows: [num_queries, max_k] candidates found, from 1, the best first.
         is_hit: [num_queries, max_k] which of them are relevant.
         relevant: [num_pairs] query numbers, ascending, and candidates, from 1.
         user_ids: [num_queries].
-        exposure: [num_candidates] p, up to a factor; None if unknown: nothing is computed then, nor
-            for users with fewer than 1.5 items to find on average.
+        exposure: [num_candidates] p, up to a factor; None if unknown. Nothing is computed then, nor
+            if users have fewer than 1.5 items to find on average.
         cutoffs: Values of k.
     """
     queries, wanted = relevant
@@ -83,5 +82,5 @@ def even_metrics(
             ("recall", top.sum(axis=1), of_query),
             ("ndcg", top @ discounts[:k], of_ideal),
         ):
-            values[f"{PREFIX}{name}@{k}"] = share * found / np.where(is_measured, best, np.nan)
+            values[f"even_{name}@{k}"] = share * found / np.where(is_measured, best, np.nan)
     return values, round(num_users**2 / np.sum(v**2))

@@ -164,7 +164,7 @@ class Feature(ABC):
         return np.concatenate(blocks)
 
     def unknown(self, column: Column) -> np.ndarray:
-        """Returns which given values the training did not know, so that they are missing: [n]."""
+        """Marks values that training did not know, which count as missing: [n] bool."""
         is_given = np.array([value not in (None, "", []) for value in column], bool)
         if self.num_codes is None or not is_given.any():
             return np.zeros(len(column), bool)

@@ -108,7 +108,7 @@ class Bucketized(Number):
 
 
 def finite(text: str) -> float:
-    """Converts a typed number; a `ValueError` if it is none, or not finite."""
+    """Converts a typed number; a `ValueError` if it is not a finite number."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError("it is not finite")

@@ -29,8 +29,8 @@ Validate = Callable[[], dict[str, float]]
 class TrainingResult:
     """What `train` did.
 
-    `seconds` are the wall time from the end of the first step on, which would include TensorFlow's
-    start; with validation, and with the earlier parts of a resumed training.
+    `seconds` are wall time from the end of the first step, which would include TensorFlow's start.
+    They include validation and the earlier parts of a resumed training.
     """
 
     history: dict[str, list[float]]  # One value an epoch, by logged name.

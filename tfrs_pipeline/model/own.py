@@ -30,7 +30,7 @@ def own_or_setting(kind: Any, read: Callable[[Any], Any]) -> Any:
         return read(kind)
     lacking = [x for x in ("draw", "expected_count") if not callable(getattr(kind, x, None))]
     if isinstance(kind, type) or lacking:
-        problem = "a class: give an object of it" if isinstance(kind, type) else "no kind"
+        problem = "a class: give an object of it" if isinstance(kind, type) else "not a kind"
         raise ValueError(
             f"is {problem}. Own negatives have the methods draw and expected_count (tp.Negatives)"
         )

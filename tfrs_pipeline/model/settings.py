@@ -122,7 +122,7 @@ class TrainingSettings(Config):
     """How the model is fitted."""
 
     batch_size: int = Field(1024, ge=2)
-    """Positives in a batch; a training part with fewer gets smaller batches, about eight."""
+    """Positives in a batch; a training part with fewer has about eight smaller batches instead."""
     examples: Literal["single", "sequences", "sets"] = "single"
     """Which positives are trained together: single, each by itself; sequences, a user's whole
     sequence in one pass (sequence-level training), for logs with an order; sets, a random half of a
@@ -160,7 +160,7 @@ class TrainingSettings(Config):
             yield "monitor", f"got {self.monitor!r}; {message}"
 
     def fitting(self, num_positives: int) -> "TrainingSettings":
-        """Returns settings with batches that a log's positives fill, some eight to an epoch."""
+        """Returns settings whose batches the positives fill: with too few, about eight an epoch."""
         if self.examples != "single" or num_positives >= self.batch_size:
             return self
         # A power of two, which workers can share.

@@ -168,7 +168,7 @@ class TwoTower(TwoTowerSettings):
             TypeError: If an argument or an own tower has the wrong type.
             DataError: If there is no positive, no negative for anyone, or no loser for `hard`.
             ConfigError: If `warm_start` has another shape.
-            ValueError: If there is one positive, training diverges, several workers
+            ValueError: If there is only one positive, training diverges, several workers
                 have no folder, the folder belongs to another or no training, an own layer was
                 trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.

@@ -82,6 +82,6 @@ class AliasSampler:
 
 @functools.lru_cache(maxsize=16)
 def sampler_of(frame: SamplingFrame, alpha: float | None = None) -> AliasSampler:
-    """Makes the sampler of a frame's counts^alpha, or of its positives, once for all batches."""
+    """Makes the sampler of counts^alpha, or without `alpha` of positives, once for all batches."""
     probability = frame.q_positive if alpha is None else sampling_probability(frame.counts, alpha)
     return AliasSampler(probability)

@@ -44,8 +44,8 @@ class Mixture:
     Raises:
         TypeError: If something is not a kind of negative.
         ValueError: If a kind's counts do not match the corpus, are negative or not finite, or give
-            row 0 a count; if it draws rows outside the corpus, or others than its counts say; if
-            there is no negative at all.
+            row 0 a count; if it draws rows outside the corpus, or not as its counts say; if there
+            is no negative at all.
 
     Example:
         The negatives of a batch for your own loss, with items that have 3 and 1 positives:
@@ -157,9 +157,9 @@ def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
 
 def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> None:
     """Tries a few draws of a kind: they must be candidates that it expects to draw."""
-    of_batch = frame.num_candidates, (_NUM_TRIES, frame.batch_size)
     share = frame.q_positive[1:] / frame.q_positive[1:].sum()
-    positives = 1 + np.random.default_rng(0).choice(*of_batch, p=share)
+    shape = _NUM_TRIES, frame.batch_size
+    positives = 1 + np.random.default_rng(0).choice(frame.num_candidates, shape, p=share)
     with tf.init_scope():  # In case the mixture is made in a graph.
         drawn = [
             kind.draw(frame, tf.constant(rows, tf.int32), tf.constant([0, i]))
@@ -189,13 +189,13 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
 
 
 def _check_counts(kind: Negatives, drawn: Sequence[np.ndarray], count: np.ndarray) -> None:
-    """Compares draws with what is expected: of all candidates, and of groups by their count."""
+    """Compares draws with `count`, over all candidates and over groups of similar count."""
     order = 1 + np.argsort(count[1:])
     so_far = np.cumsum(count[order]) - count[order] / 2
     group = (so_far / count.sum() * _NUM_GROUPS).astype(np.int64)
     for members in (order, *(order[group == i] for i in range(_NUM_GROUPS))):
         found, expected = [each[members].sum() for each in drawn], count[members].sum()
-        # Draws of a batch may depend on each other, those of different batches do not.
+        # Draws may depend on each other within a batch, not between batches.
         error = max(np.std(found, ddof=1), np.sqrt(expected)) / np.sqrt(len(drawn))
         if abs(np.mean(found) - expected) > 6 * error:
             raise ValueError(

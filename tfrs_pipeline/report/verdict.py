@@ -11,8 +11,9 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.messages import counted, in_percent
 
+# Fewer steps without a gain do not mean that training has converged.
+_PATIENT = 50
 # With fewer positives per item, an embedding per item learns little.
-_PATIENT = 50  # Fewer steps without a gain are no sign that training is at its end.
 _FEW_POSITIVES = 10
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
@@ -33,7 +34,7 @@ _WRITTEN = {
 }
 # What the slices hold, for a reader who does not know their names.
 _ITEMS = {"head": "popular", "torso": "middling", "tail": "rare"}
-# Tied items decide if the model finds this many times as many of them, or of the others.
+# Tied items decide if the model's recall of them, or of the others, is this many times the other.
 _MUCH_MORE = 2
 _ENDS = ("low", "high")
 
@@ -112,7 +113,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
 
 
 def remarks(metrics: Metrics, metric: str, recall: str) -> Iterator[tuple[str, str]]:
-    """Yields what else the numbers say, each with a head, where it was measured or decides."""
+    """Yields the other findings that were measured and matter, each with a head."""
     found = {
         "served?": as_served(metrics, metric),
         "ties": tied_items(metrics, recall),
@@ -183,7 +184,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
 
 
 def _in_all(compared: Compared) -> str:
-    """Adds to what another form finds more of that it finds less in all, where it does."""
+    """Says that a variant, which finds more items of a slice, finds fewer of all; "" if not."""
     if compared.gain.outcome is not Outcome.BETTER:
         return ""
     return f", but less in all ({compared.other:.2f} against {compared.own:.2f})"
@@ -193,8 +194,8 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
     """Says whether items clicked at the time of another click decide; None if they do not.
 
     They do if a model is clearly better for these and clearly worse for the others, or if the
-    first model finds twice as many of these, or half; unless no history holds what has the time of
-    its request. `metric` is a recall.
+    first model's recall of these is twice that of the others, or half. They cannot where histories
+    leave out the clicks at the time of the request. `metric` is a recall.
     """
     served = metrics.get("by_request", {})
     of = served if "models" in served else metrics
@@ -222,9 +223,9 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
 
 
 def shown_evenly(metrics: Metrics, metric: str) -> str | None:
-    """Says which models are clearly better in a recall and clearly worse in its even form, or so.
+    """Says for which models a recall and its even form disagree, each clearly.
 
-    None if there is none, or no even form.
+    None if there is no such model, or no even form.
     """
     if f"even_{metric}" not in next(iter(metrics["models"].values())):
         return None

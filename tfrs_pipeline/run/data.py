@@ -36,7 +36,7 @@ class RunData:
     final: "TrainingSet"  # All events that the tested models are trained on.
     validation: Holdout  # Chooses the epoch; like the test, sampled if it has too many users.
     test: Holdout
-    served: Holdout | str  # The test by request; if that says no more, why.
+    served: Holdout | str  # The test by request, or why it is left out.
 
     @property
     def parts(self) -> "tuple[TrainingSet, TrainingSet]":
@@ -141,7 +141,7 @@ def _samples(
 
 
 def _as_served(config: RunConfig, split: Split[Log], last: Log, test: Holdout) -> Holdout | str:
-    """Returns the test with a query per request, or why it would not say more than by user."""
+    """Returns the test with a query per request, or why it is left out."""
     if split.log.order == "none":
         return "the log has no order, so no history up to a request"
     most = config.evaluation.max_users

@@ -63,9 +63,8 @@ def map_columns(
     changes, the columns are written again.
     """
     record = folder / "columns.json"
-    if (
-        read_whole(record) == made_of
-    ):  # Checked without the lock, which cannot be made on a read-only disk.
+    # Checked without the lock, which cannot be made on a read-only disk.
+    if read_whole(record) == made_of:
         return _mapped(folder)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.

@@ -35,8 +35,8 @@ class Candidates:
 
     `searcher` is an index of the vectors; without one, searches are exact. `levels` say how widely
     to search it, by ascending depth; deeper requests are answered exactly. If there is a filter,
-    requests choose by `values`, and `codes`, [n, P] int32, are those of each candidate, padded with
-    0.
+    requests choose by `values`, whose codes each candidate has in `codes`, [n, P] int32, padded
+    with 0.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Candidates:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
-        Each query has `excluded` ids, never to return, and `allowed` values, of which a candidate
-        must have one; none allows all. Exact search returns the first of equal candidates.
+        A query never gets its `excluded` ids, only candidates with one of its `allowed` values;
+        none allows all. Exact search returns the first of equal candidates.
 
         Returns:
             ids [B, k], best first, the empty id in empty slots; scores [B, k] float32, -inf there.

@@ -99,7 +99,7 @@ class Connection(HttpToolsProtocol):
         self._num_header_bytes = 0
 
     def on_body(self, body: bytes) -> None:
-        """Keeps a part of the body, which counts as no header."""
+        """Keeps a part of the body, which does not count as a header."""
         self._num_header_bytes = 0
         super().on_body(body)
 

@@ -43,10 +43,10 @@ _Embed: TypeAlias = Callable[
 class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
-    What the journal says is done to the candidates first. At `items_read`, in seconds since 1970,
-    the version's items were read: what was written before does not count for an item that the
-    version has itself. `embed` embeds ids with columns of raw `features`: vectors [n, D],
-    is_known_item [n]. An index has `num_leaves` partitions; 0 is exact search.
+    Begins by applying the journal to the candidates. The version's items were read at `items_read`,
+    in seconds since 1970: earlier writes of an item that the version has do not count. `embed`
+    embeds ids with columns of raw `features`: vectors [n, D], is_known_item [n]. An index has
+    `num_leaves` partitions; 0 is exact search.
     """
 
     def __init__(

@@ -276,7 +276,7 @@ def _text(value: Any) -> bytes:
 
 
 def _seconds(value: Any) -> Any:
-    """Converts a time in ISO 8601 to seconds since 1970, and keeps what is no text."""
+    """Converts text, a time in ISO 8601, to seconds since 1970; keeps other values."""
     return Timestamp.from_text(value).timestamp() if isinstance(value, str) else value
 
 

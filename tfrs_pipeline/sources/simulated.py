@@ -65,7 +65,7 @@ _EVENT_SCHEMA = pa.schema(
 class FunnelOptions:
     """How the simulated funnel works. The defaults are round numbers, not fitted to anything.
 
-    The formulas above say what the weights, noises and biases do; each stage keeps its `num_...`
+    The module's formulas say what the weights, noises and biases do; each stage keeps its `num_...`
     best items. A `ValueError` if a number is out of range, not finite, or a count is not an
     integer.
     """
