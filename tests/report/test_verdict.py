@@ -7,8 +7,8 @@ import pytest
 
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Outcome
+from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.report.verdict import (
-    advice,
     as_served,
     by_popularity,
     compared_with_baselines,

@@ -19,7 +19,8 @@ from rich.text import Text
 
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
-from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines, remarks
+from tfrs_pipeline.report.advice import advice
+from tfrs_pipeline.report.verdict import by_popularity, compared_with_baselines, remarks
 from tfrs_pipeline.run.folder import CONFIG_FILE
 
 if TYPE_CHECKING:

@@ -212,10 +212,6 @@ def make_holdout(
         times = {"history_times": history_times, "times": seconds[first]}
     positives = training.filter(is_positive)
     candidate_ids, counts = _count_candidates(items, positives, count=positives.count())
-    shown = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
-    of_shown = {"events": shown.count(), "positives": is_positive(shown).sum()}
-    _, num_events, num_positives = _count_candidates(items, shown, **of_shown)
-    has_more = np.any(num_events > num_positives)
     requests = rows.select([*request_features]).take(first).to_pylist()
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
@@ -227,10 +223,18 @@ def make_holdout(
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
-        exposure=num_events.astype(float) if has_more else np.sqrt(num_positives),
+        exposure=_exposure(items, split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))),
         requests=requests if request_features else None,
         **times,
     ).sample(max_queries or len(queries), seed)
+
+
+def _exposure(items: ibis.Table, shown: ibis.Table) -> np.ndarray:
+    """Returns how readily the log showed each item, up to a factor; see `evaluation/unbiased`."""
+    of_shown = {"events": shown.count(), "positives": is_positive(shown).sum()}
+    _, num_events, num_positives = _count_candidates(items, shown, **of_shown)
+    has_more = np.any(num_events > num_positives)
+    return num_events.astype(float) if has_more else np.sqrt(num_positives)
 
 
 def _draw_users(

@@ -28,6 +28,7 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.report import figures, verdict
+from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_ids, read_samples
@@ -146,7 +147,7 @@ def report_page(facts: RunFacts) -> str:
         counted=counted,
         better=verdict.compared_with_baselines(facts.metrics, metric),
         remarks=list(verdict.remarks(facts.metrics, metric, recall)),
-        advice=list(verdict.advice(facts.metrics, metric, facts.config)),
+        advice=list(advice(facts.metrics, metric, facts.config)),
         for_whom=verdict.by_popularity(facts.metrics, recall),
         index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
         metric_names=[
