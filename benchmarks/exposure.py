@@ -75,14 +75,15 @@ class Rankings:
 
 
 def propensities(log: tp.Log, holdout: tp.Holdout) -> dict[str, np.ndarray | None]:
-    """Returns [num_candidates] of each kind; None is the plain metric."""
+    """Returns each propensity, [num_candidates], by name; None stands for the plain metric."""
     events = log.events
-    names = {
+    kinds = {
         "events": events,
         "impressions": events.filter(events.stage.isin(["clicked", "exposed"])),
+        "clicks": events.filter(events.stage == "clicked"),
     }
     counts = {}
-    for name, table in {**names, "clicks": events.filter(events.stage == "clicked")}.items():
+    for name, table in kinds.items():
         ids, num = np.unique(table.item_id.to_pyarrow().to_numpy(), return_counts=True)
         counts[name] = np.zeros(len(holdout.candidate_ids))
         counts[name][np.searchsorted(holdout.candidate_ids, ids)] = num
@@ -126,15 +127,13 @@ def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return scores
 
 
-def rank_funnel(
-    simulation: Simulation, split: Any, seed: int, file: Any
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Trains every plan whose rankings are not in the folder: with and without clicked items."""
+def rank_funnel(split: Any, seed: int, start: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Ranks with and without clicked items; trains a plan unless `start` begins a file of it."""
     queries, data = split.test, None
     asked, found = queries.as_queries(), {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (_, settings) in funnel.PLANS.items():
-            path = file(name)
+            path = Path(f"{start}_{name.replace(' ', '_')}.npz")
             if not path.exists():
                 if data is None:
                     every = tp.FunnelLosers(stages=funnel.EVERY_STAGE, allow_exposed=True)
@@ -170,14 +169,7 @@ def run_funnel(options: argparse.Namespace) -> dict[str, Any]:
             split = simulation.log.split("last_share", validation=0, test=0.2)
             queries = split.test
             shown = propensities(simulation.log, queries)
-            rankings = rank_funnel(
-                simulation,
-                split,
-                seed,
-                lambda name, s=strength, i=seed: (
-                    options.folder / f"{s}_{i}_{name.replace(' ', '_')}.npz"
-                ),
-            )
+            rankings = rank_funnel(split, seed, f"{options.folder}/{strength}_{seed}")
             by_liking = simulation.best_items(queries.user_ids, len(simulation.item_ids))
             for place, exclude in enumerate(("none", "clicked")):
                 nothing = [np.empty(0, np.int64)] * len(queries)

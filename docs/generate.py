@@ -1,4 +1,4 @@
-"""Writes the parts of the documentation that are made of the code and of the result files.
+"""Writes the parts of the documentation that come from the code and the result files.
 
     python docs/generate.py
 
@@ -64,7 +64,7 @@ def public_names() -> Iterator[str]:
 
 
 def _node(name: str, module: str) -> Any:
-    """Finds the definition of a name; of a type alias, the string below is its docstring."""
+    """Finds the definition of a name; the docstring of a type alias is the string below it."""
     path = ROOT / "tfrs_pipeline" / f"{module.replace('.', '/')}.py"
     body = ast.parse(path.read_text()).body
     for place, node in enumerate(body):
@@ -255,7 +255,7 @@ def commands() -> Iterator[str]:
 
 
 def result_files() -> Iterator[str]:
-    """Yields a table of the result files: what made each, of which commit and when."""
+    """Yields a table of the result files: commit, date, command and machine of each."""
     yield from ("| file | as of | command | cores, load |", "|---|---|---|---|")
     for path in RESULTS:
         record = json.loads(path.read_text())

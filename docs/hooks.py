@@ -32,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Makes links right that leave the folder; the first page has the width of its contents."""
+    """Rewrites links that leave the folder; hides the navigation on the first page."""
     if page.file.src_uri == "index.md":
         page.meta["hide"] = ["navigation"]
     name = page.file.src_uri
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         place = page_of.get(target, target.removeprefix("docs/"))
         return found[1] + os.path.relpath(place, Path(name).parent)
 
-    # Of a link in line, and of one that is named at the end of the page.
+    # Links in line, and definitions of links at the end of the page.
     return re.sub(r"(\]\(|^\[\w+\]: )(?!\w+:)([\w./-]+)", on_site, markdown, flags=re.MULTILINE)
 
 
