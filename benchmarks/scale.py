@@ -21,7 +21,7 @@ system) instead, each in a process of its own; Spark's JVM is measured apart fro
 
 With --protocols the test of the same log is asked by user and by request instead, in turn, at most
 --users queries each, and the CPU seconds of making the queries and of measuring popularity on them
-are compared. Popularity ranks in next to no time, so that what the protocol costs shows.
+are compared. Popularity ranks in almost no time, so the cost of the protocol shows.
 
     python benchmarks/scale.py --events 4e6 --protocols --users 100000 \
         --json benchmarks/results/protocols.json

@@ -110,11 +110,11 @@ def test_popularity_slices_are_told_apart() -> None:
     assert f"{everywhere}: it beats every baseline" in found.why
     for part in ("popular items (1.10 against 0.50)", "rare items (0.80 against 0.20)"):
         assert f"the model trained without the correction finds still more {part}" in found.why
-    assert "less in all" not in found.why
+    assert "fewer of all items" not in found.why
     # What an uncorrected model finds more of is no gain in all.
     metrics["differences"]["two_tower_uncorrected"][METRIC] = interval(-0.05)
     metrics["models"]["two_tower_uncorrected"][METRIC] = interval(0.25)
-    assert by_popularity(metrics, METRIC).why.count("less in all (0.25 against 0.30)") == 3
+    assert by_popularity(metrics, METRIC).why.count("fewer of all items (0.25 against 0.30)") == 3
     metrics["models"]["ease"]["slices"]["head"][METRIC] = interval(0.7)
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.2)
     metrics["differences"]["ease"][f"torso/{METRIC}"] = interval(0.005)
@@ -184,8 +184,13 @@ def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
     ("tied", "untied", "difference", "said"),
     [
         (0.3, 0.25, (0.02, 0.02), None),
-        (0.3, 0.15, (0.02, 0.02), "40.0% of .*; ndcg@100 of these 0.30, of the others 0.15. Try"),
-        (0.1, 0.25, (0.02, 0.02), "of these 0.10, of the others 0.25. Try"),
+        (
+            0.3,
+            0.15,
+            (0.02, 0.02),
+            "40.0% of .*; ndcg@100 of these 0.30, of the others 0.15. Before",
+        ),
+        (0.1, 0.25, (0.02, 0.02), "of these 0.10, of the others 0.25. Before"),
         (0.3, 0.25, (0.02, -0.02), "EASE is better only for these"),
         (0.3, 0.25, (-0.02, 0.02), "EASE is better only for the others"),
         (0.3, 0.25, (0.02, -0.005), None),  # The second is not clear.

@@ -171,7 +171,7 @@ def _in_all(compared: Compared) -> str:
     """Says that a variant, which finds more items of a slice, finds fewer of all; "" if not."""
     if compared.gain.outcome is not Outcome.BETTER:
         return ""
-    return f", but less in all ({compared.other:.2f} against {compared.own:.2f})"
+    return f", but fewer of all items ({compared.other:.2f} against {compared.own:.2f})"
 
 
 def tied_items(metrics: Metrics, metric: str) -> str | None:
@@ -201,8 +201,8 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
     return (
         f"{in_percent(tied['num_relevant'], model['num_relevant'])} of the items to find were "
         f"clicked at the time of another click of their user; {metric} of these {means[0]:.2f}, "
-        f"of the others {means[1]:.2f}{''.join(f'; {x}' for x in told)}. Try another order of them "
-        f"(data.ties, here {metrics['tie_rule']}) before you trust the order of the models"
+        f"of the others {means[1]:.2f}{''.join(f'; {x}' for x in told)}. Before you trust the "
+        f"order of the models, try another data.ties (here {metrics['tie_rule']})"
     )
 
 
@@ -228,8 +228,8 @@ def shown_evenly(metrics: Metrics, metric: str) -> str | None:
     if not told:
         return None
     return (
-        f"by {metric} and even_{metric}, {'; '.join(told)}: go by the second if what chose the "
-        "log's items favours popular ones more than users do (docs/guides/negatives.md)"
+        f"by {metric} and even_{metric}, {'; '.join(told)}: go by the second if the log's "
+        "recommender favours popular items more than users do (docs/guides/negatives.md)"
     )
 
 
