@@ -66,7 +66,7 @@ class ExportConfig(Config):
     """The model in service: its index and where it is saved."""
 
     name: str | None = None
-    """Name of the model's folder; if not given, that of the events' file or of the data source."""
+    """Name of the model's folder; if not given, the name of the events' file or data source."""
     directory: Path = Path("saved_models")
     """Folder that holds the models, as DIRECTORY/NAME/VERSION."""
     index: Literal["auto", "scann", "exact", "none"] = "auto"

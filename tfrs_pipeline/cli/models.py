@@ -49,7 +49,7 @@ class RefreshIndex(OfModel):
 
     Writes a new version of a model that retrieves the items of a file: new items are embedded by
     their features, items missing from the file are removed. The towers stay as they are. A running
-    server loads the new version. Settings that are not given are those of the version before.
+    server loads the new version. Settings that are not given stay as in the version before.
     """
 
     items: Path

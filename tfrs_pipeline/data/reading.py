@@ -74,8 +74,8 @@ class Reading(Config):
     is_ordered: bool = True
     """Whether the order of the rows is the order of the events, for events without timestamps."""
     ties: schema.Ties = "auto"
-    """Order of a user's events at the same time: order, that of the source; random, one drawn at
-    random; drop, none, so that they are not in each other's histories. If not given, drop for times
+    """Order of a user's events at the same time: order, as in the source; random, drawn at random;
+    drop, none, so that they are not in each other's histories. If not given, drop for times
     in seconds or finer; for times by minute, hour or day order, or random if the source sorts such
     events by item id."""
     list_separator: str = Field("|", min_length=1)
