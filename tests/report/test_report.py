@@ -213,7 +213,7 @@ def test_request_features_are_said_to_be_of_the_first_click_to_find() -> None:
     data = {"path": "log.parquet", "request_features": {"device": "categorical", "hour": "hashed"}}
     text = " ".join(page_of(config=RunConfig(data=data)).text.split())
     assert "A query has the request features (device, hour) of the first of them." in text
-    assert "The request features (device, hour) are those of the first such click" in text
+    assert "The request features (device, hour) come from the first such click" in text
     assert "equest features" not in PAGE.text
 
 

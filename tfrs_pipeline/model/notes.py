@@ -84,8 +84,8 @@ def describe_data(
     if (size := batches.frame.batch_size) < training.batch_size:
         notes.append(
             f"{counted(len(data.samples), 'positive')} fill no batch of training.batch_size: "
-            f"batches of {size}. So few say little of an item: expect a model near the baselines, "
-            "and wide intervals"
+            f"batches of {size}. So few say little: expect a model near the baselines, and wide "
+            "intervals"
         )
     return notes
 
