@@ -39,11 +39,7 @@ class Interval:
 
 
 def bootstrap_intervals(
-    values: np.ndarray,
-    *,
-    users: np.ndarray | None = None,
-    num_bootstrap: int = 1000,
-    seed: int = 0,
+    values: np.ndarray, *, users: np.ndarray | None = None, num_bootstrap: int = 1000, seed: int = 0
 ) -> list[Interval]:
     """Computes the mean of each column of per-query values, with a 95% percentile interval.
 

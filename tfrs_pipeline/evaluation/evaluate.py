@@ -48,6 +48,10 @@ def evaluate(
         seed: Seed of the resamples.
         on_progress: Called with the retriever's name, the queries done and their total.
 
+    Returns:
+        An `Evaluation`, which prints as a table. Its `results`, by name, have means with intervals
+        and values by query, overall, by slice and for ties; its `differences` are from the first.
+
     Raises:
         TypeError: If an argument is not a retriever, a holdout or a list of cutoffs.
         ValueError: If nothing is left to find, or a retriever breaks its contract: wrong shape, a

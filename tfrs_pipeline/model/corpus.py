@@ -114,12 +114,7 @@ class TrainingSet:
 
     @classmethod
     def build(
-        cls,
-        log: Log,
-        folder: Path | str,
-        *,
-        seed: int,
-        hard: FunnelLosers | None = None,
+        cls, log: Log, folder: Path | str, *, seed: int, hard: FunnelLosers | None = None
     ) -> Self:
         """Builds the samples of a training part in a folder, or reads those that are whole there.
 

@@ -34,13 +34,7 @@ from tfrs_pipeline.model.notes import (
     describe_sampled,
     writers,
 )
-from tfrs_pipeline.model.own import (
-    describe_own,
-    is_own,
-    mark_trained,
-    own_layer,
-    own_or_setting,
-)
+from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer, own_or_setting
 from tfrs_pipeline.model.queries import QueryEncoder, RowRetriever
 from tfrs_pipeline.model.settings import (
     SharedKind,
