@@ -98,9 +98,9 @@ def stage_and_weight(
 
 
 def strongest(events: ibis.Table) -> ibis.Table:
-    """Keeps one event of each user and item in a request: a positive of the most weight.
+    """Keeps one event of each user and item in a request: the positive of the largest weight.
 
-    Events without a request are kept.
+    Without a positive it is the first event. Events without a request are kept.
     """
     keys = [x for x in ("user_id", "item_id", "request_id", "part") if x in events.columns]
     is_shown = (events["stage"] == Stage.EXPOSED.value).cast("int8")

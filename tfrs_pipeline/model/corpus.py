@@ -37,11 +37,11 @@ class Corpus:
     candidate_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     request_features: tuple[Feature, ...] = ()  # The samples hold their values.
-    has_times: bool = False  # Whether the samples have times.
-    # [1 + users] bool, the query rows with a positive; None is all.
+    has_times: bool = False
+    # [1 + users] bool, the query rows with a positive; None if all have one.
     has_positive: np.ndarray | None = None
     # [1 + items] bool, the items that came after the training (`Log.later_items`). They are new:
-    # they have the unknown id's embedding and are never negatives. None is none.
+    # they have the unknown id's embedding and are never negatives. None if none did.
     is_later: np.ndarray | None = None
 
     @classmethod

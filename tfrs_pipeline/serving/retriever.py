@@ -317,7 +317,7 @@ class LoadedRetriever(LoadedTowers):
                 "model retrieves. A new one comes in by `upsert` or `tfrs-pipeline refresh-index`."
             ) from None
         if self._has_bias:
-            vectors[:, -1] = 1  # As of a query: the item's own bias does not count.
+            vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
         others: Sequence[Collection[Any]] = [()] * len(item_ids) if exclude is None else exclude
         excluded = [[id_, *ids] for id_, ids in zip(item_ids, others, strict=True)]
         return self.candidates.search(vectors, k, excluded, allowed, exact=exact)

@@ -253,7 +253,7 @@ class ModelVersions:
         finally:
             self._loading = None
         with self.writing:
-            version.retriever.catch_up()  # Others may have been written while it was loaded.
+            version.retriever.catch_up()  # Items may have been written while it loaded.
             with self._lock:
                 self._failures.pop(identity, None)
                 if self._current is not None:
