@@ -134,7 +134,8 @@ def test_a_command_explains_itself(command: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("run", "compare."), ("compare", ("export.", "warm_start"))]
+    ("name", "other"),
+    [("run", "compare."), ("compare", ("export.", "warm_start", "recipes", "fixed", "budget"))],
 )
 def test_the_long_help_shows_every_setting_and_the_defaults_for_own_data(
     command: Any, name: str, other: str | tuple[str, ...]

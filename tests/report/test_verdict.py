@@ -37,7 +37,7 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
                 METRIC: interval(mean),
                 **{"num_queries": 100, "num_relevant": 500, "num_relevant_excluded": 0},
                 "slices": {
-                    part: {METRIC: interval(mean + more), "num_candidates": 100}
+                    part: {METRIC: interval(mean + more), "num_candidates": 200}
                     for part, more in slices.items()
                 },
             }
@@ -120,8 +120,14 @@ def test_popularity_slices_are_told_apart() -> None:
     metrics["differences"]["ease"][f"torso/{METRIC}"] = interval(0.005)
     found = by_popularity(metrics, METRIC)
     assert (found.answer, found.outcome) == (f"beats every baseline for {RARE}", LEVEL)
-    assert f"{MIDDLING}: it ties with EASE (0.25 against 0.30)" in found.why
+    assert f"{MIDDLING}: it ties with EASE (0.30 against 0.25)" in found.why
     assert f"{POPULAR}: EASE beats it (0.70 against 0.50)" in found.why
+    # A list of 100 can hold all of a head of 100 items, whatever the model.
+    metrics["models"]["two_tower"]["slices"]["head"]["num_candidates"] = 100
+    assert POPULAR not in by_popularity(metrics, METRIC).why
+    for of_slice in metrics["models"]["two_tower"]["slices"].values():
+        of_slice["num_candidates"] = 50
+    assert by_popularity(metrics, METRIC).why == "one list of 100 could hold all items of a slice"
 
 
 def test_slices_are_compared_query_by_query() -> None:
@@ -178,6 +184,11 @@ def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
     assert other is not None
     assert other.startswith("no: by request")
     assert "highest by request: EASE; by user: two_tower" in other
+    # EASE is the highest by both, and clearly so by one.
+    level = made({"two_tower": 0.2, "ease": 0.205})
+    clear = as_served(level | {"by_request": made({"two_tower": 0.2, "ease": 0.4})}, METRIC)
+    assert clear is not None
+    assert "The two differ (by user: a tie)" in clear
 
 
 @pytest.mark.parametrize(
@@ -242,12 +253,12 @@ IMPATIENT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1] *
         ),
         (made(LOSING | {"popularity": 0.3, "ease": 0.4}), "behind popularity: "),
         (made({"two_tower": 0.2, "repeats": 0.3}), "behind the user's own items again"),
-        (made(LEVEL_MEANS, split=SMALL), "5.0 each"),
+        (made(LEVEL_MEANS, split=SMALL), "2.5 each"),
         (made(LEVEL_MEANS, training=SHORT), "was best after the last of 1 epoch."),
         (made(LEVEL_MEANS | {"two_tower_uncorrected": 0.25}), "model.correction"),
         (
             made(WINNING, training=IMPATIENT, split=SMALL),
-            "small 7 steps: validation may rise again",
+            "small only 10 steps: validation may rise again",
         ),
         (made(WINNING, training=IMPATIENT), None),
         # A better model hears of longer training and of the correction too.
@@ -282,6 +293,8 @@ def test_advice_follows_what_was_measured(metrics: dict[str, Any], expected: str
             "151 of 500 items to find have no .* find them, of which data.item_features has none",
         ),
         ({"num_relevant_unclicked": 150}, None),
+        ({"num_queries": 29}, "29 test queries cannot tell models apart"),
+        ({"num_queries": 30}, None),
     ],
 )
 @pytest.mark.parametrize("means", [WINNING, LOSING | {"two_tower": 0.09}])

@@ -95,7 +95,7 @@ Run = _with_settings_but(
 )
 
 Compare = _with_settings_but(
-    ["export", "warm_start"],
+    ["export", "warm_start", "recipes", "fixed", "budget"],
     """Compare ways of choosing negatives on your data.
 
     Trains the same towers with one sampling plan after another, within the same budget, and shows
@@ -148,7 +148,8 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         say(console, f"stopped; go on with:  {again}")
         return INTERRUPTED
     if is_chief:
-        show(console, config, result)
+        # A race has settled other settings than those that it began with.
+        show(console, place.settings() if command == "run" else config, result)
     if command == "run" and result.refusal:
         raise NotPublished(result.refusal)
     return 0

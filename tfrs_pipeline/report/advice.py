@@ -11,6 +11,8 @@ from tfrs_pipeline.report.verdict import WRITTEN, Metrics, compared_with_baselin
 _PATIENT = 50
 # With fewer positives per item, an embedding per item learns little.
 _FEW_POSITIVES = 10
+# Fewer queries do not tell models apart.
+_FEW_QUERIES = 30
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
 # What is popular changes if the popularity just before finds this much more of the latest positives
@@ -62,7 +64,8 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
 def _stopped(best: int, num_epochs: int, num_positives: int, config: RunConfig) -> Iterator[str]:
     """Says whether training stopped at its best epoch, or too few steps after it."""
     training, waited = config.training, num_epochs - best
-    num_steps = waited * num_positives // training.fitting(num_positives).batch_size
+    batch_size = training.fitting(num_positives).batch_size
+    num_steps = waited * -(-num_positives // batch_size)
     if not waited:
         yield (
             f"training stopped too early: validation {training.monitor} was best after the last of "
@@ -71,14 +74,19 @@ def _stopped(best: int, num_epochs: int, num_positives: int, config: RunConfig) 
     elif training.patience <= waited and num_epochs < training.max_epochs and num_steps < _PATIENT:
         yield (
             f"training stopped {counted(waited, 'epoch')} after its best, in a log this small "
-            f"{counted(num_steps, 'step')}: validation may rise again. Try --training.patience "
-            f"{training.max_epochs}"
+            f"only {counted(num_steps, 'step')}: validation may rise again. "
+            f"Try --training.patience {training.max_epochs}"
         )
 
 
 def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
     """Says where the test measures something other than a user's next items."""
     num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
+    if num_queries < _FEW_QUERIES:
+        yield (
+            f"{counted(num_queries, 'test query')} cannot tell models apart: take a longer log, or "
+            "a larger split.test"
+        )
     if num_empty > num_queries / 2:
         remedy = ". To test users with a history, set split.kind to last_share"
         yield (

@@ -119,32 +119,42 @@ def as_served(metrics: Metrics, metric: str) -> str | None:
     said = f"{found.answer}: by request, {found.why}"
     if found.outcome is by_user.outcome and best == best_by_user:
         return said
+    names = (
+        f"highest by request: {WRITTEN.get(best, best)}; by user: "
+        f"{WRITTEN.get(best_by_user, best_by_user)}"
+    )
+    differs = f"by user: {by_user.answer}" if best == best_by_user else names
     return (
-        f"{said}. The two differ (highest by request: {WRITTEN.get(best, best)}; by user: "
-        f"{WRITTEN.get(best_by_user, best_by_user)}): go by request if a service asks again after "
-        "each click, and by user if a list is made once, as for a daily mail"
+        f"{said}. The two differ ({differs}): go by request if a service asks again after each "
+        "click, and by user if a list is made once, as for a daily mail"
     )
 
 
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
-    """Says for which items the model beats every baseline or is beaten, and variants find more."""
+    """Says for which items the model beats every baseline or is beaten, and variants find more.
+
+    `metric` is recall@k. A slice of at most k items says nothing: one list could hold all of it.
+    """
     slices: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
     said: dict[str, list[str]] = {}
-    variants = []
+    variants, reason = [], "no baseline was measured beside it"
     overall = {x.name: x for x in _compare(metrics, metric)}
-    for part in next(iter(metrics["models"].values()))["slices"]:
+    k = int(metric.partition("@")[2])
+    for part, own in next(iter(metrics["models"].values()))["slices"].items():
         compared = _compare(metrics, metric, part)
         baselines = [x for x in compared if not _is_variant(x.name)]
         if not baselines:
             continue
+        if own["num_candidates"] <= k:
+            reason = f"one list of {k} could hold all items of a slice"
+            continue
         lowest, items = _lowest(baselines), f"{_ITEMS[part]} items ({part})"
         slices[lowest].append(items)
         best = max((x for x in baselines if x.gain.outcome is lowest), key=lambda x: x.other)
-        numbers = f"({best.other:.2f} against {best.own:.2f})"
         clause = {
             Outcome.BETTER: "it beats every baseline",
-            Outcome.LEVEL: f"it ties with {best.written} {numbers}",
-            Outcome.WORSE: f"{best.written} beats it {numbers}",
+            Outcome.LEVEL: f"it ties with {best.written} ({best.own:.2f} against {best.other:.2f})",
+            Outcome.WORSE: f"{best.written} beats it ({best.other:.2f} against {best.own:.2f})",
         }[lowest]
         said.setdefault(clause, []).append(items)
         variants += [
@@ -154,7 +164,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
             if _is_variant(x.name) and x.gain.outcome is Outcome.WORSE
         ]
     if not said:
-        return Verdict("not compared", "no baseline was measured beside it", None)
+        return Verdict("not compared", reason, None)
     clauses = [f"{listed(items)}: {clause}" for clause, items in said.items()]
     first = next(outcome for outcome in Outcome if slices[outcome])
     answers = {
