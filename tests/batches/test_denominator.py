@@ -24,6 +24,7 @@ from tests.small_batches import (
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.model.loss import HybridRetrieval
+from tfrs_pipeline.negatives import mixture
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -139,7 +140,7 @@ def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponen
     assert np.abs(z_scores).max() < 5
 
 
-def test_one_probability_for_all_columns_is_far_off() -> None:
+def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """The correction of libraries that know one sampler: the test above has the power to tell."""
 
     @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,10 @@ def test_one_probability_for_all_columns_is_far_off() -> None:
             is_item = np.arange(len(q)) > 0
             return np.where(q > 0, self.num * q, is_item)
 
-    batches = make_batches(negatives=[InBatch(), AsInBatch(20)])
-    samples, sums = denominators(batches, 50)
+    negatives = [InBatch(), AsInBatch(20)]
+    with pytest.raises(ValueError, match="log_q would belong to another draw"):
+        make_batches(negatives=negatives)
+    monkeypatch.setattr(mixture, "_check_draws", lambda *arguments: None)
+    samples, sums = denominators(make_batches(negatives=negatives), 50)
     expected = np.array([exact(i, 0.0, np.ones(NUM_CANDIDATES + 1)) for i in range(NUM_SAMPLES)])
     assert abs((sums / expected[samples]).mean() - 1) > 0.2

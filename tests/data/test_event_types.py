@@ -54,6 +54,12 @@ def test_types_become_positives_with_weights_and_exposures(load: Any, is_csv: bo
     assert few.counts()["events"] == num["purchase"]
 
 
+def test_a_type_that_differs_in_case_alone_is_told(load: Any) -> None:
+    log = load("user_id,item_id,event\n1,2,click\n1,3,Click\n", event_weights={"click": 1})
+    assert [each.num_rows for each in log.dropped] == [1]
+    assert "'Click', which has no weight ('click' has" in log.dropped[0].reason
+
+
 def test_many_types_without_a_weight_are_told_together(load: Any) -> None:
     types = ["click", *(f"type {i}" for i in range(30) for _ in range(i + 1))]
     text = "".join(f"1,2,{name}\n" for name in types)

@@ -283,6 +283,13 @@ def test_weights_that_differ_are_told_with_what_they_do() -> None:
     assert note.startswith("weights of positives from 0.5 to 3: they weigh the loss; metrics and")
     for same in (clicks, clicks.assign(weight=[2, 2, 2, 9])):
         assert "weigh" not in "".join(Log.from_table(same).describe())
+    many = pd.DataFrame({"user_id": range(1000), "item_id": 1, "weight": 1.0})
+    many.loc[::200, "weight"] = 1000.0
+    told = [x for x in Log.from_table(many).describe() if "max_weight" in x]
+    assert len(told) == 1
+    assert "above 1, holds 83% of the weight" in told[0]  # 5,000 of 5,995.
+    many.loc[::200, "weight"] = 100.0  # 500 of 1,495.
+    assert "max_weight" not in "".join(Log.from_table(many).describe())
 
 
 def test_a_day_without_positives_shows() -> None:

@@ -10,6 +10,9 @@ import ibis
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.messages import counted
 
+# A hundredth of this many positives or more is told if it holds more than this share of the weight.
+_MANY, _MUCH_WEIGHT = 200, 0.5
+
 
 def describe(log: Any) -> Iterator[str]:
     """Yields what a `Log` holds and what was dropped, in lines."""
@@ -51,11 +54,19 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
 
 def _describe_weights(events: ibis.Table) -> Iterator[str]:
     weight = events.filter(is_positive)["weight"]
-    least, most = (x.to_pyarrow().as_py() for x in (weight.min(), weight.max()))
-    if least != most:
+    summary = (weight.min(), weight.max(), weight.quantile(0.99), weight.count())
+    least, most, high, num = (x.to_pyarrow().as_py() for x in summary)
+    if least == most:
+        return
+    yield (
+        f"weights of positives from {least:g} to {most:g}: they weigh the loss; metrics and "
+        "baselines count every positive once"
+    )
+    share = (weight.sum(where=weight > high) / weight.sum()).to_pyarrow().as_py()
+    if num >= _MANY and share is not None and share > _MUCH_WEIGHT:
         yield (
-            f"weights of positives from {least:g} to {most:g}: they weigh the loss; metrics and "
-            "baselines count every positive once"
+            f"a hundredth of the positives, those above {high:g}, holds {share:.0%} of the weight: "
+            "max_weight limits each"
         )
 
 

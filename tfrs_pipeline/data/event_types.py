@@ -75,10 +75,13 @@ def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTabl
     )
     column = printable(repr(raw.source.columns.get("event", "event")))
     ranked = sorted(others.items(), key=lambda pair: -pair[1])
-    dropped = [
-        Dropped(f"column {column} is {printable(repr(name))}, which has no weight", num)
-        for name, num in ranked[:_MOST_TOLD]
-    ]
+    listed = {name.casefold(): name for name in weights}
+    dropped = []
+    for name, num in ranked[:_MOST_TOLD]:
+        near = listed.get(name.casefold())
+        but = "" if near is None else f" ({printable(repr(near))} has, so write both the same)"
+        what = f"column {column} is {printable(repr(name))}, which has no weight{but}"
+        dropped.append(Dropped(what, num))
     if num_rest := sum(num for _, num in ranked[_MOST_TOLD:]):
         dropped.append(Dropped(f"column {column} is of another type without a weight", num_rest))
     return replace(raw, num_rows=raw.num_rows - sum(others.values())), dropped
