@@ -150,7 +150,7 @@ def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPa
             is_item = np.arange(len(q)) > 0
             return np.where(q > 0, self.num * q, is_item)
 
-    negatives = [InBatch(), AsInBatch(20)]
+    negatives: list[Negatives] = [InBatch(), AsInBatch(20)]
     with pytest.raises(ValueError, match="log_q would belong to another draw"):
         make_batches(negatives=negatives)
     monkeypatch.setattr(mixture, "_check_draws", lambda *arguments: None)

@@ -78,8 +78,8 @@ def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTabl
     listed = {name.casefold(): name for name in weights}
     dropped = []
     for name, num in ranked[:_MOST_TOLD]:
-        near = listed.get(name.casefold())
-        but = "" if near is None else f" ({printable(repr(near))} has, so write both the same)"
+        same = listed.get(name.casefold())
+        but = "" if same is None else f" ({printable(repr(same))} has, so write both the same)"
         what = f"column {column} is {printable(repr(name))}, which has no weight{but}"
         dropped.append(Dropped(what, num))
     if num_rest := sum(num for _, num in ranked[_MOST_TOLD:]):
