@@ -10,8 +10,9 @@ import json
 import re
 import shlex
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,10 @@ SHORT = {
     "run": ["--training.max_epochs", "2", "--no-training.refit", "--export.if_beaten"],
     "compare": ["--training.max_epochs", "2", "--compare.max_steps", "2", "--no-training.refit"],
 }
-SHORTER = ["--evaluation.baselines", "popularity", "--recipes", "none"]
+SHORTER = {
+    "run": ["--evaluation.baselines", "popularity", "--recipes", "none"],
+    "compare": ["--evaluation.baselines", "popularity"],
+}
 SCI_FI = 15  # Its place among GroupLens's genres.
 BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -59,13 +63,14 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
     return BLOCK.findall(text)
 
 
-def run_command(words: list[str], more: Sequence[str]) -> None:
+def run_command(words: list[str], more: Mapping[str, list[str]]) -> None:
     """Runs a command of a page; those that only install are passed over."""
     program, *arguments = words
     if Path(program).name == "tfrs-pipeline" and arguments[0] == "serve":
         address_of(Path(arguments[1]).absolute())
     elif Path(program).name == "tfrs-pipeline":
-        short = [*SHORT[arguments[0]], *more] if arguments[0] in SHORT else []
+        command = arguments[0]
+        short = [*SHORT.get(command, []), *more.get(command, [])]
         assert cli.main([*arguments, *short]) == 0
     elif program == "curl":
         curl = argparse.ArgumentParser()
@@ -94,7 +99,10 @@ def ask(url: str, body: str, method: str = "POST", header: str = "X-None: 0") ->
 
 
 def run_block(
-    kind: str, text: str, namespace: dict[str, Any] | None = None, more: Sequence[str] = ()
+    kind: str,
+    text: str,
+    namespace: dict[str, Any] | None = None,
+    more: Mapping[str, list[str]] = MappingProxyType({}),
 ) -> str:
     """Runs a block; returns what it printed.
 
@@ -102,7 +110,7 @@ def run_block(
         kind: Language of the block.
         text: The block.
         namespace: What the blocks of Python before it defined.
-        more: Flags for its trainings, beside those that make them short.
+        more: Flags of commands for its trainings, beside those that make them short.
     """
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -145,7 +153,7 @@ def test_a_guide_runs_as_is(folder: Path, monkeypatch: pytest.MonkeyPatch, page:
             assert is_shown(text, printed), f"{page} shows\n{text}\nand got\n{printed}"
         else:
             # The first page shows a row of each.
-            more = [] if page == START else SHORTER
+            more = {} if page == START else SHORTER
             printed = run_block(kind, text, namespace, more)
 
 

@@ -48,8 +48,8 @@ INTERRUPTED = 130
 # Settings within tables that the short help shows.
 BRIEF = (
     *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
-    *("data.request_features", "data.rating_threshold", "data.label"),
-    *("data.event_weights", "split.kind", "export.name", "export.filter_by"),
+    *("data.rating_threshold", "data.label", "data.event_weights"),
+    *("split.kind", "model.hard", "export.name", "export.filter_by"),
     *("compare.plans", "compare.reference", "compare.max_steps"),
 )
 
