@@ -24,7 +24,8 @@ from tfrs_pipeline.durable import StorageError, naming, part_files
 from tfrs_pipeline.messages import printable
 
 _SPARK = "pyspark"
-_PREFIX = "tfrs-pipeline-"
+# Of temporary folders. A run's folder may have such a name, but has no such file.
+_PREFIX, _LOCK = "tfrs-pipeline-", "tables.lock"
 ENGINES = ("duckdb", _SPARK)
 
 
@@ -53,15 +54,15 @@ def _own_folder() -> tuple[Path, int]:
     Removes the folders of killed processes, whose locks nobody holds.
     """
     temporary = Path(tempfile.gettempdir())
-    for left in temporary.glob(f"{_PREFIX}*/lock"):
+    for left in temporary.glob(f"{_PREFIX}*/{_LOCK}"):
         with contextlib.suppress(OSError), left.open("rb+") as opened:  # Held, or another user's.
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     # Renamed once held, so that no other process takes it for an abandoned lock.
-    lock = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(folder / "new.lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    os.rename(folder / "lock.new", folder / "lock")
+    os.rename(folder / "new.lock", folder / _LOCK)
     return folder, lock
 
 
