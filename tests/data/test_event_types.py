@@ -60,6 +60,19 @@ def test_a_type_that_differs_in_case_alone_is_told(load: Any) -> None:
     assert "'Click', which has no weight ('click' has" in log.dropped[0].reason
 
 
+@pytest.mark.parametrize("space", [" ", "\t", "\n", "\u00a0", "\u3000"])
+def test_space_around_a_type_loses_no_row(space: str) -> None:
+    types = ["click", f"click{space}", "view", "other", f"{space}view"]
+    table = pa.table({"user_id": [1] * 5, "item_id": [1, 2, 3, 4, 5], "event": types})
+    log = Log.from_table(table, reading=Reading(event_weights={"click": 1, "view": "exposed"}))
+    num_dropped = sum(each.num_rows for each in log.dropped)
+    assert log.counts()["events"] + num_dropped == 5
+    # What is kept is what the note counts, by its type.
+    stages = column(log.events, "stage")
+    assert f"click {stages.count('clicked')} (" in log.notes[0]
+    assert f"view {stages.count('exposed')} (" in log.notes[0]
+
+
 def test_many_types_without_a_weight_are_told_together(load: Any) -> None:
     types = ["click", *(f"type {i}" for i in range(30) for _ in range(i + 1))]
     text = "".join(f"1,2,{name}\n" for name in types)

@@ -68,10 +68,10 @@ def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTabl
         for name, meaning in weights.items()
     )
     raw.notes.append(f"{raw.source.column('event')}: {', '.join(told)}")
+    unweighted = raw.table.filter(~_text(raw).isin([*weights])).select("_row")
     raw.table.get_backend().con.execute(
         f'DELETE FROM "{raw.table.get_name()}" '
-        "WHERE NOT list_contains(?, trim(CAST(event AS VARCHAR)))",
-        [[*weights]],
+        f"WHERE _row IN ({ibis.to_sql(unweighted, dialect='duckdb')})"
     )
     column = printable(repr(raw.source.columns.get("event", "event")))
     ranked = sorted(others.items(), key=lambda pair: -pair[1])
