@@ -170,6 +170,7 @@ def test_values_are_cleaned_as_those_of_a_log(exported: Exported, tmp_path: Path
         model = Path(shutil.copytree(exported(ids, "exact"), tmp_path / ids))
         retriever = load(model)
         retriever.upsert([item(id_, ["  spaced "], title=float("nan")), item(other, np.nan)])
+        assert retriever.unknown_values([item(id_, [" a "]), item(other, np.nan)]) == []
         clean = id_.strip() if isinstance(id_, str) else id_
         assert set(ranking(retriever, {}, allowed=[["spaced"]])) == {clean}
         assert retriever.titles().get(clean) is None

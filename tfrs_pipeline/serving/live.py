@@ -89,6 +89,7 @@ class LiveItems:
 
     def unknown_values(self, items: Sequence[Item]) -> list[str]:
         """Says which values are unknown; see `LoadedRetriever.unknown_values`."""
+        items = [self._checked(item) for item in items]  # As they are written: stripped.
         return [
             f"{feature.name} {item[feature.name]!r:.80} of item {plain(item['item_id'])} is "
             "unknown to the model: taken as missing"
