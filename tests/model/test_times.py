@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import assert_same, tiny, untrained, weights_of
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
@@ -75,6 +76,25 @@ def test_a_requests_time_decides_what_is_retrieved(model: FittedTwoTower, split:
         margins.append(np.mean(scores[ids % 2 == 1]) - np.mean(scores[ids % 2 == 0]))
     # Unknown: between the two.
     assert margins[0] < margins[2] < margins[1]
+
+
+@pytest.mark.parametrize("form", ["history", "sequence"])
+def test_seconds_count_whenever_they_are(timed: TrainingSet, form: str) -> None:
+    network = untrained(tiny(**ATTENTION, history_length=3), timed.corpus).network
+    gaps = network.query_tower.history.attention.gap_vectors
+    gaps.assign(tf.random.stateless_normal(gaps.shape, [1, 2]))
+    row, rows = tf.constant([1]), tf.constant([[3, 2, 1]])
+    since = {"history": [[64.0, 61.0, 50.0, 0.0]], "sequence": [[0.0, 50.0, 61.0, 64.0]]}[form]
+
+    def embedded(start: float) -> np.ndarray:
+        times = tf.constant(since, tf.float64) + start
+        if form == "history":
+            return network.embed_queries(row, rows, history_times=times).numpy()
+        batch = Batch(row, sequence_rows=rows, sequence_times=times, state=tf.constant([3]))
+        return network._queries(batch).numpy()
+
+    # The gaps alone decide; float32 has 128 seconds between numbers of this size.
+    np.testing.assert_allclose(embedded(1.7e9), embedded(0.0), rtol=1e-5)
 
 
 def test_validation_asks_as_evaluation_does(model: FittedTwoTower, split: Split) -> None:

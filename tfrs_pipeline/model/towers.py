@@ -43,7 +43,8 @@ class Tower(tf.keras.layers.Layer):
         bias: Literal["id", "ones"] | None = None,
         history: HistoryEncoder | None = None,
     ) -> None:
-        super().__init__(name=name)
+        # Keras would cast the times to float32, which knows today's seconds to 128 of them.
+        super().__init__(name=name, autocast=False)
         if num_ids is None and history is None and not features:
             raise ValueError(f"The {name} has no input: give it an id, a history or a feature.")
         dim = settings.dim
