@@ -449,6 +449,7 @@ def test_a_run_says_what_it_did_and_where_things_lie(run: Run) -> None:
     for stage, taken in seconds.items():
         assert f"{stage:<28}{taken:8.1f} s" in lines
     assert "    dropped nothing" in lines
+    assert "    ials: not compared, because evaluation.baselines leaves it out" in lines
     (header,) = (line for line in lines if line.startswith("model  ") and "ndcg" in line)
     columns = "model ndcg@20 by_request/ndcg@20 recall@20 even_recall@20 recall@5 "
     columns += "tail/recall@20 coverage@5 mrr@5"
@@ -520,7 +521,8 @@ def test_what_came_out_is_shown_of_a_version_that_another_run_has_replaced(run: 
     shown = rendered(
         200, lambda console: print_result(console, RunFolder(folder).settings(), result)
     )
-    assert f"model    {gone}\n" in without_colours(shown)
+    assert f"model    {gone}\nreplaces version 1, made by {folder}\n" in without_colours(shown)
+    assert "replaces" not in run.out
 
 
 @pytest.mark.parametrize("is_beaten", [False, True])

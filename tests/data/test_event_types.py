@@ -93,6 +93,24 @@ def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
         best[key] = max(best.get(key, found), found)
     assert column(log.events, "event_number") == sorted(-number for _, number in best.values())
     assert sum(each.num_rows for each in log.dropped) + log.counts()["events"] == len(frame)
+    # Merged events are told apart from dropped ones, and counted from the file itself.
+    num_dropped = int((frame["event"] == "scroll").sum())
+    num_merged = len(frame) - num_dropped - len(best)
+    described = str(log.describe())
+    assert f"dropped {num_dropped} of {len(frame)} rows\n" in described
+    assert f"merged {num_merged} rows into a stronger event" in described
+
+
+def test_a_column_that_may_be_the_request_is_suggested(load: Any) -> None:
+    # A session is none where its earlier clicks should be the history of its later ones.
+    frame = shop().rename(columns={"session": "session_id"})
+    types = load(frame.to_csv(index=False), event_weights=WEIGHTS)
+    assert "should be one event, add request_id=session_id to columns" in str(types.describe())
+    clicks = frame.drop(columns="event").assign(Search_ID=1)
+    assert "numbers requests, or visits" in load(clicks.to_csv(index=False)).notes[0]
+    without = load(frame.drop(columns="event").to_csv(index=False))
+    known = load(clicks.to_csv(index=False), columns={"request_id": "session_id"})
+    assert not any("request_id=" in note for log in (without, known) for note in log.notes)
 
 
 def test_events_without_a_request_are_not_joined(load: Any) -> None:

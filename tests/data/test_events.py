@@ -190,6 +190,7 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         ("", {}, r"events\.csv: 0 rows, and no header"),
         ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
         ("user_id,item_id\n1,2\n1,2,3,4\n", {}, r"line 3 of .*\(1 of 2 lines\)\. Give"),
+        ("user_id,item_id,weight\n1,2,0\n1,3,1\n", {}, r"such as '0' .* a small weight or, with l"),
         ("user_id,item_id\n1,2\n3,4\r\n5,6\n", {}, "line 3 .* another line ending"),
         ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
         ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),

@@ -219,8 +219,10 @@ def test_request_features_are_said_to_be_of_the_first_click_to_find() -> None:
 
 def test_a_difference_is_bold_where_its_interval_excludes_zero() -> None:
     assert PAGE.headers["Differences"][1:] == ["two_tower_uncorrected", "popularity"]
+    # The model minus the others, as in the verdict.
     found = PAGE.tables["Differences"]["ndcg@100"]
-    assert found == [("+0.0200", 0.02, True), ("+0.0200", 0.02, False)]
+    assert found == [("-0.0200", -0.02, True), ("-0.0200", -0.02, False)]
+    assert "-0.0300 to -0.0100" in PAGE.text
 
 
 def test_training_data_and_times_are_counted_out() -> None:
@@ -274,6 +276,16 @@ def test_the_first_screen_lists_all_that_was_dropped() -> None:
     first, _, _ = page_of(dropped=dropped).joined.partition("Recommendations")
     assert "What was dropped?32 of 11,032 events" in first  # 21 of them at reading.
     assert all(f"{each.num_rows}: {each.reason}" in first for each in dropped)
+
+
+def test_merged_events_are_not_called_dropped() -> None:
+    page = page_of(dropped=(Dropped("a reason", 5), Dropped("into another", 7, is_merged=True)))
+    first, _, _ = page.joined.partition("Recommendations")
+    assert "What was dropped?16 of 11,023 events" in first  # 11 of them by the split.
+    assert "7 merged into another" in first
+    where = page.tables["Where the events went"]
+    assert (where["merged"][0][1], where["dropped"][0][1]) == (7, 16)
+    assert sum(cells[1][1] or 0 for cells in where.values()) == pytest.approx(1)
 
 
 def test_recommendations_stand_with_titles_and_what_was_clicked() -> None:

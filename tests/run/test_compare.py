@@ -256,8 +256,9 @@ def test_files_hold_the_plans(compared: PlanComparison) -> None:
         assert name in text
         assert f"{result.overall.intervals['recall@20'].mean:.4f}" in compared.table()
     assert (compared.folder / "comparison.svg").read_text().startswith("<svg xmlns=")
-    (note,) = compared.notes
+    note, cut_off = compared.notes
     assert note == "plan mined is missing: 400 items have no rank 400 (model.hard.min_rank)"
+    assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")
     assert f"P{note[1:]}.\n" in text
     # A terminal gets the columns that fit, the first ones; none is wrapped.
     whole, narrow = compared.table(), compared.table(width=80)

@@ -17,11 +17,13 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.report.verdict import by_popularity, compared_with_baselines, remarks
 from tfrs_pipeline.run.folder import CONFIG_FILE
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 
 if TYPE_CHECKING:
     from tfrs_pipeline.config import RunConfig
@@ -159,6 +161,11 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     if made.is_relative_to(Path.cwd()):
         made = made.relative_to(Path.cwd())
     say(console, f"model    {made}")
+    earlier = [number for number in versions_of(made.parent) if number < int(made.name)]
+    if earlier:
+        manifest = made.parent / str(earlier[-1]) / MANIFEST_FILE
+        by = read_record(manifest, check_files=False).get("run", "Python")
+        say(console, f"replaces version {earlier[-1]}, made by {by.removeprefix(f'{Path.cwd()}/')}")
     command = [program(), "query", str(made.parent)]
     users = (str(example["user_id"]) for example in result.metrics["examples"])
     user = next(filter(str.isprintable, users), None) if config.export.user_data else None

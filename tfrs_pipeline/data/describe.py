@@ -27,12 +27,13 @@ def describe(log: Any) -> Iterator[str]:
     if log.part_of is not None:
         yield "a part of a log: the whole log's description says what was dropped"
         return
-    num_dropped = sum(each.num_rows for each in log.dropped)
-    num_read = counts["events"] + num_dropped
+    num_dropped = sum(each.num_rows for each in log.dropped if not each.is_merged)
+    num_read = counts["events"] + sum(each.num_rows for each in log.dropped)
     dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"
     yield f"dropped {dropped}"
     for each in log.dropped:
-        yield f"dropped {counted(each.num_rows, 'row')}: {each.reason}"
+        rows = counted(each.num_rows, "row")
+        yield f"merged {rows} {each.reason}" if each.is_merged else f"dropped {rows}: {each.reason}"
     yield from log.notes
 
 

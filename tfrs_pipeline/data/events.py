@@ -4,7 +4,7 @@ import difflib
 import functools
 import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import ibis
 import ibis.expr.types as ir
@@ -43,6 +43,9 @@ _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
 # An outcome that did not happen is often left empty.
 _NO, _YES = ("0", "0.0", "false", "n", "no", "nan", ""), ("1", "1.0", "true", "y", "yes")
+# Usual names elsewhere for the column `request_id`.
+_REQUESTS = ("search_id", "query_id", "impression_id", "req_id", "list_id", "slate_id", "feed_id")
+_VISITS = ("session_id", "session", "visit_id", "visit")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
@@ -88,7 +91,9 @@ def load_events(
         raw, of_other_types = keep_weighted(raw, reading.event_weights)
     columns: dict[str, ir.Value] = {}
     if unread:
-        raw.notes.append(f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}")
+        hint = "" if "request_id" in names else _request_hint(unread, reading)
+        listed = printable(", ".join(unread), 300)
+        raw.notes.append(f"{scanned.name}: columns not read: {listed}{hint}")
     if stages_in is None and not reading.label:
         raw.notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
     for name in ("user_id", "item_id"):
@@ -229,6 +234,20 @@ def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
             "columns, if it is a column like others.",
             "label",
         )
+
+
+def _request_hint(unread: Iterable[str], reading: Reading) -> str:
+    """Suggests the unread columns that may number requests, by their names.
+
+    A visit hides its earlier clicks from its later ones. With types of events that may be worth it.
+    """
+    usual = (*_REQUESTS, *_VISITS) if reading.event_weights else _REQUESTS
+    return "".join(
+        f"; if {printable(name)} numbers requests, or visits whose click and purchase of an item "
+        f"should be one event, add request_id={printable(name)} to columns"
+        for name in unread
+        if name.lower() in usual
+    )
 
 
 def _is_mistyped(name: str, column: str) -> bool:

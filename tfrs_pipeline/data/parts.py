@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,10 +13,11 @@ import ibis
 from tfrs_pipeline.data.engines import open_parquet, replace, write_parquet
 from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
 from tfrs_pipeline.data.schema import AskedBy, DataError, SplitKind
-from tfrs_pipeline.data.split import PARTS, is_positive
+from tfrs_pipeline.data.split import COLUMN_PARTS, PARTS, is_positive
 from tfrs_pipeline.durable import part_files, read_record, write_record
 from tfrs_pipeline.messages import Lines, counted
 
+_MUCH = 0.02  # By how much a part's share may differ from what was asked for, untold.
 LogT = TypeVar("LogT", bound=Any)  # `Log`, whose module imports this one.
 
 
@@ -130,8 +132,11 @@ class Split(Generic[LogT]):
             report[f"num_{name}_dropped"] = before[name][0].as_py() - after[name][0].as_py()
         return report
 
-    def describe(self) -> Lines:
-        """Describes the parts and what was dropped, in lines for a person."""
+    def describe(self, asked: tuple[Any, Any] | None = None) -> Lines:
+        """Describes the parts and what was dropped, in lines for a person.
+
+        `asked` are the shares of validation and test that were asked for: those by time may differ.
+        """
         counts = self.report()
         notes = [f"by {self.kind}"]
         for part in PARTS:
@@ -140,6 +145,14 @@ class Split(Generic[LogT]):
                 notes.append(
                     f"{part}: {counted(row['num_positives'], 'positive')} of "
                     f"{counted(row['num_users'], 'user')}, {counted(row['num_events'], 'event')}"
+                )
+        if asked is not None and self.kind == "time" and not isinstance(asked[1], datetime):
+            nums = [counts.get(x, {"num_positives": 0})["num_positives"] for x in COLUMN_PARTS]
+            shares = [x / sum(nums) for x in nums], (1 - sum(asked), *asked)
+            if max(abs(a - b) for a, b in zip(*shares, strict=True)) > _MUCH:
+                found, meant = (" / ".join(f"{x:.0%}" for x in each) for each in shares)
+                notes.append(
+                    f"{found} of the positives, not {meant}: those of one moment stay in one part"
                 )
         if counts["num_events_dropped"]:
             why = "without a part" if self.kind == "column" else "of users with too few positives"

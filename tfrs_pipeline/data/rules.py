@@ -80,7 +80,8 @@ NOT_AN_OUTCOME = Rule(
 EMPTY_REQUEST = Rule("is ''", "Make it null where there is no request.")
 WEIGHT = Rule(
     f"is not a number from {MIN_WEIGHT:.0e} to {MAX_WEIGHT:.0e}",
-    "Give these rows a weight (1 is neutral).",
+    "Give these rows a weight (1 is neutral). A positive of weight 0 would train nothing: leave it "
+    "out, give it a small weight or, with label, make it an exposed one.",
 )
 NOT_INT64 = Rule("must hold whole numbers and does not")
 NOT_FLOAT32 = Rule("must hold finite numbers that float32 can hold and does not")

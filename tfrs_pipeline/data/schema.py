@@ -69,10 +69,11 @@ class Stage(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Dropped:
-    """Rows that were dropped: why, for a person, and how many."""
+    """Rows that were dropped, or merged into others: why, for a person, and how many."""
 
     reason: str
     num_rows: int
+    is_merged: bool = False
 
 
 @dataclass(frozen=True)

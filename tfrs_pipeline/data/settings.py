@@ -114,7 +114,8 @@ class DataConfig(Reading, Tables):
             is_set = getattr(self, name) != type(self).model_fields[name].default
             if is_set and self.source not in sources:
                 known = " or ".join(map(repr, sources))
-                yield name, f"has no effect with source {self.source!r}: only with {known}"
+                ready = ": a table has its stages and weights already" * (self.source == "spark")
+                yield name, f"has no effect with source {self.source!r}: only with {known}{ready}"
 
 
 class SplitConfig(Config):

@@ -78,7 +78,8 @@ def make_tables(
     if reading.event_weights and "request_id" in events.columns:
         num_rows, events = count_rows(events), strongest(events)
         if num := num_rows - count_rows(events):
-            raw.dropped.append(Dropped("their request has a stronger event of the item", num))
+            reason = "into a stronger event of the item in the same request"
+            raw.dropped.append(Dropped(reason, num, is_merged=True))
     for name, entity in raws.items():
         if entity is not None:
             unknown = reading.unknown_items if name == "item_id" else "keep"

@@ -106,15 +106,16 @@ class RunFacts:
 
     @property
     def events_by_part(self) -> dict[str, int]:
-        """Number of events in each part of the split, and of those dropped."""
+        """Number of events in each part of the split, merged into others, and dropped."""
         split = self.metrics["split"]
         counts = {part: int(split[part]["num_events"]) for part in PARTS if part in split}
-        return counts | {DROPPED: self.num_dropped}
+        merged = [each.num_rows for each in self.dropped if each.is_merged]
+        return counts | ({"merged": sum(merged)} if merged else {}) | {DROPPED: self.num_dropped}
 
     @property
     def num_dropped(self) -> int:
         """Number of events dropped at reading and by the split."""
-        at_reading: int = sum(each.num_rows for each in self.dropped)
+        at_reading: int = sum(each.num_rows for each in self.dropped if not each.is_merged)
         return at_reading + int(self.metrics["split"]["num_events_dropped"])
 
 

@@ -84,6 +84,10 @@ def compare(
             measuring = Step(f"measure {name}", ("samples", name), "measured", measure)
             measured[name] = runner.run([training, measuring])
             del runner.artifacts[name]  # One network at a time.
+        most, done = _max_epochs(config, data), {x.num_epochs for _, x in measured.values()}
+        if done == {most} and most < config.training.max_epochs:
+            ended = f"compare.max_steps ended every plan after {counted(most, 'epoch')}"
+            notes.append(f"{ended}: each might still have gained")
         return _write(config, measured, notes, plans, folder)
 
 

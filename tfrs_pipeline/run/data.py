@@ -66,7 +66,7 @@ def log_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
         if read_whole(folder.split.with_suffix(".json")) is None:
             return None
         split = Split.read(log, folder.split)
-        runner.note(*split.describe())
+        runner.note(*split.describe(config.split.amounts()))
         return split
 
     return [

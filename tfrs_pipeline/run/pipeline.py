@@ -78,7 +78,9 @@ def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
 def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     def fit(runner: Runner, data: RunData) -> dict[str, Retriever]:
         baselines, notes = fit_baselines(config, data, runner.progress.task)
-        runner.note(*notes)
+        left_out = [x for x in ("ease", "ials") if x not in config.evaluation.baselines]
+        why = [f"{x}: not compared, because evaluation.baselines leaves it out" for x in left_out]
+        runner.note(*notes, *why)
         return baselines
 
     measure_all = functools.partial(measure, config, folder)

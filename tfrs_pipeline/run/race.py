@@ -30,7 +30,7 @@ from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.presets import RECIPES, recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.rounds import Curve, Turn, standing, winner
+from tfrs_pipeline.run.rounds import Curve, Turn, most_left, standing, winner
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_trainable, fit_once, trains_winner_alone
 from tfrs_pipeline.settings import refuse
@@ -298,7 +298,7 @@ class _Trainings:
                 self.validation,
                 self.log,
                 name="two_tower",
-                task=f"race, {turn.within}: {turn.name}{self._leading()}",
+                task=f"race, {turn.within}: {turn.name}{self._leading()}{self._at_most()}",
                 max_epochs=config.training.max_epochs,
                 folder=self.folder / turn.name,
                 progress=self.progress,
@@ -312,6 +312,11 @@ class _Trainings:
     def _leading(self) -> str:
         first = winner(tuple(self.curves.values()))
         return f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
+
+    def _at_most(self) -> str:
+        epochs = {name: config.training.max_epochs for name, config in self.configs.items()}
+        left = most_left(tuple(self.curves.values()), epochs)
+        return "" if left is None else f", at most about {math.ceil(left / 60)} CPU minutes"
 
     def _read(self) -> dict[str, Any]:
         record = read_whole(self.folder / CURVES_FILE)

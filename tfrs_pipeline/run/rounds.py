@@ -7,7 +7,7 @@ half, but if its own curve says that it will not catch up. So a slow starter may
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tfrs_pipeline.messages import counted
@@ -142,6 +142,15 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
         if all(curve.has_ended_by(quota) for curve in racing):
             return Standing(None, dropped)
         quota *= 2
+
+
+def most_left(curves: Sequence[Curve], epochs: Mapping[str, int]) -> float | None:
+    """Returns the CPU seconds left if all train to the last of their `epochs`; None if unknown."""
+    dropped = standing(curves).dropped
+    racing = [curve for curve in curves if curve.name not in dropped and not curve.has_ended]
+    if not all(curve.values for curve in racing):
+        return None
+    return sum(curve.spent * (epochs[curve.name] / len(curve.values) - 1) for curve in racing)
 
 
 def winner(curves: Sequence[Curve]) -> Curve:
