@@ -184,7 +184,6 @@ def clean_events(
 def clean_items(
     as_item: Callable[[int], Any], *, is_text: bool
 ) -> tuple[Table, dict[str, dict[str, Any]]]:
-    """Makes an item table, and its features by item id."""
     numbers = range(1, 16)
     features = {
         str(as_item(n)): {"price": n / 2, "kind": f"k{n % 3}", "v": [float(n), 0.5]}
@@ -202,7 +201,6 @@ def is_click(row: dict[str, Any]) -> bool:
 
 
 def written(seconds: int, way: str) -> Any:
-    """Writes a time."""
     moment = datetime.fromtimestamp(seconds, UTC)
     if way in UNITS:
         return seconds * UNITS[way]
@@ -212,7 +210,7 @@ def written(seconds: int, way: str) -> Any:
 
 
 class NotHere(Exception):
-    """A kind of dirt does not go with a case."""
+    pass
 
 
 def needs(what: T | None) -> T:
@@ -597,7 +595,6 @@ def write_table(case: Case, table: Table, path: Path, num_files: int | None = No
 
 
 def encode(case: Case, table: Table, columns: list[tuple[str, list[Any]]], rows: range) -> bytes:
-    """Returns the bytes of a file that holds some rows."""
     sink = io.BytesIO()
     if case.form == "parquet":
         arrays = [typed(cells).slice(rows.start, len(rows)) for _, cells in columns]
@@ -644,7 +641,6 @@ class Outcome:
 
 
 def judge(case: Case, folder: Path) -> Outcome:
-    """Loads a case and compares what came out with the right answer."""
     arguments = write(case, folder)
     try:
         load = Log.from_table if case.form == "pandas" else Log.from_files

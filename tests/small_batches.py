@@ -7,15 +7,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline import HybridBatches, InBatch, Negatives, Popularity, Uniform, UserSets
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.batches.sequences import WholeSequences
 from tfrs_pipeline.batches.single import SinglePositives
-from tfrs_pipeline.batches.user_sets import UserSets
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.protocol import Negatives
-from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 NUM_QUERIES, NUM_CANDIDATES, NUM_SAMPLES = 20, 40, 150
@@ -26,12 +21,9 @@ MIXTURE: tuple[Negatives, ...] = (InBatch(), Uniform(12), Popularity(10))
 
 
 def make_samples(
-    seed: int = 0,
-    *,
-    num_samples: int = NUM_SAMPLES,
-    num_queries: int = NUM_QUERIES,
+    seed: int = 0, num_samples: int = NUM_SAMPLES, num_queries: int = NUM_QUERIES,
     num_candidates: int = NUM_CANDIDATES,
-) -> Samples:
+) -> Samples:  # fmt: skip
     """Draws samples by popularity, with ties in time, exposed items and a weight of their own."""
     rng = np.random.default_rng(seed)
     popularity = 1 / np.arange(1, num_candidates + 1)
@@ -67,7 +59,6 @@ def with_pools(samples: Samples, seed: int = 0) -> Samples:
 
 
 def forbidden(samples: Samples, query: int) -> list[int]:
-    """Lists what is never a negative of a query."""
     return [*samples.known_positives[query].tolist(), *samples.exposed[query].tolist()]
 
 
@@ -89,26 +80,16 @@ ORDERS = {"single": SinglePositives, "sequences": WholeSequences, "sets": UserSe
 
 
 def make_batches(
-    order: str = "single",
-    samples: Samples = SAMPLES,
-    negatives: Sequence[Negatives] | None = None,
-    *,
-    batch_size: int = BATCH_SIZE,
-    history_length: int = LENGTH,
-    seed: int = 3,
-    examples: dict[str, Any] | None = None,
+    order: str = "single", samples: Samples = SAMPLES,
+    negatives: Sequence[Negatives] | None = None, *, batch_size: int = BATCH_SIZE,
+    history_length: int = LENGTH, seed: int = 3, examples: dict[str, Any] | None = None,
     **options: Any,
-) -> HybridBatches:
+) -> HybridBatches:  # fmt: skip
     """Makes batches in an order of ORDERS; the in-batch kind goes with single positives alone."""
     if negatives is None:
         negatives = MIXTURE if order == "single" else MIXTURE[1:]
-    ordered = ORDERS[order](
-        samples,
-        batch_size=batch_size,
-        history_length=history_length,
-        seed=seed,
-        **(examples or {}),
-    )
+    sizes = {"batch_size": batch_size, "history_length": history_length}
+    ordered = ORDERS[order](samples, **{**sizes, "seed": seed, **(examples or {})})
     return HybridBatches(samples, ordered, negatives, seed=seed, **options)
 
 
@@ -121,7 +102,6 @@ def batch_list(batches: HybridBatches, num_steps: int, start: int = 0) -> list[B
 
 
 def as_arrays(batch: Batch) -> Batch:
-    """Returns a batch of tensors as one of arrays."""
     return tf.nest.map_structure(lambda x: None if x is None else x.numpy(), batch)
 
 
@@ -138,12 +118,10 @@ def flat(batch: Any) -> dict[str, np.ndarray]:
 
 
 def samples_of(batch: Batch) -> list[int]:
-    """Names the samples of a batch."""
     return [SAMPLE_OF[weight] for weight in batch.weight.tolist()]
 
 
 def assert_same_batches(first: Sequence[Batch], second: Sequence[Batch]) -> None:
-    """Asserts that batches are equal to the bit."""
     for got, expected in zip(map(flat, first), map(flat, second), strict=True):
         assert got.keys() == expected.keys()
         for name in expected:

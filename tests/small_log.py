@@ -32,7 +32,6 @@ def arguments(**options: Any) -> dict[str, Any]:
 
 
 def column(table: ibis.Table, name: str, order: str = "event_number") -> list[Any]:
-    """Returns the values of a column, in order."""
     values: list[Any] = table.order_by(order)[name].to_pyarrow().to_pylist()
     return values
 
@@ -95,7 +94,6 @@ def user_table(ids: Ids) -> pa.Table:
 
 
 def write(table: pa.Table, path: Path) -> Path:
-    """Writes a table as CSV or Parquet, by the name of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         pyarrow.csv.write_csv(table, path)
@@ -121,7 +119,7 @@ def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any])
 
 
 class Stopped(Exception):
-    """Stands for a kill in the middle of a run."""
+    pass
 
 
 class Watched(Progress):

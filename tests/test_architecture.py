@@ -85,7 +85,6 @@ class Calls(list[tuple[str, str]]):
 
 @functools.cache
 def from_click_to_loss(folder: Path) -> Calls:
-    """Records a training on a small CSV."""
     rng = np.random.default_rng(0)
     events = pd.DataFrame({"user_id": rng.integers(0, 9, 120), "item_id": rng.integers(0, 20, 120)})
     events["timestamp"] = pd.to_datetime(10**9 + 60 * np.arange(120), unit="s", utc=True)
@@ -105,7 +104,6 @@ def from_click_to_loss(folder: Path) -> Calls:
 
 @functools.cache
 def from_query_to_ids(folder: Path) -> Calls:
-    """Records one request to a small model."""
     vectors = tf.Variable(np.eye(4, dtype=np.float32))
     served = tp.Exportable(
         lambda query_rows, history_rows: tf.gather(vectors, history_rows[:, 0]),
@@ -170,7 +168,6 @@ def test_the_lists_of_rooms_are_that_of_the_imports() -> None:
 
 @functools.cache
 def defined() -> dict[str, set[str]]:
-    """Returns the names in every module and class of the package."""
     found: dict[str, set[str]] = {}
     for path in SOURCES.values():
         tree = ast.parse(path.read_text())
@@ -179,19 +176,14 @@ def defined() -> dict[str, set[str]]:
             names = found.setdefault(name, set())
             for node in body:
                 targets = getattr(node, "targets", [getattr(node, "target", None)])
-                names |= {x.id for x in targets if isinstance(x, ast.Name)}
-                names |= {node.name} if hasattr(node, "name") else set()
+                names |= {getattr(x, "id", "") for x in targets} | {getattr(node, "name", "")}
     return found
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_names_exists(page: str) -> None:
     spans = re.findall(r"`([\w./]+)`", PAGES[page])
-    files = [
-        name
-        for name in spans
-        if "/" in name or name.endswith((".py", ".cfg", ".txt", ".yml", ".md"))
-    ]
+    files = [x for x in spans if "/" in x or x.endswith((".py", ".cfg", ".txt", ".yml", ".md"))]
     for name in files:
         assert any((folder / name).exists() for folder in (ROOT, PACKAGE)) or any(
             path.name == name for path in PACKAGE.rglob("*.py")

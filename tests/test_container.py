@@ -1,16 +1,15 @@
 """What Containerfile says, against the package; `.ci/container.py` runs its steps."""
 
-import importlib.util
 import itertools
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from tests.scripts import script
 from tfrs_pipeline.cli import COMMAND_LINE
 from tfrs_pipeline.serving.settings import ServeSettings
 
@@ -20,15 +19,9 @@ PORT = ServeSettings.model_fields["port"].default
 
 @pytest.fixture(scope="module")
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of each stage, by its name."""
-    spec = importlib.util.spec_from_file_location("container", ROOT / ".ci" / "container.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script: Any = importlib.util.module_from_spec(spec)
-    sys.modules["container"] = script  # Its dataclasses look for their module there.
-    spec.loader.exec_module(script)
     found: dict[str, list[tuple[str, str]]] = {}
-    for instruction, text in script.instructions(ROOT / "Containerfile"):
+    container = script(ROOT / ".ci" / "container.py")
+    for instruction, text in container.instructions(ROOT / "Containerfile"):
         if instruction == "FROM":
             found[text.split(" AS ")[1]] = here = []
         here.append((instruction, text))

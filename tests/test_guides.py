@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 
 from tests.serving.running_server import TOKEN, address_of
-from tfrs_pipeline import cli
-from tfrs_pipeline.config import load_config
+from tfrs_pipeline import cli, load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trusted_exports")]
 
@@ -75,9 +74,8 @@ def run_command(words: list[str], more: Mapping[str, list[str]]) -> None:
     elif program == "curl":
         curl = argparse.ArgumentParser()
         curl.add_argument("url")
-        curl.add_argument("--json")
-        curl.add_argument("-X", default="POST")
-        curl.add_argument("-H", default="X-None: 0")
+        for flag, default in (("--json", None), ("-X", "POST"), ("-H", "X-None: 0")):
+            curl.add_argument(flag, default=default)
         asked = curl.parse_args(arguments)
         print(ask(asked.url, asked.json, asked.X, asked.H.replace("$(cat token)", TOKEN)))
     else:
@@ -101,16 +99,12 @@ def ask(url: str, body: str, method: str = "POST", header: str = "X-None: 0") ->
 def run_block(
     kind: str,
     text: str,
-    namespace: dict[str, Any] | None = None,
+    namespace: Any = None,
     more: Mapping[str, list[str]] = MappingProxyType({}),
 ) -> str:
-    """Runs a block; returns what it printed.
+    """Runs a block, of Python in a namespace; returns what it printed.
 
-    Args:
-        kind: Language of the block.
-        text: The block.
-        namespace: What the blocks of Python before it defined.
-        more: Flags of commands for its trainings, beside those that make them short.
+    `more` are flags of commands for its trainings, beside those that make them short.
     """
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -124,9 +118,9 @@ def run_block(
 
 
 def is_shown(expected: str, printed: str) -> bool:
-    """Says whether the lines that a page shows were printed in that order.
+    """Says whether the lines that a page shows were printed in order, whatever the numbers are.
 
-    Whatever the numbers are; "..." stands for anything, on a line of its own for any lines.
+    "..." stands for anything, on a line of its own for any lines.
     """
     lines = iter(plain(line) for line in printed.splitlines())
     shown = [plain(line) for line in expected.splitlines() if line != "..."]
@@ -207,16 +201,14 @@ def test_what_the_readme_runs_can_be_asked_all_that_the_pages_ask(
     assert is_shown(shown, printed), printed
     asked = run_block("sh", next(command for command in commands if " query " in command))
     assert asked.count("rank") == 2
-    answers = [
-        json.loads(answer.replace("-Infinity", "null"))
-        for kind, text in blocks("docs/guides/serving.md")
-        if kind == "sh" and "curl" in text
-        for answer in run_block("sh", text).splitlines()
-    ]
+    calls = [x for kind, x in blocks("docs/guides/serving.md") if kind == "sh" and "curl" in x]
+    told = [line for text in calls for line in run_block("sh", text).splitlines()]
+    answers = [json.loads(answer.replace("-Infinity", "null")) for answer in told]
     assert len(answers) == 7
     # The few films of this test are of other years.
-    told = answers[5].pop("notes")
-    assert told == ["year '1972' of item 9001 is unknown to the model: taken as missing"]
+    assert answers[5].pop("notes") == [
+        "year '1972' of item 9001 is unknown to the model: taken as missing"
+    ]
     assert answers[5:] == [{"num_items": 201, "num_new": 1}, {"num_items": 200, "num_removed": 1}]
     filtered = answers[3]["outputs"]["candidate_ids"][0]
     films = [line.split("|") for line in Path("u.item").read_text("latin-1").splitlines()]

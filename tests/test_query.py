@@ -8,7 +8,6 @@ import pytest
 
 from tests.serving.conftest import Served, make_served
 from tests.serving.test_requests import FEATURES, READ, TYPED, K, query_of
-from tfrs_pipeline import cli
 from tfrs_pipeline.features.lists import Text
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.serving.export import export
@@ -32,7 +31,6 @@ def loaded(
 
 @pytest.fixture
 def model(loaded: LoadedRetriever, monkeypatch: pytest.MonkeyPatch) -> LoadedRetriever:
-    """A model that the command takes as it is."""
     monkeypatch.setattr(retriever, "load", lambda *arguments, **options: loaded)
     return loaded
 
@@ -41,23 +39,34 @@ def given(request: dict[str, str]) -> list[str]:
     return ["--request", *(f"{name}={value}" for name, value in request.items())] if request else []
 
 
+def asked(command: Any, *arguments: Any) -> dict[str, Any]:
+    """Returns the JSON of a query, whose notes are the lines above its table."""
+    table = command("query", *arguments).out.splitlines()
+    answer = command("query", *arguments, "--json")
+    assert answer.code == 0
+    found: dict[str, Any] = json.loads(answer.out)
+    assert answer.out.strip().isprintable()
+    num_notes = len(found["notes"])
+    assert table[:num_notes] == found["notes"]
+    assert table[num_notes].startswith("┏")
+    return found
+
+
 def test_requests_and_times_are_asked_with(
-    served: Served, model: LoadedRetriever, capsys: pytest.CaptureFixture[str]
+    served: Served, model: LoadedRetriever, command: Any
 ) -> None:
     query = query_of(served, 3, request=READ)
     history, times = query["history"], query["history_timestamps"]
     later = {**query_of(served, 3), "history_timestamps": [None, *times[1:-1], None]}
-    command = ["query", str(model.folder), "--history", *map(str, history), "-k", str(K), "--json"]
-    command.append("--history_timestamps")
     texts = [time.isoformat() for time in times]
-    for flags, asked in (
+    words = [model.folder, "--history", *history, "-k", K, "--history_timestamps"]
+    for flags, expected in (
         ([*texts, *given(TYPED)], query),
         (["none", *texts[1:-1], ""], later),
     ):
-        assert cli.main([*command, *flags]) == 0
-        items = json.loads(capsys.readouterr().out)["items"]
-        expected = model.retrieve([asked], K, [history])[0][0].tolist()
-        assert [item["item_id"] for item in items] == expected
+        ids, _ = model.retrieve([expected], K, [history])
+        items = asked(command, *words, *flags)["items"]
+        assert [item["item_id"] for item in items] == ids[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -72,38 +81,26 @@ def test_requests_and_times_are_asked_with(
     ],
 )
 def test_what_cannot_be_read_is_refused(
-    model: LoadedRetriever, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+    model: LoadedRetriever, command: Any, flags: list[str], message: str
 ) -> None:
-    assert cli.main(["query", str(model.folder), "--history", "3", *flags]) != 0
-    assert message in capsys.readouterr().err.replace("\n", " ")
+    answer = command("query", model.folder, "--history", "3", *flags)
+    assert answer.code
+    assert message in answer.err.replace("\n", " ")
 
 
 def test_the_json_holds_no_control_characters(
-    model: LoadedRetriever, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: LoadedRetriever, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     title = "a\u202eb\x9b2Jc\x1b[0m é"
     titles = dict.fromkeys(model.candidate_ids(), title)
     monkeypatch.setattr(LoadedRetriever, "titles", lambda self: titles)
-    assert cli.main(["query", str(model.folder), "--history", "3", "--json"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.strip().isprintable()
-    assert "é" in shown
-    assert {item["title"] for item in json.loads(shown)["items"]} == {title}
-
-
-def notes_of(capsys: pytest.CaptureFixture[str], *command: Any) -> list[str]:
-    """Returns the notes of a query: those in its JSON, which are the lines above its table."""
-    assert cli.main(["query", *map(str, command)]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert cli.main(["query", *map(str, command), "--json"]) == 0
-    notes: list[str] = json.loads(capsys.readouterr().out)["notes"]
-    assert table[: len(notes)] == notes
-    assert table[len(notes)].startswith("┏")
-    return notes
+    items = asked(command, model.folder, "--history", 3)["items"]  # Which is printable.
+    assert {item["title"] for item in items} == {title}
+    assert "é" in command("query", model.folder, "--history", 3, "--json").out
 
 
 def test_notes_say_what_of_a_history_is_not_read(
-    served: Served, loaded: LoadedRetriever, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    served: Served, loaded: LoadedRetriever, tmp_path: Path, command: Any
 ) -> None:
     items = served.known(2)[:2]
     times = ["--history-timestamps", "none", "2024-05-01T07:30Z"]
@@ -122,38 +119,33 @@ def test_notes_say_what_of_a_history_is_not_read(
         (histories, times, [no_times]),
         (loaded.folder, times, []),
     ):
-        found = notes_of(capsys, at, "--history", *items, *flags)
+        found = asked(command, at, "--history", *items, *flags)["notes"]
         found = [note for note in found if "Not given" not in note]
         assert len(found) == len(expected)
         assert all(note.startswith(x) for note, x in zip(found, expected, strict=True))
-    found = notes_of(capsys, histories, "--history", "4")
+    found = asked(command, histories, "--history", "4")["notes"]
     assert any(note.startswith("No item of the history was in the model's tr") for note in found)
 
 
-@pytest.mark.parametrize(
-    ("request_", "lacking"),
-    [
+def test_notes_say_what_a_request_lacks_or_holds_that_is_unknown(
+    served: Served, model: LoadedRetriever, command: Any, tmp_path: Path
+) -> None:
+    def notes(folder: Path, *flags: str) -> list[str]:
+        found: list[str] = asked(command, folder, "--history", served.known(2)[0], *flags)["notes"]
+        return found
+
+    for request, lacking in (
         ({}, "Gender, hour, free space, words, place (--request Gender=VALUE)"),
         (TYPED, "place (--request place=VALUE)"),
-        (TYPED | {"place": "1,0"}, None),
-    ],
-)
-def test_notes_say_what_a_request_lacks(
-    served: Served,
-    model: LoadedRetriever,
-    capsys: pytest.CaptureFixture[str],
-    request_: dict[str, str],
-    lacking: str | None,
-) -> None:
-    notes = notes_of(capsys, model.folder, "--history", served.known(2)[0], *given(request_))
-    assert notes == ([f"Not given, taken as missing: {lacking}."] if lacking else [])
-
-
-def test_notes_name_unknown_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ):
+        told = [f"Not given, taken as missing: {lacking}."]
+        assert notes(model.folder, *given(request)) == told
+    assert notes(model.folder, *given(TYPED | {"place": "1,0"})) == []
     search = Text.fit("search", ["red shoes", "blue shoes"])
-    served = make_served("int", use_user_id=False, request_features=(search,))
-    folder = export(served.exportable(), tmp_path / "model", index=Exact())
-    asked = [folder, "--history", served.known(2)[0], "--request"]
-    (note,) = notes_of(capsys, *asked, "search=green hats")
-    assert note == "search 'green hats' is unknown to the model: taken as missing."
-    assert notes_of(capsys, *asked, "search=green shoes") == []
+    searched = make_served("int", use_user_id=False, request_features=(search,))
+    folder = export(searched.exportable(), tmp_path / "model", index=Exact())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retriever, "load", load)
+        (note,) = notes(folder, "--request", "search=green hats")
+        assert note == "search 'green hats' is unknown to the model: taken as missing."
+        assert notes(folder, "--request", "search=green shoes") == []

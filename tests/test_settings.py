@@ -7,7 +7,6 @@ import pytest
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from tfrs_pipeline.cli.flags import CommandLine, as_typed
-from tfrs_pipeline.messages import counted, in_percent, printable
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.settings import Config, ConfigError, Listed, from_text
 
@@ -62,15 +61,12 @@ def test_kinds_survive_flags_and_dumps(figure: Figure) -> None:
     assert Figure(**figure.model_dump()) == Figure(**figure.model_dump(mode="json")) == figure
 
 
-def test_a_kind_is_read_as_json_too() -> None:
-    assert figure_of("--figure.shapes", '{"kind": "box", "title": "a:b"}', "box:width=4") == Figure(
-        shapes=(Box(title="a:b"), Box(width=4))
-    )
-
-
-@pytest.mark.parametrize("shape", ["box:width=2", {"kind": "box", "width": 2}, Box(width=2)])
-def test_one_kind_may_be_given_alone(shape: Any) -> None:
-    assert Figure(shapes=shape) == Figure(shapes=(Box(width=2),))
+def test_a_kind_is_read_as_json_too_and_one_may_be_given_alone() -> None:
+    found = figure_of("--figure.shapes", '{"kind": "box", "title": "a:b"}', "box:width=4")
+    assert found == Figure(shapes=(Box(title="a:b"), Box(width=4)))
+    shape: Any
+    for shape in ("box:width=2", {"kind": "box", "width": 2}, Box(width=2)):
+        assert Figure(shapes=shape) == Figure(shapes=(Box(width=2),))
 
 
 @pytest.mark.parametrize(
@@ -88,26 +84,14 @@ def test_what_is_no_kind_is_refused(shapes: list[Any], problem: tuple[str, str])
     assert raised.value.problems == (problem,)
 
 
-def test_counts_shares_and_text_from_outside_are_written_in_a_short_line() -> None:
-    assert [counted(1, "epoch"), counted(1000, "query")] == ["1 epoch", "1,000 queries"]
-    shares = [in_percent(part, 143_609) for part in (0, 67, 71_805)]
-    assert shares == ["0.0%", "<0.1%", "50.0%"]
-    assert printable("a film\x1b[2J and more", max_chars=11) == r"a film\x1b[2J ..."
-
-
-@pytest.mark.parametrize(
-    ("values", "settings", "named"),
-    [
-        ((), {"share": 1.5}, "share: got 1.5; must be less than 1"),
-        ((1.5,), {}, "share: got 1.5"),
+def test_a_checked_dataclass_is_refused_as_settings_are() -> None:
+    wrong: Any = (
+        ((1.5,), {}, "share: got 1.5; must be less than 1"),
         ((), {"shar": 0.1}, "shar: unknown setting; did you mean 'share'"),
         ((), {"stages": ("clicked",)}, "stages: got 'clicked'"),
         ((), {"stages": "exposed"}, "^stages holds 'exposed'"),
         ((0.1,), {"share": 0.2}, "share"),
-    ],
-)
-def test_a_checked_dataclass_is_refused_as_settings_are(
-    values: tuple[Any, ...], settings: dict[str, Any], named: str
-) -> None:
-    with pytest.raises(ConfigError, match=named):
-        FunnelLosers(*values, **settings)
+    )
+    for values, settings, named in wrong:
+        with pytest.raises(ConfigError, match=named):
+            FunnelLosers(*values, **settings)

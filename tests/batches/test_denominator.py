@@ -21,15 +21,11 @@ from tests.small_batches import (
     forbidden,
     make_batches,
 )
+from tfrs_pipeline import FunnelLosers, HybridBatches, InBatch, Popularity, Uniform
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.negatives import mixture
-from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
-from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.positives import resampling_rate
 
 NUM_EPOCHS = 300
@@ -69,24 +65,14 @@ def denominators(batches: HybridBatches, num_steps: int) -> tuple[np.ndarray, np
         def embed(rows: tf.Tensor) -> tf.Tensor:
             return tf.gather(SCORES, rows)[..., tf.newaxis]
 
-        positives = embed(batch.candidate_row)
-        hard = {}
+        positives, given = embed(batch.candidate_row), {"log_q": batch.log_q}
+        given |= {"negative_embeddings": embed(batch.shared_row), "score_mask": batch.is_counted}
         if batch.hard is not None:
-            hard = {
-                "hard_embeddings": embed(batch.hard.candidate_row),
-                "hard_log_q": batch.hard.log_q,
-                "hard_mask": batch.hard.is_counted,
-            }
+            given["hard_embeddings"] = embed(batch.hard.candidate_row)
+            given |= {"hard_log_q": batch.hard.log_q, "hard_mask": batch.hard.is_counted}
         with tf.GradientTape() as tape:
             tape.watch(positives)
-            loss = task(
-                tf.ones_like(positives),
-                positives,
-                negative_embeddings=embed(batch.shared_row),
-                log_q=batch.log_q,
-                score_mask=batch.is_counted,
-                **hard,
-            )
+            loss = task(tf.ones_like(positives), positives, **given)
         share = -tape.gradient(loss, positives)[:, 0]
         return batch.weight, tf.exp(positives[:, 0]) * share / (1 - share)
 

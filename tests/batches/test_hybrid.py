@@ -20,21 +20,16 @@ from tests.small_batches import (
     REQUESTED,
     SAMPLES,
     STAGES,
+    UNORDERED,
     assert_same_batches,
     batch_list,
     flat,
     forbidden,
     make_batches,
-    make_samples,
     samples_of,
 )
+from tfrs_pipeline import DataError, FunnelLosers, InBatch, Mined, SamplingFrame, Uniform
 from tfrs_pipeline.batches import examples
-from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.protocol import SamplingFrame
-from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.positives import resampling_rate
 from tfrs_pipeline.samples.store import RowLists
 
@@ -220,8 +215,7 @@ def test_a_mined_pool_is_empty_until_it_is_replaced() -> None:
     assert batches.mean_hard_share == 0  # Nothing has been mined yet.
     (batch,) = batch_list(batches, 1)
     assert not batch.hard.is_counted.any()
-    pool = RowLists.from_lists([np.array([3, 5])] * NUM_SAMPLES)
-    batches.set_hard_pool("mined", pool)
+    batches.set_hard_pool("mined", RowLists.from_lists([np.array([3, 5])] * NUM_SAMPLES))
     (batch,) = batch_list(batches, 1)
     assert set(np.unique(batch.hard.candidate_row)) == {3, 5}
     assert batches.mean_hard_share == pytest.approx(0.2)
@@ -302,10 +296,9 @@ def test_masked_shares_are_those_of_a_loop(order: str) -> None:
                 if order == "single" and i == j:
                     continue
                 num_cells += 1
+                is_known = column in SAMPLES.known_positives[query]
                 reasons["accidental hits"] += column == own
-                reasons["known positives"] += (
-                    column != own and column in SAMPLES.known_positives[query]
-                )
+                reasons["known positives"] += column != own and is_known
                 reasons["exposed items"] += column in SAMPLES.exposed[query]
     assert min(reasons.values()) > 0
     shares = {name: count / num_cells for name, count in reasons.items()}
@@ -313,7 +306,7 @@ def test_masked_shares_are_those_of_a_loop(order: str) -> None:
 
 
 class OwnInBatch(InBatch):
-    """Draws as in-batch negatives do."""
+    pass
 
 
 class HalfInBatch(InBatch):
@@ -326,46 +319,41 @@ class HalfInBatch(InBatch):
         return (frame.batch_size // 2) * frame.q_positive
 
 
-def test_a_subclass_that_expects_as_many_is_counted_as_in_batch() -> None:
-    own, built_in = (make_batches(negatives=[x(), Uniform(20)]) for x in (OwnInBatch, InBatch))
-    assert own.masked_shares() == built_in.masked_shares()
-
-
 @pytest.mark.parametrize("kind", [OwnInBatch, HalfInBatch])
 def test_a_subclass_of_in_batch_has_its_own_count(kind: type) -> None:
-    own = make_batches(negatives=[kind(), Uniform(20)])
+    own, built_in = (make_batches(negatives=[x(), Uniform(20)]) for x in (kind, InBatch))
     assert min(own.masked_shares().values()) >= 0
+    assert (own.masked_shares() == built_in.masked_shares()) == (kind is OwnInBatch)
     (batch,) = batch_list(own, 1)
     expected = kind().expected_count(own.frame)[batch.shared_row] + 20 / NUM_CANDIDATES
     np.testing.assert_allclose(batch.log_q[0], np.log(expected), rtol=1e-5)
 
 
-def test_refusals() -> None:
-    for order in ("sequences", "sets"):
-        name = ORDERS[order].__name__
-        with pytest.raises(ValueError, match=f"fair draw.*{name}"):
-            make_batches(order, negatives=[InBatch()])
-        with pytest.raises(ValueError, match=f"fair draw.*{name}"):
-            make_batches(order, negatives=[Uniform(3), OwnInBatch()])
-    with pytest.raises(ValueError, match="UserSets gives a query many positives"):
-        make_batches("sets", hard=HARD)
-    with pytest.raises(ValueError, match=r"request features belong to one.*'single'"):
-        make_batches("sets", REQUESTED)
-    sizes: list[Any] = [0, 2.5]
-    for order in ORDERS:
-        for size in sizes:
-            with pytest.raises(ValueError, match=f"batch_size must be a whole .* Received: {size}"):
-                make_batches(order, batch_size=size)
+UNEVEN: dict[str, Any] = {"batch_size": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("orders", "options", "message"),
+    [
+        ("sequences sets", {"negatives": [InBatch()]}, "fair draw.*{name}"),
+        ("sequences sets", {"negatives": [Uniform(3), OwnInBatch()]}, "fair draw.*{name}"),
+        ("sets", {"hard": HARD}, "UserSets gives a query many positives"),
+        ("sets", {"samples": REQUESTED}, "request features belong to one.*'single'"),
+        ("single sequences sets", {"batch_size": 0}, "batch_size must be a whole .*Received: 0"),
+        ("single sequences sets", UNEVEN, "batch_size must be a whole .*Received: 2.5"),
+        ("sequences sets", {"examples": {"seed": -1}}, "seed must be a whole number, 0 or more"),
+        ("sequences", {"history_length": 0}, "history_length must be a whole number, 1 or more"),
+        ("single", {"batch_size": 151}, "needs 151 positives.*has 150.*batch_size"),
+        ("sequences", {"samples": UNORDERED}, "need an order"),
+    ],
+)
+def test_refusals(orders: str, options: dict[str, Any], message: str) -> None:
+    for order in orders.split():
+        with pytest.raises(ValueError, match=message.format(name=ORDERS[order].__name__)):
+            make_batches(order, **options)
+
+
+def test_a_step_is_refused() -> None:
     for step in (-1, 1.0):
         with pytest.raises(ValueError, match=rf"step must be a whole .* 0 or .*Received: {step}"):
             make_batches().batch(cast(Any, step))
-    examples_of = {"history_length": LENGTH, "batch_size": BATCH_SIZE}
-    for epochs_of in (ORDERS["sequences"], ORDERS["sets"]):
-        with pytest.raises(ValueError, match="seed must be a whole number, 0 or more"):
-            epochs_of(SAMPLES, seed=-1, **examples_of)
-    with pytest.raises(ValueError, match="history_length must be a whole number, 1 or more"):
-        ORDERS["sequences"](SAMPLES, seed=0, **examples_of | {"history_length": 0})
-    with pytest.raises(ValueError, match=r"needs 151 positives.*has 150.*batch_size"):
-        make_batches(batch_size=151)
-    with pytest.raises(ValueError, match="need an order"):
-        make_batches("sequences", dataclasses.replace(make_samples(), num_earlier=None))

@@ -14,10 +14,8 @@ from tests.small_batches import (
     make_batches,
     samples_of,
 )
+from tfrs_pipeline import HybridBatches, Samples, Uniform
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.samples.store import Samples
 
 QUERIES = np.unique(SAMPLES.query_rows)
 EVERYTHING = NUM_SAMPLES  # A history that holds all.

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
+from tfrs_pipeline import ConfigError, DataError
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
-from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import InUse, StorageError, write_record
 from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.versions import check_model_name, name_of_log
-from tfrs_pipeline.settings import ConfigError
 
 
 @pytest.fixture
@@ -31,15 +30,9 @@ def begin(config: RunConfig, folder: Path) -> None:
         (folder / "data" / "log.json").write_text("{}")
 
 
-def refused(
-    folder: Path,
-    config: RunConfig,
-    message: str,
-    error: type[Exception] = ValueError,
-    *,
-    is_run: bool = True,
-) -> None:
-    with pytest.raises(error, match=message), RunFolder(folder).claim(config, is_run=is_run):
+def refused(folder: Path, config: RunConfig, message: str, *, is_run: bool = True) -> None:
+    error = pytest.raises((ValueError, ConfigError, StorageError), match=message)
+    with error, RunFolder(folder).claim(config, is_run=is_run):
         pytest.fail("the work began")
 
 
@@ -56,30 +49,24 @@ def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Pa
         path.write_bytes(broken)
         with pytest.raises(ConfigError, match=r"config\.toml:\n.*is not as the run wrote it"):
             RunFolder(tmp_path / "run").settings()
-        refused(tmp_path / "run", config, "is not as the run wrote it", ConfigError)
+        refused(tmp_path / "run", config, "is not as the run wrote it")
         assert path.read_bytes() == broken
     path.unlink()
     with pytest.raises(ConfigError, match="lost, cut or changed"):
         RunFolder(tmp_path / "run").settings()
 
 
-def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -> None:
-    begin(config, tmp_path / "run")
-    other = with_settings(config, {"training.batch_size": 512, "model.hidden_layers": [8]})
-    changed = r"model.hidden_layers: \[\], now \[8\]; training.batch_size: 1024, now 512"
-    expected = rf"holds a run with other settings \({changed}\). Choose another folder"
-    refused(tmp_path / "run", other, expected)
-    assert RunFolder(tmp_path / "run").settings() == config
-
-
-@pytest.mark.parametrize("left", ["metrics.json", "checkpoints/last"])
-def test_settings_outlive_deleted_data(config: RunConfig, tmp_path: Path, left: str) -> None:
+@pytest.mark.parametrize("left", ["data/log.json", "metrics.json", "checkpoints/last"])
+def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path, left: str) -> None:
+    """Also where the data is gone since."""
     folder = tmp_path / "run"
     begin(config, folder)
     shutil.rmtree(folder / "data")
     (folder / left).parent.mkdir(exist_ok=True)
     (folder / left).write_text("{}")
-    refused(folder, with_settings(config, {"seed": 7}), "other settings")
+    other = with_settings(config, {"training.batch_size": 512, "model.hidden_layers": [8]})
+    changed = r"model.hidden_layers: \[\], now \[8\]; training.batch_size: 1024, now 512"
+    refused(folder, other, rf"holds a run with other settings \({changed}\). Choose another folder")
     assert RunFolder(folder).settings() == config
 
 
@@ -117,27 +104,23 @@ def test_a_run_and_a_comparison_keep_to_their_folders(
     refused(tmp_path / "run", config, rf"holds a {what}\. Choose another folder", is_run=exports)
 
 
-@pytest.mark.parametrize("is_run", [True, False])
 @pytest.mark.parametrize("own", ["data/events.parquet", "samples/july", "config.toml", "plans/a"])
 def test_a_folder_with_files_of_ones_own_is_refused_and_left_alone(
-    config: RunConfig, tmp_path: Path, own: str, is_run: bool
+    config: RunConfig, tmp_path: Path, own: str
 ) -> None:
     (tmp_path / own).parent.mkdir(exist_ok=True)
     (tmp_path / own).write_text("seed = 3\n")
-    refused(tmp_path, config, r"holds .*Choose another folder", is_run=is_run)
+    for is_run in (True, False):
+        refused(tmp_path, config, r"holds .*Choose another folder", is_run=is_run)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [(path, path.read_text()) for path in files] == [(tmp_path / own, "seed = 3\n")]
 
 
 def fail(config: RunConfig, folder: Path, error: BaseException, *done: Path) -> None:
-    def work() -> None:
-        with RunFolder(folder).claim(config, is_run=True):
-            for path in (folder / "data", *done):
-                path.mkdir()
-            raise error
-
-    with pytest.raises(type(error)):
-        work()
+    with pytest.raises(type(error)), RunFolder(folder).claim(config, is_run=True):  # noqa: PT012
+        for path in (folder / "data", *done):
+            path.mkdir()
+        raise error
 
 
 def test_only_a_stopped_run_leaves_a_folder(config: RunConfig, tmp_path: Path) -> None:
@@ -162,16 +145,16 @@ def test_only_a_stopped_run_leaves_a_folder(config: RunConfig, tmp_path: Path) -
 
 def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "saved_models").write_text("a file")
-    refused(tmp_path / "run", config, "saved_models/clicks: Not a directory", StorageError)
+    refused(tmp_path / "run", config, "saved_models/clicks: Not a directory")
     assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
     (tmp_path / "saved_models").unlink()
     (tmp_path / "saved_models").symlink_to(tmp_path / "not mounted")
-    refused(tmp_path / "run", config, "saved_models: is a link to .*not mounted", StorageError)
+    refused(tmp_path / "run", config, "saved_models: is a link to .*not mounted")
     # Not the folder of the models alone, but that of the model, which may be another's.
     (tmp_path / "saved_models").unlink()
     (tmp_path / "saved_models").mkdir()
     (tmp_path / "saved_models" / "clicks").symlink_to(tmp_path / "not mounted")
-    refused(tmp_path / "run", config, "clicks: is a link to .*not mounted", StorageError)
+    refused(tmp_path / "run", config, "clicks: is a link to .*not mounted")
     with RunFolder(tmp_path / "run").claim(config, is_run=False):
         pass
     unexported = with_settings(config, {"export.index": "none"})

@@ -81,15 +81,20 @@ def test_one_that_cannot_catch_up_is_dropped_early() -> None:
     assert standing(stopped, budget).dropped == {"flat": (spent, behind)}
 
 
-def test_two_that_stay_close_are_both_trained_to_their_ends() -> None:
-    one, other = full("one", [0.3, 0.4, 0.41]), full("other", [0.3, 0.39, 0.42])
-    curves, _ = raced([one, other])
-    assert curves == [one, other]
-    assert winner(curves).name == "other"
-
-
-def test_of_equals_the_first_wins() -> None:
-    assert winner(raced([full("a", [0.2, 0.3]), full("b", [0.3, 0.2])])[0]).name == "a"
+@pytest.mark.parametrize(
+    ("known", "first"),
+    [
+        ({"one": [0.3, 0.4, 0.41], "other": [0.3, 0.39, 0.42]}, "other"),
+        ({"a": [0.2, 0.3], "b": [0.3, 0.2]}, "a"),
+        ({"alone": [0.1, 0.05, 0.04, 0.03]}, "alone"),
+    ],
+    ids=["close ones", "equals", "a lonely one"],
+)
+def test_who_stays_close_is_trained_to_the_end(known: dict[str, list[float]], first: str) -> None:
+    whole = [full(name, values) for name, values in known.items()]
+    curves, _ = raced(whole)
+    assert curves == whole
+    assert winner(curves).name == first
 
 
 def test_a_round_gives_each_recipe_the_same_cpu_time() -> None:
@@ -104,16 +109,9 @@ def test_a_round_gives_each_recipe_the_same_cpu_time() -> None:
     assert standing(curves).turn == Turn("dear", 0, 2 * first)
 
 
-def test_a_lonely_recipe_trains_to_its_end() -> None:
-    alone = full("alone", [0.1, 0.05, 0.04, 0.03])
-    assert raced([alone])[0] == [alone]
-
-
 def test_a_budget_ends_the_race_with_the_leader() -> None:
-    known = [
-        full(name, [0.1 * (i + 1) + 0.001 * j for j in range(100)])
-        for i, name in enumerate(["poor", "fair", "good"])
-    ]
+    starts = {"poor": 0.1, "fair": 0.2, "good": 0.3}
+    known = [full(x, [y + 0.001 * j for j in range(100)]) for x, y in starts.items()]
     unlimited = sum(curve.spent for curve in raced(known)[0])
     for budget in (10.0, 60.0, 200.0):
         curves, _ = raced(known, budget)
@@ -151,15 +149,3 @@ def test_the_building_of_a_network_counts_as_a_usual_epoch() -> None:
     assert Curve("a").after([0.1, 0.2], [4.0], has_ended=False).seconds == (4.0, 8.0)
     # All epochs were saved as a process was killed before it wrote any time.
     assert Curve("a").after([0.1, 0.2], [], has_ended=True).seconds == (0.0, 0.0)
-
-
-def test_a_lane_knows_its_best() -> None:
-    curve = full("a", [0.1, 0.3, 0.2])
-    assert (curve.best, curve.best_epoch, curve.spent) == (0.3, 2, 15.0)
-    assert (curve.best_by(4.0), curve.best_by(5.0), curve.best_by(10.0)) == (
-        -float("inf"),
-        0.1,
-        0.3,
-    )
-    assert (Curve("b").best, Curve("b").best_epoch, Curve("b").spent) == (-float("inf"), 0, 0.0)
-    assert (curve.has_ended_by(14.0), curve.has_ended_by(15.0)) == (False, True)

@@ -1,7 +1,6 @@
 """The converters of public logs, on a few made-up rows in the published format."""
 
 import csv
-import importlib.util
 import pickle
 import random
 from datetime import UTC, datetime, timedelta
@@ -14,25 +13,17 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from tests.scripts import script
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
 
 START_MS = 1_705_104_000_000  # 2024-01-13, UTC
 
 
-def converter(name: str) -> Any:
-    """Imports a script of the benchmarks."""
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-KUAIRAND, RECFLOW = converter("kuairand_log"), converter("recflow_log")
-UNSEEN = converter("unseen_logs")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+KUAIRAND, RECFLOW, UNSEEN = (
+    script(BENCHMARKS / f"{name}.py") for name in ("kuairand_log", "recflow_log", "unseen_logs")
+)
 
 
 def events_of(log: Log) -> list[dict[str, Any]]:
