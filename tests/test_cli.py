@@ -449,7 +449,7 @@ def test_a_run_says_what_it_did_and_where_things_lie(run: Run) -> None:
     for stage, taken in seconds.items():
         assert f"{stage:<28}{taken:8.1f} s" in lines
     assert "    dropped nothing" in lines
-    assert "    ials: not compared, because evaluation.baselines leaves it out" in lines
+    assert "    ials: left out by the preset or by evaluation.baselines" in lines
     (header,) = (line for line in lines if line.startswith("model  ") and "ndcg" in line)
     columns = "model ndcg@20 by_request/ndcg@20 recall@20 even_recall@20 recall@5 "
     columns += "tail/recall@20 coverage@5 mrr@5"

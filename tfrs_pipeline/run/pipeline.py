@@ -79,7 +79,7 @@ def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     def fit(runner: Runner, data: RunData) -> dict[str, Retriever]:
         baselines, notes = fit_baselines(config, data, runner.progress.task)
         left_out = [x for x in ("ease", "ials") if x not in config.evaluation.baselines]
-        why = [f"{x}: not compared, because evaluation.baselines leaves it out" for x in left_out]
+        why = [f"{x}: left out by the preset or by evaluation.baselines" for x in left_out]
         runner.note(*notes, *why)
         return baselines
 
