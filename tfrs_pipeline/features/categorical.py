@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from tfrs_pipeline.features.feature import ID_TYPES, Feature, TableColumn
+from tfrs_pipeline.features.libraries import ir, pa, tf
 from tfrs_pipeline.features.raw import (
     BOOLEANS,
     WHOLE_FLOAT,
@@ -19,10 +20,6 @@ from tfrs_pipeline.features.raw import (
     in_blocks,
     to_texts,
 )
-
-if TYPE_CHECKING:
-    import ibis.expr.types as ir
-    import tensorflow as tf
 
 MIN_BUCKETS, MAX_BUCKETS = 16, 2**20
 
@@ -60,16 +57,12 @@ class Vocabulary(Feature):
 
     def codes(self, values: tf.Tensor) -> tf.Tensor:
         """Looks up values, [n] string: int32, 0 where unknown."""
-        import tensorflow as tf
-
         if not self.vocabulary:
             return tf.zeros_like(values, tf.int32)
         return tf.cast(self._lookup(values), tf.int32)
 
     @functools.cached_property
     def _lookup(self) -> tf.keras.layers.StringLookup:
-        import tensorflow as tf
-
         # Unknown values get the code of the empty string, which no vocabulary holds.
         vocabulary = np.array(self.vocabulary, object)
         return tf.keras.layers.StringLookup(vocabulary=vocabulary, oov_token="")
@@ -134,8 +127,6 @@ class Hashed(Category):
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32 buckets from 1, 0 where missing."""
-        import tensorflow as tf
-
         # Keras keeps bucket 0 for the mask.
         hashing = tf.keras.layers.Hashing(self.num_buckets + 1, mask_value="", dtype="int32")
         return hashing(cleaned(raw))
@@ -153,8 +144,6 @@ def count_rows(
     `split` turns a block of rows into an Arrow array of all values, and their number in each row.
     If it is None, every row is a value.
     """
-    import pyarrow as pa
-
     counts, longest = [], 0
     for block in in_blocks(column):
         if split is None:
@@ -176,8 +165,6 @@ def cleaned(texts: tf.Tensor, vocabulary: Collection[str] = ()) -> tf.Tensor:
 
     Without a vocabulary, all of them are rewritten.
     """
-    import tensorflow as tf
-
     if all(value == value.strip() for value in vocabulary):
         texts = tf.strings.strip(texts)
     # Tables write 7 as 7.0 in a column with missing values.
@@ -188,8 +175,6 @@ def cleaned(texts: tf.Tensor, vocabulary: Collection[str] = ()) -> tf.Tensor:
 
 def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
     """Rewrites spellings such as True and FALSE in lower case, like `to_text`."""
-    import tensorflow as tf
-
     for word in ("true", "false"):
         spellings = "|".join(x for x in BOOLEANS if x.lower() == word)
         texts = tf.strings.regex_replace(texts, f"^({spellings})$", word)

@@ -8,15 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from tfrs_pipeline.features.libraries import ir, tf
 from tfrs_pipeline.features.raw import Column, in_blocks, to_texts
-
-if TYPE_CHECKING:
-    import ibis.expr.types as ir
-    import tensorflow as tf
 
 # Ibis type of a column of a log -> the type that the log stores.
 ID_TYPES = {"integer": "int64", "string": "string"}
@@ -131,15 +128,11 @@ class Feature(ABC):
     @property
     def raw_spec(self) -> tf.TensorSpec:
         """Shape and dtype of the input of `encode`."""
-        import tensorflow as tf
-
         return tf.TensorSpec([None, *self.raw_shape], tf.as_dtype(self.raw_dtype))
 
     @functools.cached_property
     def missing(self) -> np.ndarray:
         """The encoding of one row without a value, [1] or [1, m]."""
-        import tensorflow as tf
-
         nothing = "" if self.raw_dtype == "string" else np.nan
         with tf.init_scope():  # Layers ask for it while a graph is traced.
             raw = tf.fill([1, *(1 if x is None else x for x in self.raw_shape)], nothing)
@@ -153,8 +146,6 @@ class Feature(ABC):
             Codes: [B] or [B, m] int32, 0 where missing or unknown. Or numbers: [B] or [B, m]
             float32, NaN where missing.
         """
-        import tensorflow as tf
-
         spec = self.raw_spec
         return self.encoded(tf.ensure_shape(tf.convert_to_tensor(raw, spec.dtype), spec.shape))
 

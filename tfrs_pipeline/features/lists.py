@@ -5,18 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from tfrs_pipeline.features.categorical import Vocabulary, count_rows, lower_booleans
 from tfrs_pipeline.features.feature import TableColumn
+from tfrs_pipeline.features.libraries import ir, pa, tf
 from tfrs_pipeline.features.raw import Column, has_booleans, padded, to_text_lists, to_texts
 from tfrs_pipeline.messages import counted, printable
-
-if TYPE_CHECKING:
-    import ibis.expr.types as ir
-    import tensorflow as tf
 
 MIN_LENGTH = 16
 
@@ -60,8 +57,6 @@ class ValueLists(Vocabulary):
 
     def known_lists(self, lists: tf.RaggedTensor) -> tf.Tensor:
         """Encodes lists: [B, num_values] int32, the known values first, padded with 0."""
-        import tensorflow as tf
-
         # Lists are cut before they are padded, because one row may have very many values.
         codes = self.codes(lists.values)
         place = tf.where(codes > 0)[:, 0]
@@ -119,8 +114,6 @@ class MultiCategorical(ValueLists):
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] int32 codes, the known ones first."""
-        import tensorflow as tf
-
         if has_booleans(self.vocabulary):
             raw = lower_booleans(raw)
         return self.known_lists(tf.RaggedTensor.from_tensor(raw))
@@ -183,9 +176,6 @@ class Text(ValueLists):
     @staticmethod
     def split(column: Column) -> tuple[Any, np.ndarray]:
         """Returns all words, and their number in each row."""
-        import pyarrow as pa
-        import tensorflow as tf
-
         words = _words(tf.constant(to_texts(column).to_pylist(), tf.string, [len(column)]))
         values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
         return values, words.row_lengths().numpy()
@@ -197,8 +187,6 @@ class Text(ValueLists):
 
 def _words(texts: tf.Tensor) -> tf.RaggedTensor:
     """Returns the lower-case words of texts [B], string [B, any]."""
-    import tensorflow as tf
-
     # İ is replaced first, because its lower case depends on the server's locale.
     steps = (_VARIANTS, ""), (_UNSPACED, r" \0 "), (_BETWEEN_WORDS, " "), ("İ", "I")
     for pattern, by in steps:

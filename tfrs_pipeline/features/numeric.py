@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from tfrs_pipeline.features.feature import NUMBER_TYPES, Feature, TableColumn
+from tfrs_pipeline.features.libraries import ir, tf
 from tfrs_pipeline.features.raw import Column, to_numbers
-
-if TYPE_CHECKING:
-    import ibis.expr.types as ir
-    import tensorflow as tf
 
 MAX_BUCKETS = 32
 MAX_DEVIATIONS = 10.0
@@ -96,8 +93,6 @@ class Bucketized(Number):
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32 buckets from 1, 0 where missing or infinite."""
-        import tensorflow as tf
-
         codes = 1 + tf.searchsorted(tf.constant(self.boundaries, tf.float64), raw, side="right")
         return tf.where(tf.math.is_finite(raw), codes, 0)
 
@@ -128,8 +123,6 @@ def moments(numbers: np.ndarray) -> tuple[float, float]:
 
 def standardised(values: tf.Tensor, scale: float) -> tf.Tensor:
     """Divides by a scale other than 0, clips, and returns float32."""
-    import tensorflow as tf
-
     # A graph would turn `/` into a multiplication by the reciprocal, which rounds differently.
     scaled = tf.math.divide_no_nan(values, tf.constant(scale, values.dtype))
     return tf.cast(tf.clip_by_value(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS), tf.float32)
@@ -137,6 +130,4 @@ def standardised(values: tf.Tensor, scale: float) -> tf.Tensor:
 
 def where_finite(raw: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
     """Returns the encoded values, with NaN where the raw value is missing or infinite."""
-    import tensorflow as tf
-
     return tf.where(tf.math.is_finite(raw), encoded, np.float32(np.nan))

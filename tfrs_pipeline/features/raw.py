@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tfrs_pipeline.features.libraries import pa, pc
+
 # A sequence, a NumPy array, or an Arrow array, chunked or not; Arrow has no type hints.
 Column: TypeAlias = Any
 
@@ -41,9 +43,6 @@ def to_text(value: Any) -> str:
 
 def to_texts(column: Column) -> Any:
     """Returns an Arrow array of the `to_text` of each value, "" where it is missing."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     column = typed(column)
     if not isinstance(column, pa.Array):
         return pa.array(["" if is_missing(v) else to_text(v) for v in column], pa.string())
@@ -63,9 +62,6 @@ def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
 
     Missing values and empty strings within a list are dropped. A single value is a list of one.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     column = typed(column)
     if not isinstance(column, pa.Array):
         rows = [
@@ -93,8 +89,6 @@ def padded(values: Any, lengths: np.ndarray) -> np.ndarray:
 
 def to_numbers(name: str, column: Column) -> np.ndarray:
     """Returns [n] float64, NaN where missing; a `ValueError` if an entry is not a number."""
-    import pyarrow as pa
-
     column = typed(column)
     if isinstance(column, pa.Array):
         try:
@@ -112,8 +106,6 @@ def to_numbers(name: str, column: Column) -> np.ndarray:
 
 def to_seconds(name: str, column: Column) -> np.ndarray:
     """Returns [n] float64 seconds since 1970 (UTC) of datetimes with a zone, NaN where missing."""
-    import pyarrow as pa
-
     column = typed(column)
     if isinstance(column, pa.Array):
         if pa.types.is_timestamp(column.type) and column.type.tz is not None:
@@ -135,8 +127,6 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
 
 def typed(column: Column) -> Any:
     """Converts a typed column to an Arrow array; returns lists and object arrays unchanged."""
-    import pyarrow as pa
-
     if isinstance(column, pa.ChunkedArray):
         return column.combine_chunks()
     if not isinstance(column, np.ndarray) or column.dtype == object:
@@ -149,8 +139,6 @@ def typed(column: Column) -> Any:
 
 def list_lengths(lists: Any) -> np.ndarray:
     """Returns the lengths of an Arrow array of lists, [n] int64, 0 where missing."""
-    import pyarrow.compute as pc
-
     return pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
 
 

@@ -3,17 +3,14 @@
 import dataclasses
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from tfrs_pipeline.features.feature import TIME_TYPES, Feature, TableColumn
+from tfrs_pipeline.features.libraries import ir, tf
 from tfrs_pipeline.features.numeric import moments, standardised, where_finite
 from tfrs_pipeline.features.raw import Column, to_seconds
-
-if TYPE_CHECKING:
-    import ibis.expr.types as ir
-    import tensorflow as tf
 
 DAY_SECONDS = 86_400.0
 
@@ -60,8 +57,6 @@ class Timestamp(Feature):
 
     def encoded(self, raw: "tf.Tensor") -> "tf.Tensor":
         """Returns [B, 5] float32: age, sine and cosine of the hour, then of the weekday."""
-        import tensorflow as tf
-
         age = tf.math.log1p(tf.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
         values = [standardised(age - self.mean, self.scale)]
         of_day = tf.math.floormod(raw, DAY_SECONDS)

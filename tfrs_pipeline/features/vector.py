@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from tfrs_pipeline.features.feature import Feature, TableColumn
+from tfrs_pipeline.features.libraries import ibis, ir, pa, tf
 from tfrs_pipeline.features.numeric import finite, standardised
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, is_missing, list_lengths, typed
-
-if TYPE_CHECKING:
-    import ibis.expr.types as ir
-    import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,6 @@ class Vector(Feature):
 
         In text, brackets may surround numbers that `list_separator`, commas or spaces separate.
         """
-        import ibis
-
         value, dtype = column.value, column.value.type()
         if dtype.is_string():
             inner = value.re_replace(r"^\s*\[|\]\s*$", "").strip().nullif("")
@@ -88,8 +83,6 @@ class Vector(Feature):
 
     def encoded(self, raw: "tf.Tensor") -> "tf.Tensor":
         """Returns [B, num_values] float32, NaN in rows with a missing or infinite number."""
-        import tensorflow as tf
-
         is_known = tf.reduce_all(tf.math.is_finite(raw), axis=1, keepdims=True)
         return tf.where(is_known, standardised(raw, self.scale), np.float32(np.nan))
 
@@ -106,8 +99,6 @@ class Vector(Feature):
 
 def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
     """Returns [n, length] float32, NaN in missing rows; the default length is the most common."""
-    import pyarrow as pa
-
     must_hold, num_rows = f"Feature '{name}' must hold", len(column)
     column, of_numbers = typed(column), pa.list_(pa.float32())
     try:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
+from tfrs_pipeline.features.libraries import tf
 from tfrs_pipeline.negatives.protocol import SamplingFrame
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,6 @@ class InBatch:
         )
         if num_rows is not None and num_rows > frame.batch_size:
             raise ValueError(f"{message}. Received: {num_rows}")
-        import tensorflow as tf
-
         from tfrs_pipeline.negatives.alias import sampler_of
 
         num_rows = tf.shape(positive_rows)[0]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
+from tfrs_pipeline.features.libraries import tf
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.protocol import SamplingFrame, sampling_probability
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
+from tfrs_pipeline.features.libraries import tf
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.protocol import SamplingFrame
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,6 @@ class Uniform:
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws [num] candidate rows."""
-        import tensorflow as tf
-
         # int64: the remainder of a 32-bit draw would favour low rows by up to size / 2^32.
         rows = tf.random.stateless_uniform(
             [self.num], seed, minval=1, maxval=frame.num_candidates + 1, dtype=tf.int64

@@ -1,0 +1,22 @@
+"""Large libraries, imported when they are first used: settings name kinds without them."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ibis
+    import ibis.expr.types as ir
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import tensorflow as tf
+else:
+
+    class _Library:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(importlib.import_module(self._name), attribute)
+
+    names = ("ibis", "ibis.expr.types", "pyarrow", "pyarrow.compute", "tensorflow")
+    ibis, ir, pa, pc, tf = map(_Library, names)
