@@ -7,10 +7,11 @@ would lose leading zeros and fail late. An unusable value becomes null and is no
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import ibis
 import ibis.expr.types as ir
+import numpy as np
 
 from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.ids import NO_ID
@@ -22,9 +23,6 @@ from tfrs_pipeline.features.feature import TableColumn
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
 
-_LARGEST_INT64 = 2**63 - 1
-# How programs write a missing id.
-
 
 def is_integer(raw: RawTable, column: str) -> bool:
     """Returns whether ids are kept as int64.
@@ -35,7 +33,7 @@ def is_integer(raw: RawTable, column: str) -> bool:
     dtype = raw.table[column].type()
     if dtype.is_string():
         return raw.is_text and _read_text(raw, column)[1]
-    return not dtype.is_uint64() or not raw.has(raw.table[column] > _LARGEST_INT64)
+    return not dtype.is_uint64() or not raw.has(raw.table[column] > np.iinfo(np.int64).max)
 
 
 def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
@@ -73,9 +71,8 @@ def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "flo
     value = raw.table[column]
     if not (value.type().is_numeric() or value.type().is_boolean() or value.type().is_string()):
         raise raw.wrong_type(column, "a number")
-    number = value.try_cast("float64")
+    converted = number = value.try_cast("float64")
     is_number = (number.abs() <= LARGEST_FLOAT32).fill_null(False)
-    converted = number
     if to == "int64":  # DuckDB would round 1.5 silently.
         converted = value.try_cast("int64")
         is_number &= (number == converted).fill_null(False)
@@ -131,20 +128,13 @@ def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
             refuse_years(raw, moment, name)
         return moment
 
-    def aggregate(**values: ir.Value) -> dict[str, Any]:
-        found: dict[str, Any] = raw.table.aggregate(**values).to_pyarrow().to_pylist()[0]
-        return found
-
-    def fault(is_bad: ir.BooleanValue, problem: str, **details: Any) -> None:
-        raw.fault(name, is_bad, Rule(problem, **details))
-
     return TableColumn(
         place=raw.source.column(name),
         value=raw.table[name],
         list_separator=reading.list_separator,
         read=read,
-        aggregate=aggregate,
-        fault=fault,
+        aggregate=raw.aggregate,
+        fault=lambda is_bad, problem, **more: raw.fault(name, is_bad, Rule(problem, **more)),
         refusal=DataError,
         wrong_type=partial(raw.wrong_type, name),
         notes=raw.notes,
@@ -170,12 +160,10 @@ def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
         value = raw.table[column]
         text = value.re_replace(WHOLE_FLOAT, r"\1").strip()
         cleaned = text.isin(NO_ID).ifelse(ibis.null("string"), text)
-        found = raw.table.aggregate(
-            is_other=(~is_integer_text(value)).any(),
-            is_unclean=((value != value.strip()) | value.endswith(".0") | value.isin(NO_ID)).any(),
-        )
-        is_other, is_unclean = found.to_pyarrow().to_pylist()[0].values()
-        if is_other and is_unclean:
+        is_unclean = (value != value.strip()) | value.endswith(".0") | value.isin(NO_ID)
+        found = raw.aggregate(other=(~is_integer_text(value)).any(), unclean=is_unclean.any())
+        is_other = found["other"]
+        if is_other and found["unclean"]:
             value, is_other = cleaned, raw.has(~is_integer_text(cleaned))
         raw.texts[column] = value, not is_other
     return raw.texts[column]

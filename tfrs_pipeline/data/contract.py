@@ -26,8 +26,17 @@ _EVENT_TYPES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("score", "weight"), NUMBER_TYPES),
     "timestamp": TIME_TYPES,
 }
-_REQUIRED = ("user_id", "item_id", "event_number", "stage")
-
+_NUMBERED = (
+    "It is a distinct int64 for each event, in their order: number the events once, such as by "
+    "row_number() OVER (ORDER BY timestamp), and store it."
+)
+# Required column -> what to do without it.
+_REQUIRED = {
+    "user_id": "Rename the column that holds the users.",
+    "item_id": "Rename the column that holds the items.",
+    "event_number": _NUMBERED,
+    "stage": f"It is one of {', '.join(Stage)}; in a log of clicks only, 'clicked' everywhere.",
+}
 _OF_A_CONNECTION = (ops.DatabaseTable, ops.SQLQueryResult, ops.SQLStringView)
 
 
@@ -61,11 +70,9 @@ def check_events(
 
     Returns the table with a log's types and unchanged values.
     """
-    require_all(events.columns, {name: _remedy(name) for name in _REQUIRED}, source)
-    known = {
-        **{name: KINDS[kind].column_types for name, kind in request_features.items()},
-        **_EVENT_TYPES,
-    }
+    require_all(events.columns, _REQUIRED, source)
+    known = {name: KINDS[kind].column_types for name, kind in request_features.items()}
+    known |= _EVENT_TYPES
     for name in events.columns:
         if name not in known and (problem := name_problem(name, events.columns)):
             raise DataError(f"{source.column(name)}: {sentence(problem)}")
@@ -81,7 +88,7 @@ def check_events(
     if found.num_rows != found.more["num_distinct"]:
         raise DataError(
             f"{source.column('event_number')} holds {found.more['num_distinct']} different numbers "
-            f"in {found.num_rows} rows. {_remedy('event_number')}"
+            f"in {found.num_rows} rows. {_NUMBERED}"
         )
     if not found.more["num_positives"]:
         raise DataError(
@@ -101,9 +108,8 @@ def check_entities(
     kept = [id_name, *features, *(x for x in ("title", LISTED) if x in entities.columns)]
     remedy = "Rename the column that holds it."
     require_all(entities.columns, dict.fromkeys(kept, remedy), source)
-    types = {id_name: ID_TYPES} | {
-        name: KINDS[kind].column_types for name, kind in features.items()
-    }
+    types = {name: KINDS[kind].column_types for name, kind in features.items()}
+    types[id_name] = ID_TYPES
     entities = _cast(entities.select(*dict.fromkeys(kept)), types, source)
     of = events.schema()[id_name]
     if entities.schema()[id_name] != of:
@@ -158,14 +164,3 @@ def _refuse_rows(
         if num:
             raise fault.error(table, source)
     return found
-
-
-def _remedy(name: str) -> str:
-    if name == "event_number":
-        return (
-            "It is a distinct int64 for each event, in their order: number the events once, such "
-            "as by row_number() OVER (ORDER BY timestamp), and store it."
-        )
-    if name == "stage":
-        return f"It is one of {', '.join(Stage)}; in a log of clicks only, 'clicked' everywhere."
-    return f"Rename the column that holds the {name.removesuffix('_id')}s."

@@ -1,7 +1,7 @@
 """Describes a log, in lines for a person."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import date, timedelta
 from typing import Any
 
@@ -50,7 +50,15 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
     first, last = found["first"][0].as_py(), found["last"][-1].as_py()
     # A wrong unit shows here.
     yield f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
-    yield from _describe_days(*(found[name].to_pylist() for name in ("day", "num")))
+    of_day = dict(zip(found["day"].to_pylist(), found["num"].to_pylist(), strict=True))
+    counts = [of_day.get(day, 0) for day in range(min(of_day), max(of_day) + 1)]
+    if len(counts) >= 3:  # A broken day shows here.
+        lowest = min(counts)
+        when = date(1970, 1, 1) + timedelta(min(of_day) + counts.index(lowest))
+        yield (
+            f"positives a day: median {statistics.median_low(counts):,}, lowest {lowest:,} on "
+            f"{when}, {counts[-1]:,} on the last day"
+        )
 
 
 def _describe_weights(events: ibis.Table) -> Iterator[str]:
@@ -69,17 +77,3 @@ def _describe_weights(events: ibis.Table) -> Iterator[str]:
             f"a hundredth of the positives, those above {high:g}, holds {share:.0%} of the weight: "
             "max_weight limits each"
         )
-
-
-def _describe_days(days: Sequence[int], positives: Sequence[int]) -> Iterator[str]:
-    """Describes the positives of each day since 1970, so that a broken day shows."""
-    of_day = dict(zip(days, positives, strict=True))
-    counts = [of_day.get(day, 0) for day in range(days[0], days[-1] + 1)]
-    if len(counts) < 3:
-        return
-    lowest = min(counts)
-    when = date(1970, 1, 1) + timedelta(days[0] + counts.index(lowest))
-    yield (
-        f"positives a day: median {statistics.median_low(counts):,}, lowest {lowest:,} on {when}, "
-        f"{counts[-1]:,} on the last day"
-    )

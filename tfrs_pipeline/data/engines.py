@@ -41,7 +41,8 @@ def connect(memory_limit: str | None = None) -> DuckDB:
     connection = ibis.duckdb.connect(
         folder / "tables.duckdb", temp_directory=str(folder / "spilled"), **options
     )
-    weakref.finalize(connection, _remove_own, folder, lock)
+    weakref.finalize(connection, os.close, lock)
+    weakref.finalize(connection, shutil.rmtree, folder, ignore_errors=True)
     shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
     if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and cannot even be set.
         connection.con.execute("SET enable_progress_bar = false")
@@ -66,11 +67,6 @@ def _own_folder() -> tuple[Path, int]:
     return folder, lock
 
 
-def _remove_own(folder: Path, lock: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
-
-
 def connect_spark(master: str | None = None) -> Any:
     """Opens a Spark session as an Ibis backend; a `DataError` if pyspark or Java is missing.
 
@@ -92,8 +88,8 @@ def connect_spark(master: str | None = None) -> Any:
     if master is not None:
         builder = builder.master(master)
         if master.startswith("local"):  # No other machine needs to reach it.
-            builder = builder.config("spark.driver.host", "127.0.0.1")
-            builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
+            for name in ("host", "bindAddress"):
+                builder = builder.config(f"spark.driver.{name}", "127.0.0.1")
             builder = builder.config("spark.ui.enabled", False)
     return ibis.pyspark.connect(builder.getOrCreate())
 

@@ -92,12 +92,11 @@ def stage_and_weight(
 ) -> tuple[ir.StringValue, ir.FloatingValue]:
     """Returns the stage and the weight of each event; an exposed one weighs 1."""
     value = _text(raw)
-    positive = {name: weight for name, weight in weights.items() if weight != "exposed"}
+    # As text, because DuckDB reads the literal 1.0 as a decimal.
+    positive = {name: str(weight) for name, weight in weights.items() if weight != "exposed"}
     stage = value.isin([*positive]).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
-    # DuckDB reads the literal 1.0 as a decimal.
-    cases = [(value == name, ibis.literal(str(weight))) for name, weight in positive.items()]
-    weight = ibis.cases(*cases, else_="1").cast("float64") if cases else ibis.literal(1.0)
-    return stage, weight
+    weight = value.cases(*positive.items(), else_="1") if positive else ibis.literal("1")
+    return stage, weight.cast("float64")
 
 
 def strongest(events: ibis.Table) -> ibis.Table:
@@ -109,9 +108,7 @@ def strongest(events: ibis.Table) -> ibis.Table:
     is_shown = (events["stage"] == Stage.EXPOSED.value).cast("int8")
     order = [is_shown, events["weight"].desc(), events["event_number"]]
     place = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
-    numbered = events.mutate(_place=place)
-    kept = numbered.filter((numbered["_place"] == 0) | numbered["request_id"].isnull())
-    return kept.drop("_place")
+    return events.filter((place == 0) | events["request_id"].isnull())
 
 
 def refuse_unread(scanned: Scan, unread: Iterable[str]) -> None:
@@ -120,17 +117,16 @@ def refuse_unread(scanned: Scan, unread: Iterable[str]) -> None:
         return
     for name in (name for name in unread if name.lower() in NAMES):
         types = [text for text in scanned.values(name, _MOST_TYPES + 1) if text]
-        if not 1 < len(types) <= _MOST_TYPES:
-            continue
-        column, listed = printable(name), printable(", ".join(types), 200)
-        raise DataError(
-            f"{Source(scanned.name).column(name)} is not read and holds {len(types)} types of "
-            f"events ({listed}): every row would be a click. Set event_weights, such as "
-            f"{printable(suggested(types), 200)} (a number is the weight of a positive; exposed "
-            "was only shown; other types are dropped); or add "
-            f"{column}={column} to columns, if it is a column like others.",
-            "event_weights",
-        )
+        if 1 < len(types) <= _MOST_TYPES:
+            column, listed = printable(name), printable(", ".join(types), 200)
+            raise DataError(
+                f"{Source(scanned.name).column(name)} is not read and holds {len(types)} types of "
+                f"events ({listed}): every row would be a click. Set event_weights, such as "
+                f"{printable(suggested(types), 200)} (a number is the weight of a positive; "
+                "exposed was only shown; other types are dropped); or add "
+                f"{column}={column} to columns, if it is a column like others.",
+                "event_weights",
+            )
 
 
 def suggested(types: Iterable[str]) -> str:

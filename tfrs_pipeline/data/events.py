@@ -54,17 +54,14 @@ def stage_column(reading: Reading, scanned: Scan) -> str | None:
 
     Raises a `DataError` if there are ratings but no threshold.
     """
-
-    def has(name: str) -> bool:
-        return name in reading.columns or name in scanned.columns
-
+    given = {*reading.columns, *scanned.columns}
     if reading.rating_threshold is not None:
         return "rating"
     if reading.event_weights:
         return "event"
-    if has("stage") or reading.stage_values:
+    if "stage" in given or reading.stage_values:
         return "stage"
-    if has("rating") and not reading.label:
+    if "rating" in given and not reading.label:
         column = Source(scanned.name).column(reading.columns.get("rating", "rating"))
         raise DataError(
             f"{column}: a log of ratings needs rating_threshold, the lowest rating that is a "
@@ -106,12 +103,12 @@ def load_events(
         raw.fault("timestamp", columns["timestamp"].isnull(), rules.NO_TIME)
     columns["event_number"] = raw.table["_row"]
     columns["stage"], weight = _stage(raw, stages_in, reading), ibis.literal(1.0)
-    requests = {k: v for k, v in request_features.items() if k in names}
+    requests = {name: kind for name, kind in request_features.items() if name in names}
     type_features(raw, columns, requests, reading)
     for name in names:
         if name in reading.label:
             columns[name] = to_outcome(raw, name)
-            if "weight" not in names:
+            if "weight" not in names and not columns[name].type().is_boolean():
                 _note_amounts(raw, name, columns[name])
         elif name not in columns and name not in (stages_in, "weight"):
             columns[name] = _other_column(raw, name)
@@ -136,20 +133,16 @@ def _event_columns(
     """Returns the columns to read, by the log's names, and the unread ones."""
     required = ["user_id", "item_id", *([stages_in] if stages_in else [])]
     optional = [name for name in _OPTIONAL if name in scanned.columns]
-    requested = [
-        name
-        for name in request_features
-        if not is_from_timestamp(name, (*reading.columns, *scanned.columns))
+    given = (*reading.columns, *scanned.columns)
+    requested = [name for name in request_features if not is_from_timestamp(name, given)]
+    used = dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested])
+    names, source = {name: reading.columns.get(name, name) for name in used}, Source(scanned.name)
+    remedies = {x: f"Set columns to say which column is {name}." for name, x in names.items()}
+    problems = [
+        f"columns.{name}: did you mean {column!r}? A column that keeps its name needs no entry."
+        for name, column in names.items()
+        if name not in LOG_COLUMNS and _is_mistyped(name, column)
     ]
-    names, remedies, problems, source = {}, {}, list[str](), Source(scanned.name)
-    for name in dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested]):
-        names[name] = reading.columns.get(name, name)
-        remedies[names[name]] = f"Set columns to say which column is {name}."
-        if name not in LOG_COLUMNS and _is_mistyped(name, names[name]):
-            problems.append(
-                f"columns.{name}: did you mean {names[name]!r}? A column that keeps its name needs "
-                "no entry."
-            )
     absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
     if stages_in or reading.label:
         absent -= {"stage", "rating"}
@@ -187,27 +180,22 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
     """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}
-    texts: dict[str, set[str]] = {}
-    for name, values in zip(rows.column_names, rows.columns, strict=True):
-        if pa.types.is_string(values.type):
-            texts[name] = {text.strip() for text in values.drop_null().unique().to_pylist()} - {""}
-    few = [name for name, found in texts.items() if len(found) <= _MOST_STAGES]
+    texts = {
+        column.name: {text.strip() for text in rows[column.name].unique().drop_null().to_pylist()}
+        for column in rows.schema
+        if pa.types.is_string(column.type)
+    }
+    few = [name for name, found in texts.items() if len(found - {""}) <= _MOST_STAGES]
     of_stages = scanned.holding(few, stages) if "stage" in absent else []
-    for name, values in zip(rows.column_names, rows.columns, strict=True):
-        found = texts.get(name, set())
-        is_time = pa.types.is_timestamp(values.type) or pa.types.is_date(values.type)
-        num_times = sum(map(bool, map(_ISO_TIME.match, found)))
-        means = ""
-        if name in of_stages:
-            means = "stage"
-        elif is_time or num_times > 0.9 * len(found):
-            means = "timestamp"
+    for name, dtype in zip(rows.schema.names, rows.schema.types, strict=True):
+        found = texts.get(name, set()) - {""}
+        is_time = pa.types.is_timestamp(dtype) or pa.types.is_date(dtype)
+        is_time |= sum(map(bool, map(_ISO_TIME.match, found))) > 0.9 * len(found)
+        means = "stage" if name in of_stages else "timestamp" if is_time else ""
         if means in absent:
-            holds = "stages" if means == "stage" else "times"
-            column = printable(name)
-            others = sorted(found - stages) if means == "stage" else []
-            listed = printable(", ".join(others), 100)
-            others_too = f" and the stages of {listed} to stage_values" if others else ""
+            holds, column = "stages" if means == "stage" else "times", printable(name)
+            others = printable(", ".join(sorted(found - stages)), 100) if means == "stage" else ""
+            others_too = f" and the stages of {others} to stage_values" if others else ""
             raise DataError(
                 f"{Source(scanned.name).column(name)} is not read and holds {holds}, and the log "
                 f"has no {means}. Add {means}={column} to columns{others_too}; or "
@@ -224,16 +212,15 @@ def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
     have_both = set(scanned.holding(columns, _NO)) & set(scanned.holding(columns, _YES))
     for name, values in zip(rows.column_names, rows.columns, strict=True):
         found = {str(value).strip().lower() for value in values.drop_null().unique().to_pylist()}
-        if name not in have_both or found - {*_NO, *_YES}:
-            continue
-        column = printable(name)
-        raise DataError(
-            f"{Source(scanned.name).column(name)} is not read and holds 1 (or true, or yes) in "
-            "some rows and 0 or nothing in others, and the log has no stage, rating or label: "
-            f"every row would be a click. Add {column}=1 to label; or {column}={column} to "
-            "columns, if it is a column like others.",
-            "label",
-        )
+        if name in have_both and found <= {*_NO, *_YES}:
+            column = printable(name)
+            raise DataError(
+                f"{Source(scanned.name).column(name)} is not read and holds 1 (or true, or yes) in "
+                "some rows and 0 or nothing in others, and the log has no stage, rating or label: "
+                f"every row would be a click. Add {column}=1 to label; or {column}={column} to "
+                "columns, if it is a column like others.",
+                "label",
+            )
 
 
 def _request_hint(unread: Iterable[str], reading: Reading) -> str:
@@ -262,8 +249,7 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
     if stages_in == "stage":
         value = stage = raw.table["stage"].cast("string")
         if reading.stage_values:
-            cases = [(value == found, stage) for found, stage in reading.stage_values.items()]
-            stage = ibis.cases(*cases, else_=value)
+            stage = value.cases(*reading.stage_values.items(), else_=value)
         raw.fault("stage", value.isnull(), rules.NO_STAGE)
         raw.fault("stage", stage.notin([str(each) for each in Stage]), rules.UNKNOWN_STAGE)
         return stage
@@ -305,11 +291,9 @@ def _relabel(
 
 def _note_amounts(raw: RawTable, name: str, outcome: ir.Value) -> None:
     """Notes that a label of amounts, such as seconds, is taken as yes or no."""
-    if outcome.type().is_boolean():
-        return
     above = outcome > 0
-    found = raw.table.aggregate(low=outcome.min(where=above), high=outcome.max(where=above))
-    low, high = found.to_pyarrow().to_pylist()[0].values()
+    ends = raw.aggregate(low=outcome.min(where=above), high=outcome.max(where=above))
+    low, high = ends.values()
     if low != high:
         column = printable(raw.source.columns.get(name, name))
         raw.notes.append(

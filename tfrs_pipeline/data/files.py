@@ -116,16 +116,16 @@ class Scan:
             "JOIN {0}_files USING (scan_id, file_id) ORDER BY file_path, line"
         )
         found = self.connection.con.sql(sql.format(self.rejects)).fetchall()
-        lines = {(path, line) for line, path, _, _ in found}
         for line, path, kind, message in found:
             if kind not in _SEPARATE:
                 reason = f"{message} (line {line})"
                 raise DataError(f"{path} cannot be read: {printable(reason, 300)} {LINES_REMEDY}")
-        if not lines:
+        if not found:
             return []
         line, path, _, message = found[0]
         where = f"first: line {line} of {Path(path).name}"
-        return [Dropped(f"incomplete line: {printable(message, 60)} ({where})", len(lines))]
+        num_lines = len({(path, line) for line, path, _, _ in found})
+        return [Dropped(f"incomplete line: {printable(message, 60)} ({where})", num_lines)]
 
 
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:
@@ -187,8 +187,18 @@ def _plain_table(table: pa.Table) -> pa.Table:
 
 
 def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
-    rejects = ibis.util.gen_name("rejects")
-    relation = connection.con.sql(f"SELECT * FROM {_csv_sql(path, paths, rejects)}")
+    """Opens CSV files in the given order, with all columns as text."""
+    header, delimiter = _read_header(path, paths)
+    types, rejects = ", ".join(f"{_quote(x)}: 'VARCHAR'" for x in header), ibis.util.gen_name("bad")
+    # With "auto", DuckDB takes a "?" in a file name as its end.
+    are_zipped = {_is_zipped(path) for path in paths}
+    compression = "auto" if len(are_zipped) > 1 else "gzip" if True in are_zipped else "none"
+    relation = connection.con.sql(
+        f"SELECT * FROM read_csv({_quote_all(paths)}, columns={{{types}}}, "
+        f"delim={_quote(delimiter)}, header=true, auto_detect=false, quote='\"', escape='\"', "
+        f"hive_partitioning={_is_partitioned(path, paths)}, compression='{compression}', "
+        f"store_rejects=true, rejects_table='{rejects}', rejects_scan='{rejects}_files')"
+    )
     return Scan(connection, str(path), relation.columns, lambda columns: relation, paths, rejects)
 
 
@@ -238,13 +248,14 @@ def _plain(of: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_large_string(of) else of
 
 
-def _folders(path: Path, file: Path) -> tuple[str, ...]:
-    """Returns the folders between the user's path and a file; COLUMN=VALUE makes a column."""
-    return file.relative_to(path).parent.parts if path in file.parents else ()
+def _folders(path: Path, file: Path) -> list[str]:
+    """Returns the folders COLUMN=VALUE between the user's path and a file; each makes a column."""
+    parts = file.relative_to(path).parent.parts if path in file.parents else ()
+    return [part for part in parts if "=" in part]
 
 
 def _is_partitioned(path: Path, paths: Sequence[Path]) -> bool:
-    if not any("=" in folder for file in paths for folder in _folders(path, file)):
+    if not any(_folders(path, file) for file in paths):
         return False
     # DuckDB looks at the folders above the user's path, too.
     if above := [part for part in path.absolute().parts if "=" in part]:
@@ -257,7 +268,7 @@ def _is_partitioned(path: Path, paths: Sequence[Path]) -> bool:
 
 def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str] = ()) -> None:
     """Refuses column names that are equal but for case, which a database treats as one."""
-    named = [*columns, *{part.partition("=")[0] for part in folders if "=" in part}]
+    named = [*columns, *{part.partition("=")[0] for part in folders}]
     counts = collections.Counter(column.casefold() for column in named)
     if repeated := sorted({each for each in named if counts[each.casefold()] > 1 or not each}):
         raise DataError(
@@ -283,22 +294,6 @@ def _odd_line(path: Path) -> int | None:
         is_windows = next(lines).endswith(b"\r\n")
         ends = (line.endswith(b"\r\n") for line in lines if line.endswith(b"\n"))
         return next((number for number, end in enumerate(ends, 2) if end != is_windows), None)
-
-
-def _csv_sql(path: Path, paths: Sequence[Path], rejects: str) -> str:
-    """Writes SQL that scans the files in the given order, with all columns as text."""
-    header, delimiter = _read_header(path, paths)
-    types = ", ".join(f"{_quote(name)}: 'VARCHAR'" for name in header)
-    # With "auto", DuckDB takes a "?" in a file name as its end.
-    are_zipped = {_is_zipped(path) for path in paths}
-    compression = "auto" if len(are_zipped) > 1 else "gzip" if True in are_zipped else "none"
-    return (
-        f"read_csv({_quote_all(paths)}, columns={{{types}}}, delim={_quote(delimiter)}, "
-        "header=true, auto_detect=false, quote='\"', escape='\"', "
-        f"hive_partitioning={_is_partitioned(path, paths)}, "
-        f"compression='{compression}', store_rejects=true, rejects_table='{rejects}', "
-        f"rejects_scan='{rejects}_files')"
-    )
 
 
 def _list_files(path: Path) -> tuple[list[Path], bool]:

@@ -48,9 +48,8 @@ class Holdout:
         requests: Per query, the raw features, by name, of the request that brought the first
             target. None in a log without request features.
         history_times: Per query, the time of each item of `histories`, in whole seconds since 1970.
-            None in a log without timestamps.
-        times: [num_queries] int64, when each query comes, in seconds: the time of the first target.
-            None in a log without timestamps.
+        times: [num_queries] int64, the time of each query's first target, in seconds. Both times
+            are None in a log without timestamps.
 
     Raises:
         ValueError: If a list lacks one entry per query, or the counts one per candidate.
@@ -107,26 +106,18 @@ class Holdout:
         return self.fingerprint() == other.fingerprint() and all(map(np.array_equal, mine, others))
 
     def sample(self, num_queries: int, seed: int = 0) -> "Holdout":
-        """Draws at most `num_queries` queries at random, without replacement.
-
-        Returns a holdout of these, sorted by user id, or itself if it has no more.
-        """
+        """Draws at most `num_queries` queries at random; returns itself if it has no more."""
         if len(self) <= num_queries:
             return self
         drawn = np.random.default_rng(seed).choice(len(self), num_queries, replace=False)
         drawn.sort()
-        lists: dict[str, Any] = {
+        chosen: dict[str, Any] = {
             name: [of_queries[i] for i in drawn]
             for name, of_queries in vars(self).items()
-            if isinstance(of_queries, list)
+            if isinstance(of_queries, list) or (name == "times" and of_queries is not None)
         }
-        return replace(
-            self,
-            user_ids=self.user_ids[drawn],
-            num_sampled_from=self.num_sampled_from or len(self),
-            times=None if self.times is None else self.times[drawn],
-            **lists,
-        )
+        chosen["num_sampled_from"] = self.num_sampled_from or len(self)
+        return replace(self, user_ids=self.user_ids[drawn], **chosen)
 
     def as_queries(self) -> list[Query]:
         """Returns queries for a `Retriever`: user_id, history and, if known, times and request.
@@ -137,26 +128,22 @@ class Holdout:
         requests = self.requests
         if self.history_times is not None and self.times is not None:
             columns["history_timestamps"] = self.history_times
-            moments = [datetime.fromtimestamp(time, UTC) for time in self.times.tolist()]
-            requests = [
-                {**request, "timestamp": moment}
-                for request, moment in zip(requests or [{}] * len(self), moments, strict=True)
-            ]
+            pairs = zip(requests or [{}] * len(self), self.times.tolist(), strict=True)
+            requests = [{**x, "timestamp": datetime.fromtimestamp(time, UTC)} for x, time in pairs]
         if requests is not None:
             columns["request"] = requests
-        return [
-            dict(zip(columns, values, strict=True))
-            for values in zip(*columns.values(), strict=True)
-        ]
+        rows = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, values, strict=True)) for values in rows]
 
     def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
-        """Returns the items that each ranking excludes: those clicked, or seen, before the cut.
+        """Returns the items that each ranking excludes: clicked, or seen, before the cut, or none.
 
-        Returns None for "none". Raises a `ValueError` for an unknown rule.
+        Raises a `ValueError` for an unknown rule.
         """
-        if rule not in ("clicked", "seen", "none"):
+        lists = {"clicked": self.clicked, "seen": self.seen, "none": None}
+        if rule not in lists:
             raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
-        return {"clicked": self.clicked, "seen": self.seen, "none": None}[rule]
+        return lists[rule]
 
 
 def check_holdout(holdout: object) -> None:
@@ -169,30 +156,23 @@ def check_holdout(holdout: object) -> None:
 
 
 def make_holdout(
+    log: Any,
     split: ibis.Table,
     part: EvaluationPart,
-    items: ibis.Table,
-    training: ibis.Table,
-    *,
-    by: AskedBy = "users",
-    ties: TieRule = "drop",
-    request_features: Mapping[str, str],
-    max_queries: int | None = None,
-    seed: int = 0,
+    trained_on: Any,
+    by: AskedBy,
+    max_queries: int | None,
+    seed: int,
 ) -> Holdout:
-    """Makes the queries of a part; see `Split.holdout`.
+    """Makes the queries of a part of a log; see `Split.holdout`. `split` holds events with `part`.
 
     When a request is made, its own clicks are unknown. So histories leave out clicks from the
     request of a query's first target. If users ask, the ranking still excludes such clicks from
     before the cut, because training had them.
-
-    `split` holds events with `part`; `items` are the candidates; `training` holds the events whose
-    positives are counted. The engine draws users by `seed` and reads no others. Raises a
-    `DataError` if there is no positive.
     """
     asked = split.filter((split["part"] == part) & is_positive(split))
     users, num_queries = _draw_users(asked, by, max_queries, seed)
-    rows = _read_events(split.semi_join(users, "user_id"), part, by, request_features)
+    rows = _read_events(split.semi_join(users, "user_id"), part, by, log.request_features)
     if rows.num_rows == 0:
         without = " In Python, split.train and split.test do not need it."
         raise DataError(
@@ -200,7 +180,7 @@ def make_holdout(
             f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
     events = _Events.of(rows)
-    queries = [*(_of_users(events) if by == "users" else _of_requests(events, ties, by))]
+    queries = [*(_of_users(events) if by == "users" else _of_requests(events, log.ties, by))]
     first = np.array([query.targets[0] for query in queries])
     ids, is_positive_row, is_tied = events.item_ids, events.is_positive, events.is_tied()
     relevant = [np.unique(ids[query.targets]) for query in queries]
@@ -210,9 +190,10 @@ def make_holdout(
         seconds = rows["_seconds"].to_numpy()
         history_times = [seconds[query.history] for query in queries]
         times = {"history_times": history_times, "times": seconds[first]}
-    positives = training.filter(is_positive)
-    candidate_ids, counts = _count_candidates(items, positives, count=positives.count())
-    requests = rows.select([*request_features]).take(first).to_pylist()
+    positives = trained_on.events.filter(is_positive)
+    candidate_ids, counts = _count_candidates(log.items, positives, count=positives.count())
+    shown = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
+    requests = rows.select([*log.request_features]).take(first).to_pylist()
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
         histories=[ids[query.history] for query in queries],
@@ -223,8 +204,8 @@ def make_holdout(
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
-        exposure=_exposure(items, split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))),
-        requests=requests if request_features else None,
+        exposure=_exposure(log.items, shown),
+        requests=requests if log.request_features else None,
         **times,
     ).sample(max_queries or len(queries), seed)
 
@@ -240,20 +221,16 @@ def _exposure(items: ibis.Table, shown: ibis.Table) -> np.ndarray:
 def _draw_users(
     asked: ibis.Table, by: AskedBy, max_queries: int | None, seed: int
 ) -> tuple[ibis.Table, int | None]:
-    """Draws users until they have `max_queries` queries or more; takes all users if too few.
+    """Draws users until they have `max_queries` queries; returns them and the number of all.
 
-    Returns the users, and how many queries there were to draw from; None if all are taken.
+    If all are taken, the number is None.
     """
-    num: ir.Scalar = ibis.literal(1)
+    num: ir.Scalar = asked.count() if by == "requests" else ibis.literal(1)
     if by == "requests" and "request_id" in asked.columns:
         num = asked["request_id"].nunique() + asked["request_id"].isnull().sum()
-    elif by == "requests":
-        num = asked.count()
     users = asked.group_by("user_id").agg(_num=num)
-    if max_queries is None:
-        return users.select("user_id"), None
-    num_queries = users["_num"].sum().to_pyarrow().as_py() or 0
-    if num_queries <= max_queries:
+    num_queries = 0 if max_queries is None else users["_num"].sum().to_pyarrow().as_py() or 0
+    if max_queries is None or num_queries <= max_queries:
         return users.select("user_id"), None
     drawn = [random_key(users["user_id"], seed=seed), users["user_id"]]
     so_far = users["_num"].sum().over(ibis.cumulative_window(order_by=drawn))
@@ -274,9 +251,8 @@ def _read_events(
         time = split["timestamp"]
         known["_seconds"] = whole_seconds(time)
     known["_time"], (known["_start"], known["_first"]) = time, query_start(split, time)
-    known["_request"] = ibis.null("int64")
-    if "request_id" in split.columns:
-        known["_request"] = split["request_id"]
+    has_requests = "request_id" in split.columns
+    known["_request"] = split["request_id"] if has_requests else ibis.null("int64")
     known |= at_request(split, request_features)
     return (
         split.mutate(**known)

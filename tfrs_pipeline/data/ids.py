@@ -36,7 +36,7 @@ class Ids:
         # The id of every row, including row 0.
         self._by_row = np.concatenate([np.array([self.empty_id], values.dtype), values])
         self.values = self._by_row[1:]
-        if values.dtype == np.int64:
+        if not self.are_text:
             order = np.argsort(values)
             self._sorted, self._sorted_rows = values[order], (order + 1).astype(np.int32)
         self._refuse_reserved_and_repeated()
@@ -47,7 +47,7 @@ class Ids:
     def rows(self, values: Iterable[Any] | np.ndarray) -> np.ndarray:
         """Looks up the rows of ids: [num_values] int32 in their order, 0 where unknown."""
         values = values.ravel() if isinstance(values, np.ndarray) else list(values)
-        if self.values.dtype == np.int64:
+        if not self.are_text:
             array = np.asarray(values)
             if array.dtype.kind == "i":
                 places = np.minimum(np.searchsorted(self._sorted, array), len(self) - 1)
@@ -83,14 +83,11 @@ class Ids:
             raise ValueError(
                 f"Id {self.empty_id!r} is reserved for empty slots. Use another one instead."
             )
-        if self.values.dtype == np.int64:
-            num_distinct = 1 + int(np.count_nonzero(np.diff(self._sorted)))
-        else:
-            num_distinct = len(self._row_of)
+        num_distinct = len(self._row_of) if self.are_text else len(np.unique(self._sorted))
         if num_distinct < len(self):
             # A dict keeps the last of equal keys.
-            listed = self.values.tolist()
-            first = next(id_ for row, id_ in enumerate(listed, 1) if self._row_of[id_] != row)
+            listed = enumerate(self.values.tolist(), 1)
+            first = next(id_ for row, id_ in listed if self._row_of[id_] != row)
             raise ValueError(
                 f"{len(self) - num_distinct} ids occur more than once, first {first!r}. Each must "
                 "be listed once."

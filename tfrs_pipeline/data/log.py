@@ -322,25 +322,14 @@ class Log:
         min_positives: int = 5,
         seed: int = 0,
     ) -> Split["Log"]:
-        """Splits the log into training, validation and test.
+        """Splits the log into training, validation and test, as `SplitConfig` says.
 
-        `SplitConfig` describes the options and the kinds of splits. Only `time` keeps other users'
-        later clicks out of training. In a log without order, a user's "last" positives are drawn at
-        random. A user's events of one item then stay in one part, so that a part can be a little
-        larger or smaller than asked for, or empty for a user.
-
-        Args:
-            kind: See `SplitConfig.kind`.
-            validation: See `SplitConfig.validation`; a moment may be text, such as
-                "2024-01-31T00:00:00Z".
-            test: The same for the test.
-            target_share: See `SplitConfig.target_share`.
-            min_positives: See `SplitConfig.min_positives`.
-            seed: Seed of the draw of held-out users and, without an order, of positives.
-
-        Returns:
-            The split: `train, validation, test = log.split()`. Unpacking raises a `DataError` if a
-            part has no positive: with `validation=0`, use `split.train` and `split.test`.
+        Only `time` keeps other users' later clicks out of training. In a log without order, a
+        user's "last" positives are drawn at random. A user's events of one item then stay in one
+        part, so that a part can be a little larger or smaller than asked for, or empty for a user.
+        A moment may be text, such as "2024-01-31T00:00:00Z". The seed draws held-out users and,
+        without an order, positives. `train, validation, test = log.split()` raises a `DataError`
+        if a part has no positive: with `validation=0`, use `split.train` and `split.test`.
 
         Raises:
             DataError: If the log cannot be split in this way.
@@ -369,7 +358,7 @@ class Log:
         return {name: schema.count_rows(getattr(self, name)) for name in _KEYS}
 
     def describe(self) -> Lines:
-        """Describes what the log holds and what was dropped, in lines; printed, they are text."""
+        """Describes what the log holds and what was dropped, in lines."""
         return Lines(describe(self))
 
 

@@ -23,13 +23,10 @@ LogT = TypeVar("LogT", bound=Any)  # `Log`, whose module imports this one.
 
 @dataclass(frozen=True, eq=False)
 class Split(Generic[LogT]):
-    """A log in parts. Unpacks as train, validation, test.
+    """A log in parts; unpacks as train, validation, test.
 
-    Args:
-        log: The log that was split.
-        events: Its events, except those dropped, with a column `part`: "train", "validation",
-            "test" or "fold_in", which is the history of held-out users.
-        kind: How it was split.
+    `events` are those of `log` without the dropped ones, with a column `part`: "train",
+    "validation", "test" or "fold_in", which is the history of held-out users.
     """
 
     log: LogT
@@ -54,16 +51,12 @@ class Split(Generic[LogT]):
 
     @functools.cached_property
     def validation(self) -> Holdout:
-        """The queries of the validation part; raises a `DataError` if it has no positive."""
+        """The queries of the validation part; see `holdout`."""
         return self.holdout("validation")
 
     @functools.cached_property
     def test(self) -> Holdout:
-        """The queries of the test part; raises a `DataError` if it has no positive.
-
-        Training positives are those of `before_test`; for a model trained on less, use
-        `holdout("test", trained_on=split.train)`.
-        """
+        """The queries of the test part, for models trained on `before_test`; see `holdout`."""
         return self.holdout("test")
 
     def holdout(
@@ -98,29 +91,15 @@ class Split(Generic[LogT]):
             )
         if trained_on is None:
             trained_on = self.train if part == "validation" else self.before_test
-        return make_holdout(
-            self.events,
-            part,
-            self.log.items,
-            trained_on.events,
-            by=by,
-            ties=self.log.ties,
-            request_features=self.log.request_features,
-            max_queries=max_queries,
-            seed=seed,
-        )
+        return make_holdout(self.log, self.events, part, trained_on, by, max_queries, seed)
 
     def report(self) -> dict[str, Any]:
-        """Counts the contents of each part that has events, and what the split dropped.
-
-        A part has num_events, num_positives and num_users (with positives); the split has
-        num_users_dropped and num_events_dropped.
-        """
-        events = self.events
+        """Counts events, positives and users (with positives) by part, and what was dropped."""
+        events, is_clicked = self.events, is_positive(self.events)
         counts = events.group_by("part").agg(
             num_events=events.count(),
-            num_positives=is_positive(events).sum(),
-            num_users=events["user_id"].nunique(where=is_positive(events)),
+            num_positives=is_clicked.sum(),
+            num_users=events["user_id"].nunique(where=is_clicked),
         )
         rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
         report: dict[str, Any] = {part: rows[part] for part in PARTS if part in rows}
@@ -178,8 +157,6 @@ class Split(Generic[LogT]):
 
     def _part(self, *parts: str) -> LogT:
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
-        # Dropped rows and notes belong to the whole log.
-        told: dict[str, Any] = {"dropped": (), "notes": ()}
         later = None
         if "timestamp" in events.columns:
             last = events["timestamp"].max().as_scalar()
@@ -187,5 +164,6 @@ class Split(Generic[LogT]):
             later = items.filter(items["first"] > last).select("item_id")
             if self.log.later_items is not None:
                 later = later.union(self.log.later_items, distinct=True)
-        told |= {"part_of": self.log.whole, "later_items": later}
-        return dataclasses.replace(self.log, events=events, **told)
+        # Dropped rows and notes belong to the whole log.
+        told: dict[str, Any] = {"dropped": (), "notes": (), "part_of": self.log.whole}
+        return dataclasses.replace(self.log, events=events, later_items=later, **told)

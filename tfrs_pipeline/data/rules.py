@@ -100,30 +100,27 @@ class Fault(NamedTuple):
 
     def error(self, table: ibis.Table, source: Source, max_bad_share: float = 0) -> DataError:
         """Makes the error: column, problem, number of rows, a few values, the first row, remedy."""
-        bad = table.filter(self.is_bad)
-        value = table[self.column]
-        first = {"first": table["_row"].min()} if "_row" in table.columns else {}
-        row = bad.aggregate(num=bad.count(), **first).to_pyarrow().to_pylist()[0]
+        bad, value = table.filter(self.is_bad), table[self.column]
         text = bad.select(text=value.cast("string").left(100)).distinct().limit(3).to_pyarrow()
         values = sorted(value for value in text["text"].to_pylist() if value is not None)
-        if value.type().is_string():
-            values = [repr(value) for value in values]
-        examples = f", such as {', '.join(map(printable, values))}" if values else ""
-        place = f" (first: row {row['first'] + 1})" if first else ""
-        instead = ""
+        shown = map(repr, values) if value.type().is_string() else values
+        examples = f", such as {', '.join(map(printable, shown))}" if values else ""
+        place = instead = ""
+        if "_row" in table.columns:
+            place = f" (first: row {bad['_row'].min().to_pyarrow().as_py() + 1})"
+        num_bad, num_rows = (x.count().to_pyarrow().as_py() for x in (bad, table))
         if max_bad_share and self.rule.is_droppable:
             becomes = "values are taken as missing" if self.is_missing else "rows are dropped"
             instead = f" Up to max_bad_share ({max_bad_share:g}) of the {becomes} instead."
-        num_rows = table.count().to_pyarrow().as_py()
         return DataError(
-            f"{source.column(self.column)} {self.rule.problem} in {row['num']} of {num_rows} "
-            f"rows{examples}{place}. {self.rule.remedy}{instead}",
+            f"{source.column(self.column)} {self.rule.problem} in {num_bad} of {num_rows} rows"
+            f"{examples}{place}. {self.rule.remedy}{instead}",
             self.rule.setting or "",
         )
 
 
 class Found(NamedTuple):
-    """The number of rows, the number of bad rows by fault, and other aggregates."""
+    """The number of rows, the number of bad rows by fault, and all aggregates by name."""
 
     num_rows: int
     num_bad: list[int]
@@ -147,8 +144,7 @@ def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> F
         for i, fault in enumerate(faults)
     }
     found = counted.aggregate(_rows=counted.count(), **sums, **more).to_pyarrow().to_pylist()[0]
-    num_bad = [found[f"_num_{i}"] or 0 for i in range(len(faults))]
-    return Found(found["_rows"], num_bad, {name: found[name] for name in more})
+    return Found(found["_rows"], [found[name] or 0 for name in sums], found)
 
 
 @dataclass(frozen=True)
@@ -186,10 +182,14 @@ class RawTable:
             self.renaming,
         )
 
+    def aggregate(self, **values: ir.Scalar) -> dict[str, Any]:
+        """Computes aggregates over the rows, by name."""
+        found: dict[str, Any] = self.table.aggregate(**values).to_pyarrow().to_pylist()[0]
+        return found
+
     def has(self, condition: ir.BooleanValue) -> bool:
         """Returns whether a condition is true in any row."""
-        found = self.table.aggregate(found=condition.any())
-        return bool(found.to_pyarrow()["found"][0].as_py())
+        return bool(condition.any().to_pyarrow().as_py())
 
     def fault(self, column: str, is_bad: ir.BooleanValue, rule: Rule) -> None:
         """Records in which rows a column breaks a rule."""
@@ -205,7 +205,7 @@ class RawTable:
         """
         faults = sorted(self.faults, key=lambda fault: fault.rule.is_droppable)
         num_rows = self.num_rows + sum(each.num_rows for each in self.dropped)
-        worst: tuple[bool, int, Fault] | None = None
+        found: list[tuple[bool, int, Fault]] = []  # Those that drop rows.
         for fault, num in zip(faults, evaluate(self.table, faults).num_bad, strict=True):
             if fault.is_missing and num > max_bad_share * self.num_rows:
                 raise fault.error(self.table, self.source, max_bad_share)
@@ -215,11 +215,11 @@ class RawTable:
             elif num:
                 of = printable(repr(self.source.columns.get(fault.column, fault.column)))
                 self.dropped.append(Dropped(f"column {of} {fault.rule.problem}", num))
-                if worst is None or (not fault.rule.is_droppable, num) > worst[:2]:
-                    worst = (not fault.rule.is_droppable, num, fault)
+                found.append((not fault.rule.is_droppable, num, fault))
         is_too_much = sum(each.num_rows for each in self.dropped) > max_bad_share * num_rows
-        if worst is not None and (is_too_much or worst[0]):
-            raise worst[2].error(self.table, self.source, max_bad_share)
+        is_refused, _, worst = max(found, key=lambda x: x[:2], default=(False, 0, None))
+        if worst is not None and (is_too_much or is_refused):
+            raise worst.error(self.table, self.source, max_bad_share)
         if is_too_much:
             first = self.dropped[0]
             raise DataError(
@@ -228,7 +228,7 @@ class RawTable:
                 "max_bad_share",
             )
         rows = self.table
-        if worst is not None:
+        if found:
             rows = rows.filter(*(~f.is_bad.fill_null(False) for f in faults if not f.is_missing))
         return store(rows.select(**columns), self.source)
 

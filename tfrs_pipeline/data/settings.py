@@ -91,17 +91,12 @@ class DataConfig(Reading, Tables):
             return {**settings, "source": "files"}
         return settings
 
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        yield from super()._problems()
-        yield from self._source_problems()
-        yield from self.name_problems(self.request_features)
-
     def reading(self) -> Reading:
         """Returns how the tables are read, for `Log.from_files`."""
         return Reading(**{name: getattr(self, name) for name in Reading.model_fields})
 
-    def _source_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields settings that the source needs but lacks, and those that it would ignore."""
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._problems()
         if self.source != "movielens-100k" and self.path is None:
             what = "name of the table" if self.source == "spark" else "file or folder"
             yield "path", f"required for source {self.source!r}: the {what} of its events"
@@ -116,6 +111,7 @@ class DataConfig(Reading, Tables):
                 known = " or ".join(map(repr, sources))
                 ready = ": a table has its stages and weights already" * (self.source == "spark")
                 yield name, f"has no effect with source {self.source!r}: only with {known}{ready}"
+        yield from self.name_problems(self.request_features)
 
 
 class SplitConfig(Config):

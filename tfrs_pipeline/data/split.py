@@ -37,11 +37,9 @@ def split_events(
     if not is_ordered:  # Rows may be sorted by item, so their order would not be a fair draw.
         order = [random_key(events["user_id"], events["item_id"], seed=seed), "item_id"]
     counted = _count_positives(events, config.min_positives, order)
-    if config.kind == "held_out_users":
-        counted = split_held_out_users(counted, config, seed)
-    else:
-        counted = split_last(counted, config)
-    return counted.select(*(name for name in events.columns if name != "part"), "part")
+    is_last = config.kind != "held_out_users"
+    split = split_last(counted, config) if is_last else split_held_out_users(counted, config, seed)
+    return split.select(*(name for name in events.columns if name != "part"), "part")
 
 
 def split_by_time(
@@ -58,21 +56,18 @@ def split_by_time(
         )
     if not (isinstance(validation, datetime) and isinstance(test, datetime)):
         validation, test = _time_cuts(events, validation, test)
-    time = events["timestamp"]
-    return events.mutate(
-        part=ibis.cases(
-            (time < _moment(validation), "train"),
-            (time < _moment(test), "validation"),
-            else_="test",
-        )
+    is_train, is_before_test = (
+        events["timestamp"] < ibis.literal(x.astimezone(UTC), type="timestamp('UTC', 6)")
+        for x in (validation, test)
     )
+    part = ibis.cases((is_train, "train"), (is_before_test, "validation"), else_="test")
+    return events.mutate(part=part)
 
 
 def split_last(counted: ibis.Table, config: SplitConfig) -> ibis.Table:
-    """Splits off each user's last positives, a number or a share of them.
+    """Splits off each user's last positives: ceil(test n) of n, then ceil(validation m) of m left.
 
-    With shares, the last ceil(test n) of a user's n positives are the test part, and the last
-    ceil(validation m) of the m before them are the validation part.
+    For the kind "last_n", the amounts are numbers.
     """
     validation, test = config.amounts()
     num_positives, num_so_far = counted["_num_positives"], counted["_num_so_far"]
@@ -83,11 +78,9 @@ def split_last(counted: ibis.Table, config: SplitConfig) -> ibis.Table:
         num_before_test = num_positives - round_up(num_positives * test)
         num_train = num_before_test - round_up(num_before_test * validation)
     # If a user has too few positives for all parts, events before the first positive still train.
-    part = ibis.cases(
-        (num_so_far > ibis.greatest(num_before_test, 0), "test"),
-        (num_so_far > ibis.greatest(num_train, 0), "validation"),
-        else_="train",
-    )
+    is_test = num_so_far > ibis.greatest(num_before_test, 0)
+    is_validation = num_so_far > ibis.greatest(num_train, 0)
+    part = ibis.cases((is_test, "test"), (is_validation, "validation"), else_="train")
     return counted.mutate(part=part)
 
 
@@ -104,16 +97,14 @@ def split_held_out_users(counted: ibis.Table, config: SplitConfig, seed: int) ->
     num_held_out = num_test + num_in_share(validation, num_users)
     drawn = ibis.window(order_by=[random_key(users["user_id"], seed=seed), users["user_id"]])
     place = ibis.row_number().over(drawn)
-    role = ibis.cases(
-        (place < num_test, "test"), (place < num_held_out, "validation"), else_="train"
-    )
+    is_test, is_held_out = place < num_test, place < num_held_out
+    role = ibis.cases((is_test, "test"), (is_held_out, "validation"), else_="train")
     counted = counted.inner_join(users.mutate(_role=role), "user_id")
     num_positives = counted["_num_positives"]
     num_targets = round_up(num_positives * config.target_share)
     is_target = counted["_num_so_far"] > num_positives - num_targets
     is_history = (counted["_role"] != "train") & ~is_target
-    part = is_history.ifelse("fold_in", counted["_role"])
-    return counted.mutate(part=part)
+    return counted.mutate(part=is_history.ifelse("fold_in", counted["_role"]))
 
 
 def split_by_column(events: ibis.Table) -> ibis.Table:
@@ -127,12 +118,12 @@ def split_by_column(events: ibis.Table) -> ibis.Table:
     rows = {row["part"]: row for row in counts.to_pyarrow().to_pylist()}
     num_null = rows.pop(None, {"num": 0})["num"]
     where = "event table: column 'part'"
-    if unknown := sorted(repr(value) for value in rows.keys() - set(COLUMN_PARTS)):
-        num_unknown = sum(row["num"] for value, row in rows.items() if value not in COLUMN_PARTS)
+    if unknown := {value: row["num"] for value, row in rows.items() if value not in COLUMN_PARTS}:
         num_rows = num_null + sum(row["num"] for row in rows.values())
         raise DataError(
-            f"{where}: {num_unknown} of {num_rows} rows hold {', '.join(unknown[:10])}. It must "
-            f"hold {', '.join(COLUMN_PARTS)}, or null for events of no part."
+            f"{where}: {sum(unknown.values())} of {num_rows} rows hold "
+            f"{', '.join(sorted(map(repr, unknown))[:10])}. It must hold "
+            f"{', '.join(COLUMN_PARTS)}, or null for events of no part."
         )
     if missing := [part for part in COLUMN_PARTS if part not in rows]:
         raise DataError(
@@ -215,11 +206,9 @@ def order_keys(events: ibis.Table) -> list[str]:
 
 
 def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -> ibis.Table:
-    """Adds the user's _num_positives, and _num_so_far up to and including the event.
-
-    Events at the same place in the order count each other, so that no cut separates them.
-    """
+    """Adds the user's _num_positives, and _num_so_far up to and including the event."""
     positives = is_positive(events).cast("int64")
+    # By range, so that events at the same place in the order count each other: no cut parts them.
     so_far = ibis.range_window(preceding=None, following=0, group_by="user_id", order_by=order)
     counted = events.mutate(
         _num_positives=positives.sum().over(ibis.window(group_by="user_id")),
@@ -236,7 +225,3 @@ def num_in_share(share: float, num: int) -> int:
 def round_up(value: ir.NumericValue) -> ir.IntegerValue:
     """Rounds a share of a number up to int64, except for binary rounding errors."""
     return (value - _CEIL_SLACK).ceil().cast("int64")
-
-
-def _moment(moment: datetime) -> ibis.Value:
-    return ibis.literal(moment.astimezone(UTC), type="timestamp('UTC', 6)")

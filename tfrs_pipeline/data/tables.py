@@ -46,8 +46,7 @@ def make_tables(
 ) -> tuple[Tables, TieRule, tuple[Dropped, ...], tuple[str, ...]]:
     """Reads, types and stores consistent tables of a log; arguments as in `Log.from_files`.
 
-    `features` are those of items, users and requests. Returns the tables, the rule for equal times,
-    the dropped events, and notes for a person.
+    Returns the tables, the rule for equal times, the dropped events, and notes for a person.
     """
     item_features, user_features, request_features = features
     refuse(reading.name_problems(request_features))
@@ -91,8 +90,10 @@ def make_tables(
     events, rule, notes = settle_ties(events, reading.ties)
     if rule == "random":
         events = store(events, raw.source)
-    whole = (add_missing(table, events, name).order_by(name) for name, table in tables.items())
-    items, users = (store(table, raw.source) for table in whole)
+    items, users = (
+        store(add_missing(table, events, name).order_by(name), raw.source)
+        for name, table in tables.items()
+    )
     return (events, items, users), rule, tuple(raw.dropped), (*raw.notes, *notes)
 
 
@@ -165,13 +166,13 @@ def _settle_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates
             "duplicates",
         )
     if duplicates == "keep":
-        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
-        raw.notes.append(note)
+        raw.notes.append(
+            f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
+        )
         return events
     raw.dropped.append(Dropped("repeats an earlier event", num_copies))
     same = ibis.window(group_by=keys, order_by="event_number")
-    numbered = events.mutate(_copy=ibis.row_number().over(same))
-    return numbered.filter(numbered["_copy"] == 0).drop("_copy")
+    return events.filter(ibis.row_number().over(same) == 0)
 
 
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
@@ -180,14 +181,13 @@ def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.
     For items, the column `LISTED` says whether the table had the item.
     """
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
-    added: dict[str, Any] = {
-        name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name
-    }
+    added: dict[str, Any] = {name: ibis.null(dtype) for name, dtype in entities.schema().items()}
+    added[id_name] = missing[id_name]
     if id_name == "item_id":
         if LISTED not in entities.columns:
             entities = entities.mutate(**{LISTED: True})
         added[LISTED] = ibis.literal(False)
-    return entities.union(missing.mutate(**added).select(*entities.columns))
+    return entities.union(missing.select(**{name: added[name] for name in entities.columns}))
 
 
 def _load_raw(
@@ -201,8 +201,7 @@ def _load_raw(
 ) -> RawTable | None:
     """Opens an item or user table; without one, returns None and refuses features.
 
-    `remedy` replaces the advice to set a missing column's name. `id_of_events` is the column with
-    these ids in the events; it is suggested if this table has it too.
+    `remedy` is the advice for a missing column; `id_of_events` is the events' column of these ids.
     """
     kind = id_name.removesuffix("_id")
     if source is None:
@@ -212,23 +211,24 @@ def _load_raw(
                 f"{', '.join(features)}."
             )
         return None
-    scanned = scan(connection, source, f"{kind} table")
-    shown = ["title"] if id_name == "item_id" and "title" in scanned.columns else []
-    setting = f"{kind}_columns"
-    used = dict.fromkeys([id_name, *features, *(["title"] if id_name == "item_id" else [])])
+    scanned, setting = scan(connection, source, f"{kind} table"), f"{kind}_columns"
+    shown = ["title"] if id_name == "item_id" else []
+    used = dict.fromkeys([id_name, *features, *shown])
     if unused := sorted(set(columns) - set(used)):
         raise DataError(
             f"{setting}.{printable(unused[0])}: nothing reads a column of that name, "
             f"{suggest(unused[0], used)}",
             setting,
         )
-    names, remedies = {}, {}
-    for name in dict.fromkeys([id_name, *features, *shown, *columns]):
-        names[name] = columns.get(name, name)
-        mend = remedy or f"Set {setting} to say which column is {name}."
-        if name == id_name and id_of_events in scanned.columns:
-            mend = f"Add {name}={printable(id_of_events)} to {setting}, as in columns."
-        remedies[names[name]] = mend
+    there = {*scanned.columns, *columns, *features}
+    names = {x: columns.get(x, x) for x in used if x in there or x not in shown}
+    remedies = {
+        column: remedy or f"Set {setting} to say which column is {name}."
+        for name, column in names.items()
+    }
+    if id_of_events in scanned.columns:
+        mend = f"Add {id_name}={printable(id_of_events)} to {setting}, as in columns."
+        remedies[names[id_name]] = mend
     require_all(scanned.columns, remedies, Source(scanned.name), setting)
     return replace(scanned.load(names), renaming=setting)
 

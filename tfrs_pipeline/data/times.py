@@ -100,7 +100,7 @@ def _read_time(raw: RawTable, column: str) -> ir.Value:
     sums = {name: is_so.sum() for name, (_, is_so) in ways.items()}
     sums["whole"] = is_integer_text(value).sum()
     sums["clock"] = (ways["naive"][1] & text.re_search(r"\d[ tT]+\d")).sum()
-    counts = raw.table.aggregate(**sums).to_pyarrow().to_pylist()[0]
+    counts = raw.aggregate(**sums)
     usual = max(ways, key=lambda name: counts[name] or 0)
     time, is_usual = ways[usual]
     if usual == "number" and counts["whole"] == counts["number"]:
@@ -128,12 +128,9 @@ def _check_unit(
         name: ((size >= start) & (size < end)).sum()
         for (name, start), end in zip(_UNIT_FROM.items(), ends, strict=True)
     }
-    found = raw.table.aggregate(
-        largest=(size < infinity).ifelse(size, 0.0).max(),
-        dates=size.between(19_000_101, 21_001_231).sum(),
-        **sums,
-    )
-    counts = {name: count or 0 for name, count in found.to_pyarrow().to_pylist()[0].items()}
+    sums["largest"] = (size < infinity).ifelse(size, 0.0).max()
+    sums["dates"] = size.between(19_000_101, 21_001_231).sum()
+    counts = {name: count or 0 for name, count in raw.aggregate(**sums).items()}
     rows = f"numbers up to {counts.pop('largest'):.0f} ({raw.num_rows} rows)"
     num_dates = counts.pop("dates")
     if unit is None and num_dates * 2 > sum(counts.values()):
@@ -176,10 +173,8 @@ def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.Time
 
 def refuse_years(raw: RawTable, time: ir.TimestampValue, column: str) -> None:
     """Refuses years read as seconds, which all fall into half an hour of 1970."""
-    row = raw.table.aggregate(first=time.min(), last=time.max()).to_pyarrow().to_pylist()[0]
-    if row["first"] is None:
-        return
-    first, last = (int(row[name].timestamp()) for name in ("first", "last"))
+    ends = raw.aggregate(first=time.min(), last=time.max()).values()
+    first, last = (int(end.timestamp()) if end is not None else 0 for end in ends)
     if first >= 1000 and last <= 3000:
         raise DataError(
             f"{raw.source.column(column)} holds numbers from {first} to {last} "
