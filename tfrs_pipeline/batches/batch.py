@@ -123,7 +123,7 @@ class Slices:
 
         It has some of the queries, with their positives and own hard negatives, and all shared
         columns; sequences and sets stay whole. Losses and gradients of the slices add up to those
-        of the batch. Returns the slice, and the slice of the batch's queries that it has.
+        of the batch. Returns it, and which of the batch's queries it has.
         """
         # Units (sequences, sets or single positives) are cut; `unit` is that of each positive.
         if batch.sequence_rows is not None:
@@ -139,7 +139,12 @@ class Slices:
         units, positives = slice(begin, end), slice(first, last)
         queries = positives if batch.positive_query is None else units
         places = {Axis.QUERY: queries, Axis.POSITIVE: positives, Axis.SEQUENCE: units}
-        part = _cut(batch, places)
+        cut = {
+            name: tf.nest.map_structure(lambda x, at=places[_AXES[name]]: x[at], field)
+            for name, field in batch._asdict().items()
+            if field is not None and _AXES[name] in places
+        }
+        part = batch._replace(**cut)
         if batch.positive_query is not None:
             part = part._replace(positive_query=part.positive_query - begin)
         if batch.state is not None:
@@ -147,13 +152,3 @@ class Slices:
         whole = tf.stack([begin, num_units])
         total_weight = tf.reduce_sum(batch.weight)
         return part._replace(dropout_slice=whole, total_weight=total_weight), queries
-
-
-def _cut(batch: Batch, places: Mapping[Axis, slice]) -> Batch:
-    """Cuts each field along its axis, if `places` has it."""
-    cut = {
-        name: tf.nest.map_structure(lambda x, at=places[_AXES[name]]: x[at], field)
-        for name, field in batch._asdict().items()
-        if field is not None and _AXES[name] in places
-    }
-    return batch._replace(**cut)

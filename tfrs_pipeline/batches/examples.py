@@ -56,12 +56,10 @@ class Examples(Protocol):
         ...
 
     def read(self, chosen: Any) -> Batch:
-        """Gathers the chosen contents, a structure of arrays, in NumPy.
+        """Gathers the chosen contents in NumPy.
 
-        Returns:
-            A `Batch` with query_row, index and candidate_row; positive_query if W may differ from
-            P; history_rows, or sequence_rows and state; and, if the samples have times,
-            history_times or sequence_times.
+        Returns a `Batch` with query_row, index and candidate_row; positive_query if W may differ
+        from P; history_rows, or sequence_rows and state; if the samples have times, those too.
         """
         ...
 

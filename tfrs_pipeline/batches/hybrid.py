@@ -28,8 +28,7 @@ _LATER = "items that came later"
 class _Found(NamedTuple):
     """The parts of a batch read from the samples' arrays, or their types.
 
-    `slot` is the place of each query among the distinct queries. `never` has a list per distinct
-    query, a pool one per positive.
+    `slot` is each query's place among the distinct ones, for which `never` has a list each.
     """
 
     batch: Batch
@@ -52,15 +51,13 @@ class HybridBatches:
 
     Attributes:
         steps_per_epoch: Batches per pass over the samples.
-        negatives: The kinds of shared negatives.
-        frame: The distributions from which they are drawn.
+        frame: The distributions from which negatives are drawn.
         expected_count: [num_candidates + 1] float64, n(c).
         positive_share: [num_candidates + 1] float64, each candidate's share of the positives'
             weight: its rate of draws times the weights.
 
     Raises:
-        ValueError: If there is no negative at all, a kind's expected counts are wrong, or the
-            examples conflict with in-batch or hard negatives.
+        ValueError: If the examples conflict with in-batch or hard negatives, or as for `Mixture`.
         DataError: If `hard` asks for losers of the funnel and no positive has any.
 
     Example:
@@ -148,12 +145,9 @@ class HybridBatches:
     def dataset(
         self, start_step: int = 0, num_steps: int | None = None, slices: Slices | None = None
     ) -> tf.data.Dataset:
-        """Returns a dataset of the batches of steps `start_step`, `start_step` + 1, ...
+        """Returns a dataset of the batches of `num_steps` steps, or endless, from `start_step` on.
 
-        Args:
-            start_step: First step; later batches are those of an uninterrupted run.
-            num_steps: Number of batches; endless if None.
-            slices: Which slices of each batch to return in its place, one after the other.
+        Batches are those of an uninterrupted run. `slices` of a batch come in its place.
         """
         chosen = self.examples.dataset(start_step, num_steps)
         if slices is not None:
@@ -163,10 +157,7 @@ class HybridBatches:
         return batches.prefetch(tf.data.AUTOTUNE)
 
     def batch(self, step: int) -> Batch:
-        """Builds the batch of one step outside a graph.
-
-        A `ValueError` if `step` is not an integer of 0 or more.
-        """
+        """Builds the batch of one step, an integer from 0, outside a graph."""
         check_integer(0, step=step)
         return self._build(tf.constant(step, tf.int64), self.examples.choose(step))
 
@@ -181,12 +172,9 @@ class HybridBatches:
         pools = {} if self._hard is None else self._hard.pools
         read = functools.partial(self._read, pools)
         batch, slot, never, own_pools = look_up(read, chosen, self._signature)
-        batch = batch._replace(
-            shared_row=self._mixture.draw(
-                batch.candidate_row, seed_of(self._seed, Use.SHARED, step)
-            ),
-            dropout_seed=seed_of(self._seed, Use.DROPOUT, step),
-        )
+        shared = self._mixture.draw(batch.candidate_row, seed_of(self._seed, Use.SHARED, step))
+        dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
+        batch = batch._replace(shared_row=shared, dropout_seed=dropout_seed)
         if self._hard is not None:
             of_rows = _of_rows(never, slot)
             hard = self._hard.draw(step, own_pools, batch.candidate_row, of_rows)
@@ -196,23 +184,18 @@ class HybridBatches:
             batch, queries = slices.take(number, batch)
             kept, slot = tf.unique(slot[queries])
             never = _of_rows(never, kept)
-        columns = batch.shared_row[tf.newaxis, :]
         share = None if batch.hard is None else batch.hard.share[:, tf.newaxis]
-        return batch._replace(
-            log_q=self._mixture.log_q(columns, share),
-            is_counted=self._is_counted(batch, never, slot),
-        )
+        log_q = self._mixture.log_q(batch.shared_row[tf.newaxis, :], share)
+        return batch._replace(log_q=log_q, is_counted=self._is_counted(batch, never, slot))
 
     def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> _Found:
         batch = self.examples.read(chosen)
         index = batch.index
+        requests = _requests_of(self.samples, lambda column: column[index])
         # Each query is looked up once: one with very many events may fill much of a batch.
         distinct, slot = np.unique(batch.query_row, return_inverse=True)
         return _Found(
-            batch._replace(
-                weight=self._weights(index),
-                requests=_requests_of(self.samples, lambda column: column[index]),
-            ),
+            batch._replace(weight=self._weights(index), requests=requests),
             slot,
             self._guard.read(distinct),
             {name: pool.take(index) for name, pool in pools.items()},
@@ -223,14 +206,11 @@ class HybridBatches:
         batch = self.examples.signature
         num = batch.index.shape[0]
 
-        def of_column(column: np.ndarray) -> tf.TensorSpec:
-            return tf.TensorSpec([num, *column.shape[1:]], column.dtype)
-
+        requests = _requests_of(
+            self.samples, lambda column: tf.TensorSpec([num, *column.shape[1:]], column.dtype)
+        )
         return _Found(
-            batch._replace(
-                weight=tf.TensorSpec([num], tf.float32),
-                requests=_requests_of(self.samples, of_column),
-            ),
+            batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
             dict.fromkeys(REASONS, _lists_spec(None)),
             {} if self._hard is None else dict.fromkeys(self._hard.pools, _lists_spec(num)),
@@ -263,8 +243,7 @@ class HybridBatches:
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
         """Computes the share of the shared columns that each reason masks, over the first batches.
 
-        The reasons are accidental hits (the same candidate again, not counting a row's own in-batch
-        column), known positives, exposed items, and items that came later.
+        A row's own in-batch column is not counted among the accidental hits.
         """
         masked = dict.fromkeys(("accidental hits", *REASONS), 0)
         if self.samples.is_later is not None:

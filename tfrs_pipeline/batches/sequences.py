@@ -12,7 +12,7 @@ import tensorflow as tf
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.examples import EpochExamples
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.samples.store import RowLists, Samples, padded_lines
+from tfrs_pipeline.samples.store import RowLists, Samples, offsets_of, padded_lines
 
 # Windows of similar length are batched together, within this many batches in random order.
 BATCHES_PER_POOL = 16
@@ -23,8 +23,7 @@ class WholeSequences(EpochExamples):
 
     A sequence is cut into windows of `history_length` items from its end. A window trains the
     samples whose histories end in it, and cuts these at its start, so that the first samples of a
-    later window have short histories. A batch has as many windows as give about `batch_size`
-    positives. Windows of similar length are batched together, to need little padding.
+    later window have short histories. Windows of similar length are batched together.
 
     Batches have P = W positives (about B). Instead of history_rows they have sequence_rows, state
     and, for a log with timestamps, sequence_times (see `Batch`).
@@ -141,10 +140,6 @@ class _Windows:
         starts = np.maximum(end - length, 0)
         # If a tie moves a window's last samples elsewhere, it reads only as far as its own samples.
         furthest = np.maximum.reduceat(samples.num_earlier[order], first)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return cls(
-            query_rows,
-            starts.astype(np.int32),
-            (furthest - starts).astype(np.int32),
-            RowLists(offsets, order.astype(np.int32)),
-        )
+        lengths = (furthest - starts).astype(np.int32)
+        lists = RowLists(offsets_of(counts), order.astype(np.int32))
+        return cls(query_rows, starts.astype(np.int32), lengths, lists)

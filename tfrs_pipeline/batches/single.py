@@ -16,20 +16,10 @@ INT32_MAX = np.iinfo(np.int32).max
 class SinglePositives:
     """Every sample once an epoch, in a random order that the graph computes.
 
-    A batch may span two epochs, so every batch is full. With rates, an epoch has as many draws with
-    replacement: first of a candidate, then of one of its samples.
-
-    Args:
-        samples: The training samples.
-        batch_size: B.
-        history_length: N, most recent history rows per query.
-        seed: Seed of the order.
-        rate: [num_candidates + 1] rates at which positives are drawn, by candidate; with None every
-            sample comes once an epoch.
-
-    Raises:
-        ValueError: If `batch_size` is below 1, or there are fewer samples than that, or 2^31 or
-            more.
+    A batch may span two epochs, so every batch is full. `history_length` is N, the most recent
+    history rows per query. With a `rate` by candidate, [num_candidates + 1], an epoch has as many
+    draws with replacement: first of a candidate, then of one of its samples. A `ValueError` if
+    there are fewer than `batch_size` samples, or 2^31 or more.
     """
 
     is_fair_draw = True
@@ -106,13 +96,13 @@ class SinglePositives:
         first_epoch = step * self.batch_size // self._num_samples
         # A batch is not larger than an epoch, so it ends in the next epoch at the latest.
         is_next = place // self._num_samples > first_epoch
-        return tf.where(
-            is_next, self._shuffled(index, first_epoch + 1), self._shuffled(index, first_epoch)
+        this, following = (
+            tf.random.experimental.index_shuffle(
+                index, seed_of(self._seed, Use.ORDER, epoch), self._num_samples - 1
+            )
+            for epoch in (first_epoch, first_epoch + 1)
         )
-
-    def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        seed = seed_of(self._seed, Use.ORDER, epoch)
-        return tf.random.experimental.index_shuffle(index, seed, self._num_samples - 1)
+        return tf.where(is_next, following, this)
 
     def _drawn(self, sampler: AliasSampler, seed: tf.Tensor) -> tf.Tensor:
         """Draws candidates, and a sample of each: [B] int32 places in the order of candidates."""

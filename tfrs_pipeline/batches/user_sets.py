@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.examples import EpochExamples
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.samples.store import Samples, padded_lines
+from tfrs_pipeline.samples.store import Samples, offsets_of, padded_lines
 
 
 class UserSets(EpochExamples):
@@ -22,22 +22,13 @@ class UserSets(EpochExamples):
     has an empty history; one without targets is left out of the epoch. An order of the log is
     ignored.
 
-    The number of batches in an epoch gives each `batch_size` positives on average. Users are spread
-    over them evenly, so the number of positives varies. If the coins leave fewer users than
-    batches, as in a tiny log, they are flipped again.
+    Users are spread evenly over an epoch's batches, which have about `batch_size` positives each.
+    If the coins leave fewer users than batches, as in a tiny log, they are flipped again.
 
     Batches have a positive_query, and history_rows in random order, as wide as the batch's longest,
-    `history_length` at most. A query's shared columns count for all of its positives, so all
-    positives are masked in them. There are no hard negatives, which belong to one positive.
-
-    Args:
-        samples: The training samples.
-        batch_size: About how many positives a batch has.
-        history_length: Longest history; longer input is sampled at random.
-        seed: Seed of the order and the coins.
-
-    Raises:
-        ValueError: If `batch_size` or `seed` is not an integer or out of range.
+    `history_length` at most: longer input is sampled at random. A query's shared columns count for
+    all of its positives, so all positives are masked in them. There are no hard negatives, which
+    belong to one positive.
     """
 
     has_one_positive = False
@@ -80,10 +71,7 @@ class UserSets(EpochExamples):
         query_row = self._queries[order].astype(np.int32)
         # Where each batch begins among the users, and among their targets and inputs.
         begin = np.arange(self.steps_per_epoch + 1) * len(order) // self.steps_per_epoch
-        begin_target, begin_input = (
-            np.concatenate([[0], np.cumsum(numbers)])[begin]
-            for numbers in (num_targets, num_inputs)
-        )
+        begin_target, begin_input = (offsets_of(num)[begin] for num in (num_targets, num_inputs))
         parts = {
             "query_row": (query_row, begin),
             "target": (target, begin_target),

@@ -56,8 +56,8 @@ def build_samples(
 
     All items and users of the log get rows. The seed draws the hard pools from the losers that
     `hard` asks for. Returns counts by name; with hard negatives also "hard_negatives" by stage
-    (num_samples with some, and their mean_pool) and num_losers_removed, the losers that the guard
-    or their rank keeps from being hard negatives. Raises a `DataError` if there is no positive.
+    (num_samples with some, and their mean_pool) and num_losers_removed, by the guard or their rank.
+    Raises a `DataError` if there is no positive.
     """  # noqa: E501
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are incomplete.
@@ -141,12 +141,10 @@ def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Tab
 
 
 def _write_counts(positives: ibis.Table, work: _Work) -> None:
-    items = work.open("_items")
     counts = positives.group_by("candidate_row").agg(count=positives.count())
-    corpus = items.left_join(counts, "candidate_row").select(
-        "candidate_row", "item_id", count=ibis.coalesce(counts["count"], 0)
-    )
-    corpus = work.write("corpus", corpus.order_by("candidate_row"))
+    corpus = work.open("_items").left_join(counts, "candidate_row").fill_null({"count": 0})
+    corpus = corpus.select("candidate_row", "item_id", "count").order_by("candidate_row")
+    corpus = work.write("corpus", corpus)
     if not corpus["count"].max().to_pyarrow().as_py():
         raise DataError(NO_POSITIVE)
 
@@ -193,11 +191,10 @@ def _write_pools(
 
 def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ibis.Table:
     for stage in hard.stages:
-        pool = work.open(f"hard_{stage}")
-        sizes = pool.group_by(pool_of="event_number").agg(num=pool.count())
-        joined = samples.left_join(sizes, samples["event_number"] == sizes["pool_of"])
-        size = ibis.coalesce(joined["num"], 0).cast("int32")
-        samples = joined.mutate(**{pool_size_column(stage): size}).drop("num", "pool_of")
+        pool, name = work.open(f"hard_{stage}"), pool_size_column(stage)
+        sizes = pool.group_by("event_number").agg(**{name: pool.count().cast("int32")})
+        samples = samples.left_join(sizes, "event_number").drop("event_number_right")
+        samples = samples.fill_null({name: 0})
     return samples
 
 
@@ -211,11 +208,10 @@ def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
     names = [*_PAIR, "weight", "num_earlier", "seconds", *columns.values()]
     sizes = [name for name in samples.columns if name.startswith(pool_size_column(""))]
     kept = [name for name in [*names, *sizes] if name in samples.columns]
-    # Ordered by the time itself, which may be finer than seconds.
-    in_order = samples.order_by(_IN_SEQUENCE).select(*kept)
     if "seconds" in kept:
         columns["time"] = "seconds"
-    work.write("samples", in_order.rename(columns))
+    # Ordered by the time itself, which may be finer than seconds.
+    work.write("samples", samples.order_by(_IN_SEQUENCE).select(*kept).rename(columns))
 
 
 def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[str, Any]:
@@ -230,10 +226,13 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
         "num_exposed": count_rows(work.open("exposed")),
     }
     if hard is not None:
-        report["hard_negatives"] = {
-            stage: _describe_pools(samples[pool_size_column(stage)]) for stage in hard.stages
-        }
-        report["num_losers_removed"] = num_removed
+        report |= {"hard_negatives": {}, "num_losers_removed": num_removed}
+        for stage in hard.stages:
+            sizes = samples[pool_size_column(stage)]
+            counts = samples.aggregate(num=(sizes > 0).sum(), total=sizes.sum())
+            num, total = counts.to_pyarrow().to_pylist()[0].values()
+            found = {"num_samples": num, "mean_pool": total / max(1, num)}
+            report["hard_negatives"][stage] = found
     return report
 
 
@@ -243,10 +242,3 @@ def _num_empty_histories(samples: ibis.Table, known: ibis.Table) -> int:
     # Without an order only users with a single item have an empty history.
     num_known = known.group_by("query_row").agg(num=known.count())
     return count_rows(samples.semi_join(num_known.filter(num_known["num"] == 1), "query_row"))
-
-
-def _describe_pools(sizes: ibis.Value) -> dict[str, float]:
-    """Counts the samples that have hard negatives, and averages the sizes of their pools."""
-    counts = sizes.as_table().aggregate(num=(sizes > 0).sum(), total=sizes.sum())
-    num, total = counts.to_pyarrow().to_pylist()[0].values()
-    return {"num_samples": num, "mean_pool": total / max(1, num)}

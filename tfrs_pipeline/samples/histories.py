@@ -9,7 +9,7 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import whole_seconds
 from tfrs_pipeline.data.split import is_positive, order_keys
-from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.samples.store import RowLists, offsets_of
 
 
 def latest_histories(
@@ -45,6 +45,5 @@ def _by_query(rows: ibis.Table, num_queries: int) -> tuple[RowLists, np.ndarray 
         kept["time"] = whole_seconds(rows["timestamp"])
     pairs = rows.select(**kept).to_pyarrow()
     lengths = np.bincount(pairs["query_row"].to_numpy(), minlength=num_queries + 1)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    lists = RowLists(offsets, pairs["candidate_row"].to_numpy().astype(np.int32))
+    lists = RowLists(offsets_of(lengths), pairs["candidate_row"].to_numpy().astype(np.int32))
     return lists, pairs["time"].to_numpy() if "time" in kept else None

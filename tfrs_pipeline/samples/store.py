@@ -37,10 +37,9 @@ def padded_lines(
     step: int = 1,
     missing: float = 0,
 ) -> np.ndarray:
-    """Gathers lines of [total] values, padded to one width: [n, width].
+    """Gathers lines of [total] values, padded with `missing` to one width: [n, width].
 
-    A line has `num`, [n], values starting at place `first`, [n], backwards if `step` is -1; at most
-    `width` are read. `missing` fills the rest.
+    A line has `num`, [n], values from place `first`, [n], backwards if `step` is -1.
     """
     place = np.arange(width)
     is_there = place < num[:, np.newaxis]
@@ -48,6 +47,11 @@ def padded_lines(
     lines = np.full(is_there.shape, missing, np.result_type(values, missing))
     lines[is_there] = values[source[is_there]]
     return lines
+
+
+def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns where lists of these lengths begin in flat values, and the total: [n + 1] int64."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,8 @@ class RowLists:
     @classmethod
     def from_lists(cls, lists: Sequence[np.ndarray]) -> "RowLists":
         """Packs a list of 1-D integer arrays."""
-        offsets = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
-        values = np.concatenate(lists) if len(lists) else np.zeros(0)
-        return cls(offsets, values.astype(np.int32))
+        values = np.concatenate([np.zeros(0, np.int32), *lists]).astype(np.int32)
+        return cls(offsets_of([len(x) for x in lists]), values)
 
     @classmethod
     def empty(cls, num_keys: int) -> "RowLists":
@@ -85,7 +88,7 @@ class RowLists:
         """Gathers the list of each key, [n] integers; repeats are allowed."""
         starts = self.offsets[keys]
         lengths = self.offsets[keys + 1] - starts
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        offsets = offsets_of(lengths)
         place = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         return RowLists(offsets, self.values[place])
 
@@ -108,9 +111,9 @@ class Samples:
         candidate_rows: [num_samples] int32, the positive.
         weights: [num_samples] float32.
         sequences: Per query row, the candidate rows of all its training positives, oldest first.
-        num_earlier: [num_samples] int32, how many items of the query's sequence come strictly
-            before the sample: its history is that prefix, or its latest part. None in a log without
-            order, where the history is the rest of the sequence without copies of the positive.
+        num_earlier: [num_samples] int32, how many items of the query's sequence come before the
+            sample: its history is that prefix, or its latest part. None in a log without order,
+            where the history is the rest of the sequence without copies of the positive.
         known_positives: Per query row, the sorted candidate rows that it clicked in training.
         exposed: Per query row, the sorted candidate rows shown in training and never clicked.
         counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
@@ -156,14 +159,8 @@ class Samples:
     ) -> "Samples":
         """Makes samples from positives only, given in the order of time.
 
-        Args:
-            query_rows: [num_samples] rows in 1 .. num_queries.
-            candidate_rows: [num_samples] rows in 1 .. num_candidates.
-            num_queries: Number of users, without row 0.
-            num_candidates: Size of the corpus, without row 0.
-
-        Raises:
-            ValueError: If a row is not an integer or out of range, or the lengths differ.
+        Rows are [num_samples] integers in 1 .. num_queries and 1 .. num_candidates; a `ValueError`
+        if not.
 
         Example:
             >>> samples = Samples.from_pairs([1, 2, 1], [5, 5, 3], num_queries=2, num_candidates=9)
@@ -180,7 +177,7 @@ class Samples:
                 )
         queries, candidates = queries.astype(np.int32), candidates.astype(np.int32)
         order = np.argsort(queries, kind="stable")
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(queries, minlength=num_queries + 1))])
+        offsets = offsets_of(np.bincount(queries, minlength=num_queries + 1))
         num_earlier = np.empty(len(queries), np.int32)
         num_earlier[order] = np.arange(len(queries)) - offsets[queries[order]]
         known = np.unique(queries.astype(np.int64) << 32 | candidates)
@@ -220,10 +217,10 @@ class Samples:
         return padded_lines(self.sequences.values, last, num, length, step=-1)
 
     def latest_times(self, index: np.ndarray, length: int) -> np.ndarray:
-        """Gathers the times of samples' queries and of the items that `latest` returns, in seconds.
+        """Gathers the times of samples' queries, then of the items that `latest` returns.
 
-        A query's time is the time of its sequence's first event that is not in its history. Returns
-        [n, N + 1] float64, the query's time first; NaN fills the rest.
+        A query's time is that of its sequence's first event that is not in its history. Returns
+        [n, N + 1] float64 seconds; NaN fills the rest.
         """
         assert self.sequence_times is not None
         assert self.num_earlier is not None
@@ -235,16 +232,18 @@ class Samples:
 def read_samples(folder: Path) -> Samples:
     """Maps the samples that `build_samples` wrote; a batch reads what it needs.
 
-    The first call converts the Parquet files to a folder `columns` beside them, a few rows at a
-    time; so does a call after the samples were rebuilt or a column was damaged. Raises a
-    `FileNotFoundError` if the folder holds no samples.
+    The first call, and one after the samples were rebuilt or a column was damaged, converts the
+    Parquet files to a folder `columns` beside them. A `FileNotFoundError` without samples.
     """
     report = folder / "report.json"
     if not report.exists():
         raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
     convert = functools.partial(_convert, folder)
     column = map_columns(folder / "columns", {"report": file_hash(report)}, convert)
-    stages = [name.removeprefix("of_hard_") for name in column if name.startswith("of_hard_")]
+
+    def lists(name: str) -> RowLists:
+        return RowLists(column[f"of_{name}"], column[name])
+
     return Samples(
         query_rows=column["query_row"],
         candidate_rows=column["candidate_row"],
@@ -253,20 +252,20 @@ def read_samples(folder: Path) -> Samples:
         sequences=RowLists(column["of_sequences"], column["candidate_row"]),
         num_earlier=column.get("num_earlier"),
         sequence_times=column.get("time"),
-        known_positives=RowLists(column["of_known_positives"], column["known_positives"]),
-        exposed=RowLists(column["of_exposed"], column["exposed"]),
+        known_positives=lists("known_positives"),
+        exposed=lists("exposed"),
         counts=column["counts"],
-        hard_pools={
-            stage: RowLists(column[f"of_hard_{stage}"], column[f"hard_{stage}"]) for stage in stages
-        },
+        hard_pools={x.removeprefix("hard_"): lists(x) for x in column if x.startswith("hard_")},
     )
 
 
 def read_ids(folder: Path) -> tuple[Ids, Ids]:
     """Reads the ids behind the rows: item ids, and user ids."""
-    corpus = pq.read_table(folder / "corpus.parquet", columns=["item_id"])["item_id"]
-    queries = pq.read_table(folder / "queries.parquet", columns=["user_id"])["user_id"]
-    return Ids(corpus.to_numpy()), Ids(queries.to_numpy())
+    items, users = (
+        pq.read_table(folder / f"{table}.parquet", columns=[name])[name].to_numpy()
+        for table, name in (("corpus", "item_id"), ("queries", "user_id"))
+    )
+    return Ids(items), Ids(users)
 
 
 def _convert(folder: Path, columns: Path) -> None:

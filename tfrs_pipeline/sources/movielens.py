@@ -7,9 +7,9 @@ shipped. Every route to the files gives the same log.
 import bisect
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from tfrs_pipeline.data.log import Log
@@ -41,13 +42,13 @@ RECBOLE_SHA256 = {
 
 _AGE_STARTS = (18, 25, 35, 45, 50, 56)
 _AGE_GROUPS = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56 and over")
-# The order of the flags in u.item; "unknown" is the absence of a genre.
-_FLAGS = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
-    "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
+# The order of the flags in u.item, after "unknown", the absence of a genre.
+_GENRE_NAMES = (
+    "Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror "
+    "Musical Mystery Romance Sci-Fi Thriller War Western"
 )
-_GENRES = _FLAGS.split()
-_TITLE_AND_YEAR = re.compile(r"(?P<title>.*?) ?\((?P<year>\d{4})\)(?: \(V\))?")  # (V): video
+_GENRES = _GENRE_NAMES.split()
+_TITLE_AND_YEAR = r"^(?P<title>.*?) ?\((?P<year>\d{4})\)(?: \(V\))?$"  # (V): video
 
 Fetcher = Callable[[Path], None]
 """Puts the files of one route into an empty folder, or raises `FetchError`."""
@@ -75,22 +76,25 @@ def load_movielens_100k(
 
     `folder` holds GroupLens's own files u.data, u.item and u.user. Features are some of
     `ITEM_FEATURES` and `USER_FEATURES`, None means all, and `hour` and `weekday` of the rating.
-    `ties` is as in `Reading`.
-    Fetched files are kept in `cache_dir`, None means `default_cache_dir()`. Routes are tried in
-    order. Events come in the order of the source; titles without the year, which is null if
-    unknown. A `DataError` if no route leads to the data, or a file has other contents.
+    Fetched files are kept in `cache_dir`, None means `default_cache_dir()`. Events come in the
+    order of the source, titles without the year, which is null if unknown. A `DataError` if no
+    route leads to the data, or a file has other contents.
     """
     if folder is None:
         folder = _fetch(cache_dir or default_cache_dir(), fetchers or FETCHERS)
     logger.info("MovieLens-100K from %s. Licence: for research use, by GroupLens.", folder)
-    if (folder / "ml-100k.inter").exists():
-        ratings, films, users = _read_recbole(folder)
-    else:
-        ratings, films, users = _read_grouplens(folder)
+    is_recbole = (folder / "ml-100k.inter").exists()
+    ratings, films, users = (_read_recbole if is_recbole else _read_grouplens)(folder)
+    text = pc.utf8_trim_whitespace(pc.replace_substring_regex(films["title"], r"\s+", " "))
+    parts = pc.extract_regex(text, _TITLE_AND_YEAR)
+    title, year = (pc.struct_field(parts, name) for name in ("title", "year"))
+    items = films.select(["item_id", "genres"]).append_column("year", year)
+    ages = users["age"].to_pylist()
+    groups = [None if x is None else _AGE_GROUPS[bisect.bisect(_AGE_STARTS, x)] for x in ages]
     return Log.from_table(
         ratings,
-        items=_items(films),
-        users=_users(users),
+        items=items.append_column("title", pc.coalesce(title, text)),
+        users=users.append_column("age_group", pa.array(groups, pa.string())),
         item_features=ITEM_FEATURES if item_features is None else item_features,
         user_features=USER_FEATURES if user_features is None else user_features,
         request_features=request_features,
@@ -138,9 +142,8 @@ def fetch_from_recbole(folder: Path) -> None:
     """Fetches the recbole wheel with pip and takes the data files out of it."""
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=15"]
-        only_the_wheel = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-        wheel = ["--dest", scratch, RECBOLE_REQUIREMENT]
-        _run([*pip, *only_the_wheel, *wheel], timeout_seconds=300)
+        pip += ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+        _run([*pip, "--dest", scratch, RECBOLE_REQUIREMENT], timeout_seconds=300)
         unpack_wheel(next(Path(scratch).glob("recbole-*.whl")), folder, RECBOLE_SHA256)
 
 
@@ -212,14 +215,12 @@ def _run(command: list[str], *, timeout_seconds: int) -> str:
 
 
 def _read_grouplens(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
-    flags = [f"genre {number}" for number in range(len(_GENRES))]
+    names = ["item_id", "title", "date", "video", "url", "unknown", *_GENRES]
     ratings = _read(folder / "u.data", "\t", _RATING_COLUMNS)
-    films = _read(folder / "u.item", "|", ["item_id", "title", "date", "video", "url", *flags])
+    films = _read(folder / "u.item", "|", names)
     users = _read(folder / "u.user", "|", _USER_COLUMNS)
-    chosen = zip(*(films[flag].to_pylist() for flag in flags), strict=True)
-    genres = [
-        [name for name, flag in zip(_GENRES, row, strict=True) if flag == "1"] for row in chosen
-    ]
+    flags = zip(*(films[name].to_pylist() for name in _GENRES), strict=True)
+    genres = [[*itertools.compress(_GENRES, map(int, row))] for row in flags]
     return ratings, films.append_column("genres", pa.array(genres, _STRINGS)), users
 
 
@@ -234,7 +235,7 @@ def _read_recbole(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     titles = [
         "unknown" if n == "unkonwn" else f"{n} ({y})" for n, y in zip(name, year, strict=True)
     ]
-    lists = pa.array([names.split() for names in genres], _STRINGS)
+    lists = pa.array([[x for x in names.split() if x != "unknown"] for names in genres], _STRINGS)
     films = pa.table({"item_id": films["item_id"], "title": titles, "genres": lists})
     return ratings, films, users
 
@@ -267,25 +268,3 @@ def _read(path: Path, delimiter: str, names: list[str], *, is_recbole: bool = Fa
         )
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: {error}. Take the file as it is in ml-100k.zip.") from error
-
-
-def _items(films: pa.Table) -> pa.Table:
-    """Separates title and year, and takes "unknown" for a missing genre."""
-    titles, years = [], []
-    for text in films["title"].to_pylist():
-        full_title = " ".join(text.split())
-        match = _TITLE_AND_YEAR.fullmatch(full_title)
-        titles.append(match["title"] if match else full_title)
-        years.append(match["year"] if match else None)
-    genres = [[g for g in names if g != "unknown"] for names in films["genres"].to_pylist()]
-    texts = {"title": pa.array(titles, pa.string()), "year": pa.array(years, pa.string())}
-    lists = pa.array(genres, _STRINGS)
-    return pa.table({"item_id": films["item_id"], **texts, "genres": lists})
-
-
-def _users(users: pa.Table) -> pa.Table:
-    groups = [
-        None if age is None else _AGE_GROUPS[bisect.bisect_right(_AGE_STARTS, age)]
-        for age in users["age"].to_pylist()
-    ]
-    return users.append_column("age_group", pa.array(groups, pa.string()))

@@ -63,11 +63,9 @@ _EVENT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class FunnelOptions:
-    """How the simulated funnel works. The defaults are round numbers, not fitted to anything.
+    """How the simulated funnel works, by the module's formulas; each stage keeps `num_...` items.
 
-    The module's formulas say what the weights, noises and biases do; each stage keeps its `num_...`
-    best items. A `ValueError` if a number is out of range, not finite, or a count is not an
-    integer.
+    The defaults are round numbers, not fitted to anything. A `ValueError` if one is impossible.
     """
 
     num_retrieved: int = 100
@@ -189,8 +187,7 @@ def simulate_funnel(
     A user may have no request; each request logs `options.num_retrieved` events. Returns events in
     the order of requests, with timestamp, request_id (from 0), rank and score (null for what did
     not survive rank). Categorical features hint at the taste: genre of items, favourite_genre of
-    users and, with devices, device of requests. A `ValueError` if a number is out of range, or
-    nothing was clicked.
+    users and, with devices, device of requests. A `ValueError` if nothing was clicked.
 
     Example:
         >>> simulation = simulate_funnel(num_users=50, num_items=200, num_requests=100, seed=0)
@@ -208,10 +205,14 @@ def simulate_funnel(
     preferences, activity, favourite_genres, genres = world
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
     blocks = _event_blocks(preferences, options, activity, num_requests, seed)
-    names = [name for name in _EVENT_SCHEMA.names if preferences.has_devices or name != "device"]
-    schema = pa.schema([_EVENT_SCHEMA.field(name) for name in names])
+    schema = (
+        _EVENT_SCHEMA
+        if preferences.has_devices
+        else _EVENT_SCHEMA.remove(_EVENT_SCHEMA.get_field_index("device"))
+    )
+    blocks = (block.select(schema.names) for block in blocks)
     log = Log.from_table(
-        pa.RecordBatchReader.from_batches(schema, (block.select(names) for block in blocks)),
+        pa.RecordBatchReader.from_batches(schema, blocks),
         items=pa.table({"item_id": item_ids, "genre": genres}),
         users=pa.table({"user_id": user_ids, "favourite_genre": favourite_genres}),
         item_features={"genre": "categorical"},
@@ -232,11 +233,9 @@ def _draw_world(
     activity = np.exp(rng.standard_normal(num_users))
     popularity = -np.log(1.0 + rng.permutation(num_items))
     popularity -= popularity.mean()
-    devices = _unit_length(rng.standard_normal((len(DEVICES), _NUM_DIMS)))
-    preferences = Preferences(
-        user_tastes, item_tastes, popularity, options.click_bias, options.device_weight * devices
-    )
-    return preferences, activity, favourite_genres, genres
+    devices = options.device_weight * _unit_length(rng.standard_normal((len(DEVICES), _NUM_DIMS)))
+    tastes = user_tastes, item_tastes, popularity
+    return Preferences(*tastes, options.click_bias, devices), activity, favourite_genres, genres
 
 
 def _draw_tastes(
@@ -287,7 +286,12 @@ def _run_funnel(
     Returns item rows and stage codes, [num_requests, num_retrieved]: the ranked items, best first,
     then the losers of rank, then of pre-rank; and the scores of rank, [num_requests, num_ranked].
     """
-    retrieved = _retrieve(rng, preferences, options, tastes)
+    # The noise allows float32.
+    noisy = rng.standard_normal((len(tastes), len(preferences.item_tastes)), dtype=np.float32)
+    noisy *= np.float32(options.retrieval_noise)
+    noisy += tastes.astype(np.float32) @ preferences.item_tastes.T.astype(np.float32)
+    noisy += (options.popularity_weight * preferences.popularity).astype(np.float32)
+    retrieved, _ = _part_columns(noisy, options.num_retrieved)
     logits = preferences.logits(tastes, retrieved)
     scores = logits + options.pre_rank_noise * rng.standard_normal(logits.shape)
     kept, lost = _part_columns(scores, options.num_pre_ranked)
@@ -312,18 +316,6 @@ def _run_funnel(
     stage_codes[:, : options.num_exposed] = np.where(is_clicked, *outcomes)
     rank_scores = np.take_along_axis(scores, ranked, axis=1)
     return np.concatenate(item_rows, axis=1), stage_codes, rank_scores
-
-
-def _retrieve(
-    rng: np.random.Generator, preferences: Preferences, options: FunnelOptions, tastes: np.ndarray
-) -> np.ndarray:
-    """Returns [num_requests, num_retrieved] item rows, unordered. The noise allows float32."""
-    shape = len(tastes), len(preferences.item_tastes)
-    scores = rng.standard_normal(shape, dtype=np.float32)
-    scores *= np.float32(options.retrieval_noise)
-    scores += tastes.astype(np.float32) @ preferences.item_tastes.T.astype(np.float32)
-    scores += (options.popularity_weight * preferences.popularity).astype(np.float32)
-    return _part_columns(scores, options.num_retrieved)[0]
 
 
 def _as_events(
