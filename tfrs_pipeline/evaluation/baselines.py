@@ -31,12 +31,8 @@ from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 class MostPopular:
     """Retrieves the same candidates for everyone: those with the most users in training.
 
-    Args:
-        latest: Share of the latest positives, by timestamp, whose users are counted; the users of
-            all positives break ties. Set it below 1 for logs whose items come and go.
-
-    Raises:
-        ValueError: If `latest` is not in (0, 1].
+    `latest` in (0, 1] is the share of the latest positives, by timestamp, whose users are counted;
+    the users of all positives break ties. Set it below 1 for logs whose items come and go.
 
     Example:
         >>> import pyarrow as pa
@@ -52,10 +48,7 @@ class MostPopular:
             raise ValueError(f"latest must be in (0, 1]. Received: {self.latest}.")
 
     def fit(self, train: Log | Interactions) -> "FittedPopularity":
-        """Counts the users of each candidate of a log, or of interactions.
-
-        Raises a `ValueError` if `latest` is below 1 without timestamps; interactions have none.
-        """
+        """Counts the users of each candidate; a `ValueError` if `latest` needs times and has none."""
         if isinstance(train, Interactions):
             if self.latest < 1:
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
@@ -152,13 +145,9 @@ class Transitions:
     positives before the request. The same holds for positives at one time, if the log's rule for
     ties is "drop".
 
-    Args:
-        prior: m, above 0. An item with 1% of the pairs counts as m / 100 transitions.
-        window: How many of the next positives count as coming next, 1 or more: the first as 1, each
-            further one as .8 of the one before. A window above 1 helps where transitions are few.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    The `prior` is m, above 0: an item with 1% of the pairs counts as m / 100 transitions. The
+    `window` is how many of the next positives count as coming next, 1 or more: the first as 1, each
+    further one as .8 of the one before. A window above 1 helps where transitions are few.
 
     Example:
         >>> import pyarrow as pa
@@ -212,16 +201,11 @@ class Ease:
     """EASE: a linear autoencoder of histories, solved in closed form; strong if it fits in memory.
 
     B = argmin ||X - X B||^2 + l2 ||B||^2 with a zero diagonal, from P = (X'X + l2 I)^-1 as
-    B_ij = -P_ij / P_jj. A candidate's score is the sum of its weights over the history.
+    B_ij = -P_ij / P_jj. A candidate's score is the sum of its weights over the history. Good values
+    of l2, above 0, grow with the number of users. A corpus above `max_candidates` is refused:
+    memory grows with its square, time with its cube.
 
     Reference: Steck 2019, Embarrassingly Shallow Autoencoders for Sparse Data.
-
-    Args:
-        l2: Regularization, above 0. Good values grow with the number of users.
-        max_candidates: Refuses a larger corpus: memory grows with its square, time with its cube.
-
-    Raises:
-        ValueError: If l2 is not above 0.
     """
 
     l2: float = 200.0
@@ -249,22 +233,12 @@ class Ials:
     """Implicit ALS: matrix factorization of all cells, with clicked ones weighted by `alpha`.
 
     The user's factors are computed from the query's history, so that new users and new clicks need
-    no new fit.
+    no new fit. `regularization` (L2 on both sides' factors, 0 or more) and `alpha` (any other cell
+    has 1) matter most, and only together: the defaults suit about a thousand users. 0 as
+    `num_threads` uses every core.
 
     Reference: Hu, Koren and Volinsky 2008, Collaborative Filtering for Implicit Feedback Datasets;
     the solver is that of the library `implicit`.
-
-    Args:
-        num_factors: Size of the embeddings.
-        regularization: L2 on both sides' factors, 0 or more. It and `alpha` matter most, and only
-            together: the defaults suit about a thousand users.
-        alpha: Weight of a clicked cell; any other has 1.
-        num_iterations: Alternations.
-        seed: Seed of the initial factors.
-        num_threads: Number of threads; 0 uses every core.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     num_factors: int = 128
@@ -311,10 +285,7 @@ class Ials:
 def _by_product(
     train: Interactions, score: Callable[[scipy.sparse.csr_matrix], np.ndarray]
 ) -> HistoryRetriever:
-    """Scores histories as rows of a matrix; those without a trained item get the counts.
-
-    Otherwise all items would be tied for such a history.
-    """
+    """Scores histories as rows of a matrix; those without a trained item get the counts."""
 
     def or_popular(queries: Sequence[Query]) -> np.ndarray:
         histories = history_matrix(queries, train.items)

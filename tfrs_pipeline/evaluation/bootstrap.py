@@ -41,14 +41,12 @@ class Interval:
 def bootstrap_intervals(
     values: np.ndarray, *, users: np.ndarray | None = None, num_bootstrap: int = 1000, seed: int = 0
 ) -> list[Interval]:
-    """Computes the mean of each column of per-query values, with a 95% percentile interval.
+    """Computes the mean of each column of values, with a 95% percentile interval.
 
-    Whole queries are drawn with replacement, the same for every column, so columns stay paired. For
-    the interval of a difference, pass a column of differences. If `users`, [num_queries], holds a
-    user twice, users are drawn with all their queries, because these are not independent.
-
-    Values are [num_queries, num_columns]; a mean skips NaN. The same seed and number of queries
-    give the same resamples. Without resamples, low and high are NaN.
+    Values are [num_queries, num_columns]; a mean skips NaN. Whole queries are drawn with
+    replacement, the same for every column, so columns stay paired. If `users`, [num_queries], holds
+    a user twice, users are drawn with all their queries, because these are not independent. The
+    same seed and number of queries give the same resamples; without, low and high are NaN.
     """
     is_measured = ~np.isnan(values)
     filled = np.where(is_measured, values, 0.0)
@@ -80,15 +78,14 @@ def _sums_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
 
 def _resampled_sums(values: np.ndarray, num_bootstrap: int, rng: np.random.Generator) -> np.ndarray:
     """Sums the columns of resampled rows: [num_bootstrap, num_columns]."""
-    num_queries = len(values)
+    num = len(values)
     sums = np.zeros((num_bootstrap, values.shape[1]))
-    block_size = max(1, _DRAWS_PER_BLOCK // max(1, num_queries))
-    for start in range(0, num_bootstrap if num_queries else 0, block_size):
-        stop = min(start + block_size, num_bootstrap)
-        copies = np.empty((stop - start, num_queries))
+    block_size = max(1, _DRAWS_PER_BLOCK // max(1, num))
+    for start in range(0, num_bootstrap if num else 0, block_size):
+        copies = np.empty((min(block_size, num_bootstrap - start), num))
         for row in copies:
-            row[:] = np.bincount(rng.integers(num_queries, size=num_queries), minlength=num_queries)
-        sums[start:stop] = copies @ values
+            row[:] = np.bincount(rng.integers(num, size=num), minlength=num)
+        sums[start : start + block_size] = copies @ values
     return sums
 
 

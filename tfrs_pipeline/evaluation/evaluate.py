@@ -34,8 +34,7 @@ def evaluate(
 
     Relevant items that `exclude` keeps out of the ranking are removed and counted; queries left
     with nothing relevant are skipped and counted. Relevant items without a training count stay in
-    the denominator. A slice (`popularity_slices`) counts only its own relevant items, in the same
-    ranking over the whole corpus.
+    the denominator. A slice counts only its own relevant items, in the ranking of the whole corpus.
 
     Args:
         retrievers: A retriever, which is named by its class, or several by name. The others are
@@ -49,8 +48,7 @@ def evaluate(
         on_progress: Called with the retriever's name, the queries done and their total.
 
     Returns:
-        An `Evaluation`, which prints as a table. Its `results`, by name, have means with intervals
-        and values by query, overall, by slice and for ties; its `differences` are from the first.
+        An `Evaluation`, which prints as a table.
 
     Raises:
         TypeError: If an argument is not a retriever, a holdout or a list of cutoffs.
@@ -128,12 +126,11 @@ Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Truth:
-    """The queries of a holdout that can be measured, and their relevant items.
+    """The queries of a holdout that can be measured, at `places`, and their relevant items.
 
-    `places` are the places of the measured queries in the holdout. Pairs leave out candidates
-    outside the corpus, but `num_relevant`, [num_queries], counts them. `tied` and `num_tied` are
-    the same of the items that `Holdout.tied` marks. `num_excluded` counts the relevant items that
-    were excluded, over all queries.
+    Pairs leave out candidates outside the corpus, but `num_relevant`, [num_queries], counts them.
+    `tied` and `num_tied` are the same of the items that `Holdout.tied` marks. `num_excluded` counts
+    the relevant items that were excluded, over all queries.
     """
 
     holdout: Holdout
@@ -230,9 +227,8 @@ def _retrieve_rows(
     excluded_queries, excluded_rows = truth.excluded_pairs
     for start in range(0, num_queries, QUERIES_PER_CALL):
         batch = slice(start, min(start + QUERIES_PER_CALL, num_queries))
-        answer = retriever.retrieve(
-            truth.queries[batch], k, None if truth.excluded is None else truth.excluded[batch]
-        )
+        excluded = None if truth.excluded is None else truth.excluded[batch]
+        answer = retriever.retrieve(truth.queries[batch], k, excluded)
         shape = (batch.stop - batch.start, k)
         returns = f"must return ids and scores of {shape}"
         if not isinstance(answer, tuple | list) or len(answer) != 2:
@@ -332,10 +328,7 @@ def _measure(
 
 
 class _Part(NamedTuple):
-    """Some of the relevant items: their hits, [num_queries, k], and numbers, [num_queries].
-
-    `candidates`, [num_candidates] bool, marks the part's candidates; ties have none.
-    """
+    """Some of the relevant items: which candidates (ties have none), hits, and numbers by query."""
 
     name: str
     candidates: np.ndarray | None

@@ -28,9 +28,7 @@ def find_hits(
 
 
 def query_metrics(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    """Computes the metrics of each query at a cutoff.
-
-    With places counted from 1:
+    """Computes the metrics of each query at a cutoff, with places counted from 1.
 
         recall@k = hits in the top k / num_relevant; not capped, so below 1 if more are relevant
         hit_rate@k = 1 if there is a hit in the top k, or 0

@@ -103,10 +103,7 @@ class EvaluationResult:
         return {**self.per_query, **of_slices}
 
     def describe(self) -> list[str]:
-        """Describes, in lines for a person, what was left out, is hard to find or is tied.
-
-        Empty histories, items without a positive in training, and ties are mentioned above a tenth.
-        """
+        """Describes, in lines for a person, what was left out, is hard to find or is tied."""
         num_measured = len(self.user_ids)
         lines = []
         if self.num_sampled_from is not None:
@@ -174,8 +171,7 @@ class Evaluation:
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
         """Name of another retriever -> metric -> the other minus the first, paired by query.
 
-        Slices have names such as "tail/recall@20". Paired intervals are much narrower than separate
-        ones, because a hard query is hard for both.
+        Slices have names such as "tail/recall@20".
         """
         reference, *others = self.results
         values = {name: result.per_query_and_slice for name, result in self.results.items()}
@@ -185,17 +181,11 @@ class Evaluation:
         gaps = np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1)
         # One bootstrap for all, since one for each would take most of an evaluation's time.
         drawn = {"num_bootstrap": self.num_bootstrap, "seed": self.seed}
-        intervals = bootstrap_intervals(gaps, users=self.first.user_ids, **drawn)
-        found: dict[str, dict[str, Interval]] = {name: {} for name in others}
-        for (name, metric), interval in zip(keys, intervals, strict=True):
-            found[name][metric] = interval
-        return found
+        intervals = iter(bootstrap_intervals(gaps, users=self.first.user_ids, **drawn))
+        return {name: {m: next(intervals) for m in values[reference]} for name in others}
 
     def summary(self) -> dict[str, Any]:
-        """Returns the numbers for JSON: "models" and "differences", each by name.
-
-        In a run also "by_request", with the same two, or "left_out": why it has none.
-        """
+        """Returns the numbers for JSON: "models" and "differences" by name; "by_request" if any."""
         summary: dict[str, Any] = {
             "models": {name: result.summary() for name, result in self.results.items()},
             "differences": {

@@ -17,15 +17,11 @@ _MOMENT = "_moment"
 
 @dataclass(frozen=True)
 class Sequences:
-    """Training positives, user by user, each user's in the order of the log.
+    """Training positives, [n], user by user, each user's in the order of the log.
 
-    Args:
-        items: The corpus.
-        users: [n] numbers of users, ascending.
-        item_rows: [n] rows of items, from 1.
-        is_new_moment: [n] bool, False for a positive of the same moment as the one before it: the
-            same request, or the same time if the log's rule for ties is "drop". Positives of one
-            moment do not follow each other.
+    `users` are numbers, ascending; item rows start at 1. `is_new_moment` is False for a positive of
+    the same moment as the one before it: the same request, or the same time if the log's rule for
+    ties is "drop". Positives of one moment do not follow each other.
     """
 
     items: Ids
@@ -53,9 +49,9 @@ class Sequences:
         return cls(items, users, clicked_rows(table, items), np.append(True, is_new)[: len(users)])
 
     def earlier(self, num: int) -> np.ndarray:
-        """Finds the `num`-th positive of the user before each positive's moment.
+        """Finds the `num`-th positive of the user before each moment: [n] places, -1 if none.
 
-        Returns [n] places, -1 where the user has none; for 0, where the moment begins.
+        For 0, it is where the moment begins.
         """
         place = np.arange(len(self.users))
         place = np.maximum.accumulate(np.where(self.is_new_moment, place, 0))

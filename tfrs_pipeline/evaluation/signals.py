@@ -79,12 +79,8 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
     For a hit rate, the last positive of each of at most 5,000 users is held out. It is a hit if it
     is among the ten items that came most often with what is known (the last item, or the value of a
     request feature), backed off to popularity. Beside it is the hit rate with less information,
-    such as shuffled histories. The gap is what a model can learn from the signal.
-
-    Args:
-        train: The training part of a log.
-        max_positives: About how many to read; if there are more, those of users drawn at random.
-        seed: Seed of everything random.
+    such as shuffled histories. The gap is what a model can learn from the signal. If there are more
+    than `max_positives`, about as many are read, of users drawn at random.
 
     Example:
         >>> import pyarrow as pa
@@ -146,10 +142,7 @@ def _hit_rate(known: np.ndarray, sequences: Sequences, asked: np.ndarray) -> flo
 
 
 def _num_hits(num: scipy.sparse.csr_matrix, prior: np.ndarray, target: np.ndarray) -> float:
-    """Counts the queries whose target is found: by `num`, [num_queries, 1 + num_items], and prior.
-
-    Items of equal scores are in random order.
-    """
+    """Counts targets found by `num`, [num_queries, 1 + num_items], and prior; ties are random."""
     query = np.repeat(np.arange(len(target)), np.diff(num.indptr))
     own_num = np.bincount(query, num.data * (num.indices == target[query]), len(target))
     own = prior[target] + own_num

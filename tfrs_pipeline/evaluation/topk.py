@@ -28,9 +28,8 @@ def top_k_in_blocks(
     """Finds the k best candidates of each query, scoring a block of queries at a time.
 
     `score_block` returns the scores of a slice of the queries, [len(slice), num_candidates]; column
-    c is the candidate of row c + 1, and -inf keeps it out of the result. `exclude_rows` has an
-    array of rows from 1 for each query. Returns [num_queries, k] int32 rows, 0 in empty slots, and
-    float32 scores, -inf in them. A `ValueError` if a score is NaN.
+    c is the candidate of row c + 1. `exclude_rows` has an array of rows for each query. Returns
+    [num_queries, k] int32 rows and float32 scores. A `ValueError` if a score is NaN.
     """
     rows = np.zeros((num_queries, k), np.int32)
     scores = np.full((num_queries, k), -np.inf, np.float32)
@@ -58,8 +57,7 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
             f"Received: `scores.shape` = {scores.shape}."
         )
     scores = scores.astype(np.float32)
-    num_nan = np.count_nonzero(np.isnan(scores))
-    if num_nan:
+    if num_nan := np.count_nonzero(np.isnan(scores)):
         raise ValueError(
             f"{num_nan} of {scores.size} scores are NaN, which cannot be ranked. The model has "
             "diverged or a feature is NaN."
@@ -68,14 +66,9 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def best_places(scores: np.ndarray, k: int) -> np.ndarray:
-    """Returns the places of the k best of [n] scores, best first, equal ones in order.
-
-    Fewer if fewer are above -inf.
-    """
-    if k < len(scores):
-        places = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-    else:
-        places = np.arange(len(scores))
+    """Returns the places of the k best of [n] scores above -inf, best first, equal ones in order."""
+    lowest = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
+    places = np.flatnonzero(scores >= lowest)
     found = scores[places]
     places = places[np.argsort(-found, kind="stable")][:k]
     return places[scores[places] > -np.inf]

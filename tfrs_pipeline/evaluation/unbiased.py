@@ -47,14 +47,9 @@ def even_metrics(
     so that the mean over queries is the mean over users. Values are NaN for a query without an item
     of the corpus.
 
-    Args:
-        rows: [num_queries, max_k] candidates found, from 1, the best first.
-        is_hit: [num_queries, max_k] which of them are relevant.
-        relevant: [num_pairs] query numbers, ascending, and candidates, from 1.
-        user_ids: [num_queries].
-        exposure: [num_candidates] p, up to a factor; None if unknown. Nothing is computed then, nor
-            if users have fewer than 1.5 items to find on average.
-        cutoffs: Values of k.
+    `rows`, [num_queries, max_k], are the candidates found, and `is_hit` says which are relevant;
+    `relevant` has query numbers, ascending, and candidates; `exposure` is p, up to a factor.
+    Nothing is computed if it is None, or users have fewer than 1.5 items to find on average.
     """
     queries, wanted = relevant
     users = np.unique(user_ids, return_inverse=True)[1]

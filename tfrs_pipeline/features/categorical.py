@@ -18,7 +18,7 @@ from tfrs_pipeline.features.raw import (
     Column,
     has_booleans,
     in_blocks,
-    to_texts,
+    to_text_lists,
 )
 
 MIN_BUCKETS, MAX_BUCKETS = 16, 2**20
@@ -111,10 +111,9 @@ class Hashed(Category):
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Takes the next power of two above twice the number of values.
+        """Takes the next power of two above twice the number of values, 2^20 at most.
 
-        At most 4 in 10 values then share a bucket with another. At the limit of 2^20, which keeps
-        the table below 16 MB at 4 dimensions, more do.
+        Below that limit, at most 4 in 10 values share a bucket with another.
         """
         num_values = len(count_rows(column)[0])
         wanted = 2 ** (2 * num_values - 1).bit_length()
@@ -137,20 +136,15 @@ class Hashed(Category):
 
 
 def count_rows(
-    column: Column, split: Callable[[Column], tuple[Any, np.ndarray]] | None = None
+    column: Column, split: Callable[[Column], tuple[Any, np.ndarray]] = to_text_lists
 ) -> tuple[dict[str, int], int]:
     """Counts the rows of each value, and the values of the longest row.
 
     `split` turns a block of rows into an Arrow array of all values, and their number in each row.
-    If it is None, every row is a value.
     """
     counts, longest = [], 0
     for block in in_blocks(column):
-        if split is None:
-            values = to_texts(block)
-            lengths = np.ones(len(values), np.int64)
-        else:
-            values, lengths = split(block)
+        values, lengths = split(block)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         pairs = pa.table({"row": rows, "value": values}).group_by(["row", "value"]).aggregate([])
         counts.append(pairs.group_by("value").aggregate([("row", "count")]))

@@ -24,10 +24,9 @@ _OTHER_INPUTS = (
 
 
 def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
-    """Returns the inputs of `encode_raw`, by the features' names, in their order.
+    """Returns the inputs of `encode_raw` by the features' names, each with its name in a signature.
 
-    Each spec has the name of its input in an exported signature: the feature's name if TensorFlow
-    allows it and it is free, otherwise one made of ASCII letters, digits and underscores.
+    That is the feature's name if TensorFlow allows it and it is free, otherwise one like it.
     """
     taken = set(_OTHER_INPUTS)
     signature = {}
@@ -50,10 +49,7 @@ def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
 def raw_columns(
     features: Sequence[Feature], columns: Mapping[str, Column], num_rows: int
 ) -> dict[str, np.ndarray]:
-    """Converts columns, by the features' names, to the arrays of `raw_signature`.
-
-    Raises a `ValueError` if a column is missing or lacks `num_rows` rows, or as in `to_raw`.
-    """
+    """Converts columns, by the features' names, to the arrays of `raw_signature`."""
     if missing := [feature.name for feature in features if feature.name not in columns]:
         raise ValueError(f"Features {missing} are missing. Received: {sorted(columns)}.")
     for feature in features:
@@ -80,8 +76,7 @@ def request_signature(
 ) -> dict[str, tf.TensorSpec]:
     """Returns the inputs of `encode_requests` by name: the features, and the timestamp if read.
 
-    A model that `reads_times` always reads it. `others` are features in the same signature, so
-    that names of inputs do not clash.
+    `others` are features in the same signature, so that names of inputs do not clash.
     """
     signature = raw_signature([*others, *features])
     specs = {feature.name: signature[feature.name] for feature in features}
@@ -96,10 +91,7 @@ def raw_requests(
     *,
     reads_times: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Converts requests to the arrays of `request_signature`; absent values are missing.
-
-    The timestamp is a `datetime` with a time zone; other keys are ignored.
-    """
+    """Converts requests to the arrays of `request_signature`; absent values are missing."""
     names = request_signature(features, reads_times=reads_times)
     columns = {name: [(request or {}).get(name) for request in requests] for name in names}
     raw = raw_columns(features, columns, len(requests))

@@ -39,13 +39,11 @@ class TableColumn:
 
 @dataclass(frozen=True)
 class Feature(ABC):
-    """A column and its encoding. Each kind of feature is a subclass with its own fields.
+    """A column and its encoding. Each kind is a frozen dataclass with its own fields, in `KINDS`.
 
     A value takes three forms. `read` gives the column its type in a log; `to_raw` turns that into
     the array that a graph takes, with "" or NaN where the value is missing; `encoded` turns the
     array into what the layer embeds. Training and exported models run the same encoding.
-
-    A new kind is a frozen dataclass that implements the abstract methods, and an entry in `KINDS`.
     """
 
     name: str
@@ -82,15 +80,11 @@ class Feature(ABC):
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
         """Learns the encoding of a column, one entry per row, where None or NaN is missing.
 
-        Ages count back from `reference`, such as the end of the log. Raises a `ValueError` if an
-        entry does not fit the kind.
+        Ages count back from `reference`. A `ValueError` if an entry does not fit the kind.
         """
 
     def to_raw(self, column: Column) -> np.ndarray:
-        """Converts a column to the array that `encode` takes; raises a `ValueError` as `fit` does.
-
-        By default for strings: [n] object of str, "" where missing.
-        """
+        """Converts a column to the array that `encode` takes: by default [n] str, "" if missing."""
         return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
 
     @abstractmethod
@@ -140,11 +134,9 @@ class Feature(ABC):
         return values
 
     def encode(self, raw: tf.Tensor) -> tf.Tensor:
-        """Encodes raw values, [B] or [B, any].
+        """Encodes raw values, [B] or [B, any], as codes or numbers, [B] or [B, m].
 
-        Returns:
-            Codes: [B] or [B, m] int32, 0 where missing or unknown. Or numbers: [B] or [B, m]
-            float32, NaN where missing.
+        Codes are int32, 0 where missing or unknown; numbers are float32, NaN where missing.
         """
         spec = self.raw_spec
         return self.encoded(tf.ensure_shape(tf.convert_to_tensor(raw, spec.dtype), spec.shape))

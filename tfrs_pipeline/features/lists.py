@@ -47,9 +47,9 @@ class ValueLists(Vocabulary):
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Takes values in `min_count` rows or more; as many of a row count as the longest has.
+        """Takes values in `min_count` rows or more, and the longest row's number of values.
 
-        At least 16 count, because longer lists may come later, and at most `max_values`.
+        That number is at least 16, for longer lists to come, and at most `max_values`.
         """
         counts, longest = count_rows(column, cls.split)
         vocabulary = sorted(value for value, count in counts.items() if count >= cls.min_count)
@@ -156,9 +156,8 @@ def _check_texts(column: TableColumn, lists: ir.ArrayValue) -> None:
 class Text(ValueLists):
     """Places of a text's lower-case words in the vocabulary. See `ValueLists` for the fields.
 
-    Words are runs of letters, marks, digits, underscores, and apostrophes inside. In scripts
-    without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character with
-    its marks is a word.
+    In scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each
+    character with its marks is a word.
     """
 
     kind: ClassVar[str] = "text"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -17,9 +17,18 @@ MAX_BUCKETS = 32
 MAX_DEVIATIONS = 10.0
 
 
+def finite(text: str) -> float:
+    """Converts a typed number; a `ValueError` if it is not a finite number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("it is not finite")
+    return number
+
+
 class Number(Feature):
     """A number per row, in any encoding."""
 
+    from_text = staticmethod(finite)
     column_types = NUMBER_TYPES
     raw_dtype = "float64"
     example = "1.5"
@@ -34,19 +43,13 @@ class Number(Feature):
         """Returns [n] float64, NaN where missing."""
         return to_numbers(self.name, column)
 
-    @staticmethod
-    def from_text(text: str) -> Any:
-        """Converts a typed number."""
-        return finite(text)
-
 
 @dataclass(frozen=True)
 class Numeric(Number):
-    """A number minus the mean, divided by the standard deviation.
+    """A number minus the mean, divided by the standard deviation, clipped to 10 deviations.
 
-    It is clipped to 10 deviations on either side, so that an absurd value does not dominate a
-    tower. Keras's `Normalization` computes in float32, too coarse for counts above 16 million, and
-    raises deviations below 1e-7 to 1e-7.
+    Keras's `Normalization` computes in float32, too coarse for counts above 16 million, and raises
+    deviations below 1e-7 to 1e-7.
     """
 
     mean: float = 0.0
@@ -100,14 +103,6 @@ class Bucketized(Number):
         """Returns the bucket there that holds the lowest value of each bucket here."""
         lowest = np.array([-np.inf, *self.boundaries])
         return np.concatenate([[0], 1 + np.searchsorted(there.boundaries, lowest, side="right")])
-
-
-def finite(text: str) -> float:
-    """Converts a typed number; a `ValueError` if it is not a finite number."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError("it is not finite")
-    return number
 
 
 def moments(numbers: np.ndarray) -> tuple[float, float]:

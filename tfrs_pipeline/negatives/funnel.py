@@ -83,10 +83,8 @@ class FunnelLosers:
 
     def of_stages(self, stages: Sequence[HardStage]) -> "FunnelLosers":
         """Returns a copy with other stages, without the options of stages that are left out."""
-        if "ranked" in stages:
-            return replace(self, stages=stages)
-        common = FunnelLosers.bottom_share
-        return replace(self, stages=stages, bottom_share=common, min_rank=None)
+        common: dict[str, Any] = {"bottom_share": FunnelLosers.bottom_share, "min_rank": None}
+        return replace(self, stages=stages, **({} if "ranked" in stages else common))
 
     @property
     def pools(self) -> tuple[str, ...]:

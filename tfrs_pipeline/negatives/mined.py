@@ -23,8 +23,7 @@ class Mined:
     Attributes:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold.
         num: Columns drawn for each row from its pool.
-        min_rank: Best rank to keep; 0 is the top, after known positives and exposed items are
-            dropped.
+        min_rank: Best rank to keep; 0 is the top.
         max_rank: First rank not to keep.
         max_pool: Most items kept for a sample, drawn at random.
         every: Epochs between minings. There are no hard negatives before the first, because an
@@ -44,10 +43,8 @@ class Mined:
 
     def __post_init__(self) -> None:
         if not self.min_rank < self.max_rank:
-            raise ValueError(
-                "Mined ranks must be min_rank < max_rank. "
-                f"Received: {self.min_rank} and {self.max_rank}"
-            )
+            got = f"{self.min_rank} and {self.max_rank}"
+            raise ValueError(f"Mined ranks must be min_rank < max_rank. Received: {got}")
 
     @property
     def pools(self) -> tuple[str, ...]:

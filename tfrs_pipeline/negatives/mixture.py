@@ -33,18 +33,13 @@ _NUM_TRIES = 16  # Draws before training; enough to find a mistake that shows in
 class Mixture:
     """Kinds of shared negatives drawn together, and the log_q of their draws.
 
-    Args:
-        negatives: The kinds.
-        frame: What they draw from.
-
     Attributes:
         expected_count: [num_candidates + 1] float64, n(c), the expected copies of candidate c among
             a row's shared columns; 0 where no kind can draw the candidate.
 
     Raises:
         TypeError: If something is not a kind of negative.
-        ValueError: If a kind's counts do not match the corpus, are negative or not finite, or give
-            row 0 a count; if it draws rows outside the corpus, or not as its counts say; if there
+        ValueError: If a kind's counts are impossible or it does not draw as they say, or if there
             is no negative at all.
 
     Example:
@@ -78,19 +73,11 @@ class Mixture:
             self._log_count = tf.constant(np.log(self.expected_count), tf.float32)
 
     def draw(self, positive_rows: tf.Tensor, seed: tf.Tensor | Sequence[int]) -> tf.Tensor:
-        """Draws the shared negatives of a batch.
+        """Draws the shared negatives of a batch, as a function of a seed such as `[7, step]`.
 
-        Args:
-            positive_rows: [B] integers, the positives of the batch.
-            seed: [2] integers, such as `[7, step]`, which decide the draws of all kinds.
-
-        Returns:
-            [C] int32 candidate rows, kind by kind; 0, whose log_q is -inf, where a positive of the
-            batch is unknown. A row must mask its own positive.
-
-        Raises:
-            ValueError: If the seed is not a pair, or the batch is too large for in-batch negatives
-                (see `InBatch.draw`).
+        `positive_rows` are its positives, [B] integers. Returns [C] int32 candidate rows, kind by
+        kind; 0, whose log_q is -inf, where a positive of the batch is unknown. A row must mask its
+        own positive. A `ValueError` if the seed is not a pair, or as for `InBatch.draw`.
         """
         seed = tf.convert_to_tensor(seed)
         if seed.shape != (2,):
@@ -111,19 +98,18 @@ class Mixture:
         return tf.concat(drawn, axis=0)
 
     def log_q(self, candidate_rows: tf.Tensor, hard_share: tf.Tensor | None = None) -> tf.Tensor:
-        """Looks up log n(c) of candidates, float32 of the shape of `candidate_rows`.
+        """Looks up log n(c) of candidates, float32 of the same shape.
 
-        With `hard_share`, the f of the columns' rows, it is log( n(c) / (1 - f) ), where the two
-        shapes are broadcast.
+        With `hard_share`, the f of rows, it is log( n(c) / (1 - f) ), and shapes are broadcast.
         """
         log_q = tf.gather(self._log_count, candidate_rows)
         return log_q if hard_share is None else log_q - tf.math.log1p(-hard_share)
 
 
 def hard_log_q(num_left: tf.Tensor, share: float, num_candidates: int) -> tf.Tensor:
-    """Computes log( H_k / (V * f * w_k) ) of a row's pools of H_k: [W, num_pools] float32.
+    """Computes log( H_k / (V * f * w_k) ) of a row's pools of H_k, 0 if empty: [W, num_pools].
 
-    Pools with something left have equal weight; it is 0 if nothing is left.
+    Pools with something left have equal weight w_k.
     """
     is_left = tf.cast(num_left > 0, tf.float32)
     pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))

@@ -16,13 +16,8 @@ from tfrs_pipeline.negatives.protocol import SamplingFrame, sampling_probability
 class Popularity:
     """`num` candidates per batch, p(c) proportional to clicks(c)^alpha, with replacement.
 
-    Args:
-        num: Draws per batch, 1 or more, shared by its rows.
-        alpha: Exponent of the training clicks, above 0; .75 is word2vec's, 1 draws like in-batch
-            negatives. Items without a click are never drawn.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    `alpha` is above 0; .75 is word2vec's, 1 draws like in-batch negatives. Items without a click
+    are never drawn. A `ValueError` if an argument is out of range.
     """
 
     num: int = 256

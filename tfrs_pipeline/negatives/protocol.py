@@ -33,11 +33,7 @@ class SamplingFrame:
         """Makes the frame of batches that are a fair draw of the counted positives.
 
         Unknown items may be in the batch but are never negatives: their columns have a log_q of
-        -inf.
-
-        Raises:
-            ValueError: If counts are negative, not finite, or all 0 apart from row 0, or
-                `batch_size` is not an integer or below 1.
+        -inf. A `ValueError` if the counts or the size are impossible.
         """
         counts = np.asarray(counts)
         is_count = np.isfinite(counts) & (counts >= 0)

@@ -14,14 +14,7 @@ from tfrs_pipeline.negatives.protocol import SamplingFrame
 
 @dataclass(frozen=True)
 class Uniform:
-    """`num` candidates per batch, all of the corpus equally likely, with replacement.
-
-    Args:
-        num: Draws per batch, 1 or more, shared by its rows.
-
-    Raises:
-        ValueError: If `num` is not an integer or below 1.
-    """
+    """`num` candidates per batch, 1 or more, all of the corpus equally likely, with replacement."""
 
     num: int = 256
     kind: Literal["uniform"] = "uniform"
