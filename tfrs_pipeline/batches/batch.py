@@ -122,8 +122,8 @@ class Slices:
         """Takes a slice of a batch whose columns are not masked and corrected yet.
 
         It has some of the queries, with their positives and own hard negatives, and all shared
-        columns; sequences and sets stay whole. Losses and gradients of the slices add up to those
-        of the batch. Returns it, and which of the batch's queries it has.
+        columns. Losses and gradients of the slices add up to those of the batch. Returns it, and
+        which of the batch's queries it has.
         """
         # Units (sequences, sets or single positives) are cut; `unit` is that of each positive.
         if batch.sequence_rows is not None:

@@ -26,17 +26,8 @@ class WholeSequences(EpochExamples):
     later window have short histories. Windows of similar length are batched together.
 
     Batches have P = W positives (about B). Instead of history_rows they have sequence_rows, state
-    and, for a log with timestamps, sequence_times (see `Batch`).
-
-    Args:
-        samples: The training samples, of a log with an order.
-        batch_size: About how many positives a batch has; twice a window's maximum always suffices.
-        history_length: L, longest window.
-        seed: Seed of the order.
-
-    Raises:
-        ValueError: If the samples have no order, a number is not an integer or out of range, or a
-            batch would be too small for its windows.
+    and, for a log with timestamps, sequence_times (see `Batch`). A `ValueError` if the samples have
+    no order, or a batch would be too small for its windows; twice a window's maximum suffices.
     """
 
     has_one_positive = True

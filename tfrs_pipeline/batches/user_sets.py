@@ -26,9 +26,8 @@ class UserSets(EpochExamples):
     If the coins leave fewer users than batches, as in a tiny log, they are flipped again.
 
     Batches have a positive_query, and history_rows in random order, as wide as the batch's longest,
-    `history_length` at most: longer input is sampled at random. A query's shared columns count for
-    all of its positives, so all positives are masked in them. There are no hard negatives, which
-    belong to one positive.
+    `history_length` at most: longer input is sampled. A query's shared columns count for all of its
+    positives, so all are masked in them. There are no hard negatives, which belong to one positive.
     """
 
     has_one_positive = False

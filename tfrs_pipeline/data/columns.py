@@ -152,10 +152,7 @@ def type_features(
 
 
 def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
-    """Cleans text ids: removes white space and ".0", and makes words for a missing id null.
-
-    Returns the text, and whether every value is written as an int64.
-    """
+    """Cleans text ids (white space, ".0", words for none); says whether all are int64."""
     if column not in raw.texts:
         value = raw.table[column]
         text = value.re_replace(WHOLE_FLOAT, r"\1").strip()

@@ -66,10 +66,7 @@ def check_engine(events: Any, *others: Any) -> None:
 def check_events(
     events: ibis.Table, source: Source, request_features: Mapping[str, str]
 ) -> ibis.Table:
-    """Checks that a table meets what `Log` says about events, or raises a `DataError`.
-
-    Returns the table with a log's types and unchanged values.
-    """
+    """Checks that a table meets what `Log` says about events; returns it with a log's types."""
     require_all(events.columns, _REQUIRED, source)
     known = {name: KINDS[kind].column_types for name, kind in request_features.items()}
     known |= _EVENT_TYPES

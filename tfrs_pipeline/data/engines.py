@@ -32,9 +32,8 @@ ENGINES = ("duckdb", _SPARK)
 def connect(memory_limit: str | None = None) -> DuckDB:
     """Opens a DuckDB whose tables need not fit in memory: they are in a file that is deleted later.
 
-    Intermediate results beyond `memory_limit`, such as "4GB", go to disk too. None is DuckDB's
-    default, four fifths of the machine's memory. Both are in the system's temporary folder, and
-    take about as much room as the uncompressed events.
+    Results beyond `memory_limit`, such as "4GB", go to disk too; None is four fifths of the memory.
+    Both are in the system's temporary folder, and take about the room of the uncompressed events.
     """
     folder, lock = _own_folder()
     options = {} if memory_limit is None else {"memory_limit": memory_limit}
@@ -50,10 +49,7 @@ def connect(memory_limit: str | None = None) -> DuckDB:
 
 
 def _own_folder() -> tuple[Path, int]:
-    """Makes a temporary folder that this process holds; returns it and its lock.
-
-    Removes the folders of killed processes, whose locks nobody holds.
-    """
+    """Removes the folders of killed processes; makes one that this process holds, with its lock."""
     temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{_PREFIX}*/{_LOCK}"):
         with contextlib.suppress(OSError), left.open("rb+") as opened:  # Held, or another user's.
@@ -68,10 +64,7 @@ def _own_folder() -> tuple[Path, int]:
 
 
 def connect_spark(master: str | None = None) -> Any:
-    """Opens a Spark session as an Ibis backend; a `DataError` if pyspark or Java is missing.
-
-    `master` is, for example, "local[4]" or "spark://host:7077"; None takes Spark's own setting.
-    """
+    """Opens a Spark session (`master`: None is Spark's setting); needs pyspark and Java."""
     try:
         from pyspark.sql import SparkSession
     except ImportError as error:
@@ -105,10 +98,7 @@ def open_parquet(backend: Any, path: Path) -> ibis.Table:
 
 
 def write_parquet(table: ibis.Table, path: Path) -> None:
-    """Writes a table in its order: DuckDB writes a file, Spark a folder of part files.
-
-    Spark's executors must see the folder under the same path as this process.
-    """
+    """Writes a table in its order: DuckDB writes a file, Spark a folder of part files."""
     remove(path)
     backend = table.get_backend()
     if backend.name != _SPARK:
@@ -154,10 +144,7 @@ def check_stored(error: Exception) -> None:
 
 
 def random_key(*values: ir.Value, seed: int) -> ir.StringValue:
-    """Hashes integers or strings alike in every engine; the engines' own functions differ.
-
-    Returns 12 hexadecimal digits, which DuckDB compares as fast as a number.
-    """
+    """Hashes integers or strings alike in every engine: 12 hexadecimal digits, fast in DuckDB."""
     text = ibis.literal(str(seed))
     for value in values:
         text = text + ":" + value.cast("string")

@@ -50,8 +50,7 @@ def with_event_column(reading: Reading, scanned: Scan) -> Reading:
 def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:
     """Deletes the rows of types without a weight; returns the table and what was deleted.
 
-    Notes how many events each type has. Raises a `DataError` if `weights` names a type that no
-    event has, but resembles another: a typing error.
+    Raises a `DataError` if `weights` misspells a type.
     """
     counts = _counts(raw)
     others = {name: num for name, num in counts.items() if name not in weights}
@@ -100,10 +99,7 @@ def stage_and_weight(
 
 
 def strongest(events: ibis.Table) -> ibis.Table:
-    """Keeps one event of each user and item in a request: the positive of the largest weight.
-
-    Without a positive it is the first event. Events without a request are kept.
-    """
+    """Keeps the positive of the largest weight, or first event, of an item in a request."""
     keys = [x for x in ("user_id", "item_id", "request_id", "part") if x in events.columns]
     is_shown = (events["stage"] == Stage.EXPOSED.value).cast("int8")
     order = [is_shown, events["weight"].desc(), events["event_number"]]

@@ -50,10 +50,7 @@ _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
 def stage_column(reading: Reading, scanned: Scan) -> str | None:
-    """Returns the column that stages are made from, `stage`, `event` or `rating`, or None.
-
-    Raises a `DataError` if there are ratings but no threshold.
-    """
+    """Returns the column that stages are made from, or None; a `DataError` for ratings alone."""
     given = {*reading.columns, *scanned.columns}
     if reading.rating_threshold is not None:
         return "rating"
@@ -271,9 +268,8 @@ def _relabel(
 ) -> tuple[ir.StringValue, ir.FloatingValue]:
     """Returns stages and weights: exposed events become positives if a label column holds.
 
-    A column holds if it is true or above 0, not if null. Exposed or clicked events for which none
-    holds become `exposed`; events that were never exposed keep their stage. A positive's weight is
-    the sum over the columns that hold; any other event's is 1.
+    A column holds if it is true or above 0. Clicked events for which none holds become `exposed`;
+    events that were never exposed keep their stage. Weights add up over the columns that hold.
     """
     terms = []
     for name, weight in label.items():

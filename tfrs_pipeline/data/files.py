@@ -37,9 +37,8 @@ _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 class Scan:
     """A table whose columns are known but whose rows are not read yet.
 
-    `name`, for messages, is the path or the role of the table. `open` returns the rows of some
-    columns, in order. All columns of `csv_files` are strings, and DuckDB puts the lines that it
-    cannot read into `rejects`. The rows of a stream (`is_stream`) can be read only once.
+    `open` returns the rows of some columns, in order. All columns of `csv_files` are strings, and
+    DuckDB puts the lines that it cannot read into `rejects`. A stream can be read only once.
     """
 
     connection: DuckDB
@@ -79,10 +78,7 @@ class Scan:
         return sorted(value for (value,) in rows if value is not None)
 
     def load(self, names: Mapping[str, str]) -> RawTable:
-        """Reads columns, once; `names` maps their new names to the names here.
-
-        Raises a `DataError` if a row cannot be read, unless it is a line that can be skipped alone.
-        """
+        """Reads columns, once, and counts broken lines; `names` maps new names to those here."""
         if inner := [name for name in names if name.startswith("_")]:
             raise DataError(
                 f"{self.name}: a column cannot be called {printable(inner[0])}: names with '_' in "
@@ -132,8 +128,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
     """Opens a source of rows: a file, the files of a folder in the order of names, or a table.
 
     `source` is a path (never a pattern) to CSV with a header or to Parquet, or a table: pandas,
-    pyarrow, Ibis of any backend, or any other Arrow-compatible one. `name` is what messages call a
-    table in memory.
+    pyarrow, Ibis of any backend, or any other Arrow-compatible one, which messages call `name`.
     """
     if isinstance(source, str | Path):
         path = Path(source)

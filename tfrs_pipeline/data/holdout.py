@@ -320,10 +320,7 @@ def _of_users(events: _Events) -> Iterator[_Asked]:
 
 
 def _of_requests(events: _Events, ties: TieRule, by: AskedBy) -> Iterator[_Asked]:
-    """Yields a query for each request with targets, and what was shown before it.
-
-    `by` "first_request" or "last_request" keeps only the request of a user's first or last target.
-    """
+    """Yields a query for each request (or each user's first or last one) with targets."""
     targets = np.flatnonzero(events.is_target)
     # Events and queries on one timeline; a query comes before events at the same place.
     moments = np.concatenate([events.starts[targets], events.moments])

@@ -12,14 +12,11 @@ NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
 
 
 class Ids:
-    """Distinct ids in order, from row 1 to row n; ties are broken by row.
+    """Distinct ids in order, from row 1 to row n. Row 0 is "unknown" and the empty slot everywhere.
 
-    Row 0 is "unknown" and the empty slot, here and everywhere.
-
-    `values` are the [n] ids, int64 or object holding str: the id of row r is at r - 1. `are_text`
-    says whether they are strings. `empty_id`, -1 or "", is the reserved id of row 0. Raises a
-    `ValueError` if an id is reserved, occurs twice, or is neither an integer nor a string, or if
-    there are no ids.
+    `values` are the [n] ids, int64 or object holding str: the id of row r is at r - 1. `empty_id`,
+    -1 or "", is the reserved id of row 0. Raises a `ValueError` if an id is reserved, occurs twice,
+    or is neither an integer nor a string, or if there are no ids.
 
     Example:
         >>> items = Ids(["b", "a"])
@@ -63,10 +60,7 @@ class Ids:
         return rows[rows > 0]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Looks up the ids of rows of any shape; row 0 gives `empty_id`.
-
-        Raises a `ValueError` if a row is out of range.
-        """
+        """Looks up the ids of rows of any shape; a `ValueError` if one is out of range."""
         rows = np.asarray(rows)
         if rows.size and not 0 <= rows.min() <= rows.max() <= len(self):
             raise ValueError(
@@ -95,10 +89,7 @@ class Ids:
 
 
 def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
-    """Converts ids to the two forms used everywhere: int64, or object holding str.
-
-    Raises a `ValueError` if they are neither all integers nor all strings, or not one-dimensional.
-    """
+    """Converts ids to int64, or object holding str; a `ValueError` if they are neither."""
     array = ids if isinstance(ids, np.ndarray) else np.array(list(ids), dtype=object)
     if array.ndim != 1:
         raise ValueError(f"Ids must be one-dimensional. Received: `ids.shape` = {array.shape}.")

@@ -172,10 +172,6 @@ class Log:
         backend, or other Arrow-compatible tables. Their rows are copied (`from_ibis` does not). The
         row order becomes `event_number`: order an Ibis table first (`table.order_by("time")`),
         since engines keep no order.
-
-        Raises:
-            DataError: As for `from_files`.
-            TypeError: If `events` is a path.
         """
         if isinstance(events, str | Path):
             raise TypeError(f"A path is for Log.from_files. Received: {events!r}.")
@@ -208,11 +204,7 @@ class Log:
         Nothing is copied or cleaned: the engine checks that the tables hold what `Log` says, and
         later computes splits and samples. A missing item or user table is replaced by the ids;
         ids that only the events have are added with null features. Spark's timestamps are taken as
-        UTC.
-
-        Raises:
-            DataError: If a table breaks this contract (it names column, rows and remedy), or is in
-                another engine.
+        UTC. A `DataError` names the table, column and rows that break this contract.
         """
         check_engine(events, items, users)
         features = schema.checked_kinds(item_features, user_features, request_features)
@@ -228,9 +220,7 @@ class Log:
     def read(cls, folder: Path | str, connection: Any = None) -> "Log":
         """Opens a written log in an Ibis DuckDB (None opens one) or Spark, without loading it.
 
-        Raises:
-            DataError: If the folder holds no complete log.
-            Damaged: If a file has changed since it was written.
+        A `DataError` if the folder holds no complete log, `Damaged` if a file has changed.
         """
         folder = Path(folder)
         if not (folder / "log.json").exists():
@@ -248,14 +238,10 @@ class Log:
     def write(self, folder: Path | str) -> None:
         """Writes `events.parquet`, `items.parquet`, `users.parquet` and `log.json`.
 
-        Events are ordered by number, items and users by id. `log.json` comes last: a folder with it
-        is complete. A part of a log becomes a separate log. An existing log is replaced once all
-        tables are written, even by one made from it; other files stay. Logs and splits that were
-        read from the folder would then read the new files: call `read` again.
-
-        Raises:
-            Damaged: If the folder's log has changed since it was written.
-            ValueError: If files with these names are not a log: they may be your own.
+        `log.json` comes last: a folder with it is complete. A part of a log becomes a separate log.
+        An existing log is replaced once all tables are written, even by one made from it. Logs and
+        splits that were read from the folder would then read the new files: call `read` again.
+        `Damaged` if the folder's log has changed, a `ValueError` if files of these names are none.
         """
         folder = Path(folder)
         record, partial = folder / "log.json", folder / "log.partial"

@@ -68,8 +68,7 @@ def check_request_features(events: ibis.Table, features: Mapping[str, str]) -> N
 def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.Value]:
     """Returns the request features of each event, by name.
 
-    A column keeps the event's value. The hour (0 to 23) and the weekday (0 is Monday) come from the
-    start of the request, in UTC.
+    The hour (0 to 23) and the weekday (0 is Monday) come from the request's start, in UTC.
     """
     of_timestamp = [name for name in features if is_from_timestamp(name, events.columns)]
     values: dict[str, ir.Value] = {name: events[name] for name in features if name in events}
@@ -90,10 +89,7 @@ def whole_seconds(timestamp: ir.Value) -> ir.Value:
 
 
 def query_start(events: ibis.Table, time: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Returns the moment of an event's query: time and number of the request's first event.
-
-    An event without a request is a query of its own.
-    """
+    """Returns time and number of the first event of each event's request, or its own."""
     number = events["event_number"]
     if "request_id" not in events.columns:
         return time, number

@@ -128,10 +128,9 @@ class Found(NamedTuple):
 
 
 def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> Found:
-    """Counts the bad rows, in one pass over the table.
+    """Counts the bad rows and computes other aggregates, in one pass over the table.
 
     A dropped row counts only for its first fault; a value that becomes missing counts for each.
-    `more` are other aggregates to compute in the same pass, by name.
     """
     first = ibis.null("int64")
     for i, fault in reversed([*enumerate(faults)]):
@@ -151,10 +150,9 @@ def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> F
 class RawTable:
     """A table as it came: a DuckDB table with the log's names, and `_row`, its order from 0.
 
-    `is_text` says whether every column is a string that may stand for another type (CSV). `dropped`
-    counts lines that could not be read; `faults` are bad values, in the order in which columns were
-    typed; `notes` are other findings, for a person; `texts` are id columns as `columns.py` has
-    cleaned them; `renaming` is the option of `Reading` that names its columns.
+    `is_text`: columns are strings that may stand for other types (CSV). `dropped` counts lines that
+    could not be read; `notes` are for a person; `texts` are id columns that `columns.py` cleaned;
+    `renaming` is the option of `Reading` that names its columns.
     """
 
     table: ibis.Table
@@ -198,10 +196,9 @@ class RawTable:
         self.faults.append(Fault(column, is_bad, rule))
 
     def store_sound(self, columns: Mapping[str, ir.Value], max_bad_share: float) -> ibis.Table:
-        """Stores typed columns of the sound rows, and counts the others by their first fault.
+        """Stores typed columns of the sound rows; the others are `dropped`, by their first fault.
 
-        Adds to `dropped`, and adds values taken as missing to `notes`. Raises a `DataError` if the
-        share of either exceeds `max_bad_share`.
+        Raises a `DataError` if more than `max_bad_share` of the rows, or of a column, is bad.
         """
         faults = sorted(self.faults, key=lambda fault: fault.rule.is_droppable)
         num_rows = self.num_rows + sum(each.num_rows for each in self.dropped)

@@ -43,8 +43,7 @@ MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 class DataError(ValueError):
     """Input that breaks the contract. The message says where, how many rows, and what to do.
 
-    `setting` names the option that fixes it, if any, as in the message: the command line adds its
-    flag.
+    `setting` names the option that fixes it, if any: the command line adds its flag.
     """
 
     def __init__(self, message: str, setting: str = "") -> None:
@@ -116,10 +115,7 @@ def case_problem(name: str) -> str:
 
 
 def name_problem(name: str, columns: Collection[str] = ()) -> str:
-    """Says why a log cannot have a column of this name; "" if it can, as its own or as context.
-
-    A name near one of the log's own is fine if `columns` have that one as well.
-    """
+    """Says why a log cannot have a column of this name, beside other `columns`; "" if it can."""
     if name == "event_number":
         return "is reserved for the row order; rename the column"
     if name.startswith("_"):

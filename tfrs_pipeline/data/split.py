@@ -45,10 +45,7 @@ def split_events(
 def split_by_time(
     events: ibis.Table, validation: float | datetime, test: float | datetime
 ) -> ibis.Table:
-    """Splits at two moments, the same for all users; shares are turned into moments.
-
-    Positives at one moment stay together, so that a part may exceed its share a little.
-    """
+    """Splits at two moments, the same for all users; positives at one moment stay together."""
     if "timestamp" not in events.columns:
         raise DataError(
             "The log has no timestamp, so it cannot be split by time. Set split.kind to "
@@ -148,8 +145,7 @@ def _time_cuts(
 ) -> tuple[datetime, datetime]:
     """Finds the times of the first validation positive and of the first test positive.
 
-    If many positives share a time, as in a log of dates, validation starts at the latest time
-    before the test.
+    If many share a time, validation starts at the latest time before the test.
     """
     times = events.filter(is_positive).select("timestamp")
     num_positives, time_of = in_order(times)

@@ -176,10 +176,7 @@ def _settle_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates
 
 
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
-    """Adds the ids of events that an item or user table lacks, with null features.
-
-    For items, the column `LISTED` says whether the table had the item.
-    """
+    """Adds ids that only the events have, with null features; no item table lists them."""
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
     added: dict[str, Any] = {name: ibis.null(dtype) for name, dtype in entities.schema().items()}
     added[id_name] = missing[id_name]
@@ -268,10 +265,9 @@ def _describe(raw: RawTable) -> list[str]:
 def load_items(
     source: Any, *, is_integer_id: bool, item_features: Mapping[str, str], reading: Reading
 ) -> tuple[ibis.Table, list[str]]:
-    """Loads only an item table, such as today's for a model of last week.
+    """Loads only an item table, such as today's for a model of last week, by ascending item_id.
 
-    Ids become integers if the model's are. Returns item_id, the features and `title`, if any, by
-    ascending item_id; and what was dropped or is missing, in lines for a person.
+    Ids become integers if the model's are. The lines say what was dropped or is missing.
     """
     remedy = "Name the columns as the item table of the training did."
     raw = _load_raw(connect(), source, reading.item_columns, item_features, "item_id", remedy)

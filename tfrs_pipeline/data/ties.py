@@ -22,10 +22,9 @@ _DONE: dict[TieRule, str] = {
 
 
 def settle_ties(events: ibis.Table, ties: Ties) -> tuple[ibis.Table, TieRule, tuple[str, ...]]:
-    """Decides the rule if `Reading.ties` is "auto"; for "random", redraws the event numbers.
+    """Decides the rule if it is "auto"; for "random", redraws the event numbers.
 
-    Returns the events, the rule, and a note about both if any positive has the time of another one
-    of its user.
+    Returns the events, the rule, and a note about both if any positives of a user are tied.
     """
     if "timestamp" not in events.columns:
         return events, "drop", ()

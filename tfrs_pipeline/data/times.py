@@ -43,10 +43,9 @@ def to_timestamp(
 ) -> ir.TimestampValue:
     """Converts numbers, times with an offset, or naive times in a time zone to UTC timestamps.
 
-    A missing time is null. A time outside the period, if one is given, is null and a fault
-    (`RawTable.fault`). Dates are days of `reading.time_zone`, or of UTC. Raises a `DataError` if
-    the column has another type, if most numbers have another unit, or if times have no zone and
-    `reading` names none.
+    A missing time is null. A time outside the period, if one is given, is null and a fault. Dates
+    are days of `reading.time_zone`, or of UTC. Raises a `DataError` if the column has another type,
+    if most numbers have another unit, or if times have no zone and `reading` names none.
     """
     first, end = period or (_FIRST, _END)
     value = raw.table[column]

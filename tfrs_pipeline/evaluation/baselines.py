@@ -48,7 +48,7 @@ class MostPopular:
             raise ValueError(f"latest must be in (0, 1]. Received: {self.latest}.")
 
     def fit(self, train: Log | Interactions) -> "FittedPopularity":
-        """Counts the users of each candidate; a `ValueError` if `latest` needs times and has none."""
+        """Counts the users of each candidate; a `ValueError` if `latest` lacks timestamps."""
         if isinstance(train, Interactions):
             if self.latest < 1:
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
@@ -85,10 +85,7 @@ class FittedPopularity:
 
 @dataclass(frozen=True, eq=False)
 class HistoryRetriever:
-    """Retrieves by the history of each query; the baselines below return it from `fit`.
-
-    `score` returns the scores of every item for each query, [num_queries, num_items].
-    """
+    """Retrieves by the history of each query: `score` returns [num_queries, num_items]."""
 
     items: Ids
     score: Callable[[Sequence[Query]], np.ndarray]
@@ -101,9 +98,6 @@ class HistoryRetriever:
 @dataclass(frozen=True)
 class Repeats:
     """Retrieves the user's own items, the most frequent first, then the latest; then popular ones.
-
-    For services whose users return to the same items. If these are excluded, it equals
-    `MostPopular`.
 
     Example:
         >>> import pyarrow as pa

@@ -104,11 +104,10 @@ def _checked_cutoffs(cutoffs: Sequence[int]) -> tuple[int, ...]:
 
 
 def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Cuts the candidates into head, torso and tail by their training counts.
+    """Cuts the candidates into head, torso and tail by their counts: [num_candidates] bool.
 
-    Candidates are sorted by falling count, ties by row. The head is the fewest candidates that hold
-    half of the training positives, the torso the next ones up to 80%, and the tail all others,
-    including those without a count. Returns name -> [num_candidates] bool.
+    Sorted by falling count, ties by row, the head is the fewest candidates that hold half of the
+    training positives, the torso the next ones up to 80%, and the tail all others.
     """
     counts = candidate_counts
     order = np.argsort(-counts, kind="stable")
@@ -129,8 +128,6 @@ class Truth:
     """The queries of a holdout that can be measured, at `places`, and their relevant items.
 
     Pairs leave out candidates outside the corpus, but `num_relevant`, [num_queries], counts them.
-    `tied` and `num_tied` are the same of the items that `Holdout.tied` marks. `num_excluded` counts
-    the relevant items that were excluded, over all queries.
     """
 
     holdout: Holdout

@@ -63,10 +63,8 @@ class EvaluationResult:
         num_skipped: Queries with nothing relevant left, which are not measured.
         num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking; not counted
             as relevant.
-        num_relevant_unknown: Relevant items outside the corpus. They are never found, belong to no
-            slice and stay in the denominator.
-        num_relevant_unclicked: Relevant items without a training count, unknown ones included; they
-            stay in the denominator.
+        num_relevant_unknown: Relevant items outside the corpus, never found, in no slice.
+        num_relevant_unclicked: Relevant items without a training count, unknown ones included.
         num_empty_histories: Measured queries whose history is empty.
         num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
         num_even: Relevant items that the metrics "even_recall@k" and "even_ndcg@k" rest on, as if
@@ -148,12 +146,8 @@ class EvaluationResult:
 class Evaluation:
     """Retrievers measured on the same queries, by name; prints as a table.
 
-    Attributes:
-        results: Name -> metrics, in the order of the table.
-        cutoffs: Values of k, ascending.
-        num_bootstrap: Resamples for the intervals of the differences.
-        seed: Seed of the resamples.
-        by_request: In a run, the same retrievers asked by request; or why they were not, as text.
+    `cutoffs` are ascending values of k; `num_bootstrap` and `seed` make the intervals of the
+    differences. In a run, `by_request` has the same retrievers asked by request, or why not.
     """
 
     results: Mapping[str, EvaluationResult]
@@ -169,10 +163,7 @@ class Evaluation:
 
     @cached_property
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
-        """Name of another retriever -> metric -> the other minus the first, paired by query.
-
-        Slices have names such as "tail/recall@20".
-        """
+        """Name of another retriever -> metric, such as "tail/recall@20" -> it minus the first."""
         reference, *others = self.results
         values = {name: result.per_query_and_slice for name, result in self.results.items()}
         keys = [(name, metric) for name in others for metric in values[reference]]

@@ -66,7 +66,7 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def best_places(scores: np.ndarray, k: int) -> np.ndarray:
-    """Returns the places of the k best of [n] scores above -inf, best first, equal ones in order."""
+    """Returns the places of the k best of [n] scores above -inf, best first, ties in order."""
     lowest = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
     places = np.flatnonzero(scores >= lowest)
     found = scores[places]

@@ -20,10 +20,7 @@ def layer_name(column: str) -> str:
 
 
 class CodeEmbedding(tf.keras.layers.Layer):
-    """Embeds codes [n], or lists of codes [n, m] as the mean over the codes other than 0.
-
-    Code 0 of a single value has an embedding too; a list of zeros is the zero vector.
-    """
+    """Embeds codes [n], or lists of codes [n, m] as the mean over the codes other than 0."""
 
     def __init__(self, column: str, num_codes: int, dim: int) -> None:
         name = layer_name(column)

@@ -19,8 +19,7 @@ DAY_SECONDS = 86_400.0
 class Timestamp(Feature):
     """A moment's age, and its hour and weekday in UTC, each a point on a circle.
 
-    The age is log(1 + days before `reference`), standardised: the logarithm separates recent
-    moments. Later moments count as 0 days.
+    The age is log(1 + days before `reference`), at least 0, standardised.
     """
 
     mean: float = 0.0  # Of the column's ages.

@@ -16,8 +16,7 @@ from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, is_missing, list
 class Vector(Feature):
     """A list of numbers, divided by one scale so that the root mean square length is 1.
 
-    Directions are kept, and the layer is a trained linear map. Numbers are clipped to 10 typical
-    lengths.
+    Numbers are clipped to 10 typical lengths.
     """
 
     num_values: int

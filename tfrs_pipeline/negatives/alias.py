@@ -18,8 +18,6 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
         p(c) = ( accept[c] + sum over slots i with alias[i] = c of (1 - accept[i]) ) / num_rows.
 
-    Returns `accept`, [num_rows] float32 in [0, 1], and `alias`, [num_rows] int32.
-
     Example:
         >>> accept, alias = build_alias_table(np.array([0.25, 0.75]))
         >>> accept, alias

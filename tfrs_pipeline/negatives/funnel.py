@@ -28,8 +28,7 @@ Hours: TypeAlias = Annotated[float, Field(gt=0, le=100_000_000)]
 class FunnelLosers:
     """Items that lost to the positive in its own request, or lost in the user's recent requests.
 
-    Stages have equal weight. `samples.hard_pools` finds the losers when samples are built, leaving
-    out exposed items and known positives.
+    Stages have equal weight. Exposed items and known positives are left out.
 
     Attributes:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold, in rows that
@@ -41,8 +40,7 @@ class FunnelLosers:
         min_pool: A stage with fewer losers in the positive's own request also takes the latest
             `max_pool` of the user's recent requests.
         max_pool: Most losers kept for a positive and stage, drawn at random.
-        window_hours: How far back recent requests may be; ignored in a log without timestamps. For
-            no limit, give the hours of the whole log.
+        window_hours: How far back recent requests may be; ignored in a log without timestamps.
         bottom_share: For "ranked": the low part of the ranked list, as a share of the request's
             ranks in (0, 1].
         min_rank: For "ranked": the low part as this rank (0 is the best) and worse, instead.
@@ -50,8 +48,8 @@ class FunnelLosers:
             Ranking learns from them; this option measures what they do to retrieval.
 
     Raises:
-        ConfigError: If an argument is unknown or out of range, "exposed" is a stage without
-            `allow_exposed`, or a low part is given without "ranked".
+        ConfigError: If "exposed" is a stage without `allow_exposed`, or a low part is given without
+            "ranked".
     """
 
     share: HardShare = 0.01

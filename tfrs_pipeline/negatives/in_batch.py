@@ -23,10 +23,9 @@ class InBatch:
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Returns the batch's positives, [B]; a row's own is masked as an accidental hit.
 
-        An unknown item, row 0, as a positive fills a column that does not count. A smaller batch,
-        such as the last of a dataset, is filled up with draws from q_positive, so that its rows
-        expect as many copies as others. A larger one raises a `ValueError`, or a
-        `tf.errors.InvalidArgumentError` in a graph that does not know its size.
+        An unknown item, row 0, fills a column that does not count. A smaller batch, such as a
+        dataset's last, is filled up with draws from q_positive, so that its rows expect as many
+        copies as others. A larger one raises a `ValueError`, or a `tf.errors.InvalidArgumentError`.
         """
         num_rows = positive_rows.shape[0]
         if num_rows == frame.batch_size:

@@ -28,9 +28,6 @@ class Mined:
         max_pool: Most items kept for a sample, drawn at random.
         every: Epochs between minings. There are no hard negatives before the first, because an
             untrained model ranks at random.
-
-    Raises:
-        ConfigError: If an argument is out of range.
     """
 
     share: HardShare = 0.01
@@ -52,9 +49,7 @@ class Mined:
         return ("mined",)
 
     def keep(self, is_allowed: np.ndarray) -> np.ndarray:
-        """Marks the retrieved items, best first, whose rank is kept: [b, k] bool.
-
-        Only allowed items, [b, k] bool, have a rank; known positives and exposed items have none.
+        """Marks the retrieved items, best first, whose rank among the allowed is kept: [b, k] bool.
 
         Example:
             >>> Mined(min_rank=1, max_rank=3).keep(np.array([[True, False, True, True, True]]))

@@ -14,14 +14,10 @@ from tfrs_pipeline.messages import check_integer
 
 @dataclass(frozen=True, eq=False)
 class SamplingFrame:
-    """The distributions from which negatives are drawn.
+    """The distributions from which negatives are drawn, by candidate row: [num_candidates + 1].
 
-    Args:
-        counts: [num_candidates + 1] training positives by candidate row; row 0 counts those of
-            unknown items, if batches hold any.
-        q_positive: [num_candidates + 1] float64, the distribution from which a batch's positives
-            are drawn; row 0 has the share of unknown items.
-        batch_size: B, positives in a batch.
+    `counts` are training positives, and `q_positive`, float64, is the distribution from which the
+    `batch_size` positives of a batch are drawn; row 0 has unknown items, if batches hold any.
     """
 
     counts: np.ndarray
@@ -90,9 +86,7 @@ class Negatives(Protocol):
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
         """Computes how many copies of each candidate `draw` is expected to return.
 
-        If these are the rows' positives (`InBatch`), a row's own does not count.
-
-        Returns:
-            [num_candidates + 1] float64, 0 at row 0.
+        Returns [num_candidates + 1] float64, 0 at row 0. If these are the rows' positives
+        (`InBatch`), a row's own does not count.
         """
         ...

@@ -157,10 +157,7 @@ def _write_masks(events: ibis.Table, positives: ibis.Table, work: _Work) -> None
 
 
 def _with_num_earlier(positives: ibis.Table, ties: TieRule) -> ibis.Table:
-    """Adds num_earlier: for each positive, the number of the user's positives before its query.
-
-    They are a prefix of the user's sequence. Items of the same request do not count.
-    """
+    """Adds num_earlier: the number of the user's positives before each positive's request."""
     # Puts clicks and queries on one timeline; a query comes before clicks at the same place.
     number, first = (
         ibis.literal(0) if ties == "drop" else positives[name]

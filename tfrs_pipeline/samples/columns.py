@@ -43,10 +43,9 @@ def write_column(
 
 
 def starts_of_keys(blocks: Iterable[np.ndarray], num_keys: int) -> np.ndarray:
-    """Finds where the rows of each key begin in a table that is ordered by key.
+    """Finds where the rows of each key begin in a table ordered by key: [num_keys + 1] int64.
 
-    Each block, never empty, has the keys of some rows, 0 to num_keys - 1. Returns [num_keys + 1]
-    int64; the last entry is the number of rows.
+    Each block, never empty, has the keys of some rows, 0 to num_keys - 1.
     """
     num_before = np.zeros(num_keys + 1, np.int64)
     for keys in blocks:
@@ -59,8 +58,7 @@ def map_columns(
 ) -> dict[str, np.ndarray]:
     """Maps the columns in a folder, after writing them if they are missing, damaged or outdated.
 
-    `write` writes a `NAME.npy` for each column into the emptied folder. If `made_of`, a JSON value,
-    changes, the columns are written again.
+    `write` writes a `NAME.npy` for each column; a change of `made_of`, a JSON value, outdates them.
     """
     record = folder / "columns.json"
     # Checked without the lock, which cannot be made on a read-only disk.

@@ -21,10 +21,8 @@ def find_losers(
 ) -> ibis.Table:
     """Finds the losers of each request that the guard allows as hard negatives.
 
-    Events have query_row, candidate_row, stage, time and event_number, and optional request_id and
-    rank. `known` and `exposed` are the pairs of query_row and candidate_row clicked in training,
-    and exposed and never clicked. Returns query_row, candidate_row, stage, time, event_number and
-    request_id (null if unknown).
+    `known` and `exposed` are pairs of query_row and candidate_row. Returns query_row,
+    candidate_row, stage, time, event_number and request_id (null if unknown).
     """
     if "request_id" not in events.columns:
         events = events.mutate(request_id=ibis.null("int64"))
@@ -46,10 +44,8 @@ def draw_pools(
     """Draws the pool of each positive: losers of its own request and, if few, of recent ones.
 
     Recent requests give their `max_pool` latest losers, so that the work grows with a user's
-    events, not with their square. Positives have query_row, event_number, time and, if logged,
-    request_id; losers come from `find_losers`. The seed decides the random order of a pool, whose
-    first `max_pool` are kept. Returns, by stage, query_row, time and event_number of the positive,
-    candidate_row of the loser, each pair once, and its place in the pool.
+    events, not with their square. Returns, by stage, query_row, time and event_number of the
+    positive, candidate_row of the loser, each pair once, and its place in the pool's random order.
     """
     has_request = "request_id" in positives.columns
     keyed = positives if has_request else positives.mutate(request_id=ibis.null("int64"))

@@ -14,9 +14,8 @@ def resampling_rate(counts: np.ndarray, exponent: float) -> np.ndarray | None:
     """Computes how often each candidate's positives are drawn, or weigh; only ratios matter.
 
     rate(c) = counts(c)^(-exponent), so that c comes in proportion to counts(c)^(1 - exponent). The
-    model then learns log p(c | x) plus the log of the rate. `counts` are [num_rows] samples per
-    candidate row; the exponent is in [0, 1]. Returns [num_rows] float64, 0 without a sample; None
-    for an exponent of 0.
+    model then learns log p(c | x) plus the log of the rate. It is [num_rows] float64, 0 without a
+    sample; None for an exponent of 0.
     """
     if exponent == 0:
         return None
@@ -27,8 +26,7 @@ def resampling_rate(counts: np.ndarray, exponent: float) -> np.ndarray | None:
 def positive_probability(counts: np.ndarray, rate: np.ndarray | None = None) -> np.ndarray:
     """Computes q_positive, the distribution from which batches draw positives: counts * rate.
 
-    `counts` and `rate` are [num_rows], by candidate row; row 0, "unknown", has no sample. Weights
-    are not rates and do not change q_positive. Returns [num_rows] float64 with sum 1. Raises a
+    Weights are not rates and do not change it. Returns [num_rows] float64 with sum 1. Raises a
     `DataError` if there is no positive.
     """
     mass = np.asarray(counts, np.float64) * (1.0 if rate is None else rate)
