@@ -193,6 +193,10 @@ def make_holdout(
     positives = trained_on.events.filter(is_positive)
     candidate_ids, counts = _count_candidates(log.items, positives, count=positives.count())
     shown = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
+    of_shown = {"events": shown.count(), "positives": is_positive(shown).sum()}
+    _, num_events, num_clicks = _count_candidates(log.items, shown, **of_shown)
+    # How readily the log showed each item, up to a factor; see `evaluation/unbiased`.
+    exposure = num_events.astype(float) if np.any(num_events > num_clicks) else np.sqrt(num_clicks)
     requests = rows.select([*log.request_features]).take(first).to_pylist()
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
@@ -204,18 +208,10 @@ def make_holdout(
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
-        exposure=_exposure(log.items, shown),
+        exposure=exposure,
         requests=requests if log.request_features else None,
         **times,
     ).sample(max_queries or len(queries), seed)
-
-
-def _exposure(items: ibis.Table, shown: ibis.Table) -> np.ndarray:
-    """Returns how readily the log showed each item, up to a factor; see `evaluation/unbiased`."""
-    of_shown = {"events": shown.count(), "positives": is_positive(shown).sum()}
-    _, num_events, num_positives = _count_candidates(items, shown, **of_shown)
-    has_more = np.any(num_events > num_positives)
-    return num_events.astype(float) if has_more else np.sqrt(num_positives)
 
 
 def _draw_users(
@@ -234,8 +230,8 @@ def _draw_users(
         return users.select("user_id"), None
     drawn = [random_key(users["user_id"], seed=seed), users["user_id"]]
     so_far = users["_num"].sum().over(ibis.cumulative_window(order_by=drawn))
-    users = users.mutate(_before=so_far - users["_num"])
-    return users.filter(users["_before"] < max_queries).select("user_id"), num_queries
+    users = users.filter(so_far - users["_num"] < max_queries)
+    return users.select("user_id"), num_queries
 
 
 def _read_events(

@@ -255,16 +255,10 @@ class Log:
         record.unlink(missing_ok=True)
         for name in _KEYS:
             replace(partial / f"{name}.parquet", folder / f"{name}.parquet")
-        about = {
-            "item_features": dict(self.item_features),
-            "user_features": dict(self.user_features),
-            "request_features": dict(self.request_features),
-            "dropped": [dataclasses.asdict(dropped) for dropped in self.dropped],
-            "notes": self.notes,
-            "is_ordered": self.is_ordered,
-            "ties": self.ties,
-            "reading": self.reading.as_json(),
-        }
+        kept = ("item_features", "user_features", "request_features", "notes", "is_ordered", "ties")
+        about = {name: getattr(self, name) for name in kept}
+        about["dropped"] = [dataclasses.asdict(dropped) for dropped in self.dropped]
+        about["reading"] = self.reading.as_json()
         files = [file for name in _KEYS for file in part_files(folder / f"{name}.parquet")]
         write_record(record, about, files)
         shutil.rmtree(partial)

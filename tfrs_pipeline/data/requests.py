@@ -70,16 +70,14 @@ def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.
 
     The hour (0 to 23) and the weekday (0 is Monday) come from the request's start, in UTC.
     """
-    of_timestamp = [name for name in features if is_from_timestamp(name, events.columns)]
     values: dict[str, ir.Value] = {name: events[name] for name in features if name in events}
-    if of_timestamp:
+    if len(values) < len(features):
         seconds = whole_seconds(query_start(events, events["timestamp"])[0])
         day = (seconds / 86_400).floor().cast("int64")
         # 1970 began on a Thursday. The remainder, whose sign differs by engine, is not used.
         weekday = day + 3 - 7 * ((day + 3) / 7).floor().cast("int64")
         hour = ((seconds - 86_400 * day) / 3600).floor().cast("int64")
-        made = {"hour": hour, "weekday": weekday}
-        values |= {name: made[name] for name in of_timestamp}
+        values = {"hour": hour, "weekday": weekday} | values
     return {name: values[name] for name in features}
 
 

@@ -17,12 +17,12 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.split import in_order, is_positive, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
+    Sequences,
     count_users,
     history_columns,
     history_matrix,
     items_of,
 )
-from tfrs_pipeline.evaluation.sequences import Sequences
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 

@@ -1,6 +1,6 @@
 """A comparison of sampling plans as a table, in words and as a figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, new_figure
@@ -68,34 +68,26 @@ def comparison_figure(evaluation: Evaluation) -> "Figure":
     names, longest = list(evaluation.results), evaluation.cutoffs[-1]
     figure, (gains, slices) = new_figure(9, 1.6 + 0.36 * len(names), 2, sharey=True)
     _draw_gains(gains, evaluation, f"ndcg@{longest}")
-    recalls = {
-        part: [
-            x.slices[part].intervals[f"recall@{longest}"].mean for x in evaluation.results.values()
-        ]
-        for part in evaluation.first.slices
-    }
-    _draw_dots(slices, recalls)
+    parts = evaluation.first.slices
+    for colour, marker, part in zip(SERIES, MARKERS, parts, strict=False):
+        of_part = [x.slices[part].intervals for x in evaluation.results.values()]
+        recalls = [intervals[f"recall@{longest}"].mean for intervals in of_part]
+        slices.plot(recalls, range(len(names)), marker, color=colour, label=part)
+    slices.legend(  # Above, since crossing lines leave no room beside.
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(parts),
+        frameon=False,
+        labelcolor="linecolor",
+        handletextpad=0.2,
+        columnspacing=1.2,
+    )
     slices.set_xlabel(f"recall@{longest} by popularity of the item")
     for axes in (gains, slices):
         axes.grid(axis="y", color=GRID)
     gains.set_yticks(range(len(names)), names)
     gains.set_ylim(len(names) - 0.5, -0.5)
     return figure
-
-
-def _draw_dots(axes: "Axes", series: Mapping[str, Sequence[float]]) -> None:
-    """Draws the plans' values with a legend above, since crossing lines leave no room beside."""
-    for colour, marker, (name, values) in zip(SERIES, MARKERS, series.items(), strict=False):
-        axes.plot(values, range(len(values)), marker, color=colour, label=name)
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(series),
-        frameon=False,
-        labelcolor="linecolor",
-        handletextpad=0.2,
-        columnspacing=1.2,
-    )
 
 
 def _draw_gains(axes: "Axes", evaluation: Evaluation, metric: str) -> None:

@@ -15,8 +15,7 @@ from tfrs_pipeline.data.requests import at_request
 from tfrs_pipeline.data.schema import Exclude, count_rows
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.evaluation.baselines import Transitions
-from tfrs_pipeline.evaluation.interactions import items_of
-from tfrs_pipeline.evaluation.sequences import Sequences, positives_in_order
+from tfrs_pipeline.evaluation.interactions import Sequences, items_of, positives_in_order
 from tfrs_pipeline.evaluation.table import format_cells
 from tfrs_pipeline.features.feature import Column
 from tfrs_pipeline.features.kinds import KINDS

@@ -171,16 +171,13 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
             f"{kind}: draw returned candidate {never}, whose expected_count is 0: log_q would "
             "belong to another draw"
         )
-    _check_counts(kind, [np.bincount(each, minlength=len(count)) for each in drawn], count)
-
-
-def _check_counts(kind: Negatives, drawn: Sequence[np.ndarray], count: np.ndarray) -> None:
-    """Compares draws with `count`, over all candidates and over groups of similar count."""
+    # Compared with the count over all candidates, and over groups of similar count.
+    copies = [np.bincount(each, minlength=len(count)) for each in drawn]
     order = 1 + np.argsort(count[1:])
     so_far = np.cumsum(count[order]) - count[order] / 2
     group = (so_far / count.sum() * _NUM_GROUPS).astype(np.int64)
     for members in (order, *(order[group == i] for i in range(_NUM_GROUPS))):
-        found, expected = [each[members].sum() for each in drawn], count[members].sum()
+        found, expected = [each[members].sum() for each in copies], count[members].sum()
         # Draws may depend on each other within a batch, not between batches.
         error = max(np.std(found, ddof=1), np.sqrt(expected)) / np.sqrt(len(drawn))
         if abs(np.mean(found) - expected) > 6 * error:

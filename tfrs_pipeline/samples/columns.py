@@ -62,20 +62,15 @@ def map_columns(
     """
     record = folder / "columns.json"
     # Checked without the lock, which cannot be made on a read-only disk.
-    if read_whole(record) == made_of:
-        return _mapped(folder)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
-        if read_whole(record) != made_of:
-            with naming(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                write(folder)
-            write_record(record, made_of, folder.glob("*.npy"))
-    return _mapped(folder)
-
-
-def _mapped(folder: Path) -> dict[str, np.ndarray]:
+    if read_whole(record) != made_of:
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
+            if read_whole(record) != made_of:
+                with naming(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                    write(folder)
+                write_record(record, made_of, folder.glob("*.npy"))
     return {path.stem: map_column(path) for path in folder.glob("*.npy")}
 
 
