@@ -1,7 +1,6 @@
 """Hybrid batches: positives, easy and hard negatives, the log_q of every column, the masks.
 
-A batch is a function of (seed, step): the order of the samples is too, and draws are stateless. The
-same seed gives the same batches with any parallelism, and a run can start at any step.
+A batch is a function of (seed, step), with any parallelism, and a run can start at any step.
 """
 
 import functools
@@ -185,8 +184,14 @@ class HybridBatches:
             kept, slot = tf.unique(slot[queries])
             never = _of_rows(never, kept)
         share = None if batch.hard is None else batch.hard.share[:, tf.newaxis]
-        log_q = self._mixture.log_q(batch.shared_row[tf.newaxis, :], share)
-        return batch._replace(log_q=log_q, is_counted=self._is_counted(batch, never, slot))
+        columns = batch.shared_row
+        is_counted = tf.gather(~Guard.of_shared(never, columns), slot)
+        if self._is_later is not None:
+            is_counted &= ~tf.gather(self._is_later, columns)
+        if self.examples.has_one_positive:  # Others' positives are among their known ones.
+            is_counted &= columns[tf.newaxis, :] != batch.candidate_row[:, tf.newaxis]
+        log_q = self._mixture.log_q(columns[tf.newaxis, :], share)
+        return batch._replace(log_q=log_q, is_counted=is_counted)
 
     def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> _Found:
         batch = self.examples.read(chosen)
@@ -215,15 +220,6 @@ class HybridBatches:
             dict.fromkeys(REASONS, _lists_spec(None)),
             {} if self._hard is None else dict.fromkeys(self._hard.pools, _lists_spec(num)),
         )
-
-    def _is_counted(self, batch: Batch, never: Never, slot: tf.Tensor) -> tf.Tensor:
-        columns = batch.shared_row
-        is_counted = tf.gather(~Guard.of_shared(never, columns), slot)
-        if self._is_later is not None:
-            is_counted &= ~tf.gather(self._is_later, columns)
-        if not self.examples.has_one_positive:  # Its positives are among its known ones.
-            return is_counted
-        return is_counted & (columns[tf.newaxis, :] != batch.candidate_row[:, tf.newaxis])
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:
         weights = self.samples.weights[index]

@@ -1,7 +1,6 @@
 """Whole sequences: one pass over a user's items trains all positions (sequence-level training).
 
-A sample's history is a prefix of its query's sequence (`Samples`). So a causal encoder, whose
-outputs depend only on earlier items, gives the query of every sample in one pass.
+A causal encoder, whose outputs depend only on earlier items, gives the query of every sample.
 """
 
 from dataclasses import dataclass
@@ -86,12 +85,9 @@ class WholeSequences(EpochExamples):
         first = samples.sequences.offsets[windows.query_rows[chosen]] + starts
         window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(of_windows.offsets))
         num_read = samples.num_earlier[index] - starts[window]
-        times = None
-        if samples.sequence_times is not None:
+        if (times := samples.sequence_times) is not None:
             # A window ends with its last history; the next event is the query with that history.
-            times = padded_lines(
-                samples.sequence_times, first, lengths + 1, width + 1, missing=np.nan
-            )
+            times = padded_lines(times, first, lengths + 1, width + 1, missing=np.nan)
         return Batch(
             query_row=samples.query_rows[index],
             index=index,

@@ -1,7 +1,6 @@
 """Sets of a user's items, for logs without an order: one random half is input, the other target.
 
-All targets of a query share its embedding and its scores with the shared negatives; single
-positives would compute these for each target.
+All targets of a query share its embedding and its scores with the shared negatives.
 """
 
 import numpy as np
@@ -87,11 +86,9 @@ class UserSets(EpochExamples):
         """Draws which samples are input, and counts the targets of each query."""
         while True:
             is_input = (rng.random(int(self._pair.max()) + 1) < 0.5)[self._pair]
-            num_targets = np.bincount(
-                self._query_of_sample[~is_input], minlength=len(self._queries)
-            )
-            if np.count_nonzero(num_targets) >= self.steps_per_epoch:
-                return is_input, num_targets
+            num = np.bincount(self._query_of_sample[~is_input], minlength=len(self._queries))
+            if np.count_nonzero(num) >= self.steps_per_epoch:
+                return is_input, num
 
     def read(self, chosen: dict[str, np.ndarray]) -> Batch:
         """Reads a step's draws; see the class."""

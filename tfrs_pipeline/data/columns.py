@@ -1,8 +1,7 @@
 """Converts columns of a source to the types of a log.
 
 CSV columns arrive as text and get a type that fits all of their values: a guess from the first rows
-would lose leading zeros and fail late. An unusable value becomes null and is noted as a fault
-(`RawTable.fault`), which `tables.py` drops or refuses. NaN is a missing value and becomes null.
+would lose leading zeros and fail late. An unusable value, and NaN, becomes null.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from tfrs_pipeline.data import rules
+from tfrs_pipeline.data import rules, schema
 from tfrs_pipeline.data.columns import (
     is_integer,
     to_context,
@@ -25,15 +25,7 @@ from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable, is_usable_weight
-from tfrs_pipeline.data.schema import (
-    LOG_COLUMNS,
-    TIMES_ELSEWHERE,
-    DataError,
-    Dropped,
-    Source,
-    Stage,
-    require_all,
-)
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage, require_all
 from tfrs_pipeline.data.times import to_timestamp
 from tfrs_pipeline.messages import printable
 
@@ -138,13 +130,13 @@ def _event_columns(
     problems = [
         f"columns.{name}: did you mean {column!r}? A column that keeps its name needs no entry."
         for name, column in names.items()
-        if name not in LOG_COLUMNS and _is_mistyped(name, column)
+        if name not in schema.LOG_COLUMNS and _is_mistyped(name, column)
     ]
-    absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
+    absent = set(schema.LOG_COLUMNS) - set(names) - set(scanned.columns)
     if stages_in or reading.label:
         absent -= {"stage", "rating"}
     # A log whose stage or time is overlooked would silently become another kind of log.
-    for name in set(names) & set(TIMES_ELSEWHERE) & set(reading.columns):
+    for name in set(names) & set(schema.TIMES_ELSEWHERE) & set(reading.columns):
         if "timestamp" in absent:
             problems.append(
                 f"columns.{name}: did you mean 'timestamp'? The log has none. To keep it as a "
@@ -153,7 +145,7 @@ def _event_columns(
     unread = [column for column in scanned.columns if column not in names.values()]
     for column in unread:
         near = difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85)
-        if not near and "timestamp" in absent and column.lower() in TIMES_ELSEWHERE:
+        if not near and "timestamp" in absent and column.lower() in schema.TIMES_ELSEWHERE:
             near = ["timestamp"]
         if near:
             problems.append(
@@ -236,10 +228,8 @@ def _request_hint(unread: Iterable[str], reading: Reading) -> str:
 
 def _is_mistyped(name: str, column: str) -> bool:
     """Returns whether a name is nearly another; other case or punctuation alone is fine."""
-    plain = ["".join(filter(str.isalnum, each.casefold())) for each in (name, column)]
-    return plain[0] != plain[1] and bool(
-        difflib.get_close_matches(plain[0], plain[1:], cutoff=0.85)
-    )
+    plain, other = ("".join(filter(str.isalnum, each.casefold())) for each in (name, column))
+    return plain != other and bool(difflib.get_close_matches(plain, [other], cutoff=0.85))
 
 
 def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringValue:

@@ -166,9 +166,8 @@ def make_holdout(
 ) -> Holdout:
     """Makes the queries of a part of a log; see `Split.holdout`. `split` holds events with `part`.
 
-    When a request is made, its own clicks are unknown. So histories leave out clicks from the
-    request of a query's first target. If users ask, the ranking still excludes such clicks from
-    before the cut, because training had them.
+    When a request is made, its own clicks are unknown, so histories leave them out. If users ask,
+    the ranking still excludes such clicks from before the cut, because training had them.
     """
     asked = split.filter((split["part"] == part) & is_positive(split))
     users, num_queries = _draw_users(asked, by, max_queries, seed)

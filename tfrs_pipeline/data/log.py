@@ -315,12 +315,11 @@ class Log:
             DataError: If the log cannot be split in this way.
             ConfigError: If a share or a number is out of range, or contradicts the kind.
         """
-        amounts: dict[str, Any] = {"validation": validation, "test": test}
+        given: dict[str, Any] = {"validation": validation, "test": test}
+        given |= {"target_share": target_share, "min_positives": min_positives}
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
         try:
-            config = SplitConfig(
-                kind=kind, target_share=target_share, min_positives=min_positives, **amounts
-            )
+            config = SplitConfig(kind=kind, **given)
         except ConfigError as error:
             raise ConfigError([(f"split.{x}".rstrip("."), y) for x, y in error.problems]) from None
         events = split_events(self.events, config, seed=seed, is_ordered=self.order != "none")

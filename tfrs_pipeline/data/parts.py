@@ -74,15 +74,12 @@ class Split(Generic[LogT]):
         with the history before the part. By "requests", each request with a positive in the part
         (without a request_id, each positive) has a query for its positives, with the history up to
         it, as in service; "first_request" and "last_request" take the request of each user's first
-        or last positive in the part alone. Rankings exclude what was clicked, or seen, before the
-        query.
+        or last positive in the part alone. Rankings exclude what came before the query.
 
         `trained_on` is the log with the training positives, which define head, torso and tail, and
         which items are new. None is all that may train a model for the part: `train` for
-        validation, `before_test` for the test.
-
-        Only the drawn users' events leave the engine. Raises a `DataError` without a positive, and
-        by requests in a log without an order.
+        validation, `before_test` for the test. Raises a `DataError` without a positive, and by
+        requests in a log without an order.
         """
         if by != "users" and self.log.order == "none":
             raise DataError(

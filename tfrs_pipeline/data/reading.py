@@ -35,10 +35,7 @@ class Reading(Config):
 
     The columns decide the kind of log. `rating_threshold` makes it a log of ratings; otherwise a
     column `stage` makes it the log of a funnel; otherwise a `label` makes it a log of impressions;
-    without these, every row is a click.
-
-    Raises:
-        ConfigError: If a value is out of range, options contradict each other, or one is unknown.
+    without these, every row is a click. A `ConfigError` if options contradict each other.
 
     Example:
         >>> Reading(columns={"user_id": "viewer"}, duplicates="drop").list_separator

@@ -254,11 +254,8 @@ def store(expression: ibis.Table, source: Source) -> ibis.Table:
 def id_faults(name: str, value: ir.Value) -> list[Fault]:
     """Returns the faults of a required id: null, or the reserved -1 or "" (empty slots)."""
     reserved = -1 if value.type().is_int64() else ""
-    is_reserved = (value == reserved).fill_null(False)
-    return [
-        Fault(name, value.isnull(), NO_ID),
-        Fault(name, is_reserved, RESERVED_ID.filled(reserved=reserved)),
-    ]
+    is_reserved, rule = (value == reserved).fill_null(False), RESERVED_ID.filled(reserved=reserved)
+    return [Fault(name, value.isnull(), NO_ID), Fault(name, is_reserved, rule)]
 
 
 def is_usable_weight(weight: ir.NumericValue) -> ir.BooleanValue:

@@ -1,7 +1,4 @@
-"""The vocabulary of the tables: stages, columns, and which names are allowed.
-
-Ibis is imported for type hints only, so that settings load without it.
-"""
+"""The vocabulary of the tables: stages, columns, and which names are allowed."""
 
 import difflib
 import enum

@@ -1,9 +1,8 @@
 """Decides which events train, and which are kept for evaluation.
 
-A split adds or replaces the column `part` of the event table: "train", "validation", "test", or
-"fold_in" (history of a held-out user, never trained on). Positives are the events of stage
-`clicked`. A user's events are ordered by timestamp and event number; without times, by event
-number; without an order, at random, with the events of one item together. Expressions are lazy.
+A split adds or replaces the column `part`: "train", "validation", "test", or "fold_in" (history of
+a held-out user, never trained on). Positives are the events of stage `clicked`. A user's events are
+ordered by timestamp and event number; without an order, at random, with those of one item together.
 """
 
 import math

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import ibis
 from ibis.backends.duckdb import Backend as DuckDB
 
+from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.columns import is_integer, to_required_id, type_features
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.event_types import strongest, with_event_column
@@ -15,17 +16,7 @@ from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import check_names
 from tfrs_pipeline.data.rules import RawTable, store
-from tfrs_pipeline.data.schema import (
-    LISTED,
-    DataError,
-    Dropped,
-    Duplicates,
-    Source,
-    TieRule,
-    UnknownItems,
-    count_rows,
-    require_all,
-)
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows, require_all
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.data.ties import settle_ties
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
@@ -43,7 +34,7 @@ def make_tables(
     users: Any,
     features: tuple[Features, Features, Features],
     reading: Reading,
-) -> tuple[Tables, TieRule, tuple[Dropped, ...], tuple[str, ...]]:
+) -> tuple[Tables, schema.TieRule, tuple[Dropped, ...], tuple[str, ...]]:
     """Reads, types and stores consistent tables of a log; arguments as in `Log.from_files`.
 
     Returns the tables, the rule for equal times, the dropped events, and notes for a person.
@@ -68,9 +59,7 @@ def make_tables(
         tables[name] = events.select(name).distinct()
         if entity is not None:
             as_integer = events.schema()[name].is_int64()
-            tables[name] = _type_entities(
-                entity, name, as_integer=as_integer, features=given[name][2], reading=reading
-            )
+            tables[name] = _type_entities(entity, name, as_integer, given[name][2], reading)
             raw.notes.extend(_describe(entity))
             entity.drop()
     num_reasons = len(raw.dropped)
@@ -115,7 +104,7 @@ def _settle_unknown(
     id_name: str,
     entities: ibis.Table,
     table: str,
-    unknown: UnknownItems,
+    unknown: schema.UnknownItems,
 ) -> ibis.Table:
     """Keeps, drops or refuses events whose item or user is not in its table; returns those kept."""
     where, kind = raw.source.column(id_name), id_name.removesuffix("_id")
@@ -150,7 +139,9 @@ def _settle_unknown(
     return events
 
 
-def _settle_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates) -> ibis.Table:
+def _settle_duplicates(
+    events: ibis.Table, raw: RawTable, duplicates: schema.Duplicates
+) -> ibis.Table:
     """Keeps, drops or refuses events that repeat an earlier one; returns those kept."""
     # An event in the test part does not repeat one in the training part.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
@@ -166,9 +157,8 @@ def _settle_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates
             "duplicates",
         )
     if duplicates == "keep":
-        raw.notes.append(
-            f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
-        )
+        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
+        raw.notes.append(note)
         return events
     raw.dropped.append(Dropped("repeats an earlier event", num_copies))
     same = ibis.window(group_by=keys, order_by="event_number")
@@ -181,9 +171,9 @@ def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.
     added: dict[str, Any] = {name: ibis.null(dtype) for name, dtype in entities.schema().items()}
     added[id_name] = missing[id_name]
     if id_name == "item_id":
-        if LISTED not in entities.columns:
-            entities = entities.mutate(**{LISTED: True})
-        added[LISTED] = ibis.literal(False)
+        if schema.LISTED not in entities.columns:
+            entities = entities.mutate(**{schema.LISTED: True})
+        added[schema.LISTED] = ibis.literal(False)
     return entities.union(missing.select(**{name: added[name] for name in entities.columns}))
 
 
@@ -231,7 +221,7 @@ def _load_raw(
 
 
 def _type_entities(
-    raw: RawTable, id_name: str, *, as_integer: bool, features: Mapping[str, str], reading: Reading
+    raw: RawTable, id_name: str, as_integer: bool, features: Mapping[str, str], reading: Reading
 ) -> ibis.Table:
     """Types and stores an item or user table, one row per id: features, and titles of items."""
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
@@ -277,7 +267,5 @@ def load_items(
             f"{raw.source.column('item_id')} holds text, and the model's item ids are integers. "
             "Give the ids of the events that it was trained on."
         )
-    items = _type_entities(
-        raw, "item_id", as_integer=is_integer_id, features=item_features, reading=reading
-    )
+    items = _type_entities(raw, "item_id", is_integer_id, item_features, reading)
     return items.order_by("item_id"), _describe(raw)

@@ -260,9 +260,8 @@ def _faults(
 
 
 def _broken(retriever: Retriever, what: str, received: str) -> ValueError:
-    return ValueError(
-        f"{type(retriever).__name__}.retrieve {what}; see `Retriever`. Received: {received}."
-    )
+    name = type(retriever).__name__
+    return ValueError(f"{name}.retrieve {what}; see `Retriever`. Received: {received}.")
 
 
 def _described(ids: np.ndarray, scores: np.ndarray) -> str:

@@ -196,8 +196,6 @@ class Evaluation:
         columns += [f"even_recall@{longest}"] if self.first.num_even is not None else []
         columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
         summary = self.summary()
-        differences = {
-            name: {columns[0]: x[columns[0]]} for name, x in summary["differences"].items()
-        }
-        table = format_table(summary["models"], list(dict.fromkeys(columns)), differences)
+        gaps = {x: {columns[0]: of[columns[0]]} for x, of in summary["differences"].items()}
+        table = format_table(summary["models"], list(dict.fromkeys(columns)), gaps)
         return "\n".join([table, *self.first.describe()])

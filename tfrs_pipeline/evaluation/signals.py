@@ -214,12 +214,10 @@ def _of_counts(sequences: Sequences) -> Iterator[Signal]:
         yield Signal(f"top {percent}%", float(share), percent / 100, of)
     lengths = np.bincount(users)
     median, long = (float(x) for x in np.quantile(lengths, (0.5, 0.9), method="lower"))
-    yield Signal(
-        "history", median, long, "positives of the median user; beside: of the 90th percentile"
-    )
-    yield Signal(
-        "short", float((lengths < 5).mean()), None, "share of users with fewer than 5 positives"
-    )
+    of = "positives of the median user; beside: of the 90th percentile"
+    yield Signal("history", median, long, of)
+    of = "share of users with fewer than 5 positives"
+    yield Signal("short", float((lengths < 5).mean()), None, of)
 
 
 def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Iterator[Signal]:

@@ -2,8 +2,7 @@
 
 The rule: candidates are ordered by score, equal scores by row, the smaller first; an excluded one
 is not found; a slot without a candidate has row 0 and score -inf. `ExactIndex` of
-`serving/index.py` follows it too. There are two because a saved graph has no NumPy, while
-evaluation needs no TensorFlow and takes the scores of any baseline. Tests hold both to one table.
+`serving/index.py` follows it in a graph; tests hold both to one table.
 """
 
 from collections.abc import Callable, Collection, Sequence

@@ -39,8 +39,6 @@ def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
             f"The kind of feature {settings.get('name')!r} must be one of {', '.join(KINDS)}. "
             f"Received: {settings.get('kind')!r}. Add a kind of your own to KINDS first."
         )
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
-    }
-    del values["kind"]
-    return known(**values)
+    values: dict[str, Any] = {name: value for name, value in settings.items() if name != "kind"}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return known(**values | lists)

@@ -1,8 +1,7 @@
 """Hard negatives mined from the model itself, for logs without losers of a funnel.
 
-The current model retrieves for every sample's query. Known positives and exposed items are dropped,
-and the ranks from a to b of the rest are kept: the top is full of items that the user would like
-but has not met, which would be false negatives.
+The current model retrieves for every sample's query, and ranks from a to b are kept: the top is
+full of items that the user would like but has not met, which would be false negatives.
 """
 
 from typing import Literal

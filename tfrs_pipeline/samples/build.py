@@ -1,7 +1,6 @@
 """Turns event tables into samples: Parquet files of positives, corpus, masks and pools.
 
-Ibis expressions run and write in the log's engine: DuckDB out of core, or Spark. All tables have
-flat, ordered rows, since engines would hold lists in memory.
+All tables have flat, ordered rows, since engines would hold lists in memory.
 """
 
 import contextlib
@@ -66,7 +65,10 @@ def build_samples(
         events = _write_rows(log, work)
         positives = events.filter(is_positive)
         _write_counts(positives, work)
-        _write_masks(events, positives, work)
+        # The items that are never a user's negatives.
+        known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
+        exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
+        work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
         samples = positives if log.order == "none" else _with_num_earlier(positives, log.ties)
         num_removed = 0
         if hard is not None:
@@ -149,20 +151,12 @@ def _write_counts(positives: ibis.Table, work: _Work) -> None:
         raise DataError(NO_POSITIVE)
 
 
-def _write_masks(events: ibis.Table, positives: ibis.Table, work: _Work) -> None:
-    """Writes the items that are never a user's negatives."""
-    known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
-    exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
-    work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
-
-
 def _with_num_earlier(positives: ibis.Table, ties: TieRule) -> ibis.Table:
     """Adds num_earlier: the number of the user's positives before each positive's request."""
     # Puts clicks and queries on one timeline; a query comes before clicks at the same place.
-    number, first = (
-        ibis.literal(0) if ties == "drop" else positives[name]
-        for name in ("event_number", "query_number")
-    )
+    number, first = positives["event_number"], positives["query_number"]
+    if ties == "drop":
+        number = first = ibis.literal(0)
     queries = positives.mutate(at=positives["query_time"], at_number=first, is_click=0)
     nulls = {name: ibis.null(dtype) for name, dtype in positives.schema().items()}
     nulls["query_row"] = positives["query_row"]
@@ -213,9 +207,14 @@ def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
 
 def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[str, Any]:
     samples, corpus, known = map(work.open, ("samples", "corpus", "known_positives"))
+    if "num_earlier" in samples.columns:
+        without = samples.filter(samples["num_earlier"] == 0)
+    else:  # Without an order only users with a single item have an empty history.
+        one = known.group_by("query_row").having(known.count() == 1).agg(num=known.count())
+        without = samples.semi_join(one, "query_row")
     report: dict[str, Any] = {
         "num_samples": count_rows(samples),
-        "num_empty_histories": _num_empty_histories(samples, known),
+        "num_empty_histories": count_rows(without),
         "num_candidates": count_rows(corpus),
         "num_candidates_without_count": count_rows(corpus.filter(corpus["count"] == 0)),
         "num_queries": count_rows(work.open("queries")),
@@ -231,11 +230,3 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
             found = {"num_samples": num, "mean_pool": total / max(1, num)}
             report["hard_negatives"][stage] = found
     return report
-
-
-def _num_empty_histories(samples: ibis.Table, known: ibis.Table) -> int:
-    if "num_earlier" in samples.columns:
-        return count_rows(samples.filter(samples["num_earlier"] == 0))
-    # Without an order only users with a single item have an empty history.
-    num_known = known.group_by("query_row").agg(num=known.count())
-    return count_rows(samples.semi_join(num_known.filter(num_known["num"] == 1), "query_row"))

@@ -1,9 +1,4 @@
-"""Hard negatives from funnel logs: items that lost in pre-rank or in rank.
-
-They come from the positive's own request and, if that has too few, from the user's recent requests.
-The guard has priority: an item that was exposed to the user and not clicked, or that the user
-clicked anywhere in training, is never a negative of that user.
-"""
+"""Hard negatives from funnel logs: items that lost in pre-rank or in rank."""
 
 import ibis
 
@@ -77,43 +72,29 @@ def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis
     else:
         # Only ranks of the last ranked list, because those of other losers have another scale.
         last_stages = [Stage.RANKED.value, Stage.EXPOSED.value, Stage.CLICKED.value]
-        logged = events.filter(
-            events["rank"].notnull()
-            & events["request_id"].notnull()
-            & events["stage"].isin(last_stages)
-        )
-        ranked = ranked.filter(ranked["request_id"].notnull())
-        by_request = ibis.window(
-            group_by=["query_row", "request_id"], order_by=["rank", "event_number"]
-        )
-        whole = ibis.window(group_by=["query_row", "request_id"])
+        is_logged = events["rank"].notnull() & events["request_id"].notnull()
+        logged = events.filter(is_logged & events["stage"].isin(last_stages))
+        request = ["query_row", "request_id"]
+        in_order = ibis.window(group_by=request, order_by=["rank", "event_number"])
+        num = logged.count().over(ibis.window(group_by=request))
         # Place among the logged ranks, from 1: share s keeps the last ceil(s * n).
-        place = logged.select(
-            "event_number",
-            place=ibis.row_number().over(by_request) + 1,
-            num_ranks=logged.count().over(whole),
-        )
-        ranked = ranked.inner_join(place, "event_number")
-        num_low = round_up(ranked["num_ranks"] * hard.bottom_share)
-        low = ranked.filter(ranked["place"] > ranked["num_ranks"] - num_low)
-    return others.union(low.select(*others.columns))
+        is_low = ibis.row_number().over(in_order) + 1 > num - round_up(num * hard.bottom_share)
+        low = ranked.semi_join(logged.filter(is_low), "event_number")
+    return others.union(low)
 
 
 def _recent_requests(
     keys: ibis.Table, own: ibis.Table, losers: ibis.Table, hard: FunnelLosers
 ) -> ibis.Table:
     """Joins positives with too few losers to the user's latest losers in the window."""
-    counts = own.group_by("event_number").agg(_num_own=own.count())
-    enough = counts.filter(counts["_num_own"] >= hard.min_pool)
+    has_enough = own.count() >= hard.min_pool
+    enough = own.group_by("event_number").having(has_enough).agg(num=own.count())
     # Puts both on one timeline, where a positive comes after losers at the same moment.
     of_losers = losers.select(*_POSITIVE, "candidate_row", is_positive=0)
-    of_positives = keys.anti_join(enough, "event_number").select(
-        *_POSITIVE, candidate_row=ibis.null("int32"), is_positive=1
-    )
-    line = of_losers.union(of_positives)
-    so_far = ibis.cumulative_window(
-        group_by="query_row", order_by=["time", "is_positive", "event_number"]
-    )
+    asking = keys.anti_join(enough, "event_number")
+    asking = asking.select(*_POSITIVE, candidate_row=ibis.null("int32"), is_positive=1)
+    line, order = of_losers.union(asking), ["time", "is_positive", "event_number"]
+    so_far = ibis.cumulative_window(group_by="query_row", order_by=order)
     line = line.mutate(place=(1 - line["is_positive"]).sum().over(so_far))
     # A positive's latest losers are in its own block of places and in the block before.
     line = line.mutate(block=(line["place"] - 1) // hard.max_pool)

@@ -1,7 +1,6 @@
 """MovieLens-100K: 100,000 ratings of 1,682 films by 943 people (Harper and Konstan 2015).
 
-Ratings of 4 and 5 are clicks, lower ones exposures. Free for research; the data are fetched, never
-shipped. Every route to the files gives the same log.
+Ratings of 4 and 5 are clicks, lower ones exposures. The data are fetched, never shipped.
 """
 
 import bisect
@@ -203,9 +202,7 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
 
 def _run(command: list[str], *, timeout_seconds: int) -> str:
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_seconds, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds)
     except subprocess.TimeoutExpired as error:
         raise FetchError(f"no answer within {timeout_seconds} s") from error
     if done.returncode:
@@ -232,9 +229,8 @@ def _read_recbole(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     users = _read(folder / "ml-100k.user", "\t", _USER_COLUMNS, is_recbole=True)
     name, year, genres = (films[column].to_pylist() for column in names[1:])
     # "unkonwn" is how the file spells the one film without a title.
-    titles = [
-        "unknown" if n == "unkonwn" else f"{n} ({y})" for n, y in zip(name, year, strict=True)
-    ]
+    pairs = zip(name, year, strict=True)
+    titles = ["unknown" if name == "unkonwn" else f"{name} ({year})" for name, year in pairs]
     lists = pa.array([[x for x in names.split() if x != "unknown"] for names in genres], _STRINGS)
     films = pa.table({"item_id": films["item_id"], "title": titles, "genres": lists})
     return ratings, films, users

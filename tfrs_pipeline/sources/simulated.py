@@ -205,11 +205,8 @@ def simulate_funnel(
     preferences, activity, favourite_genres, genres = world
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
     blocks = _event_blocks(preferences, options, activity, num_requests, seed)
-    schema = (
-        _EVENT_SCHEMA
-        if preferences.has_devices
-        else _EVENT_SCHEMA.remove(_EVENT_SCHEMA.get_field_index("device"))
-    )
+    device = _EVENT_SCHEMA.get_field_index("device")
+    schema = _EVENT_SCHEMA if preferences.has_devices else _EVENT_SCHEMA.remove(device)
     blocks = (block.select(schema.names) for block in blocks)
     log = Log.from_table(
         pa.RecordBatchReader.from_batches(schema, blocks),
