@@ -55,9 +55,7 @@ class HybridBatches:
         positive_share: [num_candidates + 1] float64, each candidate's share of the positives'
             weight: its rate of draws times the weights.
 
-    Raises:
-        ValueError: If the examples conflict with in-batch or hard negatives, or as for `Mixture`.
-        DataError: If `hard` asks for losers of the funnel and no positive has any.
+    A `ValueError` if the examples conflict with in-batch or hard negatives, or as for `Mixture`.
 
     Example:
         >>> from tfrs_pipeline.batches.single import SinglePositives

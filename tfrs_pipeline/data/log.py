@@ -60,18 +60,15 @@ class Log:
             if there are no such columns. Never give what is known only later, such as a watch time:
             training would see it, but no request can bring it.
         dropped: Events that were dropped when the log was made, and why.
-        notes: Other findings from then, in lines for a person: events of unknown items, repeated
-            events, missing features, equal times.
+        notes: Other findings from then, in lines for a person.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
         ties: With timestamps, "drop" if a user's events at the same time are not in each other's
             histories; else the one with the smaller `event_number` is earlier. With "random", these
             numbers were shuffled among events at the same time. See `Reading.ties`.
-        reading: How the tables were read. An item table that refreshes an export is read in the
-            same way.
+        reading: How the tables were read, and the item table that refreshes an export will be.
         part_of: The whole log, if a split made this one.
         later_items: item_id of the items whose first event in any part of the split is later than
-            the last event of this part. None in a whole log, and without timestamps, which are
-            needed to tell new items from rare ones.
+            the last event of this part. None in a whole log, and without timestamps.
 
     Example:
         >>> import pyarrow as pa
@@ -128,8 +125,7 @@ class Log:
             item_features: Feature column -> kind (see `Log`).
             user_features: Feature column -> kind.
             request_features: Column of the events, known when the request comes -> kind.
-            reading: The names and meanings of columns, and what happens to bad rows. None is
-                `Reading()`.
+            reading: The names and meanings of columns, and what happens to bad rows.
             connection: Ibis DuckDB connection that stores the tables. None opens one in the
                 system's temporary folder, so that the tables need not fit in memory.
 
@@ -310,10 +306,6 @@ class Log:
         A moment may be text, such as "2024-01-31T00:00:00Z". The seed draws held-out users and,
         without an order, positives. `train, validation, test = log.split()` raises a `DataError`
         if a part has no positive: with `validation=0`, use `split.train` and `split.test`.
-
-        Raises:
-            DataError: If the log cannot be split in this way.
-            ConfigError: If a share or a number is out of range, or contradicts the kind.
         """
         given: dict[str, Any] = {"validation": validation, "test": test}
         given |= {"target_share": target_share, "min_positives": min_positives}

@@ -30,7 +30,7 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
-    """Measures retrievers on what users clicked afterwards.
+    """Measures retrievers on what users clicked afterwards; the result prints as a table.
 
     Relevant items that `exclude` keeps out of the ranking are removed and counted; queries left
     with nothing relevant are skipped and counted. Relevant items without a training count stay in
@@ -46,9 +46,6 @@ def evaluate(
         num_bootstrap: Resamples for the intervals; 0 computes means only.
         seed: Seed of the resamples.
         on_progress: Called with the retriever's name, the queries done and their total.
-
-    Returns:
-        An `Evaluation`, which prints as a table.
 
     Raises:
         TypeError: If an argument is not a retriever, a holdout or a list of cutoffs.

@@ -69,6 +69,10 @@ class Feature(ABC):
     """Whether the layer has weights, and maps a row to `feature_dim` numbers."""
     is_time: ClassVar[bool] = False
     """Whether raw values are seconds since 1970."""
+    vocabulary = tuple[str, ...]()
+    """The values that have separate codes, in the order of the codes."""
+    scale = 1.0
+    """The divisor of numbers."""
 
     @classmethod
     @abstractmethod
@@ -100,16 +104,6 @@ class Feature(ABC):
     def num_codes(self) -> int | None:
         """The largest code, if values are encoded as codes from 1; None if they are numbers."""
         return None
-
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        """The values that have separate codes, in the order of the codes."""
-        return ()
-
-    @property
-    def scale(self) -> float:
-        """The divisor of numbers."""
-        return 1.0
 
     def layer(self, dim: int) -> tf.keras.layers.Layer:
         """Makes the layer that embeds encoded values: [n] or [n, m] become [n, d] float32."""
