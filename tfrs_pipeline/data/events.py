@@ -1,8 +1,6 @@
 """Turns a raw table into the event table of a log."""
 
 import difflib
-import functools
-import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
 
@@ -268,7 +266,7 @@ def _relabel(
         # DuckDB reads the literal 1.0 as a decimal, and Ibis drops a cast to the type it assumes.
         as_double = ibis.literal(str(float(weight))).cast("float64")
         terms.append(ibis.coalesce(holds, False).ifelse(as_double, 0.0))
-    weight = functools.reduce(operator.add, terms)
+    weight = sum(terms)
     stage, is_labelled = columns["stage"], weight > 0
     was_exposed = stage.isin([Stage.EXPOSED.value, Stage.CLICKED.value])
     new_stage = is_labelled.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)

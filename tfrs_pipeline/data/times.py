@@ -1,7 +1,6 @@
 """Converts times in any form to UTC."""
 
-import functools
-import operator
+import math
 from datetime import UTC, datetime
 
 import ibis
@@ -16,7 +15,7 @@ from tfrs_pipeline.data.schema import DataError, TimestampUnit
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 # The size of a number gives its unit: for times from 1973 to 5138, the ranges do not overlap.
-_UNIT_FROM = {"s": 1.0, "ms": 1e11, "us": 1e14, "ns": 1e17}
+_SIZES = {"s": (1.0, 1e11), "ms": (1e11, 1e14), "us": (1e14, 1e17), "ns": (1e17, math.inf)}
 # The times that Python can hold in every time zone.
 _FIRST, _END = datetime(2, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 _NAIVE = dt.Timestamp(scale=6)
@@ -121,13 +120,9 @@ def _check_unit(
     """Refuses a column if most numbers are in another unit; notes a fault if only some are."""
     own = unit or "s"
     number = value.cast("float64")
-    size, infinity = number.abs(), float("inf")
-    ends = [*list(_UNIT_FROM.values())[1:], infinity]
-    sums = {
-        name: ((size >= start) & (size < end)).sum()
-        for (name, start), end in zip(_UNIT_FROM.items(), ends, strict=True)
-    }
-    sums["largest"] = (size < infinity).ifelse(size, 0.0).max()
+    size = number.abs()
+    sums = {name: ((size >= low) & (size < end)).sum() for name, (low, end) in _SIZES.items()}
+    sums["largest"] = (size < math.inf).ifelse(size, 0.0).max()
     sums["dates"] = size.between(19_000_101, 21_001_231).sum()
     counts = {name: count or 0 for name, count in raw.aggregate(**sums).items()}
     rows = f"numbers up to {counts.pop('largest'):.0f} ({raw.num_rows} rows)"
@@ -153,8 +148,8 @@ def _check_unit(
         for name, factor in _MICROSECONDS.items()
     }
     others = [is_so for name, is_so in is_within.items() if name != own]
-    is_mixed = ~is_within[own] & functools.reduce(operator.or_, others)
-    raw.fault(column, is_mixed, rules.TIME_IN_ANOTHER_UNIT.filled(unit=_UNIT_NAMES[own]))
+    rule = rules.TIME_IN_ANOTHER_UNIT.filled(unit=_UNIT_NAMES[own])
+    raw.fault(column, ~is_within[own] & ibis.or_(*others), rule)
 
 
 def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:
