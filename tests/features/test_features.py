@@ -18,8 +18,13 @@ from tfrs_pipeline.features import categorical, raw
 from tfrs_pipeline.features.categorical import Hashed
 from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
 from tfrs_pipeline.features.lists import Text
-from tfrs_pipeline.features.numeric import MAX_BUCKETS, MAX_DEVIATIONS, Bucketized, Numeric
-from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.features.numeric import (
+    MAX_BUCKETS,
+    MAX_DEVIATIONS,
+    Bucketized,
+    Numeric,
+    Timestamp,
+)
 from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.model.feature_table import FeatureTable
 

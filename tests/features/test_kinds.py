@@ -24,7 +24,7 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.exportable import Exportable

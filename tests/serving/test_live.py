@@ -19,8 +19,7 @@ from tests.damage import damage
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.serving.running_server import JSON, TOKEN, Running
 from tfrs_pipeline.durable import Damaged
-from tfrs_pipeline.features.numeric import Numeric
-from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import live as live_module

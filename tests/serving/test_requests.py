@@ -17,8 +17,7 @@ from starlette.exceptions import HTTPException
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.lists import MultiCategorical
-from tfrs_pipeline.features.numeric import Numeric
-from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.run.refresh import refresh_index

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _parse_time(text: str) -> Any:
-    from tfrs_pipeline.features.timestamp import Timestamp
+    from tfrs_pipeline.features.numeric import Timestamp
 
     return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
 

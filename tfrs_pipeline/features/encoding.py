@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.numeric import DAY_SECONDS
 from tfrs_pipeline.features.raw import Column, to_seconds
-from tfrs_pipeline.features.timestamp import DAY_SECONDS
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 
 TIMESTAMP = "timestamp"

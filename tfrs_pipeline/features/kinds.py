@@ -6,8 +6,7 @@ from typing import Any
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.lists import MultiCategorical, Text
-from tfrs_pipeline.features.numeric import Bucketized, Numeric
-from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.features.numeric import Bucketized, Numeric, Timestamp
 from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.messages import suggest
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfrs_pipeline import retrieval
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.features.encoding import raw_columns, raw_signature
-from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
 from tfrs_pipeline.model.graph import id_list
 from tfrs_pipeline.serving import publish

@@ -17,8 +17,8 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from tfrs_pipeline.features.encoding import TIMESTAMP
+from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import MAX_SECONDS
-from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.settings import ServeSettings
