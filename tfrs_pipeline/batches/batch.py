@@ -150,5 +150,5 @@ class Slices:
         if batch.state is not None:
             part = part._replace(state=part.state - begin * num_states)
         whole = tf.stack([begin, num_units])
-        total_weight = tf.reduce_sum(batch.weight)
-        return part._replace(dropout_slice=whole, total_weight=total_weight), queries
+        part = part._replace(dropout_slice=whole, total_weight=tf.reduce_sum(batch.weight))
+        return part, queries

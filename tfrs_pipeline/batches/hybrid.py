@@ -173,8 +173,7 @@ class HybridBatches:
         dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
         batch = batch._replace(shared_row=shared, dropout_seed=dropout_seed)
         if self._hard is not None:
-            of_rows = _of_rows(never, slot)
-            hard = self._hard.draw(step, own_pools, batch.candidate_row, of_rows)
+            hard = self._hard.draw(step, own_pools, batch.candidate_row, _of_rows(never, slot))
             batch = batch._replace(hard=hard)
         if slices is not None:
             # Cut before the masks are made, which are much of the work.

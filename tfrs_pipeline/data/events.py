@@ -244,8 +244,7 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
         lowest = ibis.literal(float(reading.rating_threshold or 0))
         if raw.table["rating"].type().is_float32():  # 4.1 in float32 is below 4.1 in float64.
             lowest = lowest.cast("float32").cast("float64")
-        is_clicked = rating >= lowest
-        return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+        return (rating >= lowest).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
     if stages_in == "event":
         raw.fault("event", raw.table["event"].isnull(), rules.NO_TYPE)
     return ibis.literal((Stage.EXPOSED if reading.label else Stage.CLICKED).value)
@@ -276,8 +275,7 @@ def _relabel(
 def _note_amounts(raw: RawTable, name: str, outcome: ir.Value) -> None:
     """Notes that a label of amounts, such as seconds, is taken as yes or no."""
     above = outcome > 0
-    ends = raw.aggregate(low=outcome.min(where=above), high=outcome.max(where=above))
-    low, high = ends.values()
+    low, high = raw.aggregate(low=outcome.min(where=above), high=outcome.max(where=above)).values()
     if low != high:
         column = printable(raw.source.columns.get(name, name))
         raw.notes.append(

@@ -101,10 +101,9 @@ def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
         return np.array(values, dtype=object)
     if all(issubclass(kind, int | np.integer) and kind is not bool for kind in types):
         return np.array(values, dtype=np.int64)
-    kinds = sorted(kind.__name__ for kind in types)
     raise ValueError(
         "Ids must be all integers or all strings: cast them to one of the two. "
-        f"Received: {', '.join(kinds)}."
+        f"Received: {', '.join(sorted(kind.__name__ for kind in types))}."
     )
 
 

@@ -23,8 +23,7 @@ from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse
 
 Features: TypeAlias = Mapping[str, str]
-Tables: TypeAlias = tuple[ibis.Table, ibis.Table, ibis.Table]
-"""Events, items and users."""
+Tables: TypeAlias = tuple[ibis.Table, ibis.Table, ibis.Table]  # Events, items and users.
 
 
 def make_tables(

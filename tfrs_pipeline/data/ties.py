@@ -60,8 +60,7 @@ def _measure(events: ibis.Table) -> dict[str, Any]:
     sums["num_up"] = (clicks["item_id"] > clicks["_last"]).fill_null(False)
     sums["num_down"] = (clicks["item_id"] < clicks["_last"]).fill_null(False)
     counts = {name: value.sum() for name, value in sums.items()}
-    found = clicks.aggregate(num=clicks.count(), **counts)
-    return dict(found.to_pyarrow().to_pylist()[0])
+    return dict(clicks.aggregate(num=clicks.count(), **counts).to_pyarrow().to_pylist()[0])
 
 
 def _redrawn(events: ibis.Table) -> ibis.Table:

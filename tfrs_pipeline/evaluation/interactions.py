@@ -154,8 +154,7 @@ def history_columns(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
 def _zero_one_matrix(
     rows: np.ndarray, item_rows: np.ndarray, shape: tuple[int, int]
 ) -> scipy.sparse.csr_matrix:
-    ones = np.ones(len(rows), np.float32)
-    matrix = scipy.sparse.csr_matrix((ones, (rows, item_rows - 1)), shape)
+    matrix = scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, item_rows - 1)), shape)
     matrix.sum_duplicates()
     matrix.data[:] = 1.0
     return matrix

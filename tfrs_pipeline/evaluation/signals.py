@@ -53,8 +53,7 @@ class Signals:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Returns value, beside and meaning of each signal by its name."""
-        rows = map(dataclasses.asdict, self)
-        return {row.pop("name"): row for row in rows}
+        return {row.pop("name"): row for row in map(dataclasses.asdict, self)}
 
     def excluded_repeats(self, exclude: Exclude) -> Iterator[str]:
         """Says what a ranking without a user's own items leaves out, if it is much."""

@@ -68,8 +68,7 @@ def best_places(scores: np.ndarray, k: int) -> np.ndarray:
     """Returns the places of the k best of [n] scores above -inf, best first, ties in order."""
     lowest = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
     places = np.flatnonzero(scores >= lowest)
-    found = scores[places]
-    places = places[np.argsort(-found, kind="stable")][:k]
+    places = places[np.argsort(-scores[places], kind="stable")][:k]
     return places[scores[places] > -np.inf]
 
 
@@ -120,5 +119,4 @@ class ExactRetriever:
         return retrieve_by_scores(self._scores, self.corpus, queries, k, exclude)
 
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
-        embeddings = np.asarray(self._embed_queries(queries), np.float32)
-        return embeddings @ self.candidate_embeddings.T
+        return np.asarray(self._embed_queries(queries), np.float32) @ self.candidate_embeddings.T

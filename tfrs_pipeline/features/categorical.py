@@ -115,8 +115,7 @@ class Hashed(Category):
 
         Below that limit, at most 4 in 10 values share a bucket with another.
         """
-        num_values = len(count_rows(column)[0])
-        wanted = 2 ** (2 * num_values - 1).bit_length()
+        wanted = 2 ** (2 * len(count_rows(column)[0]) - 1).bit_length()
         return cls(name, min(max(wanted, MIN_BUCKETS), MAX_BUCKETS))
 
     @property

@@ -145,8 +145,7 @@ class Feature(ABC):
         is_given = np.array([value not in (None, "", []) for value in column], bool)
         if self.num_codes is None or not is_given.any():
             return np.zeros(len(column), bool)
-        codes = self.encode_column(column).reshape(len(column), -1)
-        return is_given & ~codes.any(axis=1)
+        return is_given & ~self.encode_column(column).reshape(len(column), -1).any(axis=1)
 
     @property
     def graph_resource(self) -> Any:

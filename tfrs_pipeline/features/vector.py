@@ -61,8 +61,7 @@ class Vector(Feature):
             )
         problem = f"must hold vectors of one length, {usual} as most, and does not"
         column.fault(length != usual, problem, **mend)
-        vectors = numbers.cast("array<float32>")
-        return (length == usual).ifelse(vectors, ibis.null("array<float32>"))
+        return (length == usual).ifelse(numbers, ibis.null("array<float64>")).cast("array<float32>")
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:

@@ -69,8 +69,7 @@ class AliasSampler:
         slot = tf.random.stateless_uniform(
             [num], slot_seed, minval=0, maxval=self._num_rows, dtype=tf.int64
         )
-        threshold = tf.random.stateless_uniform([num], accept_seed)
-        keep = threshold < tf.gather(self._accept, slot)
+        keep = tf.random.stateless_uniform([num], accept_seed) < tf.gather(self._accept, slot)
         return tf.where(keep, tf.cast(slot, tf.int32), tf.gather(self._alias, slot))
 
 

@@ -227,6 +227,5 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
             sizes = samples[pool_size_column(stage)]
             counts = samples.aggregate(num=(sizes > 0).sum(), total=sizes.sum())
             num, total = counts.to_pyarrow().to_pylist()[0].values()
-            found = {"num_samples": num, "mean_pool": total / max(1, num)}
-            report["hard_negatives"][stage] = found
+            report["hard_negatives"][stage] = {"num_samples": num, "mean_pool": total / max(1, num)}
     return report

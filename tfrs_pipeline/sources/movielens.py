@@ -105,8 +105,7 @@ def default_cache_dir() -> Path:
     """Returns TFRS_PIPELINE_CACHE, or tfrs_pipeline in the user's cache folder."""
     if cache_dir := os.environ.get("TFRS_PIPELINE_CACHE"):
         return Path(cache_dir).expanduser()
-    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache_home).expanduser() / "tfrs_pipeline"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tfrs_pipeline"
 
 
 def fetch_with_tfds(folder: Path) -> None:

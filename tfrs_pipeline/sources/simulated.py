@@ -296,8 +296,7 @@ def _run_funnel(
     pre_ranked = np.take_along_axis(retrieved, kept, axis=1)
     logits = np.take_along_axis(logits, kept, axis=1)
     scores = logits + options.rank_noise * rng.standard_normal(logits.shape)
-    order = np.argsort(-scores, axis=1)
-    ranked, lost = np.split(order, [options.num_ranked], axis=1)
+    ranked, lost = np.split(np.argsort(-scores, axis=1), [options.num_ranked], axis=1)
     lost_in_rank = np.take_along_axis(pre_ranked, lost, axis=1)
     shown = ranked[:, : options.num_exposed]
     examination = (1.0 + np.arange(options.num_exposed)) ** -options.position_bias
