@@ -5,13 +5,11 @@ import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from tfrs_pipeline.features.kinds import kind_problem
+from tfrs_pipeline.features.libraries import ibis
 from tfrs_pipeline.messages import beside, printable, sentence
-
-if TYPE_CHECKING:
-    import ibis
 
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
 AskedBy: TypeAlias = Literal["users", "requests", "first_request", "last_request"]
@@ -51,16 +49,11 @@ class DataError(ValueError):
 class Stage(enum.StrEnum):
     """The furthest stage that an item reached in a request."""
 
-    RETRIEVED = "retrieved"
-    """Lost in pre-rank."""
-    PRE_RANKED = "pre_ranked"
-    """Lost in rank."""
-    RANKED = "ranked"
-    """Survived rank, was not shown."""
-    EXPOSED = "exposed"
-    """Shown, not clicked: never a negative of that user."""
-    CLICKED = "clicked"
-    """Shown and clicked: a positive."""
+    RETRIEVED = "retrieved"  # Lost in pre-rank.
+    PRE_RANKED = "pre_ranked"  # Lost in rank.
+    RANKED = "ranked"  # Survived rank, was not shown.
+    EXPOSED = "exposed"  # Shown, not clicked: never a negative of that user.
+    CLICKED = "clicked"  # Shown and clicked: a positive.
 
 
 @dataclass(frozen=True)

@@ -46,33 +46,20 @@ class Feature(ABC):
     array into what the layer embeds. Training and exported models run the same encoding.
     """
 
-    name: str
-    """Name of the column."""
-    is_from_timestamp: bool = field(default=False, kw_only=True)
-    """Whether it is the hour or the weekday of the request's timestamp."""
+    name: str  # Of the column.
+    is_from_timestamp: bool = field(default=False, kw_only=True)  # The request's hour or weekday.
 
-    kind: ClassVar[str]
-    """Name of the kind in settings."""
-    names_elsewhere: ClassVar[tuple[str, ...]] = ()
-    """Common names elsewhere for the kind, for error messages."""
-    column_types: ClassVar[Mapping[str, str]]
-    """Ibis type of a column of a log -> the type that the log stores."""
-    raw_dtype: ClassVar[str] = "string"
-    """TensorFlow dtype of raw values: string, float32 or float64."""
-    example: ClassVar[str] = ""
-    """A typed value, for error messages and the empty field of the served page."""
-    holds_categories: ClassVar[bool] = False
-    """Whether its values are categories, of which a refresh counts the unknown ones."""
-    takes_whole_numbers: ClassVar[bool] = False
-    """Whether the hour and the weekday can be of this kind."""
-    is_embedded: ClassVar[bool] = True
-    """Whether the layer has weights, and maps a row to `feature_dim` numbers."""
-    is_time: ClassVar[bool] = False
-    """Whether raw values are seconds since 1970."""
-    vocabulary = tuple[str, ...]()
-    """The values that have separate codes, in the order of the codes."""
-    scale = 1.0
-    """The divisor of numbers."""
+    kind: ClassVar[str]  # Name of the kind in settings.
+    names_elsewhere: ClassVar[tuple[str, ...]] = ()  # Of the kind, for error messages.
+    column_types: ClassVar[Mapping[str, str]]  # Ibis type of a column -> what the log stores.
+    raw_dtype: ClassVar[str] = "string"  # TensorFlow dtype: string, float32 or float64.
+    example: ClassVar[str] = ""  # A typed value, for error messages and the served page.
+    holds_categories: ClassVar[bool] = False  # A refresh counts the unknown ones.
+    takes_whole_numbers: ClassVar[bool] = False  # Whether the hour can be of this kind.
+    is_embedded: ClassVar[bool] = True  # Whether the layer maps a row to `feature_dim` numbers.
+    is_time: ClassVar[bool] = False  # Whether raw values are seconds since 1970.
+    vocabulary = tuple[str, ...]()  # The values that have separate codes, in their order.
+    scale = 1.0  # The divisor of numbers.
 
     @classmethod
     @abstractmethod

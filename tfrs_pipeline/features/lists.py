@@ -33,12 +33,9 @@ _UNSPACED = (
 class ValueLists(Vocabulary):
     """A feature with any number of values per row; only the first known ones count."""
 
-    num_values: int = 1
-    """Number of known values that count."""
-    min_count: ClassVar[int] = 1
-    """Values in fewer rows are unknown."""
-    max_values: ClassVar[int]
-    """The most known values of a row that count."""
+    num_values: int = 1  # Number of known values that count.
+    min_count: ClassVar[int] = 1  # Values in fewer rows are unknown.
+    max_values: ClassVar[int]  # The most known values of a row that count.
 
     @staticmethod
     @abstractmethod
