@@ -51,8 +51,7 @@ class HardColumns(NamedTuple):
 class Batch(NamedTuple):
     """P positives of W queries, the C columns that the queries share, and their corrections.
 
-    W = P = B unless a query has several positives. Fields that a batch does not have are None. An
-    axis applies to all tensors of a field.
+    W = P = B unless a query has several positives. Fields that a batch does not have are None.
 
     Attributes:
         query_row: [W] int32.

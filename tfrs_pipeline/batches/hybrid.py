@@ -279,11 +279,9 @@ def look_up(read: Callable[[Any], _Found], chosen: Any, signature: _Found) -> _F
     """Reads the chosen contents in NumPy, which does not copy mapped files; returns tensors."""
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
-        parts = []
-        for part in tf.nest.flatten(read(tf.nest.pack_sequence_as(chosen, arrays))):
-            if part is not None:
-                parts += [part.values, part.offsets] if isinstance(part, RowLists) else [part]
-        return parts
+        parts = tf.nest.flatten(read(tf.nest.pack_sequence_as(chosen, arrays)))
+        pairs = ([x.values, x.offsets] if isinstance(x, RowLists) else [x] for x in parts)
+        return [array for pair in pairs for array in pair if array is not None]
 
     specs = tf.nest.flatten(signature, expand_composites=True)
     dtypes = [spec.dtype for spec in specs if spec is not None]

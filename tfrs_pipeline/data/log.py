@@ -35,8 +35,7 @@ class Log:
 
     Item and user features are static: every event sees the same value, however early it is. A
     column made after the events (an item's total clicks, a user's latest country) leaks the future
-    into the model, so that it evaluates better than it serves. Give features that were known before
-    the first event, or that do not change.
+    into the model, so that it evaluates better than it serves.
 
     Use a log, and the parts of its split, in one thread: one connection reads them.
 
@@ -63,8 +62,8 @@ class Log:
         notes: Other findings from then, in lines for a person.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
         ties: With timestamps, "drop" if a user's events at the same time are not in each other's
-            histories; else the one with the smaller `event_number` is earlier. With "random", these
-            numbers were shuffled among events at the same time. See `Reading.ties`.
+            histories; else the one with the smaller `event_number` is earlier, which "random" has
+            shuffled. See `Reading.ties`.
         reading: How the tables were read, and the item table that refreshes an export will be.
         part_of: The whole log, if a split made this one.
         later_items: item_id of the items whose first event in any part of the split is later than
@@ -136,18 +135,9 @@ class Log:
         """
         features = schema.checked_kinds(item_features, user_features, request_features)
         reading = reading or Reading()
-        tables, ties, dropped, notes = make_tables(
-            connection or connect(), path, items, users, features, reading
-        )
-        return cls(
-            *tables,
-            *features,
-            dropped=dropped,
-            notes=notes,
-            is_ordered=reading.is_ordered,
-            ties=ties,
-            reading=reading,
-        )
+        connection = connection or connect()
+        tables, found = make_tables(connection, path, items, users, features, reading)
+        return cls(*tables, *features, **found, is_ordered=reading.is_ordered, reading=reading)
 
     @classmethod
     def from_table(
@@ -205,12 +195,10 @@ class Log:
         check_engine(events, items, users)
         features = schema.checked_kinds(item_features, user_features, request_features)
         events = check_events(events, schema.Source("event table"), features[2])
-        entities = (
-            check_entities(items, "item_id", events, features[0]),
-            check_entities(users, "user_id", events, features[1]),
-        )
+        items = check_entities(items, "item_id", events, features[0])
+        users = check_entities(users, "user_id", events, features[1])
         events, rule, notes = settle_ties(events, ties)
-        return cls(events, *entities, *features, notes=notes, is_ordered=is_ordered, ties=rule)
+        return cls(events, items, users, *features, notes=notes, is_ordered=is_ordered, ties=rule)
 
     @classmethod
     def read(cls, folder: Path | str, connection: Any = None) -> "Log":
@@ -267,8 +255,7 @@ class Log:
     def fingerprint(self) -> str:
         """Returns a text that depends on all rows; it differs by engine, not by process."""
         hashes = []
-        for name in _KEYS:
-            table = getattr(self, name)
+        for table in (self.events, self.items, self.users):
             row = ibis.struct({column: table[column] for column in sorted(table.columns)})
             # Spark has no aggregate xor; a sum of 31-bit hashes does not overflow there.
             hashes.append((row.hash() % 2**31).sum().to_pyarrow().as_py())

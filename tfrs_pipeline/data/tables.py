@@ -33,10 +33,10 @@ def make_tables(
     users: Any,
     features: tuple[Features, Features, Features],
     reading: Reading,
-) -> tuple[Tables, schema.TieRule, tuple[Dropped, ...], tuple[str, ...]]:
+) -> tuple[Tables, dict[str, Any]]:
     """Reads, types and stores consistent tables of a log; arguments as in `Log.from_files`.
 
-    Returns the tables, the rule for equal times, the dropped events, and notes for a person.
+    Returns the tables, and the log's `ties`, `dropped` and `notes`.
     """
     item_features, user_features, request_features = features
     refuse(reading.name_problems(request_features))
@@ -82,7 +82,8 @@ def make_tables(
         store(add_missing(table, events, name).order_by(name), raw.source)
         for name, table in tables.items()
     )
-    return (events, items, users), rule, tuple(raw.dropped), (*raw.notes, *notes)
+    found = {"ties": rule, "dropped": tuple(raw.dropped), "notes": (*raw.notes, *notes)}
+    return (events, items, users), found
 
 
 def _check_positives(events: ibis.Table, source: Source) -> None:

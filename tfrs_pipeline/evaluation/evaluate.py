@@ -37,8 +37,7 @@ def evaluate(
     the denominator. A slice counts only its own relevant items, in the ranking of the whole corpus.
 
     Args:
-        retrievers: A retriever, which is named by its class, or several by name. The others are
-            compared with the first.
+        retrievers: One, named by its class, or several by name, compared with the first.
         holdout: The queries and their relevant items, from `Log.split`. For very many users, a
             `Holdout.sample` gives nearly the same means in less time.
         exclude: What is excluded from a user's ranking; see `Holdout.excluded`.
@@ -49,8 +48,7 @@ def evaluate(
 
     Raises:
         TypeError: If an argument is not a retriever, a holdout or a list of cutoffs.
-        ValueError: If nothing is left to find, or a retriever breaks its contract: wrong shape, a
-            candidate twice, an excluded or unknown candidate.
+        ValueError: If nothing is left to find, or a retriever breaks its contract.
 
     Example:
         >>> import pyarrow as pa

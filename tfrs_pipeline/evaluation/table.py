@@ -71,12 +71,11 @@ def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:
     """Formats cells as plain text, the first column aligned left, the others right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = []
-    for first, *rest in lines:
-        others = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        rows.append("  ".join([first.ljust(widths[0]), *others]))
-    return "\n".join(rows)
+    columns = []
+    for i, cells in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) if i else cell.ljust(width) for cell in cells])
+    return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
 
 def format_markdown_cells(lines: Sequence[Sequence[str]]) -> str:

@@ -104,11 +104,9 @@ def encode_requests(
     features: Sequence[Feature], raw: Mapping[str, tf.Tensor]
 ) -> dict[str, tf.Tensor]:
     """Encodes request features; a missing hour or weekday is taken from the timestamp."""
-    filled = dict(raw)
-    for feature in features:
-        if feature.is_from_timestamp:
-            filled[feature.name] = _filled(feature, raw[feature.name], raw[TIMESTAMP])
-    return encode_raw(features, filled)
+    made = [feature for feature in features if feature.is_from_timestamp]
+    filled = {x.name: _filled(x, raw[x.name], raw[TIMESTAMP]) for x in made}
+    return encode_raw(features, {**raw, **filled})
 
 
 def _filled(feature: Feature, given: tf.Tensor, timestamp: tf.Tensor) -> tf.Tensor:

@@ -32,8 +32,7 @@ class FunnelLosers:
 
     Attributes:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold, in rows that
-            have any. .5 is the rule of thumb; published ablations, and this package's, found about
-            .01 better.
+            have any. .5 is the rule of thumb; ablations found about .01 better.
         stages: Furthest stages that the losers reached: "retrieved" lost in pre-rank, "pre_ranked"
             lost in rank, "ranked" ended low in rank.
         num: Columns drawn for each row from its pool of a stage.
@@ -41,8 +40,7 @@ class FunnelLosers:
             `max_pool` of the user's recent requests.
         max_pool: Most losers kept for a positive and stage, drawn at random.
         window_hours: How far back recent requests may be; ignored in a log without timestamps.
-        bottom_share: For "ranked": the low part of the ranked list, as a share of the request's
-            ranks in (0, 1].
+        bottom_share: For "ranked": the low part of the request's ranks, as a share in (0, 1].
         min_rank: For "ranked": the low part as this rank (0 is the best) and worse, instead.
         allow_exposed: Whether "exposed", items that were shown and not clicked, may be a stage.
             Ranking learns from them; this option measures what they do to retrieval.

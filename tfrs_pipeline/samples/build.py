@@ -3,12 +3,9 @@
 All tables have flat, ordered rows, since engines would hold lists in memory.
 """
 
-import contextlib
-import shutil
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ibis
@@ -61,7 +58,11 @@ def build_samples(
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are incomplete.
     (folder / "report.json").unlink(missing_ok=True)
-    with _work_folder(log, folder) as work:
+    for left in folder.glob(f"{_WORK}*"):  # Left by a process that was killed.
+        remove(left)
+    # A new name every time, because DuckDB caches statistics by path.
+    with TemporaryDirectory(prefix=_WORK, dir=folder, ignore_cleanup_errors=True) as name:
+        work = _Work(log.events.get_backend(), Path(name))
         events = _write_rows(log, work)
         positives = events.filter(is_positive)
         _write_counts(positives, work)
@@ -83,10 +84,7 @@ def build_samples(
 
 @dataclass(frozen=True)
 class _Work:
-    """A folder of tables that are written and read again; names with "_" are not published.
-
-    Its name is new every time, because DuckDB caches statistics by path.
-    """
+    """A folder of tables that are written and read again; names with "_" are not published."""
 
     backend: Any
     folder: Path
@@ -104,18 +102,6 @@ class _Work:
         for path in moved:
             replace(path, folder / path.name)
         return [file for path in moved for file in part_files(folder / path.name)]
-
-
-@contextlib.contextmanager
-def _work_folder(log: Log, folder: Path) -> Iterator[_Work]:
-    for left in folder.glob(f"{_WORK}*"):  # Left by a process that was killed.
-        remove(left)
-    work = folder / f"{_WORK}{uuid.uuid4().hex}"
-    work.mkdir()
-    try:
-        yield _Work(log.events.get_backend(), work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_rows(log: Log, work: _Work) -> ibis.Table:

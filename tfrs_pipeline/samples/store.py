@@ -120,10 +120,8 @@ class Samples:
         hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
         request_columns: Request feature -> [num_samples] or [num_samples, any], encoded: int32, or
             float32 with NaN where missing.
-        sequence_times: [total] int64, seconds since 1970 of each value in `sequences`. None in a
-            log without timestamps.
-        is_later: [num_candidates + 1] bool, items that came after the training: never negatives.
-            None if there are none.
+        sequence_times: [total] int64, seconds since 1970 of each value in `sequences`, if any.
+        is_later: [num_candidates + 1] bool, items that came after the training, if any.
     """
 
     query_rows: np.ndarray
