@@ -25,11 +25,9 @@ from pathlib import Path
 import numpy as np
 from record import write_json
 
-from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.negatives.mixture import Mixture
-from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
-from tfrs_pipeline.negatives.uniform import Uniform
 
 NUM_CANDIDATES = 300
 NUM_QUERIES = 4

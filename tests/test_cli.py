@@ -37,8 +37,7 @@ from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts
 from tfrs_pipeline.run import data as run_data

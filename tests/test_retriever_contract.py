@@ -24,8 +24,7 @@ from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.kinds import InBatch, Uniform
 from tfrs_pipeline.retrieval import Query, Retriever
 from tfrs_pipeline.samples.store import RowLists, Samples
 from tfrs_pipeline.serving import export

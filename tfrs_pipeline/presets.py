@@ -3,9 +3,8 @@
 from typing import Any, Literal, TypeAlias, get_args
 
 from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
 
 _SEQUENCE: dict[str, Any] = {
     "model.negatives": (Uniform(512), Popularity(512)),

@@ -21,8 +21,7 @@ from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.kinds import InBatch, Uniform
 
 # Two devices, so that a test can train on several.
 tf.config.set_logical_device_configuration(

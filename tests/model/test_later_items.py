@@ -14,8 +14,7 @@ from tests.model.conftest import tiny
 from tests.small_batches import as_arrays, assert_same_batches
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 
 LATER, DEAD = 777, 888
 EASY = [Uniform(16), Popularity(16, 1.0)]

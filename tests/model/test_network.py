@@ -18,9 +18,8 @@ from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
-from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 from tfrs_pipeline.negatives.protocol import SamplingFrame
-from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.store import Samples
 
 B, TEMPERATURE = 32, 0.4

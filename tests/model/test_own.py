@@ -11,8 +11,7 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.own import describe_own
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.kinds import InBatch, Popularity
 from tfrs_pipeline.negatives.protocol import SamplingFrame
 from tfrs_pipeline.settings import ConfigError
 

@@ -19,7 +19,7 @@ from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.kinds import Uniform
 from tfrs_pipeline.settings import ConfigError
 
 NUM_ITEMS = 12

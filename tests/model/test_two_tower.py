@@ -29,9 +29,7 @@ from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.settings import ConfigError
 

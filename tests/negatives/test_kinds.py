@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline import DataError, FunnelLosers, InBatch, Mined, Mixture, Uniform
 from tfrs_pipeline.negatives.alias import build_alias_table
-from tfrs_pipeline.negatives.popularity import Popularity, sampling_probability
+from tfrs_pipeline.negatives.kinds import Popularity, sampling_probability
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.samples.positives import positive_probability
 

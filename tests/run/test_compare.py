@@ -19,9 +19,7 @@ from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.comparison import compared_in_words, comparison_figure
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.run.compare import PlanComparison, compare
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.measure import evaluate_all

@@ -23,9 +23,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import Samples, read_samples
 

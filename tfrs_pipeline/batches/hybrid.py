@@ -15,7 +15,7 @@ from tfrs_pipeline.batches.examples import Examples, Use, blocks, seed_of
 from tfrs_pipeline.batches.guard import REASONS, Guard, Never, contains
 from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.negatives.in_batch import InBatch, counts_as_in_batch
+from tfrs_pipeline.negatives.kinds import InBatch, counts_as_in_batch
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.samples.positives import positive_probability
@@ -59,7 +59,7 @@ class HybridBatches:
 
     Example:
         >>> from tfrs_pipeline.batches.single import SinglePositives
-        >>> from tfrs_pipeline.negatives.uniform import Uniform
+        >>> from tfrs_pipeline.negatives.kinds import Uniform
         >>> samples = Samples.from_pairs([1, 1, 2], [1, 2, 3], num_queries=2, num_candidates=9)
         >>> examples = SinglePositives(samples, batch_size=2, history_length=4, seed=0)
         >>> batches = HybridBatches(samples, examples, [InBatch(), Uniform(5)], seed=0)

@@ -8,10 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Posi
 
 from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.settings import Config, Distinct, Listed, from_text
 
 DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]

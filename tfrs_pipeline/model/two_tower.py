@@ -79,7 +79,7 @@ class TwoTower(TwoTowerSettings):
 
     Example:
         >>> import pandas as pd
-        >>> from tfrs_pipeline.negatives.in_batch import InBatch
+        >>> from tfrs_pipeline.negatives.kinds import InBatch
         >>> clicks = pd.DataFrame({"user_id": [1, 1, 2, 2, 3], "item_id": [7, 8, 7, 8, 7]})
         >>> model = TwoTower(
         ...     dim=4,

@@ -3,11 +3,13 @@
 An inverse CDF in float32 would give the tail of a large corpus probability zero.
 """
 
+from __future__ import annotations
+
 import functools
 
 import numpy as np
-import tensorflow as tf
 
+from tfrs_pipeline.features.libraries import tf
 from tfrs_pipeline.negatives.protocol import SamplingFrame, sampling_probability
 
 

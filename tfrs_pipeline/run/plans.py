@@ -6,10 +6,8 @@ from typing import Any, TypeAlias
 
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
 
 Plan: TypeAlias = Mapping[str, Any]
 """A way of choosing negatives: the settings that it changes in the config, by dotted name."""
