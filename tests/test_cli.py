@@ -36,7 +36,7 @@ from tfrs_pipeline.config import (
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.messages import StepReport
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts

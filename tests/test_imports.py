@@ -20,7 +20,7 @@ ROOMS = NAMES.split()
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 LIGHT_NAMES = (
     "messages settings retrieval durable cluster drawing data sources samples evaluation"
-    " negatives.funnel negatives.mined serving.settings features.feature features.kinds"
+    " negatives.hard serving.settings features.feature features.kinds"
     " features.raw features.lists"
 )
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from tfrs_pipeline.cli.flags import CommandLine, as_typed
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.settings import Config, ConfigError, Listed, from_text
 
 

@@ -19,7 +19,7 @@ from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
-from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.hard import Mined
 from tfrs_pipeline.presets import PRESETS, Recipe
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, setting_names
 

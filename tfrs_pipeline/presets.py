@@ -2,9 +2,8 @@
 
 from typing import Any, Literal, TypeAlias, get_args
 
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
 from tfrs_pipeline.negatives.kinds import Popularity, Uniform
-from tfrs_pipeline.negatives.mined import Mined
 
 _SEQUENCE: dict[str, Any] = {
     "model.negatives": (Uniform(512), Popularity(512)),

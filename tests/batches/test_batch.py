@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tests.small_batches import REQUESTED, UNORDERED, batch_list, flat, make_batches
 from tfrs_pipeline.batches.batch import Axis, Batch, Slices, axes_of
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 
 HARD = FunnelLosers(share=0.3, num=2)
 # Renumbered in a slice; checked by what they point at.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.small_batches import make_samples
 from tfrs_pipeline.model.mining import mine_pools
-from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.hard import Mined
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 NUM_USERS, NUM_ITEMS, DIM = 9, 60, 8

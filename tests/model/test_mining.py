@@ -26,8 +26,8 @@ from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.mining import MinedPools, mine_pools
 from tfrs_pipeline.model.queries import RowRetriever
+from tfrs_pipeline.negatives.hard import Mined
 from tfrs_pipeline.negatives.kinds import Popularity, Uniform
-from tfrs_pipeline.negatives.mined import Mined
 
 MINED = Mined(share=0.3, num=3, min_rank=4, max_rank=12, max_pool=5, every=2)
 # It trains on whole sequences, with dropout of ids and histories.

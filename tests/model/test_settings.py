@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
 from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
-from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.settings import ConfigError
 
 

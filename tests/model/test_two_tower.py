@@ -28,7 +28,7 @@ from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.settings import ConfigError

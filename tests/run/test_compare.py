@@ -18,7 +18,7 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.comparison import compared_in_words, comparison_figure
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.run.compare import PlanComparison, compare
 from tfrs_pipeline.run.data import prepare

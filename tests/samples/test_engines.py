@@ -19,7 +19,7 @@ from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.evaluation.baselines import Transitions
 from tfrs_pipeline.evaluation.signals import signals
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 

@@ -11,7 +11,7 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
 from tfrs_pipeline.samples.store import read_samples

@@ -9,8 +9,7 @@ from tfrs_pipeline.batches.batch import HardColumns
 from tfrs_pipeline.batches.examples import Use, seed_of
 from tfrs_pipeline.batches.guard import Guard, Never
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
 from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.samples.store import RowLists, Samples
 

@@ -11,7 +11,7 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.ids import are_listed
 from tfrs_pipeline.durable import naming, read_whole, write_record
 from tfrs_pipeline.model.queries import RetrieveRows
-from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.hard import Mined
 from tfrs_pipeline.samples.columns import map_column
 from tfrs_pipeline.samples.store import RowLists, Samples
 

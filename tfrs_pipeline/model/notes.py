@@ -15,7 +15,7 @@ from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
-from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.hard import Mined
 
 OnProgress: TypeAlias = Callable[..., None]
 """Called during long work with a task's name, steps done and in all, and sometimes a note."""

@@ -46,8 +46,7 @@ from tfrs_pipeline.model.settings import (
 from tfrs_pipeline.model.towers import Tower, candidate_tower, query_tower
 from tfrs_pipeline.model.trend import popularity_shift
 from tfrs_pipeline.model.warm_start import WarmStart
-from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
 from tfrs_pipeline.negatives.protocol import SamplingFrame
 from tfrs_pipeline.samples.store import Samples
 from tfrs_pipeline.settings import Listed, refuse

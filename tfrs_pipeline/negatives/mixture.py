@@ -45,8 +45,7 @@ class Mixture:
     Example:
         The negatives of a batch for your own loss, with items that have 3 and 1 positives:
 
-        >>> from tfrs_pipeline.negatives.kinds import InBatch
-        >>> from tfrs_pipeline.negatives.kinds import Uniform
+        >>> from tfrs_pipeline.negatives.kinds import InBatch, Uniform
         >>> mixture = Mixture([InBatch(), Uniform(2)], SamplingFrame.of_counts([0, 3, 1], 5))
         >>> rows = mixture.draw(tf.constant([1, 1, 2, 1, 1]), seed=[7, 0])
         >>> rows.shape, mixture.log_q(tf.constant([1, 2])).numpy().round(3)

@@ -24,8 +24,8 @@ from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.hard import Mined
 from tfrs_pipeline.negatives.kinds import Popularity
-from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.report import figures, verdict
 from tfrs_pipeline.report.advice import advice

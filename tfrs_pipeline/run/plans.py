@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from tfrs_pipeline.config import RunConfig, with_settings
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
 from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
-from tfrs_pipeline.negatives.mined import Mined
 
 Plan: TypeAlias = Mapping[str, Any]
 """A way of choosing negatives: the settings that it changes in the config, by dotted name."""

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Stage, TieRule, count_rows
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import part_files, write_record
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.samples.columns import request_column
 from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
 from tfrs_pipeline.samples.positives import NO_POSITIVE

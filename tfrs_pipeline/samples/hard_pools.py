@@ -5,7 +5,7 @@ import ibis
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.data.split import round_up
-from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.hard import FunnelLosers
 
 # Columns that identify a positive, in the order of the samples.
 _POSITIVE = ("query_row", "time", "event_number")
