@@ -65,10 +65,7 @@ class Examples(Protocol):
 
 
 class EpochExamples:
-    """Whole users: the contents of batches are drawn in NumPy, an epoch at a time.
-
-    `drawn` has the types of a batch's draws, a structure of arrays.
-    """
+    """Whole users: contents, of the types `drawn`, are drawn in NumPy, an epoch at a time."""
 
     is_fair_draw = False
     rate: np.ndarray | None = None

@@ -19,10 +19,7 @@ its `pools`, which have equal weight."""
 
 
 class HardDraws:
-    """Draws each row's hard negatives from the pools of its sample; missing pools are empty.
-
-    A `DataError` if `hard` asks for losers of the funnel and no sample has one.
-    """
+    """Draws each row's hard negatives from its sample's pools; a `DataError` if none ever lost."""
 
     def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
         self.share = hard.share

@@ -126,10 +126,7 @@ def refuse_unread(scanned: Scan, unread: Iterable[str]) -> None:
 
 
 def suggested(types: Iterable[str]) -> str:
-    """Suggests weights for types of events, by their names.
-
-    A view is an exposure if there are clicks as well; otherwise it counts as a click.
-    """
+    """Suggests weights for types by their names; a view is an exposure if there are clicks."""
     meanings = {
         name: next((of for part, of in _USUAL.items() if part in name.lower()), "")
         for name in types

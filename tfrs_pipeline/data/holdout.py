@@ -120,10 +120,7 @@ class Holdout:
         return replace(self, user_ids=self.user_ids[drawn], **chosen)
 
     def as_queries(self) -> list[Query]:
-        """Returns queries for a `Retriever`: user_id, history and, if known, times and request.
-
-        A query's time is the `timestamp` of its request, a `datetime`.
-        """
+        """Returns queries for a `Retriever`; a query's time is its request's `timestamp`."""
         columns: dict[str, Any] = {"user_id": self.user_ids.tolist(), "history": self.histories}
         requests = self.requests
         if self.history_times is not None and self.times is not None:
@@ -136,10 +133,7 @@ class Holdout:
         return [dict(zip(columns, values, strict=True)) for values in rows]
 
     def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
-        """Returns the items that each ranking excludes: clicked, or seen, before the cut, or none.
-
-        Raises a `ValueError` for an unknown rule.
-        """
+        """Returns what each ranking excludes: the items clicked, or seen, before it, or none."""
         lists = {"clicked": self.clicked, "seen": self.seen, "none": None}
         if rule not in lists:
             raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
@@ -216,10 +210,7 @@ def make_holdout(
 def _draw_users(
     asked: ibis.Table, by: AskedBy, max_queries: int | None, seed: int
 ) -> tuple[ibis.Table, int | None]:
-    """Draws users until they have `max_queries` queries; returns them and the number of all.
-
-    If all are taken, the number is None.
-    """
+    """Draws users until they have `max_queries` queries; returns them, and the total if not all."""
     num: ir.Scalar = asked.count() if by == "requests" else ibis.literal(1)
     if by == "requests" and "request_id" in asked.columns:
         num = asked["request_id"].nunique() + asked["request_id"].isnull().sum()

@@ -19,10 +19,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over queries with its 95% bootstrap interval.
-
-    All are NaN if no query was measured; low and high are NaN if only one was.
-    """
+    """A mean over queries with its 95% bootstrap interval; NaN if too few queries were measured."""
 
     mean: float
     low: float

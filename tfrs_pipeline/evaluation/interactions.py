@@ -88,10 +88,7 @@ class Sequences:
         return cls(items, users, clicked_rows(table, items), np.append(True, is_new)[: len(users)])
 
     def earlier(self, num: int) -> np.ndarray:
-        """Finds the `num`-th positive of the user before each moment: [n] places, -1 if none.
-
-        For 0, it is where the moment begins.
-        """
+        """Finds the `num`-th positive before each moment (0: its first): [n] places, -1 if none."""
         place = np.arange(len(self.users))
         place = np.maximum.accumulate(np.where(self.is_new_moment, place, 0))
         place = np.maximum(place - num, -1)

@@ -154,10 +154,7 @@ def count_rows(
 
 
 def cleaned(texts: tf.Tensor, vocabulary: Collection[str] = ()) -> tf.Tensor:
-    """Rewrites values as a log does, unless the vocabulary distinguishes them: spaces, 7.0, True.
-
-    Without a vocabulary, all of them are rewritten.
-    """
+    """Rewrites spaces, 7.0 and True as a log does, unless the vocabulary distinguishes them."""
     if all(value == value.strip() for value in vocabulary):
         texts = tf.strings.strip(texts)
     # Tables write 7 as 7.0 in a column with missing values.

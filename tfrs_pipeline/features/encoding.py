@@ -74,10 +74,7 @@ def graph_resources(features: Sequence[Feature]) -> dict[str, Any]:
 def request_signature(
     features: Sequence[Feature], others: Sequence[Feature] = (), *, reads_times: bool = False
 ) -> dict[str, tf.TensorSpec]:
-    """Returns the inputs of `encode_requests` by name: the features, and the timestamp if read.
-
-    `others` are features in the same signature, so that names of inputs do not clash.
-    """
+    """Returns the inputs of `encode_requests` by name, distinct from those of `others`."""
     signature = raw_signature([*others, *features])
     specs = {feature.name: signature[feature.name] for feature in features}
     if reads_times or any(feature.is_from_timestamp for feature in features):

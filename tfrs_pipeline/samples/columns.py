@@ -99,8 +99,7 @@ def encoded_columns(
 ) -> dict[str, np.ndarray]:
     """Maps the encoded request features of a folder's samples, written once, block by block.
 
-    `encoders` turn an Arrow array of each feature's raw values into an array; `made_by`, a JSON
-    value, identifies them. Returns [num_samples, ...] by feature.
+    `encoders` turn an Arrow array of raw values into an array; `made_by`, JSON, identifies them.
     """
 
     def write(columns: Path) -> None:

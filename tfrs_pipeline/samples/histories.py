@@ -18,8 +18,8 @@ def latest_histories(
     """Collects the positives of each user of a log, in its engine.
 
     Returns, per query row from 0, the candidate rows of the user's positives, most recent first,
-    with 0 for unknown items; the known ones of these, distinct and ascending; and the seconds since
-    1970 of each value in the histories, [total] int64, or None in a log without timestamps.
+    with 0 for unknown items; the known ones, distinct and ascending; and the seconds since 1970 of
+    each value in the histories, or None in a log without timestamps.
     """
     users = _row_table("user_id", query_ids, "query_row")
     items = _row_table("item_id", candidate_ids, "candidate_row")

@@ -37,10 +37,7 @@ def padded_lines(
     step: int = 1,
     missing: float = 0,
 ) -> np.ndarray:
-    """Gathers lines of [total] values, padded with `missing` to one width: [n, width].
-
-    A line has `num`, [n], values from place `first`, [n], backwards if `step` is -1.
-    """
+    """Gathers [n] lines of `num` values from place `first`, padded with `missing`: [n, width]."""
     place = np.arange(width)
     is_there = place < num[:, np.newaxis]
     source = first[:, np.newaxis] + step * place
@@ -201,10 +198,7 @@ class Samples:
         return rows if length is None else rows[max(len(rows) - length, 0) :]
 
     def latest(self, index: np.ndarray, length: int) -> np.ndarray:
-        """Gathers the latest N = `length` rows of the histories of samples, [n] places.
-
-        Returns [n, N] int32 candidate rows, most recent first, padded with 0.
-        """
+        """Gathers the latest rows of samples' histories, latest first: [n, length] int32 and 0."""
         if self.num_earlier is None:
             # The rest of the sequences, without copies of the positive.
             lists = self.sequences.take(self.query_rows[index])
