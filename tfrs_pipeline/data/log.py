@@ -225,7 +225,7 @@ class Log:
         `log.json` comes last: a folder with it is complete. A part of a log becomes a separate log.
         An existing log is replaced once all tables are written, even by one made from it. Logs and
         splits that were read from the folder would then read the new files: call `read` again.
-        `Damaged` if the folder's log has changed, a `ValueError` if files of these names are none.
+        `Damaged` if the folder's log has changed; a `ValueError` if its files are not a log's.
         """
         folder = Path(folder)
         record, partial = folder / "log.json", folder / "log.partial"
