@@ -106,6 +106,218 @@ class Case:
             self.events.cells[column][row] = self.rng.choice(values)
             self.is_lost[row] = True
 
+    # The kinds of dirt: each changes the case, or raises before it has.
+
+    def no_id(self) -> None:
+        self.put(self.rng.choice(["user_id", "item_id"]), None)
+
+    def a_word_for_no_id(self) -> None:
+        column = self.rng.choice(["user_id", "item_id"])
+        needs(self.is_text or not isinstance(self.truth[0][column], int))
+        self.put(column, "nan", "None", "NaN", "<NA>", "null")
+
+    def a_reserved_id(self) -> None:
+        column = self.rng.choice(["user_id", "item_id"])
+        is_number = isinstance(self.truth[0][column], int)
+        needs(not (is_number and any(isinstance(c, str) for c in self.events.cells[column])))
+        self.put(column, -1 if is_number else "")
+
+    def ids_as_floats(self) -> None:
+        column = self.rng.choice(["user_id", "item_id"])
+        cells = self.events.cells[column]
+        needs(column not in self.columns and all(isinstance(cell, int | None) for cell in cells))
+        some = 0.2 if self.is_text and self.rng.random() < 0.5 else 1.0
+        for row, cell in enumerate(cells):
+            if cell is not None and self.rng.random() < some:
+                cells[row] = float(cell)
+
+    def item_ids_as_floats(self) -> None:
+        items = needs(self.items)
+        needs(isinstance(items.cells["item_id"][0], int))
+        items.cells["item_id"] = [float(cell) for cell in items.cells["item_id"]]
+
+    def white_space_around_ids(self) -> None:
+        needs(self.is_text)
+        for column in ("user_id", "item_id"):
+            for row in self.rows(column):
+                cell = self.events.cells[column][row]
+                self.events.cells[column][row] = None if cell is None else f" {cell}\t"
+
+    def leading_zeros(self) -> None:
+        needs(self.is_text)
+        for row in self.rows("user_id"):
+            self.events.cells["user_id"][row] = self.truth[row]["user_id"] = "007"
+
+    def ids_past_int64(self) -> None:
+        needs(
+            self.form == "parquet" and all(isinstance(c, int) for c in self.events.cells["user_id"])
+        )
+        needs(-1 not in self.events.cells["user_id"])
+        for row in self.rows("user_id"):
+            self.events.cells["user_id"][row] = self.truth[row]["user_id"] = 2**63 + row
+
+    def an_implausible_time(self) -> None:
+        if self.time in UNITS:
+            values: list[Any] = [0, -5 * UNITS[self.time], 3 * 10**10 * UNITS[self.time]]
+            values += ["inf", "nan", "1e300", "-inf"] if self.is_text else []
+        elif self.time == "stamp":
+            values = [datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)]
+        elif self.time:
+            end = "Z" if self.time == "zoned" else ""
+            days = ["1970-01-01", "0001-01-01", "9999-12-31", "12023-01-01", "2262-04-12"]
+            days.append("0044-03-15 (BC)")
+            values = [f"{day} 00:00:00{end}" for day in days] + ["infinity", "-infinity"]
+        else:
+            raise NotHere
+        self.put("timestamp", *values)
+
+    def a_time_in_another_unit(self) -> None:
+        needs(self.time in UNITS and "timestamp" not in self.columns)
+        other = self.rng.choice([unit for unit in UNITS if unit != self.time])
+        for row in self.rows("timestamp"):
+            self.events.cells["timestamp"][row] = self.truth[row]["time"] * UNITS[other]
+            self.is_lost[row] = True
+        self.must_refuse = "units"
+
+    def a_wrong_unit(self) -> None:
+        needs(self.time in UNITS)
+        self.rows("timestamp")
+        units = [unit for unit in ("s", "ms", "us", "ns") if unit != self.time]
+        self.options["timestamp_unit"] = self.rng.choice(units)
+        self.must_refuse = "unit"
+
+    def an_undated_zone(self) -> None:
+        needs(self.time == "naive")
+        self.rows("timestamp")
+        del self.options["time_zone"]
+        self.must_refuse = "time zone"
+
+    def a_missing_outcome(self) -> None:
+        needs(self.kind == "label")
+        for row in self.rows("liked"):
+            self.events.cells["liked"][row], self.truth[row]["stage"] = None, "exposed"
+
+    def a_bad_weight(self) -> None:
+        needs("weight" in self.events.cells)
+        for row in self.rows("weight"):
+            bad = [None, 0.0, -1.0, INF, NAN, 1e38, *(["heavy"] if self.is_text else [])]
+            self.events.cells["weight"][row] = self.rng.choice(bad)
+            self.truth[row]["weight"] = 1.0
+            self.is_lost[row] |= self.kind == "clicks" or is_click(self.truth[row])
+
+    def an_open_quote(self) -> None:
+        needs(self.is_text and not has_line_breaks(self))
+        (row,) = self.rows("user_id", most=1)
+        self.events.lines[row] = lambda line: b'"' + line
+        self.columns.add("line")
+        self.must_refuse = "an open quote"
+
+    def a_cut_file(self) -> None:
+        needs(self.form in ("csv.gz", "parquet"))
+        self.must_refuse, share = "a cut file", self.rng.random()
+        self.columns.add("cannot be read")
+        self.events.raw.append(lambda raw: raw[: int(len(raw) * share)])
+
+    def a_file_named_like_a_pattern(self) -> None:
+        needs(self.form != "pandas")
+        name, decoy = self.rng.choice(
+            [("log[1]", "log1"), ("a*b", "axb"), ("who?", "whom"), ("[a-z]", "q"), ("{a,b}", "a")]
+        )
+        self.file_name, self.decoys = name, [decoy]
+
+    def several_files(self) -> None:
+        needs(self.form != "pandas")
+        self.num_files = 3
+
+    def a_repeated_column(self) -> None:
+        column = self.rng.choice(["user_id", "item_id"])
+        name = self.events.names.get(column, column)
+        self.events.repeated = self.rng.choice([name, name.upper()])
+        self.columns.add(self.events.repeated)
+        self.must_refuse = "a repeated column"
+
+    def a_folder_named_like_a_column(self) -> None:
+        needs(self.form != "pandas")
+        self.folder = f"{self.events.names.get('user_id', 'user_id')}=7"
+
+    def columns_named_as_within(self) -> None:
+        size = len(self.events)
+        names = ("_row", "_fault", "_copy", "event_number", "num_positives")
+        self.events.more |= {name: list(range(size, 0, -1)) for name in names}
+
+    def a_missing_column(self) -> None:
+        needs(not self.events.repeated)  # The other one of that name would be the column.
+        column = self.rng.choice(["user_id", "item_id"])
+        self.columns.add(self.events.names.get(column, column))
+        self.events.names[column] = f"{column[:4]}"
+        self.must_refuse = "a missing column"
+
+    def no_rows(self) -> None:
+        self.is_empty = True
+        self.columns |= {"0 rows", "none of 0 rows"}
+        self.must_refuse = "no rows"
+
+    def unknown_items(self) -> None:
+        items = needs(self.items)
+        choice = self.options["unknown_items"] = self.rng.choice(["keep", "drop", "error"])
+        as_id = (
+            (lambda n: n) if isinstance(items.cells["item_id"][0], int | float) else "i{}".format
+        )
+        for row in self.rows("item_id"):
+            known = self.events.cells["item_id"][row]
+            if isinstance(known, str) and known != known.strip():
+                continue
+            self.events.cells["item_id"][row] = self.truth[row]["item_id"] = as_id(90 + row)
+            self.is_lost[row] = choice != "keep"
+            if choice == "error":
+                self.must_refuse = "unknown items"
+
+    def other_ids(self) -> None:
+        items = needs(self.items)
+        items.cells["item_id"] = [f"sku-{n}" for n in range(len(items))]
+        self.columns.add(self.events.names.get("item_id", "item_id"))
+        self.must_refuse = "no id in common"
+
+    def repeated_events(self) -> None:
+        needs(self.time and "item_id" not in self.columns and self.kind != "funnel")
+        choice = self.options["duplicates"] = self.rng.choice(["keep", "drop", "error"])
+        (row,) = self.rows("user_id", most=1)
+        for cells in (*self.events.cells.values(), *self.events.more.values()):
+            cells.append(cells[row])
+        self.truth.append(dict(self.truth[row]))
+        self.is_lost.append(choice == "drop")
+        self.columns.add("duplicates")
+        if choice == "error":
+            self.must_refuse = "a repeated event"
+
+    def items_without_id(self) -> None:
+        items = needs(self.items)
+        for cells in items.cells.values():
+            cells.append(cells[0])
+        items.cells["item_id"][-1] = None
+        self.columns.add(items.names.get("item_id", "item_id"))
+
+    def a_repeated_item(self) -> None:
+        items = needs(self.items)
+        for cells in items.cells.values():
+            cells.append(cells[0])
+        self.columns.add(items.names.get("item_id", "item_id"))
+        if self.rng.random() < 0.5:
+            items.cells["kind"][-1] = "another"
+            self.must_refuse = "an item twice"
+
+    def a_bad_feature(self) -> None:
+        items = needs(self.items)
+        name = self.rng.choice(["price", "v"])
+        self.columns.add(items.names.get(name, name))
+        bad: dict[str, list[Any]] = {
+            "price": [None, INF, NAN, *(["cheap", LONG] if self.is_text else [])],
+            "v": ["1|x", "1|nan", "1|2|3", None] if self.is_text else [None, [1.0], [1.0, NAN], []],
+        }
+        row = self.rng.randrange(1, len(self.features))  # The first may be repeated.
+        items.cells[name][row] = self.rng.choice(bad[name])
+        list(self.features.values())[row][name] = None
+
 
 def make_case(seed: int) -> Case:
     """Makes a clean log of a random kind, form and way of writing, and then makes it dirty."""
@@ -142,7 +354,6 @@ def make_case(seed: int) -> Case:
             table.names = {n: f"{n} of {table.name}" for n in table.cells if rng.random() < 0.5}
             options[argument] = dict(table.names)
     drawn = rng.sample(DIRT, rng.choices([0, 1, 2, 3], [1, 8, 4, 2])[0])
-    # In this order: what holds of a row may depend on what came before.
     for dirty in sorted(drawn, key=DIRT.index):
         with contextlib.suppress(NotHere):
             dirty(case)
@@ -220,247 +431,11 @@ def needs(what: T | None) -> T:
     return what
 
 
-# Each kind of dirt changes a case, or raises before it has.
 Dirt = Callable[[Case], None]
-
-
-def no_id(case: Case) -> None:
-    case.put(case.rng.choice(["user_id", "item_id"]), None)
-
-
-def a_word_for_no_id(case: Case) -> None:
-    column = case.rng.choice(["user_id", "item_id"])
-    needs(case.is_text or not isinstance(case.truth[0][column], int))
-    case.put(column, "nan", "None", "NaN", "<NA>", "null")
-
-
-def a_reserved_id(case: Case) -> None:
-    column = case.rng.choice(["user_id", "item_id"])
-    is_number = isinstance(case.truth[0][column], int)
-    needs(not (is_number and any(isinstance(c, str) for c in case.events.cells[column])))
-    case.put(column, -1 if is_number else "")
-
-
-def ids_as_floats(case: Case) -> None:
-    column = case.rng.choice(["user_id", "item_id"])
-    cells = case.events.cells[column]
-    needs(column not in case.columns and all(isinstance(cell, int | None) for cell in cells))
-    some = 0.2 if case.is_text and case.rng.random() < 0.5 else 1.0
-    for row, cell in enumerate(cells):
-        if cell is not None and case.rng.random() < some:
-            cells[row] = float(cell)
-
-
-def item_ids_as_floats(case: Case) -> None:
-    items = needs(case.items)
-    needs(isinstance(items.cells["item_id"][0], int))
-    items.cells["item_id"] = [float(cell) for cell in items.cells["item_id"]]
-
-
-def white_space_around_ids(case: Case) -> None:
-    needs(case.is_text)
-    for column in ("user_id", "item_id"):
-        for row in case.rows(column):
-            cell = case.events.cells[column][row]
-            case.events.cells[column][row] = None if cell is None else f" {cell}\t"
-
-
-def leading_zeros(case: Case) -> None:
-    needs(case.is_text)
-    for row in case.rows("user_id"):
-        case.events.cells["user_id"][row] = case.truth[row]["user_id"] = "007"
-
-
-def ids_past_int64(case: Case) -> None:
-    needs(case.form == "parquet" and all(isinstance(c, int) for c in case.events.cells["user_id"]))
-    needs(-1 not in case.events.cells["user_id"])
-    for row in case.rows("user_id"):
-        case.events.cells["user_id"][row] = case.truth[row]["user_id"] = 2**63 + row
-
-
-def an_implausible_time(case: Case) -> None:
-    if case.time in UNITS:
-        values: list[Any] = [0, -5 * UNITS[case.time], 3 * 10**10 * UNITS[case.time]]
-        values += ["inf", "nan", "1e300", "-inf"] if case.is_text else []
-    elif case.time == "stamp":
-        values = [datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)]
-    elif case.time:
-        end = "Z" if case.time == "zoned" else ""
-        days = ["1970-01-01", "0001-01-01", "9999-12-31", "12023-01-01", "2262-04-12"]
-        days.append("0044-03-15 (BC)")
-        values = [f"{day} 00:00:00{end}" for day in days] + ["infinity", "-infinity"]
-    else:
-        raise NotHere
-    case.put("timestamp", *values)
-
-
-def a_time_in_another_unit(case: Case) -> None:
-    needs(case.time in UNITS and "timestamp" not in case.columns)
-    other = case.rng.choice([unit for unit in UNITS if unit != case.time])
-    for row in case.rows("timestamp"):
-        case.events.cells["timestamp"][row] = case.truth[row]["time"] * UNITS[other]
-        case.is_lost[row] = True
-    case.must_refuse = "units"
-
-
-def a_wrong_unit(case: Case) -> None:
-    needs(case.time in UNITS)
-    case.rows("timestamp")
-    units = [unit for unit in ("s", "ms", "us", "ns") if unit != case.time]
-    case.options["timestamp_unit"] = case.rng.choice(units)
-    case.must_refuse = "unit"
-
-
-def an_undated_zone(case: Case) -> None:
-    needs(case.time == "naive")
-    case.rows("timestamp")
-    del case.options["time_zone"]
-    case.must_refuse = "time zone"
-
-
-def a_missing_outcome(case: Case) -> None:
-    needs(case.kind == "label")
-    for row in case.rows("liked"):
-        case.events.cells["liked"][row], case.truth[row]["stage"] = None, "exposed"
-
-
-def a_bad_weight(case: Case) -> None:
-    needs("weight" in case.events.cells)
-    for row in case.rows("weight"):
-        bad = [None, 0.0, -1.0, INF, NAN, 1e38, *(["heavy"] if case.is_text else [])]
-        case.events.cells["weight"][row] = case.rng.choice(bad)
-        case.truth[row]["weight"] = 1.0
-        case.is_lost[row] |= case.kind == "clicks" or is_click(case.truth[row])
-
-
-def an_open_quote(case: Case) -> None:
-    needs(case.is_text and not has_line_breaks(case))
-    (row,) = case.rows("user_id", most=1)
-    case.events.lines[row] = lambda line: b'"' + line
-    case.columns.add("line")
-    case.must_refuse = "an open quote"
 
 
 def has_line_breaks(case: Case) -> bool:
     return any("\n" in str(cell) for cell in case.events.cells["user_id"])
-
-
-def a_cut_file(case: Case) -> None:
-    needs(case.form in ("csv.gz", "parquet"))
-    case.must_refuse, share = "a cut file", case.rng.random()
-    case.columns.add("cannot be read")
-    case.events.raw.append(lambda raw: raw[: int(len(raw) * share)])
-
-
-def a_file_named_like_a_pattern(case: Case) -> None:
-    needs(case.form != "pandas")
-    name, decoy = case.rng.choice(
-        [("log[1]", "log1"), ("a*b", "axb"), ("who?", "whom"), ("[a-z]", "q"), ("{a,b}", "a")]
-    )
-    case.file_name, case.decoys = name, [decoy]
-
-
-def several_files(case: Case) -> None:
-    needs(case.form != "pandas")
-    case.num_files = 3
-
-
-def a_repeated_column(case: Case) -> None:
-    column = case.rng.choice(["user_id", "item_id"])
-    name = case.events.names.get(column, column)
-    case.events.repeated = case.rng.choice([name, name.upper()])
-    case.columns.add(case.events.repeated)
-    case.must_refuse = "a repeated column"
-
-
-def a_folder_named_like_a_column(case: Case) -> None:
-    needs(case.form != "pandas")
-    case.folder = f"{case.events.names.get('user_id', 'user_id')}=7"
-
-
-def columns_named_as_within(case: Case) -> None:
-    size = len(case.events)
-    names = ("_row", "_fault", "_copy", "event_number", "num_positives")
-    case.events.more |= {name: list(range(size, 0, -1)) for name in names}
-
-
-def a_missing_column(case: Case) -> None:
-    needs(not case.events.repeated)  # The other one of that name would be the column.
-    column = case.rng.choice(["user_id", "item_id"])
-    case.columns.add(case.events.names.get(column, column))
-    case.events.names[column] = f"{column[:4]}"
-    case.must_refuse = "a missing column"
-
-
-def no_rows(case: Case) -> None:
-    case.is_empty = True
-    case.columns |= {"0 rows", "none of 0 rows"}
-    case.must_refuse = "no rows"
-
-
-def unknown_items(case: Case) -> None:
-    items = needs(case.items)
-    choice = case.options["unknown_items"] = case.rng.choice(["keep", "drop", "error"])
-    as_id = (lambda n: n) if isinstance(items.cells["item_id"][0], int | float) else "i{}".format
-    for row in case.rows("item_id"):
-        known = case.events.cells["item_id"][row]
-        if isinstance(known, str) and known != known.strip():
-            continue
-        case.events.cells["item_id"][row] = case.truth[row]["item_id"] = as_id(90 + row)
-        case.is_lost[row] = choice != "keep"
-        if choice == "error":
-            case.must_refuse = "unknown items"
-
-
-def other_ids(case: Case) -> None:
-    items = needs(case.items)
-    items.cells["item_id"] = [f"sku-{n}" for n in range(len(items))]
-    case.columns.add(case.events.names.get("item_id", "item_id"))
-    case.must_refuse = "no id in common"
-
-
-def repeated_events(case: Case) -> None:
-    needs(case.time and "item_id" not in case.columns and case.kind != "funnel")
-    choice = case.options["duplicates"] = case.rng.choice(["keep", "drop", "error"])
-    (row,) = case.rows("user_id", most=1)
-    for cells in (*case.events.cells.values(), *case.events.more.values()):
-        cells.append(cells[row])
-    case.truth.append(dict(case.truth[row]))
-    case.is_lost.append(choice == "drop")
-    case.columns.add("duplicates")
-    if choice == "error":
-        case.must_refuse = "a repeated event"
-
-
-def items_without_id(case: Case) -> None:
-    items = needs(case.items)
-    for cells in items.cells.values():
-        cells.append(cells[0])
-    items.cells["item_id"][-1] = None
-    case.columns.add(items.names.get("item_id", "item_id"))
-
-
-def a_repeated_item(case: Case) -> None:
-    items = needs(case.items)
-    for cells in items.cells.values():
-        cells.append(cells[0])
-    case.columns.add(items.names.get("item_id", "item_id"))
-    if case.rng.random() < 0.5:
-        items.cells["kind"][-1] = "another"
-        case.must_refuse = "an item twice"
-
-
-def a_bad_feature(case: Case) -> None:
-    items = needs(case.items)
-    name = case.rng.choice(["price", "v"])
-    case.columns.add(items.names.get(name, name))
-    bad: dict[str, list[Any]] = {
-        "price": [None, INF, NAN, *(["cheap", LONG] if case.is_text else [])],
-        "v": ["1|x", "1|nan", "1|2|3", None] if case.is_text else [None, [1.0], [1.0, NAN], []],
-    }
-    row = case.rng.randrange(1, len(case.features))  # The first may be repeated.
-    items.cells[name][row] = case.rng.choice(bad[name])
-    list(case.features.values())[row][name] = None
 
 
 def putting(
@@ -545,16 +520,19 @@ CHANGED = [
              lambda raw: raw[:-6] + bytes([raw[-6] ^ 1]) + raw[-5:], "a checksum"),
 ]  # fmt: skip
 
-DIRT: list[Dirt] = [
-    *(no_id, a_word_for_no_id, white_space_around_ids, leading_zeros, a_reserved_id),
-    *(ids_past_int64, ids_as_floats, item_ids_as_floats, *PUT),
-    *(an_implausible_time, a_time_in_another_unit, a_wrong_unit, an_undated_zone),
-    *(a_missing_outcome, a_bad_weight, an_open_quote, *CHANGED, a_cut_file),
-    *(a_file_named_like_a_pattern, several_files),
-    *(a_repeated_column, a_folder_named_like_a_column),
-    *(columns_named_as_within, a_missing_column, no_rows, unknown_items, other_ids),
-    *(repeated_events, items_without_id, a_repeated_item, a_bad_feature),
-]
+# In this order: what holds of a row may depend on what came before.
+ORDER = (
+    "no_id a_word_for_no_id white_space_around_ids leading_zeros a_reserved_id ids_past_int64"
+    " ids_as_floats item_ids_as_floats PUT an_implausible_time a_time_in_another_unit"
+    " a_wrong_unit an_undated_zone a_missing_outcome a_bad_weight an_open_quote CHANGED"
+    " a_cut_file a_file_named_like_a_pattern several_files a_repeated_column"
+    " a_folder_named_like_a_column columns_named_as_within a_missing_column no_rows"
+    " unknown_items other_ids repeated_events items_without_id a_repeated_item a_bad_feature"
+)
+OF_SEVERAL = {"PUT": PUT, "CHANGED": CHANGED}
+DIRT: list[Dirt] = []
+for name in ORDER.split():
+    DIRT += OF_SEVERAL.get(name) or [getattr(Case, name)]
 
 
 # What comes of a case.
