@@ -126,3 +126,13 @@ def assert_same_batches(first: Sequence[Batch], second: Sequence[Batch]) -> None
         assert got.keys() == expected.keys()
         for name in expected:
             np.testing.assert_array_equal(got[name], expected[name])
+
+
+def assert_same_samples(got: Samples, expected: Samples) -> None:
+    for field in dataclasses.fields(Samples):
+        a, b = getattr(got, field.name), getattr(expected, field.name)
+        if isinstance(a, RowLists):
+            np.testing.assert_array_equal(a.offsets, b.offsets)
+            a, b = a.values, b.values
+        if isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b)

@@ -107,10 +107,7 @@ def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any])
     small: dict[str, dict[str, Any]] = {
         "model": {"dim": 16, "history_length": 10, "negatives": ["in_batch", "uniform:num=32"]},
         "training": SMALL_TRAINING,
-        "evaluation": {
-            "cutoffs": [5, 20],
-            "baselines": ["popularity"],
-        },
+        "evaluation": {"cutoffs": [5, 20], "baselines": ["popularity"]},
         # Tiny models may lose.
         "export": {"name": "films", "directory": folder / "saved_models", "if_beaten": True},
     }

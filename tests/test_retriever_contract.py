@@ -3,6 +3,7 @@
 A retriever joins by a line in FACTORIES: (problem) -> Retriever.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -14,21 +15,22 @@ import pyarrow as pa
 import pytest
 import tensorflow as tf
 
+from tfrs_pipeline import Exact, InBatch, Query, Retriever, Scann, TrainingSettings, Uniform
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Transitions
-from tfrs_pipeline.evaluation.interactions import Interactions, Sequences
+from tfrs_pipeline.evaluation.interactions import Interactions
+from tfrs_pipeline.evaluation.sequences import Sequences
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
-from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.kinds import InBatch, Uniform
-from tfrs_pipeline.retrieval import Query, Retriever
 from tfrs_pipeline.samples.store import RowLists, Samples
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.retriever import load
 
 NUM_USERS, NUM_CANDIDATES = 300, 24
@@ -79,24 +81,12 @@ class Problem:
 def trained_on(clicks: np.ndarray) -> TwoTowerNetwork:
     lists = RowLists.from_lists([np.arange(0), *(np.flatnonzero(row) + 1 for row in clicks)])
     query_rows = np.repeat(np.arange(NUM_USERS + 1), np.diff(lists.offsets)).astype(np.int32)
-    samples = Samples(
-        query_rows=query_rows,
-        candidate_rows=lists.values,
-        weights=np.ones(len(query_rows), np.float32),
-        sequences=lists,
-        num_earlier=None,
-        known_positives=lists,
-        exposed=RowLists.from_lists([np.zeros(0, int)] * (NUM_USERS + 1)),
-        counts=np.bincount(lists.values, minlength=NUM_CANDIDATES + 1),
-    )
-    tower = TwoTower(
-        dim=8,
-        history_length=HISTORY_LENGTH,
-        negatives=[InBatch(), Uniform(32)],
-        training=TrainingSettings(
-            batch_size=256, max_epochs=12, optimizer="adam", learning_rate=0.05
-        ),
-    )
+    sizes = {"num_queries": NUM_USERS, "num_candidates": NUM_CANDIDATES}
+    samples = Samples.from_pairs(query_rows, lists.values, **sizes)
+    samples = dataclasses.replace(samples, num_earlier=None)
+    training = TrainingSettings(batch_size=256, max_epochs=12, optimizer="adam", learning_rate=0.05)
+    easy = [InBatch(), Uniform(32)]
+    tower = TwoTower(dim=8, history_length=HISTORY_LENGTH, negatives=easy, training=training)
     corpus = Corpus(Ids(np.arange(NUM_CANDIDATES)), Ids(np.arange(NUM_USERS)))
     model = tower.fit_samples(TrainingSet(samples, corpus, {})).network
     # Copies among the candidates: what they score is equal to the last bit.
@@ -105,6 +95,7 @@ def trained_on(clicks: np.ndarray) -> TwoTowerNetwork:
     return model
 
 
+Queries: TypeAlias = list[Query]
 Factory: TypeAlias = Callable[[Problem], Retriever]
 
 
@@ -121,10 +112,6 @@ def exact(problem: Problem) -> Retriever:
     return ExactRetriever(problem.candidate_ids, embeddings, embed_queries)
 
 
-def popularity(problem: Problem) -> Retriever:
-    return MostPopular().fit(problem.interactions)
-
-
 def transitions(problem: Problem) -> Retriever:
     users, columns = np.nonzero(problem.clicks)
     order = np.lexsort((np.random.default_rng(3).random(len(users)), users))
@@ -132,23 +119,12 @@ def transitions(problem: Problem) -> Retriever:
     return Transitions().fit(Sequences(problem.interactions.items, *clicks))
 
 
-def ease(problem: Problem) -> Retriever:
-    return Ease(l2=10.0).fit(problem.interactions)
-
-
-def ials(problem: Problem) -> Retriever:
-    return Ials(2, regularization=1.0, alpha=5.0).fit(problem.interactions)
-
-
 def two_tower(problem: Problem) -> Retriever:
     network = problem.trained_model
     corpus = Corpus(Ids(problem.candidate_ids), Ids(np.arange(NUM_USERS)))
+    settings, result = TwoTowerSettings(), TrainingResult({}, 0, 0.0)
     encoder = QueryEncoder(network, corpus)
-    return ExactRetriever(problem.candidate_ids, network.embed_corpus(), encoder)
-
-
-def exported(problem: Problem) -> Retriever:
-    return load(problem.exported)
+    return FittedTwoTower(settings, TrainingSettings(), corpus, network, encoder, result)
 
 
 def fallback(problem: Problem) -> Retriever:
@@ -157,20 +133,19 @@ def fallback(problem: Problem) -> Retriever:
     return load(problem.exported, exact=True)
 
 
-FACTORIES: list[Factory] = [
-    exact,
-    popularity,
-    transitions,
-    ease,
-    ials,
-    two_tower,
-    exported,
-    fallback,
-]
-IGNORES_HISTORY = {popularity}
-NEEDS_HISTORY = {transitions, ease, ials}
-KNOWS_USERS = {two_tower, exported, fallback}  # And which request features there are.
-HAS_TIES = {exact, popularity, two_tower, exported, fallback}
+FACTORIES: dict[str, Factory] = {
+    "exact": exact,
+    "popularity": lambda problem: MostPopular().fit(problem.interactions),
+    "transitions": transitions,
+    "ease": lambda problem: Ease(l2=10.0).fit(problem.interactions),
+    "ials": lambda problem: Ials(2, regularization=1.0, alpha=5.0).fit(problem.interactions),
+    "two_tower": two_tower,
+    "exported": lambda problem: load(problem.exported),
+    "fallback": fallback,
+}
+NEEDS_HISTORY = {"transitions", "ease", "ials"}
+KNOWS_USERS = {"two_tower", "exported", "fallback"}  # And which request features there are.
+HAS_TIES = {"exact", "popularity", *KNOWS_USERS}
 
 
 @pytest.fixture(scope="session")
@@ -198,25 +173,25 @@ def ids(problem: Problem) -> np.ndarray:
     return problem.candidate_ids
 
 
-@pytest.fixture(scope="module", params=FACTORIES, ids=lambda factory: factory.__name__)
-def factory(request: pytest.FixtureRequest) -> Factory:
+@pytest.fixture(scope="module", params=FACTORIES)
+def factory(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def retriever(factory: Factory, problem: Problem) -> Retriever:
-    return factory(problem)
+def retriever(factory: str, problem: Problem) -> Retriever:
+    return FACTORIES[factory](problem)
 
 
 @pytest.fixture
-def queries(ids: np.ndarray) -> list[Query]:
+def queries(ids: np.ndarray) -> Queries:
     rng = np.random.default_rng(2)
     histories = [rng.choice(ids[i % 2 :: 2], size=1 + i % 4, replace=False) for i in range(9)]
     return [{"user_id": i, "history": h.tolist()} for i, h in enumerate([*histories, ids[:0]])]
 
 
 def test_ranks_the_whole_corpus_best_first_ties_by_its_order(
-    factory: Factory, retriever: Retriever, ids: np.ndarray, queries: list[Query]
+    factory: str, retriever: Retriever, ids: np.ndarray, queries: Queries
 ) -> None:
     assert isinstance(retriever, Retriever)
     found, scores = retriever.retrieve(queries, NUM_CANDIDATES)
@@ -232,23 +207,22 @@ def test_ranks_the_whole_corpus_best_first_ties_by_its_order(
 
 
 def test_finds_the_community_of_the_history(
-    factory: Factory, retriever: Retriever, ids: np.ndarray, queries: list[Query]
+    factory: str, retriever: Retriever, ids: np.ndarray, queries: Queries
 ) -> None:
-    if factory in IGNORES_HISTORY:
+    if factory == "popularity":
         pytest.skip("gives everyone the same")
     found, _ = retriever.retrieve(queries[:-1], 8)
     for i, ranking in enumerate(found.tolist()):
         assert set(ranking) <= set(ids[i % 2 :: 2].tolist())
 
 
-def test_k_is_a_prefix_of_a_larger_k(retriever: Retriever, queries: list[Query]) -> None:
-    few, few_scores = retriever.retrieve(queries, 3)
-    many, many_scores = retriever.retrieve(queries, 12)
-    np.testing.assert_array_equal(few, many[:, :3])
-    np.testing.assert_array_equal(few_scores, many_scores[:, :3])
+def test_k_is_a_prefix_of_a_larger_k(retriever: Retriever, queries: Queries) -> None:
+    answers = (retriever.retrieve(queries, k) for k in (3, 12))
+    for few, many in zip(*answers, strict=True):
+        np.testing.assert_array_equal(few, many[:, :3])
 
 
-def test_excluded_go_and_nothing_else_moves(retriever: Retriever, queries: list[Query]) -> None:
+def test_excluded_go_and_nothing_else_moves(retriever: Retriever, queries: Queries) -> None:
     everything, all_scores = retriever.retrieve(queries, NUM_CANDIDATES)
     # Each query its own: the best, the third, and one far down; none for the last query.
     excluded = [ranking[[0, 2, 15]].tolist() for ranking in everything[:-1]] + [[]]
@@ -262,19 +236,16 @@ def test_excluded_go_and_nothing_else_moves(retriever: Retriever, queries: list[
 
 
 def test_unknown_ids_change_nothing(
-    retriever: Retriever, ids: np.ndarray, queries: list[Query]
+    retriever: Retriever, ids: np.ndarray, queries: Queries
 ) -> None:
     stranger: Any = 10_001 if ids.dtype == np.int64 else "never seen"
     strange = [{**q, "history": [stranger, *q["history"], stranger]} for q in queries]
-    found, scores = retriever.retrieve(strange, 5, [[stranger]] * len(queries))
-    expected, expected_scores = retriever.retrieve(queries, 5)
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(scores, expected_scores)
+    found = retriever.retrieve(strange, 5, [[stranger]] * len(queries))
+    for got, expected in zip(found, retriever.retrieve(queries, 5), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
-def test_k_beyond_what_is_left_gives_empty_slots_last(
-    retriever: Retriever, ids: np.ndarray, queries: list[Query]
-) -> None:
+def test_k_beyond_what_is_left(retriever: Retriever, ids: np.ndarray, queries: Queries) -> None:
     excluded = [ids[: 4 + i] for i in range(len(queries))]
     found, scores = retriever.retrieve(queries, NUM_CANDIDATES + 5, excluded)
     for i in range(len(queries)):
@@ -286,7 +257,7 @@ def test_k_beyond_what_is_left_gives_empty_slots_last(
 
 
 def test_a_batch_equals_its_single_calls(
-    retriever: Retriever, ids: np.ndarray, queries: list[Query]
+    retriever: Retriever, ids: np.ndarray, queries: Queries
 ) -> None:
     excluded = [ids[i : i + 3] for i in range(len(queries))]
     found, scores = retriever.retrieve(queries, 6, excluded)
@@ -297,34 +268,18 @@ def test_a_batch_equals_its_single_calls(
         np.testing.assert_allclose(alone_scores[0], scores[i], rtol=1e-5, atol=1e-6)
 
 
-def test_a_query_without_a_history_is_refused_or_as_one_with_an_empty_one(
-    factory: Factory, retriever: Retriever
-) -> None:
+def test_a_query_without_a_history(factory: str, retriever: Retriever) -> None:
     if factory in NEEDS_HISTORY:
         with pytest.raises(ValueError, match=r"query\['history'\]: pass \[\]"):
             retriever.retrieve([{"user_id": 3}], 4)
         return
-    bare: list[Query] = [{}, {"history": []}]
+    bare: Queries = [{}, {"history": []}]
     answers = [retriever.retrieve([query], 4) for query in bare]
     for without, with_empty in zip(*answers, strict=True):
         np.testing.assert_array_equal(without, with_empty)
 
 
-def test_no_queries_give_no_rows_and_what_does_not_fit_is_refused(
-    retriever: Retriever, ids: np.ndarray, queries: list[Query]
-) -> None:
-    found, scores = retriever.retrieve([], 4)
-    assert found.shape == scores.shape == (0, 4)
-    assert found.dtype == ids.dtype
-    with pytest.raises(ValueError, match="k"):
-        retriever.retrieve(queries, 0)
-    with pytest.raises(ValueError, match=r"1 .*for 10 queries"):
-        retriever.retrieve(queries, 3, [[ids[0]]])
-
-
-def test_what_would_be_answered_as_something_else_is_refused(
-    factory: Factory, retriever: Retriever, ids: np.ndarray
-) -> None:
+def test_what_is_refused(factory: str, retriever: Retriever, ids: np.ndarray) -> None:
     item, another = ids[:2].tolist()
     kind, other = ("integers", "7") if ids.dtype == np.int64 else ("strings", 7)
     of_other_type = rf"This model's ids are {kind}. Received: {other!r}"
@@ -365,6 +320,8 @@ def test_what_would_be_answered_as_something_else_is_refused(
     for exclude, message in wrong:
         with pytest.raises(ValueError, match=message):
             retriever.retrieve([{"history": [item]}] * 2, 2, exclude)
+    with pytest.raises(ValueError, match=r"1 .*for 2 queries"):
+        retriever.retrieve([{"history": [item]}] * 2, 2, [[item]])
     number: Any
     for number in (0, 2.5, "5", True):
         with pytest.raises(ValueError, match=rf"k must be a whole number.*Received: {number!r}"):
@@ -374,9 +331,12 @@ def test_what_would_be_answered_as_something_else_is_refused(
 
 
 def test_what_is_known_but_empty_changes_nothing(retriever: Retriever, ids: np.ndarray) -> None:
+    nobody, none = retriever.retrieve([], 4)
+    assert nobody.shape == none.shape == (0, 4)
+    assert nobody.dtype == ids.dtype
     histories = [ids[:3].tolist(), ids[:3], ids[:0], np.array([]), [], tuple(ids[:2])]
     nothing: dict[str, Any] = {"user_id": None, "features": None, "request": {"timestamp": None}}
-    queries: list[Query] = [{"history": history} for history in histories]
+    queries: Queries = [{"history": history} for history in histories]
     expected = retriever.retrieve(queries, 5)
     beside = [
         {**query, **nothing, "history_timestamps": [None] * len(query["history"])}

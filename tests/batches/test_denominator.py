@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.small_batches import (
-    BATCH_SIZE,
-    NUM_CANDIDATES,
-    NUM_SAMPLES,
-    SAMPLE_OF,
-    SAMPLES,
-    STAGES,
-    forbidden,
-    make_batches,
-)
+from tests import small_batches
+from tests.small_batches import BATCH_SIZE, NUM_CANDIDATES, NUM_SAMPLES, SAMPLE_OF, SAMPLES
 from tfrs_pipeline import FunnelLosers, HybridBatches, InBatch, Popularity, Uniform
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.loss import HybridRetrieval
@@ -83,9 +75,9 @@ def denominators(batches: HybridBatches, num_steps: int) -> tuple[np.ndarray, np
 
 def exact(sample: int, hard_share: float, drawn_over_declared: np.ndarray) -> float:
     """Sums over the corpus what a sample's negatives are to weigh."""
-    never = [*forbidden(SAMPLES, SAMPLES.query_rows[sample]), 0]
+    never = [*small_batches.forbidden(SAMPLES, SAMPLES.query_rows[sample]), 0]
     shared = np.delete(EXP * drawn_over_declared, never).sum()
-    pools = [SAMPLES.hard_pools[stage][sample] for stage in STAGES]
+    pools = [SAMPLES.hard_pools[stage][sample] for stage in small_batches.STAGES]
     means = [EXP[pool].mean() for pool in pools if len(pool)]
     f = hard_share if means else 0.0
     return (1 - f) * shared + (f * NUM_CANDIDATES * np.mean(means) if means else 0.0)
@@ -95,7 +87,7 @@ def exact(sample: int, hard_share: float, drawn_over_declared: np.ndarray) -> fl
     ("name", "hard_share", "exponent"), [("in-batch", 0.0, 0.6), ("all", 0.5, 0.0)]
 )
 def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponent: float) -> None:
-    batches = make_batches(
+    batches = small_batches.make_batches(
         negatives=MIXTURES[name],
         hard=FunnelLosers(share=hard_share, num=5) if hard_share else None,
         examples={"rate": resampling_rate(SAMPLES.counts, exponent)},
@@ -138,8 +130,8 @@ def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPa
 
     negatives: list[Negatives] = [InBatch(), AsInBatch(20)]
     with pytest.raises(ValueError, match="log_q would belong to another draw"):
-        make_batches(negatives=negatives)
+        small_batches.make_batches(negatives=negatives)
     monkeypatch.setattr(mixture, "_check_draws", lambda *arguments: None)
-    samples, sums = denominators(make_batches(negatives=negatives), 50)
+    samples, sums = denominators(small_batches.make_batches(negatives=negatives), 50)
     expected = np.array([exact(i, 0.0, np.ones(NUM_CANDIDATES + 1)) for i in range(NUM_SAMPLES)])
     assert abs((sums / expected[samples]).mean() - 1) > 0.2

@@ -126,9 +126,7 @@ def test_a_rows_own_positive_is_masked_known_or_not() -> None:
         ("sequences", {}, OTHERS),
     ],
 )  # fmt: skip
-def test_corrections_and_hard_draws_are_those_of_the_sample(
-    order: str, options: dict[str, Any], n: np.ndarray
-) -> None:
+def test_corrections_and_hard_draws(order: str, options: dict[str, Any], n: np.ndarray) -> None:
     batches = make_batches(order, hard=HARD, **options)
     np.testing.assert_allclose(batches.expected_count[1:], n[1:], rtol=1e-12)
     cases = set()

@@ -6,14 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.small_batches import (
-    NUM_SAMPLES,
-    SAMPLES,
-    UNORDERED,
-    batch_list,
-    make_batches,
-    samples_of,
-)
+from tests import small_batches
+from tests.small_batches import NUM_SAMPLES, SAMPLES, UNORDERED, batch_list, samples_of
 from tfrs_pipeline import HybridBatches, Samples, Uniform
 from tfrs_pipeline.batches.batch import Batch
 
@@ -22,7 +16,7 @@ EVERYTHING = NUM_SAMPLES  # A history that holds all.
 
 
 def batches_of_sets(samples: Samples = UNORDERED, **options: Any) -> HybridBatches:
-    return make_batches("sets", samples, **{"batch_size": 16, **options})
+    return small_batches.make_batches("sets", samples, **{"batch_size": 16, **options})
 
 
 def parts(batch: Batch) -> Iterator[tuple[int, list[int], list[int]]]:

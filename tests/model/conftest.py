@@ -12,16 +12,14 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
+from tfrs_pipeline import FunnelLosers, InBatch, TrainingSettings, Uniform
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
-from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.negatives.kinds import InBatch, Uniform
 
 # Two devices, so that a test can train on several.
 tf.config.set_logical_device_configuration(
@@ -81,11 +79,14 @@ def data(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
 
 
 @pytest.fixture(scope="session")
-def requested(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
-    """The same with request features."""
-    split = make_log(REQUEST_FEATURES).split("last_n", validation=1, test=1)
+def requested_split() -> Split:
+    return make_log(REQUEST_FEATURES).split("last_n", validation=1, test=1)
+
+
+@pytest.fixture(scope="session")
+def requested(requested_split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
     folder = tmp_path_factory.mktemp("requested")
-    return TrainingSet.build(split.train, folder, seed=0, hard=LOSERS)
+    return TrainingSet.build(requested_split.train, folder, seed=0, hard=LOSERS)
 
 
 def tiny(**changes: Any) -> TwoTower:
@@ -94,6 +95,12 @@ def tiny(**changes: Any) -> TwoTower:
     training |= changes.pop("training", {})
     model = {"dim": 8, "history_length": LENGTH, "negatives": [InBatch(), Uniform(16)]}
     return TwoTower(training=TrainingSettings(**training), **model | changes)
+
+
+def scores_of(network: TwoTowerNetwork) -> np.ndarray:
+    """The scores of all items for three users of one history."""
+    queries = network.embed_queries(tf.constant([1, 2, 0]), tf.constant([[3, 4, 0]] * 3))
+    return queries.numpy() @ network.embed_corpus().T
 
 
 def weights_of(network: TwoTowerNetwork) -> list[np.ndarray]:
@@ -159,13 +166,15 @@ def tracing_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    with tracing_once():
+        yield
+
+
 def untrained(plan: TwoTower, corpus: Corpus) -> FittedTwoTower:
     """A model as it would be after no step."""
     network = plan.build(corpus)
     encoder = QueryEncoder(network, corpus)
     result = TrainingResult({}, 0, 0.0)
     return FittedTwoTower(plan.settings, plan.training, corpus, network, encoder, result)
-
-
-class Stopped(Exception):
-    """Stands for a kill in the middle of a training."""

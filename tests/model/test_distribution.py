@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,23 +36,17 @@ def devices() -> tf.distribute.Strategy:
 
 
 @pytest.mark.parametrize("case", ["hard", "sequences"])
-def test_two_devices_train_the_weights_of_one(
-    requested: TrainingSet, devices: tf.distribute.Strategy, case: str
-) -> None:
+def test_two_devices_train_as_one(requested: TrainingSet, devices: Any, case: str) -> None:
     alone = tiny(**CASES[case]).fit_samples(requested, max_epochs=2)
     with devices.scope():
         together = tiny(**CASES[case]).fit_samples(requested, max_epochs=2)
     assert together.network.distribute_strategy is devices
     assert_close(weights_of(alone.network), weights_of(together.network))
     assert together.result.history["loss"] == pytest.approx(alone.result.history["loss"], rel=1e-4)
-    np.testing.assert_allclose(
-        alone.network.embed_corpus(), together.network.embed_corpus(), rtol=1e-4, atol=1e-5
-    )
+    assert_close([alone.network.embed_corpus()], [together.network.embed_corpus()])
 
 
-def test_batches_that_a_strategy_has_cut_are_refused(
-    requested: TrainingSet, devices: tf.distribute.Strategy
-) -> None:
+def test_batches_that_were_cut_are_refused(requested: TrainingSet, devices: Any) -> None:
     with devices.scope():
         model = tiny()
         network = model.build(requested.corpus)
@@ -85,12 +80,11 @@ def started(count: int, *arguments: str) -> Iterator[list[subprocess.Popen[str]]
 
 
 def outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """Waits for processes, and returns what they printed."""
     return [process.communicate(timeout=LIMIT_S)[0] for process in processes]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "cases"), [(2, list(CASES)), (3, ["mixture"])])
+@pytest.mark.parametrize(("count", "cases"), [(2, [*{*CASES} - {"mixture"}]), (3, ["mixture"])])
 def test_workers_train_the_weights_of_one(count: int, cases: list[str], tmp_path: Path) -> None:
     folder = str(tmp_path / "together")
     with started(count, "tests.model.train_together", folder, *cases) as workers:

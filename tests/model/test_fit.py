@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ import pytest
 import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
-from tests.model.conftest import Stopped, assert_same, tiny, tracing_once, weights_of
+from tests.model.conftest import assert_same, tiny, tracing_once, weights_of
+from tests.small_log import Stopped
 from tfrs_pipeline.model import fit
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult, train
@@ -51,14 +51,10 @@ def run(data: TrainingSet) -> Iterator[Run]:
     """Trains the one network from its start; a second one ends in the same place."""
 
     def run_(
-        metrics: list[float] | None = None,
-        *,
-        training: dict[str, Any] | None = None,
-        start: list[np.ndarray] | None = None,
-        stop_after: int | None = None,
-        **options: Any,
-    ) -> tuple[TwoTowerNetwork, TrainingResult]:
-        model = tiny(**MODEL, training={**SCHEDULE, **(training or {})})
+        metrics: Any = None, *, training: Any = MappingProxyType({}), start: Any = None,
+        stop_after: int | None = None, **options: Any,
+    ) -> tuple[TwoTowerNetwork, TrainingResult]:  # fmt: skip
+        model = tiny(**MODEL, training={**SCHEDULE, **training})
         network = model.build(data.corpus)
         if start is not None:
             network.set_weights(start)
@@ -88,8 +84,6 @@ def state_of(network: TwoTowerNetwork) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Whole:
-    """An unbroken training of all epochs, and its state after each."""
-
     result: TrainingResult
     states: list[list[np.ndarray]]
 
@@ -116,20 +110,15 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_
         (tmp_path / f"epoch-{number}_temp").mkdir()
         (tmp_path / f"epoch-{number}_temp" / "part-00000-of-00001.data").write_text("half")
     told: list[str] = []
-    resumed, result = run(
-        RISING,
-        done=[1, 2, 3],
-        on_epoch=lambda so_far: told.append(describe_epoch(so_far, "ndcg@5", len(RISING))),
-        folder=tmp_path,
-    )
+
+    def tell(so_far: TrainingResult) -> None:
+        told.append(describe_epoch(so_far, "ndcg@5", len(RISING)))
+
+    resumed, result = run(RISING, done=[1, 2, 3], on_epoch=tell, folder=tmp_path)
     assert result.resumed_after == 3
     loss = result.history["loss"][3]
-    best = f"validation ndcg@5 {RISING[3]:.4f}, best {RISING[3]:.4f} (epoch 4)"
-    assert told[0].startswith(f"loss {loss:.3f}, {best}")
-    assert [line.endswith("resumed after epoch 3") for line in told] == [
-        True,
-        *[False] * len(told[1:]),
-    ]
+    assert told[0].startswith(f"loss {loss:.3f}, validation ndcg@5 0.4000, best 0.4000 (epoch 4)")
+    assert [line.endswith("resumed after epoch 3") for line in told] == [True, False]
     assert_same(state_of(resumed), whole.states[-1])
     assert set(whole.result.history) == {"loss", "val_ndcg@5", "val_recall@5"}
     for name, values in whole.result.history.items():
@@ -147,11 +136,10 @@ def test_a_second_training_goes_the_way_of_the_first(run: Run, whole: Whole) -> 
     """Its decay is over the settings' epochs too: three of five epochs are those three."""
     network, result = run(max_epochs=3)
     assert_same(state_of(network), whole.states[2])
-    assert result.best_epoch == 3
-    assert result.history["loss"] == whole.result.history["loss"][:3]
+    assert (result.best_epoch, result.history["loss"]) == (3, whole.result.history["loss"][:3])
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_the_training(
+def test_the_best_epoch_is_kept_and_patience_ends_it(
     run: Run, whole: Whole, tmp_path: Path
 ) -> None:
     metrics = [0.1, 0.5, 0.3, 0.5, 0.9]
@@ -181,7 +169,7 @@ def test_a_damaged_epoch_is_trained_again(run: Run, whole: Whole, tmp_path: Path
     assert {path.name.split(".")[0] for path in kept.iterdir()} == {"epoch-1", "epoch-2"}
     names = sorted(path.name for path in kept.iterdir())
     assert len(names) == 6
-    for name, how in zip(names, itertools.cycle(DAMAGES), strict=False):
+    for name, how in zip(names, 2 * DAMAGES, strict=True):
         folder = tmp_path / f"{name} {how}"
         shutil.copytree(kept, folder)
         damage(folder / name, how)
@@ -196,16 +184,14 @@ def test_the_time_before_the_first_step_is_over_does_not_count(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stopped training starts and traces again, which does not count again either."""
-
     now = [1]
     monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
+    def wait(seconds: int) -> None:
+        now[0] += seconds
+
     def slow_start(slow_epoch: int) -> tf.keras.callbacks.Callback:
         """A second a step, and a hundred before an epoch."""
-
-        def wait(seconds: int) -> None:
-            now[0] += seconds
-
         return tf.keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: wait(100 * (epoch == slow_epoch)),
             on_train_batch_end=lambda batch, logs: wait(1),
@@ -224,9 +210,7 @@ def test_keras_does_not_fetch_each_steps_loss(run: Run, monkeypatch: pytest.Monk
     """Which none of the callbacks reads, and waits for the step."""
     given: list[tf.keras.callbacks.Callback] = [EpochProgress(lambda *step: None)]
 
-    def of_training(
-        network: TwoTowerNetwork, *data: Any, callbacks: list[Any], **options: Any
-    ) -> None:
+    def of_training(*data: Any, callbacks: list[Any], **options: Any) -> None:
         given.extend(callbacks)
         raise Stopped
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from tests.model.conftest import NUM_ITEMS, NUM_TASTES, assert_same, tiny, weights_of
-from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tests.model.test_two_tower import OwnCandidates
+from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.item_init import item_factors
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.samples.store import RowLists
@@ -47,11 +47,8 @@ def test_factors_are_those_of_a_dense_decomposition(dim: int, rank: int) -> None
 
 def test_clicks_with_fewer_directions_than_factors_give_the_same_ones_each_time() -> None:
     """Equal users and items without clicks: the decomposition has to begin again at random."""
-    lists = [
-        random_clicks(num_users=20, num_items=41, seed=seed)[user]
-        for seed in (0, 0, 1)
-        for user in range(21)
-    ]
+    thrice = [random_clicks(num_users=20, num_items=41, seed=seed) for seed in (0, 0, 1)]
+    lists = [clicked[user] for clicked in thrice for user in range(21)]
     first, *others = (item_factors(RowLists.from_lists(lists), 60, 50) for _ in range(4))
     assert np.linalg.matrix_rank(first) < 50
     for other in others:
@@ -103,20 +100,10 @@ def test_stopped_trainings_and_warm_starts_go_on(data: TrainingSet, tmp_path: Pa
         np.testing.assert_allclose(after, before, atol=1e-6)
 
 
-class OwnItems(tf.keras.layers.Layer):
-    """A table of vectors, whose rows are those of the corpus."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        super().__init__()
-        self.table = tf.keras.layers.Embedding(len(corpus.candidate_ids) + 1, 8)
-
-    def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
-        return self.table(inputs["row"])
-
-
 @pytest.mark.usefixtures("in_eager_steps")
 def test_own_towers_keep_what_they_begin_with(data: TrainingSet) -> None:
-    own: dict[str, Any] = {"item_init": "svd", "training": STILL, "candidate_tower": OwnItems}
+    own: dict[str, Any] = {"item_init": "svd", "training": STILL}
+    own["candidate_tower"] = lambda corpus: OwnCandidates(corpus, 8)
     model = tiny(**own).fit_samples(data)
     factors = item_factors(data.samples.known_positives, NUM_ITEMS, 8)
     history = model.network.query_tower.history.item_table.numpy()

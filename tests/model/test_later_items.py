@@ -12,9 +12,9 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests.model.conftest import tiny
 from tests.small_batches import as_arrays, assert_same_batches
+from tfrs_pipeline import Popularity, Uniform
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 
 LATER, DEAD = 777, 888
 EASY = [Uniform(16), Popularity(16, 1.0)]
@@ -43,6 +43,13 @@ def row_of(data: TrainingSet, item: int) -> int:
     return int(data.corpus.candidate_ids.rows([item])[0])
 
 
+def embedded(model: tp.FittedTwoTower, data: TrainingSet, item: int) -> list[np.ndarray]:
+    """An item's embedding, and that of an unknown item with its features."""
+    network, row = model.network, tf.constant([row_of(data, item)])
+    own, features = network.embed_candidates(row), network.candidate_table(row)
+    return [own.numpy(), network.embed_candidates(tf.constant([0]), features).numpy()]
+
+
 @pytest.mark.parametrize("examples", ["single", "sequences", "sets"])
 def test_they_are_nobodys_negatives_and_all_else_stays(data: TrainingSet, examples: str) -> None:
     model = tiny(negatives=EASY, training={"examples": examples})
@@ -65,14 +72,11 @@ def test_they_are_nobodys_negatives_and_all_else_stays(data: TrainingSet, exampl
     assert num_dead > 0
 
 
-def test_their_features_are_read_as_of_new_items(data: TrainingSet) -> None:
+def test_they_are_counted_among_what_is_masked(data: TrainingSet) -> None:
     """A category that they alone have is one that the training did not have."""
     (kind,) = data.corpus.candidate_features
     assert kind.vocabulary == ("a", "b", "c")
     assert data.corpus.candidate_columns["kind"][row_of(data, LATER) - 1] == 0
-
-
-def test_they_are_counted_among_what_is_masked(data: TrainingSet) -> None:
     batches = tiny(negatives=EASY).batches(data.samples)
     # Of 32 columns half are uniform among 19 items: within 4 deviations of 5 batches.
     share = batches.masked_shares()["items that came later"]
@@ -81,27 +85,24 @@ def test_they_are_counted_among_what_is_masked(data: TrainingSet) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.usefixtures("in_eager_steps", "trusted_exports")
 def test_they_are_embedded_as_an_item_that_nobody_knows(
     train: Log, data: TrainingSet, shared: bool, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"candidate_bias": True, "share_item_embedding": shared}
-    plan = tiny(negatives=EASY, **settings, training={"max_epochs": 3})
+    plan = tiny(negatives=EASY, **settings, training={"max_epochs": 2})
     model = plan.fit_samples(data, log=train)
     came_later = "1 item came after the training: never negatives, and new unless known before"
     assert came_later in model.notes
-    later, dead = (tf.constant([row_of(data, item)]) for item in (LATER, DEAD))
-    kinds = model.network.candidate_table(later)
-    unknown = model.network.embed_candidates(tf.constant([0]), kinds)
-    np.testing.assert_array_equal(model.network.embed_candidates(later), unknown)
-    kinds = model.network.candidate_table(dead)
-    unknown = model.network.embed_candidates(tf.constant([0]), kinds)
-    assert np.abs(model.network.embed_candidates(dead) - unknown).max() > 1e-3
+    for item, is_unknown in ((LATER, True), (DEAD, False)):
+        own, unknown = embedded(model, data, item)
+        assert (own == unknown).all() if is_unknown else np.abs(own - unknown).max() > 1e-3
     # So does the export, and what comes in later by its features is the same.
     loaded = tp.load(tp.export(model, tmp_path / "m", index=tp.Exact()))
-    embedded, _ = loaded.embed_candidates([LATER, 999], {"kind": ["z", "z"]})
-    np.testing.assert_allclose(embedded[0], embedded[1], atol=1e-6)
+    live, _ = loaded.embed_candidates([LATER, 999], {"kind": ["z", "z"]})
+    np.testing.assert_allclose(live[0], live[1], atol=1e-6)
     place = list(loaded.candidate_ids()).index(LATER)
-    np.testing.assert_allclose(loaded.candidate_embeddings()[place], embedded[1], atol=1e-6)
+    np.testing.assert_allclose(loaded.candidate_embeddings()[place], live[1], atol=1e-6)
     query: Any = [{"user_id": 1, "history": [3, LATER]}]
     ids, scores = loaded.retrieve(query, 19)
     expected_ids, expected = model.retrieve(query, 19)
@@ -109,8 +110,9 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("in_eager_steps")
 def test_a_warm_start_takes_them_for_new(train: Log, data: TrainingSet, tmp_path: Path) -> None:
-    source = tiny(negatives=EASY, training={"max_epochs": 3}).fit_samples(data, log=train)
+    source = tiny(negatives=EASY, training={"max_epochs": 2}).fit_samples(data, log=train)
     whole = TrainingSet.build(train.whole, tmp_path / "whole", seed=0)
     assert whole.corpus.is_later is None
     still = {"max_epochs": 1, "learning_rate": 1e-30}
@@ -124,17 +126,14 @@ def test_a_warm_start_takes_them_for_new(train: Log, data: TrainingSet, tmp_path
     # Known from an earlier log, it is no new one, though this log has it later alone.
     knows = tiny(negatives=EASY, training={"max_epochs": 2}).fit_samples(whole)
     again = tiny(negatives=EASY, training=still).fit_samples(data, warm_start=knows, log=train)
-    rows = tf.constant([later])
-    features = again.network.candidate_table(rows)
-    np.testing.assert_allclose(
-        again.network.candidate_tower.id_embedding(rows),
-        knows.network.candidate_tower.id_embedding(rows),
-        atol=1e-6,
-    )
-    unknown = again.network.embed_candidates(tf.constant([0]), features)
-    assert np.abs(again.network.embed_candidates(rows) - unknown).max() > 1e-3
+    towers = (x.network.candidate_tower for x in (again, knows))
+    ours, theirs = (tower.id_embedding(tf.constant([later])) for tower in towers)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    own, unknown = embedded(again, data, LATER)
+    assert np.abs(own - unknown).max() > 1e-3
 
 
+@pytest.mark.usefixtures("in_eager_steps")
 def test_a_folder_is_refused_to_one_with_other_later_items(train: Log, tmp_path: Path) -> None:
     """The item table and the training part may be the same on a day on which the log has grown."""
     settings: dict[str, Any] = {"negatives": EASY, "training": {"max_epochs": 1}}

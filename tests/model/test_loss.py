@@ -80,10 +80,8 @@ def test_value_and_gradients_are_those_of_a_loop(repeats_rows: bool) -> None:
 @pytest.mark.parametrize("with_probability", [False, True])
 @pytest.mark.parametrize("weight_shape", [(W,), (W, 1)])
 def test_equals_its_parent_in_range(with_probability: bool, weight_shape: tuple[int, ...]) -> None:
-    options: dict[str, Any] = {
-        "sample_weight": WEIGHTS[:W].reshape(weight_shape),
-        "score_mask": MASK | np.eye(W, C, dtype=bool),
-    }
+    options: dict[str, Any] = {"sample_weight": WEIGHTS[:W].reshape(weight_shape)}
+    options["score_mask"] = MASK | np.eye(W, C, dtype=bool)
     if with_probability:
         probability = np.linspace(1e-6, 1, C).astype(np.float32)
         options["candidate_sampling_probability"] = tf.constant(probability)
@@ -113,14 +111,9 @@ def test_the_loss_is_computed_in_float32(policy: str, dtype: Any) -> None:
 
     def loss(queries: Any, positives: Any, columns: Any, hard: Any) -> np.ndarray:
         options = {"score_mask": MASK, "log_q": LOG_Q, "hard_log_q": HARD_LOG_Q}
-        return HybridRetrieval(0.5)(
-            queries,
-            positives,
-            negative_embeddings=columns,
-            hard_embeddings=hard,
-            sample_weight=WEIGHTS[:W].astype(dtype).astype(np.float64),
-            **options,
-        ).numpy()
+        options |= {"negative_embeddings": columns, "hard_embeddings": hard}
+        weights = WEIGHTS[:W].astype(dtype).astype(np.float64)
+        return HybridRetrieval(0.5)(queries, positives, sample_weight=weights, **options).numpy()
 
     expected = loss(*(array.astype(np.float32) for array in arrays))
     tf.keras.mixed_precision.set_global_policy(policy)
@@ -133,11 +126,9 @@ def test_the_loss_is_computed_in_float32(policy: str, dtype: Any) -> None:
 
 
 def test_log_q_is_not_clipped() -> None:
-    def loss(log_q: float) -> float:
-        return float(HybridRetrieval()(QUERIES, COLUMNS, log_q=tf.fill([C], log_q)))
-
-    # The negatives' logits all rise by 40: so does the loss of each row.
-    assert loss(-80.0) - loss(-40.0) == pytest.approx(40 * W, rel=1e-5)
+    """The negatives' logits all rise by 40: so does the loss of each row."""
+    low, high = (HybridRetrieval()(QUERIES, COLUMNS, log_q=tf.fill([C], x)) for x in (-40.0, -80.0))
+    assert float(high - low) == pytest.approx(40 * W, rel=1e-5)
 
 
 @pytest.mark.parametrize("log_q", [LOG_Q, LOG_Q[0]], ids=["by row", "by column"])
@@ -150,25 +141,18 @@ def test_what_no_kind_draws_does_not_count(log_q: np.ndarray) -> None:
         for there, given in ((is_drawn, log_q), (HARD_MASK, HARD_LOG_Q))
     )
 
-    def loss(**options: Any) -> Any:
-        return lambda queries, positives, hard: HybridRetrieval(0.5)(
-            queries,
-            positives,
-            negative_embeddings=COLUMNS,
-            hard_embeddings=hard,
-            compute_metrics=False,
-            **options,
-        )
+    def found(**options: Any) -> list[np.ndarray]:
+        def loss(queries: Any, positives: Any, hard: Any) -> tf.Tensor:
+            options.update(negative_embeddings=COLUMNS, hard_embeddings=hard)
+            return HybridRetrieval(0.5)(queries, positives, **options)
 
-    arrays = QUERIES, POSITIVES[:W], HARD
-    got = loss(score_mask=MASK, log_q=never, hard_log_q=never_hard)
-    masked = loss(
-        score_mask=MASK & is_drawn, log_q=log_q, hard_log_q=HARD_LOG_Q, hard_mask=HARD_MASK
-    )
-    for ours, expected in zip(
-        value_and_gradients(got, *arrays), value_and_gradients(masked, *arrays), strict=True
-    ):
-        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+        return value_and_gradients(loss, QUERIES, POSITIVES[:W], HARD)
+
+    got = found(score_mask=MASK, log_q=never, hard_log_q=never_hard)
+    is_counted = {"score_mask": MASK & is_drawn, "hard_mask": HARD_MASK}
+    expected = found(log_q=log_q, hard_log_q=HARD_LOG_Q, **is_counted)
+    for ours, masked in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, masked, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1e4, 0.0), (-1e4, 2e4)])
@@ -187,14 +171,6 @@ def test_far_logits_and_rows_without_a_column_stay_finite(scale: float, expected
     np.testing.assert_allclose(gradient, [[-2 * scale if expected else 0.0], [0.0]])
 
 
-@pytest.mark.parametrize("value", [0.0, 9e-7, 1.5])
-def test_refuses_probabilities_that_the_parent_would_clip(value: float) -> None:
-    probability = np.full(C, 0.1, np.float32)
-    probability[3] = value
-    with pytest.raises(tf.errors.InvalidArgumentError, match="Pass log_q instead"):
-        HybridRetrieval()(QUERIES, COLUMNS, candidate_sampling_probability=tf.constant(probability))
-
-
 @pytest.mark.parametrize("shape", [(), (W,), (W, 1), (C, W), (2, C), (1, W, C)])
 def test_a_log_q_that_would_be_broadcast_over_columns_is_refused(shape: tuple[int, ...]) -> None:
     """[W, 1] would shift all logits of a row alike, which corrects nothing."""
@@ -210,20 +186,17 @@ def test_a_log_q_that_would_be_broadcast_over_columns_is_refused(shape: tuple[in
     if shape in ((W,), (W, 1), (C, W), (2, C)):
         with pytest.raises(tf.errors.InvalidArgumentError, match="log_q must be"):
             loss(tf.zeros(shape), COLUMNS)
-
-
-def test_a_graph_need_not_know_how_many_columns_there_are() -> None:
-    @tf.function(input_signature=[tf.TensorSpec([None, D])])
-    def loss(columns: tf.Tensor) -> tf.Tensor:
-        return HybridRetrieval()(QUERIES, columns, log_q=LOG_Q)
-
-    np.testing.assert_allclose(
-        loss(COLUMNS), HybridRetrieval()(QUERIES, COLUMNS, log_q=LOG_Q), rtol=1e-6
-    )
+    if shape == (C, W):
+        fitting = HybridRetrieval()(QUERIES, COLUMNS, log_q=LOG_Q)
+        np.testing.assert_allclose(loss(LOG_Q, COLUMNS), fitting, rtol=1e-6)
 
 
 def test_refusals() -> None:
     task, positives = HybridRetrieval(), COLUMNS[:W]
+    for value in (0.0, 9e-7, 1.5):  # The parent would clip them.
+        probability = tf.constant([0.1] * (C - 1) + [value])
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Pass log_q instead"):
+            task(QUERIES, COLUMNS, candidate_sampling_probability=probability)
     options: dict[str, Any] = {"negative_embeddings": COLUMNS, "score_mask": MASK}
     with pytest.raises(ValueError, match="pass log_q alone"):
         task(QUERIES, COLUMNS, log_q=LOG_Q, candidate_sampling_probability=tf.ones([C]))
@@ -261,14 +234,10 @@ def test_embeddings_that_would_be_broadcast_are_refused(forms: dict[str, Any]) -
     fitting = {"queries": QUERIES, "positives": POSITIVES[:W], "negatives": COLUMNS, "hard": HARD}
 
     def loss(given: dict[str, Any]) -> tf.Tensor:
-        return HybridRetrieval()(
-            given["queries"],
-            given["positives"],
-            negative_embeddings=given.get("negatives"),
-            positive_query=given.get("positive_query"),
-            hard_embeddings=given["hard"],
-            hard_log_q=HARD_LOG_Q,
-        )
+        options = {"hard_embeddings": given["hard"], "hard_log_q": HARD_LOG_Q}
+        options["negative_embeddings"] = given.get("negatives")
+        options["positive_query"] = given.get("positive_query")
+        return HybridRetrieval()(given["queries"], given["positives"], **options)
 
     given = {name: tf.constant(x) for name, x in {**fitting, **forms}.items() if x is not None}
     with pytest.raises(ValueError, match=r"Embeddings must be \[W, D\]"):
@@ -286,19 +255,13 @@ def test_embeddings_that_would_be_broadcast_are_refused(forms: dict[str, Any]) -
 @pytest.mark.parametrize("name", ["score_mask", "hard_log_q", "hard_mask"])
 def test_what_would_be_broadcast_or_reshaped_is_refused(name: str, form: Any) -> None:
     options = {"score_mask": MASK, "hard_log_q": HARD_LOG_Q, "hard_mask": HARD_MASK}
-    options[name] = form(options[name])
+    options |= {"negative_embeddings": COLUMNS, "hard_embeddings": HARD}
+    given = tf.constant(form(options[name]))
 
     @tf.function
     def loss(given: tf.Tensor) -> tf.Tensor:
-        return HybridRetrieval()(
-            QUERIES,
-            POSITIVES[:W],
-            negative_embeddings=COLUMNS,
-            hard_embeddings=HARD,
-            **(options | {name: given}),
-        )
+        return HybridRetrieval()(QUERIES, POSITIVES[:W], **(options | {name: given}))
 
-    given = tf.constant(options[name])
     with pytest.raises(ValueError, match=rf"{name} must be \[num_rows, .*Received: shape \("):
         loss(given)
     # Nor where a graph does not know the shape yet.

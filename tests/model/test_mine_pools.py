@@ -93,25 +93,16 @@ def mined_by_row(samples: Samples, mined: Mined) -> RowLists:
 
 
 def test_ranks_count_what_may_be_a_negative() -> None:
-    # User 1 clicked 1 and 4, was shown 2. Left: 3 5 6 7 8 9, ranks 0 to 5.
-    samples = dataclasses.replace(
-        Samples.from_pairs([1, 1], [1, 4], num_queries=1, num_candidates=9),
+    """Of items 1 to 9, user 1 clicked 1 and was shown 2; 4 and 9 came later, if any."""
+    plain = dataclasses.replace(
+        Samples.from_pairs([1], [1], num_queries=1, num_candidates=9),
         exposed=RowLists.from_lists([np.zeros(0), np.array([2])]),
     )
-    pools = mined_by_row(samples, Mined(min_rank=1, max_rank=4))
-    assert sorted(pools[0].tolist()) == [5, 6, 7]
-    pools = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=2))
-    assert len(pools.values) == 4
-    assert set(pools.values.tolist()) <= {5, 6, 7}
-
-
-def test_items_that_came_later_are_nobodys_hard_negatives() -> None:
-    samples = Samples.from_pairs([1], [1], num_queries=1, num_candidates=9)
-    later = np.isin(np.arange(10), [3, 4, 9])
-    samples = dataclasses.replace(samples, is_later=later)
-    # Left: 2 5 6 7 8, ranks 0 to 4.
-    pools = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=9))
-    assert sorted(pools[0].tolist()) == [5, 6, 7]
+    later = dataclasses.replace(plain, is_later=np.isin(np.arange(10), [4, 9]))
+    # Left are 3 to 9, and 3 5 6 7 8: ranks from 0.
+    for samples, kept in ((plain, [4, 5, 6]), (later, [5, 6, 7])):
+        pools = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=9))
+        assert sorted(pools[0].tolist()) == kept
 
 
 def test_draw_is_uniform_and_in_random_order() -> None:

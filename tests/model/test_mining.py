@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,23 +10,15 @@ import numpy as np
 import pytest
 
 from tests.damage import damage
-from tests.model.conftest import (
-    LENGTH,
-    NUM_ITEMS,
-    Stopped,
-    assert_same,
-    tiny,
-    tracing_once,
-    weights_of,
-)  # fmt: skip
+from tests.model.conftest import LENGTH, NUM_ITEMS, assert_same, tiny, weights_of
+from tests.small_log import Stopped
+from tfrs_pipeline import Mined, Popularity, Uniform
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.mining import MinedPools, mine_pools
 from tfrs_pipeline.model.queries import RowRetriever
-from tfrs_pipeline.negatives.hard import Mined
-from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 
 MINED = Mined(share=0.3, num=3, min_rank=4, max_rank=12, max_pool=5, every=2)
 # It trains on whole sequences, with dropout of ids and histories.
@@ -50,10 +41,7 @@ def train(data: TrainingSet, folder: Path, stop_after: int | None = None) -> Fit
     return PLAN.fit_samples(data, folder=folder, on_epoch=on_epoch)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_trace() -> Iterator[None]:
-    with tracing_once():
-        yield
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,9 @@ class Unbroken:
 
 
 @pytest.fixture(scope="module")
-def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+def unbroken(
+    data: TrainingSet, tmp_path_factory: pytest.TempPathFactory, traced_once: None
+) -> Unbroken:
     folder = tmp_path_factory.mktemp("unbroken")
     model = train(data, folder)
     return Unbroken(model, folder, weights_of(model.network))
@@ -72,10 +62,8 @@ def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Unb
 
 def test_the_model_mines_by_its_own_ranking(data: TrainingSet, unbroken: Unbroken) -> None:
     model, samples = unbroken.model, data.samples
-    pools = mine_pools(
-        RowRetriever(model.network).of_now(), samples, Mined(min_rank=4, max_rank=12), seed=0,
-        history_length=LENGTH,
-    )  # fmt: skip
+    retrieval, mined = RowRetriever(model.network).of_now(), Mined(min_rank=4, max_rank=12)
+    pools = mine_pools(retrieval, samples, mined, seed=0, history_length=LENGTH)
     for i, (user, own) in enumerate(zip(samples.query_rows, samples.candidate_rows, strict=True)):
         never = {own, *samples.known_positives[user], *samples.exposed[user]}
         query = {"user_id": 100 + user, "history": 10 * samples.history(i, LENGTH)}
@@ -83,7 +71,7 @@ def test_the_model_mines_by_its_own_ranking(data: TrainingSet, unbroken: Unbroke
         assert sorted(pools[i]) == sorted(ids[4:12] // 10)
 
 
-def test_a_stopped_training_mines_what_an_unbroken_one_does(
+def test_a_stopped_one_mines_the_same(
     data: TrainingSet, unbroken: Unbroken, tmp_path: Path
 ) -> None:
     """Stopped where pools are due, then where they are kept from before; or damaged since."""

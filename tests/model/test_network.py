@@ -11,24 +11,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, tiny
+from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, scores_of, tiny
 from tests.small_batches import as_arrays
+from tfrs_pipeline import Popularity, Samples, SamplingFrame, Uniform
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
-from tfrs_pipeline.negatives.kinds import Popularity, Uniform
-from tfrs_pipeline.negatives.protocol import SamplingFrame
-from tfrs_pipeline.samples.store import Samples
 
 B, TEMPERATURE = 32, 0.4
 UNIFORM, POPULAR = Uniform(16), Popularity(8, alpha=1.0)
 
 
-def slow_loss(
-    network: TwoTowerNetwork, samples: Samples, batch: Batch, *, num_popular: int
-) -> float:
+def slow_loss(network: TwoTowerNetwork, samples: Samples, batch: Batch, num_popular: int) -> float:
     """The mean loss of a batch, its queries, weights and masks from the samples themselves."""
     batch = as_arrays(batch)
     counts, corpus = samples.counts, network.embed_corpus()
@@ -79,7 +75,7 @@ def weighted(data: TrainingSet) -> TrainingSet:
         ("sets", {"history_pooling": ["mean", "attention"]}),
     ],
 )
-def test_the_loss_is_that_of_a_loop_over_the_samples(
+def test_the_loss_is_that_of_a_loop(
     weighted: TrainingSet, examples: str, options: dict[str, Any]
 ) -> None:
     options = {"use_user_id": True, "share_item_embedding": True, **options}
@@ -122,8 +118,7 @@ def test_sampled_gradients_come_to_those_of_the_full_softmax(data: TrainingSet) 
     """The relative error is that of a mean of thousands of draws, 1 / sqrt(6000 / 24) at most."""
     negatives, tolerance = (Uniform(3000), Popularity(3000, 0.75)), 0.05
     tf.keras.utils.set_random_seed(1)
-    exact = tiny(negatives=[EveryCandidate()], temperature=TEMPERATURE)
-    network = exact.build(data.corpus)
+    network = tiny(negatives=[EveryCandidate()], temperature=TEMPERATURE).build(data.corpus)
     variables = [*network.trainable_variables]
 
     @functools.cache
@@ -166,30 +161,21 @@ def test_a_bias_is_added_to_the_score(data: TrainingSet) -> None:
     for variable in biased.weights:
         is_bias = "bias/embeddings" in variable.name
         variable.assign(bias if is_bias else of_plain[variable.name])
-    rows, histories = tf.constant([1, 2, 0]), tf.constant([[3, 4, 0]] * 3)
-    scores, with_bias = (
-        network.embed_queries(rows, histories).numpy() @ network.embed_corpus().T
-        for network in (plain, biased)
-    )
+    scores, with_bias = map(scores_of, (plain, biased))
     np.testing.assert_allclose(with_bias, scores + bias[1:, 0], rtol=1e-5, atol=1e-6)
     assert biased.embed_corpus().shape == (NUM_ITEMS, 9)
 
 
 def test_a_shared_embedding_is_read_by_both_towers(data: TrainingSet) -> None:
-    network = tiny(share_item_embedding=True).build(data.corpus)
-    tables = [v for v in network.trainable_variables if v.shape == (NUM_ITEMS + 1, 8)]
-    assert len(tables) == 1
+    """Without candidate ids, histories have a table of their own."""
+    for candidate_id in (False, True):
+        network = tiny(use_candidate_id=candidate_id).build(data.corpus)
+        (table,) = [v for v in network.trainable_variables if v.shape == (NUM_ITEMS + 1, 8)]
+        assert ("history_item" in table.name) != candidate_id
     with tf.GradientTape() as tape:
         queries = network.embed_queries(tf.constant([1]), tf.constant([[3, 9, 0]]))
-    gradient = tf.convert_to_tensor(tape.gradient(queries, tables[0])).numpy()
+    gradient = tf.convert_to_tensor(tape.gradient(queries, table)).numpy()
     assert set(np.flatnonzero(np.abs(gradient).sum(axis=1))) == {3, 9}
-
-
-@pytest.mark.parametrize("candidate_id", [True, False])
-def test_without_candidate_ids_histories_have_theirs(data: TrainingSet, candidate_id: bool) -> None:
-    network = tiny(use_candidate_id=candidate_id).build(data.corpus)
-    tables = [v.name for v in network.trainable_variables if v.shape == (NUM_ITEMS + 1, 8)]
-    assert ["history_item" in name for name in tables] == [not candidate_id]
 
 
 @pytest.mark.parametrize("poolings", [["mean"], ["mean", "recency"]])
@@ -232,26 +218,32 @@ def test_without_a_correction_the_logits_stay_as_they_are(data: TrainingSet) -> 
     assert abs(corrected.compute_loss(batch).numpy() - expected) > 0.05
 
 
-@pytest.mark.parametrize(
-    ("sizes", "received"),
-    [(([3], [4]), r"\(1, 3\) of the query tower, \(1, 4\) of"), (([2, 3], [2, 3]), r"\(1, 2, 3\)")],
-)
-def test_towers_that_do_not_go_together_are_refused(
-    data: TrainingSet, sizes: tuple[list[int], list[int]], received: str
-) -> None:
+def test_towers_that_do_not_go_together_are_refused(data: TrainingSet) -> None:
     class Zeros(tf.keras.layers.Layer):
-        def __init__(self, size: list[int]) -> None:
+        def __init__(self, *size: int) -> None:
             super().__init__()
             self.size = size
 
         def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
             return tf.zeros([tf.shape(inputs["row"])[0], *self.size])
 
-    query, candidate = map(Zeros, sizes)
-    with pytest.raises(ValueError, match=rf"must return \[n, D\], the same D.*{received}"):
-        tiny(query_tower=query, candidate_tower=candidate).build(data.corpus)
-    with pytest.raises(ValueError, match=r"more with model\.candidate_bias.* \(1, 9\) of the cand"):
-        tiny(query_tower=Zeros([8]), dim=8, candidate_bias=True).build(data.corpus)
+    same = r"must return \[n, D\], the same D.*"
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"query_tower": Zeros(3), "candidate_tower": Zeros(4)},
+         same + r"\(1, 3\) of the query tower, \(1, 4\) of"),
+        ({"query_tower": Zeros(2, 3), "candidate_tower": Zeros(2, 3)}, same + r"\(1, 2, 3\)"),
+        ({"query_tower": Zeros(8), "dim": 8, "candidate_bias": True},
+         r"more with model\.candidate_bias.* \(1, 9\) of the cand"),
+    )  # fmt: skip
+    for towers, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            tiny(**towers).build(data.corpus)
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        with pytest.raises(ValueError, match=r"policy float32\. Received: 'mixed_bfloat16'"):
+            tiny().build(data.corpus)
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
@@ -268,17 +260,7 @@ def test_towers_must_return_float32(data: TrainingSet, name: str, dtype: str) ->
         def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
             return self.last(self.embedding(inputs["row"]))
 
-    options: dict[str, Any] = {"dim": 8}
     with pytest.raises(ValueError, match=rf'{name} must .*dtype="float32".*Received: {dtype}'):
-        tiny(**options | {name: Narrow(dtype)}).build(data.corpus)
-    network = tiny(**options | {name: Narrow("float32")}).build(data.corpus)
+        tiny(**{name: Narrow(dtype)}).build(data.corpus)
+    network = tiny(**{name: Narrow("float32")}).build(data.corpus)
     assert network.embed_corpus().dtype == np.float32
-
-
-def test_mixed_precision_is_refused_by_name(data: TrainingSet) -> None:
-    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    try:
-        with pytest.raises(ValueError, match=r"policy float32\. Received: 'mixed_bfloat16'"):
-            tiny().build(data.corpus)
-    finally:
-        tf.keras.mixed_precision.set_global_policy("float32")

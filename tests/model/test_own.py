@@ -7,18 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfrs_pipeline import ConfigError, InBatch, Popularity, SamplingFrame, TwoTowerSettings
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.own import describe_own
-from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.kinds import InBatch, Popularity
-from tfrs_pipeline.negatives.protocol import SamplingFrame
-from tfrs_pipeline.settings import ConfigError
 
 
 class Top:
-    """Draws the first candidates."""
-
     def __init__(self, num: int) -> None:
         self.num = num
 
@@ -41,19 +36,9 @@ class Flat(Popularity):
 
 
 class Wide(tf.keras.layers.Layer):
-    """A layer that does not say what it was made with."""
-
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.table = tf.keras.layers.Embedding(3, width)
-
-
-def one(corpus: Corpus) -> tf.keras.layers.Layer:
-    return tf.keras.layers.Dense(2)
-
-
-def other(corpus: Corpus) -> tf.keras.layers.Layer:
-    return tf.keras.layers.Dense(2, use_bias=False)
 
 
 def made(width: int, corpus: Corpus) -> tf.keras.layers.Layer:
@@ -61,8 +46,6 @@ def made(width: int, corpus: Corpus) -> tf.keras.layers.Layer:
 
 
 class Maker:
-    """Makes towers by its methods."""
-
     def one(self, corpus: Corpus) -> tf.keras.layers.Layer:
         return tf.keras.layers.Dense(2)
 
@@ -81,15 +64,10 @@ def test_another_kind_or_tower_is_another_text() -> None:
     def told(num: int, tower: object) -> str:
         return str(describe_own([InBatch(), Top(num)], {"query_tower": tower}, frame))
 
-    towers: list[Any] = [None, one, other, lambda corpus: one(corpus), Wide(2)]
-    towers += [
-        functools.partial(made, 2),
-        functools.partial(made, 3),
-        Maker().one,
-        Maker().other,
-        Wide,
-        Maker,
-    ]
+    of_made = [functools.partial(made, width) for width in (2, 3)]
+    towers: list[Any] = [None, made, lambda corpus: made(2, corpus)]
+    towers.append(lambda corpus: made(3, corpus))  # Its source is that of its line.
+    towers += [Wide(2), *of_made, Maker().one, Maker().other, Wide, Maker]
     towers += [tf.keras.layers.Dense(2), tf.keras.layers.Dense(2, "relu"), stacked(2), stacked(3)]
     texts = [told(num, tower) for num in (1, 2) for tower in towers]
     assert len(set(texts)) == len(texts)
@@ -104,7 +82,5 @@ def test_another_kind_or_tower_is_another_text() -> None:
     assert model.negatives == (Popularity(), Flat(2))
     with pytest.raises(ConfigError, match=r"got Flat\(.*is a subclass.*TwoTower\(negatives="):
         TwoTowerSettings(negatives=(Flat(2),))
-    assert describe_own([InBatch()], {"query_tower": None}, frame) == {
-        "own_negatives": [],
-        "query_tower": None,
-    }
+    nothing = describe_own([InBatch()], {"query_tower": None}, frame)
+    assert nothing == {"own_negatives": [], "query_tower": None}

@@ -15,10 +15,10 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.model.conftest import REQUEST_FEATURES, make_log, tiny
+from tests.model.conftest import tiny
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.features.encoding import encode_requests, raw_requests, request_signature
@@ -55,9 +55,7 @@ def test_a_timestamp_gives_hour_and_weekday_of_the_calendar(moment: datetime, of
 def test_a_boolean_is_one_value_however_a_table_writes_it(kind: Any, tmp_path: Path) -> None:
     """As pandas writes it in CSV, others in capitals, Parquet and JSON as true."""
     words = ["True", "False", "", "True"]
-    rows = zip([1, 1, 2, 2], [7, 8, 7, 8], words, strict=True)
-    lines = ["user_id,item_id,is_app", *(f"{user},{item},{word}" for user, item, word in rows)]
-    (tmp_path / "log.csv").write_text("\n".join(lines))
+    (tmp_path / "log.csv").write_text("user_id,item_id,is_app\n1,7,True\n1,8,False\n2,7,\n2,8,True")
     log = Log.from_files(tmp_path / "log.csv", request_features={"is_app": kind})
     data = TrainingSet.build(log, tmp_path / "samples", seed=0)
     (feature,) = data.corpus.request_features
@@ -100,9 +98,8 @@ def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_pat
 
 
 def test_what_pandas_has_for_missing_is_missing() -> None:
-    device = Hashed("device", num_buckets=16)
     nothing = [None, np.nan, "", pd.NA, pd.NaT]
-    assert device.encode_column(nothing).tolist() == [0] * 5
+    assert Hashed("device", num_buckets=16).encode_column(nothing).tolist() == [0] * 5
     assert np.isnan(to_seconds("at", [None, pd.NA, pd.NaT])).all()
 
 
@@ -116,13 +113,8 @@ def test_times_of_a_history_in_milliseconds_are_refused() -> None:
 
 def test_what_is_given_goes_before_the_timestamp() -> None:
     night = datetime(2024, 1, 7, 23, tzinfo=UTC)  # A Sunday.
-    requests: tuple[dict[str, Any], ...] = (
-        {"hour": 3, "weekday": 1, "timestamp": night},
-        {"hour": 3, "timestamp": night},
-        {"weekday": 2.0},
-        {},
-    )
-    found = encoded(*requests)
+    both: dict[str, Any] = {"hour": 3, "timestamp": night}
+    found = encoded({**both, "weekday": 1}, both, {"weekday": 2.0}, {})
     code = HOUR.vocabulary.index
     assert found["hour"].tolist() == [code("3") + 1, code("3") + 1, 0, 0]
     np.testing.assert_array_equal(found["weekday"], [1, 6, 2, np.nan])
@@ -133,8 +125,8 @@ def test_what_is_given_goes_before_the_timestamp() -> None:
 
 
 @pytest.fixture(scope="module")
-def holdout() -> Holdout:
-    return make_log(REQUEST_FEATURES).split("last_n", validation=1, test=1).validation
+def holdout(requested_split: Split) -> Holdout:
+    return requested_split.validation
 
 
 @pytest.fixture(scope="module")
@@ -157,18 +149,14 @@ def test_the_device_decides_what_is_retrieved(model: FittedTwoTower, holdout: Ho
     assert 0.25 < shares[None] < 0.75
 
 
-def test_what_the_model_does_not_read_is_refused(model: FittedTwoTower) -> None:
+def test_what_the_model_does_not_read_is_refused_if_it_is_near(model: FittedTwoTower) -> None:
+    """A holdout may bring others."""
     for ask in (model.query_embeddings, lambda queries: model.retrieve(queries, k=2)):
         with pytest.raises(ValueError, match=r"no request feature 'devise'; did you mean 'device'"):
             ask([{"history": [10]}, {"request": {"devise": "app"}}])
-
-
-def test_a_holdout_may_bring_what_a_model_does_not_read(model: FittedTwoTower) -> None:
-    got, expected = (
-        model.query_embeddings([{"history": [10], "request": {"device": "app", **other}}])
-        for other in ({"tab": 3}, {})
-    )
-    np.testing.assert_array_equal(got, expected)
+    both: Any = ({"device": "app", "tab": 3}, {"device": "app"})
+    found = model.query_embeddings([{"history": [10], "request": x} for x in both])
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_validation_asks_as_evaluation_does(model: FittedTwoTower, holdout: Holdout) -> None:
@@ -191,12 +179,8 @@ def test_training_drops_some_of_the_request_features(requested: TrainingSet) -> 
     network = TwoTower(dim=8, query_tower=Spy()).build(requested.corpus)
     num = 1000
     columns = {"device": tf.ones([num], tf.int32), "hour": tf.ones([num])}
-    batch = Batch(
-        query_row=tf.range(1, num + 1),
-        history_rows=tf.zeros([num, 50], tf.int32),
-        dropout_seed=tf.constant([1, 2]),
-        requests=columns,
-    )
+    rows = {"query_row": tf.range(1, num + 1), "history_rows": tf.zeros([num, 50], tf.int32)}
+    batch = Batch(**rows, dropout_seed=tf.constant([1, 2]), requests=columns)
     network._queries(batch, training=True)
     network._queries(batch)
     dropped, kept = seen[-2:]

@@ -6,11 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfrs_pipeline import ConfigError, FunnelLosers, InBatch, Mined, Popularity, Uniform
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
-from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
-from tfrs_pipeline.settings import ConfigError
 
 
 @given(num=st.integers(1, 5000), batch_size=st.integers(2, 1024))
@@ -30,16 +28,10 @@ def test_a_batch_fits_the_positives(num: int, batch_size: int) -> None:
 
 def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
     expected = (InBatch(), Uniform(256), Popularity(64, 0.5))
-    table = [
-        {"kind": "in_batch"},
-        {"kind": "uniform"},
-        {"kind": "popularity", "num": 64, "alpha": 0.5},
-    ]
-    for negatives in (
-        ["in_batch", "uniform:num=256", "popularity:num=64:alpha=0.5"],
-        table,
-        expected,
-    ):
+    short = ["in_batch", "uniform:num=256", "popularity:num=64:alpha=0.5"]
+    table: list[Any] = [{"kind": "in_batch"}, {"kind": "uniform"}]
+    table.append({"kind": "popularity", "num": 64, "alpha": 0.5})
+    for negatives in (short, table, expected):
         assert TwoTowerSettings(negatives=negatives).negatives == expected
     settings = TwoTowerSettings(hard={"kind": "mined", "share": 0.1})
     assert settings.hard == Mined(share=0.1)
@@ -61,43 +53,49 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
         ({"history_pooling": ["attention"], "dim": 9}, "dim: got 9; must be a multiple of 2"),
         ({"correction": "recent"}, "correction: got 'recent', which needs candidate_bias"),
         ({"candidate_bias": True, "use_candidate_id": False}, "candidate_bias: needs use_candida"),
-        (
-            {"item_init": "svd", "use_candidate_id": False, "history_pooling": ()},
-            "item_init: got 'svd', which needs use_candidate_id or a history",
-        ),
+        ({"item_init": "svd", "use_candidate_id": False, "history_pooling": ()},
+         "item_init: got 'svd', which needs use_candidate_id or a history"),
     ],
-)
+)  # fmt: skip
 def test_settings_of_the_model_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TwoTowerSettings(**settings)
 
 
-EASY = ["uniform:num=16"]
-
-
-@pytest.mark.parametrize("examples", ["sequences", "sets"])
 @pytest.mark.parametrize(
-    ("model", "setting"),
+    ("model", "setting", "refused"),
     [
-        ({}, "model.negatives"),
-        ({"negatives": EASY, "history_pooling": [], "use_user_id": True}, "model.history_pooling"),
-        ({"negatives": EASY, "hard": FunnelLosers()}, "model.hard"),
-        ({"negatives": EASY, "history_length": 512}, "training.batch_size"),
-        ({"negatives": EASY}, None),
+        ({"negatives": ["in_batch"]}, "model.negatives", {"sequences", "sets"}),
+        ({"history_pooling": [], "use_user_id": True}, "model.history_pooling",
+         {"sequences", "sets"}),
+        ({"hard": FunnelLosers()}, "model.hard", {"sets"}),
+        ({"history_length": 512}, "training.batch_size", {"sequences"}),  # Of two windows.
+        ({}, "", set()),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_go_with_many_positives_of_a_user(
-    examples: Any, model: dict[str, Any], setting: str | None
+    model: dict[str, Any], setting: str, refused: set[str]
 ) -> None:
-    training = TrainingSettings(examples=examples)
-    # Sets have no hard negatives, sequences need a batch of two windows.
-    only_in = {"model.hard": "sets", "training.batch_size": "sequences"}.get(
-        setting or "", examples
+    model = {"negatives": ["uniform:num=16"], **model}
+    for examples in ("sequences", "sets", "single"):
+        told = []
+        try:
+            TwoTower(training=TrainingSettings(examples=examples), **model)
+        except ConfigError as error:
+            told = [name for name, _ in error.problems]
+        assert told == [setting] * (examples in refused)
+
+
+def test_a_checked_dataclass_is_refused_as_settings_are() -> None:
+    wrong: Any = (
+        ((1.5,), {}, "share: got 1.5; must be less than 1"),
+        ((), {"shar": 0.1}, "shar: unknown setting; did you mean 'share'"),
+        ((), {"stages": ("clicked",)}, "stages: got 'clicked'"),
+        ((), {"stages": "exposed"}, "^stages holds 'exposed'"),
+        ((0.1,), {"share": 0.2}, "share"),
     )
-    if setting is None or only_in != examples:
-        TwoTower(training=training, **model)
-        return
-    with pytest.raises(ConfigError) as raised:
-        TwoTower(training=training, **model)
-    assert [name for name, _ in raised.value.problems] == [setting]
-    TwoTower(**model)
+    for values, settings, named in wrong:
+        with pytest.raises(ConfigError, match=named):
+            FunnelLosers(*values, **settings)
+    with pytest.raises(ConfigError, match="negatives: got 3; must be a table of settings"):
+        TwoTowerSettings(negatives=[3])

@@ -13,14 +13,13 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import assert_same, tiny, untrained, weights_of
+from tfrs_pipeline import ConfigError, Uniform
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
-from tfrs_pipeline.negatives.kinds import Uniform
-from tfrs_pipeline.settings import ConfigError
 
 NUM_ITEMS = 12
 HOUR, WEEK = timedelta(hours=1), timedelta(weeks=1)
@@ -62,13 +61,10 @@ def test_a_requests_time_decides_what_is_retrieved(model: FittedTwoTower, split:
     margins = []
     for since in (HOUR, WEEK, None):
         request = {} if since is None else {"timestamp": last + since}
+        times = [last - i * HOUR for i in range(9)]
         queries = [
-            {
-                "history": history,
-                "history_timestamps": [last - i * HOUR for i in range(len(history))][::-1],
-                "request": request,
-            }
-            for history in split.validation.histories
+            {"history": x, "history_timestamps": times[: len(x)][::-1], "request": request}
+            for x in split.validation.histories
         ]
         ids, scores = model.retrieve(queries, k=NUM_ITEMS)
         if since is not None:
@@ -107,10 +103,9 @@ def test_validation_asks_as_evaluation_does(model: FittedTwoTower, split: Split)
     # A part of the queries has its own times.
     asked = {query["user_id"]: query for query in split.validation.as_queries()}
     for query in split.validation.sample(5).as_queries():
-        assert query["request"] == asked[query["user_id"]]["request"]
-        np.testing.assert_array_equal(
-            query["history_timestamps"], asked[query["user_id"]]["history_timestamps"]
-        )
+        of_all = asked[query["user_id"]]
+        assert query["request"] == of_all["request"]
+        np.testing.assert_array_equal(query["history_timestamps"], of_all["history_timestamps"])
 
 
 def test_a_query_comes_when_its_first_positive_does(split: Split) -> None:
@@ -123,11 +118,8 @@ def test_a_query_comes_when_its_first_positive_does(split: Split) -> None:
 
 
 def test_who_reads_no_times_is_as_without(timed: TrainingSet) -> None:
-    plain = replace(
-        timed,
-        samples=replace(timed.samples, sequence_times=None),
-        corpus=replace(timed.corpus, has_times=False),
-    )
+    corpus = replace(timed.corpus, has_times=False)
+    plain = TrainingSet(replace(timed.samples, sequence_times=None), corpus, timed.report)
     for changes in ({}, {"history_pooling": ("attention",), "training": {"examples": "sets"}}):
         options = {"negatives": [Uniform(16)], **changes}
         weights = []
@@ -137,8 +129,7 @@ def test_who_reads_no_times_is_as_without(timed: TrainingSet) -> None:
             network = model.build(data.corpus)
             assert not network.reads_times
             batch = model.batches(data.samples).batch(0)
-            assert batch.history_times is None
-            assert batch.sequence_times is None
+            assert batch.history_times is batch.sequence_times is None
             weights.append(weights_of(network))
         assert_same(*weights)
 

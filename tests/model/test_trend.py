@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import tfrs_pipeline as tp
-from tests.model.conftest import NUM_ITEMS, tiny
+from tests.model.conftest import NUM_ITEMS, assert_same, scores_of, tiny
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.trend import popularity_shift
@@ -52,28 +51,14 @@ def test_unclicked_items_and_logs_that_tell_nothing() -> None:
     assert not popularity_shift(dataclasses.replace(few, sequence_times=np.arange(99))).any()
 
 
-@pytest.mark.usefixtures("in_eager_steps")
-def test_it_counts_in_answers_and_not_in_training(
-    split: Split, data: TrainingSet, tmp_path: Path
-) -> None:
-    plain, recent = (
-        tiny(correction=correction, candidate_bias=True).fit_samples(
-            data, max_epochs=2, log=split.train
-        )
-        for correction in ("mixture", "recent")
-    )
-    variables = zip(
-        plain.network.trainable_variables, recent.network.trainable_variables, strict=True
-    )
-    for a, b in variables:
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.usefixtures("in_eager_steps", "trusted_exports")
+def test_it_counts_in_answers_alone(split: Split, data: TrainingSet, tmp_path: Path) -> None:
+    plans = (tiny(correction=x, candidate_bias=True) for x in ("mixture", "recent"))
+    plain, recent = (plan.fit_samples(data, max_epochs=2, log=split.train) for plan in plans)
+    assert_same(*([x.numpy() for x in m.network.trainable_variables] for m in (plain, recent)))
     shift = popularity_shift(data.samples)
     assert np.ptp(shift) > 0.05
-    rows, histories = tf.constant([1, 2, 0]), tf.constant([[3, 4, 0]] * 3)
-    scores, shifted = (
-        model.network.embed_queries(rows, histories).numpy() @ model.network.embed_corpus().T
-        for model in (plain, recent)
-    )
+    scores, shifted = (scores_of(model.network) for model in (plain, recent))
     moved = plain.settings.temperature * shift[1:]
     np.testing.assert_allclose(shifted, scores + moved, atol=1e-5)
     # So do the export's answers.
@@ -81,12 +66,9 @@ def test_it_counts_in_answers_and_not_in_training(
     query = [{"user_id": 101, "history": [30, 40]}]
     ids, expected = (model.retrieve(query, NUM_ITEMS)[0].tolist() for model in (loaded, recent))
     assert ids == expected
-
-
-@pytest.mark.usefixtures("in_eager_steps")
-def test_warm_starts_have_it(data: TrainingSet) -> None:
-    before = tiny(candidate_bias=True).fit_samples(data, max_epochs=1)
-    plan = tiny(correction="recent", candidate_bias=True)
-    warm = plan.fit_samples(data, warm_start=before, max_epochs=1)
-    expected = plan.temperature * popularity_shift(data.samples)
-    np.testing.assert_allclose(warm.network.candidate_tower.shift, expected, rtol=1e-6)
+    # Warm starts have it.
+    warm = tiny(correction="recent", candidate_bias=True)
+    warm_shift = warm.fit_samples(
+        data, warm_start=plain, max_epochs=1
+    ).network.candidate_tower.shift
+    np.testing.assert_allclose(warm_shift, plain.settings.temperature * shift, rtol=1e-6)

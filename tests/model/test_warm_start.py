@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import Stopped, assert_same, tiny, tracing_once, untrained, weights_of
+from tests.model.conftest import assert_same, tiny, tracing_once, untrained, weights_of
+from tests.small_log import Stopped
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.model.corpus import TrainingSet
@@ -33,6 +34,7 @@ MODEL: dict[str, Any] = {
     "training": {"max_epochs": 3},
 }
 YESTERDAY, TODAY = range(10, 34), range(4, 30)  # Numbers of the items that are there.
+Sets: TypeAlias = tuple[TrainingSet, TrainingSet]
 
 
 def log_of(items: range, first_user: int) -> Log:
@@ -53,8 +55,7 @@ def log_of(items: range, first_user: int) -> Log:
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingSet, TrainingSet]:
-    """Samples of yesterday and of today."""
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
     return tuple(
         TrainingSet.build(log, tmp_path_factory.mktemp("samples"), seed=0)
         for log in (log_of(YESTERDAY, 0), log_of(TODAY, 5))
@@ -62,12 +63,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingSet, Trainin
 
 
 @pytest.fixture(scope="module")
-def source(sets: tuple[TrainingSet, TrainingSet]) -> FittedTwoTower:
+def source(sets: Sets) -> FittedTwoTower:
     return tiny(**MODEL).fit_samples(sets[0])
 
 
 @pytest.fixture(scope="module")
-def started(source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet]) -> FittedTwoTower:
+def started(source: FittedTwoTower, sets: Sets) -> FittedTwoTower:
     """A model of today that starts from yesterday's, before its first step."""
     return started_from(source, tiny(**MODEL), sets[1])
 
@@ -82,7 +83,6 @@ def started_from(source: FittedTwoTower, plan: TwoTower, data: TrainingSet) -> F
 
 
 def states(model: FittedTwoTower) -> list[list[np.ndarray]]:
-    """Every weight of a model, each followed by its optimizer state."""
     optimizer = model.network.optimizer
     return [
         [variable.numpy(), *(slot.numpy() for slot in slots_of(optimizer, variable))]
@@ -105,15 +105,12 @@ def id_tables(model: FittedTwoTower) -> Iterator[tuple[str, dict[str, np.ndarray
         ("bias", biases, model.candidate_ids),
         ("history", network.query_tower.history.item_table, model.candidate_ids),
     ):
-        for kind, values in zip(
-            ("weights", "m", "v"), (table, *slots_of(optimizer, table)), strict=True
-        ):
+        states = (table, *slots_of(optimizer, table))
+        for kind, values in zip(("weights", "m", "v"), states, strict=True):
             yield f"{name}/{kind}", by_id(of_rows, values.numpy())
 
 
-def test_the_same_samples_start_with_the_same_state(
-    source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet]
-) -> None:
+def test_the_same_samples_start_with_the_same_state(source: FittedTwoTower, sets: Sets) -> None:
     again = started_from(source, tiny(**MODEL), sets[0])
     for ours, theirs in zip(states(again), states(source), strict=True):
         assert len(ours) == 3
@@ -146,12 +143,10 @@ def test_what_is_still_there_keeps_its_state_and_what_is_new_has_the_stand_in(
 
 def test_embeddings_are_of_the_source(source: FittedTwoTower, started: FittedTwoTower) -> None:
     """Of what is still there, through features and dense layers; of new items without their id."""
+    zero = np.zeros((1, 9), np.float32)
     ours, theirs = (
-        by_id(model.candidate_ids, np.r_[np.zeros((1, 9), np.float32), found])
-        for model, found in (
-            (started, started.network.embed_corpus()),
-            (source, source.network.embed_corpus()),
-        )
+        by_id(model.candidate_ids, np.r_[zero, model.network.embed_corpus()])
+        for model in (started, source)
     )
     kept = (ours.keys() & theirs.keys()) - {""}
     assert len(kept) == 20
@@ -165,25 +160,21 @@ def test_embeddings_are_of_the_source(source: FittedTwoTower, started: FittedTwo
     }
     expected = source.network.embed_candidates(tf.zeros(4, tf.int32), columns).numpy()
     np.testing.assert_allclose([ours[id_] for id_ in new], expected, atol=1e-6)
-    (ours, theirs) = (
-        model.network.embed_queries(
-            model.corpus.query_ids.rows(["user 7", ""]),
-            np.array([model.corpus.candidate_ids.rows(["item 12", "item 20", ""]), [0, 0, 0]]),
-        )
-        for model in (started, source)
-    )
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    found = []
+    for model in (started, source):
+        users = model.corpus.query_ids.rows(["user 7", ""])
+        history = model.corpus.candidate_ids.rows(["item 12", "item 20", ""])
+        found.append(model.network.embed_queries(users, np.array([history, [0, 0, 0]])))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
 
 
 @pytest.mark.usefixtures("in_eager_steps")
-def test_what_was_carried_over_is_told(
-    source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet]
-) -> None:
+def test_what_was_carried_over_is_told(source: FittedTwoTower, sets: Sets) -> None:
     training = {"max_epochs": 1, "optimizer": "adagrad", "learning_rate": 1e-9}
     model = tiny(**{**MODEL, "training": training}).fit_samples(sets[1], warm_start=source)
-    tables = (x.network.candidate_tower.id_tables[0].numpy() for x in (model, source))
     ours, theirs = (
-        by_id(x.candidate_ids, table) for x, table in zip((model, source), tables, strict=True)
+        by_id(x.candidate_ids, x.network.candidate_tower.id_tables[0].numpy())
+        for x in (model, source)
     )
     np.testing.assert_allclose(ours["item 12"], theirs["item 12"], atol=1e-6)
     assert model.notes[:4] == [
@@ -195,8 +186,8 @@ def test_what_was_carried_over_is_told(
     assert int(model.network.optimizer.iterations) == len(sets[1].samples) // 32
 
 
-def test_a_stopped_warm_start_goes_on_bit_for_bit(
-    source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
+def test_a_stopped_one_goes_on_bit_for_bit(
+    source: FittedTwoTower, sets: Sets, tmp_path: Path
 ) -> None:
     def stop(so_far: TrainingResult) -> None:
         if so_far.num_epochs == 1:
@@ -221,13 +212,13 @@ def test_a_stopped_warm_start_goes_on_bit_for_bit(
 
 def test_warm_up_and_decay_begin_anew() -> None:
     settings = TrainingSettings(learning_rate=0.1, warmup_steps=5, decay="cosine")
-    rates = [make_optimizer(settings, 20, first) for first in (0, 1000)]
     for step in (0, 3, 5, 12, 20):
-        for first, optimizer in zip((0, 1000), rates, strict=True):
+        rates = []
+        for first in (0, 1000):
+            optimizer = make_optimizer(settings, 20, first)
             optimizer.iterations.assign(first + step)
-        assert float(rates[0]._compute_current_learning_rate() or 0) == pytest.approx(
-            float(rates[1]._compute_current_learning_rate() or 0)
-        )
+            rates.append(float(optimizer._compute_current_learning_rate() or 0))
+        assert rates[0] == pytest.approx(rates[1])
 
 
 OTHERS: dict[str, Any] = {
@@ -246,14 +237,14 @@ OTHERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", [*SHAPE, *ATTENTION_SHAPE])
-def test_another_shape_is_refused_by_name(name: str, sets: tuple[TrainingSet, TrainingSet]) -> None:
+def test_another_shape_is_refused_by_name(name: str, sets: Sets) -> None:
     base = tiny(history_pooling=("attention",) if name in ATTENTION_SHAPE else ("mean",))
     other = TwoTowerSettings(**{**dict(base.settings), name: OTHERS[name]})
     with pytest.raises(ConfigError, match=rf"model\.{name}: got .*, where the model to start from"):
         WarmStart(untrained(base, sets[0].corpus), other, base.training, sets[1].corpus)
 
 
-def test_other_settings_keep_the_weights_their_size(sets: tuple[TrainingSet, TrainingSet]) -> None:
+def test_other_settings_keep_the_weights_their_size(sets: Sets) -> None:
     """None is forgotten in SHAPE: the others change no variable of the towers."""
     base = tiny().settings
     others: dict[str, Any] = {
@@ -272,16 +263,16 @@ def test_other_settings_keep_the_weights_their_size(sets: tuple[TrainingSet, Tra
     loss_alone = {"negatives", "hard"}
     assert others.keys() | loss_alone | set(SHAPE) == set(TwoTowerSettings.model_fields)
     changed = TwoTowerSettings(**{**base.model_dump(), **others})
-    shapes = [
-        [tuple(variable.shape) for variable in plan.build(sets[0].corpus).trainable_variables]
-        for plan in (TwoTower(**dict(base)), TwoTower(**dict(changed)))
-    ]
+    networks = [TwoTower(**dict(x)).build(sets[0].corpus) for x in (base, changed)]
+    shapes = [[tuple(variable.shape) for variable in x.trainable_variables] for x in networks]
     assert shapes[0] == shapes[1]
 
 
-def test_other_features_and_ids_are_refused(source: FittedTwoTower, tmp_path: Path) -> None:
+def test_other_features_and_ids_are_refused(
+    source: FittedTwoTower, sets: Sets, tmp_path: Path
+) -> None:
     events = pd.DataFrame({"user_id": [1] * 39 + [2], "item_id": np.arange(40)})
-    data = TrainingSet.build(Log.from_table(events), tmp_path, seed=0)
+    data = TrainingSet.build(Log.from_table(events), tmp_path / "numbers", seed=0)
     with pytest.raises(ConfigError) as error:
         tiny(**MODEL).fit_samples(data, warm_start=source)
     lines = str(error.value).splitlines()
@@ -289,6 +280,17 @@ def test_other_features_and_ids_are_refused(source: FittedTwoTower, tmp_path: Pa
     assert lines[1:] == [
         f"warm_start: {whose} ids are integers here and strings there" for whose in ("item", "user")
     ]
+    other = TrainingSet.build(log_of(range(50, 70), 0), tmp_path / "other", seed=0)
+    with pytest.raises(ConfigError, match=r"no item is known there: ids are like 'item 50' here"):
+        tiny(**MODEL).fit_samples(other, warm_start=source)
+
+    class Own(tf.keras.layers.Layer):
+        def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
+            return tf.ones([tf.shape(inputs["row"])[0], 8])
+
+    own = TwoTower(dim=8, candidate_tower=Own())
+    with pytest.raises(ConfigError, match="own towers cannot be carried over"):
+        WarmStart(untrained(own, sets[0].corpus), own, own.training, sets[1].corpus)
 
 
 @pytest.mark.usefixtures("in_eager_steps")
@@ -304,22 +306,6 @@ def test_a_number_on_another_scale_is_told(tmp_path: Path) -> None:
         notes.append([note for note in model.notes if "price" in note])
     assert notes[:2] == [[], []]
     assert re.fullmatch(r"    price: on another scale .*: 2\.872 there, 3e\+05 here", notes[2][0])
-
-
-def test_ids_of_another_kind_and_own_towers_are_refused(
-    source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
-) -> None:
-    other = TrainingSet.build(log_of(range(50, 70), 0), tmp_path, seed=0)
-    with pytest.raises(ConfigError, match=r"no item is known there: ids are like 'item 50' here"):
-        tiny(**MODEL).fit_samples(other, warm_start=source)
-
-    class Own(tf.keras.layers.Layer):
-        def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
-            return tf.ones([tf.shape(inputs["row"])[0], 8])
-
-    own = TwoTower(dim=8, candidate_tower=Own())
-    with pytest.raises(ConfigError, match="own towers cannot be carried over"):
-        WarmStart(untrained(own, sets[0].corpus), own, own.training, sets[1].corpus)
 
 
 @pytest.mark.parametrize("kind", ["hashed", "bucketized", "categorical"])

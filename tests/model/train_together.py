@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from tests.model.conftest import LOSERS, REQUEST_FEATURES, make_log, tiny, weights_of
+from tfrs_pipeline import InBatch, Mined, Popularity, Uniform
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import chief_first
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.negatives.hard import Mined
-from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 
 # Every kind of negative, of dropout, of examples and of optimizer: what replicas could get wrong.
 DROPOUT: dict[str, Any] = {"use_user_id": True, "feature_dropout": 0.2, "hard": LOSERS}
