@@ -36,26 +36,21 @@ CONTRIBUTING, ARCHITECTURE = PAGES.values()
 CLICK, QUERY = "From a click in a file to the loss", "From an HTTP query to ids"
 
 
+@functools.cache
+def function_of(code: CodeType, module: str) -> tuple[str, str] | None:
+    """Names a function of the package; AutoGraph writes it into a file of its own."""
+    path, name = SOURCES.get(module, PACKAGE / "__init__.py"), code.co_name.removeprefix("tf__")
+    is_there = path != PACKAGE / "__init__.py" and name != "<module>"
+    return (str(path.relative_to(PACKAGE)), name) if is_there else None
+
+
 class Calls(list[tuple[str, str]]):
     """Calls of the package's functions, in order, such as ("data/files.py", "scan")."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[CodeType, tuple[str, str] | None] = {}
-
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event != "call":
-            return
-        if frame.f_code not in self._known:
-            # Not the file's name: AutoGraph writes a function into a file of its own.
-            path = SOURCES.get(frame.f_globals.get("__name__") or "")
-            name = frame.f_code.co_name.removeprefix("tf__")
-            is_function = path not in (None, PACKAGE / "__init__.py") and name != "<module>"
-            self._known[frame.f_code] = (
-                (str(path.relative_to(PACKAGE)), name) if path and is_function else None
-            )
-        if (found := self._known[frame.f_code]) is not None:
-            self.append(found)
+        if event == "call":
+            found = function_of(frame.f_code, frame.f_globals.get("__name__") or "")
+            self.extend([found] if found else [])
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -12,18 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline import FunnelLosers, InBatch, Mined, Popularity, Uniform
-from tfrs_pipeline.config import (
-    Config,
-    ConfigError,
-    EvaluationConfig,
-    ExportConfig,
-    RunConfig,
-    dump_config,
-    load_config,
-    movielens_config,
-    with_settings,
-)
+import tfrs_pipeline as tp
+from tfrs_pipeline import dump_config, load_config, movielens_config, with_settings
+from tfrs_pipeline.config import Config, ConfigError, EvaluationConfig, ExportConfig, RunConfig
 from tfrs_pipeline.data.reading import StageName
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.data.settings import DataConfig, SplitConfig
@@ -71,7 +62,7 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
     assert load(tmp_path, OWN) == RunConfig(
         seed=3,
         training={"batch_size": 512},
-        model={"negatives": (Popularity(7, 1.0), Uniform(5), InBatch())},
+        model={"negatives": (tp.Popularity(7, 1.0), tp.Uniform(5), tp.InBatch())},
         data={"source": "files", "path": Path("clicks.csv"), "columns": {"user_id": "viewer"}},
     )
 
@@ -125,7 +116,7 @@ def test_a_dump_holds_every_setting_but_those_that_are_none() -> None:
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=10)
 ZONES = st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30))])
-HARD = [None, Mined(every=2), FunnelLosers(stages=("ranked",), min_rank=3)]
+HARD = [None, tp.Mined(every=2), tp.FunnelLosers(stages=("ranked",), min_rank=3)]
 
 
 @st.composite
@@ -149,7 +140,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
         ),
         model=TwoTowerSettings(
             negatives=[
-                Popularity(num, alpha)
+                tp.Popularity(num, alpha)
                 for alpha, num in draw(st.lists(st.tuples(numbers, st.integers(1, 10**9))))
             ],
             hard=draw(st.sampled_from(HARD)),
@@ -205,9 +196,7 @@ def test_a_field_has_a_sentence_for_the_help_a_default_and_a_number_its_range() 
         (RunConfig, "seed", [2**31], [2**31 - 1]),
     ],
 )
-def test_the_ends_of_a_range(
-    table: type[Config], name: str, refused: list[Any], allowed: list[Any]
-) -> None:
+def test_the_ends_of_a_range(table: type[Config], name: str, refused: Any, allowed: Any) -> None:
     for value in refused:
         (setting,) = problems(table, **{name: value})
         assert setting.split(".")[0] == name
@@ -306,7 +295,7 @@ def test_replaced_settings_are_checked() -> None:
     assert changed.data == base.data
     assert base == movielens_config()
     with pytest.raises(pydantic.ValidationError, match="frozen"):
-        base.seed = 1  # type: ignore[misc]
+        base.seed = 1
     for name, value, message in [
         ("training.max_epochs", 0, "must be greater than 0"),
         ("training.max_epoch", 2, "did you mean 'max_epochs'"),

@@ -7,32 +7,23 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.drawing import (
-    INK,
-    PALETTE,
-    SERIES,
-    Drawing,
-    finish,
-    label_lines,
-    new_figure,
-    spread_apart,
-)
+import tfrs_pipeline.drawing as style
 
 
-def draw() -> Drawing:
-    figure, (axes,) = new_figure(4, 3)
-    axes.plot([1, 2], [1, 2], color=SERIES[0])
-    axes.plot([1, 2], [2, 2.001], color=SERIES[1])
+def draw() -> style.Drawing:
+    figure, (axes,) = style.new_figure(4, 3)
+    axes.plot([1, 2], [1, 2], color=style.SERIES[0])
+    axes.plot([1, 2], [2, 2.001], color=style.SERIES[1])
     axes.set_yticks([1.85, 1.875, 1.9])
-    label_lines(axes, {"a < b": (2, 2), "c": (2, 2.001)}, SERIES)
-    axes.set_title("two", color=INK)
-    return finish(figure, 'Lines "a" & "b"')
+    style.label_lines(axes, {"a < b": (2, 2), "c": (2, 2.001)}, style.SERIES)
+    axes.set_title("two", color=style.INK)
+    return style.finish(figure, 'Lines "a" & "b"')
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=8), st.floats(0.1, 20))
 def test_moved_heights_are_apart_in_order_and_nearest(heights: list[float], least: float) -> None:
     given_heights = np.array(heights)
-    found = spread_apart(given_heights, least)
+    found = style.spread_apart(given_heights, least)
     order = np.argsort(given_heights, kind="stable")
     assert np.all(np.diff(found[order]) >= least - 1e-9)
     # No other heights that are apart are nearer: not these moved up or down, not a stack of them.
@@ -57,7 +48,7 @@ def test_a_figure_follows_its_page_or_is_a_card_of_both_schemes() -> None:
         assert "a < b" in "".join(root.itertext())
     assert not re.search(r"#[0-9a-f]{6}", inline)
     assert set(re.findall(r'\bid="(\w+)-', inline)) == {"first"}
-    for light, dark in PALETTE.values():
+    for light, dark in style.PALETTE.values():
         assert light in card
         assert dark in card
     painted = set(re.findall(r"(?:fill|stroke): ([^;\"}]+)", card))

@@ -22,16 +22,8 @@ import pytest
 import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
-from tfrs_pipeline.durable import (
-    Damaged,
-    InUse,
-    StorageError,
-    locked,
-    naming,
-    read_record,
-    try_writing,
-    write_record,
-)
+from tfrs_pipeline import durable
+from tfrs_pipeline.durable import Damaged, InUse, StorageError, locked, naming, read_record
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -43,7 +35,7 @@ def record(tmp_path: Path) -> Path:
     for file in files:
         file.write_text("1 2 3")
     path = tmp_path / "about.json"
-    write_record(path, {"epochs": (1, 2.5), "name": "é", "nothing": None}, files)
+    durable.write_record(path, {"epochs": (1, 2.5), "name": "é", "nothing": None}, files)
     return path
 
 
@@ -51,7 +43,7 @@ def test_a_record_gives_back_its_content(record: Path) -> None:
     assert read_record(record) == {"epochs": [1, 2.5], "name": "é", "nothing": None}
     with pytest.raises(FileNotFoundError):
         read_record(record.with_name("none.json"))
-    write_record(record, {"name": "new"})
+    durable.write_record(record, {"name": "new"})
     assert read_record(record) == {"name": "new"}
     assert {path.name for path in record.parent.iterdir()} == {"about.json", "below", "table"}
 
@@ -154,9 +146,7 @@ def test_a_lock_is_held_by_one_and_freed_by_a_kill(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_lock_file_that_was_removed_meanwhile_locks_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_file_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is opened while its holder removes it, and another holder makes a new one."""
     path, stack, flock = tmp_path / "lock", contextlib.ExitStack(), fcntl.flock
 
@@ -217,8 +207,8 @@ def test_only_errors_of_a_disk_become_storage_errors(code: int, tmp_path: Path) 
 
 
 def test_a_folder_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
-    try_writing(tmp_path / "a" / "b")
+    durable.try_writing(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file.*: Not a directory"):
-        try_writing(tmp_path / "file" / "below")
+        durable.try_writing(tmp_path / "file" / "below")

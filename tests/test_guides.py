@@ -182,9 +182,7 @@ def write_movielens(folder: Path) -> None:
         (folder / name).write_text("\n".join(lines) + "\n", encoding="latin-1")
 
 
-def test_what_the_readme_runs_can_be_asked_all_that_the_pages_ask(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main job, on made-up ratings, then every request of the README and of the guide."""
     monkeypatch.chdir(tmp_path)
     write_movielens(tmp_path)

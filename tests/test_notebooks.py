@@ -1,6 +1,5 @@
 """The notebooks run from the first cell to the last, and are committed with their output."""
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
+from tests.small_log import NUM_ITEMS, NUM_USERS, Ids, event_table, item_table, user_table, write
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICKSTART = NOTEBOOKS / "01_quickstart.ipynb"
 SAMPLING = NOTEBOOKS / "02_sampling.ipynb"
 SERVING = NOTEBOOKS / "03_serving.ipynb"
-NUM_USERS, NUM_ITEMS, NUM_GROUPS = 200, 160, 4
 MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000, SERVING: 700_000}
 FIGURES = {
     QUICKSTART: ("popularity", "curve", "slices"),
@@ -37,45 +37,20 @@ MACHINE = re.compile(r"/(?:work|tmp|root|home|usr|private)/")
 DECIMAL = re.compile(r"[-+]?\d*\.\d+")
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_tables(folder: Path, *, prefix: str = "") -> None:
-    """Writes a log in which users click what is popular and of their own group.
-
-    Ids are numbers, of which a prefix makes text.
-    """
-    rng = np.random.default_rng(0)
-    group = np.arange(NUM_ITEMS) % NUM_GROUPS
-    popularity = 1 / (1 + np.arange(NUM_ITEMS)) ** 0.6
-    events: list[dict[str, Any]] = []
-    for user in range(NUM_USERS):
-        appeal = popularity * np.where(group == user % NUM_GROUPS, 8, 1)
-        shown = rng.choice(NUM_ITEMS, size=30, replace=False, p=appeal / appeal.sum())
-        times = 1_700_000_000 + np.sort(rng.integers(0, 100_000, size=30))
-        for item, time in zip(shown.tolist(), times.tolist(), strict=True):
-            stage = "clicked" if rng.random() < 0.7 else "exposed"
-            ids = {"user_id": f"{prefix}{user}", "item_id": f"{prefix}{item}"}
-            events.append({**ids, "timestamp": time, "stage": stage})
-    write_csv(folder / "events.csv", events)
+def write_tables(folder: Path, ids: Ids) -> None:
+    """Writes the tests' small log as the tables that the notebooks read."""
+    write(event_table(ids).drop_columns(["rating"]), folder / "events.csv")
+    items, users, number = item_table(ids), user_table(ids), np.arange(max(NUM_ITEMS, NUM_USERS))
     # One of the films that the notebook looks for; the others are missing.
-    titles = ["Star Wars", *(f"Film {item}" for item in range(1, NUM_ITEMS))]
-    items = [
-        {"item_id": f"{prefix}{i}", "title": title, "year": 1980 + i % 20}
-        | {"genres": f"Genre {group[i]}|Film"}
-        for i, title in enumerate(titles)
-    ]
-    write_csv(folder / "items.csv", items)
-    users = [
-        {"user_id": f"{prefix}{user}", "age_group": "25-34"}
-        | {"gender": "FM"[user % 2], "occupation": "writer"}
-        for user in range(NUM_USERS)
-    ]
-    write_csv(folder / "users.csv", users)
+    items = items.set_column(1, "title", [["Star Wars", *items["title"].to_pylist()[1:]]])
+    genres = [f"{genre}|Film" for genre in items["genre"].to_pylist()]
+    items = items.drop_columns(["genre"]).append_column("genres", [genres])
+    write(items.append_column("year", [1980 + number[:NUM_ITEMS] % 20]), folder / "items.csv")
+    texts = {"age_group": ["25-34"], "gender": ["F", "M"], "occupation": ["writer"]}
+    for name, values in texts.items():
+        column = np.resize(np.array(values, object), NUM_USERS)
+        users = users.append_column(name, [column])
+    write(users.drop_columns(["age"]), folder / "users.csv")
 
 
 def code_cells(notebook: Any) -> Iterator[Any]:
@@ -125,7 +100,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_quickstart_runs_on_a_small_log(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tables(small)
+    write_tables(small, "int")
     cells = run(QUICKSTART, small, monkeypatch)
     assert f"{NUM_USERS:,} users" in outputs(cells["data"])
     assert "ease" in outputs(cells["metrics"])
@@ -149,7 +124,7 @@ def test_sampling_runs_on_a_small_funnel(small: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_serving_runs_on_a_small_log(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tables(small, prefix="id ")
+    write_tables(small, "str")
     cells = run(SERVING, small, monkeypatch)
     kept_away = re.search(rf"{NUM_ITEMS} films, (\d+) of them kept away", outputs(cells["data"]))
     assert kept_away is not None

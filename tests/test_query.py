@@ -1,6 +1,8 @@
 """The query command on models that read requests and times."""
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tfrs_pipeline.features.lists import Text
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
 
@@ -23,16 +25,14 @@ def served() -> Served:
 
 
 @pytest.fixture(scope="module")
-def loaded(
+def model(
     served: Served, tmp_path_factory: pytest.TempPathFactory, trusted_exports: None
-) -> LoadedRetriever:
-    return load(export(served.exportable(), tmp_path_factory.mktemp("films"), index=Exact()))
-
-
-@pytest.fixture
-def model(loaded: LoadedRetriever, monkeypatch: pytest.MonkeyPatch) -> LoadedRetriever:
-    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: loaded)
-    return loaded
+) -> Iterator[LoadedRetriever]:
+    """A model, which the command loads once, as it does others."""
+    folder = export(served.exportable(), tmp_path_factory.mktemp("films"), index=Exact())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retriever, "load", functools.cache(retriever.load))
+        yield retriever.load(folder)
 
 
 def given(request: dict[str, str]) -> list[str]:
@@ -52,18 +52,13 @@ def asked(command: Any, *arguments: Any) -> dict[str, Any]:
     return found
 
 
-def test_requests_and_times_are_asked_with(
-    served: Served, model: LoadedRetriever, command: Any
-) -> None:
+def test_requests_and_times_are_asked(served: Served, model: LoadedRetriever, command: Any) -> None:
     query = query_of(served, 3, request=READ)
     history, times = query["history"], query["history_timestamps"]
     later = {**query_of(served, 3), "history_timestamps": [None, *times[1:-1], None]}
     texts = [time.isoformat() for time in times]
     words = [model.folder, "--history", *history, "-k", K, "--history_timestamps"]
-    for flags, expected in (
-        ([*texts, *given(TYPED)], query),
-        (["none", *texts[1:-1], ""], later),
-    ):
+    for flags, expected in (([*texts, *given(TYPED)], query), (["none", *texts[1:-1], ""], later)):
         ids, _ = model.retrieve([expected], K, [history])
         items = asked(command, *words, *flags)["items"]
         assert [item["item_id"] for item in items] == ids[0].tolist()
@@ -80,8 +75,8 @@ def test_requests_and_times_are_asked_with(
         (given({"place": "1,nan,3"}), "(it is not finite)"),
     ],
 )
-def test_what_cannot_be_read_is_refused(
-    model: LoadedRetriever, command: Any, flags: list[str], message: str
+def test_what_cannot_be_read(
+    model: LoadedRetriever, command: Any, flags: Any, message: str
 ) -> None:
     answer = command("query", model.folder, "--history", "3", *flags)
     assert answer.code
@@ -100,7 +95,7 @@ def test_the_json_holds_no_control_characters(
 
 
 def test_notes_say_what_of_a_history_is_not_read(
-    served: Served, loaded: LoadedRetriever, tmp_path: Path, command: Any
+    served: Served, model: LoadedRetriever, tmp_path: Path, command: Any
 ) -> None:
     items = served.known(2)[:2]
     times = ["--history-timestamps", "none", "2024-05-01T07:30Z"]
@@ -117,7 +112,7 @@ def test_notes_say_what_of_a_history_is_not_read(
         (histories, [], []),
         (histories, ["4"], [unknown]),
         (histories, times, [no_times]),
-        (loaded.folder, times, []),
+        (model.folder, times, []),
     ):
         found = asked(command, at, "--history", *items, *flags)["notes"]
         found = [note for note in found if "Not given" not in note]
@@ -144,8 +139,6 @@ def test_notes_say_what_a_request_lacks_or_holds_that_is_unknown(
     search = Text.fit("search", ["red shoes", "blue shoes"])
     searched = make_served("int", use_user_id=False, request_features=(search,))
     folder = export(searched.exportable(), tmp_path / "model", index=Exact())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retriever, "load", load)
-        (note,) = notes(folder, "--request", "search=green hats")
-        assert note == "search 'green hats' is unknown to the model: taken as missing."
-        assert notes(folder, "--request", "search=green shoes") == []
+    (note,) = notes(folder, "--request", "search=green hats")
+    assert note == "search 'green hats' is unknown to the model: taken as missing."
+    assert notes(folder, "--request", "search=green shoes") == []

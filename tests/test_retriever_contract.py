@@ -18,8 +18,7 @@ import tensorflow as tf
 from tfrs_pipeline import Exact, InBatch, Query, Retriever, Scann, TrainingSettings, Uniform
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Transitions
-from tfrs_pipeline.evaluation.interactions import Interactions
-from tfrs_pipeline.evaluation.sequences import Sequences
+from tfrs_pipeline.evaluation.interactions import Interactions, Sequences
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.exportable import Exportable

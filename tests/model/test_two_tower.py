@@ -26,8 +26,8 @@ from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.hard import FunnelLosers
+from tfrs_pipeline.negatives.kinds import Popularity
 from tfrs_pipeline.settings import ConfigError
 
 EASY = [Uniform(16), Popularity(16, 1.0)]

@@ -188,9 +188,7 @@ class Own:
         ([1], (0, -1, 1, 1), "0 or more.*-1.0 to 1.0"),
     ],
 )
-def test_an_own_kind_that_does_not_keep_to_its_word_is_refused(
-    drawn: Any, counts: Any, message: str
-) -> None:
+def test_an_own_kind_that_breaks_its_word_is_refused(drawn: Any, counts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"Own.*{message}"):
         Mixture([InBatch(), Own(drawn, *counts)], frame_of([0, 3, 1, 0], 4))
 

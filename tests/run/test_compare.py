@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 
 from tests.small_log import SMALL_TRAINING, Stopped, Watched, small_config
-from tfrs_pipeline.cli import main
+from tfrs_pipeline import FunnelLosers, Popularity, Uniform
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.comparison import compared_in_words, comparison_figure
-from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.run.compare import PlanComparison, compare
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.measure import evaluate_all
@@ -32,7 +29,6 @@ NUM_EPOCHS, MAX_STEPS = 2, 20  # Of twelve steps each.
 
 
 def funnel_config(folder: Path, *, min_rank: int = 10, **compare_settings: Any) -> RunConfig:
-    """Makes settings for a small simulated funnel, which `write_funnel` writes."""
     return small_config(
         folder,
         {"source": "files", "path": folder / "funnel.parquet"},
@@ -50,15 +46,11 @@ def funnel_config(folder: Path, *, min_rank: int = 10, **compare_settings: Any) 
 
 
 def write_funnel(folder: Path) -> None:
-    simulation = simulate_funnel(
-        num_users=150,
-        num_items=400,
-        num_requests=1500,
-        seed=1,
-        options=FunnelOptions(
-            num_retrieved=30, num_pre_ranked=15, num_ranked=8, num_exposed=5, click_bias=-2.0
-        ),
+    options = FunnelOptions(
+        num_retrieved=30, num_pre_ranked=15, num_ranked=8, num_exposed=5, click_bias=-2.0
     )
+    sizes = {"num_users": 150, "num_items": 400, "num_requests": 1500}
+    simulation = simulate_funnel(**sizes, seed=1, options=options)
     simulation.log.events.to_parquet(folder / "funnel.parquet")
 
 
@@ -79,45 +71,43 @@ def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pla
 
 
 def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
-    config: RunConfig, compared: PlanComparison, tmp_path: Path, capsys: Any
+    config: RunConfig, compared: PlanComparison, here: Path, command: Any
 ) -> None:
-    path = tmp_path / "compare.toml"
-    path.write_text(dump_config(config))
-    assert main(["compare", "--config", str(path), "--check"]) == 0
-    shown = capsys.readouterr().out
+    Path("compare.toml").write_text(dump_config(config))
+    code, shown, _ = command("compare", "--config", "compare.toml", "--check")
+    assert code == 0
     # Mined negatives are the config's own: losers are counted because the plan "hybrid" wants them.
     samples = read_record(compared.folder / "samples" / "selection" / "report.json")
     for stage, pool in samples["hard_negatives"].items():
         assert f"hard negatives, {stage}: {pool['num_samples']:,} positives have some" in shown
     assert "3 plans: in_batch_uncorrected, mixed, hybrid_0.1\n" in shown
-    assert [path.name for path in tmp_path.iterdir()] == ["compare.toml"]
+    assert [path.name for path in here.iterdir()] == ["compare.toml"]
 
 
 def test_what_a_plan_cannot_train_on_is_refused_before_the_first_one_is_trained(
-    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: RunConfig, here: Path, command: Any
 ) -> None:
-    path = tmp_path / "compare.toml"
     plans = {"compare.plans": ["mixed", "hybrid"], "compare.max_steps": None}
     warm_up = {"training.warmup_steps": 1000, "training.decay": "cosine"}
-    path.write_text(dump_config(with_settings(config, plans | warm_up)))
-    for more in (["--check"], ["--run-dir", str(tmp_path / "run")]):
-        assert main(["compare", "--config", str(path), *more])
-        said = " ".join(capsys.readouterr().err.split())
-        assert "A warm-up of 1000 steps leaves nothing of" in said
-    assert not [*tmp_path.glob("run/plans/*/checkpoints/*/*")]
+    Path("compare.toml").write_text(dump_config(with_settings(config, plans | warm_up)))
+    for more in (["--check"], ["--run-dir", "run"]):
+        answer = command("compare", "--config", "compare.toml", *more)
+        assert answer.code
+        assert "A warm-up of 1000 steps leaves nothing of" in " ".join(answer.err.split())
+    assert not [*here.glob("run/plans/*/checkpoints/*/*")]
 
 
 @pytest.mark.parametrize("examples", ["sequences", "sets"])
 def test_positives_trained_together_are_single_in_every_plan(
-    config: RunConfig, tmp_path: Path, examples: str, capsys: pytest.CaptureFixture[str]
+    config: RunConfig, here: Path, examples: str, command: Any
 ) -> None:
     easy = ["uniform:num=16", "popularity:num=16"]
     together = {"training.examples": examples, "model.negatives": easy, "model.hard": None}
-    path = tmp_path / "compare.toml"
     plans = {"compare.plans": ["in_batch", "mixed"]}
-    path.write_text(dump_config(with_settings(config, together | plans)))
-    assert main(["compare", "--config", str(path), "--check"]) == 0
-    assert "every plan is trained with training.examples 'single'" in capsys.readouterr().out
+    Path("compare.toml").write_text(dump_config(with_settings(config, together | plans)))
+    answer = command("compare", "--config", "compare.toml", "--check")
+    assert answer.code == 0
+    assert "every plan is trained with training.examples 'single'" in answer.out
 
 
 def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
@@ -127,20 +117,14 @@ def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
     of = {name: with_settings(config, plan) for name, plan in plans.items()}
     easy, shares = "in_batch_uncorrected in_batch uniform popularity mixed", "hybrid_0.1 mined_0.1"
     assert list(of) == f"{easy} {shares} hybrid_50_50 resampled_0.5 exposed_0.1".split()
+    sampling = ("negatives", "hard", "resampling_exponent")
+    same = {"correction": "mixture"} | {x: getattr(config.model, x) for x in sampling}
     for name, plan in of.items():
         assert plan.model_copy(update={"model": config.model}) == config, name
-        towers = {
-            field: getattr(config.model, field)
-            for field in ("negatives", "hard", "resampling_exponent")
-        }
-        corrected = {"correction": "mixture"}
-        assert plan.model.model_copy(update={**towers, **corrected}) == config.model, name
+        assert plan.model.model_copy(update=same) == config.model, name
         assert (plan.model.correction == "none") == (name == "in_batch_uncorrected")
     num_columns = {
-        name: sum(
-            config.training.batch_size - 1 if isinstance(kind, InBatch) else kind.num
-            for kind in plan.model.negatives
-        )
+        name: sum(getattr(kind, "num", 255) for kind in plan.model.negatives)
         for name, plan in of.items()
     }
     # In-batch alone cannot have more; all others have as many.
@@ -148,26 +132,14 @@ def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
     assert set(num_columns.values()) == {255 + 32}
     assert of["popularity"].model.negatives == (Popularity(287, 0.75),)
     assert of["uniform"].model.negatives == (Uniform(287),)
-    hard = {
-        name: (plan.model.hard.share, plan.model.hard.pools)
-        for name, plan in of.items()
-        if plan.model.hard is not None
-    }
-    assert hard == {
+    hard = {name: plan.model.hard for name, plan in of.items() if plan.model.hard is not None}
+    assert {name: (kind.share, kind.pools) for name, kind in hard.items()} == {
         "hybrid_0.1": (0.1, ("retrieved", "pre_ranked")),
         "mined_0.1": (0.1, ("mined",)),
         "hybrid_50_50": (0.5, ("retrieved", "pre_ranked")),
         "exposed_0.1": (0.1, ("exposed",)),
     }
     assert {n for n, plan in of.items() if plan.model.resampling_exponent} == {"resampled_0.5"}
-
-
-def test_exposed_items_are_negatives_only_where_the_user_insists(tmp_path: Path) -> None:
-    assert "exposed" not in RunConfig().compare.plans
-    config = funnel_config(tmp_path, plans=["mixed", "exposed"])
-    plans, (note,) = sampling_plans(config, ["retrieved"], 60, 9)
-    assert list(plans) == ["mixed"]
-    assert "no exposed items" in note
 
 
 def test_without_losers_hybrids_are_mined_or_missing(tmp_path: Path) -> None:
@@ -189,6 +161,8 @@ def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path)
     own = FunnelLosers(stages=("ranked", "pre_ranked"), min_rank=10, num=2, share=0.2)
     config = funnel_config(tmp_path, plans=["mixed", "hybrid", "exposed"])
     config = with_settings(config, {"model.hard": own})
+    # Exposed items are negatives only where the user insists, and the log has some.
+    assert "exposed" not in RunConfig().compare.plans
     asked = every_loser(config)
     assert asked == replace(own, stages=(*own.stages, "exposed"), allow_exposed=True)
     plans, notes = sampling_plans(config, ["ranked", "retrieved"], 60, 9)
@@ -202,20 +176,16 @@ def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path)
     assert "no losers of ranked or pre_ranked" in note
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_that_cannot_be(tmp_path: Path) -> None:
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"plans": ["in_batch"]}, "reference: got 'mixed', which is not among"),
         ({"plans": []}, "plans: .*must list at least one"),
         ({"hard_shares": [0.1, 0.1]}, "hard_shares.*twice"),
-    ],
-)
-def test_settings_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        funnel_config(tmp_path, **settings)
-
-
-def test_a_run_to_start_from_is_refused_as_all_plans_start_from_nothing(tmp_path: Path) -> None:
+    )
+    for settings, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            funnel_config(tmp_path, **settings)
+    # All plans start from nothing.
     config = funnel_config(tmp_path).model_copy(update={"warm_start": Path("runs/yesterday")})
     with pytest.raises(
         ConfigError, match=r"^warm_start: got 'runs/yesterday': .*from random weights"
@@ -249,6 +219,9 @@ def test_files_hold_the_plans(compared: PlanComparison) -> None:
     names = ("models", "differences", "by_request")
     assert {name: saved[name] for name in names} == evaluation.summary()
     assert saved["plans"]["mixed"]["epochs"] == compared.trainings["mixed"].best_epoch
+    # Two epochs are the budget in steps.
+    epochs = [*compared.folder.glob("plans/mixed/checkpoints/selection/epoch-*.json")]
+    assert max(path.stem for path in epochs) == f"epoch-{NUM_EPOCHS}"
     text = (compared.folder / "comparison.md").read_text()
     for name, result in evaluation.results.items():
         assert name in text
@@ -269,9 +242,8 @@ def test_mixed_equals_a_run(config: RunConfig, compared: PlanComparison, tmp_pat
     plain = with_settings(config, {"model.hard": None, "training.max_epochs": NUM_EPOCHS})
     result = evaluate_all(plain, {"model": train_and_refit(plain, data)}, data)
     found = compared.evaluation
-    for measured, again in ((found, result), (found.by_request, result.by_request)):
-        assert isinstance(measured, Evaluation)
-        assert isinstance(again, Evaluation)
+    pairs: Any = ((found, result), (found.by_request, result.by_request))
+    for measured, again in pairs:
         mixed = measured.results["mixed"]
         assert mixed.overall.intervals == again.first.overall.intervals
         assert mixed.slices["tail"].intervals == again.first.slices["tail"].intervals
@@ -289,50 +261,32 @@ def test_figure_shows_the_plans(compared: PlanComparison) -> None:
 # How it runs
 
 
-def compared_with_first(mean: float, others: dict[str, tuple[float, float, float]]) -> Any:
-    """Makes an evaluation of "mixed" and others, by their mean and ends of their difference."""
-    means = {"mixed": mean, **{name: x[0] for name, x in others.items()}}
-    return SimpleNamespace(
-        results={
-            name: SimpleNamespace(overall=SimpleNamespace(intervals={"ndcg@5": Interval(x, 0, 1)}))
-            for name, x in means.items()
-        },
-        differences={name: {"ndcg@5": Interval(0.0, *x[1:])} for name, x in others.items()},
+def test_what_a_comparison_comes_to_is_said() -> None:
+    """By the ends of each difference from the first: beside 0, around it, or not known."""
+    ends = {"hybrid": (0.09, 0.11), "mined": (-0.01, 0.03), "uniform": (-0.11, -0.09)}
+    ends |= {"one query": (np.nan, np.nan), "exposed": (0.1, 0.12)}
+    means = {"mixed": 0.3, "hybrid": 0.4, "mined": 0.31, "uniform": 0.2, "one query": 0.3}
+    means["exposed"] = 0.41
+
+    def said(*names: str) -> str:
+        intervals = {x: {"ndcg@5": Interval(means[x], 0, 1)} for x in ("mixed", *names)}
+        overall = {x: SimpleNamespace(intervals=each) for x, each in intervals.items()}
+        found: Any = SimpleNamespace(
+            results={x: SimpleNamespace(overall=each) for x, each in overall.items()},
+            differences={x: {"ndcg@5": Interval(0.0, *ends[x])} for x in names},
+        )
+        return compared_in_words(found, "ndcg@5").removeprefix("in ndcg@5 ")
+
+    assert said("uniform", "mined", "hybrid", "one query") == (
+        "hybrid beats mixed; mined, one query tie with mixed; uniform is worse than mixed"
     )
+    # The highest one may tie, or be the reference itself.
+    assert said("mined") == "mined ties with mixed; mined is highest, by no more than chance"
+    assert said("uniform") == "mixed is highest; uniform is worse than mixed"
+    assert said("hybrid", "exposed") == "hybrid, exposed beat mixed, exposed the most"
 
 
-@pytest.mark.parametrize(
-    ("others", "said"),
-    [
-        (
-            {
-                "uniform": (0.2, -0.11, -0.09),
-                "mined": (0.31, -0.01, 0.03),
-                "hybrid": (0.4, 0.09, 0.11),
-                "one query": (0.3, np.nan, np.nan),
-            },
-            "hybrid beats mixed; mined, one query tie with mixed; uniform is worse than mixed",
-        ),
-        # The highest one may tie, or be the reference itself.
-        (
-            {"mined": (0.31, -0.01, 0.03)},
-            "mined ties with mixed; mined is highest, by no more than chance",
-        ),
-        ({"uniform": (0.2, -0.11, -0.09)}, "mixed is highest; uniform is worse than mixed"),
-        (
-            {"hybrid": (0.4, 0.09, 0.11), "mined": (0.41, 0.1, 0.12)},
-            "hybrid, mined beat mixed, mined the most",
-        ),
-    ],
-)
-def test_what_a_comparison_comes_to_is_said(others: Any, said: str) -> None:
-    assert compared_in_words(compared_with_first(0.3, others), "ndcg@5") == f"in ndcg@5 {said}"
-
-
-def test_a_stopped_comparison_goes_on_where_it_was(
-    config: RunConfig, compared: PlanComparison, tmp_path: Path
-) -> None:
-    """In the second plan, after the first one."""
+def test_a_stopped_one_goes_on(config: RunConfig, compared: PlanComparison, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(compared.folder, tmp_path / "run"))
     for path in (*folder.glob("comparison.*"), *folder.glob("plans/mixed/checkpoints/*/*")):
         path.unlink()
@@ -345,12 +299,3 @@ def test_a_stopped_comparison_goes_on_where_it_was(
     epochs = Counter(step for step in first.tasks + second.tasks if ", " in step[0] and step[1])
     names = ("mixed, selection", "hybrid_0.1, selection")
     assert epochs == {(name, i): 1 for name in names for i in range(1, NUM_EPOCHS + 1)}
-
-
-def epochs_of(folder: Path, plan: str) -> list[str]:
-    saved = folder / "plans" / plan / "checkpoints" / "selection"
-    return sorted(path.stem for path in saved.glob("epoch-*.json"))
-
-
-def test_the_budget_in_steps(compared: PlanComparison) -> None:
-    assert epochs_of(compared.folder, "mixed")[-1] == f"epoch-{NUM_EPOCHS}"

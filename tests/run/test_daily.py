@@ -20,9 +20,8 @@ import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_id, item_table, small_config, write
-from tfrs_pipeline import cli
+from tfrs_pipeline import ConfigError, Holdout, cli
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
-from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
@@ -35,9 +34,8 @@ from tfrs_pipeline.run.refresh import describe_undone, refresh_index
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.run.versions import with_source
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import load
-from tfrs_pipeline.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of the items that are there.
@@ -46,28 +44,24 @@ WITHDRAWN = [5, 6]  # Of today's events, what today's item table lacks.
 
 @dataclass(frozen=True)
 class Warm:
-    """A run that has started from another.
-
-    Args:
-        result: Of it.
-        reports: What it said, by step.
-        started_from: Which trainings it has read.
-        alone: The steps at whose end nobody else could publish.
-    """
+    """A run that has started from another, and what it said, by step."""
 
     result: RunResult
     reports: dict[str, StepReport]
-    started_from: list[str]
-    alone: list[str]
+    started_from: list[str]  # Which trainings it has read.
+    alone: list[str]  # The steps at whose end nobody else could publish.
+
+
+def ids_of(numbers: Iterable[int]) -> list[Any]:
+    return [item_id(number, "str") for number in numbers]
+
+
+def filtered(table: pa.Table, numbers: Iterable[int]) -> pa.Table:
+    return table.filter(pc.is_in(table["item_id"], pa.array(ids_of(numbers))))
 
 
 def config_of(folder: Path, day: str, items: range, **settings: Any) -> RunConfig:
     """Settings of a run on the log of a day: other items, and other events of the same users."""
-
-    def filtered(table: pa.Table, numbers: Iterable[int]) -> pa.Table:
-        there = pa.array([item_id(number, "str") for number in numbers])
-        return table.filter(pc.is_in(table["item_id"], there))
-
     events = filtered(event_table("str"), items)
     listed = items if items is YESTERDAY else [x for x in items if x not in WITHDRAWN]
     start, stop = (0, 0.85) if items is YESTERDAY else (0.15, 1)
@@ -109,15 +103,15 @@ def warm(yesterday: RunResult, place: Path) -> Warm:
     started_from: list[str] = []
     alone: list[str] = []
 
-    def on_step(report: StepReport) -> None:
-        def try_publishing() -> None:
-            try:
-                with locked(model_folder(place) / ".lock"):
-                    pass
-            except InUse:
-                alone.append(report.name)
+    def try_publishing(report: StepReport) -> None:
+        try:
+            with locked(model_folder(place) / ".lock"):
+                pass
+        except InUse:
+            alone.append(report.name)
 
-        other = threading.Thread(target=try_publishing)
+    def on_step(report: StepReport) -> None:
+        other = threading.Thread(target=try_publishing, args=[report])
         other.start()
         other.join()
 
@@ -150,16 +144,15 @@ def test_a_run_starts_from_the_served_model(yesterday: RunResult, place: Path, w
 
 
 def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
+    """And nobody else publishes between the measurement and the export."""
     result, reports = warm.result, warm.reports
     (note,) = [x for x in reports["export"].notes if "not worse" in x]
     gap = result.metrics["differences"][IN_SERVICE]["ndcg@20"]
     new, old = (result.metrics["models"][x]["ndcg@20"]["mean"] for x in ("two_tower", IN_SERVICE))
     assert gap["mean"] == pytest.approx(old - new, abs=1e-9)
-    assert re.match(
-        rf"not worse than the version in service: ndcg@20 {new:.4f}, and {old:.4f} of version 1 in "
-        rf"service: \{new - old:+.4f} \[.*\] on the same \d+ queries",
-        note,
-    )
+    told = rf"ndcg@20 {new:.4f}, and {old:.4f} of version 1 in service: \{new - old:+.4f} \["
+    assert re.match(rf"not worse than the version in service: {told}", note)
+    assert warm.alone == ["evaluate", "export"]
 
 
 def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm: Warm) -> None:
@@ -170,20 +163,16 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     # Withdrawn items are trained on like others.
     assert "75 candidates" in reports["samples"].notes[1]
     retriever = load(str(result.export_folder))
-    withdrawn = [item_id(number, "str") for number in WITHDRAWN]
-    assert set(retriever.candidate_ids()) == {
-        item_id(number, "str") for number in TODAY if number not in WITHDRAWN
-    }
+    withdrawn = ids_of(WITHDRAWN)
+    assert set(retriever.candidate_ids()) == {*ids_of(TODAY)} - {*withdrawn}
     assert retriever.knows(withdrawn).all()
     ids, _ = retriever.retrieve([{"history": withdrawn}, {}], len(TODAY))
     assert not set(withdrawn) & set(ids.ravel())
     assert ids[0].tolist() != ids[1].tolist()
     # Of the users' own histories, too.
-    users = pq.read_table(result.folder / "data" / "events.parquet").to_pylist()
-    user = next(
-        x["user_id"] for x in users if x["item_id"] in withdrawn and x["stage"] == "clicked"
-    )
-    assert set(withdrawn) & set(retriever.stored_history(user))
+    rows = pq.read_table(result.folder / "data" / "events.parquet").to_pylist()
+    clicked = (x for x in rows if x["item_id"] in withdrawn and x["stage"] == "clicked")
+    assert set(withdrawn) & set(retriever.stored_history(next(clicked)["user_id"]))
     # Elsewhere in the run they are candidates still.
     assert set(withdrawn) <= set(holdout_of(result).candidate_ids)
 
@@ -215,23 +204,14 @@ def test_any_model_of_a_run_starts_another(tmp_path: Path, monkeypatch: pytest.M
 def test_the_gate_tells_what_neither_version_could_return(warm: Warm) -> None:
     result, reports = warm.result, warm.reports
     holdout = holdout_of(result)
-    to_find = [
-        id_
-        for relevant, clicked in zip(holdout.relevant, holdout.clicked, strict=True)
-        for id_ in relevant.tolist()
-        if id_ not in clicked.tolist()
-    ]
-    is_new, is_withdrawn = (
-        sum(id_ in {item_id(number, "str") for number in numbers} for id_ in to_find)
-        for numbers in (range(75, 80), WITHDRAWN)
-    )
+    each = zip(holdout.relevant, holdout.clicked, strict=True)
+    to_find = [id_ for relevant, clicked in each for id_ in relevant if id_ not in clicked]
+    is_new, is_withdrawn = (np.isin(to_find, ids_of(x)).sum() for x in (range(75, 80), WITHDRAWN))
     assert min(is_new, is_withdrawn) > 0
     assert reports["evaluate"].notes[0].endswith(f"{len(to_find):,} items to find")
-    assert (
-        f"of {len(to_find):,} items to find, {is_new} are not in the version in service and count "
-        f"as its misses; {is_withdrawn} are not in the export, and may have been found all the "
-        "same"
-    ) in reports["export"].notes
+    told = f"of {len(to_find):,} items to find, {is_new} are not in the version in service and "
+    told += f"count as its misses; {is_withdrawn} are not in the export, and may have been found"
+    assert any(note.startswith(told) for note in reports["export"].notes)
 
 
 def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: Warm) -> None:
@@ -239,8 +219,7 @@ def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: War
     holdout = holdout_of(warm.result)
     folder = place / "todays" / "films"
     shutil.copytree(model_folder(place) / "2", folder / "1")
-    withdrawn = [item_id(number, "str") for number in WITHDRAWN]
-    listed = np.setdiff1d(holdout.candidate_ids, withdrawn)
+    listed = np.setdiff1d(holdout.candidate_ids, ids_of(WITHDRAWN))
     found = {}
     for exported in (listed, None):
         served = version_in_service(folder, holdout.candidate_ids, exported)
@@ -260,10 +239,9 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
 ) -> None:
     """It is not measured beside itself, nor exported again unless another index is asked for."""
     settings = {"warm_start": model_folder(place), "export.gate": gate, "export.index": index}
-    kept = {
-        name: (warm.result.folder / name).read_bytes() for name in ("metrics.json", CONFIG_FILE)
-    }
-    (warm.result.folder / "metrics.json").unlink()
+    files = [warm.result.folder / name for name in ("metrics.json", CONFIG_FILE)]
+    kept = [(path, path.read_bytes()) for path in files]
+    files[0].unlink()
     watched = Watched()
     again = run(today(place, **settings), warm.result.folder, progress=watched)
     assert versions_of(model_folder(place)) == [1, 2, 3][:newest]
@@ -275,15 +253,11 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
     if newest == 2:
         assert again.export_folder == warm.result.export_folder
         assert again.metrics["index"] == warm.result.metrics["index"]
-        assert (
-            watched.reports["export"]
-            .notes[0]
-            .endswith("2, exported before the run was stopped, is kept")
-        )
+        assert "exported before the run was stopped, is kept" in watched.reports["export"].notes[0]
     else:
         shutil.rmtree(model_folder(place) / "3")
-    for name, content in kept.items():
-        (warm.result.folder / name).write_bytes(content)
+    for path, content in kept:
+        path.write_bytes(content)
 
 
 def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path: Path) -> None:
@@ -305,9 +279,8 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
     """The model is refreshed while today's run trains, which has read its items before."""
     quick = {"training.max_epochs": 1, "training.refit": False, "export.name": "hourly"}
     folder, items = place / "saved_models" / "hourly", place / "hourly.parquet"
-    listed = {item_id(number, "str") for number in range(3, 75)}
-    table = item_table("str")
-    pq.write_table(table.filter(pc.is_in(table["item_id"], pa.array(sorted(listed)))), items)
+    listed = {*ids_of(range(3, 75))}
+    write(filtered(item_table("str"), range(3, 75)), items)
     shutil.copytree(model_folder(place) / "1", folder / "1")
     watched = Watched(on_step=lambda x: x.name == "split" and refresh_index(folder, items))
     result = run(today(place, **quick), place / "runs" / "hourly", progress=watched)
@@ -326,16 +299,11 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
 
     long_ago, now = datetime(2020, 1, 1, tzinfo=UTC), datetime.now(UTC)
     assert told("2", long_ago, ours) is not None
-    assert told("2", now, ours) is None
-    assert told("2", long_ago, listed) is None
+    assert told("2", now, ours) is told("2", long_ago, listed) is None
     (place / "told" / "2" / "items.parquet").write_bytes(b"")
-    assert describe_undone(place / "told", long_ago, np.array(list(ours), object)) is None
+    for model in ("told", "none"):
+        assert describe_undone(place / model, long_ago, np.array(list(ours), object)) is None
     assert told("3", long_ago, listed) is None
-    assert describe_undone(place / "none", long_ago, np.array(ours, object)) is None
-
-
-def test_nobody_else_publishes_between_the_measurement_and_the_export(warm: Warm) -> None:
-    assert warm.alone == ["evaluate", "export"]
 
 
 def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> None:
@@ -349,14 +317,10 @@ def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> 
         assert source.network.optimizer.iterations.numpy() > 0
         (table, *_) = source.network.candidate_tower.id_tables
         found[step] = table.numpy()
-        saved = tf.train.load_checkpoint(
-            str(yesterday.folder / "checkpoints" / "two_tower" / step / f"epoch-{best}")
-        )
-        (name,) = [
-            x
-            for x in saved.get_variable_to_shape_map()
-            if "candidate_tower/id_embedding" in x and "OPTIMIZER" not in x
-        ]
+        training_ = yesterday.folder / "checkpoints" / "two_tower" / step
+        saved = tf.train.load_checkpoint(str(training_ / f"epoch-{best}"))
+        names = [x for x in saved.get_variable_to_shape_map() if "OPTIMIZER" not in x]
+        (name,) = [x for x in names if "candidate_tower/id_embedding" in x]
         np.testing.assert_array_equal(found[step], saved.get_tensor(name))
     assert not np.array_equal(found["selection"], found["refit"])
     assert trained_in(yesterday.folder, "refit", "two_tower_uncorrected") is None
@@ -391,17 +355,14 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -
     assert ended.metrics["training"] == whole.metrics["training"]
     assert ended.metrics["models"]["two_tower"] == whole.metrics["models"]["two_tower"]
     answers = [
-        load(str(x.export_folder)).retrieve([{"history": [item_id(7, "str")]}], 20)
-        for x in (ended, whole)
+        load(str(x.export_folder)).retrieve([{"history": ids_of([7])}], 20) for x in (ended, whole)
     ]
     for a, b in zip(*answers, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_worse_model_is_not_published_until_it_is_asked_for(
-    place: Path,
-    warm: Warm,
-    capsys: pytest.CaptureFixture[str],
+def test_a_worse_model_is_published_only_if_asked_for(
+    place: Path, warm: Warm, command: Any
 ) -> None:
     """It is refused with its own code; the run is kept, and can be exported all the same."""
     served = model_folder(place)
@@ -410,9 +371,8 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
     config = today(place, **untrained, **{"export.gate": True})
     (place / "worse.toml").write_text(dump_config(config))
     folder = place / "runs" / "worse"
-    asked = ["run", "--config", str(place / "worse.toml"), "--run-dir", str(folder)]
-    assert cli.main(asked) == cli.NOT_PUBLISHED == 3
-    shown, told = capsys.readouterr()
+    code, shown, told = command("run", "--config", place / "worse.toml", "--run-dir", folder)
+    assert code == cli.NOT_PUBLISHED == 3
     assert re.match(
         r"not published: The new model is worse than the one in service. ndcg@20 0\.\d+, and "
         r"0\.\d+ of version 2 in service: -0\.\d+ \[-0\.\d+, -0\.\d+\] on the same \d+ queries\. "
@@ -427,16 +387,13 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
     assert (folder / "report.html").is_file()
     metrics = read_record(folder / "metrics.json")
     assert metrics["export_folder"] is None
-    assert list(metrics["seconds"]) == ["data", "split", "samples", "signals", "train two_tower",
-                                        "baselines", "evaluate", "export"]  # fmt: skip
     gap = metrics["differences"][IN_SERVICE]["ndcg@20"]
     assert gap["low"] > 0
     # Another look is another refusal; opened, the gate lets it through without another training.
-    assert cli.main(["run", "--run-dir", str(folder)]) == 3
+    assert command("run", "--run-dir", folder).code == 3
     trained = {x: x.stat().st_mtime_ns for x in (folder / "checkpoints").rglob("*") if x.is_file()}
-    capsys.readouterr()
-    assert cli.main(["run", "--run-dir", str(folder), "--no-export.gate"]) == 0
-    told = capsys.readouterr().out
+    code, told, _ = command("run", "--run-dir", folder, "--no-export.gate")
+    assert code == 0
     assert "exported anyway, without the gate: The new model is worse" in told
     assert re.search(rf"^{IN_SERVICE} +0\.\d+", told, re.MULTILINE)
     forced = read_record(folder / "metrics.json")
@@ -454,7 +411,7 @@ def holdout_of(result: RunResult) -> Holdout:
 
 
 def test_an_equal_model_passes(yesterday: RunResult, place: Path) -> None:
-    """The version in service is found to be as good as itself, and the gate tells by how much."""
+    """Worse and better ones are those of other tests here."""
     holdout = holdout_of(yesterday)
     folder = place / "one" / "films"
     shutil.copytree(model_folder(place) / "1", folder / "1")
@@ -465,25 +422,10 @@ def test_an_equal_model_passes(yesterday: RunResult, place: Path) -> None:
         f"+0.0000 [+0.0000, +0.0000] on the same {len(same.first.user_ids)} queries"
     )
 
-    class Reversed:
-        def retrieve(self, queries: Any, k: int, exclude: Any = None) -> Any:
-            assert served is not None
-            ids, scores = served.retrieve(queries, len(served.corpus), exclude)
-            shown = [np.r_[row[score > -np.inf][::-1], row[score == -np.inf]] for row, score in
-                     zip(ids, scores, strict=True)]  # fmt: skip
-            places = np.where(scores > -np.inf, -np.arange(scores.shape[1]), -np.inf)
-            return np.array(shown, object)[:, :k], places[:, :k].astype(np.float32)
-
-    worse = evaluate({"new": Reversed(), IN_SERVICE: served}, holdout, cutoffs=(20,))
-    with pytest.raises(NotPublished, match=r"ndcg@20 0\.\d+, and 0\.\d+ of version 1"):
-        refuse_worse(worse, "ndcg@20", folder)
-    better = evaluate({"new": served, IN_SERVICE: Reversed()}, holdout, cutoffs=(20,))
-    assert refuse_worse(better, "ndcg@20", folder).startswith("not worse")
-
 
 def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) -> None:
     folder = model_folder(place)
-    ids = np.array([item_id(number, "str") for number in (*range(40, 75), 78, 79)], object)
+    ids = np.array(ids_of((*range(40, 75), 78, 79)), object)
     served = version_in_service(folder.parent / folder.name, ids)
     assert served is not None
     assert version_in_service(folder.with_name("none"), ids) is None
@@ -491,9 +433,9 @@ def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) ->
     shutil.copytree(folder / "1", only / "1")
     served = version_in_service(only, ids)
     assert served is not None
-    queries = [{"user_id": "user 3", "history": [item_id(3, "str"), item_id(45, "str")]}, {}]
+    queries = [{"user_id": "user 3", "history": ids_of((3, 45))}, {}]
     found, scores = served.retrieve(queries, len(ids))
-    gone = [item_id(number, "str") for number in range(40)]
+    gone = ids_of(range(40))
     expected, expected_scores = load(only, exact=True).retrieve(queries, 35, [gone, gone])
     assert found[:, 35:].tolist() == [["", ""]] * 2
     np.testing.assert_array_equal(found[:, :35], expected)
@@ -541,14 +483,6 @@ def test_what_cannot_be_started_from_is_said(
             today(place, **settings, **{"split.kind": "held_out_users"})
 
 
-def test_another_shape_is_refused_before_a_step(yesterday: RunResult, place: Path) -> None:
-    settings = {"warm_start": yesterday.folder, "model.dim": 8}
-    folder = place / "runs" / "other shape"
-    with pytest.raises(ConfigError, match=r"^model.dim: got 8, where the model to start from has"):
-        run(today(place, **settings), folder)
-    assert not folder.exists()
-
-
 @pytest.mark.slow
 def test_a_source_that_has_seen_the_test_is_told(yesterday: RunResult, place: Path) -> None:
     """Two splits by time, of which the second one begins to test before the first one did."""
@@ -560,5 +494,4 @@ def test_a_source_that_has_seen_the_test_is_told(yesterday: RunResult, place: Pa
         run(today(place, **settings), place / "runs" / "too early", progress=watched)
     notes = watched.reports["train two_tower"].notes
     told = [x for x in notes if "its metrics are too good" in x]
-    assert len(told) == 2
-    assert json.dumps(told).count("test begins") == 1
+    assert ["test begins" in x for x in told].count(True) == len(told) - 1 == 1

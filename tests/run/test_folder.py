@@ -95,7 +95,7 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
 
 
 @pytest.mark.parametrize(("left", "exports"), [("plans", True), ("checkpoints", False)])
-def test_a_run_and_a_comparison_keep_to_their_folders(
+def test_runs_and_comparisons_keep_apart(
     config: RunConfig, tmp_path: Path, left: str, exports: bool
 ) -> None:
     begin(config, tmp_path / "run")
@@ -105,9 +105,7 @@ def test_a_run_and_a_comparison_keep_to_their_folders(
 
 
 @pytest.mark.parametrize("own", ["data/events.parquet", "samples/july", "config.toml", "plans/a"])
-def test_a_folder_with_files_of_ones_own_is_refused_and_left_alone(
-    config: RunConfig, tmp_path: Path, own: str
-) -> None:
+def test_own_files_are_refused_and_left_alone(config: RunConfig, tmp_path: Path, own: str) -> None:
     (tmp_path / own).parent.mkdir(exist_ok=True)
     (tmp_path / own).write_text("seed = 3\n")
     for is_run in (True, False):

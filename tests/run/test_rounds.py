@@ -123,9 +123,7 @@ def test_a_budget_ends_the_race_with_the_leader() -> None:
 
 @given(st.lists(CURVES, min_size=1, max_size=4), st.integers(0, 10**6))
 @example([[1.0, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0], [0.0, 0.0, 1.0, 2.0]], 2)
-def test_a_race_ends_and_its_winner_was_trained_to_its_end(
-    curves: list[list[float]], seed: int
-) -> None:
+def test_a_race_ends_with_a_winner(curves: list[list[float]], seed: int) -> None:
     known = [full(str(i), values, epoch=1.0 + (seed + i) % 7) for i, values in enumerate(curves)]
     trained, turns = raced(known)
     first = winner(trained)
