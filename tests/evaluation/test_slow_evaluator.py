@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tests.small_log import column
 from tfrs_pipeline.data.engines import connect
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import AskedBy, Exclude, Ties
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     request: int | None
     part: str
     number: int  # Place in the order of events at the same time.
+    line: int
 
 
 class Asked(NamedTuple):
@@ -53,6 +55,7 @@ class Asked(NamedTuple):
     tied: set[int]
     clicked: set[int]
     seen: set[int]
+    first: int  # The line of the first event to find.
 
 
 def in_time(row: Row) -> tuple[int, int]:
@@ -108,6 +111,7 @@ def asked(
         {row.item for row in tied},
         {row.item for row in before if row.is_click},
         {row.item for row in before},
+        to_find[0].line,
     )
 
 
@@ -237,21 +241,21 @@ def equal(found: EvaluationResult, slow: dict[str, Any]) -> None:
         assert dict(part.set_metrics) == pytest.approx(together, abs=1e-9, nan_ok=True)
 
 
-def read(rows: list[Any], ties: Ties) -> tuple[Log, list[Row]]:
+def read(rows: list[Any], ties: Ties, has_time: bool, has_request: bool) -> tuple[Log, list[Row]]:
     users, items, days, clicks, requests, parts = zip(*rows, strict=True)
-    start = datetime(2024, 1, 1, tzinfo=UTC)
-    moments = [start + timedelta(days=day) for day in days]
-    table = pa.table(
-        {
-            "user_id": users,
-            "item_id": items,
-            "timestamp": pa.array(moments, pa.timestamp("us", "UTC")),
-            "stage": ["clicked" if is_click else "exposed" for is_click in clicks],
-            "request_id": pa.array(requests, pa.int64()),
-            "part": parts,
-            "line": range(len(rows)),
-        }
-    )
+    columns: dict[str, Any] = {"user_id": users, "item_id": items, "part": parts}
+    columns["stage"] = ["clicked" if is_click else "exposed" for is_click in clicks]
+    columns["line"] = range(len(rows))
+    if has_time:
+        moments = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=day) for day in days]
+        columns["timestamp"] = pa.array(moments, pa.timestamp("us", "UTC"))
+    else:  # Then the lines are in order.
+        days = tuple(range(len(rows)))
+    if has_request:
+        columns["request_id"] = pa.array(requests, pa.int64())
+    else:
+        requests = (None,) * len(rows)
+    table = pa.table(columns)
     features = {"line": "numeric"}
     reading = Reading(ties=ties)
     log = Log.from_table(table, reading=reading, request_features=features, connection=CONNECTION)
@@ -264,7 +268,28 @@ def read(rows: list[Any], ties: Ties) -> tuple[Log, list[Row]]:
                 assert {drawn[i] for i in tied} == {*tied}
     else:
         drawn = {line: line for line in drawn}
-    return log, [Row(*[*rows[line], number]) for line, number in sorted(drawn.items())]
+    read = zip(users, items, days, clicks, requests, parts, strict=True)
+    return log, [Row._make([*row, drawn[line], line]) for line, row in enumerate(read)]
+
+
+def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> None:
+    lists = holdout.relevant, holdout.histories, holdout.clicked, holdout.seen
+    assert holdout.user_ids.tolist() == sorted(query.user for query in queries)
+    found = [
+        (user, *(ids.tolist() for ids in of_query), request["line"])
+        for user, *of_query, request in zip(
+            holdout.user_ids.tolist(), *lists, holdout.requests or (), strict=True
+        )
+    ]
+    assert sorted(found) == sorted(
+        (x.user, sorted(x.wanted), x.history, sorted(x.clicked), sorted(x.seen), x.first)
+        for x in queries
+    )
+    assert (holdout.times is None) == (not has_time)
+    if has_time:
+        for history, times in zip(holdout.histories, holdout.history_times or (), strict=True):
+            assert len(times) == len(history)
+            assert np.all(np.diff(times) >= 0)
 
 
 ROWS = st.lists(
@@ -286,6 +311,8 @@ ROWS = st.lists(
 @given(
     rows=ROWS,
     ties=st.sampled_from(["auto", "order", "random", "drop"]),
+    has_time=st.sampled_from([True, True, False]),
+    has_request=st.sampled_from([True, True, False]),
     part=st.sampled_from(["validation", "test"]),
     exclude=st.sampled_from(["clicked", "seen", "none"]),
     missing=st.sets(st.integers(2, 9), max_size=3),
@@ -295,13 +322,17 @@ def test_every_protocol_tie_rule_and_metric_is_what_loops_say(
     by: AskedBy,
     rows: list[Any],
     ties: Ties,
+    has_time: bool,
+    has_request: bool,
     part: Any,
     exclude: Exclude,
     missing: set[int],
     longest: int,
 ) -> None:
-    log, read_rows = read(rows, ties)
+    log, read_rows = read(rows, ties, has_time, has_request)
     holdout = log.split("column").holdout(part, by=by)
+    queries = [*queries_of(read_rows, part, by, log.ties)]
+    check_holdout(holdout, queries, has_time)
     counts = {row.item: 0 for row in read_rows if row.item not in missing}
     for row in read_rows:
         if row.is_click and row.part in BEFORE[part] and row.item in counts:
@@ -314,7 +345,6 @@ def test_every_protocol_tie_rule_and_metric_is_what_loops_say(
     numbers = np.array([counts[item] for item in items])
     others: dict[str, Any] = {"candidate_counts": numbers, "exposure": None}
     holdout = dataclasses.replace(holdout, candidate_ids=np.array(items), **others)
-    queries = [*queries_of(read_rows, part, by, log.ties)]
     scores = {"by_last": by_last, "by_number": by_number}
     slow = {
         name: measure_slowly(queries, exclude, counts, score, (2, longest))
@@ -326,11 +356,14 @@ def test_every_protocol_tie_rule_and_metric_is_what_loops_say(
         with pytest.raises(ValueError, match="Nothing to measure"):
             evaluate(models, holdout, **measured)
         return
-    found = evaluate(models, holdout, **measured)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{evaluate.__module__}.QUERIES_PER_CALL", 2)
+        found = evaluate(models, holdout, **measured)
     for name, result in found.results.items():
         equal(result, slow[name])
-    first, other = (slow[name]["values"]["all"] for name in scores)
-    for metric, interval in found.differences["by_number"].items():
-        if "/" not in metric:
-            gap = (math.fsum(other[metric]) - math.fsum(first[metric])) / len(first[metric])
-            assert interval.mean == pytest.approx(gap, abs=1e-9)
+    for name, interval in found.differences["by_number"].items():
+        part, _, metric = ("all/" * ("/" not in name) + name).partition("/")
+        pair = (slow[model]["values"][part][metric] for model in scores)
+        gaps = [b - a for a, b in zip(*pair, strict=True) if not math.isnan(a)]
+        expected = math.fsum(gaps) / len(gaps) if gaps else math.nan
+        assert interval.mean == pytest.approx(expected, abs=1e-9, nan_ok=True)

@@ -109,20 +109,6 @@ def test_memory_and_graph_have_one_rule(search: Any, k: int, excluded: Any, rows
     np.testing.assert_array_equal(top_scores, np.take_along_axis(by_row, np.array(rows), axis=1))
 
 
-def test_exact_retriever_scores_by_dot_product() -> None:
-    rng = np.random.default_rng(1)
-    candidates = rng.integers(-5, 6, size=(30, 4))
-    towers = rng.integers(-5, 6, size=(8, 4))
-    ids = rng.permutation(1000)[:30]
-    retriever = ExactRetriever(ids, candidates, lambda qs: towers[[q["user_id"] for q in qs]])
-    found, scores = retriever.retrieve([{"user_id": i} for i in range(8)], 5)
-    for query in range(8):
-        products = [int(towers[query] @ candidate) for candidate in candidates]
-        best = sorted(range(30), key=lambda row: -products[row])[:5]
-        assert found[query].tolist() == [ids[row] for row in best]
-        assert scores[query].tolist() == [products[row] for row in best]
-
-
 def test_exact_retriever_refuses_shapes_that_do_not_match() -> None:
     with pytest.raises(ValueError, match=r"must be \[2, dim\]"):
         ExactRetriever([1, 2], np.zeros((3, 4)), lambda _: np.zeros((1, 4)))

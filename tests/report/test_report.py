@@ -209,14 +209,6 @@ def test_what_is_by_request_and_what_is_tied_have_tables_of_their_own() -> None:
     assert not [x for x in page_of(metrics=older).tables if "request" in x or "untied" in x]
 
 
-def test_request_features_are_said_to_be_of_the_first_click_to_find() -> None:
-    data = {"path": "log.parquet", "request_features": {"device": "categorical", "hour": "hashed"}}
-    text = " ".join(page_of(config=RunConfig(data=data)).text.split())
-    assert "A query has the request features (device, hour) of the first of them." in text
-    assert "The request features (device, hour) come from the first such click" in text
-    assert "equest features" not in PAGE.text
-
-
 def test_a_difference_is_bold_where_its_interval_excludes_zero() -> None:
     assert PAGE.headers["Differences"][1:] == ["two_tower_uncorrected", "popularity"]
     # The model minus the others, as in the verdict.
@@ -240,6 +232,13 @@ def test_training_data_and_times_are_counted_out() -> None:
     assert PAGE.tables["Times"]["train two_tower"] == [("8.5 s", 8.5, False)]
     assert PAGE.values("Times", "in all") == [9.75]
     assert dump_config(FACTS.config) in PAGE.text
+    order, clock = (PAGE.tables["Signals"][name] for name in ("order", "clock"))
+    assert order[:2] == [("0.061", 0.0612, False), ("0.035", 0.035, False)]
+    assert [shown for shown, *_ in clock] == ["86,400", "-", "seconds"]
+    text = " ".join(PAGE.text.split())
+    for line in ("before (latest 2 of 12)", "Fargo 3", "Men in Black 6 ✓ clicked", "1 of the 9"):
+        assert line in text
+    assert text.count("✓") == 1
 
 
 def test_shares_by_slice_are_what_a_loop_adds_up() -> None:
@@ -269,9 +268,6 @@ def test_the_first_screen_answers_four_questions() -> None:
     assert [where[part][0][1] for part in ("train", "test", "dropped")] == [9000, 2000, 28]
     assert sum(cells[1][1] or 0 for cells in where.values()) == pytest.approx(1)
     assert "column 'year' is missing in 1 of 400 rows" in first
-
-
-def test_the_first_screen_lists_all_that_was_dropped() -> None:
     dropped = tuple(Dropped(f"reason {num}", num) for num in range(1, 7))
     first, _, _ = page_of(dropped=dropped).joined.partition("Recommendations")
     assert "What was dropped?32 of 11,032 events" in first  # 21 of them at reading.
@@ -286,14 +282,6 @@ def test_merged_events_are_not_called_dropped() -> None:
     where = page.tables["Where the events went"]
     assert (where["merged"][0][1], where["dropped"][0][1]) == (7, 16)
     assert sum(cells[1][1] or 0 for cells in where.values()) == pytest.approx(1)
-
-
-def test_recommendations_stand_with_titles_and_what_was_clicked() -> None:
-    text = " ".join(PAGE.text.split())
-    for line in ("User ann", "before (latest 2 of 12)", "Fargo 3", "Among these: 1 of the 9"):
-        assert line in text
-    assert "Men in Black 6 ✓ clicked" in text
-    assert text.count("✓") == 1
 
 
 def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None:
@@ -343,12 +331,6 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert shares[1] not in PAGE.headers["Shares by slice"]
 
 
-def test_signals_stand_beside_what_they_are_compared_with() -> None:
-    order, clock = (PAGE.tables["Signals"][name] for name in ("order", "clock"))
-    assert order[:2] == [("0.061", 0.0612, False), ("0.035", 0.035, False)]
-    assert [shown for shown, *_ in clock] == ["86,400", "-", "seconds"]
-
-
 def test_what_is_missing_is_a_dash_or_no_section() -> None:
     nothing = {"mean": None, "low": None, "high": None}
     models = {name: {**model, "slices": {**model["slices"]}} for name, model in MODELS.items()}
@@ -373,37 +355,24 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
 # A page that anyone's data may fill
 
 
-def evil_facts() -> RunFacts:
-    example = {**FACTS.metrics["examples"][0], "user_id": f'"{EVIL}', "recommended": [EVIL, 6]}
+def test_what_users_write_stays_text() -> None:
+    example = {**FACTS.metrics["examples"][0], "user_id": f'"{EVIL}\x1b[31m\u202eb'}
+    example["recommended"] = [EVIL, 6]
     changed = {"examples": [example], "notes": {"data": [EVIL]}, "versions": {EVIL: EVIL}}
-    metrics = {**FACTS.metrics, **changed}
-    config = with_settings(
-        RunConfig(data={"path": f"/a/{EVIL}.csv"}),
-        {"data.columns": {"user_id": EVIL}, "export.name": "films"},
-    )
-    return dataclasses.replace(
-        FACTS,
-        metrics=metrics,
+    page = page_of(
+        metrics={**FACTS.metrics, **changed},
         folder=f'runs/"{EVIL}',
         dropped=(Dropped(EVIL, 1),),
         titles={3: f"{EVIL} &amp; {{title}}", 6: '"><img src=x onerror=alert(1)>'},
-        config=config,
+        config=with_settings(
+            RunConfig(data={"path": f"/a/{EVIL}.csv"}),
+            {"data.columns": {"user_id": EVIL}, "export.name": "films"},
+        ),
     )
-
-
-def test_control_characters_are_shown_as_text() -> None:
-    example = {**FACTS.metrics["examples"][0], "user_id": "a\x1b[31m\u202eb"}
-    metrics = {**FACTS.metrics, "examples": [example]}
-    text = report_page(dataclasses.replace(FACTS, metrics=metrics))
-    assert r"User a\x1b[31m\u202eb<" in text
-    assert not [x for x in text if not (x.isprintable() or x in "\n\t\xa0")]
-
-
-def test_what_users_write_stays_text() -> None:
-    page = Page(report_page(evil_facts()))
     assert not page.of("script") + page.of("img")
+    assert not [x for x in page.text if not (x.isprintable() or x in "\n\t\xa0")]
     for shown in (
-        f'User "{EVIL}',
+        f'User "{EVIL}\\x1b[31m\\u202eb',
         f'in runs/"{EVIL}',
         f"{EVIL} &amp; {{title}}",
         '"><img src=x onerror=alert(1)>',

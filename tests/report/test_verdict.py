@@ -59,30 +59,10 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("means", "outcome", "answer", "why"),
     [
-        (
-            {"ease": 0.2, "ials": 0.25},
-            BETTER,
-            "yes",
-            "beats the best baseline, iALS, by 0.0500 [0.0400, 0.0600]; it also beats EASE",
-        ),
-        (
-            {"ease": 0.305, "p": 0.1},
-            LEVEL,
-            "a tie",
-            "it ties with the best baseline, EASE: 0.0050 [-0.0050, 0.0150] below it.*; it beats p",
-        ),
-        (
-            {"ease": 0.32, "ials": 0.4},
-            WORSE,
-            "no",
-            "iALS, beats it by 0.1000 [0.0900, 0.1100]; it is also behind EASE",
-        ),
-        (
-            {"transitions": 0.4, "popularity": 0.1},
-            WORSE,
-            "no",
-            "the best baseline, item-to-item transitions, beats it by 0.1000 .*; it beats pop",
-        ),
+        ({"ease": 0.2, "ials": 0.25}, BETTER, "yes", "iALS, by 0.0500 [0.0400, 0.0600]; .* EASE"),
+        ({"ease": 0.305, "p": 0.1}, LEVEL, "a tie", "EASE: 0.0050 [-0.0050, 0.0150] below.* p"),
+        ({"ease": 0.32, "ials": 0.4}, WORSE, "no", "iALS, beats it by 0.1000.* behind EASE"),
+        ({"transitions": 0.4, "p": 0.1}, WORSE, "no", "transitions, beats it .*; it beats p"),
         ({}, None, "not compared", "no baseline"),
     ],
     ids=["better", "level", "worse", "transitions", "alone"],
@@ -151,56 +131,43 @@ def test_slices_are_compared_query_by_query() -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "outcome", "why"),
+    ("index", "num_items", "outcome", "why"),
     [
-        ({"kind": "exact"}, BETTER, "scores every item"),
-        (SCANN, None, "tuned to find 98%"),
-        (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.981}]}, BETTER, "at least 98.1%"),
-        (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.9}]}, WORSE, "at least 90.0%"),
+        ({"kind": "exact"}, 10**6, BETTER, "scores every item"),
+        (SCANN, 10**6, None, "tuned to find 98%"),
+        (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.981}]}, 10**6, BETTER, "98.1%"),
+        (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.9}]}, 10**6, WORSE, "90.0%"),
+        # An index that saves no time is not called good.
+        (SCANN | {"requests": [{"recall": 0.99}]}, 1_600, LEVEL, "exact search is as fast"),
     ],
 )
 def test_an_index_is_measured_by_its_target(
-    index: dict[str, Any], outcome: Outcome | None, why: str
+    index: dict[str, Any], num_items: int, outcome: Outcome | None, why: str
 ) -> None:
-    found = found_by_index(index, 1_000_000)
+    found = found_by_index(index, num_items)
     assert (found.outcome, why in found.why) == (outcome, True)
-
-
-def test_an_index_that_saves_no_time_is_not_called_good() -> None:
-    found = found_by_index(SCANN | {"requests": [{"recall": 0.99}]}, 1_600)
-    assert found.outcome is LEVEL
-    assert "With 1,600 items exact search is as fast" in found.why
 
 
 def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
     by_user = made({"two_tower": 0.3, "ease": 0.2})
     assert as_served(by_user, METRIC) is None
     assert as_served(by_user | {"by_request": {"left_out": "no order"}}, METRIC) is None
-    same = as_served(by_user | {"by_request": made({"two_tower": 0.2, "ease": 0.1})}, METRIC)
-    assert same is not None
-    assert same.startswith("yes: by request, in ndcg@100 it beats")
-    assert "differ" not in same
-    other = as_served(by_user | {"by_request": made({"two_tower": 0.2, "ease": 0.4})}, METRIC)
-    assert other is not None
-    assert other.startswith("no: by request")
-    assert "highest by request: EASE; by user: two_tower" in other
-    # EASE is the highest by both, and clearly so by one.
     level = made({"two_tower": 0.2, "ease": 0.205})
-    clear = as_served(level | {"by_request": made({"two_tower": 0.2, "ease": 0.4})}, METRIC)
-    assert clear is not None
-    assert "The two differ (by user: a tie)" in clear
+    for user, ease, said in (
+        (by_user, 0.1, "^yes: by request, in ndcg@100 it beats((?!differ).)*$"),
+        (by_user, 0.4, "^no: by request.*highest by request: EASE; by user: two_tower"),
+        # EASE is the highest by both, and clearly so by one.
+        (level, 0.4, r"The two differ \(by user: a tie\)"),
+    ):
+        of_request = made({"two_tower": 0.2, "ease": ease})
+        assert re.search(said, as_served(user | {"by_request": of_request}, METRIC) or "")
 
 
 @pytest.mark.parametrize(
     ("tied", "untied", "difference", "said"),
     [
         (0.3, 0.25, (0.02, 0.02), None),
-        (
-            0.3,
-            0.15,
-            (0.02, 0.02),
-            "40.0% of .*; ndcg@100 of these 0.30, of the others 0.15. Before",
-        ),
+        (0.3, 0.15, (0.02, 0.02), "40.0% of .* of these 0.30, of the others 0.15. Before"),
         (0.1, 0.25, (0.02, 0.02), "of these 0.10, of the others 0.25. Before"),
         (0.3, 0.25, (0.02, -0.02), "EASE is better only for these"),
         (0.3, 0.25, (-0.02, 0.02), "EASE is better only for the others"),
@@ -247,25 +214,16 @@ IMPATIENT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1] *
     [
         (made({"two_tower": 0.4, "ease": 0.3}, split={"train": {"num_positives": 5}}), None),
         (made(LOSING), "behind EASE: set model.item_init svd, or give features"),
-        (
-            made(LOSING | {"transitions": 0.3}),
-            "behind item-to-item transitions and EASE: take --preset s",
-        ),
+        (made(LOSING | {"transitions": 0.3}), "transitions and EASE: take --preset s"),
         (made(LOSING | {"popularity": 0.3, "ease": 0.4}), "behind popularity: "),
         (made({"two_tower": 0.2, "repeats": 0.3}), "behind the user's own items again"),
         (made(LEVEL_MEANS, split=SMALL), "2.5 each"),
         (made(LEVEL_MEANS, training=SHORT), "was best after the last of 1 epoch."),
         (made(LEVEL_MEANS | {"two_tower_uncorrected": 0.25}), "model.correction"),
-        (
-            made(WINNING, training=IMPATIENT, split=SMALL),
-            "small only 10 steps: validation may rise again",
-        ),
+        (made(WINNING, training=IMPATIENT, split=SMALL), "small only 10 steps"),
         (made(WINNING, training=IMPATIENT), None),
         # A better model hears of longer training and of the correction too.
-        (
-            made({"two_tower": 0.2, "two_tower_uncorrected": 0.25, "popularity": 0.1}),
-            "the correction costs here",
-        ),
+        (made({"two_tower": 0.2, "two_tower_uncorrected": 0.25, "ease": 0.1}), "correction costs"),
         (made(WINNING, training=SHORT), "training stopped too early"),
     ],
 )
@@ -278,20 +236,11 @@ def test_advice_follows_what_was_measured(metrics: dict[str, Any], expected: str
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        (
-            {"num_empty_histories": 51},
-            "51 of 100 test queries have an empty history: the test is of",
-        ),
+        ({"num_empty_histories": 51}, "51 of 100 test queries have an empty history"),
         ({"num_empty_histories": 50}, None),
-        (
-            {"num_relevant_excluded": 126},
-            "126 of 626 items to find are excluded.*exclude to none",
-        ),
+        ({"num_relevant_excluded": 126}, "126 of 626 items to find are excluded.*exclude to none"),
         ({"num_relevant_excluded": 125}, None),
-        (
-            {"num_relevant_unclicked": 151},
-            "151 of 500 items to find have no .* find them, of which data.item_features has none",
-        ),
+        ({"num_relevant_unclicked": 151}, "151 of 500 items to find .*item_features has none"),
         ({"num_relevant_unclicked": 150}, None),
         ({"num_queries": 29}, "29 test queries cannot tell models apart"),
         ({"num_queries": 30}, None),
@@ -319,6 +268,7 @@ def test_a_test_of_something_else_is_told_and_nothing_besides(
 NUMERIC = {"data.item_features": {"year": "numeric"}}
 BY_USER = {"split.kind": "last_share"}
 BIAS = {"model.candidate_bias": True}
+UNORDERED = {"data.is_ordered": False}
 
 
 @pytest.mark.parametrize(
@@ -360,11 +310,7 @@ def test_a_trend_suggests_scores_that_follow_it() -> None:
         (NUMERIC, None, "set model.item_init svd, or "),
         (NUMERIC | {"warm_start": "runs/before"}, None, ""),
         (NUMERIC, "sets", ""),
-        (
-            NUMERIC | {"data.is_ordered": False},
-            None,
-            "take --preset sets, or set model.item_init svd, or ",
-        ),
+        (NUMERIC | UNORDERED, None, "take --preset sets, or set model.item_init svd, or "),
     ],
 )
 def test_behind_linear_models_what_is_not_set_and_suits_the_log_is_suggested(
@@ -377,7 +323,7 @@ def test_behind_linear_models_what_is_not_set_and_suits_the_log_is_suggested(
 
 def test_a_recipe_that_lost_the_race_is_not_suggested() -> None:
     behind = made({"two_tower": 0.2, "popularity": 0.1, "transitions": 0.3})
-    config = with_settings(RunConfig(), {"data.is_ordered": False})
+    config = with_settings(RunConfig(), UNORDERED)
     (before,) = advice(behind, METRIC, config)
     assert "--preset sequence" in before
     assert "--preset sets" in before
@@ -401,7 +347,6 @@ def test_what_an_even_log_would_say_otherwise_is_told_both_ways() -> None:
     assert said is not None
     assert "EASE finds more of what users clicked (0.40 against 0.30), but less" in said
     assert "iALS finds less of what users clicked (0.20 against 0.30), but more" in said
-    assert "(0.10 against 0.20)" in said
     assert "popularity" not in said
     agreeing = metrics({"two_tower": 0.2, "ease": 0.3, "ials": 0.2, "popularity": 0.1})
     assert shown_evenly(agreeing, METRIC) is None
