@@ -110,9 +110,7 @@ def test_other_engines_are_refused_with_what_copies_them() -> None:
         Log.from_ibis(table)
 
 
-def test_what_a_killed_process_left_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_process_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     code = (

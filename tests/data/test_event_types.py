@@ -73,15 +73,6 @@ def test_space_around_a_type_loses_no_row(space: str) -> None:
     assert f"view {stages.count('exposed')} (" in log.notes[0]
 
 
-def test_many_types_without_a_weight_are_told_together(load: Any) -> None:
-    types = ["click", *(f"type {i}" for i in range(30) for _ in range(i + 1))]
-    text = "".join(f"1,2,{name}\n" for name in types)
-    log = load(f"user_id,item_id,event\n{text}", event_weights={"click": 1})
-    assert len(log.dropped) == 11
-    assert log.dropped[0].num_rows == 30
-    assert sum(each.num_rows for each in log.dropped) == len(types) - 1
-
-
 def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
     frame = shop()
     log = load(frame.to_csv(index=False), event_weights=WEIGHTS, columns={"request_id": "session"})
@@ -184,13 +175,10 @@ def test_a_label_of_amounts_says_that_all_weigh_the_same() -> None:
     events = pa.table({"user_id": [1] * 3, "item_id": [1, 2, 3], "watch_s": [0.0, 6.0, 285.0]})
     log = Log.from_table(events, reading=Reading(label={"watch_s": 0.01}))
     assert "from 6 to 285: all above 0 weigh the same" in log.notes[0]
-    # The offers: each by its number, clipped, and a threshold.
+    # What the note offers: each by its number, clipped.
     reading = Reading(label={"watch_s": 1}, columns={"weight": "watch_s"}, max_weight=60)
     log = Log.from_table(events, reading=reading)
     assert column(log.events, "weight") == [1.0, 6.0, 60.0]
     assert not log.notes
-    reading = Reading(columns={"rating": "watch_s"}, rating_threshold=30)
-    found = column(Log.from_table(events, reading=reading).events, "stage")
-    assert found == ["exposed", "exposed", "clicked"]
     likes = events.set_column(2, "like", [[0, 1, 1]])
     assert not Log.from_table(likes, reading=Reading(label={"like": 1})).notes

@@ -39,15 +39,6 @@ def test_features_get_the_type_of_their_kind(load: Any) -> None:
     assert tables.item_features == KINDS
 
 
-def test_features_in_parquet(load: Any) -> None:
-    items = pa.table({"item_id": [5], "g": [[1, 2]], "p": [3], "c": [True], "t": ["x"]})
-    kinds = {"g": "multi_categorical", "p": "numeric", "c": "categorical", "t": "text"}
-    tables = load("user_id,item_id\n1,5\n", items=items, item_features=kinds)
-    assert tables.items.drop("_listed").to_pyarrow().to_pylist() == [
-        {"item_id": 5, "g": ["1", "2"], "p": 3.0, "c": "true", "t": "x"}
-    ]
-
-
 @pytest.mark.parametrize("kind", ["categorical", "hashed"])
 @pytest.mark.parametrize(
     "type_", [pa.float64(), pa.float32(), pa.decimal128(4, 2), pa.string()], ids=str
@@ -114,13 +105,6 @@ def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: An
         notes("['war', 'drama']", " ['war']")
     with pytest.raises(DataError, match="in 2 rows"):
         notes("['war', 'drama']", "['war']", "noir")
-
-
-@pytest.mark.parametrize("values", [[[["a"], ["b"]]], [[{"a": 1}]]])
-def test_lists_of_lists_are_no_values(load: Any, values: list[Any]) -> None:
-    items = pa.table({"item_id": [5], "genres": values})
-    with pytest.raises(DataError, match="'genres' must be a list of texts or numbers"):
-        load("user_id,item_id\n1,5\n", items=items, item_features={"genres": "multi_categorical"})
 
 
 def test_lists_in_parquet_are_stripped_as_text_is(load: Any) -> None:
@@ -192,14 +176,6 @@ def test_vectors_in_text_are_read_as_programs_write_them(load: Any, text: str) -
     assert [row["v"] for row in rows] == [[0.5, -20.0, 3.0], None, None, [2.0, 3.0, 4.0]]
 
 
-@pytest.mark.parametrize("column_type", [pa.float64(), pa.string()])
-def test_lists_of_nothing_but_nulls_are_no_vectors(load: Any, column_type: pa.DataType) -> None:
-    items = pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(column_type))})
-    message = "no row holds a vector" if column_type == pa.float64() else "must be a list"
-    with pytest.raises(DataError, match=rf"items\.parquet: column 'v'.*{message}"):
-        load("user_id,item_id\n1,5\n", items=items, item_features={"v": "vector"})
-
-
 def test_items_that_the_item_table_lacks_are_kept_dropped_or_refused(load: Any) -> None:
     text, items = "user_id,item_id\n1,5\n2,99\n2,98\n2,5\n", "item_id,title\n5,Five\n6,Six\n"
     kept = load(text, items=items)
@@ -214,17 +190,9 @@ def test_items_that_the_item_table_lacks_are_kept_dropped_or_refused(load: Any) 
         load(text, items=items, unknown_items="error")
 
 
-def test_users_that_the_user_table_lacks_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "e.csv").write_text("user_id,item_id\n1,5\n2,5\n")
-    (tmp_path / "u.csv").write_text("user_id,age\n2,30\n3,40\n")
-    tables = Log.from_files(
-        tmp_path / "e.csv", users=tmp_path / "u.csv", user_features={"age": "numeric"}
-    )
-    assert column(tables.users, "age", "user_id") == [None, 30.0, 40.0]
-
-
 VECTOR: dict[str, Any] = {"item_features": {"v": "vector"}}
 TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
+LISTS: dict[str, Any] = {"item_features": {"v": "multi_categorical"}}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +211,10 @@ TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
         (pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}), VECTOR,
          r"items\.parquet: column 'v' does not hold finite numbers.* in 2 of 3 rows"),
         (pa.table({"item_id": [5], "v": [["1"]]}), VECTOR, "must be a list .* it is array<string>"),
+        (pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(pa.float64()))}), VECTOR,
+         r"items\.parquet: column 'v'.*no row holds a vector"),
+        (pa.table({"item_id": [5], "v": [[["a"], ["b"]]]}), LISTS, "a list of texts or numbers"),
+        (pa.table({"item_id": [5], "v": [[{"a": 1}]]}), LISTS, "a list of texts or numbers"),
         ("item_id,v\n5,\n", VECTOR, "no row holds a vector"),
         ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite .* in 1 of 1 rows"),
         ("item_id,t\n5,2024-01-31T10:00\n", TIME, r"'t' holds times without a time zone \(1 row"),

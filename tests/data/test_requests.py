@@ -128,39 +128,34 @@ def test_what_cannot_be_read_is_missing_and_counted() -> None:
         made(table, {"speed": "numeric"})
 
 
-def test_a_feature_that_no_request_can_bring_is_refused() -> None:
-    table = [{**row, "is_click": 1.0, "wait": 2.0} for row in rows()]
-    for name in ("rank", "weight", "stage", "event_number", "timestamp", "_wait"):
-        with pytest.raises(ValueError, match=rf"request_features.{name}: .*known"):
-            made(table, {name: "numeric"})
-    with pytest.raises(ValueError, match="an outcome or a user feature"):
-        made(table, {"is_click": "numeric"}, label={"is_click": 1.0})
-    with pytest.raises(DataError, match=r"no column 'wat'. Nearest: wait"):
-        made(table, {"wat": "numeric"})
-    with pytest.raises(ValueError, match=r"'wait' has .*'number'"):
-        made(table, {"wait": "number"})
-    users = pa.table({"user_id": list(range(12)), "device": ["web"] * 12})
-    with pytest.raises(ValueError, match=r"request_features\.device: is one of .* a user feature"):
-        made(table, {"device": "categorical"}, users=users, user_features={"device": "categorical"})
+LABEL, USERS = {"is_click": 1.0}, pa.table({"user_id": range(12), "device": ["web"] * 12})
+OF_USERS = {"users": USERS, "user_features": {"device": "categorical"}}
+# Renamed, the answer is still the answer: place is the rank, reached the stage.
+RENAMED = {"rank": "place", "stage": "reached", "is_click": "liked", "level": "reached"}
 
 
-def test_a_column_that_the_log_calls_otherwise_is_refused_too() -> None:
-    """Renamed, the answer is still the answer: place is the rank, reached the stage."""
-    label = {"is_click": 1.0}
-    table = [{**row, "place": 1, "reached": "clicked", "liked": 1.0} for row in rows()]
-    columns = {"rank": "place", "stage": "reached", "is_click": "liked"}
-    for name, own in (("place", "rank"), ("reached", "stage"), ("level", "stage")):
-        with pytest.raises(
-            ValueError, match=rf"request_features.{name}: is read as {own}, which is"
-        ):
-            made(table, {name: "categorical"}, columns={**columns, "level": "reached"}, label=label)
-    with pytest.raises(
-        ValueError, match=r"request_features.liked: is read as is_click, .* outcome"
-    ):
-        made(table, {"liked": "numeric"}, columns=columns, label=label)
-    ranked = [{**row, "rank": 1} for row in rows()]
-    with pytest.raises(ValueError, match=r"request_features.place: is read as rank"):
-        made(ranked, {"place": "numeric"}, columns={"place": "rank"})
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "message"),
+    [
+        *((name, "numeric", {}, rf"request_features.{name}: .*known")
+          for name in ("rank", "weight", "stage", "event_number", "timestamp", "_wait")),
+        ("is_click", "numeric", {"label": LABEL}, "an outcome or a user feature"),
+        ("wat", "numeric", {}, "no column 'wat'. Nearest: wait"),
+        ("wait", "number", {}, "'wait' has .*'number'"),
+        ("device", "categorical", OF_USERS, "request_features.device: is one of .* a user feature"),
+        *((name, "categorical", {"columns": RENAMED, "label": LABEL}, f"{name}: is read as {own},")
+          for name, own in (("place", "rank"), ("reached", "stage"), ("level", "stage"))),
+        ("liked", "numeric", {"columns": RENAMED, "label": LABEL}, "is read as is_click, .* outc"),
+    ],
+)  # fmt: skip
+def test_a_feature_that_no_request_can_bring_is_refused(
+    name: str, kind: str, options: dict[str, Any], message: str
+) -> None:
+    more = {"is_click": 1.0, "wait": 2.0}
+    if "columns" in options:
+        more = {"place": 1, "reached": "clicked", "liked": 1.0}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=message):
+        made([{**row, **more} for row in rows()], {name: kind}, **options)
 
 
 def test_names_that_differ_in_case_alone_are_refused() -> None:

@@ -54,9 +54,7 @@ def by_day(order: str, num: int = 600) -> list[tuple[int, Any, int]]:
         (0.25, "as it is", "drop", ["finer than seconds"]),
     ],
 )
-def test_the_rule_follows_from_the_clock_and_the_order_by_item(
-    step: float, order: str, rule: str, words: list[str]
-) -> None:
+def test_the_rule_follows_from_clock(step: float, order: str, rule: str, words: list[str]) -> None:
     rows = by_day(order)
     log = made(rows, step=step)
     assert log.ties == rule

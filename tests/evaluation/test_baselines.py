@@ -155,9 +155,7 @@ def test_transitions_follow_the_time_and_lead_from_one_request_to_the_next() -> 
     ("ties", "after_1", "after_2"),
     [("drop", [0, 0.5, 0.5, 0], [0.25] * 4), ("order", [0, 1, 0, 0], [0, 0, 1, 0])],
 )
-def test_transitions_at_equal_times_keep_the_rule_of_the_log(
-    ties: Ties, after_1: list[float], after_2: list[float]
-) -> None:
+def test_transitions_at_equal_times(ties: Ties, after_1: list[float], after_2: list[float]) -> None:
     """A user clicks 1, then 2 and 3 at one time, then 4."""
     times = pd.to_datetime(10**9 + np.array([0, 5, 5, 9]), unit="s", utc=True)
     events = pd.DataFrame({"user_id": 7, "item_id": [1, 2, 3, 4], "timestamp": times})
@@ -226,15 +224,6 @@ def test_ials_depends_on_its_seed_not_on_the_number_of_threads() -> None:
     ]
     first, *others = (r.retrieve([{"history": [1, 2]}], 20)[1] for r in retrievers)
     assert [np.array_equal(first, other) for other in others] == [True, False]
-
-
-def test_ials_takes_blas_threads_out_of_its_way(
-    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    # The library warns of BLAS threads once a process.
-    monkeypatch.setattr("implicit.utils._checked_blas_config", False)
-    Ials(2, num_threads=1).fit(random_interactions(8, 5))
-    assert not [w for w in recwarn if "BLAS" in str(w.message)]
 
 
 @pytest.mark.parametrize("plan", [MostPopular(), Repeats(), Ease(), Ials(2)])

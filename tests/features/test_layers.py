@@ -15,11 +15,6 @@ def test_a_list_is_the_mean_of_its_values_without_padding() -> None:
     np.testing.assert_allclose(embedded, expected, rtol=1e-6)
 
 
-def test_numeric_embedding_flags_missing_values() -> None:
-    layer = FlaggedNumbers("x")
-    assert layer(tf.constant([0.5, np.nan])).numpy().tolist() == [[0.5, 0.0], [0.0, 1.0]]
-
-
 def test_vectors_are_mapped_linearly_and_missing_ones_to_zeros() -> None:
     layer = FlaggedNumbers("v", 2)
     values = np.array([[3.0, 0.0, 4.0], [np.nan] * 3, [1.0, 1.0, 1.0]], np.float32)

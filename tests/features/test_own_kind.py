@@ -17,7 +17,7 @@ from tests.small_log import event_table, item_table, write
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.feature import NUMBER_TYPES, Feature, TableColumn
-from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import Column, to_numbers
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export, page, rest
@@ -95,14 +95,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (month, season) == (Cyclic("month", 12.0), Cyclic("season", 12.0))
     assert fitted.corpus.candidate_columns["month"].shape == (80, 2)
     return export.export(fitted, folder / "models" / "films", index=Exact())
-
-
-def test_a_fitted_feature_survives_json() -> None:
-    feature = Cyclic.fit("month", [3, None, 12])
-    assert feature_from_dict(json.loads(json.dumps(feature.to_dict()))) == feature
-    march, missing = feature.encode_column([3, None])
-    np.testing.assert_allclose(march, [1, 0], atol=1e-7)
-    assert np.isnan(missing).all()
 
 
 def test_settings_name_the_kind_and_teach_others() -> None:

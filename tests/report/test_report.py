@@ -402,9 +402,7 @@ def test_the_page_can_be_read_aloud_and_moved_through() -> None:
     assert len(PAGE.of("h1")) == len(PAGE.of("main")) == len(PAGE.of("title")) == 1
     sections = [f"#{attributes['id']}" for attributes in PAGE.of("section")]
     assert [attributes["href"] for attributes in PAGE.of("a")] == sections
-    assert len(sections) == 10
     assert len(PAGE.headings) == 4 + len(sections)
-    assert len(PAGE.of("svg")) == 6
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in PAGE.of("svg"))
     boxes = [a for a in PAGE.of("div") if a.get("class") == "scroll"]
     assert len(boxes) == len(PAGE.tables)

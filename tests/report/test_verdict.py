@@ -88,13 +88,7 @@ def test_popularity_slices_are_told_apart() -> None:
     everywhere = f"{POPULAR}, {MIDDLING} and {RARE}"
     assert (found.answer, found.outcome) == (f"beats every baseline for {everywhere}", BETTER)
     assert f"{everywhere}: it beats every baseline" in found.why
-    for part in ("popular items (1.10 against 0.50)", "rare items (0.80 against 0.20)"):
-        assert f"the model trained without the correction finds still more {part}" in found.why
-    assert "fewer of all items" not in found.why
-    # What an uncorrected model finds more of is no gain in all.
-    metrics["differences"]["two_tower_uncorrected"][METRIC] = interval(-0.05)
-    metrics["models"]["two_tower_uncorrected"][METRIC] = interval(0.25)
-    assert by_popularity(metrics, METRIC).why.count("fewer of all items (0.25 against 0.30)") == 3
+    assert "without the correction finds still more popular items (1.10 against 0.50)" in found.why
     metrics["models"]["ease"]["slices"]["head"][METRIC] = interval(0.7)
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.2)
     metrics["differences"]["ease"][f"torso/{METRIC}"] = interval(0.005)
@@ -247,9 +241,7 @@ def test_advice_follows_what_was_measured(metrics: dict[str, Any], expected: str
     ],
 )
 @pytest.mark.parametrize("means", [WINNING, LOSING | {"two_tower": 0.09}])
-def test_a_test_of_something_else_is_told_and_nothing_besides(
-    means: dict[str, float], changed: dict[str, int], told: str | None
-) -> None:
+def test_a_strange_test(means: dict[str, float], changed: dict[str, int], told: str | None) -> None:
     metrics = made(means)
     metrics["models"]["two_tower"] |= changed
     found = list(advice(metrics, METRIC, RunConfig()))
@@ -269,20 +261,6 @@ NUMERIC = {"data.item_features": {"year": "numeric"}}
 BY_USER = {"split.kind": "last_share"}
 BIAS = {"model.candidate_bias": True}
 UNORDERED = {"data.is_ordered": False}
-
-
-@pytest.mark.parametrize(
-    ("settings", "remedies"),
-    [
-        (BY_USER, ["set model.candidate_bias"]),
-        (BIAS | BY_USER, []),
-        (BIAS, ["check with split.kind last_share whether popularity has changed over time"]),
-    ],
-)
-def test_unset_settings_are_suggested(settings: dict[str, Any], remedies: list[str]) -> None:
-    behind = made({"two_tower": 0.2, "popularity": 0.3, "ease": 0.4})
-    found = list(advice(behind, METRIC, with_settings(RunConfig(), settings)))
-    assert found == [f"behind popularity: {remedy}" for remedy in remedies]
 
 
 def test_a_trend_suggests_scores_that_follow_it() -> None:
@@ -313,9 +291,7 @@ def test_a_trend_suggests_scores_that_follow_it() -> None:
         (NUMERIC | UNORDERED, None, "take --preset sets, or set model.item_init svd, or "),
     ],
 )
-def test_behind_linear_models_what_is_not_set_and_suits_the_log_is_suggested(
-    settings: dict[str, Any], preset: str | None, remedies: str
-) -> None:
+def test_behind_linear_models(settings: dict[str, Any], preset: str | None, remedies: str) -> None:
     behind = made({"two_tower": 0.2, "popularity": 0.1, "ease": 0.3, "ials": 0.3})
     (found,) = advice(behind, METRIC, with_settings(RunConfig(), settings, preset=preset))
     assert found == f"behind EASE and iALS: {remedies}more model.negatives"

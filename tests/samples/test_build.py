@@ -18,7 +18,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, TieRule
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.histories import latest_histories
-from tfrs_pipeline.samples.store import RowLists, Samples, read_ids, read_samples
+from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = ibis.duckdb.connect()
@@ -164,25 +164,12 @@ def test_samples_match_a_loop(
 def test_order_of_the_log_and_no_order(tmp_path: Path) -> None:
     events: list[Event] = [(1, item, 0, "clicked", None) for item in (3, 1, 2, 1)]
     events.append((2, 7, 0, "clicked", None))
-    log = make_log(events, has_time=False, has_request=False)
-    assert build(log, tmp_path / "a") == [
-        (1, 1, (3,)),
-        (1, 1, (3, 1, 2)),
-        (1, 2, (3, 1)),
-        (1, 3, ()),
-        (2, 7, ()),
-    ]
-    log = make_log(events, has_time=False, has_request=False, is_ordered=False)
-    assert build(log, tmp_path / "b") == [
-        (1, 1, (3, 2)),
-        (1, 1, (3, 2)),
-        (1, 2, (3, 1, 1)),
-        (1, 3, (1, 2, 1)),
-        (2, 7, ()),
-    ]
-    for folder in ("a", "b"):
-        report = build_samples(log, tmp_path / folder, seed=0)
-        assert report["num_empty_histories"] == 1
+    in_order = [(1, 1, (3,)), (1, 1, (3, 1, 2)), (1, 2, (3, 1)), (1, 3, ()), (2, 7, ())]
+    of_sets = [(1, 1, (3, 2)), (1, 1, (3, 2)), (1, 2, (3, 1, 1)), (1, 3, (1, 2, 1)), (2, 7, ())]
+    for is_ordered, expected in ((True, in_order), (False, of_sets)):
+        log = make_log(events, has_time=False, has_request=False, is_ordered=is_ordered)
+        assert build(log, tmp_path / str(is_ordered)) == expected
+    assert build_samples(log, tmp_path / "False", seed=0)["num_empty_histories"] == 1
 
 
 def test_samples_stand_by_query_and_time_and_are_rebuilt(tmp_path: Path) -> None:
@@ -255,9 +242,3 @@ def test_pairs_out_of_range_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=found):
             Samples.from_pairs(*pairs, num_queries=2, num_candidates=3)
-
-
-def test_row_lists() -> None:
-    lists = RowLists.from_lists([np.array([3, 1]), np.array([], int), np.array([2])])
-    assert [lists[i].tolist() for i in range(len(lists))] == [[3, 1], [], [2]]
-    assert len(RowLists.from_lists([])) == 0

@@ -114,9 +114,7 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ties", ["order", "random"])
-def test_duckdb_and_spark_order_equal_times_alike(
-    logs: tuple[Log, Log], ties: Ties, tmp_path: Path
-) -> None:
+def test_both_order_equal_times_alike(logs: tuple[Log, Log], ties: Ties, tmp_path: Path) -> None:
     found = []
     for log in logs:
         events = log.events.drop("near", "place")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import mmap
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,111 +12,76 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.damage import damage
-from tests.small_batches import SAMPLES, UNORDERED
+from tests.small_log import event_table
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import write_record
-from tfrs_pipeline.samples.store import Samples, pool_size_column, read_samples
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.store import RowLists, Samples, read_samples
 
 
-def in_order(samples: Samples) -> Samples:
-    """Sorts samples by user, as `build_samples` writes them; the sequences are of the samples."""
-    order = np.argsort(samples.query_rows, kind="stable")
-    pools = {stage: pool.take(order) for stage, pool in samples.hard_pools.items()}
-    earlier = samples.num_earlier
-    return dataclasses.replace(
-        samples,
-        query_rows=samples.query_rows[order],
-        candidate_rows=samples.candidate_rows[order],
-        weights=samples.weights[order],
-        num_earlier=None if earlier is None else earlier[order],
-        hard_pools=pools,
-    )
-
-
-ORDERED, WITHOUT_ORDER = in_order(SAMPLES), in_order(UNORDERED)
-
-
-def write(columns: dict[str, Any], path: Path, num_parts: int) -> None:
-    """Writes a file, or a folder of parts as Spark does; row groups are smaller than either."""
-    table = pa.table(columns)
-    if num_parts == 1:
-        pq.write_table(table, path, row_group_size=7)
-        return
-    path.mkdir()
-    (path / "_SUCCESS").touch()
-    for i, rows in enumerate(np.array_split(np.arange(len(table)), num_parts)):
-        pq.write_table(table.take(rows), path / f"part-{i:05d}.parquet", row_group_size=7)
-
-
-def write_samples(samples: Samples, folder: Path, num_parts: int = 1) -> None:
-    """Writes samples as `build_samples` does."""
-    tables: dict[str, dict[str, Any]] = {
-        "samples": {
-            "query_row": samples.query_rows,
-            "candidate_row": samples.candidate_rows,
-            "weight": samples.weights.astype(np.float64),
-        },
-        "queries": {"query_row": np.arange(1, len(samples.sequences))},
-        "corpus": {"candidate_row": np.arange(1, len(samples.counts)), "count": samples.counts[1:]},
-    }
-    if samples.num_earlier is not None:
-        tables["samples"]["num_earlier"] = samples.num_earlier
-    for stage, pool in samples.hard_pools.items():
-        tables["samples"][pool_size_column(stage)] = np.diff(pool.offsets).astype(np.int32)
-        tables[f"hard_{stage}"] = {"candidate_row": pool.values}
-    for name, lists in (("known_positives", samples.known_positives), ("exposed", samples.exposed)):
-        rows = np.repeat(np.arange(len(lists)), np.diff(lists.offsets))
-        tables[name] = {"query_row": rows, "candidate_row": lists.values}
-    for name, columns in tables.items():
-        write(columns, folder / f"{name}.parquet", num_parts)
-    write_record(folder / "report.json", {}, folder.rglob("*.parquet") if num_parts == 1 else ())
+@pytest.fixture(scope="module", params=["in order", "without"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples with weights, exposed items and pools; `test_build.py` has what they hold."""
+    events = event_table("int").drop_columns(["rating"])
+    weights = np.random.default_rng(0).random(len(events))
+    log = Log.from_table(events.append_column("weight", pa.array(weights)))
+    folder = tmp_path_factory.mktemp("samples")
+    hard = FunnelLosers(stages=("exposed",), allow_exposed=True)
+    log = dataclasses.replace(log, is_ordered=request.param == "in order")
+    build_samples(log, folder, seed=0, hard=hard if log.is_ordered else None)
+    return folder
 
 
 def arrays(samples: Samples) -> dict[str, np.ndarray]:
-    found = {
-        "query_rows": samples.query_rows,
-        "candidate_rows": samples.candidate_rows,
-        "weights": samples.weights,
-        "counts": samples.counts,
-    }
-    if samples.num_earlier is not None:
-        found["num_earlier"] = samples.num_earlier
-    lists = {
-        "sequences": samples.sequences,
-        "known_positives": samples.known_positives,
-        "exposed": samples.exposed,
-        **samples.hard_pools,
-    }
-    for name, of_name in lists.items():
-        found |= {f"{name}/offsets": of_name.offsets, f"{name}/values": of_name.values}
+    found = {}
+    for name, value in {**vars(samples), **samples.hard_pools}.items():
+        if isinstance(value, np.ndarray):
+            found[name] = value
+        elif isinstance(value, RowLists):
+            found |= {f"{name}/offsets": value.offsets, f"{name}/values": value.values}
     return found
 
 
-@pytest.mark.parametrize("num_parts", [1, 3])
-@pytest.mark.parametrize("samples", [ORDERED, WITHOUT_ORDER])
-def test_mapped_is_what_was_written(samples: Samples, num_parts: int, tmp_path: Path) -> None:
-    write_samples(samples, tmp_path, num_parts)
-    expected, found = arrays(samples), arrays(read_samples(tmp_path))
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
-        np.testing.assert_array_equal(array, expected[name])
-        assert array.dtype == expected[name].dtype
+def test_files_and_folders_of_parts_are_mapped_as_they_are(built: Path, tmp_path: Path) -> None:
+    # As Spark writes them.
+    for path in built.glob("*.parquet"):
+        table = pq.read_table(path)
+        (tmp_path / path.name).mkdir()
+        (tmp_path / path.name / "_SUCCESS").touch()
+        for i, rows in enumerate(np.array_split(np.arange(len(table)), 3)):
+            part = tmp_path / path.name / f"part-{i:05d}.parquet"
+            pq.write_table(table.take(rows), part, row_group_size=70)
+    write_record(tmp_path / "report.json", {})
+    found, of_parts = arrays(read_samples(built)), arrays(read_samples(tmp_path))
+    table = pq.read_table(built / "samples.parquet")
+    np.testing.assert_array_equal(found["query_rows"], table["query_row"])
+    np.testing.assert_array_equal(found["weights"], table["weight"].to_numpy().astype(np.float32))
+    assert found.keys() == of_parts.keys() >= {"exposed/values", "sequences/offsets"}
+    for name, array in of_parts.items():
+        np.testing.assert_array_equal(array, found[name])
+        assert array.dtype == found[name].dtype
         # A window on the file, and nobody may write into it.
-        base: Any = array
-        while isinstance(base, np.ndarray):
-            assert not base.flags.writeable
-            base = base.base
-        assert isinstance(base, mmap.mmap)
+        for base in (array, found[name]):
+            window: Any = base
+            while isinstance(window, np.ndarray):
+                assert not window.flags.writeable
+                window = window.base
+            assert isinstance(window, mmap.mmap)
 
 
-def test_columns_are_made_again_once_samples_or_a_column_change(tmp_path: Path) -> None:
-    write_samples(ORDERED, tmp_path)
-    read_samples(tmp_path)
-    column = tmp_path / "columns" / "weight.npy"
+def test_columns_are_made_again_once_samples_change(built: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "samples"))
+    weights = read_samples(folder).weights.copy()
+    column = folder / "columns" / "weight.npy"
     first = column.stat().st_ino, column.read_bytes()
-    read_samples(tmp_path)
+    read_samples(folder)
     assert (column.stat().st_ino, column.read_bytes()) == first
     damage(column, "flipped")
-    np.testing.assert_array_equal(read_samples(tmp_path).weights, ORDERED.weights)
-    other = dataclasses.replace(ORDERED, weights=ORDERED.weights[::-1])
-    write_samples(other, tmp_path)
-    np.testing.assert_array_equal(read_samples(tmp_path).weights, other.weights)
+    np.testing.assert_array_equal(read_samples(folder).weights, weights)
+    table = pq.read_table(folder / "samples.parquet")
+    place = table.column_names.index("weight")
+    other = table.set_column(place, "weight", pa.array(table["weight"].to_numpy()[::-1]))
+    pq.write_table(other, folder / "samples.parquet")
+    write_record(folder / "report.json", {}, folder.glob("*.parquet"))
+    np.testing.assert_array_equal(read_samples(folder).weights, weights[::-1])

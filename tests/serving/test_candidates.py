@@ -1,14 +1,12 @@
 """Candidates that change while they are searched, against a plain dictionary of vectors."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.serving.test_index import clustered
-from tfrs_pipeline.evaluation.topk import best_places
 from tfrs_pipeline.serving import candidates as candidates_module
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.filter_values import FilterValues
@@ -170,19 +168,3 @@ def test_much_change_calls_for_a_rebuild(monkeypatch: pytest.MonkeyPatch) -> Non
             assert plain.candidates.has_drifted == is_far
         plain.candidates.rebuild(build)
         assert not plain.candidates.has_drifted
-
-
-def ties() -> Iterator[tuple[list[float], int]]:
-    rng = np.random.default_rng(7)
-    for num in (1, 2, 5, 40):
-        for k in (1, 3, 40, 50):
-            yield rng.integers(0, 4, num).astype(float).tolist(), k
-    yield [-np.inf, 1, -np.inf, 1], 3
-    yield [-np.inf], 1
-
-
-@pytest.mark.parametrize(("scores", "k"), list(ties()))
-def test_the_best_places_are_those_of_a_stable_sort(scores: list[float], k: int) -> None:
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    expected = [i for i in order[:k] if scores[i] > -np.inf]
-    assert best_places(np.array(scores, np.float32), k).tolist() == expected

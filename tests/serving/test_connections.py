@@ -195,9 +195,7 @@ def test_a_stopping_server_answers_and_says_that_it_closes(running: Running) -> 
 
 
 @pytest.mark.parametrize("is_loading", [True, False])
-def test_a_stop_does_not_wait_for_a_load(
-    running: Running, is_loading: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_at_load(running: Running, is_loading: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(connections.os, "_exit", codes.append)
     running.is_loading = is_loading

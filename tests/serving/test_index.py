@@ -63,16 +63,6 @@ def test_an_operation_that_answers_otherwise_is_refused(searcher: Searcher) -> N
         check_operation(in_graph(searcher, Level(50, 2, 60)), other, QUERIES)
 
 
-def test_a_wider_search_finds_more() -> None:
-    searcher, exact = Searcher.build(EMBEDDINGS, 45), exact_order(QUERIES, 100)
-
-    def num_found(*options: int) -> int:
-        rows = searcher.search(QUERIES, 100, *options)[0]
-        return sum(len(np.intersect1d(a, b)) for a, b in zip(rows, exact, strict=True))
-
-    assert num_found(3, 100) < num_found(45, 100) < num_found(45, 2000)
-
-
 def test_empty_slots_have_no_score() -> None:
     rows, scores, _ = Searcher.build(EMBEDDINGS[:40], 8).search(QUERIES, 40, 1, 40)
     assert (rows == 0).any()
@@ -107,13 +97,6 @@ def test_searches_go_on_while_another_thread_adds() -> None:
     rows, _, num_rows = searcher.search(QUERIES, 100, 20, 2000)
     assert num_rows == 2000
     assert np.mean(np.sort(rows) == np.sort(exact_order(QUERIES, 100))) >= 0.999
-
-
-def test_two_indexes_in_one_process_do_not_mix() -> None:
-    first, second = Searcher.build(EMBEDDINGS[:500], 5), Searcher.build(EMBEDDINGS[500:1000], 5)
-    for searcher, points in ((first, EMBEDDINGS[:500]), (second, EMBEDDINGS[500:1000])):
-        rows, _, _ = searcher.search(QUERIES, 1, 5, 500)
-        np.testing.assert_array_equal(rows[:, 0], 1 + (QUERIES @ points.T).argmax(axis=1))
 
 
 def test_exact_search_suits_a_small_corpus() -> None:

@@ -173,9 +173,7 @@ def test_a_slow_call_holds_up_nobody(small: Running, monkeypatch: pytest.MonkeyP
     small.run(ask())
 
 
-def test_slices_of_large_requests_take_turns_and_small_ones_overtake(
-    small: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_requests_overtake_large(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     users = [100, 101, 102, 103, 104, 105]
     alone = small.predict(**retrieve_user(users, [[]] * 6, 20))["outputs"]
     for i, user in enumerate(users):

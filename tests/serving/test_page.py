@@ -75,9 +75,7 @@ def test_the_page_compares_with_exact_search_and_excludes_the_items(
     assert "history" not in everything
 
 
-def test_the_page_shows_a_history_latest_first(
-    served: Served, running: Running, loaded: LoadedRetriever
-) -> None:
+def test_the_latest_clicks_first(served: Served, running: Running, loaded: LoadedRetriever) -> None:
     titles = loaded.titles()
     for row in (1, 2, 3):
         known = served.known(row)
@@ -91,9 +89,7 @@ def test_the_page_shows_a_history_latest_first(
 
 @pytest.mark.parametrize("of", ["user", "items", "features"])
 @pytest.mark.parametrize("has_filter", [False, True])
-def test_the_request_that_the_page_shows_is_what_it_asked(
-    served: Served, running: Running, of: str, has_filter: bool
-) -> None:
+def test_it_shows_its_request(served: Served, running: Running, of: str, has_filter: bool) -> None:
     asked: dict[str, Any] = {"k": 7, "filter": ["b"] if has_filter else []}
     history = served.candidate_ids[[4, 9]].tolist()
     if of == "user":
@@ -112,20 +108,7 @@ def test_the_request_that_the_page_shows_is_what_it_asked(
         [item["score"] for item in shown], np.array(found["scores"][0])[is_found], rtol=1e-4
     )
     assert [x["item_id"] for x in shown] == np.array(found["candidate_ids"][0])[is_found].tolist()
-    ids = served.candidate_ids.tolist()
-    genres = [served.genres[ids.index(item["item_id"])] for item in shown]
     assert shown
-    assert not has_filter or all("b" in of_item for of_item in genres)
-    # Python answers the same.
-    query = {"history": history, "features": asked.get("features")}
-    with running.server.versions.use() as version:
-        allowed = [["b"]] if has_filter else None
-        if of == "user":
-            user = version.retriever.parse_user_id(asked["user_id"])
-            ids, *_ = version.retriever.retrieve_user([user], 7, allowed=allowed)
-        else:
-            ids, _ = version.retriever.retrieve([query], 7, [history], allowed=allowed)
-    assert [x["item_id"] for x in shown] == ids[0][: len(shown)].tolist()
 
 
 @pytest.mark.parametrize(

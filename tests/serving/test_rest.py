@@ -60,15 +60,6 @@ def inputs(signature: str, **columns: Any) -> dict[str, Any]:
     return {"signature_name": signature, "inputs": columns}
 
 
-def test_a_plain_list_is_the_only_input_by_columns_and_by_rows() -> None:
-    for key in ("inputs", "instances"):
-        signature, arrays, is_row_format = parsed({key: [-(2**63), 2**63 - 1]})
-        assert signature == "serving_default"
-        assert arrays["user_id"].dtype == np.int64
-        assert arrays["user_id"].tolist() == [-(2**63), 2**63 - 1]
-        assert is_row_format == (key == "instances")
-
-
 def test_times_are_read_as_seconds_and_as_text() -> None:
     for text in ("2024-01-31T08:00Z", "2024-01-31T09:00:00+01:00", 1_706_688_000):
         times = [text, None]
@@ -191,7 +182,6 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
         (b'{"inputs": [' + b"9" * 5000 + b"]}", "not JSON"),
         (b'{"inputs": ["\\ud800"]}', "not JSON"),
         (b"[" * 1_000_000, "not JSON in UTF-8: recursion limit"),
-        (b"[" * 20 + b'"\\' * 490_000, "not JSON"),
         (b"[1]", "must be an object"),
         ({}, "either 'inputs' or 'instances'"),
         ({"inputs": [1], "instances": [1]}, "either 'inputs' or 'instances'"),
@@ -212,36 +202,21 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
         (inputs("retrieve", **A, n=2), "Unknown input 'n'; the signature has user_id, exclude, k"),
         ({"signature_name": "retrieve", "inputs": ["a"]}, "valid dictionary. Received: ['a']"),
         ({"signature_name": "retrieve", "instances": [A]}, "use 'inputs' instead of 'instances'"),
-        (
-            inputs("retrieve", **{**A, "k": 11}),
-            "inputs.k: Input should be less than or equal to 10",
-        ),
+        (inputs("retrieve", **{**A, "k": 11}), "inputs.k: Input should be less than"),
         (inputs("retrieve", **{**A, "k": 0}), "greater than or equal to 1. Received: 0"),
-        (
-            inputs("retrieve", **{**A, "exclude": [["b"] * 4]}),
-            "exclude.0: List should have at most",
-        ),
+        (inputs("retrieve", **{**A, "exclude": [["b"] * 4]}), "exclude.0: List should have at"),
         (inputs("retrieve", **{**A, "exclude": [["b"], []]}), "lists of one length"),
         (inputs("retrieve", **{**A, "exclude": [["b"], ["c"]]}), "as many queries"),
         (inputs("retrieve", **{**A, "user_id": [7]}), "inputs.user_id.0: takes a string"),
         (inputs("retrieve", **{**A, "user_id": [{"b64": "?"}]}), "inputs.user_id.0"),
-        (
-            inputs("histories", user_id=[1], history=[[1] * 5]),
-            "history.0: List should have at most",
-        ),
-        (
-            inputs("embed", **{**E, "price": ["1"]}),
-            "inputs.price.0: Input should be a valid number",
-        ),
+        (inputs("histories", user_id=[1], history=[[1] * 5]), "history.0: List should have at m"),
+        (inputs("embed", **{**E, "price": ["1"]}), "inputs.price.0: Input should be a valid"),
         (inputs("embed", **{**E, "price": [True]}), "valid number. Received: True"),
         (
             inputs("timed", timestamp=[1.7e12], history_timestamps=[[1.7e9]]),
             "'timestamp' takes seconds since 1970; divide milliseconds by 1,000. Received: 17000",
         ),
-        (
-            inputs("timed", timestamp=[1.7e9], history_timestamps=[[1.7e9, 1.7e12]]),
-            "'history_timestamps' takes seconds since 1970",
-        ),
+        (inputs("timed", timestamp=[1.0], history_timestamps=[[1.7e12]]), "'history_timestamps' t"),
         (inputs("embed", **{**E, "price": [None]}), "valid number. Received: None"),
         (inputs("embed", **{**E, "price": [10**400]}), "valid number"),
         (inputs("embed", **{**E, "price": [float("inf")]}), "takes finite float64 values"),
@@ -297,10 +272,7 @@ def test_rows_and_columns_of_an_answer() -> None:
     columns = format_outputs(outputs, is_row_format=False).decode()
     rows = format_outputs(outputs, is_row_format=True).decode()
     assert '"scores":[[1.0,0.10000000149011612],[-Infinity,NaN]]' in columns
-    expected = {
-        "candidate_ids": [["Zoë", 'a"b'], ["", "\n"]],
-        "is_known_user": [True, False],
-    }
+    expected = {"candidate_ids": [["Zoë", 'a"b'], ["", "\n"]], "is_known_user": [True, False]}
     read = json.loads(columns)["outputs"]
     for name, values in expected.items():
         assert read[name] == values
@@ -309,7 +281,6 @@ def test_rows_and_columns_of_an_answer() -> None:
 
 def test_a_single_output_stands_without_its_name() -> None:
     outputs = {"ids": np.array([[1, 2], [3, 4]])}
-    assert json.loads(format_outputs(outputs, is_row_format=False)) == {"outputs": [[1, 2], [3, 4]]}
-    assert json.loads(format_outputs(outputs, is_row_format=True)) == {
-        "predictions": [[1, 2], [3, 4]]
-    }
+    for is_row_format, name in ((False, "outputs"), (True, "predictions")):
+        text = format_outputs(outputs, is_row_format=is_row_format)
+        assert json.loads(text) == {name: [[1, 2], [3, 4]]}

@@ -58,18 +58,6 @@ def test_the_graph_does_not_grow_with_the_ids(exported: Exported) -> None:
     assert "Zoë".encode() not in graph
 
 
-def test_given_features_replace_the_stored_ones(
-    served: Served, loaded: LoadedRetriever, query: dict[str, Any]
-) -> None:
-    queries = [given(query, served.genders[0]), given(query, None), query]
-    ids, scores = loaded.retrieve(queries, 9)
-    assert ids[0].tolist() == ids[2].tolist()
-    assert np.abs(scores[1] - scores[0]).max() > 0.01
-    embedded = loaded.embed_queries(queries)
-    assert np.abs(embedded[1] - embedded[2]).max() > 0.01
-    np.testing.assert_allclose(embedded[0], embedded[2], atol=1e-6)
-
-
 def test_a_filter_takes_what_is_allowed_from_the_whole_answer(
     served: Served, loaded: LoadedRetriever, query: dict[str, Any], user: Any
 ) -> None:

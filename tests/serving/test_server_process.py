@@ -31,10 +31,7 @@ def folder(exported: Exported) -> Path:
 @pytest.fixture
 def process(folder: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(folder), "--port", "0"]
-    flags = ["--body-timeout-seconds", "3", "--max-body-bytes", "100000"]
-    running = subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     yield running
     running.kill()
     running.communicate()
@@ -78,25 +75,14 @@ def begins_to_stop(port: int) -> None:
 
 
 @pytest.mark.slow
-def test_slow_and_long_bodies_and_sigterm(process: subprocess.Popen[str]) -> None:
+def test_ctrl_c_answers_what_is_under_way(process: subprocess.Popen[str]) -> None:
     port = port_of(process)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        slow = [begun(port, 20) for _ in range(20)]
         assert client.post(PREDICT, json=GOOD).status_code == 200
-        for connection in slow:
-            text = answer_of(connection)
-            assert text.startswith("HTTP/1.1 408 ")
-            assert '{"error":"The body did not arrive within 3 s."}' in text
-        long = client.post(PREDICT, content=b"x" * 1_000_000)
-        assert long.status_code == 413
-        garbage = socket.create_connection(("127.0.0.1", port), timeout=30)
-        garbage.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
-        assert answer_of(garbage).startswith("HTTP/1.1 400 ")
-
         # A request under way when the signal comes is answered.
         late = begun(port, 20)
         client.get("/healthz")  # The server has read the request's beginning by now.
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)  # The benchmark below sends SIGTERM.
         begins_to_stop(port)
         late.sendall(TEXT[20:].encode())
         text = answer_of(late)
@@ -121,14 +107,6 @@ def test_everything_at_once_and_no_good_request_fails() -> None:
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "'num_failed': 0" in done.stdout
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_without_an_error(process: subprocess.Popen[str]) -> None:
-    port = port_of(process)
-    assert httpx.post(f"http://127.0.0.1:{port}{PREDICT}", json=GOOD).status_code == 200
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

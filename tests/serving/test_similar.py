@@ -66,7 +66,7 @@ def by_signature(
     return texts, answer["scores"].numpy()
 
 
-@pytest.mark.parametrize("is_filtered", [False, True])
+@pytest.mark.parametrize(("is_filtered", "k"), [(False, K), (True, K), (False, NUM_CANDIDATES)])
 def test_every_way_answers_as_numpy(
     served: Served,
     loaded: LoadedRetriever,
@@ -74,6 +74,7 @@ def test_every_way_answers_as_numpy(
     items: list[Any],
     kind: str,
     is_filtered: bool,
+    k: int,
 ) -> None:
     vectors, ids = served.model.embed_corpus(), served.candidate_ids.tolist()
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
@@ -83,15 +84,18 @@ def test_every_way_answers_as_numpy(
     for of_item, (genre,) in zip(closed, allowed, strict=False):
         pairs = zip(ids, served.genres, strict=True)
         of_item |= {id_ for id_, genres in pairs if genre not in genres}
-    expected, scores = by_numpy(ids, vectors, SOME, K, closed)
-    inputs: dict[str, Any] = {"item_id": items, "exclude": best, "k": K}
+    expected, scores = by_numpy(ids, vectors, SOME, k, closed)
+    num_empty = k - len(expected[0])  # An item never finds itself.
+    expected = [row + [-1 if served.ids == "int" else ""] * num_empty for row in expected]
+    scores = np.pad(scores, [(0, 0), (0, num_empty)], constant_values=-np.inf)
+    inputs: dict[str, Any] = {"item_id": items, "exclude": best, "k": k}
     inputs |= {"allowed": allowed} if is_filtered else {}
     name = "similar_filtered" if is_filtered else "similar"
     over_rest = running.predict(signature_name=name, inputs=inputs)["outputs"]
     assert set(over_rest) == {"candidate_ids", "scores"}
-    given: tuple[Any, ...] = items, K, best, *([allowed] if is_filtered else [])
+    given: tuple[Any, ...] = items, k, best, *([allowed] if is_filtered else [])
     for found, found_scores in (
-        loaded.similar(items, K, best, allowed=allowed or None),
+        loaded.similar(items, k, best, allowed=allowed or None),
         by_signature(served, loaded.saved_model, *given),
         by_signature(served, served.module(kind), *given),
         (over_rest["candidate_ids"], over_rest["scores"]),
@@ -100,32 +104,19 @@ def test_every_way_answers_as_numpy(
         np.testing.assert_allclose(found_scores, scores, atol=1e-5)
 
 
-def test_an_item_never_finds_itself(served: Served, loaded: LoadedRetriever) -> None:
-    ids = served.candidate_ids.tolist()
-    for found, scores in (
-        loaded.similar(ids, NUM_CANDIDATES),
-        by_signature(served, loaded.saved_model, ids, NUM_CANDIDATES, [[]] * len(ids)),
-    ):
-        # All others are found, and one slot is left.
-        assert all({*row[:-1]} == {*ids} - {id_} for id_, row in zip(ids, found, strict=True))
-        assert {row[-1] for row in found} == {-1 if served.ids == "int" else ""}
-        assert np.isneginf(np.asarray(scores)[:, -1]).all()
-
-
 def test_refuses_what_is_not_there(
     served: Served, loaded: LoadedRetriever, running: Running, items: list[Any]
 ) -> None:
     unknown = UNKNOWN[served.ids]
-    with pytest.raises(ValueError, match=rf"Item {unknown!r} is not among the 60 items"):
-        loaded.similar([items[0], unknown], K)
-    with pytest.raises(ValueError, match="Item ids come in a list"):
-        loaded.similar("film", K)
-    with pytest.raises(ValueError, match="This model's ids are"):
-        loaded.similar([UNKNOWN["str" if served.ids == "int" else "int"]], K)
-    with pytest.raises(ValueError, match="k must be"):
-        loaded.similar(items, 0)
-    with pytest.raises(ValueError, match="exclude must hold one collection"):
-        loaded.similar(items, K, [[]])
+    for message, asked in (
+        (rf"Item {unknown!r} is not among the 60 items", ([items[0], unknown], K)),
+        ("Item ids come in a list", ("film", K)),
+        ("This model's ids are", ([UNKNOWN["str" if served.ids == "int" else "int"]], K)),
+        ("k must be", (items, 0)),
+        ("exclude must hold one collection", (items, K, [[]])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded.similar(*asked)
     with pytest.raises(ValueError, match="No item has 'z' as its genres"):
         loaded.similar(items[:1], K, allowed=[["z"]])
     # TensorFlow Serving turns this into a 400.
@@ -137,9 +128,7 @@ def test_refuses_what_is_not_there(
     assert f"Item {unknown!r} is not among" in response.json()["error"]
 
 
-def test_an_item_of_today_is_compared_and_found(
-    served: Served, folder: Path, tmp_path: Path
-) -> None:
+def test_an_item_of_today_is_found(served: Served, folder: Path, tmp_path: Path) -> None:
     loaded = load(shutil.copytree(folder, tmp_path / "films"))
     gone, *rest = served.candidate_ids.tolist()
     new, genres = UNKNOWN[served.ids], ["a", "c"]

@@ -199,22 +199,6 @@ def test_a_target_out_of_reach_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         tuned_on(EMBEDDINGS, QUERIES)
 
 
-def test_candidates_with_equal_scores_are_interchangeable() -> None:
-    # Each vector occurs some five times, like those of items with the same features.
-    embeddings = EMBEDDINGS[np.random.default_rng(2).integers(0, 400, len(EMBEDDINGS))]
-    index = tuned_on(embeddings, QUERIES, 1.0)
-    depth = index.levels[0].depth
-    rows, scores = index.candidates(embeddings).search(QUERIES, depth)
-    order = ranked(embeddings, QUERIES)[:, :depth]
-    exact = np.take_along_axis(QUERIES @ embeddings.T, order - 1, axis=1)
-    np.testing.assert_allclose(scores, exact, rtol=1e-5, atol=1e-5)
-    # Some of the rows found are others, in whichever order equal ones come.
-    backwards = len(embeddings) + 1 - ranked(embeddings[::-1], QUERIES)[:, :depth]
-    assert min(recalls(rows, exact).mean() for exact in (order, backwards)) < 1
-    measured = measure_requests(index.candidates(embeddings), nothing_known(QUERIES))
-    assert {x["recall"] for x in measured if (x["k"], x["excluded"]) == (100, 0)} == {1}
-
-
 @pytest.mark.parametrize(
     ("rows", "scores", "is_found"),
     [
@@ -224,9 +208,7 @@ def test_candidates_with_equal_scores_are_interchangeable() -> None:
         ([1, 2, 0, 0], [9, 8, -np.inf, -np.inf], [1, 1, 0, 0]),
     ],
 )
-def test_only_a_candidate_with_its_score_replaces_a_missed_one(
-    rows: list[int], scores: list[float], is_found: list[int]
-) -> None:
+def test_equal_scores_are_found(rows: list[int], scores: list[float], is_found: list[int]) -> None:
     exact = np.array([[1, 2, 3, 4]]), np.array([[9, 8, 7, 7]], np.float32)
     found = np.array([rows]), np.array([scores], np.float32)
     np.testing.assert_array_equal(found_places(exact, found), [is_found])

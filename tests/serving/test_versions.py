@@ -177,9 +177,7 @@ def test_a_version_by_itself_stays(folder: Path) -> None:
     asyncio.run(asyncio.wait_for(model.watch(0.01), 5))  # There is nothing to watch.
 
 
-def test_the_watch_follows_and_survives_a_broken_disk(
-    model: ModelVersions, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_watch(model: ModelVersions, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, num_looks = versions.versions_of, 0
 
     def look(path: Path) -> list[int]:

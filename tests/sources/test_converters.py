@@ -79,9 +79,7 @@ def kuairand(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("label", "positive"), [(None, "is_click"), ({"long_view": 1.0}, "long_view")]
 )
-def test_every_exposure_of_kuairand_is_an_event(
-    kuairand: Path, label: dict[str, float] | None, positive: str
-) -> None:
+def test_events_of_kuairand(kuairand: Path, label: dict[str, float] | None, positive: str) -> None:
     KUAIRAND.convert(kuairand, kuairand / "events.parquet")
     log = Log.from_files(
         kuairand / "events.parquet", reading=Reading(timestamp_unit="ms", label=label or {})
@@ -199,9 +197,7 @@ def test_the_latest_row_of_recflow_describes_an_item(tmp_path: Path) -> None:
         ({"request_id": None}, "request_id IS NULL"),
     ],
 )
-def test_recflow_refuses_values_that_cannot_be(
-    tmp_path: Path, values: dict[str, int | None], message: str
-) -> None:
+def test_recflow_refuses(tmp_path: Path, values: dict[str, int | None], message: str) -> None:
     path = tmp_path / "all_stage" / "2024-01-13.feather"
     write_day(path, [row(realshow=1, effective_view=1), {**row(), **values}])
     with pytest.raises(SystemExit, match=f"1 rows where {message}"):

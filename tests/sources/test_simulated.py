@@ -54,23 +54,6 @@ def truth_of(simulation: Simulation, log: Log) -> np.ndarray:
     return matrix[log["user_id"] - 1, log["item_id"] - 1]
 
 
-def test_tables_keep_the_contract() -> None:
-    tables = usual().log
-    assert tables.items.count().to_pyarrow().as_py() == NUM_ITEMS
-    assert tables.users.count().to_pyarrow().as_py() == NUM_USERS
-    types = {name: str(dtype) for name, dtype in tables.events.schema().items()}
-    assert types == {
-        "user_id": "int64",
-        "item_id": "int64",
-        "timestamp": "timestamp('UTC', 6)",
-        "event_number": "int64",
-        "stage": "string",
-        "request_id": "int64",
-        "rank": "int64",
-        "score": "float64",
-    }
-
-
 def test_same_seed_same_log_and_another_seed_another() -> None:
     small: dict[str, Any] = {"num_users": 20, "num_items": 120, "num_requests": 40}
     first, again, other = (simulate_funnel(**small, seed=seed) for seed in (1, 1, 2))
