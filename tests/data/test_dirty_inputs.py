@@ -96,24 +96,31 @@ def test_what_is_kept_is_counted_too() -> None:
 def test_a_name_that_means_something_else_is_no_context(name: str) -> None:
     with pytest.raises(ValueError, match=r"did you mean '(timestamp|item_id)'|rename the column"):
         load({"x": list(range(40))}, columns={name: "x"})
-    assert load({"x": list(range(40))}, columns={"page": "x"}).events.columns[-1] == "page"
 
 
-@pytest.mark.parametrize("header", ["Stage", "stages", "Timestamp", "time_stamp", "Request_ID"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Stage",
+        "stages",
+        "Timestamp",
+        "time_stamp",
+        "Request_ID",
+        "time",
+        "Date",
+        "ts",
+        "created_at",
+    ],
+)
 def test_a_header_that_is_nearly_one_of_the_logs_is_refused(header: str) -> None:
-    column = {header: ["clicked", "retrieved"] * 20}
+    column = {header: list(range(1_700_000_000, 1_700_000_040))}
     with pytest.raises(DataError, match=rf"column '{header}' is not read; did you mean '"):
         load(column)
     assert load(column, columns={"page": header}).events.columns[-1] == "page"
 
 
-@pytest.mark.parametrize("header", ["time", "Date", "ts", "created_at"])
-def test_a_time_by_another_name_is_not_left_unread(header: str) -> None:
-    column = {header: list(range(1_700_000_000, 1_700_000_040))}
-    with pytest.raises(
-        DataError, match=f"'{header}' is not read; did you mean 'timestamp'.*Set col"
-    ):
-        load(column)
+def test_a_time_by_another_name_is_read_if_it_is_named() -> None:
+    header, column = "ts", {"ts": list(range(1_700_000_000, 1_700_000_040))}
     assert "timestamp" in load(column, columns={"timestamp": header}).events.columns
     # Beside the time it is a column like others.
     both: dict[str, list[Any]] = {"timestamp": column[header], header: ["late"] * 40}

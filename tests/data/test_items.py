@@ -1,6 +1,5 @@
 """Item and user tables: the types of features, ids that a table lacks, and what is refused."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,11 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.features.categorical import Categorical
 
-ITEMS = "movie,title,genres,price,year\n5,Five,a|b | c,1.5,1999\n6,,,,\n"
-KINDS = {"genres": "multi_categorical", "price": "numeric", "year": "categorical"}
-
 
 def test_ids_of_two_files_get_one_type(load: Any) -> None:
     tables = load("user_id,item_id\n1,5\n1,6\n", items="item_id,title\n5,Five\nx9,Nine\n")
     assert column(tables.events, "item_id") == ["5", "6"]
     assert column(tables.items, "item_id", "item_id") == ["5", "6", "x9"]
-
-
-def test_features_get_the_type_of_their_kind(load: Any) -> None:
-    tables = load(
-        "uid,movie\n1,5\n1,6\n",
-        items=ITEMS,
-        columns={"user_id": "uid", "item_id": "movie"},
-        item_columns={"item_id": "movie"},
-        item_features=KINDS,
-    )
-    assert tables.items.order_by("item_id").drop("_listed").to_pyarrow().to_pylist() == [
-        {"item_id": 5, "genres": ["a", "b", "c"], "price": 1.5, "year": 1999, "title": "Five"},
-        {"item_id": 6, "genres": None, "price": None, "year": None, "title": None},
-    ]
-    assert tables.item_features == KINDS
 
 
 @pytest.mark.parametrize("kind", ["categorical", "hashed"])
@@ -116,64 +97,13 @@ def test_lists_in_parquet_are_stripped_as_text_is(load: Any) -> None:
     assert found == [["war", "drama"], [], None]
 
 
-NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
-MORE_KINDS = {"when": "timestamp", "v": "vector", "price": "bucketized", "author": "hashed"}
-IN_ORDER = ("item_id", "when", "v", "price", "author")
-
-
-def load_more(load: Any, table: str | pa.Table, **options: Any) -> list[dict[str, Any]]:
-    tables = load("user_id,item_id\n1,5\n1,9\n", items=table, item_features=MORE_KINDS, **options)
-    items = tables.items.drop("_listed")
-    assert items.columns == IN_ORDER
-    assert str(items.schema()["when"]).startswith("timestamp('UTC'")
-    assert str(items.schema()["v"]) == "array<float32>"
-    rows: list[dict[str, Any]] = items.order_by("item_id").to_pyarrow().to_pylist()
-    assert rows[-1] == dict.fromkeys(IN_ORDER) | {"item_id": 9}  # Of the events alone.
-    return rows[:-1]
-
-
-@pytest.mark.parametrize(
-    "moment, options",
-    [
-        ("1706702400", {}),
-        ("1706702400000", {"timestamp_unit": "ms"}),
-        ("2024-01-31T12:00:00Z", {}),
-        ("2024-01-31 13:00:00", {"time_zone": "Europe/Berlin"}),
-    ],
-)
-def test_times_vectors_and_codes_in_csv(load: Any, moment: str, options: dict[str, str]) -> None:
-    items = f"item_id,when,v,price,author\n5,{moment},0.5| -2e1|3,1.5,007\n6,,,,\n"
-    assert load_more(load, items, **options) == [
-        {"item_id": 5, "when": NOON, "v": [0.5, -20.0, 3.0], "price": 1.5, "author": "007"},
-        dict.fromkeys(IN_ORDER) | {"item_id": 6},
-    ]
-
-
-@pytest.mark.parametrize(
-    "moment, type_, options",
-    [
-        (pa.array([NOON, None], pa.timestamp("ms", "Asia/Tokyo")), pa.list_(pa.float32()), {}),
-        (pa.array([datetime(2024, 1, 31, 12), None]), pa.list_(pa.float64(), 2),
-         {"time_zone": "UTC"}),
-        (pa.array([1_706_702_400, None]), pa.large_list(pa.int16()), {}),
-    ],
-)  # fmt: skip
-def test_times_vectors_buckets_and_hashes_in_parquet(
-    load: Any, moment: pa.Array, type_: pa.DataType, options: dict[str, str]
-) -> None:
-    columns = {"item_id": [5, 6], "when": moment, "v": pa.array([[4, -2], None], type_)}
-    items = pa.table(columns | {"price": [3, None], "author": [11, None]})
-    assert load_more(load, items, **options) == [
-        {"item_id": 5, "when": NOON, "v": [4.0, -2.0], "price": 3.0, "author": 11},
-        dict.fromkeys(IN_ORDER) | {"item_id": 6},
-    ]
-
-
 @pytest.mark.parametrize("text", ["[0.5, -20, 3]", "0.5,-20 ,3", "[ 0.5 -2e1  3.]", " 0.5|-20|3"])
 def test_vectors_in_text_are_read_as_programs_write_them(load: Any, text: str) -> None:
-    items = f'item_id,when,v,price,author\n5,,"{text}",,\n6,,[],,\n7,,"[1,2,null]",,\n8,,2|3|4,,'
-    rows = load_more(load, items, max_bad_share=0.3)
-    assert [row["v"] for row in rows] == [[0.5, -20.0, 3.0], None, None, [2.0, 3.0, 4.0]]
+    items = f'item_id,v\n5,"{text}"\n6,[]\n7,"[1,2,null]"\n8,2|3|4'
+    options = {"item_features": {"v": "vector"}, "max_bad_share": 0.3}
+    found = load("user_id,item_id\n1,5\n", items=items, **options).items.order_by("item_id")
+    expected = [[0.5, -20.0, 3.0], None, None, [2.0, 3.0, 4.0]]
+    assert found["v"].to_pyarrow().to_pylist() == expected
 
 
 def test_items_that_the_item_table_lacks_are_kept_dropped_or_refused(load: Any) -> None:

@@ -145,9 +145,7 @@ def test_items_of_the_last_request_are_not_what_was_known_before_it() -> None:
     assert "repeats" in names
 
 
-def test_shuffling_takes_nothing_from_the_last_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_shuffling_takes_nothing_from_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """In it, each user clicks an item and its twin: the one gives the other away."""
     monkeypatch.setattr("tfrs_pipeline.evaluation.signals._MAX_ASKED", 100)
     before, item = RNG.integers(0, 60, (2, 400))

@@ -79,10 +79,7 @@ def summary(rng: np.random.Generator) -> dict[str, Any]:
 
 def differences(half: float) -> dict[str, Any]:
     parts = ("head/", "torso/", "tail/", "tied/", "untied/", "")
-    return {
-        "ndcg@100": around(0.02, half),
-        **{f"{part}recall@100": around(0.02) for part in parts},
-    }
+    return {"ndcg@100": around(0.02, half), **{f"{part}recall@100": around(0.02) for part in parts}}
 
 
 def make_metrics(rng: np.random.Generator) -> dict[str, Any]:

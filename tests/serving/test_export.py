@@ -13,13 +13,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serving.conftest import (
-    KIND_OF,
-    NUM_CANDIDATES,
-    Exported,
-    Served,
-    make_served,
-)
+from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.check import ExportError

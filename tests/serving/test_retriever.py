@@ -28,10 +28,6 @@ def query(served: Served, user: Any) -> dict[str, Any]:
     return {"user_id": user, "history": served.known(3)}
 
 
-def given(query: dict[str, Any], gender: str | None) -> dict[str, Any]:
-    return {**query, "features": {"gender": gender}}
-
-
 @pytest.mark.parametrize("is_fallback", [False, True])
 def test_loaded_and_in_memory_agree(served: Served, folder: Path, is_fallback: bool) -> None:
     if is_fallback and KIND_OF[served.ids] == "exact":
@@ -61,7 +57,11 @@ def test_the_graph_does_not_grow_with_the_ids(exported: Exported) -> None:
 def test_a_filter_takes_what_is_allowed_from_the_whole_answer(
     served: Served, loaded: LoadedRetriever, query: dict[str, Any], user: Any
 ) -> None:
-    queries = [given(query, served.genders[0]), given(query, None), query, query]
+    queries: list[dict[str, Any]] = [
+        {**query, "features": {"gender": served.genders[0]}},
+        {**query, "features": {"gender": None}},
+        *(query, query),
+    ]
     found = loaded.retrieve(queries, NUM_CANDIDATES, allowed=[["b"], ["b"], ["b"], []])
     genres = zip(served.candidate_ids.tolist(), served.genres, strict=True)
     with_b = {id_ for id_, of_item in genres if "b" in of_item}

@@ -10,11 +10,7 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.sources.movielens import (
-    FetchError,
-    load_movielens_100k,
-    unpack_wheel,
-)
+from tfrs_pipeline.sources.movielens import FetchError, load_movielens_100k, unpack_wheel
 
 RATINGS = [
     "8\t267\t4\t881250949",
