@@ -169,16 +169,3 @@ def test_a_view_is_a_click_where_there_are_no_clicks() -> None:
         "transaction=5 addtocart=3 view=1"
     )  # fmt: skip
     assert suggested(["remove_from_cart", "pv", "buy"]) == "buy=5 pv=1"
-
-
-def test_a_label_of_amounts_says_that_all_weigh_the_same() -> None:
-    events = pa.table({"user_id": [1] * 3, "item_id": [1, 2, 3], "watch_s": [0.0, 6.0, 285.0]})
-    log = Log.from_table(events, reading=Reading(label={"watch_s": 0.01}))
-    assert "from 6 to 285: all above 0 weigh the same" in log.notes[0]
-    # What the note offers: each by its number, clipped.
-    reading = Reading(label={"watch_s": 1}, columns={"weight": "watch_s"}, max_weight=60)
-    log = Log.from_table(events, reading=reading)
-    assert column(log.events, "weight") == [1.0, 6.0, 60.0]
-    assert not log.notes
-    likes = events.set_column(2, "like", [[0, 1, 1]])
-    assert not Log.from_table(likes, reading=Reading(label={"like": 1})).notes

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from tests.evaluation.test_slow_evaluator import Row, check_holdout, queries_of
 from tfrs_pipeline.data.holdout import EvaluationPart
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError
@@ -153,32 +154,21 @@ def test_nothing_after_a_cut_reaches_train_or_a_history(num_users: int, num_rows
 def check_holdout_by_a_loop(
     rows: list[Event], split: Split, assigned: dict[int, str], part: EvaluationPart
 ) -> None:
-    expected = {}
-    for user, numbers in by_user(rows).items():
-        targets = [n for n in numbers if assigned.get(n) == part and rows[n][3] == "clicked"]
-        if not targets:
-            continue
-        known = {"train", "fold_in"} | ({"validation"} if part == "test" else set())
-        before = [n for n in numbers if assigned.get(n) in known]
-        assert all(numbers.index(n) < numbers.index(targets[0]) for n in before)
-        expected[user] = (
-            [rows[n][1] for n in before if rows[n][3] == "clicked"],
-            sorted({rows[n][1] for n in targets}),
-            sorted({rows[n][1] for n in before if rows[n][3] in ("clicked", "exposed")}),
-        )
-    if not expected:
+    """Asks by the loops of the slow evaluator, to which fold-in is training."""
+    shown = ("clicked", "exposed")
+    known = [
+        Row(*rows[n][:3], rows[n][3] == "clicked", None, of.replace("fold_in", "train"), n, n)
+        for n, of in assigned.items()
+        if rows[n][3] in shown
+    ]
+    queries = [*queries_of(known, part, "users", "order")]
+    if not queries:
         without = "In Python, split.train and split.test do" if part == "validation" else "$"
         with pytest.raises(DataError, match=rf"has no positive.* split.min_positives\. ?{without}"):
             getattr(split, part)
         return
     holdout = getattr(split, part)
-    assert holdout.user_ids.tolist() == sorted(expected)
-    for i, user in enumerate(sorted(expected)):
-        history, relevant, seen = expected[user]
-        assert holdout.histories[i].tolist() == history
-        assert holdout.relevant[i].tolist() == relevant
-        assert holdout.clicked[i].tolist() == sorted(set(history))
-        assert holdout.seen[i].tolist() == seen
+    check_holdout(holdout, queries, has_time=True)
     # Held-out users train nothing, not even for the test.
     trains = {"train"}
     if part == "test" and split.kind != "held_out_users":

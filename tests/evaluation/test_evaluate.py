@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -61,26 +60,6 @@ def measure_all(retrievers: Any, holdout: Holdout, **options: Any) -> Evaluation
 
 def measure(retriever: Retriever, holdout: Holdout, **options: Any) -> EvaluationResult:
     return measure_all(retriever, holdout, **options).first
-
-
-def test_what_was_left_out_stands_under_the_table_and_no_array_is_shown() -> None:
-    retriever = Scores(np.zeros((3, 12)))
-    found = measure_all(retriever, make_holdout([[100, 102], [102], [101]], clicked=[[102]] * 3))
-    skipped, excluded = found.first.describe()
-    assert str(found).split("\n")[2:] == [skipped, excluded]
-    assert skipped == "1 of 3 queries skipped, with nothing to find"
-    assert re.match("2 relevant items not counted: .* had clicked before", excluded)
-    assert not measure(retriever, make_holdout([[100]] * 3, clicked=[[101]] * 3)).describe()
-    # The last item has no count, and 7 is none of the candidates; a tenth goes without a word.
-    clicked: list[list[int]] = [[101], [], []]
-    new = measure(retriever, make_holdout([[100, 111, 7], [100], [102]], clicked=clicked))
-    assert new.describe() == [
-        "2 of 3 queries have an empty history",
-        "2 of 5 items to find have no positive in training",
-    ]
-    many = measure(Scores(np.zeros((2000, 12))), make_holdout([[100]] * 2000))
-    assert len(repr(many)) < 500
-    assert "2,000 queries; recall@3 1.0000" in repr(many)
 
 
 def test_a_summary_is_json_without_nan() -> None:

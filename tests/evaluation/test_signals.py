@@ -10,7 +10,7 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.evaluation.signals import Signal, Signals, signals
+from tfrs_pipeline.evaluation.signals import signals
 
 RNG = np.random.default_rng(0)
 
@@ -89,17 +89,6 @@ def test_counts(histories: Any, name: str, value: float, beside: float | None) -
     assert found.beside == beside
 
 
-def test_many_repeats_are_told_where_a_ranking_leaves_them_out() -> None:
-    again, new = (
-        Signals((Signal("repeats", share, None, ""), Signal("history", 3.0, None, "")))
-        for share in (0.314, 0.1)
-    )
-    (line,) = again.excluded_repeats("clicked")
-    assert line.startswith("31% repeats")
-    assert not [*again.excluded_repeats("none"), *new.excluded_repeats("clicked")]
-    assert not list(Signals(()).excluded_repeats("seen"))
-
-
 def test_ties_are_of_the_same_user_and_the_clock_has_the_step_of_all_times() -> None:
     day = 86_400
     times = 10**9 + day * np.array([0, 0, 2, 5, 5, 6, 9])
@@ -169,13 +158,3 @@ def test_a_large_log_is_read_for_some_users(monkeypatch: pytest.MonkeyPatch) -> 
     assert some["repeats"].value == pytest.approx(1 / 3, abs=0.1)
     assert some["repeats"].value != signals(log)["repeats"].value
     assert some == signals(log, max_positives=300)
-
-
-def test_signals_are_data() -> None:
-    found: Signals = signals(log_of([[1, 1, 2, 2]]))
-    assert found.as_dict()["repeats"] == {
-        "value": 0.5,
-        "beside": None,
-        "meaning": found["repeats"].meaning,
-    }
-    assert list(found.as_dict()) == [x.name for x in found]

@@ -273,18 +273,21 @@ def read(rows: list[Any], ties: Ties, has_time: bool, has_request: bool) -> tupl
 
 
 def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> None:
+    """Compares queries; each asks with the features of its first event to find, if it has any."""
     lists = holdout.relevant, holdout.histories, holdout.clicked, holdout.seen
     assert holdout.user_ids.tolist() == sorted(query.user for query in queries)
     found = [
-        (user, *(ids.tolist() for ids in of_query), request["line"])
-        for user, *of_query, request in zip(
-            holdout.user_ids.tolist(), *lists, holdout.requests or (), strict=True
-        )
+        (user, *(ids.tolist() for ids in of_query))
+        for user, *of_query in zip(holdout.user_ids.tolist(), *lists, strict=True)
     ]
-    assert sorted(found) == sorted(
+    asked = sorted(
         (x.user, sorted(x.wanted), x.history, sorted(x.clicked), sorted(x.seen), x.first)
         for x in queries
     )
+    if holdout.requests is not None:
+        lines = [request["line"] for request in holdout.requests]
+        found = [(*query, line) for query, line in zip(found, lines, strict=True)]
+    assert sorted(found) == [query[: len(found[0])] for query in asked]
     assert (holdout.times is None) == (not has_time)
     if has_time:
         for history, times in zip(holdout.histories, holdout.history_times or (), strict=True):

@@ -30,10 +30,3 @@ def test_the_difference_from_the_first_stands_beside_the_first_column() -> None:
     assert header.split() == ["model", "ndcg@100", "from", "two_tower", "coverage@20"]
     assert first.split() == ["two_tower", "0.3271", "±0.0110", "0.5000"]
     assert second.split() == ["ease", "-", "-0.0300", "[-0.0400,", "-0.0200]", "-"]
-
-
-def test_columns_that_do_not_fit_are_left_out_but_the_first() -> None:
-    whole = format_table(MODELS, COLUMNS)
-    assert format_table(MODELS, COLUMNS, width=len(whole.split("\n")[0])) == whole
-    assert format_table(MODELS, COLUMNS, width=1) == format_table(MODELS, COLUMNS[:1])
-    assert format_table(MODELS, [], width=1) == format_table(MODELS, [])

@@ -15,7 +15,6 @@ import pytest
 
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.small_log import Watched
-from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
@@ -119,10 +118,6 @@ def write_all(served: Served, folder: Path) -> Path:
     return path
 
 
-def command_of(folder: Path, items: Path, *flags: str) -> list[str]:
-    return ["refresh-index", str(folder), "--items", str(items), *flags]
-
-
 def without_genres(table: pa.Table) -> pa.Table:
     return with_genres(table, [None] * len(table))
 
@@ -215,12 +210,12 @@ def test_an_index_by_the_number_of_items_is_chosen_anew(
 
 
 def test_what_a_refresh_asks_for_holds_for_the_next(
-    of_int: Served, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+    of_int: Served, folder: Path, tmp_path: Path, request: pytest.FixtureRequest, command: Any
 ) -> None:
     """From exact search to ScaNN and on from there, the settings those of the last one."""
     path = write_all(of_int, tmp_path)
-    command = command_of(folder, path)
-    assert main([*command, "--target-recall", "0.9", "--keep-versions", "1"]) == 0
+    words = ["refresh-index", folder, "--items", path, "--keep-versions"]
+    assert command(*words, 1, "--target-recall", 0.9).code == 0
     assert versions_of(folder) == [2]
     manifest = json.loads((folder / "2" / MANIFEST_FILE).read_text())
     assert manifest["index"]["target_recall"] == 0.9
@@ -236,7 +231,7 @@ def test_what_a_refresh_asks_for_holds_for_the_next(
     asked = request.getfixturevalue("asked")
     refresh_index(folder / "2", path)
     for kind in ("scann", "auto"):
-        assert main([*command, "--index", kind, "--keep-versions", "3"]) == 0
+        assert command(*words, 3, "--index", kind).code == 0
     assert [x["index"] for x in asked] == [Scann(recall=0.9), Scann(recall=0.9), Auto(recall=0.9)]
     assert [x["keep_versions"] for x in asked] == [1, 3, 3]
     assert [(x["path"], x["filter_by"]) for x in asked] == [(folder, "genres")] * 3
@@ -288,7 +283,7 @@ def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_pa
 
 
 def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refused(
-    folder: Path, items_file: Path, asked: list[dict[str, Any]], capsys: Any
+    folder: Path, items_file: Path, asked: list[dict[str, Any]], command: Any
 ) -> None:
     """Written otherwise they would be gone, and the filter's values with them."""
     table = pq.read_table(items_file)
@@ -308,8 +303,8 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
         refresh_index(folder, items_file, progress=watched)
     assert len(asked) == 1
     assert watched.tasks[-1] == ("check", 0)  # Before the items are embedded.
-    assert main(command_of(folder, items_file, "--allow-all-new")) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = command("refresh-index", folder, "--items", items_file, "--allow-all-new").out
+    said = " ".join(said.split())
     assert f"genres: {num_given} of 55 items have no value that the training had" in said
     # One value alone says nothing of how others are written; two do, also of one item.
     write([["new"] if i in (3, 4) else [] for i in range(55)])
@@ -368,22 +363,3 @@ def test_a_bad_item_table_changes_nothing(
     with pytest.raises(DataError, match=message):
         refresh_index(folder, items_file)
     assert [path.name for path in folder.iterdir()] == ["1"]
-
-
-def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
-    folder: Path, items_file: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
-) -> None:
-    loaded = load(folder)
-    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: loaded)
-    for model, said in (
-        (None, "unknown ids may be untrained"),
-        ({"id_dropout": 0.1, "use_candidate_id": True}, ""),
-        ({"id_dropout": 0.0, "use_candidate_id": True}, "unknown ids was not trained"),
-        ({"id_dropout": 0.0, "use_candidate_id": False}, ""),
-    ):
-        if model:
-            loaded.manifest["config"] = {"model": model}
-        told = " ".join(refresh_index(folder, items_file).notes)
-        assert "2 are new since the training" in told
-        assert ("unknown ids" in told) == bool(said)
-        assert said in told

@@ -128,42 +128,32 @@ def test_a_stop_while_the_first_version_loads_is_no_error(
     assert stopped.value.code == 0
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
-    code = cli.main(["serve", *map(str, arguments)])
-    return code, capsys.readouterr().err
-
-
 def test_a_port_in_use_is_refused_before_a_model_is_loaded(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.ModelVersions, "load_first", lambda self: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        code, err = run(capsys, folder, "--port", port)
+        code, _, err = command("serve", folder, "--port", port)
     assert code == 1
     assert f"Cannot listen on 127.0.0.1, port {port}: Address already in use. Set --port" in err
 
 
-def test_wrong_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, folder, "--max-k", "0")[0] == 2
-    code, err = run(capsys, folder, "--host", "")  # As from a variable that is not set.
+def test_flags_become_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
+    assert command("serve", folder, "--max-k", "0").code == 2
+    code, _, err = command("serve", folder, "--host", "")  # As from a variable that is not set.
     assert (code, err) == (2, "error: host: got ''; string should have at least 1 character\n")
-
-
-def test_flags_become_settings(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     got: list[Any] = []
     monkeypatch.setattr(server, "serve", lambda *arguments: got.extend(arguments))
     flags = ["--host", "::1", "--allowed-hosts", "a.example", "*.b.example", "--no-page"]
-    assert run(capsys, folder, "--max-k", "7", *flags)[0] == 0
+    assert command("serve", folder, "--max-k", "7", *flags).code == 0
     assert got[0] == folder
     hosts = ("a.example", "*.b.example")
     assert got[1] == ServeSettings(host="::1", allowed_hosts=hosts, page=False, max_k=7)
 
 
 def test_without_the_extra_the_message_says_what_to_install(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__
 
@@ -174,7 +164,7 @@ def test_without_the_extra_the_message_says_what_to_install(
 
     monkeypatch.delitem(sys.modules, "tfrs_pipeline.serving.server")
     monkeypatch.setattr(builtins, "__import__", without_uvicorn)
-    code, err = run(capsys, folder)
+    code, _, err = command("serve", folder)
     assert code == 1
     assert "pip install -c constraints.txt -e '.[serve]'" in err
     assert "No module named 'uvicorn'" in err

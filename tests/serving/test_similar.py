@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from tests.serving.conftest import NUM_CANDIDATES, Served
 from tests.serving.running_server import PREDICT, Running
-from tfrs_pipeline import cli
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.graph import id_list, id_lists
 from tfrs_pipeline.model.settings import TrainingSettings
@@ -153,7 +152,7 @@ def test_the_page_and_the_command_ask_it(
     running: Running,
     loaded: LoadedRetriever,
     items: list[Any],
-    capsys: pytest.CaptureFixture[str],
+    command: Any,
 ) -> None:
     expected = loaded.similar(items[:1], K, allowed=[["b"]])[0][0].tolist()
     asked = {"similar_to": str(items[0]), "k": K, "filter": ["b"]}
@@ -162,17 +161,17 @@ def test_the_page_and_the_command_ask_it(
     assert json.loads(answer["request"]["body"])["signature_name"] == "similar_filtered"
     response = running.post("/page/query", json={**asked, "user_id": "1"})
     assert response.status_code == 400
-    command = ["query", str(loaded.folder), "-k", str(K), "--similar-to"]
-    assert cli.main([*command, str(items[0]), "--filter", "b", "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    words = ["query", loaded.folder, "-k", K, "--similar-to"]
+    shown = json.loads(command(*words, items[0], "--filter", "b", "--json").out)
     assert (shown["similar_to"], shown["notes"]) == (items[0], [])
     assert [item["item_id"] for item in shown["items"]] == expected
     for flags, message in (
-        ([str(UNKNOWN[served.ids])], "is not among the 60 items"),
-        ([str(items[0]), "--user", "1"], "given with --similar-to"),
+        ([UNKNOWN[served.ids]], "is not among the 60 items"),
+        ([items[0], "--user", "1"], "given with --similar-to"),
     ):
-        assert cli.main([*command, *flags]) != 0
-        assert message in capsys.readouterr().err.replace("\n", " ")
+        code, _, err = command(*words, *flags)
+        assert code != 0
+        assert message in err.replace("\n", " ")
 
 
 def test_only_the_bias_of_a_found_item_counts(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """How widely an index is set to search, against exact answers to every kind of request."""
 
-import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,12 +184,6 @@ def test_the_recall_is_that_of_the_worst_kind_of_request() -> None:
     # What differs among few queries may be luck.
     is_found[0] = False
     assert lowest_recall(is_found, nothing) < 0.975 - 3 * 0.15 / np.sqrt(40)
-
-
-def test_a_warning_says_that_there_are_few_queries(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        tuned_on(EMBEDDINGS, QUERIES[:19])
-    assert "no more than 19 queries" in caplog.text
 
 
 def test_a_target_out_of_reach_fails(monkeypatch: pytest.MonkeyPatch) -> None:

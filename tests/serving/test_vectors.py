@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.serving.conftest import Exported
-from tfrs_pipeline import cli
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.serving import vectors
 from tfrs_pipeline.serving.candidates import Candidates
@@ -58,14 +57,14 @@ def test_each_item_has_its_own_vector(exported: Exported, tmp_path: Path, ids: s
 
 
 def test_the_command_writes_items_of_the_service_too(
-    int_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    int_folder: Path, tmp_path: Path, command: Any
 ) -> None:
     shutil.copytree(int_folder, tmp_path / "films")
     model = load(tmp_path / "films")
     model.upsert([{"item_id": 5, "genres": ["a"], "title": "New"}])
     model.remove([3])
-    assert cli.main(["vectors", str(tmp_path / "films"), str(tmp_path / "films.parquet")]) == 0
-    assert "60 items of version 1, 8 dimensions, inner product" in capsys.readouterr().out
+    said = command("vectors", tmp_path / "films", tmp_path / "films.parquet").out
+    assert "60 items of version 1, 8 dimensions, inner product" in said
     rows = {row["item_id"]: row for row in pq.read_table(tmp_path / "films.parquet").to_pylist()}
     assert len(rows) == 60
     assert rows.keys() == set(model.candidate_ids()) == {5, *(7 * n + 3 for n in range(1, 60))}

@@ -1,6 +1,5 @@
 """The converters of public logs, on a few made-up rows in the published format."""
 
-import csv
 import pickle
 import random
 from datetime import UTC, datetime, timedelta
@@ -14,21 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.scripts import script
+from tests.small_log import column
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
 
 START_MS = 1_705_104_000_000  # 2024-01-13, UTC
-
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 KUAIRAND, RECFLOW, UNSEEN = (
     script(BENCHMARKS / f"{name}.py") for name in ("kuairand_log", "recflow_log", "unseen_logs")
 )
 
 
-def events_of(log: Log) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = log.events.order_by("event_number").to_pyarrow().to_pylist()
-    return rows
+def columns_of(log: Log, *names: str) -> list[tuple[Any, ...]]:
+    return list(zip(*(column(log.events, name) for name in names), strict=True))
 
 
 def moment(milliseconds: int) -> datetime:
@@ -68,35 +65,21 @@ LOGS = {
 def kuairand(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     for name, rows in LOGS.items():
-        with (tmp_path / "data" / name).open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        pd.DataFrame(rows).to_csv(tmp_path / "data" / name, index=False)
     (tmp_path / "data" / "user_features_27k.csv").write_text("user_id\n5\n")
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("label", "positive"), [(None, "is_click"), ({"long_view": 1.0}, "long_view")]
-)
-def test_events_of_kuairand(kuairand: Path, label: dict[str, float] | None, positive: str) -> None:
+@pytest.mark.parametrize("positive", ["is_click", "long_view"])
+def test_every_exposure_of_kuairand_is_an_event(kuairand: Path, positive: str) -> None:
     KUAIRAND.convert(kuairand, kuairand / "events.parquet")
-    log = Log.from_files(
-        kuairand / "events.parquet", reading=Reading(timestamp_unit="ms", label=label or {})
-    )
-    found = [
-        (event["user_id"], event["item_id"], event["timestamp"], event["stage"])
-        for event in events_of(log)
-    ]
-    assert found == [
-        (
-            row["user_id"],
-            row["video_id"],
-            moment(row["time_ms"]),
-            "clicked" if row[positive] else "exposed",
-        )
+    label = {} if positive == "is_click" else {positive: 1.0}
+    reading = Reading(timestamp_unit="ms", label=label)
+    log = Log.from_files(kuairand / "events.parquet", reading=reading)
+    assert columns_of(log, "user_id", "item_id", "timestamp", "stage") == [
+        (x["user_id"], x["video_id"], moment(x["time_ms"]), ("exposed", "clicked")[x[positive]])
         for rows in LOGS.values()
-        for row in rows
+        for x in rows
     ]
 
 
@@ -162,25 +145,19 @@ def test_the_furthest_stage_of_recflow_counts(tmp_path: Path) -> None:
     write_day(tmp_path / "realshow" / "2024-01-14.feather", [clicked])
     RECFLOW.convert(tmp_path, tmp_path / "out")
     log = Log.from_files(tmp_path / "out" / "events", reading=Reading(timestamp_unit="ms"))
-    found = [(event["stage"], event["rank"]) for event in events_of(log)]
+    found = columns_of(log, "stage", "rank")
     assert found == [*((stage, rank) for _, stage, rank in FURTHEST), ("clicked", None)]
-    assert {event["timestamp"] for event in events_of(log)} == {moment(START_MS)}
+    assert {*column(log.events, "timestamp")} == {moment(START_MS)}
 
 
 def test_the_latest_row_of_recflow_describes_an_item(tmp_path: Path) -> None:
-    shown = {"realshow": 1, "effective_view": 1}
-    write_day(
-        tmp_path / "all_stage" / "2024-01-13.feather",
-        [
-            row(**shown, author_id=7, age=1),
-            row(**shown, author_id=8, age=2, request_timestamp=START_MS + 2),
-            row(**shown, author_id=9, age=3, request_timestamp=START_MS + 1),
-        ],
-    )
-    write_day(
-        tmp_path / "all_stage" / "2024-01-14.feather",
-        [row(**shown, author_id=6, age=4, request_timestamp=START_MS + 2)],
-    )
+    days = {"13": [(7, 1, 0), (8, 2, 2), (9, 3, 1)], "14": [(6, 4, 2)]}
+    for day, values in days.items():
+        rows = [
+            row(realshow=1, effective_view=1, author_id=a, age=b, request_timestamp=START_MS + c)
+            for a, b, c in values
+        ]
+        write_day(tmp_path / "all_stage" / f"2024-01-{day}.feather", rows)
     RECFLOW.convert(tmp_path, tmp_path / "out")
     (item,) = pq.read_table(tmp_path / "out" / "items.parquet").to_pylist()
     (user,) = pq.read_table(tmp_path / "out" / "users.parquet").to_pylist()
