@@ -1,6 +1,7 @@
 """A small untrained model behind the serving modules, whose answers can be computed by hand."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pytest
+import tensorflow as tf
 
 from tests.serving.running_server import Running
 from tfrs_pipeline.data.ids import Ids
@@ -33,6 +35,7 @@ from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.searcher import Searcher
+from tfrs_pipeline.serving.versions import ServedVersion
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
@@ -211,6 +214,27 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return model
 
     return once
+
+
+GRAPHS: dict[bytes, Any] = {}
+
+
+@pytest.fixture(scope="module")
+def loaded_once() -> Iterator[None]:
+    """Loads equal graphs once, wherever they are copied: loading takes a second."""
+    real = tf.saved_model.load
+
+    def load(folder: str) -> Any:
+        files = [Path(folder) / "saved_model.pb", *sorted((Path(folder) / "variables").iterdir())]
+        content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
+        if content not in GRAPHS:
+            GRAPHS[content] = real(folder)
+        return GRAPHS[content]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.saved_model, "load", load)
+        patch.setattr(ServedVersion, "release", lambda self: None)  # Others use its tables.
+        yield
 
 
 @pytest.fixture(scope="module")

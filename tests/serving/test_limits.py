@@ -14,6 +14,8 @@ import pytest
 from tests.serving.running_server import GOOD, JSON, PREDICT, TEXT, Running, retrieve_user
 from tfrs_pipeline.serving.versions import ServedVersion
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),

@@ -27,7 +27,7 @@ from tfrs_pipeline.serving.index import Auto, Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
 
 
 NUM_GONE = 7

@@ -29,7 +29,7 @@ from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 
-pytestmark = pytest.mark.usefixtures("trusted_exports")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
 PROVE = export_module.prove
 FEATURES = (
     # Its input would have the name of the user's feature.

@@ -16,6 +16,7 @@ from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
 K = 6
 SOME = [3, 40, 17]  # Places of the items that are asked about.
 UNKNOWN: dict[str, Any] = {"int": 4, "str": "film 4"}

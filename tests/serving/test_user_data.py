@@ -19,7 +19,7 @@ from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 
-pytestmark = pytest.mark.usefixtures("trusted_exports")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
 
 
 def bytes_of(folder: Path) -> bytes:

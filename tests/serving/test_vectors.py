@@ -19,6 +19,8 @@ from tfrs_pipeline.serving import vectors
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.retriever import load
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
