@@ -20,7 +20,6 @@ from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
-from tfrs_pipeline.serving import index as index_module
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.serving.export import ExportOptions, export
 from tfrs_pipeline.serving.index import Auto, Exact, Scann
@@ -195,18 +194,6 @@ def test_refreshing_again_restores_what_was_dropped(refreshed: Refreshed, tmp_pa
     assert manifest["refreshed"]["from_version"] == 2
     assert manifest["refreshed"]["trained_as"] == 1
     assert manifest["refreshed"]["num_items"] == NUM_CANDIDATES
-
-
-def test_an_index_by_the_number_of_items_is_chosen_anew(
-    of_int: Served, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_all(of_int, tmp_path)
-    kinds = []
-    for smallest, index in ((NUM_CANDIDATES + 1, Auto(0.9)), (NUM_CANDIDATES, None)):
-        monkeypatch.setattr(index_module, "SMALLEST_SCANN_CORPUS", smallest)
-        done = refresh_index(folder, path, index=index)
-        kinds.append((done.index["kind"], done.index.get("target_recall")))
-    assert kinds == [("exact", None), ("scann", 0.9)]
 
 
 def test_what_a_refresh_asks_for_holds_for_the_next(

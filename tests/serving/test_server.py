@@ -215,8 +215,8 @@ def test_new_versions_are_taken_up_without_failures(int_folder: Path, tmp_path: 
         assert running.post(path.format(1), json=GOOD).status_code == 404
 
 
-def test_a_released_version_leaves_nothing_behind(folder: Path) -> None:
-    version = ServedVersion(folder / "1", ServeSettings())
+def test_a_released_version_leaves_nothing_behind(int_folder: Path) -> None:
+    version = ServedVersion(int_folder / "1", ServeSettings())
     tables = version.tables()
     # Of users and items, of two vocabularies, of the index's items and of the filter.
     assert len(tables) == 6
