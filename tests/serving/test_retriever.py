@@ -125,6 +125,7 @@ def test_a_missing_model_is_explained(tmp_path: Path) -> None:
 
 WITHOUT_THE_OPERATION = """
 import sys
+import tfrs_pipeline
 import tensorflow as tf
 
 def refuse(path):
