@@ -15,7 +15,7 @@ from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.publish import NotPublished
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from tfrs_pipeline.serving.live import _check_kind, _plain
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 ITEMS = "/v1/models/films/items"
-pytestmark = pytest.mark.usefixtures("loaded_once")
+pytestmark = pytest.mark.usefixtures("loaded_once", "few_signatures")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.retriever import load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 
 
 class OwnModel(tf.Module):

@@ -26,7 +26,7 @@ from tfrs_pipeline.serving.index import Auto, Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 
 
 NUM_GONE = 7
