@@ -190,7 +190,8 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             number
             for number in written
             if all(
-                item["item_id"] in there and retriever.title_of(item["item_id"]) == item["title"]
+                item["item_id"] in there
+                and retriever.live.title_of(item["item_id"]) == item["title"]
                 for item in items_of(retriever, number)
             )
         }

@@ -739,7 +739,7 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
     answer = command("run", *own)
     assert answer.code == 130
     again = f"stopped; go on with:  tfrs-pipeline run --run-dir '{tmp_path}/a run'"
-    assert answer.out.splitlines()[-2:] == ["nothing was finished yet", again]
+    assert answer.out.splitlines()[-1] == again
     # The log is still one's own, and not what a bare run takes.
     command("run", "--run-dir", tmp_path / "a run")
     assert configs[1] == configs[0]
@@ -766,8 +766,7 @@ def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
     assert (process.returncode, err) == (130, "")
     assert not (checkpoints / "epoch-25.json").exists()
 
-    kept, last = out.splitlines()[-2:]
-    assert re.fullmatch(r"kept: data, samples, \d+ epochs? of .* two_tower/selection", kept)
+    last = out.splitlines()[-1]
     assert last.startswith("stopped; go on with:  tfrs-pipeline run --run-dir ")
     again = shlex.split(last.partition("tfrs-pipeline")[2])
     done = subprocess.run([*program, *again], capture_output=True, text=True, check=False)

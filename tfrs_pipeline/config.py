@@ -1,8 +1,4 @@
-"""The settings of a run: one frozen, validated class per stage.
-
-The text under each field is its documentation and its help in the command line. Every table of
-settings refuses unknown keys and names the nearest known one.
-"""
+"""The settings of a run; the text under each is its documentation, and its help as a flag."""
 
 import re
 import tomllib
@@ -21,7 +17,7 @@ from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.hard import Mined
 from tfrs_pipeline.presets import PRESETS, Recipe
-from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, setting_names
+from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
 EasyPlan: TypeAlias = Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"]
 # The last two are not defaults.
@@ -140,8 +136,7 @@ class RunConfig(Config):
     fixed: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
     budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
-    """CPU time of a race's epochs, such as 10m, after which the leader wins. If not given, the
-    curves decide."""
+    """CPU time of a race, such as 10m, after which the leader wins. If not given, curves decide."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 
@@ -224,38 +219,25 @@ def movielens_config() -> RunConfig:
 def load_config(path: Path | str) -> RunConfig:
     """Reads settings from a TOML file with a table for each stage; absent ones are the defaults.
 
-    Raises:
-        ConfigError: If the file cannot be read, is not TOML, or holds settings that cannot be used;
-            each problem has a line.
+    Raises a `ConfigError`, a line for each problem, if the file cannot be read or used.
     """
     try:
         # Some editors begin a file with a byte order mark, which TOML does not allow.
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        near = beside(Path(path), lambda x: x.suffix == ".toml" and x.name != Path(path).name)
-        raise ConfigError(
-            [("", f"cannot be read: {error.strerror}{near and f'.{near}'}")], str(path)
-        ) from error
-    except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
-        raise ConfigError([("", f"is not a TOML file: {error}")], str(path)) from error
-    if not settings:  # Usually the disk was full. The defaults would make another run.
-        raise ConfigError(
-            [("", "holds no setting: it is cut, or not a config of a run; write it again")],
-            str(path),
-        )
-    if "preset" in settings:
-        message = "is no setting; choose a preset where the file is read, as --preset does"
-        raise ConfigError([("preset", message)], str(path))
-    try:
+        if not settings:  # Usually the disk was full. The defaults would make another run.
+            refuse([("", "holds no setting: it is cut, or not a config of a run; write it again")])
+        if "preset" in settings:
+            message = "is no setting; choose a preset where the file is read, as --preset does"
+            refuse([("preset", message)])
         return RunConfig(**settings)
     except ConfigError as error:
-        raise ConfigError(error.problems, str(path)) from None
-
-
-def names_in_file(path: Path | str) -> list[str]:
-    """Returns the dotted names of the settings in a file of `load_config`."""
-    settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    return list(flat_settings(settings))
+        problems = error.problems
+    except OSError as error:
+        near = beside(Path(path), lambda x: x.suffix == ".toml" and x.name != Path(path).name)
+        problems = (("", f"cannot be read: {error.strerror}{near and f'.{near}'}"),)
+    except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
+        problems = (("", f"is not a TOML file: {error}"),)
+    raise ConfigError(problems, str(path))
 
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -299,13 +281,8 @@ def with_settings(
 ) -> RunConfig:
     """Returns the settings with some of them replaced, checked as a whole.
 
-    Args:
-        config: The settings to start from.
-        settings: New values by dotted name.
-        preset: Name in `PRESETS`, whose values are set first.
-
-    Raises:
-        ConfigError: If a name is unknown, or a value cannot be used.
+    `settings` are new values by dotted name; those of the `preset` are set first. Raises a
+    `ConfigError` if a name is unknown, or a value cannot be used.
 
     Example:
         >>> config = with_settings(RunConfig(), {"training.batch_size": 512, "seed": 7})

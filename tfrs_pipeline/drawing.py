@@ -1,8 +1,7 @@
 """The style of all figures: light and dark, safe for colour blindness, names beside the lines.
 
 Colours are those of Okabe and Ito (2008), darkened to stand out on white. A figure is SVG with CSS
-variables as colours: a page can set them; elsewhere the figure is a card that follows the system's
-light or dark scheme.
+variables as colours: a page can set them; elsewhere it is a card, light or dark like the system.
 """
 
 import io

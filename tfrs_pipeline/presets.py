@@ -16,8 +16,7 @@ _SEQUENCE: dict[str, Any] = {
     "model.temperature": 0.1,
     "training.examples": "sequences",
     "training.max_epochs": 100,
-    # An epoch of a sparse log has few steps: validation may waver for ten epochs and more
-    # while the model still learns.
+    # An epoch of a sparse log has few steps: validation may waver for ten epochs and more.
     "training.patience": 20,
 }
 

@@ -65,7 +65,9 @@ _KEYS = frozenset({"user_id", "history", HISTORY_TIMESTAMPS, "features", "reques
 def check_asked(queries: Sequence[Query], k: int, exclude: Excluded, *, ids_are_text: bool) -> None:
     """Refuses (`ValueError`) arguments that no `Retriever` over ids of this type can answer."""
     check_queries(queries, ids_are_text=ids_are_text)
-    check_k(k)
+    check_integer(1, k=k)
+    if k >= 2**31:
+        raise ValueError(f"k must be an int32, below 2**31. Received: {k}")
     if exclude is not None:
         check_one_each("exclude", exclude, len(queries))
         check_ids(exclude, are_text=ids_are_text)
@@ -116,13 +118,6 @@ def check_requests(
     if unknown:
         hint = suggest(unknown[0], known)
         raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
-
-
-def check_k(k: int) -> None:
-    """Refuses (`ValueError`) a k that is not an integer, is below 1 or exceeds int32."""
-    check_integer(1, k=k)
-    if k >= 2**31:
-        raise ValueError(f"k must be an int32, below 2**31. Received: {k}")
 
 
 def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:

@@ -34,9 +34,8 @@ class ConfigError(ValueError):
 class Config(pydantic.BaseModel):
     """A table of settings: frozen, checked when made, unknown keys refused.
 
-    Raises:
-        ConfigError: If values are out of range or keys unknown, with all such problems at once; if
-            all values are valid, if they contradict each other.
+    Raises a `ConfigError` with all values that are out of range and all unknown keys; if there are
+    none, with the values that contradict each other.
     """
 
     model_config = pydantic.ConfigDict(
@@ -121,8 +120,7 @@ def _alone(values: Any) -> Any:
     return (values,) if is_one else values
 
 
-# Types of settings that list values; a single value may be given alone. `Distinct` values differ,
-# and `Several` needs at least one.
+# Types of settings that list values, or one alone: `Distinct` ones, and `Several`, one or more.
 if TYPE_CHECKING:  # A list is accepted too, and becomes a tuple.
     Listed: TypeAlias = Sequence[T]
     Distinct: TypeAlias = Sequence[T]

@@ -18,7 +18,7 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.mining import MinedPools, mine_pools
-from tfrs_pipeline.model.queries import RowRetriever
+from tfrs_pipeline.model.queries import retrieval_of_rows
 
 MINED = Mined(share=0.3, num=3, min_rank=4, max_rank=12, max_pool=5, every=2)
 # It trains on whole sequences, with dropout of ids and histories.
@@ -62,7 +62,7 @@ def unbroken(
 
 def test_the_model_mines_by_its_own_ranking(data: TrainingSet, unbroken: Unbroken) -> None:
     model, samples = unbroken.model, data.samples
-    retrieval, mined = RowRetriever(model.network).of_now(), Mined(min_rank=4, max_rank=12)
+    retrieval, mined = retrieval_of_rows(model.network)(), Mined(min_rank=4, max_rank=12)
     pools = mine_pools(retrieval, samples, mined, seed=0, history_length=LENGTH)
     for i, (user, own) in enumerate(zip(samples.query_rows, samples.candidate_rows, strict=True)):
         never = {own, *samples.known_positives[user], *samples.exposed[user]}
@@ -99,7 +99,7 @@ def test_a_stopped_one_mines_the_same(
 
 def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: Unbroken) -> None:
     batches = PLAN.batches(data.samples)
-    retrieval = RowRetriever(unbroken.model.network).of_now
+    retrieval = retrieval_of_rows(unbroken.model.network)
     before = MinedPools(batches, MINED, make_retrieval=retrieval, history_length=LENGTH, seed=0)
     before.prepare(0)
     assert batches.mean_hard_share == 0

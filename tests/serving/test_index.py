@@ -36,7 +36,7 @@ def in_graph(searcher: Searcher, *levels: Level) -> ScannIndex:
 
 
 def test_scann_that_searches_all_is_exact_search(searcher: Searcher) -> None:
-    rows, scores, num_rows = searcher.search(QUERIES, 100, 45, len(EMBEDDINGS))
+    rows, scores, num_rows = searcher.search(QUERIES, Level(100, 45, len(EMBEDDINGS)))
     assert num_rows == len(EMBEDDINGS)
     assert np.mean(np.sort(rows) == np.sort(exact_order(QUERIES, 100))) >= 0.999
     # Rescored exactly: the score is the dot product of what was found.
@@ -47,10 +47,10 @@ def test_scann_that_searches_all_is_exact_search(searcher: Searcher) -> None:
 def test_the_operation_and_a_loaded_copy_answer_like_the_searcher(searcher: Searcher) -> None:
     graph, copy = in_graph(searcher), Searcher.load(searcher.save(), EMBEDDINGS)
     for options in ((100, 45, 2000), (100, 3, 100), (500, 20, 700)):
-        rows, scores, _ = searcher.search(QUERIES, *options)
+        rows, scores, _ = searcher.search(QUERIES, Level(*options))
         for other in (
             graph.approximate(tf.constant(QUERIES), *options),
-            copy.search(QUERIES, *options),
+            copy.search(QUERIES, Level(*options)),
         ):
             np.testing.assert_array_equal(other[0], rows)
             np.testing.assert_array_equal(other[1], scores)
@@ -64,7 +64,7 @@ def test_an_operation_that_answers_otherwise_is_refused(searcher: Searcher) -> N
 
 
 def test_empty_slots_have_no_score() -> None:
-    rows, scores, _ = Searcher.build(EMBEDDINGS[:40], 8).search(QUERIES, 40, 1, 40)
+    rows, scores, _ = Searcher.build(EMBEDDINGS[:40], 8).search(QUERIES, Level(40, 1, 40))
     assert (rows == 0).any()
     np.testing.assert_array_equal(rows == 0, np.isneginf(scores))
 
@@ -72,7 +72,7 @@ def test_empty_slots_have_no_score() -> None:
 def test_what_is_added_is_found_under_the_next_rows() -> None:
     searcher = Searcher.build(EMBEDDINGS[:1000], 20)
     searcher.add(2 * QUERIES[:8])
-    rows, scores, num_rows = searcher.search(QUERIES[:8], 1, 20, 1008)
+    rows, scores, num_rows = searcher.search(QUERIES[:8], Level(1, 20, 1008))
     assert num_rows == 1008
     np.testing.assert_array_equal(rows[:, 0], np.arange(1001, 1009))
     np.testing.assert_allclose(scores[:, 0], 2, rtol=1e-5)
@@ -83,7 +83,7 @@ def test_searches_go_on_while_another_thread_adds() -> None:
 
     def search() -> None:
         for _ in range(300):
-            rows, _, num_rows = searcher.search(QUERIES[:1], 10, 20, 100)
+            rows, _, num_rows = searcher.search(QUERIES[:1], Level(10, 20, 100))
             found.append(rows.max() <= num_rows)
 
     threads = [threading.Thread(target=search) for _ in range(3)]
@@ -94,7 +94,7 @@ def test_searches_go_on_while_another_thread_adds() -> None:
     for thread in threads:
         thread.join(60)
     assert found == [True] * 900
-    rows, _, num_rows = searcher.search(QUERIES, 100, 20, 2000)
+    rows, _, num_rows = searcher.search(QUERIES, Level(100, 20, 2000))
     assert num_rows == 2000
     assert np.mean(np.sort(rows) == np.sort(exact_order(QUERIES, 100))) >= 0.999
 

@@ -31,10 +31,10 @@ parent = Path(sys.argv[1])
 print("ready", flush=True)
 for number in itertools.count():
     payload = f"{sys.argv[3]}-{number}"
-    with new_version(parent, keep=3) as version:
+    with new_version(parent, keep=3) as (partial, folder):
         for i in range(8):
             name = MANIFEST_FILE if i == 4 else f"file-{i}"
-            with (version.partial / name).open("w") as file:
+            with (partial / name).open("w") as file:
                 for part in payload:
                     file.write(part)
                     file.flush()
@@ -43,12 +43,12 @@ for number in itertools.count():
 
 
 def publish(parent: Path, payload: str, keep: int | None = None) -> Path:
-    with new_version(parent, keep=keep) as version:
-        (version.partial / MANIFEST_FILE).write_text(payload)
-        written = version.partial.stat().st_ino
+    with new_version(parent, keep=keep) as (partial, folder):
+        (partial / MANIFEST_FILE).write_text(payload)
+        written = partial.stat().st_ino
     # In one step: the folder was renamed, and nothing was copied.
-    assert version.folder.stat().st_ino == written
-    return version.folder
+    assert folder.stat().st_ino == written
+    return folder
 
 
 def test_versions_count_up_and_ignore_what_is_not_whole(tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_a_failed_version_leaves_nothing(tmp_path: Path) -> None:
     publish(tmp_path, "first")
 
     def fail() -> None:
-        with new_version(tmp_path, keep=1) as version:
-            (version.partial / MANIFEST_FILE).write_text("second")
+        with new_version(tmp_path, keep=1) as (partial, _):
+            (partial / MANIFEST_FILE).write_text("second")
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -104,9 +104,9 @@ def test_refreshes_push_out_no_other_training(tmp_path: Path) -> None:
         nights.append([])
         for _ in range(7):
             about = {"refreshed": {"trained_as": nights[-1][0]}} if nights[-1] else {}
-            with new_version(tmp_path, keep=5) as version:
-                write_record(version.partial / MANIFEST_FILE, about)
-            nights[-1].append(int(version.folder.name))
+            with new_version(tmp_path, keep=5) as (partial, folder):
+                write_record(partial / MANIFEST_FILE, about)
+            nights[-1].append(int(folder.name))
             made, kept = [x for night in nights for x in night], versions_of(tmp_path)
             assert len(kept) == min(5, len(made))
             assert kept[-2:] == made[-2:]
@@ -128,8 +128,8 @@ with publishing(parent):
     newest = versions_of(parent)[-1:]
     print("decided", flush=True)
     sys.stdin.readline()
-    with new_version(parent) as version:
-        (version.partial / MANIFEST_FILE).write_text(str(newest))
+    with new_version(parent) as (partial, folder):
+        (partial / MANIFEST_FILE).write_text(str(newest))
 """
 
 

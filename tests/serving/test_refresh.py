@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,9 +56,10 @@ def refreshed(
     folder = Path(shutil.copytree(exported(request.param, "exact"), directory / "films"))
     items = write_items(served, directory / "items.parquet", NEW_IDS[request.param])
     done = refresh_index(folder, directory / "items.parquet")
-    assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
-    assert (done.num_dropped, done.num_skipped) == (NUM_GONE, 0)
-    assert done.num_unknown == {"genres": 0}
+    assert (done.num_items, done.num_new) == (NUM_CANDIDATES - 5, 2)
+    told = "\n".join(done.notes)
+    assert f"2 new, {NUM_GONE} gone" in told
+    assert not re.search("skipped|no value that", told)
     assert done.folder == folder / "2"
     versions = load(folder / "1"), load(folder)
     return Refreshed(served, NEW_IDS[request.param], folder, items, *versions)
@@ -185,7 +187,7 @@ def test_refreshing_again_restores_what_was_dropped(refreshed: Refreshed, tmp_pa
     folder = Path(shutil.copytree(refreshed.folder, tmp_path / "films"))
     served = refreshed.served
     done = refresh_index(folder, write_all(served, tmp_path), keep_versions=2)
-    assert (done.num_new, done.num_untrained, done.num_dropped) == (NUM_GONE, 0, 2)
+    assert f"{NUM_GONE} new, 2 gone" in "\n".join(done.notes)
     assert versions_of(folder) == [2, 3]
     expected, _ = served.in_memory.retrieve(served.queries(), 20)
     found, _ = load(folder).retrieve(served.queries(), 20)
@@ -229,7 +231,8 @@ def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) 
     folder = export(by_id.exportable(), tmp_path / "ids", index=Exact())
     (tmp_path / "items.csv").write_text("item_id,colour\n10,red\n76,blue\n17,red\n")
     done = refresh_index(folder.parent, tmp_path / "items.csv")
-    assert (done.num_items, done.num_skipped, done.num_untrained) == (2, 1, 0)
+    assert done.num_items == 2
+    assert any(note.startswith("skipped 1 of the file") for note in done.notes)
     assert load(folder.parent).candidate_ids() == [10, 17]
     (tmp_path / "new.csv").write_text("item_id\n76\n78\n")
     with pytest.raises(DataError, match="holds no item that the model can embed"):
@@ -261,7 +264,7 @@ def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_pa
     assert versions_of(folder) == [1]
     pq.write_table(without_genres(new), path)
     done = refresh_index(folder, path, allow_all_new=True)
-    assert (done.num_items, done.num_untrained) == (3, 3)
+    assert (done.num_items, done.num_new) == (3, 3)
     loaded = load(folder)
     found, _ = loaded.retrieve([{}], 3, allowed=[[]])
     assert sorted(found[0].tolist()) == [2, 4, 5]
@@ -283,7 +286,8 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
     # One known value among unknown ones is enough; no value at all is no other one.
     write([["A", *x] if i else [y.upper() for y in x] for i, x in enumerate(genres)])
     num_other = sum(not any(x) for x in genres[1:]) + any(genres[0])
-    assert refresh_index(folder, items_file).num_unknown == {"genres": num_other}
+    told = "genres: {} of 55 items have no value that the training had: taken as missing"
+    assert told.format(num_other) in refresh_index(folder, items_file).notes
     write([[y.upper() for y in x] for x in genres])
     watched = Watched()
     with pytest.raises(DataError, match=r"no value of 'genres', such as '[A-C]', is known.*'a'"):
@@ -295,7 +299,7 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
     assert f"genres: {num_given} of 55 items have no value that the training had" in said
     # One value alone says nothing of how others are written; two do, also of one item.
     write([["new"] if i in (3, 4) else [] for i in range(55)])
-    assert refresh_index(folder, items_file).num_unknown == {"genres": 2}
+    assert told.format(2) in refresh_index(folder, items_file).notes
     write([["new", "newer"] if i == 3 else [] for i in range(55)])
     with pytest.raises(DataError, match="no value of 'genres', such as 'new', is known"):
         refresh_index(folder, items_file)

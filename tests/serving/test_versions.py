@@ -13,7 +13,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from tfrs_pipeline.serving import versions
-from tfrs_pipeline.serving.item_writes import ItemWrites
+from tfrs_pipeline.serving.server import write_items
 from tfrs_pipeline.serving.versions import ModelVersions
 
 
@@ -213,8 +213,7 @@ def test_a_version_comes_into_use_with_every_confirmed_write(
     model: ModelVersions, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal: list[Any] = []
-    writes = ItemWrites(model, folder, None)
-    writer = threading.Thread(target=writes.write, args=(b'{"item_ids": [7]}', False))
+    writer = threading.Thread(target=write_items, args=(model, b'{"item_ids": [7]}', False))
 
     class Reader:
         """Knows what was written when it last caught up."""
@@ -242,7 +241,7 @@ def test_a_version_comes_into_use_with_every_confirmed_write(
         version = Fake(folder)
         version.retriever = Reader(folder)  # type: ignore[assignment]
         if folder.name == "2":
-            writes.write(b'{"item_ids": [5]}', False)
+            write_items(model, b'{"item_ids": [5]}', False)
         return version
 
     monkeypatch.setattr(model, "_load_version", loaded)

@@ -67,11 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         setting = getattr(error, "setting", "")  # A DataError has one.
         flag = f" (--data.{setting})" if setting and name not in COMMANDS else ""
-        about_file = _about_file(error)
-        print(f"error: {about_file or error}{flag}", file=sys.stderr)
+        about: object = error
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            about = f"{error.filename}: {error.strerror}."
+        print(f"error: {about}{flag}", file=sys.stderr)
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        # What this package raised itself was expected.
+        is_ours = Path(frame.f_code.co_filename).is_relative_to(Path(tfrs_pipeline.__file__).parent)
         if is_verbose:
             logger.exception("the whole trace")
-        elif not (about_file or _is_ours(error)):
+        elif about is error and not is_ours:
             print("The error is unexpected: --verbose shows where it came from.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -83,19 +88,6 @@ def _log(is_verbose: bool) -> None:
     logging.getLogger("tfrs_pipeline").setLevel(logging.INFO if is_verbose else logging.WARNING)
     # TensorFlow warns of retracing, but each plan has its own model to trace.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-
-
-def _about_file(error: BaseException) -> str:
-    """Returns "PATH: reason." for an operating system's error about a file, "" for others."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}."
-    return ""
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Returns whether this package raised an error itself, so that it was expected."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).is_relative_to(Path(tfrs_pipeline.__file__).parent)
 
 
 class _StderrHandler(logging.StreamHandler[Any]):

@@ -166,12 +166,11 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
         manifest = made.parent / str(earlier[-1]) / MANIFEST_FILE
         by = read_record(manifest, check_files=False).get("run", "Python")
         say(console, f"replaces version {earlier[-1]}, made by {by.removeprefix(f'{Path.cwd()}/')}")
-    command = [program(), "query", str(made.parent)]
     users = (str(example["user_id"]) for example in result.metrics["examples"])
     user = next(filter(str.isprintable, users), None) if config.export.user_data else None
     # With "=", because an id may begin with a hyphen.
-    command.append("--history=ITEM" if user is None else f"--user={user}")
-    say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
+    whom = "--history=ITEM" if user is None else f"--user={user}"
+    say(console, f"\nnext:  {shlex.join([program(), 'query', str(made.parent), whom, '-k', '10'])}")
 
 
 def _say_filled(console: Console, *lines: str, indent: int = 0) -> None:
@@ -199,12 +198,11 @@ def print_comparison(console: Console, config: "RunConfig", result: "PlanCompari
     from tfrs_pipeline.evaluation.comparison import compared_in_words
     from tfrs_pipeline.evaluation.table import explained
 
-    reference = config.compare.reference
-    width = console.width if console.is_terminal else None
-    table = result.table(width=width)
+    table = result.table(width=console.width if console.is_terminal else None)
     say(console, f"\n{table}")
     _say_filled(console, *explained(table, result.evaluation.summary()))
-    say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
+    of = f"Differences are from {config.compare.reference}"
+    say(console, f"\n{of}, query by query, 95% intervals.")
     longest = max(config.evaluation.cutoffs)
     _say_filled(console, compared_in_words(result.evaluation, f"ndcg@{longest}"))
     if not isinstance(served := result.evaluation.by_request, str):

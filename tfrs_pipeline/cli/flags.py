@@ -79,8 +79,7 @@ class OfModel(Command):
 class CommandLine:
     """A program's commands; the docstring of each is its help.
 
-    If a command has many settings, `brief` names those that `--help` shows; `--help-all` shows
-    all.
+    `brief` names a command's settings within tables that `--help` shows; `--help-all` shows all.
     """
 
     program: str
@@ -110,10 +109,8 @@ class CommandLine:
             flag = unknown[0].partition("=")[0]
             if flag in self._flags[command]:
                 raise UsageError(f"{flag} stands before the command: write it after {command!r}")
-            others = [name for name, flags in self._flags.items() if flag in flags]
-            hint = suggest(flag, self._flags[command])
-            if others:
-                hint = f"a flag of {' and '.join(others)}"
+            others = " and ".join(name for name, flags in self._flags.items() if flag in flags)
+            hint = f"a flag of {others}" if others else suggest(flag, self._flags[command])
             raise UsageError(f"unknown flag {flag}; {hint}")
         paths = [name.split(".") for name in vars(options) if name.startswith(f"{command}.")]
         given = source(parsed_args=options)()
@@ -141,8 +138,7 @@ class CommandLine:
         groups: dict[str, Any] = {}
 
         def add_group(parser: Any, title: str, description: str) -> Any:
-            table = title.rpartition(".")[0]
-            if table:  # A dataclass is the value of one flag.
+            if table := title.rpartition(".")[0]:  # A dataclass is the value of one flag.
                 return groups[f"{table} options"]
             groups[title] = parser.add_argument_group(title, description if shows_all else None)
             return groups[title]

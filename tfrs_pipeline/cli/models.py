@@ -63,8 +63,7 @@ class RefreshIndex(OfModel):
     """How many versions to keep: the newest two, then the newest of each training, then further
     refreshes; the others are deleted."""
     allow_all_new: CliToggleFlag[bool] = False
-    """Accept a file without any item that the model knows, any known category of a feature, or any
-    value of it."""
+    """Accept a file without a known item, or without a known category or any value of a feature."""
 
     def __call__(self) -> int:
         """Writes the new version and says where it is."""

@@ -57,8 +57,7 @@ class Query(OfModel):
     exclude: tuple[str, ...] = ()
     """Ids of more items to exclude."""
     filter: tuple[str, ...] | None = None
-    """Print only items with one of these values of the model's filter feature
-    (export.filter_by)."""
+    """Print only items with one of these values of the model's filter (export.filter_by)."""
     exact: CliToggleFlag[bool] = False
     """Score every item instead of using the index."""
     as_json: CliToggleFlag[bool] = Field(False, alias="json")
@@ -115,44 +114,40 @@ class Query(OfModel):
     ) -> tuple[list[Any], list[float]]:
         """Returns ids and scores; adds entries to the JSON and notes."""
         if self.user is not None:
-            about["user_id"] = retriever.parse_user_id(self.user)
+            about["user_id"] = retriever.parse_id(self.user, "user")
         if self.request:
             about["request"] = dict(self.request)
-        exclude = list(map(retriever.parse_item_id, self.exclude))
+        exclude = list(map(retriever.parse_id, self.exclude))
         if exclude:
             known = set(retriever.candidate_ids())
             about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
             if unknown:
-                notes.append(
-                    f"{len(unknown)} of {len(exclude)} items to exclude are not among this model's "
-                    f"items, first {unknown[0]!r}."
-                )
+                of = f"{len(unknown)} of {len(exclude)} items to exclude"
+                notes.append(f"{of} are not among this model's items, first {unknown[0]!r}.")
         k = min(self.k, retriever.num_candidates)
         allowed = None if self.filter is None else [list(self.filter)]
         if self.similar_to is not None:
-            about["similar_to"] = item = retriever.parse_item_id(self.similar_to)
+            about["similar_to"] = item = retriever.parse_id(self.similar_to)
             ids, scores = retriever.similar([item], k, [exclude], allowed=allowed)
-            return ids[0].tolist(), scores[0].tolist()
-        request = retriever.parse_request(self.request)
-        if self.history is None:
+        elif self.history is None:
+            requests = [retriever.parse_request(self.request)]
             ids, scores, (is_known,) = retriever.retrieve_user(
-                [about["user_id"]], k, [exclude], allowed=allowed, requests=[request]
+                [about["user_id"]], k, [exclude], allowed=allowed, requests=requests
             )
             about["is_known_user"] = bool(is_known)
-            if not is_known:
-                notes.append(
-                    f"User {self.user} is unknown to this model: answered for an empty history."
-                )
-            return ids[0].tolist(), scores[0].tolist()
-        history = list(map(retriever.parse_item_id, self.history))
-        query = {"user_id": about.get("user_id"), "history": history, "request": request}
-        if self.history_timestamps is not None:
-            query[HISTORY_TIMESTAMPS] = list(self.history_timestamps)
-        ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
-        is_known = retriever.knows(history)
-        unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
-        about |= {"history": history, "unknown_items": unknown}
-        notes += _history_notes(retriever, query, unknown)
+            unknown_user = f"User {self.user} is unknown to this model"
+            notes += [] if is_known else [f"{unknown_user}: answered for an empty history."]
+        else:
+            history = list(map(retriever.parse_id, self.history))
+            query = {"user_id": about.get("user_id"), "history": history}
+            query["request"] = retriever.parse_request(self.request)
+            if self.history_timestamps is not None:
+                query[HISTORY_TIMESTAMPS] = list(self.history_timestamps)
+            ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
+            are_known = zip(history, retriever.knows(history), strict=True)
+            unknown = [id_ for id_, is_known in are_known if not is_known]
+            about |= {"history": history, "unknown_items": unknown}
+            notes += _history_notes(retriever, query, unknown)
         return ids[0].tolist(), scores[0].tolist()
 
 
@@ -163,13 +158,9 @@ def _request_notes(retriever: "LoadedRetriever", texts: Mapping[str, str]) -> It
         text = texts.get(feature.name, "")
         if text.strip() and feature.unknown([request[feature.name]]).any():
             yield f"{feature.name} {text!r} is unknown to the model: taken as missing."
-    lacking = [
-        feature.name
-        for feature in features
-        if feature.name not in request
-        and not (feature.is_from_timestamp and "timestamp" in request)
-    ]
-    if lacking:
+    has_time = "timestamp" in request
+    absent = (x for x in features if x.name not in request)
+    if lacking := [x.name for x in absent if not (x.is_from_timestamp and has_time)]:
         yield f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
 
 
@@ -177,8 +168,6 @@ def _history_notes(
     retriever: "LoadedRetriever", query: Mapping[str, Any], unknown: Sequence[Any]
 ) -> Iterator[str]:
     """Describes what the model ignores in a query's history, given its unknown items."""
-    import numpy as np
-
     from tfrs_pipeline.model.graph import signature_inputs
 
     history = query["history"]
@@ -187,9 +176,7 @@ def _history_notes(
         yield ("No item of the history was in the model's training: answered for an empty history.")
         return
     # An own tower does not declare whether it reads the history.
-    if history and np.array_equal(
-        retriever.embed_queries([query]), retriever.embed_queries([without])
-    ):
+    if history and (retriever.embed_queries([query]) == retriever.embed_queries([without])).all():
         yield "This model reads no history: the given items are only excluded from the answer."
         return
     inputs = signature_inputs(retriever.saved_model.signatures["retrieve"])

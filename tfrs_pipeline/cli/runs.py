@@ -4,9 +4,10 @@ import contextlib
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pydantic
 from pydantic import Field
@@ -27,9 +28,9 @@ from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import (
     RunConfig,
     dump_changes,
+    flat_settings,
     load_config,
     movielens_config,
-    names_in_file,
     with_settings,
 )
 from tfrs_pipeline.data.schema import check_exists
@@ -39,10 +40,6 @@ from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import Runner, as_lines
 from tfrs_pipeline.run.versions import check_model_name, with_source
 from tfrs_pipeline.serving.publish import NotPublished
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.run.compare import PlanComparison
-    from tfrs_pipeline.run.pipeline import RunResult
 
 INTERRUPTED = 130
 # Settings within tables that the short help shows.
@@ -60,8 +57,7 @@ class Work(Command):
     config: Path | None = None
     """TOML file of settings."""
     run_dir: Path | None = None
-    """Folder of the run; given alone, resumes the run in it. If not given, a new folder in
-    runs/."""
+    """Folder of the run; given alone, resumes the run in it. If not given, a new one in runs/."""
     check: CliToggleFlag[bool] = False
     """Only read and split data; show settings."""
     preset: str | None = Field(
@@ -111,13 +107,12 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     flags = Work(**{name: value for name, value in given.items() if name in Work.model_fields})
     settings = {k: v for k, v in given.items() if k not in Work.model_fields}
     config = _config_of(flags, settings)
-    if command == "run":
+    is_run = command == "run"
+    if is_run:
         config = _with_recipes(config, flags, settings)
-    prefix, work, show = _WORK[command]
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
-    place = RunFolder(folder)
-    if command == "run":
+    name = f"{'' if is_run else 'compare-'}{config.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    place = RunFolder(folder := flags.run_dir or Path("runs") / name)
+    if is_run:
         check_model_name(config)  # Checked before a folder is made.
         config = place.settled(with_source(config, place))
     others = _look_around(place, config)
@@ -130,27 +125,28 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     try:
         with (
             # Claimed at once, in case the run is stopped while libraries are being imported.
-            place.claim(config, is_run=command == "run"),
+            place.claim(config, is_run=is_run),
             native_errors_to(folder / "native.log") if is_chief else contextlib.nullcontext(),
             shown(console) as progress,
             as_interrupts(),
         ):
             say(console, f"run folder: {folder}{others}")
-            result = work(config, folder, _begin(config, place, progress))
+            result = _do(command, config, folder, _begin(config, place, progress))
     except ValueError:
         if not folder.exists():
             say(console, "nothing was made: the run folder is removed")
         raise
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
-        kept = place.kept()
-        say(console, f"\nkept: {', '.join(kept)}" if kept else "\nnothing was finished yet")
-        say(console, f"stopped; go on with:  {again}")
+        say(console, f"\nstopped; go on with:  {again}")
         return INTERRUPTED
+    if not is_run:
+        print_comparison(console, config, result)
+        return 0
     if is_chief:
         # A race has settled other settings than those that it began with.
-        show(console, place.settings() if command == "run" else config, result)
-    if command == "run" and result.refusal:
+        print_result(console, place.settings(), result)
+    if result.refusal:
         raise NotPublished(result.refusal)
     return 0
 
@@ -230,7 +226,9 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
 def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
-    in_file = names_in_file(flags.config) if flags.config else list(config.fixed)
+    in_file = set(config.fixed)
+    if flags.config:
+        in_file = set(flat_settings(tomllib.loads(flags.config.read_text(encoding="utf-8-sig"))))
     in_preset = PRESETS[flags.preset][1] if flags.preset else ()
     # Not what may change in a started run: given anew, it would make the settings others.
     named = {*settings, *in_file, *in_preset} - {"recipes", "fixed", "budget", *MAY_CHANGE}
@@ -256,7 +254,12 @@ def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> Runner:
     return runner
 
 
-def _run(config: RunConfig, folder: Path, begun: Runner) -> "RunResult":
+def _do(command: str, config: RunConfig, folder: Path, begun: Runner) -> Any:
+    """Runs or compares, and writes the report of a run; libraries are imported only here."""
+    if command == "compare":
+        from tfrs_pipeline.run.compare import compare
+
+        return compare(config, folder, begun=begun)
     from tfrs_pipeline.report.facts import write_report
     from tfrs_pipeline.run.pipeline import run
 
@@ -265,18 +268,6 @@ def _run(config: RunConfig, folder: Path, begun: Runner) -> "RunResult":
     if this_worker().is_chief:
         write_report(folder)
     return result
-
-
-def _compare(config: RunConfig, folder: Path, begun: Runner) -> "PlanComparison":
-    from tfrs_pipeline.run.compare import compare
-
-    return compare(config, folder, begun=begun)
-
-
-_WORK: dict[str, tuple[str, Callable[..., Any], Callable[[Console, RunConfig, Any], None]]] = {
-    "run": ("", _run, print_result),
-    "compare": ("compare-", _compare, print_comparison),
-}
 
 
 class Report(Command):

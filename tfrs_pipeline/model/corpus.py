@@ -48,9 +48,8 @@ class Corpus:
     def read(cls, log: Log, folder: Path) -> Self:
         """Reads the ids behind the samples in a folder, and encodes their features in the log."""
         candidate_ids, query_ids = read_ids(folder)
-        end = None
-        if "timestamp" in log.events.columns:
-            end = log.events["timestamp"].max().to_pyarrow().as_py()
+        has_times = "timestamp" in log.events.columns
+        end = log.events["timestamp"].max().to_pyarrow().as_py() if has_times else None
         items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
         is_later = later_rows(log, candidate_ids)
         is_there = None if is_later is None else ~is_later[1:]
@@ -71,7 +70,7 @@ class Corpus:
                 )
                 for name, kind in log.request_features.items()
             ),
-            "timestamp" in log.events.columns,
+            has_times,
             np.isin(np.arange(len(query_ids) + 1), read_samples(folder).query_rows),
             is_later,
         )
@@ -118,11 +117,9 @@ class TrainingSet:
     ) -> Self:
         """Builds the samples of a training part in a folder, or reads those that are whole there.
 
-        The seed draws the hard pools from the losers of the funnel that `hard` asks for.
-
-        Raises:
-            DataError: If there is no positive.
-            ValueError: If the folder holds samples of another log, seed or `hard`, or other files.
+        The seed draws the hard pools from the losers of the funnel that `hard` asks for. Raises a
+        `DataError` if there is no positive; a `ValueError` if the folder holds other files, or
+        samples of another log, seed or `hard`.
         """
         folder = Path(folder)
         if (found := cls.read(log, folder, seed=seed, hard=hard)) is not None:

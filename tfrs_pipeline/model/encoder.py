@@ -63,10 +63,9 @@ class Encoder(tf.Module):
         self._query_features = tuple(model.query_features)
         self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
-        # Attributes are saved with the module.
-        self._query_resources = encoding.graph_resources(model.query_features)
-        self._request_resources = encoding.graph_resources(model.request_features)
-        self._candidate_resources = encoding.graph_resources(model.candidate_features)
+        # An attribute is saved with the module.
+        sides = self._query_features, self._request_features, self._candidate_features
+        self._resources = [encoding.graph_resources(features) for features in sides]
         user_id = tf.TensorSpec([None], graph.id_dtype(model.query_ids), "user_id")
         item_dtype = graph.id_dtype(model.candidate_ids)
         item_id = tf.TensorSpec([None], item_dtype, "item_id")
@@ -93,12 +92,7 @@ class Encoder(tf.Module):
         self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
         self.stored_history = traced(functools.partial(self._items_in, self._histories), [user_id])
         # Only variables: tracking the layers would export their Keras machinery too.
-        self._variables = list(model.variables)
-        if not user_data:
-            self._refuse_user_embeddings()
-            # The model's variables also hold the features of all users, which nothing reads now.
-            captured = self._captured()
-            self._variables = [x for x in model.variables if _handle(x) in captured]
+        self._variables = list(model.variables) if user_data else self._variables_without_users()
 
     @property
     def _reads_times(self) -> bool:
@@ -119,8 +113,11 @@ class Encoder(tf.Module):
         rows = tf.reverse(lookup(self._candidate_rows, history), axis=[1])
         known, times = tf.ragged.boolean_mask(rows, rows > 0), None
         if self._reads_times:
-            of_items = tf.reverse(_as_wide(raw[HISTORY_TIMESTAMPS], history), axis=[1])
-            times = tf.ragged.boolean_mask(of_items, rows > 0)
+            # Cut or padded to the width of the history.
+            given, width = raw[HISTORY_TIMESTAMPS], tf.shape(history)[1]
+            missing = [[0, 0], [0, tf.maximum(width - tf.shape(given)[1], 0)]]
+            given = tf.pad(given, missing, constant_values=np.nan)[:, :width]
+            times = tf.ragged.boolean_mask(tf.reverse(given, axis=[1]), rows > 0)
         return self._embed(lookup(self._query_rows, user_id), known, times, raw)
 
     def _embed(
@@ -147,12 +144,10 @@ class Encoder(tf.Module):
 
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Encodes the features of the request and, where the signature has them, of the user."""
-        of_user = raw_signature(self._query_features)
         given = {name: raw[spec.name] for name, spec in self._request_signature.items()}
         features = encoding.encode_requests(self._request_features, given)
-        if all(spec.name in raw for spec in of_user.values()):
-            given = {name: raw[spec.name] for name, spec in of_user.items()}
-            features |= encoding.encode_raw(self._query_features, given)
+        if all(spec.name in raw for spec in raw_signature(self._query_features).values()):
+            features |= _encoded(self._query_features, raw)
         return features
 
     def _missing_features(self, num_rows: tf.Tensor | int) -> dict[str, tf.Tensor]:
@@ -161,7 +156,7 @@ class Encoder(tf.Module):
             for feature in self._query_features
         }
 
-    def _refuse_user_embeddings(self) -> None:
+    def _variables_without_users(self) -> list[Any]:
         """Refuses a model whose embeddings depend on the user's id, all else being equal."""
         model = self._model()
         # Spread over all rows: users without a positive in training have no embedding.
@@ -175,18 +170,16 @@ class Encoder(tf.Module):
                 "A model that has learned an embedding of each user cannot be exported without "
                 "user data: train it with use_user_id=False (model.use_user_id)."
             )
-
-    def _captured(self) -> set[int]:
-        """Identifies the resources that the functions read."""
+        # The model's variables also hold the features of all users, which no function reads now.
         functions = (self.embed_query, self.embed_query_with_features, self.embed_candidate)
         graphs = [f.get_concrete_function().graph for f in functions if f is not None]
-        return {id(resource) for each in graphs for resource, _ in each.captures}
+        read = {id(resource) for each in graphs for resource, _ in each.captures}
+        handles = (x.handle if hasattr(x, "handle") else x.resource_handle for x in model.variables)
+        return [x for x, handle in zip(model.variables, handles, strict=True) if id(handle) in read]
 
     def _embed_candidate(self, item_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = lookup(self._candidate_rows, item_id)
-        signature = raw_signature(self._candidate_features)
-        given = {name: raw[spec.name] for name, spec in signature.items()}
-        features = encoding.encode_raw(self._candidate_features, given)
+        features = _encoded(self._candidate_features, raw)
         return {
             "embeddings": self._model().embed_candidates(rows, **_given(features)),
             "is_known_item": rows > 0,
@@ -195,6 +188,11 @@ class Encoder(tf.Module):
     def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
         rows = _lists(lists, lookup(self._query_rows, user_id)).to_tensor()
         return tf.gather(self._candidate_ids, rows)
+
+
+def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    given = {name: raw[spec.name] for name, spec in raw_signature(features).items()}
+    return encoding.encode_raw(features, given)
 
 
 def _given(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
@@ -313,15 +311,3 @@ def known_rows(
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:
     values, offsets = values_and_offsets
     return tf.gather(tf.RaggedTensor.from_row_splits(values, offsets, validate=False), rows)
-
-
-def _as_wide(times: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
-    """Cuts or pads [B, any] times to the width of a [B, L] history, with NaN."""
-    width = tf.shape(history)[1]
-    num_more = tf.maximum(width - tf.shape(times)[1], 0)
-    return tf.pad(times, [[0, 0], [0, num_more]], constant_values=np.nan)[:, :width]
-
-
-def _handle(variable: Any) -> int:
-    """Identifies the resource behind a variable or a lookup table."""
-    return id(variable.handle if hasattr(variable, "handle") else variable.resource_handle)

@@ -46,9 +46,6 @@ class TrainingResult:
 
 OnEpoch = Callable[[TrainingResult], None]
 
-Start = Callable[[TwoTowerNetwork], None]
-"""Sets what an untrained network, compiled, begins with in place of weights drawn at random."""
-
 
 def train(
     network: TwoTowerNetwork,
@@ -58,7 +55,7 @@ def train(
     max_epochs: int | None = None,
     validate: Validate | None = None,
     mining: MinedPools | None = None,
-    start: Start | None = None,
+    start: Callable[[TwoTowerNetwork], None] | None = None,
     first_step: int = 0,
     folder: Path | None = None,
     callbacks: Sequence[tf.keras.callbacks.Callback] = (),
@@ -69,10 +66,9 @@ def train(
     A batch and its dropout depend only on (seed, step): a stopped training resumes after its last
     complete epoch and ends like an uninterrupted one.
 
-    `validate` measures the network: metrics by name; without it all epochs are trained, and the
-    last is kept. `max_epochs` replaces the settings' number. `mining` prepares the batches. A
-    warm-started network continues from `first_step`. `folder` keeps the best and the last epoch,
-    to resume from.
+    `validate` returns metrics by name; without it all epochs are trained, and the last is kept.
+    `start` changes the weights of an untrained network, which has `first_step` steps behind it
+    already. `folder` keeps the best and the last epoch, to resume from.
     """
     # The decay goes over all epochs of the settings: a refit for fewer of them has the learning
     # rates that validation has seen.
@@ -80,41 +76,28 @@ def train(
     with contextlib.ExitStack() as stack:
         saves_all = folder is not None
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        keeper = _BestEpoch(settings, validate, folder=kept, saves_all=saves_all, on_epoch=on_epoch)
-        first_epoch = keeper.restore(network, mining)
-        if not first_epoch and start is not None:
+        keeper = _BestEpoch(settings, validate, kept, saves_all, on_epoch)
+        epoch, steps = keeper.restore(network, mining), batches.steps_per_epoch
+        if not epoch and start is not None:
             start(network)
         last = settings.max_epochs if max_epochs is None else max_epochs
-        _train_epochs(network, batches, mining, [*callbacks, keeper], first_epoch, last)
+        while epoch < last and not keeper.is_over:
+            until = last
+            if mining is not None:
+                due = epoch - epoch % mining.every
+                chief_first(functools.partial(mining.prepare, due))
+                until = min(due + mining.every, last)
+            network.fit(
+                dataset_of(network, batches, epoch * steps, (until - epoch) * steps),
+                initial_epoch=epoch,
+                epochs=until,
+                steps_per_epoch=steps,
+                callbacks=[*callbacks, keeper],
+                verbose=0,
+            )
+            epoch = until
         keeper.keep_best(network)
     return keeper.result
-
-
-def _train_epochs(
-    network: TwoTowerNetwork,
-    batches: HybridBatches,
-    mining: MinedPools | None,
-    callbacks: Sequence[tf.keras.callbacks.Callback],
-    epoch: int,
-    max_epochs: int,
-) -> None:
-    """Trains the epochs after `epoch`, until the last callback, the keeper, says stop."""
-    keeper, steps = callbacks[-1], batches.steps_per_epoch
-    while epoch < max_epochs and not keeper.is_over:
-        until = max_epochs
-        if mining is not None:
-            due = epoch - epoch % mining.every
-            chief_first(functools.partial(mining.prepare, due))
-            until = min(due + mining.every, max_epochs)
-        network.fit(
-            dataset_of(network, batches, epoch * steps, (until - epoch) * steps),
-            initial_epoch=epoch,
-            epochs=until,
-            steps_per_epoch=steps,
-            callbacks=callbacks,
-            verbose=0,
-        )
-        epoch = until
 
 
 def read_epoch(
@@ -146,7 +129,6 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self,
         settings: TrainingSettings,
         validate: Validate | None,
-        *,
         folder: Path,
         saves_all: bool,
         on_epoch: OnEpoch | None,
@@ -154,13 +136,9 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         super().__init__()
         # Keras's default, False, would fetch the loss of each step, which is not read.
         self._supports_tf_logs = True
-        self._settings = settings
-        self._validate = validate
-        self._folder = folder
-        self._saves_all = saves_all
-        self._on_epoch = on_epoch
-        self._started = 0.0
-        self._seconds_before = 0.0
+        self._settings, self._validate, self._on_epoch = settings, validate, on_epoch
+        self._folder, self._saves_all = folder, saves_all
+        self._started = self._seconds_before = 0.0
         self._resumed_after = 0
         self.history: dict[str, list[float]] = {}
         self.is_over = False

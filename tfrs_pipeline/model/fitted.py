@@ -33,8 +33,7 @@ class FittedTwoTower:
         encoder: Embeds raw queries with the network.
         result: How training went.
         notes: Lines for the user: what was masked and mined, and what is never drawn.
-        log: The log that it was fitted to, which an export needs; None if it was fitted to samples
-            alone.
+        log: The log that it was fitted to, which an export needs; None for samples alone.
     """
 
     settings: TwoTowerSettings
@@ -62,22 +61,16 @@ class FittedTwoTower:
         return self.corpus.candidate_ids.values
 
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves the k best candidates of each query, exactly; see `Retriever.retrieve`.
-
-        Queries are read and checked as in `query_embeddings`. `exclude` holds item ids.
-        """
+        """Retrieves the k best candidates, exactly; see `Retriever` and `query_embeddings`."""
         return self._retriever.retrieve(queries, k, exclude)
 
     def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32.
+        """Embeds queries (see `Query`), any key of which may be missing: [num_queries, D] float32.
 
-        Any of the three may be missing. Where the model reads times, `history_timestamps` is read
-        too. Unknown users are embedded as new ones, and unknown items are dropped from the history.
-        User features are those of the log; an exported model also reads a query's `features`.
-
-        Raises:
-            ValueError: If a query has an unknown key, an id whose type is not the log's, or a
-                misspelt request feature. Request features that the model does not read are ignored.
+        Unknown users are embedded as new ones, and unknown items are dropped from the history. User
+        features are those of the log; an exported model also reads a query's `features`. Raises a
+        `ValueError` if a query has an unknown key, an id whose type is not the log's, or a misspelt
+        request feature; others that the model does not read are ignored.
         """
         return self.encoder(queries)
 
@@ -86,7 +79,7 @@ class FittedTwoTower:
         return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder.embed)
 
     def fingerprint(self) -> str:
-        """Identifies the training: returns a hash of its ids, weights and number of steps."""
+        """Returns a hash of the training's ids, weights and number of steps."""
         digest = hashlib.sha256()
         for ids in (self.candidate_ids, self.query_ids):
             for value in ids:
@@ -98,8 +91,7 @@ class FittedTwoTower:
     def exportable(self) -> Exportable:
         """Gathers what an export holds: the towers and the whole log, test part included.
 
-        Raises:
-            ValueError: If the model was fitted to samples without their log.
+        Raises a `ValueError` if the model was fitted to samples without their log.
         """
         if self.log is None:
             raise ValueError("The model was fitted to samples alone: give fit_samples their log.")

@@ -12,8 +12,7 @@ from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 # Logarithmic buckets of the seconds between events; the last begins at 68 years.
 NUM_GAPS = 64
 _GAPS_PER_DOUBLING = 2
-# Share of the gaps, and of whole sequences of gaps, that training makes unknown, so that a request
-# may come without times.
+# Share of gaps, and of whole sequences, that training makes unknown, as requests may lack times.
 GAP_DROPOUT = 0.05
 # About the standard deviation of a new embedding's entries. Normalised vectors, whose entries are
 # about 1, would outweigh the features that a tower adds to them.
@@ -44,20 +43,16 @@ class HistoryEncoder(tf.keras.layers.Layer):
         reads_times: bool = False,
     ) -> None:
         super().__init__(name="history")
-        dim = settings.dim
-        self._embedding = item_embedding or tf.keras.layers.Embedding(
-            num_candidates + 1, dim, name="history_item"
-        )
+        dim, rows, layers = settings.dim, num_candidates + 1, tf.keras.layers
+        self._embedding = item_embedding or layers.Embedding(rows, dim, name="history_item")
         self._is_shared = item_embedding is not None
         self.num_vectors = len(settings.history_pooling)
         self._means = tuple(name for name in settings.history_pooling if name != "attention")
-        self._recency_decay = settings.recency_decay
-        self._dropout = settings.history_dropout
+        self._recency_decay, self._dropout = settings.recency_decay, settings.history_dropout
         self._reads_times = reads_times
         if self._means:
-            self._empty = self.add_weight(
-                name="empty_history", shape=[len(self._means) * dim], initializer="uniform"
-            )
+            shape = [len(self._means) * dim]
+            self._empty = self.add_weight("empty_history", shape, initializer="uniform")
         self._has_attention = "attention" in settings.history_pooling
         if self._has_attention:
             self.attention = SelfAttention(
@@ -81,14 +76,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """
         kept = self._kept(history_rows, dropout)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
-        parts = []
-        if self._means:
-            parts.append(self._pooled(history_rows, kept))
+        parts = [self._pooled(history_rows, kept)] if self._means else []
         if self._has_attention:
             width = tf.shape(history_rows)[1]
             if dropout is None:
-                # Only as wide as the longest history. Not in training: a slice needs the dropout
-                # of its batch, which may be wider.
+                # As wide as the longest history; in training, a slice needs its batch's dropout.
                 width = tf.reduce_max(tf.concat([lengths, [0]], axis=0))
             oldest_first, kept = (
                 tf.reverse_sequence(values, lengths, seq_axis=1)[:, :width]
@@ -113,9 +105,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         the time of item j + 1.
         """
         kept = self._kept(sequence_rows, dropout)
-        parts = []
-        if self._means:
-            parts.append(self._pooled_states(sequence_rows, kept))
+        parts = [self._pooled_states(sequence_rows, kept)] if self._means else []
         if self._has_attention:
             parts.append(self._attended(sequence_rows, kept, times, dropout))
         return tf.concat(parts, axis=2)
@@ -214,15 +204,11 @@ class SelfAttention(tf.keras.layers.Layer):
         super().__init__(name="self_attention")
         self._dropout = dropout
         self._scale = dim**0.5
-        self.start = self.add_weight(name="start", shape=[1, 1, dim], initializer=_normal())
-        self.positions = self.add_weight(
-            name="positions", shape=[max_length + 1, dim], initializer=_normal()
-        )
+        self.start = self.add_weight("start", [1, 1, dim], initializer=_normal())
+        self.positions = self.add_weight("positions", [max_length + 1, dim], initializer=_normal())
         self.gap_vectors = None
         if reads_gaps:
-            self.gap_vectors = self.add_weight(
-                name="gaps", shape=[NUM_GAPS, dim], initializer="zeros"
-            )
+            self.gap_vectors = self.add_weight("gaps", [NUM_GAPS, dim], initializer="zeros")
         self.blocks = [
             {
                 "attention_norm": tf.keras.layers.LayerNormalization(epsilon=1e-6),
@@ -235,12 +221,9 @@ class SelfAttention(tf.keras.layers.Layer):
             for _ in range(num_blocks)
         ]
         # The bias helps if few sequences are long enough to train the late positions.
+        shape = [ATTENTION_HEADS, max_length + 1]
         self.by_distance = [
-            self.add_weight(
-                name=f"by_distance_{i}",
-                shape=[ATTENTION_HEADS, max_length + 1],
-                initializer="zeros",
-            )
+            self.add_weight(f"by_distance_{i}", shape, initializer="zeros")
             for i in range(num_blocks)
         ]
         self.norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
@@ -256,11 +239,9 @@ class SelfAttention(tf.keras.layers.Layer):
         `gaps`, [W, L + 1] int32, come from `gap_buckets`; None means unknown.
         """
         shape = tf.shape(vectors)
-        tf.debugging.assert_less(
-            shape[1],
-            self.positions.shape[0],
-            f"A history may hold {self.positions.shape[0] - 1} items at most: give the latest.",
-        )
+        size = self.positions.shape[0]
+        message = f"A history may hold {size - 1} items at most: give the latest."
+        tf.debugging.assert_less(shape[1], size, message)
         start = tf.tile(self.start, [shape[0], 1, 1])
         # Scaled as in SASRec, or the positions would weigh as much as the items.
         hidden = tf.concat([start, vectors * self._scale], axis=1)

@@ -48,8 +48,7 @@ def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
     transposed = clicks.T.tocsr()
     gram = LinearOperator((num_items, num_items), matvec=lambda x: transposed @ (clicks @ x))
     rng = np.random.default_rng(0)
-    # Not `svds`: it has no seed for the restarts that equal items need. A single thread adds up in
-    # a fixed order.
+    # Not `svds`: it has no seed for the restarts that equal items need. One thread adds in order.
     with threadpool_limits(1, "blas"):
         values, vectors = eigsh(gram, num_vectors, v0=rng.random(num_items), rng=rng)
     found = vectors * values

@@ -16,8 +16,7 @@ from tfrs_pipeline.model.own import mark_trained
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
-# Share of the request features that training drops, so that a request may come without them. It
-# equals the default ID dropout.
+# Share of the request features that training drops, so that a request may come without them.
 REQUEST_DROPOUT = 0.05
 _READ_BY_QUERIES = (
     *("history_rows", "history_times", "sequence_rows", "sequence_times", "state"),
@@ -131,15 +130,13 @@ class TwoTowerNetwork(tfrs.Model):
     ) -> dict[str, tf.Tensor]:
         """Returns the request features: the given ones, else the batch's, else missing."""
         rows, known = batch.query_row, {**(batch.requests or {}), **given}
-        features = {}
-        for feature in self._request_features:
-            name = feature.name
-            missing = tf.repeat(feature.missing, tf.shape(rows)[0], axis=0)
-            features[name] = known.get(name, missing)
+        features = {
+            x.name: known.get(x.name, tf.repeat(x.missing, tf.shape(rows)[0], axis=0))
+            for x in self._request_features
+        }
         if not features or not training:
             return features
-        seed = pass_seed(training, batch.dropout_seed)
-        seed = fold(seed, Stream.REQUESTS)
+        seed = fold(pass_seed(training, batch.dropout_seed), Stream.REQUESTS)
         return drop_features(features, self._request_features, REQUEST_DROPOUT, seed, rows)
 
     def compute_loss(self, inputs: Batch, training: bool = False) -> tf.Tensor:
@@ -209,8 +206,7 @@ class TwoTowerNetwork(tfrs.Model):
 
     @tf.__internal__.tracking.no_automatic_dependency_tracking
     def _make_loss_metric(self) -> None:
-        # Kept out of checkpoints and weights: each replica has its own part of the metric, which
-        # one worker could not read alone.
+        # Kept out of checkpoints: each replica has its part, which one worker could not read alone.
         self._loss_metric = tf.keras.metrics.Mean(name="loss")
 
     @property
@@ -277,16 +273,15 @@ class TwoTowerNetwork(tfrs.Model):
 
     def _check_variables(self) -> None:
         """Refuses towers with per-replica statistics if several replicas train."""
-        own = [
-            variable.name
-            for variable in (*self.query_tower.weights, *self.candidate_tower.weights)
-            if variable.synchronization == tf.VariableSynchronization.ON_READ
-        ]
-        if own and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError(
-                f"{own[0]} is a statistic of each replica's own slice, as BatchNormalization has: "
-                "several replicas would train another model than one. Use LayerNormalization."
-            )
+        if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+            return
+        for variable in (*self.query_tower.weights, *self.candidate_tower.weights):
+            if variable.synchronization == tf.VariableSynchronization.ON_READ:
+                raise ValueError(
+                    f"{variable.name} is a statistic of each replica's own slice, as "
+                    "BatchNormalization has: several replicas would train another model than one. "
+                    "Use LayerNormalization."
+                )
 
 
 def feature_table(corpus: Corpus, side: Literal["query", "candidate"]) -> FeatureTable:

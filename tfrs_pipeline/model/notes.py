@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
@@ -20,8 +19,8 @@ from tfrs_pipeline.negatives.hard import Mined
 OnProgress: TypeAlias = Callable[..., None]
 """Called during long work with a task's name, steps done and in all, and sometimes a note."""
 
-OnSteps: TypeAlias = Callable[[int, int, int], None]
-"""Called during a long epoch with its number from 1, steps done and in all."""
+OnSteps: TypeAlias = Callable[[int, str], None]
+"""Called during a long epoch with its number from 1, and how far it is in words."""
 
 
 class EpochProgress(tf.keras.callbacks.Callback):
@@ -41,15 +40,8 @@ class EpochProgress(tf.keras.callbacks.Callback):
         """Reports how far the epoch is, if it is time."""
         if time.monotonic() - self._told >= messages.SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
-            self._on_steps(self._epoch, batch + 1, self.params["steps"])
-
-
-def describe_sampled(validation: Holdout) -> list[str]:
-    """Says of how many users a validation is a sample."""
-    num_users = validation.num_sampled_from
-    if not num_users:
-        return []
-    return [f"validation ranks {len(validation):,} of {num_users:,} users, sampled"]
+            done, total = batch + 1, self.params["steps"]
+            self._on_steps(self._epoch, f"epoch {self._epoch}: {done:,}/{total:,} steps")
 
 
 def describe_data(
@@ -75,9 +67,8 @@ def describe_data(
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None and settings.correction == "none":
-        notes.append(
-            "without the correction hard negatives count like all others: their share has no effect"
-        )
+        told = "without the correction hard negatives count like all others"
+        notes.append(f"{told}: their share has no effect")
     elif settings.hard is not None:
         since = ", from the first mining on" if isinstance(settings.hard, Mined) else ""
         notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}{since}")
@@ -104,11 +95,6 @@ def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str
     return ", ".join(parts)
 
 
-def describe_steps(epoch: int, done: int, total: int) -> str:
-    """Describes how far an epoch is."""
-    return f"epoch {epoch}: {done:,}/{total:,} steps"
-
-
 def writers(
     training: TrainingSettings, verbose: bool | None
 ) -> tuple[OnEpoch | None, OnSteps | None]:
@@ -121,7 +107,4 @@ def writers(
         line = describe_epoch(so_far, training.monitor, all_epochs)
         print(f"epoch {epoch}/{all_epochs}: {line}", file=sys.stderr, flush=True)
 
-    def write_steps(epoch: int, done: int, total: int) -> None:
-        print(describe_steps(epoch, done, total), file=sys.stderr, flush=True)
-
-    return write_epoch, write_steps
+    return write_epoch, lambda epoch, line: print(line, file=sys.stderr, flush=True)

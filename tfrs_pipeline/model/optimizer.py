@@ -94,9 +94,7 @@ def slots_of(optimizer: tf.keras.optimizers.Optimizer, variable: tf.Variable) ->
 class _From(tf.keras.optimizers.schedules.LearningRateSchedule):
     """A schedule that begins at a later step of the optimizer."""
 
-    def __init__(
-        self, schedule: tf.keras.optimizers.schedules.LearningRateSchedule, first_step: int
-    ) -> None:
+    def __init__(self, schedule: Any, first_step: int) -> None:
         self._schedule, self._first_step = schedule, first_step
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
@@ -109,11 +107,10 @@ class _From(tf.keras.optimizers.schedules.LearningRateSchedule):
 def make_optimizer(
     settings: TrainingSettings, num_steps: int, first_step: int = 0
 ) -> tf.keras.optimizers.Optimizer:
-    """Makes the settings' optimizer, whose decay ends `num_steps` after `first_step`.
+    """Makes the settings' optimizer; warm-up and decay go from `first_step` over `num_steps`.
 
-    Warm-up and decay begin at `first_step`, where a warm start continues to count. The rate depends
-    only on the optimizer's step count, which is in the checkpoint. Raises a `ValueError` if the
-    warm-up leaves no step for the decay.
+    The rate depends only on the optimizer's step count, which is in the checkpoint. Raises a
+    `ValueError` if the warm-up leaves no step for the decay.
     """
     make, rate = _OPTIMIZERS[settings.optimizer], settings.learning_rate
     warmup_steps, has_decay = settings.warmup_steps, settings.decay == "cosine"

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import inspect
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,8 +27,8 @@ def own_or_setting(kind: Any, read: Callable[[Any], Any]) -> Any:
     """Keeps an own kind of negative, and reads a setting; refuses (`ValueError`) anything else."""
     if isinstance(kind, str | Mapping) or type(kind) in EASY_KINDS:
         return read(kind)
-    lacking = [x for x in ("draw", "expected_count") if not callable(getattr(kind, x, None))]
-    if isinstance(kind, type) or lacking:
+    has_both = all(callable(getattr(kind, x, None)) for x in ("draw", "expected_count"))
+    if isinstance(kind, type) or not has_both:
         problem = "a class: give an object of it" if isinstance(kind, type) else "not a kind"
         raise ValueError(
             f"is {problem}. Own negatives have the methods draw and expected_count (tp.Negatives)"
@@ -69,10 +68,11 @@ def tables_in(*towers: tf.keras.layers.Layer) -> list[Any]:
     """Lists the lookup tables in towers, such as those of StringLookup layers."""
     kind = tf.saved_model.experimental.TrackableResource
     # In lists and dicts too: Keras' own lists of what a module holds skip tables.
-    found = (
-        part._flatten(False, lambda value: isinstance(value, kind)) for part in _parts(*towers)
-    )
-    return list(itertools.chain.from_iterable(found))
+    return [
+        table
+        for part in _parts(*towers)
+        for table in part._flatten(False, lambda value: isinstance(value, kind))
+    ]
 
 
 def _parts(*towers: tf.keras.layers.Layer) -> Iterator[tf.Module]:
@@ -85,16 +85,13 @@ def describe_own(
 ) -> dict[str, Any]:
     """Describes the own parts of a model, as JSON that changes with their code and numbers."""
     # Their own lines of code, not what these call.
-    own = [kind for kind in negatives if is_own(kind)]
-    return {
-        "own_negatives": [
-            f"{_code(kind)} {_hash(checked_count(kind, frame).tobytes())}" for kind in own
-        ],
-        **{
-            name: None if tower is None else f"{_code(tower)} {_config(tower)}"
-            for name, tower in towers.items()
-        },
+    about: dict[str, Any] = {
+        name: None if tower is None else f"{_code(tower)} {_config(tower)}"
+        for name, tower in towers.items()
     }
+    own = (kind for kind in negatives if is_own(kind))
+    counts = [f"{_code(kind)} {_hash(checked_count(kind, frame).tobytes())}" for kind in own]
+    return {"own_negatives": counts, **about}
 
 
 def _code(thing: Any) -> str:
@@ -112,11 +109,9 @@ def _code(thing: Any) -> str:
 
 def _config(tower: Any) -> Any:
     """Returns the settings of a layer, as far as it has a `get_config`."""
-    if inspect.isclass(tower):  # It is called with the corpus, as a function is.
-        return ""
     try:
         return _plain(tower.get_config())
-    except (AttributeError, NotImplementedError):  # A function, or a layer that does not say.
+    except (AttributeError, NotImplementedError, TypeError):  # No layer, or one that does not say.
         return ""
 
 

@@ -52,24 +52,22 @@ class QueryEncoder:
         return embed_queries(self._encoder, queries, self._features)
 
 
-class RowRetriever:
-    """Retrieves candidate rows for query and history rows, exactly and without exclusions."""
+def retrieval_of_rows(network: TwoTowerNetwork) -> Callable[[], RetrieveRows]:
+    """Returns what makes an exact retrieval of the candidates, as the network then embeds them."""
+    histories = tf.TensorSpec([None, network.history_length], tf.int32)
+    embed = tf.function(
+        lambda rows, histories: network.embed_queries(rows, histories),
+        input_signature=[tf.TensorSpec([None], tf.int32), histories],
+    )
 
-    def __init__(self, network: TwoTowerNetwork) -> None:
-        self._network = network
-        histories = tf.TensorSpec([None, network.history_length], tf.int32)
-        self._embed = tf.function(
-            lambda rows, histories: network.embed_queries(rows, histories),
-            input_signature=[tf.TensorSpec([None], tf.int32), histories],
-        )
-
-    def of_now(self) -> RetrieveRows:
-        """Returns the retrieval of the candidates as the network embeds them now."""
-        corpus = self._network.embed_corpus()
+    def of_now() -> RetrieveRows:
+        corpus = network.embed_corpus()
 
         def retrieve(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:
-            queries = self._embed(tf.constant(query_rows), tf.constant(history_rows)).numpy()
+            queries = embed(tf.constant(query_rows), tf.constant(history_rows)).numpy()
             size = len(queries), len(corpus)
             return top_k_in_blocks(lambda block: queries[block] @ corpus.T, *size, k)[0]
 
         return retrieve
+
+    return of_now

@@ -64,8 +64,7 @@ class TwoTowerSettings(Config):
     temperature: PositiveFloat = 0.15
     """Divisor of the scores in the loss."""
     normalize: bool = True
-    """Whether embeddings have length 1, so that scores are cosines, plus an item's bias if there is
-    one."""
+    """Whether embeddings have length 1, so that scores are cosines, plus an item's bias, if any."""
     hidden_layers: Listed[PositiveInt] = ()
     """Sizes of the hidden layers of each tower."""
     use_user_id: bool = False
@@ -94,8 +93,7 @@ class TwoTowerSettings(Config):
     """Share of the history's items that training drops, at random."""
     share_item_embedding: bool = True
     """Whether the history's items use the candidates' vectors, features included, where the
-    candidate tower is the built-in one and knows ids; else they have a separate embedding of their
-    ids."""
+    candidate tower is the built-in one and knows ids; else their ids have a separate embedding."""
     recency_decay: float = Field(0.85, gt=0, le=1)
     """With history_pooling recency: weight of an item relative to the item after it."""
     attention_blocks: PositiveInt = 2

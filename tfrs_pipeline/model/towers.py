@@ -48,19 +48,16 @@ class Tower(tf.keras.layers.Layer):
         if num_ids is None and history is None and not features:
             raise ValueError(f"The {name} has no input: give it an id, a history or a feature.")
         dim = settings.dim
-        self.id_embedding = (
-            None if num_ids is None else tf.keras.layers.Embedding(num_ids + 1, dim, name="id")
-        )
+        self.id_embedding = None
+        if num_ids is not None:
+            self.id_embedding = tf.keras.layers.Embedding(num_ids + 1, dim, name="id")
         self._appends_one = bias == "ones"
         self._bias = self.shift = None
         if bias == "id" and num_ids is not None:
-            self._bias = tf.keras.layers.Embedding(
-                num_ids + 1, 1, embeddings_initializer="zeros", name="bias"
-            )
+            self._bias = tf.keras.layers.Embedding(num_ids + 1, 1, "zeros", name="bias")
             if settings.correction == "recent":
-                self.shift = self.add_weight(
-                    name="shift", shape=[num_ids + 1], initializer="zeros", trainable=False
-                )
+                size, options = [num_ids + 1], {"initializer": "zeros", "trainable": False}
+                self.shift = self.add_weight("shift", size, **options)
         self._row_of_id = None
         if are_trained is not None:
             self._row_of_id = tf.constant(np.arange(len(are_trained)) * are_trained, tf.int32)
@@ -97,7 +94,14 @@ class Tower(tf.keras.layers.Layer):
         parts = self._embedded(features)
         if self.history is not None:
             dropout = None if seed is None else Dropout(seed, inputs.get("dropout_slice"))
-            parts[_HISTORY] = _read_history(self.history, inputs, dropout)
+            if "sequence_rows" in inputs:  # Encoded once, for the states of all its places.
+                times = inputs.get("sequence_times")
+                states = self.history.states(inputs["sequence_rows"], times, dropout)
+                states = tf.reshape(states, [-1, states.shape[-1]])
+                parts[_HISTORY] = tf.gather(states, inputs["state"])
+            else:
+                times = inputs.get("history_times")
+                parts[_HISTORY] = self.history(inputs["history_rows"], times, dropout)
         rows = inputs["row"]
         if self._row_of_id is not None:
             rows = tf.gather(self._row_of_id, rows)
@@ -145,16 +149,6 @@ class Tower(tf.keras.layers.Layer):
         for layer in self._hidden:
             hidden = layer(hidden)
         return hidden if self._output is None else self._output(hidden)
-
-
-def _read_history(
-    encoder: HistoryEncoder, inputs: Mapping[str, Any], dropout: Dropout | None
-) -> tf.Tensor:
-    """Encodes [n, N] histories, or encodes sequences once and takes their [n] states."""
-    if "sequence_rows" not in inputs:
-        return encoder(inputs["history_rows"], inputs.get("history_times"), dropout)
-    states = encoder.states(inputs["sequence_rows"], inputs.get("sequence_times"), dropout)
-    return tf.gather(tf.reshape(states, [-1, states.shape[-1]]), inputs["state"])
 
 
 def _mean_of_vectors(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:

@@ -21,21 +21,14 @@ from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model import distribution
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
-from tfrs_pipeline.model.fit import OnEpoch, Start, train
+from tfrs_pipeline.model.fit import OnEpoch, train
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.item_init import add_item_factors
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
-from tfrs_pipeline.model.notes import (
-    EpochProgress,
-    OnProgress,
-    OnSteps,
-    describe_data,
-    describe_sampled,
-    writers,
-)
+from tfrs_pipeline.model.notes import EpochProgress, OnProgress, OnSteps, describe_data, writers
 from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer, own_or_setting
-from tfrs_pipeline.model.queries import QueryEncoder, RowRetriever
+from tfrs_pipeline.model.queries import QueryEncoder, retrieval_of_rows
 from tfrs_pipeline.model.settings import (
     SharedKind,
     TrainingSettings,
@@ -70,8 +63,7 @@ class TwoTower(TwoTowerSettings):
     """A two-tower model before it is fitted: settings, training and your own parts.
 
     It never changes and can be fitted several times: `fit` returns a new `FittedTwoTower`. It takes
-    the settings of `TwoTowerSettings` too, such as `dim=32`; pass a table of them as
-    `TwoTower(**dict(settings))`.
+    the settings of `TwoTowerSettings` too, such as `dim=32`, or a table: `**dict(settings)`.
 
     Raises:
         ConfigError: If a setting is unknown, out of range or conflicts with another.
@@ -148,11 +140,10 @@ class TwoTower(TwoTowerSettings):
             validation: Chooses the epoch to keep and stops training early; None trains all epochs.
             warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
                 It has the same shape, and was not trained on events that validate or test here.
-            folder: Keeps samples and checkpoints, so that a stopped training can resume. Use one
-                folder per training, with the same log, settings and code of own parts. A resumed
-                training ends like an uninterrupted one, bit for bit, unless an own tower has a
-                random state, as `tf.keras.layers.Dropout` does. None is a temporary folder.
-                Several workers need a shared one (`docs/guides/scale.md`).
+            folder: Keeps samples and checkpoints, so that a stopped training can resume, with the
+                same log, settings and code of own parts. It then ends like an uninterrupted one,
+                bit for bit, unless an own tower has a random state, as `tf.keras.layers.Dropout`
+                does. None is temporary. Several workers need a shared one (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with the result so far.
             verbose: Whether to write epochs to standard error; None does if it is a terminal.
@@ -221,8 +212,7 @@ class TwoTower(TwoTowerSettings):
     ) -> FittedTwoTower:
         """Fits the model to samples that are built already; see also `fit`.
 
-        `max_epochs` replaces the settings' number. `folder` keeps checkpoints. A long epoch calls
-        `on_steps`, mining calls `on_progress`. An export needs the samples' `log`.
+        A long epoch calls `on_steps`, mining calls `on_progress`. An export needs the `log`.
         """
         strategy = distribution.training_strategy()
         distribution.check_shared(folder)
@@ -234,15 +224,15 @@ class TwoTower(TwoTowerSettings):
             tf.keras.utils.set_random_seed(self.seed)
             with strategy.scope():
                 network = self.build(corpus)
-            encoder = QueryEncoder(network, corpus)
-            start, first_step, notes = self._start(source, corpus, data.samples, folder)
-            batches = self.batches(data.samples)
+            encoder, batches = QueryEncoder(network, corpus), self.batches(data.samples)
+            warm = WarmStart(source, self, self.training, corpus) if source else None
             mining = self._mining(batches, network, folder, on_progress)
             validate = None
             if validation is not None:
-                ranked, all_cutoffs = self._ranking(validation, exclude, cutoffs)
-                notes += describe_sampled(ranked)
-                measured = network, corpus, encoder, ranked, exclude, all_cutoffs
+                ranked = validation.sample(self.training.validation_users, self.seed)
+                check_measurable(ranked, exclude)
+                cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
+                measured = network, corpus, encoder, ranked, exclude, cutoffs
                 validate = functools.partial(validation_metrics, *measured)
             # Even if no step is left to train, because a checkpoint is read into them.
             mark_trained(network.query_tower, network.candidate_tower)
@@ -253,60 +243,46 @@ class TwoTower(TwoTowerSettings):
                 max_epochs=max_epochs,
                 validate=validate,
                 mining=mining,
-                start=functools.partial(self._begin, start, data.samples),
-                first_step=first_step,
+                start=functools.partial(self._begin, warm, data.samples, folder),
+                first_step=warm.first_step if warm else 0,
                 folder=folder,
                 callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
                 on_epoch=on_epoch,
             )
+            notes = [] if warm is None else warm.describe()
             notes += [] if mining is None else mining.describe()
             notes += describe_data(data, batches, self, self.training)
-        return FittedTwoTower(
-            self.settings, self.training, corpus, network, encoder, result, notes, log
-        )
+        made = corpus, network, encoder, result, notes, log
+        return FittedTwoTower(self.settings, self.training, *made)
 
-    def _start(
-        self, source: FittedTwoTower | None, corpus: Corpus, samples: Samples, folder: Path | None
-    ) -> tuple[Start | None, int, list[str]]:
-        """Returns what sets the first weights, how many steps it has behind it, and notes."""
-        if source is not None:
-            warm = WarmStart(source, self, self.training, corpus)
-            return warm.apply, warm.first_step, warm.describe()
-        if self.item_init == "svd":
-            clicked = samples.known_positives
-            return functools.partial(add_item_factors, clicked=clicked, folder=folder), 0, []
-        return None, 0, []
-
-    def _begin(self, start: Start | None, samples: Samples, network: TwoTowerNetwork) -> None:
+    def _begin(
+        self,
+        warm: WarmStart | None,
+        samples: Samples,
+        folder: Path | None,
+        network: TwoTowerNetwork,
+    ) -> None:
         """Initialises an untrained network, and sets the shift of what is popular now."""
-        if start is not None:
-            start(network)
+        if warm is not None:
+            warm.apply(network)
+        elif self.item_init == "svd":
+            add_item_factors(network, samples.known_positives, folder)
         tower = network.candidate_tower
         if isinstance(tower, Tower) and tower.shift is not None:
             tower.shift.assign(self.temperature * popularity_shift(samples))
 
-    def _ranking(
-        self, validation: Holdout, exclude: Exclude, cutoffs: Sequence[int]
-    ) -> tuple[Holdout, list[int]]:
-        """Returns the users that validation ranks after each epoch, and all cutoffs."""
-        ranked = validation.sample(self.training.validation_users, self.seed)
-        check_measurable(ranked, exclude)
-        return ranked, sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
-
     def batches(self, samples: Samples) -> HybridBatches:
         """Makes the training batches of samples; their `dataset()` is a plain `tf.data.Dataset`.
 
-        Raises:
-            DataError: If `hard` asks for losers of the funnel and no positive has any.
+        Raises a `DataError` if `hard` asks for losers of the funnel and no positive has any.
         """
         return make_batches(samples, self, self.training, self.negatives, self.seed)
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it.
 
-        Raises:
-            ValueError: If the towers' widths differ, or an own tower does not read what
-                `training.examples` gives it or holds a layer that was trained before.
+        Raises a `ValueError` if the towers' widths differ, or an own tower does not read what
+        `training.examples` gives it or holds a layer that was trained before.
         """
         distribution.training_strategy()  # As in `fit`, because variables are made here.
         if not reads_times(self, self.training):
@@ -355,7 +331,7 @@ class TwoTower(TwoTowerSettings):
         return MinedPools(
             batches,
             self.hard,
-            make_retrieval=RowRetriever(network).of_now,
+            make_retrieval=retrieval_of_rows(network),
             history_length=self.history_length,
             seed=self.seed,
             folder=folder,

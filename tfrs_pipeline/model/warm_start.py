@@ -1,13 +1,12 @@
 """Training that starts from a fitted model: what was learned is carried over by id."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import kept_new_gone
 from tfrs_pipeline.model.corpus import Corpus
@@ -48,12 +47,17 @@ class WarmStart:
         self._corpora = source.corpus, corpus
         self._optimizers = source.training.optimizer, training.optimizer
         # The source's row for each row here; 0 is new.
-        self._candidate_rows = _source_rows(source.corpus.candidate_ids, corpus.candidate_ids)
+        self._candidate_rows, self._query_rows = (
+            np.concatenate([[0], there.rows(here.values)])
+            for there, here in (
+                (source.corpus.candidate_ids, corpus.candidate_ids),
+                (source.corpus.query_ids, corpus.query_ids),
+            )
+        )
         self._num_trained = len(source.corpus.candidate_ids)
         if (is_later := source.corpus.is_later) is not None:  # They were new to it, too.
             self._num_trained -= int(is_later.sum())
             self._candidate_rows[is_later[self._candidate_rows]] = 0
-        self._query_rows = _source_rows(source.corpus.query_ids, corpus.query_ids)
         if not self._candidate_rows.any():
             here, there = (c.candidate_ids.values[0] for c in (corpus, source.corpus))
             message = f"no item is known there: ids are like {here!r} here and {there!r} there"
@@ -72,8 +76,13 @@ class WarmStart:
     def describe(self) -> list[str]:
         """Describes what is carried over, what is new and what is gone."""
         there, here = self._corpora
-        items = _counted("items", self._candidate_rows, self._num_trained)
-        users = _counted("users", self._query_rows, len(there.query_ids))
+        items, users = (
+            kept_new_gone(what, int(np.count_nonzero(rows)), len(rows) - 1, num_there)
+            for what, rows, num_there in (
+                ("items", self._candidate_rows, self._num_trained),
+                ("users", self._query_rows, len(there.query_ids)),
+            )
+        )
         notes = [f"warm start: {items}; {users}"]
         sides = (_features(there, here, side) for side in ("candidate", "query", "request"))
         for old, new in itertools.chain.from_iterable(zip(*side, strict=True) for side in sides):
@@ -134,19 +143,17 @@ def _problems(
         yield "warm_start", message
     has_times = corpus.has_times and reads_times(settings, training)
     if has_times != source.network.reads_times:
-        which = ("this", "that") if has_times else ("that", "this")
-        message = "{} model reads times and {} one does not".format(*which)
+        one, other = ("this", "that") if has_times else ("that", "this")
+        message = f"{one} model reads times and {other} one does not"
         yield "warm_start", f"{message}: give both logs timestamps, or neither"
     for side, name in (("candidate", "item"), ("query", "user"), ("request", "request")):
         old, new = (
-            [_specification(feature) for feature in of_side]
+            " ".join(map(_specification, of_side)) or "none"
             for of_side in _features(source.corpus, corpus, side)
         )
         if old != new:
-            yield (
-                f"data.{name}_features",
-                f"got {_listed(new)}, where the model to start from has {_listed(old)}",
-            )
+            message = f"got {new}, where the model to start from has {old}"
+            yield f"data.{name}_features", message
     for name, there, here in (
         ("item", source.corpus.candidate_ids, corpus.candidate_ids),
         ("user", source.corpus.query_ids, corpus.query_ids),
@@ -171,18 +178,5 @@ def _change(old: Feature, new: Feature) -> str:
     return f"on another scale than its weights: {old.scale:.4g} there, {new.scale:.4g} here"
 
 
-def _listed(features: Sequence[str]) -> str:
-    return " ".join(features) or "none"
-
-
 def _features(there: Corpus, here: Corpus, side: str) -> Any:
     return (getattr(corpus, f"{side}_features") for corpus in (there, here))
-
-
-def _source_rows(there: Ids, here: Ids) -> np.ndarray:
-    """Returns, for rows 0, 1, ... here, the row of the same id there; 0 if there is none."""
-    return np.concatenate([[0], there.rows(here.values)])
-
-
-def _counted(what: str, rows: np.ndarray, num_there: int) -> str:
-    return kept_new_gone(what, int(np.count_nonzero(rows)), len(rows) - 1, num_there)

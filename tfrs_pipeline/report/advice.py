@@ -25,8 +25,7 @@ _MANY_EXCLUDED = 0.2
 def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     """Says what to try, given the metrics; never what the settings already have.
 
-    A model that is clearly better in `metric` gets only advice on longer training, the correction
-    and what the test measures.
+    A model clearly better in `metric` gets advice on longer training, the correction and the test.
     """
     models = metrics["models"]
     first = next(iter(models))
@@ -38,9 +37,7 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     if measures:  # Then the other numbers answer another question.
         return
     if _is_better("two_tower_uncorrected", metrics, metric):
-        yield (
-            "the correction costs here: the uncorrected model is better. Set model.correction none"
-        )
+        yield "the correction costs here: without it the model is better. Set model.correction none"
     if compared_with_baselines(metrics, metric).outcome in (None, Outcome.BETTER):
         return
     slices = models[first]["slices"].values()
@@ -83,10 +80,8 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
     """Says where the test measures something other than a user's next items."""
     num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
     if num_queries < _FEW_QUERIES:
-        yield (
-            f"{counted(num_queries, 'test query')} cannot tell models apart: take a longer log, or "
-            "a larger split.test"
-        )
+        few = counted(num_queries, "test query")
+        yield f"{few} cannot tell models apart: take a longer log, or a larger split.test"
     if num_empty > num_queries / 2:
         remedy = ". To test users with a history, set split.kind to last_share"
         yield (
@@ -94,17 +89,14 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
             f"new users{remedy if config.split.kind != 'last_share' else ''}"
         )
     num_left, num_excluded = model["num_relevant"], model["num_relevant_excluded"]
-    if (
-        num_excluded > _MANY_EXCLUDED * (num_left + num_excluded)
-        and config.evaluation.exclude != "none"
-    ):
+    are_many = num_excluded > _MANY_EXCLUDED * (num_left + num_excluded)
+    if are_many and config.evaluation.exclude != "none":
         yield (
             f"{num_excluded:,} of {num_left + num_excluded:,} items to find are excluded, because "
             f"their users had {config.evaluation.exclude} them before. If they may come again, set "
             "evaluation.exclude to none (docs/guides/seen.md)"
         )
-    num_new = model.get("num_relevant_unclicked", 0)
-    if num_new > _MANY_NEW * num_left:
+    if (num_new := model.get("num_relevant_unclicked", 0)) > _MANY_NEW * num_left:
         features = "" if config.data.item_features else ", of which data.item_features has none"
         yield (
             f"{num_new:,} of {num_left:,} items to find have no positive in training: only their "

@@ -42,7 +42,7 @@ class PopularityFacts:
     """How often each candidate is a positive or drawn as a negative; arrays are [num_candidates].
 
     `before` and `after` are shares of the positives as logged and as trained on. `negatives` has
-    the distribution of each kind's draws. No kind can draw the unreachable candidates.
+    the distribution of each kind's draws.
     """
 
     counts: np.ndarray
@@ -115,7 +115,7 @@ class RunFacts:
     @property
     def num_dropped(self) -> int:
         """Number of events dropped at reading and by the split."""
-        at_reading: int = sum(each.num_rows for each in self.dropped if not each.is_merged)
+        at_reading = sum(each.num_rows for each in self.dropped if not each.is_merged)
         return at_reading + int(self.metrics["split"]["num_events_dropped"])
 
 
@@ -140,7 +140,7 @@ def report_page(facts: RunFacts) -> str:
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     metric, recall = f"ndcg@{facts.longest}", f"recall@{facts.longest}"
-    cutoffs = facts.config.evaluation.cutoffs
+    names = (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
     return environment.get_template("template.html").render(
         facts=facts,
         palettes=[variables(scheme) for scheme in (0, 1)],
@@ -151,16 +151,8 @@ def report_page(facts: RunFacts) -> str:
         advice=list(advice(facts.metrics, metric, facts.config)),
         for_whom=verdict.by_popularity(facts.metrics, recall),
         index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
-        metric_names=[
-            f"{name}@{k}"
-            for name in (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
-            for k in cutoffs
-        ],
-        parts=[
-            part
-            for part in (*PARTS, DROPPED)
-            if any(part in of_stage for of_stage in facts.events_by_stage.values())
-        ],
+        metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
+        parts=[x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())],
         settings=dump_config(facts.config),
     )
 
@@ -208,10 +200,8 @@ def _race_figures(facts: RunFacts) -> list[Drawing]:
     if "race" not in facts.metrics:
         return []
     race = facts.metrics["race"]
-    curves = {name: curve for name, curve in race["recipes"].items() if curve["values"]}
-    values, seconds = (
-        {x: curve[key] for x, curve in curves.items()} for key in ("values", "seconds")
-    )
+    values = {name: curve["values"] for name, curve in race["recipes"].items() if curve["values"]}
+    seconds = {name: race["recipes"][name]["seconds"] for name in values}
     chosen = {name: of_lane.index(max(of_lane)) + 1 for name, of_lane in values.items()}
     what = f"validation {race['metric']} of the recipes"
     return [figures.plot_curves(values, chosen, what, seconds=seconds)]
@@ -242,7 +232,9 @@ def gather_facts(folder: Path) -> RunFacts:
     is_later = later_rows(trained_on, read_ids(samples_folder)[0])
     samples = dataclasses.replace(read_samples(samples_folder), is_later=is_later)
     model = TwoTower(**dict(config.model), training=config.training, seed=config.seed)
-    batches = model.batches(samples)
+    batches, by_part = model.batches(samples), split.events.group_by("part")
+    counts = by_part.agg(num=split.events["item_id"].nunique()).to_pyarrow().to_pylist()
+    num_items = {row["part"]: row["num"] for row in counts}
     return RunFacts(
         folder=str(folder),
         config=config,
@@ -251,7 +243,7 @@ def gather_facts(folder: Path) -> RunFacts:
         dropped=log.dropped,
         log_notes=log.notes,
         events_by_stage=_events_by_stage(log.events, split.events),
-        items_by_part=_items_by_part(split.events),
+        items_by_part={part: num_items[part] for part in PARTS if part in num_items},
         samples=read_record(samples_folder / "report.json"),
         masked_shares=batches.masked_shares(),
         mean_hard_share=None if isinstance(config.model.hard, Mined) else batches.mean_hard_share,
@@ -261,9 +253,9 @@ def gather_facts(folder: Path) -> RunFacts:
 
 
 def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[str, int]]:
-    in_all = events.group_by("stage").agg(num=events.count()).to_pyarrow().to_pydict()
+    in_all = events.group_by("stage").agg(num=events.count()).to_pyarrow().to_pylist()
     in_parts = split.group_by(["stage", "part"]).agg(num=split.count()).to_pyarrow().to_pylist()
-    totals = dict(zip(in_all["stage"], in_all["num"], strict=True))
+    totals = {row["stage"]: row["num"] for row in in_all}
     counts: dict[str, dict[str, int]] = {s.value: {} for s in Stage if s.value in totals}
     for row in in_parts:
         counts[row["stage"]][row["part"]] = row["num"]
@@ -271,12 +263,6 @@ def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[st
         if num_dropped := totals[stage] - sum(of_stage.values()):
             of_stage[DROPPED] = num_dropped
     return counts
-
-
-def _items_by_part(split: ibis.Table) -> dict[str, int]:
-    counts = split.group_by("part").agg(num=split["item_id"].nunique()).to_pyarrow().to_pydict()
-    by_part = dict(zip(counts["part"], counts["num"], strict=True))
-    return {part: by_part[part] for part in PARTS if part in by_part}
 
 
 def _popularity(batches: HybridBatches) -> PopularityFacts:
@@ -313,7 +299,5 @@ def _titles(log: Log, metrics: dict[str, Any]) -> dict[Any, str]:
     if "title" not in log.items.columns or not shown:
         return {}
     items = log.items.filter(log.items["item_id"].isin(list(shown)))
-    found = items.select("item_id", "title").to_pyarrow().to_pydict()
-    return {
-        id_: title for id_, title in zip(found["item_id"], found["title"], strict=True) if title
-    }
+    found = items.select("item_id", "title").to_pyarrow().to_pylist()
+    return {row["item_id"]: row["title"] for row in found if row["title"]}

@@ -22,8 +22,7 @@ def plot_intervals(
             them. All panels have the same models.
         metric: Name of the metric, for screen readers.
 
-    Returns:
-        A drawing, which a notebook shows; its `card()` is an SVG document.
+    A notebook shows what is returned; its `card()` is an SVG document.
 
     Example:
         >>> found = {"ours": {"mean": 0.33, "low": 0.32, "high": 0.34}}
@@ -61,9 +60,8 @@ def plot_intervals(
     all_axes[0].set_ylim(len(names) - 0.5, -0.6)
     for place, text in enumerate(all_axes[0].get_yticklabels()):
         text.set(color=drawing.INK, weight="normal" if place else "bold")
-    return drawing.finish(
-        figure, f"{metric} of each model with its 95% interval: {', '.join(panels)}"
-    )
+    label = f"{metric} of each model with its 95% interval: {', '.join(panels)}"
+    return drawing.finish(figure, label)
 
 
 def plot_curves(
@@ -141,14 +139,9 @@ def _mark_slices(axes: Any, slices: Mapping[str, int]) -> None:
         if start:
             axes.axvline(start + 0.5, color=drawing.SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
         if num:
-            axes.annotate(
-                part,
-                (np.sqrt((start + 1) * (start + num)), 1.01),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                color=drawing.SOFT,
-                fontsize=9,
-            )
+            place = np.sqrt((start + 1) * (start + num)), 1.01
+            options = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
+            axes.annotate(part, place, color=drawing.SOFT, **options)
         start += num
 
 

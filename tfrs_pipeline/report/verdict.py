@@ -6,6 +6,7 @@ from typing import Any
 
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.messages import in_percent
+from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS
 
 Metrics = Mapping[str, Any]
 # Names for people of the models in a run.
@@ -75,7 +76,10 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     if not compared:
         return Verdict("not compared", "no baseline was measured beside it", None)
     best, *others = sorted(compared, key=lambda x: x.gain.mean)
-    gap, where = _gap(best.gain), "above" if best.gain.mean > 0 else "below"
+    gain, where = best.gain, "above" if best.gain.mean > 0 else "below"
+    # As positive numbers if the outcome is clear.
+    low, high = (gain.low, gain.high) if gain.mean > 0 else (0.0 - gain.high, 0.0 - gain.low)
+    gap = f"{abs(gain.mean):.4f} [{low:.4f}, {high:.4f}]"
     rival = f"the best baseline, {best.written}"
     about_best = {
         Outcome.BETTER: f"it beats {rival}, by {gap}",
@@ -83,14 +87,11 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
         Outcome.WORSE: f"{rival}, beats it by {gap}",
     }
     parts = [about_best[best.gain.outcome]]
-    for outcome, words in (
-        (Outcome.WORSE, "is {}behind"),
-        (Outcome.LEVEL, "{}ties with"),
-        (Outcome.BETTER, "{}beats"),
-    ):
+    words = {Outcome.WORSE: "is {}behind", Outcome.LEVEL: "{}ties with", Outcome.BETTER: "{}beats"}
+    for outcome, verb in words.items():
         if names := [x.written for x in others if x.gain.outcome is outcome]:
             also = "also " if outcome is best.gain.outcome else ""
-            parts.append(f"it {words.format(also)} {listed(names)}")
+            parts.append(f"it {verb.format(also)} {listed(names)}")
     lowest = _lowest(compared)
     answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "a tie", Outcome.WORSE: "no"}
     return Verdict(answers[lowest], f"in {metric} {'; '.join(parts)}", lowest)
@@ -98,12 +99,13 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
 
 def remarks(metrics: Metrics, metric: str, recall: str) -> Iterator[tuple[str, str]]:
     """Yields the other findings that were measured and matter, each with a head."""
-    found = {
-        "served?": as_served(metrics, metric),
-        "ties": tied_items(metrics, recall),
-        "evenly": shown_evenly(metrics, recall),
-    }
-    yield from ((head, text) for head, text in found.items() if text is not None)
+    for head, text in (
+        ("served?", as_served(metrics, metric)),
+        ("ties", tied_items(metrics, recall)),
+        ("evenly", shown_evenly(metrics, recall)),
+    ):
+        if text is not None:
+            yield head, text
 
 
 def as_served(metrics: Metrics, metric: str) -> str | None:
@@ -119,11 +121,10 @@ def as_served(metrics: Metrics, metric: str) -> str | None:
     said = f"{found.answer}: by request, {found.why}"
     if found.outcome is by_user.outcome and best == best_by_user:
         return said
-    names = (
-        f"highest by request: {WRITTEN.get(best, best)}; by user: "
-        f"{WRITTEN.get(best_by_user, best_by_user)}"
-    )
-    differs = f"by user: {by_user.answer}" if best == best_by_user else names
+    differs = f"by user: {by_user.answer}"
+    if best != best_by_user:
+        names = [WRITTEN.get(x, x) for x in (best, best_by_user)]
+        differs = f"highest by request: {names[0]}; by user: {names[1]}"
     return (
         f"{said}. The two differ ({differs}): go by request if a service asks again after each "
         "click, and by user if a list is made once, as for a daily mail"
@@ -217,19 +218,15 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
 
 
 def shown_evenly(metrics: Metrics, metric: str) -> str | None:
-    """Says for which models a recall and its even form disagree, each clearly.
-
-    None if there is no such model, or no even form.
-    """
+    """Says for which models a recall and its even form, if there is one, clearly disagree."""
     if f"even_{metric}" not in next(iter(metrics["models"].values())):
         return None
     even = {x.name: x for x in _compare(metrics, f"even_{metric}")}
     told = []
     for plain in _compare(metrics, metric):
-        outcomes = (even[plain.name].gain.outcome, plain.gain.outcome)
-        if outcomes in ((Outcome.BETTER, Outcome.WORSE), (Outcome.WORSE, Outcome.BETTER)):
-            numbers = [(x.other, x.own) for x in (plain, even[plain.name])]
-            found, evenly = (f"{other:.2f} against {own:.2f}" for other, own in numbers)
+        both = plain, even[plain.name]
+        if {x.gain.outcome for x in both} == {Outcome.BETTER, Outcome.WORSE}:
+            found, evenly = (f"{x.other:.2f} against {x.own:.2f}" for x in both)
             words = ("more", "less") if plain.gain.outcome is Outcome.WORSE else ("less", "more")
             told.append(
                 f"{plain.written} finds {words[0]} of what users clicked ({found}), but {words[1]} "
@@ -245,9 +242,6 @@ def shown_evenly(metrics: Metrics, metric: str) -> str | None:
 
 def found_by_index(index: Metrics, num_items: int) -> Verdict:
     """Says which share of the exact answers the index loses, and whether it is worth having."""
-    # Imported here, because the command line's help does not need TensorFlow.
-    from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS
-
     if index["kind"] == "exact":
         return Verdict("nothing", "search is exact: it scores every item", Outcome.BETTER)
     if index["kind"] != "scann":
@@ -269,12 +263,6 @@ def _lowest(compared: Sequence[Compared]) -> Outcome:
     """Worse if any is worse, better if all are better, else level."""
     outcomes = {x.gain.outcome for x in compared}
     return next(x for x in (Outcome.WORSE, Outcome.LEVEL, Outcome.BETTER) if x in outcomes)
-
-
-def _gap(gain: Interval) -> str:
-    """Writes the size of a gain with its interval, as positive numbers if the outcome is clear."""
-    low, high = (gain.low, gain.high) if gain.mean > 0 else (0.0 - gain.high, 0.0 - gain.low)
-    return f"{abs(gain.mean):.4f} [{low:.4f}, {high:.4f}]"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-import numpy as np
-
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
 from tfrs_pipeline.evaluation.evaluate import evaluate
@@ -39,6 +37,15 @@ def fit_baselines(
         "ials": [Ials(seed=config.seed)],
         **(grids or {}),
     }
+
+    def score(baseline: Baseline) -> float:
+        # The same number of users as for the model's epoch.
+        validation = data.validation.sample(config.training.validation_users, config.seed)
+        exclude, cutoffs = config.evaluation.exclude, config.evaluation.cutoffs
+        fitted = baseline.fit(data.split.train)
+        found = evaluate(fitted, validation, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
+        return found.first.overall.intervals[config.training.monitor].mean
+
     final, num_items = final_part(config, data.split), len(data.test.candidate_ids)
     found: dict[str, Retriever] = {}
     notes = []
@@ -57,30 +64,8 @@ def fit_baselines(
             continue
         best = choices[name][0]
         if len(choices[name]) > 1:
-            best = _best(name, choices[name], config, data, on_progress)
+            on_progress(f"{name}, choosing on validation", 0, 0)
+            best = max(choices[name], key=score)
             notes.append(f"{name}: {best!r}, best of {len(choices[name])} on validation")
         found[name] = best.fit(final)
     return found, notes
-
-
-def _best(
-    name: str,
-    choices: Sequence[Baseline],
-    config: RunConfig,
-    data: RunData,
-    on_progress: OnProgress,
-) -> Baseline:
-    # The same number of users as for the model's epoch.
-    validation = data.validation.sample(config.training.validation_users, config.seed)
-    scores = []
-    for i, baseline in enumerate(choices):
-        on_progress(f"{name}, choosing on validation", i, len(choices))
-        measured = evaluate(
-            baseline.fit(data.split.train),
-            validation,
-            exclude=config.evaluation.exclude,
-            cutoffs=config.evaluation.cutoffs,
-            num_bootstrap=0,
-        )
-        scores.append(measured.first.overall.intervals[config.training.monitor].mean)
-    return choices[int(np.argmax(scores))]

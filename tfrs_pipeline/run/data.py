@@ -1,7 +1,4 @@
-"""The data of a run: its log, split and samples, each made by a step.
-
-TensorFlow is imported for the samples alone, so that a bad log or split is refused at once.
-"""
+"""The data of a run: its log, split and samples; TensorFlow is imported for the samples alone."""
 
 import dataclasses
 import functools
@@ -94,8 +91,7 @@ def data_steps(
 
 def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None) -> RunData:
     """Makes the samples of a config in a folder, or reads those there; see `data_steps`."""
-    data: RunData = Runner().run(data_steps(config, RunFolder(folder), hard))
-    return data
+    return Runner().run(data_steps(config, RunFolder(folder), hard))
 
 
 def _read_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | None:
@@ -122,9 +118,9 @@ def _samples(
 ) -> RunData | None:
     """Gets the samples of both trainings, and the queries of validation and test."""
     last = final_part(config, split)
-    selection = final = get(split.train, folder.samples("selection"))
+    selection = final = get(split.train, folder.samples / "selection")
     if last is not split.train:
-        final = get(last, folder.samples("final"))
+        final = get(last, folder.samples / "final")
     if selection is None or final is None:
         return None
     runner.note(*describe_samples(final.report))
@@ -165,14 +161,12 @@ def connect_engine(config: DataConfig) -> Any:
     return connect_spark() if config.source == "spark" else connect(config.memory_limit)
 
 
-def load_log(config: DataConfig, connection: Any = None) -> Log:
-    """Loads the log that a config names, into a connection of `connect_engine`; None opens one."""
-    connection = connection or connect_engine(config)
+def load_log(config: DataConfig) -> Log:
+    """Loads the log that a config names."""
+    connection = connect_engine(config)
 
-    def given(*names: str) -> dict[str, Any]:
-        return {name: getattr(config, name) for name in names}
-
-    features = given("item_features", "user_features", "request_features")
+    of_kinds = ("item_features", "user_features", "request_features")
+    features: dict[str, Any] = {name: getattr(config, name) for name in of_kinds}
     if config.source == "movielens-100k":
         log = load_movielens_100k(config.path, ties=config.ties, **features)
         return dataclasses.replace(log, is_ordered=config.is_ordered)
@@ -197,23 +191,21 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
 def describe_samples(report: Mapping[str, Any]) -> list[str]:
     """Describes samples, and which items are never negatives (see `build_samples`)."""
     pools = report.get("hard_negatives", {})
-    has_losers = any(pool["num_samples"] for pool in pools.values())
-    return [
+    notes = [
         f"{counted(report['num_samples'], 'positive')}, {report['num_empty_histories']:,} of them "
         "with an empty history",
         f"{counted(report['num_candidates'], 'candidate')}, "
         f"{report['num_candidates_without_count']:,} of them never clicked in training",
         f"masked as negatives of their user: {report['num_known_positives']:,} known positives, "
         f"{report['num_exposed']:,} exposed and not clicked",
-        *(
+    ]
+    if any(pool["num_samples"] for pool in pools.values()):
+        notes += [
             f"hard negatives, {stage}: {pool['num_samples']:,} positives have some, "
             f"{pool['mean_pool']:.1f} on average"
             for stage, pool in pools.items()
-            if has_losers
-        ),
-        *(
-            f"losers that are never hard negatives: {num:,} (clicked or exposed, or not ranked low)"
-            for num in [report.get("num_losers_removed")]
-            if num
-        ),
-    ]
+        ]
+    if num := report.get("num_losers_removed"):
+        why = "clicked or exposed, or not ranked low"
+        notes.append(f"losers that are never hard negatives: {num:,} ({why})")
+    return notes

@@ -8,18 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tfrs_pipeline import durable
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, flat_settings, load_config, with_settings
-from tfrs_pipeline.durable import (
-    locked,
-    naming,
-    read_record,
-    read_whole,
-    replacing,
-    try_writing,
-    write_record,
-)
-from tfrs_pipeline.messages import beside, counted
+from tfrs_pipeline.messages import beside
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.settings import ConfigError
 
@@ -42,6 +34,7 @@ class RunFolder:
     """The folder of a run or of a comparison, and what lies in it.
 
     `config_file` has the settings with their hash, `metrics_file` is the record of a finished run.
+    `samples` has a folder each for "selection" and "final", `checkpoints` one for each model.
     `race` has the curves of a race, and its trainings until it is decided; `race_file` is the
     record of a decided one, with the settings that were asked for.
     """
@@ -51,14 +44,7 @@ class RunFolder:
         self.config_file, self.metrics_file = path / CONFIG_FILE, path / METRICS_FILE
         self.data, self.split = path / "data", path / "data" / "split.parquet"
         self.race, self.race_file = path / "race", path / "race" / "race.json"
-
-    def samples(self, part: str) -> Path:
-        """Returns the folder of a training's samples: "selection" or "final"."""
-        return self.path / "samples" / part
-
-    def checkpoints(self, model: str) -> Path:
-        """Returns the folder of a model's two trainings."""
-        return self.path / "checkpoints" / model
+        self.samples, self.checkpoints = path / "samples", path / "checkpoints"
 
     def holds_run(self) -> bool:
         """Returns whether there is a run or a comparison, or a remainder of one."""
@@ -67,19 +53,9 @@ class RunFolder:
     def _has(self, *names: str) -> bool:
         return any((self.path / name).exists() for name in names)
 
-    def kept(self) -> list[str]:
-        """Lists what a stopped run has finished, and a resumed one need not repeat."""
-        kept = [x for x in ("data", "samples") if any((self.path / x).rglob("*.json"))]
-        if epochs := list(self.path.rglob("epoch-*.json")):
-            last = max(epochs, key=lambda path: path.stat().st_mtime)
-            number = int(last.stem.removeprefix("epoch-"))
-            training = last.parent.relative_to(self.path).as_posix().replace("checkpoints/", "")
-            kept.append(f"{counted(number, 'epoch')} of the training {training}")
-        return kept
-
     def metrics(self) -> dict[str, Any] | None:
         """Reads the metrics of a finished run; None if it is not finished."""
-        return read_whole(self.metrics_file)
+        return durable.read_whole(self.metrics_file)
 
     def results(self) -> dict[str, Any]:
         """Reads the metrics of a finished run; refuses (`ValueError`) any other folder."""
@@ -90,31 +66,31 @@ class RunFolder:
                 "one that was stopped, finish it with:  tfrs-pipeline run --run-dir "
                 f"{shlex.quote(str(self.path))}"
             )
-        return read_record(self.metrics_file)
+        return durable.read_record(self.metrics_file)
 
     def settings(self) -> RunConfig:
         """Reads the settings that the run started with; refuses a lost, cut or changed file."""
         path = self.config_file  # A cut file might hold the settings of another run.
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
         settings, _, written = text.rpartition(_HASH_LINE)
-        if not written or written.strip() != _hash(settings):
-            message = (
-                "is not as the run wrote it: lost, cut or changed. A run keeps the settings that "
-                "it began with. Put the file back, or give settings with --config FILE and another "
-                "--run-dir"
-            )
-            raise ConfigError([("", message)], str(path))
-        return load_config(path)
+        if written and written.strip() == _hash(settings):
+            return load_config(path)
+        message = (
+            "is not as the run wrote it: lost, cut or changed. A run keeps the settings that it "
+            "began with. Put the file back, or give settings with --config FILE and another "
+            "--run-dir"
+        )
+        raise ConfigError([("", message)], str(path))
 
     def settle(self, asked: RunConfig, settled: RunConfig, race: Mapping[str, Any]) -> None:
         """Replaces the settings by those of a race's winner, and records the race."""
         content = {"asked": asked.model_dump(mode="json"), "race": dict(race)}
-        write_record(self.race_file, content)
+        durable.write_record(self.race_file, content)
         self._write_settings(settled)
 
     def settled(self, config: RunConfig) -> RunConfig:
         """Returns the winner's settings if a race of these settings was decided here."""
-        record = read_whole(self.race_file) if config.recipes else None
+        record = durable.read_whole(self.race_file) if config.recipes else None
         changed = {name: getattr(config.export, name.rpartition(".")[2]) for name in MAY_CHANGE}
         if record is None or with_settings(RunConfig(**record["asked"]), changed) != config:
             return config
@@ -125,8 +101,7 @@ class RunFolder:
         """Locks the folder, and checks or writes its settings.
 
         If the data is rejected, files created for the run are removed. If several workers train
-        together, the chief claims the folder for all. If a run exports, this also checks that the
-        model's folder can be written.
+        together, the chief claims the folder for all. Both folders of a run must be writable.
         """
         if not this_worker().is_chief:
             yield
@@ -138,15 +113,13 @@ class RunFolder:
             _check_path(written)
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         is_new = not self.path.exists() or not any(self.path.iterdir())
-        with naming(self.path, duckdb.IOException):
+        with durable.naming(self.path, duckdb.IOException):
             self.path.mkdir(parents=True, exist_ok=True)
-            with locked(self.path / "lock"):
+            with durable.locked(self.path / "lock"):
                 left = ("plans",) if is_run else ("checkpoints", METRICS_FILE)
                 if self._has(*left):
-                    what = "comparison" if is_run else "run"
-                    raise ValueError(
-                        f"{self.path} holds a {what}. Choose another folder with --run-dir."
-                    )
+                    held = f"{self.path} holds a {'comparison' if is_run else 'run'}"
+                    raise ValueError(f"{held}. Choose another folder with --run-dir.")
                 self._settle_settings(config)
                 try:
                     yield
@@ -170,11 +143,10 @@ class RunFolder:
         changed = [name for name in every_change if name not in may_change]
         if changed:
             lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in changed[:_MAX_DIFFERENCES]]
-            more = len(changed) - len(lines)
+            lines += [f"and {more} more"] if (more := len(changed) - len(lines)) else []
             raise ValueError(
-                f"{self.path} holds a run with other settings ({'; '.join(lines)}"
-                f"{f'; and {more} more' if more else ''}). Choose another folder with --run-dir, "
-                "or delete this one."
+                f"{self.path} holds a run with other settings ({'; '.join(lines)}). Choose another "
+                "folder with --run-dir, or delete this one."
             )
         if every_change:
             self._write_settings(config)
@@ -193,7 +165,7 @@ class RunFolder:
 
     def _write_settings(self, config: RunConfig) -> None:
         settings = dump_config(config)
-        with replacing(self.config_file) as partial:
+        with durable.replacing(self.config_file) as partial:
             partial.write_text(f"{settings}{_HASH_LINE}{_hash(settings)}\n", encoding="utf-8")
 
 
@@ -208,7 +180,7 @@ def exported_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | N
 
 def is_made_by(version: Path, metrics: Mapping[str, Any]) -> bool:
     """Returns whether a version was exported by the run with these metrics."""
-    manifest = read_whole(version / MANIFEST_FILE) or {}
+    manifest = durable.read_whole(version / MANIFEST_FILE) or {}
     return manifest.get("metrics") == metrics["models"]["two_tower"]
 
 
@@ -220,7 +192,7 @@ def _check_path(folder: Path) -> None:
             f"{folder} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
             "writes there. Choose a folder without."
         )
-    try_writing(folder)
+    durable.try_writing(folder)
 
 
 def _remove(folder: Path, made: Sequence[Path]) -> None:

@@ -15,7 +15,6 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.notes import OnProgress
@@ -40,7 +39,6 @@ class Measured:
 
     models: dict[str, FittedTwoTower]
     evaluation: Evaluation
-    in_service: ExactRetriever | None
 
 
 def measure(
@@ -54,7 +52,6 @@ def measure(
     """Evaluates the models and baselines of a run on the test, for the step `evaluate`."""
     named = {model.network.name: model for model in models}
     measured: dict[str, Retriever] = {**named, **baselines}
-    in_service = None
     if is_compared(config, folder):
         log = data.split.log
         in_service = version_in_service(
@@ -67,15 +64,15 @@ def measure(
         if in_service is not None:
             measured[IN_SERVICE] = in_service
     evaluation = evaluate_all(config, measured, data, runner.progress.task)
-    lines: dict[str, None] = {}
+    lines = []
     for name, found in (("by user", evaluation), ("by request", evaluation.by_request)):
         if isinstance(found, Evaluation):
             first = found.first
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
-            lines[f"{name}: {counted(num_queries, 'query')}, {num_relevant:,} items to find"] = None
-            lines |= dict.fromkeys(first.describe())
-    runner.note(*lines)
-    return Measured(named, evaluation, in_service)
+            lines.append(f"{name}: {counted(num_queries, 'query')}, {num_relevant:,} items to find")
+            lines += first.describe()
+    runner.note(*dict.fromkeys(lines))
+    return Measured(named, evaluation)
 
 
 def is_compared(config: RunConfig, folder: RunFolder) -> bool:
@@ -146,18 +143,16 @@ def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list
         min(EXAMPLE_LENGTH, len(holdout.candidate_ids)),
         None if excluded is None else [excluded[i] for i in numbers],
     )
-    examples = []
-    for i, recommended, is_item in zip(numbers, ids, scores > -np.inf, strict=True):
-        relevant = set(holdout.relevant[i].tolist())
-        shown = recommended[is_item].tolist()
-        examples.append(
-            {
-                "user_id": holdout.user_ids[i : i + 1].tolist()[0],
-                "num_history": len(holdout.histories[i]),
-                "history": holdout.histories[i][::-1][:EXAMPLE_LENGTH].tolist(),
-                "recommended": shown,
-                "num_relevant": len(relevant),
-                "found": [id_ for id_ in shown if id_ in relevant],
-            }
-        )
-    return examples
+    shown = [ids_of[x > -np.inf].tolist() for ids_of, x in zip(ids, scores, strict=True)]
+    relevant = [set(holdout.relevant[i].tolist()) for i in numbers]
+    return [
+        {
+            "user_id": holdout.user_ids[i : i + 1].tolist()[0],
+            "num_history": len(holdout.histories[i]),
+            "history": holdout.histories[i][::-1][:EXAMPLE_LENGTH].tolist(),
+            "recommended": recommended,
+            "num_relevant": len(wanted),
+            "found": [id_ for id_ in recommended if id_ in wanted],
+        }
+        for i, recommended, wanted in zip(numbers, shown, relevant, strict=True)
+    ]

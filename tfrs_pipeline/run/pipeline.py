@@ -19,7 +19,7 @@ from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder, exported_version
 from tfrs_pipeline.run.measure import is_compared, measure, metrics_of
-from tfrs_pipeline.run.publish import Exported, export_step
+from tfrs_pipeline.run.publish import export_step
 from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import training_step, variants
@@ -37,8 +37,7 @@ class RunResult:
     @property
     def refusal(self) -> str | None:
         """Why a baseline or `export.gate` keeps the model out of service; None if neither does."""
-        refusal: str | None = self.metrics.get("refusal")
-        return refusal
+        return self.metrics.get("refusal")
 
     @property
     def export_folder(self) -> Path | None:
@@ -96,14 +95,12 @@ def run(
 ) -> RunResult:
     """Runs the whole pipeline in a folder, which is made if missing.
 
-    A stopped run of the same config in the folder is resumed: finished data and samples are kept,
-    and training continues from its last epoch. A finished run is returned unchanged, since another
-    export would make a server load another version. It is exported again only if its version is
-    gone and there is no other version, or if it was refused.
+    A stopped run of the same config in the folder is resumed from its last epoch. A finished run is
+    returned unchanged, and exported again only if it was refused or no version is left.
 
     If TF_CONFIG names several workers, each calls this with the same folder, on a shared file
-    system. They train together; the chief alone writes, with its own config, evaluates and exports,
-    and the others wait. `begun`, a runner that has made the first steps, replaces `progress`.
+    system. They train together; the chief alone writes, with its own config, evaluates and exports.
+    `begun`, a runner that has made the first steps, replaces `progress`.
 
     Raises:
         ValueError: If the folder holds a run of another config, the run to start from is unfinished
@@ -138,12 +135,12 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
     # The version that the model is compared with must stay in service until the export.
     is_held = is_compared(config, folder)
     with publishing(config.model_folder) if is_held else nullcontext():
-        exported: Exported = runner.run(steps)
+        exported = runner.run(steps)
     data, measured = runner.artifacts["samples"], runner.artifacts["measured"]
     metrics = {
         **metrics_of(config, data, measured),
         **({} if (race := read_whole(folder.race_file)) is None else {"race": race["race"]}),
-        **exported.as_metrics(),
+        **exported,
         "signals": runner.artifacts["signals"].as_dict(),
         "notes": {report.name: report.notes for report in runner.reports},
         "seconds": {report.name: report.seconds for report in runner.reports},

@@ -2,9 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline.config import RunConfig
@@ -17,29 +15,15 @@ from tfrs_pipeline.run.refresh import describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.versions import name_of_log, own_version, trained_by
 from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_version
-from tfrs_pipeline.serving.gate import IN_SERVICE, describe_lacking, refuse_beaten, refuse_worse
+from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
 
-
-@dataclass(frozen=True)
-class Exported:
-    """The outcome of the export step; without a folder, the model was not exported."""
-
-    folder: Path | None = None
-    index: dict[str, Any] | None = None
-    refusal: str | None = None  # Why the model was refused, if it was.
-
-    def as_metrics(self) -> dict[str, Any]:
-        """Returns the export's entries of metrics.json."""
-        if self.folder is None:
-            refusal = {} if self.refusal is None else {"refusal": self.refusal}
-            return {"index": {"kind": "none, not published"}, "export_folder": None, **refusal}
-        return {"index": self.index, "export_folder": str(self.folder.resolve())}
+_NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none, not published"}, "export_folder": None}
 
 
 def export_step(config: RunConfig, folder: RunFolder) -> Step:
-    """Returns the step that exports a run's model."""
+    """Returns the step that exports a run's model; it makes the export's part of metrics.json."""
     make, read = (functools.partial(x, config, folder) for x in (_export_best, _read_exported))
     place = "export.directory/NAME/VERSION/"
     return Step("export", ("samples", "measured"), "version", make, read, place)
@@ -47,7 +31,7 @@ def export_step(config: RunConfig, folder: RunFolder) -> Step:
 
 def _read_exported(
     config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
-) -> Exported | None:
+) -> dict[str, Any] | None:
     """Reads the version that this training has exported, unless the index settings have changed."""
     version = own_version(config, folder.path)
     if version is None:
@@ -58,37 +42,33 @@ def _read_exported(
     if export["index"] != "none" and any(then[x] != export[x] for x in ("index", "target_recall")):
         return None
     runner.note(f"{version}, exported before the run was stopped, is kept")
-    return Exported(version, manifest["index"])
+    return {"index": manifest["index"], "export_folder": str(version.resolve())}
 
 
 def _export_best(
     config: RunConfig, folder: RunFolder, runner: Runner, data: RunData, measured: Measured
-) -> Exported:
+) -> dict[str, Any]:
     """Exports the two-tower model, unless a baseline or the version in service is better."""
     listed, export = data.split.log.listed_ids, config.export
     if export.index == "none":
         runner.note("export.index is 'none': nothing is exported")
-        return Exported()
+        return _NOT_EXPORTED
     try:
         runner.note(*_pass_gate(config, folder, measured))
     except NotPublished as error:
         refusal = str(error)
         runner.note(f"not exported: {refusal.partition('. ')[0]}")
-        return Exported(refusal=refusal)
-    if measured.in_service is not None:
-        known = {"in_service": measured.in_service.corpus.values, "exported": listed}
-        runner.note(describe_lacking(data.test, config.evaluation.exclude, **known))
+        return {**_NOT_EXPORTED, "refusal": refusal}
     # No item was read before the older file. A resumed run may have rewritten its settings.
     files = folder.config_file, folder.data / "log.json"
     began = datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
     if (undone := describe_undone(config.model_folder, began, listed)) is not None:
         runner.note(undone)
+    search = search_of(export.index, export.target_recall)
     version, manifest = export_version(
         measured.models["two_tower"],
         config.model_folder,
-        ExportOptions(
-            search_of(export.index, export.target_recall), export.filter_by, export.keep_versions
-        ),
+        ExportOptions(search, export.filter_by, export.keep_versions),
         user_data=export.user_data,
         # A ScaNN index is tuned and measured on these. The first user is the manifest's example.
         queries=data.test.as_queries(),
@@ -106,15 +86,13 @@ def _export_best(
             "(evaluation.exclude none): ask by history, with `retrieve`, to get them too"
         )
     if num_left := len(data.test.candidate_ids) - len(listed):
-        runner.note(
-            f"the item table lacks {counted(num_left, 'item')} of the log: they are read in "
-            "histories but not retrieved"
-        )
+        lacks = f"the item table lacks {counted(num_left, 'item')} of the log"
+        runner.note(f"{lacks}: they are read in histories but not retrieved")
     runner.note(
         describe_index(manifest["index"], len(listed)),
         "a fresh process loaded the export and gave the same answers",
     )
-    return Exported(version, manifest["index"])
+    return {"index": manifest["index"], "export_folder": str(version.resolve())}
 
 
 def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> Iterator[str]:

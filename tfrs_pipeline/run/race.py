@@ -1,7 +1,6 @@
 """Races recipes on validation, and continues with the winner.
 
-A recipe is a preset's settings of the model and its training. The race trains each as a run would,
-to choose the epoch. So the winner's training goes on where it is, and is not repeated.
+The race trains each as a run would, so the winner's training goes on where it is.
 """
 
 import dataclasses
@@ -43,13 +42,10 @@ CLOSE = 0.003
 
 @dataclass(frozen=True)
 class Race:
-    """A decided race.
+    """A decided race: the curves of the recipes, and the validation metric that decided.
 
-    Attributes:
-        curves: Those of the recipes.
-        metric: The validation metric that decided.
-        dropped: Recipe -> its CPU seconds when it was dropped, and how far it was behind by then.
-        not_begun: Recipe -> why it did not race.
+    `dropped` has the CPU seconds of a recipe when it was dropped, and how far it was behind by
+    then; `not_begun` has why a recipe did not race.
     """
 
     curves: tuple[Curve, ...]
@@ -129,8 +125,7 @@ def race(
 
     Raises:
         ConfigError: If a name or setting is unknown.
-        ValueError: If no recipe can train with these settings, or there is no positive
-            (`DataError`).
+        ValueError: If no recipe can train, or there is no positive (`DataError`).
 
     Example:
         The model of the best recipe::
@@ -158,10 +153,14 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     These have no recipes, so that they do not race again. The folder keeps the curves; the other
     recipes' checkpoints are removed.
     """
-    settled = winners_settings(config, decided)
+    changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": None}
+    if trains_winner_alone(config):
+        named = config.evaluation.baselines
+        changed["evaluation.baselines"] = tuple(x for x in named if x != "uncorrected")
+    settled = with_settings(planned(config, decided.winner), changed)
 
     def move() -> None:
-        won, place = folder.race / decided.winner, folder.checkpoints("two_tower") / "selection"
+        won, place = folder.race / decided.winner, folder.checkpoints / "two_tower" / "selection"
         if won.is_dir() and not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             won.rename(place)
@@ -183,15 +182,6 @@ def race_step(config: RunConfig, folder: RunFolder) -> Step:
         return decided
 
     return Step("race", ("samples",), "race", make, place="race/")
-
-
-def winners_settings(config: RunConfig, decided: Race) -> RunConfig:
-    """Returns the settings of a config's winner, without recipes."""
-    changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": None}
-    if trains_winner_alone(config):
-        named = config.evaluation.baselines
-        changed["evaluation.baselines"] = tuple(x for x in named if x != "uncorrected")
-    return with_settings(planned(config, decided.winner), changed)
 
 
 def planned(config: RunConfig, name: str) -> RunConfig:
@@ -260,23 +250,27 @@ class _Trainings:
 
     def run(self) -> Race:
         """Trains in turns until the race is decided; resumes after the last whole epoch."""
-        while (turn := self._turn()) is not None:
-            self.train(turn)
+
+        def next_turn() -> Any:
+            turn = standing(tuple(self.curves.values()), self.config.budget).turn
+            return None if turn is None else dataclasses.astuple(turn)
+
+        while (turn := on_chief(next_turn)) is not None:  # The chief's clock decides for all.
+            self.train(Turn(*turn))
         curves = tuple(self.curves.values())
         dropped = standing(curves, self.config.budget).dropped
         return Race(curves, self.config.training.monitor, dropped, self.not_begun)
-
-    def _turn(self) -> Turn | None:
-        turn = standing(tuple(self.curves.values()), self.config.budget).turn
-        # The chief's clock decides for all workers.
-        chosen = on_chief(lambda: None if turn is None else dataclasses.astuple(turn))
-        return None if chosen is None else Turn(*chosen)
 
     def train(self, turn: Turn) -> FittedTwoTower | None:
         """Trains a recipe for its turn; returns the model if the training has ended."""
         tf.keras.backend.clear_session()  # One network at a time.
         config, before = self.configs[turn.name], self.curves[turn.name]
         clock, durations = [time.process_time()], list[float]()
+        first = winner(tuple(self.curves.values()))
+        leading = f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
+        epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
+        if (left := most_left(tuple(self.curves.values()), epochs)) is not None:
+            leading += f", at most about {math.ceil(left / 60)} CPU minutes"
 
         def keep(so_far: TrainingResult, has_ended: bool) -> Curve:
             values = so_far.history[f"val_{config.training.monitor}"]
@@ -298,7 +292,7 @@ class _Trainings:
                 self.validation,
                 self.log,
                 name="two_tower",
-                task=f"race, {turn.within}: {turn.name}{self._leading()}{self._at_most()}",
+                task=f"race, {turn.within}: {turn.name}{leading}",
                 max_epochs=config.training.max_epochs,
                 folder=self.folder / turn.name,
                 progress=self.progress,
@@ -308,15 +302,6 @@ class _Trainings:
             return None
         keep(model.result, has_ended=True)
         return model
-
-    def _leading(self) -> str:
-        first = winner(tuple(self.curves.values()))
-        return f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
-
-    def _at_most(self) -> str:
-        epochs = {name: config.training.max_epochs for name, config in self.configs.items()}
-        left = most_left(tuple(self.curves.values()), epochs)
-        return "" if left is None else f", at most about {math.ceil(left / 60)} CPU minutes"
 
     def _read(self) -> dict[str, Any]:
         record = read_whole(self.folder / CURVES_FILE)

@@ -4,11 +4,10 @@ TensorFlow is imported after the items are read, so that bad ones are refused at
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +19,10 @@ from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import in_blocks
-from tfrs_pipeline.messages import SILENT, Progress, counted
+from tfrs_pipeline.messages import SILENT, Progress
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.index import Search
-from tfrs_pipeline.serving.journal import Journal
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
@@ -37,20 +35,7 @@ class Refreshed:
     folder: Path
     num_items: int
     num_new: int
-    num_untrained: int
-    num_dropped: int
-    num_skipped: int  # Items of the file that cannot be embedded.
-    num_unknown: dict[str, int]  # By feature: items whose values were all unknown in training.
-    index: dict[str, Any]
     notes: list[str]  # What was done, dropped or missing, for people.
-
-
-class _Embedded(NamedTuple):
-    """Items that a model can embed: [n, D] float32, and [n] bool: whether the training had them."""
-
-    table: pa.Table
-    embeddings: np.ndarray
-    is_trained: np.ndarray
 
 
 def refresh_index(
@@ -72,8 +57,7 @@ def refresh_index(
         asked = {"index": index, "keep_versions": keep_versions}
         asked = {name: value for name, value in asked.items() if value is not None}
         steps = refresh_steps(Path(model), Path(items), asked, allow_all_new=allow_all_new)
-        done: Refreshed = Runner(progress).run(steps)
-        return done
+        return Runner(progress).run(steps)
 
 
 def refresh_steps(
@@ -89,7 +73,7 @@ def refresh_steps(
         # Checked before the items are embedded, which takes long.
         Step("check", read, "unknown", check),
         Step("embed", read, "embedded", embed),
-        Step("export", (*read, "unknown", "embedded"), "version", export, place="NAME/VERSION/"),
+        Step("export", ("model", "embedded"), "version", export, place="NAME/VERSION/"),
     ]
 
 
@@ -176,8 +160,11 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
 
 def _embed(
     path: Path, runner: Runner, retriever: "LoadedRetriever", items: pa.Table, *, allow_all: bool
-) -> _Embedded:
-    """Embeds the items that the model can embed; refuses a file of only unknown ids."""
+) -> tuple[pa.Table, np.ndarray, int]:
+    """Embeds the items that the model can embed; refuses a file of only unknown ids.
+
+    Returns these items, [n, D] float32, and how many of them the training did not have.
+    """
     from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 
     features, blocks = [x.name for x in retriever.features["candidate"]], []
@@ -195,10 +182,8 @@ def _embed(
                 "train it with item features."
             )
         if num_skipped := int((~is_trained).sum()):
-            runner.note(
-                f"skipped {num_skipped:,} of the file: the model reads no item features, and its "
-                "training did not have them"
-            )
+            why = "the model reads no item features, and its training did not have them"
+            runner.note(f"skipped {num_skipped:,} of the file: {why}")
         items, embeddings = items.filter(pa.array(is_trained)), embeddings[is_trained]
         is_trained = is_trained[is_trained]
     ids, before = items["item_id"].to_pylist(), set(retriever.candidate_ids())
@@ -217,7 +202,7 @@ def _embed(
                 f"    the embedding of unknown ids {how} they will seldom be found. Train "
                 "with model.id_dropout above 0, such as 0.1"
             )
-    return _Embedded(items, embeddings, is_trained)
+    return items, embeddings, num_untrained
 
 
 def _export(
@@ -226,14 +211,12 @@ def _export(
     began: datetime,
     runner: Runner,
     retriever: "LoadedRetriever",
-    items: pa.Table,
-    num_unknown: dict[str, int],
-    embedded: _Embedded,
+    embedded: tuple[pa.Table, np.ndarray, int],
 ) -> Refreshed:
     from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
 
-    number, num_untrained = int(retriever.folder.name), int((~embedded.is_trained).sum())
-    ids, before = set(embedded.table["item_id"].to_pylist()), set(retriever.candidate_ids())
+    number, (items, embeddings, num_untrained) = int(retriever.folder.name), embedded
+    ids, before = set(items["item_id"].to_pylist()), set(retriever.candidate_ids())
     refreshed = {
         "from_version": number,
         # The version as which its training was exported.
@@ -246,47 +229,18 @@ def _export(
         retriever.folder.parent,
         replace(ExportOptions.of(retriever.manifest), **options),
         encoder=retriever.saved_model.encoder,
-        embeddings=embedded.embeddings,
-        items=embedded.table,
+        embeddings=embeddings,
+        items=items,
         queries=retriever.held_out_queries(),
-        manifest={
-            **retriever.manifest,
-            "refreshed": refreshed,
-            "items_read": began.isoformat(),
-        },
+        manifest=retriever.manifest | {"refreshed": refreshed, "items_read": began.isoformat()},
     )
-    num_new, num_dropped = len(ids - before), len(before - ids)
+    num_new, num_gone = len(ids - before), len(before - ids)
     runner.note(
-        f"{len(ids):,} items: {num_new:,} new, {num_dropped:,} gone since the previous version",
+        f"{len(ids):,} items: {num_new:,} new, {num_gone:,} gone since the previous version",
         describe_index(manifest["index"], len(ids)),
-        *_describe_live(Journal(retriever.folder.parent), began, ids),
     )
-    return Refreshed(
-        folder=folder,
-        num_items=len(ids),
-        num_new=num_new,
-        num_untrained=num_untrained,
-        num_dropped=num_dropped,
-        num_skipped=items.num_rows - len(ids),
-        num_unknown=num_unknown,
-        index=manifest["index"],
-        notes=[note for report in runner.reports for note in report.notes],
-    )
-
-
-def _describe_live(journal: Journal, began: datetime, ids: set[Any]) -> Iterator[str]:
-    """Says which live items stay, and which writes the file goes before."""
-    from tfrs_pipeline.serving.live import changes_of
-
-    last: dict[Any, Any] = {}
-    for record in journal.records():
-        last |= changes_of(record)
-    more = [id_ for id_, (_, item) in last.items() if item is not None and id_ not in ids]
-    if more:
-        yield f"{counted(len(more), 'live item')} that the file lacks stay until they are removed"
-    before = [id_ for id_, (time, _) in last.items() if time < began.timestamp() and id_ in ids]
-    if before:
-        yield f"the file goes before what was written live of {counted(len(before), 'item')} of it"
+    notes = [note for report in runner.reports for note in report.notes]
+    return Refreshed(folder, len(ids), num_new, notes)
 
 
 def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:

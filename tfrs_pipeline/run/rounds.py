@@ -83,8 +83,7 @@ class Curve:
 class Turn:
     """Which recipe trains next, until it has both `epochs` and CPU `seconds`, in total.
 
-    The turn also ends at `limit` CPU seconds, where the budget does. `within` says, for people, in
-    which round it is.
+    The turn also ends at `limit` CPU seconds, where the budget does. `within` names its round.
     """
 
     name: str

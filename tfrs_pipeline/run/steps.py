@@ -1,8 +1,4 @@
-"""Work as a list of steps. Complete artifacts on disk are read, and the rest is made.
-
-A stopped run is resumed only here: the first step whose artifact cannot be read back is the first
-that does any work. Within a training, the training itself resumes from its epochs.
-"""
+"""Work as a list of steps. Complete artifacts on disk are read, and the rest is made."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief, training_strategy
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.model.notes import describe_epoch, describe_steps
+from tfrs_pipeline.model.notes import describe_epoch
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -34,16 +34,15 @@ def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -
     """Returns the step that trains a model with these settings, kept in the run's folder."""
     kept = folder.path / place
 
-    def noted(runner: Runner, model: FittedTwoTower | None) -> FittedTwoTower | None:
-        runner.note(*(model.notes if model else []))
+    def make(runner: Runner, data: RunData) -> FittedTwoTower:
+        model = train_and_refit(config, data, name=name, folder=kept, progress=runner.progress)
+        runner.note(*model.notes)
         return model
 
-    def make(runner: Runner, data: RunData) -> FittedTwoTower | None:
-        model = train_and_refit(config, data, name=name, folder=kept, progress=runner.progress)
-        return noted(runner, model)
-
     def read(runner: Runner, data: RunData) -> FittedTwoTower | None:
-        return noted(runner, read_trained(config, data, kept, name))
+        model = read_trained(config, data, kept, name)
+        runner.note(*(model.notes if model else []))
+        return model
 
     return Step(f"train {name}", ("samples",), name, make, read, place)
 
@@ -67,8 +66,7 @@ def train_and_refit(
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all events before the test.
 
-    `folder` keeps both trainings, so that they can resume. The model's `result` is that of the
-    first training; its `notes` describe both.
+    The model's `result` is that of the first training; its `notes` describe both.
     """
     check_trainable(data.parts, config)
     source, log = config.warm_start, data.split.train
@@ -96,7 +94,10 @@ def train_and_refit(
     notes = _about_trainings(config, name, data, [model.result for model in models])
     model = dataclasses.replace(models[-1], result=chosen, notes=[*notes, *models[-1].notes])
     if folder is not None:
-        on_chief(lambda: _write_trained(folder, data, model))
+        last = folder / ("refit" if data.has_refit else "selection")
+        about = {"result": dataclasses.asdict(chosen), "notes": model.notes}
+        files = sorted(last.glob(f"epoch-{chosen.best_epoch}.*"))
+        on_chief(lambda: write_record(folder / TRAINED_FILE, about, files))
     return model
 
 
@@ -121,9 +122,6 @@ def fit_once(
         progress.task(task, so_far.num_epochs, max_epochs, note)
         on_epoch(so_far)
 
-    def tell_steps(epoch: int, done: int, total: int) -> None:
-        progress.task(task, epoch - 1, max_epochs, describe_steps(epoch, done, total))
-
     return plan_of(config, name).fit_samples(
         data,
         validation,
@@ -133,7 +131,7 @@ def fit_once(
         exclude=config.evaluation.exclude,
         cutoffs=config.evaluation.cutoffs,
         on_epoch=tell_epoch,
-        on_steps=tell_steps,
+        on_steps=lambda epoch, line: progress.task(task, epoch - 1, max_epochs, line),
         on_progress=progress.task,
         log=log,
     )
@@ -157,13 +155,6 @@ def _about_trainings(
     for result in results:
         if 0 < result.resumed_after < result.num_epochs:
             yield f"resumed after epoch {result.resumed_after}"
-
-
-def _write_trained(folder: Path, data: RunData, model: FittedTwoTower) -> None:
-    step, epoch = "refit" if data.has_refit else "selection", model.result.best_epoch
-    files = sorted((folder / step).glob(f"epoch-{epoch}.*"))
-    about = {"result": dataclasses.asdict(model.result), "notes": list(model.notes)}
-    write_record(folder / TRAINED_FILE, about, files)
 
 
 def read_trained(
@@ -221,10 +212,7 @@ def trained_in(
         folder: The run's folder.
         step: "selection", the training that validation ended, or "refit", the training on all
             events before the test; if there was no second training, it means the first.
-        name: Name of the model.
-
-    Returns:
-        The fitted model, with its optimizer state; None if the run trained no model of this name.
+        name: Name of the model; None is returned if the run trained no model of this name.
 
     Raises:
         ConfigError: If the run is unfinished.
@@ -240,13 +228,13 @@ def trained_in(
     trained = read_record(run.metrics_file)["training"]
     if name not in trained:
         return None
-    checkpoints = run.checkpoints(name)
+    checkpoints = run.checkpoints / name
     if not (checkpoints / step).is_dir():
         step = "selection"
     split = split_in(run)
     log, part = (split.train, "selection") if step == "selection" else (split.before_test, "final")
-    read_record(run.samples(part) / "report.json")  # Checks the files that ids are read from.
-    corpus = Corpus.read(log, run.samples(part))
+    read_record(run.samples / part / "report.json")  # Checks the files that ids are read from.
+    corpus = Corpus.read(log, run.samples / part)
     best_epoch = trained[name]["best_epoch"]
     return read_training(models[name], name, corpus, log, checkpoints / step, best_epoch)
 
@@ -260,14 +248,14 @@ def split_in(folder: RunFolder) -> Split[Log]:
 def _about_source(path: Path, name: str, data: RunData) -> Iterator[str]:
     """Describes where a model started, and warns if its source has seen held-out events."""
     folder = RunFolder(path)
-    if not folder.checkpoints(name).is_dir():
+    if not (folder.checkpoints / name).is_dir():
         yield f"started from random weights: {path} has no {name}"
         return
     yield f"started from {path}"
     source = split_in(folder)
     if not data.split.kind == source.kind == "time":
         return
-    final = "before_test" if (folder.checkpoints(name) / "refit").is_dir() else "train"
+    final = "before_test" if (folder.checkpoints / name / "refit").is_dir() else "train"
     for part, held_out in (("train", "validation"), (final, "test")):
         last = getattr(source, part).events["timestamp"].max().to_pyarrow().as_py()
         held = data.split.events.filter(data.split.events["part"] == held_out)

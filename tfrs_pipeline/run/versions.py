@@ -49,10 +49,8 @@ def check_model_name(config: RunConfig) -> None:
         theirs = manifest.get("config", {}).get("data")
         if theirs is None or manifest.get("log") != name_of_log(config.data):
             made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
-            message = (
-                f"{path.parent} is a model of {made_of}: set another "
-                f"name, or {config.model_name!r} to add a version to it anyway"
-            )
+            anyway = f"or {config.model_name!r} to add a version to it anyway"
+            message = f"{path.parent} is a model of {made_of}: set another name, {anyway}"
             raise ConfigError([("export.name", message)])
 
 
@@ -86,11 +84,9 @@ def _source(path: Path, folder: RunFolder) -> Path:
     versions = versions_of(path)
     version = path / str(versions[-1]) if versions else path
     if not (version / MANIFEST_FILE).is_file():
-        near = beside(path)
-        raise _refused(
-            f"got {str(path)!r}, which is neither a run's folder nor an exported model's"
-            f"{near and f'.{near}'}"
-        )
+        near = f".{x}" if (x := beside(path)) else ""
+        what = "which is neither a run's folder nor an exported model's"
+        raise _refused(f"got {str(path)!r}, {what}{near}")
     source = _run_that_made(version)
     if source.resolve() != folder.path.resolve():
         return source

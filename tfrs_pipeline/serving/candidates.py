@@ -1,8 +1,7 @@
 """Search over candidates in memory: with an index or exactly, with exclusions and a filter.
 
 Candidates can be added and removed while others search. A change writes rows that no search reads
-yet, and then makes a new view. Each search keeps the view that it began with; it waits only while
-the index takes in a few rows.
+yet, and then makes a new view. Each search keeps the view that it began with.
 """
 
 import bisect
@@ -14,20 +13,18 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.data.ids import Ids, as_id_array
-from tfrs_pipeline.evaluation.topk import best_places
+from tfrs_pipeline.evaluation.topk import top_k_in_blocks
 from tfrs_pipeline.serving.filter_values import Chosen, FilterValues
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.view import View, with_room
 
-# Scores in memory at a time: 64 MB.
-_SCORES_PER_BLOCK = 1 << 24
-# The newest candidates, up to this many, are scored exactly. If there are more, the index takes
-# them in.
+# Up to so many of the newest candidates are scored exactly. If there are more, the index gets them.
 MOST_PENDING = 1024
 _ADDED_AT_ONCE = 8  # So that searches go on in between.
 # The index is rebuilt after more changes than this number and than this share of its candidates.
 _LEAST_CHANGES, _LEAST_CHANGED_SHARE = 2_000, 0.3
+_NO_ROWS = np.zeros(0, np.int32)
 
 
 class Candidates:
@@ -35,8 +32,7 @@ class Candidates:
 
     `searcher` is an index of the vectors; without one, searches are exact. `levels` say how widely
     to search it, by ascending depth; deeper requests are answered exactly. If there is a filter,
-    requests choose by `values`, whose codes each candidate has in `codes`, [n, P] int32, padded
-    with 0.
+    requests choose by `values`; `codes`, [n, P] int32 padded with 0, are those of each candidate.
     """
 
     def __init__(
@@ -120,10 +116,8 @@ class Candidates:
         """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
         A query never gets its `excluded` ids, only candidates with one of its `allowed` values;
-        none allows all. Exact search returns the first of equal candidates.
-
-        Returns:
-            ids [B, k], best first, the empty id in empty slots; scores [B, k] float32, -inf there.
+        none allows all. Exact search returns the first of equal candidates. Returns ids [B, k],
+        best first, the empty id in empty slots, and scores [B, k] float32, -inf there.
         """
         view, num = self._view, len(queries)
         is_plain = num > 0 and allowed is None and (excluded is None or not any(map(len, excluded)))
@@ -131,7 +125,7 @@ class Candidates:
             return found
         rows, scores = np.zeros((num, k), np.int32), np.full((num, k), -np.inf, np.float32)
         excluded = [()] * num if excluded is None else excluded
-        lists = [view.rows_of(ids) if len(ids) else None for ids in excluded]
+        lists = [view.rows_of(ids) if len(ids) else _NO_ROWS for ids in excluded]
         chosen: list[Chosen | None] = [None] * num
         if allowed is not None and self.values is not None:
             chosen = [self.values.choose(values, len(self)) for values in allowed]
@@ -151,23 +145,20 @@ class Candidates:
     ) -> None:
         view, k = asked.view, asked.k
         assert view.searcher is not None
-        found, found_scores, num_indexed = view.searcher.search(
-            asked.queries[lines], level.depth, level.num_leaves_to_search, level.num_reordered
-        )
+        found, found_scores, num_indexed = view.searcher.search(asked.queries[lines], level)
         is_whole = num_indexed == view.num_rows and view.removed_by is None
         pending = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
+        vectors = view.vectors[num_indexed : view.num_rows]
         for i, line in enumerate(lines):
             best, best_scores = found[i], found_scores[i]
-            if not is_whole or asked.excluded[line] is not None or asked.chosen[line] is not None:
+            if not is_whole or len(asked.excluded[line]) or asked.chosen[line] is not None:
                 is_open = self._open(asked, line, best)
                 best, best_scores = best[is_open], best_scores[is_open]
             if len(pending):
-                pending_scores = np.vecdot(
-                    view.vectors[num_indexed : view.num_rows], asked.queries[line]
-                )
                 is_open = self._open(asked, line, pending)
                 best = np.concatenate([best, pending[is_open]])
-                best_scores = np.concatenate([best_scores, pending_scores[is_open]])
+                new_scores = np.vecdot(vectors, asked.queries[line])
+                best_scores = np.concatenate([best_scores, new_scores[is_open]])
                 order = np.argsort(-best_scores, kind="stable")[:k]
                 best, best_scores = best[order], best_scores[order]
             num = min(k, len(best))
@@ -180,7 +171,7 @@ class Candidates:
         if view.removed_by is not None:
             rows = np.where(is_open, rows, 0)  # The index may have rows newer than the view.
             is_open &= ~view.is_removed(rows)
-        if excluded is not None:
+        if len(excluded):
             marks: np.ndarray | None = getattr(self._marks, "marks", None)
             if marks is None or len(marks) < len(view.ids):
                 marks = self._marks.marks = np.zeros(len(view.ids), bool)
@@ -195,32 +186,24 @@ class Candidates:
     def _exact(
         self, asked: "_Asked", lines: np.ndarray, rows: np.ndarray, scores: np.ndarray
     ) -> None:
-        view = asked.view
-        vectors, size = view.vectors[: view.num_rows], max(1, _SCORES_PER_BLOCK // view.num_rows)
-        for start in range(0, len(lines), size):
-            block = lines[start : start + size]
-            queries = asked.queries[block]
+        view, num = asked.view, asked.view.num_rows
+        vectors, excluded = view.vectors[:num], [asked.excluded[line] for line in lines]
+
+        def score(block: slice) -> np.ndarray:
+            queries = asked.queries[lines[block]]
             # A single query is scored in one thread: the threads of a matrix product wait for each
             # other, which takes a hundred times as long while other processes work.
-            all_scores = (
-                np.vecdot(vectors, queries)[np.newaxis]
-                if len(queries) == 1
-                else (vectors @ queries.T).T
-            )
-            for line, of_line in zip(block, all_scores, strict=True):
-                of_line = np.ascontiguousarray(of_line)
-                if view.removed_by is not None:
-                    of_line[view.removed_by[1 : view.num_rows + 1] <= view.num_changes] = -np.inf
-                excluded, chosen = asked.excluded[line], asked.chosen[line]
-                if excluded is not None:
-                    of_line[excluded - 1] = -np.inf
-                if chosen is not None:
+            is_one = len(queries) == 1
+            found = np.vecdot(vectors, queries)[np.newaxis] if is_one else (vectors @ queries.T).T
+            if view.removed_by is not None:
+                found[:, view.removed_by[1 : num + 1] <= view.num_changes] = -np.inf
+            for of_line, line in zip(found, lines[block], strict=True):
+                if (chosen := asked.chosen[line]) is not None:
                     assert view.codes is not None
-                    of_line[~chosen.has(view.codes[1 : view.num_rows + 1])] = -np.inf
-                places = best_places(of_line, asked.k)
-                rows[line], scores[line] = 0, -np.inf
-                rows[line, : len(places)] = places + 1
-                scores[line, : len(places)] = of_line[places]
+                    of_line[~chosen.has(view.codes[1 : num + 1])] = -np.inf
+            return found
+
+        rows[lines], scores[lines] = top_k_in_blocks(score, len(lines), num, asked.k, excluded)
 
     def change(
         self,
@@ -301,22 +284,18 @@ class Candidates:
 
 @dataclass
 class _Asked:
-    """Queries, and what each excludes and allows; None where it is nothing, or all."""
+    """Queries, the rows that each excludes, and what it allows; None is all."""
 
     view: View
     queries: np.ndarray
     k: int
-    excluded: Sequence[np.ndarray | None]
+    excluded: Sequence[np.ndarray]
     chosen: Sequence[Chosen | None]
 
-    @property
-    def num_excluded(self) -> np.ndarray:
-        return np.array([0 if x is None else len(x) for x in self.excluded], np.int64)
-
-    @property
-    def num_wanted(self) -> np.ndarray:
-        """How many candidates each query should get if its filter allowed all."""
-        return np.clip(self.view.num_candidates - self.num_excluded, 0, self.k)
+    def __post_init__(self) -> None:
+        self.num_excluded = np.array([len(x) for x in self.excluded], np.int64)
+        # How many candidates each query should get if its filter allowed all.
+        self.num_wanted = np.clip(self.view.num_candidates - self.num_excluded, 0, self.k)
 
     def levels(self) -> np.ndarray:
         """Returns each query's level; a number past the last one means exact search."""
@@ -341,10 +320,7 @@ def _found_at_once(view: View, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     place = bisect.bisect_left(levels, min(k, view.num_rows), key=lambda level: level.depth)
     if place == len(levels) or levels[place].depth < k:
         return None
-    level = levels[place]
-    rows, scores, num_rows = searcher.search(
-        queries, level.depth, level.num_leaves_to_search, level.num_reordered
-    )
+    rows, scores, num_rows = searcher.search(queries, levels[place])
     rows, scores = rows[:, :k], scores[:, :k]
     is_full = num_rows == view.num_rows and rows[:, -1].all()
     return (view.ids[rows], scores) if is_full else None

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,13 +48,12 @@ def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     "candidate" and "query" are separate, because both may have a feature of the same name.
     """
     sides = features_of(manifest)
-    values: dict[str, dict[str, Any]] = {}
-    of_query = (*sides["query"], *sides["request"])
-    for side, features in (("candidate", sides["candidate"]), ("query", of_query)):
-        values[side] = {}
+    values: dict[str, dict[str, Any]] = {"candidate": {}, "query": {}}
+    for side, of_side in values.items():
+        features = sides[side] + (sides["request"] if side == "query" else ())
         for feature, spec in zip(features, raw_signature(features).values(), strict=True):
             known = (*feature.vocabulary, "1")[0]
-            values[side][spec.name] = known if spec.dtype == tf.string else 1.0
+            of_side[spec.name] = known if spec.dtype == tf.string else 1.0
     if manifest["filter"] and manifest["filter"]["values"]:
         values["query"]["allowed"] = manifest["filter"]["values"][0]
     return values
@@ -92,9 +92,8 @@ def prove(
 def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) -> None:
     """Checks that ScaNN's operation scores as its searcher does, at every level."""
     for level in index.levels:
-        width = level.num_leaves_to_search, level.num_reordered
-        _, scores, _ = searcher.search(queries, level.depth, *width)
-        _, others = index.approximate(tf.constant(queries), level.depth, *width)
+        _, scores, _ = searcher.search(queries, level)
+        _, others = index.approximate(tf.constant(queries), *astuple(level))
         if problem := difference({"scores": scores}, {"scores": others.numpy()}):
             raise ExportError(
                 f"ScaNN's TensorFlow operation does not answer as its searcher does: {problem}"

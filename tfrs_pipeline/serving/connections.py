@@ -2,8 +2,7 @@
 
 A stopping server accepts requests for one more second, on open and new connections, and answers
 with `Connection: close`. It then refuses new connections and closes idle ones, as HTTP allows at
-any time. A request sent while its connection closes is not read and gets no byte of an answer, so
-the client can send it again.
+any time. A request sent while its connection closes is not read, so the client can send it again.
 """
 
 import asyncio
@@ -124,9 +123,7 @@ class Connection(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """A server that stops gracefully, as the module's docstring says."""
 
-    def __init__(
-        self, config: uvicorn.Config, is_loading: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, is_loading: Callable[[], bool]) -> None:
         super().__init__(config)
         self._is_loading = is_loading
 

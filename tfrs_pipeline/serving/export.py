@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
-from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming, write_record
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
@@ -47,9 +46,9 @@ if TYPE_CHECKING:
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # Manifest names that an export or a run writes itself.
 TAKEN = {
-    *("config", "date", "export", "feature_inputs", "features", "filter", "has_item_bias"),
-    "items_read",
-    *("index", "log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
+    *("config", "date", "export", "feature_inputs", "features", "filter", "has_item_bias", "index"),
+    *("items_read", "log", "name", "reading", "refreshed", "run", "signatures", "user_data"),
+    "versions",
 }
 # Most queries to tune and measure an index on; how many the reloaded model must answer alike.
 NUM_QUERIES, NUM_PROBES = 1000, 20
@@ -83,7 +82,6 @@ def export(
     index: Search | None = None,
     filter_by: str | None = None,
     keep_versions: int | None = None,
-    item_ids: Collection[Any] | None = None,
     user_data: bool = True,
     queries: Sequence[Query] | None = None,
     manifest: Mapping[str, Any] | None = None,
@@ -93,14 +91,13 @@ def export(
     If several workers train, all must call this: the chief writes, and the others wait.
 
     Args:
-        model: A `FittedTwoTower`, or an `Exportable` of any model that embeds queries and items.
+        model: A `FittedTwoTower`, or an `Exportable` of another model. The items of the log's item
+            table are retrieved, or all if there is none; histories may hold the others too.
         path: The model's folder, such as "saved_models/videos", whose name becomes the model's.
-        index: `Exact()`, `Scann()` or `Auto()`; None is `Auto()`, which goes by the item count.
+        index: `Exact()`, `Scann()` or `Auto()`; None is `Auto()`.
         filter_by: Item column by whose values requests may filter.
         keep_versions: How many versions to keep: the newest two, then the newest of each training,
             then other refreshes. The rest are deleted. None keeps all.
-        item_ids: Items to retrieve; histories may hold the model's other items too. None takes the
-            items of the log's item table, or all if there is none.
         user_data: Whether to export users' ids, histories, features and held-out queries. Without
             it requests bring the history, and an index is measured on queries of one item each.
         queries: Held-out queries with `user_id`, `history`, `history_timestamps` and `request`. A
@@ -116,9 +113,8 @@ def export(
             is then published or deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
         TypeError: If `model` or `index` has the wrong type.
-        ValueError: If `item_ids` is empty or holds an unknown id, the items lack the column
-            `filter_by`, `user_data` is False for a model that embeds each user's id, `manifest`
-            uses a reserved name, or the model was fitted to samples without a log.
+        ValueError: If the items lack the column `filter_by`, `user_data` is False for a model that
+            embeds each user's id, `manifest` uses a reserved name, or a fitted model has no log.
     """
     if taken := sorted(TAKEN.intersection(manifest or {})):
         raise ValueError(
@@ -127,11 +123,8 @@ def export(
         )
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
 
-    def write() -> str:
-        given: dict[str, Any] = {"item_ids": item_ids, "user_data": user_data, "queries": queries}
-        return str(export_version(model, path, options, **given, manifest=manifest or {})[0])
-
-    return Path(on_chief(write))
+    given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
+    return Path(on_chief(lambda: str(export_version(model, path, options, **given)[0])))
 
 
 def export_version(
@@ -139,7 +132,6 @@ def export_version(
     path: str | Path,
     options: ExportOptions,
     *,
-    item_ids: Collection[Any] | None = None,
     user_data: bool,
     queries: Sequence[Query] | None,
     manifest: Mapping[str, Any],
@@ -154,7 +146,8 @@ def export_version(
             )
         model = model.exportable()
     items = model.items
-    places = _places(items, item_ids)
+    is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
+    places = np.flatnonzero(is_retrieved)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
@@ -169,9 +162,8 @@ def export_version(
         features["request"], features["query"], reads_times=model.history_times is not None
     )
     # Not called as a tf.function, which warns where many models are embedded one after the other.
-    embed = tf.function(model.embed_candidates).get_concrete_function(
-        tf.TensorSpec([None], tf.int32)
-    )
+    rows = tf.TensorSpec([None], tf.int32)
+    embed = tf.function(model.embed_candidates).get_concrete_function(rows)
     about = {
         "features": {side: [f.to_dict() for f in of_side] for side, of_side in features.items()},
         "feature_inputs": {
@@ -193,21 +185,6 @@ def export_version(
         queries=queries,
         manifest={**about, **manifest},
     )
-
-
-def _places(items: pa.Table, item_ids: Collection[Any] | None) -> np.ndarray:
-    """Returns the positions of the items to retrieve, ascending."""
-    if item_ids is None:
-        is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
-        return np.flatnonzero(is_retrieved)
-    rows = Ids(items["item_id"].to_pylist()).rows(item_ids)
-    if not len(rows) or not rows.all():
-        raise ValueError(
-            f"item_ids must be some of the model's {len(items)} items, 1 or more. "
-            f"Received: {len(rows)} ids, {np.count_nonzero(rows == 0)} of them not the model's. "
-            "New items come in by `tfrs-pipeline refresh-index`."
-        )
-    return np.unique(rows) - 1
 
 
 def export_index(
@@ -250,30 +227,25 @@ def export_index(
         "signatures": sorted(modules[Path()].exported),
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
     }
-    with publish.new_version(Path(path), keep=options.keep_versions) as version:
-        saved = {version.partial / place: module for place, module in modules.items()}
+    with publish.new_version(Path(path), keep=options.keep_versions) as (partial, folder):
+        saved = {partial / place: module for place, module in modules.items()}
         with_scann = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
-        for folder, module in saved.items():
-            with naming(folder, tf.errors.OpError):
-                tf.saved_model.save(module, str(folder), module.exported, with_scann)
-        (version.partial / publish.ITEMS_FILE).parent.mkdir()
-        pq.write_table(_shown(items), version.partial / publish.ITEMS_FILE)
+        for place, module in saved.items():
+            with naming(place, tf.errors.OpError):
+                tf.saved_model.save(module, str(place), module.exported, with_scann)
+        (partial / publish.ITEMS_FILE).parent.mkdir()
+        shown = {"item_id": items["item_id"]}  # With titles, people can read the answers.
+        if "title" in items.column_names:
+            shown["title"] = items["title"].cast(pa.string())
+        pq.write_table(pa.table(shown), partial / publish.ITEMS_FILE)
         read = signature_inputs(encoder.embed_query)
         asked = query_table(queries, items, features["request"], read)
-        pq.write_table(asked, version.partial / publish.QUERIES_FILE)
-        files = [path for path in version.partial.rglob("*") if path.is_file()]
+        pq.write_table(asked, partial / publish.QUERIES_FILE)
+        files = [path for path in partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
-        write_record(version.partial / publish.MANIFEST_FILE, full, files)
+        write_record(partial / publish.MANIFEST_FILE, full, files)
         prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), example_values(full))
-    return version.folder, full
-
-
-def _shown(items: pa.Table) -> pa.Table:
-    """Returns the ids and titles with which people read answers."""
-    shown = {"item_id": items["item_id"]}
-    if "title" in items.column_names:
-        shown["title"] = items["title"].cast(pa.string())
-    return pa.table(shown)
+    return folder, full
 
 
 def _built(

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
@@ -38,34 +36,26 @@ def version_in_service(
     if newest is None:
         return None
     retriever = load(newest, exact=True, live=False)
-    ids, embeddings = _comparable(retriever, candidate_ids, exported)
-    return ExactRetriever(ids, embeddings, _query_embedder(retriever, log))
-
-
-def _comparable(
-    retriever: LoadedRetriever, candidate_ids: np.ndarray, exported: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and embeddings of the candidates that a version finds."""
     # The ids' type may differ from this run's. NumPy would compare each text with every other.
     known = as_id_array(retriever.candidate_ids())
     is_there = Ids(candidate_ids).rows(known) > 0
     if not is_there.any():
         (theirs, *_), (ours, *_) = known.tolist(), candidate_ids.tolist()
         raise ValueError(
-            f"{retriever.folder} is in service and has none of the {len(candidate_ids):,} items of "
-            f"this run: its ids are like {theirs!r}, these like {ours!r}. Set "
-            "another export.name, or export without export.gate."
+            f"{newest} is in service and has none of the {len(candidate_ids):,} items of this run: "
+            f"its ids are like {theirs!r}, these like {ours!r}. Set another export.name, or export "
+            "without export.gate."
         )
     known, embeddings = known[is_there], retriever.candidate_embeddings()[is_there]
     # The new model may find these, so the version may too if it was trained on them.
     left_out = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
     left_out = np.setdiff1d(left_out, known)
-    if not len(left_out):
-        return known, embeddings
-    nothing = {x.name: [None] * len(left_out) for x in retriever.features["candidate"]}
-    embedded, is_trained = retriever.embed_candidates(left_out.tolist(), nothing)
-    ids = np.concatenate([known, left_out[is_trained]])
-    return ids, np.concatenate([embeddings, embedded[is_trained]])
+    if len(left_out):
+        nothing = {x.name: [None] * len(left_out) for x in retriever.features["candidate"]}
+        embedded, is_trained = retriever.embed_candidates(left_out.tolist(), nothing)
+        known = np.concatenate([known, left_out[is_trained]])
+        embeddings = np.concatenate([embeddings, embedded[is_trained]])
+    return ExactRetriever(known, embeddings, _query_embedder(retriever, log))
 
 
 def _query_embedder(
@@ -87,14 +77,13 @@ def _query_embedder(
             users = log.users.filter(log.users["user_id"].isin([x["user_id"] for x in queries]))
             rows = users.select("user_id", *names).to_pyarrow().to_pylist()
             of_user = {row.pop("user_id"): row for row in rows}
-        asked: list[Query] = []
-        for query in queries:
+        asked = [dict(query) for query in queries]
+        for query in asked:
             # The version in service does not read request features that are new in this run.
             given = (query.get("request") or {}).items()
-            known = dict(query) | {"request": {name: x for name, x in given if name in read}}
+            query["request"] = {name: x for name, x in given if name in read}
             if names:
-                known["features"] = of_user.get(query["user_id"], {})
-            asked.append(known)
+                query["features"] = of_user.get(query["user_id"], {})
         return retriever.embed_queries(asked)
 
     return embed
@@ -145,19 +134,4 @@ def _described(evaluation: Evaluation, metric: str, other: str, written: str) ->
         f"{metric} {new:.4f}, and {old:.4f} of {written}: "
         f"{0 - better.mean:+.4f} [{0 - better.high:+.4f}, {0 - better.low:+.4f}] on the same "
         f"{len(evaluation.first.user_ids):,} queries"
-    )
-
-
-def describe_lacking(
-    holdout: Holdout, exclude: Exclude, *, in_service: np.ndarray, exported: np.ndarray
-) -> str:
-    """Describes how many relevant items each version lacks, given the ids of its items."""
-    relevant, excluded = holdout.relevant, holdout.excluded(exclude)
-    if excluded is not None:
-        relevant = list(map(np.setdiff1d, relevant, excluded))
-    to_find = np.concatenate(relevant)
-    old, new = (np.count_nonzero(Ids(ids).rows(to_find) == 0) for ids in (in_service, exported))
-    return (
-        f"of {len(to_find):,} items to find, {old:,} are not in the version in service and count "
-        f"as its misses; {new:,} are not in the export, and may have been found all the same"
     )

@@ -1,6 +1,7 @@
 """Exact and ScaNN search as TensorFlow modules, for the exported model."""
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ class ExactIndex(tf.Module):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds the k best candidates of [B, D] queries: rows and scores, [B, k], best first.
 
-        Rows are int32 from 1, in `excluded` [B, E] too; 0 is padding, or an empty slot with the
-        score -inf.
+        Rows are int32 from 1, in `excluded` [B, E] too; 0 is padding, or a slot of score -inf.
         """
         scores = tf.linalg.matmul(queries, self.embeddings, transpose_b=True)
         if allowed is not None:
@@ -142,7 +142,12 @@ class ScannIndex(tf.Module):
         lists = _as_lists(excluded)
         num_excluded = tf.cast(lists.row_lengths(), tf.int32)
         num_wanted = tf.minimum(k, self.num_candidates - num_excluded)
-        level = self._levels_of(num_wanted + num_excluded, allowed)
+        needed = tf.cast(num_wanted + num_excluded, tf.float32)
+        if allowed is not None:
+            # So many candidates nearly always include enough allowed ones: three deviations more.
+            needed = (needed + 3 * tf.sqrt(needed)) / allowed.share
+        # A number past the last level means exact search.
+        level = tf.searchsorted(tf.constant([x.depth for x in self.levels], tf.float32), needed)
         # All queries within the levels are searched as widely as the one that needs most.
         lines = tf.where(level < len(self.levels))
         widest = tf.reduce_max(tf.where(level < len(self.levels), level, 0))
@@ -179,7 +184,7 @@ class ScannIndex(tf.Module):
         lines: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Searches the queries numbered `lines` [b, 1] at a level: rows and scores [b, k]."""
-        widths = [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels]
+        widths = [astuple(level) for level in self.levels]
         settings = tf.constant(widths, tf.int32, [len(widths), 3])
         found, scores = self.approximate(tf.gather_nd(queries, lines), *tf.unstack(settings[level]))
         is_dropped = is_member(tf.gather(excluded, lines[:, 0]), found)
@@ -188,14 +193,6 @@ class ScannIndex(tf.Module):
         left = tf.where(is_dropped, -np.inf, scores)
         top_scores, order = tf.math.top_k(left, tf.minimum(k, tf.shape(left)[1]))
         return _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
-
-    def _levels_of(self, depth: tf.Tensor, allowed: Allowed | None) -> tf.Tensor:
-        """Returns each query's level, [B]; a number past the last level means exact search."""
-        needed = tf.cast(depth, tf.float32)
-        if allowed is not None:
-            # So many candidates nearly always include enough allowed ones: three deviations more.
-            needed = (needed + 3 * tf.sqrt(needed)) / allowed.share
-        return tf.searchsorted(tf.constant([x.depth for x in self.levels], tf.float32), needed)
 
 
 def _filled_up(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

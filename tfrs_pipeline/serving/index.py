@@ -19,16 +19,10 @@ class Exact:
 
 @dataclass(frozen=True)
 class Scann:
-    """A ScaNN index, tuned to reach a recall target with the least work.
+    """A ScaNN index, tuned to find a `recall` in (0, 1] of the exact answer with the least work.
 
     The target holds for every k and any number of excluded candidates: each query is searched as
     widely as its own request needs, or exactly if that is less work.
-
-    Args:
-        recall: Recall target: the share of the exact answer that must be found, in (0, 1].
-
-    Raises:
-        ValueError: If the target is out of range.
     """
 
     recall: float = 0.98
@@ -41,14 +35,7 @@ class Scann:
 
 @dataclass(frozen=True)
 class Auto:
-    """Exact search below 20,000 candidates, else `Scann`; each refresh chooses again.
-
-    Args:
-        recall: Recall target of a ScaNN index, in (0, 1].
-
-    Raises:
-        ValueError: If the target is out of range.
-    """
+    """Exact search below 20,000 candidates, else `Scann`; each refresh chooses again."""
 
     recall: float = Scann.recall
     kind: Literal["auto"] = "auto"
@@ -83,6 +70,5 @@ def num_leaves_of(num_candidates: int) -> int:
     """Returns the number of partitions of an index; 1 means none."""
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         return 1
-    # ScaNN advises the square root. Four times that makes smaller leaves, so fewer candidates have
-    # to be searched.
+    # Four times what ScaNN advises: in smaller leaves, fewer candidates have to be searched.
     return 4 * round(math.sqrt(num_candidates))

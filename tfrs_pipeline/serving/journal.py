@@ -33,6 +33,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL_FILE
         self._lock = threading.RLock()
+        self._file = -1  # Its descriptor, while `writing` holds the lock.
         self._read: tuple[int, int] = (0, 0)  # The file's inode, and the offset.
 
     def records(self) -> list[Record]:
@@ -54,57 +55,47 @@ class Journal:
             return records
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator["Writer"]:
+    def writing(self) -> Iterator["Journal"]:
         """Locks the journal against other threads and processes, to read it and then write."""
         with self._lock, naming(self.path):
             is_new = not self.path.exists()
-            descriptor = open_locked(self.path, flags=os.O_APPEND)
+            self._file = open_locked(self.path, flags=os.O_APPEND)
             try:
                 if is_new:
                     flush([self.path.parent])
-                yield Writer(self, descriptor)
+                yield self
             finally:
-                os.close(descriptor)
-
-
-class Writer:
-    """Appends to a locked journal, or rewrites it."""
-
-    def __init__(self, journal: Journal, descriptor: int) -> None:
-        self._journal, self._file = journal, descriptor
+                os.close(self._file)
 
     def append(self, record: Record) -> None:
-        """Appends a record, which is on disk when this returns; call `records` first.
+        """Appends a record within `writing`, on disk when this returns; call `records` first.
 
         If this fails, nothing of the record is left.
         """
-        (inode, end), line = self._journal._read, _encoded(record)
+        (inode, end), line = self._read, _encoded(record)
         os.ftruncate(self._file, end)  # Cuts off what a killed writer has left.
+        left = line
         try:
-            _write(self._file, line)
+            while left:
+                left = left[os.write(self._file, left) :]
             os.fsync(self._file)
         except OSError:
             os.ftruncate(self._file, end)
             raise
-        self._journal._read = inode, end + len(line)
+        self._read = inode, end + len(line)
 
     def replace(self, records: Iterable[Record]) -> None:
-        """Rewrites the journal: a reader sees the old one or the new one, whole."""
+        """Rewrites it within `writing`: a reader sees the old journal or the new one, whole."""
         lines = b"".join(map(_encoded, records))
-        with replacing(self._journal.path) as partial:
+        with replacing(self.path) as partial:
             partial.write_bytes(lines)
             inode = partial.stat().st_ino
-        self._journal._read = inode, len(lines)
+        self._read = inode, len(lines)
 
     @property
     def num_bytes(self) -> int:
-        """The length of the journal."""
+        """The length of the journal, within `writing`."""
         return os.fstat(self._file).st_size
-
-
-def _write(file: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(file, content) :]
 
 
 def _encoded(record: Record) -> bytes:
@@ -120,5 +111,4 @@ def _decoded(path: Path, line: bytes) -> Record:
             f"{path} is not as it was written: a record of it has changed. Restore the file, or "
             "move it away and write the live items again."
         )
-    record: Record = json.loads(text)
-    return record
+    return json.loads(text)

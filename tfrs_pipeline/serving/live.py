@@ -1,10 +1,10 @@
 """Items that are added, changed and removed while a model is in service.
 
 Each write is checked, embedded by the exported item tower, put into the journal beside the
-versions, and found by the next search. If a newer version has an item itself, what the journal says
-of that item no longer counts.
+versions, and found by the next search. The journal does not count for items of a newer version.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -24,7 +24,7 @@ from tfrs_pipeline.messages import plain
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.serving.candidates import MOST_PENDING, Candidates
-from tfrs_pipeline.serving.journal import Journal, Record, Writer
+from tfrs_pipeline.serving.journal import Journal, Record
 from tfrs_pipeline.serving.searcher import build_in_subprocess
 
 logger = logging.getLogger(__name__)
@@ -78,17 +78,17 @@ class LiveItems:
         ids = [item["item_id"] for item in items]
         self._refuse_repeated(ids)
         embedded = self._embedded(items)
-        with self._lock, self._journal.writing() as writer:
+        with self._lock, self._journal.writing():
             self.catch_up()
             num_new = int((~self._candidates.has(ids)).sum())
-            self._write(writer, {"put": items})
+            self._write({"put": items})
             self._candidates.change(ids, embedded, self._filter_column(items))
-            self._rewrite_if_long(writer)
+            self._rewrite_if_long()
         self._maintain_if_needed()
         return num_new
 
     def unknown_values(self, items: Sequence[Item]) -> list[str]:
-        """Says which values are unknown; see `LoadedRetriever.unknown_values`."""
+        """Says which categories of items the model does not know, in lines; at most ten."""
         items = [self._checked(item) for item in items]  # As they are written: stripped.
         return [
             f"{feature.name} {item[feature.name]!r:.80} of item {plain(item['item_id'])} is "
@@ -104,11 +104,11 @@ class LiveItems:
             raise ValueError(f"item_ids must be a list. Received: {item_ids!r}")
         ids = [self._checked_id(id_) for id_ in item_ids]
         self._refuse_repeated(ids)
-        with self._lock, self._journal.writing() as writer:
+        with self._lock, self._journal.writing():
             self.catch_up()
-            self._write(writer, {"gone": ids})
-            num_removed = self._candidates.change([], self._no_vectors, [], ids)
-            self._rewrite_if_long(writer)
+            self._write({"gone": ids})
+            num_removed = self._candidates.change([], self._embedded([]), [], ids)
+            self._rewrite_if_long()
         self._maintain_if_needed()
         return num_removed
 
@@ -122,12 +122,8 @@ class LiveItems:
             # A rewritten journal is read from its start, and mostly repeats what is known.
             changed = {id_: x for id_, x in changed.items() if self._last.get(id_) != x}
             self._last |= changed
-            wanted = {
-                id_: item for id_, (written, item) in changed.items() if self._applies(id_, written)
-            }
-            items = [item for item in wanted.values() if item is not None]
-            embedded, is_embedded = self._embedded_again(items)
-            items = [item for item, fine in zip(items, is_embedded, strict=True) if fine]
+            wanted = {id_: x for id_, (at, x) in changed.items() if self._applies(id_, at)}
+            items, embedded = self._embedded_again([x for x in wanted.values() if x is not None])
             gone = [id_ for id_, item in wanted.items() if item is None]
             if items or gone:
                 ids = [item["item_id"] for item in items]
@@ -144,28 +140,28 @@ class LiveItems:
         written, item = self._last.get(item_id, (0.0, None))
         if item is None or not self._applies(item_id, written):
             return None
-        title = item.get("title")
-        return None if title is None else str(title)
+        return None if item.get("title") is None else str(item["title"])
 
     def _applies(self, item_id: Any, written: float) -> bool:
         """Whether a write applies: not if the version has the item itself, and read it later."""
         return written >= self._items_read or not self._own.rows([item_id])[0]
 
-    def _write(self, writer: Writer, change: Record) -> None:
+    def _write(self, change: Record) -> None:
         record = {"time": time.time(), **change}
-        writer.append(record)
+        self._journal.append(record)
         self._last |= changes_of(record)
         self._num_written += len(change.get("put", ())) + len(change.get("gone", ()))
 
-    def _rewrite_if_long(self, writer: Writer) -> None:
-        if writer.num_bytes < _SMALL_JOURNAL_BYTES or self._num_written < 2 * len(self._last):
+    def _rewrite_if_long(self) -> None:
+        is_small = self._journal.num_bytes < _SMALL_JOURNAL_BYTES
+        if is_small or self._num_written < 2 * len(self._last):
             return
         self._last = {id_: x for id_, x in self._last.items() if self._applies(id_, x[0])}
         kept: dict[float, dict[str, list[Any]]] = {}
         for id_, (written, item) in self._last.items():
             record = kept.setdefault(written, {"put": [], "gone": []})
             record["gone" if item is None else "put"].append(id_ if item is None else item)
-        writer.replace([{"time": written, **record} for written, record in sorted(kept.items())])
+        self._journal.replace([{"time": at, **record} for at, record in sorted(kept.items())])
         self._num_written = len(self._last)
         logger.info("rewrote %s: %d items", self._journal.path, len(self._last))
 
@@ -188,10 +184,6 @@ class LiveItems:
         finally:
             self._is_busy.release()
 
-    @property
-    def _no_vectors(self) -> np.ndarray:
-        return self._candidates.vectors_of([])
-
     def _filter_column(self, items: Sequence[Item]) -> list[Any] | None:
         return None if self._filter is None else [item.get(self._filter) for item in items]
 
@@ -207,7 +199,7 @@ class LiveItems:
     def _embedded(self, items: Sequence[Item]) -> np.ndarray:
         """Embeds checked items, or raises a `ValueError` that names the first that cannot be."""
         if not items:
-            return self._no_vectors
+            return self._candidates.vectors_of([])
         blocks = [
             self._embed([item["item_id"] for item in block], self._columns(block))
             for start in range(0, len(items), ITEMS_PER_CALL)
@@ -218,44 +210,38 @@ class LiveItems:
         if not self._features:  # A new item then has nothing to be embedded by.
             wrong |= ~is_known
         if wrong.any():
-            raise ValueError(
-                f"Item {items[int(wrong.argmax())]['item_id']!r} cannot be embedded: the model "
-                + (
-                    "gives it no finite vector."
-                    if self._features
-                    else "reads no item features, and its training did not have it."
-                )
-            )
+            why = "gives it no finite vector"
+            if not self._features:
+                why = "reads no item features, and its training did not have it"
+            item_id = items[int(wrong.argmax())]["item_id"]
+            raise ValueError(f"Item {item_id!r} cannot be embedded: the model {why}.")
         return vectors
 
-    def _embedded_again(self, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
+    def _embedded_again(self, items: list[Item]) -> tuple[list[Item], np.ndarray]:
         """Embeds items of the journal, and leaves out those that only another version can embed."""
-        try:
-            return self._embedded(items), np.ones(len(items), bool)
-        except ValueError:
-            pass
-        vectors, fine = [], np.zeros(len(items), bool)
-        for i, item in enumerate(items):
+        with contextlib.suppress(ValueError):
+            return items, self._embedded(items)
+        fine, vectors = [], [self._embedded([])]
+        for item in items:
             try:
-                vectors.append(self._embedded([item])[0])
-                fine[i] = True
+                vectors.append(self._embedded([item]))
+                fine.append(item)
             except ValueError as error:
                 logger.warning("%s: %s It is left out.", self._journal.path, error)
-        return (np.stack(vectors) if vectors else self._no_vectors), fine
+        return fine, np.concatenate(vectors)
 
     def _checked(self, item: Item) -> dict[str, Any]:
         """Returns an item of plain values, or raises a `ValueError`."""
         if not isinstance(item, Mapping):
             raise ValueError(f"An item is a mapping, values by name. Received: {item!r:.200}")
-        needed = ["item_id", *(feature.name for feature in self._features)]
-        needed += [self._filter] if self._filter and self._filter not in needed else []
+        kinds = {feature.name: feature for feature in self._features}
+        needed = dict.fromkeys(["item_id", *kinds, *([self._filter] if self._filter else [])])
         if missing := [name for name in needed if name not in item]:
             raise ValueError(
                 f"An item lacks {', '.join(map(repr, missing))}, which the model reads; give None "
                 f"(null) where it is unknown. Received: {', '.join(map(str, item))}"
             )
         plain = {"item_id": self._checked_id(item["item_id"])}
-        kinds = {feature.name: feature for feature in self._features}
         for name, value in item.items():
             if not isinstance(name, str):
                 raise ValueError(f"An item's names are text. Received: {name!r}")
@@ -267,8 +253,7 @@ class LiveItems:
         return plain
 
     def _checked_id(self, id_: Any) -> Any:
-        is_id = not isinstance(id_, bool | np.bool_ | None)
-        if is_id:
+        if is_id := not isinstance(id_, bool | np.bool_ | None):
             check_ids([[id_]], are_text=self._own.are_text)
             id_ = _plain("An id", id_)
         if not is_id or id_ == self._own.empty_id or id_ in NO_ID:
@@ -321,16 +306,15 @@ def _plain(what: str, value: Any) -> Any:
 
 def _check_kind(feature: Feature, item_id: Any, value: Any) -> None:
     """Refuses text and booleans in place of numbers, and a list in place of one value."""
-    takes_numbers = feature.raw_spec.dtype.is_floating and not feature.is_time
-    values = value if isinstance(value, list) else [value]
-    wrong: tuple[type, ...] = (str, bool, list) if takes_numbers else (list,)
+    wrong: tuple[type, ...] = (list,)
+    needs = "text"
     if feature.is_time:
-        wrong = (bool, int, float, list)
-    is_wrong = any(isinstance(x, wrong) for x in values)
-    if is_wrong or (isinstance(value, list) and feature.raw_shape == ()):
-        one = "one value" if feature.raw_shape == () else "a list"
-        needs = "numbers" if takes_numbers else "text"
-        needs += ", ISO 8601 with a time zone" if feature.is_time else ""
+        wrong, needs = (bool, int, float, list), "text, ISO 8601 with a time zone"
+    elif feature.raw_spec.dtype.is_floating:
+        wrong, needs = (str, bool, list), "numbers"
+    is_list, is_one = isinstance(value, list), feature.raw_shape == ()
+    if (is_list and is_one) or any(isinstance(x, wrong) for x in (value if is_list else [value])):
+        one = "one value" if is_one else "a list"
         raise ValueError(
             f"{feature.name!r} of item {item_id!r} takes {one} of {needs}. Received: {value!r:.200}"
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -44,8 +44,7 @@ class LoadedTowers:
     def embed_queries(self, queries: Sequence[retrieval.Query]) -> np.ndarray:
         """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
         retrieval.check_queries(queries, ids_are_text=self.item_dtype == tf.string)
-        names = [Retrieval("history", has_features).embed_name for has_features in (False, True)]
-        return self._embedded(queries, names)["embeddings"]
+        return self._embedded(queries, "history")["embeddings"]
 
     def embed_candidates(
         self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
@@ -53,10 +52,8 @@ class LoadedTowers:
         """Embeds items, which need not be in the index.
 
         Items new since the training are embedded by their `features`: [n] raw values by name, as
-        in the item table; None is missing. Raises a `ValueError` if a whole feature is missing.
-
-        Returns:
-            embeddings [n, D] float32, is_known_item [n] bool: whether the training had the item.
+        in the item table; None is missing. Returns embeddings [n, D] float32, and is_known_item [n]
+        bool: whether the training had the item. Raises a `ValueError` if a feature is missing.
         """
         read = self.features["candidate"]
         raw = as_inputs(raw_signature(read), raw_columns(read, features, len(item_ids)))
@@ -75,13 +72,14 @@ class LoadedTowers:
         ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
         return id_lists_of(ids.numpy())[0]
 
-    def parse_user_id(self, text: str) -> Any:
-        """Parses a typed user id into the type of the model's ids, or raises a `ValueError`."""
-        return _parse_id(text, self.user_dtype, "user")
-
-    def parse_item_id(self, text: str) -> Any:
-        """Parses a typed item id into the type of the model's ids, or raises a `ValueError`."""
-        return _parse_id(text, self.item_dtype, "item")
+    def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
+        """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
+        if (self.user_dtype if of == "user" else self.item_dtype) == tf.string:
+            return text
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"This model's {of} ids are integers. Received: {text!r}") from None
 
     def parse_request(self, texts: Mapping[str, str]) -> dict[str, Any]:
         """Parses typed request features, and the timestamp.
@@ -89,23 +87,24 @@ class LoadedTowers:
         Commas separate lists; times are ISO 8601 with a time zone. Raises a `ValueError` if the
         model does not read a feature, or a value is of the wrong kind.
         """
-        retrieval.check_requests([texts], self._request_names)
         known = {feature.name: feature for feature in self.features["request"]}
+        retrieval.check_requests([texts], known)
         return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
     def _embedded(
-        self, queries: Sequence[retrieval.Query], names: Sequence[str]
+        self, queries: Sequence[retrieval.Query], asks_by: Literal["user", "history"]
     ) -> dict[str, np.ndarray]:
-        """Asks the first signature about queries without features, the second about the rest."""
+        """Asks two signatures, one about the queries with features and one about the others."""
         requests = [query.get("request") for query in queries]
-        retrieval.check_requests(requests, self._request_names, may_have_others=True)
+        known = [feature.name for feature in self.features["request"]]
+        retrieval.check_requests(requests, known, may_have_others=True)
         has_features = np.array([query.get("features") is not None for query in queries], bool)
         parts, order = [], []
         for which in np.unique(has_features) if len(queries) else [False]:
             places = np.flatnonzero(has_features == which).tolist()
             some = [queries[i] for i in places]
             given = self.raw_query_features(some) if which else {}
-            function = self.saved_model.signatures[names[int(which)]]
+            function = self.saved_model.signatures[Retrieval(asks_by, bool(which)).embed_name]
             given |= query_inputs(function, some)
             given |= request_inputs(function, self.features, [requests[i] for i in places])
             parts.append({name: x.numpy() for name, x in function(**given).items()})
@@ -128,19 +127,6 @@ class LoadedTowers:
             )
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
         return as_inputs(raw_signature(read), raw_columns(read, columns, len(queries)))
-
-    @property
-    def _request_names(self) -> list[str]:
-        return [feature.name for feature in self.features["request"]]
-
-
-def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
-    if dtype == tf.string:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
 
 
 def id_lists_of(ids: np.ndarray) -> list[list[Any]]:

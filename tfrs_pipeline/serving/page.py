@@ -77,9 +77,8 @@ def card(version: ServedVersion) -> dict[str, Any]:
 
 
 def _choices(feature: Feature) -> list[str]:
-    is_one_of_few = feature.holds_categories and feature.raw_shape == ()
-    values = feature.vocabulary
-    return list(values) if is_one_of_few and len(values) <= MAX_CHOICES else []
+    is_one_of_few = feature.raw_shape == () and len(feature.vocabulary) <= MAX_CHOICES
+    return list(feature.vocabulary) if is_one_of_few and feature.holds_categories else []
 
 
 def _shown(version: ServedVersion, ids: Iterable[Any]) -> list[dict[str, Any]]:
@@ -89,7 +88,7 @@ def _shown(version: ServedVersion, ids: Iterable[Any]) -> list[dict[str, Any]]:
 def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     """Finds the first items, in the order of the corpus, whose title or id contains `words`."""
     part, retriever = " ".join(words.casefold().split()), version.retriever
-    titles = {**version.titles, **retriever.live_titles()}
+    titles = {**version.titles, **retriever.live.titles()}
     ids = (x for x, title in titles.items() if part and part in f"{title or ''} {x}".casefold())
     listed = (id_ for id_ in ids if retriever.candidates.has([id_])[0])
     return _shown(version, itertools.islice(listed, MAX_FOUND))
@@ -109,16 +108,15 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
         asked = parse_predict(request.encode(), version.signatures)
     except ValueError as error:
         raise bad_request(str(error)) from None
-    found = _asked(version, asked)
+    found, retriever = _asked(version, asked), version.retriever
+    path = f"/v1/models/{retriever.folder.parent.name}:predict"
     result: dict[str, Any] = {"version": version.number, "index": found, "exact": None}
-    name = version.retriever.folder.parent.name
-    result["request"] = {"path": f"/v1/models/{name}:predict", "body": request}
+    result["request"] = {"path": path, "body": request}
     if query.user_id is not None:
-        user = version.retriever.parse_user_id(str(query.user_id))
-        history = version.retriever.stored_history(user)
+        history = retriever.stored_history(retriever.parse_id(str(query.user_id), "user"))
         shown = _shown(version, history[:MAX_HISTORY_SHOWN])
         result["history"] = {"items": shown, "length": len(history)}
-    if version.retriever.manifest["index"]["kind"] == "scann":
+    if retriever.manifest["index"]["kind"] == "scann":
         result["exact"] = reference = _asked(version, asked, exact=True)
         ids = [{item["item_id"] for item in side["items"]} for side in (found, reference)]
         result["num_common"] = len(ids[0] & ids[1])
@@ -128,19 +126,19 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     """Makes the predict call for a query."""
     inputs: dict[str, Any]
+    asks_by: Literal["user", "history", "item"]
     if query.similar_to is not None:
-        inputs = {"item_id": [retriever.parse_item_id(str(query.similar_to))], "exclude": [[]]}
+        asks_by, item = "item", retriever.parse_id(str(query.similar_to))
+        inputs = {"item_id": [item], "exclude": [[]]}
     elif query.user_id is not None:
         if not retriever.manifest["user_data"]:
             raise ValueError("This model was exported without user data: pick items instead.")
-        user = retriever.parse_user_id(str(query.user_id))
+        asks_by, user = "user", retriever.parse_id(str(query.user_id), "user")
         inputs = {"user_id": [user], "exclude": [[]]}
     else:
-        history = [retriever.parse_item_id(str(item)) for item in query.items]
-        nobody = empty_id(retriever.user_dtype)
+        asks_by, nobody = "history", empty_id(retriever.user_dtype)
+        history = [retriever.parse_id(str(item)) for item in query.items]
         inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
-    by_user: Literal["user", "history"] = "history" if query.user_id is None else "user"
-    asks_by = by_user if query.similar_to is None else "item"
     retrieval = Retrieval(asks_by, bool(query.features), bool(query.filter))
     given: dict[str, tf.Tensor] = {}
     if query.features:

@@ -11,7 +11,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tfrs_pipeline.durable import Damaged, flush, locked, naming, read_record
@@ -71,8 +70,8 @@ def publishing(parent: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_version(parent: Path, *, keep: int | None = None) -> Iterator["NewVersion"]:
-    """Yields a version to write to `partial`, which becomes `folder` if the block succeeds."""
+def new_version(parent: Path, *, keep: int | None = None) -> Iterator[tuple[Path, Path]]:
+    """Yields a folder to write to, and the version's, which it becomes if the block succeeds."""
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be 1 or more, or None. Received: {keep}")
     with naming(parent), publishing(parent):
@@ -80,16 +79,15 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator["NewVersio
             shutil.rmtree(left, ignore_errors=True)
         partial = parent / f"{_PARTIAL}{uuid.uuid4().hex}"
         partial.mkdir()
-        version = NewVersion(partial, partial)
+        # Incomplete versions take a number too.
+        taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
+        folder = parent / str(max(taken, default=0) + 1)
         try:
-            yield version
+            yield partial, folder
             if not (partial / MANIFEST_FILE).is_file():
                 raise ValueError(f"A version needs a {MANIFEST_FILE}. Received: none in {parent}")
             flush([*partial.rglob("*"), partial])
-            # Incomplete versions take a number too.
-            taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
-            version.folder = parent / str(max(taken, default=0) + 1)
-            os.rename(partial, version.folder)
+            os.rename(partial, folder)
             flush([parent])
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -101,23 +99,14 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator["NewVersio
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-@dataclass
-class NewVersion:
-    """A version that is being written: its temporary folder, and its final one."""
-
-    partial: Path
-    folder: Path
-
-
 def _least_needed_first(parent: Path) -> list[int]:
     """Lists the complete versions in the order in which to delete them."""
     numbers, training_of = versions_of(parent), dict[int, int]()
     for number in numbers:
-        try:
+        training_of[number] = number  # Also if its manifest is damaged.
+        with contextlib.suppress(Damaged, OSError):
             manifest = read_record(parent / str(number) / MANIFEST_FILE, check_files=False)
-        except (Damaged, OSError):  # Counts as a training of its own.
-            manifest = {}
-        training_of[number] = manifest.get("refreshed", {}).get("trained_as", number)
+            training_of[number] = manifest.get("refreshed", {}).get("trained_as", number)
     # Servers may still load the newest two. Other refreshes of a training have the same towers.
     newest = {training: number for number, training in training_of.items()}.values()
     return sorted(numbers, key=lambda number: (number in numbers[-2:], number in newest, number))

@@ -69,8 +69,14 @@ class SignatureInputs:
 
         If the signature has one input, its value or column may stand in place of an object.
         """
-        columns = self._of_rows(given) if is_row_format else self._of_columns(given)
-        arrays = {name: self._column(column, name) for name, column in columns.items()}
+        if is_row_format:
+            columns = self._of_rows(given)
+        else:
+            columns = _checked(self._columns, self._named(given), "inputs")
+        arrays = {
+            name: _array(name, column, self._specs[name], is_time=name in self._times)
+            for name, column in columns.items()
+        }
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise bad_request(f"All inputs must have as many queries. Received: {sizes}")
@@ -84,10 +90,6 @@ class SignatureInputs:
         inputs = completed(self._specs, arrays, num_queries)
         return {name: np.asarray(x) for name, x in inputs.items()}
 
-    def _of_columns(self, inputs: Any) -> dict[str, Any]:
-        columns: dict[str, Any] = _checked(self._columns, self._named(inputs), "inputs")
-        return columns
-
     def _of_rows(self, instances: Any) -> dict[str, Any]:
         if scalars := [name for name, spec in self._specs.items() if not spec.shape.rank]:
             raise bad_request(
@@ -98,15 +100,6 @@ class SignatureInputs:
             instances = [self._named(row) for row in instances]
         rows = _checked(self._rows, instances, "instances")
         return {name: [row.get(name) for row in rows] for name in self._specs}
-
-    def _column(self, column: Any, name: str) -> np.ndarray:
-        array = _array(column, self._specs[name], name)
-        if name in self._times and (array > MAX_SECONDS).any():
-            raise bad_request(
-                f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
-                f"{np.nanmax(array):.0f}, which is after the year 5000."
-            )
-        return array
 
     def _named(self, value: Any) -> Any:
         """Gives a plain value the name of the only input; refuses unknown inputs."""
@@ -151,9 +144,8 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     """Reads the body of a predict call, in time proportional to its length, or refuses it (400)."""
     document = _read_json(body)
     if not isinstance(document, dict):
-        raise bad_request(
-            f"The body must be an object, such as {{'inputs': [42]}}. Received: {_shown(document)}"
-        )
+        wanted = "The body must be an object, such as {'inputs': [42]}."
+        raise bad_request(f"{wanted} Received: {_shown(document)}")
     if unknown := [key for key in document if key not in KEYS]:
         raise bad_request(f"Unknown key {_shown(unknown[0])}; a request has {', '.join(KEYS)}.")
     name = document.get("signature_name") or DEFAULT_SIGNATURE
@@ -180,9 +172,8 @@ def parse_items(body: bytes, key: str) -> list[Any]:
         return [document]
     values = document.get(key) if isinstance(document, dict) and len(document) == 1 else None
     if not isinstance(values, list) or not values:
-        raise bad_request(
-            f"The body must be {{{key!r}: [...]}}, with one or more. Received: {_shown(document)}"
-        )
+        wanted = f"The body must be {{{key!r}: [...]}}, with one or more."
+        raise bad_request(f"{wanted} Received: {_shown(document)}")
     return values
 
 
@@ -280,7 +271,7 @@ def _seconds(value: Any) -> Any:
     return Timestamp.from_text(value).timestamp() if isinstance(value, str) else value
 
 
-def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
+def _array(name: str, column: Any, spec: tf.TensorSpec, *, is_time: bool) -> np.ndarray:
     missing = missing_value(spec.dtype)
 
     def known(values: list[Any]) -> list[Any]:
@@ -303,6 +294,11 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
         array = np.array(rows, spec.dtype.as_numpy_dtype).reshape(len(column), width)
     if spec.dtype.is_floating and np.isinf(array).any():
         raise bad_request(f"Input {name!r} takes finite {spec.dtype.name} values, or NaN.")
+    if is_time and (array > MAX_SECONDS).any():
+        raise bad_request(
+            f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
+            f"{np.nanmax(array):.0f}, which is after the year 5000."
+        )
     return array
 
 
@@ -311,12 +307,9 @@ def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
     if not {"history", HISTORY_TIMESTAMPS} <= arrays.keys():
         return
     history, times = arrays["history"], arrays[HISTORY_TIMESTAMPS]
-    is_item = history != missing_value(tf.as_dtype(history.dtype))
-    # Shorter histories are padded, so the width is not the length of each query's history.
-    is_time = ~np.isnan(times)
-    width = min(history.shape[1], times.shape[1])
-    is_alone = is_time.copy()
-    is_alone[:, :width] &= ~is_item[:, :width]
+    is_item, is_time = history != missing_value(tf.as_dtype(history.dtype)), ~np.isnan(times)
+    width = times.shape[1]
+    is_alone = is_time & ~np.pad(is_item, [[0, 0], [0, width]])[:, :width]
     if is_alone.any():
         row = is_alone.any(axis=1).argmax()
         num_times, num_items = int(np.flatnonzero(is_time[row])[-1]) + 1, int(is_item[row].sum())

@@ -1,5 +1,6 @@
 """Loads an exported model and queries it from Python."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -31,8 +32,7 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
     Args:
         path: A version's folder, or a model's folder to load its newest complete version.
         exact: Whether to score all candidates, also if there is a ScaNN index.
-        live: Whether to take in the items written since the export, and to allow `upsert` and
-            `remove`.
+        live: Whether to take in items written since the export, for `upsert` and `remove` too.
 
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
@@ -49,8 +49,7 @@ class UnknownItem(ValueError):
 class LoadedRetriever(LoadedTowers):
     """A `Retriever` on an exported model; see `load`.
 
-    TensorFlow embeds the queries; ScaNN's own searcher, or NumPy, finds the candidates. So ScaNN's
-    TensorFlow operation is not needed.
+    ScaNN's own searcher, or NumPy, finds the candidates, without ScaNN's TensorFlow operation.
 
     Attributes:
         candidates: The items to retrieve, and their search.
@@ -65,10 +64,11 @@ class LoadedRetriever(LoadedTowers):
         self.candidates = self._candidates(with_index=is_scann and not exact)
         self._live: LiveItems | None = None
         if live and folder.name.isdecimal():
+            items_read = self.manifest.get("items_read", self.manifest["date"])
             self._live = LiveItems(
                 self.candidates,
                 Journal(folder.parent),
-                _items_read(self.manifest),
+                datetime.fromisoformat(items_read).timestamp(),
                 self.features["candidate"],
                 self.item_filter and self.item_filter["name"],
                 self.manifest["index"]["num_leaves"] if is_scann and not exact else 0,
@@ -102,11 +102,9 @@ class LoadedRetriever(LoadedTowers):
         Excludes only `exclude`; items that a user is known to have clicked are retrieved too.
 
         Args:
-            queries: Each may have `user_id`, `history`, `history_timestamps`, `features` and
-                `request`. `features` are raw values by name; they replace all stored ones of the
-                user. `request` holds raw request features, all optional, and `timestamp`, an aware
-                datetime. From it the model derives a missing hour or weekday and, if it reads
-                times, the age of the history's items.
+            queries: See `Query`; all keys are optional. `features` replace all stored ones of the
+                user. From the `timestamp` of `request` the model derives a missing hour or weekday
+                and, if it reads times, the age of the history's items.
             k: See `Retriever.retrieve`.
             exclude: See `Retriever.retrieve`.
             allowed: Values of the item filter (`filter_by` of the export) for each query. Only
@@ -132,14 +130,8 @@ class LoadedRetriever(LoadedTowers):
         """Retrieves by users' stored histories, and excludes their known positives.
 
         Unknown users get the answer for an empty history. `exclude` adds ids to exclude. `allowed`
-        and `requests` have one entry for each user, as in `retrieve`.
-
-        Returns:
-            candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
-
-        Raises:
-            ValueError: As for `retrieve`; if the model was exported without user data, or an id
-                has the wrong type.
+        and `requests` have one entry for each user, as in `retrieve`. Returns candidate_ids [n, k],
+        scores [n, k] float32, is_known_user [n] bool. Raises as `retrieve`, and without user data.
         """
         if not self.manifest["user_data"]:
             raise ValueError(
@@ -168,10 +160,7 @@ class LoadedRetriever(LoadedTowers):
         searches as a query's does, so the score is the dot product of both vectors: their cosine,
         as they have length 1 unless `model.normalize` is off or the tower is your own, plus the
         bias of the item that is found, if the model has one. `exclude` and `allowed` have one entry
-        for each item, as in `retrieve`.
-
-        Raises:
-            ValueError: If an item is not among the candidates; otherwise as for `retrieve`.
+        for each item, as in `retrieve`. Raises as `retrieve`, and if an item is no candidate.
         """
         if isinstance(item_ids, str):
             raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")
@@ -204,19 +193,11 @@ class LoadedRetriever(LoadedTowers):
             ValueError: If an item has the wrong form, or cannot be embedded; if the model was
                 loaded without `live`, or from a folder that is not one of its versions.
         """
-        return self._writable.upsert(items)
-
-    def unknown_values(self, items: Sequence[Item]) -> list[str]:
-        """Says which categories of items the model does not know, in lines; at most ten."""
-        return self._writable.unknown_values(items)
+        return self.live.upsert(items)
 
     def remove(self, item_ids: Sequence[Any]) -> int:
-        """Removes items from all later answers; unknown ids are ignored. Raises as `upsert`.
-
-        Returns:
-            How many of the items there were.
-        """
-        return self._writable.remove(item_ids)
+        """Removes items from all later answers; returns how many there were. Raises as `upsert`."""
+        return self.live.remove(item_ids)
 
     def catch_up(self) -> None:
         """Takes in the items that other processes have written since the last call or write."""
@@ -224,7 +205,8 @@ class LoadedRetriever(LoadedTowers):
             self._live.catch_up()
 
     @property
-    def _writable(self) -> LiveItems:
+    def live(self) -> LiveItems:
+        """The items written in service; raises a `ValueError` as `upsert`."""
         if self._live is None:
             raise ValueError(
                 "This model takes no items: load it with live=True, by its own folder or one of "
@@ -239,8 +221,7 @@ class LoadedRetriever(LoadedTowers):
 
     def candidate_ids(self) -> list[Any]:
         """Returns the ids of the candidates, in the order of their embeddings."""
-        ids: list[Any] = self.candidates.ids().tolist()
-        return ids
+        return self.candidates.ids().tolist()
 
     def candidate_embeddings(self) -> np.ndarray:
         """Returns the embeddings of the candidates: [num_candidates, D] float32."""
@@ -250,21 +231,12 @@ class LoadedRetriever(LoadedTowers):
         """Reads the queries stored with the export, 1,000 at most."""
         return pq.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
 
-    def title_of(self, item_id: Any) -> str | None:
-        """Returns the title that an item was written with, None if it is not a live item."""
-        return None if self._live is None else self._live.title_of(item_id)
-
-    def live_titles(self) -> dict[Any, str | None]:
-        """Returns the titles of items that were written and not removed since, by id."""
-        return {} if self._live is None else self._live.titles()
-
     def titles(self) -> dict[Any, str]:
         """Reads the titles of items by id, live ones included; empty if they have none."""
         items = pq.read_table(self.folder / publish.ITEMS_FILE).to_pydict()
-        titles = (
-            dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
-        )
-        return titles | {id_: x for id_, x in self.live_titles().items() if x is not None}
+        titles = dict(zip(items["item_id"], items.get("title", ()), strict=False))
+        live = {} if self._live is None else self._live.titles()
+        return titles | {id_: title for id_, title in live.items() if title is not None}
 
     def _retrieved(
         self,
@@ -278,10 +250,8 @@ class LoadedRetriever(LoadedTowers):
         retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
         if allowed is not None:
             self._check_allowed(allowed, len(queries))
-        names = [Retrieval(asks_by, has_features).embed_name for has_features in (False, True)]
-        embedded = self._embedded(queries, names)
-        found = self._searched(embedded, k, exclude, allowed)
-        return *found, embedded["is_known_user"]
+        embedded = self._embedded(queries, asks_by)
+        return *self._searched(embedded, k, exclude, allowed), embedded["is_known_user"]
 
     def answer(
         self, asked: Retrieval, inputs: Mapping[str, np.ndarray], *, exact: bool = False
@@ -342,13 +312,7 @@ class LoadedRetriever(LoadedTowers):
         retrieval.check_one_each("allowed", allowed, num_queries)
         assert self.candidates.values is not None
         known = self.candidates.values.code_of
-        unknown = next(
-            (value for values in allowed for value in values if to_text(value) not in known), None
-        )
-        if unknown is not None:
-            hint = suggest(str(unknown), known)
-            raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
-
-
-def _items_read(manifest: Mapping[str, Any]) -> float:
-    return datetime.fromisoformat(manifest.get("items_read", manifest["date"])).timestamp()
+        for value in itertools.chain.from_iterable(allowed):
+            if to_text(value) not in known:
+                hint = suggest(str(value), known)
+                raise ValueError(f"No item has {value!r} as its {self.item_filter['name']}; {hint}")

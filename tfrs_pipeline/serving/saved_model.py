@@ -48,9 +48,7 @@ class RetrievalModule(tf.Module):
         """The signatures by name."""
         return {name: getattr(self, name) for name in self._names}
 
-    def _export(
-        self, name: str, function: Callable[..., Any], inputs: Sequence[tf.TensorSpec]
-    ) -> None:
+    def _export(self, name: str, function: Any, inputs: Sequence[tf.TensorSpec]) -> None:
         # An attribute can be called on the loaded object too.
         setattr(self, name, graph.traced(function, inputs))
         self._names += (name,)
@@ -58,11 +56,10 @@ class RetrievalModule(tf.Module):
     def _trace(self) -> None:
         # An encoder lacks the functions that its model does not support.
         embeds = {x: f for x in EMBEDDINGS if (f := getattr(self.encoder, x, None)) is not None}
-        for name, embed in embeds.items():
-            answer = functools.partial(_embedded, embed)
-            self._export(name, answer, list(graph.signature_inputs(embed).values()))
-        item_id = tf.TensorSpec([None], self._candidate_ids.dtype, "item_id")
         queries = {x: [*graph.signature_inputs(f).values()] for x, f in embeds.items()}
+        for name, embed in embeds.items():
+            self._export(name, functools.partial(_embedded, embed), queries[name])
+        item_id = tf.TensorSpec([None], self._candidate_ids.dtype, "item_id")
         queries[Retrieval("item").embed_name] = [item_id]
         exclude = tf.TensorSpec([None, None], self._candidate_ids.dtype, "exclude")
         k = tf.TensorSpec([], tf.int32, "k")

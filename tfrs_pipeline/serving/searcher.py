@@ -16,6 +16,8 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
+from tfrs_pipeline.serving.index import Level
+
 # ScaNN has this many codes per block, and learns them from as many vectors or more.
 SMALLEST_HASHED_CORPUS = 16
 # With two dimensions per block, a deep search has to rescore several times as many.
@@ -141,14 +143,11 @@ class Searcher:
         """Number of vectors."""
         return int(self._scann.size())
 
-    def search(
-        self, queries: np.ndarray, depth: int, num_leaves_to_search: int, num_reordered: int
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Finds roughly the `depth` best of [B, D] float32 queries.
+    def search(self, queries: np.ndarray, level: Level) -> tuple[np.ndarray, np.ndarray, int]:
+        """Finds roughly the `depth` best of [B, D] float32 queries, as widely as a level says.
 
-        Returns:
-            rows [B, depth] int32, best first, 0 in empty slots; scores [B, depth] float32, -inf in
-            them; the number of rows that were searched.
+        Returns rows [B, depth] int32, best first, 0 in empty slots; scores [B, depth] float32, -inf
+        in them; the number of rows that were searched.
         """
         change = self._change
         with change:
@@ -157,7 +156,7 @@ class Searcher:
         try:
             num_rows = self._scann.size()
             places, scores = self._scann.search_batched(
-                queries, depth, num_reordered, num_leaves_to_search, False, 0
+                queries, level.depth, level.num_reordered, level.num_leaves_to_search, False, 0
             )
         finally:
             with change:

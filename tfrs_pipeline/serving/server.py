@@ -6,6 +6,7 @@ docs/guides/serving.md describes addresses, requests, limits and use on a networ
 import asyncio
 import contextlib
 import gc
+import hmac
 import http
 import ipaddress
 import logging
@@ -35,10 +36,10 @@ except ImportError as missing:
         f"project's folder. The import said: {missing}"
     ) from missing
 
+from tfrs_pipeline.durable import Damaged, try_writing
 from tfrs_pipeline.serving import page, rest
-from tfrs_pipeline.serving.item_writes import ItemWrites
 from tfrs_pipeline.serving.publish import version_at
-from tfrs_pipeline.serving.settings import ServeSettings, listening
+from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 
 logger = logging.getLogger(__name__)
@@ -63,26 +64,41 @@ T = TypeVar("T")
 
 
 class ModelServer:
-    """A model's versions, and the threads that call them."""
+    """A model's versions, and the threads that call them and write its items.
+
+    Raises a `StorageError` if holders of a token could not write to the model's folder, and a
+    `ValueError` if the file holds no good token.
+    """
 
     def __init__(self, model: Path, settings: ServeSettings) -> None:
         self.settings = settings
         self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
         self.large = ThreadPoolExecutor(1, "large-requests")
-        self.items = ItemWrites(self.versions, version_at(model).parent, settings.token_file)
+        self.writes = ThreadPoolExecutor(1, "writes")
+        self._token = None if settings.token_file is None else read_token(settings.token_file)
+        if self._token is not None:
+            try_writing(version_at(model).parent)
 
     def number(self, request: Request) -> str | None:
         """Reads the version in a request's path, None for any; raises a 404 for another model."""
         name = request.path_params["name"]
         if name != self.versions.name:
-            raise HTTPException(
-                404,
-                f"Servable not found for request: Latest({name!s:.80}). "
-                f"This server serves {self.versions.name!r}.",
-            )
-        version: str | None = request.path_params.get("version")
-        return version
+            known = f"This server serves {self.versions.name!r}."
+            raise HTTPException(404, f"Servable not found for request: Latest({name:.80}). {known}")
+        return request.path_params.get("version")
+
+    def authorize(self, header: str) -> None:
+        """Refuses a write without the token, and all writes if there is none."""
+        if self._token is None:
+            told = "This server takes no items: it was started without --token-file."
+            raise HTTPException(403, told)
+        kind, _, token = header.partition(" ")
+        # In constant time, which does not tell how much of the token is right.
+        is_right = hmac.compare_digest(token.strip().encode(), self._token)
+        if kind.lower() != "bearer" or not is_right:
+            told = "Send the token that the server was started with: Authorization: Bearer TOKEN"
+            raise HTTPException(401, told, {"WWW-Authenticate": "Bearer"})
 
     async def ask(self, work: Callable[[ServedVersion], T]) -> T:
         """Does slow work with the version in use, off the event loop."""
@@ -112,6 +128,29 @@ class ModelServer:
             return await _run(self.large, rest.format_outputs, outputs, call.is_row_format)
 
 
+def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str, Any]:
+    """Adds or removes the items in a body, to and from the version in use."""
+    items = rest.parse_items(body, "items" if is_put else "item_ids")
+    with versions.writing, versions.use() as version:
+        retriever, answer = version.retriever, dict[str, Any]()
+        try:
+            if not is_put:
+                answer["num_removed"] = retriever.remove(items)
+            else:
+                answer["num_new"] = retriever.upsert(items)
+                if notes := retriever.live.unknown_values(items):
+                    answer["notes"] = notes
+        except Damaged:
+            raise
+        except ValueError as error:
+            raise rest.bad_request(str(error)) from None
+        except OSError:
+            logger.exception("a write of items was not confirmed")
+            told = "The items could not be put on disk, and nothing has changed; the log has more."
+            raise HTTPException(503, told, {"Retry-After": "1"}) from None
+        return {**answer, "num_items": retriever.num_candidates}
+
+
 async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
@@ -126,7 +165,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
         on_ready()
         yield
         watch.cancel()
-        for threads in (server.threads, server.large, server.items.threads):
+        for threads in (server.threads, server.large, server.writes):
             threads.shutdown(wait=False, cancel_futures=True)
 
     # FastAPI's documentation pages load scripts from other sites.
@@ -137,9 +176,23 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     _add_model(app, server)
-    _add_operations(app, server)
     if settings.page:
         _add_page(app, server)
+
+    @app.api_route("/healthz", methods=GET_OR_HEAD)
+    async def healthz() -> PlainTextResponse:
+        return PlainTextResponse("ok\n")
+
+    @app.api_route("/readyz", methods=GET_OR_HEAD)
+    async def readyz() -> PlainTextResponse:
+        with server.versions.use() as version:
+            return PlainTextResponse(f"ok: {server.versions.name} version {version.number}\n")
+
+    @app.api_route("/metrics", methods=GET_OR_HEAD)
+    async def prometheus() -> Response:
+        content = prometheus_client.generate_latest()
+        return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
     return app
 
 
@@ -184,9 +237,10 @@ def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
             raise HTTPException(405, headers={"Allow": "PUT, DELETE"})
         server.number(request)
         body = await read_body(request, server.settings)
-        server.items.authorize(request.headers.get("authorization", ""))
+        server.authorize(request.headers.get("authorization", ""))
         is_put = request.method == "PUT"
-        return JSONResponse(await _run(server.items.threads, server.items.write, body, is_put))
+        # One after the other.
+        return JSONResponse(await _run(server.writes, write_items, server.versions, body, is_put))
 
     app.add_route(f"{model}/items", items, list(http.HTTPMethod))
 
@@ -216,22 +270,6 @@ def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
         if not found:
             raise HTTPException(404, f"Could not find version {number!s:.40} of the model.")
         return {"model_version_status": found}
-
-
-def _add_operations(app: fastapi.FastAPI, server: ModelServer) -> None:
-    @app.api_route("/healthz", methods=GET_OR_HEAD)
-    async def healthz() -> PlainTextResponse:
-        return PlainTextResponse("ok\n")
-
-    @app.api_route("/readyz", methods=GET_OR_HEAD)
-    async def readyz() -> PlainTextResponse:
-        with server.versions.use() as version:
-            return PlainTextResponse(f"ok: {server.versions.name} version {version.number}\n")
-
-    @app.api_route("/metrics", methods=GET_OR_HEAD)
-    async def prometheus() -> Response:
-        content = prometheus_client.generate_latest()
-        return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 def _add_page(app: fastapi.FastAPI, server: ModelServer) -> None:
@@ -276,11 +314,9 @@ async def read_body(request: Request, settings: ServeSettings) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity")
     if (kind, encoding) != ("application/json", "identity"):
-        raise HTTPException(
-            415,
-            "Send plain JSON, with Content-Type: application/json. "
-            f"Received: {kind!r:.80}, encoding {encoding!r:.80}",
-        )
+        got = f"{kind!r:.80}, encoding {encoding!r:.80}"
+        wanted = "Send plain JSON, with Content-Type: application/json."
+        raise HTTPException(415, f"{wanted} Received: {got}")
     return bytes(body)
 
 
@@ -313,10 +349,8 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"http://{host}:{port}"
         if not ipaddress.ip_address(ip).is_loopback:
-            logger.warning(
-                "%s is open to the network, without TLS or passwords: put a proxy before it",
-                address,
-            )
+            risk = "is open to the network, without TLS or passwords: put a proxy before it"
+            logger.warning("%s %s", address, risk)
         config = uvicorn.Config(
             create_app(server, lambda: on_ready(address)),
             log_config=None,

@@ -41,8 +41,7 @@ _Answer: TypeAlias = tuple[np.ndarray, np.ndarray]
 class Requests(NamedTuple):
     """The queries on which an index is tuned and measured.
 
-    `queries` are [num_queries, D] float32. `known` holds the rows, from 1, that each query's user
-    knows.
+    `queries` are [num_queries, D] float32; `known` the rows, from 1, that each query's user knows.
     """
 
     queries: np.ndarray
@@ -82,12 +81,14 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
         logger.warning("the index is tuned on no more than %d queries", num_queries)
     num_leaves = num_leaves_of(len(embeddings))
     searcher = Searcher.build(embeddings, num_leaves)
-    depths = _depths(len(embeddings))
+    depths = [min(SMALLEST_DEPTH, len(embeddings))]
+    while 2 * depths[-1] <= min(LARGEST_DEPTH, len(embeddings) - 1):
+        depths.append(2 * depths[-1])
     ranking, scores = exact_ranking(embeddings, requests.queries, depths[-1])
     is_known = are_listed(ranking, requests.known, len(embeddings))
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
-        found = searcher.search(requests.queries, depth, leaves, reordered)[:2]
+        found = searcher.search(requests.queries, Level(depth, leaves, reordered))[:2]
         is_found = found_places((ranking[:, :depth], scores[:, :depth]), found)
         return lowest_recall(is_found, is_known[:, :depth])
 
@@ -101,10 +102,10 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
             break
         level = _least(size, functools.partial(recall, depth), depth, wanted)
         if level is None and not levels:
+            found = recall(depth, num_leaves, len(embeddings))
             raise RuntimeError(
                 f"No ScaNN search finds {target_recall} of the best {depth}: the widest finds "
-                f"{recall(depth, num_leaves, len(embeddings)):.4f}. Lower the recall "
-                "target, or take the exact index."
+                f"{found:.4f}. Lower the recall target, or take the exact index."
             )
         if level is None or (levels and size.work(level) >= size.exact_work):
             break
@@ -119,13 +120,6 @@ def exact_ranking(
     """Returns the best candidates: [num_queries, depth] rows from 1, best first, and scores."""
     shape = len(queries), len(embeddings)
     return top_k_in_blocks(lambda block: queries[block] @ embeddings.T, *shape, depth)
-
-
-def _depths(num_candidates: int) -> list[int]:
-    depths = [min(SMALLEST_DEPTH, num_candidates)]
-    while 2 * depths[-1] <= min(LARGEST_DEPTH, num_candidates - 1):
-        depths.append(2 * depths[-1])
-    return depths
 
 
 def _least(

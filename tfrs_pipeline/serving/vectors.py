@@ -1,7 +1,6 @@
 """Writes the vectors of a model's items for another engine, as Parquet."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +24,9 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     Each item is a row with `item_id`, `title` if the export has titles, `embedding`, a list of D
     float32, and `norm`, its length. A query's score is the inner product of an embedding with
     what `LoadedRetriever.embed_queries` or the signatures `embed_user` and `embed_query` return
-    of the same version. An export keeps no other features of the items. Items added in service are
-    written, removed ones are not.
+    of the same version. Items added in service are written, removed ones are not.
 
-    Args:
-        model: What `tp.load` returns; `tp.load(path, exact=True)` needs no ScaNN.
-        path: File to write, `.parquet`. It replaces an earlier file once it is complete.
+    `tp.load(path, exact=True)` needs no ScaNN. The file, a `.parquet`, is replaced in one step.
 
     Returns:
         The file's metadata, which its Parquet schema holds as text: `model`, `version`, `dim`,
@@ -67,34 +63,17 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         "unit_length": bool(np.abs(norms - 1).max() < _ROUNDING),
     }
     metadata = {x: v if isinstance(v, str) else json.dumps(v) for x, v in about.items()}
-    titled = [titles.get(id_) for id_ in ids] if titles else None
-    with replacing(path) as partial:
-        _write(partial, metadata, ids, titled, embeddings, norms)
-    return about
-
-
-def _write(
-    path: Path,
-    metadata: dict[str, str],
-    ids: Sequence[Any],
-    titles: Sequence[str | None] | None,
-    embeddings: np.ndarray,
-    norms: np.ndarray,
-) -> None:
-    """Writes the rows in blocks, so that Arrow holds few of them at a time."""
-    fields = [("item_id", pa.string() if isinstance(ids[0], str) else pa.int64())]
-    fields += [("title", pa.string())] if titles else []
+    columns = {"item_id": pa.array(ids)}
+    if titles:
+        columns["title"] = pa.array([titles.get(id_) for id_ in ids], pa.string())
     vector = pa.list_(pa.float32(), embeddings.shape[1])
-    schema = pa.schema([*fields, ("embedding", vector), ("norm", pa.float32())], metadata)
-    # A dictionary would not help: hardly a value comes twice.
-    with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
-        for start in range(0, len(ids), BLOCK):
-            rows = slice(start, start + BLOCK)
-            columns = [pa.array(ids[rows], fields[0][1])]
-            columns += [pa.array(titles[rows], pa.string())] if titles else []
-            flat = embeddings[rows].ravel()
-            columns += [pa.FixedSizeListArray.from_arrays(flat, type=vector), pa.array(norms[rows])]
-            writer.write_table(pa.table(columns, schema=schema))
+    columns["embedding"] = pa.FixedSizeListArray.from_arrays(embeddings.ravel(), type=vector)
+    columns["norm"] = pa.array(norms)
+    table = pa.table(columns, metadata=metadata)
+    with replacing(path) as partial:
+        # A dictionary would not help: hardly a value comes twice.
+        pq.write_table(table, partial, row_group_size=BLOCK, use_dictionary=False)
+    return about
 
 
 def destination_problem(path: Path) -> str:

@@ -54,7 +54,16 @@ class ServedVersion:
         self.titles: dict[Any, str | None] = {}
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
-        self.signature_def = _signature_def(folder)
+        saved = saved_model_pb2.SavedModel()
+        saved.ParseFromString((folder / "saved_model.pb").read_bytes())
+        options = {
+            "preserving_proto_field_name": True,
+            "always_print_fields_with_no_presence": True,
+        }
+        self.signature_def: dict[str, Any] = {
+            name: json_format.MessageToDict(signature, **options)
+            for name, signature in saved.meta_graphs[0].signature_def.items()
+        }
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
         names = self.retriever.manifest["feature_inputs"]
@@ -83,17 +92,16 @@ class ServedVersion:
     ) -> dict[str, np.ndarray]:
         """Calls a signature with arrays that all have the same number of queries.
 
-        With `exact`, one that retrieves scores every candidate. Raises a 400 if the item of
-        `similar` is unknown.
+        With `exact`, every candidate is scored. Raises a 400 if the item of `similar` is unknown.
         """
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with metrics.CALL_SECONDS.time():
             if signature == DEFAULT_SIGNATURE:
-                asked, num = Retrieval("user"), len(inputs["user_id"])
-                given = {"user_id": inputs["user_id"], "k": np.int32(DEFAULT_K)}
-                signature = asked.name
-                inputs = completed(signature_inputs(self._functions[signature]), given, num)
-                inputs = {name: np.asarray(value) for name, value in inputs.items()}
+                signature, user_id = Retrieval("user").name, inputs["user_id"]
+                given = {"user_id": user_id, "k": np.int32(DEFAULT_K)}
+                specs = signature_inputs(self._functions[signature])
+                full = completed(specs, given, len(user_id))
+                inputs = {name: np.asarray(value) for name, value in full.items()}
             if (retrieval := _RETRIEVALS.get(signature)) is not None:
                 try:
                     return self.retriever.answer(retrieval, inputs, exact=exact)
@@ -103,7 +111,7 @@ class ServedVersion:
 
     def title_of(self, item_id: Any) -> str | None:
         """Returns the title of an item, as it was last written."""
-        return self.retriever.title_of(item_id) or self.titles.get(item_id)
+        return self.retriever.live.title_of(item_id) or self.titles.get(item_id)
 
     def release(self) -> None:
         """Frees the version's memory; it must not be called afterwards."""
@@ -120,17 +128,6 @@ class ServedVersion:
         ]
 
 
-def _signature_def(folder: Path) -> dict[str, Any]:
-    saved_model = saved_model_pb2.SavedModel()
-    saved_model.ParseFromString((folder / "saved_model.pb").read_bytes())
-    return {
-        name: json_format.MessageToDict(
-            signature, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
-        for name, signature in saved_model.meta_graphs[0].signature_def.items()
-    }
-
-
 class ModelVersions:
     """The version in use of a model's folder, and the states of the others.
 
@@ -144,9 +141,8 @@ class ModelVersions:
         self._path = path
         self._load_version = load_version
         self.name = path.parent.name if self._is_version else path.name
-        self._lock = threading.Lock()
-        # Held while live items are written, and while the version in use changes.
-        self.writing = threading.Lock()
+        # `writing` is held while live items are written, and while the version in use changes.
+        self._lock, self.writing = threading.Lock(), threading.Lock()
         self._current: ServedVersion | None = None
         self._identity: Identity | None = None
         self._loading: int | None = None
@@ -197,11 +193,9 @@ class ModelVersions:
         with self._lock:
             version = self._current
             if version is None or number not in (None, str(version.number)):
-                raise HTTPException(
-                    404,
-                    f"Servable not found for request: Specific({self.name}, {number!s:.40}). "
-                    f"Version {version and version.number} is served.",
-                )
+                lacking = f"Servable not found for request: Specific({self.name}, {number!s:.40})."
+                served = version and version.number
+                raise HTTPException(404, f"{lacking} Version {served} is served.")
             version.num_uses += 1
         try:
             yield version

@@ -76,10 +76,8 @@ def with_room(view: View, num: int, width: int, *, removes: bool) -> View:
         shape = [capacity + (name != "vectors"), *array.shape[1:]]
         if name == "codes":
             shape[1] = max(shape[1], width)
-        if tuple(shape) == array.shape:
-            continue
-        fill = _NEVER if name == "removed_by" else "" if array.dtype == object else 0
-        grown = np.full(shape, fill, array.dtype)
-        grown[tuple(map(slice, array.shape))] = array
-        parts[name] = grown
+        if tuple(shape) != array.shape:
+            fill = _NEVER if name == "removed_by" else "" if array.dtype == object else 0
+            parts[name] = grown = np.full(shape, fill, array.dtype)
+            grown[tuple(map(slice, array.shape))] = array
     return replace(view, **parts)
