@@ -28,7 +28,8 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     probability = np.asarray(probability, np.float64)
     lowest, total = probability.min(), probability.sum()
     if not (lowest >= 0 and np.isclose(total, 1.0, rtol=0, atol=1e-9)):
-        raise ValueError(f"Probabilities must sum to 1. Received: {lowest} and more, sum {total}")
+        received = f"Received: {lowest} and more, sum {total}"
+        raise ValueError(f"Probabilities must be 0 or more and sum to 1. {received}")
     mass = probability * len(probability)
     # Rounding may leave no mass at 1 or above.
     is_large = mass >= min(1.0, mass.max())
