@@ -136,7 +136,8 @@ class StoppedIn(Watched):
 
 
 def test_a_budget_ends_the_race(tmp_path: Path) -> None:
-    result = run(config_in(tmp_path, budget="0.001s", **UNEXPORTED), tmp_path / "run")
+    short = {"budget": "0.001s", "training.refit": False, **UNEXPORTED}
+    result = run(config_in(tmp_path, **short), tmp_path / "run")
     trained = {name: len(values) for name, values in curves_of(result).items()}
     assert trained == {"default": 1, "quick": 0, "sets": 0}
     assert result.metrics["race"]["winner"] == "default"
