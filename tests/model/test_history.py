@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.model.history import (
-    NUM_GAPS,
-    HistoryEncoder,
-    SelfAttention,
-    drop_gaps,
-    gap_buckets,
-)
+from tfrs_pipeline.model import history as histories
+from tfrs_pipeline.model.history import NUM_GAPS, HistoryEncoder, drop_gaps, gap_buckets
 from tfrs_pipeline.model.randomness import Dropout
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
@@ -219,7 +214,7 @@ def test_one_pass_drops_an_item_for_every_pooling_or_for_none() -> None:
 
 def test_attention_is_that_of_a_loop() -> None:
     """One block and two heads, computed with NumPy from the layer's own weights."""
-    layer = SelfAttention(4, max_length=5, num_blocks=1, dropout=0.3, reads_gaps=True)
+    layer = histories.SelfAttention(4, max_length=5, num_blocks=1, dropout=0.3, reads_gaps=True)
     gaps = np.array([[0, 3, 1, 63], [0, 0, 9, 0]])
     vectors = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     layer(tf.constant(vectors))

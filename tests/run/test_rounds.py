@@ -7,15 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.run.rounds import (
-    FIRST_EPOCHS,
-    FIRST_SECONDS,
-    Curve,
-    Turn,
-    most_left,
-    standing,
-    winner,
-)
+from tfrs_pipeline.run import rounds
+from tfrs_pipeline.run.rounds import FIRST_EPOCHS, FIRST_SECONDS, Curve, Turn, standing, winner
 
 CURVES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30)
 
@@ -58,13 +51,13 @@ def test_what_is_left_is_bounded_once_all_have_trained() -> None:
     good = full("good", [0.30 + 0.005 * i for i in range(40)])
     flat = full("flat", [0.20] * 40, epoch=2.0)
     epochs = {"good": 40, "flat": 60}
-    assert most_left([until(good, 5), until(flat, 0)], epochs) is None
+    assert rounds.most_left([until(good, 5), until(flat, 0)], epochs) is None
     begun = [until(good, 5), until(flat, 5)]
-    assert most_left(begun, epochs) == pytest.approx(35 * 5.0 + 55 * 2.0)
+    assert rounds.most_left(begun, epochs) == pytest.approx(35 * 5.0 + 55 * 2.0)
     # A recipe that is dropped, or has ended, trains no more.
     curves, _ = raced([good, flat])
     assert "flat" in standing(curves).dropped
-    assert most_left([until(good, 30), curves[1]], epochs) == pytest.approx(10 * 5.0)
+    assert rounds.most_left([until(good, 30), curves[1]], epochs) == pytest.approx(10 * 5.0)
 
 
 def test_one_that_cannot_catch_up_is_dropped_early() -> None:
