@@ -25,10 +25,7 @@ _LATER = "items that came later"
 
 
 class _Found(NamedTuple):
-    """The parts of a batch read from the samples' arrays, or their types.
-
-    `slot` is each query's place among the distinct ones, for which `never` has a list each.
-    """
+    """The parts of a batch from the samples, or their types; `slot` is a query's place in `never`."""
 
     batch: Batch
     slot: Any
@@ -234,10 +231,7 @@ class HybridBatches:
         return share / share.sum()
 
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
-        """Computes the share of the shared columns that each reason masks, over the first batches.
-
-        A row's own in-batch column is not counted among the accidental hits.
-        """
+        """Computes the share of shared columns, but for rows' own, that each reason masks."""
         masked = dict.fromkeys(("accidental hits", *REASONS), 0)
         if self.samples.is_later is not None:
             masked[_LATER] = 0

@@ -48,10 +48,7 @@ def with_event_column(reading: Reading, scanned: Scan) -> Reading:
 
 
 def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:
-    """Deletes the rows of types without a weight; returns the table and what was deleted.
-
-    Raises a `DataError` if `weights` misspells a type.
-    """
+    """Deletes the rows of types without a weight; returns the table and what was deleted."""
     counts = _counts(raw)
     others = {name: num for name, num in counts.items() if name not in weights}
     for name in weights:

@@ -22,10 +22,7 @@ _DONE: dict[TieRule, str] = {
 
 
 def settle_ties(events: ibis.Table, ties: Ties) -> tuple[ibis.Table, TieRule, tuple[str, ...]]:
-    """Decides the rule if it is "auto"; for "random", redraws the event numbers.
-
-    Returns the events, the rule, and a note about both if any positives of a user are tied.
-    """
+    """Decides the rule if it is "auto", redraws numbers for "random", and notes tied positives."""
     if "timestamp" not in events.columns:
         return events, "drop", ()
     found = _measure(events)

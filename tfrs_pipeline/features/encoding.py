@@ -24,10 +24,7 @@ _OTHER_INPUTS = (
 
 
 def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
-    """Returns the inputs of `encode_raw` by the features' names, each with its name in a signature.
-
-    That is the feature's name if TensorFlow allows it and it is free, otherwise one like it.
-    """
+    """Returns the inputs of `encode_raw` by feature, each with a name that a signature allows."""
     taken = set(_OTHER_INPUTS)
     signature = {}
     for feature in features:

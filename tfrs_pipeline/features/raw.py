@@ -58,10 +58,7 @@ def to_texts(column: Column) -> Any:
 
 
 def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
-    """Returns the values of lists, an Arrow array of strings, and their number in each of n rows.
-
-    Missing values and empty strings within a list are dropped. A single value is a list of one.
-    """
+    """Returns the known values of lists, an Arrow array of strings, and their number in each row."""
     column = typed(column)
     if not isinstance(column, pa.Array):
         rows = [

@@ -43,10 +43,7 @@ def write_column(
 
 
 def starts_of_keys(blocks: Iterable[np.ndarray], num_keys: int) -> np.ndarray:
-    """Finds where the rows of each key begin in a table ordered by key: [num_keys + 1] int64.
-
-    Each block, never empty, has the keys of some rows, 0 to num_keys - 1.
-    """
+    """Finds where keys, from 0, begin in ordered blocks, none empty: [num_keys + 1] int64."""
     num_before = np.zeros(num_keys + 1, np.int64)
     for keys in blocks:
         num_before[keys[0] + 1 : keys[-1] + 2] += np.bincount(keys - keys[0])
