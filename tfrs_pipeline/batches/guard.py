@@ -56,7 +56,7 @@ def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def contains(columns: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """Marks the columns in a list of their row, of values and offsets: [num_rows, num_columns] bool."""
+    """Marks the columns in a list (values, offsets) of their row: [num_rows, num_columns] bool."""
     distinct, place = np.unique(columns, return_inverse=True)
     largest = max(rows.max(initial=0) for rows in (columns, *parts[::2]))
     # The table's column for each candidate, from 1; 0 if the candidate is in no column.

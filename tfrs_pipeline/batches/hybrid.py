@@ -25,7 +25,7 @@ _LATER = "items that came later"
 
 
 class _Found(NamedTuple):
-    """The parts of a batch from the samples, or their types; `slot` is a query's place in `never`."""
+    """The parts of a batch from the samples, or their types; `slot` is the query's in `never`."""
 
     batch: Batch
     slot: Any

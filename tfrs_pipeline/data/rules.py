@@ -88,10 +88,7 @@ NOT_FLOAT32 = Rule("must hold finite numbers that float32 can hold and does not"
 
 
 class Fault(NamedTuple):
-    """A rule, and where a table breaks it: a column, and True in its bad rows.
-
-    Bad rows are dropped, or the bad value becomes a missing one (`is_missing`).
-    """
+    """A rule, and where a table breaks it: in a dropped row, or a value that becomes missing."""
 
     column: str
     is_bad: ir.BooleanValue

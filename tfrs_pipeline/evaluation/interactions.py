@@ -19,10 +19,7 @@ _MOMENT = "_moment"
 
 @dataclass(frozen=True)
 class Interactions:
-    """Which users clicked which items in training.
-
-    The matrix is [num_users, num_items] float32 of 0 and 1; the item of row r has column r - 1.
-    """
+    """Who clicked what: [num_users, num_items] float32 of 0 and 1; row r has column r - 1."""
 
     items: Ids
     matrix: scipy.sparse.csr_matrix

@@ -43,10 +43,7 @@ class CodeEmbedding(tf.keras.layers.Layer):
 
 
 class FlaggedNumbers(tf.keras.layers.Layer):
-    """Fills missing rows with zeros, and appends 1 if the row was missing, else 0.
-
-    With `dim`, the numbers are mapped linearly without a bias, so that missing rows stay zeros.
-    """
+    """Fills missing rows with 0 and flags them with a last column; `dim` maps numbers linearly."""
 
     table = None
     """Numbers have no table of codes."""

@@ -44,7 +44,7 @@ class ValueLists(Vocabulary):
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Takes values in `min_count` rows or more; the longest row's number, 16 to `max_values`."""
+        """Takes values in `min_count` rows or more; 16 to `max_values` values of a row count."""
         counts, longest = count_rows(column, cls.split)
         vocabulary = sorted(value for value, count in counts.items() if count >= cls.min_count)
         return cls(name, tuple(vocabulary), min(max(longest, MIN_LENGTH), cls.max_values))
