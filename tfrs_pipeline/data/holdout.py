@@ -220,8 +220,8 @@ def _draw_users(
         return users.select("user_id"), None
     drawn = [random_key(users["user_id"], seed=seed), users["user_id"]]
     so_far = users["_num"].sum().over(ibis.cumulative_window(order_by=drawn))
-    users = users.filter(so_far - users["_num"] < max_queries)
-    return users.select("user_id"), num_queries
+    users = users.mutate(_before=so_far - users["_num"])
+    return users.filter(users["_before"] < max_queries).select("user_id"), num_queries
 
 
 def _read_events(
