@@ -93,8 +93,7 @@ class Vectors(OfModel):
     """Write the vectors of an exported model's items, for another engine.
 
     The file has a row for each item: id, title if the export has titles, embedding and its length.
-    Its metadata says the metric, which is the inner product. docs/guides/engines.md loads it into
-    FAISS, hnswlib, Qdrant and PostgreSQL.
+    The metric is the inner product. docs/guides/engines.md loads the file into other engines.
     """
 
     file: CliPositionalArg[Path]

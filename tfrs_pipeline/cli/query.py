@@ -33,8 +33,7 @@ class Query(OfModel):
     """Ask an exported model for a user's items, or for items similar to one.
 
     Prints the best items for a user or a history, with ids, titles and scores. The user's known
-    items, or those of the given history, are excluded; an unknown user gets the answer for an empty
-    history.
+    items, or those of the history, are excluded; an unknown user has an empty history.
     """
 
     user: str | None = None
@@ -43,8 +42,7 @@ class Query(OfModel):
     """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
     or instead of the history that it stores."""
     history_timestamps: tuple[Annotated[str, AfterValidator(_parse_time)], ...] | None = None
-    """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is not known,
-    for a model that reads times."""
+    """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is unknown."""
     similar_to: str | None = None
     """Id of an item, in place of a user or a history: prints the items similar to it, which answer
     the same queries."""

@@ -117,9 +117,8 @@ class TrainingSet:
     ) -> Self:
         """Builds the samples of a training part in a folder, or reads those that are whole there.
 
-        The seed draws the hard pools from the losers of the funnel that `hard` asks for. Raises a
-        `DataError` if there is no positive; a `ValueError` if the folder holds other files, or
-        samples of another log, seed or `hard`.
+        The seed draws the hard pools from the losers that `hard` asks for. Raises a `DataError`
+        without a positive; a `ValueError` if the folder is of another log, seed or `hard`.
         """
         folder = Path(folder)
         if (found := cls.read(log, folder, seed=seed, hard=hard)) is not None:

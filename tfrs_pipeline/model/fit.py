@@ -70,8 +70,7 @@ def train(
     `start` changes the weights of an untrained network, which has `first_step` steps behind it
     already. `folder` keeps the best and the last epoch, to resume from.
     """
-    # The decay goes over all epochs of the settings: a refit for fewer of them has the learning
-    # rates that validation has seen.
+    # The decay goes over all epochs of the settings, so a refit has the rates of the first.
     _compile(network, settings, settings.max_epochs * batches.steps_per_epoch, first_step)
     with contextlib.ExitStack() as stack:
         saves_all = folder is not None

@@ -101,8 +101,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """Encodes every beginning of sequences: [W, L + 1, num_poolings * dim] float32.
 
         Entry j encodes the first j items of [W, L] int32, oldest first, padded with 0. `times`,
-        [W, L + 1] float64, are those of the items and of the last query; the query of entry j has
-        the time of item j + 1.
+        [W, L + 1] float64, are those of the items and of the last query; entry j is of time j + 1.
         """
         kept = self._kept(sequence_rows, dropout)
         parts = [self._pooled_states(sequence_rows, kept)] if self._means else []

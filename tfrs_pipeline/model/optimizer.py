@@ -20,8 +20,7 @@ class LazyAdam(tf.keras.optimizers.Adam):
         w <- w - learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)
 
     Adam also moves rows that are not in a batch, by their decaying moments, so a step touches the
-    whole table. Here such rows keep weights and moments until their next gradient. If every row is
-    in every gradient, the two are the same.
+    whole table. Here such rows keep weights and moments until their next gradient.
 
     Example:
         >>> table = tf.Variable([[1.0], [1.0], [1.0]])

@@ -150,8 +150,7 @@ def race(
 def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     """Makes the winner's training the first one of the run; returns the winner's settings.
 
-    These have no recipes, so that they do not race again. The folder keeps the curves; the other
-    recipes' checkpoints are removed.
+    These have no recipes, so that they do not race again. The other recipes' checkpoints go.
     """
     changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": None}
     if trains_winner_alone(config):

@@ -74,8 +74,7 @@ def with_source(config: RunConfig, folder: RunFolder) -> RunConfig:
 
 
 def _source(path: Path, folder: RunFolder) -> Path:
-    # A model gets new versions, but a resumed run must keep the source that it began with, even if
-    # its own version is the newest by now.
+    # A resumed run keeps the source that it began with, though the model has newer versions by now.
     if RunFolder(path).config_file.is_file():
         return path
     # The source of a finished run may be gone.

@@ -176,8 +176,7 @@ class LoadedRetriever(LoadedTowers):
 
         An item that training did not have is embedded by its features, as in a refresh. The items
         are on disk, beside the versions, when this returns; other processes that serve or load the
-        model take them in too. If a newer version has an item itself, that item counts. To replace
-        the whole catalogue, use `refresh_index`.
+        model take them in too. If a newer version has an item itself, that item counts.
 
         Args:
             items: Mappings of `item_id` and raw values by the names of the log's item table: each
