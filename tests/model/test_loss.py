@@ -77,10 +77,14 @@ def test_value_and_gradients_are_those_of_a_loop(repeats_rows: bool) -> None:
         np.testing.assert_allclose(ours, slow, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_probability", [False, True])
 @pytest.mark.parametrize("weight_shape", [(W,), (W, 1)])
-def test_equals_its_parent_without_a_correction(weight_shape: tuple[int, ...]) -> None:
+def test_equals_its_parent_in_range(with_probability: bool, weight_shape: tuple[int, ...]) -> None:
     options: dict[str, Any] = {"sample_weight": WEIGHTS[:W].reshape(weight_shape)}
     options["score_mask"] = MASK | np.eye(W, C, dtype=bool)
+    if with_probability:
+        probability = np.linspace(1e-6, 1, C).astype(np.float32)
+        options["candidate_sampling_probability"] = tf.constant(probability)
     ours, parents = (
         value_and_gradients(lambda q, c, task=task: task(q, c, **options), QUERIES, COLUMNS)
         for task in (HybridRetrieval(0.7), tfrs.tasks.Retrieval(temperature=0.7))
@@ -167,6 +171,14 @@ def test_far_logits_and_rows_without_a_column_stay_finite(scale: float, expected
     np.testing.assert_allclose(gradient, [[-2 * scale if expected else 0.0], [0.0]])
 
 
+@pytest.mark.parametrize("value", [0.0, 9e-7, 1.5])
+def test_refuses_probabilities_that_the_parent_would_clip(value: float) -> None:
+    probability = np.full(C, 0.1, np.float32)
+    probability[3] = value
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Pass log_q instead"):
+        HybridRetrieval()(QUERIES, COLUMNS, candidate_sampling_probability=tf.constant(probability))
+
+
 @pytest.mark.parametrize("shape", [(), (W,), (W, 1), (C, W), (2, C), (1, W, C)])
 def test_a_log_q_that_would_be_broadcast_over_columns_is_refused(shape: tuple[int, ...]) -> None:
     """[W, 1] would shift all logits of a row alike, which corrects nothing."""
@@ -190,6 +202,10 @@ def test_a_log_q_that_would_be_broadcast_over_columns_is_refused(shape: tuple[in
 def test_refusals() -> None:
     task, positives = HybridRetrieval(), COLUMNS[:W]
     options: dict[str, Any] = {"negative_embeddings": COLUMNS, "score_mask": MASK}
+    with pytest.raises(ValueError, match="pass log_q alone"):
+        task(QUERIES, COLUMNS, log_q=LOG_Q, candidate_sampling_probability=tf.ones([C]))
+    with pytest.raises(ValueError, match=r"\[num_candidates\].*\(10, 1\)"):
+        task(QUERIES, COLUMNS, candidate_sampling_probability=tf.ones([C, 1]))
     with pytest.raises(ValueError, match="hard_embeddings needs hard_log_q"):
         task(QUERIES, positives, hard_embeddings=HARD, **options)
     for name, given in (("hard_log_q", HARD_LOG_Q), ("hard_mask", HARD_MASK)):

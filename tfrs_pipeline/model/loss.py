@@ -7,6 +7,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
+# The range that tfrs.tasks.Retrieval clips candidate_sampling_probability to.
+PARENT_PROBABILITY_RANGE = (1e-6, 1.0)
 MASKED_LOGIT = np.finfo(np.float32).min / 100.0
 
 
@@ -14,9 +16,10 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     """`tfrs.tasks.Retrieval` with the log_q of any mixture, and hard negatives for each row.
 
     The parent's `candidate_sampling_probability` is one number per column, clipped to [1e-6, 1],
-    and corrects the positive as well. `log_q`, which replaces it, may differ by row, is never
-    clipped, and leaves the logit of the row's own positive as it is. Each row has its own hard
-    negatives, and may have several positives: each has a loss over the same negatives.
+    and corrects the positive as well. Here `log_q` may differ by row, is never clipped, and the
+    row's own positive keeps its uncorrected logit. Each row has its own columns of hard negatives,
+    which takes B * H products, not B * B * H. A row may have several positives: each has a separate
+    loss over the same negatives, which are scored once.
 
     It computes in float32, for any precision of the embeddings and any Keras policy. It has no
     metrics: those of a batch flatter collapsed embeddings. Use `evaluate`.
@@ -30,6 +33,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             Without `negative_embeddings` they are the shared columns too, as in the parent: more
             candidates may follow them, and the diagonal is masked.
         sample_weight: [P] or [P, 1], optional.
+        candidate_sampling_probability: [C] in [1e-6, 1], in place of `negative_embeddings` and
+            `log_q`: as in the parent, it corrects the positive too.
         score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`, it
             must be False for columns that hold the row's own positive.
         negative_embeddings: [C, D], the shared columns.
@@ -44,9 +49,10 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         compute_metrics, compute_batch_metrics: Ignored; callers of the parent pass them.
 
     Raises:
-        ValueError: If the temperature is not above 0. From a call, if shapes do not fit, or an
-            argument comes without the one that it needs.
-        tf.errors.InvalidArgumentError: The same for shapes that a graph knows only at run time.
+        ValueError: If the temperature is not above 0. From a call, if both corrections are given,
+            shapes do not fit, or an argument comes without the one that it needs.
+        tf.errors.InvalidArgumentError: From a call, if a sampling probability leaves [1e-6, 1], or
+            if shapes that a graph knows only at run time do not fit.
 
     Example:
         In-batch negatives and two easy negatives, all corrected:
@@ -75,8 +81,9 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         query_embeddings: tf.Tensor,
         candidate_embeddings: tf.Tensor,
         sample_weight: tf.Tensor | None = None,
-        *,
+        candidate_sampling_probability: tf.Tensor | None = None,
         score_mask: tf.Tensor | None = None,
+        *,
         negative_embeddings: tf.Tensor | None = None,
         log_q: tf.Tensor | None = None,
         positive_query: tf.Tensor | None = None,
@@ -86,22 +93,30 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         compute_metrics: bool = True,
         compute_batch_metrics: bool = True,
     ) -> tf.Tensor:
-        """Computes the summed loss of a batch: a scalar; the class describes the arguments.
+        """Computes the summed loss of a batch; the class describes the arguments.
 
-        It is the weighted sum over positives of logsumexp(logits) - logit of the positive. The
-        logits are those of the positive and of its query's negatives.
+        Returns:
+            Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive.
+            The logits are those of the positive and of its query's negatives.
         """
         queries, positives, negatives, hard = _as_float32(
             query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings
         )
-        log_q, hard_log_q, sample_weight = _as_float32(log_q, hard_log_q, sample_weight)
+        probability, log_q, hard_log_q, sample_weight = _as_float32(
+            candidate_sampling_probability, log_q, hard_log_q, sample_weight
+        )
         if self._temperature is not None:  # Dividing [W, D] is cheaper than dividing [W, C].
             queries = queries / self._temperature
+        parents_log_q = None
+        if probability is not None:
+            log_q = parents_log_q = _parents_log_q(probability, log_q, negatives)
         if negatives is None:
             negatives = positives
             positives, score_mask = _split_columns(queries, positives, score_mask, positive_query)
         _check_embeddings(queries, positives, positive_query, negatives, hard)
         own = tf.reduce_sum(_of_positives(queries, positive_query) * positives, axis=1)
+        if parents_log_q is not None:
+            own = own - parents_log_q[: tf.shape(own)[0]]
         scores = tf.matmul(queries, negatives, transpose_b=True)
         blocks = [_logits(scores, log_q=log_q, score_mask=score_mask)]
         blocks += _hard_logits(queries, hard, hard_log_q, hard_mask)
@@ -110,6 +125,32 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         if sample_weight is not None:  # The parent takes [P, 1] too.
             losses *= tf.reshape(sample_weight, tf.shape(losses))
         return tf.reduce_sum(losses)
+
+
+def _parents_log_q(
+    probability: tf.Tensor, log_q: tf.Tensor | None, negatives: tf.Tensor | None
+) -> tf.Tensor:
+    if log_q is not None or negatives is not None:
+        raise ValueError(
+            "candidate_sampling_probability is the parent's form, without negative_embeddings and "
+            "log_q: pass log_q alone."
+        )
+    if probability.shape.rank != 1:
+        raise ValueError(
+            "candidate_sampling_probability must be [num_candidates]. "
+            f"Received: shape {probability.shape}"
+        )
+    low, high = PARENT_PROBABILITY_RANGE
+    message = (
+        f"candidate_sampling_probability leaves [{low}, {high}], where "
+        "tfrs.tasks.Retrieval would clip it. Pass log_q instead."
+    )
+    checks = [
+        tf.debugging.assert_greater_equal(probability, low, message),
+        tf.debugging.assert_less_equal(probability, high, message),
+    ]
+    with tf.control_dependencies(checks):
+        return tf.math.log(probability)
 
 
 def _split_columns(
