@@ -40,6 +40,15 @@ def timed() -> HistoryEncoder:
     return encoder
 
 
+@pytest.fixture(scope="module")
+def aged() -> HistoryEncoder:
+    """Pools with ages that tell."""
+    encoder = make_encoder("recency", reads_times=True)
+    ages: Any = encoder.ages
+    ages.assign(tf.random.stateless_normal(ages.shape, [7, 8]) / 4)
+    return encoder
+
+
 def times_of(lengths: list[int]) -> np.ndarray:
     """[n, 9] rising seconds, of the items and of the query after them; some not known."""
     rng = np.random.default_rng(2)
@@ -65,6 +74,26 @@ def test_history_is_pooled_as_a_loop_would() -> None:
     np.testing.assert_allclose(pooled[:4], rows.mean(axis=0), rtol=1e-5)
     # The most recent item comes first and weighs most.
     np.testing.assert_allclose(pooled[4:], np.average(rows, axis=0, weights=[4, 2, 1]), rtol=1e-5)
+
+
+def test_an_items_age_weighs_it_as_a_loop_would(aged: HistoryEncoder) -> None:
+    history, since = [4, 2, 7, 5], [500.0, 400.0, float("nan"), 190.0]
+    assert aged.ages is not None
+    # Ages 0, 100, unknown, 310; the query's own time says nothing.
+    number = aged.ages.numpy()[[1, 14, 0, 17]]
+    weights = 0.5 ** np.arange(4) * np.exp(4 * number)
+    expected = np.average(table_of(aged).numpy()[history], axis=0, weights=weights)
+    for query in (9e3, float("nan")):
+        times = 1.7e9 + tf.constant([[query, *since]], tf.float64)
+        got = aged(tf.constant([history]), times=times).numpy()[0]
+        np.testing.assert_allclose(got, expected, rtol=1e-4)
+    none = tf.fill([1, 5], tf.constant(np.nan, tf.float64))
+    got = aged(tf.constant([history]), times=none)
+    np.testing.assert_allclose(got, aged(tf.constant([history])), rtol=1e-5)
+    first = make_encoder("recency", reads_times=True)
+    np.testing.assert_array_equal(
+        first(tf.constant([history]), times=times), first(tf.constant([history]))
+    )
 
 
 def test_an_empty_history_has_a_vector_that_learns_and_padding_changes_nothing() -> None:
@@ -96,10 +125,13 @@ def beginnings() -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
     return places, latest_rows, latest_times
 
 
-@pytest.mark.parametrize("pooling", [*ALL, "attention to times"])
-def test_each_state_is_the_encoding_of_its_beginning(pooling: str, timed: HistoryEncoder) -> None:
+@pytest.mark.parametrize("pooling", [*ALL, "attention to times", "recency by ages"])
+def test_each_state_is_the_encoding_of_its_beginning(
+    pooling: str, timed: HistoryEncoder, aged: HistoryEncoder
+) -> None:
     """So none knows what comes after."""
-    encoder = make_encoder(pooling) if pooling in ALL else timed
+    others = {"attention to times": timed, "recency by ages": aged}
+    encoder = others.get(pooling) or make_encoder(pooling)
     places, latest_rows, latest_times = beginnings()
     times = tf.constant(times_of(LENGTHS))
     states = encoder.states(tf.constant(sequences(LENGTHS)), times=times).numpy()
@@ -133,7 +165,7 @@ def test_gaps_begin_as_if_there_were_none() -> None:
     rows, times = tf.constant(sequences(LENGTHS)), tf.constant(times_of(LENGTHS))
     np.testing.assert_array_equal(timed.states(rows, times=times), plain.states(rows))
     # One that reads none has no weights of them: a log by order alone trains what it did.
-    assert len(timed.weights) == len(plain.weights) + 1
+    assert len(timed.weights) == len(plain.weights) + 2
     np.testing.assert_array_equal(plain.states(rows, times=times), plain.states(rows))
 
 

@@ -120,7 +120,8 @@ def test_a_query_comes_when_its_first_positive_does(split: Split) -> None:
 def test_who_reads_no_times_is_as_without(timed: TrainingSet) -> None:
     corpus = replace(timed.corpus, has_times=False)
     plain = TrainingSet(replace(timed.samples, sequence_times=None), corpus, timed.report)
-    for changes in ({}, {"history_pooling": ("attention",), "training": {"examples": "sets"}}):
+    by_sets = {"history_pooling": ("attention", "recency"), "training": {"examples": "sets"}}
+    for changes in ({"history_pooling": ("mean",)}, by_sets):
         options = {"negatives": [Uniform(16)], **changes}
         weights = []
         for data in (timed, plain):

@@ -243,7 +243,7 @@ def test_examples_are_answers_to_test_queries(finished: Finished) -> None:
     queries = finished.holdout("test")
     retriever = load(finished.export_folder, exact=True)
     place = {user: i for i, user in enumerate(queries.user_ids.tolist())}
-    lengths = []
+    asked, lengths = queries.as_queries(), []
     for example in finished.metrics["examples"]:
         i = place[example["user_id"]]
         history = queries.histories[i].tolist()
@@ -253,8 +253,7 @@ def test_examples_are_answers_to_test_queries(finished: Finished) -> None:
         is_seen = finished.config.evaluation.exclude == "seen"
         excluded = (queries.seen if is_seen else queries.clicked)[i]
         assert not set(example["recommended"]) & set(excluded.tolist())
-        query = {"user_id": example["user_id"], "history": history}
-        ids, _ = retriever.retrieve([query], 10, [excluded.tolist()])
+        ids, _ = retriever.retrieve([asked[i]], 10, [excluded.tolist()])
         assert example["recommended"] == ids[0].tolist()
         relevant = set(queries.relevant[i].tolist())
         assert example["num_relevant"] == len(relevant)
@@ -445,18 +444,20 @@ def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
 def test_a_user_is_served_by_all_that_is_known_and_not_what_is_known(finished: Finished) -> None:
     retriever = load(finished.export_folder)
     user = small_log.user_id(4, finished.ids)
-    clicked = [
-        row["item_id"]
+    clicks = [
+        row
         for row in event_table(finished.ids).to_pylist()
         if row["user_id"] == user and row["stage"] == "clicked"
     ]
+    clicked = [row["item_id"] for row in clicks]
     ids, scores, is_known = retriever.retrieve_user([user], NUM_ITEMS)
     assert is_known.tolist() == [True]
     num_left = NUM_ITEMS - len(clicked)
     assert set(ids[0, :num_left].tolist()) == {
         item_id(item, finished.ids) for item in range(NUM_ITEMS)
     } - set(clicked)
-    query = {"user_id": user, "history": clicked}
+    times = [row["timestamp"] for row in clicks]
+    query = {"user_id": user, "history": clicked, "history_timestamps": times}
     expected, expected_scores = retriever.retrieve([query], NUM_ITEMS, [clicked])
     np.testing.assert_array_equal(ids[0, :8], expected[0, :8])
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6)

@@ -12,6 +12,9 @@ from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 # Logarithmic buckets of the seconds between events; the last begins at 68 years.
 NUM_GAPS = 64
 _GAPS_PER_DOUBLING = 2
+# A bucket's learned number times this is the logarithm of a weight: numbers move by about the
+# learning rate a step.
+_AGE_SCALE = 4.0
 # Share of gaps, and of whole sequences, that training makes unknown, as requests may lack times.
 GAP_DROPOUT = 0.05
 # About the standard deviation of a new embedding's entries. Normalised vectors, whose entries are
@@ -26,6 +29,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
 
     - "mean": the mean of the items' embeddings.
     - "recency": their mean with weights that fall by `recency_decay` per step from the latest item.
+      If it `reads_times`, they are also multiplied by a learned weight of the item's age, which is
+      the time between it and the latest item; all are 1 at first, and where times are unknown.
     - "attention": the last output of a causal Transformer over them (`SelfAttention`). If it
       `reads_times`, it knows the time from each item to the next, and from the last one to the
       query; absent times are unknown. At first, the output is about as long as a new embedding.
@@ -53,6 +58,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
         if self._means:
             shape = [len(self._means) * dim]
             self._empty = self.add_weight("empty_history", shape, initializer="uniform")
+        self.ages = None
+        if reads_times and "recency" in self._means:
+            self.ages = self.add_weight("ages", [NUM_GAPS], initializer="zeros")
         self._has_attention = "attention" in settings.history_pooling
         if self._has_attention:
             self.attention = SelfAttention(
@@ -76,7 +84,10 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """
         kept = self._kept(history_rows, dropout)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
-        parts = [self._pooled(history_rows, kept)] if self._means else []
+        parts = []
+        if self._means:
+            ages = None if times is None else times[:, 1:2] - times[:, 1:]
+            parts.append(self._pooled(history_rows, kept, self._age_weights(ages, dropout)))
         if self._has_attention:
             width = tf.shape(history_rows)[1]
             if dropout is None:
@@ -104,7 +115,14 @@ class HistoryEncoder(tf.keras.layers.Layer):
         [W, L + 1] float64, are those of the items and of the last query; entry j is of time j + 1.
         """
         kept = self._kept(sequence_rows, dropout)
-        parts = [self._pooled_states(sequence_rows, kept)] if self._means else []
+        parts = []
+        if self._means:
+            ages = None
+            if times is not None:
+                # Entry [j, i] is the age of item i where item j - 1 is the latest.
+                ages = tf.pad(times[:, :-1], [[0, 0], [1, 0]])[:, :, tf.newaxis]
+                ages -= times[:, tf.newaxis, :-1]
+            parts.append(self._pooled_states(sequence_rows, kept, self._age_weights(ages, dropout)))
         if self._has_attention:
             parts.append(self._attended(sequence_rows, kept, times, dropout))
         return tf.concat(parts, axis=2)
@@ -121,7 +139,20 @@ class HistoryEncoder(tf.keras.layers.Layer):
             is_kept &= dropout.of(Stream.HISTORY).uniform(tf.shape(rows)) >= self._dropout
         return tf.cast(is_kept, tf.float32)
 
-    def _pooled_states(self, sequence_rows: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+    def _age_weights(self, seconds: tf.Tensor | None, dropout: Dropout | None) -> tf.Tensor | float:
+        """Returns the weights of ages, [lines, ...]; 1 if there are none. Training drops lines."""
+        if self.ages is None or seconds is None:
+            return 1.0
+        weights = tf.exp(_AGE_SCALE * tf.gather(self.ages, _buckets(seconds)))
+        if dropout is None:
+            return weights
+        shape = tf.concat([tf.shape(seconds)[:1], tf.ones_like(tf.shape(seconds)[1:])], axis=0)
+        is_kept = dropout.of(Stream.GAPS).uniform(shape) >= GAP_DROPOUT
+        return tf.where(is_kept, weights, 1.0)
+
+    def _pooled_states(
+        self, sequence_rows: tf.Tensor, kept: tf.Tensor, of_age: tf.Tensor | float
+    ) -> tf.Tensor:
         """Pools every beginning of sequences: [W, L] -> [W, L + 1, num_pooled * dim]."""
         vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
         length = tf.shape(sequence_rows)[1]
@@ -129,22 +160,23 @@ class HistoryEncoder(tf.keras.layers.Layer):
         steps_ago = tf.range(length + 1)[:, tf.newaxis] - 1 - tf.range(length)[tf.newaxis, :]
         is_before = tf.cast(steps_ago >= 0, tf.float32)
         decay = self._recency_decay ** tf.cast(tf.maximum(steps_ago, 0), tf.float32)
-        weights = {"mean": is_before, "recency": is_before * decay}
-        pooled = [
-            tf.math.divide_no_nan(
-                tf.einsum("ji,wid->wjd", weights[pooling], vectors),
-                tf.einsum("ji,wi->wj", weights[pooling], kept)[:, :, tf.newaxis],
-            )
-            for pooling in self._means
-        ]
+        by_pooling = {"mean": is_before, "recency": is_before * decay * of_age}
+        pooled = []
+        for weights in map(by_pooling.__getitem__, self._means):
+            of = "wji" if weights.shape.rank == 3 else "ji"
+            total = tf.einsum(f"{of},wid->wjd", weights, vectors)
+            share = tf.einsum(f"{of},wi->wj", weights, kept)[:, :, tf.newaxis]
+            pooled.append(tf.math.divide_no_nan(total, share))
         num_kept = tf.einsum("ji,wi->wj", is_before, kept)
         is_empty = (num_kept == 0)[:, :, tf.newaxis]
         return tf.where(is_empty, self._empty, tf.concat(pooled, axis=2))
 
-    def _pooled(self, history_rows: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+    def _pooled(
+        self, history_rows: tf.Tensor, kept: tf.Tensor, of_age: tf.Tensor | float
+    ) -> tf.Tensor:
         """Pools [B, N] histories, where `kept` is 1: [B, num_pooled * dim]."""
         steps_ago = tf.range(tf.shape(history_rows)[1], dtype=tf.float32)
-        weights = {"mean": kept, "recency": kept * self._recency_decay**steps_ago}
+        weights = {"mean": kept, "recency": kept * self._recency_decay**steps_ago * of_age}
         # Looks up only items that count: most places of long histories are padding or dropped.
         place = tf.where(kept > 0)
         vectors = self._embedding(tf.gather_nd(history_rows, place))
@@ -301,14 +333,18 @@ def gap_buckets(times: tf.Tensor) -> tf.Tensor:
         >>> gap_buckets(tf.constant([[5.0, 5.0, 6.0, 9.0, float("nan"), 7.0]], tf.float64)).numpy()
         array([[0, 1, 3, 5, 0, 0]], dtype=int32)
     """
-    seconds = times[:, 1:] - times[:, :-1]
+    return tf.pad(_buckets(times[:, 1:] - times[:, :-1]), [[0, 0], [1, 0]])
+
+
+def _buckets(seconds: tf.Tensor) -> tf.Tensor:
+    """Buckets durations of any shape, as in `gap_buckets`: int32, 0 where unknown (NaN)."""
     is_known = tf.math.is_finite(seconds)
     # A clock may go backwards.
     seconds = tf.maximum(tf.where(is_known, seconds, 0.0), 0.0)
     # Seconds are integers, so the addend only prevents rounding into the bucket below.
     steps = tf.floor(_GAPS_PER_DOUBLING * tf.math.log1p(seconds) / math.log(2) + 1e-6)
     buckets = tf.minimum(1 + tf.cast(steps, tf.int32), NUM_GAPS - 1)
-    return tf.pad(tf.where(is_known, buckets, 0), [[0, 0], [1, 0]])
+    return tf.where(is_known, buckets, 0)
 
 
 def drop_gaps(gaps: tf.Tensor, dropout: Dropout) -> tf.Tensor:

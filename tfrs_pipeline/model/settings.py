@@ -95,7 +95,8 @@ class TwoTowerSettings(Config):
     """Whether the history's items use the candidates' vectors, features included, where the
     candidate tower is the built-in one and knows ids; else their ids have a separate embedding."""
     recency_decay: float = Field(0.85, gt=0, le=1)
-    """With history_pooling recency: weight of an item relative to the item after it."""
+    """With history_pooling recency: weight of an item relative to the item after it. In a log with
+    timestamps, a learned weight of the item's age multiplies it."""
     attention_blocks: PositiveInt = 2
     """Blocks of the self-attention, with history_pooling attention."""
     attention_dropout: DropoutShare = 0.2
@@ -164,9 +165,9 @@ class TrainingSettings(Config):
 
 
 def reads_times(model: TwoTowerSettings, training: TrainingSettings) -> bool:
-    """Returns whether a model reads the times of a log that has them: self-attention does."""
+    """Returns whether a model reads the times of a log that has them: a plain mean does not."""
     # Sets have no order, and their items no time before a request.
-    return "attention" in model.history_pooling and training.examples != "sets"
+    return bool({"attention", "recency"} & {*model.history_pooling}) and training.examples != "sets"
 
 
 def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[tuple[str, str]]:
