@@ -13,8 +13,8 @@ import tfrs_pipeline
 
 PACKAGE = Path(tfrs_pipeline.__file__).parent
 NAMES = (
-    "messages settings retrieval durable features cluster drawing data sources negatives samples"
-    " batches evaluation model serving presets config run report cli"
+    "libraries messages settings retrieval durable features cluster drawing data sources negatives"
+    " samples batches evaluation model serving presets config run report cli"
 )
 ROOMS = NAMES.split()
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
@@ -79,7 +79,7 @@ def graph_when_loaded() -> dict[str, set[str]]:
     kinds = {
         module: set(imports(SOURCES[module].read_text(), module, is_deferred=False))
         for module in SOURCES
-        if room(module) == "features"
+        if room(module) in ("libraries", "features")
     }
     return graph() | kinds
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from tfrs_pipeline.features.kinds import kind_problem
-from tfrs_pipeline.features.libraries import ibis
+from tfrs_pipeline.libraries import ibis
 from tfrs_pipeline.messages import beside, printable, sentence
 
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from tfrs_pipeline.features.feature import ID_TYPES, Feature, TableColumn
-from tfrs_pipeline.features.libraries import ir, pa, tf
 from tfrs_pipeline.features.raw import (
     BOOLEANS,
     WHOLE_FLOAT,
@@ -20,6 +19,7 @@ from tfrs_pipeline.features.raw import (
     in_blocks,
     to_text_lists,
 )
+from tfrs_pipeline.libraries import ir, pa, tf
 
 MIN_BUCKETS, MAX_BUCKETS = 16, 2**20
 

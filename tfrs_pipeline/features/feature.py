@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from tfrs_pipeline.features.libraries import ir, tf
 from tfrs_pipeline.features.raw import Column, in_blocks, to_texts
+from tfrs_pipeline.libraries import ir, tf
 
 # Ibis type of a column of a log -> the type that the log stores.
 ID_TYPES = {"integer": "int64", "string": "string"}

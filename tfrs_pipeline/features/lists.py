@@ -11,8 +11,8 @@ import numpy as np
 
 from tfrs_pipeline.features.categorical import Vocabulary, count_rows, lower_booleans
 from tfrs_pipeline.features.feature import TableColumn
-from tfrs_pipeline.features.libraries import ir, pa, tf
 from tfrs_pipeline.features.raw import Column, has_booleans, padded, to_text_lists, to_texts
+from tfrs_pipeline.libraries import ir, pa, tf
 from tfrs_pipeline.messages import counted, printable
 
 MIN_LENGTH = 16

@@ -11,8 +11,8 @@ from typing import ClassVar, Self
 import numpy as np
 
 from tfrs_pipeline.features.feature import NUMBER_TYPES, TIME_TYPES, Feature, TableColumn
-from tfrs_pipeline.features.libraries import ir, tf
 from tfrs_pipeline.features.raw import Column, to_numbers, to_seconds
+from tfrs_pipeline.libraries import ir, tf
 
 MAX_BUCKETS = 32
 MAX_DEVIATIONS = 10.0

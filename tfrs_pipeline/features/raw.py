@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tfrs_pipeline.features.libraries import pa, pc
+from tfrs_pipeline.libraries import pa, pc
 
 # A sequence, a NumPy array, or an Arrow array, chunked or not; Arrow has no type hints.
 Column: TypeAlias = Any

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from tfrs_pipeline.features.feature import Feature, TableColumn
-from tfrs_pipeline.features.libraries import ibis, ir, pa, tf
 from tfrs_pipeline.features.numeric import finite, standardised
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, is_missing, list_lengths, typed
+from tfrs_pipeline.libraries import ibis, ir, pa, tf
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from tfrs_pipeline.features.libraries import tf
+from tfrs_pipeline.libraries import tf
 from tfrs_pipeline.negatives.protocol import SamplingFrame, sampling_probability
 
 

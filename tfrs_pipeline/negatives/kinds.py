@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from tfrs_pipeline.features.libraries import tf
+from tfrs_pipeline.libraries import tf
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.alias import sampler_of
 from tfrs_pipeline.negatives.protocol import SamplingFrame, sampling_probability

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tfrs_pipeline.features.libraries import tf
+from tfrs_pipeline.libraries import tf
 from tfrs_pipeline.messages import check_integer
 
 
