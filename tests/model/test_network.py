@@ -98,8 +98,12 @@ def test_the_loss_is_that_of_a_loop(
     trained = [network.compute_loss(batch, training=True).numpy() for _ in range(2)]
     assert trained[0] == trained[1] != got
     if batch.history_rows is not None:  # They may be as wide as the longest, or padded.
-        wide = tf.pad(batch.history_rows, [[0, 0], [0, 2]])[:, :LENGTH]
-        got = network.compute_loss(batch._replace(history_rows=wide)).numpy()
+        more = [[0, 0], [0, 2]]
+        wide = batch._replace(history_rows=tf.pad(batch.history_rows, more)[:, :LENGTH])
+        if (times := batch.history_times) is not None:
+            times = tf.pad(times, more, constant_values=np.nan)[:, : LENGTH + 1]
+            wide = wide._replace(history_times=times)
+        got = network.compute_loss(wide).numpy()
         assert got == pytest.approx(expected, rel=1e-4)
 
 
