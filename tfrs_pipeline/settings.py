@@ -120,7 +120,8 @@ def _alone(values: Any) -> Any:
     return (values,) if is_one else values
 
 
-# Types of settings that list values, or one alone: `Distinct` ones, and `Several`, one or more.
+# Types of settings that list values; a single value may be given alone. `Distinct` values differ,
+# and `Several` needs at least one.
 if TYPE_CHECKING:  # A list is accepted too, and becomes a tuple.
     Listed: TypeAlias = Sequence[T]
     Distinct: TypeAlias = Sequence[T]

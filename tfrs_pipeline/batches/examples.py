@@ -65,7 +65,10 @@ class Examples(Protocol):
 
 
 class EpochExamples:
-    """Whole users: contents, of the types `drawn`, are drawn in NumPy, an epoch at a time."""
+    """Batches of whole users, whose contents are drawn in NumPy, an epoch at a time.
+
+    `drawn` has the types of a batch's draws, a structure of arrays.
+    """
 
     is_fair_draw = False
     rate: np.ndarray | None = None

@@ -56,7 +56,10 @@ def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def contains(columns: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """Marks the columns in a list (values, offsets) of their row: [num_rows, num_columns] bool."""
+    """Marks the columns whose candidate is in a list of the row: [num_rows, num_columns] bool.
+
+    `parts` are the values and the offsets of one or more `RowLists` of `num_rows` lists.
+    """
     distinct, place = np.unique(columns, return_inverse=True)
     largest = max(rows.max(initial=0) for rows in (columns, *parts[::2]))
     # The table's column for each candidate, from 1; 0 if the candidate is in no column.

@@ -19,7 +19,11 @@ its `pools`, which have equal weight."""
 
 
 class HardDraws:
-    """Draws each row's hard negatives from its sample's pools; a `DataError` if none ever lost."""
+    """Draws each row's hard negatives from the pools of its sample.
+
+    A pool that the samples lack is empty until it is replaced in `pools`. A `DataError` if `hard`
+    asks for losers of the funnel and no sample has one.
+    """
 
     def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
         self.share = hard.share

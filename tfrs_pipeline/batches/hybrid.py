@@ -25,7 +25,10 @@ _LATER = "items that came later"
 
 
 class _Found(NamedTuple):
-    """The parts of a batch from the samples, or their types; `slot` is the query's in `never`."""
+    """The parts of a batch that are read from the samples, or their types.
+
+    `never` has a list for each distinct query; `slot` says which of them is a query's own.
+    """
 
     batch: Batch
     slot: Any
@@ -52,7 +55,8 @@ class HybridBatches:
         positive_share: [num_candidates + 1] float64, each candidate's share of the positives'
             weight: its rate of draws times the weights.
 
-    A `ValueError` if the examples conflict with in-batch or hard negatives, or as for `Mixture`.
+    Raises a `ValueError` if the examples conflict with in-batch or hard negatives, or as `Mixture`
+    does, and a `DataError` if `hard` asks for losers of the funnel and no positive has any.
 
     Example:
         >>> from tfrs_pipeline.batches.single import SinglePositives
@@ -231,7 +235,10 @@ class HybridBatches:
         return share / share.sum()
 
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
-        """Computes the share of shared columns, but for rows' own, that each reason masks."""
+        """Computes the share of the shared columns that each reason masks, over the first batches.
+
+        A row's own in-batch column does not count.
+        """
         masked = dict.fromkeys(("accidental hits", *REASONS), 0)
         if self.samples.is_later is not None:
             masked[_LATER] = 0

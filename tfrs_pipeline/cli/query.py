@@ -133,8 +133,9 @@ class Query(OfModel):
                 [about["user_id"]], k, [exclude], allowed=allowed, requests=requests
             )
             about["is_known_user"] = bool(is_known)
-            unknown_user = f"User {self.user} is unknown to this model"
-            notes += [] if is_known else [f"{unknown_user}: answered for an empty history."]
+            if not is_known:
+                unknown_user = f"User {self.user} is unknown to this model"
+                notes.append(f"{unknown_user}: answered for an empty history.")
         else:
             history = list(map(retriever.parse_id, self.history))
             query = {"user_id": about.get("user_id"), "history": history}

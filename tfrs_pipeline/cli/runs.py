@@ -111,7 +111,8 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if is_run:
         config = _with_recipes(config, flags, settings)
     name = f"{'' if is_run else 'compare-'}{config.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    place = RunFolder(folder := flags.run_dir or Path("runs") / name)
+    folder = flags.run_dir or Path("runs") / name
+    place = RunFolder(folder)
     if is_run:
         check_model_name(config)  # Checked before a folder is made.
         config = place.settled(with_source(config, place))

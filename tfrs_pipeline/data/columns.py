@@ -70,8 +70,9 @@ def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "flo
     value = raw.table[column]
     if not (value.type().is_numeric() or value.type().is_boolean() or value.type().is_string()):
         raise raw.wrong_type(column, "a number")
-    converted = number = value.try_cast("float64")
+    number = value.try_cast("float64")
     is_number = (number.abs() <= LARGEST_FLOAT32).fill_null(False)
+    converted = number
     if to == "int64":  # DuckDB would round 1.5 silently.
         converted = value.try_cast("int64")
         is_number &= (number == converted).fill_null(False)

@@ -40,6 +40,7 @@ def connect(memory_limit: str | None = None) -> DuckDB:
     connection = ibis.duckdb.connect(
         folder / "tables.duckdb", temp_directory=str(folder / "spilled"), **options
     )
+    # They run in reverse order: the lock is held until the folder is gone.
     weakref.finalize(connection, os.close, lock)
     weakref.finalize(connection, shutil.rmtree, folder, ignore_errors=True)
     shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
@@ -64,7 +65,10 @@ def _own_folder() -> tuple[Path, int]:
 
 
 def connect_spark(master: str | None = None) -> Any:
-    """Opens a Spark session (`master`: None is Spark's setting); needs pyspark and Java."""
+    """Opens a Spark session as an Ibis backend; a `DataError` if pyspark or Java is missing.
+
+    `master` is, for example, "local[4]" or "spark://host:7077"; None takes Spark's own setting.
+    """
     try:
         from pyspark.sql import SparkSession
     except ImportError as error:

@@ -48,7 +48,10 @@ def with_event_column(reading: Reading, scanned: Scan) -> Reading:
 
 
 def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:
-    """Deletes the rows of types without a weight; returns the table and what was deleted."""
+    """Deletes the rows of types without a weight; returns the table and what was deleted.
+
+    A `DataError` if `weights` names a type that no row has but resembles another: a typing error.
+    """
     counts = _counts(raw)
     others = {name: num for name, num in counts.items() if name not in weights}
     for name in weights:
@@ -96,7 +99,10 @@ def stage_and_weight(
 
 
 def strongest(events: ibis.Table) -> ibis.Table:
-    """Keeps the positive of the largest weight, or first event, of an item in a request."""
+    """Keeps one event of each user and item in a request: the positive of the largest weight.
+
+    Without a positive it is the first event. Events without a request are all kept.
+    """
     keys = [x for x in ("user_id", "item_id", "request_id", "part") if x in events.columns]
     is_shown = (events["stage"] == Stage.EXPOSED.value).cast("int8")
     order = [is_shown, events["weight"].desc(), events["event_number"]]

@@ -123,7 +123,8 @@ def _event_columns(
     given = (*reading.columns, *scanned.columns)
     requested = [name for name in request_features if not is_from_timestamp(name, given)]
     used = dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested])
-    names, source = {name: reading.columns.get(name, name) for name in used}, Source(scanned.name)
+    names = {name: reading.columns.get(name, name) for name in used}
+    source = Source(scanned.name)
     remedies = {x: f"Set columns to say which column is {name}." for name, x in names.items()}
     problems = [
         f"columns.{name}: did you mean {column!r}? A column that keeps its name needs no entry."
@@ -180,7 +181,8 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
         is_time |= sum(map(bool, map(_ISO_TIME.match, found))) > 0.9 * len(found)
         means = "stage" if name in of_stages else "timestamp" if is_time else ""
         if means in absent:
-            holds, column = "stages" if means == "stage" else "times", printable(name)
+            holds = "stages" if means == "stage" else "times"
+            column = printable(name)
             others = printable(", ".join(sorted(found - stages)), 100) if means == "stage" else ""
             others_too = f" and the stages of {others} to stage_values" if others else ""
             raise DataError(
@@ -213,7 +215,8 @@ def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
 def _request_hint(unread: Iterable[str], reading: Reading) -> str:
     """Suggests the unread columns that may number requests, by their names.
 
-    A visit hides its earlier clicks from its later ones. With types of events that may be worth it.
+    Columns of visits are suggested only in a log with types of events: taken as a request, a visit
+    hides its earlier clicks from its later ones.
     """
     usual = (*_REQUESTS, *_VISITS) if reading.event_weights else _REQUESTS
     return "".join(

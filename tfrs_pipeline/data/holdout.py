@@ -133,7 +133,10 @@ class Holdout:
         return [dict(zip(columns, values, strict=True)) for values in rows]
 
     def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
-        """Returns what each ranking excludes: the items clicked, or seen, before it, or none."""
+        """Returns the items that each ranking excludes: those clicked, or seen, before the query.
+
+        Returns None for "none". Raises a `ValueError` for another rule.
+        """
         lists = {"clicked": self.clicked, "seen": self.seen, "none": None}
         if rule not in lists:
             raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
@@ -210,7 +213,10 @@ def make_holdout(
 def _draw_users(
     asked: ibis.Table, by: AskedBy, max_queries: int | None, seed: int
 ) -> tuple[ibis.Table, int | None]:
-    """Draws users until they have `max_queries` queries; returns them, and the total if not all."""
+    """Draws users until they have `max_queries` queries or more; takes all users if too few.
+
+    Returns the users, and how many queries there were to draw from; None if all are taken.
+    """
     num: ir.Scalar = asked.count() if by == "requests" else ibis.literal(1)
     if by == "requests" and "request_id" in asked.columns:
         num = asked["request_id"].nunique() + asked["request_id"].isnull().sum()

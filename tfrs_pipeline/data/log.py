@@ -293,6 +293,9 @@ class Log:
         A moment may be text, such as "2024-01-31T00:00:00Z". The seed draws held-out users and,
         without an order, positives. `train, validation, test = log.split()` raises a `DataError`
         if a part has no positive: with `validation=0`, use `split.train` and `split.test`.
+
+        Raises a `DataError` if the log cannot be split in this way, and a `ConfigError` if a share
+        or a number is out of range or contradicts the kind.
         """
         given: dict[str, Any] = {"validation": validation, "test": test}
         given |= {"target_share": target_share, "min_positives": min_positives}

@@ -17,7 +17,7 @@ from tfrs_pipeline.data.split import COLUMN_PARTS, PARTS, is_positive
 from tfrs_pipeline.durable import part_files, read_record, write_record
 from tfrs_pipeline.messages import Lines, counted
 
-_MUCH = 0.02  # By how much a part's share may differ from what was asked for, untold.
+_MUCH = 0.02  # A part's share that differs by more from what was asked for is mentioned.
 LogT = TypeVar("LogT", bound=Any)  # `Log`, whose module imports this one.
 
 
@@ -111,7 +111,8 @@ class Split(Generic[LogT]):
     def describe(self, asked: tuple[Any, Any] | None = None) -> Lines:
         """Describes the parts and what was dropped, in lines for a person.
 
-        `asked` are the shares of validation and test that were asked for: those by time may differ.
+        `asked` are the shares of validation and test that were asked for. By time, the parts may
+        have other shares of the positives; a line says so if they do.
         """
         counts = self.report()
         notes = [f"by {self.kind}"]

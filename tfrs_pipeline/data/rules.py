@@ -147,9 +147,10 @@ def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> F
 class RawTable:
     """A table as it came: a DuckDB table with the log's names, and `_row`, its order from 0.
 
-    `is_text`: columns are strings that may stand for other types (CSV). `dropped` counts lines that
-    could not be read; `notes` are for a person; `texts` are id columns that `columns.py` cleaned;
-    `renaming` is the option of `Reading` that names its columns.
+    `is_text` says whether columns are strings that may stand for other types (CSV). `dropped`
+    counts lines that could not be read; `faults` are bad values, in the order in which columns were
+    typed; `notes` are for a person; `texts` are id columns that `columns.py` cleaned; `renaming` is
+    the option of `Reading` that names its columns.
     """
 
     table: ibis.Table
@@ -251,7 +252,8 @@ def store(expression: ibis.Table, source: Source) -> ibis.Table:
 def id_faults(name: str, value: ir.Value) -> list[Fault]:
     """Returns the faults of a required id: null, or the reserved -1 or "" (empty slots)."""
     reserved = -1 if value.type().is_int64() else ""
-    is_reserved, rule = (value == reserved).fill_null(False), RESERVED_ID.filled(reserved=reserved)
+    is_reserved = (value == reserved).fill_null(False)
+    rule = RESERVED_ID.filled(reserved=reserved)
     return [Fault(name, value.isnull(), NO_ID), Fault(name, is_reserved, rule)]
 
 

@@ -109,7 +109,8 @@ class DataConfig(Reading, Tables):
             is_set = getattr(self, name) != type(self).model_fields[name].default
             if is_set and self.source not in sources:
                 known = " or ".join(map(repr, sources))
-                ready = ": a table has its stages and weights already" * (self.source == "spark")
+                is_spark = self.source == "spark"
+                ready = ": a table has its stages and weights already" if is_spark else ""
                 yield name, f"has no effect with source {self.source!r}: only with {known}{ready}"
         yield from self.name_problems(self.request_features)
 

@@ -166,7 +166,10 @@ def _settle_duplicates(
 
 
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
-    """Adds ids that only the events have, with null features; no item table lists them."""
+    """Adds the ids of events that an item or user table lacks, with null features.
+
+    For items, the column `LISTED` says whether the table had the item.
+    """
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
     added: dict[str, Any] = {name: ibis.null(dtype) for name, dtype in entities.schema().items()}
     added[id_name] = missing[id_name]
@@ -198,7 +201,8 @@ def _load_raw(
                 f"{', '.join(features)}."
             )
         return None
-    scanned, setting = scan(connection, source, f"{kind} table"), f"{kind}_columns"
+    scanned = scan(connection, source, f"{kind} table")
+    setting = f"{kind}_columns"
     shown = ["title"] if id_name == "item_id" else []
     used = dict.fromkeys([id_name, *features, *shown])
     if unused := sorted(set(columns) - set(used)):
@@ -207,6 +211,7 @@ def _load_raw(
             f"{suggest(unused[0], used)}",
             setting,
         )
+    # A title is read if there is one; all else is required.
     there = {*scanned.columns, *columns, *features}
     names = {x: columns.get(x, x) for x in used if x in there or x not in shown}
     remedies = {

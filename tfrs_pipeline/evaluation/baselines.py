@@ -32,7 +32,8 @@ class MostPopular:
     """Retrieves the same candidates for everyone: those with the most users in training.
 
     `latest` in (0, 1] is the share of the latest positives, by timestamp, whose users are counted;
-    the users of all positives break ties. Set it below 1 for logs whose items come and go.
+    the users of all positives break ties. Set it below 1 for logs whose items come and go. A
+    `ValueError` if it is out of range.
 
     Example:
         >>> import pyarrow as pa
@@ -48,7 +49,10 @@ class MostPopular:
             raise ValueError(f"latest must be in (0, 1]. Received: {self.latest}.")
 
     def fit(self, train: Log | Interactions) -> "FittedPopularity":
-        """Counts the users of each candidate; a `ValueError` if `latest` lacks timestamps."""
+        """Counts the users of each candidate of a log, or of interactions.
+
+        A `ValueError` if `latest` is below 1 without timestamps; interactions have none.
+        """
         if isinstance(train, Interactions):
             if self.latest < 1:
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
@@ -85,7 +89,10 @@ class FittedPopularity:
 
 @dataclass(frozen=True, eq=False)
 class HistoryRetriever:
-    """Retrieves by the history of each query: `score` returns [num_queries, num_items]."""
+    """Retrieves by the history of each query; the baselines below return it from `fit`.
+
+    `score` returns the scores of every item for each query, [num_queries, num_items].
+    """
 
     items: Ids
     score: Callable[[Sequence[Query]], np.ndarray]
@@ -98,6 +105,9 @@ class HistoryRetriever:
 @dataclass(frozen=True)
 class Repeats:
     """Retrieves the user's own items, the most frequent first, then the latest; then popular ones.
+
+    For services whose users return to the same items. If rankings exclude these, it equals
+    `MostPopular`.
 
     Example:
         >>> import pyarrow as pa
@@ -141,7 +151,8 @@ class Transitions:
 
     The `prior` is m, above 0: an item with 1% of the pairs counts as m / 100 transitions. The
     `window` is how many of the next positives count as coming next, 1 or more: the first as 1, each
-    further one as .8 of the one before. A window above 1 helps where transitions are few.
+    further one as .8 of the one before. A window above 1 helps where transitions are few. A
+    `ValueError` if one of the two is out of range.
 
     Example:
         >>> import pyarrow as pa
@@ -196,8 +207,8 @@ class Ease:
 
     B = argmin ||X - X B||^2 + l2 ||B||^2 with a zero diagonal, from P = (X'X + l2 I)^-1 as
     B_ij = -P_ij / P_jj. A candidate's score is the sum of its weights over the history. Good values
-    of l2, above 0, grow with the number of users. A corpus above `max_candidates` is refused:
-    memory grows with its square, time with its cube.
+    of l2, above 0, grow with the number of users. A corpus above `max_candidates` is refused
+    (`ValueError`): memory grows with its square, time with its cube.
 
     Reference: Steck 2019, Embarrassingly Shallow Autoencoders for Sparse Data.
     """
@@ -227,9 +238,10 @@ class Ials:
     """Implicit ALS: matrix factorization of all cells, with clicked ones weighted by `alpha`.
 
     The user's factors are computed from the query's history, so that new users and new clicks need
-    no new fit. `regularization` (L2 on both sides' factors, 0 or more) and `alpha` (any other cell
-    has 1) matter most, and only together: the defaults suit about a thousand users. 0 as
-    `num_threads` uses every core.
+    no new fit. `regularization` (L2 on both sides' factors, 0 or more) and `alpha` (cells that were
+    not clicked have the weight 1) matter most, and only together: the defaults suit about a
+    thousand users. `num_factors` is the size of the embeddings, `num_iterations` counts the
+    alternations; 0 as `num_threads` uses every core. A `ValueError` if an argument is out of range.
 
     Reference: Hu, Koren and Volinsky 2008, Collaborative Filtering for Implicit Feedback Datasets;
     the solver is that of the library `implicit`.

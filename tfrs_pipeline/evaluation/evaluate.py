@@ -46,9 +46,14 @@ def evaluate(
         seed: Seed of the resamples.
         on_progress: Called with the retriever's name, the queries done and their total.
 
+    Returns:
+        An `Evaluation`. Its `results`, by name, have means with intervals and values by query,
+        overall, by slice and for ties; its `differences` are from the first.
+
     Raises:
         TypeError: If an argument is not a retriever, a holdout or a list of cutoffs.
-        ValueError: If nothing is left to find, or a retriever breaks its contract.
+        ValueError: If nothing is left to find, or a retriever breaks its contract: wrong shape, a
+            candidate twice, an excluded or unknown candidate.
 
     Example:
         >>> import pyarrow as pa
@@ -123,6 +128,7 @@ class Truth:
     """The queries of a holdout that can be measured, at `places`, and their relevant items.
 
     Pairs leave out candidates outside the corpus, but `num_relevant`, [num_queries], counts them.
+    `num_excluded` counts the relevant items that were excluded, over all queries.
     """
 
     holdout: Holdout
@@ -319,7 +325,10 @@ def _measure(
 
 
 class _Part(NamedTuple):
-    """Some of the relevant items: which candidates (ties have none), hits, and numbers by query."""
+    """Some of the relevant items: their hits, [num_queries, k], and numbers, [num_queries].
+
+    `candidates`, [num_candidates] bool, marks the part's candidates; ties have none.
+    """
 
     name: str
     candidates: np.ndarray | None

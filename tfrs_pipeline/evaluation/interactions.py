@@ -19,7 +19,10 @@ _MOMENT = "_moment"
 
 @dataclass(frozen=True)
 class Interactions:
-    """Who clicked what: [num_users, num_items] float32 of 0 and 1; row r has column r - 1."""
+    """Which users clicked which items in training.
+
+    The matrix is [num_users, num_items] float32 of 0 and 1; the item of row r has column r - 1.
+    """
 
     items: Ids
     matrix: scipy.sparse.csr_matrix
@@ -142,7 +145,8 @@ def history_columns(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
                 "This retriever works from query['history']: pass [] for a user without one. "
                 f"Received a query with: {', '.join(map(repr, query)) or 'nothing'}."
             )
-    return [rows[rows > 0] - 1 for rows in (items.rows(query["history"]) for query in queries)]
+    histories = [items.rows(query["history"]) for query in queries]
+    return [rows[rows > 0] - 1 for rows in histories]
 
 
 def _zero_one_matrix(

@@ -15,7 +15,10 @@ SET_METRICS = ("coverage", "average_popularity", "gini")
 def find_hits(
     retrieved_rows: np.ndarray, relevant_queries: np.ndarray, relevant_rows: np.ndarray
 ) -> np.ndarray:
-    """Marks which of [num_queries, max_k] rows are relevant, by [num_pairs] queries and rows."""
+    """Marks which of [num_queries, max_k] rows are relevant to their query.
+
+    `relevant_queries`, from 0, and `relevant_rows` are [num_pairs] each.
+    """
     if not len(relevant_rows) or not retrieved_rows.size:
         return np.zeros(retrieved_rows.shape, bool)
     order = np.argsort(relevant_queries, kind="stable")

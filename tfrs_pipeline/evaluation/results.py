@@ -64,7 +64,8 @@ class EvaluationResult:
         num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking; not counted
             as relevant.
         num_relevant_unknown: Relevant items outside the corpus, never found, in no slice.
-        num_relevant_unclicked: Relevant items without a training count, unknown ones included.
+        num_relevant_unclicked: Relevant items without a training count, unknown ones included. Both
+            stay in the denominator.
         num_empty_histories: Measured queries whose history is empty.
         num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
         num_even: Relevant items that the metrics "even_recall@k" and "even_ndcg@k" rest on, as if
@@ -163,7 +164,10 @@ class Evaluation:
 
     @cached_property
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
-        """Name of another retriever -> metric, such as "tail/recall@20" -> it minus the first."""
+        """Name of another retriever -> metric -> the other minus the first, paired by query.
+
+        Slices have names such as "tail/recall@20".
+        """
         reference, *others = self.results
         values = {name: result.per_query_and_slice for name, result in self.results.items()}
         keys = [(name, metric) for name in others for metric in values[reference]]
@@ -172,11 +176,17 @@ class Evaluation:
         gaps = np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1)
         # One bootstrap for all, since one for each would take most of an evaluation's time.
         drawn = {"num_bootstrap": self.num_bootstrap, "seed": self.seed}
-        intervals = iter(bootstrap_intervals(gaps, users=self.first.user_ids, **drawn))
-        return {name: {m: next(intervals) for m in values[reference]} for name in others}
+        intervals = bootstrap_intervals(gaps, users=self.first.user_ids, **drawn)
+        found: dict[str, dict[str, Interval]] = {name: {} for name in others}
+        for (name, metric), interval in zip(keys, intervals, strict=True):
+            found[name][metric] = interval
+        return found
 
     def summary(self) -> dict[str, Any]:
-        """Returns the numbers for JSON: "models" and "differences" by name; "by_request" if any."""
+        """Returns the numbers for JSON: "models" and "differences", each by name.
+
+        In a run also "by_request", with the same two, or "left_out": why it has none.
+        """
         summary: dict[str, Any] = {
             "models": {name: result.summary() for name, result in self.results.items()},
             "differences": {

@@ -2,7 +2,7 @@
 
 The rule: candidates are ordered by score, equal scores by row, the smaller first; an excluded one
 is not found; a slot without a candidate has row 0 and score -inf. `ExactIndex` of
-`serving/index.py` follows it in a graph; tests hold both to one table.
+`serving/graph_index.py` follows it in a graph; tests hold both to one table.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -27,8 +27,9 @@ def top_k_in_blocks(
     """Finds the k best candidates of each query, scoring a block of queries at a time.
 
     `score_block` returns the scores of a slice of the queries, [len(slice), num_candidates]; column
-    c is the candidate of row c + 1. `exclude_rows` has an array of rows for each query. Returns
-    [num_queries, k] int32 rows and float32 scores. A `ValueError` if a score is NaN.
+    c is the candidate of row c + 1, and -inf keeps it out of the result. `exclude_rows` has an
+    array of rows for each query. Returns [num_queries, k] int32 rows and float32 scores. A
+    `ValueError` if a score is NaN.
     """
     rows = np.zeros((num_queries, k), np.int32)
     scores = np.full((num_queries, k), -np.inf, np.float32)

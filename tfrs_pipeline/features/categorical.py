@@ -111,7 +111,10 @@ class Hashed(Category):
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Takes the next power of two above twice the number of values, 2^20 at most."""
+        """Takes the next power of two above twice the number of values, 2^20 at most.
+
+        Below this limit, at most 4 in 10 values share a bucket with another.
+        """
         wanted = 2 ** (2 * len(count_rows(column)[0]) - 1).bit_length()
         return cls(name, min(max(wanted, MIN_BUCKETS), MAX_BUCKETS))
 

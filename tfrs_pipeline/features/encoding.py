@@ -71,7 +71,11 @@ def graph_resources(features: Sequence[Feature]) -> dict[str, Any]:
 def request_signature(
     features: Sequence[Feature], others: Sequence[Feature] = (), *, reads_times: bool = False
 ) -> dict[str, tf.TensorSpec]:
-    """Returns the inputs of `encode_requests` by name, distinct from those of `others`."""
+    """Returns the inputs of `encode_requests` by name: the features, and the timestamp if read.
+
+    A model that `reads_times` always reads it. `others` are features in the same signature, so
+    that names of inputs do not clash.
+    """
     signature = raw_signature([*others, *features])
     specs = {feature.name: signature[feature.name] for feature in features}
     if reads_times or any(feature.is_from_timestamp for feature in features):
@@ -85,7 +89,10 @@ def raw_requests(
     *,
     reads_times: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Converts requests to the arrays of `request_signature`; absent values are missing."""
+    """Converts requests to the arrays of `request_signature`; absent values are missing.
+
+    The timestamp is a `datetime` with a time zone; other keys are ignored.
+    """
     names = request_signature(features, reads_times=reads_times)
     columns = {name: [(request or {}).get(name) for request in requests] for name in names}
     raw = raw_columns(features, columns, len(requests))

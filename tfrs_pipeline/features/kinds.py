@@ -40,4 +40,5 @@ def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
         )
     values: dict[str, Any] = {name: value for name, value in settings.items() if name != "kind"}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return known(**values | lists)
+    values |= lists
+    return known(**values)

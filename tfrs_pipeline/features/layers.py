@@ -20,7 +20,10 @@ def layer_name(column: str) -> str:
 
 
 class CodeEmbedding(tf.keras.layers.Layer):
-    """Embeds codes [n], or lists of codes [n, m] as the mean over the codes other than 0."""
+    """Embeds codes [n], or lists of codes [n, m] as the mean over the codes other than 0.
+
+    Code 0 of a single value has an embedding too; a list of zeros is the zero vector.
+    """
 
     def __init__(self, column: str, num_codes: int, dim: int) -> None:
         name = layer_name(column)
@@ -43,7 +46,10 @@ class CodeEmbedding(tf.keras.layers.Layer):
 
 
 class FlaggedNumbers(tf.keras.layers.Layer):
-    """Fills missing rows with 0 and flags them with a last column; `dim` maps numbers linearly."""
+    """Fills missing rows with zeros, and appends 1 if the row was missing, else 0.
+
+    With `dim`, the numbers are mapped linearly without a bias, so that missing rows stay zeros.
+    """
 
     table = None
     """Numbers have no table of codes."""

@@ -58,7 +58,10 @@ def to_texts(column: Column) -> Any:
 
 
 def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
-    """Returns the known values of lists, Arrow strings, and their number in each row."""
+    """Returns the values of lists, an Arrow array of strings, and their number in each row.
+
+    Missing values and empty strings within a list are dropped. A single value is a list of one.
+    """
     column = typed(column)
     if not isinstance(column, pa.Array):
         rows = [

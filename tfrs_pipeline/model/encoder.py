@@ -157,7 +157,10 @@ class Encoder(tf.Module):
         }
 
     def _variables_without_users(self) -> list[Any]:
-        """Refuses a model whose embeddings depend on the user's id, all else being equal."""
+        """Returns the model's variables that hold nothing of users.
+
+        Refuses a model whose embeddings depend on the user's id, all else being equal.
+        """
         model = self._model()
         # Spread over all rows: users without a positive in training have no embedding.
         rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))

@@ -52,8 +52,9 @@ class Exportable:
             query's 1, as it then is of an item to which others should be similar.
 
     Raises:
-        ValueError: If lists or times have another length, the items are no Arrow table or empty, or
-            ids occur twice, are reserved (-1, "") or are neither integers nor strings.
+        ValueError: If `histories`, `known_positives` or `history_times` have another length, the
+            items are not an Arrow table or empty, or ids occur twice, are reserved (-1, "") or are
+            neither integers nor strings.
     """
 
     embed_queries: Callable[..., tf.Tensor]

@@ -67,16 +67,19 @@ def train(
     complete epoch and ends like an uninterrupted one.
 
     `validate` returns metrics by name; without it all epochs are trained, and the last is kept.
-    `start` changes the weights of an untrained network, which has `first_step` steps behind it
-    already. `folder` keeps the best and the last epoch, to resume from.
+    `max_epochs` replaces the settings' number. `mining` prepares the batches. `start` sets the
+    weights of an untrained network; if they were trained before, steps count on from `first_step`.
+    `folder` keeps the best and the last epoch, to resume from.
     """
-    # The decay goes over all epochs of the settings, so a refit has the rates of the first.
+    # The decay goes over all epochs of the settings: a refit for fewer of them has the learning
+    # rates that validation has seen.
     _compile(network, settings, settings.max_epochs * batches.steps_per_epoch, first_step)
     with contextlib.ExitStack() as stack:
         saves_all = folder is not None
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         keeper = _BestEpoch(settings, validate, kept, saves_all, on_epoch)
-        epoch, steps = keeper.restore(network, mining), batches.steps_per_epoch
+        epoch = keeper.restore(network, mining)
+        steps = batches.steps_per_epoch
         if not epoch and start is not None:
             start(network)
         last = settings.max_epochs if max_epochs is None else max_epochs

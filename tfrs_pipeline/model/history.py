@@ -48,8 +48,10 @@ class HistoryEncoder(tf.keras.layers.Layer):
         reads_times: bool = False,
     ) -> None:
         super().__init__(name="history")
-        dim, rows, layers = settings.dim, num_candidates + 1, tf.keras.layers
-        self._embedding = item_embedding or layers.Embedding(rows, dim, name="history_item")
+        dim = settings.dim
+        self._embedding = item_embedding or tf.keras.layers.Embedding(
+            num_candidates + 1, dim, name="history_item"
+        )
         self._is_shared = item_embedding is not None
         self.num_vectors = len(settings.history_pooling)
         self._means = tuple(name for name in settings.history_pooling if name != "attention")
@@ -140,7 +142,10 @@ class HistoryEncoder(tf.keras.layers.Layer):
         return tf.cast(is_kept, tf.float32)
 
     def _age_weights(self, seconds: tf.Tensor | None, dropout: Dropout | None) -> tf.Tensor | float:
-        """Returns the weights of ages, [lines, ...]; 1 if there are none. Training drops lines."""
+        """Returns the weights of ages, [lines, ...]; 1 if no times are read.
+
+        Training takes the times of some lines for unknown.
+        """
         if self.ages is None or seconds is None:
             return 1.0
         weights = tf.exp(_AGE_SCALE * tf.gather(self.ages, _buckets(seconds)))
@@ -162,11 +167,12 @@ class HistoryEncoder(tf.keras.layers.Layer):
         decay = self._recency_decay ** tf.cast(tf.maximum(steps_ago, 0), tf.float32)
         by_pooling = {"mean": is_before, "recency": is_before * decay * of_age}
         pooled = []
-        for weights in map(by_pooling.__getitem__, self._means):
-            of = "wji" if weights.shape.rank == 3 else "ji"
-            total = tf.einsum(f"{of},wid->wjd", weights, vectors)
-            share = tf.einsum(f"{of},wi->wj", weights, kept)[:, :, tf.newaxis]
-            pooled.append(tf.math.divide_no_nan(total, share))
+        for pooling in self._means:
+            weights = by_pooling[pooling]
+            of = "wji" if weights.shape.rank == 3 else "ji"  # Ages differ from line to line.
+            sums = tf.einsum(f"{of},wid->wjd", weights, vectors)
+            of_kept = tf.einsum(f"{of},wi->wj", weights, kept)[:, :, tf.newaxis]
+            pooled.append(tf.math.divide_no_nan(sums, of_kept))
         num_kept = tf.einsum("ji,wi->wj", is_before, kept)
         is_empty = (num_kept == 0)[:, :, tf.newaxis]
         return tf.where(is_empty, self._empty, tf.concat(pooled, axis=2))

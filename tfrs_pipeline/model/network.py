@@ -34,8 +34,9 @@ class TwoTowerNetwork(tfrs.Model):
       training drops.
     - `dropout_seed`: [2] int32, in training; with several replicas also `dropout_slice`.
     - For queries, `history_rows`, or `sequence_rows` and `state`; if the corpus has times and
-      `history_pooling` has attention, also `history_times` or `sequence_times`. See `Batch`. Keras
-      casts times to float32, that is to 128 seconds, unless the layer has `autocast=False`.
+      `history_pooling` has recency or attention, also `history_times` or `sequence_times`. See
+      `Batch`. Keras casts times to float32, that is to 128 seconds, unless the layer has
+      `autocast=False`.
 
     Raises a `ValueError` if a tower returns something else, their widths differ, or the Keras
     policy is not float32. Encoded features of the corpus become constants of the model; the query

@@ -53,11 +53,16 @@ class QueryEncoder:
 
 
 def retrieval_of_rows(network: TwoTowerNetwork) -> Callable[[], RetrieveRows]:
-    """Returns what makes an exact retrieval of the candidates, as the network then embeds them."""
-    histories = tf.TensorSpec([None, network.history_length], tf.int32)
+    """Returns a function that embeds all candidates and returns an exact retrieval of their rows.
+
+    Each call embeds them anew, as mining needs between epochs.
+    """
+    specs = [
+        tf.TensorSpec([None], tf.int32),
+        tf.TensorSpec([None, network.history_length], tf.int32),
+    ]
     embed = tf.function(
-        lambda rows, histories: network.embed_queries(rows, histories),
-        input_signature=[tf.TensorSpec([None], tf.int32), histories],
+        lambda rows, histories: network.embed_queries(rows, histories), input_signature=specs
     )
 
     def of_now() -> RetrieveRows:

@@ -56,8 +56,9 @@ class Tower(tf.keras.layers.Layer):
         if bias == "id" and num_ids is not None:
             self._bias = tf.keras.layers.Embedding(num_ids + 1, 1, "zeros", name="bias")
             if settings.correction == "recent":
-                size, options = [num_ids + 1], {"initializer": "zeros", "trainable": False}
-                self.shift = self.add_weight("shift", size, **options)
+                self.shift = self.add_weight(
+                    "shift", [num_ids + 1], initializer="zeros", trainable=False
+                )
         self._row_of_id = None
         if are_trained is not None:
             self._row_of_id = tf.constant(np.arange(len(are_trained)) * are_trained, tf.int32)

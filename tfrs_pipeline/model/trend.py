@@ -18,7 +18,8 @@ def popularity_shift(samples: Samples) -> np.ndarray:
     An item's share now is a mixture of its shares with several half-lives, counted in clicks, and
     a uniform share; the share of all clicks is mixed with the same uniform share. Expectation
     maximisation finds the weights that make the latest tenth of the clicks likeliest, each slice of
-    it given the clicks before. The shift is 0 in row 0, and if there are no times or few clicks.
+    it given the clicks before. The shift is 0 in row 0, and everywhere if the log has no timestamps
+    or fewer than 100 clicks.
     """
     num_clicks, num_rows = len(samples), len(samples.counts)
     if samples.sequence_times is None or num_clicks < 100:

@@ -212,7 +212,8 @@ class TwoTower(TwoTowerSettings):
     ) -> FittedTwoTower:
         """Fits the model to samples that are built already; see also `fit`.
 
-        A long epoch calls `on_steps`, mining calls `on_progress`. An export needs the `log`.
+        `max_epochs` replaces the settings' number. `folder` keeps checkpoints. A long epoch calls
+        `on_steps`, mining calls `on_progress`. An export needs the samples' `log`.
         """
         strategy = distribution.training_strategy()
         distribution.check_shared(folder)
@@ -252,8 +253,9 @@ class TwoTower(TwoTowerSettings):
             notes = [] if warm is None else warm.describe()
             notes += [] if mining is None else mining.describe()
             notes += describe_data(data, batches, self, self.training)
-        made = corpus, network, encoder, result, notes, log
-        return FittedTwoTower(self.settings, self.training, *made)
+        return FittedTwoTower(
+            self.settings, self.training, corpus, network, encoder, result, notes, log
+        )
 
     def _begin(
         self,

@@ -80,8 +80,10 @@ class FunnelLosers:
 
     def of_stages(self, stages: Sequence[HardStage]) -> "FunnelLosers":
         """Returns a copy with other stages, without the options of stages that are left out."""
-        common: dict[str, Any] = {"bottom_share": FunnelLosers.bottom_share, "min_rank": None}
-        return replace(self, stages=stages, **({} if "ranked" in stages else common))
+        if "ranked" in stages:
+            return replace(self, stages=stages)
+        common = FunnelLosers.bottom_share
+        return replace(self, stages=stages, bottom_share=common, min_rank=None)
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -94,7 +96,8 @@ class FunnelLosers:
 class Mined:
     """Items that the model ranks from `min_rank` to `max_rank` for the sample's query.
 
-    The top is full of items that the user would like but has not met: false negatives.
+    Known positives and exposed items have no rank. The top is full of items that the user would
+    like but has not met: false negatives.
 
     Attributes:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold.

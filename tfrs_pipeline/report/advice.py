@@ -25,7 +25,8 @@ _MANY_EXCLUDED = 0.2
 def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     """Says what to try, given the metrics; never what the settings already have.
 
-    A model clearly better in `metric` gets advice on longer training, the correction and the test.
+    A model that is clearly better in `metric` gets only advice on longer training, the correction
+    and what the test measures.
     """
     models = metrics["models"]
     first = next(iter(models))

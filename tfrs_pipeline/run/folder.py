@@ -101,7 +101,8 @@ class RunFolder:
         """Locks the folder, and checks or writes its settings.
 
         If the data is rejected, files created for the run are removed. If several workers train
-        together, the chief claims the folder for all. Both folders of a run must be writable.
+        together, the chief claims the folder for all. If a run exports, this also checks that the
+        model's folder can be written.
         """
         if not this_worker().is_chief:
             yield
@@ -143,7 +144,8 @@ class RunFolder:
         changed = [name for name in every_change if name not in may_change]
         if changed:
             lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in changed[:_MAX_DIFFERENCES]]
-            lines += [f"and {more} more"] if (more := len(changed) - len(lines)) else []
+            if more := len(changed) - len(lines):
+                lines.append(f"and {more} more")
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(lines)}). Choose another "
                 "folder with --run-dir, or delete this one."

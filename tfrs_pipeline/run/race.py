@@ -269,6 +269,7 @@ class _Trainings:
         leading = f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
         epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
         if (left := most_left(tuple(self.curves.values()), epochs)) is not None:
+            left = min(left, turn.limit - before.spent)  # What is left of the budget.
             leading += f", at most about {math.ceil(left / 60)} CPU minutes"
 
         def keep(so_far: TrainingResult, has_ended: bool) -> Curve:

@@ -215,7 +215,8 @@ def _export(
 ) -> Refreshed:
     from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
 
-    number, (items, embeddings, num_untrained) = int(retriever.folder.name), embedded
+    items, embeddings, num_untrained = embedded
+    number = int(retriever.folder.name)
     ids, before = set(items["item_id"].to_pylist()), set(retriever.candidate_ids())
     refreshed = {
         "from_version": number,

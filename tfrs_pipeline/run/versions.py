@@ -83,9 +83,9 @@ def _source(path: Path, folder: RunFolder) -> Path:
     versions = versions_of(path)
     version = path / str(versions[-1]) if versions else path
     if not (version / MANIFEST_FILE).is_file():
-        near = f".{x}" if (x := beside(path)) else ""
+        near = beside(path)
         what = "which is neither a run's folder nor an exported model's"
-        raise _refused(f"got {str(path)!r}, {what}{near}")
+        raise _refused(f"got {str(path)!r}, {what}{near and f'.{near}'}")
     source = _run_that_made(version)
     if source.resolve() != folder.path.resolve():
         return source

@@ -52,8 +52,8 @@ def build_samples(
 
     All items and users of the log get rows. The seed draws the hard pools from the losers that
     `hard` asks for. Returns counts by name; with hard negatives also "hard_negatives" by stage
-    (num_samples with some, and their mean_pool) and num_losers_removed, by the guard or their rank.
-    Raises a `DataError` if there is no positive.
+    (num_samples with some, and their mean_pool) and num_losers_removed, the losers that the guard
+    or their rank keeps from being hard negatives. Raises a `DataError` if there is no positive.
     """  # noqa: E501
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are incomplete.

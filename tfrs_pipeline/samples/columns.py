@@ -43,7 +43,11 @@ def write_column(
 
 
 def starts_of_keys(blocks: Iterable[np.ndarray], num_keys: int) -> np.ndarray:
-    """Finds where keys, from 0, begin in ordered blocks, none empty: [num_keys + 1] int64."""
+    """Finds where the rows of each key begin in a table that is ordered by key.
+
+    Each block, never empty, has the keys of some rows, 0 to num_keys - 1. Returns [num_keys + 1]
+    int64; the last entry is the number of rows.
+    """
     num_before = np.zeros(num_keys + 1, np.int64)
     for keys in blocks:
         num_before[keys[0] + 1 : keys[-1] + 2] += np.bincount(keys - keys[0])

@@ -1,4 +1,8 @@
-"""Hard negatives from funnel logs: items that lost in pre-rank or in rank."""
+"""Hard negatives from funnel logs: items that lost in pre-rank or in rank.
+
+The guard has priority: an item that was exposed to the user and not clicked, or that the user
+clicked anywhere in training, is never a negative of that user.
+"""
 
 import ibis
 
@@ -16,7 +20,8 @@ def find_losers(
 ) -> ibis.Table:
     """Finds the losers of each request that the guard allows as hard negatives.
 
-    `known` and `exposed` are pairs of query_row and candidate_row. Returns query_row,
+    `known` and `exposed` are the pairs of query_row and candidate_row clicked in training, and
+    exposed and never clicked. Returns query_row,
     candidate_row, stage, time, event_number and request_id (null if unknown).
     """
     if "request_id" not in events.columns:

@@ -37,7 +37,10 @@ def padded_lines(
     step: int = 1,
     missing: float = 0,
 ) -> np.ndarray:
-    """Gathers [n] lines of `num` values from place `first`, padded with `missing`: [n, width]."""
+    """Gathers [n] lines of `num` values from place `first`, padded with `missing`: [n, width].
+
+    A line is read backwards if `step` is -1; at most `width` of its values are read.
+    """
     place = np.arange(width)
     is_there = place < num[:, np.newaxis]
     source = first[:, np.newaxis] + step * place
@@ -117,8 +120,10 @@ class Samples:
         hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
         request_columns: Request feature -> [num_samples] or [num_samples, any], encoded: int32, or
             float32 with NaN where missing.
-        sequence_times: [total] int64, seconds since 1970 of each value in `sequences`, if any.
-        is_later: [num_candidates + 1] bool, items that came after the training, if any.
+        sequence_times: [total] int64, seconds since 1970 of each value in `sequences`. None in a
+            log without timestamps.
+        is_later: [num_candidates + 1] bool, items that came after the training: never negatives.
+            None if there are none.
     """
 
     query_rows: np.ndarray
@@ -198,7 +203,10 @@ class Samples:
         return rows if length is None else rows[max(len(rows) - length, 0) :]
 
     def latest(self, index: np.ndarray, length: int) -> np.ndarray:
-        """Gathers the latest rows of samples' histories, latest first: [n, length] int32 and 0."""
+        """Gathers the latest `length` rows of the histories of samples, [n] places.
+
+        Returns [n, length] int32 candidate rows, most recent first, padded with 0.
+        """
         if self.num_earlier is None:
             # The rest of the sequences, without copies of the positive.
             lists = self.sequences.take(self.query_rows[index])
@@ -212,7 +220,7 @@ class Samples:
         """Gathers the times of samples' queries, then of the items that `latest` returns.
 
         A query's time is that of its sequence's first event that is not in its history. Returns
-        [n, N + 1] float64 seconds; NaN fills the rest.
+        [n, length + 1] float64 seconds; NaN fills the rest.
         """
         assert self.sequence_times is not None
         assert self.num_earlier is not None

@@ -184,7 +184,7 @@ class ScannIndex(tf.Module):
         lines: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Searches the queries numbered `lines` [b, 1] at a level: rows and scores [b, k]."""
-        widths = [astuple(level) for level in self.levels]
+        widths = [astuple(each) for each in self.levels]
         settings = tf.constant(widths, tf.int32, [len(widths), 3])
         found, scores = self.approximate(tf.gather_nd(queries, lines), *tf.unstack(settings[level]))
         is_dropped = is_member(tf.gather(excluded, lines[:, 0]), found)

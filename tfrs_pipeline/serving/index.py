@@ -19,10 +19,11 @@ class Exact:
 
 @dataclass(frozen=True)
 class Scann:
-    """A ScaNN index, tuned to find a `recall` in (0, 1] of the exact answer with the least work.
+    """A ScaNN index, tuned to find the share `recall` of the exact answer with the least work.
 
     The target holds for every k and any number of excluded candidates: each query is searched as
-    widely as its own request needs, or exactly if that is less work.
+    widely as its own request needs, or exactly if that is less work. A `ValueError` if `recall` is
+    not in (0, 1].
     """
 
     recall: float = 0.98
@@ -35,7 +36,10 @@ class Scann:
 
 @dataclass(frozen=True)
 class Auto:
-    """Exact search below 20,000 candidates, else `Scann`; each refresh chooses again."""
+    """Exact search below 20,000 candidates, else `Scann` with this `recall`.
+
+    Each refresh chooses again.
+    """
 
     recall: float = Scann.recall
     kind: Literal["auto"] = "auto"

@@ -1,7 +1,8 @@
 """Items that are added, changed and removed while a model is in service.
 
 Each write is checked, embedded by the exported item tower, put into the journal beside the
-versions, and found by the next search. The journal does not count for items of a newer version.
+versions, and found by the next search. If a newer version has an item itself, what the journal says
+of that item no longer counts.
 """
 
 import contextlib

@@ -108,7 +108,8 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
         asked = parse_predict(request.encode(), version.signatures)
     except ValueError as error:
         raise bad_request(str(error)) from None
-    found, retriever = _asked(version, asked), version.retriever
+    retriever = version.retriever
+    found = _asked(version, asked)
     path = f"/v1/models/{retriever.folder.parent.name}:predict"
     result: dict[str, Any] = {"version": version.number, "index": found, "exact": None}
     result["request"] = {"path": path, "body": request}
@@ -128,15 +129,18 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     inputs: dict[str, Any]
     asks_by: Literal["user", "history", "item"]
     if query.similar_to is not None:
-        asks_by, item = "item", retriever.parse_id(str(query.similar_to))
+        asks_by = "item"
+        item = retriever.parse_id(str(query.similar_to))
         inputs = {"item_id": [item], "exclude": [[]]}
     elif query.user_id is not None:
         if not retriever.manifest["user_data"]:
             raise ValueError("This model was exported without user data: pick items instead.")
-        asks_by, user = "user", retriever.parse_id(str(query.user_id), "user")
+        asks_by = "user"
+        user = retriever.parse_id(str(query.user_id), "user")
         inputs = {"user_id": [user], "exclude": [[]]}
     else:
-        asks_by, nobody = "history", empty_id(retriever.user_dtype)
+        asks_by = "history"
+        nobody = empty_id(retriever.user_dtype)
         history = [retriever.parse_id(str(item)) for item in query.items]
         inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
     retrieval = Retrieval(asks_by, bool(query.features), bool(query.filter))

@@ -32,7 +32,8 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
     Args:
         path: A version's folder, or a model's folder to load its newest complete version.
         exact: Whether to score all candidates, also if there is a ScaNN index.
-        live: Whether to take in items written since the export, for `upsert` and `remove` too.
+        live: Whether to take in the items written since the export, and to allow `upsert` and
+            `remove`.
 
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
@@ -131,7 +132,8 @@ class LoadedRetriever(LoadedTowers):
 
         Unknown users get the answer for an empty history. `exclude` adds ids to exclude. `allowed`
         and `requests` have one entry for each user, as in `retrieve`. Returns candidate_ids [n, k],
-        scores [n, k] float32, is_known_user [n] bool. Raises as `retrieve`, and without user data.
+        scores [n, k] float32, is_known_user [n] bool. Raises as `retrieve`, and a `ValueError` if
+        the model was exported without user data.
         """
         if not self.manifest["user_data"]:
             raise ValueError(
@@ -160,7 +162,8 @@ class LoadedRetriever(LoadedTowers):
         searches as a query's does, so the score is the dot product of both vectors: their cosine,
         as they have length 1 unless `model.normalize` is off or the tower is your own, plus the
         bias of the item that is found, if the model has one. `exclude` and `allowed` have one entry
-        for each item, as in `retrieve`. Raises as `retrieve`, and if an item is no candidate.
+        for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if an item is not
+        a candidate.
         """
         if isinstance(item_ids, str):
             raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")

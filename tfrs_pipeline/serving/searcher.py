@@ -67,7 +67,8 @@ def _scann_numpy() -> Any:
 class Searcher:
     """A dot-product index: partitions, asymmetric hashing, exact rescoring of the best.
 
-    Rows count from 1: first the vectors that it was built of, then those added; all thread-safe.
+    Rows count from 1: first the vectors that it was built of, then those added. Threads may search
+    at the same time, also while another adds.
     """
 
     def __init__(self, scann: Any) -> None:

@@ -239,7 +239,7 @@ def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
         body = await read_body(request, server.settings)
         server.authorize(request.headers.get("authorization", ""))
         is_put = request.method == "PUT"
-        # One after the other.
+        # This pool has one thread, so writes are done one after the other.
         return JSONResponse(await _run(server.writes, write_items, server.versions, body, is_put))
 
     app.add_route(f"{model}/items", items, list(http.HTTPMethod))

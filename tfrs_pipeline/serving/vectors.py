@@ -26,7 +26,8 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     what `LoadedRetriever.embed_queries` or the signatures `embed_user` and `embed_query` return
     of the same version. Items added in service are written, removed ones are not.
 
-    `tp.load(path, exact=True)` needs no ScaNN. The file, a `.parquet`, is replaced in one step.
+    `model` is what `tp.load` returns; with `exact=True` that needs no ScaNN. `path` is a `.parquet`
+    file; an earlier one is replaced once the new one is complete.
 
     Returns:
         The file's metadata, which its Parquet schema holds as text: `model`, `version`, `dim`,

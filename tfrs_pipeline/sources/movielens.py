@@ -75,15 +75,16 @@ def load_movielens_100k(
 
     `folder` holds GroupLens's own files u.data, u.item and u.user. Features are some of
     `ITEM_FEATURES` and `USER_FEATURES`, None means all, and `hour` and `weekday` of the rating.
-    Fetched files are kept in `cache_dir`, None means `default_cache_dir()`. Events come in the
-    order of the source, titles without the year, which is null if unknown. A `DataError` if no
-    route leads to the data, or a file has other contents.
+    `ties` is as in `Reading`. The `fetchers` are tried in order, and what one has fetched is kept
+    in `cache_dir`, None means `default_cache_dir()`. Events come in the order of the source, titles
+    without the year, which is null if unknown. A `DataError` if no route leads to the data, or a
+    file has other contents.
     """
     if folder is None:
         folder = _fetch(cache_dir or default_cache_dir(), fetchers or FETCHERS)
     logger.info("MovieLens-100K from %s. Licence: for research use, by GroupLens.", folder)
     is_recbole = (folder / "ml-100k.inter").exists()
-    ratings, films, users = (_read_recbole if is_recbole else _read_grouplens)(folder)
+    ratings, films, users = _read_recbole(folder) if is_recbole else _read_grouplens(folder)
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(films["title"], r"\s+", " "))
     parts = pc.extract_regex(text, _TITLE_AND_YEAR)
     title, year = (pc.struct_field(parts, name) for name in ("title", "year"))
@@ -226,11 +227,11 @@ def _read_recbole(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     names = ["item_id", "name", "year", "genres"]
     films = _read(folder / "ml-100k.item", "\t", names, is_recbole=True)
     users = _read(folder / "ml-100k.user", "\t", _USER_COLUMNS, is_recbole=True)
-    name, year, genres = (films[column].to_pylist() for column in names[1:])
+    films_names, years, genres = (films[column].to_pylist() for column in names[1:])
     # "unkonwn" is how the file spells the one film without a title.
-    pairs = zip(name, year, strict=True)
+    pairs = zip(films_names, years, strict=True)
     titles = ["unknown" if name == "unkonwn" else f"{name} ({year})" for name, year in pairs]
-    lists = pa.array([[x for x in names.split() if x != "unknown"] for names in genres], _STRINGS)
+    lists = pa.array([[x for x in text.split() if x != "unknown"] for text in genres], _STRINGS)
     films = pa.table({"item_id": films["item_id"], "title": titles, "genres": lists})
     return ratings, films, users
 

@@ -63,9 +63,11 @@ _EVENT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class FunnelOptions:
-    """How the simulated funnel works, by the module's formulas; each stage keeps `num_...` items.
+    """How the simulated funnel works. The defaults are round numbers, not fitted to anything.
 
-    The defaults are round numbers, not fitted to anything. A `ValueError` if one is impossible.
+    The module's formulas say what the weights, noises and biases do; each stage keeps its `num_...`
+    best items. A `ValueError` if a number is out of range, not finite, or a count is not an
+    integer.
     """
 
     num_retrieved: int = 100
@@ -187,7 +189,8 @@ def simulate_funnel(
     A user may have no request; each request logs `options.num_retrieved` events. Returns events in
     the order of requests, with timestamp, request_id (from 0), rank and score (null for what did
     not survive rank). Categorical features hint at the taste: genre of items, favourite_genre of
-    users and, with devices, device of requests. A `ValueError` if nothing was clicked.
+    users and, with devices, device of requests. A `ValueError` if a number is out of range, or
+    nothing was clicked.
 
     Example:
         >>> simulation = simulate_funnel(num_users=50, num_items=200, num_requests=100, seed=0)
