@@ -202,9 +202,11 @@ def test_dropout_is_a_function_of_its_seed_and_of_training(pooling: str) -> None
         assert (first != encode(rows).numpy()).any()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention"])
-def test_a_slice_of_a_batch_drops_what_the_whole_does(pooling: str, timed: HistoryEncoder) -> None:
-    encoder = timed if pooling == "attention" else make_encoder(pooling)
+@pytest.mark.parametrize("pooling", ["mean", "attention", "recency"])
+def test_a_slice_of_a_batch_drops_what_the_whole_does(
+    pooling: str, timed: HistoryEncoder, aged: HistoryEncoder
+) -> None:
+    encoder = {"attention": timed, "recency": aged}.get(pooling) or make_encoder(pooling)
     # The longest history of the whole is in one of the slices alone.
     histories = tf.constant(sequences([2, 1, 3, 8, 5]), tf.int32)
     times = tf.constant(np.tile(1e9 - 10.0 ** np.arange(9), (5, 1)))
@@ -215,6 +217,22 @@ def test_a_slice_of_a_batch_drops_what_the_whole_does(pooling: str, timed: Histo
         for part in (slice(0, 3), slice(3, 5))
     ]
     np.testing.assert_allclose(tf.concat(slices, axis=0), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_training_drops_the_times_of_some_histories() -> None:
+    encoder = make_encoder("recency", dropout=0.0, reads_times=True)
+    ages: Any = encoder.ages
+    ages.assign(tf.linspace(0.0, -1.0, NUM_GAPS))
+    rows = tf.constant(np.tile([1, 2, 3], (4000, 1)))
+    times = tf.constant(np.tile([9e6, 8e6, 7e6, 1e6], (4000, 1)))
+    with_times, without = encoder(rows[:1], times[:1]).numpy(), encoder(rows[:1]).numpy()
+    pooled = encoder(rows, times, Dropout(tf.constant([4, 5]))).numpy()
+    is_dropped, is_kept = (
+        np.isclose(pooled, x, rtol=1e-4).all(axis=1) for x in (without, with_times)
+    )
+    assert (is_dropped ^ is_kept).all()
+    # Five standard deviations of 5%.
+    assert abs(is_dropped.mean() - 0.05) < 5 * np.sqrt(0.05 * 0.95 / 4000)
 
 
 def test_dropout_drops_its_share() -> None:
