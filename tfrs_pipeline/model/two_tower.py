@@ -250,8 +250,7 @@ class TwoTower(TwoTowerSettings):
                 callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
                 on_epoch=on_epoch,
             )
-            notes = [] if warm is None else warm.describe()
-            notes += [] if mining is None else mining.describe()
+            notes = [note for x in (warm, mining) if x is not None for note in x.describe()]
             notes += describe_data(data, batches, self, self.training)
         return FittedTwoTower(
             self.settings, self.training, corpus, network, encoder, result, notes, log
