@@ -187,6 +187,16 @@ def test_who_races(is_ordered: bool, given: Any, racing: Any, why: Any, tmp_path
         assert fragment in not_begun[name]
 
 
+def test_sets_do_not_race_in_a_log_with_request_features(tmp_path: Path) -> None:
+    table = event_table("int").select(["user_id", "item_id"])
+    table = table.append_column("device", [["ios"] * table.num_rows])
+    log = Log.from_table(table, request_features={"device": "categorical"})
+    data = TrainingSet.build(log, tmp_path, seed=0)
+    found, not_begun = trainable_recipes(RunConfig(recipes=RECIPES), log, [data])
+    assert tuple(found) == ("default", *IN_ORDER)
+    assert "request features" in not_begun["sets"]
+
+
 def test_recipes_that_the_given_settings_make_equal_race_once(tmp_path: Path) -> None:
     every = list(dict.fromkeys(itertools.chain.from_iterable(map(recipe, RECIPES))))
     config = with_settings(RunConfig(), {"recipes": RECIPES, "fixed": every})
