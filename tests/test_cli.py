@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -447,6 +448,11 @@ def test_what_came_out_is_shown_whatever_has_become_of_the_model(run: Run) -> No
     shown = told_of(run, {"export_folder": str(gone)})
     assert f"model    {gone}\nreplaces version 1, made by {run.folder / RUN}\n" in shown
     assert "replaces" not in run.out
+    (damaged := gone.parent / "76").mkdir()
+    (damaged / "manifest.json").write_text("{")
+    shown = told_of(run, {"export_folder": str(gone)})
+    shutil.rmtree(damaged)
+    assert "\nreplaces version 76\n" in shown
     assert "    ials: left out by the preset or by evaluation.baselines\n" in run.out
     (names,) = read_record(run.folder / RUN / "metrics.json")["differences"].values()
     for gain in (0.0, 0.2):  # Of the baseline.

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from tfrs_pipeline.durable import read_record
+from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
 from tfrs_pipeline.report.advice import advice
@@ -163,9 +163,11 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     say(console, f"model    {made}")
     earlier = [number for number in versions_of(made.parent) if number < int(made.name)]
     if earlier:
-        manifest = made.parent / str(earlier[-1]) / MANIFEST_FILE
-        by = read_record(manifest, check_files=False).get("run", "Python")
-        say(console, f"replaces version {earlier[-1]}, made by {by.removeprefix(f'{Path.cwd()}/')}")
+        manifest, maker = made.parent / str(earlier[-1]) / MANIFEST_FILE, ""
+        with contextlib.suppress(Damaged, OSError):  # The run is fine, whatever the old version is.
+            by = read_record(manifest, check_files=False).get("run", "Python")
+            maker = f", made by {by.removeprefix(f'{Path.cwd()}/')}"
+        say(console, f"replaces version {earlier[-1]}{maker}")
     users = (str(example["user_id"]) for example in result.metrics["examples"])
     user = next(filter(str.isprintable, users), None) if config.export.user_data else None
     # With "=", because an id may begin with a hyphen.

@@ -146,8 +146,9 @@ def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str,
             raise rest.bad_request(str(error)) from None
         except OSError:
             logger.exception("a write of items was not confirmed")
-            told = "The items could not be put on disk, and nothing has changed; the log has more."
-            raise HTTPException(503, told, {"Retry-After": "1"}) from None
+            told = "The items could not be put on disk, and nothing has changed"
+            more = f"{told}; the server's log has more."
+            raise HTTPException(503, more, {"Retry-After": "1"}) from None
         return {**answer, "num_items": retriever.num_candidates}
 
 
