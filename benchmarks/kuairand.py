@@ -44,7 +44,6 @@ SETTINGS = {
     "model": {
         "dim": 32,
         "negatives": ("in_batch", "uniform:num=128", "popularity:num=128"),
-        "hard": "mined:every=2",
     },
     "compare": {"hard_shares": (0.01, 0.2), "resampling_exponents": (0.5,)},
 }

@@ -2,7 +2,7 @@ r"""Kills runs and damages their files, and checks that they end like an undistu
 
     python benchmarks/resuming.py --kills 100 --damage 300 --full --json FILE
 
-Kills (SIGKILL): a run on a small log, with mined negatives, selection, refit and export, starts in
+Kills (SIGKILL): a run on a small log, with selection, refit and export, starts in
 a process of its own and is killed. Another process resumes it and is killed too, until one reaches
 the end. Half of the kills come after a random time. A run seldom writes, so the other half come
 when a half-written file appears: a checkpoint (`epoch-3_temp`), a record, a table, a version.
@@ -64,12 +64,10 @@ def config_in(folder: Path) -> RunConfig:
         "items_path": write(item_table("str"), folder / "items.parquet"),
         "item_features": {"genre": "categorical"},
     }
-    mined = "mined:share=0.1:every=1:min_rank=10:max_rank=40"
     return small_config(
         folder,
         data,
         split={"kind": "last_share", "test": 0.2, "validation": 0.1},
-        model={"hard": mined},
         training={"max_epochs": 3, "learning_rate": 0.004},
     )
 

@@ -116,7 +116,7 @@ def test_a_dump_holds_every_setting_but_those_that_are_none() -> None:
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=10)
 ZONES = st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30))])
-HARD = [None, tp.Mined(every=2), tp.FunnelLosers(stages=("ranked",), min_rank=3)]
+HARD = [None, tp.FunnelLosers(stages=("ranked",), min_rank=3)]
 
 
 @st.composite
@@ -256,9 +256,8 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (STARTS, {"split.test": datetime(2024, 2, 1)}, "split.test", "write 2024-02-01T00:00:00Z"),
         (STARTS, {"split.test": date(2024, 2, 1)}, "split.test", "write 2024-02-01T00:00:00Z"),
         ({"split.kind": "last_n"}, {"split.test": True}, "split.test", "got True; must be a share"),
-        ({}, {"model.hard": {"kind": "funnel", "stages": ["exposed"]}}, "model.hard.funnel",
+        ({}, {"model.hard": {"kind": "funnel", "stages": ["exposed"]}}, "model.hard",
          "never a negative.*allow_exposed"),
-        ({"model.hard": "mined:every=3"}, {"training.max_epochs": 3}, "model.hard", "nothing wo"),
         (SEQUENCES, {"model.negatives": ["in_batch"]}, "model.negatives", "alpha=1"),
         (SEQUENCES, {"training.batch_size": 64}, "training.batch_size", "must be 402 or more"),
         (SEQUENCES, {"data.is_ordered": False}, "training.examples",
@@ -268,8 +267,8 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (FEATURES, {"export.filter_by": "title"}, "export.filter_by", "got 'title'.*title, year"),
         ({"model.use_user_id": True}, {"export.user_data": False}, "export.user_data",
          "each user is user data"),
-        ({}, {"model.hard": "funnel:min_rank=-5"}, "model.hard.funnel.min_rank", "equal to 0"),
-        ({}, {"model.hard": "mined:every=1:every=2"}, "model.hard", "sets every twice"),
+        ({}, {"model.hard": "funnel:min_rank=-5"}, "model.hard.min_rank", "equal to 0"),
+        ({}, {"model.hard": "funnel:num=1:num=2"}, "model.hard", "sets num twice"),
         ({"export.index": "none"}, {"export.gate": True}, "export.gate", "which exports nothing"),
     ],
 )  # fmt: skip

@@ -92,7 +92,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder whose tables the notebooks read, for two epochs; nothing may be downloaded."""
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_DATA", str(tmp_path))
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_SMALL", "1")
-    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")  # Mined after the first.
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")
     monkeypatch.setenv("TFRS_PIPELINE_CACHE", str(tmp_path / "empty_cache"))
     yield tmp_path
     assert not (tmp_path / "empty_cache").exists()
@@ -114,7 +114,7 @@ def test_sampling_runs_on_a_small_funnel(small: Path, monkeypatch: pytest.Monkey
     assert "150,000" in outputs(cells["funnel"])
     shown = {
         "correction": "mixed_uncorrected in_batch_uncorrected resampled_0.6",
-        "hard": "hybrid_0.05 mined_0.05 mined_top_0.05",
+        "hard": "hybrid_0.05",
         "exposed": "exposed_0.05",
         "table": "exposed_0.05",
     }

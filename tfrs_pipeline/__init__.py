@@ -34,7 +34,7 @@ _NAMES = {
     "model.network": ("TwoTowerNetwork",),
     "model.settings": ("TrainingSettings", "TwoTowerSettings"),
     "model.two_tower": ("TwoTower",),
-    "negatives.hard": ("FunnelLosers", "Mined"),
+    "negatives.hard": ("FunnelLosers",),
     "negatives.kinds": ("InBatch", "Popularity", "Uniform"),
     "negatives.mixture": ("Mixture",),
     "negatives.protocol": ("Negatives", "SamplingFrame"),

@@ -15,13 +15,12 @@ from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
-from tfrs_pipeline.negatives.hard import Mined
 from tfrs_pipeline.presets import PRESETS, Recipe
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
 EasyPlan: TypeAlias = Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"]
 # The last two are not defaults.
-PlanKind: TypeAlias = Literal[EasyPlan, "hybrid", "hybrid_50_50", "resampled", "mined", "exposed"]
+PlanKind: TypeAlias = Literal[EasyPlan, "hybrid", "hybrid_50_50", "resampled", "exposed"]
 Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "transitions", "ease", "ials"]
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -94,13 +93,13 @@ class ExportConfig(Config):
 class CompareConfig(Config):
     """What `tfrs-pipeline compare` tries."""
 
-    plans: Several[PlanKind] = get_args(PlanKind)[:-2]
-    """Sampling plans to compare. Not among the defaults: mined, and exposed, which uses items that
-    were shown and not clicked as negatives."""
+    plans: Several[PlanKind] = get_args(PlanKind)[:-1]
+    """Sampling plans to compare. Not among the defaults: exposed, which uses items that were shown
+    and not clicked as negatives."""
     reference: EasyPlan = "mixed"
     """Plan with which the others are compared, query by query."""
     hard_shares: Several[Share] = (0.01, 0.05, 0.2)
-    """Hard shares of the plans hybrid, mined and exposed: one plan each."""
+    """Hard shares of the plans hybrid and exposed: one plan each."""
     resampling_exponents: Several[Share] = (0.3, 0.6)
     """Exponents of the power law in the plan resampled: one plan each."""
     max_steps: PositiveInt | None = None
@@ -144,7 +143,6 @@ class RunConfig(Config):
         data, model, training, export = self.data, self.model, self.training, self.export
         is_held_out = self.split.kind == "held_out_users"
         of_held_out = "with split.kind 'held_out_users': an earlier model was trained on them"
-        every = model.hard.every if isinstance(model.hard, Mined) else 0
         cutoffs = list(self.evaluation.cutoffs)
         kinds = [name for name, kind in KINDS.items() if kind.holds_categories]
         is_filterable = data.item_features.get(export.filter_by or "") in kinds
@@ -164,9 +162,6 @@ class RunConfig(Config):
             (model.use_user_id and not export.user_data and export.index != "none",
              "export.user_data",
              "got false with model.use_user_id, whose embedding of each user is user data"),
-            (every >= training.max_epochs, "model.hard",
-             f"mines every {every} epochs with training.max_epochs {training.max_epochs}: nothing "
-             "would be mined"),
             (not data.is_ordered and training.examples == "sequences", "training.examples",
              "got 'sequences' with data.is_ordered false: set that to true, as suits a log with "
              "timestamps too, or take --preset sets for a log without an order"),

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, TypeAlias, get_args
 
-from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 
 _SEQUENCE: dict[str, Any] = {
@@ -95,10 +95,6 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid_50_50": (
         "funnel logs, by the rule of thumb: losers have half of the negatives' weight",
         {"model.hard": FunnelLosers(share=0.5)},
-    ),
-    "mined_1_100": (
-        "logs without losers: negatives mined from the model have 1% of the weight",
-        {"model.hard": Mined(share=0.01)},
     ),
 }
 

@@ -28,7 +28,7 @@ from tests.small_batches import (
     make_batches,
     samples_of,
 )
-from tfrs_pipeline import DataError, FunnelLosers, InBatch, Mined, SamplingFrame, Uniform
+from tfrs_pipeline import DataError, FunnelLosers, InBatch, SamplingFrame, Uniform
 from tfrs_pipeline.batches import examples
 from tfrs_pipeline.samples.positives import resampling_rate
 from tfrs_pipeline.samples.store import RowLists
@@ -205,18 +205,10 @@ def test_a_hard_negative_that_slipped_in_is_masked_and_not_counted(stage: Any) -
     assert num_masked > 50
 
 
-def test_a_mined_pool_is_empty_until_it_is_replaced() -> None:
+def test_samples_without_losers_are_refused() -> None:
     without = dataclasses.replace(SAMPLES, hard_pools={})
     with pytest.raises(DataError, match="asks for losers of the stages retrieved, pre_ranked"):
         make_batches(samples=without, hard=HARD)
-    batches = make_batches(hard=Mined(share=0.2, num=3))
-    assert batches.mean_hard_share == 0  # Nothing has been mined yet.
-    (batch,) = batch_list(batches, 1)
-    assert not batch.hard.is_counted.any()
-    batches.set_hard_pool("mined", RowLists.from_lists([np.array([3, 5])] * NUM_SAMPLES))
-    (batch,) = batch_list(batches, 1)
-    assert set(np.unique(batch.hard.candidate_row)) == {3, 5}
-    assert batches.mean_hard_share == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline import ConfigError, FunnelLosers, InBatch, Mined, Popularity, Uniform
+from tfrs_pipeline import ConfigError, FunnelLosers, InBatch, Popularity, Uniform
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 
@@ -33,8 +33,8 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
     table.append({"kind": "popularity", "num": 64, "alpha": 0.5})
     for negatives in (short, table, expected):
         assert TwoTowerSettings(negatives=negatives).negatives == expected
-    settings = TwoTowerSettings(hard={"kind": "mined", "share": 0.1})
-    assert settings.hard == Mined(share=0.1)
+    settings = TwoTowerSettings(hard={"kind": "funnel", "share": 0.1})
+    assert settings.hard == FunnelLosers(share=0.1)
     # What is written can be read again.
     assert TwoTowerSettings(**settings.model_dump(mode="json")) == settings
 
@@ -45,9 +45,8 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
         ({"negatives": ["uniform:num=0"]}, r"negatives\.0.*num must be a whole number, 1 or more"),
         ({"negatives": ["uniform:5"]}, r"negatives: got 'uniform:5'.*such as uniform:num=256"),
         ({"negatives": ["popular:num=5"]}, "unknown kind 'popular'.*popularity"),
-        ({"hard": {"kind": "mined", "share": 1}}, "share"),
-        ({"hard": {"kind": "mined", "min_rank": 9, "max_rank": 9}}, "min_rank < max_rank"),
-        ({"hard": {"kind": "clicked"}}, "funnel.*mined"),
+        ({"hard": {"kind": "funnel", "share": 1}}, "share"),
+        ({"hard": {"kind": "clicked"}}, "funnel"),
         ({"history_lenght": 3}, "did you mean 'history_length'?"),
         ({"history_pooling": ["mean", "mean"]}, "history_pooling: .*a value twice"),
         ({"history_pooling": ["attention"], "dim": 9}, "dim: got 9; must be a multiple of 2"),

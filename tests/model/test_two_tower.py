@@ -255,7 +255,7 @@ def test_an_order_that_the_log_has_not_is_told() -> None:
 
 
 def test_settings_are_given_by_name_or_as_a_table() -> None:
-    settings = TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "mined"})
+    settings = TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "funnel"})
     model = TwoTower(**{**dict(settings), "dim": 16, "negatives": ["uniform:num=5"]})
     assert (model.settings.dim, model.settings.temperature) == (16, 0.2)
     assert model.settings.hard == settings.hard

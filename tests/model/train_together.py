@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.model.conftest import LOSERS, REQUEST_FEATURES, make_log, tiny, weights_of
-from tfrs_pipeline import InBatch, Mined, Popularity, Uniform
+from tfrs_pipeline import InBatch, Popularity, Uniform
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import chief_first
@@ -39,10 +39,6 @@ CASES: dict[str, dict[str, Any]] = {
         "negatives": SHARED,
         "item_init": "svd",
         "training": {"examples": "sets", "optimizer": "lazy_adam"},
-    },
-    "mined": {
-        "hard": Mined(share=0.2, num=2, min_rank=3, max_rank=12, every=1),
-        "training": {"optimizer": "adam"},
     },
 }
 NUM_EPOCHS = 3

@@ -10,7 +10,7 @@ import tensorflow as tf
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tfrs_pipeline import DataError, FunnelLosers, InBatch, Mined, Mixture, Uniform
+from tfrs_pipeline import DataError, FunnelLosers, InBatch, Mixture, Uniform
 from tfrs_pipeline.negatives.alias import build_alias_table
 from tfrs_pipeline.negatives.kinds import Popularity, sampling_probability
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
@@ -302,10 +302,8 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
         (FunnelLosers, {"bottom_share": 0.0}, "bottom_share.*greater than 0"),
         (FunnelLosers, {"bottom_share": 0.3}, "of the stage 'ranked'. Add it to stages"),
         (FunnelLosers, {"min_rank": 3}, "0.5 and 3, stages .'retrieved', 'pre_ranked'"),
-        (Mined, {"share": 2.0}, "share.*less than 1"),
-        (Mined, {"min_rank": 5, "max_rank": 5}, "min_rank < max_rank"),
-        (Mined, {"min_rank": 2.5}, "min_rank.*whole number"),
-        (Mined, {"max_pool": 0}, "max_pool.*greater than 0"),
+        (FunnelLosers, {"share": 2.0}, "share.*less than 1"),
+        (FunnelLosers, {"max_pool": 2.5}, "max_pool.*whole number"),
     ],
 )
 def test_kinds_refuse_arguments(kind: type, arguments: dict[str, object], message: str) -> None:

@@ -338,7 +338,6 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
     page = page_of(
         metrics={**FACTS.metrics, "models": models, "examples": [], "differences": {}},
         config=HARD,
-        mean_hard_share=None,
     )
     assert page.tables["Metrics by slice"]["tail, recall@100"] == [("-", None, False)] * 3
     assert page.tables["Metrics"]["average_popularity@20"][2] == ("-", None, False)
@@ -346,7 +345,6 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
     assert set(PAGE.headings) - set(page.headings) == {"Recommendations"}
     assert "Is it better than the baselines?Not compared" in page.joined
     assert "Differences" not in page.tables
-    assert "mined from the model" in page.text
 
 
 # A page that anyone's data may fill

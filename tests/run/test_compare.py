@@ -23,11 +23,11 @@ from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
-PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid", "mined")
+PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid")
 NUM_EPOCHS, MAX_STEPS = 2, 20  # Of twelve steps each.
 
 
-def funnel_config(folder: Path, *, min_rank: int = 10, **compare_settings: Any) -> RunConfig:
+def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
     return small_config(
         folder,
         {"source": "files", "path": folder / "funnel.parquet"},
@@ -35,7 +35,6 @@ def funnel_config(folder: Path, *, min_rank: int = 10, **compare_settings: Any) 
             "dim": 16,
             "history_length": 10,
             "negatives": ["in_batch", "uniform:num=32"],
-            "hard": {"kind": "mined", "min_rank": min_rank, "max_rank": 500, "every": 1},
         },
         # Two epochs are more than a plan's budget.
         training={**SMALL_TRAINING, "max_epochs": 9, "patience": 9, "refit": False},
@@ -57,8 +56,8 @@ def write_funnel(folder: Path) -> None:
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("funnel")
     write_funnel(folder)
-    plans = ["in_batch_uncorrected", "mixed", "hybrid", "mined"]
-    return funnel_config(folder, min_rank=400, plans=plans, max_steps=MAX_STEPS)
+    plans = ["in_batch_uncorrected", "mixed", "hybrid"]
+    return funnel_config(folder, plans=plans, max_steps=MAX_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
     Path("compare.toml").write_text(dump_config(config))
     code, shown, _ = command("compare", "--config", "compare.toml", "--check")
     assert code == 0
-    # Mined negatives are the config's own: losers are counted because the plan "hybrid" wants them.
+    # The config has no hard negatives: losers are counted because the plan "hybrid" wants them.
     samples = read_record(compared.folder / "samples" / "selection" / "report.json")
     for stage, pool in samples["hard_negatives"].items():
         assert f"hard negatives, {stage}: {pool['num_samples']:,} positives have some" in shown
@@ -110,11 +109,11 @@ def test_positives_trained_together_are_single_in_every_plan(
 
 def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
     config = funnel_config(tmp_path, plans=[*PLANS, "hybrid_50_50", "resampled", "exposed"])
-    plans, notes = sampling_plans(config, ["retrieved", "pre_ranked", "exposed"], 60, 9)
+    plans, notes = sampling_plans(config, ["retrieved", "pre_ranked", "exposed"])
     assert notes == []
     of = {name: with_settings(config, plan) for name, plan in plans.items()}
-    easy, shares = "in_batch_uncorrected in_batch uniform popularity mixed", "hybrid_0.1 mined_0.1"
-    assert list(of) == f"{easy} {shares} hybrid_50_50 resampled_0.5 exposed_0.1".split()
+    easy = "in_batch_uncorrected in_batch uniform popularity mixed"
+    assert list(of) == f"{easy} hybrid_0.1 hybrid_50_50 resampled_0.5 exposed_0.1".split()
     sampling = ("negatives", "hard", "resampling_exponent")
     same = {"correction": "mixture"} | {x: getattr(config.model, x) for x in sampling}
     for name, plan in of.items():
@@ -131,28 +130,23 @@ def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
     assert of["popularity"].model.negatives == (Popularity(287, 0.75),)
     assert of["uniform"].model.negatives == (Uniform(287),)
     hard = {name: plan.model.hard for name, plan in of.items() if plan.model.hard is not None}
-    assert {name: (kind.share, kind.pools) for name, kind in hard.items()} == {
+    assert {name: (kind.share, kind.stages) for name, kind in hard.items()} == {
         "hybrid_0.1": (0.1, ("retrieved", "pre_ranked")),
-        "mined_0.1": (0.1, ("mined",)),
         "hybrid_50_50": (0.5, ("retrieved", "pre_ranked")),
         "exposed_0.1": (0.1, ("exposed",)),
     }
     assert {n for n, plan in of.items() if plan.model.resampling_exponent} == {"resampled_0.5"}
 
 
-def test_without_losers_hybrids_are_mined_or_missing(tmp_path: Path) -> None:
-    config = funnel_config(tmp_path, plans=["mixed", "hybrid", "hybrid_50_50"])
-    plans, notes = sampling_plans(config, [], 60, 9)
-    assert list(plans) == ["mixed", "mined_0.1", "mined_50_50"]
-    assert all("no losers" in note for note in notes)
-    plans, notes = sampling_plans(config, [], 10)
+def test_without_losers_hybrids_are_missing(tmp_path: Path) -> None:
+    config = funnel_config(tmp_path, plans=["mixed", "hybrid", "hybrid_50_50", "exposed"])
+    plans, notes = sampling_plans(config, ["ranked"])
     assert list(plans) == ["mixed"]
-    assert ["missing" in note for note in notes] == [True, True]
-    # Mined for the first time when all is over.
-    unset = with_settings(config, {"model.hard": None})
-    plans, notes = sampling_plans(unset, [], 600, 3)
-    assert list(plans) == ["mixed"]
-    assert all("every 3 epochs (model.hard.every), and a plan has 3 (" in note for note in notes)
+    assert [note.partition(" is missing: the log holds no losers of ")[::2] for note in notes] == [
+        ("plan hybrid", "retrieved or pre_ranked"),
+        ("plan hybrid_50_50", "retrieved or pre_ranked"),
+        ("plan exposed", "exposed"),
+    ]
 
 
 def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path) -> None:
@@ -163,14 +157,14 @@ def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path)
     assert "exposed" not in RunConfig().compare.plans
     asked = every_loser(config)
     assert asked == replace(own, stages=(*own.stages, "exposed"), allow_exposed=True)
-    plans, notes = sampling_plans(config, ["ranked", "retrieved"], 60, 9)
-    assert notes == ["plan exposed is missing: the log holds no exposed items"]
+    plans, notes = sampling_plans(config, ["ranked", "retrieved"])
+    assert notes == ["plan exposed is missing: the log holds no losers of exposed"]
     assert plans["hybrid_0.1"]["model.hard"] == replace(own, stages=("ranked",), share=0.1)
     # What is said of ranked ones says nothing of others.
-    plans, _ = sampling_plans(config, ["pre_ranked"], 60, 9)
+    plans, _ = sampling_plans(config, ["pre_ranked"])
     losers = FunnelLosers(stages=("pre_ranked",), num=2, share=0.1)
     assert plans["hybrid_0.1"]["model.hard"] == losers
-    (note,) = [x for x in sampling_plans(config, ["retrieved"], 600, 9)[1] if "hybrid" in x]
+    (note,) = [x for x in sampling_plans(config, ["retrieved"])[1] if "hybrid" in x]
     assert "no losers of ranked or pre_ranked" in note
 
 
@@ -225,10 +219,9 @@ def test_files_hold_the_plans(compared: PlanComparison) -> None:
         assert name in text
         assert f"{result.overall.intervals['recall@20'].mean:.4f}" in compared.table()
     assert (compared.folder / "comparison.svg").read_text().startswith("<svg xmlns=")
-    note, cut_off = compared.notes
-    assert note == "plan mined is missing: 400 items have no rank 400 (model.hard.min_rank)"
+    (cut_off,) = compared.notes
     assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")
-    assert f"P{note[1:]}.\n" in text
+    assert f"C{cut_off[1:]}.\n" in text
     # A terminal gets the columns that fit, the first ones; none is wrapped.
     whole, narrow = compared.table(), compared.table(width=80)
     assert max(map(len, narrow.split("\n"))) <= 80 < max(map(len, whole.split("\n")))
@@ -261,9 +254,9 @@ def test_figure_shows_the_plans(compared: PlanComparison) -> None:
 
 def test_what_a_comparison_comes_to_is_said() -> None:
     """By the ends of each difference from the first: beside 0, around it, or not known."""
-    ends = {"hybrid": (0.09, 0.11), "mined": (-0.01, 0.03), "uniform": (-0.11, -0.09)}
+    ends = {"hybrid": (0.09, 0.11), "popularity": (-0.01, 0.03), "uniform": (-0.11, -0.09)}
     ends |= {"one query": (np.nan, np.nan), "exposed": (0.1, 0.12)}
-    means = {"mixed": 0.3, "hybrid": 0.4, "mined": 0.31, "uniform": 0.2, "one query": 0.3}
+    means = {"mixed": 0.3, "hybrid": 0.4, "popularity": 0.31, "uniform": 0.2, "one query": 0.3}
     means["exposed"] = 0.41
 
     def said(*names: str) -> str:
@@ -275,11 +268,12 @@ def test_what_a_comparison_comes_to_is_said() -> None:
         )
         return compared_in_words(found, "ndcg@5").removeprefix("in ndcg@5 ")
 
-    assert said("uniform", "mined", "hybrid", "one query") == (
-        "hybrid beats mixed; mined, one query tie with mixed; uniform is worse than mixed"
+    assert said("uniform", "popularity", "hybrid", "one query") == (
+        "hybrid beats mixed; popularity, one query tie with mixed; uniform is worse than mixed"
     )
     # The highest one may tie, or be the reference itself.
-    assert said("mined") == "mined ties with mixed; mined is highest, by no more than chance"
+    one = "popularity ties with mixed; popularity is highest, by no more than chance"
+    assert said("popularity") == one
     assert said("uniform") == "mixed is highest; uniform is worse than mixed"
     assert said("hybrid", "exposed") == "hybrid, exposed beat mixed, exposed the most"
 

@@ -1,7 +1,6 @@
 """Draws each row's own hard negatives from its pools, with their masks and log_q."""
 
 from collections.abc import Mapping
-from typing import TypeAlias
 
 import tensorflow as tf
 
@@ -9,38 +8,33 @@ from tfrs_pipeline.batches.batch import HardColumns
 from tfrs_pipeline.batches.examples import Use, seed_of
 from tfrs_pipeline.batches.guard import Guard, Never
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.samples.store import RowLists, Samples
 
-HardNegatives: TypeAlias = FunnelLosers | Mined
-"""A kind of hard negative. It has a `share` f, and draws `num` columns for each row from each of
-its `pools`, which have equal weight."""
-
 
 class HardDraws:
-    """Draws each row's hard negatives from the pools of its sample.
+    """Draws each row's hard negatives, `num` columns from each stage's pool of its sample.
 
-    A pool that the samples lack is empty until it is replaced in `pools`. A `DataError` if `hard`
-    asks for losers of the funnel and no sample has one.
+    The stages have equal weight. A `DataError` if no sample has a loser of these stages.
     """
 
-    def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
+    def __init__(self, samples: Samples, hard: FunnelLosers, *, seed: int) -> None:
         self.share = hard.share
         self._hard = hard
         self._seed = seed
         self._num_possible = samples.num_possible_negatives
         nothing = RowLists.empty(len(samples))
-        self.pools = {name: samples.hard_pools.get(name, nothing) for name in hard.pools}
-        has_losers = any(len(pool.values) for pool in self.pools.values())
-        if isinstance(hard, FunnelLosers) and not has_losers:
+        self.pools: dict[str, RowLists] = {
+            stage: samples.hard_pools.get(stage, nothing) for stage in hard.stages
+        }
+        if not any(len(pool.values) for pool in self.pools.values()):
             ranked = "; ranked ones need a rank and, without min_rank, a request_id"
             needs = ranked if "ranked" in hard.stages else ""
             raise DataError(
                 f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
                 f"{len(samples):,} positives has one. The log must hold items of these "
-                f"stages for the same users within window_hours{needs}; or set model.hard to "
-                "mined, or to none."
+                f"stages for the same users within window_hours{needs}; or set model.hard to none."
             )
 
     def draw(

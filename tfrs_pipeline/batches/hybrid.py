@@ -13,8 +13,9 @@ import tensorflow as tf
 from tfrs_pipeline.batches.batch import Batch, Slices
 from tfrs_pipeline.batches.examples import Examples, Use, blocks, seed_of
 from tfrs_pipeline.batches.guard import REASONS, Guard, Never, contains
-from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
+from tfrs_pipeline.batches.hard import HardDraws
 from tfrs_pipeline.messages import check_integer
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.kinds import InBatch, counts_as_in_batch
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
@@ -75,7 +76,7 @@ class HybridBatches:
         examples: Examples,
         negatives: Sequence[Negatives],
         *,
-        hard: HardNegatives | None = None,
+        hard: FunnelLosers | None = None,
         seed: int,
         positive_weight: np.ndarray | None = None,
     ) -> None:
@@ -108,12 +109,7 @@ class HybridBatches:
         self._guard = Guard(samples)
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
-
-    def set_hard_pool(self, name: str, pool: RowLists) -> None:
-        """Replaces a pool of hard negatives by new lists, one for each sample."""
-        assert self._hard is not None
-        # A new dict, because a dataset keeps the pools that it was made with.
-        self._hard.pools = {**self._hard.pools, name: pool}
+        self._pools: Mapping[str, RowLists] = {} if self._hard is None else self._hard.pools
 
     @property
     def num_unreachable(self) -> int:
@@ -132,7 +128,7 @@ class HybridBatches:
         total = drawn = 0.0
         for place in blocks(len(self.samples)):
             ends = slice(place.start, place.stop + 1)
-            num_in = [np.diff(pool.offsets[ends]) for pool in self._hard.pools.values()]
+            num_in = [np.diff(pool.offsets[ends]) for pool in self._pools.values()]
             has_any = np.any(num_in, axis=0)
             rows = self.samples.candidate_rows[place]
             rates = np.ones(len(rows)) if rate is None else rate[rows]
@@ -167,14 +163,12 @@ class HybridBatches:
         *,
         slices: Slices | None = None,
     ) -> Batch:
-        pools = {} if self._hard is None else self._hard.pools
-        read = functools.partial(self._read, pools)
-        batch, slot, never, own_pools = look_up(read, chosen, self._signature)
+        batch, slot, never, pools = look_up(self._read, chosen, self._signature)
         shared = self._mixture.draw(batch.candidate_row, seed_of(self._seed, Use.SHARED, step))
         dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
         batch = batch._replace(shared_row=shared, dropout_seed=dropout_seed)
         if self._hard is not None:
-            hard = self._hard.draw(step, own_pools, batch.candidate_row, _of_rows(never, slot))
+            hard = self._hard.draw(step, pools, batch.candidate_row, _of_rows(never, slot))
             batch = batch._replace(hard=hard)
         if slices is not None:
             # Cut before the masks are made, which are much of the work.
@@ -191,7 +185,7 @@ class HybridBatches:
         log_q = self._mixture.log_q(columns[tf.newaxis, :], share)
         return batch._replace(log_q=log_q, is_counted=is_counted)
 
-    def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> _Found:
+    def _read(self, chosen: Any) -> _Found:
         batch = self.examples.read(chosen)
         index = batch.index
         requests = _requests_of(self.samples, lambda column: column[index])
@@ -201,7 +195,7 @@ class HybridBatches:
             batch._replace(weight=self._weights(index), requests=requests),
             slot,
             self._guard.read(distinct),
-            {name: pool.take(index) for name, pool in pools.items()},
+            {name: pool.take(index) for name, pool in self._pools.items()},
         )
 
     @functools.cached_property
@@ -216,7 +210,7 @@ class HybridBatches:
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
             dict.fromkeys(REASONS, _lists_spec(None)),
-            {} if self._hard is None else dict.fromkeys(self._hard.pools, _lists_spec(num)),
+            dict.fromkeys(self._pools, _lists_spec(num)),
         )
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:

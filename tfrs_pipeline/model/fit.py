@@ -16,8 +16,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.durable import naming, read_record, read_whole, write_record
-from tfrs_pipeline.model.distribution import chief_first, dataset_of, on_chief
-from tfrs_pipeline.model.mining import MinedPools
+from tfrs_pipeline.model.distribution import dataset_of, on_chief
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings
@@ -54,7 +53,6 @@ def train(
     *,
     max_epochs: int | None = None,
     validate: Validate | None = None,
-    mining: MinedPools | None = None,
     start: Callable[[TwoTowerNetwork], None] | None = None,
     first_step: int = 0,
     folder: Path | None = None,
@@ -67,9 +65,9 @@ def train(
     complete epoch and ends like an uninterrupted one.
 
     `validate` returns metrics by name; without it all epochs are trained, and the last is kept.
-    `max_epochs` replaces the settings' number. `mining` prepares the batches. `start` sets the
-    weights of an untrained network; if they were trained before, steps count on from `first_step`.
-    `folder` keeps the best and the last epoch, to resume from.
+    `max_epochs` replaces the settings' number. `start` sets the weights of an untrained network; if
+    they were trained before, steps count on from `first_step`. `folder` keeps the best and the last
+    epoch, to resume from.
     """
     # The decay goes over all epochs of the settings: a refit for fewer of them has the learning
     # rates that validation has seen.
@@ -78,26 +76,20 @@ def train(
         saves_all = folder is not None
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         keeper = _BestEpoch(settings, validate, kept, saves_all, on_epoch)
-        epoch = keeper.restore(network, mining)
+        epoch = keeper.restore(network)
         steps = batches.steps_per_epoch
         if not epoch and start is not None:
             start(network)
         last = settings.max_epochs if max_epochs is None else max_epochs
-        while epoch < last and not keeper.is_over:
-            until = last
-            if mining is not None:
-                due = epoch - epoch % mining.every
-                chief_first(functools.partial(mining.prepare, due))
-                until = min(due + mining.every, last)
+        if epoch < last and not keeper.is_over:
             network.fit(
-                dataset_of(network, batches, epoch * steps, (until - epoch) * steps),
+                dataset_of(network, batches, epoch * steps, (last - epoch) * steps),
                 initial_epoch=epoch,
-                epochs=until,
+                epochs=last,
                 steps_per_epoch=steps,
                 callbacks=[*callbacks, keeper],
                 verbose=0,
             )
-            epoch = until
         keeper.keep_best(network)
     return keeper.result
 
@@ -204,9 +196,9 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             # Restores the optimizer state too, because another training may start from it.
             _read_checkpoint(network, self._path(result.best_epoch))
 
-    def restore(self, network: TwoTowerNetwork, mining: MinedPools | None) -> int:
+    def restore(self, network: TwoTowerNetwork) -> int:
         """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
-        epoch, state = on_chief(lambda: self._last_whole(mining))
+        epoch, state = on_chief(self._last_whole)
         self.history, self._seconds_before = state["history"], state["seconds"]
         if epoch:
             _read_checkpoint(network, self._path(epoch))
@@ -214,11 +206,9 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._resumed_after = epoch
         return epoch
 
-    def _last_whole(self, mining: MinedPools | None) -> tuple[int, dict[str, Any]]:
+    def _last_whole(self) -> tuple[int, dict[str, Any]]:
         saved = self._folder.glob("epoch-*.json")
         for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
-            if mining is not None and not mining.can_go_on(epoch):
-                continue
             if (state := read_whole(self._path(epoch, ".json"))) is not None:
                 self.history = state["history"]
                 if read_whole(self._path(self.best_epoch, ".json")) is not None:

@@ -14,7 +14,6 @@ from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
-from tfrs_pipeline.negatives.hard import Mined
 
 OnProgress: TypeAlias = Callable[..., None]
 """Called during long work with a task's name, steps done and in all, and sometimes a note."""
@@ -70,8 +69,7 @@ def describe_data(
         told = "without the correction hard negatives count like all others"
         notes.append(f"{told}: their share has no effect")
     elif settings.hard is not None:
-        since = ", from the first mining on" if isinstance(settings.hard, Mined) else ""
-        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}{since}")
+        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
     if (size := batches.frame.batch_size) < training.batch_size:
         notes.append(
             f"{counted(len(data.samples), 'positive')} fill no batch of training.batch_size: "

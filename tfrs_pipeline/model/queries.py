@@ -1,22 +1,15 @@
 """Embeds raw queries, and retrieves rows, with the network in memory."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import tensorflow as tf
 
-from tfrs_pipeline.evaluation.topk import top_k_in_blocks
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.retrieval import Query, check_queries, check_requests
-
-RetrieveRows: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""Takes [n] query rows, [n, N] history rows, most recent first, padded with 0, and k. Returns
-candidate rows, [n, k], best first, 0 in empty slots."""
 
 
 class QueryEncoder:
@@ -50,29 +43,3 @@ class QueryEncoder:
         requests = [query.get("request") for query in queries]
         check_requests(requests, known, may_have_others=True)
         return embed_queries(self._encoder, queries, self._features)
-
-
-def retrieval_of_rows(network: TwoTowerNetwork) -> Callable[[], RetrieveRows]:
-    """Returns a function that embeds all candidates and returns an exact retrieval of their rows.
-
-    Each call embeds them anew, as mining needs between epochs.
-    """
-    specs = [
-        tf.TensorSpec([None], tf.int32),
-        tf.TensorSpec([None, network.history_length], tf.int32),
-    ]
-    embed = tf.function(
-        lambda rows, histories: network.embed_queries(rows, histories), input_signature=specs
-    )
-
-    def of_now() -> RetrieveRows:
-        corpus = network.embed_corpus()
-
-        def retrieve(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:
-            queries = embed(tf.constant(query_rows), tf.constant(history_rows)).numpy()
-            size = len(queries), len(corpus)
-            return top_k_in_blocks(lambda block: queries[block] @ corpus.T, *size, k)[0]
-
-        return retrieve
-
-    return of_now

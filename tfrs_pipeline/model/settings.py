@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.data.schema import AskedBy
-from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.settings import Config, Distinct, Listed, from_text
 
@@ -31,7 +31,7 @@ EASY_KINDS = InBatch, Uniform, Popularity
 
 def _refuse_subclass(kind: _Kind) -> _Kind:
     """Refuses a subclass, which would be read back from a file as the class itself."""
-    if type(kind) not in (*EASY_KINDS, FunnelLosers, Mined):
+    if type(kind) not in (*EASY_KINDS, FunnelLosers):
         raise ValueError(
             "is a subclass, which cannot be a setting; give your own kinds of easy negatives to "
             "TwoTower(negatives=[...])"
@@ -39,9 +39,10 @@ def _refuse_subclass(kind: _Kind) -> _Kind:
     return kind
 
 
-_READ = Field(discriminator="kind"), BeforeValidator(from_text), AfterValidator(_refuse_subclass)
-SharedKind: TypeAlias = Annotated[InBatch | Uniform | Popularity, *_READ]
-HardKind: TypeAlias = Annotated[FunnelLosers | Mined, *_READ]
+_READ = BeforeValidator(from_text), AfterValidator(_refuse_subclass)
+_ByKind = Field(discriminator="kind")
+SharedKind: TypeAlias = Annotated[InBatch | Uniform | Popularity, _ByKind, *_READ]
+HardKind: TypeAlias = Annotated[FunnelLosers, *_READ]
 
 
 class TwoTowerSettings(Config):
@@ -52,8 +53,7 @@ class TwoTowerSettings(Config):
     negatives: Listed[SharedKind] = (InBatch(), Uniform(256), Popularity(256, 0.75))
     """Easy negatives, shared by the rows of a batch; all kinds given are used together."""
     hard: HardKind | None = None
-    """Hard negatives for each row: losers of the funnel, such as funnel:share=0.01, or mined from
-    the model, such as mined:share=0.01."""
+    """Hard negatives for each row: losers of the funnel, such as funnel:share=0.01."""
     resampling_exponent: float = Field(0.0, ge=0, le=1)
     """Down-samples positives of popular items and up-samples the others, by counts to the power of
     minus this: 0 changes nothing, 1 makes every clicked item equally likely."""

@@ -24,11 +24,10 @@ from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, train
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.item_init import add_item_factors
-from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
-from tfrs_pipeline.model.notes import EpochProgress, OnProgress, OnSteps, describe_data, writers
+from tfrs_pipeline.model.notes import EpochProgress, OnSteps, describe_data, writers
 from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer, own_or_setting
-from tfrs_pipeline.model.queries import QueryEncoder, retrieval_of_rows
+from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
     SharedKind,
     TrainingSettings,
@@ -39,7 +38,7 @@ from tfrs_pipeline.model.settings import (
 from tfrs_pipeline.model.towers import Tower, candidate_tower, query_tower
 from tfrs_pipeline.model.trend import popularity_shift
 from tfrs_pipeline.model.warm_start import WarmStart
-from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.protocol import SamplingFrame
 from tfrs_pipeline.samples.store import Samples
 from tfrs_pipeline.settings import Listed, refuse
@@ -207,7 +206,6 @@ class TwoTower(TwoTowerSettings):
         cutoffs: Sequence[int] = (20, 100),
         on_epoch: OnEpoch | None = None,
         on_steps: OnSteps | None = None,
-        on_progress: OnProgress = lambda *task: None,
         log: Log | None = None,
     ) -> FittedTwoTower:
         """Fits the model to samples that are built already; see also `fit`.
@@ -227,7 +225,6 @@ class TwoTower(TwoTowerSettings):
                 network = self.build(corpus)
             encoder, batches = QueryEncoder(network, corpus), self.batches(data.samples)
             warm = WarmStart(source, self, self.training, corpus) if source else None
-            mining = self._mining(batches, network, folder, on_progress)
             validate = None
             if validation is not None:
                 ranked = validation.sample(self.training.validation_users, self.seed)
@@ -243,15 +240,16 @@ class TwoTower(TwoTowerSettings):
                 self.training,
                 max_epochs=max_epochs,
                 validate=validate,
-                mining=mining,
                 start=functools.partial(self._begin, warm, data.samples, folder),
                 first_step=warm.first_step if warm else 0,
                 folder=folder,
                 callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
                 on_epoch=on_epoch,
             )
-            notes = [note for x in (warm, mining) if x is not None for note in x.describe()]
-            notes += describe_data(data, batches, self, self.training)
+            notes = [
+                *(warm.describe() if warm else ()),
+                *describe_data(data, batches, self, self.training),
+            ]
         return FittedTwoTower(
             self.settings, self.training, corpus, network, encoder, result, notes, log
         )
@@ -319,25 +317,6 @@ class TwoTower(TwoTowerSettings):
             "user_features": dict(log.user_features),
             **describe_own(self.negatives, self._own_towers, frame),
         }
-
-    def _mining(
-        self,
-        batches: HybridBatches,
-        network: TwoTowerNetwork,
-        folder: Path | None,
-        on_progress: OnProgress,
-    ) -> MinedPools | None:
-        if not isinstance(self.hard, Mined):
-            return None
-        return MinedPools(
-            batches,
-            self.hard,
-            make_retrieval=retrieval_of_rows(network),
-            history_length=self.history_length,
-            seed=self.seed,
-            folder=folder,
-            on_progress=lambda done, total: on_progress(f"{self.name}, mining", done, total),
-        )
 
 
 def validation_metrics(

@@ -24,7 +24,6 @@ from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.hard import Mined
 from tfrs_pipeline.negatives.kinds import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.report import figures, verdict
@@ -83,7 +82,7 @@ class RunFacts:
     items_by_part: Mapping[str, int]
     samples: Mapping[str, Any]
     masked_shares: Mapping[str, float]
-    mean_hard_share: float | None  # None if mined, since it changes during training.
+    mean_hard_share: float
     popularity: PopularityFacts
     titles: Mapping[Any, str]
 
@@ -246,7 +245,7 @@ def gather_facts(folder: Path) -> RunFacts:
         items_by_part={part: num_items[part] for part in PARTS if part in num_items},
         samples=read_record(samples_folder / "report.json"),
         masked_shares=batches.masked_shares(),
-        mean_hard_share=None if isinstance(config.model.hard, Mined) else batches.mean_hard_share,
+        mean_hard_share=batches.mean_hard_share,
         popularity=_popularity(batches),
         titles=_titles(log, metrics),
     )

@@ -24,7 +24,7 @@ from tfrs_pipeline.evaluation.table import explained
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.negatives.hard import FunnelLosers, Mined
+from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
@@ -114,8 +114,7 @@ def _make_plans(
     """Makes the plans, with notes, and refuses those that cannot be trained before any training."""
     pools = data.final.samples.hard_pools
     logged = [name for name, pool in pools.items() if len(pool.values)]
-    num_candidates = len(data.final.corpus.candidate_ids)
-    plans, notes = sampling_plans(config, logged, num_candidates, _max_epochs(config, data))
+    plans, notes = sampling_plans(config, logged)
     for plan in plans.values():
         check_trainable(data.parts, _planned(config, plan, data))
     runner.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
@@ -185,21 +184,14 @@ def _write(
 
 def every_loser(config: RunConfig) -> FunnelLosers:
     """Returns losers of every stage that any plan may need; each plan draws from its own."""
-    losers = _losers_of(config)
+    losers = config.model.hard or FunnelLosers()
     stages = losers.stages
     if "exposed" in config.compare.plans and "exposed" not in stages:
         stages = (*stages, "exposed")
     return dataclasses.replace(losers, stages=stages, allow_exposed="exposed" in stages)
 
 
-def _losers_of(config: RunConfig) -> FunnelLosers:
-    hard = config.model.hard
-    return hard if isinstance(hard, FunnelLosers) else FunnelLosers()
-
-
-def sampling_plans(
-    config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int | None = None
-) -> tuple[dict[str, Plan], list[str]]:
+def sampling_plans(config: RunConfig, logged: Sequence[str]) -> tuple[dict[str, Plan], list[str]]:
     """Turns the plans of a config into settings by name, with notes on those that are missing.
 
     `logged` are the stages whose losers the samples hold. Raises a `ValueError` if the reference is
@@ -217,9 +209,7 @@ def sampling_plans(
         notes.append("every plan is trained with training.examples 'single'")
     plans: dict[str, Plan] = {}
     for kind in config.compare.plans:
-        found, note = _plans_of_kind(
-            kind, config, logged, num_candidates, max_epochs or config.training.max_epochs
-        )
+        found, note = _plans_of_kind(kind, config, logged)
         plans |= {name: {**common, **plan} for name, plan in found.items()}
         notes += [note] if note else []
     if config.compare.reference not in plans:
@@ -233,9 +223,9 @@ def sampling_plans(
 
 
 def _plans_of_kind(
-    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
+    kind: str, config: RunConfig, logged: Sequence[str]
 ) -> tuple[dict[str, Plan], str]:
-    """Returns the plans of a kind, one for each of its values, and a note on them."""
+    """Returns the plans of a kind, one for each of its values, and a note if it is missing."""
     # Every plan but in-batch has as many shared columns as the config's mixture.
     num = sum(
         config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
@@ -256,39 +246,20 @@ def _plans_of_kind(
             f"resampled_{exponent:g}": {"model.resampling_exponent": exponent}
             for exponent in config.compare.resampling_exponents
         }, ""
-    hard, note = _hard_kind(kind, config, logged, num_candidates, max_epochs)
-    if hard is None:
-        return {}, f"plan {kind} is missing: {note}"
-    name = "mined" if isinstance(hard, Mined) else "exposed" if kind == "exposed" else "hybrid"
-    shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
-    names = [f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}" for share in shares]
-    kinds = [{"model.hard": dataclasses.replace(hard, share=share)} for share in shares]
-    return dict(zip(names, kinds, strict=True)), note
-
-
-def _hard_kind(
-    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
-) -> tuple[FunnelLosers | Mined | None, str]:
-    """Chooses the hard negatives of a kind of plan, or None, with a reason or a note."""
-    losers = _losers_of(config)
-    stages = tuple(stage for stage in losers.stages if stage in logged)
+    hard, name = config.model.hard, "hybrid"
     if kind == "exposed":
-        hard = FunnelLosers(stages=("exposed",), num=NUM_HARD, allow_exposed=True)
-        return (hard, "") if "exposed" in logged else (None, "the log holds no exposed items")
-    if kind != "mined" and stages:
-        if not isinstance(config.model.hard, FunnelLosers):
-            losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
-        return losers.of_stages(stages), ""
-    mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
-    if mined.every >= max_epochs:
-        return None, (
-            f"negatives are mined every {mined.every} epochs (model.hard.every), and a plan has "
-            f"{max_epochs} (training.max_epochs, compare.max_steps)"
-        )
-    if num_candidates <= mined.min_rank:
-        rank = mined.min_rank
-        return None, f"{num_candidates:,} items have no rank {rank} (model.hard.min_rank)"
-    if kind == "mined":
-        return mined, ""
-    of_stages = " or ".join(losers.stages)
-    return mined, f"plan {kind}: the log holds no losers of {of_stages}; mined instead"
+        hard, name = FunnelLosers(stages=("exposed",), allow_exposed=True, num=NUM_HARD), kind
+    losers = hard or FunnelLosers()
+    if not (stages := tuple(stage for stage in losers.stages if stage in logged)):
+        lacking = " or ".join(losers.stages)
+        return {}, f"plan {kind} is missing: the log holds no losers of {lacking}"
+    losers = losers.of_stages(stages)
+    if hard is None:
+        losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
+    shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
+    return {
+        f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}": {
+            "model.hard": dataclasses.replace(losers, share=share)
+        }
+        for share in shares
+    }, ""

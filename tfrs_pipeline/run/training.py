@@ -132,7 +132,6 @@ def fit_once(
         cutoffs=config.evaluation.cutoffs,
         on_epoch=tell_epoch,
         on_steps=lambda epoch, line: progress.task(task, epoch - 1, max_epochs, line),
-        on_progress=progress.task,
         log=log,
     )
 
