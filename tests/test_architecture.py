@@ -81,8 +81,9 @@ class Calls(list[tuple[str, str]]):
 @functools.cache
 def from_click_to_loss(folder: Path) -> Calls:
     rng = np.random.default_rng(0)
-    events = pd.DataFrame({"user_id": rng.integers(0, 9, 120), "item_id": rng.integers(0, 20, 120)})
-    events["timestamp"] = pd.to_datetime(10**9 + 60 * np.arange(120), unit="s", utc=True)
+    users, requests = rng.integers(0, 9, 20).repeat(6), np.arange(120) // 6
+    events = pd.DataFrame({"user_id": users, "item_id": rng.integers(0, 20, 120)})
+    events["timestamp"] = pd.to_datetime(10**9 + 60 * requests, unit="s", utc=True)
     events["stage"] = rng.choice(["clicked", "exposed", "pre_ranked"], 120)
     events.to_csv(folder / "events.csv", index=False)
     calls = Calls()

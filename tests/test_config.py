@@ -116,7 +116,7 @@ def test_a_dump_holds_every_setting_but_those_that_are_none() -> None:
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=10)
 ZONES = st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30))])
-HARD = [None, tp.FunnelLosers(stages=("ranked",), min_rank=3)]
+HARD = [None, tp.FunnelLosers(stages=("ranked",), bottom_share=0.3)]
 
 
 @st.composite
@@ -267,7 +267,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (FEATURES, {"export.filter_by": "title"}, "export.filter_by", "got 'title'.*title, year"),
         ({"model.use_user_id": True}, {"export.user_data": False}, "export.user_data",
          "each user is user data"),
-        ({}, {"model.hard": "funnel:min_rank=-5"}, "model.hard.min_rank", "equal to 0"),
+        ({}, {"model.hard": "funnel:num=-5"}, "model.hard.num", "greater than 0"),
         ({}, {"model.hard": "funnel:num=1:num=2"}, "model.hard", "sets num twice"),
         ({"export.index": "none"}, {"export.gate": True}, "export.gate", "which exports nothing"),
     ],

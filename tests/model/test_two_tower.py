@@ -427,8 +427,8 @@ def test_refusals(tmp_path: Path) -> None:
     # A comparison asks for the losers of every stage, and has plans that go without.
     data = TrainingSet.build(clicks, tmp_path, seed=0, hard=FunnelLosers())
     for hard, told in (
-        (FunnelLosers(), r"losers of the stages retrieved.*window_hours; or set"),
-        (FunnelLosers(stages=("ranked",)), "ranked ones need a rank and, without min_rank, a requ"),
+        (FunnelLosers(), r"losers of the stages retrieved.*its time\); or set"),
+        (FunnelLosers(stages=("ranked",)), "ranked ones need a rank"),
     ):
         with pytest.raises(DataError, match=told):
             tiny(hard=hard, training={"batch_size": 3}).batches(data.samples)

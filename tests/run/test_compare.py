@@ -150,7 +150,7 @@ def test_without_losers_hybrids_are_missing(tmp_path: Path) -> None:
 
 
 def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path) -> None:
-    own = FunnelLosers(stages=("ranked", "pre_ranked"), min_rank=10, num=2, share=0.2)
+    own = FunnelLosers(stages=("ranked", "pre_ranked"), bottom_share=0.1, num=2, share=0.2)
     config = funnel_config(tmp_path, plans=["mixed", "hybrid", "exposed"])
     config = with_settings(config, {"model.hard": own})
     # Exposed items are negatives only where the user insists, and the log has some.

@@ -34,7 +34,6 @@ HARD = FunnelLosers(
     share=0.5,
     stages=("retrieved", "pre_ranked", "ranked"),
     num=2,
-    window_hours=2 / 3600,
     bottom_share=0.9,
 )
 

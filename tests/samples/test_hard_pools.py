@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.requests import query_start
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
+from tfrs_pipeline.samples.hard_pools import MAX_POOL, draw_pools, find_losers
 from tfrs_pipeline.samples.store import read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -73,7 +74,8 @@ Pools = dict[int, dict[str, list[int]]]
 
 def run(rows: list[dict[str, Any]], hard: FunnelLosers, *, drop: tuple[str, ...] = ()) -> Pools:
     """Returns event number of the positive -> stage -> pool."""
-    events = as_table(rows, drop=drop)
+    events = as_table(rows, drop=drop).mutate(user_id=ibis._["query_row"])
+    events = events.mutate(query_time=query_start(events, events["time"])[0])
     pairs = ("query_row", "candidate_row")
     known = events.filter(events["stage"] == "clicked").select(*pairs).distinct()
     exposed = events.filter(events["stage"] == "exposed").select(*pairs).distinct()
@@ -102,8 +104,6 @@ def slow_pools(rows: list[dict[str, Any]], hard: FunnelLosers) -> dict[int, dict
     def is_low(row: dict[str, Any]) -> bool:
         if row["rank"] is None:
             return False
-        if hard.min_rank is not None:
-            return bool(row["rank"] >= hard.min_rank)
         ranks = sorted(
             r["rank"]
             for r in rows
@@ -130,25 +130,16 @@ def slow_pools(rows: list[dict[str, Any]], hard: FunnelLosers) -> dict[int, dict
         for stage in hard.stages:
             losers = [r for r in rows if usable(r, stage)]
             losers = [r for r in losers if r["query_row"] == positive["query_row"]]
-            own = {r["candidate_row"] for r in losers if r["request_id"] == positive["request_id"]}
-            if len(own) < hard.min_pool:
-                own |= {
-                    r["candidate_row"]
-                    for r in losers
-                    if positive["time"] - timedelta(hours=hard.window_hours)
-                    <= r["time"]
-                    <= positive["time"]
-                }
-            of_stage[stage] = own
+            key = "time" if positive["request_id"] is None else "request_id"
+            losers = [r for r in losers if (r["request_id"] is None) == (key == "time")]
+            of_stage[stage] = {r["candidate_row"] for r in losers if r[key] == positive[key]}
         pools[positive["event_number"]] = of_stage
     return pools
 
 
 LOSERS: dict[str, FunnelLosers] = {
-    "of both stages": FunnelLosers(stages=("retrieved", "pre_ranked"), window_hours=2),
-    "of the own request": FunnelLosers(stages=("pre_ranked",), min_pool=0),
+    "of both stages": FunnelLosers(stages=("retrieved", "pre_ranked")),
     "low part by share": FunnelLosers(stages=("ranked",), bottom_share=0.3),
-    "low part by rank": FunnelLosers(stages=("ranked", "retrieved"), min_rank=2),
     "exposed, insisted on": FunnelLosers(stages=("exposed", "retrieved"), allow_exposed=True),
 }
 
@@ -158,30 +149,32 @@ def test_pools_match_a_loop(name: str) -> None:
     rows = random_log(0, num_requests=60)
     pools = as_sets(run(rows, LOSERS[name]))
     assert pools == slow_pools(rows, LOSERS[name])
-    assert sum(len(p) for of_stage in pools.values() for p in of_stage.values()) > 20
+    assert sum(len(p) for of_stage in pools.values() for p in of_stage.values()) > 10
 
 
-def test_without_ranks_nothing_ranked_is_used_and_without_requests_the_window_serves() -> None:
+def test_without_ranks_nothing_ranked_is_used_and_without_requests_the_moment_serves() -> None:
     rows = random_log(0)
     pools = run(rows, LOSERS["low part by share"], drop=("rank",))
     assert all(not pool["ranked"] for pool in pools.values())
-    pools = run([{**r, "request_id": None} for r in rows], LOSERS["low part by share"])
-    assert all(not pool["ranked"] for pool in pools.values())
-    pools = run(rows, LOSERS["of both stages"], drop=("request_id",))
-    without = [{**row, "request_id": -i} for i, row in enumerate(rows, 1)]
-    assert as_sets(pools) == slow_pools(without, LOSERS["of both stages"])
+    hard = LOSERS["of both stages"]
+    without = [{**row, "request_id": None} for row in rows]
+    by_moment = slow_pools(without, hard)
+    assert as_sets(run(rows, hard, drop=("request_id",))) == by_moment
+    assert as_sets(run(without, hard)) == by_moment != slow_pools(rows, hard)
+    some = [row if row["request_id"] % 3 else {**row, "request_id": None} for row in rows]
+    assert as_sets(run(some, hard)) == slow_pools(some, hard)
 
 
 def test_large_pools_are_thinned_at_random_and_by_the_seed() -> None:
     row = {"query_row": 1, "stage": "retrieved", "time": START, "request_id": 0, "rank": None}
     rows = [{**row, "candidate_row": item, "event_number": item} for item in range(1, 200)]
     rows[0]["stage"] = "clicked"
-    hard = FunnelLosers(stages=("retrieved",), max_pool=50)
+    hard = FunnelLosers(stages=("retrieved",))
     pool = run(rows, hard)[1]["retrieved"]
-    assert len(set(pool)) == 50
+    assert len(set(pool)) == MAX_POOL
     assert pool == run(rows, hard)[1]["retrieved"]
     # Of 198: about a quarter are of the first quarter.
-    assert 3 <= sum(item < 50 for item in pool) <= 25
+    assert 10 <= sum(item < 50 for item in pool) <= 40
 
 
 def test_a_low_part_is_no_item_larger_than_its_share() -> None:
@@ -217,21 +210,3 @@ def test_pools_are_written_in_random_order(tmp_path: Path) -> None:
     assert 20 <= is_next.sum() <= 110
     # Each item comes first in some of the pools.
     assert len({pool[0] for pool in in_order}) > 12
-
-
-def test_of_many_recent_losers_the_latest_are_taken() -> None:
-    """Also where the window ends before there are enough."""
-    row = {"query_row": 1, "rank": None}
-    rows = []
-    for minute in range(100):
-        stage = "clicked" if minute % 7 == 3 else "retrieved"
-        time = START + timedelta(minutes=minute if minute < 60 else minute + 300)
-        numbers = dict.fromkeys(("candidate_row", "event_number", "request_id"), minute)
-        rows.append({**row, **numbers, "stage": stage, "time": time})
-    hard = FunnelLosers(stages=("retrieved",), max_pool=10, window_hours=1)
-    pools = as_sets(run(rows, hard))
-    slow = slow_pools(rows, hard)
-    assert max(len(of_stage["retrieved"]) for of_stage in slow.values()) > 50
-    for positive, of_stage in pools.items():
-        # Candidates are numbered by time.
-        assert of_stage["retrieved"] == set(sorted(slow[positive]["retrieved"])[-10:])

@@ -155,7 +155,7 @@ class TrainingSet:
         samples = replace(samples, request_columns=columns, is_later=corpus.is_later)
         return cls(samples, corpus, report)
 
-    def check_negatives_left(self, hard: object) -> None:
+    def check_negatives_left(self, hard: FunnelLosers | None) -> None:
         """Refuses (`DataError`) a log in which every user clicked or saw every item.
 
         The masks leave no negatives there, unless exposed items are hard negatives (`hard`).
@@ -163,7 +163,7 @@ class TrainingSet:
         samples = self.samples
         users = np.unique(samples.query_rows)
         never = np.diff(samples.known_positives.offsets)[users]
-        if not (isinstance(hard, FunnelLosers) and "exposed" in hard.stages):
+        if hard is None or "exposed" not in hard.stages:
             never = never + np.diff(samples.exposed.offsets)[users]
         if (never >= samples.num_possible_negatives).all():
             raise DataError(

@@ -32,7 +32,7 @@ class FittedTwoTower:
         network: The Keras model, with its best weights.
         encoder: Embeds raw queries with the network.
         result: How training went.
-        notes: Lines for the user: what was masked and mined, and what is never drawn.
+        notes: Lines for the user: what was masked, and what is never drawn.
         log: The log that it was fitted to, which an export needs; None for samples alone.
     """
 

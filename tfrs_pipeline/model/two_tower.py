@@ -38,7 +38,6 @@ from tfrs_pipeline.model.settings import (
 from tfrs_pipeline.model.towers import Tower, candidate_tower, query_tower
 from tfrs_pipeline.model.trend import popularity_shift
 from tfrs_pipeline.model.warm_start import WarmStart
-from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.protocol import SamplingFrame
 from tfrs_pipeline.samples.store import Samples
 from tfrs_pipeline.settings import Listed, refuse
@@ -185,7 +184,7 @@ class TwoTower(TwoTowerSettings):
             log,
             folder / "samples",
             seed=self.seed,
-            hard=self.hard if isinstance(self.hard, FunnelLosers) else None,
+            hard=self.hard,
         )
         told = {
             name: part.fingerprint() if hasattr(part, "fingerprint") else part
@@ -211,7 +210,7 @@ class TwoTower(TwoTowerSettings):
         """Fits the model to samples that are built already; see also `fit`.
 
         `max_epochs` replaces the settings' number. `folder` keeps checkpoints. A long epoch calls
-        `on_steps`, mining calls `on_progress`. An export needs the samples' `log`.
+        `on_steps`. An export needs the samples' `log`.
         """
         strategy = distribution.training_strategy()
         distribution.check_shared(folder)

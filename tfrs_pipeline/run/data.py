@@ -78,10 +78,8 @@ def data_steps(
     """Returns the steps that make the samples; `hard` replaces the config's losers."""
     from tfrs_pipeline.model.corpus import TrainingSet
 
-    if hard is None and isinstance(config.model.hard, FunnelLosers):
-        hard = config.model.hard
     build, read = (
-        functools.partial(each, seed=config.seed, hard=hard)
+        functools.partial(each, seed=config.seed, hard=hard or config.model.hard)
         for each in (TrainingSet.build, TrainingSet.read)
     )
     make_all, read_all = (functools.partial(_samples, get, config, folder) for get in (build, read))

@@ -25,7 +25,6 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.presets import RECIPES, recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
@@ -138,8 +137,7 @@ def race(
     base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        hard = base.model.hard if isinstance(base.model.hard, FunnelLosers) else None
-        data = TrainingSet.build(train, place / "samples", seed=seed, hard=hard)
+        data = TrainingSet.build(train, place / "samples", seed=seed, hard=base.model.hard)
         trainings = _Trainings(base, (data,), validation, train, place / "race", progress)
         decided = trainings.run()
         model = trainings.train(Turn(decided.winner, 0, math.inf))
