@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvloop
 from record import write_json
 
 NAME = "clusters"
@@ -162,11 +164,12 @@ def run_clients(port: int, num_clients: int, seconds: float) -> tuple[list[float
     """Runs clients until the time is over; returns latencies, failures and seconds."""
 
     async def client(seed: int, until: float, latencies: list[float]) -> int:
-        rng = np.random.default_rng(seed)
+        users = np.random.default_rng(seed).permutation(NUM_USERS).tolist()
+        requests = itertools.cycle([request(user) for user in users])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         failed = 0
         while (start := time.perf_counter()) < until:
-            writer.write(request(int(rng.integers(NUM_USERS))))
+            writer.write(next(requests))
             head = await reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
             await reader.readexactly(length)
@@ -184,7 +187,7 @@ def run_clients(port: int, num_clients: int, seconds: float) -> tuple[list[float
         failed = await asyncio.gather(*(client(i, until, latencies) for i in range(num_clients)))
         return latencies, sum(failed), time.perf_counter() - start
 
-    return asyncio.run(run())
+    return uvloop.run(run())
 
 
 def request(user: int) -> bytes:

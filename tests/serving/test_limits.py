@@ -151,26 +151,61 @@ def test_slow_bodies_time_out_and_hold_up_nobody(small: Running) -> None:
     small.run(ask())
 
 
-def test_a_slow_call_holds_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_alone_is_answered_in_the_event_loop(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, threads, seconds = ServedVersion.call, list[str](), 0.0
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        time.sleep(seconds)
+        return real(*arguments)
+
+    def threads_of(num_together: int) -> set[str]:
+        async def ask() -> None:
+            posts = [small.client.post(PREDICT, json=GOOD) for _ in range(num_together)]
+            assert {answer.status_code for answer in await asyncio.gather(*posts)} == {200}
+
+        threads.clear()
+        small.run(ask())
+        assert len(threads) == num_together
+        return {name.partition("_")[0] for name in threads}
+
+    monkeypatch.setattr(ServedVersion, "call", watched)
+    monkeypatch.setattr("tfrs_pipeline.serving.server.SLOW_SECONDS", 0.2)
+    small.server.slow_until = 0.0
+    assert "requests" not in threads_of(1)
+    assert "requests" in threads_of(5)
+    assert "requests" not in threads_of(1)
+    seconds = 0.3
+    assert "requests" not in threads_of(1)
+    assert threads_of(1) == {"requests"}  # For fifteen seconds.
+
+
+def test_slow_calls_hold_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, real = threading.Event(), ServedVersion.call
     called: list[None] = []
 
     def slow(*arguments: Any) -> Any:
         called.append(None)
-        assert len(called) > 1 or gate.wait(20)
+        if len(called) == 1:
+            time.sleep(0.3)
+        assert len(called) != 2 or gate.wait(20)
         return real(*arguments)
 
     monkeypatch.setattr(ServedVersion, "call", slow)
+    small.server.slow_until = 0.0
 
     async def ask() -> None:
-        first = asyncio.create_task(small.client.post(PREDICT, json=GOOD))
-        while not called:
+        assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
+        second = asyncio.create_task(small.client.post(PREDICT, json=GOOD))
+        while len(called) < 2:
             await asyncio.sleep(0.01)
         assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
         assert (await small.client.get("/healthz")).status_code == 200
-        assert not first.done()
+        assert not second.done()
         gate.set()
-        assert (await first).status_code == 200
+        assert (await second).status_code == 200
 
     small.run(ask())
 
