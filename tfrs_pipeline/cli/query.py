@@ -1,5 +1,6 @@
 """The command that queries an exported model."""
 
+import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,8 +76,11 @@ class Query(OfModel):
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
         version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
+        gc.disable()  # The import makes many objects, and all of them stay.
         from tfrs_pipeline.serving.retriever import load
 
+        gc.freeze()
+        gc.enable()
         retriever = load(version, exact=self.exact)
         about: dict[str, Any] = {}
         is_request = self.similar_to is None

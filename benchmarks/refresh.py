@@ -1,0 +1,110 @@
+"""Measures `tfrs-pipeline refresh-index`, and the rebuild of an index in service, by their items.
+
+A model of the clusters of `serving.py` is exported with exact search. `refresh-index` gives it the
+same items with a ScaNN index, in a process of its own. The new version is loaded. Its index is then
+built anew, as for live items that have drifted, while a reader asks for the best 100 of one query
+after the other.
+
+    python benchmarks/refresh.py --items 1000000 --json benchmarks/results/refresh_1m.json
+
+CPU time includes child processes; memory is the largest process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from live import Reader
+from record import write_json
+from serving import NAME, Clusters
+
+from tfrs_pipeline.serving.export import export
+from tfrs_pipeline.serving.index import Exact
+from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.searcher import build_in_subprocess
+
+
+def refresh(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Exports the model, and refreshes it in a process of its own; returns what that took."""
+    model = Clusters(options.items, options.seed)
+    export(model.exportable(), folder / NAME, index=Exact())
+    items = folder / "items.parquet"
+    pq.write_table(model.items, items)
+    command = [sys.executable, "-m", "tfrs_pipeline.cli", "refresh-index", str(folder / NAME)]
+    command += ["--items", str(items), "--index", "scann"]
+    command += ["--target-recall", str(options.target_recall)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, code, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(code)
+    if process.returncode:
+        raise RuntimeError(f"refresh-index ended with {process.returncode}")
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_gib": used.ru_maxrss / 2**20,
+    }
+
+
+def rebuild(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Loads the newest version, and builds its index anew while a reader asks."""
+    start = time.process_time()
+    retriever = load(folder / NAME)
+    loaded = time.process_time() - start
+    index, candidates = retriever.manifest["index"], retriever.candidates
+    rng = np.random.default_rng(options.seed)
+    queries = candidates.vectors()[rng.choice(options.items, 500)]
+    reader = Reader(candidates, queries, 100)
+    time.sleep(10)
+    alone = reader.stop()
+    reader, before = Reader(candidates, queries, 100), _children_seconds()
+    start = time.perf_counter()
+    candidates.rebuild(lambda vectors: build_in_subprocess(vectors, index["num_leaves"]))
+    seconds = time.perf_counter() - start
+    return {
+        "load_cpu_seconds": loaded,
+        "num_leaves": index["num_leaves"],
+        "least_recall": min(request["recall"] for request in index["requests"]),
+        "readers_alone": alone,
+        "rebuild_seconds": seconds,
+        "rebuild_cpu_seconds_of_the_child": _children_seconds() - before,
+        "readers_beside_the_rebuild": reader.stop(),
+    }
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--target-recall", type=float, default=0.98)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        figures = {"num_items": options.items, "refresh": refresh(Path(name), options)}
+        figures["rebuild"] = rebuild(Path(name), options)
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        write_json(options.json, figures, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()
