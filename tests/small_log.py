@@ -31,6 +31,11 @@ def arguments(**options: Any) -> dict[str, Any]:
     return {**options, "reading": Reading(**reading)}
 
 
+def in_ibis(columns: dict[str, Any] | pa.Table) -> ibis.Table:
+    """Makes a table of the default connection."""
+    return ibis.get_backend().create_table(ibis.util.gen_name("test"), pa.table(columns))
+
+
 def column(table: ibis.Table, name: str, order: str = "event_number") -> list[Any]:
     values: list[Any] = table.order_by(order)[name].to_pyarrow().to_pylist()
     return values

@@ -24,7 +24,7 @@ def load(more: dict[str, list[Any]] | None = None, **options: Any) -> Log:
 
 def seeds_with_every_dirt() -> Iterator[int]:
     """Yields few seeds whose cases have every kind of dirt, alone or beside others."""
-    left = {dirty.__name__ for dirty in DIRT}
+    left = {dirt.name for dirt in DIRT}
     for seed in itertools.count():
         if not left:
             return
@@ -48,16 +48,14 @@ def test_no_dirty_input_is_taken_wrong(tmp_path: Path) -> None:
 
 def test_how_many_bad_rows_are_dropped_is_a_setting() -> None:
     times = [1_700_000_000 + n for n in range(36)] + [0, 1, None, 1_700_000_000]
-    log = load({"timestamp": times})
+    log, next_day = load({"timestamp": times}), datetime.now(UTC) + timedelta(days=1)
     assert log.dropped == (
-        Dropped(f"column 'timestamp' lies outside 1990-01-01 to {next_day()}", 2),
+        Dropped(f"column 'timestamp' lies outside 1990-01-01 to {next_day:%Y-%m-%d}", 2),
         Dropped("column 'timestamp' is null", 1),
     )
     assert log.describe()[2] == "dropped 3 of 40 rows"
     for share in (0.0, 0.07):
-        with pytest.raises(
-            DataError, match=r"in 2 of 40 rows, such as 0, 1 .first: row 37"
-        ) as raised:
+        with pytest.raises(DataError, match=r"in 2 of 40 rows, such as 0, 1 .first: ") as raised:
             load({"timestamp": times}, max_bad_share=share)
         assert raised.value.setting == "earliest_time"
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
@@ -66,25 +64,19 @@ def test_how_many_bad_rows_are_dropped_is_a_setting() -> None:
     assert load({"timestamp": times}).dropped[0].num_rows == 2
 
 
-def next_day() -> str:
-    return f"{datetime.now(UTC) + timedelta(days=1):%Y-%m-%d}"
-
-
 def test_what_is_kept_is_counted_too() -> None:
     items = pa.table({"item_id": [*range(8), 20], "price": [1.0, None, *range(7)]})
     told = " ".join(load(items=items, item_features={"price": "numeric"}).describe())
-    for note in (
-        "item table: column 'price' is missing in 1 of 9 rows (11.1%)",
-        "4 of 40 events (10.0%) are of 1 item that item table lacks, such as 8: kept",
-        "dropped nothing",
-    ):
-        assert note in told
+    assert "item table: column 'price' is missing in 1 of 9 rows (11.1%)" in told
+    assert "4 of 40 events (10.0%) are of 1 item that item table lacks, such as 8: kept" in told
+    assert "dropped nothing" in told
     # A request feature's missing values, as an item feature's: of the rows that are kept.
-    pages: dict[str, list[Any]] = {
-        "where": [None, None, "a", *["b"] * 37],
-        "timestamp": [None, *[1_700_000_000] * 39],
-    }
-    log = load(pages, columns={"page": "where"}, request_features={"page": "categorical"})
+    times, pages = [None, *[1_700_000_000] * 39], [None, None, "a", *["b"] * 37]
+    log = load(
+        {"where": pages, "timestamp": times},
+        columns={"page": "where"},
+        request_features={"page": "categorical"},
+    )
     assert "event table: column 'where' is missing in 1 of 39 rows (2.6%)" in log.notes
     repeated = {"user_id": [1, 1, 2], "item_id": [1, 1, 1]}
     notes = load({**repeated, "page": [1, 2, 3]}).notes
@@ -98,20 +90,10 @@ def test_a_name_that_means_something_else_is_no_context(name: str) -> None:
         load({"x": list(range(40))}, columns={name: "x"})
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        "Stage",
-        "stages",
-        "Timestamp",
-        "time_stamp",
-        "Request_ID",
-        "time",
-        "Date",
-        "ts",
-        "created_at",
-    ],
-)
+HEADERS = "Stage stages Timestamp time_stamp Request_ID time Date ts created_at"
+
+
+@pytest.mark.parametrize("header", HEADERS.split())
 def test_a_header_that_is_nearly_one_of_the_logs_is_refused(header: str) -> None:
     column = {header: list(range(1_700_000_000, 1_700_000_040))}
     with pytest.raises(DataError, match=rf"column '{header}' is not read; did you mean '"):

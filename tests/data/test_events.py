@@ -17,24 +17,17 @@ from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import read_samples
 
 CLICKS = "user_id,item_id,timestamp\n7,a,1700000002\n8,b,1700000001\n7,b,1700000000\n"
-NAMES = {"user_id": "uid", "item_id": "movie"}
 
 
-def test_ratings_below_the_threshold_are_exposures(load: Any) -> None:
-    text = "uid;movie;stars\n1;2;3.5\n1;3;4\n1;4;4.5\n"
-    tables = load(text, columns=NAMES | {"rating": "stars"}, rating_threshold=4)
-    assert column(tables.events, "stage") == ["exposed", "clicked", "clicked"]
-    assert "timestamp" not in tables.events.columns
-    assert "rating" not in tables.events.columns
-
-
-@pytest.mark.parametrize("dtype", [pa.float32(), pa.float64()])
-def test_a_rating_at_the_threshold_is_positive(load: Any, dtype: pa.DataType) -> None:
-    # 4.1 is 4.0999999 in float32.
-    ratings = pa.array([4.0, 4.1, 4.2], dtype)
-    events = pa.table({"user_id": [1] * 3, "item_id": [2, 3, 4], "rating": ratings})
+@pytest.mark.parametrize("dtype", [None, pa.float32(), pa.float64()])
+def test_a_rating_at_the_threshold_is_positive(load: Any, dtype: pa.DataType | None) -> None:
+    events: Any = "user_id;item_id;rating\n1;2;4\n1;3;4.1\n1;4;4.2\n"
+    if dtype:  # 4.1 is 4.0999999 in float32.
+        ratings = pa.array([4.0, 4.1, 4.2], dtype)
+        events = pa.table({"user_id": [1] * 3, "item_id": [2, 3, 4], "rating": ratings})
     tables = load(events, rating_threshold=4.1)
     assert column(tables.events, "stage") == ["exposed", "clicked", "clicked"]
+    assert tables.events.columns == ("user_id", "item_id", "event_number", "stage")
 
 
 def test_a_funnel_log_with_stages_ranks_and_context(load: Any) -> None:
@@ -89,19 +82,18 @@ MOMENT = datetime(2024, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)
     ],
 )
 def test_timestamps(load: Any, value: str | pa.Array, options: dict[str, str]) -> None:
-    events: str | pa.Table = f"user_id,item_id,timestamp\n1,2,{value}\n"
-    if not isinstance(value, str):
-        events = pa.table({"user_id": [1], "item_id": [2], "timestamp": value})
-    assert column(load(events, **options).events, "timestamp") == [MOMENT]
+    assert column(load(of_time(value), **options).events, "timestamp") == [MOMENT]
 
 
-@pytest.mark.parametrize(
-    "days", ["2024-01-31", pa.array([date(2024, 1, 31)])], ids=["text", "dates"]
-)
+def of_time(value: str | pa.Array) -> str | pa.Table:
+    if isinstance(value, str):
+        return f"user_id,item_id,timestamp\n1,2,{value}\n"
+    return pa.table({"user_id": [1], "item_id": [2], "timestamp": value})
+
+
+@pytest.mark.parametrize("days", ["2024-01-31", pa.array([date(2024, 1, 31)])])
 def test_dates_are_days_of_utc_unless_a_zone_is_given(load: Any, days: str | pa.Array) -> None:
-    events: str | pa.Table = f"user_id,item_id,timestamp\n1,2,{days}\n"
-    if not isinstance(days, str):
-        events = pa.table({"user_id": [1], "item_id": [2], "timestamp": days})
+    events = of_time(days)
     log = load(events)
     assert column(log.events, "timestamp") == [datetime(2024, 1, 31, tzinfo=UTC)]
     assert "column 'timestamp' holds dates: read as days in UTC" in " ".join(log.notes)
@@ -143,10 +135,8 @@ def test_all_columns_that_are_missing_or_misnamed_are_told_at_once(load: Any) ->
         assert len(lines) == len(what)
         assert all(any(each in line for line in lines) for each in what)
         assert refused.value.setting == "columns"
-    items = "sku\n2\n"
-    with pytest.raises(DataError) as refused:
-        load(CLICKS, items=items, item_features={"a": "text", "b": "text"})
-    assert len(str(refused.value).splitlines()) == 3
+    with pytest.raises(DataError, match=r"\n.*\n"):
+        load(CLICKS, items="sku\n2\n", item_features={"a": "text", "b": "text"})
 
 
 def test_an_empty_request_id_is_none(tmp_path: Path, load: Any) -> None:
@@ -171,7 +161,6 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
 @pytest.mark.parametrize(
     "text, options, message",
     [
-        ("uid,item_id\n1,2\n", {}, "no column 'user_id'. Nearest: uid.*Set columns"),
         ("user_id,item_id\n1,2\n", {"columns": {"item_id": "film"}}, "no column 'film'"),
         ("user_id,item_id\n", {}, r"events\.csv: 0 rows"),
         ("", {}, r"events\.csv: 0 rows, and no header"),
@@ -227,15 +216,11 @@ COLUMNS: dict[str, list[Any]] = {
 def labelled(label: dict[str, float], **more: list[Any] | None) -> list[tuple[str, float]]:
     columns = {name: values for name, values in (COLUMNS | more).items() if values is not None}
     log = Log.from_table(pa.table(columns), reading=Reading(label=label))
-    table = log.events.order_by("event_number").select("stage", "weight").to_pyarrow()
-    assert table["weight"].type == pa.float64()
-    rows = table.to_pylist()
-    return [(row["stage"], row["weight"]) for row in rows]
+    return list(zip(column(log.events, "stage"), column(log.events, "weight"), strict=True))
 
 
 def test_a_positive_is_exposed_and_labelled() -> None:
-    exposed, clicked = ("exposed", 1.0), ("clicked", 1.0)
-    retrieved = ("retrieved", 1.0)
+    exposed, clicked, retrieved = ((stage, 1.0) for stage in ("exposed", "clicked", "retrieved"))
     expected = [retrieved, clicked, exposed, exposed, exposed, clicked]
     assert labelled({"is_like": 1.0}) == expected
     # Without stages all rows are exposures.

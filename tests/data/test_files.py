@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -26,15 +27,10 @@ def test_a_folder_is_read_in_the_order_of_names_and_rows(tmp_path: Path) -> None
         for part, start in (("b", num_rows), ("a", 0)):
             rows = pa.table({"user_id": [1] * num_rows, "item_id": range(start, start + num_rows)})
             if suffix == "csv":
-                lines = [f"1,{item}" for item in range(start, start + num_rows)]
-                (folder / f"{part}.csv").write_text("\n".join(["user_id,item_id", *lines]))
+                pyarrow.csv.write_csv(rows, folder / f"{part}.csv")
             else:
                 pq.write_table(rows, folder / f"{part}.parquet", row_group_size=8_000)
-        tables = Log.from_files(folder)
-        events = tables.events
-        assert events.count().to_pyarrow().as_py() == 2 * num_rows
-        is_moved = events["item_id"] != events["event_number"]
-        assert events.filter(is_moved).count().to_pyarrow().as_py() == 0
+        assert column(Log.from_files(folder).events, "item_id") == list(range(2 * num_rows))
 
 
 def test_paths_that_are_refused(tmp_path: Path) -> None:
@@ -93,9 +89,8 @@ def test_types_that_pandas_varies_from_day_to_day_are_one(tmp_path: Path, days: 
     )
     for day, table in zip(days, tables, strict=True):
         table.to_parquet(tmp_path / f"{day}.parquet", index=False)
-    log = Log.from_files(
-        tmp_path, reading=Reading(columns={"device": "device", "v": "v"}, max_bad_share=0.2)
-    )
+    reading = Reading(columns={"device": "device", "v": "v"}, max_bad_share=0.2)
+    log = Log.from_files(tmp_path, reading=reading)
     names = ("item_id", "rank", "device", "v", "stage")
     found = zip(*(column(log.events, name) for name in names), strict=True)
     of_day = dict(zip(days, expected, strict=True))
@@ -105,11 +100,7 @@ def test_types_that_pandas_varies_from_day_to_day_are_one(tmp_path: Path, days: 
 @pytest.mark.parametrize(
     ("values", "others", "message"),
     [
-        (
-            ["1"],
-            [1],
-            "b.parquet has other types .* item_id has incompatible types: string vs int64",
-        ),
+        (["1"], [1], "b.parquet has other types .* incompatible types: string vs int64"),
         ([1.5], ["1"], "b.parquet .* item_id has incompatible types: double vs string"),
         ([True], [1], "b.parquet .* item_id has incompatible types: bool vs int64"),
         ([None], ["1"], "c.parquet .* item_id has incompatible types: string vs int64"),

@@ -12,17 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.small_log import arguments
+from tests.small_log import arguments, column
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request
 from tfrs_pipeline.data.schema import DataError
 
-FEATURES: dict[str, str] = {
-    "device": "categorical",
-    "speed": "numeric",
-    "hour": "categorical",
-    "weekday": "categorical",
-}
+FEATURES = {name: "categorical" for name in ("device", "speed", "hour", "weekday")}
+FEATURES["speed"] = "numeric"
 NUM = 200
 START = datetime(2024, 2, 26, 22, tzinfo=UTC)  # A Monday, at the end of a February of 29 days.
 
@@ -57,21 +53,12 @@ def log() -> Log:
 
 def expected(number: int) -> dict[str, Any]:
     """Says by Python's calendar what the request of an event brought."""
-    events = rows()
-    event = events[number]
-    times = [
-        other["timestamp"]
-        for other in events
-        if other["request_id"] == event["request_id"] is not None
-        and other["user_id"] == event["user_id"]
-    ]
-    time = min([event["timestamp"], *times])
-    return {
-        "device": event["device"],
-        "speed": event["speed"],
-        "hour": time.hour,
-        "weekday": time.weekday(),
-    }
+    event = rows()[number]
+    request = event["request_id"], event["user_id"]
+    same = [x for x in rows() if event["request_id"] and (x["request_id"], x["user_id"]) == request]
+    time = min(x["timestamp"] for x in [event, *same])
+    own = {"device": event["device"], "speed": event["speed"]}
+    return {**own, "hour": time.hour, "weekday": time.weekday()}
 
 
 def test_hour_and_weekday_are_those_of_the_start_of_the_request(log: Log) -> None:
@@ -84,10 +71,8 @@ def test_hour_and_weekday_are_those_of_the_start_of_the_request(log: Log) -> Non
 def test_a_column_of_the_log_is_not_made_of_the_timestamp() -> None:
     table = [{**row, "hour": f"local {number % 24}"} for number, row in enumerate(rows())]
     log = made(table, {"hour": "categorical"})
-    values = log.events.order_by("event_number").select(
-        **at_request(log.events, log.request_features)
-    )
-    assert values.to_pyarrow()["hour"].to_pylist() == [row["hour"] for row in table]
+    values = log.events.select("event_number", **at_request(log.events, log.request_features))
+    assert column(values, "hour") == [row["hour"] for row in table]
 
 
 def test_a_query_asks_with_the_request_of_its_first_positive(log: Log) -> None:
@@ -118,8 +103,7 @@ def test_a_written_log_keeps_its_request_features(log: Log, tmp_path: Path) -> N
 def test_what_cannot_be_read_is_missing_and_counted() -> None:
     table = [{**row, "speed": "fast" if i == 7 else "3"} for i, row in enumerate(rows())]
     log = made(table, {"speed": "numeric"}, columns={"place": "device"})
-    speeds = log.events.order_by("event_number")["speed"].to_pyarrow().to_pylist()
-    assert speeds == [None if i == 7 else 3.0 for i in range(NUM)]
+    assert column(log.events, "speed") == [None if i == 7 else 3.0 for i in range(NUM)]
     assert not log.dropped
     assert any("'speed'" in note and "1 rows: taken as missing" in note for note in log.notes)
     assert "place" in log.events.columns
@@ -184,16 +168,13 @@ def test_a_feature_may_have_another_name_in_the_log() -> None:
         for row in rows()
     ]  # fmt: skip
     columns = {"device": "rank", "rank": "place", "timestamp": "at"}
-    assert made(table, FEATURES, columns=columns).split().test.requests == (
-        made(rows(), FEATURES).split().test.requests
-    )
+    found = made(table, FEATURES, columns=columns).split().test.requests
+    assert found == made(rows(), FEATURES).split().test.requests
 
 
 def test_a_log_without_times_has_no_hour(log: Log) -> None:
     table = [{"user_id": row["user_id"], "item_id": row["item_id"]} for row in rows()]
-    with pytest.raises(
-        DataError, match=r"'hour' is among request_features .* no timestamp to make it from"
-    ):
+    with pytest.raises(DataError, match=r"'hour' is among .* no timestamp to make it from"):
         made(table, {"hour": "categorical"})
     with pytest.raises(DataError, match=r"'weekday' .* cannot be text. Make it one of categ"):
         made(rows(), {"weekday": "text"})

@@ -77,12 +77,7 @@ def test_few_ties_show_no_order_by_item_and_none_are_not_told() -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(
-        st.tuples(
-            st.integers(1, 3),
-            st.integers(1, 9),
-            st.integers(0, 2),
-            st.one_of(st.none(), st.integers(0, 1)),
-        ),
+        st.tuples(*map(st.integers, (1, 1, 0), (3, 9, 2)), st.sampled_from([None, 0, 1])),
         min_size=1,
         max_size=40,
     )

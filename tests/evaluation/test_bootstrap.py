@@ -32,13 +32,6 @@ def test_nan_counts_as_if_the_query_were_not_there() -> None:
     assert interval.high - interval.low == pytest.approx(2 * half_width, rel=0.1)
 
 
-def test_one_value_has_a_mean_and_no_interval() -> None:
-    values = np.array([[0.5, np.nan], [np.nan, np.nan], [np.nan, np.nan]])
-    one, none = bootstrap_intervals(values)
-    assert (one.mean, one.as_dict()["low"], one.as_dict()["high"]) == (0.5, None, None)
-    assert none.as_dict() == dict.fromkeys(("mean", "low", "high"))
-
-
 def test_columns_are_resampled_together() -> None:
     values = np.random.default_rng(3).random((300, 1))
     a, b, difference = bootstrap_intervals(np.hstack([values, values + 1, values - values - 1]))
@@ -66,8 +59,7 @@ def test_the_interval_holds_within_the_values(values: Any) -> None:
     assert mean_alone.as_dict() == {**interval.as_dict(), "low": None, "high": None}
     finite = [x for x in values if not math.isnan(x)]
     if len(finite) > 1:
-        slack = 1e-9
-        assert min(finite) - slack <= interval.low <= interval.high <= max(finite) + slack
+        assert min(finite) - 1e-9 <= interval.low <= interval.high <= max(finite) + 1e-9
     else:
         assert interval.as_dict() == {"mean": next(iter(finite), None), "low": None, "high": None}
 
@@ -80,9 +72,7 @@ def test_queries_of_one_user_are_drawn_together() -> None:
     assert bootstrap_intervals(values, users=users) == once
     copied = np.repeat(np.arange(50), 10)
     (first, _), (again, _) = once, bootstrap_intervals(values[copied], users=copied)
-    assert (again.mean, again.low, again.high) == pytest.approx(
-        (first.mean, first.low, first.high), abs=1e-12
-    )
+    assert again.as_dict() == pytest.approx(first.as_dict(), abs=1e-12)
     # As queries of their own they would seem to say more.
     (apart, _) = bootstrap_intervals(values[copied])
     assert apart.high - apart.low < 0.5 * (again.high - again.low)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +21,6 @@ from tfrs_pipeline.retrieval import Query, Retriever
 IDS = np.arange(100, 112)
 COUNTS = np.array([9, 9, 6, 5, 4, 3, 2, 1, 1, 0, 0, 0])
 CALL_SIZE = f"{evaluate.__module__}.QUERIES_PER_CALL"
-Problem: TypeAlias = tuple[Holdout, np.ndarray, int]
 
 
 class Scores:
@@ -46,9 +45,8 @@ def make_holdout(
     relevant: Any, clicked: Any = None, seen: Any = None, dtype: type = int
 ) -> Holdout:
     clicked = clicked or [[]] * len(relevant)
-    relevant, clicked, seen = (
-        [np.array(ids, dtype) for ids in lists] for lists in (relevant, clicked, seen or clicked)
-    )
+    lists = relevant, clicked, seen or clicked
+    relevant, clicked, seen = ([np.array(ids, dtype) for ids in x] for x in lists)
     ids = IDS if dtype is int else np.array(["a", "b", "c"], object)
     counts = COUNTS[: len(ids)]
     return Holdout(np.arange(len(relevant)), clicked, relevant, clicked, seen, ids, counts)
@@ -91,15 +89,9 @@ def test_a_holdout_has_as_many_lists_as_users() -> None:
 def test_lists_of_other_types_leave_large_ids_as_they_are(dtype: type) -> None:
     """Empty ones are of floats, and unsigned beside signed integers would become such."""
     ids = 2**60 + np.arange(12)
-    holdout = Holdout(
-        user_ids=np.arange(2),
-        histories=[ids[:1], np.array([])],
-        relevant=[ids[1:2].astype(dtype), ids[2:3].astype(dtype)],
-        clicked=[ids[:1], np.array([])],
-        seen=[ids[:1], np.array([])],
-        candidate_ids=ids,
-        candidate_counts=COUNTS,
-    )
+    relevant: Any = [ids[1:2].astype(dtype), ids[2:3].astype(dtype)]
+    before = [ids[:1], np.array([])]
+    holdout = Holdout(np.arange(2), before, relevant, before, before, ids, COUNTS)
     result = measure(Scores(-np.tile(np.arange(12), (2, 1)), ids), holdout)
     assert result.per_query["recall@3"].tolist() == [1, 1]
     assert result.overall.num_relevant == 2
@@ -129,11 +121,8 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     better = scores.copy()
     for user, relevant in enumerate(holdout.relevant):
         better[user, relevant[0] - 100] += 0.1
-    found = measure_all(
-        {"first": Scores(scores), "better": Scores(better), "same": Scores(scores)},
-        holdout,
-        num_bootstrap=200,
-    )
+    models = {"first": Scores(scores), "better": Scores(better), "same": Scores(scores)}
+    found = measure_all(models, holdout, num_bootstrap=200)
     assert list(found.differences) == ["better", "same"]
     first, second = (found.results[n].overall.intervals["ndcg@3"] for n in ("first", "better"))
     difference = found.differences["better"]["ndcg@3"]
@@ -165,14 +154,10 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     ],
 )
 def test_a_retriever_that_breaks_its_contract_is_refused(spoil: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"Scores.retrieve .*{message}"):
-        measure(Scores(np.zeros((1, 12)), spoil=spoil), make_holdout([[102]], clicked=[[100]]))
-
-
-def test_a_single_score_may_not_be_nan() -> None:
-    broken = Scores(np.zeros((1, 12)), spoil=lambda ids, scores: (ids, scores * np.nan))
-    with pytest.raises(ValueError, match="without NaN"):
-        measure(broken, make_holdout([[102]]), cutoffs=(1,))
+    holdout, broken = make_holdout([[102]], clicked=[[100]]), Scores(np.zeros((1, 12)), spoil=spoil)
+    for cutoff in (3, 1) if message == "without NaN" else (3,):  # A single score, too.
+        with pytest.raises(ValueError, match=f"Scores.retrieve .*{message}"):
+            measure(broken, holdout, cutoffs=(cutoff,))
 
 
 HOLDOUT = make_holdout([[100]], [[102]])

@@ -104,12 +104,9 @@ def test_features_with_categories_are_compared_with_chance() -> None:
     rows["volume"] = RNG.random(3000)
     rows["item_id"] = 2 * rows["device"] + rows["user_id"] % 2
     items = pd.DataFrame({"item_id": range(40), "genre": ["war", "noir"] * 20, "year": range(40)})
-    log = Log.from_table(
-        rows,
-        items=items,
-        item_features={"genre": "categorical", "year": "numeric"},
-        request_features={"device": "categorical", "volume": "numeric"},
-    )
+    kinds = {"genre": "categorical", "year": "numeric"}
+    asked = {"device": "categorical", "volume": "numeric"}
+    log = Log.from_table(rows, items=items, item_features=kinds, request_features=asked)
     found = signals(log)
     genre, device = found["item genre"], found["request device"]
     assert genre.value == device.value == 1
@@ -138,9 +135,8 @@ def test_shuffling_takes_nothing_from_the_last_request(monkeypatch: pytest.Monke
     """In it, each user clicks an item and its twin: the one gives the other away."""
     monkeypatch.setattr("tfrs_pipeline.evaluation.signals._MAX_ASKED", 100)
     before, item = RNG.integers(0, 60, (2, 400))
-    rows = pd.DataFrame(
-        {"user_id": np.repeat(np.arange(400), 3), "request_id": ["a", "b", "b"] * 400}
-    )
+    users, requests = np.repeat(np.arange(400), 3), ["a", "b", "b"] * 400
+    rows = pd.DataFrame({"user_id": users, "request_id": requests})
     rows["item_id"] = np.stack([before, 100 + item, 200 + item], axis=1).ravel()
     beside = signals(Log.from_table(rows))["order"].beside
     assert beside is not None

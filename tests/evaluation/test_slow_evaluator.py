@@ -30,10 +30,8 @@ from tfrs_pipeline.retrieval import Query
 CONNECTION = connect()
 BEFORE = {"validation": ["train"], "test": ["train", "validation"]}
 PARTS = ("all", "head", "torso", "tail", "tied", "untied")
-QUERY_METRICS, SET_METRICS = (
-    ["recall", "hit_rate", "ndcg", "mrr"],
-    ["coverage", "average_popularity", "gini"],
-)
+QUERY_METRICS = ["recall", "hit_rate", "ndcg", "mrr"]
+SET_METRICS = ["coverage", "average_popularity", "gini"]
 Score = Callable[[list[int], int], int]
 
 
@@ -183,14 +181,10 @@ def measure_slowly(
             for k in ks:
                 for name, value in of_query(rankings[-1], in_part, k).items():
                     values[part].setdefault(f"{name}@{k}", []).append(value)
-    together = {
-        part: {
-            f"{name}@{k}": value
-            for k in ks
-            for name, value in of_all(rankings, items, counts, k).items()
-        }
-        for part, items in {"all": {*counts}, **slices}.items()
-    }
+    together: dict[str, dict[str, float]] = {}
+    for part, items in {"all": {*counts}, **slices}.items():
+        by_k = {k: of_all(rankings, items, counts, k) for k in ks}
+        together[part] = {f"{name}@{k}": x for k, of_k in by_k.items() for name, x in of_k.items()}
     return {"values": values, "together": together, "num": num}
 
 
@@ -219,14 +213,9 @@ def by_number(history: list[int], item: int) -> int:
 
 
 def equal(found: EvaluationResult, slow: dict[str, Any]) -> None:
-    num = slow["num"]
-    assert {
-        "skipped": found.num_skipped,
-        "excluded": found.num_relevant_excluded,
-        "unknown": found.num_relevant_unknown,
-        "unclicked": found.num_relevant_unclicked,
-        "empty": found.num_empty_histories,
-    } == num
+    names = ("skipped", "relevant_excluded", "relevant_unknown", "relevant_unclicked")
+    num = [getattr(found, f"num_{name}") for name in (*names, "empty_histories")]
+    assert num == list(slow["num"].values())
     parts = {"all": found.overall, **found.slices, **found.ties}
     has_tied = not all(map(math.isnan, slow["values"]["tied"]["recall@2"]))
     assert set(parts) == {x for x in PARTS if has_tied or "tied" not in x}
@@ -297,9 +286,7 @@ def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> Non
 
 ROWS = st.lists(
     st.tuples(
-        st.integers(1, 3),
-        st.integers(1, 9),
-        st.integers(0, 3),
+        *map(st.integers, (1, 1, 0), (3, 9, 3)),
         st.booleans(),
         st.sampled_from([None, None, 0, 1]),
         st.sampled_from(["train", "validation", "test"]),

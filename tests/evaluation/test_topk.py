@@ -17,13 +17,9 @@ def slow_top_k(scores: Any, k: int, exclude_rows: list[np.ndarray]) -> list[list
     """Sorts everything, stably, one query at a time."""
     answers = []
     for query_scores, excluded in zip(scores, exclude_rows, strict=True):
-        left = [
-            row
-            for row in range(len(query_scores))
-            if row + 1 not in excluded and query_scores[row] > -np.inf
-        ]
-        best = sorted(left, key=lambda row: -query_scores[row])[:k]
-        answers.append([row + 1 for row in best] + [0] * (k - len(best)))
+        left = [row for row, x in enumerate(query_scores, 1) if row not in excluded and x > -np.inf]
+        best = sorted(left, key=lambda row: -query_scores[row - 1])[:k]
+        answers.append(best + [0] * (k - len(best)))
     return answers
 
 
@@ -34,16 +30,10 @@ def problems(draw: st.DrawFn) -> Problem:
     # Few distinct values, so that most answers turn on ties.
     value = st.sampled_from([-np.inf, -2.5, -1.0, -0.0, 0.0, 1.0, 3.0, np.inf])
     scores = [[draw(value) for _ in range(num_candidates)] for _ in range(num_queries)]
-    excluded = [
-        draw(st.lists(st.integers(1, num_candidates), max_size=num_candidates))
-        for _ in range(num_queries)
-    ]
-    return (
-        np.array(scores, np.float32).reshape(num_queries, num_candidates),
-        draw(st.integers(1, 15)),
-        [np.array(rows, np.int32) for rows in excluded],
-        draw(st.integers(1, 7)),
-    )
+    some_rows = st.lists(st.integers(1, num_candidates), max_size=num_candidates)
+    excluded = [np.array(draw(some_rows), np.int32) for _ in range(num_queries)]
+    array = np.array(scores, np.float32).reshape(num_queries, num_candidates)
+    return array, draw(st.integers(1, 15)), excluded, draw(st.integers(1, 7))
 
 
 @given(problems())

@@ -134,9 +134,8 @@ def test_exposure_is_what_the_log_held_until_the_part_ends(first: str) -> None:
     # Of each of two users, in order: a three times, then b, c, d and e.
     items = [*"aaabcde"] * 2
     stages = [first, *["clicked"] * 6] * 2
-    log = Log.from_table(
-        pa.table({"user_id": [1] * 7 + [2] * 7, "item_id": items, "stage": stages})
-    )
+    clicks = {"user_id": [1] * 7 + [2] * 7, "item_id": items, "stage": stages}
+    log = Log.from_table(pa.table(clicks))
     split = log.split("last_n", validation=2, test=1, min_positives=3)
     for holdout, num_e in ((split.validation, 0), (split.test, 2)):
         num_events = {"a": 6, "b": 2, "c": 2, "d": 2, "e": num_e}

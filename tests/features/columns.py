@@ -45,13 +45,8 @@ NEW: dict[str, list[Any]] = {
         datetime(2, 1, 1, tzinfo=UTC),
     ],
     "vector": [
-        [0.5, -1.0, 2.0],
-        None,
-        math.nan,
-        np.ones(3),
-        (0, 0, 0),
-        [1e38, -1e-9, 1],
-        [1, 2, 3],
+        *([0.5, -1.0, 2.0], None, math.nan, np.ones(3)),
+        *((0, 0, 0), [1e38, -1e-9, 1], [1, 2, 3]),
     ],
 }
 NUM_NEW = 7

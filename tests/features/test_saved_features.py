@@ -110,9 +110,8 @@ def test_a_small_process_of_another_locale_encodes_the_same(tmp_path: Path) -> N
         text=True,
         env={**os.environ, "LC_ALL": "tr_TR.UTF-8"},
     )
-    assert (
-        json.loads(done.stdout) == feature.encode_column(["İIi", None]).tolist() == [[1, 0], [0, 0]]
-    )
+    expected = feature.encode_column(["İIi", None]).tolist()
+    assert json.loads(done.stdout) == expected == [[1, 0], [0, 0]]
 
 
 def test_what_is_missing_or_twice_is_named() -> None:

@@ -282,20 +282,14 @@ def test_merged_events_are_not_called_dropped() -> None:
 
 
 def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None:
-    tuned = {
-        "levels": [{"depth": 128, "num_leaves_to_search": 9, "num_reordered": 256}],
-        "requests": [
-            {"k": 10, "excluded": 100, "recall": 0.98765},
-            {"k": 1000, "excluded": "known", "recall": 0.99},
-        ],
-    }
+    requests: list[Any] = [{"k": 10, "excluded": 100, "recall": 0.98765}]
+    requests.append({"k": 1000, "excluded": "known", "recall": 0.99})
+    level = {"depth": 128, "num_leaves_to_search": 9, "num_reordered": 256}
+    tuned = {"levels": [level], "requests": requests}
+    hard = {"retrieved": {"num_samples": 2500, "mean_pool": 12.25}}
     page = page_of(
         config=HARD,
-        samples={
-            **FACTS.samples,
-            "hard_negatives": {"retrieved": {"num_samples": 2500, "mean_pool": 12.25}},
-            "num_losers_removed": 77,
-        },
+        samples={**FACTS.samples, "hard_negatives": hard, "num_losers_removed": 77},
         mean_hard_share=0.0251,
         popularity=dataclasses.replace(FACTS.popularity, after=np.full(400, 1 / 400)),
         metrics={**FACTS.metrics, "index": {**FACTS.metrics["index"], **tuned}},
@@ -303,19 +297,15 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert [text for text, _, _ in page.tables["Pools"]["retrieved"]] == ["2,500", "50.0%", "12.2"]
     assert "0.0251" in page.text
     assert "This run allows them anyway" in page.text
-    known, exposed, never = page.tables["Masked"]
-    assert (known[:14], exposed[:7], never[:21]) == (
-        "known positive",
-        "exposed",
-        "never a hard negative",
-    )
+    _, _, never = page.tables["Masked"]
+    assert never.startswith("never a hard negative")
     assert page.values("Masked", never)[0] == 77
     shares = ["positives, as logged", "positives, as trained on"]
     assert page.headers["Shares by slice"][2:4] == shares
     assert page.values("Effort by depth", "128") == [9, 256]
-    requests = "Recall by request"
-    assert page.values(requests, "10") == [100, 0.98765]
-    assert page.tables[requests]["1,000"][0][0] == "known"
+    by_request = "Recall by request"
+    assert page.values(by_request, "10") == [100, 0.98765]
+    assert page.tables[by_request]["1,000"][0][0] == "known"
     assert "It finds at least 98.8% of the exact answer; the target is 98%." in page.text
     excluding = "A query that excludes what its user knows"
     assert page.values(excluding, "1,000") == [0.99]
@@ -324,7 +314,7 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert PAGE.tables["Kind and settings"]["num_leaves"] == [("41", 41, False)]
     # And none of it where there is nothing to show.
     assert "No hard negatives" in PAGE.text
-    assert not {"Pools", requests} & set(PAGE.tables)
+    assert not {"Pools", by_request} & set(PAGE.tables)
     assert shares[1] not in PAGE.headers["Shares by slice"]
 
 
@@ -366,15 +356,9 @@ def test_what_users_write_stays_text() -> None:
     )
     assert not page.of("script") + page.of("img")
     assert not [x for x in page.text if not (x.isprintable() or x in "\n\t\xa0")]
-    for shown in (
-        f'User "{EVIL}\\x1b[31m\\u202eb',
-        f'in runs/"{EVIL}',
-        f"{EVIL} &amp; {{title}}",
-        '"><img src=x onerror=alert(1)>',
-        f"from /a/{EVIL}.csv",
-        f'user_id = "{EVIL}"',
-    ):
-        assert shown in page.text
+    evil = [f'User "{EVIL}\\x1b[31m\\u202eb', f'in runs/"{EVIL}', f"{EVIL} &amp; {{title}}"]
+    evil += ['"><img src=x onerror=alert(1)>', f"from /a/{EVIL}.csv", f'user_id = "{EVIL}"']
+    assert [shown for shown in evil if shown not in page.text] == []
     assert EVIL in page.tables["Dropped"]
     # Text as well as elements: nothing that an event handler could hang on.
     assert not [name for x in page.tree.iter() for name in x.attrib if name.startswith("on")]
@@ -459,9 +443,7 @@ def test_thinning_a_curve_keeps_its_sum_and_the_first_ranks(values: list[int]) -
     ranks, means = thinned(np.array(values))
     assert len(ranks) <= 150
     assert np.all(np.diff(ranks) > 0)
-    assert ranks[0] == 1
-    assert ranks[-1] <= len(values)
-    assert means[0] == values[0]
+    assert (ranks[0], means[0]) == (1, values[0])
     # The width of a group, from its geometric middle and where it starts.
     start, total = 1, 0.0
     for rank, mean in zip(ranks, means, strict=True):

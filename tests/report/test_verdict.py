@@ -31,22 +31,18 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
     """Makes metrics of models by their mean, the first against the others."""
     first = next(iter(means))
     slices = {"head": 0.2, "torso": 0.0, "tail": -0.1}
+    counts = {"num_queries": 100, "num_relevant": 500, "num_relevant_excluded": 0}
+    models: dict[str, Any] = {
+        name: {METRIC: interval(mean), **counts} for name, mean in means.items()
+    }
+    for name, model in models.items():
+        of_part = {part: interval(means[name] + more) for part, more in slices.items()}
+        model["slices"] = {x: {METRIC: y, "num_candidates": 200} for x, y in of_part.items()}
+    compared = (METRIC, *(f"{part}/{METRIC}" for part in slices))
     return {
-        "models": {
-            name: {
-                METRIC: interval(mean),
-                **{"num_queries": 100, "num_relevant": 500, "num_relevant_excluded": 0},
-                "slices": {
-                    part: {METRIC: interval(mean + more), "num_candidates": 200}
-                    for part, more in slices.items()
-                },
-            }
-            for name, mean in means.items()
-        },
+        "models": models,
         "differences": {
-            name: dict.fromkeys(
-                (METRIC, *(f"{part}/{METRIC}" for part in slices)), interval(mean - means[first])
-            )
+            name: dict.fromkeys(compared, interval(mean - means[first]))
             for name, mean in means.items()
             if name != first
         },

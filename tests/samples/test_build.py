@@ -2,17 +2,19 @@
 
 import tempfile
 from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import ibis
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.small_log import in_ibis
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, TieRule
@@ -21,7 +23,6 @@ from tfrs_pipeline.samples.histories import latest_histories
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-CONNECTION = ibis.duckdb.connect()
 NUM_USERS = 12
 TIE_RULES: tuple[TieRule, ...] = ("drop", "order", "random")
 STAGES = ("retrieved", "pre_ranked", "ranked", "exposed", "clicked")
@@ -30,48 +31,29 @@ STAGES = ("retrieved", "pre_ranked", "ranked", "exposed", "clicked")
 Event = tuple[int, int, int, str, int | None]
 EVENTS = st.lists(
     st.tuples(
-        st.integers(1, NUM_USERS),
-        st.integers(1, 6),
-        st.integers(0, 5),
+        *map(st.integers, (1, 1, 0), (NUM_USERS, 6, 5)),
         st.sampled_from(STAGES),
-        st.one_of(st.none(), st.integers(0, 2)),
+        st.sampled_from([None, 0, 1, 2]),
     ),
     min_size=1,
     max_size=160,
 ).filter(lambda events: any(event[3] == "clicked" for event in events))
 
 
-def table_of(columns: dict[str, Any]) -> ibis.Table:
-    return CONNECTION.create_table(ibis.util.gen_name("builder"), pa.table(columns))
-
-
 def make_log(
-    events: list[Event],
-    *,
-    has_time: bool = True,
-    has_request: bool = True,
-    is_ordered: bool = True,
-    ties: TieRule = "drop",
-    **columns: Any,
+    events: list[Event], *, without: Collection[str] = (), ties: TieRule = "drop", **columns: Any
 ) -> Log:
     """Makes a log of users 1 to 12 and items 1 to 7, so that ids equal rows."""
     users, items, seconds, stages, requests = zip(*events, strict=True)
-    columns |= {
-        "user_id": pa.array(users, pa.int64()),
-        "item_id": pa.array(items, pa.int64()),
-        "event_number": pa.array(range(len(events)), pa.int64()),
-        "stage": pa.array(stages, pa.string()),
-    }
-    if has_time:
-        times = [START + timedelta(seconds=second) for second in seconds]
-        columns["timestamp"] = pa.array(times, pa.timestamp("us", "UTC"))
-    if has_request:
-        columns["request_id"] = pa.array(requests, pa.int64())
+    times = [START + timedelta(seconds=second) for second in seconds]
+    columns |= {"user_id": users, "item_id": items, "stage": stages}
+    columns["event_number"] = range(len(events))
+    columns["timestamp"] = pa.array(times, pa.timestamp("us", "UTC"))
+    columns["request_id"] = pa.array(requests, pa.int64())
     return Log(
-        events=table_of(columns),
-        items=table_of({"item_id": pa.array(range(1, 8), pa.int64())}),
-        users=table_of({"user_id": pa.array(range(1, NUM_USERS + 1), pa.int64())}),
-        is_ordered=is_ordered,
+        events=in_ibis({name: values for name, values in columns.items() if name not in without}),
+        items=in_ibis({"item_id": range(1, 8)}),
+        users=in_ibis({"user_id": range(1, NUM_USERS + 1)}),
         ties=ties,
     )
 
@@ -106,10 +88,8 @@ def slow_histories(events: list[Event], has_request: bool, ties: TieRule) -> lis
 @example(
     # The query of the request comes before all of its events, and after what came before these.
     events=[
-        (1, 2, 3, "clicked", None),
-        (1, 3, 3, "exposed", 1),
-        (1, 4, 3, "clicked", None),
-        (1, 5, 3, "clicked", 1),
+        *((1, 2, 3, "clicked", None), (1, 3, 3, "exposed", 1)),
+        *((1, 4, 3, "clicked", None), (1, 5, 3, "clicked", 1)),
     ],
     has_request=True,
     ties="order",
@@ -125,7 +105,7 @@ def test_samples_match_a_loop(
 ) -> None:
     # One folder an example: the fixture's is shared by all of them.
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    log = make_log(events, has_request=has_request, ties=ties)
+    log = make_log(events, without=() if has_request else ("request_id",), ties=ties)
     assert build(log, folder) == slow_histories(events, has_request, ties)
 
     clicked, exposed, counts = defaultdict(list), defaultdict(set), np.zeros(8, np.int64)
@@ -167,7 +147,7 @@ def test_order_of_the_log_and_no_order(tmp_path: Path) -> None:
     in_order = [(1, 1, (3,)), (1, 1, (3, 1, 2)), (1, 2, (3, 1)), (1, 3, ()), (2, 7, ())]
     of_sets = [(1, 1, (3, 2)), (1, 1, (3, 2)), (1, 2, (3, 1, 1)), (1, 3, (1, 2, 1)), (2, 7, ())]
     for is_ordered, expected in ((True, in_order), (False, of_sets)):
-        log = make_log(events, has_time=False, has_request=False, is_ordered=is_ordered)
+        log = replace(make_log(events, without=["timestamp", "request_id"]), is_ordered=is_ordered)
         assert build(log, tmp_path / str(is_ordered)) == expected
     assert build_samples(log, tmp_path / "False", seed=0)["num_empty_histories"] == 1
 
@@ -175,10 +155,8 @@ def test_order_of_the_log_and_no_order(tmp_path: Path) -> None:
 def test_samples_stand_by_query_and_time_and_are_rebuilt(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     seconds, users = rng.permutation(60).tolist(), rng.integers(1, 4, 60).tolist()
-    events: list[Event] = [
-        (user, 1 + second % 7, second, "clicked", None)
-        for user, second in zip(users, seconds, strict=True)
-    ]
+    pairs = list(zip(users, seconds, strict=True))
+    events: list[Event] = [(user, 1 + x % 7, x, "clicked", None) for user, x in pairs]
     log = make_log(events, weight=pa.array(np.array(seconds) / 8))
     for _ in range(2):
         build_samples(log, tmp_path, seed=0)
@@ -186,7 +164,7 @@ def test_samples_stand_by_query_and_time_and_are_rebuilt(tmp_path: Path) -> None
         # Each sample has its own weight, which is its time, and item, wherever it stands.
         times = (samples.weights * 8).astype(int)
         found = list(zip(samples.query_rows.tolist(), times.tolist(), strict=True))
-        assert found == sorted(zip(users, seconds, strict=True))
+        assert found == sorted(pairs)
         np.testing.assert_array_equal(samples.candidate_rows, 1 + times % 7)
         assert not list(tmp_path.glob("_work-*"))
 
@@ -194,18 +172,11 @@ def test_samples_stand_by_query_and_time_and_are_rebuilt(tmp_path: Path) -> None
 def test_ids_stand_at_their_rows_and_the_report_counts(tmp_path: Path) -> None:
     log = make_log([(2, 5, 0, "clicked", None), (2, 6, 0, "exposed", None)])
     report = build_samples(log, tmp_path, seed=0)
-    candidate_ids, query_ids = read_ids(tmp_path)
-    assert candidate_ids.values.tolist() == list(range(1, 8))
-    assert query_ids.values.tolist() == list(range(1, NUM_USERS + 1))
-    assert report == {
-        "num_samples": 1,
-        "num_empty_histories": 1,
-        "num_candidates": 7,
-        "num_candidates_without_count": 6,
-        "num_queries": NUM_USERS,
-        "num_known_positives": 1,
-        "num_exposed": 1,
-    }
+    found = [ids.values.tolist() for ids in read_ids(tmp_path)]
+    assert found == [list(range(1, 8)), list(range(1, NUM_USERS + 1))]
+    ones = ("num_samples", "num_empty_histories", "num_known_positives", "num_exposed")
+    of_items = {"num_candidates": 7, "num_candidates_without_count": 6}
+    assert report == {**dict.fromkeys(ones, 1), **of_items, "num_queries": NUM_USERS}
 
 
 def test_refuses_a_log_without_a_positive(tmp_path: Path) -> None:
@@ -226,9 +197,8 @@ def test_samples_from_pairs_match_a_loop(pairs: list[tuple[int, int]]) -> None:
         assert samples.history(i).tolist() == history
         assert samples.history(i, 2).tolist() == history[-2:]
     for query in range(6):
-        assert samples.known_positives[query].tolist() == sorted(
-            {c for q, c in pairs if q == query}
-        )
+        known = {c for q, c in pairs if q == query}
+        assert samples.known_positives[query].tolist() == sorted(known)
         assert samples.exposed[query].tolist() == []
     assert samples.counts.tolist() == [candidates.count(row) for row in range(8)]
 

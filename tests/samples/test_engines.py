@@ -27,12 +27,8 @@ from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 HARD = FunnelLosers(stages=("retrieved", "ranked"))
 
 
-REQUEST_FEATURES: dict[str, str] = {
-    "place": "categorical",
-    "near": "vector",
-    "hour": "numeric",
-    "weekday": "categorical",
-}
+REQUEST_FEATURES = {"place": "categorical", "near": "vector", "hour": "numeric"}
+REQUEST_FEATURES["weekday"] = "categorical"
 
 
 @pytest.fixture(scope="module")
@@ -52,27 +48,18 @@ def logs(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Log, Log
     log = simulate_funnel(num_users=30, num_items=80, num_requests=500, seed=3, options=options).log
     # What is known at a request, of each type; not of every one.
     place = log.events["user_id"] % 4
-    log = dataclasses.replace(
-        log,
-        events=log.events.mutate(
-            place=ibis.ifelse(place > 0, place.cast("string"), ibis.null("string")),
-            near=ibis.ifelse(place > 1, ibis.array([place / 8, place / 4]), None),
-        ).mutate(near=lambda t: t["near"].cast("array<float32>")),
-        request_features=REQUEST_FEATURES,
+    near = ibis.ifelse(place > 1, ibis.array([place / 8, place / 4]), None)
+    events = log.events.mutate(
+        place=ibis.ifelse(place > 0, place.cast("string"), ibis.null("string")),
+        near=near.cast("array<float32>"),
     )
+    log = dataclasses.replace(log, events=events, request_features=REQUEST_FEATURES)
     log.write(folder)
-    events, items, users = (
-        spark.read_parquet(f"{folder}/{name}.parquet") for name in ("events", "items", "users")
-    )
-    in_spark = Log.from_ibis(
-        events,
-        items=items,
-        users=users,
-        item_features=log.item_features,
-        user_features=log.user_features,
-        request_features=log.request_features,
-    )
-    return Log.read(folder), in_spark
+    names = ("item_features", "user_features", "request_features")
+    features: dict[str, Any] = {name: getattr(log, name) for name in names}
+    for name in ("events", "items", "users"):
+        features[name] = spark.read_parquet(f"{folder}/{name}.parquet")
+    return Log.read(folder), Log.from_ibis(features.pop("events"), **features)
 
 
 def read(folder: Path) -> dict[str, pa.Table]:
@@ -92,11 +79,9 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
         log.split("time").write(folder / "split.parquet")
         split = Split.read(log, folder / "split.parquet")
         # The second time they are those of the same log.
-        report, _ = (
-            TrainingSet.build(split.train, folder / "samples", seed=5, hard=HARD).report
-            for _ in range(2)
-        )
-        found.append((report, read(folder / "samples")))
+        for _ in range(2):
+            built = TrainingSet.build(split.train, folder / "samples", seed=5, hard=HARD)
+        found.append((built.report, read(folder / "samples")))
     (report, tables), (other_report, others) = found
     assert report == other_report
     description, other_description = (log.describe()[:3] for log in logs)
@@ -178,14 +163,9 @@ def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind, b
 @pytest.mark.slow
 def test_a_config_names_tables_of_spark(spark: Any, logs: tuple[Log, Log], tmp_path: Path) -> None:
     for name in ("events", "items"):
-        table = getattr(logs[1], name)
-        spark.create_view(name, table, overwrite=True)
-    data = DataConfig(
-        source="spark",
-        path=Path("events"),
-        items_path=Path("items"),
-        item_features={"genre": "categorical"},
-    )
+        spark.create_view(name, getattr(logs[1], name), overwrite=True)
+    paths = {"path": Path("events"), "items_path": Path("items")}
+    data = DataConfig(source="spark", item_features={"genre": "categorical"}, **paths)
     load_log(data).write(tmp_path)
     assert len(part_files(tmp_path / "events.parquet")) > 1
     # What Spark has written, DuckDB reads.

@@ -10,13 +10,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import ibis
 import numpy as np
-import pyarrow as pa
 import pytest
 import tensorflow as tf
 
 from tests.small_batches import ORDERS
+from tests.small_log import in_ibis
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.log import Log
@@ -28,14 +27,9 @@ from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import Samples, read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-CONNECTION = ibis.duckdb.connect()
 NUM_ITEMS = 25
-HARD = FunnelLosers(
-    share=0.5,
-    stages=("retrieved", "pre_ranked", "ranked"),
-    num=2,
-    bottom_share=0.9,
-)
+LOST: Any = ("retrieved", "pre_ranked", "ranked")
+HARD = FunnelLosers(share=0.5, stages=LOST, num=2, bottom_share=0.9)
 
 
 def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dict[int, set[int]]]:
@@ -67,12 +61,8 @@ def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dic
                 (forbidden if shown else lost)[user].add(item)
     columns["event_number"] = list(range(len(columns["user_id"])))
 
-    def create(columns: dict[str, Any]) -> ibis.Table:
-        return CONNECTION.create_table(ibis.util.gen_name("guard"), pa.table(columns))
-
-    items, users = range(1, NUM_ITEMS + 1), range(1, num_users + 1)
-    log = Log(create(columns), create({"item_id": items}), create({"user_id": users}))
-    return log, forbidden, lost
+    items, users = {"item_id": range(1, NUM_ITEMS + 1)}, {"user_id": range(1, num_users + 1)}
+    return Log(in_ibis(columns), in_ibis(items), in_ibis(users)), forbidden, lost
 
 
 @dataclass(frozen=True)

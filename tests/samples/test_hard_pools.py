@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.small_log import in_ibis
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import query_start
 from tfrs_pipeline.data.schema import Stage
@@ -18,7 +19,6 @@ from tfrs_pipeline.samples.hard_pools import MAX_POOL, draw_pools, find_losers
 from tfrs_pipeline.samples.store import read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-CONNECTION = ibis.duckdb.connect()
 STAGES = [stage.value for stage in Stage]
 
 
@@ -53,19 +53,10 @@ def random_log(seed: int, *, num_requests: int = 50) -> list[dict[str, Any]]:
 
 
 def as_table(rows: list[dict[str, Any]], *, drop: tuple[str, ...] = ()) -> ibis.Table:
-    schema = pa.schema(
-        [
-            ("query_row", pa.int32()),
-            ("candidate_row", pa.int32()),
-            ("stage", pa.string()),
-            ("time", pa.timestamp("us", "UTC")),
-            ("request_id", pa.int64()),
-            ("rank", pa.int32()),
-            ("event_number", pa.int64()),
-        ]
-    )
-    table = pa.Table.from_pylist(rows, schema).drop_columns(list(drop))
-    return CONNECTION.create_table(ibis.util.gen_name("hard"), table)
+    types = dict.fromkeys(("query_row", "candidate_row", "rank"), pa.int32())
+    types |= dict.fromkeys(("request_id", "event_number"), pa.int64())
+    schema = pa.schema(types | {"stage": pa.string(), "time": pa.timestamp("us", "UTC")})
+    return in_ibis(pa.Table.from_pylist(rows, schema).drop_columns(list(drop)))
 
 
 # Of each positive, by its event number: stage -> pool.
@@ -104,21 +95,14 @@ def slow_pools(rows: list[dict[str, Any]], hard: FunnelLosers) -> dict[int, dict
     def is_low(row: dict[str, Any]) -> bool:
         if row["rank"] is None:
             return False
-        ranks = sorted(
-            r["rank"]
-            for r in rows
-            if r["request_id"] == row["request_id"]
-            and r["rank"] is not None
-            and r["stage"] in ("ranked", "exposed", "clicked")
-        )
+        same = [r for r in rows if r["request_id"] == row["request_id"] and r["rank"] is not None]
+        ranks = sorted(r["rank"] for r in same if r["stage"] in ("ranked", "exposed", "clicked"))
         num_low = int(np.ceil(hard.bottom_share * len(ranks)))
         return row["rank"] in ranks[len(ranks) - num_low :]
 
     def usable(row: dict[str, Any], stage: str) -> bool:
         pair = (row["query_row"], row["candidate_row"])
-        if row["stage"] != stage or pair in clicked:
-            return False
-        if stage != "exposed" and pair in exposed:
+        if row["stage"] != stage or pair in clicked | (exposed if stage != "exposed" else set()):
             return False
         return stage != "ranked" or is_low(row)
 

@@ -34,9 +34,8 @@ def test_request_features_may_be_called_as_columns_of_samples(tmp_path: Path) ->
     seconds = pa.array([1_700_000_000, 1_700_000_005, 1_700_000_009], pa.timestamp("s", "UTC"))
     clicks = {"user_id": [7, 7, 8], "item_id": [3, 2, 3], "timestamp": seconds}
     clicks["request_id"] = ["a", "a", "b"]
-    log = Log.from_table(
-        pa.table(clicks | features), request_features=dict.fromkeys(names, "numeric")
-    )
+    kinds = dict.fromkeys(names, "numeric")
+    log = Log.from_table(pa.table(clicks | features), request_features=kinds)
     build_samples(log, tmp_path, seed=0)
     samples = read_samples(tmp_path)
     assert samples.query_rows.tolist() == [1, 1, 2]

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,23 +134,17 @@ def make_served(
     all_genres[7] = ["", "b"]
     all_genres[8] = [""]
     query_ids, candidate_ids = _ids_of(ids)
-    changes: dict[str, Any] = {"share_item_embedding": False}
+    changes: dict[str, Any] = {"dim": 8, "feature_dim": 4, "history_length": 5}
     if reads_times or not reads_history:
         changes["history_pooling"] = ("attention",) if reads_times else ()
-    model = TwoTower(
-        dim=8, feature_dim=4, history_length=5, use_user_id=use_user_id, **changes
-    ).build(
-        Corpus(
-            Ids(candidate_ids),
-            Ids(query_ids),
-            (genres,),
-            (gender,),
-            {"genres": genres.encode_column(all_genres)},
-            {"gender": gender.encode_column(all_genders)},
-            request_features,
-            reads_times,
-        )
+    plan = TwoTower(use_user_id=use_user_id, share_item_embedding=False, **changes)
+    columns = (
+        {"genres": genres.encode_column(all_genres)},
+        {"gender": gender.encode_column(all_genders)},
     )
+    ids_of = Ids(candidate_ids), Ids(query_ids)
+    corpus = Corpus(*ids_of, (genres,), (gender,), *columns, request_features, reads_times)
+    model = plan.build(corpus)
     # An untrained Keras embedding is nearly zero: spread the answers out. Other inputs of a query
     # must not hide the self-attention over its history, which begins small.
     small = 0.05 if reads_times else 1.0
@@ -161,19 +156,10 @@ def make_served(
         rng.permutation(np.arange(1, NUM_CANDIDATES + 1))[: 2 * i].astype(np.int32)
         for i in range(NUM_QUERIES)
     ]
-    return Served(
-        model,
-        query_ids,
-        candidate_ids,
-        histories,
-        (gender,),
-        (genres,),
-        all_genders,
-        all_genres,
-        [EVIL if i == 5 else f"The {i}th Film" for i in range(NUM_CANDIDATES)],
-        request_features,
-        _times(histories) if reads_times else None,
-    )
+    titles = [EVIL if i == 5 else f"The {i}th Film" for i in range(NUM_CANDIDATES)]
+    known = query_ids, candidate_ids, histories, (gender,), (genres,), all_genders, all_genres
+    times = _times(histories) if reads_times else None
+    return Served(model, *known, titles, request_features, times)
 
 
 def _ids_of(kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -272,6 +258,12 @@ def loaded(folder: Path) -> LoadedRetriever:
 def int_folder(exported: Exported) -> Path:
     """A model with integer ids and an exact index, for tests that depend on neither."""
     return exported("int", "exact")
+
+
+@pytest.fixture
+def films(int_folder: Path, tmp_path: Path) -> Path:
+    """A copy of that model."""
+    return Path(shutil.copytree(int_folder, tmp_path / "films"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Candidates that change while they are searched, against a plain dictionary of vectors."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -55,23 +56,18 @@ class Plain:
     def best(
         self, query: np.ndarray, k: int, excluded: set[Any], allowed: list[str]
     ) -> tuple[set[Any], list[float]]:
-        scores = {
-            id_: float(vector @ query)
-            for id_, (vector, colours) in self.now.items()
-            if id_ not in excluded and (not allowed or set(allowed) & set(colours))
-        }
+        left = ((id_, *x) for id_, x in self.now.items() if id_ not in excluded)
+        found = (x for x in left if not allowed or set(allowed) & set(x[2]))
+        scores = {id_: float(vector @ query) for id_, vector, _ in found}
         best = sorted(scores, key=lambda id_: -scores[id_])[:k]
         return set(best), [scores[id_] for id_ in best]
 
     def check(self, rng: np.random.Generator) -> None:
         ids = list(self.now)
-        excluded = [
-            {ids[i] for i in rng.integers(0, len(ids), n)} | {self.id_of(-5)}
-            for n in rng.integers(0, 30, len(QUERIES))
-        ]
-        allowed: list[list[str]] = [
-            [[], ["red"], ["blue", "grey"], ["none"]][i] for i in rng.integers(0, 4, len(QUERIES))
-        ]
+        drawn = [rng.integers(0, len(ids), n) for n in rng.integers(0, 30, len(QUERIES))]
+        excluded = [{ids[i] for i in places} | {self.id_of(-5)} for places in drawn]
+        filters: list[list[str]] = [[], ["red"], ["blue", "grey"], ["none"]]
+        allowed = [filters[i] for i in rng.integers(0, 4, len(QUERIES))]
         for k in (1, 10, 60):
             found, scores = self.candidates.search(QUERIES, k, excluded, allowed)
             for i, query in enumerate(QUERIES):
@@ -124,17 +120,15 @@ def test_a_search_sees_a_change_whole_or_not_at_all(plain: Plain) -> None:
             found, _ = plain.candidates.search(QUERIES[:1], 2)
             seen.add(tuple(id_ in names for id_ in found[0].tolist()))
 
-    threads = [threading.Thread(target=search) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for step in range(300):
-        put, gone = names[(step + 1) % 2], names[step % 2]
-        plain.candidates.change([put], best, [[]], [gone])
-        if step % 50 == 25:
-            plain.candidates.take_in()
-    stop.set()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(2) as pool:
+        searches = [pool.submit(search) for _ in range(2)]
+        for step in range(300):
+            put, gone = names[(step + 1) % 2], names[step % 2]
+            plain.candidates.change([put], best, [[]], [gone])
+            if step % 50 == 25:
+                plain.candidates.take_in()
+        stop.set()
+    assert [done.exception() for done in searches] == [None] * 2
     assert seen == {(True, False)}
 
 

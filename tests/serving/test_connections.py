@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import uvicorn
@@ -26,14 +27,8 @@ class Running:
     def __init__(self, limit: int) -> None:
         self.gate, self.is_asked = asyncio.Event(), threading.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(
-            self._answer,
-            http=Connection,
-            interface="asgi3",
-            lifespan="off",
-            log_config=None,
-            limit_concurrency=limit,
-        )
+        options: Any = {"interface": "asgi3", "lifespan": "off", "log_config": None}
+        config = uvicorn.Config(self._answer, http=Connection, limit_concurrency=limit, **options)
         self.is_loading = False
         self.server = Server(config, lambda: self.is_loading)
         self.port = self.listener.getsockname()[1]
@@ -107,9 +102,7 @@ def test_headers_that_never_end_are_cut_off(running: Running) -> None:
 @pytest.mark.parametrize(
     "begin",
     [
-        b"",
-        b"GET /",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
+        *(b"", b"GET /", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "),
         b"POST /slow HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
     ],
     ids=["nothing", "path", "header", "trailer"],

@@ -66,27 +66,22 @@ def test_exclusions_padding_and_k_match_a_loop(
     excluded = data.draw(st.lists(some_ids, min_size=1, max_size=3))
     histories = [data.draw(some_ids) for _ in excluded]
     users = served.query_ids[: len(excluded)].tolist()
-    answer = (short if is_short else module).retrieve(
-        as_users(served, users), as_ids(served, histories), as_ids(served, excluded), k
-    )
+    asked = as_users(served, users), as_ids(served, histories), as_ids(served, excluded)
+    answer = (short if is_short else module).retrieve(*asked, k)
     pairs = zip(users, histories, strict=True)
     queries = [{"user_id": user, "history": history} for user, history in pairs]
     ids, scores = served.in_memory.retrieve(queries, NUM_CANDIDATES)
     for i, left_out in enumerate(excluded):
-        best = [
-            (id_, score)
-            for id_, score in zip(ids[i].tolist(), scores[i], strict=True)
-            if id_ not in left_out
-        ][:k]
+        pairs = zip(ids[i].tolist(), scores[i], strict=True)
+        best = [(id_, score) for id_, score in pairs if id_ not in left_out][:k]
         got_ids, got_scores = decoded(answer["candidate_ids"])[i], answer["scores"][i].numpy()
         assert len(got_ids) == k
         if not is_short:
             assert got_ids[: len(best)] == [id_ for id_, _ in best]
             # Products of vectors of length 1 and 8 entries: 8 roundings of 2^-24, and as many in
             # each vector.
-            np.testing.assert_allclose(
-                got_scores[: len(best)], [s for _, s in best], rtol=0, atol=24 * 2**-24
-            )
+            scores_of = [score for _, score in best]
+            np.testing.assert_allclose(got_scores[: len(best)], scores_of, 0, 24 * 2**-24)
         # However few leaves are searched: full lists, nothing excluded, nothing invented.
         assert len(set(got_ids[: len(best)])) == len(best)
         assert not set(got_ids[: len(best)]) & {*left_out, empty_of(served)}
@@ -113,21 +108,14 @@ def test_filters_match_a_loop(served: Served, module: RetrievalModule, data: st.
     width = max(map(len, allowed))
     padded = tf.constant([[*x, *[""] * (width - len(x))] for x in allowed], tf.string)
     padded = tf.reshape(padded, [len(allowed), width])
-    nothing = as_ids(served, [[]] * len(users))
+    asked, nothing = as_users(served, users), as_ids(served, [[]] * len(users))
+    rest = as_ids(served, excluded), k, padded
+    genders = tf.constant(served.genders[: len(users)])
     answers = [
-        module.retrieve_filtered(
-            as_users(served, users), nothing, as_ids(served, excluded), k, padded
-        ),
-        module.retrieve_user_filtered(as_users(served, users), as_ids(served, excluded), k, padded),
+        module.retrieve_filtered(asked, nothing, *rest),
+        module.retrieve_user_filtered(asked, *rest),
         # Given the stored features, the answer is the one without.
-        module.retrieve_with_features_filtered(
-            as_users(served, users),
-            nothing,
-            tf.constant(served.genders[: len(users)]),
-            as_ids(served, excluded),
-            k,
-            padded,
-        ),
+        module.retrieve_with_features_filtered(asked, nothing, genders, *rest),
     ]
     for answer, by_user in zip(answers, (False, True, False), strict=True):
         histories = [served.known(i + 1) if by_user else [] for i in range(len(users))]
@@ -136,19 +124,20 @@ def test_filters_match_a_loop(served: Served, module: RetrievalModule, data: st.
         ranked, _ = served.in_memory.retrieve(queries, NUM_CANDIDATES)
         for i, history in enumerate(histories):
             left_out = {*excluded[i], *history}
-            chosen = set(allowed[i]) - {""}
-            best = [
-                id_
-                for id_ in ranked[i].tolist()
-                if id_ not in left_out
-                and (not chosen or chosen & set(served.genres[ids.index(id_)]))
-            ][:k]
+            chosen, left = (
+                set(allowed[i]) - {""},
+                [x for x in ranked[i].tolist() if x not in left_out],
+            )
+            if chosen:
+                left = [id_ for id_ in left if chosen & set(served.genres[ids.index(id_)])]
+            best = left[:k]
             got = decoded(answer["candidate_ids"])[i]
             assert got == best + [empty_of(served)] * (k - len(best))
             assert np.isneginf(answer["scores"][i].numpy()[len(best) :]).all()
 
 
-def test_filters_take_booleans_however_written(tmp_path: Path, trusted_exports: None) -> None:
+@pytest.mark.usefixtures("trusted_exports", "few_signatures")
+def test_filters_take_booleans_however_written(tmp_path: Path) -> None:
     served = make_served("int")
     is_even = [id_ % 2 == 0 for id_ in served.candidate_ids.tolist()]
     told = dataclasses.replace(served, genres=[[str(x)] for x in is_even])
@@ -194,9 +183,8 @@ def test_what_a_fresh_process_answers_is_published(exported: Exported, tmp_path:
     assert manifest["versions"]["tensorflow"] == tf.__version__
     expected_ids, _ = served.in_memory.retrieve(served.queries(), 15)
     assert load(tmp_path / "films").folder.name == "2"
-    assert (
-        load(folder, exact=True).retrieve(served.queries(), 15)[0].tolist() == expected_ids.tolist()
-    )
+    found, _ = load(folder, exact=True).retrieve(served.queries(), 15)
+    assert found.tolist() == expected_ids.tolist()
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Search structures against exact scoring."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -86,25 +86,20 @@ def test_searches_go_on_while_another_thread_adds() -> None:
             rows, _, num_rows = searcher.search(QUERIES[:1], Level(10, 20, 100))
             found.append(rows.max() <= num_rows)
 
-    threads = [threading.Thread(target=search) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for start in range(1000, 2000, 8):
-        searcher.add(EMBEDDINGS[start : start + 8])
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            pool.submit(search)
+        for start in range(1000, 2000, 8):
+            searcher.add(EMBEDDINGS[start : start + 8])
     assert found == [True] * 900
     rows, _, num_rows = searcher.search(QUERIES, Level(100, 20, 2000))
     assert num_rows == 2000
     assert np.mean(np.sort(rows) == np.sort(exact_order(QUERIES, 100))) >= 0.999
 
 
-def test_exact_search_suits_a_small_corpus() -> None:
+def test_exact_search_suits_a_small_corpus_and_no_index_a_recall_of_0() -> None:
     assert Auto(0.9).choose(19_999) == Exact()
     assert Auto(0.9).choose(20_000) == Scann(recall=0.9)
-
-
-def test_an_index_is_checked_when_it_is_named() -> None:
     for kind in (Scann, Auto):
         with pytest.raises(ValueError, match="recall"):
             kind(recall=0)

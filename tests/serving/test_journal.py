@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,19 +95,15 @@ def test_threads_and_processes_write_in_turn(tmp_path: Path) -> None:
         "        writer.append({'version': 1, 'put': [[sys.argv[2], i]]})\n"
         "        if i % 20 == 19: writer.replace(Journal(Path(sys.argv[1])).records())\n"
     )
-    others = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path), name]) for name in "ab"
-    ]
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    others = [subprocess.Popen([*command, name]) for name in "ab"]
 
     def write() -> None:
         for _ in range(50):
             append(tmp_path, {"version": 1, "put": [["c", 0]]})
 
-    threads = [threading.Thread(target=write) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(2) as pool:
+        assert [done.result() for done in (pool.submit(write), pool.submit(write))] == [None] * 2
     assert [other.wait(60) for other in others] == [0, 0]
     written = [tuple(record["put"][0]) for record in Journal(tmp_path).records()]
     assert written.count(("c", 0)) == 100

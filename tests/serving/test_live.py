@@ -19,9 +19,10 @@ import pytest
 from tests.damage import damage
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.serving.running_server import JSON, TOKEN, Running
+from tests.small_log import Watched
 from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
-from tfrs_pipeline.messages import Progress
+from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import live as live_module
 from tfrs_pipeline.serving.candidates import MOST_PENDING
@@ -93,9 +94,8 @@ def test_a_known_item_is_replaced_and_removed(served: Served, retriever: LoadedR
     vector, is_known = retriever.embed_candidates([id_], {"genres": [["c"]]})
     assert is_known[0]
     after = ranking(retriever, query)
-    assert after[id_] == pytest.approx(
-        float(retriever.embed_queries([query])[0] @ vector[0]), rel=1e-4
-    )
+    expected = float(retriever.embed_queries([query])[0] @ vector[0])
+    assert after[id_] == pytest.approx(expected, rel=1e-4)
     assert len(after) == len(before) == NUM_CANDIDATES
     assert retriever.remove([id_, new_id(served)]) == 1
     assert set(before) - set(ranking(retriever, query)) == {id_}
@@ -119,9 +119,8 @@ def test_live_items_are_everywhere(served: Served, model: Path, retriever: Loade
         frozen.upsert([item(new_id(served))])
 
 
-def test_a_newer_version_knows_better(exported: Exported, tmp_path: Path) -> None:
-    served, model = make_served("int"), tmp_path / "films"
-    shutil.copytree(exported("int", "exact"), model)
+def test_a_newer_version_knows_better(films: Path, tmp_path: Path) -> None:
+    served, model = make_served("int"), films
     first = load(model)
     mine, gone, new = served.candidate_ids[5], served.candidate_ids[6], new_id(served)
     first.upsert([item(mine, ["c"], title="Live"), item(new, ["a"], title="New")])
@@ -143,21 +142,20 @@ def test_a_newer_version_knows_better(exported: Exported, tmp_path: Path) -> Non
     assert gone not in ranking(load(model / "1"), query)
 
 
-def test_what_is_written_during_a_refresh_counts(exported: Exported, tmp_path: Path) -> None:
-    served, model = make_served("int"), tmp_path / "films"
-    shutil.copytree(exported("int", "exact"), model)
+def test_what_is_written_during_a_refresh_counts(films: Path, tmp_path: Path) -> None:
+    served = make_served("int")
     before, during = served.candidate_ids[5], served.candidate_ids[6]
-    server = load(model)
+    server = load(films)
     server.remove([before])
     server.upsert([item(new_id(served))])
 
-    class Watched(Progress):
-        def step(self, report: Any) -> None:
-            if server.candidates.has([during])[0]:
-                server.remove([during])
+    def remove(_: StepReport) -> None:
+        if server.candidates.has([during])[0]:
+            server.remove([during])
 
-    refresh_index(model, items_csv(tmp_path, served.candidate_ids), progress=Watched())
-    ids = load(model).candidate_ids()
+    watched = Watched(on_step=remove)
+    refresh_index(films, items_csv(tmp_path, served.candidate_ids), progress=watched)
+    ids = load(films).candidate_ids()
     assert before in ids
     assert during not in ids
 
@@ -227,9 +225,8 @@ WRONG: dict[str, Any] = {
 }
 
 
-def test_a_wrong_item_is_refused_and_changes_nothing(exported: Exported, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
-    retriever = load(model)
+def test_a_wrong_item_is_refused_and_changes_nothing(films: Path) -> None:
+    retriever = load(films)
     for message, wrong in WRONG.items():
         with pytest.raises(ValueError, match=message):
             retriever.upsert([item(90_001), *wrong] if isinstance(wrong, list) else wrong)
@@ -237,7 +234,7 @@ def test_a_wrong_item_is_refused_and_changes_nothing(exported: Exported, tmp_pat
         with pytest.raises(ValueError, match=r"id|Item 7 occurs"):
             retriever.remove(ids)
     assert retriever.num_candidates == NUM_CANDIDATES
-    assert (model / JOURNAL_FILE).exists() is False
+    assert not (films / JOURNAL_FILE).exists()
 
 
 def test_values_have_the_kind_of_their_feature() -> None:
@@ -256,8 +253,7 @@ def test_values_have_the_kind_of_their_feature() -> None:
     assert _plain("x", datetime(2024, 1, 1, tzinfo=UTC)) == "2024-01-01T00:00:00+00:00"
 
 
-def test_a_killed_writer_loses_nothing_confirmed(exported: Exported, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
+def test_a_killed_writer_loses_nothing_confirmed(films: Path) -> None:
     program = (
         "import sys; from tfrs_pipeline.serving.retriever import load\n"
         "model = load(sys.argv[1])\n"
@@ -265,7 +261,7 @@ def test_a_killed_writer_loses_nothing_confirmed(exported: Exported, tmp_path: P
         "    model.upsert([{'item_id': 90000 + i, 'genres': ['a']}])\n"
         "    print(i, flush=True)\n"
     )
-    command = [sys.executable, "-c", program, str(model)]
+    command = [sys.executable, "-c", program, str(films)]
     writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     for line in writer.stdout:
@@ -276,7 +272,7 @@ def test_a_killed_writer_loses_nothing_confirmed(exported: Exported, tmp_path: P
     for line in writer.stdout:
         confirmed = int(line) if line.endswith("\n") else confirmed
     writer.wait(30)
-    there = set(load(model).candidate_ids())
+    there = set(load(films).candidate_ids())
     assert set(range(90_000, 90_001 + confirmed)) <= there
     assert len(there) <= NUM_CANDIDATES + confirmed + 2
 
@@ -332,9 +328,7 @@ def test_rest_adds_and_removes_items(running: Running, caplog: pytest.LogCapture
 
 
 HOSTILE: list[tuple[str, Any, str | None, int]] = [
-    ("PUT", {"items": [item(90_001)]}, None, 401),
-    ("PUT", {"items": [item(90_001)]}, TOKEN[:-1], 401),
-    ("PUT", {"items": [item(90_001)]}, f"{TOKEN}0", 401),
+    *(("PUT", {"items": [item(90_001)]}, x, 401) for x in (None, TOKEN[:-1], f"{TOKEN}0")),
     ("DELETE", {"item_ids": [1]}, "", 401),
     ("POST", {"items": [item(90_001)]}, TOKEN, 405),
     ("GET", b"", TOKEN, 405),

@@ -35,9 +35,8 @@ class OwnModel(tf.Module):
         self.embed_queries(np.zeros(1, np.int32), np.zeros((1, 3), np.int32))
 
     def embed_queries(self, query_rows: Any, history_rows: Any) -> tf.Tensor:
-        return self._top(
-            self._users(query_rows) + tf.reduce_sum(self._videos(history_rows), axis=1)
-        )
+        history = tf.reduce_sum(self._videos(history_rows), axis=1)
+        return self._top(self._users(query_rows) + history)
 
     def embed_candidates(self, rows: Any) -> tf.Tensor:
         return self._videos(rows)
@@ -45,17 +44,13 @@ class OwnModel(tf.Module):
 
 def exportable(model: OwnModel | None = None, **changes: Any) -> Exportable:
     model = model or OwnModel()
+    # Most recent first; 0 is an item that is newer than the training.
+    lists = {"histories": [[], [1, 2], [0, 2, 0, 1], [0]], "known_positives": [[], [1, 2], [3], []]}
     given: dict[str, Any] = {
         "items": pa.table({"item_id": ["a", "b", "c"]}),
         "query_ids": np.array([7, 8, 9]),
         "history_length": 3,
-        # Most recent first; 0 is an item that is newer than the training.
-        "histories": RowLists.from_lists(
-            [np.arange(0), np.array([1, 2]), np.array([0, 2, 0, 1]), np.array([0])]
-        ),
-        "known_positives": RowLists.from_lists(
-            [np.arange(0), np.array([1, 2]), np.array([3]), np.arange(0)]
-        ),
+        **{n: RowLists.from_lists([np.array(x, int) for x in of_n]) for n, of_n in lists.items()},
         **changes,
     }
     return Exportable(model.embed_queries, model.embed_candidates, model.variables, **given)
@@ -76,21 +71,16 @@ class LookedUp(tf.keras.layers.Layer):
     def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
         rows = inputs["row"]
         text = tf.strings.as_string(rows)
-        looked_up = (
-            self.own["rows"][rows],
-            self.numbers[0](tf.cast(rows, tf.int64)),
-            self.texts(text),
-        )
+        by_number = self.numbers[0](tf.cast(rows, tf.int64))
+        looked_up = (self.own["rows"][rows], by_number, self.texts(text))
         return tf.add_n([self.embedding(rows) for rows in looked_up])
 
 
 def test_lookup_tables_of_an_own_tower_are_exported(tmp_path: Path) -> None:
     clicks = pa.table({"user_id": [1, 1, 2, 2, 3], "item_id": [7, 8, 7, 9, 8]})
-    model = TwoTower(
-        candidate_tower=LookedUp,
-        negatives=["uniform:num=3"],
-        training=TrainingSettings(batch_size=4, max_epochs=1),
-    ).fit(Log.from_table(clicks))
+    training = TrainingSettings(batch_size=4, max_epochs=1)
+    plan = TwoTower(candidate_tower=LookedUp, negatives=["uniform:num=3"], training=training)
+    model = plan.fit(Log.from_table(clicks))
     queries: list[Any] = [{"history": [7]}, {"history": [9, 8]}]
     ids, scores = model.retrieve(queries, 3)
     loaded = load(export(model, tmp_path / "own", user_data=False))
@@ -101,13 +91,10 @@ def test_lookup_tables_of_an_own_tower_are_exported(tmp_path: Path) -> None:
     np.testing.assert_allclose(embedded, model.network.embed_corpus(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("index", ["exact", Exact])
-def test_refuses_another_index(tmp_path: Path, index: Any) -> None:
-    with pytest.raises(TypeError, match=r"index must be tp.Exact\(\), .*Received: .*xact"):
-        export(exportable(), tmp_path / "own", index=index)
-
-
-def test_refuses_models_that_embed_nothing(tmp_path: Path) -> None:
+def test_refuses_another_index_and_models_that_embed_nothing(tmp_path: Path) -> None:
+    for index in ["exact", Exact]:
+        with pytest.raises(TypeError, match=r"index must be tp.Exact\(\), .*Received: .*xact"):
+            export(exportable(), tmp_path / "own", index=cast(Any, index))
     for no_embeddings in (Ease(), OwnModel()):
         name = type(no_embeddings).__name__
         with pytest.raises(TypeError, match=rf"or a tp\.Exportable of .* Received: .*{name}"):
@@ -117,13 +104,8 @@ def test_refuses_models_that_embed_nothing(tmp_path: Path) -> None:
 def test_two_functions_and_the_items_are_enough(tmp_path: Path) -> None:
     model = OwnModel()
     items = pa.table({"item_id": [30, 10, 20], "genre": ["a", "b", "a"]})
-    loaded = load(
-        export(
-            Exportable(model.embed_queries, model.embed_candidates, model.variables, items),
-            tmp_path / "own",
-            filter_by="genre",
-        )
-    )
+    least = Exportable(model.embed_queries, model.embed_candidates, model.variables, items)
+    loaded = load(export(least, tmp_path / "own", filter_by="genre"))
     nobody = model.embed_queries(np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
     scores = (nobody.numpy() @ model.embed_candidates(np.array([1, 2, 3])).numpy().T)[0]
     found, found_scores = loaded.retrieve([{"history": [10]}], 3)
@@ -202,10 +184,7 @@ def test_repeated_ids_lists_of_others_and_unknown_filters_are_refused(tmp_path: 
         ("known_positives", three, "must be 4 lists:.*Received: 3"),
         ("history_times", np.zeros(3), "must be 7, one .*Received: 3"),
         ("query_ids", users, "occur more than once, first 7"),
-        *(
-            (n, None, "must be a list .*out if")
-            for n in ("query_ids", "histories", "known_positives")
-        ),
+        *((n, None, "must be a list .*out if") for n in ("query_ids", "histories")),
     ]
     for name, value, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -32,10 +32,8 @@ def test_the_page_shows_the_card(served: Served, running: Running, loaded: Loade
     titles = loaded.titles()
     assert all(item["title"] == titles[item["item_id"]] for item in card["example_items"])
     # The page asks for one of these when it opens.
-    for first in (
-        {"user_id": str(card["example_user"])},
-        {"items": [x["item_id"] for x in card["example_items"]]},
-    ):
+    items = [x["item_id"] for x in card["example_items"]]
+    for first in ({"user_id": str(card["example_user"])}, {"items": items}):
         assert running.post("/page/query", json=first).json()["index"]["items"]
 
 
@@ -97,9 +95,8 @@ def test_it_shows_its_request(served: Served, running: Running, of: str, has_fil
     found = json.loads(response.text)["outputs"]
     shown = answer["index"]["items"]
     is_found = np.isfinite(found["scores"][0])
-    np.testing.assert_allclose(
-        [item["score"] for item in shown], np.array(found["scores"][0])[is_found], rtol=1e-4
-    )
+    scores = np.array(found["scores"][0])[is_found]
+    np.testing.assert_allclose([item["score"] for item in shown], scores, rtol=1e-4)
     assert [x["item_id"] for x in shown] == np.array(found["candidate_ids"][0])[is_found].tolist()
     assert shown
 
@@ -121,10 +118,9 @@ def test_the_page_refuses_wrong_queries(small: Running, query: dict[str, Any]) -
     assert set(response.json()) == {"error"}
 
 
-def test_the_page_needs_no_folder_once_it_is_loaded(int_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(int_folder, tmp_path / "films")
-    with Running(tmp_path / "films") as running:
-        shutil.rmtree(tmp_path / "films" / "1")
+def test_the_page_needs_no_folder_once_it_is_loaded(films: Path) -> None:
+    with Running(films) as running:
+        shutil.rmtree(films / "1")
         assert running.get("/page/model").json()["num_candidates"] == NUM_CANDIDATES
         assert running.get("/page/items?search=7th").json()["items"]
         assert running.post("/page/query", json={"user_id": "101"}).status_code == 200

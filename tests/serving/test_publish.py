@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, new_version, versions_of
 
-NUM_KILLS = 24
+NUM_KILLS = 16
 FILES_OF_A_VERSION = 8
 
 # Publishes for ever. Each file of a version holds its payload; the manifest comes in the middle,
@@ -169,14 +170,12 @@ def test_publications_at_once_do_not_mix(tmp_path: Path) -> None:
         start.wait()
         publish(tmp_path, payload)
 
-    threads = [threading.Thread(target=work, args=[f"payload-{i}"]) for i in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    payloads = {f"payload-{i}" for i in range(20)}
+    with ThreadPoolExecutor(20) as pool:
+        assert [*pool.map(work, payloads)] == [None] * 20
     assert versions_of(tmp_path) == list(range(1, 21))
-    payloads = {(tmp_path / str(v) / MANIFEST_FILE).read_text() for v in versions_of(tmp_path)}
-    assert payloads == {f"payload-{i}" for i in range(20)}
+    found = {(tmp_path / str(v) / MANIFEST_FILE).read_text() for v in versions_of(tmp_path)}
+    assert found == payloads
 
 
 def test_killed_at_random_points_the_newest_version_is_whole(tmp_path: Path) -> None:
@@ -200,10 +199,8 @@ def test_killed_at_random_points_the_newest_version_is_whole(tmp_path: Path) -> 
         num_partial += any(path.name.startswith(".partial") for path in tmp_path.iterdir())
         versions = versions_of(tmp_path)
         for number in versions:
-            files = list((tmp_path / str(number)).iterdir())
-            payloads = {path.read_text() for path in files}
-            assert len(files) == FILES_OF_A_VERSION
-            assert len(payloads) == 1
+            payloads = [path.read_text() for path in (tmp_path / str(number)).iterdir()]
+            assert (len(payloads), len({*payloads})) == (FILES_OF_A_VERSION, 1)
         assert not versions or versions[-1] >= newest
         newest = versions[-1] if versions else newest
         # The next publisher's first version removes what this one left.

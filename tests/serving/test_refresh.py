@@ -16,6 +16,7 @@ import pytest
 
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.small_log import Watched
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
@@ -72,9 +73,8 @@ def of_int() -> Served:
 
 
 @pytest.fixture
-def folder(exported: Exported, tmp_path: Path) -> Path:
-    """Of that model, to be changed."""
-    return Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
+def folder(films: Path) -> Path:
+    return films
 
 
 @pytest.fixture
@@ -88,9 +88,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Takes what would be exported, in place of exporting it."""
     calls: list[dict[str, Any]] = []
 
-    def export_index(
-        path: Path, options: ExportOptions, **given: Any
-    ) -> tuple[Path, dict[str, Any]]:
+    def export_index(path: Path, options: ExportOptions, **given: Any) -> Any:
         calls.append({"path": path, **vars(options), **given})
         return path, {"index": {"kind": "exact"}}
 
@@ -143,10 +141,8 @@ def test_a_refreshed_model_ranks_todays_items(refreshed: Refreshed) -> None:
     scores = loaded.embed_queries(queries) @ embeddings.T
     found, found_scores = loaded.retrieve(queries, len(ids))
     np.testing.assert_allclose(found_scores, -np.sort(-scores, axis=1), atol=1e-5)
-    for i in range(len(queries)):
-        place = {id_: j for j, id_ in enumerate(ids)}
-        mine = [scores[i, place[id_]] for id_ in found[i].tolist()]
-        np.testing.assert_allclose(mine, found_scores[i], atol=1e-5)
+    mine = np.take_along_axis(scores, Ids(ids).rows(found.ravel()).reshape(found.shape) - 1, axis=1)
+    np.testing.assert_allclose(mine, found_scores, atol=1e-5)
     assert loaded.titles()[ids[0]] == "A premiere"
     by_id = dict(zip(loaded.candidate_ids(), loaded.candidate_embeddings(), strict=True))
     np.testing.assert_allclose([by_id[id_] for id_ in ids], embeddings, atol=1e-6)
@@ -154,9 +150,8 @@ def test_a_refreshed_model_ranks_todays_items(refreshed: Refreshed) -> None:
 
 def test_users_are_as_they_were(refreshed: Refreshed) -> None:
     served, before, after = refreshed.served, refreshed.before, refreshed.after
-    np.testing.assert_allclose(
-        before.embed_queries(served.queries()), after.embed_queries(served.queries()), atol=1e-6
-    )
+    then, now = (version.embed_queries(served.queries()) for version in (before, after))
+    np.testing.assert_allclose(then, now, atol=1e-6)
     gone = set(served.candidate_ids.tolist()[:NUM_GONE])
     users = served.query_ids.tolist()
     ids, scores, is_known = after.retrieve_user(users, NUM_CANDIDATES)
@@ -192,10 +187,9 @@ def test_refreshing_again_restores_what_was_dropped(refreshed: Refreshed, tmp_pa
     expected, _ = served.in_memory.retrieve(served.queries(), 20)
     found, _ = load(folder).retrieve(served.queries(), 20)
     assert found.tolist() == expected.tolist()
-    manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
-    assert manifest["refreshed"]["from_version"] == 2
-    assert manifest["refreshed"]["trained_as"] == 1
-    assert manifest["refreshed"]["num_items"] == NUM_CANDIDATES
+    refreshed_as = json.loads((folder / "3" / MANIFEST_FILE).read_text())["refreshed"]
+    assert (refreshed_as["from_version"], refreshed_as["trained_as"]) == (2, 1)
+    assert refreshed_as["num_items"] == NUM_CANDIDATES
 
 
 def test_what_a_refresh_asks_for_holds_for_the_next(

@@ -155,9 +155,8 @@ def test_requests_are_answered_as_in_memory(served: Served, model: LoadedRetriev
     strange["history"] = [strange["history"][0], 10**6, *strange["history"][1:]]
     seconds = [time.timestamp() for time in strange["history_timestamps"]]
     strange["history_timestamps"] = np.array([seconds[0], 5.0, *seconds[1:]])
-    np.testing.assert_allclose(
-        model.retrieve([strange], K)[1], got[len(asked) : len(asked) + 1], atol=1e-5
-    )
+    expected = got[len(asked) : len(asked) + 1]
+    np.testing.assert_allclose(model.retrieve([strange], K)[1], expected, atol=1e-5)
 
 
 def test_users_and_given_features_go_with_requests(served: Served, model: LoadedRetriever) -> None:
@@ -175,13 +174,10 @@ def test_users_and_given_features_go_with_requests(served: Served, model: Loaded
     np.testing.assert_allclose(answer["scores"][:, :K], expected, atol=1e-5)
     # Giving the user's own gender is the same as the stored one.
     queries = user_queries(served, REQUESTS[:1])
-    genders = [
-        {**q, "features": {"gender": g}} for q, g in zip(queries, served.genders, strict=True)
-    ]
-    mixed = [*genders[:3], *queries[3:]]
-    np.testing.assert_allclose(
-        model.retrieve(mixed, K)[1], model.retrieve(queries, K)[1], atol=1e-5
-    )
+    given = zip(queries[:3], served.genders, strict=False)
+    mixed = [*({**q, "features": {"gender": g}} for q, g in given), *queries[3:]]
+    found, expected = (model.retrieve(x, K)[1] for x in (mixed, queries))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_request_features_not_read_are_ignored(served: Served, model: LoadedRetriever) -> None:
@@ -240,9 +236,8 @@ def test_rest_tells_times_and_sides_apart_whatever_their_names(tmp_path: Path) -
     since = Timestamp.fit("app since", [TIME])
     likes = Numeric.fit("genres", [1.0, 4.0])  # Of items, genres are lists.
     served = make_served("int", use_user_id=False, request_features=(since, likes))
-    version = ServedVersion(
-        export(served.exportable(), tmp_path / "films", index=Exact()), ServeSettings()
-    )
+    folder = export(served.exportable(), tmp_path / "films", index=Exact())
+    version = ServedVersion(folder, ServeSettings())
 
     def answer(name: str, **inputs: Any) -> dict[str, np.ndarray]:
         body = json.dumps({"signature_name": name, "inputs": inputs}).encode()

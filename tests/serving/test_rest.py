@@ -17,37 +17,19 @@ from tfrs_pipeline.serving.settings import ServeSettings
 LIMITS = ServeSettings(max_k=10, max_queries=2, max_exclude=3, max_history=4)
 TIMES = {"history_timestamps"}
 NULLABLE = {"features": {"price", "vector", "city", "tags", "times"}, "histories": TIMES}
+INT, TEXT, FLOAT = (tf.TensorSpec([None], x) for x in (tf.int64, tf.string, tf.float64))
+INTS, TEXTS, FLOATS = (tf.TensorSpec([None, None], x) for x in (tf.int64, tf.string, tf.float64))
+ONE, VECTOR = tf.TensorSpec([], tf.int32), tf.TensorSpec([None, 3], tf.float32)
 SIGNATURES = {
     name: SignatureInputs(specs, LIMITS, TIMES, NULLABLE.get(name, ()))
     for name, specs in {
-        "serving_default": {"user_id": tf.TensorSpec([None], tf.int64)},
-        "timed": {
-            "timestamp": tf.TensorSpec([None], tf.float64),
-            "history_timestamps": tf.TensorSpec([None, None], tf.float64),
-        },
-        "histories": {
-            "user_id": tf.TensorSpec([None], tf.int64),
-            "history": tf.TensorSpec([None, None], tf.int64),
-            "history_timestamps": tf.TensorSpec([None, None], tf.float64),
-        },
-        "retrieve": {
-            "user_id": tf.TensorSpec([None], tf.string),
-            "exclude": tf.TensorSpec([None, None], tf.string),
-            "k": tf.TensorSpec([], tf.int32),
-        },
-        "embed": {
-            "price": tf.TensorSpec([None], tf.float64),
-            "vector": tf.TensorSpec([None, 3], tf.float32),
-            "number": tf.TensorSpec([], tf.int32),
-        },
-        "features": {
-            "user_id": tf.TensorSpec([None], tf.string),
-            "price": tf.TensorSpec([None], tf.float64),
-            "vector": tf.TensorSpec([None, 3], tf.float32),
-            "city": tf.TensorSpec([None], tf.string),
-            "tags": tf.TensorSpec([None, None], tf.string),
-            "times": tf.TensorSpec([None, None], tf.float64),
-        },
+        "serving_default": {"user_id": INT},
+        "timed": {"timestamp": FLOAT, "history_timestamps": FLOATS},
+        "histories": {"user_id": INT, "history": INTS, "history_timestamps": FLOATS},
+        "retrieve": {"user_id": TEXT, "exclude": TEXTS, "k": ONE},
+        "embed": {"price": FLOAT, "vector": VECTOR, "number": ONE},
+        "features": {"user_id": TEXT, "price": FLOAT, "vector": VECTOR}
+        | {"city": TEXT, "tags": TEXTS, "times": FLOATS},
     }.items()
 }
 
@@ -100,11 +82,8 @@ NAN = np.nan
 def test_a_time_without_an_item_is_refused(
     key: str, history: list[list[int]], times: list[Any], expected: Any
 ) -> None:
-    query: dict[str, list[Any]] = {
-        "user_id": [1, 2][: len(history)],
-        "history": history,
-        "history_timestamps": times,
-    }
+    query: dict[str, list[Any]] = {"user_id": [1, 2][: len(history)], "history": history}
+    query["history_timestamps"] = times
     if not isinstance(expected, str):
         np.testing.assert_array_equal(times_read(key, query), expected)
         return
@@ -116,8 +95,7 @@ def test_strings_come_as_utf_8_or_base64() -> None:
     _, arrays, _ = parsed(inputs("retrieve", user_id=["Zoë"], exclude=[[{"b64": "/w=="}]], k=2))
     assert arrays["user_id"].tolist() == ["Zoë".encode()]
     assert arrays["exclude"].tolist() == [[b"\xff"]]
-    assert arrays["k"].shape == ()
-    assert arrays["k"].dtype == np.int32
+    assert (arrays["k"].shape, arrays["k"].dtype.name) == ((), "int32")
 
 
 def test_numbers_with_a_fraction_may_be_whole_or_missing() -> None:
@@ -214,7 +192,7 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
         (inputs("embed", **{**E, "price": [True]}), "valid number. Received: True"),
         (
             inputs("timed", timestamp=[1.7e12], history_timestamps=[[1.7e9]]),
-            "'timestamp' takes seconds since 1970; divide milliseconds by 1,000. Received: 17000",
+            "milliseconds by 1,000",
         ),
         (inputs("timed", timestamp=[1.0], history_timestamps=[[1.7e12]]), "'history_timestamps' t"),
         (inputs("embed", **{**E, "price": [None]}), "valid number. Received: None"),
@@ -248,10 +226,7 @@ def test_any_json_is_read_or_refused(value: Any, signature: str, key: str) -> No
         parsed({"signature_name": signature, key: value})
 
 
-FLOATS = st.floats(width=32)
-
-
-@given(st.lists(st.lists(FLOATS, min_size=3, max_size=3), min_size=1, max_size=4))
+@given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_scores_come_back_to_the_last_bit(rows: list[list[float]]) -> None:
     scores = np.array(rows, np.float32)
     text = format_outputs({"scores": scores}, is_row_format=False)

@@ -33,12 +33,7 @@ def items(served: Served) -> list[Any]:
 
 
 def by_numpy(
-    ids: list[Any],
-    vectors: np.ndarray,
-    places: list[int],
-    k: int,
-    closed: list[set[Any]],
-    biases: np.ndarray | float = 0.0,
+    ids: list[Any], vectors: np.ndarray, places: list[int], k: int, closed: Any, biases: Any = 0.0
 ) -> tuple[list[list[Any]], np.ndarray]:
     """Ranks all other items that are not closed by their dot products, one by one."""
     found, scores = [], []
@@ -148,11 +143,7 @@ def test_an_item_of_today_is_found(served: Served, folder: Path, tmp_path: Path)
 
 
 def test_the_page_and_the_command_ask_it(
-    served: Served,
-    running: Running,
-    loaded: LoadedRetriever,
-    items: list[Any],
-    command: Any,
+    running: Running, loaded: LoadedRetriever, items: list[Any], served: Served, command: Any
 ) -> None:
     expected = loaded.similar(items[:1], K, allowed=[["b"]])[0][0].tolist()
     asked = {"similar_to": str(items[0]), "k": K, "filter": ["b"]}
@@ -180,8 +171,7 @@ def test_only_the_bias_of_a_found_item_counts(tmp_path: Path) -> None:
     clicks = {"user_id": rng.integers(1, 20, 100), "item_id": rng.integers(1, 12, 100) * 10}
     log = Log.from_table(pa.table(clicks))
     training = TrainingSettings(batch_size=32, max_epochs=1)
-    plan = TwoTower(dim=4, candidate_bias=True, training=training)
-    model = plan.fit(log)
+    model = TwoTower(dim=4, candidate_bias=True, training=training).fit(log)
     tower = model.network.candidate_tower
     for table in tower.id_tables:  # An untrained bias is nearly 0.
         table.assign(rng.normal(size=table.shape))
@@ -196,12 +186,8 @@ def test_only_the_bias_of_a_found_item_counts(tmp_path: Path) -> None:
     pq.write_table(pa.table({"item_id": ids}), tmp_path / "items.parquet")
     for path in (folder, refresh_index(folder.parent, tmp_path / "items.parquet").folder):
         loaded = load(path)
-        found = loaded.saved_model.similar(
-            tf.constant(ids, tf.int64), tf.zeros([len(ids), 0], tf.int64), tf.constant(4)
-        )
-        for got, got_scores in (
-            loaded.similar(ids, 4),
-            (found["candidate_ids"].numpy(), found["scores"].numpy()),
-        ):
-            assert got.tolist() == expected
+        asked = tf.constant(ids, tf.int64), tf.zeros([len(ids), 0], tf.int64), tf.constant(4)
+        found = loaded.saved_model.similar(*asked)
+        for got, got_scores in (loaded.similar(ids, 4), (found["candidate_ids"], found["scores"])):
+            assert np.asarray(got).tolist() == expected
             np.testing.assert_allclose(got_scores, scores, atol=1e-5)

@@ -73,9 +73,8 @@ def test_one_call_reaches_the_target_for_near_and_far_exclusions(tuned: Tuned, k
         excluded[1::4] = order[1::4, 10 * most // 9 - most : 10 * most // 9]
         excluded[2::4] = order[2::4, NUM - most :]  # The farthest. The rest exclude nothing.
         found, _ = tuned.candidates.search(queries, k, excluded)
-        exact = np.stack(
-            [line[~np.isin(line, out)][:k] for line, out in zip(order, excluded, strict=True)]
-        )
+        pairs = zip(order, excluded, strict=True)
+        exact = np.stack([line[~np.isin(line, out)][:k] for line, out in pairs])
         assert not any(np.isin(a, b).any() for a, b in zip(found, excluded, strict=True))
         per_query = recalls(found, exact)
         for kind in range(4):
@@ -123,11 +122,7 @@ def test_filters_reach_the_target(tuned: Tuned, kind: str, share: float) -> None
     [(0, 0, False), (150, 0, False), (15_000, 0, True), (10, 4, False), (0, 10_000, True)],
 )
 def test_only_unusual_requests_are_searched_exactly(
-    tuned: Tuned,
-    monkeypatch: pytest.MonkeyPatch,
-    num_excluded: int,
-    num_values: int,
-    is_exact: bool,
+    tuned: Tuned, monkeypatch: Any, num_excluded: int, num_values: int, is_exact: bool
 ) -> None:
     embeddings, queries, index, order = tuned
     exactly: list[int] = []

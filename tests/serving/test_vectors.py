@@ -1,7 +1,6 @@
 """The file of vectors: each item's own, whole, and what its metadata says of them."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,14 +43,9 @@ def test_each_item_has_its_own_vector(exported: Exported, tmp_path: Path, ids: s
         assert row["title"] == loaded.titles()[row["item_id"]]
     assert not expected
     metadata = {name.decode(): text.decode() for name, text in table.schema.metadata.items()}
-    assert metadata.items() >= {
-        "model": "films",
-        "version": "1",
-        "dim": "8",
-        "metric": "inner_product",
-        "unit_length": "true",
-        "has_item_bias": "false",
-    }.items()  # fmt: skip
+    names = ("model", "version", "dim", "metric", "unit_length", "has_item_bias")
+    told = [metadata[name] for name in names]
+    assert told == ["films", "1", "8", "inner_product", "true", "false"]
     assert float(metadata["max_norm"]) == about["max_norm"] == table["norm"].to_numpy().max()
     # A reader that is not Arrow.
     (dims,) = duckdb.sql(f"SELECT DISTINCT len(embedding) FROM '{path}'").fetchall()
@@ -59,13 +53,12 @@ def test_each_item_has_its_own_vector(exported: Exported, tmp_path: Path, ids: s
 
 
 def test_the_command_writes_items_of_the_service_too(
-    int_folder: Path, tmp_path: Path, command: Any
+    films: Path, tmp_path: Path, command: Any
 ) -> None:
-    shutil.copytree(int_folder, tmp_path / "films")
-    model = load(tmp_path / "films")
+    model = load(films)
     model.upsert([{"item_id": 5, "genres": ["a"], "title": "New"}])
     model.remove([3])
-    said = command("vectors", tmp_path / "films", tmp_path / "films.parquet").out
+    said = command("vectors", films, tmp_path / "films.parquet").out
     assert "60 items of version 1, 8 dimensions, inner product" in said
     rows = {row["item_id"]: row for row in pq.read_table(tmp_path / "films.parquet").to_pylist()}
     assert len(rows) == 60
@@ -130,9 +123,8 @@ def test_what_cannot_be_written_is_told_before_tensorflow_is_imported(tmp_path: 
         f"codes = [cli.main(['vectors', model, file]) for model, file, *_ in {REFUSED}]\n"
         "print(json.dumps([codes, 'tensorflow' in sys.modules]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[code for *_, code in REFUSED], False]
     for line, (*_, message, _code) in zip(done.stderr.splitlines(), REFUSED, strict=True):
         assert message in line

@@ -37,18 +37,10 @@ def moment(milliseconds: int) -> datetime:
 
 def exposures(seed: int, num_rows: int, is_rand: int) -> list[dict[str, int]]:
     rng = random.Random(seed)
-    return [
-        {
-            **dict.fromkeys((*KUAIRAND.COLUMNS, "date", "duration_ms"), 0),
-            "user_id": rng.randrange(5, 8),
-            "video_id": rng.randrange(3),
-            "time_ms": START_MS + rng.randrange(10**9),
-            "is_click": rng.randrange(2),
-            "long_view": rng.randrange(2),
-            "is_rand": is_rand,
-        }
-        for _ in range(num_rows)
-    ]
+    row = dict.fromkeys((*KUAIRAND.COLUMNS, "date", "duration_ms"), 0) | {"is_rand": is_rand}
+    mosts = {"user_id": 3, "video_id": 3, "time_ms": 10**9, "is_click": 2, "long_view": 2}
+    drawn = [{name: rng.randrange(num) for name, num in mosts.items()} for _ in range(num_rows)]
+    return [row | x | {"time_ms": START_MS + x["time_ms"]} for x in drawn]
 
 
 # In the order in which they are read: a part 10 comes after a part 2.
@@ -66,7 +58,7 @@ def kuairand(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     for name, rows in LOGS.items():
         pd.DataFrame(rows).to_csv(tmp_path / "data" / name, index=False)
-    (tmp_path / "data" / "user_features_27k.csv").write_text("user_id\n5\n")
+    (tmp_path / "data" / "user_features_27k.csv").write_text("user_id\n1\n")
     return tmp_path
 
 
@@ -129,16 +121,11 @@ FURTHEST: list[tuple[list[str], str, int | None]] = [
 def test_the_furthest_stage_of_recflow_counts(tmp_path: Path) -> None:
     days = tmp_path / "all_stage"
     rows = [
-        # Whatever it says of an outcome: without an exposure there is no positive.
-        row(
-            video_id=3 + i,
-            rank_index=30,
-            rerank_index=4,
-            effective_view=int("realshow" not in flags),
-            **dict.fromkeys(flags, 1),
-        )
+        row(video_id=3 + i, rank_index=30, rerank_index=4, **dict.fromkeys(flags, 1))
         for i, (flags, _, _) in enumerate(FURTHEST)
     ]
+    for x in rows:  # Whatever it says of an outcome: without an exposure there is no positive.
+        x["effective_view"] = 1 - (x["realshow"] or 0)
     clicked = row(video_id=2, realshow=1, effective_view=1, rerank_index=-1)
     write_day(days / "2024-01-13.feather", [*rows, row(video_id=99, user_id=9)])
     write_day(tmp_path / "realshow" / "2024-01-13.feather", [clicked])  # Is in the first file.
@@ -187,14 +174,9 @@ def test_recflow_refuses(tmp_path: Path, values: dict[str, int | None], message:
 def test_times_of_a_review_log_belong_to_its_items(tmp_path: Path) -> None:
     (tmp_path / "Beauty_item_org_rank.txt").write_text("2 30 10\n7 20 30 40\n")
     (tmp_path / "Beauty_time_org_rank.txt").write_text("2 86400 86400\n7 0 86400 172800\n")
-    table = UNSEEN.UNSEEN["cosmetics"](tmp_path)
-    assert list(zip(*table.to_pydict().values(), strict=True)) == [
-        (2, 30, 86400),
-        (2, 10, 86400),
-        (7, 20, 0),
-        (7, 30, 86400),
-        (7, 40, 172800),
-    ]
+    users, items, times = UNSEEN.UNSEEN["cosmetics"](tmp_path).to_pydict().values()
+    assert (users, items) == ([2, 2, 7, 7, 7], [30, 10, 20, 30, 40])
+    assert times == [86400, 86400, 0, 86400, 172800]
 
 
 def test_clicks_of_a_session_are_in_the_order_of_time(tmp_path: Path) -> None:

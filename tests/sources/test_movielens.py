@@ -12,17 +12,12 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.sources.movielens import FetchError, load_movielens_100k, unpack_wheel
 
-RATINGS = [
-    "8\t267\t4\t881250949",
-    "7\t2\t3\t891717742",
-    "7\t1412\t5\t881250949",
-    "7\t3\t1\t881250948",
-]
-GENRE_NAMES = (
+RATINGS = ["8\t267\t4\t881250949", "7\t2\t3\t891717742"]
+RATINGS += ["7\t1412\t5\t881250949", "7\t3\t1\t881250948"]
+GENRES = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
     "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
 )
-GENRE_ORDER = GENRE_NAMES.split()
 # id, title as GroupLens writes it, recbole's title and year, genres
 FILMS = [
     (267, "unknown", "unkonwn\tunkonwn", ["unknown"]),
@@ -37,7 +32,7 @@ def write_grouplens(folder: Path) -> None:
     (folder / "u.data").write_text("\n".join(RATINGS) + "\n")
     lines = []
     for number, title, _, genres in FILMS:
-        flags = ["1" if name in genres else "0" for name in GENRE_ORDER]
+        flags = ["1" if name in genres else "0" for name in GENRES.split()]
         lines.append("|".join([str(number), title, "01-Jan-1995", "", "http://x", *flags]))
     (folder / "u.item").write_text("\n".join(lines) + "\n", encoding="latin-1")
     (folder / "u.user").write_text("\n".join(USERS) + "\n")
@@ -67,13 +62,8 @@ def test_tables_of_the_original_files(tmp_path: Path) -> None:
     write_grouplens(tmp_path)
     events, items, users = rows(load_movielens_100k(tmp_path))
     assert [event["stage"] for event in events] == ["clicked", "exposed", "clicked", "exposed"]
-    assert events[0] == {
-        "user_id": 8,
-        "item_id": 267,
-        "timestamp": datetime(1997, 12, 4, 15, 55, 49, tzinfo=UTC),
-        "event_number": 0,
-        "stage": "clicked",
-    }
+    moment = datetime(1997, 12, 4, 15, 55, 49, tzinfo=UTC)
+    assert [*events[0].values()] == [8, 267, moment, 0, "clicked"]
     assert items == [
         {"item_id": 2, "title": "Cérémonie, La", "year": "1995", "genres": ["Crime", "Drama"]},
         {"item_id": 3, "title": "Shadow and Light", "year": "1996", "genres": ["Film-Noir"]},

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chi2
+from scipy.stats import chi2, chisquare
 
-from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.sources.simulated import DEVICES, FunnelOptions, Simulation, simulate_funnel
 
 NUM_USERS, NUM_ITEMS, NUM_REQUESTS = 200, 300, 1500
@@ -20,21 +19,13 @@ LEVEL = 1e-6
 Log = dict[str, np.ndarray]
 
 
-def simulate(
-    num_requests: int = NUM_REQUESTS, *, num_items: int = NUM_ITEMS, **options: Any
-) -> Simulation:
-    return simulate_funnel(
-        num_users=NUM_USERS,
-        num_items=num_items,
-        num_requests=num_requests,
-        seed=3,
-        options=FunnelOptions(**options),
-    )
-
-
 @cache
-def usual() -> Simulation:
-    return simulate()
+def simulate(num_requests: int = NUM_REQUESTS, **options: Any) -> Simulation:
+    sizes = {"num_users": NUM_USERS, "num_items": NUM_ITEMS, "num_requests": num_requests}
+    return simulate_funnel(**sizes, seed=3, options=FunnelOptions(**options))
+
+
+usual = simulate
 
 
 def log_of(simulation: Simulation) -> Log:
@@ -77,16 +68,10 @@ def test_a_longer_simulation_begins_with_the_shorter_one() -> None:
 def test_each_request_holds_the_configured_stages(sizes: list[int], num_requests: int) -> None:
     exposed, ranked, pre_ranked, retrieved = sorted(sizes)
     options = FunnelOptions(retrieved, pre_ranked, ranked, exposed, click_bias=3.0)
-    simulation = simulate_funnel(
-        num_users=5, num_items=40, num_requests=num_requests, seed=0, options=options
-    )
-    expected = {
-        Stage.RETRIEVED.value: retrieved - pre_ranked,
-        Stage.PRE_RANKED.value: pre_ranked - ranked,
-        Stage.RANKED.value: ranked - exposed,
-        "shown": exposed,
-    }
-    log = log_of(simulation)
+    few: dict[str, Any] = {"num_users": 5, "num_items": 40, "num_requests": num_requests}
+    log = log_of(simulate_funnel(**few, seed=0, options=options))
+    expected = {"retrieved": retrieved - pre_ranked, "pre_ranked": pre_ranked - ranked}
+    expected |= {"ranked": ranked - exposed, "shown": exposed}
     for request in range(num_requests):
         is_request = log["request_id"] == request
         stages = Counter(log["stage"][is_request].tolist())
@@ -111,7 +96,7 @@ def test_shown_are_the_first_ranks_and_ranks_follow_scores() -> None:
 
 
 def test_without_noise_each_stage_is_a_sort() -> None:
-    simulation = simulate(num_requests=60, retrieval_noise=0, pre_rank_noise=0, rank_noise=0)
+    simulation = simulate(60, retrieval_noise=0, pre_rank_noise=0, rank_noise=0)
     log, preferences = log_of(simulation), simulation.preferences
     for request in range(60):
         of_request = {name: column[log["request_id"] == request] for name, column in log.items()}
@@ -152,10 +137,8 @@ def test_click_probability_is_the_stated_formula() -> None:
 
 def chi_squared(is_clicked: np.ndarray, expected: np.ndarray, groups: np.ndarray) -> float:
     """Sums (clicks - expected)^2 / variance over the groups."""
-    observed, mean, variance = (
-        np.bincount(groups, weights)
-        for weights in (is_clicked.astype(float), expected, expected * (1 - expected))
-    )
+    weights = is_clicked.astype(float), expected, expected * (1 - expected)
+    observed, mean, variance = (np.bincount(groups, x) for x in weights)
     return float(((observed - mean) ** 2 / variance).sum())
 
 
@@ -167,10 +150,8 @@ def test_clicks_follow_truth_times_examination(position_bias: float) -> None:
     is_clicked = (log["stage"] == "clicked")[is_shown]
     rank = log["rank"][is_shown].astype(int)
     liking = truth_of(simulation, log)[is_shown]
-    num_bins, num_places = 10, 10
-    bins = np.digitize(liking, np.quantile(liking, np.linspace(0, 1, num_bins + 1)[1:-1]))
-    groups = bins * num_places + rank
-    bound = chi2.isf(LEVEL, num_bins * num_places)
+    bins = np.digitize(liking, np.quantile(liking, np.linspace(0, 1, 11)[1:-1]))
+    groups, bound = 10 * bins + rank, chi2.isf(LEVEL, 10 * 10)
     looks = 1 / (1 + rank) ** position_bias
     assert chi_squared(is_clicked, liking * looks, groups) < bound
     # The bias is there to be seen: taking the clicks for the truth does not fit,
@@ -184,11 +165,9 @@ def test_clicks_follow_truth_times_examination(position_bias: float) -> None:
 @pytest.mark.parametrize("name", ["retrieval_noise", "pre_rank_noise", "rank_noise"])
 def test_each_stage_has_a_noise_of_its_own(name: str) -> None:
     # What a stage keeps is worse with more noise; what the stages before it keep is the same.
-    survivors = {
-        "retrieval_noise": ["retrieved", "pre_ranked", "ranked", "exposed", "clicked"],
-        "pre_rank_noise": ["pre_ranked", "ranked", "exposed", "clicked"],
-        "rank_noise": ["ranked", "exposed", "clicked"],
-    }
+    order = ["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
+    names = ("retrieval_noise", "pre_rank_noise", "rank_noise")
+    survivors = {stage: order[i:] for i, stage in enumerate(names)}
     more_noise: dict[str, Any] = {name: 6.0}
     noisy = simulate(**more_noise)
     means: dict[str, list[float]] = {}
@@ -211,9 +190,7 @@ def test_what_is_liked_depends_on_the_device_by_the_stated_formula() -> None:
     assert (devices == devices[:, :1]).all()
     counts = [int((devices[:, 0] == device).sum()) for device in DEVICES]
     assert sum(counts) == NUM_REQUESTS
-    assert sum((num - NUM_REQUESTS / 3) ** 2 for num in counts) / (NUM_REQUESTS / 3) < chi2.isf(
-        LEVEL, 2
-    )
+    assert chisquare(counts).pvalue > LEVEL
     for row, device in enumerate(DEVICES):
         probability = simulation.click_probability([17], device)[0]
         taste = 4 * preferences.user_tastes[16] + preferences.device_tastes[row]
