@@ -72,11 +72,8 @@ def test_what_is_kept_is_counted_too() -> None:
     assert "dropped nothing" in told
     # A request feature's missing values, as an item feature's: of the rows that are kept.
     times, pages = [None, *[1_700_000_000] * 39], [None, None, "a", *["b"] * 37]
-    log = load(
-        {"where": pages, "timestamp": times},
-        columns={"page": "where"},
-        request_features={"page": "categorical"},
-    )
+    asked = {"columns": {"page": "where"}, "request_features": {"page": "categorical"}}
+    log = load({"where": pages, "timestamp": times}, **asked)
     assert "event table: column 'where' is missing in 1 of 39 rows (2.6%)" in log.notes
     repeated = {"user_id": [1, 1, 2], "item_id": [1, 1, 1]}
     notes = load({**repeated, "page": [1, 2, 3]}).notes

@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.small_log import column
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline import DataError, Log, Reading
 
 
 def test_a_folder_is_read_in_the_order_of_names_and_rows(tmp_path: Path) -> None:
@@ -34,21 +32,19 @@ def test_a_folder_is_read_in_the_order_of_names_and_rows(tmp_path: Path) -> None
 
 
 def test_paths_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        Log.from_files(tmp_path / "none.csv")
-    with pytest.raises(DataError, match="It holds 0 files"):
-        Log.from_files(tmp_path)
+    def refuses(path: Path, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            Log.from_files(path)
+
+    refuses(tmp_path / "none.csv", "does not exist")
+    refuses(tmp_path, "It holds 0 files")
     (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
     (tmp_path / "b.csv").write_text("item_id,user_id\n1,2\n")
-    with pytest.raises(DataError, match=r"b\.csv has another header than a\.csv"):
-        Log.from_files(tmp_path)
+    refuses(tmp_path, r"b\.csv has another header than a\.csv")
     (tmp_path / "b.csv").rename(tmp_path / "b.parquet")
     (tmp_path / "c.csv").write_text("user_id,item_id\n1,2\n")
-    message = r"files of one kind: .*It holds 3 files, 1 of another kind: b\.parquet\."
-    with pytest.raises(DataError, match=message):
-        Log.from_files(tmp_path)
-    with pytest.raises(DataError, match=r"b\.parquet cannot be read"):
-        Log.from_files(tmp_path / "b.parquet")
+    refuses(tmp_path, r"of one kind: .*It holds 3 files, 1 of another kind: b\.parquet\.")
+    refuses(tmp_path / "b.parquet", r"b\.parquet cannot be read")
 
 
 @pytest.mark.parametrize("locked", ["log", "b.parquet", "b.csv"])

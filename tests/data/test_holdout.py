@@ -4,9 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline import DataError, Log, Reading
 
 
 def test_some_queries_are_whole_users_and_others_are_not_read() -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.small_log import arguments, column
+from tests.small_log import column
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Dropped
 from tfrs_pipeline.features.categorical import Categorical
@@ -151,20 +151,3 @@ def test_refused_item_files(load: Any, items: Any, options: dict[str, Any], mess
     with pytest.raises(DataError, match=message) as raised:
         load("user_id,item_id\n1,5\n", items=items, **options)
     assert raised.value.setting != "columns"  # Those of the events.
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"stage_values": {"1": "bought"}},
-        {"time_zone": "Mars/Base"},
-        {"label": {"x": 1.0}, "rating_threshold": 4},
-        {"columns": {"event_number": "n"}},
-        {"item_features": {"x": "text"}},
-        {"user_features": {"x": "text"}},
-    ],
-)
-def test_arguments_that_contradict_each_other(tmp_path: Path, options: dict[str, Any]) -> None:
-    (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
-    with pytest.raises(ValueError, match=r"time_zone|stage_values|row order|needs|set one"):
-        Log.from_files(tmp_path / "a.csv", **arguments(**options))

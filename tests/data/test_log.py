@@ -16,13 +16,10 @@ import pytest
 from ibis.common.exceptions import IbisError
 
 from tests.small_log import arguments, column
-from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline import ConfigError, Log, Reading, RunConfig
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError, Dropped
 from tfrs_pipeline.durable import Damaged, StorageError
-from tfrs_pipeline.settings import ConfigError
 
 TIMES = [f"2024-01-0{day}T12:00:00Z" for day in (3, 1, 2)]
 EVENTS = pd.DataFrame(
@@ -257,6 +254,12 @@ def test_weights_that_differ_are_told_and_few_that_weigh_most() -> None:
         (DataError, {"rating_threshold": None}, "a log of ratings needs rating_threshold"),
         (DataError, {"item_columns": {}}, "item table: no column 'item_id'.*Set item_columns"),
         (DataError, {"rating_threshold": None, "stage_values": {"x": "clicked"}}, "column 'stage'"),
+        (ValueError, {"stage_values": {"1": "bought"}}, "stage_values"),
+        (ValueError, {"time_zone": "Mars/Base"}, "time_zone"),
+        (ValueError, {"label": {"x": 1.0}, "rating_threshold": 4}, "set one"),
+        (ValueError, {"columns": {"event_number": "n"}}, "row order"),
+        (ValueError, {"items": None, "item_columns": {}}, "needs"),
+        (ValueError, {"user_features": {"x": "text"}}, "needs"),
         (ConfigError, {"stage_values": {1: "clicked"}}, "stage_values.1.*valid string"),
         (ValueError, {"item_features": {"item_id": "numeric"}}, "'item_id' cannot be a feature"),
         (ConfigError, {"earliest_time": "soon"}, "earliest_time: got 'soon'; must be a valid date"),

@@ -23,6 +23,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.settings import ConfigError
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
+SHOWN = ("clicked", "exposed")
 Event = tuple[int, int, int, str]  # user, item, second, stage
 
 
@@ -148,12 +149,8 @@ def check_holdout_by_a_loop(
     rows: list[Event], split: Split, assigned: dict[int, str], part: EvaluationPart
 ) -> None:
     """Asks by the loops of the slow evaluator, to which fold-in is training."""
-    shown = ("clicked", "exposed")
-    known = [
-        Row(*rows[n][:3], rows[n][3] == "clicked", None, of.replace("fold_in", "train"), n, n)
-        for n, of in assigned.items()
-        if rows[n][3] in shown
-    ]
+    shown = {n: of.replace("fold_in", "train") for n, of in assigned.items() if rows[n][3] in SHOWN}
+    known = [Row(*rows[n][:3], rows[n][3] == "clicked", None, x, n, n) for n, x in shown.items()]
     queries = [*queries_of(known, part, "users", "order")]
     if not queries:
         without = "In Python, split.train and split.test do" if part == "validation" else "$"
@@ -166,12 +163,12 @@ def check_holdout_by_a_loop(
     trains = {"train"}
     if part == "test" and split.kind != "held_out_users":
         trains.add("validation")
-    trained = [rows[n][1] for n, of in assigned.items() if of in trains and rows[n][3] == "clicked"]
     assert holdout.candidate_ids.tolist() == sorted({row[1] for row in rows})
-    assert holdout.candidate_counts.tolist() == [trained.count(i) for i in holdout.candidate_ids]
     train_alone = split.holdout(part, trained_on=split.train).candidate_counts
-    trained = [rows[n][1] for n, of in assigned.items() if (of, rows[n][3]) == ("train", "clicked")]
-    assert train_alone.tolist() == [trained.count(i) for i in holdout.candidate_ids]
+    for counts, parts in ((holdout.candidate_counts, trains), (train_alone, {"train"})):
+        clicks = [rows[n] for n, of in assigned.items() if of in parts]
+        trained = [item for _, item, _, stage in clicks if stage == "clicked"]
+        assert counts.tolist() == [trained.count(i) for i in holdout.candidate_ids]
 
 
 def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:
@@ -314,7 +311,7 @@ def test_a_log_of_dates_is_split_between_them() -> None:
     found = parts.groupby("part")["timestamp"].agg(lambda x: sorted({t.day for t in x}))
     assert found.to_dict() == {"train": [1, 2, 3, 4, 5, 6], "validation": [7], "test": [8]}
     # Large days took more than their share: it is told.
-    told = "58% / 19% / 22% of the positives, not 85% / 5% / 10%: those of one moment stay in one"
+    told = "58% / 19% / 22% of the positives, not 85% / 5% / 10%: those of one moment"
     assert told in split.describe((0.05, 0.1))[-1]
     for asked in ((0.19, 0.22), (datetime(2024, 1, 7), datetime(2024, 1, 8)), None):
         assert not any(" / " in line for line in split.describe(asked))

@@ -20,6 +20,7 @@ from tfrs_pipeline.data.schema import Ties
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = connect()
+COLUMNS: Any = (*map(st.integers, (1, 1, 0), (3, 9, 2)), st.sampled_from([None, 0, 1]))
 
 
 def made(rows: Sequence[tuple[Any, ...]], ties: Ties = "auto", step: float = 86_400) -> Log:
@@ -75,13 +76,7 @@ def test_few_ties_show_no_order_by_item_and_none_are_not_told() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    st.lists(
-        st.tuples(*map(st.integers, (1, 1, 0), (3, 9, 2)), st.sampled_from([None, 0, 1])),
-        min_size=1,
-        max_size=40,
-    )
-)
+@given(st.lists(st.tuples(*COLUMNS), min_size=1, max_size=40))
 def test_numbers_are_redrawn_within_equal_times_alone(rows: list[Any]) -> None:
     drawn = made(rows, "random").events
     names = ("user_id", "item_id", "timestamp", "request_id")

@@ -9,9 +9,7 @@ import pyarrow as pa
 import pytest
 
 from tests.small_log import column
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline import DataError, Log, Reading
 
 UNMAPPED = {
     "reached": (["Clicked", "exposed", " recalled"], "holds stages, .* of Clicked, recalled to "),

@@ -201,11 +201,9 @@ def test_ials_users_solve_their_least_squares() -> None:
 
 def test_ials_depends_on_its_seed_not_on_the_number_of_threads() -> None:
     train = random_interactions(80, 20)
-    retrievers = [
-        Ials(4, 1.0, 5.0, num_iterations=3, seed=seed, num_threads=threads).fit(train)
-        for seed, threads in ((0, 1), (0, 2), (1, 1))
-    ]
-    first, *others = (r.retrieve([{"history": [1, 2]}], 20)[1] for r in retrievers)
+    plan, options = Ials(4, 1.0, 5.0, num_iterations=3), ((0, 1), (0, 2), (1, 1))
+    fitted = [replace(plan, seed=seed, num_threads=num).fit(train) for seed, num in options]
+    first, *others = (r.retrieve([{"history": [1, 2]}], 20)[1] for r in fitted)
     assert [np.array_equal(first, other) for other in others] == [True, False]
 
 

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline import Ease, Holdout, Query, Retriever, evaluate
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.evaluation.bootstrap import Interval
-from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
 from tfrs_pipeline.evaluation.topk import retrieve_by_scores
-from tfrs_pipeline.retrieval import Query, Retriever
 
 IDS = np.arange(100, 112)
 COUNTS = np.array([9, 9, 6, 5, 4, 3, 2, 1, 1, 0, 0, 0])
@@ -71,12 +68,8 @@ def test_a_summary_is_json_without_nan() -> None:
 
 def test_a_holdout_has_as_many_lists_as_users() -> None:
     lists = [IDS[:1], IDS[1:2]]
-    good: dict[str, Any] = {
-        "user_ids": [0, 1],
-        **dict.fromkeys(("histories", "relevant", "clicked", "seen"), lists),
-        "candidate_ids": IDS.tolist(),
-        "candidate_counts": COUNTS.tolist(),
-    }
+    good: dict[str, Any] = dict.fromkeys(("histories", "relevant", "clicked", "seen"), lists)
+    good |= {"user_ids": [0, 1], "candidate_ids": IDS.tolist(), "candidate_counts": COUNTS.tolist()}
     assert Holdout(**good).candidate_ids.dtype == np.int64
     for name in ("histories", "relevant", "clicked", "seen", "history_times", "requests"):
         with pytest.raises(ValueError, match=rf"{name} must hold one entry .* 2 user_ids.*: 1"):

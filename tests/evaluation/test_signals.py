@@ -8,9 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.evaluation.signals import signals
+from tfrs_pipeline import Log, Reading, signals
 
 RNG = np.random.default_rng(0)
 

@@ -18,14 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.small_log import column
+from tfrs_pipeline import Holdout, Log, Query, Reading, evaluate
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import AskedBy, Exclude, Ties
-from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import EvaluationResult
-from tfrs_pipeline.retrieval import Query
 
 CONNECTION = connect()
 BEFORE = {"validation": ["train"], "test": ["train", "validation"]}
@@ -90,27 +86,19 @@ def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[A
         for group in groups:
             page = [x for x in rows if x.user == user and x.request == group[0].request is not None]
             start = min([*group, *page], key=in_time)
-            before = [
-                row
-                for row in own
-                if row.day < start.day
-                or (rule != "drop" and row.day == start.day and row.number < start.number)
-            ]
+            same_day = [row for row in own if row.day == start.day and row.number < start.number]
+            before = [row for row in own if row.day < start.day]
+            before += same_day if rule != "drop" else []
             yield asked(user, before, before, group, [row for row in tied if row in group])
 
 
 def asked(
     user: int, known: list[Row], before: list[Row], to_find: list[Row], tied: list[Row]
 ) -> Asked:
-    return Asked(
-        user,
-        [row.item for row in known if row.is_click],
-        {row.item for row in to_find},
-        {row.item for row in tied},
-        {row.item for row in before if row.is_click},
-        {row.item for row in before},
-        to_find[0].line,
-    )
+    clicked = [row for row in before if row.is_click]
+    sets: Any = ({row.item for row in rows} for rows in (to_find, tied, clicked, before))
+    history = [row.item for row in known if row.is_click]
+    return Asked._make([user, history, *sets, to_find[0].line])
 
 
 def best(score: Score, history: list[int], items: Collection[int], k: int) -> list[int]:
@@ -265,14 +253,10 @@ def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> Non
     """Compares queries; each asks with the features of its first event to find, if it has any."""
     lists = holdout.relevant, holdout.histories, holdout.clicked, holdout.seen
     assert holdout.user_ids.tolist() == sorted(query.user for query in queries)
-    found = [
-        (user, *(ids.tolist() for ids in of_query))
-        for user, *of_query in zip(holdout.user_ids.tolist(), *lists, strict=True)
-    ]
-    asked = sorted(
-        (x.user, sorted(x.wanted), x.history, sorted(x.clicked), sorted(x.seen), x.first)
-        for x in queries
-    )
+    zipped = zip(holdout.user_ids.tolist(), *lists, strict=True)
+    found = [(user, *(ids.tolist() for ids in of_query)) for user, *of_query in zipped]
+    sets: Any = ((*map(sorted, (x.wanted, x.clicked, x.seen)), x) for x in queries)
+    asked = sorted((x.user, a, x.history, b, c, x.first) for a, b, c, x in sets)
     if holdout.requests is not None:
         lines = [request["line"] for request in holdout.requests]
         found = [(*query, line) for query, line in zip(found, lines, strict=True)]
@@ -284,16 +268,14 @@ def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> Non
             assert np.all(np.diff(times) >= 0)
 
 
+ALL_PARTS = ("train", "validation", "test")
+NUMBERS: Any = map(st.integers, (1, 1, 0), (3, 9, 3))
+REQUESTS: Any = st.sampled_from([None, None, 0, 1])
 ROWS = st.lists(
-    st.tuples(
-        *map(st.integers, (1, 1, 0), (3, 9, 3)),
-        st.booleans(),
-        st.sampled_from([None, None, 0, 1]),
-        st.sampled_from(["train", "validation", "test"]),
-    ),
+    st.tuples(*NUMBERS, st.booleans(), REQUESTS, st.sampled_from(ALL_PARTS)),
     min_size=10,
     max_size=40,
-).map(lambda rows: [*rows, *((9, 1, 0, True, None, x) for x in ("train", "validation", "test"))])
+).map(lambda rows: [*rows, *((9, 1, 0, True, None, part) for part in ALL_PARTS)])
 
 
 @pytest.mark.parametrize("by", ["users", "requests", "first_request", "last_request"])
@@ -328,18 +310,14 @@ def test_every_protocol_tie_rule_and_metric_is_what_loops_say(
         if row.is_click and row.part in BEFORE[part] and row.item in counts:
             counts[row.item] += 1
     items = sorted(counts)
-    known = dict(
-        zip(holdout.candidate_ids.tolist(), holdout.candidate_counts.tolist(), strict=True)
-    )
+    pairs = zip(holdout.candidate_ids.tolist(), holdout.candidate_counts.tolist(), strict=True)
+    known = dict(pairs)
     assert counts == {item: known[item] for item in items}
     numbers = np.array([counts[item] for item in items])
     others: dict[str, Any] = {"candidate_counts": numbers, "exposure": None}
     holdout = dataclasses.replace(holdout, candidate_ids=np.array(items), **others)
-    scores = {"by_last": by_last, "by_number": by_number}
-    slow = {
-        name: measure_slowly(queries, exclude, counts, score, (2, longest))
-        for name, score in scores.items()
-    }
+    scores, ks = {"by_last": by_last, "by_number": by_number}, (2, longest)
+    slow = {x: measure_slowly(queries, exclude, counts, score, ks) for x, score in scores.items()}
     models: dict[str, Any] = {name: Plain(score, items) for name, score in scores.items()}
     measured: dict[str, Any] = {"exclude": exclude, "cutoffs": (2, longest), "num_bootstrap": 0}
     if slow["by_last"]["num"]["skipped"] == len(queries):

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.evaluation.baselines import MostPopular
-from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline import Log, MostPopular, evaluate
 from tfrs_pipeline.evaluation.metrics import find_hits
 from tfrs_pipeline.evaluation.unbiased import even_metrics, item_weights
 

@@ -31,9 +31,6 @@ from tfrs_pipeline.model.feature_table import FeatureTable
 WIDTHS = dict.fromkeys(KINDS, 4) | {"numeric": 2, "timestamp": 6, "vector": 5}
 
 
-# Values with codes
-
-
 @pytest.mark.parametrize(
     ("kind", "fitted", "options", "vocabulary", "new", "expected"),
     [
@@ -115,9 +112,6 @@ def test_hashed_values_spread_over_twice_as_many_buckets() -> None:
     assert abs(len(np.unique(codes)) - expected) < 4 * math.sqrt(20_000)
 
 
-# Numbers
-
-
 @pytest.mark.parametrize(
     ("values", "new", "expected"),
     [
@@ -165,9 +159,6 @@ def test_every_bucket_holds_some_of_the_fitted_rows(column: list[float | None]) 
         assert sorted(set(codes.tolist()) - {0}) == list(range(1, feature.num_codes + 1))
 
 
-# Timestamps
-
-
 def as_the_calendar_says(moment: datetime, reference: datetime) -> list[float]:
     """Age, hour and weekday of a moment, by way of datetime's own methods."""
     local = moment.astimezone(UTC)
@@ -188,18 +179,12 @@ def test_ages_count_from_the_fitted_reference_and_end_there() -> None:
     np.testing.assert_array_equal(later[:, 0], later[::-1, 0])
 
 
-# Vectors
-
-
 def test_vectors_have_length_one_on_average() -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 7)) * 30
     encoded = Vector.fit("v", [*vectors, None]).encode_column(vectors)
     assert np.sqrt((encoded**2).sum(axis=1).mean()) == pytest.approx(1, rel=1e-6)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(Vector.fit("v", unit).encode_column(unit), unit, 1e-6)
-
-
-# Every kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,11 +241,8 @@ VALUES = st.one_of(
 FLOATS = st.one_of(st.just(0.0), st.floats(1e-100, 1e100), st.floats(-1e100, -1e-100))
 NUMBERS = st.one_of(st.integers(-(2**60), 2**60), FLOATS, st.just(-math.inf))
 # Minutes: a scale of less would magnify how the logarithm is rounded.
-TIMES = st.builds(
-    lambda minutes, zone: datetime.fromtimestamp(60 * minutes, zone),
-    st.integers(-(10**8), 10**8),
-    st.sampled_from([UTC, EAST]),
-)
+MINUTES, ZONES = st.integers(-(10**8), 10**8), st.sampled_from([UTC, EAST])
+TIMES = st.builds(lambda minutes, zone: datetime.fromtimestamp(60 * minutes, zone), MINUTES, ZONES)
 PARTS = st.one_of(st.just(0.0), st.floats(2.0**-50, 2.0**50, width=32))
 ENTRIES: dict[str, st.SearchStrategy[Any]] = {
     "categorical": st.one_of(MISSING, VALUES),
@@ -347,9 +329,6 @@ def test_texts_keep_more_values_than_lists_and_tell_what_is_cut() -> None:
             known = [feature.vocabulary[i - 1] for i in code if i]
             assert known == [word for word in row[:width] if word != "new"]
         assert feature.num_values == width
-
-
-# What is refused
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,14 @@ import tensorflow as tf
 
 from tests.model.conftest import tiny
 from tests.small_log import event_table, item_table, write
-from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline import ConfigError, Exact, Log, RunConfig, load
 from tfrs_pipeline.features.feature import NUMBER_TYPES, Feature, TableColumn
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import Column, to_numbers
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export, page, rest
-from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
-from tfrs_pipeline.settings import ConfigError
 
 ITEM_KINDS = {"month": "cyclic"}
 
@@ -82,12 +78,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     events = event_table("int")
     asked = pa.array([1 + i % 12 for i in range(events.num_rows)])
-    log = Log.from_files(
-        write(events.append_column("season", asked), folder / "events.csv"),
-        items=write(items(80), folder / "items.csv"),
-        item_features=ITEM_KINDS,
-        request_features={"season": "cyclic"},
-    )
+    path = write(events.append_column("season", asked), folder / "events.csv")
+    kinds: Any = {"item_features": ITEM_KINDS, "request_features": {"season": "cyclic"}}
+    log = Log.from_files(path, items=write(items(80), folder / "items.csv"), **kinds)
     split = log.split("last_n", validation=1, test=1)
     fitted = tiny(training={"max_epochs": 1, "monitor": "ndcg@5"}).fit(split.train)
     (month,), (season,) = fitted.corpus.candidate_features, fitted.corpus.request_features

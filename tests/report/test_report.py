@@ -93,29 +93,20 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
         "split": {
             "train": {"num_events": 9000, "num_positives": 5000, "num_users": 300},
             "test": {"num_events": 2000, "num_positives": 1000, "num_users": 299},
-            "num_users_dropped": 3,
-            "num_events_dropped": 11
+            "num_users_dropped": 3, "num_events_dropped": 11
         },
         "models": {name: summary(rng) for name in names},
-        "by_request": {
-            "models": {name: summary(rng) for name in names},
-            "differences": compared | {"popularity": differences(0.01)}
-        },
+        "by_request": {"models": {name: summary(rng) for name in names},
+                       "differences": compared | {"popularity": differences(0.01)}},
         "tie_rule": "order",
-        "training": {
-            "two_tower": {"best_epoch": 2, "history": history},
-            "two_tower_uncorrected": {"best_epoch": 1, "history": short}
-        },
+        "training": {"two_tower": {"best_epoch": 2, "history": history},
+                     "two_tower_uncorrected": {"best_epoch": 1, "history": short}},
         "differences": compared,
-        "examples": [
-            {"user_id": "ann", "num_history": 12, "history": [3, 4], "recommended": [5, 6],
-             "num_relevant": 9, "found": [6]}
-        ],
+        "examples": [{"user_id": "ann", "num_history": 12, "history": [3, 4], "found": [6],
+                      "recommended": [5, 6], "num_relevant": 9}],
         "versions": {"tensorflow": "2.20.0"},
-        "signals": {
-            "order": {"value": 0.0612, "beside": 0.035, "meaning": "of what followed"},
-            "clock": {"value": 86_400.0, "beside": None, "meaning": "seconds"}
-        },
+        "signals": {"order": {"value": 0.0612, "beside": 0.035, "meaning": "of what followed"},
+                    "clock": {"value": 86_400.0, "beside": None, "meaning": "seconds"}},
         "index": {"kind": "scann", "target_recall": 0.98, "num_leaves": 41},
         "notes": {"data": ["dropped nothing"], "evaluate": []},
         "seconds": {"data": 1.25, "train two_tower": 8.5}
@@ -133,16 +124,14 @@ def make_facts() -> RunFacts:
         table_sizes={"events": 11_011, "items": 400, "users": 302},
         dropped=(Dropped("item is not in the item table", 17),),
         log_notes=("item table: column 'year' is missing in 1 of 400 rows (0.2%)",),
-        events_by_stage={"exposed": {"train": 4000, "test": 1000}, "clicked": {"train": 5000,
-                                                                              "dropped": 11}},
+        events_by_stage={"exposed": {"train": 4000, "test": 1000},
+                         "clicked": {"train": 5000, "dropped": 11}},
         items_by_part={"train": 390, "test": 311},
         samples={"num_samples": 5000, "num_candidates": 400, "num_known_positives": 4900,
                  "num_exposed": 3900},
         masked_shares={"accidental hits": 0.001, "known positives": 0.2, "exposed items": 0.05},
         mean_hard_share=0.0,
-        popularity=PopularityFacts(
-            counts, share, share, {"uniform": np.full(400, 1 / 400)}, num_unreachable=0
-        ),
+        popularity=PopularityFacts(counts, share, share, {"uniform": np.full(400, 1 / 400)}, 0),
         titles={3: "Fargo", 6: "Men in Black"}
     )  # fmt: skip
 
@@ -157,9 +146,6 @@ HARD = RunConfig(data={"path": "log.parquet"}, model={"hard": LOSERS})
 
 def page_of(**changed: Any) -> Page:
     return Page(report_page(dataclasses.replace(FACTS, **changed)))
-
-
-# Numbers
 
 
 def test_every_metric_of_every_model_is_that_of_metrics_json() -> None:
@@ -325,10 +311,8 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
         model["slices"]["tail"] = {**model["slices"]["tail"], "recall@100": nothing}
     models["popularity"]["average_popularity@20"] = None
     models["popularity"]["ndcg@100"] = {"mean": 0.5, "low": None, "high": None}
-    page = page_of(
-        metrics={**FACTS.metrics, "models": models, "examples": [], "differences": {}},
-        config=HARD,
-    )
+    metrics = {**FACTS.metrics, "models": models, "examples": [], "differences": {}}
+    page = page_of(metrics=metrics, config=HARD)
     assert page.tables["Metrics by slice"]["tail, recall@100"] == [("-", None, False)] * 3
     assert page.tables["Metrics"]["average_popularity@20"][2] == ("-", None, False)
     assert page.tables["Metrics"]["ndcg@100"][2][:2] == ("0.5000", 0.5)
@@ -337,22 +321,17 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
     assert "Differences" not in page.tables
 
 
-# A page that anyone's data may fill
-
-
 def test_what_users_write_stays_text() -> None:
     example = {**FACTS.metrics["examples"][0], "user_id": f'"{EVIL}\x1b[31m\u202eb'}
     example["recommended"] = [EVIL, 6]
     changed = {"examples": [example], "notes": {"data": [EVIL]}, "versions": {EVIL: EVIL}}
+    settings = {"data.columns": {"user_id": EVIL}, "export.name": "films"}
     page = page_of(
         metrics={**FACTS.metrics, **changed},
         folder=f'runs/"{EVIL}',
         dropped=(Dropped(EVIL, 1),),
         titles={3: f"{EVIL} &amp; {{title}}", 6: '"><img src=x onerror=alert(1)>'},
-        config=with_settings(
-            RunConfig(data={"path": f"/a/{EVIL}.csv"}),
-            {"data.columns": {"user_id": EVIL}, "export.name": "films"},
-        ),
+        config=with_settings(RunConfig(data={"path": f"/a/{EVIL}.csv"}), settings),
     )
     assert not page.of("script") + page.of("img")
     assert not [x for x in page.text if not (x.isprintable() or x in "\n\t\xa0")]
@@ -396,9 +375,6 @@ def test_the_same_facts_give_the_same_page() -> None:
     assert report_page(make_facts()) == TEXT
 
 
-# Colours
-
-
 def test_figures_have_no_colour_of_their_own() -> None:
     for figure in re.findall(r"<svg.*?</svg>", TEXT, flags=re.DOTALL):
         assert not re.search(r"#[0-9a-f]{6}\b", figure)
@@ -433,9 +409,6 @@ def test_text_and_lines_stand_out_in_light_and_dark(scheme: int) -> None:
             assert contrast(colours[name], colours[ground]) >= 4.5
         for number in range(1, 6):
             assert contrast(colours[f"series-{number}"], colours[ground]) >= 3
-
-
-# Curves
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=3000))

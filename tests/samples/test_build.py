@@ -29,15 +29,9 @@ STAGES = ("retrieved", "pre_ranked", "ranked", "exposed", "clicked")
 
 # user, item, second, stage, request (None: no request)
 Event = tuple[int, int, int, str, int | None]
-EVENTS = st.lists(
-    st.tuples(
-        *map(st.integers, (1, 1, 0), (NUM_USERS, 6, 5)),
-        st.sampled_from(STAGES),
-        st.sampled_from([None, 0, 1, 2]),
-    ),
-    min_size=1,
-    max_size=160,
-).filter(lambda events: any(event[3] == "clicked" for event in events))
+NUMBERS: Any = map(st.integers, (1, 1, 0), (NUM_USERS, 6, 5))
+EVENT = st.tuples(*NUMBERS, st.sampled_from(STAGES), st.sampled_from([None, 0, 1, 2]))
+EVENTS = st.lists(EVENT, min_size=1, max_size=160).filter(lambda x: "clicked" in {e[3] for e in x})
 
 
 def make_log(

@@ -11,15 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tfrs_pipeline import FunnelLosers, TrainingSet, Transitions, signals
 from tfrs_pipeline.data.engines import connect_spark
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import AskedBy, DataError, SplitKind, Ties
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
-from tfrs_pipeline.evaluation.baselines import Transitions
-from tfrs_pipeline.evaluation.signals import signals
-from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 

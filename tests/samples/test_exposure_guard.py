@@ -95,11 +95,8 @@ def acting_negatives(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     if batch.hard is not None:
         corrections.append(batch.hard.log_q)
         columns.append(batch.hard.candidate_row)
-        hard = {
-            "hard_embeddings": tf.gather(embeddings, batch.hard.candidate_row),
-            "hard_log_q": corrections[1],
-            "hard_mask": batch.hard.is_counted,
-        }
+        hard = {"hard_log_q": corrections[1], "hard_mask": batch.hard.is_counted}
+        hard["hard_embeddings"] = tf.gather(embeddings, batch.hard.candidate_row)
     with tf.GradientTape() as tape:
         tape.watch(corrections)
         loss = HybridRetrieval()(

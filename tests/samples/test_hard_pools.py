@@ -38,17 +38,9 @@ def random_log(seed: int, *, num_requests: int = 50) -> list[dict[str, Any]]:
             has_rank = i in ranks and rng.random() < 0.9
             # Losers may carry the rank that the stage before gave them: another scale.
             lost_rank = int(rng.integers(50)) if i not in ranks and rng.random() < 0.5 else None
-            rows.append(
-                {
-                    "query_row": user,
-                    "candidate_row": item,
-                    "stage": stage,
-                    "time": START + timedelta(hours=hour),
-                    "request_id": request,
-                    "rank": ranks[i] if has_rank else lost_rank,
-                    "event_number": len(rows),
-                }
-            )
+            row = {"query_row": user, "candidate_row": item, "stage": stage, "request_id": request}
+            row |= {"time": START + timedelta(hours=hour), "event_number": len(rows)}
+            rows.append(row | {"rank": ranks[i] if has_rank else lost_rank})
     return rows
 
 

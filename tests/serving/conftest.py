@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 from tests.serving.running_server import Running
+from tfrs_pipeline import Exportable, LoadedRetriever, TwoTower, TwoTowerNetwork, load
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import locked
 from tfrs_pipeline.evaluation.topk import ExactRetriever
@@ -23,17 +24,13 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.lists import MultiCategorical
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.encoder import Encoder
-from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
-from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export, saved_model
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.index import Exact, Level, Scann
 from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.publish import versions_of
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import RETRIEVALS, Retrieval
@@ -138,10 +135,8 @@ def make_served(
     if reads_times or not reads_history:
         changes["history_pooling"] = ("attention",) if reads_times else ()
     plan = TwoTower(use_user_id=use_user_id, share_item_embedding=False, **changes)
-    columns = (
-        {"genres": genres.encode_column(all_genres)},
-        {"gender": gender.encode_column(all_genders)},
-    )
+    encoded = genres.encode_column(all_genres), gender.encode_column(all_genders)
+    columns = {"genres": encoded[0]}, {"gender": encoded[1]}
     ids_of = Ids(candidate_ids), Ids(query_ids)
     corpus = Corpus(*ids_of, (genres,), (gender,), *columns, request_features, reads_times)
     model = plan.build(corpus)

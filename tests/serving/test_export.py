@@ -124,10 +124,8 @@ def test_filters_match_a_loop(served: Served, module: RetrievalModule, data: st.
         ranked, _ = served.in_memory.retrieve(queries, NUM_CANDIDATES)
         for i, history in enumerate(histories):
             left_out = {*excluded[i], *history}
-            chosen, left = (
-                set(allowed[i]) - {""},
-                [x for x in ranked[i].tolist() if x not in left_out],
-            )
+            chosen = set(allowed[i]) - {""}
+            left = [id_ for id_ in ranked[i].tolist() if id_ not in left_out]
             if chosen:
                 left = [id_ for id_ in left if chosen & set(served.genres[ids.index(id_)])]
             best = left[:k]

@@ -43,45 +43,46 @@ def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
         refuse_worse(evaluation, "ndcg@9", tmp_path)
 
 
-def test_a_request_feature_of_another_kind_by_now_says_nothing(tmp_path: Path) -> None:
+def log_of(slots: Any, kind: str) -> tp.Log:
+    """Makes a log with features of users and of requests, one of which is of a kind."""
+    users = pd.DataFrame({"user_id": range(8), "seg": [*"aabb"] * 2, "age": [*range(7), None]})
+    users["tags"] = [[tag] * (tag != "b") for tag in users["seg"]]
+    of_users: Any = {"seg": "categorical", "age": "numeric", "tags": "multi_categorical"}
     clicks = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})
-    clicks["slot"], clicks["tags"] = np.arange(40) % 3, [["x"], ["y", "z"]] * 20
-    kinds: dict[str, Any] = {"slot": "numeric", "tags": "multi_categorical"}
-    log = tp.Log.from_table(clicks, request_features=kinds)
+    clicks["slot"], clicks["words"] = np.array(slots)[np.arange(40) % 3], [["x"], ["y", "z"]] * 20
+    asked: Any = {"slot": kind, "words": "multi_categorical"}
+    return tp.Log.from_table(clicks, users=users, user_features=of_users, request_features=asked)
+
+
+@pytest.fixture(scope="module")
+def model() -> tp.FittedTwoTower:
     training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
-    model = tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training).fit(log)
-    held_out: list[Any] = [{"history": [1], "request": {"tags": x}} for x in ("x", ["x", "y"])]
+    plan = tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training)
+    return plan.fit(log_of([0, 1, 2], "numeric"))
+
+
+def test_a_request_feature_of_another_kind_by_now_says_nothing(
+    model: tp.FittedTwoTower, tmp_path: Path
+) -> None:
+    held_out: list[Any] = [{"history": [1], "request": {"words": x}} for x in ("x", ["x", "y"])]
     tp.export(model, tmp_path / "m", index=tp.Exact(), queries=held_out)
-    clicks["slot"] = clicks["slot"].map({0: "night", 1: "noon", 2: "day"})
-    now = tp.Log.from_table(clicks, request_features={**kinds, "slot": "categorical"})
+    now = log_of(["night", "noon", "day"], "categorical")
     served = version_in_service(tmp_path / "m", now.listed_ids, log=now)
     assert served is not None
-    for tags in ({}, {"tags": "x"}):
-        asked: list[Any] = [{"history": [1], "request": {**tags, "slot": "night"}}]
-        expected = model.retrieve([{"history": [1], "request": {**tags, "slot": None}}], 5)
+    for words in ({}, {"words": "x"}):
+        asked: list[Any] = [{"history": [1], "request": {**words, "slot": "night"}}]
+        expected = model.retrieve([{"history": [1], "request": {**words, "slot": None}}], 5)
         found = served.retrieve(asked, 5)
         assert found[0].tolist() == expected[0].tolist()
         np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def of_users() -> tuple[tp.Log, tp.FittedTwoTower]:
-    """A model that reads features of users, and its log."""
-    users = pd.DataFrame({"user_id": range(8), "seg": [*"aabb"] * 2, "age": [*range(7), None]})
-    users["tags"] = [[tag] * (tag != "b") for tag in users["seg"]]
-    kinds = {"seg": "categorical", "age": "numeric", "tags": "multi_categorical"}
-    clicks = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})
-    log = tp.Log.from_table(clicks, users=users, user_features=kinds)
-    training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
-    return log, tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training).fit(log)
-
-
 @pytest.mark.parametrize("user_data", [True, False])
 def test_users_have_their_features_in_a_version_without_user_data(
-    of_users: tuple[tp.Log, tp.FittedTwoTower], user_data: bool, tmp_path: Path
+    model: tp.FittedTwoTower, user_data: bool, tmp_path: Path
 ) -> None:
     """As requests bring them, whatever their type; without the log they are missing."""
-    log, model = of_users
+    log = log_of([0, 1, 2], "numeric")
     tp.export(model, tmp_path / "m", index=tp.Exact(), user_data=user_data)
     queries: list[Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]
     expected_ids, expected = model.retrieve(queries, 10)

@@ -218,10 +218,8 @@ def test_small_requests_overtake_large(small: Running, monkeypatch: pytest.Monke
     monkeypatch.setattr(ServedVersion, "call", watched)
 
     async def ask() -> None:
-        large = [
-            asyncio.create_task(small.client.post(PREDICT, json=retrieve_user(users, [[]] * 6, k)))
-            for k in (98, 99, 100) * 3
-        ]
+        bodies = [retrieve_user(users, [[]] * 6, k) for k in (98, 99, 100) * 3]
+        large = [asyncio.create_task(small.client.post(PREDICT, json=body)) for body in bodies]
         while not asked:
             await asyncio.sleep(0.01)
         for _ in range(3):

@@ -239,11 +239,9 @@ def test_a_wrong_item_is_refused_and_changes_nothing(films: Path) -> None:
 
 def test_values_have_the_kind_of_their_feature() -> None:
     price, since = Numeric.fit("price", [1.0, 2.0]), Timestamp.fit("since", [datetime.now(UTC)])
-    cases: list[tuple[Any, list[Any], list[Any]]] = [
-        (price, [1, 2.5, None], ["1", True, [1.0], [1]]),
-        (since, ["2024-01-01T00:00:00Z", None], [["2024-01-01T00:00:00Z"], 1.7e9]),
-    ]
-    for feature, fine, wrong in cases:
+    text = "2024-01-01T00:00:00Z"
+    cases: list[Any] = [(price, [1, 2.5, None], ["1", True, [1.0], [1]])]
+    for feature, fine, wrong in [*cases, (since, [text, None], [[text], 1.7e9])]:
         for value in fine:
             _check_kind(feature, 7, value)
         for value in wrong:

@@ -4,10 +4,9 @@ import dataclasses
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,17 +15,15 @@ import pytest
 
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.small_log import Watched
+from tfrs_pipeline import Auto, DataError, Exact, LoadedRetriever, Scann, load
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.serving.export import ExportOptions, export
-from tfrs_pipeline.serving.index import Auto, Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 
@@ -36,8 +33,7 @@ NUM_GONE = 7
 NEW_IDS: dict[str, list[Any]] = {"int": [1, 10_000], "str": ["a film", "zum Film"]}
 
 
-@dataclass(frozen=True)
-class Refreshed:
+class Refreshed(NamedTuple):
     """A model, its folder, the items of its second version, and both versions."""
 
     served: Served
@@ -117,13 +113,9 @@ def write_all(served: Served, folder: Path) -> Path:
     return path
 
 
-def without_genres(table: pa.Table) -> pa.Table:
-    return with_genres(table, [None] * len(table))
-
-
-def with_genres(table: pa.Table, genres: Any) -> pa.Table:
+def with_genres(table: pa.Table, genres: Any = None) -> pa.Table:
     place, kind = table.column_names.index("genres"), table.schema.field("genres")
-    return table.set_column(place, kind, pa.array(genres, kind.type))
+    return table.set_column(place, kind, pa.array(genres or [None] * len(table), kind.type))
 
 
 def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
@@ -256,7 +248,7 @@ def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_pa
     with pytest.raises(DataError, match=r"none of its 3 ids, such as 2, is known"):
         refresh_index(folder, path)
     assert versions_of(folder) == [1]
-    pq.write_table(without_genres(new), path)
+    pq.write_table(with_genres(new), path)
     done = refresh_index(folder, path, allow_all_new=True)
     assert (done.num_items, done.num_new) == (3, 3)
     loaded = load(folder)
@@ -329,7 +321,7 @@ def test_a_feature_that_the_training_had_must_have_a_value(kind: Any, values: li
     [
         (lambda t: t.drop_columns(["genres"]), r"no column 'genres'.*\. Name the columns as"),
         (lambda t: t.drop_columns(["item_id"]), r"no column 'item_id'"),
-        (lambda t: pa.concat_tables([t, without_genres(t.slice(0, 3))]), r"One row an id"),
+        (lambda t: pa.concat_tables([t, with_genres(t.slice(0, 3))]), r"One row an id"),
         (lambda t: t.slice(0, 0), r"holds no row"),
         (lambda t: pa.table({"item_id": ["x"], "genres": [["a"]]}), "item ids are integers"),
     ],

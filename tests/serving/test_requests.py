@@ -15,6 +15,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
+from tfrs_pipeline import Exact, LoadedRetriever, export, load
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.lists import MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
@@ -23,9 +24,6 @@ from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import page, rest
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 

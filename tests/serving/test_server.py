@@ -56,9 +56,7 @@ def test_concurrent_requests(served: Served, running: Running, loaded: LoadedRet
 
 
 def test_every_signature(served: Served, running: Running, loaded: LoadedRetriever) -> None:
-    nobody, nothing = (
-        -1 if ids.dtype == np.int64 else "" for ids in (served.query_ids, served.candidate_ids)
-    )
+    nobody = nothing = -1 if served.ids == "int" else ""
     items = served.candidate_ids.tolist()
     columns: dict[str, Any] = {
         "user_id": [served.query_ids.tolist()[4], nobody],
@@ -102,9 +100,8 @@ def test_tensorflow_servings_own_messages(served: Served, running: Running, fold
     from tensorflow.core.protobuf import saved_model_pb2
     from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
 
-    status = json_format.ParseDict(
-        running.get("/v1/models/films").json(), get_model_status_pb2.GetModelStatusResponse()
-    )
+    answer = get_model_status_pb2.GetModelStatusResponse()
+    status = json_format.ParseDict(running.get("/v1/models/films").json(), answer)
     (version,) = status.model_version_status
     assert (version.version, version.state) == (1, version.AVAILABLE)
     of_version = running.get("/v1/models/films/versions/1").json()
@@ -112,9 +109,8 @@ def test_tensorflow_servings_own_messages(served: Served, running: Running, fold
     metadata = running.get("/v1/models/films/versions/1/metadata").json()
     spec = json_format.ParseDict(metadata["model_spec"], model_pb2.ModelSpec())
     assert (spec.name, spec.version.value) == ("films", 1)
-    signatures = json_format.ParseDict(
-        metadata["metadata"]["signature_def"], get_model_metadata_pb2.SignatureDefMap()
-    ).signature_def
+    defined, known = metadata["metadata"]["signature_def"], get_model_metadata_pb2.SignatureDefMap()
+    signatures = json_format.ParseDict(defined, known).signature_def
     saved = saved_model_pb2.SavedModel()
     # The fallback has the same signatures: a stock server takes the same requests.
     fallback = folder / "1" / "exact" / "1"

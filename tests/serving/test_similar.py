@@ -13,13 +13,9 @@ import tensorflow as tf
 
 from tests.serving.conftest import NUM_CANDIDATES, Served
 from tests.serving.running_server import PREDICT, Running
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline import LoadedRetriever, Log, TrainingSettings, TwoTower, export, load
 from tfrs_pipeline.model.graph import id_list, id_lists
-from tfrs_pipeline.model.settings import TrainingSettings
-from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.refresh import refresh_index
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
 K = 6

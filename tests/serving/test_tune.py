@@ -26,11 +26,8 @@ NUM, TARGET = 20_000, 0.98
 
 def tuned_on(embeddings: np.ndarray, queries: np.ndarray, target: float = 0.9) -> tune.Tuned:
     """Tunes an index on queries whose users know nothing."""
-    return tune_index(embeddings, nothing_known(queries), target_recall=target)
-
-
-def nothing_known(queries: np.ndarray) -> Requests:
-    return Requests(queries, [np.zeros(0, np.int32)] * len(queries))
+    requests = Requests(queries, [np.zeros(0, np.int32)] * len(queries))
+    return tune_index(embeddings, requests, target_recall=target)
 
 
 class Tuned(NamedTuple):
@@ -103,10 +100,8 @@ def test_filters_reach_the_target(tuned: Tuned, kind: str, share: float) -> None
     order = np.argsort(value if kind != "near" else -value)
     codes = np.zeros((NUM, 1), np.int32)
     codes[order[:num]] = 1
-    candidates = Candidates(
-        *(np.arange(1, NUM + 1), embeddings, index.searcher, index.levels),
-        *(FilterValues(["some"], codes), codes),
-    )
+    given = np.arange(1, NUM + 1), embeddings, index.searcher, index.levels
+    candidates = Candidates(*given, FilterValues(["some"], codes), codes)
     request = queries, 10, list(exact_order[:, :20]), [["some"]] * len(queries)
     rows, scores = candidates.search(*request)
     exact, exact_scores = candidates.search(*request, exact=True)
@@ -135,10 +130,8 @@ def test_only_unusual_requests_are_searched_exactly(
     monkeypatch.setattr(Candidates, "_exact", counted)
     codes = np.random.default_rng(7).integers(1, 1 + max(1, num_values), NUM)[:, np.newaxis]
     values = FilterValues([str(i) for i in range(num_values)], codes) if num_values else None
-    candidates = Candidates(
-        *(np.arange(1, NUM + 1), embeddings, index.searcher, index.levels, values),
-        codes.astype(np.int32) if num_values else None,
-    )
+    given = np.arange(1, NUM + 1), embeddings, index.searcher, index.levels, values
+    candidates = Candidates(*given, codes.astype(np.int32) if num_values else None)
     allowed = [["1"]] * len(queries) if num_values else None
     candidates.search(queries, 10, list(order[:, :num_excluded]), allowed)
     assert exactly == ([len(queries)] if is_exact else [])
@@ -234,13 +227,11 @@ def test_the_measured_recall_is_that_of_a_slow_loop() -> None:
     assert (1000, 1000) not in measured  # There are only 2,000 candidates.
 
 
-@pytest.mark.parametrize(
-    ("embeddings", "queries", "message"),
-    [(EMBEDDINGS, QUERIES[:0], "0 queries"), (EMBEDDINGS[:15], QUERIES, "Received: 15 candidates")],
-)
-def test_refuses(embeddings: np.ndarray, queries: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tuned_on(embeddings, queries)
+def test_refuses_too_few_queries_or_candidates() -> None:
+    with pytest.raises(ValueError, match="0 queries"):
+        tuned_on(EMBEDDINGS, QUERIES[:0])
+    with pytest.raises(ValueError, match="Received: 15 candidates"):
+        tuned_on(EMBEDDINGS[:15], QUERIES)
 
 
 def test_an_index_is_measured_on_other_queries_than_it_is_tuned_on() -> None:

@@ -12,10 +12,8 @@ from starlette.exceptions import HTTPException
 
 import tfrs_pipeline as tp
 from tests.serving.conftest import Exported, Served, make_served
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Scann
+from tfrs_pipeline import Scann, export, load
 from tfrs_pipeline.serving.rest import parse_predict
-from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -68,37 +69,26 @@ def test_the_command_writes_items_of_the_service_too(
     assert (rows[5]["title"], rows[10]["title"]) == ("New", "The 1th Film")
 
 
-class Untitled:
-    """A model of two items, one of them of length 2."""
-
-    folder, manifest = Path("plain/3"), {"name": "plain"}
-    ids: list[Any] = ["a", "b"]
-
-    @property
-    def candidates(self) -> Candidates:
-        vectors = np.array([[1, 0], [0, 2]], np.float32)
-        return Candidates(np.array(self.ids, object), vectors, None, ())
-
-    def candidate_ids(self) -> list[Any]:
-        return self.ids
-
-    def titles(self) -> dict[Any, str]:
-        return {}
+def untitled(*ids: str) -> Any:
+    """A model of items without titles, the second of length 2."""
+    vectors = np.array([[1, 0], [0, 2]], np.float32)[: len(ids)]
+    candidates = Candidates(np.array(ids, object), vectors, None, ())
+    about: dict[str, Any] = {"folder": Path("plain/3"), "manifest": {"name": "plain"}}
+    about |= {"candidate_ids": lambda: list(ids), "titles": dict}
+    return SimpleNamespace(candidates=candidates, **about)
 
 
 def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, model = tmp_path / "plain.parquet", Untitled()
-    about = vectors.write_vectors(model, path)  # type: ignore[arg-type]
+    path = tmp_path / "plain.parquet"
+    about = vectors.write_vectors(untitled("a", "b"), path)
     assert (about["min_norm"], about["max_norm"], about["unit_length"]) == (1, 2, False)
     assert pq.read_schema(path).names == ["item_id", "embedding", "norm"]
     before = path.read_bytes()
     monkeypatch.setattr("os.replace", _full)
-    model.ids = []
     with pytest.raises(ValueError, match="no items"):
-        vectors.write_vectors(model, path)  # type: ignore[arg-type]
-    model.ids = ["c", "d"]
+        vectors.write_vectors(untitled(), path)
     with pytest.raises(StorageError, match=r"plain\.parquet.*No space left"):
-        vectors.write_vectors(model, path)  # type: ignore[arg-type]
+        vectors.write_vectors(untitled("c", "d"), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -249,10 +249,8 @@ def test_time_goes_on_by_request_and_user() -> None:
 def explained_share(values: np.ndarray, groups: np.ndarray) -> float:
     """Returns the share of the variance that lies between the groups."""
     centered = values - values.mean(axis=0)
-    between = sum(
-        (groups == group).sum() * (centered[groups == group].mean(axis=0) ** 2).sum()
-        for group in np.unique(groups)
-    )
+    of_groups = [centered[groups == group] for group in np.unique(groups)]
+    between = sum(len(rows) * (rows.mean(axis=0) ** 2).sum() for rows in of_groups)
     return float(between / (centered**2).sum())
 
 
