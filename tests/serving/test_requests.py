@@ -230,6 +230,7 @@ def test_rest_reads_inputs(served: Served, version: ServedVersion, model: Loaded
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("few_signatures")
 def test_rest_tells_times_and_sides_apart_whatever_their_names(tmp_path: Path) -> None:
     since = Timestamp.fit("app since", [TIME])
     likes = Numeric.fit("genres", [1.0, 4.0])  # Of items, genres are lists.

@@ -68,6 +68,7 @@ def test_an_embedding_of_each_user_cannot_be_left_out(served: Served, tmp_path: 
     assert not (tmp_path / "films").exists()
 
 
+@pytest.mark.usefixtures("few_signatures")
 def test_users_who_have_no_positive_are_unknown_ones_in_an_export_too(tmp_path: Path) -> None:
     """In a model with an embedding of each user, theirs is untrained."""
     events = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})

@@ -71,8 +71,8 @@ def test_the_command_writes_items_of_the_service_too(
 
 def untitled(*ids: str) -> Any:
     """A model of items without titles, the second of length 2."""
-    vectors = np.array([[1, 0], [0, 2]], np.float32)[: len(ids)]
-    candidates = Candidates(np.array(ids, object), vectors, None, ())
+    vectors = np.array([[1, 0], [0, 2]], np.float32)
+    candidates = Candidates(np.array(ids, object), vectors, None, ()) if ids else None
     about: dict[str, Any] = {"folder": Path("plain/3"), "manifest": {"name": "plain"}}
     about |= {"candidate_ids": lambda: list(ids), "titles": dict}
     return SimpleNamespace(candidates=candidates, **about)
