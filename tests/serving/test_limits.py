@@ -170,7 +170,7 @@ def test_a_call_alone_is_answered_in_the_event_loop(
     assert "requests" not in threads_of(1)
     seconds = 0.3
     assert "requests" not in threads_of(1)
-    assert threads_of(1) == {"requests"}  # For fifteen seconds.
+    assert threads_of(1) == {"requests"}  # For six seconds.
 
 
 def test_slow_calls_hold_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ CLOSE = {"Connection": "close"}
 SMALL_BODY_BYTES = 8_192
 SMALL_QUERIES, SMALL_RESULTS = 4, 500
 # A call of so many seconds in the event loop is slow: threads answer for so many times as long.
-SLOW_SECONDS, REST = 0.002, 50
+SLOW_SECONDS, REST = 0.005, 20
 # Seconds after which a thread yields to another. Python's default, 5 ms, equals ten small requests.
 SWITCH_SECONDS = 0.0005
 
