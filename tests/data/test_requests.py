@@ -162,12 +162,8 @@ def test_names_that_differ_in_case_alone_are_refused() -> None:
 
 def test_a_feature_may_have_another_name_in_the_log() -> None:
     """Its column may even be called as one of the log's own that is read from elsewhere."""
-    table = [
-        {("rank" if name == "device" else "at" if name == "timestamp" else name): value
-         for name, value in row.items()} | {"place": 1}
-        for row in rows()
-    ]  # fmt: skip
     columns = {"device": "rank", "rank": "place", "timestamp": "at"}
+    table = [{columns.get(x, x): y for x, y in row.items()} | {"place": 1} for row in rows()]
     found = made(table, FEATURES, columns=columns).split().test.requests
     assert found == made(rows(), FEATURES).split().test.requests
 

@@ -191,8 +191,8 @@ def test_later_items_begin_after_the_last_event_of_a_part(kind: Any) -> None:
     options = {"validation": 2, "test": 2} if kind == "last_n" else {"validation": 0.2, "test": 0.3}
     rng = np.random.default_rng(0)
     # An item lives for a while; some users are dropped.
-    rows = [(user, second // 20 + int(rng.integers(5)), second, stage)
-            for second, (user, _, _, stage) in enumerate(random_rows(0))]  # fmt: skip
+    drawn = enumerate(random_rows(0))
+    rows = [(user, x // 20 + int(rng.integers(5)), x, stage) for x, (user, _, _, stage) in drawn]
     split = make_log(rows).split(kind, **options, min_positives=3)
     first: dict[int, int] = {}
     for number in sorted(parts_of(split)):

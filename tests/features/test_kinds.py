@@ -85,7 +85,9 @@ def write_csv(table: pa.Table, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, trusted_exports: None, few_signatures: None
+) -> Path:
     """Runs the command line with a column of each kind, as CSV; returns the run's folder."""
     folder = tmp_path_factory.mktemp("kinds")
     data = {"path": write(event_table("int"), folder / "events.parquet")}
@@ -180,7 +182,6 @@ def test_the_page_takes_a_time_as_typed(model: Any) -> None:
         asked("2023-10-01T08:30")
 
 
-@pytest.mark.usefixtures("trusted_exports")
 def test_typed_items_are_encoded_as_their_csv(folder: Path, model: Any, tmp_path: Path) -> None:
     models = folder.parent / "saved_models" / "films"
     pq.write_table(rich_items(), tmp_path / "items.parquet")

@@ -60,7 +60,7 @@ class Cyclic(Feature):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def known(trusted_exports: None) -> Iterator[None]:
+def known(trusted_exports: None, few_signatures: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(KINDS, "cyclic", Cyclic)
         yield

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,11 +48,9 @@ def test_a_loaded_model_encodes_as_the_training_did(tmp_path: Path) -> None:
     # A graph rounds as single operations do.
     rng = np.random.default_rng(0)
     features = [f for f in fitted_features() if f.kind in ("numeric", "timestamp", "vector")]
-    columns = {
-        "a_numeric": rng.normal(size=500) * 1e4,
-        "a_vector": rng.normal(size=(500, 3)),
-        "a_timestamp": [datetime.fromtimestamp(s, UTC) for s in rng.uniform(-1e9, 2e9, 500)],
-    }
+    columns: dict[str, Any] = {"a_numeric": rng.normal(size=500) * 1e4}
+    columns["a_vector"] = rng.normal(size=(500, 3))
+    columns["a_timestamp"] = [datetime.fromtimestamp(s, UTC) for s in rng.uniform(-1e9, 2e9, 500)]
     raw = {name: tf.repeat(column[:1], 500, 0) for name, column in new_tensors().items()}
     encoded = loaded.encode(raw | raw_columns(features, columns, 500))
     for feature in features:

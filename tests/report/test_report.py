@@ -255,9 +255,7 @@ def test_the_first_screen_answers_four_questions() -> None:
     first, _, _ = page_of(dropped=dropped).joined.partition("Recommendations")
     assert "What was dropped?32 of 11,032 events" in first  # 21 of them at reading.
     assert all(f"{each.num_rows}: {each.reason}" in first for each in dropped)
-
-
-def test_merged_events_are_not_called_dropped() -> None:
+    # Merged events are not called dropped.
     page = page_of(dropped=(Dropped("a reason", 5), Dropped("into another", 7, is_merged=True)))
     first, _, _ = page.joined.partition("Recommendations")
     assert "What was dropped?16 of 11,023 events" in first  # 11 of them by the split.
@@ -384,16 +382,12 @@ def test_figures_have_no_colour_of_their_own() -> None:
         assert len(re.findall(r"<text", figure)) == len(re.findall(r"<text[^>]*fill: var", figure))
 
 
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(a: str, b: str) -> float:
-    """The contrast ratio of WCAG 2."""
-    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
+def contrast(*colours: str) -> float:
+    """The contrast ratio of two colours, of WCAG 2."""
+    channels = np.array([[int(x[i : i + 2], 16) / 255 for i in (1, 3, 5)] for x in colours])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    light = linear @ [0.2126, 0.7152, 0.0722] + 0.05
+    return float(light.max() / light.min())
 
 
 @pytest.mark.parametrize("scheme", [0, 1])

@@ -1,5 +1,6 @@
 """Hard negatives from funnel logs, against a slow loop."""
 
+import itertools
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,9 @@ def test_a_low_part_is_no_item_larger_than_its_share() -> None:
 
 def test_pools_are_written_in_random_order(tmp_path: Path) -> None:
     """A batch draws neighbours in a pool, and neighbours by id may be much alike."""
-    rows = [
-        {"user_id": user, "item_id": item, "stage": "retrieved" if item else "clicked"}
-        for user in range(30)
-        for item in range(41)
-    ]
+    pairs = itertools.product(range(30), range(41))
+    stages = ["clicked", *["retrieved"] * 40]
+    rows = [{"user_id": user, "item_id": item, "stage": stages[item]} for user, item in pairs]
     table = pa.Table.from_pylist([{**row, "request_id": row["user_id"]} for row in rows])
     # What cannot be a hard negative is counted: of user 0, an item exposed elsewhere and a click.
     again = {**rows[0], "item_id": 41, "request_id": 99, "stage": "exposed"}

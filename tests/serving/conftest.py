@@ -33,7 +33,7 @@ from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.signatures import RETRIEVALS, Retrieval
+from tfrs_pipeline.serving.signatures import RETRIEVALS
 from tfrs_pipeline.serving.versions import ServedVersion
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
@@ -197,14 +197,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return model
 
     return once
-
-
-@pytest.fixture(scope="module")
-def few_signatures() -> Iterator[None]:
-    """Leaves out signatures that Python does not ask: an export takes half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved_model, "RETRIEVALS", [Retrieval("user"), Retrieval("history")])
-        yield
 
 
 GRAPHS: dict[bytes, Any] = {}

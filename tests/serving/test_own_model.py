@@ -161,10 +161,9 @@ def test_names_that_a_manifest_has_cannot_be_given(tmp_path: Path) -> None:
 
 
 def test_a_title_is_text_and_how_items_were_read_is_kept(tmp_path: Path) -> None:
-    model = exportable(
-        items=pa.table({"item_id": ["a", "b", "c"], "title": [7, None, 9]}),
-        reading=Reading(item_columns={"item_id": "sku"}, max_bad_share=0.5),
-    )
+    items = pa.table({"item_id": ["a", "b", "c"], "title": [7, None, 9]})
+    reading = Reading(item_columns={"item_id": "sku"}, max_bad_share=0.5)
+    model = exportable(items=items, reading=reading)
     retriever = load(export(model, tmp_path / "own"))
     assert retriever.titles() == {"a": "7", "b": None, "c": "9"}
     (tmp_path / "today.csv").write_text("sku,name\nb,x\n,y\n")

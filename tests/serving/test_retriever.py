@@ -19,16 +19,6 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
-@pytest.fixture(scope="module")
-def user(served: Served) -> Any:
-    return served.query_ids[0]
-
-
-@pytest.fixture(scope="module")
-def query(served: Served, user: Any) -> dict[str, Any]:
-    return {"user_id": user, "history": served.known(3)}
-
-
 @pytest.mark.parametrize("is_fallback", [False, True])
 def test_loaded_and_in_memory_agree(served: Served, folder: Path, is_fallback: bool) -> None:
     if is_fallback and KIND_OF[served.ids] == "exact":
@@ -56,8 +46,10 @@ def test_the_graph_does_not_grow_with_the_ids(exported: Exported) -> None:
 
 
 def test_a_filter_takes_what_is_allowed_from_the_whole_answer(
-    served: Served, loaded: LoadedRetriever, query: dict[str, Any], user: Any
+    served: Served, loaded: LoadedRetriever
 ) -> None:
+    user = served.query_ids[0]
+    query = {"user_id": user, "history": served.known(3)}
     queries: list[dict[str, Any]] = [
         {**query, "features": {"gender": served.genders[0]}},
         {**query, "features": {"gender": None}},
@@ -78,7 +70,8 @@ def test_a_filter_takes_what_is_allowed_from_the_whole_answer(
     assert filtered[0].tolist() == [id_ for id_ in ids.tolist() if id_ in with_b][:5]
 
 
-def test_refuses_what_it_cannot_answer(loaded: LoadedRetriever, user: Any) -> None:
+def test_refuses_what_it_cannot_answer(served: Served, loaded: LoadedRetriever) -> None:
+    user = served.query_ids[0]
     other = 7 if isinstance(user, str) else "7"
     wrong: dict[str, Any] = {
         "feature 'age'; known: gender": lambda: loaded.retrieve([{"features": {"age": 3}}], 2),
