@@ -79,7 +79,6 @@ class Query(OfModel):
         gc.disable()  # The import makes many objects, and all of them stay.
         from tfrs_pipeline.serving.retriever import load
 
-        gc.freeze()
         gc.enable()
         retriever = load(version, exact=self.exact)
         about: dict[str, Any] = {}
