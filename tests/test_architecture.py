@@ -89,26 +89,22 @@ def from_click_to_loss(folder: Path) -> Calls:
     calls = Calls()
     with eagerly(), calls.recording():
         train, _, _ = tp.Log.from_files(folder / "events.csv").split(validation=0.1, test=0.1)
-        tp.TwoTower(
-            dim=4,
-            negatives=[tp.InBatch(), tp.Uniform(8)],
-            hard=tp.FunnelLosers(share=0.1, stages=("pre_ranked",)),
-            training=tp.TrainingSettings(batch_size=16, max_epochs=1),
-        ).fit(train)
+        model: dict[str, Any] = {"dim": 4, "negatives": [tp.InBatch(), tp.Uniform(8)]}
+        model["hard"] = tp.FunnelLosers(share=0.1, stages=("pre_ranked",))
+        training = tp.TrainingSettings(batch_size=16, max_epochs=1)
+        tp.TwoTower(training=training, **model).fit(train)
     return calls
 
 
 @functools.cache
 def from_query_to_ids(folder: Path) -> Calls:
     vectors = tf.Variable(np.eye(4, dtype=np.float32))
-    served = tp.Exportable(
+    towers = (
         lambda query_rows, history_rows: tf.gather(vectors, history_rows[:, 0]),
         lambda rows: tf.gather(vectors, rows),
-        [vectors],
-        items=pa.table({"item_id": ["a", "b", "c"]}),
-        query_ids=np.array([7]),
-        history_length=1,
     )
+    of = {"items": pa.table({"item_id": ["a", "b", "c"]}), "query_ids": np.array([7])}
+    served = tp.Exportable(*towers, [vectors], **of, history_length=1)
     model = tp.export(served, folder / "model", index=tp.Exact()).parent
     inputs = {"user_id": [7], "history": [["b"]], "exclude": [[]], "k": 1}
     body = {"signature_name": "retrieve", "inputs": inputs}

@@ -7,7 +7,6 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, get_args
 
-import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from tfrs_pipeline import dump_config, load_config, movielens_config, with_setti
 from tfrs_pipeline.config import Config, ConfigError, EvaluationConfig, ExportConfig, RunConfig
 from tfrs_pipeline.data.reading import StageName
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.data.settings import DataConfig, SplitConfig
+from tfrs_pipeline.data.settings import SplitConfig
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.settings import tables_in
@@ -47,23 +46,14 @@ def problems(table: type[Config], **settings: Any) -> dict[str, str]:
 # Files
 
 
-OWN = """
-seed = 3
-training.batch_size = 512
-model.negatives = [{kind = "popularity", alpha = 1.0, num = 7}, "uniform:num=5", "in_batch"]
-[data]
-path = "clicks.csv"
-columns = {user_id = "viewer"}
-"""
-
-
 def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
     assert load(tmp_path, "seed = 0") == RunConfig()
-    assert load(tmp_path, OWN) == RunConfig(
-        seed=3,
+    kinds = '{kind = "popularity", alpha = 1.0, num = 7}, "uniform:num=5", "in_batch"'
+    text = f'model.negatives = [{kinds}]\ndata.path = "clicks.csv"\ntraining.batch_size = 512'
+    assert load(tmp_path, text) == RunConfig(
         training={"batch_size": 512},
         model={"negatives": (tp.Popularity(7, 1.0), tp.Uniform(5), tp.InBatch())},
-        data={"source": "files", "path": Path("clicks.csv"), "columns": {"user_id": "viewer"}},
+        data={"source": "files", "path": Path("clicks.csv")},
     )
 
 
@@ -122,33 +112,17 @@ HARD = [None, tp.FunnelLosers(stages=("ranked",), bottom_share=0.3)]
 @st.composite
 def configs(draw: st.DrawFn) -> RunConfig:
     test_start = draw(st.datetimes(datetime(2001, 1, 1), datetime(2030, 1, 1), timezones=ZONES))
+    earlier = timedelta(microseconds=draw(st.integers(1, 10**15)))
     numbers = st.floats(1e-9, 1e9)
-    return RunConfig(
-        data=DataConfig(
-            source="files",
-            path=Path(draw(st.from_regex(r"[a-zé ]{1,9}/[a-z\"'\\]{1,9}", fullmatch=True))),
-            columns=draw(st.dictionaries(st.sampled_from(["user_id", "item_id"]), TEXT)),
-            stage_values=draw(st.dictionaries(TEXT, st.sampled_from(["exposed", "clicked"]))),
-            item_features=draw(st.dictionaries(TEXT, st.sampled_from(["text", "numeric"]))),
-            items_path=Path("items"),
-            list_separator=draw(TEXT),
-        ),
-        split=SplitConfig(
-            kind="time",
-            test=test_start,
-            validation=test_start - timedelta(microseconds=draw(st.integers(1, 10**15))),
-        ),
-        model=TwoTowerSettings(
-            negatives=[
-                tp.Popularity(num, alpha)
-                for alpha, num in draw(st.lists(st.tuples(numbers, st.integers(1, 10**9))))
-            ],
-            hard=draw(st.sampled_from(HARD)),
-            temperature=draw(numbers),
-            hidden_layers=(),
-        ),
-        seed=draw(st.integers(0, 2**31 - 1)),
-    )
+    data: dict[str, Any] = {"items_path": Path("items"), "list_separator": draw(TEXT)}
+    data["path"] = Path(draw(st.from_regex(r"[a-zé ]{1,9}/[a-z\"'\\]{1,9}", fullmatch=True)))
+    for name, kinds in (("stage_values", "exposed clicked"), ("item_features", "text numeric")):
+        data[name] = draw(st.dictionaries(TEXT, st.sampled_from(kinds.split())))
+    data["columns"] = draw(st.dictionaries(st.sampled_from(["user_id", "item_id"]), TEXT))
+    easy = draw(st.lists(st.builds(tp.Popularity, st.integers(1, 10**9), numbers)))
+    model = {"negatives": easy, "hard": draw(st.sampled_from(HARD)), "temperature": draw(numbers)}
+    split = {"kind": "time", "test": test_start, "validation": test_start - earlier}
+    return RunConfig(data=data, model=model, split=split, seed=draw(st.integers(0, 2**31 - 1)))
 
 
 @given(configs())
@@ -293,7 +267,7 @@ def test_replaced_settings_are_checked() -> None:
     assert (changed.training.max_epochs, changed.model.hidden_layers) == (2, (8,))
     assert changed.data == base.data
     assert base == movielens_config()
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
+    with pytest.raises(ValueError, match="frozen"):
         base.seed = 1
     for name, value, message in [
         ("training.max_epochs", 0, "must be greater than 0"),

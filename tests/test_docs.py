@@ -32,18 +32,15 @@ def test_the_change_to_the_tfrs_tutorial_is_fifteen_lines_and_runs() -> None:
     found = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
     setup, loss = (block.splitlines() for block in found)
     assert sum(line.startswith("+") for line in setup + loss) <= 15
+
     # What stands in the tutorial's script before the change: towers and pairs.
-    layers, rng = tf.keras.layers, np.random.default_rng(0)
-    users, movies = (
-        tf.keras.Sequential(
-            [layers.StringLookup(vocabulary=ids), layers.Embedding(len(ids) + 1, 8)]
-        )
-        for ids in (["1", "2", "3"], TITLES)
-    )
-    pairs = {
-        "user_id": rng.choice(["1", "2", "3"], 200),
-        "movie_title": np.array(TITLES)[rng.geometric(0.2, 200) % 30],
-    }
+    def tower(ids: list[str]) -> tf.keras.Sequential:
+        layers = tf.keras.layers.StringLookup(vocabulary=ids), tf.keras.layers.Embedding(31, 8)
+        return tf.keras.Sequential(list(layers))
+
+    rng, (users, movies) = np.random.default_rng(0), map(tower, (["1", "2", "3"], TITLES))
+    pairs = {"user_id": rng.choice(["1", "2", "3"], 200)}
+    pairs["movie_title"] = np.array(TITLES)[rng.geometric(0.2, 200) % 30]
     train = tf.data.Dataset.from_tensor_slices(pairs)
     script: dict[str, Any] = {"np": np, "tf": tf, "unique_movie_titles": TITLES, "train": train}
     script |= {"movie_model": movies, "user_model": users}
@@ -77,24 +74,18 @@ PAGES = ["README.md", "CONTRIBUTING.md", "saved_models/README.md", *DOCS]
 def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
     text = re.sub("made by.*?<!-- end -->", "", (ROOT / page).read_text(), flags=re.DOTALL)
     settings = set(setting_names(tp.RunConfig))
-    flags = set(re.findall(r"--(?:no-)?([a-z]+\.[a-z0-9_]+)", text))
-    assert flags <= settings
+    assert {*re.findall(r"--(?:no-)?([a-z]+\.[a-z0-9_]+)", text)} <= settings
     named = {name for name in re.findall(r"`([a-z]+\.[a-z_]+)`", text) if "py" not in name}
     tables = {name.partition(".")[0] for name in settings}
     assert {name for name in named if name.partition(".")[0] in tables} <= settings
-    names = set(re.findall(r"\btp\.(\w+)", text))
-    assert names <= set(tp.__all__)
-    presets = set(re.findall(r"--preset ([a-z]\w+)", text))
-    assert presets <= PRESETS.keys()
+    assert {*re.findall(r"\btp\.(\w+)", text)} <= {*tp.__all__}
+    assert {*re.findall(r"--preset ([a-z]\w+)", text)} <= PRESETS.keys()
 
 
 def test_the_reference_is_that_of_the_code() -> None:
     generate = script(ROOT / "docs" / "generate.py")
-    stale = [
-        f"docs/{name}"
-        for name in generate.PARTS
-        if (ROOT / "docs" / name).read_text() != generate.page(name)
-    ]
+    texts = {name: (ROOT / "docs" / name).read_text() for name in generate.PARTS}
+    stale = [name for name, text in texts.items() if text != generate.page(name)]
     assert not stale, f"Run `{generate.COMMAND}` and commit what it writes."
     text = (ROOT / "docs" / "reference" / "api.md").read_text()
     assert sorted(["__version__", *re.findall(r"^### (\w+)$", text, re.M)]) == sorted(tp.__all__)
@@ -118,13 +109,10 @@ def test_the_example_of_the_readme_runs(
     exec(example, {})
     printed = capsys.readouterr().out
     shown = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)[1]
-
-    def words(text: str) -> list[str]:
-        return re.findall(r"[a-z][\w@/]+", text)
-
-    assert words(printed) == words(shown)
-    ids = re.findall(r"\d+", printed.splitlines()[-1])
-    assert len(ids) == len(re.findall(r"\d+", shown.splitlines()[-1])) == 5
+    words = (re.findall(r"[a-z][\w@/]+", text) for text in (printed, shown))
+    assert next(words) == next(words)
+    ids = (re.findall(r"\d+", text.splitlines()[-1]) for text in (printed, shown))
+    assert [*map(len, ids)] == [5, 5]
 
 
 def test_a_number_of_the_readme_is_in_the_file_that_it_links_to() -> None:

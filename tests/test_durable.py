@@ -62,14 +62,11 @@ def test_a_record_with_a_flipped_bit_or_a_cut_is_damaged(record: Path) -> None:
     assert read_record(record) == content
 
 
-@pytest.mark.parametrize("how", [*DAMAGES, "lost", "other"])
+@pytest.mark.parametrize("how", [*DAMAGES, "lost"])
 @pytest.mark.parametrize("name", ["table", "below/shard"])
 def test_a_damaged_file_of_a_record_is_named(record: Path, name: str, how: str) -> None:
     path = record.parent / name
-    if how in DAMAGES:
-        damage(path, how)
-    else:
-        path.unlink() if how == "lost" else path.write_text("1 2 4")
+    damage(path, how) if how in DAMAGES else path.unlink()
     with pytest.raises(Damaged, match=rf"{name} is not as it was written"):
         read_record(record)
     assert read_record(record, check_files=False)["name"] == "é"

@@ -33,7 +33,7 @@ NUM_ITEMS, NUM_USERS, DIM = 300, 50, 32
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Iterator[Path]:
+def videos(tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Iterator[None]:
     """A model like the first page's, whose vectors have many lengths: a wrong metric shows."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(size=(NUM_ITEMS + 1, 1)))
@@ -48,26 +48,22 @@ def videos(tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> I
         is_item = tf.cast(histories > 0, tf.float32)[:, :, tf.newaxis]
         return tf.reduce_sum(is_item * tf.gather(candidates, histories), axis=1)
 
-    model = tp.Exportable(
-        embed_queries=embed_queries,
-        embed_candidates=lambda rows: tf.gather(candidates, rows),
-        variables=[candidates],
-        items=items,
-        query_ids=np.arange(NUM_USERS),
-        history_length=5,
-        histories=histories,
-        known_positives=histories,
-    )
+    def embed_candidates(rows: tf.Tensor) -> tf.Tensor:
+        return tf.gather(candidates, rows)
+
+    users = {"query_ids": np.arange(NUM_USERS), "histories": histories, "history_length": 5}
+    towers = embed_queries, embed_candidates, [candidates]
+    model = tp.Exportable(*towers, items=items, known_positives=histories, **users)
     folder = tmp_path_factory.mktemp("engines")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         pa.csv.write_csv(items.rename_columns(["sku", "category"]), "videos.csv")
         tp.export(model, "saved_models/videos", index=tp.Exact(), filter_by="category")
-        yield folder
+        yield
 
 
 @pytest.fixture(scope="module")
-def asked(videos: Path) -> dict[str, Any]:
+def asked(videos: None) -> dict[str, Any]:
     """What the guide has before its first engine: the items, their vectors and a query's."""
     namespace: dict[str, Any] = {}
     printed = ""

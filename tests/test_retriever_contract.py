@@ -3,7 +3,6 @@
 A retriever joins by a line in FACTORIES: (problem) -> Retriever.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -13,25 +12,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pytest
-import tensorflow as tf
 
-from tfrs_pipeline import Exact, InBatch, Query, Retriever, Scann, TrainingSettings, Uniform
+import tfrs_pipeline as tp
+from tfrs_pipeline import Ease, Ials, MostPopular, Query, Retriever, Transitions
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Transitions
 from tfrs_pipeline.evaluation.interactions import Interactions, Sequences
 from tfrs_pipeline.evaluation.topk import ExactRetriever
-from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
-from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.samples.store import RowLists, Samples
-from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.retriever import load
 
+pytestmark = pytest.mark.usefixtures("trusted_exports")
 NUM_USERS, NUM_CANDIDATES = 300, 24
 HISTORY_LENGTH = 10
 # Rows (from 1) of candidates that are made equal to others of their community.
@@ -42,13 +33,13 @@ TWIN_ROWS, TWINS_OF = [4, 23, 14, 20], [10, 5, 6, 6]
 class Problem:
     """Two communities of users: one clicks even candidates only, the other odd ones.
 
-    clicks: [NUM_USERS, NUM_CANDIDATES] bool; candidate_ids: [NUM_CANDIDATES]; trained_model: by the
-    rows of both; folder: for exports.
+    clicks: [NUM_USERS, NUM_CANDIDATES] bool; candidate_ids: [NUM_CANDIDATES]; network: by the rows
+    of both; folder: for exports.
     """
 
     clicks: np.ndarray
     candidate_ids: np.ndarray
-    trained_model: TwoTowerNetwork
+    network: tp.TwoTowerNetwork
     folder: Path
 
     @functools.cached_property
@@ -59,39 +50,30 @@ class Problem:
     @functools.cached_property
     def exported(self) -> Path:
         """The exported model's folder: ScaNN serves integer ids, exact search texts."""
-        is_integer = self.candidate_ids.dtype == np.int64
-        model = self.trained_model
-        served = Exportable(
-            embed_queries=model.embed_queries,
-            embed_candidates=model.embed_candidates,
-            variables=model.variables,
+        served = tp.Exportable(
+            embed_queries=self.network.embed_queries,
+            embed_candidates=self.network.embed_candidates,
+            variables=self.network.variables,
             items=pa.table({"item_id": self.candidate_ids.tolist()}),
             query_ids=np.arange(NUM_USERS),
-            history_length=model.history_length,
+            history_length=self.network.history_length,
         )
-        with pytest.MonkeyPatch.context() as patch:
-            # The check in a fresh process takes seconds, and has its own tests.
-            patch.setattr(export, "prove", lambda *arguments: None)
-            # All must be found: what is approximate is not the contract.
-            index = Scann(recall=1.0) if is_integer else Exact()
-            return export.export(served, self.folder / "model", index=index).parent
+        # All must be found: what is approximate is not the contract.
+        index = tp.Scann(recall=1.0) if self.candidate_ids.dtype == np.int64 else tp.Exact()
+        return tp.export(served, self.folder / "model", index=index).parent
 
 
-def trained_on(clicks: np.ndarray) -> TwoTowerNetwork:
-    lists = RowLists.from_lists([np.arange(0), *(np.flatnonzero(row) + 1 for row in clicks)])
-    query_rows = np.repeat(np.arange(NUM_USERS + 1), np.diff(lists.offsets)).astype(np.int32)
-    sizes = {"num_queries": NUM_USERS, "num_candidates": NUM_CANDIDATES}
-    samples = Samples.from_pairs(query_rows, lists.values, **sizes)
-    samples = dataclasses.replace(samples, num_earlier=None)
-    training = TrainingSettings(batch_size=256, max_epochs=12, optimizer="adam", learning_rate=0.05)
-    easy = [InBatch(), Uniform(32)]
-    tower = TwoTower(dim=8, history_length=HISTORY_LENGTH, negatives=easy, training=training)
-    corpus = Corpus(Ids(np.arange(NUM_CANDIDATES)), Ids(np.arange(NUM_USERS)))
-    model = tower.fit_samples(TrainingSet(samples, corpus, {})).network
-    # Copies among the candidates: what they score is equal to the last bit.
-    (table,) = (v for v in model.candidate_tower.variables if "/id/" in v.name)
-    table.scatter_nd_update([[r] for r in TWIN_ROWS], tf.gather(table, TWINS_OF))
-    return model
+PLAN = tp.TwoTower(dim=8, history_length=HISTORY_LENGTH)
+
+
+def make_network() -> tp.TwoTowerNetwork:
+    """Items of one community point the same way, more or less; some are copies of others."""
+    network = PLAN.build(Corpus(Ids(np.arange(NUM_CANDIDATES)), Ids(np.arange(NUM_USERS))))
+    vectors = np.random.default_rng(4).normal(scale=0.2, size=(NUM_CANDIDATES + 1, 8))
+    vectors[1:, :2] += np.eye(2)[np.arange(NUM_CANDIDATES) % 2]
+    vectors[TWIN_ROWS] = vectors[TWINS_OF]
+    network.candidate_tower.id_embedding.embeddings.assign(vectors)
+    return network
 
 
 Queries: TypeAlias = list[Query]
@@ -119,17 +101,15 @@ def transitions(problem: Problem) -> Retriever:
 
 
 def two_tower(problem: Problem) -> Retriever:
-    network = problem.trained_model
-    corpus = Corpus(Ids(problem.candidate_ids), Ids(np.arange(NUM_USERS)))
-    settings, result = TwoTowerSettings(), TrainingResult({}, 0, 0.0)
-    encoder = QueryEncoder(network, corpus)
-    return FittedTwoTower(settings, TrainingSettings(), corpus, network, encoder, result)
+    corpus, network = Corpus(Ids(problem.candidate_ids), Ids(np.arange(NUM_USERS))), problem.network
+    encoder, result = QueryEncoder(network, corpus), TrainingResult({}, 0, 0.0)
+    return tp.FittedTwoTower(PLAN.settings, PLAN.training, corpus, network, encoder, result)
 
 
 def fallback(problem: Problem) -> Retriever:
     if problem.candidate_ids.dtype != np.int64:
         pytest.skip("exact search has no fallback")
-    return load(problem.exported, exact=True)
+    return tp.load(problem.exported, exact=True)
 
 
 FACTORIES: dict[str, Factory] = {
@@ -139,7 +119,7 @@ FACTORIES: dict[str, Factory] = {
     "ease": lambda problem: Ease(l2=10.0).fit(problem.interactions),
     "ials": lambda problem: Ials(2, regularization=1.0, alpha=5.0).fit(problem.interactions),
     "two_tower": two_tower,
-    "exported": lambda problem: load(problem.exported),
+    "exported": lambda problem: tp.load(problem.exported),
     "fallback": fallback,
 }
 NEEDS_HISTORY = {"transitions", "ease", "ials"}
@@ -149,17 +129,15 @@ HAS_TIES = {"exact", "popularity", *KNOWS_USERS}
 
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Problem]:
-    """Of both types of ids, kept for all retrievers: trained once, and each exported once."""
+    """Of both types of ids, kept for all retrievers; each is exported once."""
     rng = np.random.default_rng(0)
     user_community = np.arange(NUM_USERS) % 2
     clicks = rng.random((NUM_USERS, NUM_CANDIDATES)) < 0.3
     clicks &= np.arange(NUM_CANDIDATES) % 2 == user_community[:, None]
     numbers = np.random.default_rng(1).permutation(1000)[:NUM_CANDIDATES] + 1
     ids = {"int": numbers, "str": np.array([f"i{n}" for n in numbers], object)}
-    model = trained_on(clicks)
-    return {
-        kind: Problem(clicks, ids[kind], model, tmp_path_factory.mktemp("exports")) for kind in ids
-    }
+    network, folder = make_network(), tmp_path_factory.mktemp
+    return {kind: Problem(clicks, x, network, folder("exports")) for kind, x in ids.items()}
 
 
 @pytest.fixture(scope="module", params=["int", "str"])

@@ -3,36 +3,21 @@
 import dataclasses
 import itertools
 from collections import Counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import tensorflow as tf
 
-from tests.small_batches import (
-    BATCH_SIZE,
-    LENGTH,
-    MIXTURE,
-    NUM_CANDIDATES,
-    NUM_SAMPLES,
-    ORDERS,
-    REQUESTED,
-    SAMPLES,
-    STAGES,
-    UNORDERED,
-    assert_same_batches,
-    batch_list,
-    flat,
-    forbidden,
-    make_batches,
-    samples_of,
-)
+from tests import small_batches as small
+from tests.small_batches import BATCH_SIZE, NUM_SAMPLES, SAMPLES, batch_list, make_batches
 from tfrs_pipeline import DataError, FunnelLosers, InBatch, SamplingFrame, Uniform
 from tfrs_pipeline.batches import examples
 from tfrs_pipeline.samples.positives import resampling_rate
 from tfrs_pipeline.samples.store import RowLists
 
+NUM_CANDIDATES = small.NUM_CANDIDATES
 F = 0.4
 HARD = FunnelLosers(share=F, num=5)
 RATE = resampling_rate(SAMPLES.counts, 0.6)
@@ -40,9 +25,8 @@ RATE = resampling_rate(SAMPLES.counts, 0.6)
 CLICKS = SAMPLES.counts / NUM_SAMPLES
 SMOOTHED = np.where(SAMPLES.counts > 0, SAMPLES.counts**0.75, 0)
 OTHERS = 12 / NUM_CANDIDATES + 10 * SMOOTHED / SMOOTHED.sum()
-HAS_POOL = {
-    stage: np.diff(SAMPLES.hard_pools[stage].offsets) > 0 for stage in STAGES
-}  # [num_samples]
+# [num_samples] of each stage.
+HAS_POOL = {stage: np.diff(SAMPLES.hard_pools[stage].offsets) > 0 for stage in small.STAGES}
 
 
 @pytest.mark.parametrize("order", ["single", "sequences"])
@@ -50,12 +34,12 @@ def test_every_sample_comes_once_an_epoch_in_another_order_each(order: str) -> N
     batches = make_batches(order)
     steps = batches.steps_per_epoch
     assert steps == NUM_SAMPLES // BATCH_SIZE
-    drawn = [samples_of(batch) for batch in batch_list(batches, 2 * steps)]
+    drawn = [small.samples_of(batch) for batch in batch_list(batches, 2 * steps)]
     epochs = [list(itertools.chain(*drawn[i : i + steps])) for i in (0, steps)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(NUM_SAMPLES))
     assert epochs[0] != epochs[1]
     if order == "single":  # Full batches run on into the next epoch.
-        drawn = [samples_of(batch) for batch in batch_list(make_batches(batch_size=32), 10)]
+        drawn = [small.samples_of(batch) for batch in batch_list(make_batches(batch_size=32), 10)]
         strung = list(itertools.chain(*drawn))
         for start in (0, NUM_SAMPLES):
             assert sorted(strung[start : start + NUM_SAMPLES]) == list(range(NUM_SAMPLES))
@@ -65,24 +49,24 @@ def test_every_sample_comes_once_an_epoch_in_another_order_each(order: str) -> N
 def test_rows_of_a_batch_belong_together(is_ordered: bool) -> None:
     samples = SAMPLES if is_ordered else dataclasses.replace(SAMPLES, num_earlier=None)
     for batch in batch_list(make_batches("single", samples), 5):
-        for i, sample in enumerate(samples_of(batch)):
+        for i, sample in enumerate(small.samples_of(batch)):
             assert batch.query_row[i] == samples.query_rows[sample]
             assert batch.candidate_row[i] == samples.candidate_rows[sample]
-            latest = samples.history(sample)[::-1][:LENGTH].tolist()
-            assert batch.history_rows[i].tolist() == latest + [0] * (LENGTH - len(latest))
+            latest = samples.history(sample)[::-1][: small.LENGTH].tolist()
+            assert batch.history_rows[i].tolist() == latest + [0] * (small.LENGTH - len(latest))
 
 
 @pytest.mark.parametrize("order", ["single", "sequences"])
 @pytest.mark.parametrize("rate", [None, RATE])
 def test_request_features_are_those_of_the_positive(order: str, rate: Any) -> None:
     drawn = {} if order == "sequences" or rate is None else {"rate": rate}
-    for batch in batch_list(make_batches(order, REQUESTED, examples=drawn), 3):
-        sample = samples_of(batch)
+    for batch in batch_list(make_batches(order, small.REQUESTED, examples=drawn), 3):
+        sample = small.samples_of(batch)
         assert batch.requests["place"].tolist() == sample
         assert batch.requests["vector"].tolist() == [[2 * i, 2 * i + 1] for i in sample]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", small.ORDERS)
 def test_mask_matches_a_loop(order: str) -> None:
     batches = make_batches(order)
     num_masked: Counter[str] = Counter()
@@ -120,7 +104,7 @@ def test_a_rows_own_positive_is_masked_known_or_not() -> None:
     ("order", "options", "n"),
     [
         ("single", {}, (BATCH_SIZE - 1) * CLICKS + OTHERS),
-        ("single", {"negatives": MIXTURE[1:]}, OTHERS),
+        ("single", {"negatives": small.MIXTURE[1:]}, OTHERS),
         ("single", {"examples": {"rate": RATE}},
          (BATCH_SIZE - 1) * SAMPLES.counts**0.4 / (SAMPLES.counts[1:] ** 0.4).sum() + OTHERS),
         ("sequences", {}, OTHERS),
@@ -131,15 +115,15 @@ def test_corrections_and_hard_draws(order: str, options: dict[str, Any], n: np.n
     np.testing.assert_allclose(batches.expected_count[1:], n[1:], rtol=1e-12)
     cases = set()
     for batch in batch_list(batches, 5):
-        for i, sample in enumerate(samples_of(batch)):
-            has = [bool(HAS_POOL[stage][sample]) for stage in STAGES]
+        for i, sample in enumerate(small.samples_of(batch)):
+            has = [bool(HAS_POOL[stage][sample]) for stage in small.STAGES]
             cases.add(tuple(has))
             f = F if any(has) else 0.0
             assert batch.hard.share[i] == pytest.approx(f)
             np.testing.assert_allclose(
                 batch.log_q[i], np.log(n[batch.shared_row] / (1 - f)), rtol=1e-4, atol=1e-5
             )
-            for stage, is_there, start in zip(STAGES, has, (0, 5), strict=True):
+            for stage, is_there, start in zip(small.STAGES, has, (0, 5), strict=True):
                 columns = slice(start, start + 5)
                 assert (batch.hard.is_counted[i, columns] == is_there).all()
                 if is_there:
@@ -155,12 +139,9 @@ def test_corrections_and_hard_draws(order: str, options: dict[str, Any], n: np.n
 @pytest.mark.parametrize("num_later", [0, 40])
 def test_the_hard_share_is_one_of_the_items_that_may_be_negatives(num_later: int) -> None:
     """With equal scores, a row's weights of both sums are those of the items behind them."""
-    is_later = np.arange(NUM_CANDIDATES + num_later + 1) > NUM_CANDIDATES
-    samples = dataclasses.replace(
-        SAMPLES,
-        counts=np.concatenate([SAMPLES.counts, np.zeros(num_later, int)]),
-        is_later=is_later if num_later else None,
-    )
+    counts = np.concatenate([SAMPLES.counts, np.zeros(num_later, int)])
+    is_later = np.arange(len(counts)) > NUM_CANDIDATES if num_later else None
+    samples = dataclasses.replace(SAMPLES, counts=counts, is_later=is_later)
     batches = make_batches(samples=samples, negatives=[Uniform(80)], hard=HARD)
     easy_over_expected = []
     for batch in batch_list(batches, 200):
@@ -168,7 +149,7 @@ def test_the_hard_share_is_one_of_the_items_that_may_be_negatives(num_later: int
         hard = (np.exp(-batch.hard.log_q) * batch.hard.is_counted).sum(axis=1)
         np.testing.assert_allclose(hard[has_hard], F * NUM_CANDIDATES, rtol=1e-5)
         easy = (np.exp(-batch.log_q) * batch.is_counted).sum(axis=1)
-        num_left = [NUM_CANDIDATES - len(forbidden(SAMPLES, row)) for row in batch.query_row]
+        num_left = [NUM_CANDIDATES - len(small.forbidden(SAMPLES, row)) for row in batch.query_row]
         easy_over_expected.append((easy / ((1 - F) * np.array(num_left)))[has_hard].mean())
     # The steps are independent draws.
     standard_error = np.std(easy_over_expected) / np.sqrt(200)
@@ -180,19 +161,13 @@ def test_a_hard_negative_that_slipped_in_is_masked_and_not_counted(stage: Any) -
     """Pools hold forbidden items here, as if they had not been cleared when they were built."""
     hard = FunnelLosers(share=F, stages=(stage,), num=6, allow_exposed=stage == "exposed")
     rows = SAMPLES.query_rows.tolist()
-    pools = [np.array([*forbidden(SAMPLES, row), 41, 42]) for row in rows]
-    batches = make_batches(
-        samples=dataclasses.replace(
-            SAMPLES,
-            hard_pools={stage: RowLists.from_lists(pools)},
-            counts=np.concatenate([SAMPLES.counts, [1, 1]]),
-        ),
-        hard=hard,
-    )
-    num_masked = 0
+    pools = RowLists.from_lists([np.array([*small.forbidden(SAMPLES, x), 41, 42]) for x in rows])
+    counts = np.concatenate([SAMPLES.counts, [1, 1]])
+    samples = dataclasses.replace(SAMPLES, hard_pools={stage: pools}, counts=counts)
+    batches, num_masked = make_batches(samples=samples, hard=hard), 0
     for batch in batch_list(batches, 8):
         for i, query in enumerate(batch.query_row.tolist()):
-            never = forbidden(SAMPLES, query)
+            never = small.forbidden(SAMPLES, query)
             if stage == "exposed":  # Insisted on.
                 never = SAMPLES.known_positives[query].tolist()
             is_good = [row not in never for row in batch.hard.candidate_row[i]]
@@ -211,14 +186,11 @@ def test_samples_without_losers_are_refused() -> None:
         make_batches(samples=without, hard=HARD)
 
 
+RESAMPLED: dict[str, Any] = {"hard": HARD, "examples": {"rate": RATE}}
+
+
 @pytest.mark.parametrize(
-    ("order", "options"),
-    [
-        ("single", {}),
-        ("single", {"hard": HARD, "examples": {"rate": RATE}}),
-        ("sequences", {}),
-        ("sets", {}),
-    ],
+    ("order", "options"), [*((x, {}) for x in small.ORDERS), ("single", RESAMPLED)]
 )
 def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, Any]) -> None:
     batches = make_batches(order, **options)
@@ -227,13 +199,13 @@ def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, A
     one_thread.threading.private_threadpool_size = 1
     one_thread.threading.max_intra_op_parallelism = 1
     rest = make_batches(order, **options).dataset(4, 3).with_options(one_thread)
-    assert_same_batches(list(rest.as_numpy_iterator()), unbroken[4:])
+    small.assert_same_batches(list(rest.as_numpy_iterator()), unbroken[4:])
     for step in (6, 2):
-        assert_same_batches(batch_list(batches, 1, start=step), [unbroken[step]])
+        small.assert_same_batches(batch_list(batches, 1, start=step), [unbroken[step]])
     other = batch_list(make_batches(order, seed=4, **options), 3)
     hard = ["hard.candidate_row"] if "hard" in options else []
     for name in ("weight", "shared_row", "dropout_seed", *hard):
-        drawn, others = ([flat(x)[name].tobytes() for x in each] for each in (unbroken, other))
+        drawn, others = ([small.flat(x)[name].tobytes() for x in y] for y in (unbroken, other))
         assert drawn[:3] != others
         assert len(set(drawn)) == 7
 
@@ -283,13 +255,12 @@ def test_masked_shares_are_those_of_a_loop(order: str) -> None:
         for i, (own, owner) in enumerate(zip(batch.candidate_row, owners, strict=True)):
             query = batch.query_row[owner]
             for j, column in enumerate(batch.shared_row):
-                if order == "single" and i == j:
-                    continue
-                num_cells += 1
-                is_known = column in SAMPLES.known_positives[query]
-                reasons["accidental hits"] += column == own
-                reasons["known positives"] += column != own and is_known
-                reasons["exposed items"] += column in SAMPLES.exposed[query]
+                if order == "sets" or i != j:
+                    num_cells += 1
+                    is_known = column in SAMPLES.known_positives[query]
+                    reasons["accidental hits"] += column == own
+                    reasons["known positives"] += column != own and is_known
+                    reasons["exposed items"] += column in SAMPLES.exposed[query]
     assert min(reasons.values()) > 0
     shares = {name: count / num_cells for name, count in reasons.items()}
     assert batches.masked_shares(num_steps=3) == pytest.approx(shares)
@@ -328,22 +299,20 @@ UNEVEN: dict[str, Any] = {"batch_size": 2.5}
         ("sequences sets", {"negatives": [InBatch()]}, "fair draw.*{name}"),
         ("sequences sets", {"negatives": [Uniform(3), OwnInBatch()]}, "fair draw.*{name}"),
         ("sets", {"hard": HARD}, "UserSets gives a query many positives"),
-        ("sets", {"samples": REQUESTED}, "request features belong to one.*'single'"),
+        ("sets", {"samples": small.REQUESTED}, "request features belong to one.*'single'"),
         ("single sequences sets", {"batch_size": 0}, "batch_size must be a whole .*Received: 0"),
         ("single sequences sets", UNEVEN, "batch_size must be a whole .*Received: 2.5"),
         ("sequences sets", {"examples": {"seed": -1}}, "seed must be a whole number, 0 or more"),
         ("sequences", {"history_length": 0}, "history_length must be a whole number, 1 or more"),
         ("single", {"batch_size": 151}, "needs 151 positives.*has 150.*batch_size"),
-        ("sequences", {"samples": UNORDERED}, "need an order"),
+        ("sequences", {"samples": small.UNORDERED}, "need an order"),
     ],
 )
 def test_refusals(orders: str, options: dict[str, Any], message: str) -> None:
     for order in orders.split():
-        with pytest.raises(ValueError, match=message.format(name=ORDERS[order].__name__)):
+        with pytest.raises(ValueError, match=message.format(name=small.ORDERS[order].__name__)):
             make_batches(order, **options)
-
-
-def test_a_step_is_refused() -> None:
-    for step in (-1, 1.0):
-        with pytest.raises(ValueError, match=rf"step must be a whole .* 0 or .*Received: {step}"):
-            make_batches().batch(cast(Any, step))
+    wrong: Any
+    for wrong in (-1, 1.0):
+        with pytest.raises(ValueError, match=rf"step must be a whole .* 0 or .*Received: {wrong}"):
+            make_batches().batch(wrong)

@@ -1,5 +1,6 @@
 """Whole sequences: windows cover every sample once, each position with its own history."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,25 +10,17 @@ from hypothesis import strategies as st
 
 from tests.small_batches import LENGTH, SAMPLES, batch_list, make_batches, samples_of
 from tfrs_pipeline.batches.sequences import WholeSequences
-from tfrs_pipeline.samples.store import RowLists, Samples
+from tfrs_pipeline.samples.store import Samples
 
 
 def samples_of_users(places: list[list[int]]) -> Samples:
     """Makes users with a positive for each given place in time; equal ones are ties."""
-    rows = [np.arange(1, len(times) + 1) for times in places]
+    candidates = np.concatenate([np.arange(1, len(times) + 1) for times in places])
     queries = np.repeat(np.arange(1, len(places) + 1), [len(times) for times in places])
-    known = RowLists.from_lists([np.zeros(0, int), *rows])
-    earlier = [np.searchsorted(sorted(times), sorted(times)) for times in places]
-    candidates = np.concatenate(rows)
-    return Samples(
-        query_rows=queries.astype(np.int32),
-        candidate_rows=candidates.astype(np.int32),
-        weights=np.arange(len(queries), dtype=np.float32),
-        sequences=known,
-        num_earlier=np.concatenate(earlier).astype(np.int32),
-        known_positives=known,
-        exposed=RowLists.from_lists([np.zeros(0, int)] * (len(places) + 1)),
-        counts=np.bincount(candidates, minlength=99),
+    sizes = {"num_queries": len(places), "num_candidates": 99}
+    return dataclasses.replace(
+        Samples.from_pairs(queries, candidates, **sizes),
+        num_earlier=np.concatenate([np.searchsorted(sorted(x), sorted(x)) for x in places]),
         sequence_times=np.concatenate([sorted(times) for times in places]),
     )
 

@@ -131,16 +131,3 @@ def test_a_warm_start_takes_them_for_new(train: Log, data: TrainingSet, tmp_path
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
     own, unknown = embedded(again, data, LATER)
     assert np.abs(own - unknown).max() > 1e-3
-
-
-@pytest.mark.usefixtures("in_eager_steps")
-def test_a_folder_is_refused_to_one_with_other_later_items(train: Log, tmp_path: Path) -> None:
-    """The item table and the training part may be the same on a day on which the log has grown."""
-    settings: dict[str, Any] = {"negatives": EASY, "training": {"max_epochs": 1}}
-    before = replace(train, later_items=train.items.filter(train.items["item_id"] == DEAD))
-    tiny(**settings).fit(train, folder=tmp_path)
-    again = tiny(**settings).fit(train, folder=tmp_path)
-    assert again.result.resumed_after == 1
-    for other in (before, replace(train, later_items=None)):
-        with pytest.raises(ValueError, match=r"made of something else \(later_items: "):
-            tiny(**settings).fit(other, folder=tmp_path)

@@ -47,33 +47,25 @@ def slow_loss(queries: Any, columns: Any, positives: Any, hard: Any) -> Any:
     return total
 
 
+ROW_NAMES = ("hard_embeddings", "log_q", "score_mask", "hard_log_q", "hard_mask")
+
+
 @pytest.mark.parametrize("repeats_rows", [False, True])
 def test_value_and_gradients_are_those_of_a_loop(repeats_rows: bool) -> None:
     """With several positives a query, or the query's row once for each of them."""
-    task = HybridRetrieval(0.5)
 
     def loss(queries: Any, columns: Any, positives: Any, hard: Any) -> tf.Tensor:
         rows = [tf.identity(queries), hard, LOG_Q, MASK, HARD_LOG_Q, HARD_MASK]
+        of_rows: dict[str, Any] = {"positive_query": tf.constant(POSITIVE_QUERY)}
         if repeats_rows:
-            rows = [tf.gather(row, POSITIVE_QUERY) for row in rows]
-        queries, hard, log_q, mask, hard_log_q, hard_mask = rows
-        return task(
-            queries,
-            positives,
-            sample_weight=WEIGHTS,
-            score_mask=mask,
-            negative_embeddings=columns,
-            log_q=log_q,
-            positive_query=None if repeats_rows else tf.constant(POSITIVE_QUERY),
-            hard_embeddings=hard,
-            hard_log_q=hard_log_q,
-            hard_mask=hard_mask,
-        )
+            rows, of_rows = [tf.gather(row, POSITIVE_QUERY) for row in rows], {}
+        of_rows |= dict(zip(ROW_NAMES, rows[1:], strict=True))
+        given = {"sample_weight": WEIGHTS, "negative_embeddings": columns, **of_rows}
+        return HybridRetrieval(0.5)(rows[0], positives, **given)
 
     arrays = QUERIES, COLUMNS, POSITIVES, HARD
-    got = value_and_gradients(loss, *arrays)
-    expected = value_and_gradients(slow_loss, *arrays)
-    for ours, slow in zip(got, expected, strict=True):
+    pairs = zip(*(value_and_gradients(x, *arrays) for x in (loss, slow_loss)), strict=True)
+    for ours, slow in pairs:
         np.testing.assert_allclose(ours, slow, rtol=1e-4, atol=1e-5)
 
 
@@ -158,14 +150,10 @@ def test_what_no_kind_draws_does_not_count(log_q: np.ndarray) -> None:
 @pytest.mark.parametrize(("scale", "expected"), [(1e4, 0.0), (-1e4, 2e4)])
 def test_far_logits_and_rows_without_a_column_stay_finite(scale: float, expected: float) -> None:
     """Two positives, of a row with one column whose logit is the opposite, and of one without."""
+    own, columns = tf.constant([[scale], [scale]]), tf.constant([[-scale]])
+    options = {"negative_embeddings": columns, "score_mask": tf.constant([[True], [False]])}
     got, gradient = value_and_gradients(
-        lambda query: HybridRetrieval()(
-            query,
-            tf.constant([[scale], [scale]]),
-            negative_embeddings=tf.constant([[-scale]]),
-            score_mask=tf.constant([[True], [False]]),
-        ),
-        np.array([[1.0], [0.0]], np.float32),
+        lambda query: HybridRetrieval()(query, own, **options), np.array([[1.0], [0.0]], np.float32)
     )
     assert got == pytest.approx(expected)
     np.testing.assert_allclose(gradient, [[-2 * scale if expected else 0.0], [0.0]])
@@ -173,10 +161,9 @@ def test_far_logits_and_rows_without_a_column_stay_finite(scale: float, expected
 
 @pytest.mark.parametrize("value", [0.0, 9e-7, 1.5])
 def test_refuses_probabilities_that_the_parent_would_clip(value: float) -> None:
-    probability = np.full(C, 0.1, np.float32)
-    probability[3] = value
+    probability = tf.constant(np.append(np.full(C - 1, 0.1), value), tf.float32)
     with pytest.raises(tf.errors.InvalidArgumentError, match="Pass log_q instead"):
-        HybridRetrieval()(QUERIES, COLUMNS, candidate_sampling_probability=tf.constant(probability))
+        HybridRetrieval()(QUERIES, COLUMNS, candidate_sampling_probability=probability)
 
 
 @pytest.mark.parametrize("shape", [(), (W,), (W, 1), (C, W), (2, C), (1, W, C)])
@@ -200,19 +187,19 @@ def test_a_log_q_that_would_be_broadcast_over_columns_is_refused(shape: tuple[in
 
 
 def test_refusals() -> None:
-    task, positives = HybridRetrieval(), COLUMNS[:W]
-    options: dict[str, Any] = {"negative_embeddings": COLUMNS, "score_mask": MASK}
-    with pytest.raises(ValueError, match="pass log_q alone"):
-        task(QUERIES, COLUMNS, log_q=LOG_Q, candidate_sampling_probability=tf.ones([C]))
-    with pytest.raises(ValueError, match=r"\[num_candidates\].*\(10, 1\)"):
-        task(QUERIES, COLUMNS, candidate_sampling_probability=tf.ones([C, 1]))
-    with pytest.raises(ValueError, match="hard_embeddings needs hard_log_q"):
-        task(QUERIES, positives, hard_embeddings=HARD, **options)
-    for name, given in (("hard_log_q", HARD_LOG_Q), ("hard_mask", HARD_MASK)):
-        with pytest.raises(ValueError, match=f"{name}.* need.? hard_embeddings"):
-            task(QUERIES, positives, **options, **{name: given})
-    with pytest.raises(ValueError, match="positive_query needs negative_embeddings"):
-        task(QUERIES, positives, positive_query=tf.range(W)[::-1])
+    probability, appended = "candidate_sampling_probability", {"negative_embeddings": COLUMNS}
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"log_q": LOG_Q, probability: tf.ones([C])}, "pass log_q alone"),
+        ({probability: tf.ones([C, 1])}, r"\[num_candidates\].*\(10, 1\)"),
+        ({"hard_embeddings": HARD, **appended}, "hard_embeddings needs hard_log_q"),
+        ({"hard_log_q": HARD_LOG_Q, **appended}, "hard_log_q.* need.? hard_embeddings"),
+        ({"hard_mask": HARD_MASK, **appended}, "hard_mask.* need.? hard_embeddings"),
+        ({"positive_query": tf.range(W)[::-1]}, "positive_query needs negative_embeddings"),
+    )
+    for options, message in wrong:
+        positives = COLUMNS if probability in options else COLUMNS[:W]
+        with pytest.raises(ValueError, match=message):
+            HybridRetrieval()(QUERIES, positives, **options)
     for temperature in (0.0, -0.1, np.nan):
         with pytest.raises(ValueError, match=f"above 0. Received: {temperature}"):
             HybridRetrieval(temperature)

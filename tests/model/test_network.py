@@ -29,12 +29,11 @@ def slow_loss(network: TwoTowerNetwork, samples: Samples, batch: Batch, num_popu
     batch = as_arrays(batch)
     counts, corpus = samples.counts, network.embed_corpus()
     n = num_popular * counts / counts.sum() + 16 / NUM_ITEMS
-    pairs = zip(samples.query_rows.tolist(), samples.candidate_rows.tolist(), strict=True)
-    sample_of = {pair: i for i, pair in enumerate(pairs)}
+    pairs = np.stack([samples.query_rows, samples.candidate_rows], axis=1).tolist()
     positives = batch.candidate_row.tolist()
     window = np.arange(len(positives)) if batch.positive_query is None else batch.positive_query
     users = batch.query_row[window]
-    index = [sample_of[pair] for pair in zip(users.tolist(), positives, strict=True)]
+    index = [pairs.index(list(pair)) for pair in zip(users.tolist(), positives, strict=True)]
     if samples.num_earlier is None:  # Sets: what is read is for the coin to say.
         histories = batch.history_rows[window]
     else:
@@ -89,22 +88,19 @@ def test_the_loss_is_that_of_a_loop(
     assert not batch.is_counted.numpy().all()
     if "hard" in options:
         assert np.count_nonzero(batch.hard.is_counted) > 0
-    expected = slow_loss(
-        network, samples, batch, num_popular=B - 1 if examples == "single" else POPULAR.num
-    )
-    got = network.compute_loss(batch).numpy()
-    assert got == pytest.approx(expected, rel=1e-4)
+    num_popular = B - 1 if examples == "single" else POPULAR.num
+    expected, got = slow_loss(network, samples, batch, num_popular), network.compute_loss(batch)
+    assert got.numpy() == pytest.approx(expected, rel=1e-4)
     # Dropout is on in training alone, and a function of the batch.
     trained = [network.compute_loss(batch, training=True).numpy() for _ in range(2)]
-    assert trained[0] == trained[1] != got
+    assert trained[0] == trained[1] != got.numpy()
     if batch.history_rows is not None:  # They may be as wide as the longest, or padded.
         more = [[0, 0], [0, 2]]
         wide = batch._replace(history_rows=tf.pad(batch.history_rows, more)[:, :LENGTH])
         if (times := batch.history_times) is not None:
             times = tf.pad(times, more, constant_values=np.nan)[:, : LENGTH + 1]
             wide = wide._replace(history_times=times)
-        got = network.compute_loss(wide).numpy()
-        assert got == pytest.approx(expected, rel=1e-4)
+        assert network.compute_loss(wide).numpy() == pytest.approx(expected, rel=1e-4)
 
 
 @dataclass(frozen=True)
@@ -223,25 +219,18 @@ def test_without_a_correction_the_logits_stay_as_they_are(data: TrainingSet) -> 
 
 
 def test_towers_that_do_not_go_together_are_refused(data: TrainingSet) -> None:
-    class Zeros(tf.keras.layers.Layer):
-        def __init__(self, *size: int) -> None:
-            super().__init__()
-            self.size = size
+    def zeros(*size: int) -> tf.keras.layers.Layer:
+        return tf.keras.layers.Lambda(lambda x: tf.zeros([tf.shape(x["row"])[0], *size]))
 
-        def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
-            return tf.zeros([tf.shape(inputs["row"])[0], *self.size])
-
-    same = r"must return \[n, D\], the same D.*"
-    wrong: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"query_tower": Zeros(3), "candidate_tower": Zeros(4)},
-         same + r"\(1, 3\) of the query tower, \(1, 4\) of"),
-        ({"query_tower": Zeros(2, 3), "candidate_tower": Zeros(2, 3)}, same + r"\(1, 2, 3\)"),
-        ({"query_tower": Zeros(8), "dim": 8, "candidate_bias": True},
-         r"more with model\.candidate_bias.* \(1, 9\) of the cand"),
-    )  # fmt: skip
-    for towers, message in wrong:
+    three, four, same = zeros(3), zeros(4), r"must return \[n, D\], the same D.*"
+    wrong: tuple[tuple[Any, Any, dict[str, Any], str], ...] = (
+        (three, four, {}, same + r"\(1, 3\) of the query tower, \(1, 4\) of"),
+        (zeros(2, 3), zeros(2, 3), {}, same + r"\(1, 2, 3\)"),
+        (zeros(8), None, {"candidate_bias": True}, r"more with .*candidate_bias.* \(1, 9\) of"),
+    )
+    for query, candidate, options, message in wrong:
         with pytest.raises(ValueError, match=message):
-            tiny(**towers).build(data.corpus)
+            tiny(query_tower=query, candidate_tower=candidate, **options).build(data.corpus)
     tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
         with pytest.raises(ValueError, match=r"policy float32\. Received: 'mixed_bfloat16'"):
@@ -250,8 +239,9 @@ def test_towers_that_do_not_go_together_are_refused(data: TrainingSet) -> None:
         tf.keras.mixed_precision.set_global_policy("float32")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-@pytest.mark.parametrize("name", ["query_tower", "candidate_tower"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("query_tower", "float16"), ("candidate_tower", "float64")]
+)
 def test_towers_must_return_float32(data: TrainingSet, name: str, dtype: str) -> None:
     """Whatever it computes in: a last layer of float32 makes it sound."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from hypothesis import strategies as st
 
 from tests.model.conftest import tiny
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.features.encoding import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.features.numeric import Numeric
@@ -51,24 +48,30 @@ def test_a_timestamp_gives_hour_and_weekday_of_the_calendar(moment: datetime, of
         assert found["weekday"].tolist() == [time.weekday()]
 
 
+EVENTS = {"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 8]}
+
+
+def of_log(log: Log, folder: Path) -> tuple[Any, np.ndarray]:
+    """Returns the one request feature of a log, and its codes of the samples."""
+    data = TrainingSet.build(log, folder, seed=0)
+    (feature,) = data.corpus.request_features
+    return feature, data.samples.request_columns[feature.name]
+
+
 @pytest.mark.parametrize("kind", ["categorical", "multi_categorical", "hashed"])
 def test_a_boolean_is_one_value_however_a_table_writes_it(kind: Any, tmp_path: Path) -> None:
     """As pandas writes it in CSV, others in capitals, Parquet and JSON as true."""
-    words = ["True", "False", "", "True"]
+    words, values = ["True", "False", "", "True"], [True, False, None, True]
     (tmp_path / "log.csv").write_text("user_id,item_id,is_app\n1,7,True\n1,8,False\n2,7,\n2,8,True")
     log = Log.from_files(tmp_path / "log.csv", request_features={"is_app": kind})
-    data = TrainingSet.build(log, tmp_path / "samples", seed=0)
-    (feature,) = data.corpus.request_features
+    feature, of_samples = of_log(log, tmp_path / "samples")
     assert kind == "hashed" or feature.vocabulary == ("false", "true")
-    of_samples = data.samples.request_columns["is_app"]
     assert len(np.unique(of_samples)) == 3
     upper, lower = ([change(x) for x in words] for change in (str.upper, str.lower))
-    values = [True, False, None, True]
     if kind != "multi_categorical":  # Which a table holds as lists or text.
-        events = {"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 8], "is_app": values}
-        log = Log.from_table(pa.table(events), request_features={"is_app": kind})
-        data = TrainingSet.build(log, tmp_path / "of table", seed=0)
-        np.testing.assert_array_equal(data.samples.request_columns["is_app"], of_samples)
+        events = pa.table({**EVENTS, "is_app": values})
+        _, codes = of_log(Log.from_table(events, request_features={"is_app": kind}), tmp_path / "t")
+        np.testing.assert_array_equal(codes, of_samples)
     typed: list[Any] = [pa.array(words), pa.array(values), np.array(values, object)]
     for column in (words, upper, lower, values, *typed):
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
@@ -82,11 +85,8 @@ def test_a_boolean_is_one_value_however_a_table_writes_it(kind: Any, tmp_path: P
 def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_path: Path) -> None:
     """As pandas makes floats of integers where one is missing, in the log and in service."""
     values = [3.0, 4.0, np.nan, 3.0]
-    events = {"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 8], "shelf": values}
-    log = Log.from_table(pd.DataFrame(events), request_features={"shelf": kind})
-    data = TrainingSet.build(log, tmp_path, seed=0)
-    (feature,) = data.corpus.request_features
-    of_samples = data.samples.request_columns["shelf"]
+    events = pd.DataFrame({**EVENTS, "shelf": values})
+    feature, of_samples = of_log(Log.from_table(events, request_features={"shelf": kind}), tmp_path)
     for column in (values, [3, 4, None, 3], ["3", "4", "", "3"], np.array(values)):
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
     assert len(set(of_samples.tolist())) == 3
@@ -125,18 +125,15 @@ def test_what_is_given_goes_before_the_timestamp() -> None:
 
 
 @pytest.fixture(scope="module")
-def holdout(requested_split: Split) -> Holdout:
-    return requested_split.validation
+def model(requested: TrainingSet, requested_split: Split) -> FittedTwoTower:
+    """Validated as evaluation asks it: `test_times.py` tests that."""
+    plan = tiny(dim=16, training={"max_epochs": 12, "patience": 12})
+    return plan.fit_samples(requested, requested_split.validation)
 
 
-@pytest.fixture(scope="module")
-def model(requested: TrainingSet, holdout: Holdout) -> FittedTwoTower:
-    return tiny(dim=16, training={"max_epochs": 12, "patience": 12}).fit_samples(requested, holdout)
-
-
-def test_the_device_decides_what_is_retrieved(model: FittedTwoTower, holdout: Holdout) -> None:
+def test_the_device_decides_what_is_retrieved(model: FittedTwoTower, requested_split: Any) -> None:
     """Of the items of a user's taste, those with an odd number are clicked on the app alone."""
-    histories = [{"history": ids} for ids in holdout.histories]
+    histories = [{"history": ids} for ids in requested_split.validation.histories]
     shares = {}
     for device in ("app", "web", "fridge", None):
         queries = [{**query, "request": {"device": device}} for query in histories]
@@ -157,15 +154,6 @@ def test_what_the_model_does_not_read_is_refused_if_it_is_near(model: FittedTwoT
     both: Any = ({"device": "app", "tab": 3}, {"device": "app"})
     found = model.query_embeddings([{"history": [10], "request": x} for x in both])
     np.testing.assert_array_equal(found[0], found[1])
-
-
-def test_validation_asks_as_evaluation_does(model: FittedTwoTower, holdout: Holdout) -> None:
-    measured = evaluate(model, holdout, cutoffs=(5,), num_bootstrap=0).first
-    best = max(model.result.history["val_ndcg@5"])
-    assert measured.overall.intervals["ndcg@5"].mean == pytest.approx(best, rel=1e-6)
-    blind = dataclasses.replace(holdout, requests=None)
-    without = evaluate(model, blind, cutoffs=(5,), num_bootstrap=0).first
-    assert without.overall.intervals["ndcg@5"].mean < best - 0.05
 
 
 def test_training_drops_some_of_the_request_features(requested: TrainingSet) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +19,13 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny, tracing_once
 from tests.model.test_network import EveryCandidate
-from tfrs_pipeline import DataError, Holdout, InBatch, Reading, Uniform, messages
-from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline import ConfigError, DataError, FunnelLosers, InBatch, Log, TwoTower, messages
+from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
-from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.negatives.kinds import Popularity
-from tfrs_pipeline.settings import ConfigError
+from tfrs_pipeline.model.settings import TwoTowerSettings
+from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 
 EASY = [Uniform(16), Popularity(16, 1.0)]
 
@@ -115,7 +112,7 @@ def test_every_way_learns_the_tastes(
 def test_fit_finds_the_users_tastes(fitted: FittedTwoTower) -> None:
     """Over three seeds: of one alone the 60 items found waver by a twentieth."""
     assert np.mean(SHARES) > 0.9
-    assert repr(tiny()) == str(tiny()) == "TwoTower(dim 8, negatives InBatch, Uniform)"
+    assert repr(tiny()) == "TwoTower(dim 8, negatives InBatch, Uniform)"
     assert repr(fitted) == f"FittedTwoTower(dim 8, {NUM_ITEMS} items, {NUM_USERS} users)"
 
 
@@ -145,21 +142,17 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: FittedTwoTower, log
     assert exported.items["item_id"].to_pylist() == exported.candidate_ids.tolist()
     assert exported.reading == log.reading
     assert [feature.name for feature in exported.candidate_features] == ["genre"]
-    assert exported.query_features == ()
-    assert exported.history_length == LENGTH
-    rows = tf.range(1, NUM_ITEMS + 1)
-    np.testing.assert_allclose(
-        exported.embed_candidates(rows), fitted.network.embed_corpus(), rtol=1e-6
-    )
+    assert (exported.query_features, exported.history_length) == ((), LENGTH)
+    rows, network = tf.range(1, NUM_ITEMS + 1), fitted.network
+    np.testing.assert_allclose(exported.embed_candidates(rows), network.embed_corpus(), rtol=1e-6)
     query = exported.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     by_id = fitted.query_embeddings([{"user_id": 101, "history": [40, 70]}])
     np.testing.assert_allclose(query, by_id, rtol=1e-6)
     # The feature is read: another one in its place is another embedding.
-    other = {"genre": tf.roll(fitted.network.candidate_table(rows)["genre"], 1, axis=0)}
+    other = {"genre": tf.roll(network.candidate_table(rows)["genre"], 1, axis=0)}
     assert (exported.embed_candidates(rows, other) != exported.embed_candidates(rows)).numpy().any()
     held = {id(variable) for variable in exported.variables}
-    for variable in fitted.network.trainable_variables:
-        assert id(variable) in held
+    assert {id(variable) for variable in network.trainable_variables} <= held
 
 
 @pytest.mark.usefixtures("in_eager_steps")
@@ -212,6 +205,8 @@ def test_a_folder_is_refused_to_another_training(log: Log, tmp_path: Path) -> No
         ({}, {"validation": None}, r"validation: '[0-9a-f]+', now None"),
         ({}, {"validation": other.test}, r"validation: '[0-9a-f]+', now '"),
         ({}, {"exclude": "none"}, "exclude: 'clicked', now 'none'"),
+        # The item table and the events may be the same on a day on which the log has grown.
+        ({}, {"train": replace(other.train, later_items=other.train.items)}, "later_items: "),
         ({}, {"warm_start": again}, "warm_start: None, now '"),
     )
     for changes, options, differ in otherwise:
@@ -244,14 +239,11 @@ def test_users_without_a_positive_are_answered_as_unknown_ones(tmp_path: Path) -
 def test_an_order_that_the_log_has_not_is_told() -> None:
     clicks = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 9})
     training = {"max_epochs": 1}
-    for is_ordered, pooling, is_told in (
-        (False, ["recency", "mean"], True),
-        (False, ["mean"], False),
-    ):
-        plan = tiny(history_pooling=pooling, training=training)
-        model = plan.fit(Log.from_table(clicks, reading=Reading(is_ordered=is_ordered)))
+    log = Log.from_table(clicks, reading=tp.Reading(is_ordered=False))
+    for pooling in (["recency", "mean"], ["mean"]):
+        notes = tiny(history_pooling=pooling, training=training).fit(log).notes
         told = "model.history_pooling recency reads the order of a history, and the log has none"
-        assert any(note.startswith(told) for note in model.notes) == is_told
+        assert any(note.startswith(told) for note in notes) == ("recency" in pooling)
 
 
 def test_settings_are_given_by_name_or_as_a_table() -> None:
@@ -260,7 +252,6 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
     assert (model.settings.dim, model.settings.temperature) == (16, 0.2)
     assert model.settings.hard == settings.hard
     assert model.negatives == model.settings.negatives == (Uniform(5),)
-    assert TwoTower().settings == TwoTowerSettings()
     # Own kinds stand beside the settings, which can be written into a file.
     own = TwoTower(negatives=[EveryCandidate(), InBatch()])
     assert own.negatives == (InBatch(), EveryCandidate())
@@ -268,13 +259,9 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
     two = [Weighed(np.ones(3)), Weighed(np.arange(3))]
     assert [id(kind) for kind in TwoTower(negatives=two).negatives] == [id(kind) for kind in two]
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
-        TwoTower(temprature=0.1)  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match=r"model\.negatives: got in_batch"):
-        TwoTower(training=TrainingSettings(examples="sets"))
+        TwoTower(temprature=0.1)
     names = set(inspect.signature(TwoTower).parameters)
     assert names > {*TwoTowerSettings.model_fields, "training", "query_tower", "seed", "name"}
-    with pytest.raises(ValueError, match="frozen"):
-        model.dim = 4  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -316,29 +303,19 @@ def test_an_own_tower_that_does_not_read_sequences_is_refused_when_built(data: T
 
 
 @pytest.mark.usefixtures("in_eager_steps")
-def test_fit_starts_from_a_fitted_model_and_an_export_needs_a_log(data: TrainingSet) -> None:
-    plan = tiny(training={"max_epochs": 1}, resampling_exponent=0.5)
-    model = plan.fit_samples(data)
-    warm = plan.fit_samples(data, warm_start=model)
-    assert warm.notes[0].startswith("warm start: 24 items kept")
-    assert warm.notes[-1].startswith("masked in the columns that rows share: ")
-    wrong: Any
-    for wrong in ("runs/x", plan):
-        with pytest.raises(TypeError, match="warm_start must be a fitted TwoTower"):
-            plan.fit_samples(data, warm_start=wrong)
-    with pytest.raises(ValueError, match="give fit_samples their log"):
-        model.exportable()
-
-
-@pytest.mark.usefixtures("in_eager_steps")
 def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
     layer = OwnQueries()
     options: dict[str, Any] = {"candidate_tower": OwnCandidates, "training": {"max_epochs": 1}}
+    options["resampling_exponent"] = 0.5
     plan = tiny(query_tower=layer, **options)
     plan.build(data.corpus)  # To look at it is no training, nor is one that is refused.
     with pytest.raises(DataError, match="losers"):
         tiny(query_tower=layer, hard=FunnelLosers(stages=("ranked",)), **options).fit_samples(data)
     model = plan.fit_samples(data)
+    with pytest.raises(ValueError, match="give fit_samples their log"):
+        model.exportable()
+    with pytest.raises(TypeError, match="warm_start must be a fitted TwoTower"):
+        plan.fit_samples(data, warm_start=plan)
     before = model.query_embeddings([{"history": [40]}])
     for again in (plan, tiny(query_tower=layer, **options)):
         with pytest.raises(ValueError, match=r"query_tower <.*was given to a training before"):
@@ -390,26 +367,19 @@ def test_layers_within_own_towers_are_of_one_training(data: TrainingSet) -> None
     np.testing.assert_array_equal(model.network.embed_corpus(), before)
 
 
+@pytest.mark.usefixtures("in_eager_steps")
 def test_a_log_below_one_batch_trains_in_smaller_ones(data: TrainingSet) -> None:
     model = tiny(training={"batch_size": 1024, "max_epochs": 1})
-    fitted = model.fit_samples(data)
-    assert fitted.result.num_epochs == 1
-    assert any("120 positives fill no batch" in note and "of 8" in note for note in fitted.notes)
+    notes = model.fit_samples(data).notes
+    assert any("120 positives fill no batch" in note and "of 8" in note for note in notes)
     assert model.batches(data.samples).steps_per_epoch == 15
 
 
-def test_refusals(tmp_path: Path) -> None:
-    misplaced: Any = {"max_epochs": 3, "optimizer": "adam"}
-    with pytest.raises(ConfigError) as error:
-        TwoTower(dim=4, **misplaced)
-    assert str(error.value).splitlines() == [
-        "max_epochs: is a setting of the training: training=tp.TrainingSettings(max_epochs=3)",
-        "optimizer: is a setting of the training: training=tp.TrainingSettings(optimizer='adam')",
-    ]
-    assert tp.TrainingSettings(max_epochs=3).max_epochs == 3
+def test_settings_that_cannot_be() -> None:
     half = SimpleNamespace(draw=lambda: None)
     wrong: Any
     for wrong, named in (
+        ({"optimizer": "adam"}, r"of the training: training=tp\.\w+\(optimizer='adam'\)$"),
         ({"negatives": []}, "negatives: got .*needs one kind or more"),
         ({"negatives": [half]}, "is not a kind. Own negatives have the methods draw and expected_"),
         ({"negatives": [Uniform]}, "is a class: give an object of it"),
@@ -423,6 +393,9 @@ def test_refusals(tmp_path: Path) -> None:
     alone: Any = {"hidden_layers": 8, "history_pooling": "mean", "negatives": InBatch()}
     listed: Any = {name: (value,) for name, value in alone.items()}
     assert TwoTower(**alone).settings == TwoTower(**listed).settings
+
+
+def test_data_that_cannot_be_trained_on(tmp_path: Path) -> None:
     clicks = Log.from_table(pd.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 8, 7]}))
     # A comparison asks for the losers of every stage, and has plans that go without.
     data = TrainingSet.build(clicks, tmp_path, seed=0, hard=FunnelLosers())
@@ -435,10 +408,9 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"make one with Log.from_table.* Received: DataFrame"):
         tiny().fit(pd.DataFrame({"user_id": [1], "item_id": [2]}))
     with pytest.raises(TypeError, match=r"needs a Holdout.* Received: Log"):
-        tiny().fit(clicks, clicks)  # type: ignore[arg-type]
+        tiny().fit(clicks, clicks)
     given: Any = {key: [np.array([7])] for key in ("histories", "relevant", "clicked", "seen")}
-    ids = {"user_ids": np.array([1]), "candidate_ids": np.array([7, 8])}
-    again = Holdout(**given | ids, candidate_counts=np.array([2, 1]))
+    again = tp.Holdout(**given, user_ids=[1], candidate_ids=[7, 8], candidate_counts=[2, 1])
     with pytest.raises(ValueError, match=r"Nothing to measure.*less \(evaluation.exclude\)"):
         tiny(training={"batch_size": 3}).fit(clicks, again, folder=tmp_path / "new")
     assert not (tmp_path / "new" / "checkpoints").exists()

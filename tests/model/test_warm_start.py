@@ -26,13 +26,9 @@ from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.settings import ConfigError
 
 NUM_USERS = 20
-MODEL: dict[str, Any] = {
-    "use_user_id": True,
-    "candidate_bias": True,
-    "id_dropout": 0.3,
-    "share_item_embedding": False,  # Two tables of items, each carried over.
-    "training": {"max_epochs": 3},
-}
+# Two tables of items, each carried over.
+MODEL: dict[str, Any] = {"use_user_id": True, "candidate_bias": True, "share_item_embedding": False}
+MODEL |= {"id_dropout": 0.3, "training": {"max_epochs": 3}}
 YESTERDAY, TODAY = range(10, 34), range(4, 30)  # Numbers of the items that are there.
 Sets: TypeAlias = tuple[TrainingSet, TrainingSet]
 
@@ -56,10 +52,9 @@ def log_of(items: range, first_user: int) -> Log:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    return tuple(
-        TrainingSet.build(log, tmp_path_factory.mktemp("samples"), seed=0)
-        for log in (log_of(YESTERDAY, 0), log_of(TODAY, 5))
-    )  # type: ignore[return-value]
+    yesterday, today = (tmp_path_factory.mktemp("samples") for _ in range(2))
+    earlier = TrainingSet.build(log_of(YESTERDAY, 0), yesterday, seed=0)
+    return earlier, TrainingSet.build(log_of(TODAY, 5), today, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +94,11 @@ def id_tables(model: FittedTwoTower) -> Iterator[tuple[str, dict[str, np.ndarray
     network, optimizer = model.network, model.network.optimizer
     (query_ids,) = network.query_tower.id_tables
     ids, biases = network.candidate_tower.id_tables
-    for name, table, of_rows in (
-        ("user", query_ids, model.query_ids),
-        ("item", ids, model.candidate_ids),
-        ("bias", biases, model.candidate_ids),
-        ("history", network.query_tower.history.item_table, model.candidate_ids),
-    ):
+    tables = {"item": ids, "bias": biases, "history": network.query_tower.history.item_table}
+    for name, table in {"user": query_ids, **tables}.items():
         states = (table, *slots_of(optimizer, table))
         for kind, values in zip(("weights", "m", "v"), states, strict=True):
+            of_rows = model.query_ids if name == "user" else model.candidate_ids
             yield f"{name}/{kind}", by_id(of_rows, values.numpy())
 
 
@@ -160,12 +152,9 @@ def test_embeddings_are_of_the_source(source: FittedTwoTower, started: FittedTwo
     }
     expected = source.network.embed_candidates(tf.zeros(4, tf.int32), columns).numpy()
     np.testing.assert_allclose([ours[id_] for id_ in new], expected, atol=1e-6)
-    found = []
-    for model in (started, source):
-        users = model.corpus.query_ids.rows(["user 7", ""])
-        history = model.corpus.candidate_ids.rows(["item 12", "item 20", ""])
-        found.append(model.network.embed_queries(users, np.array([history, [0, 0, 0]])))
-    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    queries: Any = [{"user_id": "user 7", "history": ["item 20", "item 12"]}, {}]
+    found = [model.query_embeddings(queries) for model in (started, source)]
+    np.testing.assert_allclose(*found, atol=1e-6)
 
 
 @pytest.mark.usefixtures("in_eager_steps")
@@ -177,12 +166,10 @@ def test_what_was_carried_over_is_told(source: FittedTwoTower, sets: Sets) -> No
         for x in (model, source)
     )
     np.testing.assert_allclose(ours["item 12"], theirs["item 12"], atol=1e-6)
-    assert model.notes[:4] == [
-        "warm start: 20 items kept, 6 new, 4 gone; 15 users kept, 5 new, 5 gone",
-        "    genre: 5 values kept, 1 new, 0 gone",
-        "    title: 3 values kept, 0 new, 0 gone",
-        "    the optimizer's state starts again: it was lazy_adam, now adagrad",
-    ]
+    ids, genre, _, optimizer = model.notes[:4]
+    assert ids == "warm start: 20 items kept, 6 new, 4 gone; 15 users kept, 5 new, 5 gone"
+    assert genre == "    genre: 5 values kept, 1 new, 0 gone"
+    assert optimizer == "    the optimizer's state starts again: it was lazy_adam, now adagrad"
     assert int(model.network.optimizer.iterations) == len(sets[1].samples) // 32
 
 
@@ -212,28 +199,19 @@ def test_a_stopped_one_goes_on_bit_for_bit(
 
 def test_warm_up_and_decay_begin_anew() -> None:
     settings = TrainingSettings(learning_rate=0.1, warmup_steps=5, decay="cosine")
+    optimizers = [(first, make_optimizer(settings, 20, first)) for first in (0, 1000)]
     for step in (0, 3, 5, 12, 20):
         rates = []
-        for first in (0, 1000):
-            optimizer = make_optimizer(settings, 20, first)
+        for first, optimizer in optimizers:
             optimizer.iterations.assign(first + step)
             rates.append(float(optimizer._compute_current_learning_rate() or 0))
         assert rates[0] == pytest.approx(rates[1])
 
 
-OTHERS: dict[str, Any] = {
-    "dim": 16,
-    "normalize": False,
-    "hidden_layers": (4,),
-    "use_user_id": True,
-    "use_candidate_id": False,
-    "candidate_bias": True,
-    "share_item_embedding": False,
-    "feature_dim": 5,
-    "history_pooling": ("mean", "attention"),
-    "history_length": 4,
-    "attention_blocks": 1,
-}
+OTHERS: dict[str, Any] = {"dim": 16, "normalize": False, "hidden_layers": (4,), "feature_dim": 5}
+OTHERS |= {"use_user_id": True, "use_candidate_id": False, "share_item_embedding": False}
+OTHERS |= {"candidate_bias": True, "history_pooling": ("mean", "attention")}
+OTHERS |= {"history_length": 4, "attention_blocks": 1}
 
 
 @pytest.mark.parametrize("name", [*SHAPE, *ATTENTION_SHAPE])
@@ -247,19 +225,10 @@ def test_another_shape_is_refused_by_name(name: str, sets: Sets) -> None:
 def test_other_settings_keep_the_weights_their_size(sets: Sets) -> None:
     """None is forgotten in SHAPE: the others change no variable of the towers."""
     base = tiny().settings
-    others: dict[str, Any] = {
-        "resampling_exponent": 0.5,
-        "temperature": 1.0,
-        "item_init": "svd",
-        "id_dropout": 0.5,
-        "feature_dropout": 0.5,
-        "history_length": 7,
-        "history_dropout": 0.1,
-        "recency_decay": 0.5,
-        "attention_blocks": 5,
-        "attention_dropout": 0.5,
-        "correction": "none",
-    }
+    halves = "resampling_exponent id_dropout feature_dropout recency_decay attention_dropout"
+    others: dict[str, Any] = dict.fromkeys(halves.split(), 0.5)
+    others |= {"temperature": 1.0, "item_init": "svd", "correction": "none"}
+    others |= {"history_length": 7, "history_dropout": 0.1, "attention_blocks": 5}
     loss_alone = {"negatives", "hard"}
     assert others.keys() | loss_alone | set(SHAPE) == set(TwoTowerSettings.model_fields)
     changed = TwoTowerSettings(**{**base.model_dump(), **others})
@@ -275,11 +244,10 @@ def test_other_features_and_ids_are_refused(
     data = TrainingSet.build(Log.from_table(events), tmp_path / "numbers", seed=0)
     with pytest.raises(ConfigError) as error:
         tiny(**MODEL).fit_samples(data, warm_start=source)
-    lines = str(error.value).splitlines()
-    assert re.match("data.item_features: got none, .* genre=categorical title=text$", lines[0])
-    assert lines[1:] == [
-        f"warm_start: {whose} ids are integers here and strings there" for whose in ("item", "user")
-    ]
+    features, *ids = str(error.value).splitlines()
+    assert re.match("data.item_features: got none, .* genre=categorical title=text$", features)
+    told = "ids are integers here and strings there"
+    assert ids == [f"warm_start: {whose} {told}" for whose in ("item", "user")]
     other = TrainingSet.build(log_of(range(50, 70), 0), tmp_path / "other", seed=0)
     with pytest.raises(ConfigError, match=r"no item is known there: ids are like 'item 50' here"):
         tiny(**MODEL).fit_samples(other, warm_start=source)

@@ -23,23 +23,17 @@ DROPOUT: dict[str, Any] = {"use_user_id": True, "feature_dropout": 0.2, "hard": 
 # To Adam a gradient of nothing but rounding, as the bias of attention's keys has, is one like any.
 ATTENTION: dict[str, Any] = {**DROPOUT, "history_pooling": ["recency", "attention"]}
 SHARED = [Uniform(16), Popularity(8)]
-CASES: dict[str, dict[str, Any]] = {
-    "hard": {**DROPOUT, "training": {"optimizer": "lazy_adam"}},
-    "sequences": {
-        **ATTENTION,
-        "negatives": SHARED,
-        "training": {"examples": "sequences", "optimizer": "adagrad"},
-    },
-    "mixture": {
-        **ATTENTION,
-        "negatives": [InBatch(), *SHARED],
-        "training": {"optimizer": "adagrad"},
-    },
-    "sets": {
-        "negatives": SHARED,
-        "item_init": "svd",
-        "training": {"examples": "sets", "optimizer": "lazy_adam"},
-    },
+
+
+def trained_by(optimizer: str, examples: str = "single", **model: Any) -> dict[str, Any]:
+    return {**model, "training": {"optimizer": optimizer, "examples": examples}}
+
+
+CASES = {
+    "hard": trained_by("lazy_adam", **DROPOUT),
+    "sequences": trained_by("adagrad", "sequences", negatives=SHARED, **ATTENTION),
+    "mixture": trained_by("adagrad", negatives=[InBatch(), *SHARED], **ATTENTION),
+    "sets": trained_by("lazy_adam", "sets", negatives=SHARED, item_init="svd"),
 }
 NUM_EPOCHS = 3
 # One of the seeds for which a single process forgets rounding: weights that change by 1e-7 at every

@@ -42,10 +42,8 @@ def test_an_alias_table_gives_back_the_distribution(masses: list[float]) -> None
 def test_draws_are_as_declared_over_all_of_a_large_corpus(kind: Negatives) -> None:
     num_candidates, num_batches = 300_000, 12
     frame = frame_of([0, *np.maximum(1, num_candidates // np.arange(1, num_candidates + 1))])
-    rows = [
-        kind.draw(frame, tf.constant([1]), tf.constant([7, step])).numpy()
-        for step in range(num_batches)
-    ]
+    own, seeds = tf.constant([1]), [tf.constant([7, step]) for step in range(num_batches)]
+    rows = [kind.draw(frame, own, seed).numpy() for seed in seeds]
     observed = np.bincount(np.concatenate(rows), minlength=num_candidates + 1)
     expected = kind.expected_count(frame) * num_batches
     assert observed[0] == expected[0] == 0
@@ -53,8 +51,7 @@ def test_draws_are_as_declared_over_all_of_a_large_corpus(kind: Negatives) -> No
     cell = np.floor(np.cumsum(expected[1:]) / 5).astype(np.int64)
     cells = np.stack([np.bincount(cell, x[1:]) for x in (observed, expected)])
     assert scipy.stats.chisquare(*cells[:, cells[1] > 0]).pvalue > 1e-4
-    again = kind.draw(frame, tf.constant([1]), tf.constant([7, 3])).numpy()
-    np.testing.assert_array_equal(again, rows[3])
+    np.testing.assert_array_equal(kind.draw(frame, own, seeds[3]), rows[3])
     assert (rows[4] != rows[3]).any()
 
 
@@ -147,10 +144,7 @@ def test_refusals_of_counts() -> None:
             SamplingFrame.of_counts(np.array(counts), 5)
     with pytest.raises(ValueError, match=r"batch_size must be .* 1 or more\. Received: 0"):
         SamplingFrame.of_counts([0, 2], 0)
-    for wrong, received in (
-        ([0.25, 0.25], "0.25 and more, sum 0.5"),
-        ([1.5, -0.5], "-0.5 and mor"),
-    ):
+    for wrong, received in (([0.25, 0.25], "0.25 and more, sum 0.5"), ([1.5, -0.5], "-0.5 and m")):
         with pytest.raises(ValueError, match=f"sum to 1. Received: {received}"):
             build_alias_table(np.array(wrong))
     with pytest.raises(DataError, match="holds no positive"):
@@ -160,17 +154,23 @@ def test_refusals_of_counts() -> None:
             Mixture(kinds, frame_of([0, 1], batch_size))
 
 
+@dataclass(frozen=True)
 class Own:
-    """An own kind that draws what it is told."""
+    """A kind of two functions."""
 
-    def __init__(self, drawn: Any, *counts: float) -> None:
-        self.drawn, self.counts = drawn, np.array(counts)
+    drawn: Any
+    expected: Any
 
-    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        return tf.convert_to_tensor(self.drawn)
+    def draw(self, *arguments: Any) -> tf.Tensor:
+        return tf.convert_to_tensor(self.drawn(*arguments))
 
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-        return self.counts
+        return np.asarray(self.expected(frame))
+
+
+def own(drawn: Any, *counts: float) -> Own:
+    """An own kind that draws and expects what it is told."""
+    return Own(lambda *arguments: drawn, lambda frame: counts)
 
 
 @pytest.mark.parametrize(
@@ -192,72 +192,50 @@ class Own:
 )
 def test_an_own_kind_that_breaks_its_word_is_refused(drawn: Any, counts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"Own.*{message}"):
-        Mixture([InBatch(), Own(drawn, *counts)], frame_of([0, 3, 1, 0], 4))
+        Mixture([InBatch(), own(drawn, *counts)], frame_of([0, 3, 1, 0], 4))
 
 
-@dataclass(frozen=True)
-class Declared:
-    """Draws uniformly, and expects what another kind draws."""
-
-    expected: Any
-
-    def draw(self, *arguments: Any) -> tf.Tensor:
-        return Uniform(32).draw(*arguments)
-
-    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-        return np.asarray(self.expected.expected_count(frame))
+def block(frame: SamplingFrame, rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Draws neighbours, all of one batch together."""
+    first = tf.random.stateless_uniform([1], seed, 0, frame.num_candidates, tf.int32)
+    return (first + tf.range(10)) % frame.num_candidates + 1
 
 
-class Block:
-    """Neighbours, all of one batch together."""
-
-    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        first = tf.random.stateless_uniform([1], seed, 0, frame.num_candidates, tf.int32)
-        return (first + tf.range(10)) % frame.num_candidates + 1
-
-    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-        count = np.full(frame.num_candidates + 1, 10 / frame.num_candidates)
-        count[0] = 0
-        return count
+def following(frame: SamplingFrame, rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Draws the item after each positive: as often as positives come."""
+    return rows % frame.num_candidates + 1
 
 
-class Next:
-    """The item after each positive: drawn as often as positives come."""
-
-    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        return positive_rows % frame.num_candidates + 1
-
-    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-        share = np.roll(frame.q_positive[1:], 1)
-        return np.concatenate([[0.0], share * frame.batch_size])
+KINDS = {
+    "uniform": Own(Uniform(32).draw, Uniform(32).expected_count),
+    "block": Own(block, Uniform(10).expected_count),
+    "following": Own(following, lambda x: np.append(0, np.roll(x.q_positive[1:], 1) * 64)),
+}
 
 
 @pytest.mark.parametrize("expected", [Uniform(64), Uniform(16), Popularity(32, 1.0)])
 def test_a_count_that_does_not_fit_the_draws_is_noticed(expected: Any) -> None:
     frame = frame_of([0, *range(1, 51)], 64)
     with pytest.raises(ValueError, match=r"a batch draws .* copies of .* log_q would belong"):
-        Mixture([Declared(expected)], frame)
+        Mixture([Own(Uniform(32).draw, expected.expected_count)], frame)
 
 
-@pytest.mark.parametrize("kind", [Declared(Uniform(32)), Block(), Next()])
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("slope", [0, 1, 3])
-def test_a_count_that_fits_is_left_alone(kind: Any, slope: int) -> None:
-    frame = frame_of([0, *(np.arange(1, 51) ** slope)], 64)
+def test_a_count_that_fits_is_left_alone(name: str, slope: int) -> None:
+    kind, frame = KINDS[name], frame_of([0, *(np.arange(1, 51) ** slope)], 64)
     np.testing.assert_array_equal(Mixture([kind], frame).expected_count, kind.expected_count(frame))
 
 
 def test_a_mixture_may_be_made_in_a_graph() -> None:
-    @tf.function
-    def draw() -> tf.Tensor:
-        return Mixture([Uniform(3)], frame_of([0, 1, 1])).draw(tf.constant([1]), [0, 0])
-
-    assert draw().shape == [3]
+    frame, rows = frame_of([0, 1, 1]), tf.constant([1])
+    assert tf.function(lambda: Mixture([Uniform(3)], frame).draw(rows, [0, 0]))().shape == [3]
 
 
 @pytest.mark.parametrize("dtype", [tf.int32, tf.int64], ids=["int32", "int64"])
 def test_integers_may_be_longer_and_a_seed_hold_the_step_of_a_graph(dtype: tf.DType) -> None:
-    own = Own(tf.constant([2, 1], dtype), 0, 1, 1)
-    drawn = Mixture([InBatch(), own], frame_of([0, 3, 1], 2)).draw(tf.constant([1, 1]), [0, 0])
+    kinds = [InBatch(), own(tf.constant([2, 1], dtype), 0, 1, 1)]
+    drawn = Mixture(kinds, frame_of([0, 3, 1], 2)).draw(tf.constant([1, 1]), [0, 0])
     assert drawn.numpy().tolist() == [1, 1, 2, 1]
     mixture, rows = Mixture([Uniform(9)], frame_of([0, 1, 1])), tf.constant([1])
     drawn = tf.function(lambda step: mixture.draw(rows, [7, step]))(tf.constant(3, dtype))

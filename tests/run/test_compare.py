@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.small_log import SMALL_TRAINING, Stopped, Watched, small_config
+from tests.small_log import Stopped, Watched, small_config
 from tfrs_pipeline import FunnelLosers, Popularity, Uniform
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
@@ -31,31 +31,20 @@ def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
     return small_config(
         folder,
         {"source": "files", "path": folder / "funnel.parquet"},
-        model={
-            "dim": 16,
-            "history_length": 10,
-            "negatives": ["in_batch", "uniform:num=32"],
-        },
         # Two epochs are more than a plan's budget.
-        training={**SMALL_TRAINING, "max_epochs": 9, "patience": 9, "refit": False},
+        training={"max_epochs": 9, "patience": 9, "refit": False},
         split={"kind": "last_share"},
         compare={"hard_shares": [0.1], "resampling_exponents": [0.5], **compare_settings},
     )
 
 
-def write_funnel(folder: Path) -> None:
-    options = FunnelOptions(
-        num_retrieved=30, num_pre_ranked=15, num_ranked=8, num_exposed=5, click_bias=-2.0
-    )
-    sizes = {"num_users": 150, "num_items": 400, "num_requests": 1500}
-    simulation = simulate_funnel(**sizes, seed=1, options=options)
-    simulation.log.events.to_parquet(folder / "funnel.parquet")
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("funnel")
-    write_funnel(folder)
+    stages = {"num_retrieved": 30, "num_pre_ranked": 15, "num_ranked": 8, "num_exposed": 5}
+    options = FunnelOptions(**stages, click_bias=-2.0)
+    made = simulate_funnel(num_users=150, num_items=400, num_requests=1500, seed=1, options=options)
+    made.log.events.to_parquet(folder / "funnel.parquet")
     plans = ["in_batch_uncorrected", "mixed", "hybrid"]
     return funnel_config(folder, plans=plans, max_steps=MAX_STEPS)
 
@@ -179,9 +168,7 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
             funnel_config(tmp_path, **settings)
     # All plans start from nothing.
     config = funnel_config(tmp_path).model_copy(update={"warm_start": Path("runs/yesterday")})
-    with pytest.raises(
-        ConfigError, match=r"^warm_start: got 'runs/yesterday': .*from random weights"
-    ):
+    with pytest.raises(ConfigError, match=r"^warm_start: got 'runs/yesterday': .*random weights"):
         compare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -208,16 +195,13 @@ def test_plans_are_compared_with_the_reference_query_by_query(compared: PlanComp
 def test_files_hold_the_plans(compared: PlanComparison) -> None:
     saved = json.loads((compared.folder / "comparison.json").read_text())
     evaluation = compared.evaluation
-    names = ("models", "differences", "by_request")
-    assert {name: saved[name] for name in names} == evaluation.summary()
+    assert evaluation.summary().items() <= saved.items()
     assert saved["plans"]["mixed"]["epochs"] == compared.trainings["mixed"].best_epoch
     # Two epochs are the budget in steps.
     epochs = [*compared.folder.glob("plans/mixed/checkpoints/selection/epoch-*.json")]
     assert max(path.stem for path in epochs) == f"epoch-{NUM_EPOCHS}"
     text = (compared.folder / "comparison.md").read_text()
-    for name, result in evaluation.results.items():
-        assert name in text
-        assert f"{result.overall.intervals['recall@20'].mean:.4f}" in compared.table()
+    assert all(name in text for name in evaluation.results)
     assert (compared.folder / "comparison.svg").read_text().startswith("<svg xmlns=")
     (cut_off,) = compared.notes
     assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")

@@ -1,11 +1,9 @@
 """Day after day: a run that starts from yesterday's, and a gate before the model in service."""
 
-import json
-import math
 import re
 import shutil
-import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,14 +24,13 @@ from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import StepReport
-from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.run import training
 from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.refresh import describe_undone, refresh_index
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.run.versions import with_source
-from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
+from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import load
 
@@ -110,17 +107,12 @@ def warm(yesterday: RunResult, place: Path) -> Warm:
         except InUse:
             alone.append(report.name)
 
-    def on_step(report: StepReport) -> None:
-        other = threading.Thread(target=try_publishing, args=[report])
-        other.start()
-        other.join()
-
     def read(folder: Path, step: Any, name: str) -> Any:
         started_from.append(step)
         return trained_in(folder, step, name)
 
-    watched = Watched(on_step=on_step)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as other:
+        watched = Watched(on_step=lambda report: other.submit(try_publishing, report).result())
         patch.setattr(training, "trained_in", read)
         result = run(today(place, **settings), place / "runs" / "today", progress=watched)
     return Warm(result, watched.reports, started_from, alone)
@@ -177,30 +169,6 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     assert set(withdrawn) <= set(holdout_of(result).candidate_ids)
 
 
-def test_any_model_of_a_run_starts_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = two_tower.validation_metrics
-
-    def without_tail(*arguments: Any) -> dict[str, float]:
-        return {**validate(*arguments), "tail/recall@5": math.nan}
-
-    monkeypatch.setattr(two_tower, "validation_metrics", without_tail)
-    settings = {
-        "evaluation.baselines": ["uncorrected"],
-        "training.max_epochs": 1,
-        "training.refit": False,
-        "export.index": "none",
-    }
-    folder = run(config_of(tmp_path, "day", YESTERDAY, **settings), tmp_path / "run").folder
-    for name, correction in (("two_tower", "mixture"), ("two_tower_uncorrected", "none")):
-        source = trained_in(str(folder), name=name)
-        assert source is not None
-        assert source.settings.correction == correction
-    # What validation could not measure is no number, as JSON has none.
-    text = (folder / "metrics.json").read_text()
-    metrics = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert metrics["training"]["two_tower"]["history"]["val_tail/recall@5"] == [None]
-
-
 def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: Warm) -> None:
     """The export of today's run, loaded as the version in service, finds what the model found."""
     holdout = holdout_of(warm.result)
@@ -248,7 +216,7 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
 
 
 def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path: Path) -> None:
-    """Its model is its own, and what the folder's earlier run has published is in service."""
+    """What the folder's earlier run has published is in service, and an equal model passes."""
     folder = warm.result.folder
     for name in ("metrics.json", "checkpoints"):
         shutil.move(folder / name, tmp_path / name)
@@ -313,39 +281,15 @@ def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> 
     assert trained_in(yesterday.folder, "refit", "two_tower_uncorrected") is None
 
 
-@pytest.mark.parametrize(
-    "name", ["samples/final/corpus.parquet", "samples/final/queries.parquet", "data/split.parquet"]
-)
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_file_of_its_source_is_told(yesterday: RunResult, name: str, how: str) -> None:
-    path = yesterday.folder / name
-    content = path.read_bytes()
-    try:
+def test_a_damaged_file_of_its_source_is_told(yesterday: RunResult) -> None:
+    names = "samples/final/corpus.parquet", "samples/final/queries.parquet", "data/split.parquet"
+    for name, how in zip(names, DAMAGES, strict=True):
+        path = yesterday.folder / name
+        content = path.read_bytes()
         damage(path, how)
         with pytest.raises(Damaged, match=rf"{name} is not as it was written"):
             trained_in(yesterday.folder)
-    finally:
         path.write_bytes(content)
-
-
-@pytest.mark.slow
-def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -> None:
-    """Stopped in both trainings, when another version is in service than it began with."""
-    whole = warm.result
-    config = with_settings(RunFolder(whole.folder).settings(), {"export.name": "others"})
-
-    folder = place / "runs" / "stopped"
-    for name in ("two_tower, selection", "two_tower, refit"):
-        with pytest.raises(Stopped):
-            run(config, folder, progress=Watched((name, 1)))
-    ended = run(config, folder)
-    assert ended.metrics["training"] == whole.metrics["training"]
-    assert ended.metrics["models"]["two_tower"] == whole.metrics["models"]["two_tower"]
-    answers = [
-        load(str(x.export_folder)).retrieve([{"history": ids_of([7])}], 20) for x in (ended, whole)
-    ]
-    for a, b in zip(*answers, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_a_worse_model_is_published_only_if_asked_for(
@@ -361,9 +305,8 @@ def test_a_worse_model_is_published_only_if_asked_for(
     code, shown, told = command("run", "--config", place / "worse.toml", "--run-dir", folder)
     assert code == cli.NOT_PUBLISHED == 3
     assert re.match(
-        r"not published: The new model is worse than the one in service. ndcg@20 0\.\d+, and "
-        r"0\.\d+ of version 2 in service: -0\.\d+ \[-0\.\d+, -0\.\d+\] on the same \d+ queries\. "
-        rf".*films stays as it is\. The trained run is kept: --run-dir {folder} with",
+        r"not published: The new model is worse .* 0\.\d+ of version 2 in service: "
+        rf"-0\.\d+ \[-0\.\d+, -0\.\d+\] on the same .* is kept: --run-dir {folder} with",
         told,
     )
     assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == before
@@ -373,9 +316,7 @@ def test_a_worse_model_is_published_only_if_asked_for(
     assert "next:" not in shown
     assert (folder / "report.html").is_file()
     metrics = read_record(folder / "metrics.json")
-    assert metrics["export_folder"] is None
-    gap = metrics["differences"][IN_SERVICE]["ndcg@20"]
-    assert gap["low"] > 0
+    assert metrics["differences"][IN_SERVICE]["ndcg@20"]["low"] > 0
     # Another look is another refusal; opened, the gate lets it through without another training.
     assert command("run", "--run-dir", folder).code == 3
     trained = {x: x.stat().st_mtime_ns for x in (folder / "checkpoints").rglob("*") if x.is_file()}
@@ -395,19 +336,6 @@ def test_a_worse_model_is_published_only_if_asked_for(
 def holdout_of(result: RunResult) -> Holdout:
     split: Split = split_in(RunFolder(result.folder))
     return split.test
-
-
-def test_an_equal_model_passes(yesterday: RunResult, place: Path) -> None:
-    """Worse and better ones are those of other tests here."""
-    holdout = holdout_of(yesterday)
-    folder = place / "one" / "films"
-    shutil.copytree(model_folder(place) / "1", folder / "1")
-    served = version_in_service(folder, holdout.candidate_ids)
-    assert served is not None
-    same = evaluate({"new": load(folder), IN_SERVICE: served}, holdout, cutoffs=(20,))
-    assert refuse_worse(same, "ndcg@20", folder).endswith(
-        f"+0.0000 [+0.0000, +0.0000] on the same {len(same.first.user_ids)} queries"
-    )
 
 
 def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) -> None:
@@ -437,9 +365,7 @@ def test_what_cannot_be_started_from_is_said(
             with_source(today(place, warm_start=path), RunFolder(tmp_path))
         return str(error.value)
 
-    wrong = tmp_path / "nowhere"
-    expected = f"got {str(wrong)!r}, which is neither a run's folder nor an exported model's"
-    assert refused(wrong) == f"warm_start: {expected}"
+    assert "is neither a run's folder nor an exported model's" in refused(tmp_path / "nowhere")
     version = tmp_path / "model" / "1"
     version.mkdir(parents=True)
     write_record(version / MANIFEST_FILE, {"run": str(tmp_path / "gone")})
@@ -451,14 +377,12 @@ def test_what_cannot_be_started_from_is_said(
     write_record(version / MANIFEST_FILE, {"run": str(yesterday.folder), "metrics": {}})
     assert "where another run is now" in refused(version)
     version = model_folder(place) / "1"
-    with pytest.raises(
-        ConfigError, match=r"made by this very run, which began from random weights"
-    ):
+    with pytest.raises(ConfigError, match="made by this very run, which began from random"):
         with_source(today(place, warm_start=version), RunFolder(yesterday.folder))
     # A run that is finished is given back without what it has started from.
     done = Path(shutil.copytree(warm.result.folder, tmp_path / "done"))
     again = today(place, warm_start=model_folder(place))
-    (model_folder(place)).rename(tmp_path / "moved")
+    model_folder(place).rename(tmp_path / "moved")
     assert with_source(again, RunFolder(done)).warm_start == yesterday.folder
     (tmp_path / "moved").rename(model_folder(place))
     half = Path(shutil.copytree(yesterday.folder, tmp_path / "half"))

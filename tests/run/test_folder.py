@@ -2,8 +2,7 @@
 
 import codecs
 import shutil
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def begin(config: RunConfig, folder: Path) -> None:
 
 
 def refused(folder: Path, config: RunConfig, message: str, *, is_run: bool = True) -> None:
-    error = pytest.raises((ValueError, ConfigError, StorageError), match=message)
+    error = pytest.raises((ValueError, ConfigError, StorageError, InUse), match=message)
     with error, RunFolder(folder).claim(config, is_run=is_run):
         pytest.fail("the work began")
 
@@ -86,8 +85,6 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     for name, value in (("export.index", "scann"), ("export.target_recall", 0.9)):
         other = with_settings(changed, {name: value})
         refused(folder, other, rf"other settings \({name}: ")
-    with RunFolder(folder).claim(with_settings(changed, {"export.gate": True}), is_run=True):
-        pass
     # Another run's version of that number is not its own.
     write_record(version / "manifest.json", {"metrics": {"num_queries": 8}})
     with RunFolder(folder).claim(other, is_run=True):
@@ -98,10 +95,10 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
 def test_runs_and_comparisons_keep_apart(
     config: RunConfig, tmp_path: Path, left: str, exports: bool
 ) -> None:
-    begin(config, tmp_path / "run")
-    (tmp_path / "run" / left).mkdir()
+    begin(config, tmp_path)
+    (tmp_path / left).mkdir()
     what = "comparison" if exports else "run"
-    refused(tmp_path / "run", config, rf"holds a {what}\. Choose another folder", is_run=exports)
+    refused(tmp_path, config, rf"holds a {what}\. Choose another folder", is_run=exports)
 
 
 @pytest.mark.parametrize("own", ["data/events.parquet", "samples/july", "config.toml", "plans/a"])
@@ -142,22 +139,22 @@ def test_only_a_stopped_run_leaves_a_folder(config: RunConfig, tmp_path: Path) -
 
 
 def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "saved_models").write_text("a file")
-    refused(tmp_path / "run", config, "saved_models/clicks: Not a directory")
-    assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
-    (tmp_path / "saved_models").unlink()
-    (tmp_path / "saved_models").symlink_to(tmp_path / "not mounted")
-    refused(tmp_path / "run", config, "saved_models: is a link to .*not mounted")
+    models, folder = tmp_path / "saved_models", tmp_path / "run"
+    models.write_text("a file")
+    refused(folder, config, "saved_models/clicks: Not a directory")
+    assert list(tmp_path.iterdir()) == [models]
+    models.unlink()
+    models.symlink_to(tmp_path / "not mounted")
+    refused(folder, config, "saved_models: is a link to .*not mounted")
     # Not the folder of the models alone, but that of the model, which may be another's.
-    (tmp_path / "saved_models").unlink()
-    (tmp_path / "saved_models").mkdir()
-    (tmp_path / "saved_models" / "clicks").symlink_to(tmp_path / "not mounted")
-    refused(tmp_path / "run", config, "clicks: is a link to .*not mounted")
-    with RunFolder(tmp_path / "run").claim(config, is_run=False):
-        pass
+    models.unlink()
+    models.mkdir()
+    (models / "clicks").symlink_to(tmp_path / "not mounted")
+    refused(folder, config, "clicks: is a link to .*not mounted")
     unexported = with_settings(config, {"export.index": "none"})
-    with RunFolder(tmp_path / "run").claim(unexported, is_run=True):
-        pass
+    for config_, is_run in ((config, False), (unexported, True)):
+        with RunFolder(folder).claim(config_, is_run=is_run):
+            pass
 
 
 def of_clicks(path: str, **export: Any) -> RunConfig:
@@ -179,17 +176,17 @@ def test_names_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     write_record(left, {"config": {"data": {"path": "b/log.csv", "source": ""}}, "log": "other"})
     check_model_name(config)
     # A link to the file of the day is one log, wherever it leads to.
-    (tmp_path / "log.csv").symlink_to(tmp_path / "monday.csv")
-    of_day = name_of_log(of_clicks("log.csv").data)
-    (tmp_path / "log.csv").unlink()
-    (tmp_path / "log.csv").symlink_to(tmp_path / "tuesday.csv")
-    assert name_of_log(of_clicks("log.csv").data) == of_day
+    today, names = tmp_path / "log.csv", set()
+    for day in ("monday", "tuesday"):
+        today.unlink(missing_ok=True)
+        today.symlink_to(tmp_path / f"{day}.csv")
+        names.add(name_of_log(of_clicks("log.csv").data))
+    assert len(names) == 1
     # Not another's of the same path below another folder.
     (tmp_path / "c").mkdir()
     with monkeypatch.context() as elsewhere:
         elsewhere.chdir(tmp_path / "c")
-        other = of_clicks("a/log.csv")
-        other = with_settings(other, {"export.directory": tmp_path / "saved_models"})
+        other = of_clicks("a/log.csv", directory=tmp_path / "saved_models")
         with pytest.raises(ConfigError, match=r"is a model of a/log\.csv"):
             check_model_name(other)
     # A table of Spark has a name and no folder.
@@ -198,36 +195,18 @@ def test_names_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     check_model_name(of_clicks("b/log.csv", name="log"))
     check_model_name(of_clicks("b/log.csv", index="none"))
     with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):
-        check_model_name(of_clicks("b/log.csv"))
-    write_record(written, {})  # As Python exports a model.
-    with pytest.raises(ConfigError, match=r"log/1 is a model of data that it does not name: set"):
-        check_model_name(of_clicks("a/log.csv"))
-    with pytest.raises(ConfigError, match=r"^export.name: required: no letter or digit"):
-        check_model_name(of_clicks("журнал.csv"))
-    with pytest.raises(ConfigError, match="log/1"):
         run(of_clicks("b/log.csv"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    write_record(written, {})  # As Python exports a model.
+    for path, told in (("a/log.csv", "of data that it does not name"), ("журнал.csv", "required")):
+        with pytest.raises(ConfigError, match=rf"^export\.name: .*{told}"):
+            check_model_name(of_clicks(path))
 
 
-SECOND = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from tfrs_pipeline.config import load_config
-from tfrs_pipeline.run.folder import RunFolder
-
-folder = Path(sys.argv[1])
-with RunFolder(folder).claim(load_config(folder / "config.toml"), is_run=True):
-    print("in")
-"""
-
-
-def test_a_second_process_is_refused_at_once(config: RunConfig, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SECOND, str(tmp_path / "run"), str(Path(__file__).parents[2])]
-    with RunFolder(tmp_path / "run").claim(config, is_run=True):
-        second = subprocess.run(command, capture_output=True, text=True)
-        assert second.stdout == ""
-        assert InUse.__name__ in second.stderr
-        assert f"{tmp_path / 'run'} is in use by process" in second.stderr
-    third = subprocess.run(command, capture_output=True, text=True)
-    assert third.stdout == "in\n"
+def test_a_second_run_is_refused_at_once(config: RunConfig, tmp_path: Path) -> None:
+    """Here of another thread; locks of other processes have their own tests."""
+    folder = tmp_path / "run"
+    with RunFolder(folder).claim(config, is_run=True), ThreadPoolExecutor() as other:
+        other.submit(refused, folder, config, f"{folder} is in use by process").result()
+    with RunFolder(folder).claim(config, is_run=True):
+        pass
