@@ -27,12 +27,10 @@ def make_samples(
     """Draws samples by popularity, with ties in time, exposed items and a weight of their own."""
     rng = np.random.default_rng(seed)
     popularity = 1 / np.arange(1, num_candidates + 1)
-    samples = Samples.from_pairs(
-        rng.integers(1, num_queries + 1, num_samples),
-        1 + rng.choice(num_candidates, num_samples, p=popularity / popularity.sum()),
-        num_queries=num_queries,
-        num_candidates=num_candidates,
-    )
+    queries = rng.integers(1, num_queries + 1, num_samples)
+    candidates = 1 + rng.choice(num_candidates, num_samples, p=popularity / popularity.sum())
+    sizes = {"num_queries": num_queries, "num_candidates": num_candidates}
+    samples = Samples.from_pairs(queries, candidates, **sizes)
     shown = [rng.integers(1, num_candidates + 1, rng.integers(0, 6)) for _ in range(num_queries)]
     exposed = [np.setdiff1d(x, samples.known_positives[i]) for i, x in enumerate(shown, 1)]
     assert samples.num_earlier is not None
@@ -65,15 +63,11 @@ def forbidden(samples: Samples, query: int) -> list[int]:
 SAMPLES = with_pools(make_samples())
 UNORDERED = dataclasses.replace(SAMPLES, num_earlier=None)
 # A request feature that names the sample too, and one of several numbers.
-REQUESTED = dataclasses.replace(
-    SAMPLES,
-    request_columns={
-        "place": np.arange(NUM_SAMPLES, dtype=np.int32),
-        "vector": np.arange(2 * NUM_SAMPLES, dtype=np.float32).reshape(-1, 2),
-    },
-    # A time names the place in the sequences.
-    sequence_times=np.arange(NUM_SAMPLES) + 1000,
-)
+PLACES: dict[str, Any] = {"place": np.arange(NUM_SAMPLES, dtype=np.int32)}
+PLACES["vector"] = np.arange(2 * NUM_SAMPLES, dtype=np.float32).reshape(-1, 2)
+# A time names the place in the sequences.
+TIMES = np.arange(NUM_SAMPLES) + 1000
+REQUESTED = dataclasses.replace(SAMPLES, request_columns=PLACES, sequence_times=TIMES)
 # The weight names the sample: no two are equal.
 SAMPLE_OF = {weight: i for i, weight in enumerate(SAMPLES.weights.tolist())}
 ORDERS = {"single": SinglePositives, "sequences": WholeSequences, "sets": UserSets}

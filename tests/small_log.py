@@ -17,12 +17,7 @@ from tfrs_pipeline.messages import Progress, StepReport
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 150, 80, 4
 EVENTS_PER_USER = 24
 Ids = Literal["int", "str"]
-SMALL_TRAINING: dict[str, Any] = {
-    "batch_size": 256,
-    "max_epochs": 2,
-    "learning_rate": 0.02,
-    "monitor": "ndcg@20",
-}
+SMALL_TRAINING = {"batch_size": 256, "max_epochs": 2, "learning_rate": 0.02, "monitor": "ndcg@20"}
 
 
 def arguments(**options: Any) -> dict[str, Any]:
@@ -67,35 +62,24 @@ def event_table(ids: Ids, *, seed: int = 0) -> pa.Table:
         times = np.sort(rng.integers(0, 40, EVENTS_PER_USER)) * 3600 + 1_700_000_000
         for item, time in zip(shown, times.tolist(), strict=True):
             is_click = rng.random() < (0.9 if is_own[item] else 0.3)
-            rows.append(
-                {
-                    "user_id": user_id(user, ids),
-                    "item_id": item_id(item, ids),
-                    "timestamp": time,
-                    "stage": "clicked" if is_click else "exposed",
-                    "rating": int(rng.integers(3, 6) if is_click else rng.integers(1, 3)),
-                }
-            )
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["timestamp"]))
+            rating = int(rng.integers(3, 6) if is_click else rng.integers(1, 3))
+            stage = "clicked" if is_click else "exposed"
+            rows.append((user_id(user, ids), item_id(item, ids), time, stage, rating))
+    columns = zip(*sorted(rows, key=lambda row: row[2]), strict=True)
+    names = ["user_id", "item_id", "timestamp", "stage", "rating"]
+    return pa.table(dict(zip(names, columns, strict=True)))
 
 
 def item_table(ids: Ids) -> pa.Table:
-    return pa.table(
-        {
-            "item_id": [item_id(item, ids) for item in range(NUM_ITEMS)],
-            "title": [f"Film {item} [b]of[/b] :star: {item % 7}" for item in range(NUM_ITEMS)],
-            "genre": [f"genre {item % NUM_TASTES}" for item in range(NUM_ITEMS)],
-        }
-    )
+    numbers = range(NUM_ITEMS)
+    columns = {"item_id": [item_id(item, ids) for item in numbers]}
+    columns["title"] = [f"Film {item} [b]of[/b] :star: {item % 7}" for item in numbers]
+    return pa.table(columns | {"genre": [f"genre {item % NUM_TASTES}" for item in numbers]})
 
 
 def user_table(ids: Ids) -> pa.Table:
-    return pa.table(
-        {
-            "user_id": [user_id(user, ids) for user in range(NUM_USERS)],
-            "age": [20.0 + user % 50 for user in range(NUM_USERS)],
-        }
-    )
+    users = [user_id(user, ids) for user in range(NUM_USERS)]
+    return pa.table({"user_id": users, "age": 20.0 + np.arange(NUM_USERS) % 50})
 
 
 def write(table: pa.Table, path: Path) -> Path:

@@ -39,6 +39,7 @@ from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 RUN = "it's a run"  # A folder's name that a shell needs in quotes.
 
 
@@ -163,10 +164,9 @@ def test_flags_and_files_are_read_back(config_of: Any, config: RunConfig, tmp_pa
 
 
 def test_a_default_filter_goes_with_the_default_features(config_of: Any, command: Any) -> None:
+    for given, filtered in (("title=text", None), ("none", None), ("genres=categorical", "genres")):
+        assert config_of("--data.item_features", given).export.filter_by == filtered
     titles = ("--data.item_features", "title=text")
-    assert config_of(*titles).export.filter_by is None
-    assert config_of("--data.item_features", "none").export.filter_by is None
-    assert config_of("--data.item_features", "genres=categorical").export.filter_by == "genres"
     assert "export.filter_by: got 'x'" in command("run", *titles, "--export.filter_by", "x").err
 
 
@@ -253,48 +253,43 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("run --trainin.batch_size 3", "did you mean '--training.batch_size'"),
-        ("run --zzz", "unknown flag --zzz; no known one is near"),
-        ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
-        ("run mine", "unexpected 'mine'; see tfrs-pipeline run --help"),
-        ("query model --user 3 --top 5", "unknown flag --top; known: --exact, --exclude, "),
-        ("run --seed", "argument --seed: expected one argument"),
-        ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a whole num"),
-        ("run --split.kind tme", r"split.kind: got 'tme'; did you mean 'time'\?"),
-        ("run --data.path x.csv --preset quick --budget 9s", "--budget: nothing races here"),
-        ("run --data.columns user_id", r"--data.columns: got 'user_id'; write NAME=TEXT"),
-        ("run --data.columns usr_id=x --data.path x.csv", r"usr_id: .* did you mean 'user_id'\?"),
-        ("run --model.negatives popularity:alpha=x", r"popularity.alpha: got 'x'; must be a num"),
-        ("run --data.path x.csv --recipes sets sequenc", "recipes: got 'sequenc'; did you mean 's"),
-        ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
-        ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
-        ("run --run-dir cut", r"cut/config.toml:\s+is not as the run wrote it: .* --config FILE"),
-        ("run --run-dir lost", r"lost/config.toml:\s+is not as the run wrote it: lost, cut or ch"),
-        ("run --data.path b/log.csv", "export.name: saved_models/log/1 is a model of a/log.csv"),
-        ("query", "the following arguments are required: MODEL\n"),
-        ("query model", "user: required, or --history ITEM ... for someone without an id"),
-        ("query model --user 3 --history_timestamps 2024-05-01T08:00Z", "without --history ITEM"),
-        ("query model --user 3 -k ten", "k: got 'ten'; must be a whole number"),
-        ("refresh-index model --items x.csv --target-recall 2", "target_recall: got '2'; must be"),
-        ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
-        ("server", "unknown command 'server'; did you mean 'serve'?"),
-        ("", "no command; known: run, compare, report, query, serve, refresh-index, vectors"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("run --trainin.batch_size 3", "did you mean '--training.batch_size'"),
+    ("run --zzz", "unknown flag --zzz; no known one is near"),
+    ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
+    ("run mine", "unexpected 'mine'; see tfrs-pipeline run --help"),
+    ("query model --user 3 --top 5", "unknown flag --top; known: --exact, --exclude, "),
+    ("run --seed", "argument --seed: expected one argument"),
+    ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a whole num"),
+    ("run --split.kind tme", r"split.kind: got 'tme'; did you mean 'time'\?"),
+    ("run --data.path x.csv --preset quick --budget 9s", "--budget: nothing races here"),
+    ("run --data.columns user_id", r"--data.columns: got 'user_id'; write NAME=TEXT"),
+    ("run --data.columns usr_id=x --data.path x.csv", r"usr_id: .* did you mean 'user_id'\?"),
+    ("run --model.negatives popularity:alpha=x", r"popularity.alpha: got 'x'; must be a num"),
+    ("run --data.path x.csv --recipes sets sequenc", "recipes: got 'sequenc'; did you mean 's"),
+    ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
+    ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
+    ("run --run-dir cut", r"cut/config.toml:\s+is not as the run wrote it: .* --config FILE"),
+    ("run --run-dir lost", r"lost/config.toml:\s+is not as the run wrote it: lost, cut or ch"),
+    ("run --data.path b/log.csv", "export.name: saved_models/log/1 is a model of a/log.csv"),
+    ("query", "the following arguments are required: MODEL\n"),
+    ("query model", "user: required, or --history ITEM ... for someone without an id"),
+    ("query model --user 3 --history_timestamps 2024-05-01T08:00Z", "without --history ITEM"),
+    ("query model --user 3 -k ten", "k: got 'ten'; must be a whole number"),
+    ("refresh-index model --items x.csv --target-recall 2", "target_recall: got '2'; must be"),
+    ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
+    ("server", "unknown command 'server'; did you mean 'serve'?"),
+    ("", "no command; known: run, compare, report, query, serve, refresh-index, vectors"),
+])  # fmt: skip
 @pytest.mark.usefixtures("here")
 def test_a_wrong_word_is_told_in_a_line(command: Any, arguments: str, message: str) -> None:
-    Path("broken.toml").write_text("seed == 3")
-    Path("unknown.toml").write_text("[training]\nbatch_sise = 3")
-    for name in ("cut", "lost/checkpoints"):
-        Path(name).mkdir(parents=True)
-    Path("cut/config.toml").write_text("seed = 3\n[train")
-    manifest = Path("saved_models/log/1/manifest.json")
-    manifest.parent.mkdir(parents=True)
+    for folder in ("cut", "lost/checkpoints", "saved_models/log/1"):
+        Path(folder).mkdir(parents=True)
+    files = {"broken": "seed == 3", "unknown": "[training]\nbatch_sise = 3"}
+    for name, text in {**files, "cut/config": "seed = 3\n[train"}.items():
+        Path(f"{name}.toml").write_text(text)
     data = {"source": "files", "path": "a/log.csv"}
-    write_record(manifest, {"config": {"data": data}})
+    write_record(Path("saved_models/log/1/manifest.json"), {"config": {"data": data}})
     answer = command(*shlex.split(arguments))
     assert (answer.code, answer.out) == (2, "")
     assert re.search(f"error: .*{message}", answer.err, re.DOTALL)
@@ -346,7 +341,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         out = io.StringIO()
@@ -424,9 +419,8 @@ def test_what_came_out_is_shown_whatever_has_become_of_the_model(run: Run) -> No
     assert "replaces" not in run.out
     (damaged := gone.parent / "76").mkdir()
     (damaged / "manifest.json").write_text("{")
-    shown = told_of(run, {"export_folder": str(gone)})
+    assert "\nreplaces version 76\n" in told_of(run, {"export_folder": str(gone)})
     shutil.rmtree(damaged)
-    assert "\nreplaces version 76\n" in shown
     assert "    ials: left out by the preset or by evaluation.baselines\n" in run.out
     (names,) = read_record(run.folder / RUN / "metrics.json")["differences"].values()
     for gain in (0.0, 0.2):  # Of the baseline.
@@ -474,15 +468,11 @@ def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_pa
     assert {*tmp_path.iterdir()} - before == {path}
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model.hard", "funnel:stages=ranked"], "none of .* positives has one"),
-        (["--training.warmup_steps", "1000", "--training.decay", "cosine"], "of 1000 steps leaves"),
-        (["--warm_start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
-    ],
-    ids=lambda value: str(value)[:40],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--model.hard", "funnel:stages=ranked"], "none of .* positives has one"),
+    (["--training.warmup_steps", "1000", "--training.decay", "cosine"], "of 1000 steps leaves"),
+    (["--warm_start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
+], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_a_check_refuses_as_a_run(
     command: Any, run: Run, tmp_path: Path, flags: Any, message: str
 ) -> None:
@@ -493,7 +483,6 @@ def test_a_check_refuses_as_a_run(
         assert re.search(message, " ".join(answer.err.split()))
 
 
-@pytest.mark.usefixtures("trusted_exports")
 def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path) -> None:
     short = ["--training.max_epochs", "1", "--no-training.refit", "--evaluation.baselines", "none"]
     short += ["--evaluation.exclude", "none"]
@@ -521,7 +510,6 @@ def test_report_writes_a_page_where_it_is_told_to(
 ) -> None:
     page = run.folder / RUN / "report.html"
     written = page.read_text()
-    assert written.lstrip().startswith("<!DOCTYPE html>")
     page.unlink()
     assert command("report", run.folder / RUN) == (0, f"{page}\n", "")
     assert page.read_text() == written
@@ -614,15 +602,6 @@ def test_query_answers_a_history_in_its_order_and_leaves_it_out(command: Any, ru
     assert (answered["unknown_excluded"], answered["unknown_items"]) == ([998], [])
     shown = command("query", run.model, "--user", 7, "--history", *history, 999).out
     assert re.match(r"1 of 5 items of the history .*, first 999\.\n", shown)
-
-
-def test_query_refuses_an_id_of_the_wrong_type(command: Any, run: Run) -> None:
-    for arguments, what in (
-        (["--user", "Ann"], "user ids are integers. Received: 'Ann'"),
-        (["--user", 7, "--exclude", 30, "Alien"], "item ids are integers. Received: 'Alien'"),
-    ):
-        answer = command("query", run.model, *arguments)
-        assert (answer.code, answer.err) == (1, f"error: This model's {what}\n")
 
 
 # On the way

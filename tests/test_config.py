@@ -76,18 +76,15 @@ def test_a_file_names_itself_and_every_problem_in_a_line_each(tmp_path: Path) ->
     }
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"seed = ", "is not a TOML file: Invalid value"),
-        (b"seed = 1\nseed = 2\n", "is not a TOML file: .*line 2"),
-        (b"name = '\xff'", "is not a TOML file: .*utf-8"),
-        (b"training = 3", "training: got 3; must be a table of settings"),
-        (b"", "holds no setting"),
-        (b"preset = 'quick'", "preset: is no setting; .* as --preset does"),
-        (None, "cannot be read: No such file"),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    (b"seed = ", "is not a TOML file: Invalid value"),
+    (b"seed = 1\nseed = 2\n", "is not a TOML file: .*line 2"),
+    (b"name = '\xff'", "is not a TOML file: .*utf-8"),
+    (b"training = 3", "training: got 3; must be a table of settings"),
+    (b"", "holds no setting"),
+    (b"preset = 'quick'", "preset: is no setting; .* as --preset does"),
+    (None, "cannot be read: No such file"),
+])  # fmt: skip
 def test_a_wrong_file_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "run.toml"
     if content is not None:
@@ -153,23 +150,20 @@ def test_a_field_has_a_sentence_for_the_help_a_default_and_a_number_its_range() 
                     assert name in problems(table, **{name: value}), (table, name, value)
 
 
-@pytest.mark.parametrize(
-    ("table", "name", "refused", "allowed"),
-    [
-        (TwoTowerSettings, "temperature", [0], [1e-9]),
-        (TwoTowerSettings, "history_dropout", [1], [0]),
-        (TwoTowerSettings, "recency_decay", [0, 1.01], [1]),
-        (TwoTowerSettings, "hidden_layers", [[64, 0]], [[]]),
-        (SplitConfig, "test", [1.5, -1], [0, 0.5, 1, 2]),
-        (TrainingSettings, "batch_size", [1], [2]),
-        (TrainingSettings, "monitor", ["ndcg", "ndcg@0", "loss@10"], ["recall@5"]),
-        (EvaluationConfig, "cutoffs", [[], [20, 20]], [[20]]),
-        (EvaluationConfig, "baselines", [["ease", "ease"]], [[]]),
-        (ExportConfig, "target_recall", [1.5], [1]),
-        (ExportConfig, "name", ["../elsewhere", ""], ["films-2.1"]),
-        (RunConfig, "seed", [2**31], [2**31 - 1]),
-    ],
-)
+@pytest.mark.parametrize(("table", "name", "refused", "allowed"), [
+    (TwoTowerSettings, "temperature", [0], [1e-9]),
+    (TwoTowerSettings, "history_dropout", [1], [0]),
+    (TwoTowerSettings, "recency_decay", [0, 1.01], [1]),
+    (TwoTowerSettings, "hidden_layers", [[64, 0]], [[]]),
+    (SplitConfig, "test", [1.5, -1], [0, 0.5, 1, 2]),
+    (TrainingSettings, "batch_size", [1], [2]),
+    (TrainingSettings, "monitor", ["ndcg", "ndcg@0", "loss@10"], ["recall@5"]),
+    (EvaluationConfig, "cutoffs", [[], [20, 20]], [[20]]),
+    (EvaluationConfig, "baselines", [["ease", "ease"]], [[]]),
+    (ExportConfig, "target_recall", [1.5], [1]),
+    (ExportConfig, "name", ["../elsewhere", ""], ["films-2.1"]),
+    (RunConfig, "seed", [2**31], [2**31 - 1]),
+])  # fmt: skip
 def test_the_ends_of_a_range(table: type[Config], name: str, refused: Any, allowed: Any) -> None:
     for value in refused:
         (setting,) = problems(table, **{name: value})
@@ -182,70 +176,63 @@ def test_the_ends_of_a_range(table: type[Config], name: str, refused: Any, allow
 
 FILES = {"data.path": "x.csv"}
 SPARK = {"data.source": "spark", "data.path": "shop.events"}
-STARTS = {
-    "split.validation": datetime(2024, 1, 1, tzinfo=UTC),
-    "split.test": datetime(2024, 2, 1, tzinfo=UTC),
-}
+FIRST, SECOND = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 2, 1, tzinfo=UTC)
+STARTS = {"split.validation": FIRST, "split.test": SECOND}
 SEQUENCES = PRESETS["sequence"][1]
-FEATURES = {
-    "data.item_features": {"title": "text", "year": "categorical"},
-    "data.user_features": {"age": "numeric"},
-}
+FEATURES = {"data.item_features": {"title": "text", "year": "categorical"}}
+FEATURES |= {"data.user_features": {"age": "numeric"}}
 BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
 
 
-@pytest.mark.parametrize(
-    ("fitting", "changed", "setting", "message"),
-    [
-        (FILES, {"data.path": None}, "data.path", "required"),
-        (SPARK, {"data.path": None}, "data.path", "name of the table"),
-        (SPARK, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect"),
-        (SPARK, {"data.event_weights": {"buy": 5}}, "data.event_weights",
-         "only with 'files': a table has its stages and weights"),
-        (SPARK, {"data.memory_limit": "4GB"}, "data.memory_limit", "no effect"),
-        (FILES, {"data.memory_limit": "lots"}, "data.memory_limit", "pattern"),
-        (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
-        (FILES, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),
-        # What decides which events are positives; what is harmless is let be.
-        ({}, {"data.rating_threshold": 4}, "data.rating_threshold", "no effect with source 'movie"),
-        ({}, {"data.label": {"like": 1}}, "data.label", "no effect"),
-        (SPARK, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
-        # So are tables that would not be read, and events that would not be dropped.
-        ({}, {"data.items_path": "items.csv"}, "data.items_path", "only with 'files' or 'spark'"),
-        (FILES | {"data.unknown_items": "drop"}, {"data.source": "movielens-100k"},
-         "data.unknown_items", "no effect"),
-        (FILES | {"data.duplicates": "drop"},
-         {"data.source": "movielens-100k"}, "data.duplicates", "no effect"),
-        ({}, {"data.earliest_time": datetime(2022, 4, 8)}, "data.earliest_time", "no effect"),
-        ({}, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect with source 'movie"),
-        (FILES, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
-        (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
-        ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "'categorical'"),
-        (FILES, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
-        ({}, {"split.kind": "column"}, "split.kind", "no column part"),
-        (FILES | {"split.test": 0.2}, {"split.kind": "column"}, "split.test", "the log's own"),
-        ({"split.test": 0.2}, {"split.validation": 0}, "split", "chooses its model on validation"),
-        (STARTS, {"split.test": None}, "split", "for both"),
-        (STARTS, {"split.kind": "last_n"}, "split.test", "only with 'time'"),
-        (STARTS, {"split.test": datetime(2024, 2, 1)}, "split.test", "write 2024-02-01T00:00:00Z"),
-        (STARTS, {"split.test": date(2024, 2, 1)}, "split.test", "write 2024-02-01T00:00:00Z"),
-        ({"split.kind": "last_n"}, {"split.test": True}, "split.test", "got True; must be a share"),
-        ({}, {"model.hard": {"kind": "funnel", "stages": ["exposed"]}}, "model.hard",
-         "never a negative.*allow_exposed"),
-        (SEQUENCES, {"model.negatives": ["in_batch"]}, "model.negatives", "alpha=1"),
-        (SEQUENCES, {"training.batch_size": 64}, "training.batch_size", "must be 402 or more"),
-        (SEQUENCES, {"data.is_ordered": False}, "training.examples",
-         "with data.is_ordered false: set that to true.* or take --preset sets"),
-        (FEATURES | BLIND, {"data.item_features": {}}, "model", "candidate tower reads nothing"),
-        (FEATURES | BLIND, {"data.user_features": {}}, "model", "query tower reads nothing"),
-        (FEATURES, {"export.filter_by": "title"}, "export.filter_by", "got 'title'.*title, year"),
-        ({"model.use_user_id": True}, {"export.user_data": False}, "export.user_data",
-         "each user is user data"),
-        ({}, {"model.hard": "funnel:num=-5"}, "model.hard.num", "greater than 0"),
-        ({}, {"model.hard": "funnel:num=1:num=2"}, "model.hard", "sets num twice"),
-        ({"export.index": "none"}, {"export.gate": True}, "export.gate", "which exports nothing"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("fitting", "changed", "setting", "message"), [
+    (FILES, {"data.path": None}, "data.path", "required"),
+    (SPARK, {"data.path": None}, "data.path", "name of the table"),
+    (SPARK, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect"),
+    (SPARK, {"data.event_weights": {"buy": 5}}, "data.event_weights",
+     "only with 'files': a table has its stages and weights"),
+    (SPARK, {"data.memory_limit": "4GB"}, "data.memory_limit", "no effect"),
+    (FILES, {"data.memory_limit": "lots"}, "data.memory_limit", "pattern"),
+    (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
+    (FILES, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),
+    # What decides which events are positives; what is harmless is let be.
+    ({}, {"data.rating_threshold": 4}, "data.rating_threshold", "no effect with source 'movie"),
+    ({}, {"data.label": {"like": 1}}, "data.label", "no effect"),
+    (SPARK, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
+    # So are tables that would not be read, and events that would not be dropped.
+    ({}, {"data.items_path": "items.csv"}, "data.items_path", "only with 'files' or 'spark'"),
+    (FILES | {"data.unknown_items": "drop"}, {"data.source": "movielens-100k"},
+     "data.unknown_items", "no effect"),
+    (FILES | {"data.duplicates": "drop"},
+     {"data.source": "movielens-100k"}, "data.duplicates", "no effect"),
+    ({}, {"data.earliest_time": datetime(2022, 4, 8)}, "data.earliest_time", "no effect"),
+    ({}, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect with source 'movie"),
+    (FILES, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
+    (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
+    ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "'categorical'"),
+    (FILES, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
+    ({}, {"split.kind": "column"}, "split.kind", "no column part"),
+    (FILES | {"split.test": 0.2}, {"split.kind": "column"}, "split.test", "the log's own"),
+    ({"split.test": 0.2}, {"split.validation": 0}, "split", "chooses its model on validation"),
+    (STARTS, {"split.test": None}, "split", "for both"),
+    (STARTS, {"split.kind": "last_n"}, "split.test", "only with 'time'"),
+    (STARTS, {"split.test": datetime(2024, 2, 1)}, "split.test", "write 2024-02-01T00:00:00Z"),
+    (STARTS, {"split.test": date(2024, 2, 1)}, "split.test", "write 2024-02-01T00:00:00Z"),
+    ({"split.kind": "last_n"}, {"split.test": True}, "split.test", "got True; must be a share"),
+    ({}, {"model.hard": {"kind": "funnel", "stages": ["exposed"]}}, "model.hard",
+     "never a negative.*allow_exposed"),
+    (SEQUENCES, {"model.negatives": ["in_batch"]}, "model.negatives", "alpha=1"),
+    (SEQUENCES, {"training.batch_size": 64}, "training.batch_size", "must be 402 or more"),
+    (SEQUENCES, {"data.is_ordered": False}, "training.examples",
+     "with data.is_ordered false: set that to true.* or take --preset sets"),
+    (FEATURES | BLIND, {"data.item_features": {}}, "model", "candidate tower reads nothing"),
+    (FEATURES | BLIND, {"data.user_features": {}}, "model", "query tower reads nothing"),
+    (FEATURES, {"export.filter_by": "title"}, "export.filter_by", "got 'title'.*title, year"),
+    ({"model.use_user_id": True}, {"export.user_data": False}, "export.user_data",
+     "each user is user data"),
+    ({}, {"model.hard": "funnel:num=-5"}, "model.hard.num", "greater than 0"),
+    ({}, {"model.hard": "funnel:num=1:num=2"}, "model.hard", "sets num twice"),
+    ({"export.index": "none"}, {"export.gate": True}, "export.gate", "which exports nothing"),
+])  # fmt: skip
 def test_what_does_not_go_together_is_refused(
     fitting: dict[str, Any], changed: dict[str, Any], setting: str, message: str
 ) -> None:
@@ -262,21 +249,16 @@ def test_what_does_not_go_together_is_refused(
 
 def test_replaced_settings_are_checked() -> None:
     base = movielens_config()
-    assert (base.data.source, base.export.index) == ("movielens-100k", "scann")
     changed = with_settings(base, {"training.max_epochs": 2, "model.hidden_layers": [8]})
     assert (changed.training.max_epochs, changed.model.hidden_layers) == (2, (8,))
-    assert changed.data == base.data
-    assert base == movielens_config()
+    assert (changed.data, base) == (base.data, movielens_config())
     with pytest.raises(ValueError, match="frozen"):
         base.seed = 1
-    for name, value, message in [
-        ("training.max_epochs", 0, "must be greater than 0"),
-        ("training.max_epoch", 2, "did you mean 'max_epochs'"),
-        ("train.max_epochs", 2, "did you mean 'training.max_epochs'"),
-        ("seed.max_epochs", 2, "did you mean 'training.max_epochs'"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            with_settings(base, {name: value})
+    with pytest.raises(ConfigError, match="must be greater than 0"):
+        with_settings(base, {"training.max_epochs": 0})
+    for name in ("training.max_epoch", "train.max_epochs", "seed.max_epochs"):
+        with pytest.raises(ConfigError, match=r"did you mean '(training\.)?max_epochs'"):
+            with_settings(base, {name: 2})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -292,18 +274,10 @@ def test_a_preset_goes_with_the_main_job_and_with_clicks(tmp_path: Path, name: s
         with_settings(base, preset=name + "s")
 
 
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("logs/shop.csv", "shop"),
-        ("logs/log[1].csv", "log-1"),
-        ("a b/Ж 7.parquet", "7"),
-        ("-v1.2_x.csv", "v1.2_x"),
-        (".hidden", "hidden"),
-    ],
-)
-def test_a_model_is_named_by_its_file_so_that_it_can_be_loaded(path: str, name: str) -> None:
-    config = RunConfig(data={"path": path})
-    assert (config.data.source, config.model_name) == ("files", name)
-    ExportConfig(name=name)
+def test_a_model_is_named_by_its_file_so_that_it_can_be_loaded() -> None:
+    names = {"logs/shop.csv": "shop", "logs/log[1].csv": "log-1", "a b/Ж 7.parquet": "7"}
+    for path, name in {**names, "-v1.2_x.csv": "v1.2_x", ".hidden": "hidden"}.items():
+        config = RunConfig(data={"path": path})
+        assert (config.data.source, config.model_name) == ("files", name)
+        ExportConfig(name=name)
     assert with_settings(config, {"export.name": "mine"}).model_name == "mine"

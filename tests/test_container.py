@@ -59,9 +59,8 @@ def test_the_deployment_of_the_guide_fits_the_image(stages: Any) -> None:
     pod = yaml.safe_load(text)["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["ports"] == [{"containerPort": PORT}]
-    assert {container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "liveness")} == {
-        PORT
-    }
+    probes = [container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "liveness")]
+    assert probes == [PORT, PORT]
     assert container["env"][0]["name"] in dict(stages["serve"])["ENV"]
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
     assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}

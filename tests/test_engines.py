@@ -128,11 +128,9 @@ def test_each_section_of_the_guide_is_run_or_says_that_it_is_not() -> None:
 def database() -> Iterator[dict[str, str]]:
     """A PostgreSQL server of its own, on a socket in a temporary folder: how to reach it."""
     # Earlier versions have no hnsw.iterative_scan.
-    found = [
-        path.parts[-3]
-        for path in Path("/usr/share/postgresql").glob("*/extension/vector.control")
-        if re.search(r"default_version = '(0\.([89]|\d\d)|[1-9])", path.read_text())
-    ]
+    installed = Path("/usr/share/postgresql").glob("*/extension/vector.control")
+    late = re.compile(r"default_version = '(0\.([89]|\d\d)|[1-9])")
+    found = [path.parts[-3] for path in installed if late.search(path.read_text())]
     if not found:
         pytest.skip("needs pgvector 0.8 or later, Debian's package postgresql-17-pgvector")
     programs = Path("/usr/lib/postgresql") / max(found, key=int) / "bin"

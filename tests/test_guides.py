@@ -33,14 +33,12 @@ GUIDES = [START, *(f"docs/guides/{name}.md" for name in NAMES.split())]
 RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", "scale", "engines"))
 SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # What makes a command short; of a flag given twice the last counts.
-SHORT = {
-    "run": ["--training.max_epochs", "2", "--no-training.refit", "--export.if_beaten"],
-    "compare": ["--training.max_epochs", "2", "--compare.max_steps", "2", "--no-training.refit"],
-}
-SHORTER = {
-    "run": ["--evaluation.baselines", "popularity", "--recipes", "none"],
-    "compare": ["--evaluation.baselines", "popularity"],
-}
+TWO, ONE = (
+    ["--training.max_epochs", "2", "--no-training.refit"],
+    ["--evaluation.baselines=popularity"],
+)
+SHORT = {"run": [*TWO, "--export.if_beaten"], "compare": [*TWO, "--compare.max_steps", "2"]}
+SHORTER = {"run": [*ONE, "--recipes", "none"], "compare": ONE}
 SCI_FI = 15  # Its place among GroupLens's genres.
 BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

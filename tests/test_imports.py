@@ -87,20 +87,17 @@ def reached(module: str, edges: dict[str, set[str]]) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("import numpy as np, os.path", {"numpy", "os.path"}),
-        ("def f():\n    import tensorflow as tf", {"tensorflow"}),
-        ("if x:\n    from tensorflow import keras", {"tensorflow.keras"}),
-        ("from tfrs_pipeline import config", {"tfrs_pipeline.config"}),
-        ("from tfrs_pipeline import RunConfig", {"tfrs_pipeline.config"}),
-        ("from tfrs_pipeline.config import RunConfig", {"tfrs_pipeline.config"}),
-        ("from . import schema", {"tfrs_pipeline.data.schema"}),
-        ("from .. import retrieval", {"tfrs_pipeline.retrieval"}),
-        ("from ..config import RunConfig", {"tfrs_pipeline.config"}),
-    ],
-)
+@pytest.mark.parametrize(("source", "expected"), [
+    ("import numpy as np, os.path", {"numpy", "os.path"}),
+    ("def f():\n    import tensorflow as tf", {"tensorflow"}),
+    ("if x:\n    from tensorflow import keras", {"tensorflow.keras"}),
+    ("from tfrs_pipeline import config", {"tfrs_pipeline.config"}),
+    ("from tfrs_pipeline import RunConfig", {"tfrs_pipeline.config"}),
+    ("from tfrs_pipeline.config import RunConfig", {"tfrs_pipeline.config"}),
+    ("from . import schema", {"tfrs_pipeline.data.schema"}),
+    ("from .. import retrieval", {"tfrs_pipeline.retrieval"}),
+    ("from ..config import RunConfig", {"tfrs_pipeline.config"}),
+])  # fmt: skip
 def test_the_reader_of_imports_sees(source: str, expected: set[str]) -> None:
     assert set(imports(source, "tfrs_pipeline.data.schema")) == expected
     assert set(imports(source, "tfrs_pipeline.data", is_package=True)) == expected

@@ -57,15 +57,11 @@ def test_keras_2_is_asked_for(code: str, environment: dict[str, str]) -> None:
     assert result.stdout.strip() == "1", result.stderr
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        STAND_IN + USED.format("keras.engine.training"),
-        "import tensorflow as tf; tf.keras.layers; import tfrs_pipeline",
-        "from tensorflow.keras.layers import Dense; import tfrs_pipeline",
-    ],
-    ids=["an older Keras", "Keras 3 in use", "a submodule in use"],
-)
+@pytest.mark.parametrize("code", [
+    STAND_IN + USED.format("keras.engine.training"),
+    "import tensorflow as tf; tf.keras.layers; import tfrs_pipeline",
+    "from tensorflow.keras.layers import Dense; import tfrs_pipeline",
+], ids=["an older Keras", "Keras 3 in use", "a submodule in use"])  # fmt: skip
 def test_another_keras_in_use_is_refused(code: str) -> None:
     result = run(code)
     message = result.stderr.splitlines()[-1]
@@ -74,15 +70,12 @@ def test_another_keras_in_use_is_refused(code: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("code", "environment"),
-    [
-        ("import tensorflow", {}),
-        ("from tensorflow import keras", {}),
-        ("import keras", {}),
-        ("import tensorflow as tf; tf.keras.Model", {"TF_USE_LEGACY_KERAS": "True"}),
-    ],
-)
+@pytest.mark.parametrize(("code", "environment"), [
+    ("import tensorflow", {}),
+    ("from tensorflow import keras", {}),
+    ("import keras", {}),
+    ("import tensorflow as tf; tf.keras.Model", {"TF_USE_LEGACY_KERAS": "True"}),
+])  # fmt: skip
 def test_keras_2_is_selected(code: str, environment: dict[str, str]) -> None:
     result = run(f"{code}; import tfrs_pipeline; {PRINT_KERAS}", **environment)
     assert result.stdout.strip() == "tf_keras", result.stderr

@@ -120,10 +120,8 @@ def test_sampling_runs_on_a_small_funnel(small: Path, monkeypatch: pytest.Monkey
 def test_serving_runs_on_a_small_log(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tables(small, "str")
     cells = run(SERVING, small, monkeypatch)
-    kept_away = re.search(rf"{NUM_ITEMS} films, (\d+) of them kept away", outputs(cells["data"]))
-    assert kept_away is not None
-    num_new = int(kept_away[1])
-    assert num_new > 0
+    kept_away = rf"{NUM_ITEMS} films, ([1-9]\d*) of them kept away"
+    (num_new,) = re.findall(kept_away, outputs(cells["data"]))
     assert f"{NUM_ITEMS} items, {num_new} of them new" in outputs(cells["refresh"])
     assert "known" in outputs(cells["curve"])
     # More was asked for than there is: three slots are empty.
@@ -141,9 +139,8 @@ def test_a_notebook_is_committed_with_the_output_of_the_whole_data(path: Path) -
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
     assert {c.id for c in cells if any(map(is_figure, c.outputs))} == set(FIGURES[path])
-    for cell in cells:
-        assert not MACHINE.search(outputs(cell)), cell.id
-        assert not [o.text for o in cell.outputs if o.get("name") == "stderr"], cell.id
+    assert not [cell.id for cell in cells if MACHINE.search(outputs(cell))]
+    assert not [o.text for cell in cells for o in cell.outputs if o.get("name") == "stderr"]
     place, text = OF_ALL[path]
     assert text in outputs(next(cell for cell in cells if cell.id == place))
 
@@ -159,9 +156,8 @@ def test_numbers_in_the_text_are_those_of_the_output(path: Path, num_numbers: in
     for name in [name for name in cells if name.endswith("-out")]:
         printed = [float(x) for x in DECIMAL.findall(outputs(cells[name.removesuffix("-out")]))]
         for number in DECIMAL.findall(cells[name].source):
-            num_decimals = len(number.partition(".")[2])
-            signed = number[0] in "+-"
-            rounded = {round(x if signed else abs(x), num_decimals) for x in printed}
+            num_decimals, is_signed = len(number.partition(".")[2]), number[0] in "+-"
+            rounded = {round(x if is_signed else abs(x), num_decimals) for x in printed}
             assert float(number) in rounded, (name, number)
             num_checked += 1
     assert num_checked > num_numbers

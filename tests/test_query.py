@@ -16,7 +16,7 @@ from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 
-pytestmark = pytest.mark.usefixtures("trusted_exports")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +64,16 @@ def test_requests_and_times_are_asked(served: Served, model: LoadedRetriever, co
         assert [item["item_id"] for item in items] == ids[0].tolist()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--history_timestamps", "soon"], "history_timestamps (timestamp) is written like 20"),
-        (["--history_timestamps", "2024-05-01"], "write 2024-05-01T00:00:00Z if it is UTC"),
-        (given({"place": "north"}), "place (vector) is written like 1,2,3"),
-        (given({"free space": "much"}), "free space (numeric) is written like 1.5"),
-        (given({"free space": "inf"}), "(it is not finite)"),
-        (given({"place": "1,nan,3"}), "(it is not finite)"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--history_timestamps", "soon"], "history_timestamps (timestamp) is written like 20"),
+    (["--history_timestamps", "2024-05-01"], "write 2024-05-01T00:00:00Z if it is UTC"),
+    (["--user", "Ann"], "user ids are integers. Received: 'Ann'"),
+    (["--exclude", "30", "Alien"], "item ids are integers. Received: 'Alien'"),
+    (given({"place": "north"}), "place (vector) is written like 1,2,3"),
+    (given({"free space": "much"}), "free space (numeric) is written like 1.5"),
+    (given({"free space": "inf"}), "(it is not finite)"),
+    (given({"place": "1,nan,3"}), "(it is not finite)"),
+])  # fmt: skip
 def test_what_cannot_be_read(
     model: LoadedRetriever, command: Any, flags: Any, message: str
 ) -> None:

@@ -22,7 +22,7 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.queries import QueryEncoder
 
-pytestmark = pytest.mark.usefixtures("trusted_exports")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 NUM_USERS, NUM_CANDIDATES = 300, 24
 HISTORY_LENGTH = 10
 # Rows (from 1) of candidates that are made equal to others of their community.
@@ -50,14 +50,10 @@ class Problem:
     @functools.cached_property
     def exported(self) -> Path:
         """The exported model's folder: ScaNN serves integer ids, exact search texts."""
-        served = tp.Exportable(
-            embed_queries=self.network.embed_queries,
-            embed_candidates=self.network.embed_candidates,
-            variables=self.network.variables,
-            items=pa.table({"item_id": self.candidate_ids.tolist()}),
-            query_ids=np.arange(NUM_USERS),
-            history_length=self.network.history_length,
-        )
+        network, items = self.network, pa.table({"item_id": self.candidate_ids.tolist()})
+        towers = network.embed_queries, network.embed_candidates, network.variables
+        of = {"query_ids": np.arange(NUM_USERS), "history_length": HISTORY_LENGTH}
+        served = tp.Exportable(*towers, items=items, **of)
         # All must be found: what is approximate is not the contract.
         index = tp.Scann(recall=1.0) if self.candidate_ids.dtype == np.int64 else tp.Exact()
         return tp.export(served, self.folder / "model", index=index).parent
@@ -193,12 +189,6 @@ def test_finds_the_community_of_the_history(
         assert set(ranking) <= set(ids[i % 2 :: 2].tolist())
 
 
-def test_k_is_a_prefix_of_a_larger_k(retriever: Retriever, queries: Queries) -> None:
-    answers = (retriever.retrieve(queries, k) for k in (3, 12))
-    for few, many in zip(*answers, strict=True):
-        np.testing.assert_array_equal(few, many[:, :3])
-
-
 def test_excluded_go_and_nothing_else_moves(retriever: Retriever, queries: Queries) -> None:
     everything, all_scores = retriever.retrieve(queries, NUM_CANDIDATES)
     # Each query its own: the best, the third, and one far down; none for the last query.
@@ -236,13 +226,14 @@ def test_k_beyond_what_is_left(retriever: Retriever, ids: np.ndarray, queries: Q
 def test_a_batch_equals_its_single_calls(
     retriever: Retriever, ids: np.ndarray, queries: Queries
 ) -> None:
+    """And a few are the beginning of many."""
     excluded = [ids[i : i + 3] for i in range(len(queries))]
     found, scores = retriever.retrieve(queries, 6, excluded)
     for i, query in enumerate(queries):
-        alone, alone_scores = retriever.retrieve([query], 6, [excluded[i]])
-        np.testing.assert_array_equal(alone[0], found[i])
+        alone, alone_scores = retriever.retrieve([query], 2 + i, [excluded[i]])
+        np.testing.assert_array_equal(alone[0, :6], found[i, : 2 + i])
         # Matrix products round differently by shape.
-        np.testing.assert_allclose(alone_scores[0], scores[i], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(alone_scores[0, :6], scores[i, : 2 + i], rtol=1e-5, atol=1e-6)
 
 
 def test_a_query_without_a_history(factory: str, retriever: Retriever) -> None:
@@ -268,7 +259,6 @@ def test_what_is_refused(factory: str, retriever: Retriever, ids: np.ndarray) ->
         ([{"history": item}], rf"history .* must be a list.*; did you mean \[{item!r}\]"),
         ([{"history": ids[0]}], "history of a query must be a list"),
         ([{"history": [item, None, another, other]}], of_other_type),
-        ([{"history": (other,)}], of_other_type),
         ([{"history": np.array([other, item], object)}], of_other_type),
         ([{"history": [[item]]}], f"This model's ids are {kind}"),
         ([{"history": [item], "request": "tv"}], "'request' of a query is a mapping.*'tv'"),
@@ -276,11 +266,8 @@ def test_what_is_refused(factory: str, retriever: Retriever, ids: np.ndarray) ->
     ]
     if factory in KNOWS_USERS:
         refused += [
-            ([{"history": [item], "user_id": "7"}], "This model's ids are integers. Received: '7'"),
-            (
-                [{"history": [item], "request": {"timestmp": None}}],
-                r"The model reads no request feature 'timestmp'; did you mean 'timestamp'\?",
-            ),
+            ([{"history": [item], "user_id": "7"}], "ids are integers. Received: '7'"),
+            ([{"request": {"timestmp": None}}], "reads no .*'timestmp'; did you mean 'timestamp'"),
         ]
     for asked, message in refused:
         with pytest.raises(ValueError, match=message):
@@ -300,11 +287,9 @@ def test_what_is_refused(factory: str, retriever: Retriever, ids: np.ndarray) ->
     with pytest.raises(ValueError, match=r"1 .*for 2 queries"):
         retriever.retrieve([{"history": [item]}] * 2, 2, [[item]])
     number: Any
-    for number in (0, 2.5, "5", True):
-        with pytest.raises(ValueError, match=rf"k must be a whole number.*Received: {number!r}"):
+    for number in (0, 2.5, "5", True, 2**31):
+        with pytest.raises(ValueError, match=rf"k must be .*Received: {number!r}"):
             retriever.retrieve([{"history": [item]}], number)
-    with pytest.raises(ValueError, match="k must be an int32"):
-        retriever.retrieve([{"history": [item]}], 2**31)
 
 
 def test_what_is_known_but_empty_changes_nothing(retriever: Retriever, ids: np.ndarray) -> None:
@@ -315,10 +300,8 @@ def test_what_is_known_but_empty_changes_nothing(retriever: Retriever, ids: np.n
     nothing: dict[str, Any] = {"user_id": None, "features": None, "request": {"timestamp": None}}
     queries: Queries = [{"history": history} for history in histories]
     expected = retriever.retrieve(queries, 5)
-    beside = [
-        {**query, **nothing, "history_timestamps": [None] * len(query["history"])}
-        for query in queries
-    ]
+    times = [{"history_timestamps": [None] * len(history)} for history in histories]
+    beside = [{**query, **nothing, **x} for query, x in zip(queries, times, strict=True)]
     beside[1]["request"] = None
     five: Any = np.int64(5)
     for found, of_each in zip(retriever.retrieve(beside, five), expected, strict=True):

@@ -51,15 +51,10 @@ def make_log(request_features: Mapping[str, str] | None = None) -> Log:
     events["timestamp"] = pd.to_datetime(1_700_000_000 + events["timestamp"], unit="s", utc=True)
     devices = np.array(["web", "app"])[events["item_id"] // 10 % 2]
     events["device"] = [None if i % 7 == 0 else device for i, device in enumerate(devices)]
-    genres = ["drama", "comedy", "war"]
     items = pd.DataFrame({"item_id": 10 * np.arange(1, NUM_ITEMS + 1)})
-    items["genre"] = [genres[row % NUM_TASTES] for row in range(NUM_ITEMS)]
-    return Log.from_table(
-        events,
-        items=items,
-        item_features={"genre": "categorical"},
-        request_features=request_features,
-    )
+    items["genre"] = np.resize(["drama", "comedy", "war"], NUM_ITEMS)
+    features: dict[str, Any] = {"request_features": request_features}
+    return Log.from_table(events, items=items, item_features={"genre": "categorical"}, **features)
 
 
 @pytest.fixture(scope="session")

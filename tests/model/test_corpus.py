@@ -61,12 +61,10 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     # As many events of as many items, one of them another.
     changed = event_table("int").drop_columns(["rating"]).to_pylist()
     changed[5]["item_id"] = changed[4]["item_id"]
-    for other, options in (
-        (Log.from_table(pa.Table.from_pylist(changed)), {"seed": 0}),
-        (dataclasses.replace(log, request_features={"hour": "numeric"}), {"seed": 0}),
-        (log, {"seed": 1}),
-        (log, {"seed": 0, "hard": FunnelLosers()}),
-    ):
+    requested = dataclasses.replace(log, request_features={"hour": "numeric"})
+    others: Any = ((Log.from_table(pa.Table.from_pylist(changed)), {"seed": 0}), (log, {"seed": 1}))
+    others += ((requested, {"seed": 0}), (log, {"seed": 0, "hard": FunnelLosers()}))
+    for other, options in others:
         with pytest.raises(ValueError, match=r"made of something else .* Give another folder"):
             TrainingSet.build(other, str(tmp_path), **options)
     assert [path.stat().st_mtime_ns for path in filled] == times

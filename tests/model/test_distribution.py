@@ -65,17 +65,13 @@ def started(count: int, *arguments: str) -> Iterator[list[subprocess.Popen[str]]
         x.close()
     with contextlib.ExitStack() as stack:
         processes = []
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         for i in range(count):
             config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
-            process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
-                env={**os.environ, "TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            stack.callback(process.kill)
-            processes.append(process)
+            env = {**os.environ, "TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"}
+            command = [sys.executable, "-m", *arguments]
+            processes.append(subprocess.Popen(command, env=env, text=True, **pipes))
+            stack.callback(processes[-1].kill)
         yield processes
 
 

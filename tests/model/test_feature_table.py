@@ -58,12 +58,11 @@ def test_what_is_dropped_is_a_function_of_the_seed() -> None:
 
 
 def test_no_rate_drops_nothing_and_the_full_one_everything() -> None:
-    encoded, rows = encoded_columns(5), tf.range(5)
-    seed = tf.constant([0, 0])
+    encoded, at = encoded_columns(5), (tf.constant([0, 0]), tf.range(5))
     for which, rate in ((FEATURES, 0.0), ([], 1.0)):
-        none = drop_features(encoded, which, rate, seed, rows)
+        none = drop_features(encoded, which, rate, *at)
         assert all(none[name] is value for name, value in encoded.items())
-    some = drop_features(encoded, FEATURES[:1], 1.0, seed, rows)
+    some = drop_features(encoded, FEATURES[:1], 1.0, *at)
     assert [is_empty(x, some[x.name]).all() for x in FEATURES] == [True, *[False] * 7]
 
 

@@ -57,19 +57,15 @@ def test_they_are_nobodys_negatives_and_all_else_stays(data: TrainingSet, exampl
     whole = model.batches(replace(data.samples, is_later=None))
     later, num_drawn, num_dead = row_of(data, LATER), 0, 0
     for step in range(20):
-        batch, before = batches.batch(step), whole.batch(step)
-        is_later = batch.shared_row.numpy() == later
-        counted = batch.is_counted.numpy()
+        batch, before = (as_arrays(x.batch(step)) for x in (batches, whole))
+        is_later, counted = batch.shared_row == later, batch.is_counted
         assert not counted[:, is_later].any()
-        assert before.is_counted.numpy()[:, is_later].all()
+        assert before.is_counted[:, is_later].all()
         num_drawn += is_later.sum()
-        num_dead += counted[:, batch.shared_row.numpy() == row_of(data, DEAD)].sum()
-        np.testing.assert_array_equal(
-            counted[:, ~is_later], before.is_counted.numpy()[:, ~is_later]
-        )
-        assert_same_batches(*([as_arrays(x)._replace(is_counted=None)] for x in (batch, before)))
-    assert num_drawn > 0
-    assert num_dead > 0
+        num_dead += counted[:, batch.shared_row == row_of(data, DEAD)].sum()
+        np.testing.assert_array_equal(counted[:, ~is_later], before.is_counted[:, ~is_later])
+        assert_same_batches(*([x._replace(is_counted=None)] for x in (batch, before)))
+    assert min(num_drawn, num_dead) > 0
 
 
 def test_they_are_counted_among_what_is_masked(data: TrainingSet) -> None:
@@ -85,7 +81,7 @@ def test_they_are_counted_among_what_is_masked(data: TrainingSet) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.usefixtures("in_eager_steps", "trusted_exports")
+@pytest.mark.usefixtures("in_eager_steps", "trusted_exports", "few_signatures")
 def test_they_are_embedded_as_an_item_that_nobody_knows(
     train: Log, data: TrainingSet, shared: bool, tmp_path: Path
 ) -> None:

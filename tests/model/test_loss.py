@@ -205,22 +205,14 @@ def test_refusals() -> None:
             HybridRetrieval(temperature)
 
 
-@pytest.mark.parametrize(
-    "forms",
-    [
-        {"queries": QUERIES[:1]},
-        {"positives": POSITIVES[:1]},
-        {"positives": POSITIVES[:W, :1]},
-        {"positives": POSITIVES},
-        {"positives": POSITIVES[:1], "negatives": None},
-        {"queries": QUERIES[:, np.newaxis], "positives": POSITIVES[:W, np.newaxis]},
-        {"positives": POSITIVES, "positive_query": np.zeros(1, int)},
-        {"positives": POSITIVES[:1], "positive_query": POSITIVE_QUERY},
-        {"negatives": COLUMNS[:, :1]},
-        {"hard": HARD[:1]},
-        {"hard": HARD[:, :, :1]},
-    ],
-)
+@pytest.mark.parametrize("forms", [
+    {"queries": QUERIES[:1]}, {"positives": POSITIVES[:1]}, {"positives": POSITIVES[:W, :1]},
+    {"positives": POSITIVES}, {"positives": POSITIVES[:1], "negatives": None},
+    {"queries": QUERIES[:, np.newaxis], "positives": POSITIVES[:W, np.newaxis]},
+    {"positives": POSITIVES, "positive_query": np.zeros(1, int)},
+    {"positives": POSITIVES[:1], "positive_query": POSITIVE_QUERY},
+    {"negatives": COLUMNS[:, :1]}, {"hard": HARD[:1]}, {"hard": HARD[:, :, :1]},
+])  # fmt: skip
 def test_embeddings_that_would_be_broadcast_are_refused(forms: dict[str, Any]) -> None:
     fitting = {"queries": QUERIES, "positives": POSITIVES[:W], "negatives": COLUMNS, "hard": HARD}
 

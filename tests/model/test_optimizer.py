@@ -95,16 +95,13 @@ def test_it_goes_on_from_a_checkpoint_and_from_keras_config_to_the_bit(tmp_path:
         for gradient, rows in steps[part]:
             optimizer.apply_gradients([(slices(gradient, rows), table)])
 
-    def scheduled() -> LazyAdam:
-        settings = TrainingSettings(learning_rate=0.1, warmup_steps=5, decay="cosine")
-        return make_optimizer(settings, NUM_STEPS)
-
+    settings = TrainingSettings(learning_rate=0.1, warmup_steps=5, decay="cosine")
     unbroken, first, second = start(), start(), start(seed=99)
-    run(unbroken, scheduled(), slice(None))
-    stopped = scheduled()
+    run(unbroken, make_optimizer(settings, NUM_STEPS), slice(None))
+    stopped = make_optimizer(settings, NUM_STEPS)
     run(first, stopped, slice(0, 17))
     path = tf.train.Checkpoint(table=first, optimizer=stopped).write(str(tmp_path / "state"))
-    resumed = tf.keras.optimizers.deserialize(tf.keras.optimizers.serialize(scheduled()))
+    resumed = tf.keras.optimizers.deserialize(tf.keras.optimizers.serialize(stopped))
     assert isinstance(resumed, LazyAdam)
     resumed.build([second])
     restored = tf.train.Checkpoint(table=second, optimizer=resumed)
@@ -116,18 +113,14 @@ def test_it_goes_on_from_a_checkpoint_and_from_keras_config_to_the_bit(tmp_path:
 @pytest.mark.parametrize("name", ["adagrad", "adam", "lazy_adam"])
 @pytest.mark.parametrize("decay", ["none", "cosine"])
 @pytest.mark.parametrize("warmup_steps", [0, 10])
-def test_the_rate_rises_and_falls_by_the_formula(name: Any, decay: Any, warmup_steps: int) -> None:
-    settings = TrainingSettings(
-        optimizer=name, learning_rate=0.3, warmup_steps=warmup_steps, decay=decay
-    )
-    optimizer = make_optimizer(settings, 50)
-    table = tf.Variable([[0.0]])
-    optimizer.build([table])
+def test_the_rate_rises_and_falls_by_the_formula(name: str, decay: str, warmup_steps: int) -> None:
+    options: Any = {"optimizer": name, "warmup_steps": warmup_steps, "decay": decay}
+    optimizer = make_optimizer(TrainingSettings(learning_rate=0.3, **options), 50)
+    optimizer.build([table := tf.Variable([[0.0]])])
     for step in (0, 1, 5, 10, 30, 49, 50, 60):
         optimizer.iterations.assign(step)
         optimizer.apply_gradients([(tf.zeros_like(table), table)])
         progress = min(max(step - warmup_steps, 0) / (50 - warmup_steps), 1)
         share = math.cos(math.pi * progress / 2) ** 2 if decay == "cosine" else 1.0
-        if step < warmup_steps:
-            share = step / warmup_steps
+        share = step / warmup_steps if step < warmup_steps else share
         assert float(optimizer.learning_rate) == pytest.approx(0.3 * share, rel=1e-5, abs=1e-7)

@@ -64,10 +64,10 @@ def test_another_kind_or_tower_is_another_text() -> None:
     def told(num: int, tower: object) -> str:
         return str(describe_own([InBatch(), Top(num)], {"query_tower": tower}, frame))
 
-    of_made = [functools.partial(made, width) for width in (2, 3)]
     towers: list[Any] = [None, made, lambda corpus: made(2, corpus)]
     towers.append(lambda corpus: made(3, corpus))  # Its source is that of its line.
-    towers += [Wide(2), *of_made, Maker().one, Maker().other, Wide, Maker]
+    towers += [Wide(2), *(functools.partial(made, width) for width in (2, 3))]
+    towers += [Maker().one, Maker().other, Wide, Maker]
     towers += [tf.keras.layers.Dense(2), tf.keras.layers.Dense(2, "relu"), stacked(2), stacked(3)]
     texts = [told(num, tower) for num in (1, 2) for tower in towers]
     assert len(set(texts)) == len(texts)

@@ -39,37 +39,30 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
     assert TwoTowerSettings(**settings.model_dump(mode="json")) == settings
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"negatives": ["uniform:num=0"]}, r"negatives\.0.*num must be a whole number, 1 or more"),
-        ({"negatives": ["uniform:5"]}, r"negatives: got 'uniform:5'.*such as uniform:num=256"),
-        ({"negatives": ["popular:num=5"]}, "unknown kind 'popular'.*popularity"),
-        ({"hard": {"kind": "clicked"}}, "funnel"),
-        ({"history_pooling": ["mean", "mean"]}, "history_pooling: .*a value twice"),
-        ({"history_pooling": ["attention"], "dim": 9}, "dim: got 9; must be a multiple of 2"),
-        ({"correction": "recent"}, "correction: got 'recent', which needs candidate_bias"),
-        ({"candidate_bias": True, "use_candidate_id": False}, "candidate_bias: needs use_candida"),
-        ({"item_init": "svd", "use_candidate_id": False, "history_pooling": ()},
-         "item_init: got 'svd', which needs use_candidate_id or a history"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"negatives": ["uniform:num=0"]}, r"negatives\.0.*num must be a whole number, 1 or more"),
+    ({"negatives": ["uniform:5"]}, r"negatives: got 'uniform:5'.*such as uniform:num=256"),
+    ({"negatives": ["popular:num=5"]}, "unknown kind 'popular'.*popularity"),
+    ({"hard": {"kind": "clicked"}}, "funnel"),
+    ({"history_pooling": ["mean", "mean"]}, "history_pooling: .*a value twice"),
+    ({"history_pooling": ["attention"], "dim": 9}, "dim: got 9; must be a multiple of 2"),
+    ({"correction": "recent"}, "correction: got 'recent', which needs candidate_bias"),
+    ({"candidate_bias": True, "use_candidate_id": False}, "candidate_bias: needs use_candida"),
+    ({"item_init": "svd", "use_candidate_id": False, "history_pooling": ()},
+     "item_init: got 'svd', which needs use_candidate_id or a history"),
+])  # fmt: skip
 def test_settings_of_the_model_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TwoTowerSettings(**settings)
 
 
-@pytest.mark.parametrize(
-    ("model", "setting", "refused"),
-    [
-        ({"negatives": ["in_batch"]}, "model.negatives", {"sequences", "sets"}),
-        ({"history_pooling": [], "use_user_id": True}, "model.history_pooling",
-         {"sequences", "sets"}),
-        ({"hard": FunnelLosers()}, "model.hard", {"sets"}),
-        ({"history_length": 512}, "training.batch_size", {"sequences"}),  # Of two windows.
-        ({}, "", set()),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("model", "setting", "refused"), [
+    ({"negatives": ["in_batch"]}, "model.negatives", {"sequences", "sets"}),
+    ({"history_pooling": [], "use_user_id": True}, "model.history_pooling", {"sequences", "sets"}),
+    ({"hard": FunnelLosers()}, "model.hard", {"sets"}),
+    ({"history_length": 512}, "training.batch_size", {"sequences"}),  # Of two windows.
+    ({}, "", set()),
+])  # fmt: skip
 def test_what_does_not_go_with_many_positives_of_a_user(
     model: dict[str, Any], setting: str, refused: set[str]
 ) -> None:

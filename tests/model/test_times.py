@@ -101,11 +101,9 @@ def test_validation_asks_as_evaluation_does(model: FittedTwoTower, split: Split)
     without = evaluate(model, blind, cutoffs=(5,), num_bootstrap=0).first
     assert without.overall.intervals["ndcg@5"].mean < best - 0.05
     # A part of the queries has its own times.
-    asked = {query["user_id"]: query for query in split.validation.as_queries()}
+    asked = {query["user_id"]: str(query) for query in split.validation.as_queries()}
     for query in split.validation.sample(5).as_queries():
-        of_all = asked[query["user_id"]]
-        assert query["request"] == of_all["request"]
-        np.testing.assert_array_equal(query["history_timestamps"], of_all["history_timestamps"])
+        assert str(query) == asked[query["user_id"]]
 
 
 def test_a_query_comes_when_its_first_positive_does(split: Split) -> None:
@@ -121,11 +119,10 @@ def test_who_reads_no_times_is_as_without(timed: TrainingSet) -> None:
     corpus = replace(timed.corpus, has_times=False)
     plain = TrainingSet(replace(timed.samples, sequence_times=None), corpus, timed.report)
     by_sets = {"history_pooling": ("attention", "recency"), "training": {"examples": "sets"}}
-    for changes in ({"history_pooling": ("mean",)}, by_sets):
-        options = {"negatives": [Uniform(16)], **changes}
+    for options in ({"history_pooling": ("mean",)}, by_sets):
         weights = []
         for data in (timed, plain):
-            model = tiny(**options)
+            model = tiny(negatives=[Uniform(16)], **options)
             tf.keras.utils.set_random_seed(0)
             network = model.build(data.corpus)
             assert not network.reads_times
@@ -146,11 +143,8 @@ def test_a_log_by_order_alone_has_no_times(tmp_path: Path) -> None:
 
 
 def test_a_warm_start_has_times_on_both_sides(timed: TrainingSet) -> None:
-    without = replace(timed.corpus, has_times=False)
-    for there, here, message in (
-        (timed.corpus, without, "that model reads times and this one does not"),
-        (without, timed.corpus, "this model reads times and that one does not"),
-    ):
+    both = timed.corpus, replace(timed.corpus, has_times=False)
+    for (there, here), whose in ((both, "that"), (both[::-1], "this")):
         plan = tiny(**ATTENTION)
-        with pytest.raises(ConfigError, match=f"warm_start: {message}: give both logs timestamps"):
+        with pytest.raises(ConfigError, match=f"warm_start: {whose} model reads times and th"):
             WarmStart(untrained(plan, there), plan, plan.training, here)

@@ -18,7 +18,6 @@ import tensorflow as tf
 
 import tfrs_pipeline as tp
 from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny, tracing_once
-from tests.model.test_network import EveryCandidate
 from tfrs_pipeline import ConfigError, DataError, FunnelLosers, InBatch, Log, TwoTower, messages
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
@@ -28,6 +27,17 @@ from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.negatives.kinds import Popularity, Uniform
 
 EASY = [Uniform(16), Popularity(16, 1.0)]
+
+
+@dataclass(frozen=True)
+class EveryCandidate:
+    """An own kind: the whole corpus, once, so that the loss is the full softmax."""
+
+    def draw(self, frame: tp.SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return tf.range(1, frame.num_candidates + 1)
+
+    def expected_count(self, frame: tp.SamplingFrame) -> np.ndarray:
+        return np.minimum(np.arange(frame.num_candidates + 1.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -63,13 +73,12 @@ class OwnQueries(tf.keras.layers.Layer):
 
 def share_of_own_taste(model: FittedTwoTower) -> float:
     """Of the first two items that are new to each user, those of the taste: a ninth at random."""
-    users = 101 + np.arange(NUM_USERS)
     known_positives = model.exportable().known_positives
     known = [10 * known_positives[row] for row in range(1, NUM_USERS + 1)]
     queries = [{"user_id": 101 + i, "history": ids} for i, ids in enumerate(known)]
     # Two of 18 are left of the own taste; training took them for negatives of this user.
     ids, _ = model.retrieve(queries, 2, [list(x) for x in known])
-    return float(np.mean((ids // 10 - 1) % NUM_TASTES == (users[:, None] - 101) % NUM_TASTES))
+    return float(np.mean(np.arange(NUM_USERS) % NUM_TASTES == (ids // 10 - 1).T % NUM_TASTES))
 
 
 SHARES: list[float] = []
@@ -87,16 +96,12 @@ def fitted(data: TrainingSet, split: Split) -> FittedTwoTower:
     return model
 
 
-@pytest.mark.parametrize(
-    ("examples", "options"),
-    [
-        ("sequences", {"negatives": EASY, "history_pooling": ["recency"]}),
-        ("sets", {"negatives": EASY}),
-        ("single", {"negatives": [EveryCandidate()], "query_tower": OwnQueries(),
-         "candidate_tower": OwnCandidates, "temperature": 1.0}),
-    ],
-    ids=["sequences", "sets", "own towers and negatives"],
-)  # fmt: skip
+@pytest.mark.parametrize(("examples", "options"), [
+    ("sequences", {"negatives": EASY, "history_pooling": ["recency"]}),
+    ("sets", {"negatives": EASY}),
+    ("single", {"negatives": [EveryCandidate()], "query_tower": OwnQueries(),
+     "candidate_tower": OwnCandidates, "temperature": 1.0}),
+], ids=["sequences", "sets", "own towers and negatives"])  # fmt: skip
 def test_every_way_learns_the_tastes(
     log: Log, data: TrainingSet, examples: str, options: dict[str, Any]
 ) -> None:
@@ -166,13 +171,11 @@ def test_a_plan_is_fitted_several_times(
     before = first.query_embeddings(query)
     assert "epoch" not in capsys.readouterr().err  # It is no terminal.
     other = log.split("last_n", validation=2, test=2)
+    monkeypatch.setattr(messages, "SECONDS_BETWEEN_LINES", 0.0)  # As if an epoch took long.
     again = plan.fit(other.train, other.validation, folder=tmp_path, verbose=True)
-    loss = again.result.history["loss"][0]
-    assert f"epoch 1/1: loss {loss:.3f}, validation ndcg@5 " in capsys.readouterr().err
-    with monkeypatch.context() as patch:  # Where an epoch takes long.
-        patch.setattr(messages, "SECONDS_BETWEEN_LINES", 0.0)
-        tiny(training=training).fit(other.train, verbose=True)
-    told = re.findall(r"epoch 1: (\d+)/(\d+) steps", capsys.readouterr().err)
+    loss, printed = again.result.history["loss"][0], capsys.readouterr().err
+    assert f"epoch 1/1: loss {loss:.3f}, validation ndcg@5 " in printed
+    told = re.findall(r"epoch 1: (\d+)/(\d+) steps", printed)
     assert told == [(str(step + 1), str(len(told))) for step in range(len(told))] != []
     assert again.exportable().items.num_rows == other.train.items.count().to_pyarrow().as_py()
     rows = again.network.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
@@ -210,9 +213,9 @@ def test_a_folder_is_refused_to_another_training(log: Log, tmp_path: Path) -> No
         ({}, {"warm_start": again}, "warm_start: None, now '"),
     )
     for changes, options, differ in otherwise:
-        given = {"train": other.train, "validation": other.validation, **options}
+        given = {"train": other.train, "validation": other.validation, "folder": str(tmp_path)}
         with pytest.raises(ValueError, match=rf"made of something else \(.*{differ}"):
-            tiny(**{"training": training, **changes}).fit(**given, folder=str(tmp_path))
+            tiny(**{"training": training, **changes}).fit(**given | options)
     warm = tiny(training=training).fit(other.train, folder=tmp_path / "warm", warm_start=again)
     for source, whose in ((again, None), (warm, r"warm_start: '[0-9a-f]+', now '")):
         with nullcontext() if whose is None else pytest.raises(ValueError, match=whose):
@@ -315,7 +318,7 @@ def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
     with pytest.raises(ValueError, match="give fit_samples their log"):
         model.exportable()
     with pytest.raises(TypeError, match="warm_start must be a fitted TwoTower"):
-        plan.fit_samples(data, warm_start=plan)
+        plan.fit_samples(data, warm_start=plan)  # type: ignore[arg-type]
     before = model.query_embeddings([{"history": [40]}])
     for again in (plan, tiny(query_tower=layer, **options)):
         with pytest.raises(ValueError, match=r"query_tower <.*was given to a training before"):
@@ -343,11 +346,9 @@ def test_layers_within_own_towers_are_of_one_training(data: TrainingSet) -> None
     """The towers of one model may share them; another model would change the first."""
 
     def sharing(inner: tf.keras.layers.Layer, candidates: Any = None) -> TwoTower:
-        return tiny(
-            query_tower=lambda corpus: Sharing(inner),
-            candidate_tower=candidates or (lambda corpus: Sharing(inner)),
-            training={"max_epochs": 1},
-        )
+        towers = {"query_tower": lambda corpus: Sharing(inner), "candidate_tower": candidates}
+        towers["candidate_tower"] = candidates or towers["query_tower"]
+        return tiny(training={"max_epochs": 1}, **towers)
 
     inner, in_loop = tf.keras.layers.Embedding(64, 6), tf.keras.layers.Embedding(64, 6)
     model = sharing(inner).fit_samples(data)
@@ -377,7 +378,6 @@ def test_a_log_below_one_batch_trains_in_smaller_ones(data: TrainingSet) -> None
 
 def test_settings_that_cannot_be() -> None:
     half = SimpleNamespace(draw=lambda: None)
-    wrong: Any
     for wrong, named in (
         ({"optimizer": "adam"}, r"of the training: training=tp\.\w+\(optimizer='adam'\)$"),
         ({"negatives": []}, "negatives: got .*needs one kind or more"),

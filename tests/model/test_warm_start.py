@@ -35,12 +35,9 @@ Sets: TypeAlias = tuple[TrainingSet, TrainingSet]
 
 def log_of(items: range, first_user: int) -> Log:
     """A log of items by number; today's ids stand in other rows than yesterday's."""
-    rng = np.random.default_rng(len(items))
-    rows = [
-        (f"user {user}", f"item {item}")
-        for user in range(first_user, first_user + NUM_USERS)
-        for item in rng.permutation(np.arange(items.start, items.stop))[:8]
-    ]
+    rng, users = np.random.default_rng(len(items)), range(first_user, first_user + NUM_USERS)
+    pairs = ((user, item) for user in users for item in rng.permutation(list(items))[:8])
+    rows = [(f"user {user}", f"item {item}") for user, item in pairs]
     table = pd.DataFrame({"item_id": [f"item {item}" for item in items]})
     # The genre of 4 and 9 comes first of all, and yesterday did not have it.
     table["genre"] = ["action" if item % 5 == 4 and item < 10 else f"g{item % 5}" for item in items]
@@ -153,8 +150,8 @@ def test_embeddings_are_of_the_source(source: FittedTwoTower, started: FittedTwo
     expected = source.network.embed_candidates(tf.zeros(4, tf.int32), columns).numpy()
     np.testing.assert_allclose([ours[id_] for id_ in new], expected, atol=1e-6)
     queries: Any = [{"user_id": "user 7", "history": ["item 20", "item 12"]}, {}]
-    found = [model.query_embeddings(queries) for model in (started, source)]
-    np.testing.assert_allclose(*found, atol=1e-6)
+    found, expected = (model.query_embeddings(queries) for model in (started, source))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.usefixtures("in_eager_steps")

@@ -173,23 +173,20 @@ def own(drawn: Any, *counts: float) -> Own:
     return Own(lambda *arguments: drawn, lambda frame: counts)
 
 
-@pytest.mark.parametrize(
-    ("drawn", "counts", "message"),
-    [
-        # It draws the unexpected,
-        ([0, 1, 2], (0, 1, 1, 0), r"draw .*rows in 1 \.\. 3: row 0 is 'unknown'. Received: 0 to 2"),
-        ([2, 3, 4], (0, 1, 1, 0), "draw .*Received: 2 to 4"),
-        ([1, 3], (0, 1, 1, 0), "draw .*candidate 3, whose expected_count is 0"),
-        ([1.0, 2.0], (0, 1, 1, 0), "draw .*a vector of whole numbers. Received: float32 of shape"),
-        ([[1], [2]], (0, 1, 1, 0), r"draw .*Received: int32 of shape \(2, 1\)"),
-        (1, (0, 1, 1, 0), r"draw .*Received: int32 of shape \(\)"),
-        # or expects the impossible.
-        ([1], (0, 1), r"each of 4 candidate rows. Received: shape \(2,\)"),
-        ([1], (1, 1, 1, 1), "with 0 at row 0"),
-        ([1], (0, np.nan, 1, 1), "finite"),
-        ([1], (0, -1, 1, 1), "0 or more.*-1.0 to 1.0"),
-    ],
-)
+@pytest.mark.parametrize(("drawn", "counts", "message"), [
+    # It draws the unexpected,
+    ([0, 1, 2], (0, 1, 1, 0), r"draw .*rows in 1 \.\. 3: row 0 is 'unknown'. Received: 0 to 2"),
+    ([2, 3, 4], (0, 1, 1, 0), "draw .*Received: 2 to 4"),
+    ([1, 3], (0, 1, 1, 0), "draw .*candidate 3, whose expected_count is 0"),
+    ([1.0, 2.0], (0, 1, 1, 0), "draw .*a vector of whole numbers. Received: float32 of shape"),
+    ([[1], [2]], (0, 1, 1, 0), r"draw .*Received: int32 of shape \(2, 1\)"),
+    (1, (0, 1, 1, 0), r"draw .*Received: int32 of shape \(\)"),
+    # or expects the impossible.
+    ([1], (0, 1), r"each of 4 candidate rows. Received: shape \(2,\)"),
+    ([1], (1, 1, 1, 1), "with 0 at row 0"),
+    ([1], (0, np.nan, 1, 1), "finite"),
+    ([1], (0, -1, 1, 1), "0 or more.*-1.0 to 1.0"),
+])  # fmt: skip
 def test_an_own_kind_that_breaks_its_word_is_refused(drawn: Any, counts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"Own.*{message}"):
         Mixture([InBatch(), own(drawn, *counts)], frame_of([0, 3, 1, 0], 4))
@@ -259,26 +256,23 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
             mixture.draw(tf.constant([1]), seed)
 
 
-@pytest.mark.parametrize(
-    ("kind", "arguments", "message"),
-    [
-        (Uniform, {"num": 0}, "num must be a whole number, 1 or more. Received: 0"),
-        (Uniform, {"num": 2.5}, r"num must be a whole number.*2\.5"),
-        (Uniform, {"num": "5"}, "num must be a whole number.*'5'"),
-        (Uniform, {"num": True}, "num must be a whole number.*True"),
-        (Popularity, {"alpha": 0.0}, "alpha must be above 0.*uniform"),
-        (FunnelLosers, {"share": 0.0}, "share.*greater than 0"),
-        (FunnelLosers, {"share": 1.0}, "share.*less than 1"),
-        (FunnelLosers, {"stages": ()}, "stages.*at least one value"),
-        (FunnelLosers, {"stages": ("foo",)}, "'foo'.*'retrieved', .* or 'exposed'"),
-        (FunnelLosers, {"stages": ("ranked", "ranked")}, "stages.*a value twice"),
-        (FunnelLosers, {"stages": ("exposed",)}, "never a negative.*set allow_exposed"),
-        (FunnelLosers, {"share": np.nan}, "share.*finite number"),
-        (FunnelLosers, {"num": 2.5}, "num.*whole number"),
-        (FunnelLosers, {"bottom_share": 0.0}, "bottom_share.*greater than 0"),
-        (FunnelLosers, {"bottom_share": 0.3}, "of the stage 'ranked'.*0.3, stages .'retrieved'"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "arguments", "message"), [
+    (Uniform, {"num": 0}, "num must be a whole number, 1 or more. Received: 0"),
+    (Uniform, {"num": 2.5}, r"num must be a whole number.*2\.5"),
+    (Uniform, {"num": "5"}, "num must be a whole number.*'5'"),
+    (Uniform, {"num": True}, "num must be a whole number.*True"),
+    (Popularity, {"alpha": 0.0}, "alpha must be above 0.*uniform"),
+    (FunnelLosers, {"share": 0.0}, "share.*greater than 0"),
+    (FunnelLosers, {"share": 1.0}, "share.*less than 1"),
+    (FunnelLosers, {"stages": ()}, "stages.*at least one value"),
+    (FunnelLosers, {"stages": ("foo",)}, "'foo'.*'retrieved', .* or 'exposed'"),
+    (FunnelLosers, {"stages": ("ranked", "ranked")}, "stages.*a value twice"),
+    (FunnelLosers, {"stages": ("exposed",)}, "never a negative.*set allow_exposed"),
+    (FunnelLosers, {"share": np.nan}, "share.*finite number"),
+    (FunnelLosers, {"num": 2.5}, "num.*whole number"),
+    (FunnelLosers, {"bottom_share": 0.0}, "bottom_share.*greater than 0"),
+    (FunnelLosers, {"bottom_share": 0.3}, "of the stage 'ranked'.*0.3, stages .'retrieved'"),
+])  # fmt: skip
 def test_kinds_refuse_arguments(kind: type, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){message}"):
         kind(**arguments)

@@ -30,7 +30,7 @@ NUM_EPOCHS, MAX_STEPS = 2, 20  # Of twelve steps each.
 def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
     return small_config(
         folder,
-        {"source": "files", "path": folder / "funnel.parquet"},
+        {"path": folder / "funnel.parquet"},
         # Two epochs are more than a plan's budget.
         training={"max_epochs": 9, "patience": 9, "refit": False},
         split={"kind": "last_share"},
@@ -109,15 +109,12 @@ def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
         assert plan.model_copy(update={"model": config.model}) == config, name
         assert plan.model.model_copy(update=same) == config.model, name
         assert (plan.model.correction == "none") == (name == "in_batch_uncorrected")
-    num_columns = {
-        name: sum(getattr(kind, "num", 255) for kind in plan.model.negatives)
-        for name, plan in of.items()
-    }
+    kinds = {name: plan.model.negatives for name, plan in of.items()}
+    num_columns = {name: sum(getattr(x, "num", 255) for x in kinds[name]) for name in kinds}
     # In-batch alone cannot have more; all others have as many.
     assert num_columns.pop("in_batch") == num_columns.pop("in_batch_uncorrected") == 255
     assert set(num_columns.values()) == {255 + 32}
-    assert of["popularity"].model.negatives == (Popularity(287, 0.75),)
-    assert of["uniform"].model.negatives == (Uniform(287),)
+    assert (kinds["popularity"], kinds["uniform"]) == ((Popularity(287, 0.75),), (Uniform(287),))
     hard = {name: plan.model.hard for name, plan in of.items() if plan.model.hard is not None}
     assert {name: (kind.share, kind.stages) for name, kind in hard.items()} == {
         "hybrid_0.1": (0.1, ("retrieved", "pre_ranked")),
@@ -243,13 +240,14 @@ def test_what_a_comparison_comes_to_is_said() -> None:
     means = {"mixed": 0.3, "hybrid": 0.4, "popularity": 0.31, "uniform": 0.2, "one query": 0.3}
     means["exposed"] = 0.41
 
+    def measured(name: str) -> Any:
+        overall = SimpleNamespace(intervals={"ndcg@5": Interval(means[name], 0, 1)})
+        return SimpleNamespace(overall=overall)
+
     def said(*names: str) -> str:
-        intervals = {x: {"ndcg@5": Interval(means[x], 0, 1)} for x in ("mixed", *names)}
-        overall = {x: SimpleNamespace(intervals=each) for x, each in intervals.items()}
-        found: Any = SimpleNamespace(
-            results={x: SimpleNamespace(overall=each) for x, each in overall.items()},
-            differences={x: {"ndcg@5": Interval(0.0, *ends[x])} for x in names},
-        )
+        differences = {x: {"ndcg@5": Interval(0.0, *ends[x])} for x in names}
+        results = {x: measured(x) for x in ("mixed", *names)}
+        found: Any = SimpleNamespace(results=results, differences=differences)
         return compared_in_words(found, "ndcg@5").removeprefix("in ndcg@5 ")
 
     assert said("uniform", "popularity", "hybrid", "one query") == (

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -74,20 +75,15 @@ def test_one_that_cannot_catch_up_is_dropped_early() -> None:
     assert standing(stopped, budget).dropped == {"flat": (spent, behind)}
 
 
-@pytest.mark.parametrize(
-    ("known", "first"),
-    [
-        ({"one": [0.3, 0.4, 0.41], "other": [0.3, 0.39, 0.42]}, "other"),
-        ({"a": [0.2, 0.3], "b": [0.3, 0.2]}, "a"),
-        ({"alone": [0.1, 0.05, 0.04, 0.03]}, "alone"),
-    ],
-    ids=["close ones", "equals", "a lonely one"],
-)
-def test_who_stays_close_is_trained_to_the_end(known: dict[str, list[float]], first: str) -> None:
-    whole = [full(name, values) for name, values in known.items()]
-    curves, _ = raced(whole)
-    assert curves == whole
-    assert winner(curves).name == first
+def test_who_stays_close_is_trained_to_the_end() -> None:
+    """Close ones, equals (the first wins), and a lonely one."""
+    close = {"one": [0.3, 0.4, 0.41], "other": [0.3, 0.39, 0.42]}
+    cases: Any = ((close, "other"), ({"a": [0.2, 0.3], "b": [0.3, 0.2]}, "a"))
+    for known, first in (*cases, ({"alone": [0.1, 0.05, 0.04, 0.03]}, "alone")):
+        whole = [full(name, values) for name, values in known.items()]
+        curves, _ = raced(whole)
+        assert curves == whole
+        assert winner(curves).name == first
 
 
 def test_a_round_gives_each_recipe_the_same_cpu_time() -> None:

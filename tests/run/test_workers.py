@@ -55,11 +55,8 @@ def test_a_killed_worker_stops_the_others_and_all_go_on(tmp_path: Path) -> None:
     metrics = read_record(together / "metrics.json")
     config = small_config(tmp_path / "alone", data, training=training)
     alone = run(config, tmp_path / "alone" / "run").metrics
-    np.testing.assert_allclose(
-        metrics["training"]["two_tower"]["history"]["loss"],
-        alone["training"]["two_tower"]["history"]["loss"],
-        rtol=1e-4,
-    )
+    losses = (x["training"]["two_tower"]["history"]["loss"] for x in (metrics, alone))
+    np.testing.assert_allclose(next(losses), next(losses), rtol=1e-4)
 
 
 @pytest.mark.slow
