@@ -322,11 +322,9 @@ def test_refused_data_can_be_mended_in_the_same_folder(command: Any) -> None:
 
 
 def run_arguments(folder: Path, *more: Any) -> list[str]:
-    data = {
-        "path": write(event_table("int"), folder / "events.parquet"),
-        "items_path": write(item_table("int"), folder / "items.csv"),
-        "item_features": {"title": "text", "genre": "categorical"},
-    }
+    data: dict[str, Any] = {"item_features": {"title": "text", "genre": "categorical"}}
+    data["path"] = write(event_table("int"), folder / "events.parquet")
+    data["items_path"] = write(item_table("int"), folder / "items.csv")
     (folder / "small.toml").write_text(dump_config(small_config(folder, data)))
     more = ("--export.filter_by", "genre", *more)
     arguments = ["run", "--config", folder / "small.toml", "--run-dir", folder / RUN, *more]

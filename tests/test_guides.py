@@ -33,10 +33,8 @@ GUIDES = [START, *(f"docs/guides/{name}.md" for name in NAMES.split())]
 RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", "scale", "engines"))
 SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # What makes a command short; of a flag given twice the last counts.
-TWO, ONE = (
-    ["--training.max_epochs", "2", "--no-training.refit"],
-    ["--evaluation.baselines=popularity"],
-)
+TWO = ["--training.max_epochs", "2", "--no-training.refit"]
+ONE = ["--evaluation.baselines", "popularity"]
 SHORT = {"run": [*TWO, "--export.if_beaten"], "compare": [*TWO, "--compare.max_steps", "2"]}
 SHORTER = {"run": [*ONE, "--recipes", "none"], "compare": ONE}
 SCI_FI = 15  # Its place among GroupLens's genres.

@@ -85,13 +85,10 @@ def exact(sample: int, hard_share: float, drawn_over_declared: np.ndarray) -> fl
     ("name", "hard_share", "exponent"), [("in-batch", 0.0, 0.6), ("all", 0.5, 0.0)]
 )
 def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponent: float) -> None:
-    batches = small_batches.make_batches(
-        negatives=MIXTURES[name],
-        hard=FunnelLosers(share=hard_share, num=5) if hard_share else None,
-        examples={"rate": resampling_rate(SAMPLES.counts, exponent)},
-    )
-    declared = batches.expected_count
-    drawn = declared.copy()
+    hard = FunnelLosers(share=hard_share, num=5) if hard_share else None
+    rate = {"rate": resampling_rate(SAMPLES.counts, exponent)}
+    batches = small_batches.make_batches(negatives=MIXTURES[name], hard=hard, examples=rate)
+    declared, drawn = batches.expected_count, batches.expected_count.copy()
     if not exponent:
         # An epoch draws without replacement, a row's others from all samples but its own: 1 / 149
         # more of every candidate but its positive than the shares of all of them, as declared.

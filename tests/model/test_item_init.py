@@ -70,11 +70,10 @@ def tables(network: TwoTowerNetwork) -> list[np.ndarray]:
 @pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.usefixtures("in_eager_steps")
 def test_they_are_added_to_every_table_of_items(data: TrainingSet, is_shared: bool) -> None:
-    models = [
-        tiny(item_init=init, share_item_embedding=is_shared, training=STILL).fit_samples(data)
-        for init in ("random", "svd")
-    ]
-    random, begun = (tables(model.network) for model in models)
+    plans = (
+        tiny(item_init=x, share_item_embedding=is_shared, training=STILL) for x in ("random", "svd")
+    )
+    random, begun = (tables(plan.fit_samples(data).network) for plan in plans)
     assert len(begun) == 2 - is_shared
     factors = item_factors(data.samples.known_positives, NUM_ITEMS, 8)
     for before, after in zip(random, begun, strict=True):

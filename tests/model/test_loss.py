@@ -129,8 +129,7 @@ def test_what_no_kind_draws_does_not_count(log_q: np.ndarray) -> None:
     is_drawn = np.arange(C) != 3
     assert MASK[:, 3].any()
     never, never_hard = (
-        np.where(there, given, -np.inf).astype(np.float32)
-        for there, given in ((is_drawn, log_q), (HARD_MASK, HARD_LOG_Q))
+        np.where(*of, np.float32(-np.inf)) for of in ((is_drawn, log_q), (HARD_MASK, HARD_LOG_Q))
     )
 
     def found(**options: Any) -> list[np.ndarray]:

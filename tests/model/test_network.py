@@ -170,10 +170,8 @@ def test_without_a_correction_the_logits_stay_as_they_are(data: TrainingSet) -> 
     model = tiny(hard=LOSERS, correction="none")
     network, batch = model.build(data.corpus), model.batches(data.samples).batch(0)
     assert batch.hard is not None
-    uncorrected = batch._replace(
-        log_q=tf.zeros_like(batch.log_q),
-        hard=batch.hard._replace(log_q=tf.zeros_like(batch.hard.log_q)),
-    )
+    hard = batch.hard._replace(log_q=tf.zeros_like(batch.hard.log_q))
+    uncorrected = batch._replace(log_q=tf.zeros_like(batch.log_q), hard=hard)
     corrected = tiny(hard=LOSERS).build(data.corpus)
     corrected.set_weights(network.get_weights())
     expected = corrected.compute_loss(uncorrected).numpy()

@@ -24,10 +24,8 @@ def random_steps(seed: int, num: int = 5, rows_below: int = NUM_ROWS) -> list[An
     """Gradients of very different sizes, as popular and rare items have, and their rows."""
     rng = np.random.default_rng(seed)
     size = 10.0 ** rng.uniform(-3, 1, [num, 1])
-    return [
-        ((size * rng.normal(size=[num, DIM])).astype(np.float32), rng.integers(0, rows_below, num))
-        for _ in range(NUM_STEPS)
-    ]
+    gradients = (size * rng.normal(size=[NUM_STEPS, num, DIM])).astype(np.float32)
+    return list(zip(gradients, rng.integers(0, rows_below, [NUM_STEPS, num]), strict=True))
 
 
 def slices(gradient: np.ndarray, rows: np.ndarray) -> tf.IndexedSlices:

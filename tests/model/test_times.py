@@ -62,10 +62,8 @@ def test_a_requests_time_decides_what_is_retrieved(model: FittedTwoTower, split:
     for since in (HOUR, WEEK, None):
         request = {} if since is None else {"timestamp": last + since}
         times = [last - i * HOUR for i in range(9)]
-        queries = [
-            {"history": x, "history_timestamps": times[: len(x)][::-1], "request": request}
-            for x in split.validation.histories
-        ]
+        timed = ((x, times[: len(x)][::-1]) for x in split.validation.histories)
+        queries = [{"history": x, "history_timestamps": y, "request": request} for x, y in timed]
         ids, scores = model.retrieve(queries, k=NUM_ITEMS)
         if since is not None:
             assert np.mean(ids[:, :4] % 2 == (since == WEEK)) > 0.8

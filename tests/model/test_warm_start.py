@@ -75,11 +75,9 @@ def started_from(source: FittedTwoTower, plan: TwoTower, data: TrainingSet) -> F
 
 
 def states(model: FittedTwoTower) -> list[list[np.ndarray]]:
-    optimizer = model.network.optimizer
-    return [
-        [variable.numpy(), *(slot.numpy() for slot in slots_of(optimizer, variable))]
-        for variable in model.network.trainable_variables
-    ]
+    network = model.network
+    kept = ([x, *slots_of(network.optimizer, x)] for x in network.trainable_variables)
+    return [[variable.numpy() for variable in of_each] for of_each in kept]
 
 
 def by_id(ids: np.ndarray, table: np.ndarray) -> dict[str, np.ndarray]:
@@ -143,10 +141,8 @@ def test_embeddings_are_of_the_source(source: FittedTwoTower, started: FittedTwo
         np.testing.assert_allclose(ours[id_], theirs[id_], atol=1e-6)
     new = [f"item {i}" for i in range(5, 9)]
     genre, title = source.corpus.candidate_features
-    columns = {
-        "genre": genre.encode_column([f"g{i % 5}" for i in range(5, 9)]),
-        "title": title.encode_column([f"word{i % 3} word{i % 2}" for i in range(5, 9)]),
-    }
+    columns = {"genre": genre.encode_column([f"g{i % 5}" for i in range(5, 9)])}
+    columns["title"] = title.encode_column([f"word{i % 3} word{i % 2}" for i in range(5, 9)])
     expected = source.network.embed_candidates(tf.zeros(4, tf.int32), columns).numpy()
     np.testing.assert_allclose([ours[id_] for id_ in new], expected, atol=1e-6)
     queries: Any = [{"user_id": "user 7", "history": ["item 20", "item 12"]}, {}]

@@ -28,14 +28,11 @@ NUM_EPOCHS, MAX_STEPS = 2, 20  # Of twelve steps each.
 
 
 def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
-    return small_config(
-        folder,
-        {"path": folder / "funnel.parquet"},
-        # Two epochs are more than a plan's budget.
-        training={"max_epochs": 9, "patience": 9, "refit": False},
-        split={"kind": "last_share"},
-        compare={"hard_shares": [0.1], "resampling_exponents": [0.5], **compare_settings},
-    )
+    settings: dict[str, Any] = {"split": {"kind": "last_share"}}
+    # Two epochs are more than a plan's budget.
+    settings["training"] = {"max_epochs": 9, "patience": 9, "refit": False}
+    settings["compare"] = {"hard_shares": [0.1], "resampling_exponents": [0.5], **compare_settings}
+    return small_config(folder, {"path": folder / "funnel.parquet"}, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -523,10 +523,8 @@ def test_nothing_of_the_test_part_is_known_before(of_stages: Finished, tmp_path:
     other = split_of(tmp_path / "run").test
     assert_same_histories(other, of_stages.holdout("test"))
     # The change did reach what is to be found.
-    assert any(
-        a.tolist() != b.tolist()
-        for a, b in zip(other.relevant, of_stages.holdout("test").relevant, strict=True)
-    )
+    pairs = zip(other.relevant, of_stages.holdout("test").relevant, strict=True)
+    assert any(a.tolist() != b.tolist() for a, b in pairs)
 
 
 def test_nothing_of_the_validation_is_known_before(of_stages: Finished, tmp_path: Path) -> None:

@@ -153,11 +153,9 @@ def test_who_races(is_ordered: bool, given: Any, racing: Any, why: Any, tmp_path
     log = dataclasses.replace(ORDERED_LOG, is_ordered=is_ordered)
     # Given settings may contradict those that a recipe would replace.
     training = TrainingSettings(**{x.removeprefix("training."): y for x, y in given.items()})
-    config = RunConfig.model_construct(
-        **{name: getattr(RunConfig(), name) for name in RunConfig.model_fields}
-        | {"recipes": RECIPES, "fixed": tuple(given), "data": DataConfig(is_ordered=is_ordered)}
-        | {"training": training}
-    )
+    tables = {"data": DataConfig(is_ordered=is_ordered), "training": training}
+    asked = {"recipes": RECIPES, "fixed": tuple(given), **tables}
+    config = RunConfig.model_construct(**{**dict(RunConfig()), **asked})
     data = TrainingSet.build(log, tmp_path, seed=0)
     found, not_begun = trainable_recipes(config, log, [data])
     assert tuple(found) == racing
