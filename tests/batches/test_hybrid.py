@@ -89,7 +89,7 @@ def test_mask_matches_a_loop(order: str) -> None:
 
 
 def test_a_rows_own_positive_is_masked_known_or_not() -> None:
-    unknown = {"known_positives": RowLists.empty(len(SAMPLES.known_positives))}
+    unknown: Any = {"known_positives": RowLists.empty(len(SAMPLES.known_positives))}
     (batch,) = batch_list(make_batches(samples=dataclasses.replace(SAMPLES, **unknown)), 1)
     is_own = batch.shared_row == batch.candidate_row[:, np.newaxis]
     assert is_own.sum() > BATCH_SIZE

@@ -128,9 +128,8 @@ def test_what_no_kind_draws_does_not_count(log_q: np.ndarray) -> None:
     """As if it were masked: a shared column, and each row's own hard negatives."""
     is_drawn = np.arange(C) != 3
     assert MASK[:, 3].any()
-    never, never_hard = (
-        np.where(*of, np.float32(-np.inf)) for of in ((is_drawn, log_q), (HARD_MASK, HARD_LOG_Q))
-    )
+    never = np.where(is_drawn, log_q, np.float32(-np.inf))
+    never_hard = np.where(HARD_MASK, HARD_LOG_Q, np.float32(-np.inf))
 
     def found(**options: Any) -> list[np.ndarray]:
         def loss(queries: Any, positives: Any, hard: Any) -> tf.Tensor:
