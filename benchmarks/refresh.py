@@ -1,9 +1,8 @@
-"""Measures `tfrs-pipeline refresh-index`, and the rebuild of an index in service, by their items.
+"""Measures `refresh-index`, and the rebuild of an index in service, at a number of items.
 
-A model of the clusters of `serving.py` is exported with exact search. `refresh-index` gives it the
+The model of `serving.py` is exported with exact search. `refresh-index` gives it the
 same items with a ScaNN index, in a process of its own. The new version is loaded. Its index is then
-built anew, as for live items that have drifted, while a reader asks for the best 100 of one query
-after the other.
+built anew, as for live items that have drifted, while a reader keeps asking for the best 100.
 
     python benchmarks/refresh.py --items 1000000 --json benchmarks/results/refresh_1m.json
 

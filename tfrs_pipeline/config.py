@@ -19,7 +19,7 @@ from tfrs_pipeline.presets import PRESETS, Recipe
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
 EasyPlan: TypeAlias = Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"]
-# The last two are not defaults.
+# The last one is not a default.
 PlanKind: TypeAlias = Literal[EasyPlan, "hybrid", "hybrid_50_50", "resampled", "exposed"]
 Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "transitions", "ease", "ials"]
 

@@ -142,35 +142,38 @@ def test_slow_bodies_time_out_and_hold_up_nobody(small: Running) -> None:
     small.run(ask())
 
 
-def test_a_call_alone_is_answered_in_the_event_loop(
+def test_the_event_loop_answers_a_call_that_is_alone_unless_one_was_slow(
     small: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, threads, seconds = ServedVersion.call, list[str](), 0.0
+    real = ServedVersion.call
+    threads: list[threading.Thread] = []
+    seconds = 0.0
 
     def watched(*arguments: Any) -> Any:
-        threads.append(threading.current_thread().name)
+        threads.append(threading.current_thread())
         time.sleep(seconds)
         return real(*arguments)
 
-    def threads_of(num_together: int) -> set[str]:
-        async def ask() -> None:
+    def places_of(num_together: int) -> set[str]:
+        async def ask() -> threading.Thread:
             posts = [small.client.post(PREDICT, json=GOOD) for _ in range(num_together)]
             assert {answer.status_code for answer in await asyncio.gather(*posts)} == {200}
+            return threading.current_thread()
 
         threads.clear()
-        small.run(ask())
+        loop = small.run(ask())
         assert len(threads) == num_together
-        return {name.partition("_")[0] for name in threads}
+        return {"loop" if x is loop else x.name.partition("_")[0] for x in threads}
 
     monkeypatch.setattr(ServedVersion, "call", watched)
     monkeypatch.setattr("tfrs_pipeline.serving.server.SLOW_SECONDS", 0.2)
     small.server.slow_until = 0.0
-    assert "requests" not in threads_of(1)
-    assert "requests" in threads_of(5)
-    assert "requests" not in threads_of(1)
+    assert places_of(1) == {"loop"}
+    assert "requests" in places_of(5)
+    assert places_of(1) == {"loop"}
     seconds = 0.3
-    assert "requests" not in threads_of(1)
-    assert threads_of(1) == {"requests"}  # For six seconds.
+    assert places_of(1) == {"loop"}
+    assert places_of(1) == {"requests"}  # For 20 times 0.3 s.
 
 
 def test_slow_calls_hold_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:

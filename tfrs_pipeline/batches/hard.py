@@ -29,12 +29,12 @@ class HardDraws:
             stage: samples.hard_pools.get(stage, nothing) for stage in hard.stages
         }
         if not any(len(pool.values) for pool in self.pools.values()):
-            ranked = "; ranked ones need a rank" if "ranked" in hard.stages else ""
+            ranked = "; a ranked one also needs a rank" if "ranked" in hard.stages else ""
             raise DataError(
                 f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
-                f"{len(samples):,} positives has one. The log must hold items of these stages in a "
-                f"positive's request (its request_id, or without one its time){ranked}; or set "
-                "model.hard to none."
+                f"{len(samples):,} positives has one. A loser has the positive's user and its "
+                f"request_id, or without a request_id its time{ranked}. Add such rows to the log, "
+                "or set model.hard to none."
             )
 
     def draw(

@@ -24,10 +24,11 @@ Stages: TypeAlias = Annotated[Several[HardStage], BeforeValidator(_split)]
 @refused_by_name
 @dataclass(frozen=True, config=CHECKED)
 class FunnelLosers:
-    """Items that lost to the positive in its own request: that of its request_id, or of its moment.
+    """Items that lost in the positive's own request.
 
-    Stages have equal weight. Exposed items and known positives are left out. At most 100 losers of
-    a stage, drawn at random, are kept for a positive.
+    The request is the user's events with its request_id or, without one, at its time. Stages have
+    equal weight. Exposed items and known positives are left out. At most 100 losers of a stage,
+    drawn at random, are kept for a positive.
 
     Attributes:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold, in rows that
@@ -61,11 +62,11 @@ class FunnelLosers:
             )
         if "ranked" not in self.stages and self.bottom_share != FunnelLosers.bottom_share:
             raise ValueError(
-                "bottom_share chooses among items of the stage 'ranked'. Add that to stages, or "
-                f"leave it out. Received: {self.bottom_share}, stages {self.stages!r}"
+                "bottom_share chooses among items of the stage 'ranked'. Add that stage, or leave "
+                f"bottom_share out. Received: {self.bottom_share}, stages {self.stages!r}"
             )
 
     def of_stages(self, stages: Sequence[HardStage]) -> "FunnelLosers":
-        """Returns a copy with other stages, without the option of `ranked` if that is left out."""
+        """Returns a copy with other stages; without "ranked", `bottom_share` is the default."""
         share = self.bottom_share if "ranked" in stages else FunnelLosers.bottom_share
         return replace(self, stages=stages, bottom_share=share)

@@ -251,8 +251,8 @@ def _plans_of_kind(
         hard, name = FunnelLosers(stages=("exposed",), allow_exposed=True, num=NUM_HARD), kind
     losers = hard or FunnelLosers()
     if not (stages := tuple(stage for stage in losers.stages if stage in logged)):
-        lacking = " or ".join(losers.stages)
-        return {}, f"plan {kind} is missing: the log holds no losers of {lacking}"
+        asked = " or ".join(losers.stages)
+        return {}, f"plan {kind} is missing: the log has no item whose stage is {asked}"
     losers = losers.of_stages(stages)
     if hard is None:
         losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))

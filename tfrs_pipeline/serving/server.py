@@ -52,8 +52,9 @@ CLOSE = {"Connection": "close"}
 # Larger requests are answered in slices, one at a time, so that small ones need not wait.
 SMALL_BODY_BYTES = 8_192
 SMALL_QUERIES, SMALL_RESULTS = 4, 500
-# A call of so many seconds in the event loop is slow: threads answer for so many times as long.
-SLOW_SECONDS, REST = 0.005, 20
+# After a call of more than so many seconds in the event loop, threads answer for `PAUSE` times its
+# duration, so that slow calls take a twentieth of the loop's time at most.
+SLOW_SECONDS, PAUSE = 0.005, 20
 # Seconds after which a thread yields to another. Python's default, 5 ms, equals ten small requests.
 SWITCH_SECONDS = 0.0005
 
@@ -108,7 +109,7 @@ class ModelServer:
             return await _run(self.large, work, version)
 
     async def predict(self, number: str | None, body: bytes) -> bytes:
-        """Answers the body of a predict call: at once if it is small, else in slices by turns."""
+        """Answers a predict call: a small one alone in the event loop, a large one by turns."""
 
         def begin(version: ServedVersion) -> bytes | rest.PredictCall:
             call = rest.parse_predict(body, version.signatures)
@@ -119,11 +120,12 @@ class ModelServer:
 
         with self.versions.use(number) as version:
             await asyncio.sleep(0)  # Requests that arrived together are counted now.
-            is_small, start = len(body) <= SMALL_BODY_BYTES, time.monotonic()
+            is_small = len(body) <= SMALL_BODY_BYTES
+            start = time.monotonic()
             if is_small and version.num_uses == 1 and start > self.slow_until:
                 call = begin(version)  # A change of threads takes a fifth of a short call.
                 if (seconds := time.monotonic() - start) > SLOW_SECONDS:
-                    self.slow_until = start + REST * seconds
+                    self.slow_until = start + PAUSE * seconds
             else:
                 call = await _run(self.threads if is_small else self.large, begin, version)
             if isinstance(call, bytes):
