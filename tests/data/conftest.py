@@ -24,7 +24,6 @@ def load(tmp_path: Path) -> Any:
             elif content is not None:
                 paths[name] = tmp_path / f"{name}.parquet"
                 pq.write_table(content, paths[name])
-        made = arguments(items=paths.get("items"), **options)
-        return Log.from_files(paths["events"], **made)
+        return Log.from_files(paths["events"], **arguments(items=paths.get("items"), **options))
 
     return run

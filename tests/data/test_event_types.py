@@ -152,6 +152,5 @@ def test_the_column_of_types_must_be_found(load: Any) -> None:
 
 def test_a_view_is_a_click_where_there_are_no_clicks() -> None:
     assert suggested(["view", "click"]) == "click=1 view=exposed"
-    bought = suggested(["addtocart", "transaction", "view"])
-    assert bought == "transaction=5 addtocart=3 view=1"
+    assert suggested(["addtocart", "transaction", "view"]) == "transaction=5 addtocart=3 view=1"
     assert suggested(["remove_from_cart", "pv", "buy"]) == "buy=5 pv=1"

@@ -85,10 +85,8 @@ def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: An
 
 
 def test_lists_in_parquet_are_stripped_as_text_is(load: Any) -> None:
-    lists = [[" war", "drama "], ["", None], None]
-    items = pa.table({"item_id": [5, 6, 7], "genres": lists})
-    kinds = {"genres": "multi_categorical"}
-    log = load("user_id,item_id\n1,5\n", items=items, item_features=kinds)
+    items = pa.table({"item_id": [5, 6, 7], "genres": [[" war", "drama "], ["", None], None]})
+    log = load("user_id,item_id\n1,5\n", items=items, item_features={"genres": "multi_categorical"})
     assert column(log.items, "genres", "item_id") == [["war", "drama"], [], None]
 
 
@@ -97,8 +95,7 @@ def test_vectors_in_text_are_read_as_programs_write_them(load: Any, text: str) -
     items = f'item_id,v\n5,"{text}"\n6,[]\n7,"[1,2,null]"\n8,2|3|4'
     options = {"item_features": {"v": "vector"}, "max_bad_share": 0.3}
     log = load("user_id,item_id\n1,5\n", items=items, **options)
-    expected = [[0.5, -20.0, 3.0], None, None, [2.0, 3.0, 4.0]]
-    assert column(log.items, "v", "item_id") == expected
+    assert column(log.items, "v", "item_id") == [[0.5, -20.0, 3.0], None, None, [2.0, 3.0, 4.0]]
 
 
 def test_items_that_the_item_table_lacks_are_kept_dropped_or_refused(load: Any) -> None:

@@ -119,8 +119,7 @@ def test_columns_that_duckdb_does_not_take() -> None:
 
 def test_the_id_of_another_table_may_be_a_feature() -> None:
     items = ITEMS.assign(user_id=["maker", "maker", "other"])
-    kinds = {"user_id": "categorical"}
-    log = made(**{"items": items, "item_features": kinds})
+    log = made(**{"items": items, "item_features": {"user_id": "categorical"}})
     assert column(log.items, "user_id", "item_id") == ["maker", "other", "maker"]
     # Ids of a warehouse may be whole decimals.
     ids = pa.array([2**60, 2**60 + 1], pa.int64()).cast(pa.decimal128(38, 0))
@@ -136,8 +135,7 @@ def test_a_fingerprint_is_of_the_rows(tmp_path: Path) -> None:
     assert {each.fingerprint() for each in same} == {log.fingerprint()}
     changes = {"rating": [5.0, 4.0, 4.0], "item_id": [7, 8, 7], "user": ["a", "b", "b"]}
     others = [made(EVENTS.assign(**{name: values})) for name, values in changes.items()]
-    items = ITEMS.assign(kind=[1.0, None, 3.0])
-    others.append(made(**{"items": items}))
+    others.append(made(**{"items": ITEMS.assign(kind=[1.0, None, 3.0])}))
     assert len({each.fingerprint() for each in [log, *others]}) == 5
 
 

@@ -31,8 +31,7 @@ def made(rows: Sequence[tuple[Any, ...]], ties: Ties = "auto", step: float = 86_
     columns["timestamp"] = pa.array(times, pa.timestamp("us", "UTC"))
     if requests:
         columns["request_id"] = pa.array(requests[0], pa.int64())
-    reading = Reading(ties=ties)
-    return Log.from_table(pa.table(columns), reading=reading, connection=CONNECTION)
+    return Log.from_table(pa.table(columns), reading=Reading(ties=ties), connection=CONNECTION)
 
 
 def by_day(order: str, num: int = 600) -> list[tuple[int, Any, int]]:

@@ -10,8 +10,7 @@ def test_ndcg_equals_scikit_learn() -> None:
     scores = rng.permuted(np.tile(np.arange(num_candidates), (num_queries, 1)), axis=1)
     truth = rng.random((num_queries, num_candidates)) < rng.choice([0.02, 0.2, 0.9], (40, 1))
     truth[:, 0] |= ~truth.any(axis=1)
-    order = np.argsort(-scores, axis=1)
-    is_hit = np.take_along_axis(truth, order, axis=1)
+    is_hit = np.take_along_axis(truth, np.argsort(-scores, axis=1), axis=1)
     for k in (1, 5, 60):
         ours = query_metrics(is_hit, truth.sum(axis=1), k)["ndcg"]
         theirs = [ndcg_score(truth[[i]], scores[[i]], k=k) for i in range(num_queries)]

@@ -114,8 +114,7 @@ def test_known_propensities_give_the_recall_of_all_that_users_like(is_known: boo
 
 def test_no_weight_is_above_the_root_of_the_items_times_the_mean() -> None:
     exposure = np.array([1.0, *[1e6] * 7])
-    wanted = np.array([0, *range(1, 8), *range(1, 8), 1])
-    weights = item_weights(exposure, wanted)
+    weights = item_weights(exposure, np.array([0, *range(1, 8), *range(1, 8), 1]))
     mean = (1 + 15e-6) / 16
     assert weights[0] == pytest.approx(4 * mean)
     np.testing.assert_array_equal(weights[1:], 1e-6)

@@ -122,8 +122,7 @@ def test_hashed_values_spread_over_twice_as_many_buckets() -> None:
     ],
 )
 def test_numbers_are_standardised(values: list[Any], new: list[Any], expected: list[Any]) -> None:
-    encoded = Numeric.fit("price", values).encode_column(new)
-    np.testing.assert_allclose(encoded, expected, rtol=1e-6)
+    np.testing.assert_allclose(Numeric.fit("price", values).encode_column(new), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["numeric", "timestamp", "vector"])

@@ -185,8 +185,7 @@ def test_the_page_takes_a_time_as_typed(model: Any) -> None:
 def test_typed_items_are_encoded_as_their_csv(folder: Path, model: Any, tmp_path: Path) -> None:
     models = folder.parent / "saved_models" / "films"
     pq.write_table(rich_items(), tmp_path / "items.parquet")
-    refreshed = refresh_index(models / "1", tmp_path / "items.parquet")
-    after = load(refreshed.folder)
+    after = load(refresh_index(models / "1", tmp_path / "items.parquet").folder)
     place = {id_: i for i, id_ in enumerate(after.candidate_ids())}
     embeddings = after.candidate_embeddings()[[place[id_] for id_ in model.candidate_ids()]]
     np.testing.assert_allclose(embeddings, model.candidate_embeddings(), atol=1e-6)

@@ -8,8 +8,7 @@ from tfrs_pipeline.features.layers import CodeEmbedding, FlaggedNumbers
 
 def test_a_list_is_the_mean_of_its_values_without_padding() -> None:
     layer = CodeEmbedding("genres", 4, 5)
-    codes = [[2, 0, 0], [3, 1, 3], [0, 0, 0]]
-    embedded = layer(tf.constant(codes))
+    embedded = layer(tf.constant([[2, 0, 0], [3, 1, 3], [0, 0, 0]]))
     table = layer.table.numpy()
     expected = [table[2], (2 * table[3] + table[1]) / 3, np.zeros(5)]
     np.testing.assert_allclose(embedded, expected, rtol=1e-6)

@@ -172,8 +172,7 @@ def test_every_metric_of_every_model_is_that_of_metrics_json() -> None:
 
 
 def test_what_is_by_request_and_what_is_tied_have_tables_of_their_own() -> None:
-    by_request = FACTS.metrics["by_request"]
-    for name, of in (("", MODELS), (", by request", by_request["models"])):
+    for name, of in (("", MODELS), (", by request", FACTS.metrics["by_request"]["models"])):
         for metric in ("mrr@20", "gini@100"):
             expected = [x[metric] if "gini" in metric else x[metric]["mean"] for x in of.values()]
             assert PAGE.values(f"Metrics{name}", metric) == expected
@@ -291,8 +290,7 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert page.values(by_request, "10") == [100, 0.98765]
     assert page.tables[by_request]["1,000"][0][0] == "known"
     assert "It finds at least 98.8% of the exact answer; the target is 98%." in page.text
-    excluding = "A query that excludes what its user knows"
-    assert page.values(excluding, "1,000") == [0.99]
+    assert page.values("A query that excludes what its user knows", "1,000") == [0.99]
     # Of the positives as trained on.
     assert len(page.of("svg")) == len(PAGE.of("svg")) + 1
     assert PAGE.tables["Kind and settings"]["num_leaves"] == [("41", 41, False)]

@@ -38,14 +38,11 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
     for name, model in models.items():
         of_part = {part: interval(means[name] + more) for part, more in slices.items()}
         model["slices"] = {x: {METRIC: y, "num_candidates": 200} for x, y in of_part.items()}
-    compared, gaps = (
-        (METRIC, *(f"{x}/{METRIC}" for x in slices)),
-        {x: y - means[first] for x, y in means.items()},
-    )
-    differences = {name: dict.fromkeys(compared, interval(gap)) for name, gap in gaps.items()}
+    compared = (METRIC, *(f"{part}/{METRIC}" for part in slices))
+    gaps = {name: interval(mean - means[first]) for name, mean in means.items() if name != first}
     return {
         "models": models,
-        "differences": {x: y for x, y in differences.items() if x != first},
+        "differences": {name: dict.fromkeys(compared, gap) for name, gap in gaps.items()},
         "split": {"train": {"num_positives": 30_000}},
         "tie_rule": "order",
         "training": {first: {"best_epoch": 3, "history": {f"val_{METRIC}": [0.1, 0.2, 0.3, 0.2]}}},
@@ -81,6 +78,8 @@ def test_popularity_slices_are_told_apart() -> None:
     assert (found.answer, found.outcome) == (f"beats every baseline for {everywhere}", BETTER)
     assert f"{everywhere}: it beats every baseline" in found.why
     assert "without the correction finds still more popular items (1.10 against 0.50)" in found.why
+    metrics["differences"]["two_tower_uncorrected"][METRIC] = interval(-0.1)
+    assert "but fewer of all items" in by_popularity(metrics, METRIC).why
     metrics["models"]["ease"]["slices"]["head"][METRIC] = interval(0.7)
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.2)
     metrics["differences"]["ease"][f"torso/{METRIC}"] = interval(0.005)
@@ -88,6 +87,7 @@ def test_popularity_slices_are_told_apart() -> None:
     assert (found.answer, found.outcome) == (f"beats every baseline for {RARE}", LEVEL)
     assert f"{MIDDLING}: it ties with EASE (0.30 against 0.25)" in found.why
     assert f"{POPULAR}: EASE beats it (0.70 against 0.50)" in found.why
+    assert "EASE finds" not in found.why
     # A list of 100 can hold all of a head of 100 items, whatever the model.
     metrics["models"]["two_tower"]["slices"]["head"]["num_candidates"] = 100
     assert POPULAR not in by_popularity(metrics, METRIC).why
@@ -273,8 +273,7 @@ def test_a_strange_test(means: dict[str, float], changed: dict[str, int], told: 
     (line,) = found
     assert re.match(told, line)
     # What is set already is not suggested.
-    features = {"year": "numeric"}
-    settings = {"evaluation.exclude": "none", "data.item_features": features}
+    settings = {"evaluation.exclude": "none", "data.item_features": {"year": "numeric"}}
     again = list(advice(metrics, METRIC, with_settings(RunConfig(), settings)))
     assert not any("exclude to none" in line or "item_features" in line for line in again)
 
@@ -285,8 +284,7 @@ def test_what_an_even_log_would_say_otherwise_is_told() -> None:
         for name, mean in even.items():
             found["models"][name][f"even_{METRIC}"] = interval(mean)
             if name != "two_tower":
-                gap = interval(mean - even["two_tower"])
-                found["differences"][name][f"even_{METRIC}"] = gap
+                found["differences"][name][f"even_{METRIC}"] = interval(mean - even["two_tower"])
         return found
 
     even = metrics({"two_tower": 0.2, "ease": 0.1, "ials": 0.3, "popularity": 0})

@@ -83,7 +83,7 @@ def slow_histories(events: list[Event], has_request: bool, ties: TieRule) -> lis
     # The query of the request comes before all of its events, and after what came before these.
     events=[
         *((1, 2, 3, "clicked", None), (1, 3, 3, "exposed", 1)),
-        *((1, 4, 3, "clicked", None), (1, 5, 3, "clicked", 1)),
+        *((1, 4, 3, "clicked", None), (1, 5, 3, "clicked", 1), (1, 2, 4, "exposed", None)),
     ],
     has_request=True,
     ties="order",
@@ -121,8 +121,7 @@ def test_samples_match_a_loop(
     query_times = samples.latest_times(np.arange(len(samples)), 4)
     assert samples.num_earlier is not None
     for i, latest in enumerate(query_times - start):
-        num_earlier = samples.num_earlier[i]
-        times = seconds[samples.query_rows[i]][: num_earlier + 1][::-1][:5]
+        times = seconds[samples.query_rows[i]][: samples.num_earlier[i] + 1][::-1][:5]
         np.testing.assert_array_equal(latest, [*times, *[np.nan] * (5 - len(times))])
     # As of now, to a model that knows users 2 to 5, and items 1 to 5.
     histories, known, item_times = latest_histories(log, Ids(range(2, 6)), Ids(range(1, 6)))
@@ -157,8 +156,7 @@ def test_samples_stand_by_query_and_time_and_are_rebuilt(tmp_path: Path) -> None
         samples = read_samples(tmp_path)
         # Each sample has its own weight, which is its time, and item, wherever it stands.
         times = (samples.weights * 8).astype(int)
-        found = list(zip(samples.query_rows.tolist(), times.tolist(), strict=True))
-        assert found == sorted(pairs)
+        assert list(zip(samples.query_rows.tolist(), times.tolist(), strict=True)) == sorted(pairs)
         np.testing.assert_array_equal(samples.candidate_rows, 1 + times % 7)
         assert not list(tmp_path.glob("_work-*"))
 

@@ -15,8 +15,7 @@ from tfrs_pipeline.samples.store import read_samples
 
 
 def test_samples_have_the_request_features_of_their_events(tmp_path: Path) -> None:
-    log = made(rows(), FEATURES)
-    build_samples(log, tmp_path, seed=0)
+    build_samples(made(rows(), FEATURES), tmp_path, seed=0)
     # Users are numbered in the order of their ids, and a user's samples are in that of time.
     table = sorted(enumerate(rows()), key=lambda x: (x[1]["user_id"], x[1]["timestamp"], x[0]))
     samples = pq.read_table(tmp_path / "samples.parquet")

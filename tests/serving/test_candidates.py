@@ -48,8 +48,7 @@ class Plain:
     def remove(self, numbers: list[int]) -> None:
         ids = [self.id_of(number) for number in numbers]
         there = [id_ for id_ in ids if id_ in self.now]
-        nothing = np.zeros((0, DIM), np.float32)
-        assert self.candidates.change([], nothing, [], ids) == len(there)
+        assert self.candidates.change([], np.zeros((0, DIM), np.float32), [], ids) == len(there)
         for id_ in there:
             del self.now[id_]
 

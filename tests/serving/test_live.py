@@ -138,8 +138,7 @@ def test_a_newer_version_knows_better(films: Path, tmp_path: Path) -> None:
     assert {mine, gone, new} <= set(after)
     # What is written during the refresh counts.
     assert (during in after, len(after)) == (False, 40)
-    own = ranking(load(model, live=False), query)
-    assert after[mine] == pytest.approx(own[mine])
+    assert after[mine] == pytest.approx(ranking(load(model, live=False), query)[mine])
     assert (second.live.title_of(mine), second.live.title_of(new)) == (None, "New")
     assert second.titles()[mine] == "Title"
     # What is written now goes before the version again.

@@ -61,8 +61,7 @@ class LookedUp(tf.keras.layers.Layer):
 
     def __init__(self, corpus: Corpus) -> None:
         super().__init__()
-        keys = tf.constant([1, 2, 3])
-        rows = tf.lookup.KeyValueTensorInitializer(keys, tf.constant([3, 1, 2]))
+        rows = tf.lookup.KeyValueTensorInitializer(tf.constant([1, 2, 3]), tf.constant([3, 1, 2]))
         self.own = {"rows": tf.lookup.StaticHashTable(rows, default_value=0)}
         self.numbers = [tf.keras.layers.IntegerLookup(vocabulary=[3, 2])]
         self.texts = tf.keras.layers.StringLookup(vocabulary=["1", "3"])
@@ -164,8 +163,7 @@ def test_a_title_is_text_and_how_items_were_read_is_kept(tmp_path: Path) -> None
     items = pa.table({"item_id": ["a", "b", "c"], "title": [7, None, 9]})
     reading = Reading(item_columns={"item_id": "sku"}, max_bad_share=0.5)
     model = exportable(items=items, reading=reading)
-    retriever = load(export(model, tmp_path / "own"))
-    assert retriever.titles() == {"a": "7", "b": None, "c": "9"}
+    assert load(export(model, tmp_path / "own")).titles() == {"a": "7", "b": None, "c": "9"}
     (tmp_path / "today.csv").write_text("sku,name\nb,x\n,y\n")
     assert refresh_index(tmp_path / "own", tmp_path / "today.csv").num_items == 1
 

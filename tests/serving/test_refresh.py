@@ -145,12 +145,10 @@ def test_users_are_as_they_were(refreshed: Refreshed) -> None:
     then, now = (version.embed_queries(served.queries()) for version in (before, after))
     np.testing.assert_allclose(then, now, atol=1e-6)
     gone = set(served.candidate_ids.tolist()[:NUM_GONE])
-    users = served.query_ids.tolist()
-    ids, scores, is_known = after.retrieve_user(users, NUM_CANDIDATES)
+    ids, scores, is_known = after.retrieve_user(served.query_ids.tolist(), NUM_CANDIDATES)
     assert is_known.all()
     for row, user_ids in enumerate(ids.tolist(), 1):
-        known = set(served.known(row))
-        left = set(after.candidate_ids()) - known
+        left = set(after.candidate_ids()) - set(served.known(row))
         assert set(user_ids[: len(left)]) == left
         assert not set(user_ids[: len(left)]) & gone
         assert np.isneginf(scores[row - 1][len(left) :]).all()
@@ -311,8 +309,7 @@ def test_a_feature_that_the_training_had_must_have_a_value(kind: Any, values: li
     with pytest.raises(DataError, match=r"none of 2 items has a value of 'price'.*allow_all_new"):
         refresh.refuse_lost(feature, path, pa.table({"price": nothing}))
     if kind != "vector":
-        unfitted = KINDS[kind].fit("price", nothing)
-        refresh.refuse_lost(unfitted, path, pa.table({"price": nothing}))
+        refresh.refuse_lost(KINDS[kind].fit("price", nothing), path, pa.table({"price": nothing}))
 
 
 @pytest.mark.parametrize("refreshed", ["int"], indirect=True)

