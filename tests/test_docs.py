@@ -74,12 +74,12 @@ PAGES = ["README.md", "CONTRIBUTING.md", "saved_models/README.md", *DOCS]
 def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
     text = re.sub("made by.*?<!-- end -->", "", (ROOT / page).read_text(), flags=re.DOTALL)
     settings = set(setting_names(tp.RunConfig))
-    assert {*re.findall(r"--(?:no-)?([a-z]+\.[a-z0-9_]+)", text)} <= settings
+    assert set(re.findall(r"--(?:no-)?([a-z]+\.[a-z0-9_]+)", text)) <= settings
     named = {name for name in re.findall(r"`([a-z]+\.[a-z_]+)`", text) if "py" not in name}
     tables = {name.partition(".")[0] for name in settings}
     assert {name for name in named if name.partition(".")[0] in tables} <= settings
-    assert {*re.findall(r"\btp\.(\w+)", text)} <= {*tp.__all__}
-    assert {*re.findall(r"--preset ([a-z]\w+)", text)} <= PRESETS.keys()
+    assert set(re.findall(r"\btp\.(\w+)", text)) <= set(tp.__all__)
+    assert set(re.findall(r"--preset ([a-z]\w+)", text)) <= PRESETS.keys()
 
 
 def test_the_reference_is_that_of_the_code() -> None:
@@ -109,8 +109,8 @@ def test_the_example_of_the_readme_runs(
     exec(example, {})
     printed = capsys.readouterr().out
     shown = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)[1]
-    words = (re.findall(r"[a-z][\w@/]+", text) for text in (printed, shown))
-    assert next(words) == next(words)
+    word = re.compile(r"[a-z][\w@/]+")
+    assert word.findall(printed) == word.findall(shown)
     ids = (re.findall(r"\d+", text.splitlines()[-1]) for text in (printed, shown))
     assert [*map(len, ids)] == [5, 5]
 

@@ -141,6 +141,6 @@ def test_a_public_name_is_that_of_its_module() -> None:
     for name, module in tfrs_pipeline.PUBLIC.items():
         home = importlib.import_module(f"tfrs_pipeline.{module}")
         assert getattr(tfrs_pipeline, name) is getattr(home, name)
-    assert {*tfrs_pipeline.__all__} <= {*dir(tfrs_pipeline)}
+    assert set(tfrs_pipeline.__all__) <= set(dir(tfrs_pipeline))
     with pytest.raises(AttributeError, match="no attribute 'RunConfg'"):
         _ = tfrs_pipeline.RunConfg

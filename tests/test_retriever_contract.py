@@ -132,8 +132,11 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Problem]:
     clicks &= np.arange(NUM_CANDIDATES) % 2 == user_community[:, None]
     numbers = np.random.default_rng(1).permutation(1000)[:NUM_CANDIDATES] + 1
     ids = {"int": numbers, "str": np.array([f"i{n}" for n in numbers], object)}
-    network, folder = make_network(), tmp_path_factory.mktemp
-    return {kind: Problem(clicks, x, network, folder("exports")) for kind, x in ids.items()}
+    network = make_network()
+    return {
+        kind: Problem(clicks, x, network, tmp_path_factory.mktemp("exports"))
+        for kind, x in ids.items()
+    }
 
 
 @pytest.fixture(scope="module", params=["int", "str"])

@@ -4,6 +4,7 @@ For every mixture of negatives, hard share and order of the samples: the mean ov
 estimated denominator is the exact one, within what that many draws allow.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.small_batches import BATCH_SIZE, NUM_CANDIDATES, NUM_SAMPLES, SAMPLE_
 from tfrs_pipeline import FunnelLosers, HybridBatches, InBatch, Popularity, Uniform
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.loss import HybridRetrieval
+from tfrs_pipeline.negatives import mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.samples.positives import resampling_rate
 
@@ -111,3 +113,22 @@ def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponen
     squares = np.bincount(samples.ravel(), relative.ravel() ** 2) / num
     z_scores = (mean - 1) / np.sqrt((squares - mean**2) / num)
     assert np.abs(z_scores).max() < 5
+
+
+def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The correction of libraries that know one sampler: the test above has the power to tell."""
+
+    @dataclasses.dataclass(frozen=True)
+    class AsInBatch(Uniform):
+        def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+            q = frame.q_positive
+            is_item = np.arange(len(q)) > 0
+            return np.where(q > 0, self.num * q, is_item)
+
+    negatives: list[Negatives] = [InBatch(), AsInBatch(20)]
+    with pytest.raises(ValueError, match="log_q would belong to another draw"):
+        small_batches.make_batches(negatives=negatives)
+    monkeypatch.setattr(mixture, "_check_draws", lambda *arguments: None)
+    samples, sums = denominators(small_batches.make_batches(negatives=negatives), 50)
+    expected = np.array([exact(i, 0.0, np.ones(NUM_CANDIDATES + 1)) for i in range(NUM_SAMPLES)])
+    assert abs((sums / expected[samples]).mean() - 1) > 0.2

@@ -121,9 +121,9 @@ def test_corrections_and_hard_draws(order: str, options: dict[str, Any], n: np.n
                 columns = slice(start, start + 5)
                 assert (batch.hard.is_counted[i, columns] == is_there).all()
                 if is_there:
-                    drawn = {*batch.hard.candidate_row[i, columns].tolist()}
+                    drawn = set(batch.hard.candidate_row[i, columns].tolist())
                     pool = SAMPLES.hard_pools[stage][sample].tolist()
-                    assert drawn <= {*pool}
+                    assert drawn <= set(pool)
                     assert len(drawn) == min(5, len(pool))
                     expected = np.log(5 / (NUM_CANDIDATES * F / sum(has)))
                     np.testing.assert_allclose(batch.hard.log_q[i, columns], expected, rtol=1e-5)

@@ -255,8 +255,10 @@ def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> Non
     assert holdout.user_ids.tolist() == sorted(query.user for query in queries)
     zipped = zip(holdout.user_ids.tolist(), *lists, strict=True)
     found = [(user, *(ids.tolist() for ids in of_query)) for user, *of_query in zipped]
-    sets: Any = ((*map(sorted, (x.wanted, x.clicked, x.seen)), x) for x in queries)
-    asked = sorted((x.user, a, x.history, b, c, x.first) for a, b, c, x in sets)
+    asked = sorted(
+        (x.user, sorted(x.wanted), x.history, sorted(x.clicked), sorted(x.seen), x.first)
+        for x in queries
+    )
     if holdout.requests is not None:
         lines = [request["line"] for request in holdout.requests]
         found = [(*query, line) for query, line in zip(found, lines, strict=True)]

@@ -186,8 +186,10 @@ def test_the_time_before_the_first_step_is_over_does_not_count(
 
     def slow_start(slow_epoch: int) -> tf.keras.callbacks.Callback:
         """A second a step, and a hundred before an epoch."""
-        begin: Any = {"on_epoch_begin": lambda epoch, logs: wait(100 * (epoch == slow_epoch))}
-        return tf.keras.callbacks.LambdaCallback(on_train_batch_end=lambda *x: wait(1), **begin)
+        return tf.keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: wait(100 * (epoch == slow_epoch)),
+            on_train_batch_end=lambda batch, logs: wait(1),
+        )
 
     with pytest.raises(Stopped):
         run(folder=tmp_path, stop_after=1, callbacks=[slow_start(0)])

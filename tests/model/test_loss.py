@@ -47,21 +47,29 @@ def slow_loss(queries: Any, columns: Any, positives: Any, hard: Any) -> Any:
     return total
 
 
-ROW_NAMES = ("hard_embeddings", "log_q", "score_mask", "hard_log_q", "hard_mask")
-
-
 @pytest.mark.parametrize("repeats_rows", [False, True])
 def test_value_and_gradients_are_those_of_a_loop(repeats_rows: bool) -> None:
     """With several positives a query, or the query's row once for each of them."""
 
     def loss(queries: Any, columns: Any, positives: Any, hard: Any) -> tf.Tensor:
-        rows = [tf.identity(queries), hard, LOG_Q, MASK, HARD_LOG_Q, HARD_MASK]
-        of_rows: dict[str, Any] = {"positive_query": tf.constant(POSITIVE_QUERY)}
+        of_rows: dict[str, Any] = {
+            "query_embeddings": tf.identity(queries),
+            "hard_embeddings": hard,
+            "log_q": LOG_Q,
+            "score_mask": MASK,
+            "hard_log_q": HARD_LOG_Q,
+            "hard_mask": HARD_MASK,
+        }
         if repeats_rows:
-            rows, of_rows = [tf.gather(row, POSITIVE_QUERY) for row in rows], {}
-        of_rows |= dict(zip(ROW_NAMES, rows[1:], strict=True))
-        given = {"sample_weight": WEIGHTS, "negative_embeddings": columns, **of_rows}
-        return HybridRetrieval(0.5)(rows[0], positives, **given)
+            of_rows = {name: tf.gather(rows, POSITIVE_QUERY) for name, rows in of_rows.items()}
+        else:
+            of_rows["positive_query"] = tf.constant(POSITIVE_QUERY)
+        return HybridRetrieval(0.5)(
+            candidate_embeddings=positives,
+            sample_weight=WEIGHTS,
+            negative_embeddings=columns,
+            **of_rows,
+        )
 
     arrays = QUERIES, COLUMNS, POSITIVES, HARD
     pairs = zip(*(value_and_gradients(x, *arrays) for x in (loss, slow_loss)), strict=True)

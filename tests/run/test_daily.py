@@ -192,9 +192,10 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
 ) -> None:
     """It is not measured beside itself, nor exported again unless another index is asked for."""
     settings = {"warm_start": model_folder(place), "export.gate": gate, "export.index": index}
-    files = (warm.result.folder / name for name in ("metrics.json", CONFIG_FILE))
+    metrics_file = warm.result.folder / "metrics.json"
+    files = (metrics_file, warm.result.folder / CONFIG_FILE)
     kept = {path: path.read_bytes() for path in files}
-    next(iter(kept)).unlink()
+    metrics_file.unlink()
     watched = Watched()
     again = run(today(place, **settings), warm.result.folder, progress=watched)
     assert versions_of(model_folder(place)) == [1, 2, 3][:newest]

@@ -380,7 +380,7 @@ def test_a_user_is_served_by_all_that_is_known_and_not_what_is_known(finished: F
     ids, scores, is_known = retriever.retrieve_user([user], NUM_ITEMS)
     assert is_known.tolist() == [True]
     items = {item_id(item, finished.ids) for item in range(NUM_ITEMS)}
-    assert {*ids[0, : NUM_ITEMS - len(clicked)].tolist()} == items - {*clicked}
+    assert set(ids[0, : NUM_ITEMS - len(clicked)].tolist()) == items - set(clicked)
     times = [row["timestamp"] for row in clicks]
     query = {"user_id": user, "history": clicked, "history_timestamps": times}
     expected, expected_scores = retriever.retrieve([query], NUM_ITEMS, [clicked])

@@ -82,8 +82,11 @@ def slow_histories(events: list[Event], has_request: bool, ties: TieRule) -> lis
 @example(
     # The query of the request comes before all of its events, and after what came before these.
     events=[
-        *((1, 2, 3, "clicked", None), (1, 3, 3, "exposed", 1)),
-        *((1, 4, 3, "clicked", None), (1, 5, 3, "clicked", 1), (1, 2, 4, "exposed", None)),
+        (1, 2, 3, "clicked", None),
+        (1, 3, 3, "exposed", 1),
+        (1, 4, 3, "clicked", None),
+        (1, 5, 3, "clicked", 1),
+        (1, 2, 4, "exposed", None),
     ],
     has_request=True,
     ties="order",

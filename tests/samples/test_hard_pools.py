@@ -129,11 +129,13 @@ def test_pools_match_a_loop(name: str) -> None:
     assert sum(len(p) for of_stage in pools.values() for p in of_stage.values()) > 10
 
 
-def test_without_ranks_nothing_ranked_is_used_and_without_requests_the_moment_serves() -> None:
-    rows = random_log(0)
-    pools = run(rows, LOSERS["low part by share"], drop=("rank",))
+def test_without_ranks_no_ranked_item_is_a_loser() -> None:
+    pools = run(random_log(0), LOSERS["low part by share"], drop=("rank",))
     assert all(not pool["ranked"] for pool in pools.values())
-    hard = LOSERS["of both stages"]
+
+
+def test_without_a_request_id_the_time_tells_the_request() -> None:
+    rows, hard = random_log(0), LOSERS["of both stages"]
     without = [{**row, "request_id": None} for row in rows]
     by_moment = slow_pools(without, hard)
     assert as_sets(run(rows, hard, drop=("request_id",))) == by_moment

@@ -135,10 +135,16 @@ def make_served(
     if reads_times or not reads_history:
         changes["history_pooling"] = ("attention",) if reads_times else ()
     plan = TwoTower(use_user_id=use_user_id, share_item_embedding=False, **changes)
-    encoded = genres.encode_column(all_genres), gender.encode_column(all_genders)
-    columns = {"genres": encoded[0]}, {"gender": encoded[1]}
-    ids_of = Ids(candidate_ids), Ids(query_ids)
-    corpus = Corpus(*ids_of, (genres,), (gender,), *columns, request_features, reads_times)
+    corpus = Corpus(
+        candidate_ids=Ids(candidate_ids),
+        query_ids=Ids(query_ids),
+        candidate_features=(genres,),
+        query_features=(gender,),
+        candidate_columns={"genres": genres.encode_column(all_genres)},
+        query_columns={"gender": gender.encode_column(all_genders)},
+        request_features=request_features,
+        has_times=reads_times,
+    )
     model = plan.build(corpus)
     # An untrained Keras embedding is nearly zero: spread the answers out. Other inputs of a query
     # must not hide the self-attention over its history, which begins small.
@@ -151,10 +157,19 @@ def make_served(
         rng.permutation(np.arange(1, NUM_CANDIDATES + 1))[: 2 * i].astype(np.int32)
         for i in range(NUM_QUERIES)
     ]
-    titles = [EVIL if i == 5 else f"The {i}th Film" for i in range(NUM_CANDIDATES)]
-    known = query_ids, candidate_ids, histories, (gender,), (genres,), all_genders, all_genres
-    times = _times(histories) if reads_times else None
-    return Served(model, *known, titles, request_features, times)
+    return Served(
+        model,
+        query_ids=query_ids,
+        candidate_ids=candidate_ids,
+        clicks=histories,
+        query_features=(gender,),
+        candidate_features=(genres,),
+        genders=all_genders,
+        genres=all_genres,
+        titles=[EVIL if i == 5 else f"The {i}th Film" for i in range(NUM_CANDIDATES)],
+        request_features=request_features,
+        history_times=_times(histories) if reads_times else None,
+    )
 
 
 def _ids_of(kind: str) -> tuple[np.ndarray, np.ndarray]:

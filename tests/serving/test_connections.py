@@ -102,7 +102,9 @@ def test_headers_that_never_end_are_cut_off(running: Running) -> None:
 @pytest.mark.parametrize(
     "begin",
     [
-        *(b"", b"GET /", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "),
+        b"",
+        b"GET /",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
         b"POST /slow HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
     ],
     ids=["nothing", "path", "header", "trailer"],

@@ -97,9 +97,12 @@ def test_searches_go_on_while_another_thread_adds() -> None:
     assert np.mean(np.sort(rows) == np.sort(exact_order(QUERIES, 100))) >= 0.999
 
 
-def test_exact_search_suits_a_small_corpus_and_no_index_a_recall_of_0() -> None:
+def test_exact_search_suits_a_small_corpus() -> None:
     assert Auto(0.9).choose(19_999) == Exact()
     assert Auto(0.9).choose(20_000) == Scann(recall=0.9)
+
+
+def test_a_recall_of_0_is_refused() -> None:
     for kind in (Scann, Auto):
         with pytest.raises(ValueError, match="recall"):
             kind(recall=0)

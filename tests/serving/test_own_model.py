@@ -44,13 +44,17 @@ class OwnModel(tf.Module):
 
 def exportable(model: OwnModel | None = None, **changes: Any) -> Exportable:
     model = model or OwnModel()
-    # Most recent first; 0 is an item that is newer than the training.
-    lists = {"histories": [[], [1, 2], [0, 2, 0, 1], [0]], "known_positives": [[], [1, 2], [3], []]}
+
+    def rows(*lists: list[int]) -> RowLists:
+        return RowLists.from_lists([np.array(x, int) for x in lists])
+
     given: dict[str, Any] = {
         "items": pa.table({"item_id": ["a", "b", "c"]}),
         "query_ids": np.array([7, 8, 9]),
         "history_length": 3,
-        **{n: RowLists.from_lists([np.array(x, int) for x in of_n]) for n, of_n in lists.items()},
+        # Most recent first; 0 is an item that is newer than the training.
+        "histories": rows([], [1, 2], [0, 2, 0, 1], [0]),
+        "known_positives": rows([], [1, 2], [3], []),
         **changes,
     }
     return Exportable(model.embed_queries, model.embed_candidates, model.variables, **given)

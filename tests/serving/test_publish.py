@@ -1,7 +1,6 @@
 """Versions on disk: whole or absent, in order, and none lost in a crash."""
 
 import contextlib
-import functools
 import shutil
 import signal
 import subprocess
@@ -164,8 +163,14 @@ def test_who_decides_by_the_newest_version_publishes_the_next(tmp_path: Path) ->
 
 def test_publications_at_once_do_not_mix(tmp_path: Path) -> None:
     payloads = {f"payload-{i}" for i in range(20)}
+    together = threading.Barrier(20)
+
+    def publish_together(payload: str) -> None:
+        together.wait(60)
+        publish(tmp_path, payload)
+
     with ThreadPoolExecutor(20) as pool:
-        list(pool.map(functools.partial(publish, tmp_path), payloads))
+        list(pool.map(publish_together, payloads))
     assert versions_of(tmp_path) == list(range(1, 21))
     found = {(tmp_path / str(v) / MANIFEST_FILE).read_text() for v in versions_of(tmp_path)}
     assert found == payloads
@@ -192,7 +197,7 @@ def test_killed_at_random_points_the_newest_version_is_whole(tmp_path: Path) -> 
         versions = versions_of(tmp_path)
         for number in versions:
             payloads = [path.read_text() for path in (tmp_path / str(number)).iterdir()]
-            assert (len(payloads), len({*payloads})) == (FILES_OF_A_VERSION, 1)
+            assert (len(payloads), len(set(payloads))) == (FILES_OF_A_VERSION, 1)
         assert not versions or versions[-1] >= newest
         newest = versions[-1] if versions else newest
         # The next publisher's first version removes what this one left.

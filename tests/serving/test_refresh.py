@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,9 +114,9 @@ def write_all(served: Served, folder: Path) -> Path:
     return path
 
 
-def with_genres(table: pa.Table, genres: Any = None) -> pa.Table:
+def with_genres(table: pa.Table, genres: Sequence[list[str] | None]) -> pa.Table:
     place, kind = table.column_names.index("genres"), table.schema.field("genres")
-    return table.set_column(place, kind, pa.array(genres or [None] * len(table), kind.type))
+    return table.set_column(place, kind, pa.array(genres, kind.type))
 
 
 def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
@@ -246,7 +247,7 @@ def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_pa
     with pytest.raises(DataError, match=r"none of its 3 ids, such as 2, is known"):
         refresh_index(folder, path)
     assert versions_of(folder) == [1]
-    pq.write_table(with_genres(new), path)
+    pq.write_table(with_genres(new, [None] * 3), path)
     done = refresh_index(folder, path, allow_all_new=True)
     assert (done.num_items, done.num_new) == (3, 3)
     loaded = load(folder)
@@ -318,7 +319,7 @@ def test_a_feature_that_the_training_had_must_have_a_value(kind: Any, values: li
     [
         (lambda t: t.drop_columns(["genres"]), r"no column 'genres'.*\. Name the columns as"),
         (lambda t: t.drop_columns(["item_id"]), r"no column 'item_id'"),
-        (lambda t: pa.concat_tables([t, with_genres(t.slice(0, 3))]), r"One row an id"),
+        (lambda t: pa.concat_tables([t, with_genres(t.slice(0, 3), [None] * 3)]), r"One row an id"),
         (lambda t: t.slice(0, 0), r"holds no row"),
         (lambda t: pa.table({"item_id": ["x"], "genres": [["a"]]}), "item ids are integers"),
     ],
