@@ -139,7 +139,7 @@ def make_facts() -> RunFacts:
 FACTS = make_facts()
 TEXT = report_page(FACTS)
 PAGE = Page(TEXT)
-MODELS = FACTS.metrics["models"]
+MODELS, TRAINING = FACTS.metrics["models"], FACTS.metrics["training"]
 LOSERS = FunnelLosers(0.05, stages=("retrieved", "exposed"), allow_exposed=True)
 HARD = RunConfig(data={"path": "log.parquet"}, model={"hard": LOSERS})
 
@@ -307,8 +307,15 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
         model["slices"]["tail"] = {**model["slices"]["tail"], "recall@100": nothing}
     models["popularity"]["average_popularity@20"] = None
     models["popularity"]["ndcg@100"] = {"mean": 0.5, "low": None, "high": None}
-    metrics = {**FACTS.metrics, "models": models, "examples": [], "differences": {}}
-    page = page_of(metrics=metrics, config=HARD)
+    training = {name: {**of, "history": {**of["history"]}} for name, of in TRAINING.items()}
+    for lane in training.values():
+        lane["history"]["val_tail/recall@100"] = [None, None, None]
+    training["two_tower"]["history"]["val_torso/recall@100"] = [0.1, None, None]
+    changed = {"models": models, "training": training, "examples": [], "differences": {}}
+    page = page_of(metrics={**FACTS.metrics, **changed}, config=HARD)
+    drawn = {element.get("aria-label", "").partition(" by ")[0] for element in page.tree.iter()}
+    assert "validation torso/recall@100" in drawn
+    assert "validation tail/recall@100" not in drawn
     assert page.tables["Metrics by slice"]["tail, recall@100"] == [("-", None, False)] * 3
     assert page.tables["Metrics"]["average_popularity@20"][2] == ("-", None, False)
     assert page.tables["Metrics"]["ndcg@100"][2][:2] == ("0.5000", 0.5)

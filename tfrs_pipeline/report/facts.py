@@ -184,14 +184,18 @@ def _training_figures(facts: RunFacts) -> list[Drawing]:
     chosen = {name: result["best_epoch"] for name, result in training.items()}
     monitor = f"val_{facts.config.training.monitor}"
     logged = dict.fromkeys(["loss", monitor, *(name for h in histories.values() for name in h)])
-    return [
-        figures.plot_curves(
-            {name: history[curve] for name, history in histories.items() if curve in history},
-            chosen,
-            curve.replace("val_", "validation "),
-        )
-        for curve in logged
-    ]
+    drawings = []
+    for name in logged:
+        # Validation may have no positive in a part of the items: nothing was measured there.
+        of_models = {
+            model: history[name]
+            for model, history in histories.items()
+            if any(value is not None for value in history.get(name, []))
+        }
+        if of_models:
+            what = name.replace("val_", "validation ")
+            drawings.append(figures.plot_curves(of_models, chosen, what))
+    return drawings
 
 
 def _race_figures(facts: RunFacts) -> list[Drawing]:

@@ -65,7 +65,7 @@ def plot_intervals(
 
 
 def plot_curves(
-    curves: Mapping[str, Sequence[float]],
+    curves: Mapping[str, Sequence[float | None]],
     chosen: Mapping[str, int],
     what: str,
     *,
@@ -74,7 +74,8 @@ def plot_curves(
     """Draws each model's values by epoch, from 1, with a mark at the chosen epoch.
 
     Args:
-        curves: Model -> a value an epoch, such as `model.result.history["val_ndcg@100"]`.
+        curves: Model -> a value an epoch, such as `model.result.history["val_ndcg@100"]`; None
+            where nothing was measured, but not in all epochs.
         chosen: Model -> the epoch to mark, such as `model.result.best_epoch`.
         what: Title.
         seconds: Model -> CPU seconds at the end of each epoch, to draw the values by.
@@ -83,13 +84,15 @@ def plot_curves(
 
     figure, (axes,) = drawing.new_figure(*_SIZE)
     ends = {}
-    for number, (model, values) in enumerate(curves.items()):
+    for number, (model, measured) in enumerate(curves.items()):
+        values = np.array(measured, float)  # None becomes NaN.
         colour, marker = drawing.SERIES[number % 5], drawing.MARKERS[number % 5]
         places = np.arange(1, len(values) + 1) if seconds is None else np.array(seconds[model])
         axes.plot(places, values, color=colour, linestyle=drawing.LINES[number % 5])
         if 1 <= (epoch := chosen[model]) <= len(values):
             axes.plot(places[epoch - 1], values[epoch - 1], marker, color=colour, markersize=6)
-        ends[model] = (places[-1], values[-1])
+        last = np.flatnonzero(~np.isnan(values))[-1]
+        ends[model] = (places[last], values[last])
     by = "epoch" if seconds is None else "CPU seconds"
     axes.set_xlabel(by)
     drawing.title(axes, what)
