@@ -521,6 +521,7 @@ def test_report_writes_a_page_where_it_is_told_to(
     answer = command("report", run.folder / RUN, "--output", tmp_path / "missing" / "page.html")
     assert answer.code == 1
     assert re.fullmatch(r"error: .*missing/page.html: No such file or directory.\n", answer.err)
+    (tmp_path / RUN / "checkpoints").mkdir(parents=True)
     answer = command("report", tmp_path / RUN)
     finish = f"finish it with:  tfrs-pipeline run --run-dir {shlex.quote(str(tmp_path / RUN))}"
     assert (answer.code, finish in answer.err) == (1, True)

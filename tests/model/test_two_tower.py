@@ -21,6 +21,7 @@ from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny,
 from tfrs_pipeline import ConfigError, DataError, FunnelLosers, InBatch, Log, TwoTower, messages
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.model import notes
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.settings import TwoTowerSettings
@@ -118,6 +119,7 @@ def test_fit_finds_the_users_tastes(fitted: FittedTwoTower) -> None:
     """Over three seeds: of one alone the 60 items found waver by a twentieth."""
     assert np.mean(SHARES) > 0.9
     assert repr(tiny()) == "TwoTower(dim 8, negatives InBatch, Uniform)"
+    assert repr(FunnelLosers()) in repr(tiny(hard=FunnelLosers()))
     assert repr(fitted) == f"FittedTwoTower(dim 8, {NUM_ITEMS} items, {NUM_USERS} users)"
 
 
@@ -395,13 +397,28 @@ def test_settings_that_cannot_be() -> None:
     assert TwoTower(**alone).settings == TwoTower(**listed).settings
 
 
+def test_a_hard_share_that_few_positives_can_have_is_told(tmp_path: Path) -> None:
+    rows = [(user, item, 1_700_000_000 + user, "clicked") for user in range(10) for item in (7, 8)]
+    for num_losers, is_told in ((10, False), (2, True)):
+        losers = [(user, 9, 1_700_000_000 + user, "retrieved") for user in range(num_losers)]
+        columns = ["user_id", "item_id", "timestamp", "stage"]
+        log = Log.from_table(pd.DataFrame([*rows, *losers], columns=columns))
+        plan = tiny(hard=FunnelLosers(share=0.4), training={"batch_size": 4})
+        data = TrainingSet.build(log, tmp_path / str(num_losers), seed=0, hard=plan.hard)
+        batches = plan.batches(data.samples)
+        *_, note = notes.describe_data(data, batches, plan.settings, plan.training)
+        assert note.startswith(f"effective mean hard share {0.4 * num_losers / 10:.4f}")
+        assert note.endswith(" for the 0.4 asked for: few positives have losers in their request "
+                             "(docs/guides/funnel.md)") == is_told  # fmt: skip
+
+
 def test_data_that_cannot_be_trained_on(tmp_path: Path) -> None:
     clicks = Log.from_table(pd.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 8, 7]}))
     # A comparison asks for the losers of every stage, and has plans that go without.
     data = TrainingSet.build(clicks, tmp_path, seed=0, hard=FunnelLosers())
     for hard, told in (
-        (FunnelLosers(), r"losers of the stages retrieved.*its time\); or set"),
-        (FunnelLosers(stages=("ranked",)), "ranked ones need a rank"),
+        (FunnelLosers(), r"losers of the stages retrieved.* exactly its time\. .*; or set"),
+        (FunnelLosers(stages=("ranked",)), "a ranked one also needs a rank"),
     ):
         with pytest.raises(DataError, match=told):
             tiny(hard=hard, training={"batch_size": 3}).batches(data.samples)

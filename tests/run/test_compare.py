@@ -63,7 +63,7 @@ def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
     # The config has no hard negatives: losers are counted because the plan "hybrid" wants them.
     samples = read_record(compared.folder / "samples" / "selection" / "report.json")
     for stage, pool in samples["hard_negatives"].items():
-        assert f"hard negatives, {stage}: {pool['num_samples']:,} positives have some" in shown
+        assert f"hard negatives, {stage}: {pool['num_samples']:,} positives have some (" in shown
     assert "3 plans: in_batch_uncorrected, mixed, hybrid_0.1\n" in shown
     assert [path.name for path in here.iterdir()] == ["compare.toml"]
 
@@ -125,11 +125,11 @@ def test_without_losers_hybrids_are_missing(tmp_path: Path) -> None:
     config = funnel_config(tmp_path, plans=["mixed", "hybrid", "hybrid_50_50", "exposed"])
     plans, notes = sampling_plans(config, ["ranked"])
     assert list(plans) == ["mixed"]
-    said = " is missing: the log has no item whose stage is "
+    said = " is missing: no positive has an item of "
     assert [note.partition(said)[::2] for note in notes] == [
-        ("plan hybrid", "retrieved or pre_ranked"),
-        ("plan hybrid_50_50", "retrieved or pre_ranked"),
-        ("plan exposed", "exposed"),
+        ("plan hybrid", "retrieved or pre_ranked in its request"),
+        ("plan hybrid_50_50", "retrieved or pre_ranked in its request"),
+        ("plan exposed", "exposed in its request"),
     ]
 
 
@@ -142,14 +142,14 @@ def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path)
     asked = every_loser(config)
     assert asked == replace(own, stages=(*own.stages, "exposed"), allow_exposed=True)
     plans, notes = sampling_plans(config, ["ranked", "retrieved"])
-    assert notes == ["plan exposed is missing: the log has no item whose stage is exposed"]
+    assert notes == ["plan exposed is missing: no positive has an item of exposed in its request"]
     assert plans["hybrid_0.1"]["model.hard"] == replace(own, stages=("ranked",), share=0.1)
     # What is said of ranked ones says nothing of others.
     plans, _ = sampling_plans(config, ["pre_ranked"])
     losers = FunnelLosers(stages=("pre_ranked",), num=2, share=0.1)
     assert plans["hybrid_0.1"]["model.hard"] == losers
     (note,) = [x for x in sampling_plans(config, ["retrieved"])[1] if "hybrid" in x]
-    assert "no item whose stage is ranked or pre_ranked" in note
+    assert "no positive has an item of ranked or pre_ranked" in note
 
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:

@@ -96,6 +96,18 @@ def test_ctrl_c_answers_what_is_under_way(process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_ends_it_at_once(process: subprocess.Popen[str]) -> None:
+    late = begun(port_of(process), 20)  # Would be waited for.
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Traceback" not in log
+    late.close()
+
+
+@pytest.mark.slow
 def test_everything_at_once_and_no_good_request_fails() -> None:
     """Runs a short form of the benchmark, which fails if a good request does.
 

@@ -33,8 +33,8 @@ class HardDraws:
             raise DataError(
                 f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
                 f"{len(samples):,} positives has one. A loser has the positive's user and its "
-                f"request_id, or without a request_id its time{ranked}. Add such rows to the log, "
-                "or set model.hard to none."
+                f"request_id, or without a request_id exactly its time{ranked}. If a click is "
+                "logged later than its request, give request_id; or set model.hard to none."
             )
 
     def draw(

@@ -4,6 +4,7 @@ import atexit
 import gc
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Without a last search for garbage in all that TensorFlow made, the process ends sooner.
     atexit.register(gc.freeze)
+    # Another Ctrl-C on the way out would print where Python was.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     is_verbose = False
     try:
         name, given = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)

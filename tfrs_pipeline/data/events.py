@@ -131,6 +131,11 @@ def _event_columns(
         for name, column in names.items()
         if name not in schema.LOG_COLUMNS and _is_mistyped(name, column)
     ]
+    problems += [
+        f"columns.{name}: a name of the log comes first. Did you mean {column}={name}?"
+        for name, column in reading.columns.items()
+        if column in schema.LOG_COLUMNS and {name, column} & {*scanned.columns} == {name}
+    ]
     absent = set(schema.LOG_COLUMNS) - set(names) - set(scanned.columns)
     if stages_in or reading.label:
         absent -= {"stage", "rating"}

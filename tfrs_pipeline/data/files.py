@@ -121,7 +121,7 @@ class Scan:
         line, path, _, message = found[0]
         where = f"first: line {line} of {Path(path).name}"
         num_lines = len({(path, line) for line, path, _, _ in found})
-        return [Dropped(f"incomplete line: {printable(message, 60)} ({where})", num_lines)]
+        return [Dropped(f"unreadable line: {printable(message, 60)} ({where})", num_lines)]
 
 
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:

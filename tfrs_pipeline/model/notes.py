@@ -69,7 +69,11 @@ def describe_data(
         told = "without the correction hard negatives count like all others"
         notes.append(f"{told}: their share has no effect")
     elif settings.hard is not None:
-        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
+        note = f"effective mean hard share {batches.mean_hard_share:.4f}"
+        if batches.mean_hard_share < settings.hard.share / 2:
+            note += f" for the {settings.hard.share:g} asked for: few positives have losers in "
+            note += "their request (docs/guides/funnel.md)"
+        notes.append(note)
     if (size := batches.frame.batch_size) < training.batch_size:
         notes.append(
             f"{counted(len(data.samples), 'positive')} fill no batch of training.batch_size: "

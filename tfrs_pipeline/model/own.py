@@ -31,7 +31,8 @@ def own_or_setting(kind: Any, read: Callable[[Any], Any]) -> Any:
     if isinstance(kind, type) or not has_both:
         problem = "a class: give an object of it" if isinstance(kind, type) else "not a kind"
         raise ValueError(
-            f"is {problem}. Own negatives have the methods draw and expected_count (tp.Negatives)"
+            f"is {problem}. Own negatives have the methods draw and expected_count (tp.Negatives); "
+            "losers of the funnel are given as hard"
         )
     return kind
 

@@ -109,7 +109,8 @@ class TwoTower(TwoTowerSettings):
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(kind).__name__ for kind in self.negatives)
-        return f"TwoTower(dim {self.dim}, negatives {kinds})"
+        hard = "" if self.hard is None else f", {self.hard}"
+        return f"TwoTower(dim {self.dim}, negatives {kinds}{hard})"
 
     __str__ = __repr__
 

@@ -252,7 +252,7 @@ def _plans_of_kind(
     losers = hard or FunnelLosers()
     if not (stages := tuple(stage for stage in losers.stages if stage in logged)):
         asked = " or ".join(losers.stages)
-        return {}, f"plan {kind} is missing: the log has no item whose stage is {asked}"
+        return {}, f"plan {kind} is missing: no positive has an item of {asked} in its request"
     losers = losers.of_stages(stages)
     if hard is None:
         losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))

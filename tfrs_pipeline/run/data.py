@@ -14,7 +14,7 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import Damaged, read_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import counted, in_percent
 from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import Runner, Step
@@ -199,7 +199,8 @@ def describe_samples(report: Mapping[str, Any]) -> list[str]:
     ]
     if any(pool["num_samples"] for pool in pools.values()):
         notes += [
-            f"hard negatives, {stage}: {pool['num_samples']:,} positives have some, "
+            f"hard negatives, {stage}: {pool['num_samples']:,} positives have some "
+            f"({in_percent(pool['num_samples'], report['num_samples'])}), "
             f"{pool['mean_pool']:.1f} on average"
             for stage, pool in pools.items()
         ]

@@ -60,11 +60,13 @@ class RunFolder:
     def results(self) -> dict[str, Any]:
         """Reads the metrics of a finished run; refuses (`ValueError`) any other folder."""
         if not self.metrics_file.is_file():
-            near = beside(self.path, lambda x: (x / METRICS_FILE).is_file())
+            if self.holds_run():
+                again = f"tfrs-pipeline run --run-dir {shlex.quote(str(self.path))}"
+                remedy = f" It was stopped: finish it with:  {again}"
+            else:
+                remedy = beside(self.path, lambda x: (x / METRICS_FILE).is_file())
             raise ValueError(
-                f"{self.path} holds no finished run: it has no {METRICS_FILE}.{near} If it holds "
-                "one that was stopped, finish it with:  tfrs-pipeline run --run-dir "
-                f"{shlex.quote(str(self.path))}"
+                f"{self.path} holds no finished run: it has no {METRICS_FILE}.{remedy}"
             )
         return durable.read_record(self.metrics_file)
 
@@ -143,8 +145,9 @@ class RunFolder:
         may_change = MAY_CHANGE[:1] if is_exported else MAY_CHANGE
         changed = [name for name in every_change if name not in may_change]
         if changed:
-            lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in changed[:_MAX_DIFFERENCES]]
-            if more := len(changed) - len(lines):
+            shown = [x for x in changed if x != "fixed"] or changed  # These are the flags given.
+            lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in shown[:_MAX_DIFFERENCES]]
+            if more := len(shown) - len(lines):
                 lines.append(f"and {more} more")
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(lines)}). Choose another "

@@ -8,10 +8,12 @@ any time. A request sent while its connection closes is not read, so the client 
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sized
+from types import FrameType
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -126,6 +128,12 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, is_loading: Callable[[], bool]) -> None:
         super().__init__(config)
         self._is_loading = is_loading
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stops gracefully at the first signal, and at once at a second Ctrl-C."""
+        if self.should_exit and sig == signal.SIGINT:
+            os._exit(1)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops gracefully."""

@@ -100,7 +100,9 @@ class LoadedRetriever(LoadedTowers):
     ) -> retrieval.Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        Excludes only `exclude`; items that a user is known to have clicked are retrieved too.
+        Excludes only `exclude`: items of the history, and those that a user is known to have
+        clicked, are retrieved too. Reads only the history in the query; `retrieve_user` reads the
+        stored history of a known user, and excludes its items.
 
         Args:
             queries: See `Query`; all keys are optional. `features` replace all stored ones of the
