@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import tensorflow as tf
 
 from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, scores_of, tiny
 from tests.small_batches import as_arrays
-from tfrs_pipeline import Popularity, Samples, Uniform
+from tfrs_pipeline import Popularity, Samples, SamplingFrame, Uniform
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.corpus import TrainingSet
@@ -96,6 +98,38 @@ def test_the_loss_is_that_of_a_loop(
             times = tf.pad(times, more, constant_values=np.nan)[:, : LENGTH + 1]
             wide = wide._replace(history_times=times)
         assert network.compute_loss(wide).numpy() == pytest.approx(expected, rel=1e-4)
+
+
+@dataclass(frozen=True)
+class EveryCandidate:
+    """An own kind: the whole corpus, once, so that the loss is the full softmax."""
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return tf.range(1, frame.num_candidates + 1)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        return np.minimum(np.arange(frame.num_candidates + 1.0), 1.0)
+
+
+def test_sampled_gradients_come_to_those_of_the_full_softmax(data: TrainingSet) -> None:
+    """The relative error is that of a mean of thousands of draws, 1 / sqrt(6000 / 24) at most."""
+    negatives, tolerance = (Uniform(3000), Popularity(3000, 0.75)), 0.05
+    tf.keras.utils.set_random_seed(1)
+    network = tiny(negatives=[EveryCandidate()], temperature=TEMPERATURE).build(data.corpus)
+    variables = [*network.trainable_variables]
+
+    @functools.cache
+    def gradient(kinds: tuple[Any, ...]) -> np.ndarray:
+        batch = tiny(negatives=kinds).batches(data.samples).batch(0)
+        with tf.GradientTape() as tape:
+            loss = network.compute_loss(batch)
+        gradients = tape.gradient(loss, variables)
+        return np.concatenate([tf.convert_to_tensor(g).numpy().ravel() for g in gradients])
+
+    full, sampled = gradient((EveryCandidate(),)), gradient(negatives)
+    assert np.linalg.norm(sampled - full) < tolerance * np.linalg.norm(full)
+    few = gradient((Uniform(8),))
+    assert np.linalg.norm(few - full) > 2 * tolerance * np.linalg.norm(full)
 
 
 @pytest.mark.usefixtures("in_eager_steps")

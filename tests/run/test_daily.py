@@ -286,6 +286,25 @@ def test_a_damaged_file_of_its_source_is_told(yesterday: RunResult) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.slow
+def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -> None:
+    """Stopped in both trainings, when another version is in service than it began with."""
+    whole = warm.result
+    config = with_settings(RunFolder(whole.folder).settings(), {"export.name": "others"})
+    folder = place / "runs" / "stopped"
+    for name in ("two_tower, selection", "two_tower, refit"):
+        with pytest.raises(Stopped):
+            run(config, folder, progress=Watched((name, 1)))
+    ended = run(config, folder)
+    assert ended.metrics["training"] == whole.metrics["training"]
+    assert ended.metrics["models"]["two_tower"] == whole.metrics["models"]["two_tower"]
+    answers = [
+        load(str(x.export_folder)).retrieve([{"history": ids_of([7])}], 20) for x in (ended, whole)
+    ]
+    for a, b in zip(*answers, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_worse_model_is_published_only_if_asked_for(
     place: Path, warm: Warm, command: Any
 ) -> None:
