@@ -54,6 +54,13 @@ def test_encoded_columns_are_made_once_for_an_encoder(tmp_path: Path) -> None:
         np.testing.assert_array_equal(encoded, feature.encode_column(column))
         assert not encoded.flags.writeable
 
+    def written() -> list[int]:
+        return [path.stat().st_mtime_ns for path in (tmp_path / "requests").iterdir()]
+
+    files = written()
+    TrainingSet.build(log, tmp_path, seed=0)
+    assert written() == files
+
     def read(maker: str) -> np.ndarray:
         asked.append(maker)
         encoders = {"speed": lambda values: np.full((len(values), 2), len(maker), np.float32)}
@@ -61,7 +68,7 @@ def test_encoded_columns_are_made_once_for_an_encoder(tmp_path: Path) -> None:
 
     asked: list[str] = []
     assert (read("one") == 3).all()
-    files = [path.stat().st_mtime_ns for path in (tmp_path / "requests").iterdir()]
+    files = written()
     assert read("one").shape == (len(data.samples), 2)
-    assert files == [path.stat().st_mtime_ns for path in (tmp_path / "requests").iterdir()]
+    assert written() == files
     assert (read("other") == 5).all()

@@ -5,6 +5,7 @@ Request features are raw in Parquet files, and encoded in such columns.
 
 import fcntl
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -61,7 +62,7 @@ def map_columns(
 
     `write` writes a `NAME.npy` for each column; a change of `made_of`, a JSON value, outdates them.
     """
-    record = folder / "columns.json"
+    record, made_of = folder / "columns.json", json.loads(json.dumps(made_of))
     # Checked without the lock, which cannot be made on a read-only disk.
     if read_whole(record) != made_of:
         with folder.with_suffix(".lock").open("w") as lock:
