@@ -38,7 +38,7 @@ from record import write_json
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.negatives.alias import AliasSampler, build_alias_table
+from tfrs_pipeline.negatives.kinds import AliasSampler, build_alias_table
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 BATCH_SIZE = 1024

@@ -1,6 +1,6 @@
 """Measures whether metrics that undo the log's exposure predict what would be found without it.
 
-`even_recall@k` (tfrs_pipeline.evaluation.unbiased) and the plain recall@k are computed from a log's
+`even_recall@k` (tfrs_pipeline.evaluation.metrics) and the plain recall@k are computed from a log's
 held-out clicks, and compared with a truth over models that rank differently: Spearman's rank
 correlation, and regret: the truth of the best model minus that of the model that is chosen.
 

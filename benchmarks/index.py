@@ -24,7 +24,7 @@ import numpy as np
 from index_libraries import synthetic
 from record import write_json
 
-from tfrs_pipeline.evaluation.table import format_cells
+from tfrs_pipeline.evaluation.results import format_cells
 from tfrs_pipeline.model.encoder import known_rows
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.filter_values import FilterValues

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from record import write_json
 
-from tfrs_pipeline.evaluation.table import format_cells
+from tfrs_pipeline.evaluation.results import format_cells
 
 NUM_CLUSTERS = 1000
 Search = Callable[[np.ndarray], np.ndarray]

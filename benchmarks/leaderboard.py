@@ -55,8 +55,8 @@ from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import RunData, prepare
+from tfrs_pipeline.run.measure import fit_baselines
 from tfrs_pipeline.run.training import train_and_refit
 
 NUM_BOOTSTRAP = 1000

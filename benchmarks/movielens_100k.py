@@ -46,8 +46,8 @@ from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import RunData, prepare
+from tfrs_pipeline.run.measure import fit_baselines
 from tfrs_pipeline.run.training import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")

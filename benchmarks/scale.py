@@ -55,9 +55,9 @@ from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.fitted import QueryEncoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.samples.build import build_samples
 
 NUM_ITEMS, EVENTS_PER_USER = 200_000, 20

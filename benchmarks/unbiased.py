@@ -25,9 +25,8 @@ from pathlib import Path
 import numpy as np
 from record import write_json
 
-from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
+from tfrs_pipeline.negatives.kinds import InBatch, Negatives, Popularity, SamplingFrame, Uniform
 from tfrs_pipeline.negatives.mixture import Mixture
-from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 
 NUM_CANDIDATES = 300
 NUM_QUERIES = 4

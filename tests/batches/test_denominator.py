@@ -17,8 +17,8 @@ from tfrs_pipeline import FunnelLosers, HybridBatches, InBatch, Popularity, Unif
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.negatives import mixture
-from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
-from tfrs_pipeline.samples.positives import resampling_rate
+from tfrs_pipeline.negatives.kinds import Negatives, SamplingFrame
+from tfrs_pipeline.samples.store import resampling_rate
 
 NUM_EPOCHS = 300
 SCORES = np.random.default_rng(1).normal(size=NUM_CANDIDATES + 1).astype(np.float32)

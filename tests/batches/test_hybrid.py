@@ -14,8 +14,7 @@ from tests import small_batches as small
 from tests.small_batches import BATCH_SIZE, NUM_SAMPLES, SAMPLES, batch_list, make_batches
 from tfrs_pipeline import DataError, FunnelLosers, InBatch, SamplingFrame, Uniform
 from tfrs_pipeline.batches import examples
-from tfrs_pipeline.samples.positives import resampling_rate
-from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.samples.store import RowLists, resampling_rate
 
 NUM_CANDIDATES = small.NUM_CANDIDATES
 F = 0.4

@@ -1,6 +1,6 @@
 from typing import Any
 
-from tfrs_pipeline.evaluation.table import format_table
+from tfrs_pipeline.evaluation.results import format_table
 
 MODELS: dict[str, dict[str, Any]] = {
     "two_tower": {

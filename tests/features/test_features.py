@@ -26,7 +26,7 @@ from tfrs_pipeline.features.numeric import (
     Timestamp,
 )
 from tfrs_pipeline.features.vector import Vector
-from tfrs_pipeline.model.feature_table import FeatureTable
+from tfrs_pipeline.model.towers import FeatureTable
 
 WIDTHS = dict.fromkeys(KINDS, 4) | {"numeric": 2, "timestamp": 6, "vector": 5}
 

@@ -16,9 +16,8 @@ from tfrs_pipeline import FunnelLosers, InBatch, TrainingSettings, Uniform
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower
 
 # Two devices, so that a test can train on several.

@@ -10,7 +10,7 @@ from tests.features.columns import FITTED, fit
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
+from tfrs_pipeline.model.towers import FeatureTable, drop_features
 
 FEATURES: list[Feature] = [fit(kind, FITTED[kind], kind) for kind in KINDS]
 

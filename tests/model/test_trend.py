@@ -10,7 +10,7 @@ import tfrs_pipeline as tp
 from tests.model.conftest import NUM_ITEMS, assert_same, scores_of, tiny
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.trend import popularity_shift
+from tfrs_pipeline.model.loss import popularity_shift
 from tfrs_pipeline.samples.store import Samples
 
 

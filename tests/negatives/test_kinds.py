@@ -11,10 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tfrs_pipeline import DataError, FunnelLosers, InBatch, Mixture, Uniform
-from tfrs_pipeline.negatives.alias import build_alias_table
-from tfrs_pipeline.negatives.kinds import Popularity, sampling_probability
-from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
-from tfrs_pipeline.samples.positives import positive_probability
+from tfrs_pipeline.negatives.kinds import (
+    Negatives,
+    Popularity,
+    SamplingFrame,
+    build_alias_table,
+    sampling_probability,
+)
+from tfrs_pipeline.samples.store import positive_probability
 
 MASSES = st.lists(st.floats(0, 1e6), min_size=1, max_size=50).filter(lambda m: sum(m) > 1e-6)
 COUNTS = st.lists(st.integers(0, 10**6), min_size=1, max_size=30).map(

@@ -16,8 +16,14 @@ from tfrs_pipeline import FunnelLosers, Popularity, Uniform
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
-from tfrs_pipeline.evaluation.comparison import compared_in_words, comparison_figure
-from tfrs_pipeline.run.compare import PlanComparison, compare, every_loser, sampling_plans
+from tfrs_pipeline.run.compare import (
+    PlanComparison,
+    compare,
+    compared_in_words,
+    comparison_figure,
+    every_loser,
+    sampling_plans,
+)
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.training import train_and_refit

@@ -25,11 +25,10 @@ from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_rec
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run import training
-from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
+from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder, with_source
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.refresh import describe_undone, refresh_index
 from tfrs_pipeline.run.training import split_in, trained_in
-from tfrs_pipeline.run.versions import with_source
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import load

@@ -11,9 +11,8 @@ import pytest
 from tfrs_pipeline import ConfigError, DataError
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
 from tfrs_pipeline.durable import InUse, StorageError, write_record
-from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
+from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder, check_model_name, name_of_log
 from tfrs_pipeline.run.pipeline import run
-from tfrs_pipeline.run.versions import check_model_name, name_of_log
 
 
 @pytest.fixture

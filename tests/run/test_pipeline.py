@@ -26,9 +26,9 @@ from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import final_part, prepare
 from tfrs_pipeline.run.folder import RunFolder, exported_version
+from tfrs_pipeline.run.measure import fit_baselines
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.samples.store import read_samples

@@ -15,8 +15,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import query_start
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.hard_pools import MAX_POOL, draw_pools, find_losers
+from tfrs_pipeline.samples.build import MAX_POOL, build_samples, draw_pools, find_losers
 from tfrs_pipeline.samples.store import read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)

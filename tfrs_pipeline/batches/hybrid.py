@@ -12,15 +12,12 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, Slices
 from tfrs_pipeline.batches.examples import Examples, Use, blocks, seed_of
-from tfrs_pipeline.batches.guard import REASONS, Guard, Never, contains
-from tfrs_pipeline.batches.hard import HardDraws
+from tfrs_pipeline.batches.hard import REASONS, Guard, HardDraws, Never, contains
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.negatives.kinds import InBatch, counts_as_in_batch
+from tfrs_pipeline.negatives.kinds import InBatch, Negatives, SamplingFrame, counts_as_in_batch
 from tfrs_pipeline.negatives.mixture import Mixture
-from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
-from tfrs_pipeline.samples.positives import positive_probability
-from tfrs_pipeline.samples.store import RowLists, Samples
+from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 
 _LATER = "items that came later"
 
@@ -60,7 +57,7 @@ class HybridBatches:
     does, and a `DataError` if `hard` asks for losers of the funnel and no positive has any.
 
     Example:
-        >>> from tfrs_pipeline.batches.single import SinglePositives
+        >>> from tfrs_pipeline.batches.kinds import SinglePositives
         >>> from tfrs_pipeline.negatives.kinds import Uniform
         >>> samples = Samples.from_pairs([1, 1, 2], [1, 2, 3], num_queries=2, num_candidates=9)
         >>> examples = SinglePositives(samples, batch_size=2, history_length=4, seed=0)

@@ -127,7 +127,7 @@ def native_errors_to(path: Path) -> Iterator[None]:
 
 def print_result(console: Console, config: "RunConfig", result: "RunResult") -> None:
     """Prints the metrics of a run, its files and the next command."""
-    from tfrs_pipeline.evaluation.table import BY_REQUEST, explained, format_table, with_requests
+    from tfrs_pipeline.evaluation.results import BY_REQUEST, explained, format_table, with_requests
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
     columns = [f"ndcg@{longest}", f"{BY_REQUEST}/ndcg@{longest}"]
@@ -197,8 +197,8 @@ def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple
 
 def print_comparison(console: Console, config: "RunConfig", result: "PlanComparison") -> None:
     """Prints the table of a comparison, its conclusion and its files."""
-    from tfrs_pipeline.evaluation.comparison import compared_in_words
-    from tfrs_pipeline.evaluation.table import explained
+    from tfrs_pipeline.evaluation.results import explained
+    from tfrs_pipeline.run.compare import compared_in_words
 
     table = result.table(width=console.width if console.is_terminal else None)
     say(console, f"\n{table}")

@@ -36,9 +36,14 @@ from tfrs_pipeline.config import (
 from tfrs_pipeline.data.schema import check_exists
 from tfrs_pipeline.messages import Progress, beside, printable
 from tfrs_pipeline.presets import PRESETS, RECIPES
-from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
+from tfrs_pipeline.run.folder import (
+    CONFIG_FILE,
+    MAY_CHANGE,
+    RunFolder,
+    check_model_name,
+    with_source,
+)
 from tfrs_pipeline.run.steps import Runner, as_lines
-from tfrs_pipeline.run.versions import check_model_name, with_source
 from tfrs_pipeline.serving.publish import NotPublished
 
 INTERRUPTED = 130

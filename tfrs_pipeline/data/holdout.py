@@ -42,7 +42,7 @@ class Holdout:
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
         num_sampled_from: How many queries this sample was drawn from; None if it is not a sample.
         exposure: [num_candidates] how readily the log showed each item, up to a factor; None if
-            unknown. See `tfrs_pipeline.evaluation.unbiased`.
+            unknown. See `tfrs_pipeline.evaluation.metrics`.
         tied: Per query, bool for each of `relevant`: whether it was clicked at the time of another
             positive of its user. None if that is not known.
         requests: Per query, the raw features, by name, of the request that brought the first

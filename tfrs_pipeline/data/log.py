@@ -22,8 +22,7 @@ from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import check_names, check_request_features
 from tfrs_pipeline.data.settings import SplitConfig
 from tfrs_pipeline.data.split import split_events
-from tfrs_pipeline.data.tables import make_tables
-from tfrs_pipeline.data.ties import settle_ties
+from tfrs_pipeline.data.tables import make_tables, settle_ties
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
 from tfrs_pipeline.messages import Lines
 from tfrs_pipeline.settings import ConfigError

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.schema import Exclude, count_rows
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.evaluation.baselines import Transitions
 from tfrs_pipeline.evaluation.interactions import Sequences, items_of, positives_in_order
-from tfrs_pipeline.evaluation.table import format_cells
+from tfrs_pipeline.evaluation.results import format_cells
 from tfrs_pipeline.features.feature import Column
 from tfrs_pipeline.features.kinds import KINDS
 

@@ -6,13 +6,10 @@ from typing import Any
 
 from tfrs_pipeline.batches.examples import Examples
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.batches.sequences import WholeSequences
-from tfrs_pipeline.batches.single import SinglePositives
-from tfrs_pipeline.batches.user_sets import UserSets
+from tfrs_pipeline.batches.kinds import SinglePositives, UserSets, WholeSequences
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
-from tfrs_pipeline.negatives.protocol import Negatives
-from tfrs_pipeline.samples.positives import resampling_rate
-from tfrs_pipeline.samples.store import Samples
+from tfrs_pipeline.negatives.kinds import Negatives
+from tfrs_pipeline.samples.store import Samples, resampling_rate
 
 
 def make_batches(

@@ -1,11 +1,14 @@
 """The retrieval loss over mixed negatives."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
+
+from tfrs_pipeline.samples.store import Samples
 
 # The range that tfrs.tasks.Retrieval clips candidate_sampling_probability to.
 PARENT_PROBABILITY_RANGE = (1e-6, 1.0)
@@ -258,3 +261,44 @@ def _log_sum_exp(blocks: Sequence[tf.Tensor]) -> tf.Tensor:
         [tf.reduce_sum(tf.exp(block - highest[:, tf.newaxis]), axis=1) for block in blocks]
     )
     return tf.math.log(total) + highest
+
+
+# Half-lives of a click's weight, as shares of all clicks; with infinity all clicks count alike.
+_HALF_LIVES = (*(0.5**k for k in range(1, 11)), np.inf)
+# The latest tenth of the clicks, in five slices.
+_SLICES = np.linspace(0.9, 1.0, 6)
+
+
+def popularity_shift(samples: Samples) -> np.ndarray:
+    """Computes log(share of the clicks now / share of all clicks): [num_candidates + 1] float32.
+
+    An item's share now is a mixture of its shares with several half-lives, counted in clicks, and
+    a uniform share; the share of all clicks is mixed with the same uniform share. Expectation
+    maximisation finds the weights that make the latest tenth of the clicks likeliest, each slice of
+    it given the clicks before. The shift is 0 in row 0, and everywhere if the log has no timestamps
+    or fewer than 100 clicks.
+    """
+    num_clicks, num_rows = len(samples), len(samples.counts)
+    if samples.sequence_times is None or num_clicks < 100:
+        return np.zeros(num_rows, np.float32)
+    rows = samples.sequences.values[np.argsort(samples.sequence_times, kind="stable")]
+
+    def shares(num: int) -> np.ndarray:
+        """Returns each kind of the items' shares among the first `num` clicks."""
+        age = np.arange(num, 0, -1) / num_clicks
+        kinds = [np.bincount(rows[:num], 0.5 ** (age / x), num_rows) for x in _HALF_LIVES]
+        return np.stack(
+            [*(counts / counts.sum() for counts in kinds), np.full(num_rows, 1 / num_rows)]
+        )
+
+    slices = itertools.pairwise((num_clicks * _SLICES).astype(int))
+    likelihoods = np.hstack([shares(start)[:, rows[start:end]] for start, end in slices])
+    mixture = np.full(len(likelihoods), 1 / len(likelihoods))
+    for _ in range(100):
+        joint = mixture[:, np.newaxis] * likelihoods
+        mixture = (joint / joint.sum(axis=0)).mean(axis=1)
+    now = shares(num_clicks)
+    of_all = (1 - mixture[-1]) * now[-2] + mixture[-1] * now[-1]
+    shift = np.log(mixture @ now / of_all)
+    shift[0] = 0.0
+    return shift.astype(np.float32)

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.settings import EASY_KINDS
+from tfrs_pipeline.negatives.kinds import Negatives, SamplingFrame
 from tfrs_pipeline.negatives.mixture import checked_count
-from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 
 # Layers that were trained: their initial weights are lost.
 _TRAINED: weakref.WeakSet[tf.Module] = weakref.WeakSet()

@@ -22,12 +22,12 @@ from tfrs_pipeline.model import distribution
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, train
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder
 from tfrs_pipeline.model.item_init import add_item_factors
+from tfrs_pipeline.model.loss import popularity_shift
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.notes import EpochProgress, OnSteps, describe_data, writers
 from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer, own_or_setting
-from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
     SharedKind,
     TrainingSettings,
@@ -36,9 +36,8 @@ from tfrs_pipeline.model.settings import (
     reads_times,
 )
 from tfrs_pipeline.model.towers import Tower, candidate_tower, query_tower
-from tfrs_pipeline.model.trend import popularity_shift
 from tfrs_pipeline.model.warm_start import WarmStart
-from tfrs_pipeline.negatives.protocol import SamplingFrame
+from tfrs_pipeline.negatives.kinds import SamplingFrame
 from tfrs_pipeline.samples.store import Samples
 from tfrs_pipeline.settings import Listed, refuse
 

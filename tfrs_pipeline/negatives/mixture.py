@@ -23,8 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.negatives.kinds import counts_as_in_batch
-from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
+from tfrs_pipeline.negatives.kinds import Negatives, SamplingFrame, counts_as_in_batch
 
 _NUM_GROUPS = 8
 _NUM_TRIES = 16  # Draws before training; enough to find a mistake that shows in most batches.

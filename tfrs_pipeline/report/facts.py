@@ -24,13 +24,11 @@ from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.kinds import Popularity
-from tfrs_pipeline.negatives.protocol import Negatives
+from tfrs_pipeline.negatives.kinds import Negatives, Popularity
 from tfrs_pipeline.report import figures, verdict
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.samples.positives import positive_probability
-from tfrs_pipeline.samples.store import read_ids, read_samples
+from tfrs_pipeline.samples.store import positive_probability, read_ids, read_samples
 
 REPORT_FILE = "report.html"
 DROPPED = "dropped"

@@ -15,15 +15,13 @@ from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
-from tfrs_pipeline.run.folder import RunFolder, exported_version
-from tfrs_pipeline.run.measure import is_compared, measure, metrics_of
+from tfrs_pipeline.run.folder import RunFolder, check_model_name, exported_version, with_source
+from tfrs_pipeline.run.measure import fit_baselines, is_compared, measure, metrics_of
 from tfrs_pipeline.run.publish import export_step
 from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import training_step, variants
-from tfrs_pipeline.run.versions import check_model_name, with_source
 from tfrs_pipeline.serving.publish import publishing, versions_of
 
 

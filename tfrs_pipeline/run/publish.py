@@ -9,11 +9,10 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.durable import file_hash, part_files, read_record
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.run.data import RunData
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.folder import RunFolder, name_of_log, own_version, trained_by
 from tfrs_pipeline.run.measure import Measured
 from tfrs_pipeline.run.refresh import describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.versions import name_of_log, own_version, trained_by
 from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_version
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of

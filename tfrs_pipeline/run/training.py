@@ -14,15 +14,13 @@ from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief, training_strategy
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, read_epoch
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder
 from tfrs_pipeline.model.notes import describe_epoch
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.folder import RunFolder, settings_of_finished
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.versions import settings_of_finished
 
 Training: TypeAlias = Literal["selection", "refit"]
 

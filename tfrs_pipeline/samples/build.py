@@ -9,18 +9,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import ibis
+import ibis.expr.types as ir
+import numpy as np
+import pyarrow as pa
 
-from tfrs_pipeline.data.engines import open_parquet, remove, replace, write_parquet
+from tfrs_pipeline.data.engines import open_parquet, random_key, remove, replace, write_parquet
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Stage, TieRule, count_rows
-from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.data.split import is_positive, order_keys, round_up
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.samples.columns import request_column
-from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
-from tfrs_pipeline.samples.positives import NO_POSITIVE
-from tfrs_pipeline.samples.store import pool_size_column
+from tfrs_pipeline.samples.store import NO_POSITIVE, RowLists, offsets_of, pool_size_column
 
 _WORK = "_work-"
 _PAIR = ["query_row", "candidate_row"]
@@ -215,3 +217,112 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
             num, total = counts.to_pyarrow().to_pylist()[0].values()
             report["hard_negatives"][stage] = {"num_samples": num, "mean_pool": total / max(1, num)}
     return report
+
+
+MAX_POOL = 100
+"""Most losers that are kept for a positive and stage."""
+
+# Columns that identify a positive, in the order of the samples, and those that identify a request.
+_POSITIVE = ("query_row", "time", "event_number")
+_REQUEST = ["query_row", "query_time", "request"]
+
+
+def find_losers(
+    events: ibis.Table, hard: FunnelLosers, known: ibis.Table, exposed: ibis.Table
+) -> ibis.Table:
+    """Finds the losers of each request that the guard allows as hard negatives.
+
+    `known` and `exposed` are the pairs of query_row and candidate_row clicked in training, and
+    exposed and never clicked. Returns candidate_row, stage, and the request in three columns.
+    """
+    pairs = ["query_row", "candidate_row"]
+    events = _with_request(events)
+    taken = events.filter(events["stage"].isin(list(hard.stages)))
+    if Stage.RANKED in hard.stages:
+        taken = _low_part(events, taken, hard)
+    losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, pairs)
+    # The stage "exposed" is present only if `allow_exposed` is set.
+    was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
+    others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
+    return others.anti_join(exposed, pairs).union(was_exposed)
+
+
+def draw_pools(
+    positives: ibis.Table, losers: ibis.Table, hard: FunnelLosers, seed: int
+) -> dict[str, ibis.Table]:
+    """Draws the pool of each positive from the losers of its own request.
+
+    Returns, by stage, query_row, time and event_number of the positive, candidate_row of the loser,
+    each pair once, and its place in the pool's random order.
+    """
+    keys = _with_request(positives).select(*dict.fromkeys([*_POSITIVE, *_REQUEST]))
+    pools: dict[str, ibis.Table] = {}
+    for stage in hard.stages:
+        of_stage = losers.filter(losers["stage"] == stage)
+        pool = keys.inner_join(of_stage.select(*_REQUEST, "candidate_row").distinct(), _REQUEST)
+        pool = pool.select(*_POSITIVE, "candidate_row")
+        key = random_key(pool["candidate_row"], pool["event_number"], seed=seed)
+        drawn = ibis.window(group_by="event_number", order_by=[key, pool["candidate_row"]])
+        pool = pool.mutate(place=ibis.row_number().over(drawn))
+        pools[stage] = pool.filter(pool["place"] < MAX_POOL)
+    return pools
+
+
+def _with_request(events: ibis.Table) -> ibis.Table:
+    """Adds the id of the request as text: "" without one, so that the time alone identifies it."""
+    has_ids = "request_id" in events.columns
+    named = events["request_id"].cast("string") if has_ids else ibis.null("string")
+    return events.mutate(request=ibis.coalesce(named, ""))
+
+
+def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis.Table:
+    """Keeps only the `ranked` items at the low end of their request's ranks."""
+    is_ranked = taken["stage"] == Stage.RANKED.value
+    others = taken.filter(~is_ranked)
+    if "rank" not in events.columns:
+        return others
+    # Only ranks of the last ranked list, because those of other losers have another scale.
+    last_stages = [Stage.RANKED.value, Stage.EXPOSED.value, Stage.CLICKED.value]
+    logged = events.filter(events["rank"].notnull() & events["stage"].isin(last_stages))
+    in_order = ibis.window(group_by=_REQUEST, order_by=["rank", "event_number"])
+    num = logged.count().over(ibis.window(group_by=_REQUEST))
+    # Place among the logged ranks, from 1: share s keeps the last ceil(s * n).
+    is_low = ibis.row_number().over(in_order) + 1 > num - round_up(num * hard.bottom_share)
+    return others.union(taken.filter(is_ranked).semi_join(logged.filter(is_low), "event_number"))
+
+
+def latest_histories(
+    log: Log, query_ids: Ids, candidate_ids: Ids
+) -> tuple[RowLists, RowLists, np.ndarray | None]:
+    """Collects the positives of each user of a log, in its engine.
+
+    Returns, per query row from 0, the candidate rows of the user's positives, most recent first,
+    with 0 for unknown items; the known ones, distinct and ascending; and the seconds since 1970 of
+    each value in the histories, or None in a log without timestamps.
+    """
+    users = _row_table("user_id", query_ids, "query_row")
+    items = _row_table("item_id", candidate_ids, "candidate_row")
+    events = log.events.filter(is_positive).select("user_id", "item_id", *order_keys(log.events))
+    joined = events.inner_join(users, "user_id").left_join(items, "item_id")
+    rows = joined.mutate(candidate_row=ibis.coalesce(joined["candidate_row"], 0))
+    latest_first = [ibis.desc(key) for key in order_keys(log.events)]
+    known = rows.filter(rows["candidate_row"] > 0).select("query_row", "candidate_row").distinct()
+    histories, times = _by_query(rows.order_by(["query_row", *latest_first]), len(query_ids))
+    known_positives, _ = _by_query(known.order_by(["query_row", "candidate_row"]), len(query_ids))
+    return histories, known_positives, times
+
+
+def _row_table(id_name: str, ids: Ids, row_name: str) -> ibis.Table:
+    rows = pa.array(np.arange(1, len(ids) + 1, dtype=np.int32))
+    return ibis.memtable(pa.table({id_name: ids.values, row_name: rows}))
+
+
+def _by_query(rows: ibis.Table, num_queries: int) -> tuple[RowLists, np.ndarray | None]:
+    """Reads the lists of queries and, if the rows have times, those of the entries."""
+    kept: dict[str, ir.Value] = {name: rows[name] for name in ("query_row", "candidate_row")}
+    if "timestamp" in rows.columns:
+        kept["time"] = whole_seconds(rows["timestamp"])
+    pairs = rows.select(**kept).to_pyarrow()
+    lengths = np.bincount(pairs["query_row"].to_numpy(), minlength=num_queries + 1)
+    lists = RowLists(offsets_of(lengths), pairs["candidate_row"].to_numpy().astype(np.int32))
+    return lists, pairs["time"].to_numpy() if "time" in kept else None

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import file_hash, part_files
 from tfrs_pipeline.samples.columns import map_columns, read_blocks, starts_of_keys, write_column
 
@@ -308,3 +309,35 @@ def _offsets(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         offsets = last + np.cumsum(block, dtype=np.int64)
         yield offsets
         last = offsets[-1:]
+
+
+NO_POSITIVE = (
+    "The training part holds no positive (an item exposed and clicked). "
+    "Check the label (stage_values, rating_threshold) and the split."
+)
+
+
+def resampling_rate(counts: np.ndarray, exponent: float) -> np.ndarray | None:
+    """Computes how often each candidate's positives are drawn, or weigh; only ratios matter.
+
+    rate(c) = counts(c)^(-exponent), so that c comes in proportion to counts(c)^(1 - exponent). The
+    model then learns log p(c | x) plus the log of the rate. It is [num_rows] float64, 0 without a
+    sample; None for an exponent of 0.
+    """
+    if exponent == 0:
+        return None
+    safe = np.maximum(np.asarray(counts, np.float64), 1.0)
+    return np.where(np.asarray(counts) > 0, safe**-exponent, 0.0)
+
+
+def positive_probability(counts: np.ndarray, rate: np.ndarray | None = None) -> np.ndarray:
+    """Computes q_positive, the distribution from which batches draw positives: counts * rate.
+
+    Weights are not rates and do not change it. Returns [num_rows] float64 with sum 1. Raises a
+    `DataError` if there is no positive.
+    """
+    mass = np.asarray(counts, np.float64) * (1.0 if rate is None else rate)
+    total = mass.sum()
+    if total <= 0:
+        raise DataError(NO_POSITIVE)
+    return mass / total

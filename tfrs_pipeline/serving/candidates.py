@@ -16,8 +16,7 @@ from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.evaluation.topk import top_k_in_blocks
 from tfrs_pipeline.serving.filter_values import Chosen, FilterValues
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.view import View, with_room
+from tfrs_pipeline.serving.searcher import Searcher, View, with_room
 
 # Up to so many of the newest candidates are scored exactly. If there are more, the index gets them.
 MOST_PENDING = 1024

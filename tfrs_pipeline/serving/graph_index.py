@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.guard import is_member
+from tfrs_pipeline.batches.hard import is_member
 from tfrs_pipeline.model.graph import stored
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.item_filter import Allowed
