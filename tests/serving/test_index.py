@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfrs_pipeline.serving.check import ExportError, check_operation
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.index import Auto, Exact, Level, Scann
-from tfrs_pipeline.serving.searcher import Searcher
+from tfrs_pipeline.serving.searcher import Searcher, build_in_subprocess
 
 
 def clustered(num: int, dim: int = 16, seed: int = 0) -> np.ndarray:
@@ -61,6 +61,14 @@ def test_an_operation_that_answers_otherwise_is_refused(searcher: Searcher) -> N
     check_operation(in_graph(searcher, Level(50, 45, 2000)), searcher, QUERIES)
     with pytest.raises(ExportError, match="does not answer as its searcher"):
         check_operation(in_graph(searcher, Level(50, 2, 60)), other, QUERIES)
+
+
+def test_an_index_built_in_another_process_finds_the_same() -> None:
+    apart, here = build_in_subprocess(EMBEDDINGS, 45), Searcher.build(EMBEDDINGS, 45)
+    for found, expected in zip(
+        *(searcher.search(QUERIES, Level(50, 9, 200)) for searcher in (apart, here)), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_empty_slots_have_no_score() -> None:

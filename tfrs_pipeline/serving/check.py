@@ -1,11 +1,6 @@
-"""Loads SavedModels in a fresh process, and compares their answers with expected ones.
-
-`python -m tfrs_pipeline.serving.check` reads inputs and expected answers from standard input.
-It exits with 0 if all answers agree, else with 1 and the differences on standard error.
-"""
+"""Loads SavedModels in a fresh process, and compares their answers with expected ones."""
 
 import pickle
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
@@ -21,17 +16,11 @@ from tfrs_pipeline.model.graph import call, signature_inputs
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.graph_index import ScannIndex, load_scann_ops
 from tfrs_pipeline.serving.saved_model import RetrievalModule
-from tfrs_pipeline.serving.searcher import Searcher
+from tfrs_pipeline.serving.searcher import Searcher, in_fresh_process
 from tfrs_pipeline.serving.signatures import ask, completed
 
 # A reloaded model may run other kernels, so that scores differ in their last bits.
 SCORE_TOLERANCE = 1e-4
-# Last on the path, so that it hides no module of the standard library.
-_PROGRAM = """
-import runpy, sys
-sys.path.append(sys.argv.pop(1))
-runpy.run_module("tfrs_pipeline.serving.check", run_name="__main__", alter_sys=True)
-"""
 
 _Arrays: TypeAlias = dict[str, np.ndarray]
 # The inputs and the outputs of each signature.
@@ -81,9 +70,7 @@ def prove(
         probes.append((str(folder), needs_scann, expected))
     # Exact modules come first, since they must load without ScaNN's operation.
     probes.sort(key=lambda probe: probe[1])
-    # With -P, Python does not import files such as queue.py from the working directory.
-    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])]
-    done = subprocess.run(command, input=pickle.dumps(probes), capture_output=True, check=False)
+    done = in_fresh_process(f"{__name__}:answer_probes", stdin=pickle.dumps(probes))
     if done.returncode:
         problems = done.stderr.decode(errors="replace").strip()[-2000:]
         raise ExportError(f"A fresh process could not use the export: {problems}")
@@ -144,8 +131,8 @@ def difference(expected: _Arrays, answer: _Arrays) -> str:
     return f"{num_other} of {scores.size} candidate ids differ" if num_other else ""
 
 
-def main() -> int:
-    """Checks the probes on standard input."""
+def answer_probes() -> str | None:
+    """Answers the probes on standard input; returns the differences, None if there are none."""
     problems = []
     for folder, needs_scann, expected in pickle.load(sys.stdin.buffer):
         if needs_scann:
@@ -154,9 +141,4 @@ def main() -> int:
         for name, (given, outputs) in expected.items():
             if problem := difference(outputs, ask(loaded.signatures[name], given)):
                 problems.append(f"{folder}: {name}: {problem}")
-    print(*problems, sep="\n", file=sys.stderr)
-    return int(bool(problems))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return "\n".join(problems) or None

@@ -4,6 +4,7 @@ An index is saved as the arrays and bytes of `FILES`, beside its vectors. ScaNN'
 operation reads the same, so an exported model holds them once.
 """
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -44,15 +45,12 @@ Saved: TypeAlias = Mapping[str, "np.ndarray | bytes"]
 
 def _module(name: str, *place: str) -> ModuleType:
     """Imports one module of ScaNN, because the package itself imports TensorFlow."""
-    found = importlib.util.find_spec("scann")
-    if found is None or not found.submodule_search_locations:
-        raise ImportError("A ScaNN index needs the package scann: pip install 'scann==1.4.2'.")
-    path = Path(found.submodule_search_locations[0]).joinpath(*place)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
+        path = importlib.metadata.distribution("scann").locate_file(Path("scann", *place))
+        spec = importlib.util.spec_from_file_location(name, str(path))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:
         raise ImportError(
@@ -189,21 +187,26 @@ def build_in_subprocess(vectors: np.ndarray, num_leaves: int) -> Searcher:
     """Builds an index in another process, because ScaNN holds Python's lock while it builds."""
     with tempfile.TemporaryDirectory(prefix="tfrs_pipeline-index-") as name:
         np.save(Path(name, _VECTORS), vectors)
-        package = str(Path(__file__).parents[2])
-        command = [sys.executable, "-P", "-c", _PROGRAM, package, name, str(num_leaves)]
-        subprocess.run(command, check=True, capture_output=True)
+        in_fresh_process(f"{__name__}:build_in_folder", name, str(num_leaves)).check_returncode()
         return Searcher._from_folder(Path(name))
 
 
-# The package comes last on the path, so that it hides no module of the standard library.
-_PROGRAM = """
-import sys
-import numpy as np
-package, folder, num_leaves = sys.argv[1:]
-sys.path.append(package)
-vectors = np.load(f"{folder}/dataset.npy")
-Searcher.build(vectors, int(num_leaves))._scann.serialize(folder, True)
-"""
+def build_in_folder(folder: str, num_leaves: str) -> None:
+    """Builds an index of the vectors in a folder, and saves it beside them."""
+    vectors = np.load(Path(folder, _VECTORS))
+    Searcher.build(vectors, int(num_leaves))._scann.serialize(folder, True)
+
+
+def in_fresh_process(
+    function: str, *arguments: str, stdin: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    """Calls a function, named as "package.module:name", in another process."""
+    # With -P, Python imports no file such as queue.py from the working directory. The package comes
+    # last on the path, so that it hides no module of the standard library.
+    program = "import pkgutil, sys; sys.path.append(sys.argv[1]); "
+    program += "sys.exit(pkgutil.resolve_name(sys.argv[2])(*sys.argv[3:]))"
+    command = [sys.executable, "-P", "-c", program, str(Path(__file__).parents[2])]
+    return subprocess.run([*command, function, *arguments], input=stdin, capture_output=True)
 
 
 _NEVER = np.iinfo(np.int64).max
