@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.messages import Progress, StepReport
 
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 150, 80, 4

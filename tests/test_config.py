@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 import tfrs_pipeline as tp
 from tfrs_pipeline import dump_config, load_config, movielens_config, with_settings
 from tfrs_pipeline.config import Config, ConfigError, EvaluationConfig, ExportConfig, RunConfig
-from tfrs_pipeline.data.reading import StageName
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.data.settings import SplitConfig
+from tfrs_pipeline.data.settings import SplitConfig, StageName
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.settings import tables_in

@@ -17,7 +17,7 @@ LAST = "negatives samples batches evaluation model serving presets config run re
 ROOMS = f"{FIRST} {LAST}".split()
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 LIGHT_ROOMS = "messages settings retrieval durable cluster drawing data sources samples evaluation"
-LIGHT_FEATURES = "features.feature features.kinds features.lists features.raw"
+LIGHT_FEATURES = "features.categorical features.feature features.kinds features.raw"
 LIGHT_STARTS = (*LIGHT_ROOMS.split(), *LIGHT_FEATURES.split(), "negatives.hard", "serving.settings")
 
 

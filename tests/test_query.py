@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.conftest import Served, make_served
 from tests.serving.test_requests import FEATURES, READ, TYPED, K, query_of
-from tfrs_pipeline.features.lists import Text
+from tfrs_pipeline.features.categorical import Text
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact

@@ -20,7 +20,7 @@ _NAMES = {
     "config": ("RunConfig", "dump_config", "load_config", "movielens_config", "with_settings"),
     "data.holdout": ("Holdout",),
     "data.log": ("Log",),
-    "data.reading": ("Reading",),
+    "data.settings": ("Reading",),
     "data.schema": ("DataError",),
     "evaluation.baselines": ("Ease", "Ials", "MostPopular", "Repeats", "Transitions"),
     "evaluation.evaluate": ("evaluate",),

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.small_log import column
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import Ties
+from tfrs_pipeline.data.settings import Reading
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = connect()

@@ -10,8 +10,8 @@ from implicit.cpu.als import AlternatingLeastSquares
 from tests.small_log import in_ibis
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import Ties
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
 from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.retrieval import Query, Retriever

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfrs_pipeline.features.categorical import MultiCategorical, Text
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
-from tfrs_pipeline.features.lists import MultiCategorical, Text
 
 EAST = timezone(timedelta(hours=5, minutes=30))
 MOMENTS = [

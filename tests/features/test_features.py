@@ -15,17 +15,16 @@ from hypothesis import strategies as st
 
 from tests.features.columns import EAST, FITTED, NEW, NUM_NEW, fit
 from tfrs_pipeline.features import categorical, raw
-from tfrs_pipeline.features.categorical import Hashed
+from tfrs_pipeline.features.categorical import Hashed, Text
 from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
-from tfrs_pipeline.features.lists import Text
 from tfrs_pipeline.features.numeric import (
     MAX_BUCKETS,
     MAX_DEVIATIONS,
     Bucketized,
     Numeric,
     Timestamp,
+    Vector,
 )
-from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.model.towers import FeatureTable
 
 WIDTHS = dict.fromkeys(KINDS, 4) | {"numeric": 2, "timestamp": 6, "vector": 5}

@@ -15,10 +15,9 @@ import pytest
 import tensorflow as tf
 
 from tests.features.columns import NUM_NEW, fit, fitted_features, new_columns, new_tensors
-from tfrs_pipeline.features.categorical import Categorical, Hashed
+from tfrs_pipeline.features.categorical import Categorical, Hashed, MultiCategorical
 from tfrs_pipeline.features.encoding import encode_raw, graph_resources, raw_columns, raw_signature
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.lists import MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric
 
 

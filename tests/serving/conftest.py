@@ -19,9 +19,8 @@ from tfrs_pipeline import Exportable, LoadedRetriever, TwoTower, TwoTowerNetwork
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import locked
 from tfrs_pipeline.evaluation.topk import ExactRetriever
-from tfrs_pipeline.features.categorical import Categorical
+from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.lists import MultiCategorical
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.fitted import QueryEncoder

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.exportable import Exportable

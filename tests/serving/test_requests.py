@@ -16,10 +16,8 @@ from starlette.exceptions import HTTPException
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline import Exact, LoadedRetriever, export, load
-from tfrs_pipeline.features.categorical import Categorical
-from tfrs_pipeline.features.lists import MultiCategorical
-from tfrs_pipeline.features.numeric import Numeric, Timestamp
-from tfrs_pipeline.features.vector import Vector
+from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
+from tfrs_pipeline.features.numeric import Numeric, Timestamp, Vector
 from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module

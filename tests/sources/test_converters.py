@@ -15,7 +15,7 @@ import pytest
 from tests.scripts import script
 from tests.small_log import column
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.settings import Reading
 
 START_MS = 1_705_104_000_000  # 2024-01-13, UTC
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -1,26 +1,199 @@
-"""Converts columns of a source to the types of a log.
+"""Converts columns of a source to the types of a log, and times in any form to UTC.
 
 CSV columns arrive as text and get a type that fits all of their values: a guess from the first rows
 would lose leading zeros and fail late. An unusable value, and NaN, becomes null.
 """
 
+import math
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
 
 import ibis
+import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 import numpy as np
 
 from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.ids import NO_ID
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.rules import RawTable, Rule, id_faults
-from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.data.times import is_integer_text, refuse_years, to_timestamp
+from tfrs_pipeline.data.schema import DataError, TimestampUnit
+from tfrs_pipeline.data.settings import Period, Reading
 from tfrs_pipeline.features.feature import TableColumn
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
+
+_MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
+_UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+# The size of a number gives its unit: for times from 1973 to 5138, the ranges do not overlap.
+_SIZES = {"s": (1.0, 1e11), "ms": (1e11, 1e14), "us": (1e14, 1e17), "ns": (1e17, math.inf)}
+# The times that Python can hold in every time zone.
+_FIRST, _END = datetime(2, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
+_NAIVE = dt.Timestamp(scale=6)
+_UTC = dt.Timestamp(timezone="UTC", scale=6)
+
+
+@ibis.udf.scalar.builtin(name="make_timestamptz", signature=((dt.int64,), _UTC))
+def _from_microseconds(microseconds: ir.IntegerValue) -> ir.TimestampValue:
+    """DuckDB's own function."""
+
+
+@ibis.udf.scalar.builtin(name="make_timestamp_ns", signature=((dt.int64,), dt.Timestamp(scale=9)))
+def _from_nanoseconds(nanoseconds: ir.IntegerValue) -> ir.TimestampValue:
+    """DuckDB's own function."""
+
+
+@ibis.udf.scalar.builtin(name="timezone", signature=((dt.string, _NAIVE), _UTC))
+def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.TimestampValue:
+    """DuckDB's own function."""
+
+
+def to_timestamp(
+    raw: RawTable, column: str, reading: Reading, period: Period | None = None
+) -> ir.TimestampValue:
+    """Converts numbers, times with an offset, or naive times in a time zone to UTC timestamps.
+
+    A missing time is null. A time outside the period, if one is given, is null and a fault. Dates
+    are days of `reading.time_zone`, or of UTC. Raises a `DataError` if the column has another type,
+    if most numbers have another unit, or if times have no zone and `reading` names none.
+    """
+    first, end = period or (_FIRST, _END)
+    value = raw.table[column]
+    if value.type().is_string():
+        value = _read_time(raw, column)
+    dtype = value.type()
+    if dtype.is_numeric() and not dtype.is_boolean():
+        if period and dtype.is_float32():
+            raise DataError(
+                f"{raw.source.column(column)} holds times as float32 ({raw.num_rows} rows), which "
+                "is exact only to about two minutes. Store them as int64 or float64."
+            )
+        if dtype.is_floating():
+            value = value.isnan().ifelse(ibis.null(), value)
+        _check_unit(raw, value, column, reading.timestamp_unit, period)
+        time = _from_numbers(value, reading.timestamp_unit)
+    elif dtype.is_timestamp() and dtype.timezone is not None:
+        time = value.cast(_UTC)
+    elif dtype.is_timestamp() or dtype.is_date():
+        if reading.time_zone is None and dtype.is_date():
+            raw.notes.append(f"{raw.source.column(column)} holds dates: read as days in UTC")
+        elif reading.time_zone is None:
+            raise DataError(
+                f"{raw.source.column(column)} holds times without a time zone "
+                f"({raw.num_rows} rows). Set time_zone to the zone of the clock that wrote "
+                "them, such as UTC or Europe/Berlin.",
+                setting="time_zone",
+            )
+        time = _in_time_zone(ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE))
+    else:
+        raise raw.wrong_type(column, "a timestamp or a number")
+    is_within = ((time >= first) & (time < end)).fill_null(False)
+    rule = rules.TIME_OUTSIDE.filled(first=first, end=end) if period else rules.NO_YEAR
+    raw.fault(column, value.notnull() & ~is_within, rule)
+    return is_within.ifelse(time, ibis.null(_UTC))
+
+
+def _read_time(raw: RawTable, column: str) -> ir.Value:
+    """Reads times in text by the form of most: numbers, dates, ISO 8601 with or without offset."""
+    value = raw.table[column]
+    number = value.try_cast("float64")
+    text = number.isnull().ifelse(value, ibis.null("string"))  # A failing cast is slow.
+    zoned = text.try_cast(_UTC)
+    has_offset = text.re_search(r"(Z|UTC|[+-]\d\d(:?\d\d)?)$") & text.contains(":")
+    is_time = zoned.notnull()
+    ways: dict[str, tuple[ir.Value, ir.BooleanValue]] = {
+        "number": (number, number.notnull()),
+        "zoned": (zoned, is_time & has_offset),
+        "naive": (text.try_cast(_NAIVE), is_time & ~has_offset),
+    }
+    sums = {name: is_so.sum() for name, (_, is_so) in ways.items()}
+    sums["whole"] = is_integer_text(value).sum()
+    sums["clock"] = (ways["naive"][1] & text.re_search(r"\d[ tT]+\d")).sum()
+    counts = raw.aggregate(**sums)
+    usual = max(ways, key=lambda name: counts[name] or 0)
+    time, is_usual = ways[usual]
+    if usual == "number" and counts["whole"] == counts["number"]:
+        time = value.try_cast("int64")  # Nanoseconds exceed the integers that a float holds.
+    if usual == "naive" and not counts["clock"]:
+        time = time.cast("date")
+    raw.fault(column, value.notnull() & ~(number.notnull() | is_time), rules.NOT_A_TIME)
+    raw.fault(column, value.notnull() & ~is_usual, rules.TIME_OF_ANOTHER_KIND)
+    return is_usual.ifelse(time, ibis.null(time.type()))
+
+
+def _check_unit(
+    raw: RawTable,
+    value: ir.NumericValue,
+    column: str,
+    unit: TimestampUnit | None,
+    period: Period | None,
+) -> None:
+    """Refuses a column if most numbers are in another unit; notes a fault if only some are."""
+    own = unit or "s"
+    number = value.cast("float64")
+    size = number.abs()
+    sums = {name: ((size >= low) & (size < end)).sum() for name, (low, end) in _SIZES.items()}
+    sums["largest"] = (size < math.inf).ifelse(size, 0.0).max()
+    sums["dates"] = size.between(19_000_101, 21_001_231).sum()
+    counts = {name: count or 0 for name, count in raw.aggregate(**sums).items()}
+    rows = f"numbers up to {counts.pop('largest'):.0f} ({raw.num_rows} rows)"
+    num_dates = counts.pop("dates")
+    if unit is None and num_dates * 2 > sum(counts.values()):
+        raise DataError(
+            f"{raw.source.column(column)} holds {rows}, which look like dates (YYYYMMDD). Write "
+            "them as 2024-01-31, or set timestamp_unit to s if they are seconds.",
+            setting="timestamp_unit",
+        )
+    usual = max(counts, key=lambda name: (counts[name], name == own))
+    if usual != own:
+        raise DataError(
+            f"{raw.source.column(column)} holds {rows}, which must be UTC in {_UNIT_NAMES[own]} "
+            f"and look like {_UNIT_NAMES[usual]}. Set timestamp_unit to {usual}.",
+            setting="timestamp_unit",
+        )
+    if period is None:
+        return
+    first, end = (moment.timestamp() * 1e6 for moment in period)
+    is_within = {
+        name: (number * factor >= first) & (number * factor < end)
+        for name, factor in _MICROSECONDS.items()
+    }
+    others = [is_so for name, is_so in is_within.items() if name != own]
+    rule = rules.TIME_IN_ANOTHER_UNIT.filled(unit=_UNIT_NAMES[own])
+    raw.fault(column, ~is_within[own] & ibis.or_(*others), rule)
+
+
+def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:
+    """Converts numbers to times; null if the year is beyond 9998."""
+    factor = _MICROSECONDS[unit or "s"]
+    is_time = value.cast("float64").abs() * factor < _END.timestamp() * 1e6
+    value = is_time.ifelse(value, ibis.null(value.type()))
+    if unit == "ns" and value.type().is_integer():  # A float cannot hold them exactly.
+        naive = _from_nanoseconds(value.try_cast("int64")).cast(_NAIVE)
+        return _in_time_zone(ibis.literal("UTC"), naive)
+    if value.type().is_integer():
+        return _from_microseconds(value.cast("int64") * int(factor))
+    return _from_microseconds((value.cast("float64") * factor).round().cast("int64"))
+
+
+def refuse_years(raw: RawTable, time: ir.TimestampValue, column: str) -> None:
+    """Refuses years read as seconds, which all fall into half an hour of 1970."""
+    ends = raw.aggregate(first=time.min(), last=time.max()).values()
+    first, last = (int(end.timestamp()) if end is not None else 0 for end in ends)
+    if first >= 1000 and last <= 3000:
+        raise DataError(
+            f"{raw.source.column(column)} holds numbers from {first} to {last} "
+            f"({raw.num_rows} rows), which look like years. Make it numeric or "
+            "bucketized, write dates such as 1999-01-31, or set timestamp_unit to s if they are "
+            "seconds.",
+            setting="timestamp_unit",
+        )
+
+
+def is_integer_text(value: ir.StringValue) -> ir.BooleanValue:
+    """Marks text that is written as an int64 ("7", not "007", "7.0" or "+7")."""
+    return value == ibis.coalesce(value.try_cast("int64").cast("string"), "")
 
 
 def is_integer(raw: RawTable, column: str) -> bool:

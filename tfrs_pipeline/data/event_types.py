@@ -8,9 +8,9 @@ import ibis
 import ibis.expr.types as ir
 
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.rules import RawTable
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.messages import printable
 
 NAMES = (

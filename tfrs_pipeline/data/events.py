@@ -16,15 +16,15 @@ from tfrs_pipeline.data.columns import (
     to_number,
     to_outcome,
     to_required_id,
+    to_timestamp,
     type_features,
 )
 from tfrs_pipeline.data.event_types import keep_weighted, refuse_unread, stage_and_weight
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable, is_usable_weight
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage, require_all
-from tfrs_pipeline.data.times import to_timestamp
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.messages import printable
 
 _NUM_LOOKED_AT = 1000

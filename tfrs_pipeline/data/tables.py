@@ -13,7 +13,6 @@ from tfrs_pipeline.data.engines import connect, random_key
 from tfrs_pipeline.data.event_types import strongest, with_event_column
 from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import scan
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import check_names, whole_seconds
 from tfrs_pipeline.data.rules import RawTable, store
 from tfrs_pipeline.data.schema import (
@@ -25,6 +24,7 @@ from tfrs_pipeline.data.schema import (
     count_rows,
     require_all,
 )
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse

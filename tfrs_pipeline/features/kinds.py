@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tfrs_pipeline.features.categorical import Categorical, Hashed
+from tfrs_pipeline.features.categorical import Categorical, Hashed, MultiCategorical, Text
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.lists import MultiCategorical, Text
-from tfrs_pipeline.features.numeric import Bucketized, Numeric, Timestamp
-from tfrs_pipeline.features.vector import Vector
+from tfrs_pipeline.features.numeric import Bucketized, Numeric, Timestamp, Vector
 from tfrs_pipeline.messages import suggest
 
 KINDS: dict[str, type[Feature]] = {

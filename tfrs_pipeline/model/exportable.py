@@ -10,7 +10,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.samples.store import RowLists
 

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.features.feature import Feature

@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError, Ties
+from tfrs_pipeline.data.settings import Reading
 
 logger = logging.getLogger(__name__)
 
