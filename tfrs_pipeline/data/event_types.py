@@ -52,7 +52,9 @@ def keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTabl
 
     A `DataError` if `weights` names a type that no row has but resembles another: a typing error.
     """
-    counts = _counts(raw)
+    typed = raw.table.select(name=_text(raw))
+    found = typed.group_by("name").agg(num=typed.count()).to_pyarrow().to_pylist()
+    counts = {row["name"]: row["num"] for row in found if row["name"] is not None}
     others = {name: num for name, num in counts.items() if name not in weights}
     for name in weights:
         if name not in counts and (near := difflib.get_close_matches(name, others, n=1)):
@@ -112,8 +114,6 @@ def strongest(events: ibis.Table) -> ibis.Table:
 
 def refuse_unread(scanned: Scan, unread: Iterable[str]) -> None:
     """Refuses (`DataError`) an unread column of event types, in a log whose rows are all clicks."""
-    if scanned.is_stream:  # It can be read only once.
-        return
     for name in (name for name in unread if name.lower() in NAMES):
         types = [text for text in scanned.values(name, _MOST_TYPES + 1) if text]
         if 1 < len(types) <= _MOST_TYPES:
@@ -143,10 +143,3 @@ def suggested(types: Iterable[str]) -> str:
 
 def _text(raw: RawTable) -> ir.StringValue:
     return raw.table["event"].cast("string").strip()
-
-
-def _counts(raw: RawTable) -> dict[str, int]:
-    """Counts the events of each type; those without one are left out."""
-    typed = raw.table.select(name=_text(raw))
-    counts = typed.group_by("name").agg(num=typed.count()).to_pyarrow().to_pylist()
-    return {row["name"]: row["num"] for row in counts if row["name"] is not None}

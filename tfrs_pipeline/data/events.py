@@ -32,7 +32,7 @@ _MOST_STAGES = 100  # A column with more values is free text.
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
 # An outcome that did not happen is often left empty.
-_NO, _YES = ("0", "0.0", "false", "n", "no", "nan", ""), ("1", "1.0", "true", "y", "yes")
+_NO, _YES = {"0", "0.0", "false", "n", "no", "nan", ""}, {"1", "1.0", "true", "y", "yes"}
 # Usual names elsewhere for the column `request_id`.
 _REQUESTS = ("search_id", "query_id", "impression_id", "req_id", "list_id", "slate_id", "feed_id")
 _VISITS = ("session_id", "session", "visit_id", "visit")
@@ -200,13 +200,9 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
 
 def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
     """Refuses (`DataError`) unread columns with an outcome's name that hold 1 in some rows only."""
-    if scanned.is_stream:  # It can be read only once.
-        return
-    rows = scanned.first_rows(columns, _NUM_LOOKED_AT)
-    have_both = set(scanned.holding(columns, _NO)) & set(scanned.holding(columns, _YES))
-    for name, values in zip(rows.column_names, rows.columns, strict=True):
-        found = {str(value).strip().lower() for value in values.drop_null().unique().to_pylist()}
-        if name in have_both and found <= {*_NO, *_YES}:
+    for name in columns:
+        found = {value.lower() for value in scanned.values(name, _MOST_STAGES)}
+        if found & _NO and found & _YES and found <= _NO | _YES:
             column = printable(name)
             raise DataError(
                 f"{Source(scanned.name).column(name)} is not read and holds 1 (or true, or yes) in "

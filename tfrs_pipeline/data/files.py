@@ -53,9 +53,9 @@ class Scan:
         """Reads a few rows, which `load` reads again; reads none of a stream."""
         if self.is_stream or not columns:
             return pa.table({})
-        projection = ", ".join(f'"{_double(column)}"' for column in columns)
         with self._reading():
-            rows = self.open(list(columns)).project(projection).limit(num).to_arrow_table()
+            rows = self.open(list(columns)).project(", ".join(map(_name, columns))).limit(num)
+            rows = rows.to_arrow_table()
         plain = [pa.field(column.name, _plain(column.type)) for column in rows.schema]
         return rows.cast(pa.schema(plain))
 
@@ -64,18 +64,21 @@ class Scan:
         if not columns:
             return []
         listed = ", ".join(map(_quote, words))
-        text = "coalesce(lower(trim(CAST(\"{}\" AS VARCHAR))), '')"
-        tests = ", ".join(f"bool_or({text.format(_double(x))} IN ({listed}))" for x in columns)
+        tests = ", ".join(f"bool_or(lower({_text(x)}) IN ({listed}))" for x in columns)
         with self._reading():
             found = self.open(list(columns)).aggregate(tests).fetchone() or ()
         return [column for column, is_found in zip(columns, found, strict=True) if is_found]
 
     def values(self, column: str, num: int) -> list[str]:
-        """Returns up to `num` distinct values of a column in any row, as stripped text, sorted."""
-        text = f'trim(CAST("{_double(column)}" AS VARCHAR)) AS value'
+        """Returns up to `num` distinct values of a column in any row, as stripped text, sorted.
+
+        Null counts as "". Reads none of a stream, which can be read only once.
+        """
+        if self.is_stream:
+            return []
         with self._reading():
-            rows = self.open([column]).project(text).distinct().limit(num).fetchall()
-        return sorted(value for (value,) in rows if value is not None)
+            rows = self.open([column]).project(_text(column)).distinct().limit(num).fetchall()
+        return sorted(value for (value,) in rows)
 
     def load(self, names: Mapping[str, str]) -> RawTable:
         """Reads columns, once, and counts broken lines; `names` maps new names to those here."""
@@ -86,7 +89,7 @@ class Scan:
                 "columns",
             )
         table = ibis.util.gen_name("raw")
-        columns = [f'"{_double(column)}" AS "{_double(name)}"' for name, column in names.items()]
+        columns = [f"{_name(column)} AS {_name(name)}" for name, column in names.items()]
         # A row number without ORDER BY follows the order of the scan, on one thread.
         projection = ", ".join([*columns, "row_number() OVER () - 1 AS _row"])
         with self._reading():
@@ -105,13 +108,11 @@ class Scan:
 
     def _dropped(self) -> list[Dropped]:
         """Counts the skipped lines; refuses those that may hide others."""
-        if not self.rejects:
-            return []
         sql = (
-            "SELECT line, file_path, error_type, error_message FROM {0} "
-            "JOIN {0}_files USING (scan_id, file_id) ORDER BY file_path, line"
+            f"SELECT line, file_path, error_type, error_message FROM {self.rejects} "
+            f"JOIN {self.rejects}_files USING (scan_id, file_id) ORDER BY file_path, line"
         )
-        found = self.connection.con.sql(sql.format(self.rejects)).fetchall()
+        found = self.connection.con.sql(sql).fetchall() if self.rejects else []
         for line, path, kind, message in found:
             if kind not in _SEPARATE:
                 reason = f"{message} (line {line})"
@@ -229,7 +230,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
     # By name, a column gets a type that fits the values of all files, not the first file's type.
     rows = f"read_parquet({_quote_all(paths)}, union_by_name=true, {hive})"
     # A column without any value has no type and would become integers; see `_plain_table`.
-    names = [f'"{_double(column.name)}"' for column in of_all if pa.types.is_null(column.type)]
+    names = [_name(column.name) for column in of_all if pa.types.is_null(column.type)]
     as_text = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in names)
     replaced = f"REPLACE ({as_text})" if names else ""
     relation = connection.con.sql(f"SELECT * {replaced} FROM {rows}")
@@ -374,8 +375,12 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     return (gzip.open if _is_zipped(path) else open)(path, "rb")
 
 
-def _double(name: str) -> str:
-    return name.replace('"', '""')
+def _name(column: str) -> str:
+    return '"' + column.replace('"', '""') + '"'
+
+
+def _text(column: str) -> str:
+    return f"coalesce(trim(CAST({_name(column)} AS VARCHAR)), '')"
 
 
 def _quote(text: str) -> str:

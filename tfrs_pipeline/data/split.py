@@ -176,23 +176,20 @@ def _time_cuts(
 def in_order(times: ibis.Table) -> tuple[int, Callable[[int], datetime]]:
     """Counts timestamps, and returns a function that finds the n-th smallest, from 0."""
     # Counted by hour, which gives few numbers for any number of timestamps.
-    hours = times.group_by(hour=_hour(times)).agg(num=times.count()).order_by("hour").to_pyarrow()
+    hour = (times["timestamp"].epoch_seconds() / 3600).floor().cast("int64")
+    hours = times.group_by(hour=hour).agg(num=times.count()).order_by("hour").to_pyarrow()
     counts = hours["num"].to_numpy()
     ends = np.cumsum(counts)
 
     def time_of(place: int) -> datetime:
         number = int(np.searchsorted(ends, place, side="right"))
-        of_hour = times.filter(_hour(times) == hours["hour"][number].as_py())
+        of_hour = times.filter(hour == hours["hour"][number].as_py())
         in_order = ibis.row_number().over(ibis.window(order_by="timestamp"))
         place -= int(ends[number] - counts[number])
         found = of_hour.mutate(place=in_order).filter(lambda t: t["place"] == place)
         return found.to_pyarrow()["timestamp"][0].as_py().astimezone(UTC)
 
     return int(counts.sum()), time_of
-
-
-def _hour(times: ibis.Table) -> ir.IntegerValue:
-    return (times["timestamp"].epoch_seconds() / 3600).floor().cast("int64")
 
 
 def order_keys(events: ibis.Table) -> list[str]:

@@ -25,9 +25,13 @@ from tfrs_pipeline.samples.columns import request_column
 from tfrs_pipeline.samples.store import NO_POSITIVE, RowLists, offsets_of, pool_size_column
 
 _WORK = "_work-"
-_PAIR = ["query_row", "candidate_row"]
 _REQUESTED = "_requested_"
-_IN_SEQUENCE = ["query_row", "time", "event_number"]
+_PAIR = ["query_row", "candidate_row"]
+# Columns that identify a positive, in the order of the samples, and those that identify a request.
+_POSITIVE = ["query_row", "time", "event_number"]
+_REQUEST = ["query_row", "query_time", "request"]
+MAX_POOL = 100
+"""Most losers that are kept for a positive and stage."""
 
 
 def build_samples(
@@ -75,8 +79,7 @@ def build_samples(
         samples = positives if log.order == "none" else _with_num_earlier(positives, log.ties)
         num_removed = 0
         if hard is not None:
-            num_removed = _write_pools(events, positives, work, hard, seed)
-            samples = _with_pool_sizes(samples, work, hard)
+            samples, num_removed = _write_pools(events, positives, samples, work, hard, seed)
         _write_samples(samples, work, log)
         report = _report(work, hard, num_removed)
         files = work.publish(folder)
@@ -156,25 +159,25 @@ def _with_num_earlier(positives: ibis.Table, ties: TieRule) -> ibis.Table:
 
 
 def _write_pools(
-    events: ibis.Table, positives: ibis.Table, work: _Work, hard: FunnelLosers, seed: int
-) -> int:
-    """Writes the pools of each stage; returns how many losers may not be in any."""
+    events: ibis.Table,
+    positives: ibis.Table,
+    samples: ibis.Table,
+    work: _Work,
+    hard: FunnelLosers,
+    seed: int,
+) -> tuple[ibis.Table, int]:
+    """Writes the pools; returns samples with pool sizes, and how many losers may not be in any."""
     losers = find_losers(events, hard, work.open("known_positives"), work.open("exposed"))
     losers = work.write("_losers", losers)
     for stage, pool in draw_pools(positives, losers, hard, seed).items():
         # A batch draws neighbours, so pools are in random order: rows group items of similar age.
-        pool = pool.order_by([*_IN_SEQUENCE, "place"])
-        work.write(f"hard_{stage}", pool.select("event_number", "candidate_row"))
-    return count_rows(events.filter(events["stage"].isin(list(hard.stages)))) - count_rows(losers)
-
-
-def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ibis.Table:
-    for stage in hard.stages:
-        pool, name = work.open(f"hard_{stage}"), pool_size_column(stage)
+        pool = pool.order_by([*_POSITIVE, "place"]).select("event_number", "candidate_row")
+        pool, name = work.write(f"hard_{stage}", pool), pool_size_column(stage)
         sizes = pool.group_by("event_number").agg(**{name: pool.count().cast("int32")})
         samples = samples.left_join(sizes, "event_number").drop("event_number_right")
         samples = samples.fill_null({name: 0})
-    return samples
+    num_losers = count_rows(events.filter(events["stage"].isin(list(hard.stages))))
+    return samples, num_losers - count_rows(losers)
 
 
 def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
@@ -190,7 +193,7 @@ def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
     if "seconds" in kept:
         columns["time"] = "seconds"
     # Ordered by the time itself, which may be finer than seconds.
-    work.write("samples", samples.order_by(_IN_SEQUENCE).select(*kept).rename(columns))
+    work.write("samples", samples.order_by(_POSITIVE).select(*kept).rename(columns))
 
 
 def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[str, Any]:
@@ -219,14 +222,6 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
     return report
 
 
-MAX_POOL = 100
-"""Most losers that are kept for a positive and stage."""
-
-# Columns that identify a positive, in the order of the samples, and those that identify a request.
-_POSITIVE = ("query_row", "time", "event_number")
-_REQUEST = ["query_row", "query_time", "request"]
-
-
 def find_losers(
     events: ibis.Table, hard: FunnelLosers, known: ibis.Table, exposed: ibis.Table
 ) -> ibis.Table:
@@ -235,16 +230,15 @@ def find_losers(
     `known` and `exposed` are the pairs of query_row and candidate_row clicked in training, and
     exposed and never clicked. Returns candidate_row, stage, and the request in three columns.
     """
-    pairs = ["query_row", "candidate_row"]
     events = _with_request(events)
     taken = events.filter(events["stage"].isin(list(hard.stages)))
     if Stage.RANKED in hard.stages:
         taken = _low_part(events, taken, hard)
-    losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, pairs)
+    losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, _PAIR)
     # The stage "exposed" is present only if `allow_exposed` is set.
     was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
     others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
-    return others.anti_join(exposed, pairs).union(was_exposed)
+    return others.anti_join(exposed, _PAIR).union(was_exposed)
 
 
 def draw_pools(

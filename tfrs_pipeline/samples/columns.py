@@ -73,12 +73,7 @@ def map_columns(
                     folder.mkdir()
                     write(folder)
                 write_record(record, made_of, folder.glob("*.npy"))
-    return {path.stem: map_column(path) for path in folder.glob("*.npy")}
-
-
-def map_column(path: Path) -> np.ndarray:
-    """Maps a .npy file as a read-only array, whose pages the system loads and drops."""
-    return np.asarray(np.load(path, mmap_mode="r"))
+    return {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
 
 
 def request_column(name: str) -> str:

@@ -211,6 +211,10 @@ def _run(command: list[str], *, timeout_seconds: int) -> str:
     return done.stdout
 
 
+_RATING_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
+_USER_COLUMNS = ["user_id", "age", "gender", "occupation", "zip_code"]
+
+
 def _read_grouplens(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     names = ["item_id", "title", "date", "video", "url", "unknown", *_GENRES]
     ratings = _read(folder / "u.data", "\t", _RATING_COLUMNS)
@@ -218,27 +222,25 @@ def _read_grouplens(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     users = _read(folder / "u.user", "|", _USER_COLUMNS)
     flags = zip(*(films[name].to_pylist() for name in _GENRES), strict=True)
     genres = [[*itertools.compress(_GENRES, map(int, row))] for row in flags]
-    return ratings, films.append_column("genres", pa.array(genres, _STRINGS)), users
+    return ratings, films.append_column("genres", pa.array(genres)), users
 
 
 def _read_recbole(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Reads the copies in the recbole wheel: a header, tabs, the year cut off the title."""
-    ratings = _read(folder / "ml-100k.inter", "\t", _RATING_COLUMNS, is_recbole=True)
     names = ["item_id", "name", "year", "genres"]
-    films = _read(folder / "ml-100k.item", "\t", names, is_recbole=True)
-    users = _read(folder / "ml-100k.user", "\t", _USER_COLUMNS, is_recbole=True)
-    films_names, years, genres = (films[column].to_pylist() for column in names[1:])
+    ratings, films, users = (
+        _read(folder / f"ml-100k.{name}", "\t", columns, is_recbole=True)
+        for name, columns in (("inter", _RATING_COLUMNS), ("item", names), ("user", _USER_COLUMNS))
+    )
     # "unkonwn" is how the file spells the one film without a title.
-    pairs = zip(films_names, years, strict=True)
+    pairs = zip(films["name"].to_pylist(), films["year"].to_pylist(), strict=True)
     titles = ["unknown" if name == "unkonwn" else f"{name} ({year})" for name, year in pairs]
-    lists = pa.array([[x for x in text.split() if x != "unknown"] for text in genres], _STRINGS)
-    films = pa.table({"item_id": films["item_id"], "title": titles, "genres": lists})
-    return ratings, films, users
-
-
-_STRINGS = pa.list_(pa.string())
-_RATING_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
-_USER_COLUMNS = ["user_id", "age", "gender", "occupation", "zip_code"]
+    genres = [[x for x in text.split() if x != "unknown"] for text in films["genres"].to_pylist()]
+    return (
+        ratings,
+        pa.table({"item_id": films["item_id"], "title": titles, "genres": genres}),
+        users,
+    )
 
 
 def _read(path: Path, delimiter: str, names: list[str], *, is_recbole: bool = False) -> pa.Table:

@@ -47,18 +47,12 @@ _MAX_BLOCK_SCORES = 2**20
 _MAX_BLOCK_REQUESTS = 1024
 _STAGES = [stage.value for stage in Stage]
 DEVICES = ("phone", "tablet", "tv")
-_EVENT_SCHEMA = pa.schema(
-    {
-        "user_id": pa.int64(),
-        "item_id": pa.int64(),
-        "timestamp": pa.timestamp("us", "UTC"),
-        "stage": pa.string(),
-        "request_id": pa.int64(),
-        "rank": pa.int64(),
-        "score": pa.float64(),
-        "device": pa.string(),
-    }
-)
+_EVENT_FIELDS = {
+    **dict.fromkeys(("user_id", "item_id", "request_id", "rank"), pa.int64()),
+    "timestamp": pa.timestamp("us", "UTC"),
+    "stage": pa.string(),
+    "score": pa.float64(),
+}
 
 
 @dataclass(frozen=True)
@@ -123,10 +117,10 @@ class Preferences:
 
     def logits(self, tastes: np.ndarray, item_rows: np.ndarray | None = None) -> np.ndarray:
         """Computes the truth: [num_queries, num_items], or [num_queries, n] of `item_rows`."""
-        popularity = self.popularity if item_rows is None else self.popularity[item_rows]
         if item_rows is None:
-            liking = tastes @ self.item_tastes.T
+            popularity, liking = self.popularity, tastes @ self.item_tastes.T
         else:
+            popularity = self.popularity[item_rows]
             liking = np.einsum("bd,bnd->bn", tastes, self.item_tastes[item_rows])
         return self.click_bias + liking + _QUALITY_WEIGHT * popularity
 
@@ -204,13 +198,13 @@ def simulate_funnel(
             f"{options.num_retrieved}: retrieval takes that many different items. "
             f"Received: {num_users}, {num_requests} and {num_items}."
         )
-    world = _draw_world(num_users, num_items, options, seed)
-    preferences, activity, favourite_genres, genres = world
+    preferences, activity, favourite_genres, genres = _draw_world(
+        num_users, num_items, options, seed
+    )
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
-    blocks = _event_blocks(preferences, options, activity, num_requests, seed)
-    device = _EVENT_SCHEMA.get_field_index("device")
-    schema = _EVENT_SCHEMA if preferences.has_devices else _EVENT_SCHEMA.remove(device)
-    blocks = (block.select(schema.names) for block in blocks)
+    fields = _EVENT_FIELDS | ({"device": pa.string()} if preferences.has_devices else {})
+    schema = pa.schema(fields)
+    blocks = _event_blocks(schema, preferences, options, activity, num_requests, seed)
     log = Log.from_table(
         pa.RecordBatchReader.from_batches(schema, blocks),
         items=pa.table({"item_id": item_ids, "genre": genres}),
@@ -234,8 +228,8 @@ def _draw_world(
     popularity = -np.log(1.0 + rng.permutation(num_items))
     popularity -= popularity.mean()
     devices = options.device_weight * _unit_length(rng.standard_normal((len(DEVICES), _NUM_DIMS)))
-    tastes = user_tastes, item_tastes, popularity
-    return Preferences(*tastes, options.click_bias, devices), activity, favourite_genres, genres
+    truth = Preferences(user_tastes, item_tastes, popularity, options.click_bias, devices)
+    return truth, activity, favourite_genres, genres
 
 
 def _draw_tastes(
@@ -251,6 +245,7 @@ def _draw_tastes(
 
 
 def _event_blocks(
+    schema: pa.Schema,
     preferences: Preferences,
     options: FunnelOptions,
     activity: np.ndarray,
@@ -272,10 +267,22 @@ def _event_blocks(
         devices = _generator(seed, 1 + start // num_in_block, 1)
         device_rows = devices.integers(len(DEVICES), size=num_in_block)
         tastes = preferences.tastes(user_rows, device_rows)
-        of_requests = _run_funnel(rng, preferences, options, tastes)
-        yield _as_events(user_rows, device_rows, times, *of_requests, start).slice(
-            0, (num_requests - start) * options.num_retrieved
-        )
+        item_rows, stage_codes, scores = _run_funnel(rng, preferences, options, tastes)
+        num_logged, num_ranked = options.num_retrieved, options.num_ranked
+        rank = np.tile(np.arange(num_logged), num_in_block)
+        scores = np.pad(scores, [(0, 0), (0, num_logged - num_ranked)])
+        columns = {
+            "user_id": 1 + np.repeat(user_rows, num_logged),
+            "item_id": 1 + item_rows.ravel(),
+            "timestamp": pa.array(np.repeat(times, num_logged), schema.field("timestamp").type),
+            "stage": pa.array(_STAGES).take(pa.array(stage_codes.ravel())),
+            "request_id": np.repeat(np.arange(start, start + num_in_block), num_logged),
+            "rank": pa.array(rank, mask=rank >= num_ranked),
+            "score": pa.array(scores.ravel(), mask=rank >= num_ranked),
+            "device": pa.array(DEVICES).take(pa.array(np.repeat(device_rows, num_logged))),
+        }
+        block = pa.RecordBatch.from_pydict(columns, schema)  # Takes the columns of the schema.
+        yield block.slice(0, (num_requests - start) * num_logged)
 
 
 def _run_funnel(
@@ -315,31 +322,6 @@ def _run_funnel(
     stage_codes[:, : options.num_exposed] = np.where(is_clicked, *outcomes)
     rank_scores = np.take_along_axis(scores, ranked, axis=1)
     return np.concatenate(item_rows, axis=1), stage_codes, rank_scores
-
-
-def _as_events(
-    user_rows: np.ndarray,
-    device_rows: np.ndarray,
-    times: np.ndarray,
-    item_rows: np.ndarray,
-    stage_codes: np.ndarray,
-    rank_scores: np.ndarray,
-    first_request: int,
-) -> pa.RecordBatch:
-    (num, num_logged), num_ranked = item_rows.shape, rank_scores.shape[1]
-    scores = np.pad(rank_scores, [(0, 0), (0, num_logged - num_ranked)])
-    ranks = np.tile(np.arange(num_logged), num)
-    columns = [
-        1 + np.repeat(user_rows, num_logged),
-        1 + item_rows.ravel(),
-        pa.array(np.repeat(times, num_logged), pa.timestamp("us", "UTC")),
-        pa.array(_STAGES).take(pa.array(stage_codes.ravel())),
-        np.repeat(np.arange(first_request, first_request + num), num_logged),
-        pa.array(ranks, mask=ranks >= num_ranked),
-        pa.array(scores.ravel(), mask=ranks >= num_ranked),
-        pa.array(DEVICES).take(pa.array(np.repeat(device_rows, num_logged))),
-    ]
-    return pa.RecordBatch.from_arrays(list(map(pa.array, columns)), schema=_EVENT_SCHEMA)
 
 
 def _part_columns(scores: np.ndarray, num_kept: int) -> tuple[np.ndarray, np.ndarray]:
