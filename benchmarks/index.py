@@ -26,8 +26,7 @@ from record import write_json
 
 from tfrs_pipeline.evaluation.results import format_cells
 from tfrs_pipeline.model.encoder import known_rows
-from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.filter_values import FilterValues
+from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.tune import Requests, Tuned, exact_ranking, tune_index
 

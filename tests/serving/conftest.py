@@ -26,9 +26,8 @@ from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.fitted import QueryEncoder
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export, saved_model
-from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex
 from tfrs_pipeline.serving.index import Exact, Level, Scann
-from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.searcher import Searcher

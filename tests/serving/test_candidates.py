@@ -9,8 +9,7 @@ import pytest
 
 from tests.serving.test_index import clustered
 from tfrs_pipeline.serving import candidates as candidates_module
-from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.filter_values import FilterValues
+from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.searcher import Searcher
 

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.serving import export as export_module
-from tfrs_pipeline.serving.check import ExportError
 from tfrs_pipeline.serving.export import export, query_table
+from tfrs_pipeline.serving.graph_index import ItemFilter
 from tfrs_pipeline.serving.index import Exact, Scann
-from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.retriever import load
-from tfrs_pipeline.serving.saved_model import RetrievalModule
+from tfrs_pipeline.serving.saved_model import ExportError, RetrievalModule
 
 
 @pytest.fixture(scope="module")

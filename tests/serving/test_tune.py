@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.serving.test_index import clustered
+from tfrs_pipeline.serving import candidates as candidates_module
 from tfrs_pipeline.serving import tune
-from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.filter_values import FilterValues
+from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.tune import (
@@ -121,13 +121,13 @@ def test_only_unusual_requests_are_searched_exactly(
 ) -> None:
     embeddings, queries, index, order = tuned
     exactly: list[int] = []
-    search = Candidates._exact
+    score_all = candidates_module._Search.score_all
 
-    def counted(self: Candidates, asked: Any, lines: np.ndarray, *rest: Any) -> None:
+    def counted(search: Any, lines: np.ndarray) -> None:
         exactly.append(len(lines))
-        search(self, asked, lines, *rest)
+        score_all(search, lines)
 
-    monkeypatch.setattr(Candidates, "_exact", counted)
+    monkeypatch.setattr(candidates_module._Search, "score_all", counted)
     codes = np.random.default_rng(7).integers(1, 1 + max(1, num_values), NUM)[:, np.newaxis]
     values = FilterValues([str(i) for i in range(num_values)], codes) if num_values else None
     given = np.arange(1, NUM + 1), embeddings, index.searcher, index.levels, values

@@ -14,9 +14,66 @@ import numpy as np
 
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.evaluation.topk import top_k_in_blocks
-from tfrs_pipeline.serving.filter_values import Chosen, FilterValues
+from tfrs_pipeline.features.raw import has_booleans, padded, to_text, to_text_lists
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.searcher import Searcher, View, with_room
+
+
+class FilterValues:
+    """The values by which requests may choose candidates, and how often each occurs.
+
+    `values` have the codes 1, 2, ...; new values get the next ones. `codes` are those of all rows.
+    """
+
+    def __init__(self, values: Sequence[str], codes: np.ndarray) -> None:
+        self.code_of = {value: code for code, value in enumerate(values, 1)}
+        self._counts = np.bincount(codes.ravel(), minlength=len(values) + 1)
+
+    def encode(self, column: Sequence[Any]) -> np.ndarray:
+        """Returns the codes of new rows' values, [n, any] int32 padded with 0; learns new ones."""
+        code_of, lists = self.code_of, padded(*to_text_lists(column)).tolist()
+        codes = [
+            [code_of.setdefault(x, len(code_of) + 1) for x in dict.fromkeys(values) if x]
+            for values in lists
+        ]
+        rows = np.zeros((len(codes), max([1, *map(len, codes)])), np.int32)
+        for row, of_row in zip(rows, codes, strict=True):
+            row[: len(of_row)] = of_row
+        counts = np.bincount(rows.ravel(), minlength=len(self.code_of) + 1)
+        counts[: len(self._counts)] += self._counts
+        self._counts = counts
+        return rows
+
+    def choose(self, values: Iterable[Any], num_rows: int) -> "Chosen | None":
+        """Chooses candidates with one of the values; None, which allows all, if there are none."""
+        texts = [value for value in values if value not in ("", b"")]
+        if not texts:
+            return None
+        counts, table = self._counts, np.zeros(len(self.code_of) + 1, bool)
+        lower = has_booleans(self.code_of)
+        for text in texts:
+            table[self.code_of.get(to_text(text) if lower else text, 0)] = True
+        table[0] = False  # Padding, and values that no item has.
+        # This counts candidates with two of the values twice.
+        share = counts[table[: len(counts)].nonzero()].sum() / max(1, num_rows)
+        return Chosen(table, min(1.0, float(share)))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which codes a query allows, [num_codes + 1] bool, and the rough share of their candidates."""
+
+    table: np.ndarray
+    share: float
+
+    def has(self, codes: np.ndarray) -> np.ndarray:
+        """Returns which rows' codes, [n, P], are chosen: [n] bool."""
+        # A column at a time: all at once would take P times the memory.
+        found = self.table[codes[:, 0]]
+        for column in codes.T[1:]:
+            found |= self.table[column]
+        return found
+
 
 # Up to so many of the newest candidates are scored exactly. If there are more, the index gets them.
 MOST_PENDING = 1024
@@ -24,6 +81,7 @@ _ADDED_AT_ONCE = 8  # So that searches go on in between.
 # The index is rebuilt after more changes than this number and than this share of its candidates.
 _LEAST_CHANGES, _LEAST_CHANGED_SHARE = 2_000, 0.3
 _NO_ROWS = np.zeros(0, np.int32)
+_of_thread = threading.local()  # Each thread marks what a query excludes.
 
 
 class Candidates:
@@ -52,7 +110,6 @@ class Candidates:
             *(corpus, by_row, vectors, codes, None, searcher, tuple(levels)), num_rows=len(corpus)
         )
         self._lock = threading.RLock()
-        self._marks = threading.local()  # Each thread marks what a query excludes.
 
     def __len__(self) -> int:
         return self._view.num_candidates
@@ -77,31 +134,25 @@ class Candidates:
 
     def has(self, ids: Collection[Any]) -> np.ndarray:
         """Returns which ids are candidates now, [n] bool."""
-        view = self._view
-        return np.array([view.row_of(id_) > 0 for id_ in ids], bool)
+        return np.fromiter(map(self._view.row_of, ids), bool)
 
     def ids(self) -> np.ndarray:
         """Returns the ids of the candidates, [n]."""
         view = self._view
-        return view.ids[self._live_rows(view)]
+        return view.ids[view.live_rows()]
 
     def vectors(self) -> np.ndarray:
         """Returns the vectors of the candidates, [n, D] float32, in the order of `ids`."""
         view = self._view
-        return view.vectors[self._live_rows(view) - 1]
+        return view.vectors[view.live_rows() - 1]
 
     def vectors_of(self, ids: Sequence[Any]) -> np.ndarray:
         """Returns a copy of some candidates' vectors; a `KeyError` if one is not there."""
         view = self._view
-        rows = np.array([view.row_of(id_) for id_ in ids], np.int32)
+        rows = np.fromiter(map(view.row_of, ids), np.int32)
         if not rows.all():
             raise KeyError(ids[int(np.flatnonzero(rows == 0)[0])])
         return view.vectors[rows - 1]
-
-    @staticmethod
-    def _live_rows(view: View) -> np.ndarray:
-        rows = np.arange(1, view.num_rows + 1)
-        return rows if view.removed_by is None else rows[~view.is_removed(rows)]
 
     def search(
         self,
@@ -122,87 +173,21 @@ class Candidates:
         is_plain = num > 0 and allowed is None and (excluded is None or not any(map(len, excluded)))
         if is_plain and not exact and (found := _found_at_once(view, queries, k)) is not None:
             return found
-        rows, scores = np.zeros((num, k), np.int32), np.full((num, k), -np.inf, np.float32)
         excluded = [()] * num if excluded is None else excluded
         lists = [view.rows_of(ids) if len(ids) else _NO_ROWS for ids in excluded]
         chosen: list[Chosen | None] = [None] * num
         if allowed is not None and self.values is not None:
             chosen = [self.values.choose(values, len(self)) for values in allowed]
-        asked = _Asked(view, queries, k, lists, chosen)
+        asked = _Search(view, queries, k, lists, chosen)
         levels = np.full(num, len(view.levels)) if exact else asked.levels()
         short = levels == len(view.levels)
         for level in set(levels[~short].tolist()):
             lines = np.flatnonzero(levels == level)
-            self._approximate(asked, view.levels[level], lines, rows, scores)
-            short[lines] = (rows[lines] > 0).sum(axis=1) < asked.num_wanted[lines]
+            asked.approximate(view.levels[level], lines)
+            short[lines] = (asked.rows[lines] > 0).sum(axis=1) < asked.num_wanted[lines]
         if short.any():
-            self._exact(asked, np.flatnonzero(short), rows, scores)
-        return view.ids[rows], scores
-
-    def _approximate(
-        self, asked: "_Asked", level: Level, lines: np.ndarray, rows: np.ndarray, scores: np.ndarray
-    ) -> None:
-        view, k = asked.view, asked.k
-        assert view.searcher is not None
-        found, found_scores, num_indexed = view.searcher.search(asked.queries[lines], level)
-        is_whole = num_indexed == view.num_rows and view.removed_by is None
-        pending = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
-        vectors = view.vectors[num_indexed : view.num_rows]
-        for i, line in enumerate(lines):
-            best, best_scores = found[i], found_scores[i]
-            if not is_whole or len(asked.excluded[line]) or asked.chosen[line] is not None:
-                is_open = self._open(asked, line, best)
-                best, best_scores = best[is_open], best_scores[is_open]
-            if len(pending):
-                is_open = self._open(asked, line, pending)
-                best = np.concatenate([best, pending[is_open]])
-                new_scores = np.vecdot(vectors, asked.queries[line])
-                best_scores = np.concatenate([best_scores, new_scores[is_open]])
-                order = np.argsort(-best_scores, kind="stable")[:k]
-                best, best_scores = best[order], best_scores[order]
-            num = min(k, len(best))
-            rows[line, :num], scores[line, :num] = best[:num], best_scores[:num]
-
-    def _open(self, asked: "_Asked", line: int, rows: np.ndarray) -> np.ndarray:
-        """Returns which rows, [n], a query may return: [n] bool."""
-        view, excluded, chosen = asked.view, asked.excluded[line], asked.chosen[line]
-        is_open = (rows > 0) & (rows <= view.num_rows)
-        if view.removed_by is not None:
-            rows = np.where(is_open, rows, 0)  # The index may have rows newer than the view.
-            is_open &= ~view.is_removed(rows)
-        if len(excluded):
-            marks: np.ndarray | None = getattr(self._marks, "marks", None)
-            if marks is None or len(marks) < len(view.ids):
-                marks = self._marks.marks = np.zeros(len(view.ids), bool)
-            marks[excluded] = True
-            is_open &= ~marks[np.minimum(rows, view.num_rows)]
-            marks[excluded] = False
-        if chosen is not None:
-            assert view.codes is not None
-            is_open &= chosen.has(view.codes[np.minimum(rows, view.num_rows)])
-        return is_open
-
-    def _exact(
-        self, asked: "_Asked", lines: np.ndarray, rows: np.ndarray, scores: np.ndarray
-    ) -> None:
-        view, num = asked.view, asked.view.num_rows
-        vectors, excluded = view.vectors[:num], [asked.excluded[line] for line in lines]
-
-        def score(block: slice) -> np.ndarray:
-            queries = asked.queries[lines[block]]
-            # A single query is scored in one thread: the threads of a matrix product wait for each
-            # other, which takes a hundred times as long while other processes work.
-            is_one = len(queries) == 1
-            found = np.vecdot(vectors, queries)[np.newaxis] if is_one else (vectors @ queries.T).T
-            if view.removed_by is not None:
-                found[:, view.removed_by[1 : num + 1] <= view.num_changes] = -np.inf
-            for of_line, line in zip(found, lines[block], strict=True):
-                if (chosen := asked.chosen[line]) is not None:
-                    assert view.codes is not None
-                    of_line[~chosen.has(view.codes[1 : num + 1])] = -np.inf
-            return found
-
-        rows[lines], scores[lines] = top_k_in_blocks(score, len(lines), num, asked.k, excluded)
+            asked.score_all(np.flatnonzero(short))
+        return view.ids[asked.rows], asked.scores
 
     def change(
         self,
@@ -255,7 +240,7 @@ class Candidates:
         Changes made meanwhile are kept.
         """
         view = self._view
-        rows = self._live_rows(view)
+        rows = view.live_rows()
         ids, vectors = view.ids[rows], view.vectors[rows - 1]
         corpus, searcher = Ids(ids), None if build is None else build(vectors)
         with self._lock:
@@ -282,8 +267,8 @@ class Candidates:
 
 
 @dataclass
-class _Asked:
-    """Queries, the rows that each excludes, and what it allows; None is all."""
+class _Search:
+    """Queries, the rows that each excludes, what it allows (None is all), and what is found."""
 
     view: View
     queries: np.ndarray
@@ -292,6 +277,8 @@ class _Asked:
     chosen: Sequence[Chosen | None]
 
     def __post_init__(self) -> None:
+        shape = len(self.queries), self.k
+        self.rows, self.scores = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
         self.num_excluded = np.array([len(x) for x in self.excluded], np.int64)
         # How many candidates each query should get if its filter allowed all.
         self.num_wanted = np.clip(self.view.num_candidates - self.num_excluded, 0, self.k)
@@ -309,6 +296,70 @@ class _Asked:
         part = needed[is_part]
         needed[is_part] = (part + 3 * np.sqrt(part)) / np.maximum(share[is_part], 1e-9)
         return np.searchsorted([level.depth for level in view.levels], needed)
+
+    def approximate(self, level: Level, lines: np.ndarray) -> None:
+        """Asks the index for the best of some queries."""
+        view, k = self.view, self.k
+        assert view.searcher is not None
+        found, found_scores, num_indexed = view.searcher.search(self.queries[lines], level)
+        is_whole = num_indexed == view.num_rows and view.removed_by is None
+        pending = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
+        vectors = view.vectors[num_indexed : view.num_rows]
+        for i, line in enumerate(lines):
+            best, best_scores = found[i], found_scores[i]
+            if not is_whole or len(self.excluded[line]) or self.chosen[line] is not None:
+                is_open = self._open(line, best)
+                best, best_scores = best[is_open], best_scores[is_open]
+            if len(pending):
+                is_open = self._open(line, pending)
+                best = np.concatenate([best, pending[is_open]])
+                new_scores = np.vecdot(vectors, self.queries[line])
+                best_scores = np.concatenate([best_scores, new_scores[is_open]])
+                order = np.argsort(-best_scores, kind="stable")[:k]
+                best, best_scores = best[order], best_scores[order]
+            num = min(k, len(best))
+            self.rows[line, :num], self.scores[line, :num] = best[:num], best_scores[:num]
+
+    def _open(self, line: int, rows: np.ndarray) -> np.ndarray:
+        """Returns which rows, [n], a query may return: [n] bool."""
+        view, excluded, chosen = self.view, self.excluded[line], self.chosen[line]
+        rows = np.where(rows <= view.num_rows, rows, 0)  # The index may have newer ones.
+        is_open = rows > 0
+        if view.removed_by is not None:
+            is_open &= ~view.is_removed(rows)
+        if len(excluded):
+            marks: np.ndarray = getattr(_of_thread, "marks", _NO_ROWS)
+            if len(marks) < len(view.ids):
+                marks = _of_thread.marks = np.zeros(len(view.ids), bool)
+            marks[excluded] = True
+            is_open &= ~marks[rows]
+            marks[excluded] = False
+        if chosen is not None:
+            assert view.codes is not None
+            is_open &= chosen.has(view.codes[rows])
+        return is_open
+
+    def score_all(self, lines: np.ndarray) -> None:
+        """Scores all candidates for some queries."""
+        view, num = self.view, self.view.num_rows
+        vectors, excluded = view.vectors[:num], [self.excluded[line] for line in lines]
+
+        def score(block: slice) -> np.ndarray:
+            queries = self.queries[lines[block]]
+            # A single query is scored in one thread: the threads of a matrix product wait for each
+            # other, which takes a hundred times as long while other processes work.
+            is_one = len(queries) == 1
+            found = np.vecdot(vectors, queries)[np.newaxis] if is_one else (vectors @ queries.T).T
+            if view.removed_by is not None:
+                found[:, view.removed_by[1 : num + 1] <= view.num_changes] = -np.inf
+            for of_line, line in zip(found, lines[block], strict=True):
+                if (chosen := self.chosen[line]) is not None:
+                    assert view.codes is not None
+                    of_line[~chosen.has(view.codes[1 : num + 1])] = -np.inf
+            return found
+
+        best = top_k_in_blocks(score, len(lines), num, self.k, excluded)
+        self.rows[lines], self.scores[lines] = best
 
 
 def _found_at_once(view: View, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -17,12 +17,20 @@ from types import FrameType
 from urllib.parse import urlsplit
 
 import uvicorn
+from prometheus_client import Gauge, Histogram
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from tfrs_pipeline.serving import metrics
+BUCKETS_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+REQUEST_SECONDS = Histogram(
+    "tfrs_request_seconds",
+    "Seconds from a request's headers to the end of its answer.",
+    ["handler", "code"],
+    buckets=BUCKETS_SECONDS,
+)
+IN_FLIGHT = Gauge("tfrs_requests_in_flight", "Requests being answered.")
 
 # For the headers of a request, from its first byte or the opening of its connection.
 HEADER_SECONDS, MAX_HEADER_BYTES = 10.0, 65_536
@@ -50,13 +58,13 @@ class CountRequests:
             await send(message)
 
         start = time.perf_counter()
-        with metrics.IN_FLIGHT.track_inprogress():
+        with IN_FLIGHT.track_inprogress():
             try:
                 await self._app(scope, receive, counting_send)
             finally:
                 # The function's name, because clients could add labels by asking for new paths.
                 handler = getattr(scope.get("endpoint"), "__name__", "none")
-                metrics.REQUEST_SECONDS.labels(handler, code).observe(time.perf_counter() - start)
+                REQUEST_SECONDS.labels(handler, code).observe(time.perf_counter() - start)
 
 
 _BUSY = CountRequests(

@@ -33,11 +33,14 @@ from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.graph import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.check import check_operation, example_values, prove
-from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex
 from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS, Auto, Exact, Search, search_of
-from tfrs_pipeline.serving.item_filter import ItemFilter
-from tfrs_pipeline.serving.saved_model import RetrievalModule
+from tfrs_pipeline.serving.saved_model import (
+    RetrievalModule,
+    check_operation,
+    example_values,
+    prove,
+)
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
 if TYPE_CHECKING:

@@ -1,18 +1,81 @@
-"""Exact and ScaNN search as TensorFlow modules, for the exported model."""
+"""Exact and ScaNN search and the item filter as TensorFlow modules, for the exported model."""
 
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hard import is_member
-from tfrs_pipeline.model.graph import stored
+from tfrs_pipeline.features.categorical import lower_booleans
+from tfrs_pipeline.features.raw import has_booleans, to_text_lists
+from tfrs_pipeline.model.graph import lookup, row_table, stored
+from tfrs_pipeline.serving.candidates import FilterValues
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.item_filter import Allowed
 from tfrs_pipeline.serving.searcher import FILES, Saved
+
+
+class Allowed(NamedTuple):
+    """Which candidates each query may find: those that have one of its values."""
+
+    is_chosen: tf.Tensor  # [B, num_codes] bool; code 0 is no value.
+    codes: tf.Tensor  # [num_candidates + 1, P] int32, the values of each row, padded with 0.
+    share: tf.Tensor  # [B] float32, rough share of the candidates that may be found.
+
+    def of_queries(self, lines: tf.Tensor) -> "Allowed":
+        """Takes the queries with the numbers `lines`, [b]."""
+        return Allowed(tf.gather(self.is_chosen, lines), self.codes, tf.gather(self.share, lines))
+
+    def has(self, rows: tf.Tensor) -> tf.Tensor:
+        """Returns which rows, [B, n], each query may find: [B, n] bool."""
+        codes = tf.gather(self.codes, rows)
+        return tf.reduce_any(tf.gather(self.is_chosen, codes, batch_dims=1), axis=2)
+
+    def has_all(self) -> tf.Tensor:
+        """Returns which candidates each query may find: [B, num_candidates] bool."""
+        # One list position at a time: all at once would take P times the memory.
+        places = tf.unstack(self.codes[1:], axis=1)
+        is_allowed = tf.gather(self.is_chosen, places[0], axis=1)
+        for place in places[1:]:
+            is_allowed |= tf.gather(self.is_chosen, place, axis=1)
+        return is_allowed
+
+
+class ItemFilter(tf.Module):
+    """Values by which a request may choose items; None and "" mean that an item has none."""
+
+    def __init__(self, name: str, column: Sequence[Any]) -> None:
+        super().__init__(name="item_filter")
+        values = sorted(set(to_text_lists(column)[0].to_pylist()))
+        self._column, self._values = name, tuple(values)
+        codes = FilterValues(values, np.zeros(0, np.int32)).encode(column)
+        self._table = row_table(np.array(values, object))
+        self._codes = stored(np.pad(codes, [[1, 0], [0, 0]]))
+        shares = np.bincount(codes.ravel(), minlength=len(values) + 1) / max(1, len(codes))
+        self._shares = tf.constant(np.where(np.arange(len(shares)), shares, 0), tf.float32)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the column's name and its distinct values, for the manifest."""
+        return {"name": self._column, "values": list(self._values)}
+
+    def choose(self, allowed: tf.Tensor) -> Allowed:
+        """Finds candidates with one of the `allowed` values, [B, F]; an empty row allows all."""
+        if has_booleans(self._values):
+            allowed = lower_booleans(allowed)
+        codes = lookup(self._table, allowed)
+        num_codes = len(self._values) + 1
+        is_chosen = tf.math.bincount(
+            codes, minlength=num_codes, maxlength=num_codes, axis=-1, binary_output=True
+        )
+        # Code 0 is padding or an unknown value, which nobody chooses.
+        is_chosen = (is_chosen > 0) & (tf.range(num_codes) > 0)
+        # This counts candidates with two of the values twice.
+        share = tf.reduce_sum(tf.where(is_chosen, self._shares, 0), axis=1)
+        is_any = tf.reduce_all(allowed == "", axis=1)
+        share = tf.where(is_any, 1.0, tf.minimum(share, 1))
+        return Allowed(is_chosen | is_any[:, tf.newaxis], self._codes, share)
 
 
 def load_scann_ops() -> Any:
@@ -156,10 +219,18 @@ class ScannIndex(tf.Module):
         scores = tf.fill(shape, tf.constant(-np.inf, tf.float32))
 
         def approximately() -> tuple[tf.Tensor, tf.Tensor]:
-            found = self._search_level(widest, queries, k, lists, allowed, lines)
+            widths = [astuple(each) for each in self.levels]
+            width = tf.unstack(tf.constant(widths, tf.int32, [len(widths), 3])[widest])
+            found, found_scores = self.approximate(tf.gather_nd(queries, lines), *width)
+            is_dropped = is_member(tf.gather(lists, lines[:, 0]), found)
+            if allowed is not None:
+                is_dropped |= ~allowed.of_queries(lines[:, 0]).has(found)
+            left = tf.where(is_dropped, -np.inf, found_scores)
+            top_scores, order = tf.math.top_k(left, tf.minimum(k, tf.shape(left)[1]))
+            best = _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
             return (
-                tf.tensor_scatter_nd_update(rows, lines, found[0]),
-                tf.tensor_scatter_nd_update(scores, lines, found[1]),
+                tf.tensor_scatter_nd_update(rows, lines, best[0]),
+                tf.tensor_scatter_nd_update(scores, lines, best[1]),
             )
 
         rows, scores = tf.cond(tf.size(lines) > 0, approximately, lambda: (rows, scores))
@@ -173,26 +244,6 @@ class ScannIndex(tf.Module):
             tf.tensor_scatter_nd_update(rows, short, exact_rows),
             tf.tensor_scatter_nd_update(scores, short, exact_scores),
         )
-
-    def _search_level(
-        self,
-        level: tf.Tensor,
-        queries: tf.Tensor,
-        k: tf.Tensor,
-        excluded: tf.RaggedTensor,
-        allowed: Allowed | None,
-        lines: tf.Tensor,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Searches the queries numbered `lines` [b, 1] at a level: rows and scores [b, k]."""
-        widths = [astuple(each) for each in self.levels]
-        settings = tf.constant(widths, tf.int32, [len(widths), 3])
-        found, scores = self.approximate(tf.gather_nd(queries, lines), *tf.unstack(settings[level]))
-        is_dropped = is_member(tf.gather(excluded, lines[:, 0]), found)
-        if allowed is not None:
-            is_dropped |= ~allowed.of_queries(lines[:, 0]).has(found)
-        left = tf.where(is_dropped, -np.inf, scores)
-        top_scores, order = tf.math.top_k(left, tf.minimum(k, tf.shape(left)[1]))
-        return _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
 
 
 def _filled_up(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

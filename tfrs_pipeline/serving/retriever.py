@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline import retrieval
+from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.filter_values import FilterValues
+from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.graph_index import read_saved_index
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.journal import Journal
@@ -174,7 +174,7 @@ class LoadedRetriever(LoadedTowers):
         retrieval.check_asked([{}] * len(item_ids), k, exclude, ids_are_text=is_text)
         if allowed is not None:
             self._check_allowed(allowed, len(item_ids))
-        return self._similar(item_ids, k, exclude, allowed)
+        return self._searched(self._embedded_items(item_ids), k, exclude, allowed)
 
     def upsert(self, items: Sequence[Item]) -> int:
         """Adds items, or replaces those with the same ids, for all later queries.
@@ -263,26 +263,19 @@ class LoadedRetriever(LoadedTowers):
         """Answers a signature that retrieves as the SavedModel does, with live items too."""
         lists = (inputs.get(name) for name in ("exclude", "allowed"))
         exclude, allowed = (None if x is None else id_lists_of(x) for x in lists)
-        limits = int(inputs["k"]), exclude, allowed
         if asked.asks_by == "item":
-            item_ids = as_ids(inputs["item_id"].tolist())
-            ids, scores = self._similar(item_ids, *limits, exact=exact)
-            return {"candidate_ids": ids, "scores": scores}
-        function = self.saved_model.signatures[asked.embed_name]
-        embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
-        ids, scores = self._searched(embedded, *limits, exact=exact)
-        is_known_user = embedded["is_known_user"]
-        return {"candidate_ids": ids, "scores": scores, "is_known_user": is_known_user}
+            embedded = self._embedded_items(as_ids(inputs["item_id"].tolist()))
+        else:
+            function = self.saved_model.signatures[asked.embed_name]
+            embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
+        ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
+        answer = {"candidate_ids": ids, "scores": scores}
+        if asked.asks_by != "item":
+            answer["is_known_user"] = embedded["is_known_user"]
+        return answer
 
-    def _similar(
-        self,
-        item_ids: Sequence[Any],
-        k: int,
-        exclude: retrieval.Excluded,
-        allowed: Sequence[Collection[str]] | None,
-        *,
-        exact: bool = False,
-    ) -> retrieval.Retrieved:
+    def _embedded_items(self, item_ids: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Makes queries of items, which exclude the item itself."""
         try:
             vectors = self.candidates.vectors_of(item_ids)  # A copy.
         except KeyError as error:
@@ -292,9 +285,7 @@ class LoadedRetriever(LoadedTowers):
             ) from None
         if self._has_bias:
             vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
-        others: Sequence[Collection[Any]] = [()] * len(item_ids) if exclude is None else exclude
-        excluded = [[id_, *ids] for id_, ids in zip(item_ids, others, strict=True)]
-        return self.candidates.search(vectors, k, excluded, allowed, exact=exact)
+        return {"embeddings": vectors, "known_items": as_id_array(item_ids)[:, np.newaxis]}
 
     def _searched(
         self,

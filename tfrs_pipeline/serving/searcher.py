@@ -253,6 +253,11 @@ class View:
     def _new_rows_of(self, id_: Any) -> list[int]:
         return [row for row in self.new_rows.get(id_, ()) if row <= self.num_rows]
 
+    def live_rows(self) -> np.ndarray:
+        """Returns the rows that are not removed: [any] int, ascending."""
+        rows = np.arange(1, self.num_rows + 1)
+        return rows[~self.is_removed(rows)]
+
     def is_removed(self, rows: np.ndarray) -> np.ndarray:
         """Returns which rows, [n], are removed: [n] bool."""
         if self.removed_by is None:

@@ -22,18 +22,14 @@ class Retrieval:
     def name(self) -> str:
         """Name of the signature."""
         verb = {"user": "retrieve_user", "history": "retrieve", "item": "similar"}[self.asks_by]
-        return f"{verb}{self._features}{'_filtered' if self.is_filtered else ''}"
+        return f"{verb}{'_with_features' * self.has_features}{'_filtered' * self.is_filtered}"
 
     @property
     def embed_name(self) -> str:
         """Name of the encoder's function, and of the signature, that embeds its queries."""
         # There is no "embed_item": the index has the vectors.
         side = {"user": "user", "history": "query", "item": "item"}[self.asks_by]
-        return f"embed_{side}{self._features}"
-
-    @property
-    def _features(self) -> str:
-        return "_with_features" if self.has_features else ""
+        return f"embed_{side}{'_with_features' * self.has_features}"
 
 
 _UNFILTERED = (
@@ -41,6 +37,7 @@ _UNFILTERED = (
     Retrieval("item"),
 )
 RETRIEVALS = (*_UNFILTERED, *(replace(each, is_filtered=True) for each in _UNFILTERED))
+DEFAULT_K = 100
 EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 
 

@@ -15,23 +15,35 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import tensorflow as tf
 from google.protobuf import json_format
+from prometheus_client import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.model.graph import signature_inputs
-from tfrs_pipeline.serving import metrics
+from tfrs_pipeline.serving.connections import BUCKETS_SECONDS
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs, bad_request
 from tfrs_pipeline.serving.retriever import UnknownItem, load
-from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import RETRIEVALS, Retrieval, ask, completed
+from tfrs_pipeline.serving.signatures import DEFAULT_K, RETRIEVALS, Retrieval, ask, completed
 
 logger = logging.getLogger(__name__)
 
 # Wait before a version that failed to load is tried again: its folder may still be incomplete.
 RETRY_SECONDS = 30.0
 _RETRIEVALS = {retrieval.name: retrieval for retrieval in RETRIEVALS}
+
+CALL_SECONDS = Histogram(
+    "tfrs_model_call_seconds", "Seconds of a model call.", buckets=BUCKETS_SECONDS
+)
+CALL_QUERIES = Histogram(
+    "tfrs_model_call_queries", "Queries in a model call.", buckets=(1, 2, 4, 8, 16, 32, 64, 128)
+)
+VERSION = Gauge("tfrs_model_version", "Version in use.", ["model"])
+LOADS = Counter(
+    "tfrs_model_loads", "Versions that were loaded or failed to load.", ["model", "outcome"]
+)
+LOAD_SECONDS = Gauge("tfrs_model_load_seconds", "Seconds that the last load took.", ["model"])
 
 State: TypeAlias = Literal["LOADING", "AVAILABLE", "UNLOADING", "END"]
 # A version's number, inode and time; a later version may reuse the number.
@@ -94,8 +106,8 @@ class ServedVersion:
 
         With `exact`, every candidate is scored. Raises a 400 if the item of `similar` is unknown.
         """
-        metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
-        with metrics.CALL_SECONDS.time():
+        CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
+        with CALL_SECONDS.time():
             if signature == DEFAULT_SIGNATURE:
                 signature, user_id = Retrieval("user").name, inputs["user_id"]
                 given = {"user_id": user_id, "k": np.int32(DEFAULT_K)}
@@ -241,7 +253,7 @@ class ModelVersions:
         except Exception as error:  # Whatever is wrong, the version in use goes on.
             message = f"Version {folder.name} cannot be loaded: {type(error).__name__}: {error}"
             self._failures[identity] = (message, time.monotonic() + RETRY_SECONDS)
-            metrics.LOADS.labels(self.name, "failed").inc()
+            LOADS.labels(self.name, "failed").inc()
             logger.error("%s", message)
             return False
         finally:
@@ -253,9 +265,9 @@ class ModelVersions:
                 if self._current is not None:
                     self._retired.append(self._current)
                 self._current, self._identity = version, identity
-        metrics.LOADS.labels(self.name, "ok").inc()
-        metrics.LOAD_SECONDS.labels(self.name).set(time.monotonic() - start)
-        metrics.VERSION.labels(self.name).set(version.number)
+        LOADS.labels(self.name, "ok").inc()
+        LOAD_SECONDS.labels(self.name).set(time.monotonic() - start)
+        VERSION.labels(self.name).set(version.number)
         logger.info("%s: version %d in use", self.name, version.number)
         return True
 
