@@ -55,7 +55,7 @@ from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fitted import QueryEncoder
+from tfrs_pipeline.model.fitted import query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.samples.build import build_samples
@@ -172,7 +172,7 @@ def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[
     with stage("validation", stages):
         holdout = split.holdout("validation", options.users)
         corpus = data.corpus
-        encoder = QueryEncoder(network, corpus)
+        encoder = query_encoder(network, corpus)
         retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder)
         tp.evaluate(retriever, holdout, num_bootstrap=0)
     files = list((folder / "samples" / "columns").iterdir())

@@ -60,7 +60,7 @@ from tutorial import (
 from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fitted import QueryEncoder
+from tfrs_pipeline.model.fitted import query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.presets import PRESETS
@@ -170,7 +170,7 @@ def package_loop(
         data = ids_alone(data)
     network, batches = package_model(config, data)
     steps, corpus = batches.steps_per_epoch, data.corpus
-    encoder = QueryEncoder(network, corpus)
+    encoder = query_encoder(network, corpus)
 
     def fit(num_epochs: int) -> None:
         step = int(network.optimizer.iterations)

@@ -20,7 +20,7 @@ from tfrs_pipeline.evaluation.interactions import Interactions, Sequences
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted import QueryEncoder
+from tfrs_pipeline.model.fitted import query_encoder
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 NUM_USERS, NUM_CANDIDATES = 300, 24
@@ -98,7 +98,7 @@ def transitions(problem: Problem) -> Retriever:
 
 def two_tower(problem: Problem) -> Retriever:
     corpus, network = Corpus(Ids(problem.candidate_ids), Ids(np.arange(NUM_USERS))), problem.network
-    encoder, result = QueryEncoder(network, corpus), TrainingResult({}, 0, 0.0)
+    encoder, result = query_encoder(network, corpus), TrainingResult({}, 0, 0.0)
     return tp.FittedTwoTower(PLAN.settings, PLAN.training, corpus, network, encoder, result)
 
 

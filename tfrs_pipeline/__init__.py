@@ -13,8 +13,7 @@ __version__ = "0.1.0"
 
 # Module -> the public names that it defines.
 _NAMES = {
-    "batches.batch": ("Batch",),
-    "batches.examples": ("Examples",),
+    "batches.batch": ("Batch", "Examples"),
     "batches.hybrid": ("HybridBatches",),
     "batches.kinds": ("SinglePositives", "UserSets", "WholeSequences"),
     "config": ("RunConfig", "dump_config", "load_config", "movielens_config", "with_settings"),

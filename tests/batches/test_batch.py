@@ -1,13 +1,10 @@
 """Slices of a batch: together they are the batch, cut between queries."""
 
-from typing import Annotated, NamedTuple
-
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from tests.small_batches import REQUESTED, UNORDERED, batch_list, flat, make_batches
-from tfrs_pipeline.batches.batch import Axis, Batch, Slices, axes_of
+from tfrs_pipeline.batches.batch import Batch, Slices
 from tfrs_pipeline.negatives.hard import FunnelLosers
 
 HARD = FunnelLosers(share=0.3, num=2)
@@ -59,12 +56,3 @@ def test_the_slices_of_a_batch_are_the_batch(order: str, total: int) -> None:
     others = [part for i, part in enumerate(sliced) if i % total]
     for got, expected in zip(own, others, strict=True):
         np.testing.assert_array_equal(got.weight, expected.weight)
-
-
-def test_a_field_without_an_axis_cannot_be_declared() -> None:
-    class Odd(NamedTuple):
-        row: Annotated[tf.Tensor, Axis.QUERY]
-        weight: tf.Tensor
-
-    with pytest.raises(TypeError, match=r"Odd\.weight must declare its axis"):
-        axes_of(Odd)

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfrs_pipeline import Log, MostPopular, evaluate
-from tfrs_pipeline.evaluation.metrics import find_hits
-from tfrs_pipeline.evaluation.unbiased import even_metrics, item_weights
+from tfrs_pipeline.evaluation.metrics import even_metrics, find_hits, item_weights
 
 NUM_ITEMS = 8
 

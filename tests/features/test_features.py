@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.features.columns import EAST, FITTED, NEW, NUM_NEW, fit
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.features import categorical, raw
 from tfrs_pipeline.features.categorical import Hashed, Text
 from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
@@ -25,6 +26,7 @@ from tfrs_pipeline.features.numeric import (
     Timestamp,
     Vector,
 )
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.towers import FeatureTable
 
 WIDTHS = dict.fromkeys(KINDS, 4) | {"numeric": 2, "timestamp": 6, "vector": 5}
@@ -193,8 +195,8 @@ def test_each_kind_from_column_to_embedding(kind: str) -> None:
     assert encoded.dtype == missing.dtype
     assert encoded.shape == (NUM_NEW, *missing.shape)
     np.testing.assert_array_equal(encoded[1], missing)
-    table = FeatureTable([feature], NUM_NEW + 1, name="items")
-    table.assign({"x": encoded})
+    items: Any = {"candidate_features": (feature,), "candidate_columns": {"x": encoded}}
+    table = FeatureTable(Corpus(Ids(range(NUM_NEW)), Ids([1]), **items), "candidate")
     rows = table(tf.constant([0, 2, 7, 1]))["x"].numpy()
     np.testing.assert_array_equal(rows, [missing, missing, encoded[6], encoded[0]])
     embedded = feature.layer(4)(tf.constant(encoded)).numpy()

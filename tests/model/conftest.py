@@ -16,7 +16,7 @@ from tfrs_pipeline import FunnelLosers, InBatch, TrainingSettings, Uniform
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder
+from tfrs_pipeline.model.fitted import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.two_tower import TwoTower
 
@@ -169,6 +169,6 @@ def traced_once() -> Iterator[None]:
 def untrained(plan: TwoTower, corpus: Corpus) -> FittedTwoTower:
     """A model as it would be after no step."""
     network = plan.build(corpus)
-    encoder = QueryEncoder(network, corpus)
+    encoder = query_encoder(network, corpus)
     result = TrainingResult({}, 0, 0.0)
     return FittedTwoTower(plan.settings, plan.training, corpus, network, encoder, result)

@@ -239,7 +239,8 @@ def test_one_pass_drops_an_item_for_every_pooling_or_for_none() -> None:
 
 def test_attention_is_that_of_a_loop() -> None:
     """One block and two heads, computed with NumPy from the layer's own weights."""
-    layer = histories.SelfAttention(4, max_length=5, num_blocks=1, dropout=0.3, reads_gaps=True)
+    small: Any = {"dim": 4, "history_length": 5, "attention_blocks": 1, "attention_dropout": 0.3}
+    layer = histories.SelfAttention(TwoTowerSettings(**small), reads_gaps=True)
     gaps = np.array([[0, 3, 1, 63], [0, 0, 9, 0]])
     vectors = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     layer(tf.constant(vectors))

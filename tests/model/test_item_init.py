@@ -9,8 +9,8 @@ import pytest
 from tests.model.conftest import NUM_ITEMS, NUM_TASTES, assert_same, tiny, weights_of
 from tests.model.test_two_tower import OwnCandidates
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.item_init import item_factors
 from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.start import item_factors
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.settings import ConfigError
 

@@ -17,8 +17,8 @@ from tfrs_pipeline import Popularity, Samples, SamplingFrame, Uniform
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
-from tfrs_pipeline.model.towers import candidate_tower, query_tower
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.towers import FeatureTable, candidate_tower, query_tower
 
 B, TEMPERATURE = 32, 0.4
 UNIFORM, POPULAR = Uniform(16), Popularity(8, alpha=1.0)
@@ -188,7 +188,7 @@ def test_a_shared_item_is_read_with_its_features(
     network = tiny(**options).build(data.corpus)
     if has_other_layers:  # A query tower that only sums, beside another candidate tower.
         settings = tiny(**{**options, "hidden_layers": [5]}).settings
-        table = feature_table(data.corpus, "candidate")
+        table = FeatureTable(data.corpus, "candidate")
         candidate = candidate_tower(settings, data.corpus)
         summing = tiny(**options).settings
         query = query_tower(summing, data.corpus, candidate, table)

@@ -21,7 +21,7 @@ from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny,
 from tfrs_pipeline import ConfigError, DataError, FunnelLosers, InBatch, Log, TwoTower, messages
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.model import notes
+from tfrs_pipeline.model import fit
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.settings import TwoTowerSettings
@@ -406,7 +406,7 @@ def test_a_hard_share_that_few_positives_can_have_is_told(tmp_path: Path) -> Non
         plan = tiny(hard=FunnelLosers(share=0.4), training={"batch_size": 4})
         data = TrainingSet.build(log, tmp_path / str(num_losers), seed=0, hard=plan.hard)
         batches = plan.batches(data.samples)
-        *_, note = notes.describe_data(data, batches, plan.settings, plan.training)
+        *_, note = fit.describe_data(data, batches, plan.settings, plan.training)
         assert note.startswith(f"effective mean hard share {0.4 * num_losers / 10:.4f}")
         assert note.endswith(" for the 0.4 asked for: few positives have losers in their request "
                              "(docs/guides/funnel.md)") == is_told  # fmt: skip

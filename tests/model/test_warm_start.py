@@ -21,8 +21,8 @@ from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import ATTENTION_SHAPE, SHAPE, TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.start import WarmStart
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.settings import ConfigError
 
 NUM_USERS = 20

@@ -23,7 +23,7 @@ from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.encoder import Encoder
-from tfrs_pipeline.model.fitted import QueryEncoder
+from tfrs_pipeline.model.fitted import query_encoder
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export, saved_model
 from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex
@@ -83,7 +83,7 @@ class Served:
     @functools.cached_property
     def in_memory(self) -> ExactRetriever:
         ids = Ids(self.candidate_ids), Ids(self.query_ids)
-        encoder = QueryEncoder(self.model, Corpus(*ids, request_features=self.request_features))
+        encoder = query_encoder(self.model, Corpus(*ids, request_features=self.request_features))
         return ExactRetriever(self.candidate_ids, self.model.embed_corpus(), encoder)
 
     def known(self, row: int) -> list[Any]:

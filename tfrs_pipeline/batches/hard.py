@@ -1,52 +1,31 @@
-"""The rows' own hard negatives, and the guard: candidates that are never negatives of a row."""
+"""The rows' own hard negatives, and the candidates that are never negatives of a row."""
 
 from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.batch import HardColumns
-from tfrs_pipeline.batches.examples import Use, seed_of
+from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.samples.store import RowLists, Samples
 
+# A user who passes over an exposed item among a few says nothing about retrieval among millions;
+# that is for ranking. Building samples already removes such items from pools; a batch masks them
+# again.
 KNOWN, EXPOSED = REASONS = "known positives", "exposed items"
 
 Never = Mapping[str, tf.RaggedTensor]
 """Reason -> for each row, the sorted candidates that are never negatives of its query."""
 
 
-class Guard:
-    """Finds the columns that are never negatives of their row's query: known, or exposed."""
-
-    # A user who passes over an exposed item among a few says nothing about retrieval among
-    # millions; that is for ranking. Building samples already removes such items from pools; a
-    # batch masks them again.
-    def __init__(self, samples: Samples) -> None:
-        self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
-
-    def read(self, query_rows: np.ndarray) -> dict[str, RowLists]:
-        """Gathers the candidates that are never negatives of queries, [n] int32."""
-        return {reason: lists.take(query_rows) for reason, lists in self._never.items()}
-
-    @staticmethod
-    def of_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
-        """Finds which shared columns, [C] int32, are never a row's negative: [n, C] bool."""
-        kinds = [never[reason] for reason in REASONS]
-        parts = [part for lists in kinds for part in (lists.values, lists.row_splits)]
-        # In NumPy, because TensorFlow's search and scatter take four times as long.
-        found = tf.numpy_function(contains, [columns, *parts], tf.bool, stateful=False)
-        return tf.ensure_shape(found, [kinds[0].shape[0], columns.shape[0]])
-
-    @staticmethod
-    def of_own(never: Never, rows: tf.Tensor, pool: str) -> tf.Tensor:
-        """Finds which of each row's own candidates, [n, H], are never negatives of its query."""
-        # A pool of exposed items exists only if `allow_exposed` is set.
-        reasons = (KNOWN,) if pool == "exposed" else REASONS
-        found = [is_member(never[reason], rows) for reason in reasons]
-        return tf.reduce_any(tf.stack(found), axis=0)
+def never_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
+    """Finds which shared columns, [C] int32, are never a row's negative: [n, C] bool."""
+    parts = [part for lists in never.values() for part in (lists.values, lists.row_splits)]
+    # In NumPy, because TensorFlow's search and scatter take four times as long.
+    found = tf.numpy_function(contains, [columns, *parts], tf.bool, stateful=False)
+    return tf.ensure_shape(found, [never[KNOWN].shape[0], columns.shape[0]])
 
 
 def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
@@ -118,7 +97,9 @@ class HardDraws:
             # A graph loses the static shape on the way, and the loss needs the rank.
             drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._hard.num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
-            is_good &= ~Guard.of_own(never, drawn, name)
+            # A pool of exposed items exists only if `allow_exposed` is set.
+            for reason in (KNOWN,) if name == "exposed" else REASONS:
+                is_good &= ~is_member(never[reason], drawn)
             rows.append(drawn)
             is_counted.append(is_good)
             num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))

@@ -4,21 +4,21 @@ A batch is a function of (seed, step), with any parallelism, and a run can start
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.batch import Batch, Slices
-from tfrs_pipeline.batches.examples import Examples, Use, blocks, seed_of
-from tfrs_pipeline.batches.hard import REASONS, Guard, HardDraws, Never, contains
+from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
+from tfrs_pipeline.batches.hard import EXPOSED, KNOWN, HardDraws, Never, contains, never_shared
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.negatives.kinds import InBatch, Negatives, SamplingFrame, counts_as_in_batch
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 
+SAMPLES_PER_BLOCK = 1 << 20
 _LATER = "items that came later"
 
 
@@ -93,7 +93,6 @@ class HybridBatches:
         self.examples = examples
         self.steps_per_epoch = examples.steps_per_epoch
         self.negatives = tuple(negatives)
-        self._num_in_batch = sum(map(counts_as_in_batch, self.negatives))
         self._seed = seed
         q_positive = positive_probability(samples.counts, examples.rate)
         self.frame = SamplingFrame(samples.counts, q_positive, examples.batch_size)
@@ -103,7 +102,7 @@ class HybridBatches:
         if positive_weight is not None:
             self._factor = positive_weight / np.average(positive_weight, weights=samples.counts)
         self.positive_share = self._positive_share()
-        self._guard = Guard(samples)
+        self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
         self._pools: Mapping[str, RowLists] = {} if self._hard is None else self._hard.pools
@@ -123,7 +122,7 @@ class HybridBatches:
             return 0.0
         rate = self.examples.rate
         total = drawn = 0.0
-        for place in blocks(len(self.samples)):
+        for place in _blocks(len(self.samples)):
             ends = slice(place.start, place.stop + 1)
             num_in = [np.diff(pool.offsets[ends]) for pool in self._pools.values()]
             has_any = np.any(num_in, axis=0)
@@ -174,7 +173,7 @@ class HybridBatches:
             never = _of_rows(never, kept)
         share = None if batch.hard is None else batch.hard.share[:, tf.newaxis]
         columns = batch.shared_row
-        is_counted = tf.gather(~Guard.of_shared(never, columns), slot)
+        is_counted = tf.gather(~never_shared(never, columns), slot)
         if self._is_later is not None:
             is_counted &= ~tf.gather(self._is_later, columns)
         if self.examples.has_one_positive:  # Others' positives are among their known ones.
@@ -185,28 +184,29 @@ class HybridBatches:
     def _read(self, chosen: Any) -> _Found:
         batch = self.examples.read(chosen)
         index = batch.index
-        requests = _requests_of(self.samples, lambda column: column[index])
+        columns = self.samples.request_columns
+        requests: Any = {name: column[index] for name, column in columns.items()} or None
         # Each query is looked up once: one with very many events may fill much of a batch.
         distinct, slot = np.unique(batch.query_row, return_inverse=True)
         return _Found(
             batch._replace(weight=self._weights(index), requests=requests),
             slot,
-            self._guard.read(distinct),
-            {name: pool.take(index) for name, pool in self._pools.items()},
+            _take(self._never, distinct),
+            _take(self._pools, index),
         )
 
     @functools.cached_property
     def _signature(self) -> _Found:
         batch = self.examples.signature
         num = batch.index.shape[0]
-
-        requests = _requests_of(
-            self.samples, lambda column: tf.TensorSpec([num, *column.shape[1:]], column.dtype)
-        )
+        requests: Any = {
+            name: tf.TensorSpec([num, *x.shape[1:]], x.dtype)
+            for name, x in self.samples.request_columns.items()
+        } or None
         return _Found(
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
-            dict.fromkeys(REASONS, _lists_spec(None)),
+            dict.fromkeys(self._never, _lists_spec(None)),
             dict.fromkeys(self._pools, _lists_spec(num)),
         )
 
@@ -218,7 +218,7 @@ class HybridBatches:
 
     def _positive_share(self) -> np.ndarray:
         share = np.zeros(len(self.samples.counts))
-        for place in blocks(len(self.samples)):
+        for place in _blocks(len(self.samples)):
             rows = self.samples.candidate_rows[place]
             share += np.bincount(rows, self._weights(place), len(share))
         if self.examples.rate is not None:
@@ -230,7 +230,7 @@ class HybridBatches:
 
         A row's own in-batch column does not count.
         """
-        masked = dict.fromkeys(("accidental hits", *REASONS), 0)
+        masked = dict.fromkeys(("accidental hits", *self._never), 0)
         if self.samples.is_later is not None:
             masked[_LATER] = 0
         num_cells = 0
@@ -239,7 +239,7 @@ class HybridBatches:
             columns, query_row = batch.shared_row.numpy(), batch.query_row.numpy()
             if batch.positive_query is not None:  # Counted per positive, as for other examples.
                 query_row = query_row[batch.positive_query]
-            never = self._guard.read(query_row)
+            never = _take(self._never, query_row)
             found = [columns == batch.candidate_row.numpy()[:, np.newaxis]]
             found += [contains(columns, x.values, x.offsets) for x in never.values()]
             if self.samples.is_later is not None:
@@ -248,7 +248,7 @@ class HybridBatches:
             for name, is_masked in zip(masked, found, strict=True):
                 masked[name] += int(np.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked
-            num_own = len(query_row) * self._num_in_batch
+            num_own = len(query_row) * sum(map(counts_as_in_batch, self.negatives))
             masked["accidental hits"] -= num_own
             num_cells += is_left.size - num_own
         return {name: count / num_cells for name, count in masked.items()}
@@ -258,9 +258,14 @@ def _of_rows(never: Never, slot: tf.Tensor) -> Never:
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
 
 
-def _requests_of(samples: Samples, value: Callable[[np.ndarray], Any]) -> Any:
-    """Applies `value` to each request feature's column; returns None if there is none."""
-    return {name: value(column) for name, column in samples.request_columns.items()} or None
+def _take(lists: Mapping[str, RowLists], keys: np.ndarray) -> dict[str, RowLists]:
+    return {name: each.take(keys) for name, each in lists.items()}
+
+
+def _blocks(num_samples: int) -> Iterator[slice]:
+    """Cuts samples into blocks that are small enough to be copied into memory."""
+    for start in range(0, num_samples, SAMPLES_PER_BLOCK):
+        yield slice(start, min(start + SAMPLES_PER_BLOCK, num_samples))
 
 
 def _lists_spec(num_lists: int | None) -> tf.RaggedTensorSpec:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.examples import EpochExamples, Use, blocks, seed_of
+from tfrs_pipeline.batches.batch import Batch, EpochExamples, Use, seed_of
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.kinds import AliasSampler
 from tfrs_pipeline.samples.store import (
@@ -69,7 +68,8 @@ class SinglePositives:
             self._sampler = AliasSampler(positive_probability(samples.counts, rate))
             self._counts = tf.constant(samples.counts, tf.int64)
             self._first = tf.cumsum(self._counts, exclusive=True)
-            self._by_candidate = _sort_by_candidate(samples)
+            by_candidate = np.argsort(samples.candidate_rows, kind="stable")
+            self._by_candidate = by_candidate.astype(np.int32)
 
     def choose(self, step: int) -> np.ndarray:
         """Returns [B] int32: samples, or with rates their places in the order of candidates."""
@@ -121,20 +121,6 @@ class SinglePositives:
         )
         within = (bits & np.iinfo(np.int64).max) % tf.gather(self._counts, candidate)
         return tf.cast(tf.gather(self._first, candidate) + within, tf.int32)
-
-
-def _sort_by_candidate(samples: Samples) -> np.ndarray:
-    """Sorts samples by candidate, a block at a time in memory: [num_samples] int32."""
-    place = np.cumsum(samples.counts) - samples.counts
-    by_candidate = np.empty(len(samples), np.int32)
-    for block in blocks(len(samples)):
-        rows = samples.candidate_rows[block]
-        order = np.argsort(rows, kind="stable")
-        distinct, first, num = np.unique(rows[order], return_index=True, return_counts=True)
-        target = np.arange(len(rows)) + np.repeat(place[distinct] - first, num)
-        by_candidate[target] = block.start + order
-        place[distinct] += num
-    return by_candidate
 
 
 class UserSets(EpochExamples):

@@ -12,9 +12,8 @@ from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.metrics import find_hits, query_metrics, set_metrics
+from tfrs_pipeline.evaluation.metrics import even_metrics, find_hits, query_metrics, set_metrics
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, SliceResult
-from tfrs_pipeline.evaluation.unbiased import even_metrics
 from tfrs_pipeline.retrieval import Query, Retriever
 
 QUERIES_PER_CALL = 1024

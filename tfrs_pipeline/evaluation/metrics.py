@@ -2,7 +2,26 @@
 
 Candidates are rows from 1, best first; row 0 is an empty slot. To measure a part of the relevant
 items, such as a popularity slice, clear the other hits and count only that part in `num_relevant`.
+
+Even metrics are those as if the log had shown every item equally often. A log has clicks on what
+was shown, so plain metrics reward finding what its funnel favours. Each item to find is weighted by
+one over how readily the log showed it, p(i), and the weights of a user are normalised to sum to 1:
+self-normalised inverse propensity scores (Yang et al. 2018, "Unbiased offline recommender
+evaluation for missing-not-at-random implicit feedback").
+
+    p(i) ~ events of i at any stage, up to the end of the part; in a log of positives alone,
+           the square root of their number
+    w(i) = min(1 / p(i), sqrt(n) * mean of 1 / p over the n items to find)
+    even_recall@k = mean over users u of: sum of w over u's items found in the top k / W(u)
+    even_ndcg@k   = the same for NDCG with gains w; W(u): sum of w over all items that u is to find
+
+The limit of w follows Ionides 2008, "Truncated importance sampling". The exponent 1/2 follows Saito
+et al. 2020, "Unbiased recommender learning from missing-not-at-random implicit feedback"; it cannot
+be estimated, because a log of positives alone cannot tell what was shown often from what is liked.
+Weights compare items of one user only: a user with one item to find counts as in plain metrics.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -77,3 +96,63 @@ def set_metrics(
         weights = 2 * np.arange(1, n + 1) - n - 1
         found["gini"] = float(weights @ np.sort(times).astype(np.float64) / (n * total))
     return found
+
+
+# With fewer items to find per user, weights within users change little.
+_MIN_ITEMS_PER_USER = 1.5
+
+
+def item_weights(exposure: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Returns w of each candidate, [num_candidates]; `wanted`: items to find, from 0."""
+    weights = 1.0 / np.maximum(exposure, 1.0)
+    limit = np.sqrt(len(wanted)) * weights[wanted].mean() if len(wanted) else np.inf
+    return np.minimum(weights, limit)
+
+
+def even_metrics(
+    rows: np.ndarray,
+    is_hit: np.ndarray,
+    relevant: tuple[np.ndarray, np.ndarray],
+    user_ids: np.ndarray,
+    exposure: np.ndarray | None,
+    cutoffs: Sequence[int],
+) -> tuple[dict[str, np.ndarray], int | None]:
+    """Computes the weighted metrics of each query, and how many items to find they rest on.
+
+    The number is Kish's: (sum of v)^2 / sum of v^2, where v(u, i) = w(i) / W(u). If users have
+    several queries, each value is multiplied by its query's share of W(u) and by queries / users,
+    so that the mean over queries is the mean over users. Values are NaN for a query without an item
+    of the corpus.
+
+    `rows`, [num_queries, max_k], are the candidates found, and `is_hit` says which are relevant;
+    `relevant` has query numbers, ascending, and candidates; `exposure` is p, up to a factor.
+    Nothing is computed if it is None, or users have fewer than 1.5 items to find on average.
+    """
+    queries, wanted = relevant
+    users = np.unique(user_ids, return_inverse=True)[1]
+    num_users = len(np.unique(users[queries]))
+    if exposure is None or len(wanted) < max(1, _MIN_ITEMS_PER_USER * num_users):
+        return {}, None
+    weights = np.append(0.0, item_weights(exposure, wanted - 1))
+    of_query = np.bincount(queries, weights[wanted], len(rows))
+    of_user = np.bincount(users, of_query)[users]
+    v = weights[wanted] / of_user[queries]
+    is_measured = of_query > 0
+    share = np.divide(of_query, of_user, out=np.full(len(rows), np.nan), where=is_measured)
+    share *= np.count_nonzero(is_measured) / num_users
+    gains = np.where(is_hit, weights[rows], 0.0)
+    discounts = 1.0 / np.log2(np.arange(2, max(cutoffs) + 2))
+    order = np.lexsort([-weights[wanted], queries])
+    place = np.arange(len(order)) - np.searchsorted(queries, queries)
+    values = {}
+    for k in cutoffs:
+        top = gains[:, :k]
+        is_in = place < k
+        ideal = weights[wanted][order][is_in] * discounts[place[is_in]]
+        of_ideal = np.bincount(queries[is_in], ideal, len(rows))
+        for name, found, best in (
+            ("recall", top.sum(axis=1), of_query),
+            ("ndcg", top @ discounts[:k], of_ideal),
+        ):
+            values[f"even_{name}@{k}"] = share * found / np.where(is_measured, best, np.nan)
+    return values, round(num_users**2 / np.sum(v**2))

@@ -1,25 +1,30 @@
-"""Training: early stopping on the validation metric, resuming, diagnostics."""
+"""Training: early stopping on the validation metric, resuming, and what it tells the user."""
 
 import contextlib
 import functools
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.durable import naming, read_record, read_whole, write_record
+from tfrs_pipeline.messages import counted
+from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import dataset_of, on_chief
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 
 Validate = Callable[[], dict[str, float]]
 
@@ -43,7 +48,10 @@ class TrainingResult:
         return len(self.history.get("loss", []))
 
 
-OnEpoch = Callable[[TrainingResult], None]
+OnEpoch: TypeAlias = Callable[[TrainingResult], None]
+
+OnSteps: TypeAlias = Callable[[int, str], None]
+"""Called during a long epoch with its number from 1, and how far it is in words."""
 
 
 def train(
@@ -58,6 +66,7 @@ def train(
     folder: Path | None = None,
     callbacks: Sequence[tf.keras.callbacks.Callback] = (),
     on_epoch: OnEpoch | None = None,
+    on_steps: OnSteps | None = None,
 ) -> TrainingResult:
     """Trains a network and leaves it with its best weights.
 
@@ -75,7 +84,7 @@ def train(
     with contextlib.ExitStack() as stack:
         saves_all = folder is not None
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        keeper = _BestEpoch(settings, validate, kept, saves_all, on_epoch)
+        keeper = _BestEpoch(settings, validate, kept, saves_all, on_epoch, on_steps)
         epoch = keeper.restore(network)
         steps = batches.steps_per_epoch
         if not epoch and start is not None:
@@ -126,16 +135,17 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         folder: Path,
         saves_all: bool,
         on_epoch: OnEpoch | None,
+        on_steps: OnSteps | None,
     ) -> None:
         super().__init__()
         # Keras's default, False, would fetch the loss of each step, which is not read.
         self._supports_tf_logs = True
-        self._settings, self._validate, self._on_epoch = settings, validate, on_epoch
+        self._settings, self._validate = settings, validate
         self._folder, self._saves_all = folder, saves_all
-        self._started = self._seconds_before = 0.0
+        self._on_epoch, self._on_steps = on_epoch, on_steps
+        self._started = self._told = self._seconds_before = 0.0
         self._resumed_after = 0
         self.history: dict[str, list[float]] = {}
-        self.is_over = False
 
     @property
     def result(self) -> TrainingResult:
@@ -151,13 +161,21 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         values = self.history.get(f"val_{self._settings.monitor}", [])
         return int(np.argmax(values)) + 1 if values else 0
 
-    def _has_ended(self) -> bool:
-        """Returns whether patience has run out."""
+    @property
+    def is_over(self) -> bool:
+        """Whether patience has run out."""
         waited = self.result.num_epochs - self.best_epoch
         return self._validate is not None and waited >= self._settings.patience
 
     def on_train_batch_end(self, batch: int, logs: object = None) -> None:
-        self._started = self._started or time.monotonic()
+        now = time.monotonic()
+        self._started = self._started or now
+        if not batch:
+            self._told = now
+        if self._on_steps is not None and now - self._told >= messages.SECONDS_BETWEEN_LINES:
+            self._told, epoch = now, self.result.num_epochs + 1
+            steps = self.params["steps"]
+            self._on_steps(epoch, f"epoch {epoch}: {batch + 1:,}/{steps:,} steps")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = {name: float(value) for name, value in (logs or {}).items()}
@@ -170,7 +188,6 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
         is_best = self._validate is not None and self.best_epoch == epoch + 1
-        self.is_over = self._has_ended()
         if self._saves_all or is_best:
             on_chief(lambda: self._save(self.model, epoch + 1))
         if self.is_over:
@@ -202,7 +219,6 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self.history, self._seconds_before = state["history"], state["seconds"]
         if epoch:
             _read_checkpoint(network, self._path(epoch))
-        self.is_over = self._has_ended()
         self._resumed_after = epoch
         return epoch
 
@@ -223,9 +239,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         with naming(record.parent, tf.errors.OpError):
             record.parent.mkdir(parents=True, exist_ok=True)
             _checkpoint(network).write(str(self._path(epoch)))
-        files = [
-            path for path in record.parent.glob(f"{record.stem}.*") if ".json" not in path.name
-        ]
+        files = [x for x in record.parent.glob(f"{record.stem}.*") if ".json" not in x.name]
         so_far = self.result
         write_record(record, {"history": so_far.history, "seconds": so_far.seconds}, files)
         keep = {record.stem, f"epoch-{so_far.best_epoch}"}
@@ -241,3 +255,72 @@ def _checkpoint(network: TwoTowerNetwork) -> tf.train.Checkpoint:
 
 def _read_checkpoint(network: TwoTowerNetwork, path: Path) -> None:
     _checkpoint(network).read(str(path)).assert_existing_objects_matched()
+
+
+def describe_data(
+    data: TrainingSet,
+    batches: HybridBatches,
+    settings: TwoTowerSettings,
+    training: TrainingSettings,
+) -> list[str]:
+    """Says what histories lack, what batches never draw, what they mask, and if they are small."""
+    notes = []
+    reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
+    if reading and data.samples.num_earlier is None:
+        notes.append(
+            f"model.history_pooling {', '.join(reading)} reads the order of a history, and the log "
+            "has none: take mean, or --preset sets"
+        )
+    if unreachable := batches.num_unreachable:
+        verb = "is" if unreachable == 1 else "are"
+        notes.append(f"{counted(unreachable, 'item')} {verb} never drawn as negatives")
+    if (is_later := data.samples.is_later) is not None:
+        num = counted(int(is_later.sum()), "item")
+        notes.append(f"{num} came after the training: never negatives, and new unless known before")
+    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
+    notes.append(f"masked in the columns that rows share: {masked}")
+    if settings.hard is not None and settings.correction == "none":
+        told = "without the correction hard negatives count like all others"
+        notes.append(f"{told}: their share has no effect")
+    elif settings.hard is not None:
+        note = f"effective mean hard share {batches.mean_hard_share:.4f}"
+        if batches.mean_hard_share < settings.hard.share / 2:
+            note += f" for the {settings.hard.share:g} asked for: few positives have losers in "
+            note += "their request (docs/guides/funnel.md)"
+        notes.append(note)
+    if (size := batches.frame.batch_size) < training.batch_size:
+        notes.append(
+            f"{counted(len(data.samples), 'positive')} fill no batch of training.batch_size: "
+            f"batches of {size}. So few say little: expect a model near the baselines, and wide "
+            "intervals"
+        )
+    return notes
+
+
+def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:
+    """Describes the last epoch: loss, validation, the best so far, time left for all epochs."""
+    parts = [f"loss {so_far.history['loss'][-1]:.3f}"]
+    if values := so_far.history.get(f"val_{monitor}"):
+        parts.append(f"validation {monitor} {values[-1]:.4f}")
+        parts.append(f"best {max(values):.4f} (epoch {so_far.best_epoch})")
+    if num_left := max_epochs - so_far.num_epochs:
+        seconds = round(so_far.seconds / so_far.num_epochs * num_left)
+        parts.append(f"{timedelta(seconds=seconds)} left")
+    if so_far.num_epochs == so_far.resumed_after + 1 > 1:
+        parts.append(f"resumed after epoch {so_far.resumed_after}")
+    return ", ".join(parts)
+
+
+def writers(
+    training: TrainingSettings, verbose: bool | None
+) -> tuple[OnEpoch | None, OnSteps | None]:
+    """Makes writers of epochs and of their steps to standard error; None where nothing is shown."""
+    if not (sys.stderr.isatty() if verbose is None else verbose):
+        return None, None
+
+    def write_epoch(so_far: TrainingResult) -> None:
+        epoch, all_epochs = so_far.num_epochs, training.max_epochs
+        line = describe_epoch(so_far, training.monitor, all_epochs)
+        print(f"epoch {epoch}/{all_epochs}: {line}", file=sys.stderr, flush=True)
+
+    return write_epoch, lambda epoch, line: print(line, file=sys.stderr, flush=True)

@@ -2,8 +2,9 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,38 +22,34 @@ from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
 from tfrs_pipeline.samples.build import latest_histories
 
+QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
+"""Embeds queries that `check_queries` has passed: [n, D] float32."""
 
-class QueryEncoder:
-    """Embeds raw queries with the current network, through the `Encoder` that an export has."""
 
-    def __init__(self, network: TwoTowerNetwork, corpus: Corpus) -> None:
-        self._candidate_ids = corpus.candidate_ids
-        self._features = {"query": corpus.query_features, "request": corpus.request_features}
-        self._encoder = Encoder(
-            Exportable(
-                embed_queries=network.embed_queries,
-                embed_candidates=network.embed_candidates,
-                variables=(),
-                items=pa.table({"item_id": corpus.candidate_ids.values}),
-                query_ids=corpus.query_ids.values,
-                history_length=network.history_length,
-                history_times=np.zeros(0) if network.reads_times else None,
-                query_features=corpus.query_features,
-                request_features=corpus.request_features,
-            )
+def query_encoder(network: TwoTowerNetwork, corpus: Corpus) -> QueryEncoder:
+    """Makes what embeds with the current network, through the `Encoder` that an export has."""
+    features = {"query": corpus.query_features, "request": corpus.request_features}
+    encoder = Encoder(
+        Exportable(
+            embed_queries=network.embed_queries,
+            embed_candidates=network.embed_candidates,
+            variables=(),
+            items=pa.table({"item_id": corpus.candidate_ids.values}),
+            query_ids=corpus.query_ids.values,
+            history_length=network.history_length,
+            history_times=np.zeros(0) if network.reads_times else None,
+            query_features=corpus.query_features,
+            request_features=corpus.request_features,
         )
+    )
 
-    def __call__(self, queries: Sequence[Query]) -> np.ndarray:
-        """Checks queries and embeds them: [n, D] float32."""
-        check_queries(queries, ids_are_text=self._candidate_ids.are_text)
-        return self.embed(queries)
-
-    def embed(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries that `check_queries` has passed: [n, D] float32."""
-        known = [feature.name for feature in self._features["request"]]
+    def embed(queries: Sequence[Query]) -> np.ndarray:
+        known = [feature.name for feature in corpus.request_features]
         requests = [query.get("request") for query in queries]
         check_requests(requests, known, may_have_others=True)
-        return embed_queries(self._encoder, queries, self._features)
+        return embed_queries(encoder, queries, features)
+
+    return embed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,11 +103,12 @@ class FittedTwoTower:
         `ValueError` if a query has an unknown key, an id whose type is not the log's, or a misspelt
         request feature; others that the model does not read are ignored.
         """
+        check_queries(queries, ids_are_text=self.corpus.candidate_ids.are_text)
         return self.encoder(queries)
 
     @functools.cached_property
     def _retriever(self) -> ExactRetriever:
-        return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder.embed)
+        return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder)
 
     def fingerprint(self) -> str:
         """Returns a hash of the training's ids, weights and number of steps."""

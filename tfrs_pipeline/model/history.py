@@ -65,13 +65,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
             self.ages = self.add_weight("ages", [NUM_GAPS], initializer="zeros")
         self._has_attention = "attention" in settings.history_pooling
         if self._has_attention:
-            self.attention = SelfAttention(
-                dim,
-                max_length=settings.history_length,
-                num_blocks=settings.attention_blocks,
-                dropout=settings.attention_dropout,
-                reads_gaps=reads_times,
-            )
+            self.attention = SelfAttention(settings, reads_times)
 
     def call(
         self,
@@ -229,17 +223,10 @@ class SelfAttention(tf.keras.layers.Layer):
     Transformer", JMLR.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        max_length: int,
-        num_blocks: int,
-        dropout: float,
-        reads_gaps: bool = False,
-    ) -> None:
+    def __init__(self, settings: TwoTowerSettings, reads_gaps: bool) -> None:
         super().__init__(name="self_attention")
-        self._dropout = dropout
+        dim, max_length = settings.dim, settings.history_length
+        self._dropout = settings.attention_dropout
         self._scale = dim**0.5
         self.start = self.add_weight("start", [1, 1, dim], initializer=_normal())
         self.positions = self.add_weight("positions", [max_length + 1, dim], initializer=_normal())
@@ -255,13 +242,13 @@ class SelfAttention(tf.keras.layers.Layer):
                 "hidden": tf.keras.layers.Dense(dim, "relu"),
                 "output": tf.keras.layers.Dense(dim),
             }
-            for _ in range(num_blocks)
+            for _ in range(settings.attention_blocks)
         ]
         # The bias helps if few sequences are long enough to train the late positions.
         shape = [ATTENTION_HEADS, max_length + 1]
         self.by_distance = [
             self.add_weight(f"by_distance_{i}", shape, initializer="zeros")
-            for i in range(num_blocks)
+            for i in range(settings.attention_blocks)
         ]
         self.norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
 

@@ -196,17 +196,13 @@ def _check_embeddings(
     negatives: tf.Tensor,
     hard: tf.Tensor | None,
 ) -> None:
-    rows = "W" if positive_query is None else "P"
-    shapes = [(queries, "WD"), (positives, f"{rows}D"), (negatives, "CD")]
-    if positive_query is not None:
-        shapes.append((positive_query, "P"))
-    if hard is not None:
-        shapes.append((hard, "WHD"))
+    axes = "WD", "WD" if positive_query is None else "PD", "CD", "P", "WHD"
+    given = zip((queries, positives, negatives, positive_query, hard), axes, strict=True)
     message = (
         "Embeddings must be [W, D] of queries, [P, D] of positives, [C, D] of negatives and "
         "[W, H, D] of hard ones; P is W, or the length of positive_query"
     )
-    tf.debugging.assert_shapes(shapes, message=message)
+    tf.debugging.assert_shapes([x for x in given if x[0] is not None], message=message)
 
 
 def _as_float32(*given: tf.Tensor | None) -> list[tf.Tensor | None]:

@@ -1,7 +1,6 @@
 """The Keras model: a query tower and a candidate tower under the loss over mixed negatives."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -61,7 +60,7 @@ class TwoTowerNetwork(tfrs.Model):
             )
         super().__init__(name=name)
         self.query_tower, self.candidate_tower = query_tower, candidate_tower
-        self.query_table = feature_table(corpus, "query")
+        self.query_table = FeatureTable(corpus, "query")
         self._request_features = corpus.request_features
         self.num_candidates = len(corpus.candidate_ids)
         self.candidate_table = candidate_table
@@ -283,11 +282,3 @@ class TwoTowerNetwork(tfrs.Model):
                     "BatchNormalization has: several replicas would train another model than one. "
                     "Use LayerNormalization."
                 )
-
-
-def feature_table(corpus: Corpus, side: Literal["query", "candidate"]) -> FeatureTable:
-    """Makes the table of a side's encoded features."""
-    features = getattr(corpus, f"{side}_features")
-    table = FeatureTable(features, len(getattr(corpus, f"{side}_ids")) + 1, f"{side}_features")
-    table.assign(getattr(corpus, f"{side}_columns"))
-    return table

@@ -13,7 +13,6 @@ from tfrs_pipeline.settings import Config, Distinct, Listed, from_text
 
 DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 OptimizerName: TypeAlias = Literal["adagrad", "adam", "lazy_adam"]
-Decay: TypeAlias = Literal["none", "cosine"]
 
 _Kind = TypeVar("_Kind")
 
@@ -133,7 +132,7 @@ class TrainingSettings(Config):
     """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0 to its peak."""
-    decay: Decay = "none"
+    decay: Literal["none", "cosine"] = "none"
     """How the learning rate falls to 0 after the warm-up, over the steps of max_epochs; the second
     training (refit) has the same learning rates, epoch by epoch."""
     patience: PositiveInt = 5

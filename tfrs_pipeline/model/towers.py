@@ -15,30 +15,23 @@ from tfrs_pipeline.model.settings import TwoTowerSettings
 
 
 class FeatureTable(tf.keras.layers.Layer):
-    """Encoded features of every row, including row 0 ("unknown"), as constants of the model."""
+    """Encoded features of a side's rows, as constants of the model; in row 0 all are missing."""
 
-    def __init__(self, features: Sequence[Feature], num_rows: int, name: str) -> None:
-        super().__init__(name=name, trainable=False)
+    def __init__(self, corpus: Corpus, side: Literal["query", "candidate"]) -> None:
+        super().__init__(name=f"{side}_features", trainable=False)
+        num_rows, columns = len(getattr(corpus, f"{side}_ids")) + 1, f"{side}_columns"
         self._columns = {}
-        for feature in features:
+        for feature in getattr(corpus, f"{side}_features"):
             missing = feature.missing
-            self._columns[feature.name] = self.add_weight(
+            self._columns[feature.name] = variable = self.add_weight(
                 name=layer_name(feature.name),
                 shape=(num_rows, *missing.shape[1:]),
                 dtype=tf.as_dtype(missing.dtype),
-                initializer=tf.constant_initializer(missing.flat[0]),
+                initializer="zeros",
                 trainable=False,
             )
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the features."""
-        return frozenset(self._columns)
-
-    def assign(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Sets the encoded rows 1, 2, ... of each feature; row 0 stays missing."""
-        for name, variable in self._columns.items():
-            variable.assign(np.concatenate([variable[:1], columns[name]]))
+            variable.assign(np.concatenate([missing, getattr(corpus, columns)[feature.name]]))
+        self.names = frozenset(self._columns)
 
     def call(self, rows: tf.Tensor) -> dict[str, tf.Tensor]:
         """Gathers the features of `rows`, [n] int32."""
@@ -58,8 +51,6 @@ def drop_features(
     int32; `rows`, [n] int32, are the rows that have these features.
     """
     dropped = dict(encoded)
-    if not features or not rate:
-        return dropped
     own_seed = fold(seed, Stream.FEATURES)
     for i, feature in enumerate(features):
         is_dropped = uniform_of_rows(rows, fold(own_seed, i)) < rate

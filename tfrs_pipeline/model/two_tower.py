@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import tensorflow as tf
 from pydantic import AfterValidator, Field, WrapValidator, model_validator
 
+from tfrs_pipeline.batches.batch import Examples
 from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.batches.kinds import SinglePositives, UserSets, WholeSequences
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.schema import Exclude
@@ -19,14 +21,11 @@ from tfrs_pipeline.durable import hold_to, refuse_others
 from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model import distribution
-from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
-from tfrs_pipeline.model.fit import OnEpoch, train
-from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder
-from tfrs_pipeline.model.item_init import add_item_factors
+from tfrs_pipeline.model.fit import OnEpoch, OnSteps, describe_data, train, writers
+from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder, query_encoder
 from tfrs_pipeline.model.loss import popularity_shift
-from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
-from tfrs_pipeline.model.notes import EpochProgress, OnSteps, describe_data, writers
+from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer, own_or_setting
 from tfrs_pipeline.model.settings import (
     SharedKind,
@@ -35,10 +34,10 @@ from tfrs_pipeline.model.settings import (
     check_examples,
     reads_times,
 )
-from tfrs_pipeline.model.towers import Tower, candidate_tower, query_tower
-from tfrs_pipeline.model.warm_start import WarmStart
+from tfrs_pipeline.model.start import WarmStart, add_item_factors
+from tfrs_pipeline.model.towers import FeatureTable, Tower, candidate_tower, query_tower
 from tfrs_pipeline.negatives.kinds import SamplingFrame
-from tfrs_pipeline.samples.store import Samples
+from tfrs_pipeline.samples.store import Samples, resampling_rate
 from tfrs_pipeline.settings import Listed, refuse
 
 TowerLike: TypeAlias = Callable[..., Any]
@@ -222,7 +221,7 @@ class TwoTower(TwoTowerSettings):
             tf.keras.utils.set_random_seed(self.seed)
             with strategy.scope():
                 network = self.build(corpus)
-            encoder, batches = QueryEncoder(network, corpus), self.batches(data.samples)
+            encoder, batches = query_encoder(network, corpus), self.batches(data.samples)
             warm = WarmStart(source, self, self.training, corpus) if source else None
             validate = None
             if validation is not None:
@@ -242,8 +241,8 @@ class TwoTower(TwoTowerSettings):
                 start=functools.partial(self._begin, warm, data.samples, folder),
                 first_step=warm.first_step if warm else 0,
                 folder=folder,
-                callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
                 on_epoch=on_epoch,
+                on_steps=on_steps,
             )
             notes = [
                 *(warm.describe() if warm else ()),
@@ -274,7 +273,23 @@ class TwoTower(TwoTowerSettings):
 
         Raises a `DataError` if `hard` asks for losers of the funnel and no positive has any.
         """
-        return make_batches(samples, self, self.training, self.negatives, self.seed)
+        if not reads_times(self, self.training):
+            samples = dataclasses.replace(samples, sequence_times=None)
+        rate = resampling_rate(samples.counts, self.resampling_exponent)
+        common: dict[str, Any] = {
+            "batch_size": self.training.fitting(len(samples)).batch_size,
+            "history_length": self.history_length,
+            "seed": self.seed,
+        }
+        examples: Examples
+        if self.training.examples == "single":
+            examples, rate = SinglePositives(samples, rate=rate, **common), None
+        else:
+            kind = WholeSequences if self.training.examples == "sequences" else UserSets
+            examples = kind(samples, **common)
+        return HybridBatches(
+            samples, examples, self.negatives, hard=self.hard, seed=self.seed, positive_weight=rate
+        )
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it.
@@ -290,7 +305,7 @@ class TwoTower(TwoTowerSettings):
             for name, own in self._own_towers.items()
         )
         candidate = candidate or candidate_tower(self, corpus)
-        table = feature_table(corpus, "candidate")
+        table = FeatureTable(corpus, "candidate")
         query = query or query_tower(self, corpus, candidate, table)
         network = TwoTowerNetwork(query, candidate, self, corpus, table, self.name)
         if self.training.examples == "sequences":
@@ -327,7 +342,7 @@ def validation_metrics(
     cutoffs: Sequence[int],
 ) -> dict[str, float]:
     """Measures a network's current weights: means by name, and the recall of the tail."""
-    retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder.embed)
+    retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder)
     holdout = dataclasses.replace(holdout, exposure=None)  # Plain metrics alone are monitored.
     result = evaluate(retriever, holdout, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
     measured = result.first

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
@@ -18,7 +18,6 @@ from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.folder import RunFolder, own_version
@@ -27,6 +26,9 @@ from tfrs_pipeline.serving.export import LIBRARIES
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 
 Baseline: TypeAlias = MostPopular | Repeats | Transitions | Ease | Ials
+
+OnProgress: TypeAlias = Callable[..., None]
+"""Called during long work with a task's name, steps done and in all, and sometimes a note."""
 
 # Shares of the latest positives by which popularity is counted in a split by time: for a test on
 # later days, recent popularity may be a better guess.

@@ -10,12 +10,10 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record, read_whole, write_record
 from tfrs_pipeline.messages import SILENT, Progress, counted
-from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief, training_strategy
-from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, read_epoch
-from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder
-from tfrs_pipeline.model.notes import describe_epoch
+from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, describe_epoch, read_epoch
+from tfrs_pipeline.model.fitted import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
@@ -47,10 +45,10 @@ def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -
 
 def check_trainable(parts: Iterable[TrainingSet], config: RunConfig) -> None:
     """Refuses what a training on any of these parts would refuse, before hours of training."""
-    settings, training = config.model, config.training
+    training = config.training
     for part in parts:
-        part.check_negatives_left(settings.hard)
-        batches = make_batches(part.samples, settings, training, settings.negatives, seed=0)
+        part.check_negatives_left(config.model.hard)
+        batches = plan_of(config, "two_tower").batches(part.samples)
         make_optimizer(training, training.max_epochs * batches.steps_per_epoch)
 
 
@@ -196,7 +194,7 @@ def read_training(
     with training_strategy().scope():
         network = plan_of(config, name).build(corpus)
     result = read_epoch(network, config.training, folder, epoch)
-    encoder = QueryEncoder(network, corpus)
+    encoder = query_encoder(network, corpus)
     return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
 
 
