@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tfrs_pipeline.run import rounds
-from tfrs_pipeline.run.rounds import FIRST_EPOCHS, FIRST_SECONDS, Curve, Turn, standing, winner
+from tfrs_pipeline.run.rounds import FIRST_EPOCHS, FIRST_SECONDS, STEP, Curve, standing, winner
 
 CURVES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30)
 
@@ -27,16 +27,13 @@ def until(curve: Curve, num_epochs: int) -> Curve:
 
 def raced(known: Sequence[Curve], budget: float | None = None) -> tuple[list[Curve], list[str]]:
     """Replays a race on known curves; returns where each recipe stopped, and who had the turns."""
-    curves, turns = [until(curve, 0) for curve in known], []
-    while (turn := standing(curves, budget).turn) is not None:
-        place = [curve.name for curve in known].index(turn.name)
+    curves, turns = [until(curve, 0) for curve in known], list[str]()
+    while (name := standing(curves, budget).next) is not None:
+        place = [curve.name for curve in known].index(name)
         whole, done = known[place], len(curves[place].values)
         assert done < len(whole.values), "An ended training cannot have another turn."
-        for number in range(done + 1, len(whole.values) + 1):
-            curves[place] = until(whole, number)
-            if turn.is_over(curves[place]):
-                break
-        turns.append(turn.name)
+        curves[place] = until(whole, done + 1)
+        turns += [name] if turns[-1:] != [name] else []
     return curves, turns
 
 
@@ -89,13 +86,22 @@ def test_who_stays_close_is_trained_to_the_end() -> None:
 def test_a_round_gives_each_recipe_the_same_cpu_time() -> None:
     cheap = full("cheap", [0.3 + 0.001 * i for i in range(400)], epoch=1.0)
     dear = full("dear", [0.3 + 0.01 * i for i in range(40)], epoch=10.0)
-    curves = [until(cheap, FIRST_EPOCHS), until(dear, FIRST_EPOCHS)]
-    first = FIRST_EPOCHS * 10
-    assert standing(curves).turn == Turn("cheap", 0, first)
-    curves[0] = until(cheap, first)
-    assert standing(curves).turn == Turn("cheap", 0, 2 * first)
-    curves[0] = until(cheap, 2 * first)
-    assert standing(curves).turn == Turn("dear", 0, 2 * first)
+    quota = FIRST_EPOCHS * 10.0
+    curves = [until(cheap, round(FIRST_SECONDS) - 1), until(dear, 0)]
+    assert standing(curves).next == "cheap"
+    curves[0] = until(cheap, round(FIRST_SECONDS))
+    for within, cheap_epochs, dear_epochs, then in (
+        ("round 1", FIRST_SECONDS, 0, "dear"),
+        ("round 1", FIRST_SECONDS, FIRST_EPOCHS - 1, "dear"),
+        ("round 2", FIRST_SECONDS, FIRST_EPOCHS, "cheap"),
+        ("round 2", quota - 1, FIRST_EPOCHS, "cheap"),
+        # Who trained last goes on.
+        ("round 3", quota, FIRST_EPOCHS, "cheap"),
+        ("round 3", quota * STEP + 1, FIRST_EPOCHS, "dear"),
+        ("round 4", quota * STEP + 1, FIRST_EPOCHS * STEP + 1, "dear"),
+    ):
+        found = standing([until(cheap, int(cheap_epochs)), until(dear, int(dear_epochs))])
+        assert (found.within.partition(",")[0], found.next) == (within, then)
 
 
 def test_a_budget_ends_the_race_with_the_leader() -> None:

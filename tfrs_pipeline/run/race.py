@@ -28,7 +28,7 @@ from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.presets import RECIPES, recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.rounds import Curve, Turn, most_left, standing, winner
+from tfrs_pipeline.run.rounds import Curve, most_left, standing, winner
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_trainable, fit_once, trains_winner_alone
 from tfrs_pipeline.settings import refuse
@@ -140,8 +140,8 @@ def race(
         data = TrainingSet.build(train, place / "samples", seed=seed, hard=base.model.hard)
         trainings = _Trainings(base, (data,), validation, train, place / "race", progress)
         decided = trainings.run()
-        model = trainings.train(Turn(decided.winner, 0, math.inf))
-        assert model is not None  # This turn has no end.
+        model = trainings.train(decided.winner)
+        assert model is not None
         return model, decided
 
 
@@ -247,41 +247,49 @@ class _Trainings:
 
     def run(self) -> Race:
         """Trains in turns until the race is decided; resumes after the last whole epoch."""
-
-        def next_turn() -> Any:
-            turn = standing(tuple(self.curves.values()), self.config.budget).turn
-            return None if turn is None else dataclasses.astuple(turn)
-
-        while (turn := on_chief(next_turn)) is not None:  # The chief's clock decides for all.
-            self.train(Turn(*turn))
+        while (name := self._next()[0]) is not None:
+            self.train(name)
         curves = tuple(self.curves.values())
         dropped = standing(curves, self.config.budget).dropped
         return Race(curves, self.config.training.monitor, dropped, self.not_begun)
 
-    def train(self, turn: Turn) -> FittedTwoTower | None:
-        """Trains a recipe for its turn; returns the model if the training has ended."""
-        tf.keras.backend.clear_session()  # One network at a time.
-        config, before = self.configs[turn.name], self.curves[turn.name]
-        clock, durations = [time.process_time()], list[float]()
-        first = winner(tuple(self.curves.values()))
-        leading = f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
-        epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
-        if (left := most_left(tuple(self.curves.values()), epochs)) is not None:
-            left = min(left, turn.limit - before.spent)  # What is left of the budget.
-            leading += f", at most about {math.ceil(left / 60)} CPU minutes"
+    def _next(self) -> Sequence[Any]:
+        """Returns the recipe of the next epoch, None if there is none, and a name for the round."""
 
-        def keep(so_far: TrainingResult, has_ended: bool) -> Curve:
+        def decide() -> tuple[str | None, str]:
+            now = standing(tuple(self.curves.values()), self.config.budget)
+            return now.next, now.within
+
+        return on_chief(decide)  # The chief's clock decides for all.
+
+    def train(self, name: str) -> FittedTwoTower | None:
+        """Trains a recipe as long as it is next, in a decided race to its end.
+
+        Returns the model if the training has ended.
+        """
+        tf.keras.backend.clear_session()  # One network at a time.
+        config, before = self.configs[name], self.curves[name]
+        coming, within = self._next()
+        task = self._describe(name, within)
+        clock, durations = [time.process_time()], list[float]()
+
+        def keep(so_far: TrainingResult, has_ended: bool) -> None:
             values = so_far.history[f"val_{config.training.monitor}"]
-            self.curves[turn.name] = curve = before.after(values, durations, has_ended)
+            self.curves[name] = before.after(values, durations, has_ended)
             on_chief(self._write)
-            return curve
 
         def on_epoch(so_far: TrainingResult) -> None:
+            nonlocal within, task
             clock.append(time.process_time())
             durations.append(clock[-1] - clock[-2])
-            curve = keep(so_far, has_ended=False)
-            if on_chief(lambda: turn.is_over(curve)):
+            keep(so_far, has_ended=False)
+            if coming is None:
+                return
+            now, then = self._next()
+            if now != name:
                 raise _Paused
+            if then != within:
+                within, task = then, self._describe(name, then)
 
         try:
             model = fit_once(
@@ -290,9 +298,9 @@ class _Trainings:
                 self.validation,
                 self.log,
                 name="two_tower",
-                task=f"race, {turn.within}: {turn.name}{leading}",
+                task=lambda: task,
                 max_epochs=config.training.max_epochs,
-                folder=self.folder / turn.name,
+                folder=self.folder / name,
                 progress=self.progress,
                 on_epoch=on_epoch,
             )
@@ -300,6 +308,19 @@ class _Trainings:
             return None
         keep(model.result, has_ended=True)
         return model
+
+    def _describe(self, name: str, within: str) -> str:
+        """Describes a turn: its round, its recipe, who leads, and how long all may take."""
+        curves = tuple(self.curves.values())
+        first = winner(curves)
+        told = f"race, {within or 'the winner'}: {name}"
+        told += f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
+        epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
+        if (left := most_left(curves, epochs)) is not None:
+            if self.config.budget is not None:
+                left = min(left, self.config.budget - sum(curve.spent for curve in curves))
+            told += f", at most about {math.ceil(left / 60)} CPU minutes"
+        return told
 
     def _read(self) -> dict[str, Any]:
         record = read_whole(self.folder / CURVES_FILE)

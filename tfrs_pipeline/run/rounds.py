@@ -8,16 +8,16 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tfrs_pipeline.messages import counted
 
 # Before any comparison, each recipe has at least this many epochs and CPU seconds.
 FIRST_EPOCHS = 5
 FIRST_SECONDS = 10.0
-# Doubling the CPU time is expected to gain at most this many times what the last doubling gained.
-# Chosen on the curves of nine logs: docs/explanation/tried.md.
-STILL_TO_GAIN = 2.0
+# Each round multiplies a recipe's CPU time. A recipe is expected to gain at most this many times
+# what it gained since 1 / LOOK_BACK of its time. Chosen on curves: docs/explanation/tried.md.
+STEP, LOOK_BACK, STILL_TO_GAIN = math.sqrt(2), 1.7, 2.0
 
 
 @dataclass(frozen=True)
@@ -75,61 +75,46 @@ class Curve:
 
     def reach(self, seconds: float) -> float:
         """Estimates the value that it can still reach, from its first `seconds` CPU seconds."""
-        now, before = self.best_by(seconds), self.best_by(seconds / 2)
+        now, before = self.best_by(seconds), self.best_by(seconds / LOOK_BACK)
         return now + STILL_TO_GAIN * (now - before)
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Which recipe trains next, until it has both `epochs` and CPU `seconds`, in total.
-
-    The turn also ends at `limit` CPU seconds, where the budget does. `within` names its round.
-    """
-
-    name: str
-    epochs: int
-    seconds: float
-    limit: float = math.inf
-    within: str = field(default="the winner", compare=False)
-
-    def is_over(self, curve: Curve) -> bool:
-        """Returns whether the recipe has had its turn."""
-        is_full = len(curve.values) >= self.epochs and curve.spent >= self.seconds
-        return is_full or curve.spent >= self.limit
-
-
-@dataclass(frozen=True)
 class Standing:
-    """A race after some turns."""
+    """A race after some epochs."""
 
-    turn: Turn | None  # None if the race is decided.
+    next: str | None  # The recipe that trains the next epoch; None if the race is decided.
+    within: str  # Names the round.
     # Recipe -> its CPU seconds when it was dropped, and how far it was behind.
     dropped: dict[str, tuple[float, float]]
 
 
 def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
-    """Says which recipe trains next, and which are dropped.
+    """Says which recipe trains the next epoch, and which are dropped.
 
-    Each round doubles the CPU seconds that a recipe has in total. After a round, a recipe stays if
-    it leads, or if what it can still reach is as good as the leader's best by then. The leader wins
-    after the `budget`, CPU seconds of all recipes together. Recipes train in the order of `curves`.
+    Each round multiplies the CPU seconds that a recipe has in total by `STEP`. After a round, a
+    recipe stays if it leads, or if what it can still reach is as good as the leader's best by then.
+    The leader wins after the `budget`, CPU seconds of all recipes together.
     """
-    left = math.inf if budget is None else budget - sum(curve.spent for curve in curves)
+    is_over = budget is not None and sum(curve.spent for curve in curves) >= budget
     number, racing, dropped = 1, list(curves), dict[str, tuple[float, float]]()
 
-    def next_is(curve: Curve, epochs: int, seconds: float) -> Turn | None:
+    def is_next(curve: Curve) -> Standing:
         within = f"round {number}, {counted(len(racing), 'recipe')} left"
-        return Turn(curve.name, epochs, seconds, curve.spent + left, within) if left > 0 else None
+        return Standing(None if is_over else curve.name, within, dropped)
 
     for curve in curves:
-        if len(curve.values) < FIRST_EPOCHS and not curve.has_ended:
-            return Standing(next_is(curve, FIRST_EPOCHS, 0.0), {})
+        is_short = len(curve.values) < FIRST_EPOCHS or curve.spent < FIRST_SECONDS
+        if is_short and not curve.has_ended:
+            return is_next(curve)
     quota = max(FIRST_SECONDS, *(curve.seconds[:FIRST_EPOCHS][-1] for curve in curves))
     while True:
         number += 1
+        # Who trained last goes on first, since a change of recipes builds a network.
+        racing.reverse()
         for curve in racing:
             if curve.spent < quota and not curve.has_ended:
-                return Standing(next_is(curve, 0, quota), dropped)
+                return is_next(curve)
         leading = max(curve.best_by(quota) for curve in racing)
         for curve in racing:
             best = curve.best_by(quota)
@@ -139,8 +124,8 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
                 dropped[curve.name] = min(curve.spent, quota), leading - best
         racing = [curve for curve in racing if curve.name not in dropped]
         if all(curve.has_ended_by(quota) for curve in racing):
-            return Standing(None, dropped)
-        quota *= 2
+            return Standing(None, "", dropped)
+        quota *= STEP
 
 
 def most_left(curves: Sequence[Curve], epochs: Mapping[str, int]) -> float | None:

@@ -1,7 +1,7 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -75,7 +75,7 @@ def train_and_refit(
             data.validation if is_first else None,
             log,
             name=name,
-            task=f"{name}, {step}",
+            task=lambda: f"{name}, {step}",
             max_epochs=max_epochs,
             # The source's first training has seen nothing that validates here.
             warm_start=None if source is None else trained_in(source, step, name),
@@ -104,7 +104,7 @@ def fit_once(
     log: Log,
     *,
     name: str,
-    task: str,
+    task: Callable[[], str],
     max_epochs: int,
     warm_start: FittedTwoTower | None = None,
     folder: Path | None = None,
@@ -115,7 +115,7 @@ def fit_once(
 
     def tell_epoch(so_far: TrainingResult) -> None:
         note = describe_epoch(so_far, config.training.monitor, max_epochs)
-        progress.task(task, so_far.num_epochs, max_epochs, note)
+        progress.task(task(), so_far.num_epochs, max_epochs, note)
         on_epoch(so_far)
 
     return plan_of(config, name).fit_samples(
@@ -127,7 +127,7 @@ def fit_once(
         exclude=config.evaluation.exclude,
         cutoffs=config.evaluation.cutoffs,
         on_epoch=tell_epoch,
-        on_steps=lambda epoch, line: progress.task(task, epoch - 1, max_epochs, line),
+        on_steps=lambda epoch, line: progress.task(task(), epoch - 1, max_epochs, line),
         log=log,
     )
 
