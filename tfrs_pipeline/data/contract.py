@@ -10,7 +10,7 @@ import ibis.expr.types as ir
 
 from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.engines import ENGINES
-from tfrs_pipeline.data.rules import Fault, Found, evaluate, id_faults, is_usable_weight
+from tfrs_pipeline.data.rules import Fault, evaluate, id_faults, is_usable_weight
 from tfrs_pipeline.data.schema import LISTED, DataError, Source, Stage, name_problem, require_all
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.data.tables import add_missing
@@ -79,18 +79,18 @@ def check_events(
         events,
         source,
         _event_faults(events),
-        num_distinct=events["event_number"].nunique(),
-        num_positives=is_positive(events).sum(),
+        rows=events.count(),
+        distinct=events["event_number"].nunique(),
+        positives=is_positive(events).sum(),
     )
-    if found.num_rows != found.more["num_distinct"]:
+    num_rows, num_distinct, num_positives = found.values()
+    if num_rows != num_distinct:
         raise DataError(
-            f"{source.column('event_number')} holds {found.more['num_distinct']} different numbers "
-            f"in {found.num_rows} rows. {_NUMBERED}"
+            f"{source.column('event_number')} holds {num_distinct} different numbers in {num_rows} "
+            f"rows. {_NUMBERED}"
         )
-    if not found.more["num_positives"]:
-        raise DataError(
-            f"{source.name}: none of {found.num_rows} rows is a positive (stage 'clicked')."
-        )
+    if not num_positives:
+        raise DataError(f"{source.name}: none of {num_rows} rows is a positive (stage 'clicked').")
     return events
 
 
@@ -112,11 +112,12 @@ def check_entities(
     if entities.schema()[id_name] != of:
         raise DataError(f"{source.column(id_name)} must be {of}, as in the events. Cast it.")
     ids = entities[id_name]
-    found = _refuse_rows(entities, source, id_faults(id_name, ids), num_ids=ids.nunique())
-    if found.more["num_ids"] != found.num_rows:
+    counts = {"rows": entities.count(), "ids": ids.nunique()}
+    num_rows, num_ids = _refuse_rows(entities, source, id_faults(id_name, ids), **counts).values()
+    if num_ids != num_rows:
         raise DataError(
-            f"{source.column(id_name)} holds {found.more['num_ids']} different ids in "
-            f"{found.num_rows} rows. One row an id: remove the repeated ones."
+            f"{source.column(id_name)} holds {num_ids} different ids in {num_rows} rows. One row "
+            "an id: remove the repeated ones."
         )
     return add_missing(entities, events, id_name)
 
@@ -154,10 +155,10 @@ def _event_faults(events: ibis.Table) -> list[Fault]:
 
 def _refuse_rows(
     table: ibis.Table, source: Source, faults: Sequence[Fault], **more: ir.Scalar
-) -> Found:
-    """Raises the `DataError` of the first fault that any row has."""
-    found = evaluate(table, faults, **more)
-    for fault, num in zip(faults, found.num_bad, strict=True):
+) -> dict[str, Any]:
+    """Raises the `DataError` of the first fault that any row has; returns the aggregates."""
+    num_bad, found = evaluate(table, faults, **more)
+    for fault, num in zip(faults, num_bad, strict=True):
         if num:
             raise fault.error(table, source)
     return found

@@ -116,16 +116,10 @@ class Fault(NamedTuple):
         )
 
 
-class Found(NamedTuple):
-    """The number of rows, the number of bad rows by fault, and all aggregates by name."""
-
-    num_rows: int
-    num_bad: list[int]
-    more: Mapping[str, Any]
-
-
-def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> Found:
-    """Counts the bad rows and computes other aggregates, in one pass over the table.
+def evaluate(
+    table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar
+) -> tuple[list[int], dict[str, Any]]:
+    """Counts the bad rows by fault, and computes aggregates by name, in one pass over the table.
 
     A dropped row counts only for its first fault; a value that becomes missing counts for each.
     """
@@ -139,8 +133,8 @@ def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> F
         f"_num_{i}": (counted[f"_bad_{i}"] if fault.is_missing else counted["_first"] == i).sum()
         for i, fault in enumerate(faults)
     }
-    found = counted.aggregate(_rows=counted.count(), **sums, **more).to_pyarrow().to_pylist()[0]
-    return Found(found["_rows"], [found[name] or 0 for name in sums], found)
+    found = counted.aggregate(**sums, **more).to_pyarrow().to_pylist()[0]
+    return [found.pop(name) or 0 for name in sums], found
 
 
 @dataclass(frozen=True)
@@ -201,7 +195,7 @@ class RawTable:
         faults = sorted(self.faults, key=lambda fault: fault.rule.is_droppable)
         num_rows = self.num_rows + sum(each.num_rows for each in self.dropped)
         found: list[tuple[bool, int, Fault]] = []  # Those that drop rows.
-        for fault, num in zip(faults, evaluate(self.table, faults).num_bad, strict=True):
+        for fault, num in zip(faults, evaluate(self.table, faults)[0], strict=True):
             if fault.is_missing and num > max_bad_share * self.num_rows:
                 raise fault.error(self.table, self.source, max_bad_share)
             if fault.is_missing and num:

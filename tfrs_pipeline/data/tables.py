@@ -51,21 +51,15 @@ def make_tables(
     reading = with_event_column(reading, scanned)
     outcomes = (*reading.label, *(["event"] if reading.event_weights else []))
     check_names(request_features, outcomes, reading.columns)
-    given = {
-        "item_id": (items, reading.item_columns, item_features),
-        "user_id": (users, reading.user_columns, user_features),
-    }
-    raws = {
-        name: _load_raw(connection, *of_table, name, id_of_events=reading.columns.get(name, ""))
-        for name, of_table in given.items()
-    }
+    given = {"item_id": (items, item_features), "user_id": (users, user_features)}
+    raws = {name: _load_raw(connection, *of, name, reading) for name, of in given.items()}
     events, raw = load_events(scanned, reading, request_features, raws)
     tables = {}
     for name, entity in raws.items():
         tables[name] = events.select(name).distinct()
         if entity is not None:
             as_integer = events.schema()[name].is_int64()
-            tables[name] = _type_entities(entity, name, as_integer, given[name][2], reading)
+            tables[name] = _type_entities(entity, name, as_integer, given[name][1], reading)
             raw.notes.extend(_describe(entity))
             entity.drop()
     num_reasons = len(raw.dropped)
@@ -190,15 +184,14 @@ def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.
 def _load_raw(
     connection: DuckDB,
     source: Any,
-    columns: Mapping[str, str],
-    features: Mapping[str, str],
+    features: Features,
     id_name: str,
+    reading: Reading,
     remedy: str = "",
-    id_of_events: str = "",
 ) -> RawTable | None:
     """Opens an item or user table; without one, returns None and refuses features.
 
-    `remedy` is the advice for a missing column; `id_of_events` is the events' column of these ids.
+    `remedy` is the advice for a missing column, if it is not to name it in `reading`.
     """
     kind = id_name.removesuffix("_id")
     if source is None:
@@ -210,6 +203,7 @@ def _load_raw(
         return None
     scanned = scan(connection, source, f"{kind} table")
     setting = f"{kind}_columns"
+    columns: Mapping[str, str] = getattr(reading, setting)
     shown = ["title"] if id_name == "item_id" else []
     used = dict.fromkeys([id_name, *features, *shown])
     if unused := sorted(set(columns) - set(used)):
@@ -225,7 +219,8 @@ def _load_raw(
         column: remedy or f"Set {setting} to say which column is {name}."
         for name, column in names.items()
     }
-    if id_of_events in scanned.columns:
+    id_of_events = reading.columns.get(id_name, "")
+    if id_of_events in scanned.columns and not remedy:
         mend = f"Add {id_name}={printable(id_of_events)} to {setting}, as in columns."
         remedies[names[id_name]] = mend
     require_all(scanned.columns, remedies, Source(scanned.name), setting)
@@ -233,7 +228,7 @@ def _load_raw(
 
 
 def _type_entities(
-    raw: RawTable, id_name: str, as_integer: bool, features: Mapping[str, str], reading: Reading
+    raw: RawTable, id_name: str, as_integer: bool, features: Features, reading: Reading
 ) -> ibis.Table:
     """Types and stores an item or user table, one row per id: features, and titles of items."""
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
@@ -265,14 +260,14 @@ def _describe(raw: RawTable) -> list[str]:
 
 
 def load_items(
-    source: Any, *, is_integer_id: bool, item_features: Mapping[str, str], reading: Reading
+    source: Any, *, is_integer_id: bool, item_features: Features, reading: Reading
 ) -> tuple[ibis.Table, list[str]]:
     """Loads only an item table, such as today's for a model of last week, by ascending item_id.
 
     Ids become integers if the model's are. The lines say what was dropped or is missing.
     """
     remedy = "Name the columns as the item table of the training did."
-    raw = _load_raw(connect(), source, reading.item_columns, item_features, "item_id", remedy)
+    raw = _load_raw(connect(), source, item_features, "item_id", reading, remedy)
     assert raw is not None
     if is_integer_id and not is_integer(raw, "item_id"):
         raise DataError(

@@ -36,7 +36,8 @@ def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
             f"The kind of feature {settings.get('name')!r} must be one of {', '.join(KINDS)}. "
             f"Received: {settings.get('kind')!r}. Add a kind of your own to KINDS first."
         )
-    values: dict[str, Any] = {name: value for name, value in settings.items() if name != "kind"}
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    values |= lists
+    values: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()
+    }
+    del values["kind"]
     return known(**values)

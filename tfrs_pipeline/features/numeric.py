@@ -76,7 +76,8 @@ class Numeric(Number):
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] float32, NaN where missing or infinite."""
-        return where_finite(raw, standardised(raw - self.mean, self.scale))
+        encoded = standardised(raw - self.mean, self.scale)
+        return tf.where(tf.math.is_finite(raw), encoded, np.float32(np.nan))
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class Timestamp(Feature):
         of_week = tf.math.floormod(raw - of_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
         for angle in (of_day * (2 * np.pi / DAY_SECONDS), of_week * (2 * np.pi / 7 / DAY_SECONDS)):
             values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]
-        return where_finite(raw[:, tf.newaxis], tf.stack(values, axis=1))
+        is_finite = tf.math.is_finite(raw[:, tf.newaxis])
+        return tf.where(is_finite, tf.stack(values, axis=1), np.float32(np.nan))
 
     @property
     def had_values(self) -> bool:
@@ -195,11 +197,6 @@ def standardised(values: tf.Tensor, scale: float) -> tf.Tensor:
     # A graph would turn `/` into a multiplication by the reciprocal, which rounds differently.
     scaled = tf.math.divide_no_nan(values, tf.constant(scale, values.dtype))
     return tf.cast(tf.clip_by_value(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS), tf.float32)
-
-
-def where_finite(raw: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
-    """Returns the encoded values, with NaN where the raw value is missing or infinite."""
-    return tf.where(tf.math.is_finite(raw), encoded, np.float32(np.nan))
 
 
 @dataclass(frozen=True)
