@@ -8,11 +8,10 @@ import ibis.expr.datatypes as dt
 import ibis.expr.operations as ops
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data import rules
+from tfrs_pipeline.data import rules, schema
 from tfrs_pipeline.data.engines import ENGINES
 from tfrs_pipeline.data.rules import Fault, evaluate, id_faults, is_usable_weight
-from tfrs_pipeline.data.schema import LISTED, DataError, Source, Stage, name_problem, require_all
-from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.data.schema import LISTED, DataError, Source, Stage, is_positive, require_all
 from tfrs_pipeline.data.tables import add_missing
 from tfrs_pipeline.features.feature import ID_TYPES, NUMBER_TYPES, TIME_TYPES
 from tfrs_pipeline.features.kinds import KINDS
@@ -71,7 +70,7 @@ def check_events(
     known = {name: KINDS[kind].column_types for name, kind in request_features.items()}
     known |= _EVENT_TYPES
     for name in events.columns:
-        if name not in known and (problem := name_problem(name, events.columns)):
+        if name not in known and (problem := schema.name_problem(name, events.columns)):
             raise DataError(f"{source.column(name)}: {sentence(problem)}")
     types = {name: allowed for name, allowed in known.items() if name in events.columns}
     events = _cast(events, types, source)

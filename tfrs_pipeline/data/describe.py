@@ -7,7 +7,7 @@ from typing import Any
 
 import ibis
 
-from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.data.schema import is_positive
 from tfrs_pipeline.messages import counted
 
 # A hundredth of this many positives or more is told if it holds more than this share of the weight.

@@ -11,11 +11,11 @@ import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
+from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
-from tfrs_pipeline.data.schema import AskedBy, DataError, Exclude, Stage, TieRule
-from tfrs_pipeline.data.split import is_positive, order_keys
+from tfrs_pipeline.data.schema import DataError, Stage, is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
@@ -100,7 +100,7 @@ class Holdout:
             digest.update(f"{np.asarray(values).tolist()}".encode())
         return digest.hexdigest()[:12]
 
-    def asks_like(self, other: "Holdout", exclude: Exclude) -> bool:
+    def asks_like(self, other: "Holdout", exclude: schema.Exclude) -> bool:
         """Returns whether both have the same queries, histories and exclusions."""
         mine, others = ([*x.histories, *(x.excluded(exclude) or ())] for x in (self, other))
         return self.fingerprint() == other.fingerprint() and all(map(np.array_equal, mine, others))
@@ -132,7 +132,7 @@ class Holdout:
         rows = zip(*columns.values(), strict=True)
         return [dict(zip(columns, values, strict=True)) for values in rows]
 
-    def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
+    def excluded(self, rule: schema.Exclude) -> list[np.ndarray] | None:
         """Returns the items that each ranking excludes: those clicked, or seen, before the query.
 
         Returns None for "none". Raises a `ValueError` for another rule.
@@ -157,7 +157,7 @@ def make_holdout(
     split: ibis.Table,
     part: EvaluationPart,
     trained_on: Any,
-    by: AskedBy,
+    by: schema.AskedBy,
     max_queries: int | None,
     seed: int,
 ) -> Holdout:
@@ -211,7 +211,7 @@ def make_holdout(
 
 
 def _draw_users(
-    asked: ibis.Table, by: AskedBy, max_queries: int | None, seed: int
+    asked: ibis.Table, by: schema.AskedBy, max_queries: int | None, seed: int
 ) -> tuple[ibis.Table, int | None]:
     """Draws users until they have `max_queries` queries or more; takes all users if too few.
 
@@ -231,7 +231,7 @@ def _draw_users(
 
 
 def _read_events(
-    split: ibis.Table, part: EvaluationPart, by: AskedBy, request_features: Mapping[str, str]
+    split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, request_features: Mapping[str, str]
 ) -> pa.Table:
     """Reads the targets, and the events that a query may know, by user and in order."""
     is_target = (split["part"] == part) & is_positive(split)
@@ -311,7 +311,7 @@ def _of_users(events: _Events) -> Iterator[_Asked]:
         yield _Asked(targets, before, before[events.is_positive[before] & ~is_own])
 
 
-def _of_requests(events: _Events, ties: TieRule, by: AskedBy) -> Iterator[_Asked]:
+def _of_requests(events: _Events, ties: schema.TieRule, by: schema.AskedBy) -> Iterator[_Asked]:
     """Yields a query for each request (or each user's first or last one) with targets."""
     targets = np.flatnonzero(events.is_target)
     # Events and queries on one timeline; a query comes before events at the same place.

@@ -17,10 +17,9 @@ from tfrs_pipeline.data.contract import check_engine, check_entities, check_even
 from tfrs_pipeline.data.describe import describe, listed
 from tfrs_pipeline.data.engines import connect, open_parquet, replace, write_parquet
 from tfrs_pipeline.data.ids import as_id_array
-from tfrs_pipeline.data.parts import Split
 from tfrs_pipeline.data.requests import check_names, check_request_features
 from tfrs_pipeline.data.settings import Reading, SplitConfig
-from tfrs_pipeline.data.split import split_events
+from tfrs_pipeline.data.split import Split, split_events
 from tfrs_pipeline.data.tables import make_tables, settle_ties
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
 from tfrs_pipeline.messages import Lines

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from tfrs_pipeline.features.kinds import kind_problem
-from tfrs_pipeline.libraries import ibis
+from tfrs_pipeline.libraries import ibis, ir
 from tfrs_pipeline.messages import beside, printable, sentence
 
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
@@ -145,3 +145,13 @@ def require_all(
 def count_rows(table: "ibis.Table") -> int:
     """Counts the rows of a table."""
     return int(table.count().to_pyarrow().as_py())
+
+
+def is_positive(events: "ibis.Table") -> "ir.BooleanValue":
+    """Marks the events that are positives."""
+    return events["stage"] == Stage.CLICKED.value
+
+
+def order_keys(events: "ibis.Table") -> list[str]:
+    """Names the columns that order a user's events."""
+    return ["timestamp", "event_number"] if "timestamp" in events.columns else ["event_number"]

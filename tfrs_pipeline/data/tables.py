@@ -15,17 +15,8 @@ from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.requests import check_names, whole_seconds
 from tfrs_pipeline.data.rules import RawTable, store
-from tfrs_pipeline.data.schema import (
-    DataError,
-    Dropped,
-    Source,
-    TieRule,
-    Ties,
-    count_rows,
-    require_all,
-)
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, TieRule, count_rows, is_positive
 from tfrs_pipeline.data.settings import Reading
-from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse
 
@@ -223,7 +214,7 @@ def _load_raw(
     if id_of_events in scanned.columns and not remedy:
         mend = f"Add {id_name}={printable(id_of_events)} to {setting}, as in columns."
         remedies[names[id_name]] = mend
-    require_all(scanned.columns, remedies, Source(scanned.name), setting)
+    schema.require_all(scanned.columns, remedies, Source(scanned.name), setting)
     return replace(scanned.load(names), renaming=setting)
 
 
@@ -289,7 +280,9 @@ _DONE: dict[TieRule, str] = {
 }
 
 
-def settle_ties(events: ibis.Table, ties: Ties) -> tuple[ibis.Table, TieRule, tuple[str, ...]]:
+def settle_ties(
+    events: ibis.Table, ties: schema.Ties
+) -> tuple[ibis.Table, TieRule, tuple[str, ...]]:
     """Decides the rule if it is "auto", redraws numbers for "random", and notes tied positives."""
     if "timestamp" not in events.columns:
         return events, "drop", ()

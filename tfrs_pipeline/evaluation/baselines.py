@@ -14,7 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.split import in_order, is_positive, num_in_share
+from tfrs_pipeline.data.schema import is_positive
+from tfrs_pipeline.data.split import in_order, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
     Sequences,

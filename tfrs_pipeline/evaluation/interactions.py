@@ -11,7 +11,7 @@ import scipy.sparse
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.requests import query_start
-from tfrs_pipeline.data.split import is_positive, order_keys
+from tfrs_pipeline.data.schema import is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
 _MOMENT = "_moment"

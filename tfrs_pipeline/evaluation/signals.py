@@ -12,8 +12,7 @@ import scipy.sparse
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request
-from tfrs_pipeline.data.schema import Exclude, count_rows
-from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.data.schema import Exclude, count_rows, is_positive
 from tfrs_pipeline.evaluation.baselines import Transitions
 from tfrs_pipeline.evaluation.interactions import Sequences, items_of, positives_in_order
 from tfrs_pipeline.evaluation.results import format_cells

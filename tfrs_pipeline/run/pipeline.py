@@ -9,7 +9,7 @@ from typing import Any
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.parts import Split
+from tfrs_pipeline.data.split import Split
 from tfrs_pipeline.durable import read_whole, write_record
 from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport

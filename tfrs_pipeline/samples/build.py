@@ -17,8 +17,8 @@ from tfrs_pipeline.data.engines import open_parquet, random_key, remove, replace
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
-from tfrs_pipeline.data.schema import DataError, Stage, TieRule, count_rows
-from tfrs_pipeline.data.split import is_positive, order_keys, round_up
+from tfrs_pipeline.data.schema import DataError, Stage, TieRule, count_rows, is_positive, order_keys
+from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.samples.columns import request_column
