@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tests.features.columns import NUM_NEW, fit, fitted_features, new_columns, new_tensors
 from tfrs_pipeline.features.categorical import Categorical, Hashed, MultiCategorical
-from tfrs_pipeline.features.encoding import encode_raw, graph_resources, raw_columns, raw_signature
+from tfrs_pipeline.features.encoding import encode_raw, raw_columns, raw_signature
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Numeric
 
@@ -26,7 +26,7 @@ class Served(tf.Module):
 
     def __init__(self, features: Sequence[Feature]) -> None:
         super().__init__()
-        self.tables = graph_resources(features)
+        self.tables = [feature.graph_resource for feature in features]
         self.encode = tf.function(
             lambda raw: encode_raw(features, raw), input_signature=[raw_signature(features)]
         )

@@ -78,7 +78,6 @@ def check_events(
         events,
         source,
         _event_faults(events),
-        rows=events.count(),
         distinct=events["event_number"].nunique(),
         positives=is_positive(events).sum(),
     )
@@ -111,8 +110,8 @@ def check_entities(
     if entities.schema()[id_name] != of:
         raise DataError(f"{source.column(id_name)} must be {of}, as in the events. Cast it.")
     ids = entities[id_name]
-    counts = {"rows": entities.count(), "ids": ids.nunique()}
-    num_rows, num_ids = _refuse_rows(entities, source, id_faults(id_name, ids), **counts).values()
+    found = _refuse_rows(entities, source, id_faults(id_name, ids), ids=ids.nunique())
+    num_rows, num_ids = found.values()
     if num_ids != num_rows:
         raise DataError(
             f"{source.column(id_name)} holds {num_ids} different ids in {num_rows} rows. One row "

@@ -119,7 +119,7 @@ class Fault(NamedTuple):
 def evaluate(
     table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar
 ) -> tuple[list[int], dict[str, Any]]:
-    """Counts the bad rows by fault, and computes aggregates by name, in one pass over the table.
+    """Counts the bad rows by fault, then `rows` and other aggregates by name, in one pass.
 
     A dropped row counts only for its first fault; a value that becomes missing counts for each.
     """
@@ -133,7 +133,7 @@ def evaluate(
         f"_num_{i}": (counted[f"_bad_{i}"] if fault.is_missing else counted["_first"] == i).sum()
         for i, fault in enumerate(faults)
     }
-    found = counted.aggregate(**sums, **more).to_pyarrow().to_pylist()[0]
+    found = counted.aggregate(**sums, rows=counted.count(), **more).to_pyarrow().to_pylist()[0]
     return [found.pop(name) or 0 for name in sums], found
 
 

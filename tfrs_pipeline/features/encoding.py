@@ -62,12 +62,6 @@ def encode_raw(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dic
     return {feature.name: feature.encode(raw[feature.name]) for feature in features}
 
 
-def graph_resources(features: Sequence[Feature]) -> dict[str, Any]:
-    """Returns what an encoding module must hold, such as lookup tables, by feature."""
-    resources = {feature.name: feature.graph_resource for feature in features}
-    return {name: resource for name, resource in resources.items() if resource is not None}
-
-
 def request_signature(
     features: Sequence[Feature], others: Sequence[Feature] = (), *, reads_times: bool = False
 ) -> dict[str, tf.TensorSpec]:

@@ -64,8 +64,8 @@ class Encoder(tf.Module):
         self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
         # An attribute is saved with the module.
-        sides = self._query_features, self._request_features, self._candidate_features
-        self._resources = [encoding.graph_resources(features) for features in sides]
+        features = *self._query_features, *self._request_features, *self._candidate_features
+        self._resources = [feature.graph_resource for feature in features]
         user_id = tf.TensorSpec([None], graph.id_dtype(model.query_ids), "user_id")
         item_dtype = graph.id_dtype(model.candidate_ids)
         item_id = tf.TensorSpec([None], item_dtype, "item_id")
