@@ -36,7 +36,7 @@ ROOMS = {
     "batches": "Batches",
     "evaluation": "Evaluation and baselines",
     "run": "Races and runs",
-    "report": "Figures",
+    "drawing": "Figures",
     "serving": "Export and search",
     "retrieval": "Retrievers",
     "config": "Settings of a run",

@@ -12,8 +12,8 @@ import pytest
 import tfrs_pipeline
 
 PACKAGE = Path(tfrs_pipeline.__file__).parent
-FIRST = "libraries messages settings retrieval durable features cluster drawing data sources"
-LAST = "negatives samples batches evaluation model serving presets config run report cli"
+FIRST = "libraries messages settings retrieval durable features cluster data sources negatives"
+LAST = "samples batches evaluation drawing model serving presets config run report cli"
 ROOMS = f"{FIRST} {LAST}".split()
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 LIGHT_ROOMS = "messages settings retrieval durable cluster drawing data sources samples evaluation"

@@ -1,16 +1,19 @@
-"""The style of all figures: light and dark, safe for colour blindness, names beside the lines.
+"""All figures, in one style: light and dark, safe for colour blindness, names beside the lines.
 
 Colours are those of Okabe and Ito (2008), darkened to stand out on white. A figure is SVG with CSS
 variables as colours: a page can set them; elsewhere it is a card, light or dark like the system.
 """
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from tfrs_pipeline.evaluation.evaluate import popularity_slices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +42,8 @@ _FONT_SIZE = 9.5
 _LINE_HEIGHT = 1.2
 _PADDING = 8
 _SHORT = re.compile(r"(\d\.\d\d)\d+")  # Less than a hundredth of a point is invisible.
+_SIZE = (4.8, 2.9)
+_MAX_POINTS = 150
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,12 @@ def title(axes: "Axes", text: str, align: Literal["left", "center"] = "left") ->
 
 
 def label_lines(
-    axes: "Axes", labels: Mapping[str, tuple[float, float]], colours: Sequence[str]
+    axes: "Axes", labels: Mapping[str, tuple[float, float]], colours: Sequence[str] = SERIES
 ) -> None:
     """Writes names to the right of points, such as line ends, without overlaps.
 
-    Points are in data coordinates; the axes must have their final scales and limits.
+    Points are in data coordinates; the axes must have their final scales and limits. The colours
+    repeat.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -125,7 +131,7 @@ def label_lines(
     points = axes.transData.transform(list(labels.values())) * 72 / figure.dpi
     heights = spread_apart(points[:, 1], _FONT_SIZE * _LINE_HEIGHT)
     for name, point, height, (_, own_height), colour in zip(
-        labels, labels.values(), heights, points, colours, strict=False
+        labels, labels.values(), heights, points, itertools.cycle(colours), strict=False
     ):
         axes.annotate(
             name,
@@ -170,3 +176,153 @@ def finish(figure: "Figure", label: str) -> Drawing:
         text = text.replace(colour, _variable(variable))
     (box,) = re.findall(r'^<svg[^>]*viewBox="([^"]*)"', text)
     return Drawing(str(escape(label)), box, text[text.index(">") + 1 :].rstrip())
+
+
+def plot_intervals(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str) -> Drawing:
+    """Draws a metric of each model with its interval, the first at the top, in panels side by side.
+
+    Args:
+        panels: Title of a panel -> model -> "mean", "low" and "high", as `Interval.as_dict` gives
+            them. All panels have the same models.
+        metric: Name of the metric, for screen readers.
+
+    A notebook shows what is returned; its `card()` is an SVG document.
+
+    Example:
+        >>> found = {"ours": {"mean": 0.33, "low": 0.32, "high": 0.34}}
+        >>> plot_intervals({"NDCG@100": found}, "ndcg@100").label
+        'ndcg@100 of each model with its 95% interval: NDCG@100'
+    """
+    names = list(next(iter(panels.values())))
+    figure, all_axes = new_figure(
+        4.2, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
+    )
+    for axes, (of_panel, intervals) in zip(all_axes, panels.items(), strict=True):
+        for place, interval in enumerate(intervals.values()):
+            colour = SERIES[0] if place == 0 else SERIES[1]
+            # None becomes NaN.
+            mean, low, high = np.array([interval[key] for key in ("mean", "low", "high")], float)
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot(mean, place, MARKERS[min(place, 1)], color=colour, markersize=5)
+            if not np.isnan(mean):
+                axes.annotate(
+                    f"{mean:.3f}".replace("0.", "."),
+                    (mean, place),
+                    xytext=(0, 4),
+                    textcoords="offset points",
+                    ha="center",
+                    color=INK,
+                    fontsize=8.5,
+                )
+        title(axes, of_panel, "center")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(left=False)
+        axes.margins(x=0.18)
+        axes.locator_params(axis="x", nbins=6 // len(panels))
+        axes.grid(axis="x", color=GRID)
+    all_axes[0].set_yticks(range(len(names)), [x.replace("_uncorr", "_\nuncorr") for x in names])
+    all_axes[0].set_ylim(len(names) - 0.5, -0.6)
+    for place, text in enumerate(all_axes[0].get_yticklabels()):
+        text.set(color=INK, weight="normal" if place else "bold")
+    label = f"{metric} of each model with its 95% interval: {', '.join(panels)}"
+    return finish(figure, label)
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[float | None]],
+    chosen: Mapping[str, int],
+    what: str,
+    *,
+    seconds: Mapping[str, Sequence[float]] | None = None,
+) -> Drawing:
+    """Draws each model's values by epoch, from 1, with a mark at the chosen epoch.
+
+    Args:
+        curves: Model -> a value an epoch, such as `model.result.history["val_ndcg@100"]`; None
+            where nothing was measured, but not in all epochs.
+        chosen: Model -> the epoch to mark, such as `model.result.best_epoch`.
+        what: Title.
+        seconds: Model -> CPU seconds at the end of each epoch, to draw the values by.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (axes,) = new_figure(*_SIZE)
+    ends = {}
+    for number, (model, measured) in enumerate(curves.items()):
+        values = np.array(measured, float)  # None becomes NaN.
+        colour, marker = SERIES[number % 5], MARKERS[number % 5]
+        places = np.arange(1, len(values) + 1) if seconds is None else np.array(seconds[model])
+        axes.plot(places, values, color=colour, linestyle=LINES[number % 5])
+        if 1 <= (epoch := chosen[model]) <= len(values):
+            axes.plot(places[epoch - 1], values[epoch - 1], marker, color=colour, markersize=6)
+        last = np.flatnonzero(~np.isnan(values))[-1]
+        ends[model] = (places[last], values[last])
+    by = "epoch" if seconds is None else "CPU seconds"
+    axes.set_xlabel(by)
+    title(axes, what)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=GRID)
+    label_lines(axes, ends)
+    return finish(figure, f"{what} by {by}, the chosen epoch marked")
+
+
+def plot_popularity(curves: Mapping[str, np.ndarray], counts: np.ndarray, what: str) -> Drawing:
+    """Draws values of the candidates by popularity rank, on logarithmic axes.
+
+    Args:
+        curves: Name -> [num_candidates] values, such as shares of the positives or of the draws.
+        counts: [num_candidates] training positives, which rank the candidates and divide them into
+            head, torso and tail, such as `holdout.candidate_counts`.
+        what: Title.
+    """
+    order = np.argsort(-counts, kind="stable")
+    figure, (axes,) = new_figure(*_SIZE)
+    ends = {}
+    for number, (label, values) in enumerate(curves.items()):
+        ranks, means = thinned(values[order])
+        is_drawn = means > 0
+        colour, line = SERIES[number % 5], LINES[number % 5]
+        axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line)
+        if is_drawn.any():
+            ends[label] = (ranks[is_drawn][-1], means[is_drawn][-1])
+    axes.set(xscale="log", yscale="log")
+    start = 0
+    for part, is_in in popularity_slices(counts).items():
+        num = is_in.sum()
+        if start:
+            axes.axvline(start + 0.5, color=SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
+        if num:
+            place = np.sqrt((start + 1) * (start + num)), 1.01
+            options: Any = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
+            axes.annotate(part, place, color=SOFT, **options)
+        start += num
+    _plain_numbers(axes)
+    axes.set_xlabel("rank of the item by training positives")
+    title(axes, f"{what}\n")
+    axes.grid(color=GRID)
+    if len(curves) > 1:
+        label_lines(axes, ends)
+    return finish(figure, f"{what} by popularity rank of the item, both axes logarithmic")
+
+
+def _plain_numbers(axes: Any) -> None:
+    """Writes the numbers of logarithmic axes without powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("e-0", "e-"))
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    if high < 100 * low:  # Powers of ten alone might leave the axis without a number.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Averages values over ranks that are close on a logarithmic axis; the first ranks stay alone.
+
+    Returns the geometric middle of each group's ranks, from 1, and the groups' means.
+    """
+    edges = np.unique(np.geomspace(1, len(values) + 1, _MAX_POINTS).round().astype(np.int64))
+    starts, stops = edges[:-1], edges[1:] - 1
+    sums = np.add.reduceat(np.asarray(values, np.float64), starts - 1)
+    return np.sqrt(starts * stops.astype(np.float64)), sums / (stops - starts + 1)

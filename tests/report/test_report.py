@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline.config import RunConfig, dump_config, movielens_config, with_settings
 from tfrs_pipeline.data.schema import Dropped
-from tfrs_pipeline.drawing import PALETTE
+from tfrs_pipeline.drawing import PALETTE, thinned
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.negatives.hard import FunnelLosers
 from tfrs_pipeline.report.facts import PopularityFacts, RunFacts, report_page
-from tfrs_pipeline.report.figures import thinned
 
 CUTOFFS = (20, 100)
 SET_METRICS = ("coverage", "gini", "average_popularity")

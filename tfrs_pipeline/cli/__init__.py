@@ -14,8 +14,7 @@ from typing import Any
 import tfrs_pipeline
 from tfrs_pipeline.cli.console import PROGRAM, as_interrupts
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
-from tfrs_pipeline.cli.models import RefreshIndex, Serve, Vectors
-from tfrs_pipeline.cli.query import Query
+from tfrs_pipeline.cli.models import Query, RefreshIndex, Serve, Vectors
 from tfrs_pipeline.cli.runs import BRIEF, INTERRUPTED, Compare, Report, Run, train
 from tfrs_pipeline.serving.publish import NotPublished
 from tfrs_pipeline.settings import ConfigError

@@ -1,19 +1,24 @@
-"""The commands that serve an exported model, replace its items, or write their vectors."""
+"""The commands that query or serve an exported model, replace its items, or write their vectors."""
 
+import gc
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import counted, printable
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.index import Scann, search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
@@ -121,3 +126,177 @@ class Vectors(OfModel):
             f"{about['version']}, {about['dim']} dimensions, inner product; lengths {lengths}",
         )
         return 0
+
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.serving.retriever import LoadedRetriever
+
+
+def _parse_time(text: str) -> Any:
+    from tfrs_pipeline.features.numeric import Timestamp
+
+    return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
+
+
+_OF_USERS = ("user", "history", "history_timestamps", "request")
+
+
+class Query(OfModel):
+    """Ask an exported model for a user's items, or for items similar to one.
+
+    Prints the best items for a user or a history, with ids, titles and scores. The user's known
+    items, or those of the history, are excluded; an unknown user has an empty history.
+    """
+
+    user: str | None = None
+    """Id of the user, as in the logs."""
+    history: tuple[str, ...] | None = None
+    """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
+    or instead of the history that it stores."""
+    history_timestamps: tuple[Annotated[str, AfterValidator(_parse_time)], ...] | None = None
+    """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is unknown."""
+    similar_to: str | None = None
+    """Id of an item, in place of a user or a history: prints the items similar to it, which answer
+    the same queries."""
+    request: dict[str, str] = {}
+    """Values of the model's request features, such as device=ios hour=8; lists and vectors with
+    commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
+    2026-01-31T08:00Z, the model computes an hour or weekday, and how long ago the history was."""
+    k: PositiveInt = 10
+    """Number of items to print."""
+    exclude: tuple[str, ...] = ()
+    """Ids of more items to exclude."""
+    filter: tuple[str, ...] | None = None
+    """Print only items with one of these values of the model's filter (export.filter_by)."""
+    exact: CliToggleFlag[bool] = False
+    """Score every item instead of using the index."""
+    as_json: CliToggleFlag[bool] = Field(False, alias="json")
+    """Print JSON instead of a table; its notes are the lines above the table."""
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        if self.similar_to is not None:
+            asked = {name: getattr(self, name) for name in _OF_USERS}
+            if given := [name for name, value in asked.items() if value]:
+                yield given[0], "given with --similar-to, which asks by an item alone"
+        elif self.user is None and self.history is None:
+            yield "user", "required, or --history ITEM ... for someone without an id"
+        elif self.history is None and self.history_timestamps is not None:
+            message = "given without --history ITEM ..., whose items they are the times of"
+            yield "history_timestamps", message
+
+    def __call__(self) -> int:
+        """Queries the model and prints the answer."""
+        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
+        gc.disable()  # The import makes many objects, and all of them stay.
+        from tfrs_pipeline.serving.retriever import load
+
+        gc.enable()
+        retriever = load(version, exact=self.exact)
+        about: dict[str, Any] = {}
+        is_request = self.similar_to is None
+        notes = list(_request_notes(retriever, self.request)) if is_request else []
+        ids, scores = self._ask(retriever, about, notes)
+        titles = retriever.titles()
+        items = [
+            {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
+            for rank, (id_, score) in enumerate(zip(ids, scores, strict=True), 1)
+            if score > -float("inf")
+        ]
+        if self.as_json:
+            answer = json.dumps({**about, "notes": notes, "items": items}, ensure_ascii=False)
+            # A title's control characters must not reach a terminal.
+            print("".join(x if x.isprintable() else json.dumps(x)[1:-1] for x in answer))
+            return 0
+        console = Console()
+        for note in notes:
+            say(console, note)
+        table = Table("rank", "item", *(["title"] if titles else []), "score")
+        for item in items:
+            title = [item["title"] or ""] if titles else []
+            cells = [str(item["rank"]), str(item["item_id"]), *title, f"{item['score']:.4f}"]
+            table.add_row(*(Text(printable(cell)) for cell in cells))
+        console.print(table)
+        if len(items) < self.k:
+            whom = "user" if self.similar_to is None else "item"
+            say(console, f"Left for this {whom}: {counted(len(items), 'item')}.")
+        return 0
+
+    def _ask(
+        self, retriever: "LoadedRetriever", about: dict[str, Any], notes: list[str]
+    ) -> tuple[list[Any], list[float]]:
+        """Returns ids and scores; adds entries to the JSON and notes."""
+        if self.user is not None:
+            about["user_id"] = retriever.parse_id(self.user, "user")
+        if self.request:
+            about["request"] = dict(self.request)
+        exclude = list(map(retriever.parse_id, self.exclude))
+        if exclude:
+            known = set(retriever.candidate_ids())
+            about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
+            if unknown:
+                of = f"{len(unknown)} of {len(exclude)} items to exclude"
+                notes.append(f"{of} are not among this model's items, first {unknown[0]!r}.")
+        k = min(self.k, retriever.num_candidates)
+        allowed = None if self.filter is None else [list(self.filter)]
+        if self.similar_to is not None:
+            about["similar_to"] = item = retriever.parse_id(self.similar_to)
+            ids, scores = retriever.similar([item], k, [exclude], allowed=allowed)
+        elif self.history is None:
+            requests = [retriever.parse_request(self.request)]
+            ids, scores, (is_known,) = retriever.retrieve_user(
+                [about["user_id"]], k, [exclude], allowed=allowed, requests=requests
+            )
+            about["is_known_user"] = bool(is_known)
+            if not is_known:
+                unknown_user = f"User {self.user} is unknown to this model"
+                notes.append(f"{unknown_user}: answered for an empty history.")
+        else:
+            history = list(map(retriever.parse_id, self.history))
+            query = {"user_id": about.get("user_id"), "history": history}
+            query["request"] = retriever.parse_request(self.request)
+            if self.history_timestamps is not None:
+                query[HISTORY_TIMESTAMPS] = list(self.history_timestamps)
+            ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
+            are_known = zip(history, retriever.knows(history), strict=True)
+            unknown = [id_ for id_, is_known in are_known if not is_known]
+            about |= {"history": history, "unknown_items": unknown}
+            notes += _history_notes(retriever, query, unknown)
+        return ids[0].tolist(), scores[0].tolist()
+
+
+def _request_notes(retriever: "LoadedRetriever", texts: Mapping[str, str]) -> Iterator[str]:
+    """Describes typed request values that are missing or that the model does not know."""
+    features, request = retriever.features["request"], retriever.parse_request(texts)
+    for feature in features:
+        text = texts.get(feature.name, "")
+        if text.strip() and feature.unknown([request[feature.name]]).any():
+            yield f"{feature.name} {text!r} is unknown to the model: taken as missing."
+    has_time = "timestamp" in request
+    absent = (x for x in features if x.name not in request)
+    if lacking := [x.name for x in absent if not (x.is_from_timestamp and has_time)]:
+        yield f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
+
+
+def _history_notes(
+    retriever: "LoadedRetriever", query: Mapping[str, Any], unknown: Sequence[Any]
+) -> Iterator[str]:
+    """Describes what the model ignores in a query's history, given its unknown items."""
+    from tfrs_pipeline.model.graph import signature_inputs
+
+    history = query["history"]
+    without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}
+    if history and len(unknown) == len(history):  # No model reads unknown items.
+        yield ("No item of the history was in the model's training: answered for an empty history.")
+        return
+    # An own tower does not declare whether it reads the history.
+    if history and (retriever.embed_queries([query]) == retriever.embed_queries([without])).all():
+        yield "This model reads no history: the given items are only excluded from the answer."
+        return
+    inputs = signature_inputs(retriever.saved_model.signatures["retrieve"])
+    if HISTORY_TIMESTAMPS in query and HISTORY_TIMESTAMPS not in inputs:
+        yield "This model reads no history timestamps: they have no effect."
+    if unknown:
+        yield (
+            f"{len(unknown)} of {len(history)} items of the history are ignored: the model's "
+            f"training did not have them, first {unknown[0]!r}."
+        )

@@ -12,12 +12,12 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from tfrs_pipeline import drawing
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.config import RunConfig, dump_config
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
-from tfrs_pipeline.drawing import Drawing, variables
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
@@ -25,7 +25,7 @@ from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.kinds import Negatives, Popularity
-from tfrs_pipeline.report import figures, verdict
+from tfrs_pipeline.report import verdict
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.samples.store import positive_probability, read_ids, read_samples
@@ -140,7 +140,7 @@ def report_page(facts: RunFacts) -> str:
     names = (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
     return environment.get_template("template.html").render(
         facts=facts,
-        palettes=[variables(scheme) for scheme in (0, 1)],
+        palettes=[drawing.variables(scheme) for scheme in (0, 1)],
         figures=_figures(facts, metric, recall),
         counted=counted,
         better=verdict.compared_with_baselines(facts.metrics, metric),
@@ -163,19 +163,19 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
     }
     overall = {metric: {name: model[metric] for name, model in models.items()}}
     drawings = {
-        "results": [figures.plot_intervals(overall, metric)],
-        "slices": [figures.plot_intervals(slices, recall)],
+        "results": [drawing.plot_intervals(overall, metric)],
+        "slices": [drawing.plot_intervals(slices, recall)],
         "race": _race_figures(facts),
         "training": _training_figures(facts),
         "popularity": _popularity_figures(facts.popularity),
     }
     return {
-        place: [Markup(drawing.inline(f"{place}-{i}")) for i, drawing in enumerate(of_place)]
+        place: [Markup(drawn.inline(f"{place}-{i}")) for i, drawn in enumerate(of_place)]
         for place, of_place in drawings.items()
     }
 
 
-def _training_figures(facts: RunFacts) -> list[Drawing]:
+def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
     """Draws the logs of each epoch: the loss and the monitored metric first."""
     training = facts.metrics["training"]
     histories = {name: result["history"] for name, result in training.items()}
@@ -192,11 +192,11 @@ def _training_figures(facts: RunFacts) -> list[Drawing]:
         }
         if of_models:
             what = name.replace("val_", "validation ")
-            drawings.append(figures.plot_curves(of_models, chosen, what))
+            drawings.append(drawing.plot_curves(of_models, chosen, what))
     return drawings
 
 
-def _race_figures(facts: RunFacts) -> list[Drawing]:
+def _race_figures(facts: RunFacts) -> list[drawing.Drawing]:
     """Draws the curves of a race by CPU time; none if the run did not race."""
     if "race" not in facts.metrics:
         return []
@@ -205,17 +205,17 @@ def _race_figures(facts: RunFacts) -> list[Drawing]:
     seconds = {name: race["recipes"][name]["seconds"] for name in values}
     chosen = {name: of_lane.index(max(of_lane)) + 1 for name, of_lane in values.items()}
     what = f"validation {race['metric']} of the recipes"
-    return [figures.plot_curves(values, chosen, what, seconds=seconds)]
+    return [drawing.plot_curves(values, chosen, what, seconds=seconds)]
 
 
-def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:
+def _popularity_figures(popularity: PopularityFacts) -> list[drawing.Drawing]:
     ranks = {
         "training positives": {"training positives": popularity.counts},
         "share of the positives": popularity.shares if len(popularity.shares) > 1 else {},
         "probability of a draw": popularity.negatives,
     }
     return [
-        figures.plot_popularity(lines, popularity.counts, what)
+        drawing.plot_popularity(lines, popularity.counts, what)
         for what, lines in ranks.items()
         if lines
     ]
