@@ -23,8 +23,6 @@ EasyPlan: TypeAlias = Literal["in_batch_uncorrected", "in_batch", "uniform", "po
 PlanKind: TypeAlias = Literal[EasyPlan, "hybrid", "hybrid_50_50", "resampled", "exposed"]
 Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "transitions", "ease", "ials"]
 
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
 
 def _read_duration(value: Any) -> Any:
     """Converts text such as 90s, 10m or 2h to seconds."""
@@ -33,7 +31,7 @@ def _read_duration(value: Any) -> Any:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
     if found is None:
         raise ValueError("must be seconds, or a number with s, m or h, such as 10m")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(found[1]) * 60.0 ** "smh".index(found[2] or "s")
 
 
 def _or_none(values: Any) -> Any:

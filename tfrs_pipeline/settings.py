@@ -82,11 +82,10 @@ def refused_by_name(made: type[T]) -> type[T]:
 
     @functools.wraps(checked)
     def init(self: Any, *values: Any, **settings: Any) -> None:
-        if len(values) <= len(names) and not settings.keys() & names[: len(values)]:
-            # Errors name an argument by its name alone.
-            values, settings = (), dict(zip(names, values, strict=False)) | settings
+        # Errors name an argument by its name alone.
+        named = dict(zip(names, values, strict=False))
         with _translating(made):
-            checked(self, *values, **settings)
+            checked(self, *values[len(names) :], **named, **settings)
 
     table.__init__ = init
     return made

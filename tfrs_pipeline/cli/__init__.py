@@ -90,15 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _log(is_verbose: bool) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()])
+    handler = logging.lastResort  # Logs to the current `sys.stderr`, which a run replaces.
+    assert handler is not None
+    handler.setLevel(logging.NOTSET)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("tfrs_pipeline").setLevel(logging.INFO if is_verbose else logging.WARNING)
     # TensorFlow warns of retracing, but each plan has its own model to trace.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-
-
-class _StderrHandler(logging.StreamHandler[Any]):
-    """Logs to the current `sys.stderr`, which a run replaces to keep C++ errors apart."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)

@@ -187,7 +187,7 @@ def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple
     metric, recall = (f"{name}@{max(config.evaluation.cutoffs)}" for name in ("ndcg", "recall"))
     better = compared_with_baselines(metrics, metric)
     yield "better?", f"{better.answer}: {better.why}"
-    yield from remarks(metrics, metric, recall)
+    yield from remarks(metrics, metric, recall).items()
     yield "for whom", by_popularity(metrics, recall).why
     for line in advice(metrics, metric, config):
         yield "try", line

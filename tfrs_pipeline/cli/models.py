@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
 from pydantic_settings import CliPositionalArg, CliToggleFlag
@@ -22,8 +22,6 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.index import Scann, search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
-
-TargetRecall: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
 
 class Serve(ServeSettings, OfModel):
@@ -62,7 +60,7 @@ class RefreshIndex(OfModel):
     index: Literal["auto", "scann", "exact"] | None = None
     """Search structure; auto chooses by the number of items. If not given, ScaNN where there is a
     recall target, else as before."""
-    target_recall: TargetRecall | None = None
+    target_recall: Annotated[float, Field(gt=0, le=1)] | None = None
     """Recall target of a ScaNN index, in (0, 1]."""
     keep_versions: PositiveInt | None = None
     """How many versions to keep: the newest two, then the newest of each training, then further
@@ -138,9 +136,6 @@ def _parse_time(text: str) -> Any:
     return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
 
 
-_OF_USERS = ("user", "history", "history_timestamps", "request")
-
-
 class Query(OfModel):
     """Ask an exported model for a user's items, or for items similar to one.
 
@@ -175,8 +170,8 @@ class Query(OfModel):
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         if self.similar_to is not None:
-            asked = {name: getattr(self, name) for name in _OF_USERS}
-            if given := [name for name, value in asked.items() if value]:
+            of_users = ("user", "history", "history_timestamps", "request")
+            if given := [name for name in of_users if getattr(self, name)]:
                 yield given[0], "given with --similar-to, which asks by an item alone"
         elif self.user is None and self.history is None:
             yield "user", "required, or --history ITEM ... for someone without an id"

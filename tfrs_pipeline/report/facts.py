@@ -144,7 +144,7 @@ def report_page(facts: RunFacts) -> str:
         figures=_figures(facts, metric, recall),
         counted=counted,
         better=verdict.compared_with_baselines(facts.metrics, metric),
-        remarks=list(verdict.remarks(facts.metrics, metric, recall)),
+        remarks=verdict.remarks(facts.metrics, metric, recall),
         advice=list(advice(facts.metrics, metric, facts.config)),
         for_whom=verdict.by_popularity(facts.metrics, recall),
         index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),

@@ -1,6 +1,6 @@
 """Explains a run's numbers in words, from `metrics.json`; the terminal and the page show them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +21,20 @@ WRITTEN = {
 _ITEMS = {"head": "popular", "torso": "middling", "tail": "rare"}
 # Tied items decide if the model's recall of them, or of the others, is this many times the other.
 _MUCH_MORE = 2
-_ENDS = ("low", "high")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """The model compared with another by one metric: both means, and the model minus the other."""
+    """The model compared with another by one metric: both means, and the model minus the other.
 
-    name: str
+    A variant of the two-tower model, or the version in service, is not a baseline.
+    """
+
+    name: str  # For people.
+    is_variant: bool
     own: float
     other: float
     gain: Interval
-
-    @property
-    def written(self) -> str:
-        """The other's name, for people."""
-        return WRITTEN.get(self.name, self.name)
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,15 @@ def _compare(metrics: Metrics, metric: str, part: str = "") -> list[Compared]:
         if x["low"] is not None:
             # 0.0 - x, because -x would print zero as -0.0.
             gain = Interval(0.0 - x["mean"], 0.0 - x["high"], 0.0 - x["low"])
-            found.append(Compared(name, own, models[name], gain))
+            is_variant = name.startswith("two_tower_") or name == "in_service"
+            written = WRITTEN.get(name, name)
+            found.append(Compared(written, is_variant, own, models[name], gain))
     return found
 
 
-def _is_variant(name: str) -> bool:
-    """Whether a model is a variant of the two-tower model, or the version in service."""
-    return name.startswith("two_tower_") or name == "in_service"
-
-
 def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
-    """Says whether the model is better than each baseline; its variants are not baselines."""
-    compared = [x for x in _compare(metrics, metric) if not _is_variant(x.name)]
+    """Says whether the model is better than each baseline."""
+    compared = [x for x in _compare(metrics, metric) if not x.is_variant]
     if not compared:
         return Verdict("not compared", "no baseline was measured beside it", None)
     best, *others = sorted(compared, key=lambda x: x.gain.mean)
@@ -80,7 +75,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     # As positive numbers if the outcome is clear.
     low, high = (gain.low, gain.high) if gain.mean > 0 else (0.0 - gain.high, 0.0 - gain.low)
     gap = f"{abs(gain.mean):.4f} [{low:.4f}, {high:.4f}]"
-    rival = f"the best baseline, {best.written}"
+    rival = f"the best baseline, {best.name}"
     about_best = {
         Outcome.BETTER: f"it beats {rival}, by {gap}",
         Outcome.LEVEL: f"it ties with {rival}: {gap} {where} it, an interval that includes 0",
@@ -89,7 +84,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     parts = [about_best[best.gain.outcome]]
     words = {Outcome.WORSE: "is {}behind", Outcome.LEVEL: "{}ties with", Outcome.BETTER: "{}beats"}
     for outcome, verb in words.items():
-        if names := [x.written for x in others if x.gain.outcome is outcome]:
+        if names := [x.name for x in others if x.gain.outcome is outcome]:
             also = "also " if outcome is best.gain.outcome else ""
             parts.append(f"it {verb.format(also)} {listed(names)}")
     lowest = _lowest(compared)
@@ -97,15 +92,11 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     return Verdict(answers[lowest], f"in {metric} {'; '.join(parts)}", lowest)
 
 
-def remarks(metrics: Metrics, metric: str, recall: str) -> Iterator[tuple[str, str]]:
-    """Yields the other findings that were measured and matter, each with a head."""
-    for head, text in (
-        ("served?", as_served(metrics, metric)),
-        ("ties", tied_items(metrics, recall)),
-        ("evenly", shown_evenly(metrics, recall)),
-    ):
-        if text is not None:
-            yield head, text
+def remarks(metrics: Metrics, metric: str, recall: str) -> dict[str, str]:
+    """Returns the other findings that were measured and matter, by head."""
+    served, ties = as_served(metrics, metric), tied_items(metrics, recall)
+    found = {"served?": served, "ties": ties, "evenly": shown_evenly(metrics, recall)}
+    return {head: text for head, text in found.items() if text is not None}
 
 
 def as_served(metrics: Metrics, metric: str) -> str | None:
@@ -136,53 +127,50 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
 
     `metric` is recall@k. A slice of at most k items says nothing: one list could hold all of it.
     """
-    slices: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
+    slices: dict[Outcome, list[str]] = {}
     said: dict[str, list[str]] = {}
     variants, reason = [], "no baseline was measured beside it"
-    overall = {x.name: x for x in _compare(metrics, metric)}
+    fewer = {
+        x.name: f", but fewer of all items ({x.other:.2f} against {x.own:.2f})"
+        for x in _compare(metrics, metric)
+        if x.gain.outcome is Outcome.BETTER
+    }
     k = int(metric.partition("@")[2])
     for part, own in next(iter(metrics["models"].values()))["slices"].items():
         compared = _compare(metrics, metric, part)
-        baselines = [x for x in compared if not _is_variant(x.name)]
+        baselines = [x for x in compared if not x.is_variant]
         if not baselines:
             continue
         if own["num_candidates"] <= k:
             reason = f"one list of {k} could hold all items of a slice"
             continue
         lowest, items = _lowest(baselines), f"{_ITEMS[part]} items ({part})"
-        slices[lowest].append(items)
+        slices.setdefault(lowest, []).append(items)
         best = max((x for x in baselines if x.gain.outcome is lowest), key=lambda x: x.other)
         clause = {
             Outcome.BETTER: "it beats every baseline",
-            Outcome.LEVEL: f"it ties with {best.written} ({best.own:.2f} against {best.other:.2f})",
-            Outcome.WORSE: f"{best.written} beats it ({best.other:.2f} against {best.own:.2f})",
+            Outcome.LEVEL: f"it ties with {best.name} ({best.own:.2f} against {best.other:.2f})",
+            Outcome.WORSE: f"{best.name} beats it ({best.other:.2f} against {best.own:.2f})",
         }[lowest]
         said.setdefault(clause, []).append(items)
+        more = f"{'still ' if lowest is Outcome.BETTER else ''}more {_ITEMS[part]} items"
         variants += [
-            f"{x.written} finds {'still ' if lowest is Outcome.BETTER else ''}more {_ITEMS[part]} "
-            f"items ({x.other:.2f} against {x.own:.2f}){_in_all(overall[x.name])}"
+            f"{x.name} finds {more} ({x.other:.2f} against {x.own:.2f}){fewer.get(x.name, '')}"
             for x in compared
-            if _is_variant(x.name) and x.gain.outcome is Outcome.WORSE
+            if x.is_variant and x.gain.outcome is Outcome.WORSE
         ]
     if not said:
         return Verdict("not compared", reason, None)
     clauses = [f"{listed(items)}: {clause}" for clause, items in said.items()]
-    first = next(outcome for outcome in Outcome if slices[outcome])
+    first = min(slices, key=[*Outcome].index)
     answers = {
         Outcome.BETTER: "beats every baseline for",
         Outcome.LEVEL: "ties with the best baseline for",
         Outcome.WORSE: "behind the best baseline for",
     }
-    outcome = first if sum(map(bool, slices.values())) == 1 else Outcome.LEVEL
+    outcome = first if len(slices) == 1 else Outcome.LEVEL
     why = f"by {metric}, {'; '.join([*clauses, *variants])}"
     return Verdict(f"{answers[first]} {listed(slices[first])}", why, outcome)
-
-
-def _in_all(compared: Compared) -> str:
-    """Says that a variant, which finds more items of a slice, finds fewer of all; "" if not."""
-    if compared.gain.outcome is not Outcome.BETTER:
-        return ""
-    return f", but fewer of all items ({compared.other:.2f} against {compared.own:.2f})"
 
 
 def tied_items(metrics: Metrics, metric: str) -> str | None:
@@ -202,7 +190,7 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
     told = []
     for name, x in of["differences"].items():
         lows, highs = (
-            [x[f"{part}/{metric}"][end] or 0.0 for part in model["ties"]] for end in _ENDS
+            [x[f"{part}/{metric}"][end] or 0.0 for part in model["ties"]] for end in ("low", "high")
         )
         if (lows[0] > 0 > highs[1]) or (lows[1] > 0 > highs[0]):
             which = "these" if lows[0] > 0 else "the others"
@@ -229,7 +217,7 @@ def shown_evenly(metrics: Metrics, metric: str) -> str | None:
             found, evenly = (f"{x.other:.2f} against {x.own:.2f}" for x in both)
             words = ("more", "less") if plain.gain.outcome is Outcome.WORSE else ("less", "more")
             told.append(
-                f"{plain.written} finds {words[0]} of what users clicked ({found}), but {words[1]} "
+                f"{plain.name} finds {words[0]} of what users clicked ({found}), but {words[1]} "
                 f"as if the log had shown every item equally often ({evenly})"
             )
     if not told:
@@ -261,8 +249,7 @@ def found_by_index(index: Metrics, num_items: int) -> Verdict:
 
 def _lowest(compared: Sequence[Compared]) -> Outcome:
     """Worse if any is worse, better if all are better, else level."""
-    outcomes = {x.gain.outcome for x in compared}
-    return next(x for x in (Outcome.WORSE, Outcome.LEVEL, Outcome.BETTER) if x in outcomes)
+    return max((x.gain.outcome for x in compared), key=[*Outcome].index)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -34,6 +34,9 @@ from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_trainable, training_step
 from tfrs_pipeline.settings import ConfigError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Plan: TypeAlias = Mapping[str, Any]
 """A way of choosing negatives: the settings that it changes in the config, by dotted name."""
 
@@ -55,11 +58,22 @@ class PlanComparison:
 
     def table(self, *, markdown: bool = False, width: int | None = None) -> str:
         """Formats the plans as Markdown or text, with as many columns as fit in a width."""
-        trained = {
-            name: {"epochs": training.best_epoch, "seconds": round(training.seconds)}
-            for name, training in self.trainings.items()
+        summary, cutoffs = self.evaluation.summary(), self.evaluation.cutoffs
+        shortest, longest = cutoffs[0], cutoffs[-1]
+        ndcg, *others = compared = [f"{x}@{longest}" for x in ("ndcg", "recall", "even_recall")]
+        columns = [ndcg, f"{BY_REQUEST}/{ndcg}", *others, f"tail/recall@{longest}"]
+        columns += [f"coverage@{shortest}", f"average_popularity@{shortest}", "epochs", "seconds"]
+        plans = {
+            name: {**x, "epochs": training.best_epoch, "seconds": round(training.seconds)}
+            for (name, x), training in zip(
+                with_requests(summary).items(), self.trainings.values(), strict=True
+            )
         }
-        return comparison_table(self.evaluation, trained, markdown=markdown, width=width)
+        differences = {
+            name: {metric: of_plan[metric] for metric in compared if metric in of_plan}
+            for name, of_plan in summary["differences"].items()
+        }
+        return format_table(plans, columns, differences, markdown=markdown, width=width)
 
 
 def compare(
@@ -195,8 +209,7 @@ def every_loser(config: RunConfig) -> FunnelLosers:
 def sampling_plans(config: RunConfig, logged: Sequence[str]) -> tuple[dict[str, Plan], list[str]]:
     """Turns the plans of a config into settings by name, with notes on those that are missing.
 
-    `logged` are the stages whose losers the samples hold. Raises a `ValueError` if the reference is
-    missing, or a plan contradicts the other settings.
+    `logged` are the stages whose losers the samples hold.
     """
     common: dict[str, Any] = {
         "model.correction": "mixture",
@@ -213,13 +226,6 @@ def sampling_plans(config: RunConfig, logged: Sequence[str]) -> tuple[dict[str, 
         found, note = _plans_of_kind(kind, config, logged)
         plans |= {name: {**common, **plan} for name, plan in found.items()}
         notes += [note] if note else []
-    if config.compare.reference not in plans:
-        raise ValueError(
-            f"compare.reference is {config.compare.reference!r}, a plan that is missing here "
-            f"({'; '.join(notes)}). Choose another reference."
-        )
-    for plan in plans.values():  # Refused before the first one is trained.
-        with_settings(config, plan)
     return plans, notes
 
 
@@ -266,37 +272,11 @@ def _plans_of_kind(
     }, ""
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 _OUTCOMES = (
     (Outcome.BETTER, "beats", "beat"),
     (Outcome.LEVEL, "ties with", "tie with"),
     (Outcome.WORSE, "is worse than", "are worse than"),
 )
-
-
-def comparison_table(
-    evaluation: Evaluation,
-    trained: Mapping[str, Mapping[str, int]],
-    *,
-    markdown: bool = False,
-    width: int | None = None,
-) -> str:
-    """Formats plans and numbers of their trainings, in as many columns as fit."""
-    shortest, longest = evaluation.cutoffs[0], evaluation.cutoffs[-1]
-    compared = [f"{name}@{longest}" for name in ("ndcg", "recall", "even_recall")]
-    columns = [compared[0], f"{BY_REQUEST}/{compared[0]}", *compared[1:], f"tail/recall@{longest}"]
-    columns += [f"{name}@{shortest}" for name in ("coverage", "average_popularity")]
-    columns += next(iter(trained.values()))
-    models = with_requests(evaluation.summary())
-    plans = {name: {**x, **trained[name]} for name, x in models.items()}
-    differences = {
-        name: {metric: of_plan[metric].as_dict() for metric in compared if metric in of_plan}
-        for name, of_plan in evaluation.differences.items()
-    }
-    return format_table(plans, columns, differences, markdown=markdown, width=width)
 
 
 def compared_in_words(evaluation: Evaluation, metric: str) -> str:
@@ -325,16 +305,24 @@ def comparison_figure(evaluation: Evaluation) -> "Figure":
     """Draws two panels with a row for each plan: gains over the first, recall by popularity."""
     names, longest = list(evaluation.results), evaluation.cutoffs[-1]
     figure, (gains, slices) = new_figure(9, 1.6 + 0.36 * len(names), 2, sharey=True)
-    _draw_gains(gains, evaluation, f"ndcg@{longest}")
-    parts = evaluation.first.slices
-    for colour, marker, part in zip(SERIES, MARKERS, parts, strict=False):
+    metric, first = f"ndcg@{longest}", evaluation.first
+    above = [Interval(0.0, 0.0, 0.0), *(x[metric] for x in evaluation.differences.values())]
+    for place, gain in enumerate(above):
+        colour = SOFT if gain.outcome is Outcome.LEVEL else SERIES[0]
+        gains.plot([gain.low, gain.high], [place, place], color=colour, linewidth=2)
+        gains.plot(gain.mean, place, "o", color=colour)
+    gains.axvline(0, color=SOFT, linewidth=1, zorder=0)
+    gains.locator_params(axis="x", nbins=6)  # More labels would overlap.
+    base = first.overall.intervals[metric].mean
+    gains.set_xlabel(f"{metric} above that of {names[0]} ({base:.4f}), 95% interval")
+    for colour, marker, part in zip(SERIES, MARKERS, first.slices, strict=False):
         of_part = [x.slices[part].intervals for x in evaluation.results.values()]
         recalls = [intervals[f"recall@{longest}"].mean for intervals in of_part]
         slices.plot(recalls, range(len(names)), marker, color=colour, label=part)
     slices.legend(  # Above, since crossing lines leave no room beside.
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=len(parts),
+        ncols=len(first.slices),
         frameon=False,
         labelcolor="linecolor",
         handletextpad=0.2,
@@ -346,15 +334,3 @@ def comparison_figure(evaluation: Evaluation) -> "Figure":
     gains.set_yticks(range(len(names)), names)
     gains.set_ylim(len(names) - 0.5, -0.5)
     return figure
-
-
-def _draw_gains(axes: "Axes", evaluation: Evaluation, metric: str) -> None:
-    gains = [Interval(0.0, 0.0, 0.0), *(x[metric] for x in evaluation.differences.values())]
-    for place, gain in enumerate(gains):
-        colour = SOFT if gain.outcome is Outcome.LEVEL else SERIES[0]
-        axes.plot([gain.low, gain.high], [place, place], color=colour, linewidth=2)
-        axes.plot(gain.mean, place, "o", color=colour)
-    axes.axvline(0, color=SOFT, linewidth=1, zorder=0)
-    axes.locator_params(axis="x", nbins=6)  # More labels would overlap.
-    reference, base = next(iter(evaluation.results)), evaluation.first.overall.intervals[metric]
-    axes.set_xlabel(f"{metric} above that of {reference} ({base.mean:.4f}), 95% interval")

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -93,17 +92,6 @@ NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The trained models by name, of which the first is exported, and their evaluation.
-
-    The evaluation includes the baselines and, if it is compared, the version in service.
-    """
-
-    models: dict[str, FittedTwoTower]
-    evaluation: Evaluation
-
-
 def measure(
     config: RunConfig,
     folder: RunFolder,
@@ -111,10 +99,10 @@ def measure(
     data: RunData,
     baselines: Mapping[str, Retriever],
     *models: FittedTwoTower,
-) -> Measured:
-    """Evaluates the models and baselines of a run on the test, for the step `evaluate`."""
-    named = {model.network.name: model for model in models}
-    measured: dict[str, Retriever] = {**named, **baselines}
+) -> Evaluation:
+    """Evaluates a run's models and baselines and, if it is compared, the version in service."""
+    measured: dict[str, Retriever] = {model.network.name: model for model in models}
+    measured |= baselines
     if is_compared(config, folder):
         log = data.split.log
         in_service = version_in_service(
@@ -135,7 +123,7 @@ def measure(
             lines.append(f"{name}: {counted(num_queries, 'query')}, {num_relevant:,} items to find")
             lines += first.describe()
     runner.note(*dict.fromkeys(lines))
-    return Measured(named, evaluation)
+    return evaluation
 
 
 def is_compared(config: RunConfig, folder: RunFolder) -> bool:
@@ -166,14 +154,19 @@ def evaluate_all(
     return dataclasses.replace(by_user, by_request=served[0] if served else str(data.served))
 
 
-def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str, Any]:
+def metrics_of(
+    config: RunConfig,
+    data: RunData,
+    models: Mapping[str, FittedTwoTower],
+    evaluation: Evaluation,
+) -> dict[str, Any]:
     """Gathers the entries of metrics.json about the data, the trainings and the test."""
     return {
         "dataset": config.model_name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": data.split.report(),
         "tie_rule": data.split.log.ties,
-        **measured.evaluation.summary(),
+        **evaluation.summary(),
         "training": {
             name: {
                 "best_epoch": model.result.best_epoch,
@@ -183,9 +176,9 @@ def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str
                     for metric, values in model.result.history.items()
                 },
             }
-            for name, model in measured.models.items()
+            for name, model in models.items()
         },
-        "examples": _examples(measured.models["two_tower"], data.test, config),
+        "examples": _examples(models["two_tower"], data.test, config),
         "versions": {
             "tfrs-pipeline": __version__,
             "python": platform.python_version(),

@@ -16,9 +16,11 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.split import Split
 from tfrs_pipeline.durable import file_hash, part_files, read_record, read_whole, write_record
+from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import (
@@ -30,7 +32,7 @@ from tfrs_pipeline.run.folder import (
     trained_by,
     with_source,
 )
-from tfrs_pipeline.run.measure import Measured, fit_baselines, is_compared, measure, metrics_of
+from tfrs_pipeline.run.measure import fit_baselines, is_compared, measure, metrics_of
 from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.refresh import describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
@@ -96,11 +98,14 @@ def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
         runner.note(*notes, *why)
         return baselines
 
-    measure_all = functools.partial(measure, config, folder)
+    measure_all, export, read = (
+        functools.partial(x, config, folder) for x in (measure, _export_best, _read_exported)
+    )
+    reads, place = ("samples", "two_tower", "measured"), "export.directory/NAME/VERSION/"
     return [
         Step("baselines", ("samples",), "baselines", fit),
         Step("evaluate", ("samples", "baselines", *variants(config)), "measured", measure_all),
-        export_step(config, folder),
+        Step("export", reads, "version", export, read, place),
     ]
 
 
@@ -150,12 +155,13 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
     is_held = is_compared(config, folder)
     with publishing(config.model_folder) if is_held else nullcontext():
         exported = runner.run(steps)
-    data, measured = runner.artifacts["samples"], runner.artifacts["measured"]
+    made = runner.artifacts
+    models = {name: made[name] for name in variants(config)}
     metrics = {
-        **metrics_of(config, data, measured),
+        **metrics_of(config, made["samples"], models, made["measured"]),
         **({} if (race := read_whole(folder.race_file)) is None else {"race": race["race"]}),
         **exported,
-        "signals": runner.artifacts["signals"].as_dict(),
+        "signals": made["signals"].as_dict(),
         "notes": {report.name: report.notes for report in runner.reports},
         "seconds": {report.name: report.seconds for report in runner.reports},
     }
@@ -194,17 +200,10 @@ def _describe_finished(result: RunResult, config: RunConfig) -> list[str]:
 _NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none, not published"}, "export_folder": None}
 
 
-def export_step(config: RunConfig, folder: RunFolder) -> Step:
-    """Returns the step that exports a run's model; it makes the export's part of metrics.json."""
-    make, read = (functools.partial(x, config, folder) for x in (_export_best, _read_exported))
-    place = "export.directory/NAME/VERSION/"
-    return Step("export", ("samples", "measured"), "version", make, read, place)
-
-
 def _read_exported(
     config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
 ) -> dict[str, Any] | None:
-    """Reads the version that this training has exported, unless the index settings have changed."""
+    """Reads what `_export_best` made of this training, unless the index settings have changed."""
     version = own_version(config, folder.path)
     if version is None:
         return None
@@ -218,9 +217,17 @@ def _read_exported(
 
 
 def _export_best(
-    config: RunConfig, folder: RunFolder, runner: Runner, data: RunData, measured: Measured
+    config: RunConfig,
+    folder: RunFolder,
+    runner: Runner,
+    data: RunData,
+    model: FittedTwoTower,
+    measured: Evaluation,
 ) -> dict[str, Any]:
-    """Exports the two-tower model, unless a baseline or the version in service is better."""
+    """Exports the two-tower model, unless a baseline or the version in service is better.
+
+    Returns the export's part of metrics.json.
+    """
     listed, export = data.split.log.listed_ids, config.export
     if export.index == "none":
         runner.note("export.index is 'none': nothing is exported")
@@ -237,8 +244,9 @@ def _export_best(
     if (undone := describe_undone(config.model_folder, began, listed)) is not None:
         runner.note(undone)
     search = search_of(export.index, export.target_recall)
+    tables = [x for table in sorted(folder.data.glob("*.parquet")) for x in part_files(table)]
     version, manifest = export_version(
-        measured.models["two_tower"],
+        model,
         config.model_folder,
         ExportOptions(search, export.filter_by, export.keep_versions),
         user_data=export.user_data,
@@ -246,9 +254,12 @@ def _export_best(
         queries=data.test.as_queries(),
         manifest={
             "config": config.model_dump(mode="json"),
-            **_made_by(config, folder),
+            "run": str(folder.path.resolve()),
+            "log": name_of_log(config.data),
+            "data": {x.relative_to(folder.data).as_posix(): file_hash(x) for x in tables},
+            "training": trained_by(folder.path),
             "counts": data.final.report,
-            "metrics": measured.evaluation.summary()["models"]["two_tower"],
+            "metrics": measured.summary()["models"]["two_tower"],
             "items_read": began.isoformat(),
         },
     )
@@ -267,14 +278,13 @@ def _export_best(
     return {"index": manifest["index"], "export_folder": str(version.resolve())}
 
 
-def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> Iterator[str]:
+def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> Iterator[str]:
     """Compares the model with the baselines, and with the version in service if that is measured.
 
     It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
-    evaluation = measured.evaluation
-    baselines = [x for x in evaluation.results if x not in (*measured.models, IN_SERVICE)]
+    baselines = [x for x in evaluation.results if x not in (*variants(config), IN_SERVICE)]
     kept = f"{models} stays as it is. The trained run is kept: --run-dir {folder.path} with"
     try:
         refuse_beaten(evaluation, monitor, baselines)
@@ -291,15 +301,3 @@ def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> Iter
         if export.gate:
             raise NotPublished(f"{error} {kept} --no-export.gate exports it anyway.") from None
         yield f"exported anyway, without the gate: {error}"
-
-
-def _made_by(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
-    """Returns the training and the data behind a version."""
-    data = folder.data
-    tables = [file for table in sorted(data.glob("*.parquet")) for file in part_files(table)]
-    return {
-        "run": str(folder.path.resolve()),
-        "log": name_of_log(config.data),
-        "data": {file.relative_to(data).as_posix(): file_hash(file) for file in tables},
-        "training": trained_by(folder.path),
-    }
