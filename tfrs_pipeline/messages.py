@@ -37,8 +37,6 @@ class Lines(list[str]):
     def __repr__(self) -> str:
         return "\n".join(self)
 
-    __str__ = __repr__
-
 
 def check_integer(least: int, **values: object) -> None:
     """Refuses (`ValueError`) values, by name, that are not integers or are below `least`."""

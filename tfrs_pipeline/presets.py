@@ -109,8 +109,4 @@ def recipe(name: str) -> dict[str, Any]:
     Settings of data, split and evaluation are left out, so that all recipes have one validation.
     """
     settings = {} if name == "default" else PRESETS[name][1]
-    return {
-        setting: value
-        for setting, value in settings.items()
-        if setting.startswith(("model.", "training."))
-    }
+    return {name: x for name, x in settings.items() if name.startswith(("model.", "training."))}

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 from markupsafe import Markup
 
 from tfrs_pipeline import drawing
-from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.config import RunConfig, dump_config
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import Dropped, Stage
@@ -48,12 +46,7 @@ class PopularityFacts:
     negatives: Mapping[str, np.ndarray]
     num_unreachable: int
 
-    @cached_property
-    def slices(self) -> Mapping[str, np.ndarray]:
-        """Head, torso and tail: [num_candidates] bool each."""
-        return popularity_slices(self.counts)
-
-    @cached_property
+    @property
     def shares(self) -> Mapping[str, np.ndarray]:
         """Shares of the positives: as logged and, if they differ, as trained on."""
         shares = {"positives, as logged": self.before}
@@ -83,11 +76,6 @@ class RunFacts:
     mean_hard_share: float
     popularity: PopularityFacts
     titles: Mapping[Any, str]
-
-    @property
-    def longest(self) -> int:
-        """The longest cutoff."""
-        return max(self.config.evaluation.cutoffs)
 
     @property
     def funnel(self) -> list[dict[str, Any]]:
@@ -136,10 +124,13 @@ def report_page(facts: RunFacts) -> str:
         lstrip_blocks=True,
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
-    metric, recall = f"ndcg@{facts.longest}", f"recall@{facts.longest}"
+    metric, recall = (f"{x}@{max(facts.config.evaluation.cutoffs)}" for x in ("ndcg", "recall"))
     names = (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
     return environment.get_template("template.html").render(
         facts=facts,
+        ndcg=metric,
+        recall=recall,
+        slices=popularity_slices(facts.popularity.counts),
         palettes=[drawing.variables(scheme) for scheme in (0, 1)],
         figures=_figures(facts, metric, recall),
         counted=counted,
@@ -198,9 +189,8 @@ def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
 
 def _race_figures(facts: RunFacts) -> list[drawing.Drawing]:
     """Draws the curves of a race by CPU time; none if the run did not race."""
-    if "race" not in facts.metrics:
+    if (race := facts.metrics.get("race")) is None:
         return []
-    race = facts.metrics["race"]
     values = {name: curve["values"] for name, curve in race["recipes"].items() if curve["values"]}
     seconds = {name: race["recipes"][name]["seconds"] for name in values}
     chosen = {name: of_lane.index(max(of_lane)) + 1 for name, of_lane in values.items()}
@@ -234,6 +224,8 @@ def gather_facts(folder: Path) -> RunFacts:
     samples = dataclasses.replace(read_samples(samples_folder), is_later=is_later)
     model = TwoTower(**dict(config.model), training=config.training, seed=config.seed)
     batches, by_part = model.batches(samples), split.events.group_by("part")
+    frame = batches.frame
+    expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
     counts = by_part.agg(num=split.events["item_id"].nunique()).to_pyarrow().to_pylist()
     num_items = {row["part"]: row["num"] for row in counts}
     return RunFacts(
@@ -248,7 +240,13 @@ def gather_facts(folder: Path) -> RunFacts:
         samples=read_record(samples_folder / "report.json"),
         masked_shares=batches.masked_shares(),
         mean_hard_share=batches.mean_hard_share,
-        popularity=_popularity(batches),
+        popularity=PopularityFacts(
+            counts=frame.counts[1:],
+            before=positive_probability(frame.counts)[1:],
+            after=batches.positive_share[1:],
+            negatives={name: count[1:] / count.sum() for name, count in expected.items()},
+            num_unreachable=batches.num_unreachable,
+        ),
         titles=_titles(log, metrics),
     )
 
@@ -264,18 +262,6 @@ def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[st
         if num_dropped := totals[stage] - sum(of_stage.values()):
             of_stage[DROPPED] = num_dropped
     return counts
-
-
-def _popularity(batches: HybridBatches) -> PopularityFacts:
-    frame = batches.frame
-    expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
-    return PopularityFacts(
-        counts=frame.counts[1:],
-        before=positive_probability(frame.counts)[1:],
-        after=batches.positive_share[1:],
-        negatives={name: count[1:] / count.sum() for name, count in expected.items()},
-        num_unreachable=batches.num_unreachable,
-    )
 
 
 def _visible(value: Any) -> Any:

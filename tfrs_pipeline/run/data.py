@@ -162,7 +162,6 @@ def connect_engine(config: DataConfig) -> Any:
 def load_log(config: DataConfig) -> Log:
     """Loads the log that a config names."""
     connection = connect_engine(config)
-
     of_kinds = ("item_features", "user_features", "request_features")
     features: dict[str, Any] = {name: getattr(config, name) for name in of_kinds}
     if config.source == "movielens-100k":

@@ -116,7 +116,13 @@ class RunFolder:
 
         exports = is_run and config.export.index != "none"
         for written in (self.path, *([config.model_folder] if exports else [])):
-            _check_path(written)
+            # TensorFlow treats these as a pattern when it reads, but not when it writes.
+            if wrong := sorted(set("[\\") & set(str(written))):
+                raise ValueError(
+                    f"{written} holds {' and '.join(wrong)}: TensorFlow could not read back what "
+                    "it writes there. Choose a folder without."
+                )
+            durable.try_writing(written)
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         is_new = not self.path.exists() or not any(self.path.iterdir())
         with durable.naming(self.path, duckdb.IOException):
@@ -138,7 +144,15 @@ class RunFolder:
         """Writes the settings, or checks that they are those of the existing run."""
         # A run whose data was refused leaves nothing behind, so its settings may be corrected.
         if not self._has(*_BEGUN):
-            self._refuse_files_of_others()
+            if found := [name for name in _REPLACED if self._has(name)]:
+                try:
+                    self.settings()
+                except ConfigError:
+                    raise ValueError(
+                        f"{self.path} holds {', '.join(found)}, which a run would replace, but no "
+                        f"{CONFIG_FILE} as a run writes it: they may be your own. Choose another "
+                        "folder with --run-dir."
+                    ) from None
             self._write_settings(config)
             return
         old, new = (flat_settings(x.model_dump(mode="json")) for x in (self.settings(), config))
@@ -159,18 +173,6 @@ class RunFolder:
         if every_change:
             self._write_settings(config)
 
-    def _refuse_files_of_others(self) -> None:
-        found = [name for name in _REPLACED if (self.path / name).exists()]
-        try:
-            if found:
-                self.settings()
-        except ConfigError:
-            raise ValueError(
-                f"{self.path} holds {', '.join(found)}, which a run would replace, but no "
-                f"{CONFIG_FILE} as a run writes it: they may be your own. Choose another folder "
-                "with --run-dir."
-            ) from None
-
     def _write_settings(self, config: RunConfig) -> None:
         settings = dump_config(config)
         with durable.replacing(self.config_file) as partial:
@@ -190,17 +192,6 @@ def is_made_by(version: Path, metrics: Mapping[str, Any]) -> bool:
     """Returns whether a version was exported by the run with these metrics."""
     manifest = durable.read_whole(version / MANIFEST_FILE) or {}
     return manifest.get("metrics") == metrics["models"]["two_tower"]
-
-
-def _check_path(folder: Path) -> None:
-    """Refuses a folder that cannot be written, or whose files TensorFlow could not read back."""
-    # TensorFlow treats these as a pattern when it reads, but not when it writes.
-    if wrong := sorted(set("[\\") & set(str(folder))):
-        raise ValueError(
-            f"{folder} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
-            "writes there. Choose a folder without."
-        )
-    durable.try_writing(folder)
 
 
 def _remove(folder: Path, made: Sequence[Path]) -> None:

@@ -1,15 +1,11 @@
 """Measures the models of a run, the baselines that it fits, and the version in service."""
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
@@ -21,7 +17,6 @@ from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.steps import Runner
-from tfrs_pipeline.serving.export import LIBRARIES
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 
 Baseline: TypeAlias = MostPopular | Repeats | Transitions | Ease | Ials
@@ -154,40 +149,7 @@ def evaluate_all(
     return dataclasses.replace(by_user, by_request=served[0] if served else str(data.served))
 
 
-def metrics_of(
-    config: RunConfig,
-    data: RunData,
-    models: Mapping[str, FittedTwoTower],
-    evaluation: Evaluation,
-) -> dict[str, Any]:
-    """Gathers the entries of metrics.json about the data, the trainings and the test."""
-    return {
-        "dataset": config.model_name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "split": data.split.report(),
-        "tie_rule": data.split.log.ties,
-        **evaluation.summary(),
-        "training": {
-            name: {
-                "best_epoch": model.result.best_epoch,
-                # A slice of validation without a relevant item has NaN, which JSON lacks.
-                "history": {
-                    metric: [None if np.isnan(value) else value for value in values]
-                    for metric, values in model.result.history.items()
-                },
-            }
-            for name, model in models.items()
-        },
-        "examples": _examples(models["two_tower"], data.test, config),
-        "versions": {
-            "tfrs-pipeline": __version__,
-            "python": platform.python_version(),
-            **{library: importlib.metadata.version(library) for library in LIBRARIES},
-        },
-    }
-
-
-def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
+def examples_of(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
     """Gathers the answers to a few test queries, with short to long histories."""
     order = np.argsort([len(history) for history in holdout.histories], kind="stable")
     places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)

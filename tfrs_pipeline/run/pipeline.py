@@ -4,6 +4,9 @@ A model is exported unless it is worse than others, and at most once per trainin
 """
 
 import functools
+import importlib.metadata
+import math
+import platform
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tfrs_pipeline import __version__
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
@@ -32,12 +36,12 @@ from tfrs_pipeline.run.folder import (
     trained_by,
     with_source,
 )
-from tfrs_pipeline.run.measure import fit_baselines, is_compared, measure, metrics_of
+from tfrs_pipeline.run.measure import examples_of, fit_baselines, is_compared, measure
 from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.refresh import describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import training_step, variants
-from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_version
+from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
@@ -133,9 +137,7 @@ def run(
     chiefs = on_chief(lambda: place.settled(with_source(config, place)).model_dump(mode="json"))
     config = RunConfig(**chiefs)
     with place.claim(config, is_run=True):
-        if (finished := chief_first(lambda: read_result(config, place))) is not None:
-            notes = _describe_finished(finished, config)
-            runner.progress.step(StepReport("finished before", notes))
+        if (finished := chief_first(lambda: _read_result(config, place, runner))) is not None:
             return finished
         first = [*data_steps(config, place), *([_signals_step(config)] if is_chief else [])]
         chief_first(lambda: runner.run(runner.remaining(first)))
@@ -155,10 +157,30 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
     is_held = is_compared(config, folder)
     with publishing(config.model_folder) if is_held else nullcontext():
         exported = runner.run(steps)
-    made = runner.artifacts
-    models = {name: made[name] for name in variants(config)}
+    made, data = runner.artifacts, runner.artifacts["samples"]
     metrics = {
-        **metrics_of(config, made["samples"], models, made["measured"]),
+        "dataset": config.model_name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "split": data.split.report(),
+        "tie_rule": data.split.log.ties,
+        **made["measured"].summary(),
+        "training": {
+            name: {
+                "best_epoch": made[name].result.best_epoch,
+                # A slice of validation without a relevant item has NaN, which JSON lacks.
+                "history": {
+                    metric: [None if math.isnan(value) else value for value in values]
+                    for metric, values in made[name].result.history.items()
+                },
+            }
+            for name in variants(config)
+        },
+        "examples": examples_of(made["two_tower"], data.test, config),
+        "versions": {
+            "tfrs-pipeline": __version__,
+            "python": platform.python_version(),
+            **{library: importlib.metadata.version(library) for library in LIBRARIES},
+        },
         **({} if (race := read_whole(folder.race_file)) is None else {"race": race["race"]}),
         **exported,
         "signals": made["signals"].as_dict(),
@@ -169,32 +191,29 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
     return RunResult(folder.path, metrics)
 
 
-def read_result(config: RunConfig, folder: RunFolder) -> RunResult | None:
-    """Reads the result of a finished run; None if something is left to do."""
+def _read_result(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult | None:
+    """Reads and reports the result of a finished run; None if something is left to do."""
     metrics = folder.metrics()
     if metrics is None:
         return None
+    result, report = RunResult(folder.path, metrics), StepReport("finished before")
+    report.notes.append("its results follow; nothing was done")
     if (own := exported_version(metrics, config.model_folder)) is not None:
-        return RunResult(folder.path, {**metrics, "export_folder": str(own.resolve())})
-    result = RunResult(folder.path, metrics)
-    if config.export.index == "none":
-        return result
-    if result.export_folder is None:  # It was refused, but the settings may allow it now.
-        return None
-    # If other versions exist, this one would replace them. The project may have moved.
-    folders = result.export_folder.parent, config.model_folder
-    return result if any(map(versions_of, folders)) else None
-
-
-def _describe_finished(result: RunResult, config: RunConfig) -> list[str]:
-    notes = ["its results follow; nothing was done"]
-    is_there = exported_version(result.metrics, config.model_folder) is not None
-    if result.export_folder is not None and not is_there:
-        notes.append(
-            f"its version {result.export_folder} is gone, and a finished run is not exported again "
-            f"by itself: to do so, delete {RunFolder(result.folder).metrics_file} and run it again"
+        metrics["export_folder"] = str(own.resolve())
+    elif (gone := result.export_folder) is not None:
+        # If other versions exist, this one would replace them. The project may have moved.
+        if config.export.index != "none" and not any(
+            map(versions_of, (gone.parent, config.model_folder))
+        ):
+            return None
+        report.notes.append(
+            f"its version {gone} is gone, and a finished run is not exported again by itself: to "
+            f"do so, delete {folder.metrics_file} and run it again"
         )
-    return notes
+    elif config.export.index != "none":  # It was refused, but the settings may allow it now.
+        return None
+    runner.progress.step(report)
+    return result
 
 
 _NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none, not published"}, "export_folder": None}
