@@ -36,13 +36,7 @@ from tfrs_pipeline.config import (
 from tfrs_pipeline.data.schema import check_exists
 from tfrs_pipeline.messages import Progress, beside, printable
 from tfrs_pipeline.presets import PRESETS, RECIPES
-from tfrs_pipeline.run.folder import (
-    CONFIG_FILE,
-    MAY_CHANGE,
-    RunFolder,
-    check_model_name,
-    with_source,
-)
+from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import Runner, as_lines
 from tfrs_pipeline.serving.publish import NotPublished
 
@@ -119,8 +113,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     folder = flags.run_dir or Path("runs") / name
     place = RunFolder(folder)
     if is_run:
-        check_model_name(config)  # Checked before a folder is made.
-        config = place.settled(with_source(config, place))
+        config = place.settled(config)  # Checked before a folder is made.
     others = _look_around(place, config)
     if flags.check:
         return _check(command, config)

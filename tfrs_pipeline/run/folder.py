@@ -94,7 +94,12 @@ class RunFolder:
         self._write_settings(settled)
 
     def settled(self, config: RunConfig) -> RunConfig:
-        """Returns the winner's settings if a race of these settings was decided here."""
+        """Returns the settings that a run here takes, or refuses their model's name or source.
+
+        If a race of these settings was decided here, they are the winner's.
+        """
+        check_model_name(config)
+        config = with_source(config, self)
         record = durable.read_whole(self.race_file) if config.recipes else None
         changed = {name: getattr(config.export, name.rpartition(".")[2]) for name in MAY_CHANGE}
         if record is None or with_settings(RunConfig(**record["asked"]), changed) != config:

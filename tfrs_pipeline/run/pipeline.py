@@ -29,12 +29,10 @@ from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import (
     RunFolder,
-    check_model_name,
     exported_version,
     name_of_log,
     own_version,
     trained_by,
-    with_source,
 )
 from tfrs_pipeline.run.measure import examples_of, fit_baselines, is_compared, measure
 from tfrs_pipeline.run.race import race_step, settle
@@ -130,11 +128,10 @@ def run(
             or has another shape (`ConfigError`), or the data is refused (`DataError`).
         WorkerLost: If another worker fails or does not answer.
     """
-    check_model_name(config)
     runner, is_chief = begun or Runner(progress), this_worker().is_chief
     training_strategy()  # Joins the other workers, if there are any.
     place = RunFolder(folder)
-    chiefs = on_chief(lambda: place.settled(with_source(config, place)).model_dump(mode="json"))
+    chiefs = on_chief(lambda: place.settled(config).model_dump(mode="json"))
     config = RunConfig(**chiefs)
     with place.claim(config, is_run=True):
         if (finished := chief_first(lambda: _read_result(config, place, runner))) is not None:

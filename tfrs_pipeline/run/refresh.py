@@ -115,8 +115,7 @@ def _check(
         if not allow_all:
             refuse_lost(feature, path, items)
         if feature.holds_categories:
-            num = _num_unknown(path, items, feature, allow_all)
-            num_unknown[feature.name] = num
+            num_unknown[feature.name] = num = _num_unknown(path, items, feature, allow_all)
             if num:
                 runner.note(
                     f"{feature.name}: {num:,} of {items.num_rows:,} items have no value that the "
