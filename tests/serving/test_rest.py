@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
+from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.serving.rest import SignatureInputs, format_outputs, parse_predict
 from tfrs_pipeline.serving.settings import ServeSettings
 
 LIMITS = ServeSettings(max_k=10, max_queries=2, max_exclude=3, max_history=4)
 TIMES = {"history_timestamps"}
-NULLABLE = {"features": {"price", "vector", "city", "tags", "times"}, "histories": TIMES}
+NULLABLE = {"features": {"price", "vector", "city", "tags", "times"}}
+PRICE = Numeric.fit("price", [1.0, 2.0])
 INT, TEXT, FLOAT = (tf.TensorSpec([None], x) for x in (tf.int64, tf.string, tf.float64))
 INTS, TEXTS, FLOATS = (tf.TensorSpec([None, None], x) for x in (tf.int64, tf.string, tf.float64))
 ONE, VECTOR = tf.TensorSpec([], tf.int32), tf.TensorSpec([None, 3], tf.float32)
 SIGNATURES = {
-    name: SignatureInputs(specs, LIMITS, TIMES, NULLABLE.get(name, ()))
+    name: SignatureInputs(specs, LIMITS, dict.fromkeys(NULLABLE.get(name, ()), PRICE), TIMES)
     for name, specs in {
         "serving_default": {"user_id": INT},
         "timed": {"timestamp": FLOAT, "history_timestamps": FLOATS},

@@ -35,12 +35,7 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex
 from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS, Auto, Exact, Search, search_of
-from tfrs_pipeline.serving.saved_model import (
-    RetrievalModule,
-    check_operation,
-    example_values,
-    prove,
-)
+from tfrs_pipeline.serving.saved_model import RetrievalModule, check_operation, prove
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
 if TYPE_CHECKING:
@@ -125,7 +120,6 @@ def export(
             "it another name."
         )
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
-
     given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
     return Path(on_chief(lambda: str(export_version(model, path, options, **given)[0])))
 
@@ -247,7 +241,7 @@ def export_index(
         files = [path for path in partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(partial / publish.MANIFEST_FILE, full, files)
-        prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), example_values(full))
+        prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), full)
     return folder, full
 
 

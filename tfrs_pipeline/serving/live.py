@@ -5,6 +5,7 @@ versions, and found by the next search. If a newer version has an item itself, w
 of that item no longer counts.
 """
 
+import collections
 import contextlib
 import functools
 import logging
@@ -75,18 +76,7 @@ class LiveItems:
         """Adds items, or replaces them; see `LoadedRetriever.upsert`."""
         if isinstance(items, Mapping):
             raise ValueError(f"Items come in a list, also a single one: [{dict(items)!r:.200}]")
-        items = [self._checked(item) for item in items]
-        ids = [item["item_id"] for item in items]
-        self._refuse_repeated(ids)
-        embedded = self._embedded(items)
-        with self._lock, self._journal.writing():
-            self.catch_up()
-            num_new = int((~self._candidates.has(ids)).sum())
-            self._write({"put": items})
-            self._candidates.change(ids, embedded, self._filter_column(items))
-            self._rewrite_if_long()
-        self._maintain_if_needed()
-        return num_new
+        return self._write([self._checked(item) for item in items], [])[0]
 
     def unknown_values(self, items: Sequence[Item]) -> list[str]:
         """Says which categories of items the model does not know, in lines; at most ten."""
@@ -103,23 +93,32 @@ class LiveItems:
         """Removes items; see `LoadedRetriever.remove`."""
         if isinstance(item_ids, str | int | np.integer):
             raise ValueError(f"item_ids must be a list. Received: {item_ids!r}")
-        ids = [self._checked_id(id_) for id_ in item_ids]
-        self._refuse_repeated(ids)
+        return self._write([], [self._checked_id(id_) for id_ in item_ids])[1]
+
+    def _write(self, items: list[Item], gone: list[Any]) -> tuple[int, int]:
+        """Writes checked items and removes others: how many were not there, and how many were."""
+        ids = [item["item_id"] for item in items]
+        counts = collections.Counter([*ids, *gone])
+        if twice := [id_ for id_, count in counts.items() if count > 1]:
+            raise ValueError(f"Item {twice[0]!r} occurs more than once in one write.")
+        embedded = self._embedded(items)
         with self._lock, self._journal.writing():
             self.catch_up()
-            self._write({"gone": ids})
-            num_removed = self._candidates.change([], self._embedded([]), [], ids)
+            num_new = int((~self._candidates.has(ids)).sum())
+            record = {"time": time.time(), "put": items, "gone": gone}
+            self._journal.append(record)
+            self._last |= self._changes(record)
+            num_gone = self._candidates.change(ids, embedded, self._filter_column(items), gone)
             self._rewrite_if_long()
         self._maintain_if_needed()
-        return num_removed
+        return num_new, num_gone
 
     def catch_up(self) -> None:
         """Takes in what other processes have written."""
         with self._lock:
             changed: dict[Any, tuple[float, Item | None]] = {}
             for record in self._journal.records():
-                self._num_written += len(record.get("put", ())) + len(record.get("gone", ()))
-                changed |= changes_of(record)
+                changed |= self._changes(record)
             # A rewritten journal is read from its start, and mostly repeats what is known.
             changed = {id_: x for id_, x in changed.items() if self._last.get(id_) != x}
             self._last |= changed
@@ -147,11 +146,12 @@ class LiveItems:
         """Whether a write applies: not if the version has the item itself, and read it later."""
         return written >= self._items_read or not self._own.rows([item_id])[0]
 
-    def _write(self, change: Record) -> None:
-        record = {"time": time.time(), **change}
-        self._journal.append(record)
-        self._last |= changes_of(record)
-        self._num_written += len(change.get("put", ())) + len(change.get("gone", ()))
+    def _changes(self, record: Record) -> dict[Any, tuple[float, Item | None]]:
+        """Returns what a record says of each id, the time and the item or None, and counts it."""
+        written, gone = record["time"], record.get("gone", ())
+        changes = {item["item_id"]: (written, item) for item in record.get("put", ())}
+        self._num_written += len(changes) + len(gone)
+        return {**changes, **dict.fromkeys(gone, (written, None))}
 
     def _rewrite_if_long(self) -> None:
         is_small = self._journal.num_bytes < _SMALL_JOURNAL_BYTES
@@ -262,20 +262,6 @@ class LiveItems:
         if isinstance(id_, int) and not -(2**63) <= id_ < 2**63:
             raise ValueError(f"An id must be an int64. Received: {id_!r}")
         return id_
-
-    @staticmethod
-    def _refuse_repeated(ids: Sequence[Any]) -> None:
-        if len(set(ids)) < len(ids):
-            twice = next(id_ for i, id_ in enumerate(ids) if id_ in ids[:i])
-            raise ValueError(f"Item {twice!r} occurs more than once in one write.")
-
-
-def changes_of(record: Record) -> dict[Any, tuple[float, Item | None]]:
-    """Returns what a record says of each id: the time of the write, and the item or None."""
-    written = record["time"]
-    return {item["item_id"]: (written, item) for item in record.get("put", ())} | {
-        id_: (written, None) for id_ in record.get("gone", ())
-    }
 
 
 def _plain(what: str, value: Any) -> Any:

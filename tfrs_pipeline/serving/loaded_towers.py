@@ -14,7 +14,7 @@ from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
 from tfrs_pipeline.model.graph import id_list
 from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.signatures import Retrieval
+from tfrs_pipeline.serving.signatures import AsksBy, Retrieval
 
 
 class LoadedTowers:
@@ -92,7 +92,7 @@ class LoadedTowers:
         return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
     def _embedded(
-        self, queries: Sequence[retrieval.Query], asks_by: Literal["user", "history"]
+        self, queries: Sequence[retrieval.Query], asks_by: AsksBy
     ) -> dict[str, np.ndarray]:
         """Asks two signatures, one about the queries with features and one about the others."""
         requests = [query.get("request") for query in queries]

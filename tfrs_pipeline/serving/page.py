@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +18,7 @@ from tfrs_pipeline.model.graph import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import Retrieval
+from tfrs_pipeline.serving.signatures import AsksBy, Retrieval
 from tfrs_pipeline.serving.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")
@@ -126,23 +126,18 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     """Makes the predict call for a query."""
-    inputs: dict[str, Any]
-    asks_by: Literal["user", "history", "item"]
+    asks_by: AsksBy
+    history = [retriever.parse_id(str(item)) for item in query.items]
     if query.similar_to is not None:
-        asks_by = "item"
-        item = retriever.parse_id(str(query.similar_to))
-        inputs = {"item_id": [item], "exclude": [[]]}
+        asks_by, inputs = "item", {"item_id": [retriever.parse_id(str(query.similar_to))]}
     elif query.user_id is not None:
         if not retriever.manifest["user_data"]:
             raise ValueError("This model was exported without user data: pick items instead.")
-        asks_by = "user"
-        user = retriever.parse_id(str(query.user_id), "user")
-        inputs = {"user_id": [user], "exclude": [[]]}
+        asks_by, inputs = "user", {"user_id": [retriever.parse_id(str(query.user_id), "user")]}
     else:
         asks_by = "history"
-        nobody = empty_id(retriever.user_dtype)
-        history = [retriever.parse_id(str(item)) for item in query.items]
-        inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
+        inputs = {"user_id": [empty_id(retriever.user_dtype)], "history": [history]}
+    inputs["exclude"] = [history]
     retrieval = Retrieval(asks_by, bool(query.features), bool(query.filter))
     given: dict[str, tf.Tensor] = {}
     if query.features:

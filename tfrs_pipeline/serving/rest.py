@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from tfrs_pipeline.features.encoding import TIMESTAMP
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.messages import counted
@@ -33,21 +34,20 @@ _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(v
 class SignatureInputs:
     """Checks the JSON inputs of a signature against limits, and turns them into arrays.
 
-    A request may leave out `optional` inputs. Null is a missing value in `nullable` inputs.
-    `times` are inputs in seconds since 1970.
+    A request may leave out `optional` inputs. `features` are those that inputs bring, by input:
+    null is a missing value in them, and those that are times are in seconds since 1970.
     """
 
     def __init__(
         self,
         specs: Mapping[str, tf.TensorSpec],
         limits: ServeSettings,
-        optional: Collection[str] = (),
-        nullable: Collection[str] = (),
-        times: Collection[str] = (),
+        features: Mapping[str, Feature],
+        optional: Collection[str],
     ) -> None:
         self._specs = dict(specs)
-        self._times = {TIMESTAMP, HISTORY_TIMESTAMPS, *times}
-        nullable = {TIMESTAMP, HISTORY_TIMESTAMPS, *nullable}
+        nullable = {TIMESTAMP, HISTORY_TIMESTAMPS, *features}
+        self._times = {name for name in nullable if name not in features or features[name].is_time}
         optional = {HISTORY_TIMESTAMPS, *optional}
         self._max_results = limits.max_results
         types = {

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.graph import signature_inputs
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.graph_index import read_saved_index
@@ -23,7 +24,11 @@ from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.loaded_towers import LoadedTowers, as_ids, id_lists_of
 from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.signatures import Retrieval, ask
+from tfrs_pipeline.serving.signatures import AsksBy, Retrieval, ask
+
+Allowed: TypeAlias = Sequence[Collection[str]] | None
+"""For each query, values of the item filter (`filter_by` of the export): only items with one of
+them are retrieved, and an empty list allows all. None allows all."""
 
 
 def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "LoadedRetriever":
@@ -61,8 +66,8 @@ class LoadedRetriever(LoadedTowers):
         super().__init__(folder)
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         self._has_bias: bool = self.manifest.get("has_item_bias", False)
-        is_scann = self.manifest["index"]["kind"] == "scann"
-        self.candidates = self._candidates(with_index=is_scann and not exact)
+        index = {} if exact else self.manifest["index"]
+        self.candidates = self._candidates(index.get("levels", ()))
         self._live: LiveItems | None = None
         if live and folder.name.isdecimal():
             items_read = self.manifest.get("items_read", self.manifest["date"])
@@ -72,32 +77,26 @@ class LoadedRetriever(LoadedTowers):
                 datetime.fromisoformat(items_read).timestamp(),
                 self.features["candidate"],
                 self.item_filter and self.item_filter["name"],
-                self.manifest["index"]["num_leaves"] if is_scann and not exact else 0,
+                index.get("num_leaves", 0),
                 self.embed_candidates,
             )
 
-    def _candidates(self, *, with_index: bool) -> Candidates:
+    def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
+        """Reads the candidates, and the index if there are levels to search it at."""
         ids = pq.read_table(self.folder / publish.ITEMS_FILE, columns=["item_id"])["item_id"]
         # A view, because a copy would double the memory.
         vectors = np.asarray(memoryview(self.saved_model.exact.embeddings.read_value()))
-        searcher, values, codes = None, None, None
-        levels: tuple[Level, ...] = ()
-        if with_index:
-            searcher = Searcher.load(read_saved_index(self.folder), vectors)
-            levels = tuple(Level(**level) for level in self.manifest["index"]["levels"])
+        searcher = Searcher.load(read_saved_index(self.folder), vectors) if levels else None
+        values, codes = None, None
         if self.item_filter is not None:
             codes = self.saved_model._item_filter._codes.numpy()[1:]
             values = FilterValues(self.item_filter["values"], codes)
-        return Candidates(ids.to_numpy(), vectors, searcher, levels, values, codes)
+        widths = [Level(**level) for level in levels]
+        return Candidates(ids.to_numpy(), vectors, searcher, widths, values, codes)
 
     def retrieve(
-        self,
-        queries: Sequence[retrieval.Query],
-        k: int,
-        exclude: retrieval.Excluded = None,
-        *,
-        allowed: Sequence[Collection[str]] | None = None,
-    ) -> retrieval.Retrieved:
+        self, queries: Sequence[Query], k: int, exclude: Excluded = None, *, allowed: Allowed = None
+    ) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         Excludes only `exclude`: items of the history, and those that a user is known to have
@@ -110,24 +109,23 @@ class LoadedRetriever(LoadedTowers):
                 and, if it reads times, the age of the history's items.
             k: See `Retriever.retrieve`.
             exclude: See `Retriever.retrieve`.
-            allowed: Values of the item filter (`filter_by` of the export) for each query. Only
-                items with one of them are retrieved; an empty list allows all.
+            allowed: Values of the item filter for each query; see `Allowed`.
 
         Raises:
             ValueError: If a query has another key, a user feature that the model does not read, or
                 a request feature that looks misspelt (others are ignored); if `allowed` is given
                 without an item filter, or holds a value that no item has.
         """
-        ids, scores, _ = self._retrieved(queries, "history", k, exclude, allowed)
+        ids, scores, _ = self._retrieved("history", queries, k, exclude, allowed)
         return ids, scores
 
     def retrieve_user(
         self,
         user_ids: Sequence[Any],
         k: int,
-        exclude: retrieval.Excluded = None,
+        exclude: Excluded = None,
         *,
-        allowed: Sequence[Collection[str]] | None = None,
+        allowed: Allowed = None,
         requests: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Retrieves by users' stored histories, and excludes their known positives.
@@ -148,16 +146,11 @@ class LoadedRetriever(LoadedTowers):
         if requests is not None:
             retrieval.check_one_each("requests", requests, len(queries))
             queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
-        return self._retrieved(queries, "user", k, exclude, allowed)
+        return self._retrieved("user", queries, k, exclude, allowed)
 
     def similar(
-        self,
-        item_ids: Sequence[Any],
-        k: int,
-        exclude: retrieval.Excluded = None,
-        *,
-        allowed: Sequence[Collection[str]] | None = None,
-    ) -> retrieval.Retrieved:
+        self, item_ids: Sequence[Any], k: int, exclude: Excluded = None, *, allowed: Allowed = None
+    ) -> Retrieved:
         """Finds the k items most similar to each item, which is left out itself.
 
         They answer the same queries; they need not be clicked or bought together. An item's vector
@@ -231,7 +224,7 @@ class LoadedRetriever(LoadedTowers):
         """Returns the embeddings of the candidates: [num_candidates, D] float32."""
         return self.candidates.vectors()
 
-    def held_out_queries(self) -> list[retrieval.Query]:
+    def held_out_queries(self) -> list[Query]:
         """Reads the queries stored with the export, 1,000 at most."""
         return pq.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
 
@@ -243,12 +236,7 @@ class LoadedRetriever(LoadedTowers):
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
     def _retrieved(
-        self,
-        queries: Sequence[retrieval.Query],
-        asks_by: Literal["user", "history"],
-        k: int,
-        exclude: retrieval.Excluded,
-        allowed: Sequence[Collection[str]] | None,
+        self, asks_by: AsksBy, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Checks the arguments, embeds the queries, and searches."""
         retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
@@ -291,11 +279,11 @@ class LoadedRetriever(LoadedTowers):
         self,
         embedded: Mapping[str, np.ndarray],
         k: int,
-        exclude: retrieval.Excluded,
-        allowed: Sequence[Collection[str]] | None,
+        exclude: Excluded,
+        allowed: Allowed,
         *,
         exact: bool = False,
-    ) -> retrieval.Retrieved:
+    ) -> Retrieved:
         if (known := embedded.get("known_items")) is not None:
             lists = id_lists_of(known)
             exclude = [[*x, *y] for x, y in zip(lists, exclude or [()] * len(lists), strict=True)]

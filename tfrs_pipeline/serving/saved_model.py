@@ -14,18 +14,12 @@ import tensorflow as tf
 from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.encoder import Encoder, features_of, query_inputs
-from tfrs_pipeline.model.graph import call, signature_inputs
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex, load_scann_ops
 from tfrs_pipeline.serving.searcher import Searcher, in_fresh_process
-from tfrs_pipeline.serving.signatures import (
-    DEFAULT_K,
-    EMBEDDINGS,
-    RETRIEVALS,
-    Retrieval,
-    ask,
-    completed,
-)
+from tfrs_pipeline.serving.signatures import DEFAULT_K, RETRIEVALS, Retrieval, ask, completed
+
+_EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 
 
 class RetrievalModule(tf.Module):
@@ -67,7 +61,7 @@ class RetrievalModule(tf.Module):
 
     def _trace(self) -> None:
         # An encoder lacks the functions that its model does not support.
-        embeds = {x: f for x in EMBEDDINGS if (f := getattr(self.encoder, x, None)) is not None}
+        embeds = {x: f for x in _EMBEDDINGS if (f := getattr(self.encoder, x, None)) is not None}
         queries = {x: [*graph.signature_inputs(f).values()] for x, f in embeds.items()}
         for name, embed in embeds.items():
             self._export(name, functools.partial(_embedded, embed), queries[name])
@@ -153,39 +147,23 @@ class ExportError(RuntimeError):
     """An export cannot be loaded, or its answers differ from those of the model in memory."""
 
 
-def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns an example value for every feature and the filter, by side and input name.
-
-    "candidate" and "query" are separate, because both may have a feature of the same name.
-    """
-    sides = features_of(manifest)
-    values: dict[str, dict[str, Any]] = {"candidate": {}, "query": {}}
-    for side, of_side in values.items():
-        features = sides[side] + (sides["request"] if side == "query" else ())
-        for feature, spec in zip(features, raw_signature(features).values(), strict=True):
-            known = (*feature.vocabulary, "1")[0]
-            of_side[spec.name] = known if spec.dtype == tf.string else 1.0
-    if manifest["filter"] and manifest["filter"]["values"]:
-        values["query"]["allowed"] = manifest["filter"]["values"][0]
-    return values
-
-
 def prove(
     modules: Mapping[Path, RetrievalModule],
     queries: Sequence[Query],
     item_ids: Sequence[Any],
-    values: Mapping[str, Mapping[str, Any]],
+    manifest: Mapping[str, Any],
 ) -> None:
     """Checks that a fresh process can load each folder and answers like its module in memory.
 
-    Asks with `queries` and `item_ids`; other inputs are filled from `values`, or are missing.
+    Asks with `queries` and `item_ids`; other inputs have an example value, or are missing.
     """
+    values = _example_values(manifest)
     probes: list[tuple[str, bool, _Expected]] = []
     for folder, module in modules.items():
         expected: _Expected = {}
         for name, function in module.exported.items():
             inputs = _inputs(function, queries, item_ids, values)
-            sides = inputs, call(function, inputs)
+            sides = inputs, graph.call(function, inputs)
             given, answer = ({key: x.numpy() for key, x in side.items()} for side in sides)
             expected[name] = given, answer
         needs_scann = any(isinstance(part, ScannIndex) for part in module.submodules)
@@ -209,13 +187,31 @@ def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) 
             )
 
 
+def _example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns an example value for every feature and the filter, by side and input name.
+
+    "candidate" and "query" are separate, because both may have a feature of the same name.
+    """
+    query, request, candidate = features_of(manifest).values()
+    values = {
+        side: {
+            spec.name: (*feature.vocabulary, "1")[0] if spec.dtype == tf.string else 1.0
+            for feature, spec in zip(features, raw_signature(features).values(), strict=True)
+        }
+        for side, features in {"candidate": candidate, "query": query + request}.items()
+    }
+    if manifest["filter"] and manifest["filter"]["values"]:
+        values["query"]["allowed"] = manifest["filter"]["values"][0]
+    return values
+
+
 def _inputs(
     function: Any,
     queries: Sequence[Query],
     item_ids: Sequence[Any],
     values: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, tf.Tensor]:
-    specs = signature_inputs(function)
+    specs = graph.signature_inputs(function)
     inputs = {"k": tf.constant(10), **query_inputs(function, queries)}
     num_rows, of_side = len(queries), values["query"]
     if "item_id" in specs:

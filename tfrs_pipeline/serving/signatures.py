@@ -2,19 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.graph import empty_id, signature_inputs
 
+AsksBy: TypeAlias = Literal["user", "history", "item"]
+
 
 @dataclass(frozen=True)
 class Retrieval:
     """A signature that retrieves; saved_models/README.md lists the inputs."""
 
-    asks_by: Literal["user", "history", "item"]
+    asks_by: AsksBy
     has_features: bool = False
     is_filtered: bool = False
 
@@ -38,7 +40,6 @@ _UNFILTERED = (
 )
 RETRIEVALS = (*_UNFILTERED, *(replace(each, is_filtered=True) for each in _UNFILTERED))
 DEFAULT_K = 100
-EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 
 
 def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -86,13 +86,8 @@ class ServedVersion:
             features = {
                 names[side][x.name]: x for side in sides for x in self.retriever.features[side]
             }
-            self.signatures[signature] = SignatureInputs(
-                inputs,
-                settings,
-                optional=names["request"].values() if "request" in sides else (),
-                nullable=features,
-                times=[name for name, feature in features.items() if feature.is_time],
-            )
+            optional = names["request"].values() if "request" in sides else ()
+            self.signatures[signature] = SignatureInputs(inputs, settings, features, optional)
         # The first call is slow, and would fail for a broken model.
         for name, inputs in specs.items():
             given = completed(inputs, {}, 1)
