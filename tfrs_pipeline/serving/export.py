@@ -212,7 +212,7 @@ def export_index(
     search, description = _built(options.index, embeddings, ids, encoder, queries, features)
     behind = ids, item_filter, manifest.get("has_item_bias", False)
     modules = {Path(): RetrievalModule(encoder, search, *behind)}
-    if search is not search.exact:
+    if isinstance(search, ScannIndex):
         modules[publish.EXACT_FOLDER] = RetrievalModule(encoder, search.exact, *behind)
     full = {
         **manifest,

@@ -99,11 +99,6 @@ class ExactIndex(tf.Module):
         self.embeddings = tf.Variable(embeddings, trainable=False, name="candidate_embeddings")
         self.num_candidates = len(embeddings)
 
-    @property
-    def exact(self) -> "ExactIndex":
-        """The exact search over the same candidates: this index itself."""
-        return self
-
     def search(
         self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor, allowed: Allowed | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -176,7 +171,6 @@ class ScannIndex(tf.Module):
         self._ops = load_scann_ops()
         self.exact = exact
         self.levels = tuple(levels)
-        self.num_candidates = exact.num_candidates
         self._state = SavedIndex(exact.embeddings, saved)
 
     def approximate(
@@ -204,7 +198,7 @@ class ScannIndex(tf.Module):
         """Finds roughly the k best candidates that are not excluded; see `ExactIndex.search`."""
         lists = _as_lists(excluded)
         num_excluded = tf.cast(lists.row_lengths(), tf.int32)
-        num_wanted = tf.minimum(k, self.num_candidates - num_excluded)
+        num_wanted = tf.minimum(k, self.exact.num_candidates - num_excluded)
         needed = tf.cast(num_wanted + num_excluded, tf.float32)
         if allowed is not None:
             # So many candidates nearly always include enough allowed ones: three deviations more.
@@ -255,8 +249,5 @@ def _filled_up(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor) -> tuple[tf.Ten
 
 def _as_lists(rows: tf.Tensor) -> tf.RaggedTensor:
     """Turns [B, E] rows into a sorted list for each line, without 0s and repeats."""
-    lines = tf.where(rows > 0)
-    pairs = lines[:, 0] * 2**32 + tf.cast(tf.gather_nd(rows, lines), tf.int64)
-    pairs = tf.sort(tf.unique(pairs).y)
-    values, num_lines = tf.cast(pairs % 2**32, tf.int32), tf.shape(rows, tf.int64)[0]
-    return tf.RaggedTensor.from_value_rowids(values, pairs // 2**32, num_lines, validate=False)
+    ordered = tf.sort(tf.pad(rows, [[0, 0], [1, 0]]))
+    return tf.ragged.boolean_mask(ordered[:, 1:], ordered[:, 1:] > ordered[:, :-1])

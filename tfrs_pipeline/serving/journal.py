@@ -92,11 +92,6 @@ class Journal:
             inode = partial.stat().st_ino
         self._read = inode, len(lines)
 
-    @property
-    def num_bytes(self) -> int:
-        """The length of the journal, within `writing`."""
-        return os.fstat(self._file).st_size
-
 
 def _encoded(record: Record) -> bytes:
     # JSON escapes ends of lines, so a record is one line whatever a client sends.

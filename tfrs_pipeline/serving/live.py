@@ -154,7 +154,7 @@ class LiveItems:
         return {**changes, **dict.fromkeys(gone, (written, None))}
 
     def _rewrite_if_long(self) -> None:
-        is_small = self._journal.num_bytes < _SMALL_JOURNAL_BYTES
+        is_small = self._journal.path.stat().st_size < _SMALL_JOURNAL_BYTES
         if is_small or self._num_written < 2 * len(self._last):
             return
         self._last = {id_: x for id_, x in self._last.items() if self._applies(id_, x[0])}

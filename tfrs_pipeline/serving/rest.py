@@ -277,10 +277,8 @@ def _array(name: str, column: Any, spec: tf.TensorSpec, *, is_time: bool) -> np.
     def known(values: list[Any]) -> list[Any]:
         return [missing if value is None else value for value in values]
 
-    if spec.shape.rank == 0:
-        array = np.array(column, spec.dtype.as_numpy_dtype)
-    elif spec.shape.rank == 1:
-        array = np.array(known(column), spec.dtype.as_numpy_dtype)
+    if spec.shape.rank < 2:
+        array = np.array(known(column) if spec.shape.rank else column, spec.dtype.as_numpy_dtype)
     else:
         widths = {len(row) for row in column if row is not None}
         if len(widths) > 1:

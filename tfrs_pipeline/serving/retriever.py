@@ -22,9 +22,15 @@ from tfrs_pipeline.serving.graph_index import read_saved_index
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.live import Item, LiveItems
-from tfrs_pipeline.serving.loaded_towers import LoadedTowers, as_ids, id_lists_of
 from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.signatures import AsksBy, Retrieval, ask
+from tfrs_pipeline.serving.signatures import (
+    AsksBy,
+    LoadedTowers,
+    Retrieval,
+    as_ids,
+    ask,
+    id_lists_of,
+)
 
 Allowed: TypeAlias = Sequence[Collection[str]] | None
 """For each query, values of the item filter (`filter_by` of the export): only items with one of

@@ -40,7 +40,7 @@ class RetrievalModule(tf.Module):
     ) -> None:
         super().__init__(name="retrieval")
         self.encoder = encoder
-        self.exact = index.exact
+        self.exact = index.exact if isinstance(index, ScannIndex) else index
         self._index = index
         self._item_filter = item_filter
         self._has_item_bias = has_item_bias
@@ -241,10 +241,8 @@ def difference(expected: _Arrays, answer: _Arrays) -> str:
         return ""
     scores, is_other = expected["scores"], answer["candidate_ids"] != expected["candidate_ids"]
     # Ids are compared only where neither neighbour has the same score.
-    is_tied = np.zeros(scores.shape, bool)
-    is_close = np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE
-    is_tied[:, 1:] |= is_close
-    is_tied[:, :-1] |= is_close
+    is_close = np.pad(np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE, [[0, 0], [1, 1]])
+    is_tied = is_close[:, 1:] | is_close[:, :-1]
     num_other = int((is_other & ~is_tied & np.isfinite(scores)).sum())
     return f"{num_other} of {scores.size} candidate ids differ" if num_other else ""
 
