@@ -46,16 +46,12 @@ class SignatureInputs:
         optional: Collection[str],
     ) -> None:
         self._specs = dict(specs)
-        nullable = {TIMESTAMP, HISTORY_TIMESTAMPS, *features}
-        self._times = {name for name in nullable if name not in features or features[name].is_time}
+        times = {TIMESTAMP, HISTORY_TIMESTAMPS}
+        self._nullable = times | features.keys()
+        self._times = times | {name for name, feature in features.items() if feature.is_time}
         optional = {HISTORY_TIMESTAMPS, *optional}
         self._max_results = limits.max_results
-        types = {
-            name: _value_type(
-                name, spec, limits, is_nullable=name in nullable, is_time=name in self._times
-            )
-            for name, spec in specs.items()
-        }
+        types = {name: self._value_type(name, spec, limits) for name, spec in specs.items()}
         columns = {
             name: _list_of(types[name], limits.max_queries) if spec.shape.rank else types[name]
             for name, spec in specs.items()
@@ -73,10 +69,7 @@ class SignatureInputs:
             columns = self._of_rows(given)
         else:
             columns = _checked(self._columns, self._named(given), "inputs")
-        arrays = {
-            name: _array(name, column, self._specs[name], is_time=name in self._times)
-            for name, column in columns.items()
-        }
+        arrays = {name: self._array(name, column) for name, column in columns.items()}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise bad_request(f"All inputs must have as many queries. Received: {sizes}")
@@ -109,6 +102,61 @@ class SignatureInputs:
             names = ", ".join(self._specs)
             raise bad_request(f"Unknown input {_shown(min(unknown))}; the signature has {names}.")
         return value
+
+    def _value_type(self, name: str, spec: tf.TensorSpec, limits: ServeSettings) -> Any:
+        """Returns the type of an input's value for a query, or for the whole request."""
+        value: Any
+        if spec.dtype == tf.string:
+            value = Annotated[bytes, BeforeValidator(_text)]
+        elif spec.dtype.is_integer:
+            low, high = (1, limits.max_k) if name == "k" else (spec.dtype.min, spec.dtype.max)
+            value = Annotated[int, Field(strict=True, ge=low, le=high)]
+        else:
+            value = Annotated[float, Field(strict=True)]
+        if name in self._times:
+            value = Annotated[value, BeforeValidator(_seconds)]
+        if name in self._nullable:
+            value = Annotated[value, _OR_NULL]
+        if spec.shape.rank < 2:
+            return value
+        lengths = {
+            "exclude": limits.max_exclude,
+            "allowed": limits.max_exclude,
+            "history": limits.max_history,
+            HISTORY_TIMESTAMPS: limits.max_history,
+        }
+        width = spec.shape[1]
+        values = _list_of(value, width or lengths.get(name), min_length=width or 0)
+        return Annotated[values, _OR_NULL] if name in self._nullable else values
+
+    def _array(self, name: str, column: Any) -> np.ndarray:
+        shape, dtype = self._specs[name].shape, self._specs[name].dtype
+        missing = missing_value(dtype)
+
+        def known(values: list[Any]) -> list[Any]:
+            return [missing if value is None else value for value in values]
+
+        if shape.rank < 2:
+            array = np.array(known(column) if shape.rank else column, dtype.as_numpy_dtype)
+        else:
+            widths = {len(row) for row in column if row is not None}
+            if len(widths) > 1:
+                empty = '""' if dtype == tf.string else "-1" if dtype.is_integer else "NaN"
+                raise bad_request(
+                    f"Input {name!r} must have lists of one length: fill the shorter ones with "
+                    f"{empty}. Received lengths: {sorted(widths)[:5]}"
+                )
+            width = widths.pop() if widths else shape[1] or 0
+            rows = [[missing] * width if row is None else known(row) for row in column]
+            array = np.array(rows, dtype.as_numpy_dtype).reshape(len(column), width)
+        if dtype.is_floating and np.isinf(array).any():
+            raise bad_request(f"Input {name!r} takes finite {dtype.name} values, or NaN.")
+        if name in self._times and (array > MAX_SECONDS).any():
+            raise bad_request(
+                f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
+                f"{np.nanmax(array):.0f}, which is after the year 5000."
+            )
+        return array
 
 
 class PredictCall(NamedTuple):
@@ -218,35 +266,6 @@ def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
         raise refusal(error, where) from None
 
 
-def _value_type(
-    name: str, spec: tf.TensorSpec, limits: ServeSettings, *, is_nullable: bool, is_time: bool
-) -> Any:
-    """Returns the type of an input's value for a query, or for the whole request."""
-    value: Any
-    if spec.dtype == tf.string:
-        value = Annotated[bytes, BeforeValidator(_text)]
-    elif spec.dtype.is_integer:
-        low, high = (1, limits.max_k) if name == "k" else (spec.dtype.min, spec.dtype.max)
-        value = Annotated[int, Field(strict=True, ge=low, le=high)]
-    else:
-        value = Annotated[float, Field(strict=True)]
-    if is_time:
-        value = Annotated[value, BeforeValidator(_seconds)]
-    if is_nullable:
-        value = Annotated[value, _OR_NULL]
-    if spec.shape.rank < 2:
-        return value
-    lengths = {
-        "exclude": limits.max_exclude,
-        "allowed": limits.max_exclude,
-        "history": limits.max_history,
-        HISTORY_TIMESTAMPS: limits.max_history,
-    }
-    width = spec.shape[1]
-    values = _list_of(value, width or lengths.get(name), min_length=width or 0)
-    return Annotated[values, _OR_NULL] if is_nullable else values
-
-
 def _list_of(type_: Any, max_length: int | None, min_length: int = 0) -> Any:
     lengths = Field(strict=True, min_length=min_length, max_length=max_length)
     return Annotated[list[type_], FailFast(), lengths]
@@ -269,35 +288,6 @@ def _text(value: Any) -> bytes:
 def _seconds(value: Any) -> Any:
     """Converts text, a time in ISO 8601, to seconds since 1970; keeps other values."""
     return Timestamp.from_text(value).timestamp() if isinstance(value, str) else value
-
-
-def _array(name: str, column: Any, spec: tf.TensorSpec, *, is_time: bool) -> np.ndarray:
-    missing = missing_value(spec.dtype)
-
-    def known(values: list[Any]) -> list[Any]:
-        return [missing if value is None else value for value in values]
-
-    if spec.shape.rank < 2:
-        array = np.array(known(column) if spec.shape.rank else column, spec.dtype.as_numpy_dtype)
-    else:
-        widths = {len(row) for row in column if row is not None}
-        if len(widths) > 1:
-            empty = '""' if spec.dtype == tf.string else "-1" if spec.dtype.is_integer else "NaN"
-            raise bad_request(
-                f"Input {name!r} must have lists of one length: fill the shorter ones with "
-                f"{empty}. Received lengths: {sorted(widths)[:5]}"
-            )
-        width = widths.pop() if widths else spec.shape[1] or 0
-        rows = [[missing] * width if row is None else known(row) for row in column]
-        array = np.array(rows, spec.dtype.as_numpy_dtype).reshape(len(column), width)
-    if spec.dtype.is_floating and np.isinf(array).any():
-        raise bad_request(f"Input {name!r} takes finite {spec.dtype.name} values, or NaN.")
-    if is_time and (array > MAX_SECONDS).any():
-        raise bad_request(
-            f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
-            f"{np.nanmax(array):.0f}, which is after the year 5000."
-        )
-    return array
 
 
 def _check_times(arrays: Mapping[str, np.ndarray]) -> None:

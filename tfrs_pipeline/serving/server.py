@@ -108,8 +108,11 @@ class ModelServer:
         with self.versions.use() as version:
             return await _run(self.large, work, version)
 
-    async def predict(self, number: str | None, body: bytes) -> bytes:
+    async def predict(self, request: Request) -> Response:
         """Answers a predict call: a small one alone in the event loop, a large one by turns."""
+        if request.method != "POST":
+            raise HTTPException(405, headers={"Allow": "POST"})
+        number, body = self.number(request), await read_body(request, self.settings)
 
         def begin(version: ServedVersion) -> bytes | rest.PredictCall:
             call = rest.parse_predict(body, version.signatures)
@@ -123,19 +126,18 @@ class ModelServer:
             is_small = len(body) <= SMALL_BODY_BYTES
             start = time.monotonic()
             if is_small and version.num_uses == 1 and start > self.slow_until:
-                call = begin(version)  # A change of threads takes a fifth of a short call.
+                answer = begin(version)  # A change of threads takes a fifth of a short call.
                 if (seconds := time.monotonic() - start) > SLOW_SECONDS:
                     self.slow_until = start + PAUSE * seconds
             else:
-                call = await _run(self.threads if is_small else self.large, begin, version)
-            if isinstance(call, bytes):
-                return call
-            parts = [
-                await _run(self.large, version.call, call.signature, part)
-                for part in call.slices(SMALL_QUERIES, SMALL_RESULTS)
-            ]
-            outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            return await _run(self.large, rest.format_outputs, outputs, call.is_row_format)
+                answer = await _run(self.threads if is_small else self.large, begin, version)
+            if not isinstance(answer, bytes):
+                call, parts = answer, []
+                for part in call.slices(SMALL_QUERIES, SMALL_RESULTS):
+                    parts.append(await _run(self.large, version.call, call.signature, part))
+                outputs = {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+                answer = await _run(self.large, rest.format_outputs, outputs, call.is_row_format)
+            return Response(answer, media_type="application/json")
 
 
 def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str, Any]:
@@ -221,22 +223,13 @@ class PredictCalls:
         if not found:
             await self._app(scope, receive, send)
             return
-        scope.update(path_params=found.groupdict(), endpoint=self.predict)
+        scope.update(path_params=found.groupdict(), endpoint=self._server.predict)
         request = Request(scope, receive)
         try:
-            response = await self.predict(request)
+            response = await self._server.predict(request)
         except HTTPException as error:
             response = await _http_error(request, error)
         await response(scope, receive, send)
-
-    async def predict(self, request: Request) -> Response:
-        """Answers a predict call."""
-        if request.method != "POST":
-            raise HTTPException(405, headers={"Allow": "POST"})
-        number = self._server.number(request)
-        body = await read_body(request, self._server.settings)
-        answer = await self._server.predict(number, body)
-        return Response(answer, media_type="application/json")
 
 
 def _add_model(app: Starlette, server: ModelServer) -> None:
