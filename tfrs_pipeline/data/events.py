@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import ibis
 import ibis.expr.types as ir
@@ -19,7 +20,6 @@ from tfrs_pipeline.data.columns import (
     to_timestamp,
     type_features,
 )
-from tfrs_pipeline.data.event_types import keep_weighted, refuse_unread, stage_and_weight
 from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable, is_usable_weight
@@ -30,10 +30,19 @@ from tfrs_pipeline.messages import printable
 _NUM_LOOKED_AT = 1000
 _MOST_STAGES = 100  # A column with more values is free text.
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
+EVENT_NAMES = (
+    *("event", "event_type", "event_name", "action", "action_type", "behavior", "behavior_type"),
+    *("behaviour", "behaviour_type", "interaction", "interaction_type", "activity"),
+)
+"""Usual names of a column of event types."""
+
+_MOST_TYPES = 50  # A column with more values does not hold types.
+_MOST_TOLD = 10
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
 # An outcome that did not happen is often left empty.
 _NO, _YES = {"0", "0.0", "false", "n", "no", "nan", ""}, {"1", "1.0", "true", "y", "yes"}
-# Usual names elsewhere for the column `request_id`.
+# Usual names elsewhere for the columns `timestamp` and `request_id`.
+_TIMES = ("time", "date", "datetime", "ts", "created_at", "event_time", "time_ms")
 _REQUESTS = ("search_id", "query_id", "impression_id", "req_id", "list_id", "slate_id", "feed_id")
 _VISITS = ("session_id", "session", "visit_id", "visit")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
@@ -72,7 +81,7 @@ def load_events(
     names, unread = _event_columns(scanned, stages_in, reading, request_features)
     raw, of_other_types = scanned.load(names), list[Dropped]()
     if stages_in == "event":
-        raw, of_other_types = keep_weighted(raw, reading.event_weights)
+        raw, of_other_types = _keep_weighted(raw, reading.event_weights)
     columns: dict[str, ir.Value] = {}
     if unread:
         hint = "" if "request_id" in names else _request_hint(unread, reading)
@@ -89,7 +98,7 @@ def load_events(
         columns["timestamp"] = to_timestamp(raw, "timestamp", reading, reading.period())
         raw.fault("timestamp", columns["timestamp"].isnull(), rules.NO_TIME)
     columns["event_number"] = raw.table["_row"]
-    columns["stage"], weight = _stage(raw, stages_in, reading), ibis.literal(1.0)
+    columns["stage"], weight = _stage_and_weight(raw, stages_in, reading)
     requests = {name: kind for name, kind in request_features.items() if name in names}
     type_features(raw, columns, requests, reading)
     for name in names:
@@ -99,8 +108,6 @@ def load_events(
                 _note_amounts(raw, name, columns[name])
         elif name not in columns and name not in (stages_in, "weight"):
             columns[name] = _other_column(raw, name)
-    if stages_in == "event":
-        columns["stage"], weight = stage_and_weight(raw, reading.event_weights)
     if reading.label:
         columns["stage"], weight = _relabel(columns, reading.label)
     if "weight" in names:
@@ -140,16 +147,16 @@ def _event_columns(
     if stages_in or reading.label:
         absent -= {"stage", "rating"}
     # A log whose stage or time is overlooked would silently become another kind of log.
-    for name in set(names) & set(schema.TIMES_ELSEWHERE) & set(reading.columns):
-        if "timestamp" in absent:
-            problems.append(
-                f"columns.{name}: did you mean 'timestamp'? The log has none. To keep it as a "
-                "column that is not a time, give it another name."
-            )
+    problems += [
+        f"columns.{name}: did you mean 'timestamp'? The log has none. To keep it as a column that "
+        "is not a time, give it another name."
+        for name in reading.columns
+        if name in _TIMES and "timestamp" in absent
+    ]
     unread = [column for column in scanned.columns if column not in names.values()]
     for column in unread:
         near = difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85)
-        if not near and "timestamp" in absent and column.lower() in schema.TIMES_ELSEWHERE:
+        if not near and "timestamp" in absent and column.lower() in _TIMES:
             near = ["timestamp"]
         if near:
             problems.append(
@@ -160,8 +167,7 @@ def _event_columns(
     if absent & {"stage", "timestamp"}:
         _refuse_values(scanned, unread, absent)
     if "stage" in absent:
-        _refuse_outcomes(scanned, [name for name in unread if name.lower() in _OUTCOMES])
-        refuse_unread(scanned, unread)
+        _refuse_clicks(scanned, unread)
     return names, unread
 
 
@@ -198,19 +204,34 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
             )
 
 
-def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
-    """Refuses (`DataError`) unread columns with an outcome's name that hold 1 in some rows only."""
-    for name in columns:
-        found = {value.lower() for value in scanned.values(name, _MOST_STAGES)}
-        if found & _NO and found & _YES and found <= _NO | _YES:
-            column = printable(name)
-            raise DataError(
-                f"{Source(scanned.name).column(name)} is not read and holds 1 (or true, or yes) in "
-                "some rows and 0 or nothing in others, and the log has no stage, rating or label: "
-                f"every row would be a click. Add {column}=1 to label; or {column}={column} to "
-                "columns, if it is a column like others.",
-                "label",
+def _refuse_clicks(scanned: Scan, unread: Iterable[str]) -> None:
+    """Refuses (`DataError`) unread outcomes and types of events, if every row would be a click.
+
+    They have usual names. An outcome holds 1 in some rows only, and types are several, but few.
+    """
+    for name in (name for name in unread if name.lower() in {*_OUTCOMES, *EVENT_NAMES}):
+        column, values = printable(name), scanned.values(name, _MOST_TYPES + 1)
+        found, types = {value.lower() for value in values}, [value for value in values if value]
+        if name.lower() in _OUTCOMES and found & _NO and found & _YES and found <= _NO | _YES:
+            holds = (
+                "1 (or true, or yes) in some rows and 0 or nothing in others, and the log has no "
+                "stage, rating or label"
             )
+            add, setting = f"Add {column}=1 to label; or", "label"
+        elif name.lower() in EVENT_NAMES and 1 < len(types) <= _MOST_TYPES:
+            holds = f"{len(types)} types of events ({printable(', '.join(types), 200)})"
+            add = (
+                "Set event_weights, such as purchase=5 click=1 view=exposed (a number is the "
+                "weight of a positive; exposed was only shown; other types are dropped); or add"
+            )
+            setting = "event_weights"
+        else:
+            continue
+        raise DataError(
+            f"{Source(scanned.name).column(name)} is not read and holds {holds}: every row would "
+            f"be a click. {add} {column}={column} to columns, if it is a column like others.",
+            setting,
+        )
 
 
 def _request_hint(unread: Iterable[str], reading: Reading) -> str:
@@ -234,24 +255,79 @@ def _is_mistyped(name: str, column: str) -> bool:
     return plain != other and bool(difflib.get_close_matches(plain, [other], cutoff=0.85))
 
 
-def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringValue:
+def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:
+    """Deletes the rows of types without a weight; returns the table and what was deleted.
+
+    A `DataError` if `weights` names a type that no row has but resembles another: a typing error.
+    """
+    typed = raw.table.select(name=_event_types(raw))
+    found = typed.group_by("name").agg(num=typed.count()).to_pyarrow().to_pylist()
+    counts = {row["name"]: row["num"] for row in found if row["name"] is not None}
+    others = {name: num for name, num in counts.items() if name not in weights}
+    for name in weights:
+        if name not in counts and (near := difflib.get_close_matches(name, others, n=1)):
+            raise DataError(
+                f"event_weights.{printable(name)}: no row has this type; did you mean "
+                f"{printable(repr(near[0]))}?",
+                "event_weights",
+            )
+    told = (
+        f"{printable(name)} {counts.get(name, 0):,} "
+        f"({meaning if meaning == 'exposed' else f'positive, weight {meaning:g}'})"
+        for name, meaning in weights.items()
+    )
+    raw.notes.append(f"{raw.source.column('event')}: {', '.join(told)}")
+    unweighted = raw.table.filter(~_event_types(raw).isin([*weights])).select("_row")
+    raw.table.get_backend().con.execute(
+        f'DELETE FROM "{raw.table.get_name()}" '
+        f"WHERE _row IN ({ibis.to_sql(unweighted, dialect='duckdb')})"
+    )
+    column = printable(repr(raw.source.columns.get("event", "event")))
+    ranked = sorted(others.items(), key=lambda pair: -pair[1])
+    listed = {name.casefold(): name for name in weights}
+    dropped = []
+    for name, num in ranked[:_MOST_TOLD]:
+        same = listed.get(name.casefold())
+        but = "" if same is None else f" ({printable(repr(same))} has, so write both the same)"
+        what = f"column {column} is {printable(repr(name))}, which has no weight{but}"
+        dropped.append(Dropped(what, num))
+    if num_rest := sum(num for _, num in ranked[_MOST_TOLD:]):
+        dropped.append(Dropped(f"column {column} is of another type without a weight", num_rest))
+    return replace(raw, num_rows=raw.num_rows - sum(others.values())), dropped
+
+
+def _event_types(raw: RawTable) -> ir.StringValue:
+    return raw.table["event"].cast("string").strip()
+
+
+def _stage_and_weight(
+    raw: RawTable, stages_in: str | None, reading: Reading
+) -> tuple[ir.StringValue, ir.FloatingValue]:
+    """Returns the stage and the weight of each event; an exposed one weighs 1."""
+    neutral = ibis.literal(1.0)
     if stages_in == "stage":
         value = stage = raw.table["stage"].cast("string")
         if reading.stage_values:
             stage = value.cases(*reading.stage_values.items(), else_=value)
         raw.fault("stage", value.isnull(), rules.NO_STAGE)
         raw.fault("stage", stage.notin([str(each) for each in Stage]), rules.UNKNOWN_STAGE)
-        return stage
+        return stage, neutral
     if stages_in == "rating":
         rating = to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), rules.NO_RATING)
         lowest = ibis.literal(float(reading.rating_threshold or 0))
         if raw.table["rating"].type().is_float32():  # 4.1 in float32 is below 4.1 in float64.
             lowest = lowest.cast("float32").cast("float64")
-        return (rating >= lowest).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+        return (rating >= lowest).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value), neutral
     if stages_in == "event":
         raw.fault("event", raw.table["event"].isnull(), rules.NO_TYPE)
-    return ibis.literal((Stage.EXPOSED if reading.label else Stage.CLICKED).value)
+        value, weights = _event_types(raw), reading.event_weights
+        # As text, because DuckDB reads the literal 1.0 as a decimal.
+        positive = {name: str(weight) for name, weight in weights.items() if weight != "exposed"}
+        stage = value.isin([*positive]).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+        weight = value.cases(*positive.items(), else_="1") if positive else ibis.literal("1")
+        return stage, weight.cast("float64")
+    return ibis.literal((Stage.EXPOSED if reading.label else Stage.CLICKED).value), neutral
 
 
 def _relabel(

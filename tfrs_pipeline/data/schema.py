@@ -28,9 +28,6 @@ LOG_COLUMNS = (
 )
 """Columns of an event table that mean something to a log; any other one is context."""
 
-TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time", "time_ms")
-"""Common names elsewhere for the column `timestamp`."""
-
 MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 """The range of weights that float32 can hold and add up."""
 

@@ -10,12 +10,19 @@ from ibis.backends.duckdb import Backend as DuckDB
 from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.columns import is_integer, to_required_id, type_features
 from tfrs_pipeline.data.engines import connect, random_key
-from tfrs_pipeline.data.event_types import strongest, with_event_column
-from tfrs_pipeline.data.events import load_events
-from tfrs_pipeline.data.files import scan
+from tfrs_pipeline.data.events import EVENT_NAMES, load_events
+from tfrs_pipeline.data.files import Scan, scan
 from tfrs_pipeline.data.requests import check_names, whole_seconds
 from tfrs_pipeline.data.rules import RawTable, store
-from tfrs_pipeline.data.schema import DataError, Dropped, Source, TieRule, count_rows, is_positive
+from tfrs_pipeline.data.schema import (
+    DataError,
+    Dropped,
+    Source,
+    Stage,
+    TieRule,
+    count_rows,
+    is_positive,
+)
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse
@@ -39,7 +46,7 @@ def make_tables(
     item_features, user_features, request_features = features
     refuse(reading.name_problems(request_features))
     scanned = scan(connection, source, "event table")
-    reading = with_event_column(reading, scanned)
+    reading = _with_event_column(reading, scanned)
     outcomes = (*reading.label, *(["event"] if reading.event_weights else []))
     check_names(request_features, outcomes, reading.columns)
     given = {"item_id": (items, item_features), "user_id": (users, user_features)}
@@ -55,7 +62,7 @@ def make_tables(
             entity.drop()
     num_reasons = len(raw.dropped)
     if reading.event_weights and "request_id" in events.columns:
-        num_rows, events = count_rows(events), strongest(events)
+        num_rows, events = count_rows(events), _strongest(events)
         if num := num_rows - count_rows(events):
             reason = "into a stronger event of the item in the same request"
             raw.dropped.append(Dropped(reason, num, is_merged=True))
@@ -76,6 +83,34 @@ def make_tables(
     )
     found = {"ties": rule, "dropped": tuple(raw.dropped), "notes": (*raw.notes, *notes)}
     return (events, items, users), found
+
+
+def _with_event_column(reading: Reading, scanned: Scan) -> Reading:
+    """Adds the column of event types to `columns`, if there are weights and one usual name."""
+    if not reading.event_weights or "event" in reading.columns:
+        return reading
+    found = [name for name in scanned.columns if name.lower() in EVENT_NAMES]
+    if len(found) != 1:
+        what = f"{' and '.join(found)} may be it" if found else "none has a usual name"
+        listed = printable(", ".join(scanned.columns), 300)
+        raise DataError(
+            f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
+            f"{listed}. Add event=COLUMN to columns.",
+            "columns",
+        )
+    return reading.model_copy(update={"columns": {**reading.columns, "event": found[0]}})
+
+
+def _strongest(events: ibis.Table) -> ibis.Table:
+    """Keeps one event of each user and item in a request: the positive of the largest weight.
+
+    Without a positive it is the first event. Events without a request are all kept.
+    """
+    keys = [x for x in ("user_id", "item_id", "request_id", "part") if x in events.columns]
+    is_shown = (events["stage"] == Stage.EXPOSED.value).cast("int8")
+    order = [is_shown, events["weight"].desc(), events["event_number"]]
+    place = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
+    return events.filter((place == 0) | events["request_id"].isnull())
 
 
 def _check_positives(events: ibis.Table, source: Source) -> None:

@@ -20,7 +20,6 @@ _FLAT: dict[str, type] = {
     "weight": np.float32,
     "time": np.int64,
 }
-_MASKS = ("known_positives", "exposed")
 _POOL_SIZE = "num_hard_"
 
 
@@ -290,7 +289,7 @@ def _convert(folder: Path, columns: Path) -> None:
         if name in names:
             write(name, dtype, read("samples", name))
     write_starts("sequences", "samples")
-    for name in _MASKS:
+    for name in ("known_positives", "exposed"):
         write(name, np.int32, read(name, "candidate_row"))
         write_starts(name, name)
     for name in names:

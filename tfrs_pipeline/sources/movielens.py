@@ -4,6 +4,7 @@ Ratings of 4 and 5 are clicks, lower ones exposures. The data are fetched, never
 """
 
 import bisect
+import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -171,9 +172,8 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
     targets = {
         route: cache_dir / f"movielens-100k-{route.lower().replace(' ', '-')}" for route in fetchers
     }
-    for target in targets.values():
-        if target.exists():
-            return target
+    if cached := [target for target in targets.values() if target.exists()]:
+        return cached[0]
     reasons = []
     cache_dir.mkdir(parents=True, exist_ok=True)
     for route, fetch in fetchers.items():
@@ -187,12 +187,9 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
                 logger.info("%s: %s; going on", route, error)
                 reasons.append(f"{route}: {error}")
                 continue
-            try:
+            # If another process was first, its folder is whole, since it was renamed too.
+            with contextlib.suppress(OSError):
                 files.rename(targets[route])
-            except OSError:
-                # Another process was first: its folder is whole, since it was renamed too.
-                if not targets[route].exists():
-                    raise
         return targets[route]
     raise DataError(
         f"MovieLens-100K could not be fetched ({'; '.join(reasons)}). Download ml-100k.zip where "
