@@ -2,9 +2,10 @@
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +15,21 @@ from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.contract import check_engine, check_entities, check_events
-from tfrs_pipeline.data.describe import describe, listed
 from tfrs_pipeline.data.engines import connect, open_parquet, replace, write_parquet
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.requests import check_names, check_request_features
+from tfrs_pipeline.data.schema import is_positive
 from tfrs_pipeline.data.settings import Reading, SplitConfig
 from tfrs_pipeline.data.split import Split, split_events
 from tfrs_pipeline.data.tables import make_tables, settle_ties
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
-from tfrs_pipeline.messages import Lines
+from tfrs_pipeline.messages import Lines, counted
 from tfrs_pipeline.settings import ConfigError
+
+# Table -> the column that its rows are ordered by in a file.
+_KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+# A hundredth of this many positives or more is told if it holds more than this share of the weight.
+_MANY, _MUCH_WEIGHT = 200, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,7 +313,7 @@ class Log:
     def __repr__(self) -> str:
         # In Spark, counting may take minutes.
         backend = self.events.get_backend().name
-        holds = listed(self.counts()) if backend == "duckdb" else f"tables in {backend}"
+        holds = _listed(self.counts()) if backend == "duckdb" else f"tables in {backend}"
         features = ", ".join({**self.item_features, **self.user_features})
         return f"Log({holds}; order {self.order}; features {features or 'none'})"
 
@@ -317,7 +323,7 @@ class Log:
 
     def describe(self) -> Lines:
         """Describes what the log holds and what was dropped, in lines."""
-        return Lines(describe(self))
+        return Lines(_described(self))
 
 
 def check_log(train: Any) -> None:
@@ -329,5 +335,64 @@ def check_log(train: Any) -> None:
         )
 
 
-# Table -> the column that its rows are ordered by in a file.
-_KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+def _described(log: Log) -> Iterator[str]:
+    counts = log.counts()
+    yield _listed(counts)
+    if log.order == "timestamp":
+        yield from _describe_times(log.events)
+    elif log.order == "event_number":
+        yield "no timestamps: the row order is taken as the event order"
+    if "weight" in log.events.columns:
+        yield from _describe_weights(log.events)
+    if log.part_of is not None:
+        yield "a part of a log: the whole log's description says what was dropped"
+        return
+    num_dropped = sum(each.num_rows for each in log.dropped if not each.is_merged)
+    num_read = counts["events"] + sum(each.num_rows for each in log.dropped)
+    dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"
+    yield f"dropped {dropped}"
+    for each in log.dropped:
+        rows = counted(each.num_rows, "row")
+        yield f"merged {rows} {each.reason}" if each.is_merged else f"dropped {rows}: {each.reason}"
+    yield from log.notes
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(counted(count, name[:-1]) for name, count in counts.items())
+
+
+def _describe_times(events: ibis.Table) -> Iterator[str]:
+    times = events["timestamp"]
+    days = events.group_by(day=(times.epoch_seconds() / 86_400).floor().cast("int64"))
+    of_days = days.agg(num=is_positive(events).sum(), first=times.min(), last=times.max())
+    found = of_days.order_by("day").to_pyarrow()
+    first, last = found["first"][0].as_py(), found["last"][-1].as_py()
+    # A wrong unit shows here.
+    yield f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
+    of_day = dict(zip(found["day"].to_pylist(), found["num"].to_pylist(), strict=True))
+    counts = [of_day.get(day, 0) for day in range(min(of_day), max(of_day) + 1)]
+    if len(counts) >= 3:  # A broken day shows here.
+        lowest = min(counts)
+        when = date(1970, 1, 1) + timedelta(min(of_day) + counts.index(lowest))
+        yield (
+            f"positives a day: median {statistics.median_low(counts):,}, lowest {lowest:,} on "
+            f"{when}, {counts[-1]:,} on the last day"
+        )
+
+
+def _describe_weights(events: ibis.Table) -> Iterator[str]:
+    weight = events.filter(is_positive)["weight"]
+    summary = (weight.min(), weight.max(), weight.quantile(0.99), weight.count())
+    least, most, high, num = (x.to_pyarrow().as_py() for x in summary)
+    if least == most:
+        return
+    yield (
+        f"weights of positives from {least:g} to {most:g}: they weigh the loss; metrics and "
+        "baselines count every positive once"
+    )
+    share = (weight.sum(where=weight > high) / weight.sum()).to_pyarrow().as_py()
+    if num >= _MANY and share is not None and share > _MUCH_WEIGHT:
+        yield (
+            f"a hundredth of the positives, those above {high:g}, holds {share:.0%} of the weight: "
+            "max_weight limits each"
+        )

@@ -157,9 +157,6 @@ class RawTable:
     texts: dict[str, tuple[ir.StringValue, bool]] = field(default_factory=dict)
     renaming: str = "columns"
 
-    def __contains__(self, column: str) -> bool:
-        return column in self.table.columns
-
     def drop(self) -> None:
         """Deletes the table from its database."""
         self.table.get_backend().drop_table(self.table.get_name())

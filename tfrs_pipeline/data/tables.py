@@ -14,15 +14,7 @@ from tfrs_pipeline.data.events import EVENT_NAMES, load_events
 from tfrs_pipeline.data.files import Scan, scan
 from tfrs_pipeline.data.requests import check_names, whole_seconds
 from tfrs_pipeline.data.rules import RawTable, store
-from tfrs_pipeline.data.schema import (
-    DataError,
-    Dropped,
-    Source,
-    Stage,
-    TieRule,
-    count_rows,
-    is_positive,
-)
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage, count_rows, is_positive
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse
@@ -259,7 +251,7 @@ def _type_entities(
     """Types and stores an item or user table, one row per id: features, and titles of items."""
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
     type_features(raw, columns, features, reading)
-    if "title" in raw and id_name == "item_id":
+    if "title" in raw.table.columns and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
     entities = raw.store_sound(columns, reading.max_bad_share)
     raw.note_missing(entities, [*columns][1:])
@@ -308,7 +300,7 @@ _STEPS = {"by day": 86_400, "by hour": 3_600, "by minute": 60, "by second": 1}
 # If the source sorts by item, the share of ascending item ids is farther from one half than this
 # bias, and than this many standard errors.
 _MIN_BIAS, _MIN_ERRORS = 0.1, 4
-_DONE: dict[TieRule, str] = {
+_DONE: dict[schema.TieRule, str] = {
     "order": "they keep the order of the source",
     "random": "their order is drawn at random",
     "drop": "none is in another's history, as items of one visit",
@@ -317,7 +309,7 @@ _DONE: dict[TieRule, str] = {
 
 def settle_ties(
     events: ibis.Table, ties: schema.Ties
-) -> tuple[ibis.Table, TieRule, tuple[str, ...]]:
+) -> tuple[ibis.Table, schema.TieRule, tuple[str, ...]]:
     """Decides the rule if it is "auto", redraws numbers for "random", and notes tied positives."""
     if "timestamp" not in events.columns:
         return events, "drop", ()

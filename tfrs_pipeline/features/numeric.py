@@ -11,16 +11,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from tfrs_pipeline.features.feature import NUMBER_TYPES, TIME_TYPES, Feature, TableColumn
-from tfrs_pipeline.features.raw import (
-    LARGEST_FLOAT32,
-    Column,
-    is_missing,
-    list_lengths,
-    to_numbers,
-    to_seconds,
-    typed,
-)
-from tfrs_pipeline.libraries import ibis, ir, pa, tf
+from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, to_numbers, to_seconds, to_vectors
+from tfrs_pipeline.libraries import ibis, ir, tf
 
 MAX_BUCKETS = 32
 MAX_DEVIATIONS = 10.0
@@ -253,7 +245,7 @@ class Vector(Feature):
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
         """Takes the most common length of lists, and the root mean square of their norms."""
-        vectors = _to_vectors(name, column)
+        vectors = to_vectors(name, column)
         squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
         return cls(name, vectors.shape[1], float(np.sqrt(np.nanmean(squares))) or 1.0)
 
@@ -264,7 +256,7 @@ class Vector(Feature):
 
     def to_raw(self, column: Column) -> np.ndarray:
         """Returns [n, num_values] float32, NaN in missing rows."""
-        return _to_vectors(self.name, column, self.num_values)
+        return to_vectors(self.name, column, self.num_values)
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] float32, NaN in rows with a missing or infinite number."""
@@ -280,33 +272,3 @@ class Vector(Feature):
     def from_text(text: str) -> Any:
         """Converts numbers separated by commas."""
         return [finite(number) for number in text.strip(" []").split(",")]
-
-
-def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
-    """Returns [n, length] float32, NaN in missing rows; the default length is the most common."""
-    must_hold, num_rows = f"Feature '{name}' must hold", len(column)
-    column, of_numbers = typed(column), pa.list_(pa.float32())
-    try:
-        if isinstance(column, pa.Array):
-            lists = column.cast(of_numbers, safe=False)
-        else:
-            lists = pa.array([None if is_missing(row) else row for row in column], of_numbers)
-    except pa.ArrowException as error:
-        raise ValueError(f"{must_hold} lists of numbers, or None: {error}.") from None
-    is_given, lengths = lists.is_valid().to_numpy(zero_copy_only=False), list_lengths(lists)
-    if length is None:
-        length = int(np.bincount(lengths[is_given], minlength=1).argmax())
-        if not length:
-            raise ValueError(f"{must_hold} vectors. Received: {num_rows} rows without.")
-    fits = is_given & (lengths == length)
-    vectors = np.full((num_rows, length), np.nan, np.float32)
-    vectors[fits] = lists.filter(fits).flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
-    is_bad = is_given & ~np.isfinite(vectors).all(axis=1)
-    if is_bad.any():
-        row = int(is_bad.argmax())
-        raise ValueError(
-            f"{must_hold} vectors of {length} finite float32 numbers, or None: it is missing. "
-            f"Received: others in {is_bad.sum()} of {num_rows} rows, such as row {row}, of length "
-            f"{lengths[row]}."
-        )
-    return vectors

@@ -125,6 +125,36 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
     return seconds
 
 
+def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
+    """Returns [n, length] float32, NaN in missing rows; the default length is the most common."""
+    must_hold, num_rows = f"Feature '{name}' must hold", len(column)
+    column, of_numbers = typed(column), pa.list_(pa.float32())
+    try:
+        if isinstance(column, pa.Array):
+            lists = column.cast(of_numbers, safe=False)
+        else:
+            lists = pa.array([None if is_missing(row) else row for row in column], of_numbers)
+    except pa.ArrowException as error:
+        raise ValueError(f"{must_hold} lists of numbers, or None: {error}.") from None
+    is_given, lengths = lists.is_valid().to_numpy(zero_copy_only=False), list_lengths(lists)
+    if length is None:
+        length = int(np.bincount(lengths[is_given], minlength=1).argmax())
+        if not length:
+            raise ValueError(f"{must_hold} vectors. Received: {num_rows} rows without.")
+    fits = is_given & (lengths == length)
+    vectors = np.full((num_rows, length), np.nan, np.float32)
+    vectors[fits] = lists.filter(fits).flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
+    is_bad = is_given & ~np.isfinite(vectors).all(axis=1)
+    if is_bad.any():
+        row = int(is_bad.argmax())
+        raise ValueError(
+            f"{must_hold} vectors of {length} finite float32 numbers, or None: it is missing. "
+            f"Received: others in {is_bad.sum()} of {num_rows} rows, such as row {row}, of length "
+            f"{lengths[row]}."
+        )
+    return vectors
+
+
 def typed(column: Column) -> Any:
     """Converts a typed column to an Arrow array; returns lists and object arrays unchanged."""
     if isinstance(column, pa.ChunkedArray):

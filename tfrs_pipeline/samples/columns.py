@@ -87,8 +87,7 @@ def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
     parts = part_files(folder / "samples.parquet")
     is_text = pa.types.is_string(pq.read_schema(parts[0]).field(column).type)
     as_codes = [column] if is_text else None
-    tables = [pq.read_table(part, columns=[column], read_dictionary=as_codes) for part in parts]
-    return pa.chunked_array([chunk for table in tables for chunk in table[column].chunks])
+    return pq.read_table(parts, columns=[column], read_dictionary=as_codes)[column]
 
 
 def encoded_columns(
