@@ -72,6 +72,16 @@ def test_one_that_cannot_catch_up_is_dropped_early() -> None:
     assert standing(stopped, budget).dropped == {"flat": (spent, behind)}
 
 
+def test_a_tie_with_a_leader_that_has_ended_is_not_worth_the_time() -> None:
+    # It can reach .3005: it gained .001 since 10 / 1.7 seconds.
+    slow = until(full("slow", [0.2970, 0.2975, 0.2980, 0.2983, 0.2985, 0.3], epoch=2.0), 5)
+    leader = full("leader", [0.30] * 6, epoch=2.0)
+    assert standing([until(leader, 5), slow]).dropped == {}
+    assert standing([full("leader", [0.30] * 5, epoch=2.0), slow]).dropped.keys() == {"slow"}
+    promising = until(full("slow", [0.2920, 0.2930, 0.2980, 0.2983, 0.2985, 0.3], epoch=2.0), 5)
+    assert standing([full("leader", [0.30] * 5, epoch=2.0), promising]).dropped == {}
+
+
 def test_who_stays_close_is_trained_to_the_end() -> None:
     """Close ones, equals (the first wins), and a lonely one."""
     close = {"one": [0.3, 0.4, 0.41], "other": [0.3, 0.39, 0.42]}

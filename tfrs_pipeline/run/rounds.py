@@ -18,6 +18,8 @@ FIRST_SECONDS = 10.0
 # Each round multiplies a recipe's CPU time. A recipe is expected to gain at most this many times
 # what it gained since 1 / LOOK_BACK of its time. Chosen on curves: docs/explanation/tried.md.
 STEP, LOOK_BACK, STILL_TO_GAIN = math.sqrt(2), 1.7, 2.0
+# What it must promise beside a leader that has ended, since a tie is not worth its time.
+WORTH_MORE_TIME = 1.01
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
     """Says which recipe trains the next epoch, and which are dropped.
 
     Each round multiplies the CPU seconds that a recipe has in total by `STEP`. After a round, a
-    recipe stays if it leads, or if what it can still reach is as good as the leader's best by then.
-    The leader wins after the `budget`, CPU seconds of all recipes together.
+    recipe stays if it leads, or if what it can still reach is as good as the leader's best by then,
+    and better if the leader has ended. The leader wins after the `budget`, CPU seconds of all
+    recipes together.
     """
     is_over = budget is not None and sum(curve.spent for curve in curves) >= budget
     number, racing, dropped = 1, list(curves), dict[str, tuple[float, float]]()
@@ -115,10 +118,12 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
         for curve in racing:
             if curve.spent < quota and not curve.has_ended:
                 return is_next(curve)
-        leading = max(curve.best_by(quota) for curve in racing)
+        leader = max(racing, key=lambda curve: curve.best_by(quota))
+        leading = leader.best_by(quota)
+        least = leading * (WORTH_MORE_TIME if leader.has_ended_by(quota) else 1.0)
         for curve in racing:
             best = curve.best_by(quota)
-            can_gain = not curve.has_ended_by(quota) and curve.reach(quota) >= leading
+            can_gain = not curve.has_ended_by(quota) and curve.reach(quota) >= least
             # The epoch that ends a turn may reach beyond the quota, and count for the winner.
             if curve.best < leading and not can_gain:
                 dropped[curve.name] = min(curve.spent, quota), leading - best
