@@ -16,7 +16,7 @@ import scipy.sparse.linalg
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.interactions import Interactions, history_matrix
-from tfrs_pipeline.evaluation.topk import retrieve_by_scores
+from tfrs_pipeline.evaluation.topk import ScoreRetriever
 from tfrs_pipeline.retrieval import Query
 
 
@@ -36,7 +36,7 @@ class GfcfRetriever:
 
     def fit(self, train: Log) -> GfcfRetriever:
         """Computes the two filters from the positives of a log."""
-        clicks = Interactions.from_log(train)
+        clicks = Interactions.of(train)
         self.items, interactions = clicks.items, clicks.matrix
         degrees = np.asarray(interactions.sum(axis=0)).ravel().astype(np.float64)
         user_scale = 1 / np.sqrt(np.maximum(np.asarray(interactions.sum(axis=1)).ravel(), 1))
@@ -58,7 +58,7 @@ class GfcfRetriever:
         exclude: Sequence[Collection[Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves by history; see `Retriever.retrieve`."""
-        return retrieve_by_scores(self._scores, self.items, queries, k, exclude)
+        return ScoreRetriever(self.items, self._scores).retrieve(queries, k, exclude)
 
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
         history = history_matrix(queries, self.items)

@@ -295,7 +295,7 @@ def measure_quality(
 
 def baseline_loop(baseline: tp.Ease | tp.Ials, data: RunData) -> Loop:
     """Makes the fit of a baseline, which is whole after its first epoch."""
-    interactions = Interactions.from_log(data.split.before_test)
+    interactions = Interactions.of(data.split.before_test)
     fitted: list[tp.Retriever] = []
 
     def fit(num_epochs: int) -> None:

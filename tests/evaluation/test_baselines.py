@@ -30,7 +30,7 @@ def test_a_log_marks_each_positive_once() -> None:
     events["stage"] = ["clicked"] * 4 + ["exposed"] * 2
     items, users = {"item_id": [30, 40, 10, 20]}, {"user_id": [*"uvw"]}
     log = Log(in_ibis(events), in_ibis(items), in_ibis(users))
-    found = Interactions.from_log(log)
+    found = Interactions.of(log)
     assert found.items.values.tolist() == [10, 20, 30, 40]
     # A row for u and for v; w has no positive.
     assert found.matrix.toarray().tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]

@@ -13,7 +13,7 @@ from tfrs_pipeline import Ease, Holdout, Query, Retriever, evaluate
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
-from tfrs_pipeline.evaluation.topk import retrieve_by_scores
+from tfrs_pipeline.evaluation.topk import ScoreRetriever
 
 IDS = np.arange(100, 112)
 COUNTS = np.array([9, 9, 6, 5, 4, 3, 2, 1, 1, 0, 0, 0])
@@ -35,7 +35,7 @@ class Scores:
         def score(queries: Sequence[Query]) -> np.ndarray:
             return self.scores[[query["user_id"] for query in queries]]
 
-        return self.spoil(*retrieve_by_scores(score, self.items, queries, k, exclude))
+        return self.spoil(*ScoreRetriever(self.items, score).retrieve(queries, k, exclude))
 
 
 def make_holdout(

@@ -24,7 +24,7 @@ from tfrs_pipeline.evaluation.interactions import (
     history_matrix,
     items_of,
 )
-from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
+from tfrs_pipeline.evaluation.topk import ScoreRetriever, exclude_rows_of
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 
 
@@ -88,21 +88,6 @@ class FittedPopularity:
         return self.items.take(rows), scores.astype(np.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class HistoryRetriever:
-    """Retrieves by the history of each query; the baselines below return it from `fit`.
-
-    `score` returns the scores of every item for each query, [num_queries, num_items].
-    """
-
-    items: Ids
-    score: Callable[[Sequence[Query]], np.ndarray]
-
-    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves by history, or like `MostPopular` without one; see `Retriever.retrieve`."""
-        return retrieve_by_scores(self.score, self.items, queries, k, exclude)
-
-
 @dataclass(frozen=True)
 class Repeats:
     """Retrieves the user's own items, the most frequent first, then the latest; then popular ones.
@@ -117,7 +102,7 @@ class Repeats:
         array([['b', 'c']], dtype=object)
     """
 
-    def fit(self, train: Log | Interactions) -> HistoryRetriever:
+    def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Counts the users of each candidate of a log, or of interactions."""
         train = Interactions.of(train)
         popular = _below_one(train.counts)
@@ -130,7 +115,7 @@ class Repeats:
                 own[found] = 1 + num - (1 + place) / (1 + len(columns))
             return scores
 
-        return HistoryRetriever(train.items, score)
+        return ScoreRetriever(train.items, score)
 
 
 # Among an item's successors, each further one counts this much of the one before it.
@@ -171,7 +156,7 @@ class Transitions:
         if self.prior <= 0 or self.window < 1:
             raise ValueError(f"prior must be above 0, window 1 or more. Received: {self}.")
 
-    def fit(self, train: Log | Sequences) -> HistoryRetriever:
+    def fit(self, train: Log | Sequences) -> ScoreRetriever:
         """Counts the transitions of a log, or of sequences; a `ValueError` if it has no order."""
         if not isinstance(train, Sequences):
             train = Sequences.from_log(train)
@@ -199,7 +184,7 @@ class Transitions:
             scores = (num[last] + _BEFORE * num[before]).toarray() + popular
             return scores / np.maximum(total, 1e-12)[:, np.newaxis]
 
-        return HistoryRetriever(items, score)
+        return ScoreRetriever(items, score)
 
 
 @dataclass(frozen=True)
@@ -221,7 +206,7 @@ class Ease:
         if self.l2 <= 0:
             raise ValueError(f"l2 must be above 0. Received: {self.l2}.")
 
-    def fit(self, train: Log | Interactions) -> HistoryRetriever:
+    def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Solves for the item-to-item weights; a `ValueError` if the corpus is too large."""
         train = Interactions.of(train)
         num_candidates = len(train.items)
@@ -263,7 +248,7 @@ class Ials:
                 f"alpha above 0. Received: {self}, num_iterations={self.num_iterations}."
             )
 
-    def fit(self, train: Log | Interactions) -> HistoryRetriever:
+    def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Factorizes the positives of a log, or interactions."""
         # The CPU class, because the library's factory would use a GPU if there is one. Imported
         # here because it takes a second, and the other baselines do not need it.
@@ -291,7 +276,7 @@ class Ials:
 
 def _by_product(
     train: Interactions, score: Callable[[scipy.sparse.csr_matrix], np.ndarray]
-) -> HistoryRetriever:
+) -> ScoreRetriever:
     """Scores histories as rows of a matrix; those without a trained item get the counts."""
 
     def or_popular(queries: Sequence[Query]) -> np.ndarray:
@@ -300,7 +285,7 @@ def _by_product(
         scores[histories @ (train.counts > 0) == 0] = train.counts
         return scores
 
-    return HistoryRetriever(train.items, or_popular)
+    return ScoreRetriever(train.items, or_popular)
 
 
 def _latest(positives: ibis.Table, share: float) -> ibis.Table:

@@ -35,18 +35,18 @@ class Interactions:
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
 
     @classmethod
-    def from_log(cls, log: Log) -> "Interactions":
-        """Collects the positives of a log; its items, ordered by id, are the corpus."""
-        items = items_of(log)
-        pairs = log.events.filter(is_positive).select("user_id", "item_id").distinct()
+    def of(cls, train: "Log | Interactions") -> "Interactions":
+        """Collects the positives of a log; its items, ordered by id, are the corpus.
+
+        Interactions are returned unchanged.
+        """
+        if isinstance(train, Interactions):
+            return train
+        items = items_of(train)
+        pairs = train.events.filter(is_positive).select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
         users = pairs["user_id"].combine_chunks().dictionary_encode().indices
         return cls.from_rows(items, users.to_numpy(), clicked_rows(pairs, items))
-
-    @classmethod
-    def of(cls, train: "Log | Interactions") -> "Interactions":
-        """Returns interactions unchanged, and collects those of a log."""
-        return train if isinstance(train, Interactions) else cls.from_log(train)
 
     @property
     def counts(self) -> np.ndarray:

@@ -6,6 +6,7 @@ is not found; a slot without a candidate has row 0 and score -inf. `ExactIndex` 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,28 +74,32 @@ def best_places(scores: np.ndarray, k: int) -> np.ndarray:
     return places[scores[places] > -np.inf]
 
 
-def retrieve_by_scores(
-    score_queries: Callable[[Sequence[Query]], np.ndarray],
-    corpus: Ids,
-    queries: Sequence[Query],
-    k: int,
-    exclude: Excluded = None,
-) -> Retrieved:
-    """Retrieves by scores, [num_queries, num_candidates] in the order of the corpus."""
-    check_asked(queries, k, exclude, ids_are_text=corpus.are_text)
-    exclude_rows = exclude_rows_of(corpus, exclude)
-    rows, scores = top_k_in_blocks(
-        lambda block: score_queries(queries[block]), len(queries), len(corpus), k, exclude_rows
-    )
-    return corpus.take(rows), scores
-
-
 def exclude_rows_of(corpus: Ids, exclude: Excluded) -> list[np.ndarray] | None:
     """Looks up the rows of excluded ids; unknown ones are dropped."""
     return None if exclude is None else [corpus.known_rows(ids) for ids in exclude]
 
 
-class ExactRetriever:
+@dataclass(frozen=True, eq=False)
+class ScoreRetriever:
+    """Retrieves by a score of every item for each query: `score` returns [num_queries, num_items].
+
+    The baselines return it from `fit`; their scores come from the history of a query.
+    """
+
+    items: Ids
+    score: Callable[[Sequence[Query]], np.ndarray]
+
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
+        """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
+        check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
+        exclude_rows = exclude_rows_of(self.items, exclude)
+        rows, scores = top_k_in_blocks(
+            lambda block: self.score(queries[block]), len(queries), len(self.items), k, exclude_rows
+        )
+        return self.items.take(rows), scores
+
+
+class ExactRetriever(ScoreRetriever):
     """Scores every candidate by a dot product: exact, in time linear in the size of the corpus.
 
     `embed_queries`, the query tower, turns queries into [num_queries, dim].
@@ -106,18 +111,12 @@ class ExactRetriever:
         candidate_embeddings: np.ndarray,
         embed_queries: Callable[[Sequence[Query]], np.ndarray],
     ) -> None:
-        self.corpus = Ids(candidate_ids)
-        self.candidate_embeddings = np.asarray(candidate_embeddings, np.float32)
-        if len(self.candidate_embeddings) != len(self.corpus):
+        items, embeddings = Ids(candidate_ids), np.asarray(candidate_embeddings, np.float32)
+        if len(embeddings) != len(items):
             raise ValueError(
-                f"candidate_embeddings must be [{len(self.corpus)}, dim], one row a candidate id. "
-                f"Received: `candidate_embeddings.shape` = {self.candidate_embeddings.shape}."
+                f"candidate_embeddings must be [{len(items)}, dim], one row a candidate id. "
+                f"Received: `candidate_embeddings.shape` = {embeddings.shape}."
             )
-        self._embed_queries = embed_queries
-
-    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
-        return retrieve_by_scores(self._scores, self.corpus, queries, k, exclude)
-
-    def _scores(self, queries: Sequence[Query]) -> np.ndarray:
-        return np.asarray(self._embed_queries(queries), np.float32) @ self.candidate_embeddings.T
+        super().__init__(
+            items, lambda queries: np.asarray(embed_queries(queries), np.float32) @ embeddings.T
+        )

@@ -1,6 +1,5 @@
 """Optimizers that update only a batch's rows, and the learning rate schedule."""
 
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -54,25 +53,13 @@ class LazyAdam(tf.keras.optimizers.Adam):
         learning_rate = tf.cast(self.learning_rate, variable.dtype)
         alpha = learning_rate * tf.sqrt(1 - beta_2_power) / (1 - beta_1_power)
         epsilon = self.epsilon * (tf.sqrt(1 - beta_2_power) if self.adaptive_epsilon else 1.0)
-        number = self._index_dict[self._var_key(variable)]
-        m = _update_rows(
-            self._momentums[number], rows, lambda old: old + (values - old) * (1 - self.beta_1)
-        )
-        v = _update_rows(
-            self._velocities[number],
-            rows,
-            lambda old: old + (tf.square(values) - old) * (1 - self.beta_2),
-        )
+        tables = slots_of(self, variable)
+        m, v = (tf.gather(table, rows) for table in tables)
+        m += (values - m) * (1 - self.beta_1)
+        v += (tf.square(values) - v) * (1 - self.beta_2)
+        for table, new in zip(tables, (m, v), strict=True):
+            table.scatter_update(tf.IndexedSlices(new, rows))
         variable.scatter_sub(tf.IndexedSlices((m * alpha) / (tf.sqrt(v) + epsilon), rows))
-
-
-def _update_rows(
-    table: tf.Variable, rows: tf.Tensor, update: Callable[[tf.Tensor], tf.Tensor]
-) -> tf.Tensor:
-    """Applies a function to distinct rows of a table, and returns the new rows."""
-    new = update(tf.gather(table, rows))
-    table.scatter_update(tf.IndexedSlices(new, rows))
-    return new
 
 
 # A step of Adagrad or LazyAdam touches the batch's rows; Adam's moments decay in whole tables.
