@@ -32,8 +32,9 @@ _NAMES = {
     "model.network": ("TwoTowerNetwork",),
     "model.settings": ("TrainingSettings", "TwoTowerSettings"),
     "model.two_tower": ("TwoTower",),
-    "negatives.hard": ("FunnelLosers",),
-    "negatives.kinds": ("InBatch", "Negatives", "Popularity", "SamplingFrame", "Uniform"),
+    "negatives.kinds": (
+        *("FunnelLosers", "InBatch", "Negatives", "Popularity", "SamplingFrame", "Uniform"),
+    ),
     "negatives.mixture": ("Mixture",),
     "retrieval": ("Query", "Retriever"),
     "run.race": ("Race", "race"),

@@ -2,8 +2,7 @@
 
 from typing import Any, Literal, TypeAlias, get_args
 
-from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.negatives.kinds import Popularity, Uniform
+from tfrs_pipeline.negatives.kinds import FunnelLosers, Popularity, Uniform
 
 _SEQUENCE: dict[str, Any] = {
     "model.negatives": (Uniform(512), Popularity(512)),

@@ -7,13 +7,12 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.negatives.hard import FunnelLosers
+from tfrs_pipeline.negatives.kinds import FunnelLosers
 from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 # A user who passes over an exposed item among a few says nothing about retrieval among millions;
-# that is for ranking. Building samples already removes such items from pools; a batch masks them
-# again.
+# that is for ranking. Building samples removes such items from pools; a batch masks them too.
 KNOWN, EXPOSED = REASONS = "known positives", "exposed items"
 
 Never = Mapping[str, tf.RaggedTensor]

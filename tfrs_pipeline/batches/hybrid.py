@@ -13,8 +13,13 @@ import tensorflow as tf
 from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
 from tfrs_pipeline.batches.hard import EXPOSED, KNOWN, HardDraws, Never, contains, never_shared
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.negatives.kinds import InBatch, Negatives, SamplingFrame, counts_as_in_batch
+from tfrs_pipeline.negatives.kinds import (
+    FunnelLosers,
+    InBatch,
+    Negatives,
+    SamplingFrame,
+    counts_as_in_batch,
+)
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 
@@ -120,17 +125,14 @@ class HybridBatches:
         """Mean of f over the drawn samples; a sample with empty pools has 0."""
         if self._hard is None:
             return 0.0
-        rate = self.examples.rate
-        total = drawn = 0.0
+        share = 0.0
+        of_one = self.frame.q_positive / np.maximum(self.samples.counts, 1)
         for place in _blocks(len(self.samples)):
             ends = slice(place.start, place.stop + 1)
             num_in = [np.diff(pool.offsets[ends]) for pool in self._pools.values()]
             has_any = np.any(num_in, axis=0)
-            rows = self.samples.candidate_rows[place]
-            rates = np.ones(len(rows)) if rate is None else rate[rows]
-            total += rates.sum()
-            drawn += rates[has_any].sum()
-        return self._hard.share * drawn / total
+            share += of_one[self.samples.candidate_rows[place][has_any]].sum()
+        return self._hard.share * share
 
     def dataset(
         self, start_step: int = 0, num_steps: int | None = None, slices: Slices | None = None

@@ -129,8 +129,7 @@ class UserSets(EpochExamples):
     An epoch visits every user once, in random order, and flips a coin for each of the user's
     candidates: it becomes input, part of the history, or a target, one of the query's positives.
     Copies of a candidate stay together, so that no target is in its own input. A user without input
-    has an empty history; one without targets is left out of the epoch. An order of the log is
-    ignored.
+    has an empty history; one without targets is left out of the epoch. The log's order is ignored.
 
     Users are spread evenly over an epoch's batches, which have about `batch_size` positives each.
     If the coins leave fewer users than batches, as in a tiny log, they are flipped again.

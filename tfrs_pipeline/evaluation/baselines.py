@@ -24,7 +24,7 @@ from tfrs_pipeline.evaluation.interactions import (
     history_matrix,
     items_of,
 )
-from tfrs_pipeline.evaluation.topk import ScoreRetriever, exclude_rows_of
+from tfrs_pipeline.evaluation.topk import ScoreRetriever
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 
 
@@ -76,10 +76,9 @@ class FittedPopularity:
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k most popular; see `Retriever.retrieve`. Queries may lack a history."""
         check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
-        excluded_rows = exclude_rows_of(self.items, exclude)
         rows = np.zeros((len(queries), k), np.int32)
         for i in range(len(queries)):
-            excluded = () if excluded_rows is None else excluded_rows[i]
+            excluded = self.items.known_rows(() if exclude is None else exclude[i])
             # At least k of the k + |excluded| most popular are not excluded.
             top = self._order[: k + len(excluded)]
             top = top[~np.isin(top, excluded)][:k]

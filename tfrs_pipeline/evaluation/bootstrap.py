@@ -46,8 +46,7 @@ def bootstrap_intervals(
     Values are [num_queries, num_columns]; a mean skips NaN. Whole queries are drawn with
     replacement, the same for every column, so columns stay paired. If `users`, [num_queries], holds
     a user twice, users are drawn with all their queries, because these are not independent. The
-    same seed and number of queries give the same resamples. Without resamples, low and high are
-    NaN.
+    same seed and number of queries give the same resamples; without any, low and high are NaN.
     """
     is_measured = ~np.isnan(values)
     filled = np.where(is_measured, values, 0.0)

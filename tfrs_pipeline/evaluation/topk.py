@@ -74,11 +74,6 @@ def best_places(scores: np.ndarray, k: int) -> np.ndarray:
     return places[scores[places] > -np.inf]
 
 
-def exclude_rows_of(corpus: Ids, exclude: Excluded) -> list[np.ndarray] | None:
-    """Looks up the rows of excluded ids; unknown ones are dropped."""
-    return None if exclude is None else [corpus.known_rows(ids) for ids in exclude]
-
-
 @dataclass(frozen=True, eq=False)
 class ScoreRetriever:
     """Retrieves by a score of every item for each query: `score` returns [num_queries, num_items].
@@ -92,9 +87,9 @@ class ScoreRetriever:
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
         check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
-        exclude_rows = exclude_rows_of(self.items, exclude)
+        excluded = None if exclude is None else [self.items.known_rows(ids) for ids in exclude]
         rows, scores = top_k_in_blocks(
-            lambda block: self.score(queries[block]), len(queries), len(self.items), k, exclude_rows
+            lambda block: self.score(queries[block]), len(queries), len(self.items), k, excluded
         )
         return self.items.take(rows), scores
 

@@ -32,8 +32,7 @@ class Exportable:
             in seconds since 1970, NaN where unknown.
         embed_candidates: Embeds candidates by rows [n], also within a graph. If there are features,
             it is called with `features=`, or without, and then uses those that the model holds.
-        variables: Variables and lookup tables that the two functions read. Nothing else of the
-            model is saved.
+        variables: Variables and lookup tables that the two functions read; no others are saved.
         items: A row for each candidate: `item_id`, columns to filter by and, optionally, `title`
             and `_listed`, whether to retrieve it.
         query_ids: [num_queries] int64, or object array of `str`: the users' ids; may be empty.

@@ -253,10 +253,7 @@ class SelfAttention(tf.keras.layers.Layer):
         self.norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
 
     def call(
-        self,
-        vectors: tf.Tensor,
-        gaps: tf.Tensor | None = None,
-        dropout: Dropout | None = None,
+        self, vectors: tf.Tensor, gaps: tf.Tensor | None = None, dropout: Dropout | None = None
     ) -> tf.Tensor:
         """Attends to [W, L, dim] vectors, oldest first: [W, L + 1, dim], output j sees the first j.
 

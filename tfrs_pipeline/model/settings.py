@@ -7,8 +7,7 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.data.schema import AskedBy
-from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
+from tfrs_pipeline.negatives.kinds import FunnelLosers, InBatch, Popularity, Uniform
 from tfrs_pipeline.settings import Config, Distinct, Listed, from_text
 
 DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]

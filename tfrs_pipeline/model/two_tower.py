@@ -179,12 +179,7 @@ class TwoTower(TwoTowerSettings):
     def _training_set(self, log: Log, folder: Path, chosen_by: dict[str, Any]) -> TrainingSet:
         """Builds the samples of a log in a folder, or reads them if this training built them."""
         refuse_others((folder / "checkpoints").glob("[!.]*"), folder / MADE_OF_FILE)
-        data = TrainingSet.build(
-            log,
-            folder / "samples",
-            seed=self.seed,
-            hard=self.hard,
-        )
+        data = TrainingSet.build(log, folder / "samples", seed=self.seed, hard=self.hard)
         told = {
             name: part.fingerprint() if hasattr(part, "fingerprint") else part
             for name, part in chosen_by.items()

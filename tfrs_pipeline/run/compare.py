@@ -25,8 +25,7 @@ from tfrs_pipeline.evaluation.results import (
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.negatives.hard import FunnelLosers
-from tfrs_pipeline.negatives.kinds import InBatch, Popularity, Uniform
+from tfrs_pipeline.negatives.kinds import FunnelLosers, InBatch, Popularity, Uniform
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all

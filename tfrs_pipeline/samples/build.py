@@ -20,7 +20,7 @@ from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Stage, TieRule, count_rows, is_positive, order_keys
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import part_files, write_record
-from tfrs_pipeline.negatives.hard import FunnelLosers
+from tfrs_pipeline.negatives.kinds import FunnelLosers
 from tfrs_pipeline.samples.columns import request_column
 from tfrs_pipeline.samples.store import NO_POSITIVE, RowLists, offsets_of, pool_size_column
 
