@@ -254,12 +254,9 @@ class TwoTowerNetwork(tfrs.Model):
         """Refuses (`ValueError`) a query tower that does not read whole sequences."""
         row = tf.zeros([1], tf.int32)
         sequence = tf.zeros([1, self.history_length], tf.int32)
-        batch = Batch(row, sequence_rows=sequence, state=row)
-        if self.reads_times:
-            times = tf.zeros([1, self.history_length + 1], tf.float64)
-            batch = batch._replace(sequence_times=times)
+        times = tf.zeros([1, self.history_length + 1], tf.float64) if self.reads_times else None
         try:
-            self._queries(batch)
+            self._queries(Batch(row, sequence_rows=sequence, sequence_times=times, state=row))
         except KeyError as error:
             # Keras appends the call's arguments to the message.
             if "history_" not in str(error.args[0]).partition("Call arguments")[0]:
