@@ -9,17 +9,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from tfrs_pipeline.data import rules, schema
-from tfrs_pipeline.data.columns import (
-    is_integer,
-    to_context,
-    to_id,
-    to_number,
-    to_outcome,
-    to_required_id,
-    to_timestamp,
-    type_features,
-)
+from tfrs_pipeline.data import columns, rules, schema
 from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable, is_usable_weight
@@ -82,7 +72,7 @@ def load_events(
     raw, of_other_types = scanned.load(names), list[Dropped]()
     if stages_in == "event":
         raw, of_other_types = _keep_weighted(raw, reading.event_weights)
-    columns: dict[str, ir.Value] = {}
+    typed: dict[str, ir.Value] = {}
     if unread:
         hint = "" if "request_id" in names else _request_hint(unread, reading)
         listed = printable(", ".join(unread), 300)
@@ -92,29 +82,29 @@ def load_events(
     for name in ("user_id", "item_id"):
         tables = [table for table in (raw, others[name]) if table is not None]
         # A list, not a generator, so that a wrong type in either table is refused.
-        as_integer = all([is_integer(table, name) for table in tables])
-        columns[name] = to_required_id(raw, name, as_integer=as_integer)
+        as_integer = all([columns.is_integer(table, name) for table in tables])
+        typed[name] = columns.to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
-        columns["timestamp"] = to_timestamp(raw, "timestamp", reading, reading.period())
-        raw.fault("timestamp", columns["timestamp"].isnull(), rules.NO_TIME)
-    columns["event_number"] = raw.table["_row"]
-    columns["stage"], weight = _stage_and_weight(raw, stages_in, reading)
+        typed["timestamp"] = columns.to_timestamp(raw, "timestamp", reading, reading.period())
+        raw.fault("timestamp", typed["timestamp"].isnull(), rules.NO_TIME)
+    typed["event_number"] = raw.table["_row"]
+    typed["stage"], weight = _stage_and_weight(raw, stages_in, reading)
     requests = {name: kind for name, kind in request_features.items() if name in names}
-    type_features(raw, columns, requests, reading)
+    columns.type_features(raw, typed, requests, reading)
     for name in names:
         if name in reading.label:
-            columns[name] = to_outcome(raw, name)
-            if "weight" not in names and not columns[name].type().is_boolean():
-                _note_amounts(raw, name, columns[name])
-        elif name not in columns and name not in (stages_in, "weight"):
-            columns[name] = _other_column(raw, name)
+            typed[name] = columns.to_outcome(raw, name)
+            if "weight" not in names and not typed[name].type().is_boolean():
+                _note_amounts(raw, name, typed[name])
+        elif name not in typed and name not in (stages_in, "weight"):
+            typed[name] = _other_column(raw, name)
     if reading.label:
-        columns["stage"], weight = _relabel(columns, reading.label)
+        typed["stage"], weight = _relabel(typed, reading.label)
     if "weight" in names:
-        weight = weight * _weight(raw, columns["stage"], reading.max_weight)
+        weight = weight * _weight(raw, typed["stage"], reading.max_weight)
     if reading.label or reading.event_weights or "weight" in names:
-        columns["weight"] = weight
-    events = raw.store_sound(columns, reading.max_bad_share)
+        typed["weight"] = weight
+    events = raw.store_sound(typed, reading.max_bad_share)
     raw.dropped.extend(of_other_types)
     raw.note_missing(events, requests)
     raw.drop()
@@ -313,7 +303,7 @@ def _stage_and_weight(
         raw.fault("stage", stage.notin([str(each) for each in Stage]), rules.UNKNOWN_STAGE)
         return stage, neutral
     if stages_in == "rating":
-        rating = to_number(raw, "rating")
+        rating = columns.to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), rules.NO_RATING)
         lowest = ibis.literal(float(reading.rating_threshold or 0))
         if raw.table["rating"].type().is_float32():  # 4.1 in float32 is below 4.1 in float64.
@@ -331,7 +321,7 @@ def _stage_and_weight(
 
 
 def _relabel(
-    columns: Mapping[str, ir.Value], label: Mapping[str, float]
+    typed: Mapping[str, ir.Value], label: Mapping[str, float]
 ) -> tuple[ir.StringValue, ir.FloatingValue]:
     """Returns stages and weights: exposed events become positives if a label column holds.
 
@@ -340,13 +330,13 @@ def _relabel(
     """
     terms = []
     for name, weight in label.items():
-        column = columns[name]
+        column = typed[name]
         holds = column if column.type().is_boolean() else column > 0
         # DuckDB reads the literal 1.0 as a decimal, and Ibis drops a cast to the type it assumes.
         as_double = ibis.literal(str(float(weight))).cast("float64")
         terms.append(ibis.coalesce(holds, False).ifelse(as_double, 0.0))
     weight = sum(terms)
-    stage, is_labelled = columns["stage"], weight > 0
+    stage, is_labelled = typed["stage"], weight > 0
     was_exposed = stage.isin([Stage.EXPOSED.value, Stage.CLICKED.value])
     new_stage = is_labelled.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
     return was_exposed.ifelse(new_stage, stage), (was_exposed & is_labelled).ifelse(weight, 1.0)
@@ -380,11 +370,11 @@ def _weight(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> i
 
 def _other_column(raw: RawTable, name: str) -> ir.Value:
     if name == "rank":
-        return to_number(raw, name, "int64")
+        return columns.to_number(raw, name, "int64")
     if name == "score":
-        return to_number(raw, name)
+        return columns.to_number(raw, name)
     if name == "request_id":
-        value = to_id(raw, name, as_integer=is_integer(raw, name))
+        value = columns.to_id(raw, name, as_integer=columns.is_integer(raw, name))
         # An empty id counts as missing, or all events without one would share a request.
         return value.strip().nullif("") if value.type().is_string() else value
-    return to_context(raw, name)
+    return columns.to_context(raw, name)
