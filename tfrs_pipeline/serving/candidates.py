@@ -323,7 +323,7 @@ class _Search:
     def _open(self, line: int, rows: np.ndarray) -> np.ndarray:
         """Returns which rows, [n], a query may return: [n] bool."""
         view, excluded, chosen = self.view, self.excluded[line], self.chosen[line]
-        rows = np.where(rows <= view.num_rows, rows, 0)  # The index may have newer ones.
+        rows = rows * (rows <= view.num_rows)  # Newer ones, which the index may have, become 0.
         is_open = rows > 0
         if view.removed_by is not None:
             is_open &= ~view.is_removed(rows)
