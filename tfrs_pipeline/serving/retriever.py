@@ -33,8 +33,7 @@ from tfrs_pipeline.serving.signatures import (
 )
 
 Allowed: TypeAlias = Sequence[Collection[str]] | None
-"""For each query, values of the item filter (`filter_by` of the export): only items with one of
-them are retrieved, and an empty list allows all. None allows all."""
+"""For each query, values of the item filter, of which items need one; none allow all."""
 
 
 def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "LoadedRetriever":
@@ -115,7 +114,8 @@ class LoadedRetriever(LoadedTowers):
                 and, if it reads times, the age of the history's items.
             k: See `Retriever.retrieve`.
             exclude: See `Retriever.retrieve`.
-            allowed: Values of the item filter for each query; see `Allowed`.
+            allowed: Values of the item filter (`filter_by` of the export) for each query. Only
+                items with one of them are retrieved; an empty list allows all.
 
         Raises:
             ValueError: If a query has another key, a user feature that the model does not read, or
