@@ -271,13 +271,6 @@ def _plans_of_kind(
     }, ""
 
 
-_OUTCOMES = (
-    (Outcome.BETTER, "beats", "beat"),
-    (Outcome.LEVEL, "ties with", "tie with"),
-    (Outcome.WORSE, "is worse than", "are worse than"),
-)
-
-
 def compared_in_words(evaluation: Evaluation, metric: str) -> str:
     """Says which plans are better than the first, tie with it or are worse, by the intervals."""
     results = evaluation.results
@@ -286,10 +279,15 @@ def compared_in_words(evaluation: Evaluation, metric: str) -> str:
     for name, differences in evaluation.differences.items():
         names[differences[metric].outcome].append(name)
     best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
+    verbs = {
+        Outcome.BETTER: ("beats", "beat"),
+        Outcome.LEVEL: ("ties with", "tie with"),
+        Outcome.WORSE: ("is worse than", "are worse than"),
+    }
     parts = [
-        f"{', '.join(names[outcome])} {words if len(names[outcome]) > 1 else word} {reference}"
-        for outcome, word, words in _OUTCOMES
-        if names[outcome]
+        f"{', '.join(found)} {verbs[outcome][len(found) > 1]} {reference}"
+        for outcome, found in names.items()
+        if found
     ]
     if best == reference:
         parts.insert(0, f"{reference} is highest")

@@ -12,7 +12,6 @@ from tfrs_pipeline import durable
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, flat_settings, load_config, with_settings
 from tfrs_pipeline.data.settings import DataConfig
-from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.messages import beside
 from tfrs_pipeline.model.settings import shape_problems
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
@@ -217,7 +216,7 @@ def trained_by(folder: Path) -> list[str]:
     """Identifies the training of a run's model by hashes of its epochs' records."""
     epochs = (folder / "checkpoints" / "two_tower").rglob("epoch-*.json")
     # The records hold times, so they differ between trainings, even with equal settings.
-    return sorted(map(file_hash, epochs))
+    return sorted(map(durable.file_hash, epochs))
 
 
 def own_version(config: RunConfig, folder: Path) -> Path | None:
@@ -226,8 +225,8 @@ def own_version(config: RunConfig, folder: Path) -> Path | None:
     for number in reversed(versions_of(config.model_folder)):
         version = config.model_folder / str(number)
         try:
-            manifest = read_record(version / MANIFEST_FILE, check_files=False)
-        except Damaged:
+            manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
+        except durable.Damaged:
             continue
         if "refreshed" not in manifest and manifest.get("training") == training:
             return version
@@ -246,7 +245,7 @@ def check_model_name(config: RunConfig) -> None:
     for number in versions_of(config.model_folder):
         path = config.model_folder / str(number) / MANIFEST_FILE
         # A model exported from Python has no config, so its data is not known.
-        manifest = read_record(path, check_files=False)
+        manifest = durable.read_record(path, check_files=False)
         theirs = manifest.get("config", {}).get("data")
         if theirs is None or manifest.get("log") != name_of_log(config.data):
             made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
@@ -300,7 +299,7 @@ def _source(path: Path, folder: RunFolder) -> Path:
 
 def _run_that_made(version: Path) -> Path:
     """Returns the folder of the run that exported a version; a `ConfigError` if it is gone."""
-    made_by = read_record(version / MANIFEST_FILE, check_files=False).get("run")
+    made_by = durable.read_record(version / MANIFEST_FILE, check_files=False).get("run")
     if made_by is None:
         raise _refused(
             f"{version} was exported from Python: no run holds its optimizer state. Use "

@@ -44,6 +44,8 @@ from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
 
+_NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none, not published"}, "export_folder": None}
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -211,9 +213,6 @@ def _read_result(config: RunConfig, folder: RunFolder, runner: Runner) -> RunRes
         return None
     runner.progress.step(report)
     return result
-
-
-_NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none, not published"}, "export_folder": None}
 
 
 def _read_exported(
