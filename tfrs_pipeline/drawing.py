@@ -33,7 +33,7 @@ PALETTE = {
 }
 # Unique colours for matplotlib to draw with; `finish` replaces them with the variables.
 _STAND_INS = {name: f"#0001{number:02x}" for number, name in enumerate(PALETTE, 1)}
-INK, SOFT, GRID, PAPER = (_STAND_INS[name] for name in ("ink", "soft", "line", "paper"))
+INK, SOFT, GRID = (_STAND_INS[name] for name in ("ink", "soft", "line"))
 SERIES = tuple(colour for name, colour in _STAND_INS.items() if name.startswith("series"))
 # Distinguishable without colour.
 MARKERS = ("o", "s", "^", "D", "v")

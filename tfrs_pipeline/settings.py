@@ -82,10 +82,11 @@ def refused_by_name(made: type[T]) -> type[T]:
 
     @functools.wraps(checked)
     def init(self: Any, *values: Any, **settings: Any) -> None:
-        # Errors name an argument by its name alone.
-        named = dict(zip(names, values, strict=False))
+        if len(values) <= len(names) and not settings.keys() & names[: len(values)]:
+            # Errors name an argument by its name alone.
+            values, settings = (), dict(zip(names, values, strict=False)) | settings
         with _translating(made):
-            checked(self, *values[len(names) :], **named, **settings)
+            checked(self, *values, **settings)
 
     table.__init__ = init
     return made

@@ -10,6 +10,7 @@ import pytest
 
 from tests.small_log import column
 from tfrs_pipeline import DataError, Log, Reading
+from tfrs_pipeline.data.event_types import suggested
 
 WEIGHTS: dict[str, Any] = {"purchase": 5, "click": 1, "view": "exposed"}
 
@@ -147,3 +148,9 @@ def test_the_column_of_types_must_be_found(load: Any) -> None:
     both = frame.assign(action="x", event_type="y").to_csv(index=False)
     with pytest.raises(DataError, match="action and event_type may be it"):
         load(both, event_weights=WEIGHTS)
+
+
+def test_a_view_is_a_click_where_there_are_no_clicks() -> None:
+    assert suggested(["view", "click"]) == "click=1 view=exposed"
+    assert suggested(["addtocart", "transaction", "view"]) == "transaction=5 addtocart=3 view=1"
+    assert suggested(["remove_from_cart", "pv", "buy"]) == "buy=5 pv=1"

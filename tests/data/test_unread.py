@@ -71,6 +71,8 @@ def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:
         # What did not happen is left empty.
         ("is_click", ["1"] * 2000 + [""]),
         ("clicked", [1, None]),
+        # One odd value, late.
+        ("is_click", ["0", "1"] * 600 + ["unknown"]),
         ("Label", ["", "Yes", "no"]),
     ],
 )

@@ -200,7 +200,7 @@ def test_the_time_before_the_first_step_is_over_does_not_count(
 
 
 def test_keras_does_not_fetch_each_steps_loss(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which the callback does not read, and waits for the step."""
+    """The callback does not read it, and fetching it would wait for the step."""
     given: list[tf.keras.callbacks.Callback] = []
 
     def of_training(*data: Any, callbacks: list[Any], **options: Any) -> None:

@@ -124,6 +124,11 @@ def test_a_budget_ends_the_race_with_the_leader() -> None:
         assert sum(curve.spent for curve in curves) <= max(budget, 5.0) + 5.0 < unlimited
     assert winner(curves).name == "good"
     assert not winner(curves).has_ended
+    # A small budget still tries all.
+    quick = [full(x, [y] * 100, epoch=0.2) for x, y in starts.items()]
+    curves, _ = raced(quick, 6.0)
+    assert min(len(curve.values) for curve in curves) >= FIRST_EPOCHS
+    assert (standing(curves, 6.0).next, standing(curves, 6.0).within) == (None, "")
 
 
 @given(st.lists(CURVES, min_size=1, max_size=4), st.integers(0, 10**6))

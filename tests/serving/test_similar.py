@@ -85,7 +85,7 @@ def test_every_way_answers_as_numpy(
     assert set(over_rest) == {"candidate_ids", "scores"}
     given: tuple[Any, ...] = items, k, best, *([allowed] if is_filtered else [])
     for found, found_scores in (
-        loaded.similar(items, k, best, allowed=allowed or None),
+        loaded.similar(items, k, np.array(best, object), allowed=allowed or None),
         by_signature(served, loaded.saved_model, *given),
         by_signature(served, served.module(kind), *given),
         (over_rest["candidate_ids"], over_rest["scores"]),

@@ -1,5 +1,6 @@
 """MovieLens-100K: all routes give equal tables, and only known files are taken. No network."""
 
+import errno
 import hashlib
 import logging
 import zipfile
@@ -103,6 +104,15 @@ def test_routes_are_tried_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
     again = load_movielens_100k(cache_dir=tmp_path, fetchers={"A": never, "B b": never})
     assert again.events.count().to_pyarrow().as_py() == len(RATINGS)
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_movielens_100k(cache_dir=tmp_path, fetchers={"A": write_recbole})
 
 
 def test_when_all_routes_are_closed_the_error_says_what_to_do(tmp_path: Path) -> None:

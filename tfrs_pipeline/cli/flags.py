@@ -102,7 +102,9 @@ class CommandLine:
         )
         command = vars(options)[":subcommand"]
         if command is None:
-            raise UsageError(f"no command; known: {', '.join(self.commands)}")
+            raise UsageError(
+                f"no command; known: {', '.join(self.commands)} (see {self.program} --help)"
+            )
         if unknown and not unknown[0].startswith("-"):
             raise UsageError(f"unexpected {unknown[0]!r}; see {self.program} {command} --help")
         if unknown:

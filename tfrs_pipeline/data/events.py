@@ -9,7 +9,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from tfrs_pipeline.data import columns, rules, schema
+from tfrs_pipeline.data import columns, event_types, rules, schema
 from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable, is_usable_weight
@@ -20,12 +20,6 @@ from tfrs_pipeline.messages import printable
 _NUM_LOOKED_AT = 1000
 _MOST_STAGES = 100  # A column with more values is free text.
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
-EVENT_NAMES = (
-    *("event", "event_type", "event_name", "action", "action_type", "behavior", "behavior_type"),
-    *("behaviour", "behaviour_type", "interaction", "interaction_type", "activity"),
-)
-"""Usual names of a column of event types."""
-
 _MOST_TYPES = 50  # A column with more values does not hold types.
 _MOST_TOLD = 10
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
@@ -197,22 +191,28 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
 def _refuse_clicks(scanned: Scan, unread: Iterable[str]) -> None:
     """Refuses (`DataError`) unread outcomes and types of events, if every row would be a click.
 
-    They have usual names. An outcome holds 1 in some rows only, and types are several, but few.
+    A column with a usual name is an outcome if it holds 0 and 1, and its first rows nothing else.
+    It has types of events if it has 2 to 50 values.
     """
-    for name in (name for name in unread if name.lower() in {*_OUTCOMES, *EVENT_NAMES}):
+    for name in (name for name in unread if name.lower() in {*_OUTCOMES, *event_types.NAMES}):
         column, values = printable(name), scanned.values(name, _MOST_TYPES + 1)
         found, types = {value.lower() for value in values}, [value for value in values if value]
-        if name.lower() in _OUTCOMES and found & _NO and found & _YES and found <= _NO | _YES:
+        first = scanned.first_rows([name], _NUM_LOOKED_AT)[name].unique().drop_null().to_pylist()
+        # An odd value, such as "unknown", may come later.
+        are_both = {str(value).strip().lower() for value in first} <= _NO | _YES
+        is_outcome = found & _NO and found & _YES and are_both
+        if name.lower() in _OUTCOMES and is_outcome:
             holds = (
                 "1 (or true, or yes) in some rows and 0 or nothing in others, and the log has no "
                 "stage, rating or label"
             )
             add, setting = f"Add {column}=1 to label; or", "label"
-        elif name.lower() in EVENT_NAMES and 1 < len(types) <= _MOST_TYPES:
+        elif name.lower() in event_types.NAMES and 1 < len(types) <= _MOST_TYPES:
             holds = f"{len(types)} types of events ({printable(', '.join(types), 200)})"
             add = (
-                "Set event_weights, such as purchase=5 click=1 view=exposed (a number is the "
-                "weight of a positive; exposed was only shown; other types are dropped); or add"
+                f"Set event_weights, such as {printable(event_types.suggested(types), 200)} (a "
+                "number is the weight of a positive; exposed was only shown; other types are "
+                "dropped); or add"
             )
             setting = "event_weights"
         else:

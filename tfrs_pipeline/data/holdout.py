@@ -191,7 +191,7 @@ def make_holdout(
     shown = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
     of_shown = {"events": shown.count(), "positives": is_positive(shown).sum()}
     _, num_events, num_clicks = _count_candidates(log.items, shown, **of_shown)
-    # How readily the log showed each item, up to a factor; see `evaluation/unbiased`.
+    # How readily the log showed each item, up to a factor; see `evaluation/metrics`.
     exposure = num_events.astype(float) if np.any(num_events > num_clicks) else np.sqrt(num_clicks)
     requests = rows.select([*log.request_features]).take(first).to_pylist()
     return Holdout(

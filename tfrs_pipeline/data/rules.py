@@ -119,7 +119,7 @@ class Fault(NamedTuple):
 def evaluate(
     table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar
 ) -> tuple[list[int], dict[str, Any]]:
-    """Counts the bad rows by fault, then `rows` and other aggregates by name, in one pass.
+    """Returns the number of bad rows by fault, and aggregates by name, `rows` first; in one pass.
 
     A dropped row counts only for its first fault; a value that becomes missing counts for each.
     """

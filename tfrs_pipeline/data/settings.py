@@ -34,7 +34,7 @@ Period: TypeAlias = tuple[datetime, datetime]
 
 
 class Reading(Config):
-    """How raw tables, which are not a log yet, become one.
+    """How raw tables become a log.
 
     The columns decide the kind of log. `rating_threshold` makes it a log of ratings; otherwise a
     column `stage` makes it the log of a funnel; otherwise a `label` makes it a log of impressions;

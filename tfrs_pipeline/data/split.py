@@ -38,7 +38,8 @@ LogT = TypeVar("LogT", bound=Any)  # `Log`, whose module imports this one.
 class Split(Generic[LogT]):
     """A log in parts; unpacks as train, validation, test.
 
-    `events` are those of `log` without the dropped ones, with the column `part`.
+    `events` are those of `log` without the dropped ones, with the column `part`: "train",
+    "validation", "test" or "fold_in", which is the history of held-out users.
     """
 
     log: LogT

@@ -10,7 +10,8 @@ from ibis.backends.duckdb import Backend as DuckDB
 from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.columns import is_integer, to_required_id, type_features
 from tfrs_pipeline.data.engines import connect, random_key
-from tfrs_pipeline.data.events import EVENT_NAMES, load_events
+from tfrs_pipeline.data.event_types import NAMES
+from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import Scan, scan
 from tfrs_pipeline.data.requests import check_names, whole_seconds
 from tfrs_pipeline.data.rules import RawTable, store
@@ -81,7 +82,7 @@ def _with_event_column(reading: Reading, scanned: Scan) -> Reading:
     """Adds the column of event types to `columns`, if there are weights and one usual name."""
     if not reading.event_weights or "event" in reading.columns:
         return reading
-    found = [name for name in scanned.columns if name.lower() in EVENT_NAMES]
+    found = [name for name in scanned.columns if name.lower() in NAMES]
     if len(found) != 1:
         what = f"{' and '.join(found)} may be it" if found else "none has a usual name"
         listed = printable(", ".join(scanned.columns), 300)
@@ -209,7 +210,7 @@ def _load_raw(
 ) -> RawTable | None:
     """Opens an item or user table; without one, returns None and refuses features.
 
-    `remedy` is the advice for a missing column, if it is not to name it in `reading`.
+    `remedy` replaces the advice to name a missing column in `reading`.
     """
     kind = id_name.removesuffix("_id")
     if source is None:

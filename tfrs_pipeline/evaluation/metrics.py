@@ -3,11 +3,11 @@
 Candidates are rows from 1, best first; row 0 is an empty slot. To measure a part of the relevant
 items, such as a popularity slice, clear the other hits and count only that part in `num_relevant`.
 
-Even metrics are those as if the log had shown every item equally often. A log has clicks on what
-was shown, so plain metrics reward finding what its funnel favours. Each item to find is weighted by
-one over how readily the log showed it, p(i), and the weights of a user are normalised to sum to 1:
-self-normalised inverse propensity scores (Yang et al. 2018, "Unbiased offline recommender
-evaluation for missing-not-at-random implicit feedback").
+Even metrics estimate what metrics would be if the log had shown every item equally often. A log has
+clicks on what was shown, so plain metrics reward finding what its funnel favours. Each item to find
+is weighted by one over how readily the log showed it, p(i), and the weights of a user are
+normalised to sum to 1: self-normalised inverse propensity scores (Yang et al. 2018, "Unbiased
+offline recommender evaluation for missing-not-at-random implicit feedback").
 
     p(i) ~ events of i at any stage, up to the end of the part; in a log of positives alone,
            the square root of their number

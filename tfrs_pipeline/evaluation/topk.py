@@ -78,7 +78,7 @@ def best_places(scores: np.ndarray, k: int) -> np.ndarray:
 class ScoreRetriever:
     """Retrieves by a score of every item for each query: `score` returns [num_queries, num_items].
 
-    The baselines return it from `fit`; their scores come from the history of a query.
+    All baselines but `MostPopular` return it from `fit`; the history of a query gives the scores.
     """
 
     items: Ids

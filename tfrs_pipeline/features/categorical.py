@@ -1,4 +1,4 @@
-"""Categories: one value per row, lists, such as genres, and the words of texts, such as titles."""
+"""Categories: one value per row; lists, such as genres; the words of texts, such as titles."""
 
 from __future__ import annotations
 

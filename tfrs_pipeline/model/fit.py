@@ -47,6 +47,11 @@ class TrainingResult:
         """Number of epochs done."""
         return len(self.history.get("loss", []))
 
+    @property
+    def num_waited(self) -> int:
+        """Number of epochs since the best one."""
+        return self.num_epochs - self.best_epoch
+
 
 OnEpoch: TypeAlias = Callable[[TrainingResult], None]
 
@@ -164,8 +169,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
     @property
     def is_over(self) -> bool:
         """Whether patience has run out."""
-        waited = self.result.num_epochs - self.best_epoch
-        return self._validate is not None and waited >= self._settings.patience
+        return self._validate is not None and self.result.num_waited >= self._settings.patience
 
     def on_train_batch_end(self, batch: int, logs: object = None) -> None:
         now = time.monotonic()

@@ -27,7 +27,7 @@ QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
 
 
 def query_encoder(network: TwoTowerNetwork, corpus: Corpus) -> QueryEncoder:
-    """Makes what embeds with the current network, through the `Encoder` that an export has."""
+    """Makes a function that embeds with the current network, by the same `Encoder` as an export."""
     features = {"query": corpus.query_features, "request": corpus.request_features}
     encoder = Encoder(
         Exportable(

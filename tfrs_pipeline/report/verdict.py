@@ -25,13 +25,10 @@ _MUCH_MORE = 2
 
 @dataclass(frozen=True)
 class Compared:
-    """The model compared with another by one metric: both means, and the model minus the other.
-
-    A variant of the two-tower model, or the version in service, is not a baseline.
-    """
+    """The model compared with another by one metric: both means, and the model minus the other."""
 
     name: str  # For people.
-    is_variant: bool
+    is_variant: bool  # A variant of the model, or the version in service: not a baseline.
     own: float
     other: float
     gain: Interval

@@ -93,7 +93,7 @@ class RunFolder:
         self._write_settings(settled)
 
     def settled(self, config: RunConfig) -> RunConfig:
-        """Returns the settings that a run here takes, or refuses their model's name or source.
+        """Returns the settings of a run in this folder; refuses an unusable model name or source.
 
         If a race of these settings was decided here, they are the winner's.
         """
@@ -120,7 +120,7 @@ class RunFolder:
 
         exports = is_run and config.export.index != "none"
         for written in (self.path, *([config.model_folder] if exports else [])):
-            # TensorFlow treats these as a pattern when it reads, but not when it writes.
+            # TensorFlow treats [ and \ as a pattern when it reads, but not when it writes.
             if wrong := sorted(set("[\\") & set(str(written))):
                 raise ValueError(
                     f"{written} holds {' and '.join(wrong)}: TensorFlow could not read back what "

@@ -263,7 +263,7 @@ class _Trainings:
         return on_chief(decide)  # The chief's clock decides for all.
 
     def train(self, name: str) -> FittedTwoTower | None:
-        """Trains a recipe as long as it is next, in a decided race to its end.
+        """Trains a recipe while it is next; once the race is decided, to its end.
 
         Returns the model if the training has ended.
         """
@@ -283,7 +283,8 @@ class _Trainings:
             clock.append(time.process_time())
             durations.append(clock[-1] - clock[-2])
             keep(so_far, has_ended=False)
-            if coming is None:
+            ends = so_far.num_waited >= config.training.patience
+            if coming is None or ends or so_far.num_epochs == config.training.max_epochs:
                 return
             now, then = self._next()
             if now != name:
@@ -316,8 +317,8 @@ class _Trainings:
         told = f"race, {within or 'the winner'}: {name}"
         told += f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
         epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
-        if (left := most_left(curves, epochs)) is not None:
-            if self.config.budget is not None:
+        if (left := most_left(curves if within else [first], epochs)) is not None:
+            if within and self.config.budget is not None:
                 left = min(left, self.config.budget - sum(curve.spent for curve in curves))
             told += f", at most about {math.ceil(left / 60)} CPU minutes"
         return told

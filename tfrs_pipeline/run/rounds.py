@@ -15,10 +15,11 @@ from tfrs_pipeline.messages import counted
 # Before any comparison, each recipe has at least this many epochs and CPU seconds.
 FIRST_EPOCHS = 5
 FIRST_SECONDS = 10.0
-# Each round multiplies a recipe's CPU time. A recipe is expected to gain at most this many times
-# what it gained since 1 / LOOK_BACK of its time. Chosen on curves: docs/explanation/tried.md.
+# Each round multiplies a recipe's CPU time by STEP. A recipe is expected to gain at most
+# STILL_TO_GAIN times what it gained after the first 1 / LOOK_BACK of its time. Chosen on the curves
+# of recorded races: docs/explanation/tried.md.
 STEP, LOOK_BACK, STILL_TO_GAIN = math.sqrt(2), 1.7, 2.0
-# What it must promise beside a leader that has ended, since a tie is not worth its time.
+# It must promise this many times the best value of a leader that has ended: a tie is not worth it.
 WORTH_MORE_TIME = 1.01
 
 
@@ -95,22 +96,24 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
     """Says which recipe trains the next epoch, and which are dropped.
 
     Each round multiplies the CPU seconds that a recipe has in total by `STEP`. After a round, a
-    recipe stays if it leads, or if what it can still reach is as good as the leader's best by then,
-    and better if the leader has ended. The leader wins after the `budget`, CPU seconds of all
+    recipe stays if it is not behind the leader's best by then, or if it can still reach that best,
+    or 1% more if the leader has ended. The leader wins after the `budget`, CPU seconds of all
     recipes together.
     """
     is_over = budget is not None and sum(curve.spent for curve in curves) >= budget
     number, racing, dropped = 1, list(curves), dict[str, tuple[float, float]]()
+    # A small budget is for all.
+    first = FIRST_SECONDS if budget is None else min(FIRST_SECONDS, budget / len(curves))
 
     def is_next(curve: Curve) -> Standing:
         within = f"round {number}, {counted(len(racing), 'recipe')} left"
-        return Standing(None if is_over else curve.name, within, dropped)
+        return Standing(None, "", dropped) if is_over else Standing(curve.name, within, dropped)
 
     for curve in curves:
-        is_short = len(curve.values) < FIRST_EPOCHS or curve.spent < FIRST_SECONDS
+        is_short = len(curve.values) < FIRST_EPOCHS or curve.spent < first
         if is_short and not curve.has_ended:
             return is_next(curve)
-    quota = max(FIRST_SECONDS, *(curve.seconds[:FIRST_EPOCHS][-1] for curve in curves))
+    quota = max(first, *(curve.seconds[:FIRST_EPOCHS][-1] for curve in curves))
     while True:
         number += 1
         # Who trained last goes on first, since a change of recipes builds a network.

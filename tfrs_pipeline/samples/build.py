@@ -1,4 +1,4 @@
-"""Turns event tables into samples: Parquet files of positives, corpus, masks and pools.
+"""Turns event tables into samples, Parquet files; and the latest histories, for service.
 
 All tables have flat, ordered rows, since engines would hold lists in memory.
 """
@@ -225,7 +225,10 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
 def find_losers(
     events: ibis.Table, hard: FunnelLosers, known: ibis.Table, exposed: ibis.Table
 ) -> ibis.Table:
-    """Finds the losers of each request that the guard allows as hard negatives.
+    """Finds the losers of each request that may be hard negatives.
+
+    Left out are items that the user clicked anywhere in training, or was shown and never clicked,
+    unless `hard` allows exposed ones.
 
     `known` and `exposed` are the pairs of query_row and candidate_row clicked in training, and
     exposed and never clicked. Returns candidate_row, stage, and the request in three columns.

@@ -96,7 +96,7 @@ class LiveItems:
         return self._write([], [self._checked_id(id_) for id_ in item_ids])[1]
 
     def _write(self, items: list[Item], gone: list[Any]) -> tuple[int, int]:
-        """Writes checked items and removes others: how many were not there, and how many were."""
+        """Writes and removes checked items; returns how many are new, and how many were there."""
         ids = [item["item_id"] for item in items]
         counts = collections.Counter([*ids, *gone])
         if twice := [id_ for id_, count in counts.items() if count > 1]:
@@ -147,7 +147,7 @@ class LiveItems:
         return written >= self._items_read or not self._own.rows([item_id])[0]
 
     def _changes(self, record: Record) -> dict[Any, tuple[float, Item | None]]:
-        """Returns what a record says of each id, the time and the item or None, and counts it."""
+        """Returns time and item (None if removed) of each id in a record, and counts them."""
         written, gone = record["time"], record.get("gone", ())
         changes = {item["item_id"]: (written, item) for item in record.get("put", ())}
         self._num_written += len(changes) + len(gone)

@@ -34,8 +34,8 @@ _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(v
 class SignatureInputs:
     """Checks the JSON inputs of a signature against limits, and turns them into arrays.
 
-    A request may leave out `optional` inputs. `features` are those that inputs bring, by input:
-    null is a missing value in them, and those that are times are in seconds since 1970.
+    A request may leave out `optional` inputs. `features` has the feature of each input that
+    brings one. Null is a missing value there, and times are seconds since 1970.
     """
 
     def __init__(

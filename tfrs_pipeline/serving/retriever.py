@@ -33,7 +33,7 @@ from tfrs_pipeline.serving.signatures import (
 )
 
 Allowed: TypeAlias = Sequence[Collection[str]] | None
-"""For each query, values of the item filter, of which items need one; none allow all."""
+"""For each query, values of the item filter: items need one of them. An empty list allows all."""
 
 
 def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "LoadedRetriever":
@@ -87,7 +87,7 @@ class LoadedRetriever(LoadedTowers):
             )
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
-        """Reads the candidates, and the index if there are levels to search it at."""
+        """Reads the candidates, and the index too, unless `levels` is empty."""
         ids = pq.read_table(self.folder / publish.ITEMS_FILE, columns=["item_id"])["item_id"]
         # A view, because a copy would double the memory.
         vectors = np.asarray(memoryview(self.saved_model.exact.embeddings.read_value()))
@@ -292,7 +292,8 @@ class LoadedRetriever(LoadedTowers):
     ) -> Retrieved:
         if (known := embedded.get("known_items")) is not None:
             lists = id_lists_of(known)
-            exclude = [[*x, *y] for x, y in zip(lists, exclude or [()] * len(lists), strict=True)]
+            given = [()] * len(lists) if exclude is None else exclude
+            exclude = [[*x, *y] for x, y in zip(lists, given, strict=True)]
         return self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
 
     def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:

@@ -54,8 +54,8 @@ def _module(name: str, *place: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ImportError(
-            "The package scann cannot be used: pip install 'scann==1.4.2', or use exact search. "
-            f"The import said: {error}"
+            "A ScaNN index needs the package scann: pip install 'scann==1.4.2', or use exact "
+            f"search. The import said: {error}"
         ) from error
     return module
 

@@ -4,7 +4,6 @@ Ratings of 4 and 5 are clicks, lower ones exposures. The data are fetched, never
 """
 
 import bisect
-import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -187,9 +186,12 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
                 logger.info("%s: %s; going on", route, error)
                 reasons.append(f"{route}: {error}")
                 continue
-            # If another process was first, its folder is whole, since it was renamed too.
-            with contextlib.suppress(OSError):
+            try:
                 files.rename(targets[route])
+            except OSError:
+                # Another process was first: its folder is whole, since it was renamed too.
+                if not targets[route].exists():
+                    raise
         return targets[route]
     raise DataError(
         f"MovieLens-100K could not be fetched ({'; '.join(reasons)}). Download ml-100k.zip where "

@@ -1,0 +1,31 @@
+"""Types of events, such as view, click and purchase: usual names, and suggested weights."""
+
+from collections.abc import Iterable
+
+NAMES = (
+    *("event", "event_type", "event_name", "action", "action_type", "behavior", "behavior_type"),
+    *("behaviour", "behaviour_type", "interaction", "interaction_type", "activity"),
+)
+"""Usual names of a column of event types."""
+
+# Parts of usual names, and the suggested weight; the first part that fits counts.
+_USUAL = {
+    **dict.fromkeys(("purchase", "buy", "order", "transaction"), "5"),
+    **dict.fromkeys(("remove", "unlike", "dislike"), ""),
+    **dict.fromkeys(("cart", "basket", "fav", "wish", "like"), "3"),
+    **dict.fromkeys(("click", "play", "open"), "1"),
+    **dict.fromkeys(("view", "impression", "show", "expos", "pv"), "exposed"),
+}
+
+
+def suggested(types: Iterable[str]) -> str:
+    """Suggests weights for types by their names; a view is an exposure if there are clicks."""
+    meanings = {
+        name: next((of for part, of in _USUAL.items() if part in name.lower()), "")
+        for name in types
+    }
+    if "1" not in meanings.values():
+        meanings = {name: of.replace("exposed", "1") for name, of in meanings.items()}
+    strongest_first = filter(None, dict.fromkeys(_USUAL.values()))
+    known = [f"{x}={of}" for of in strongest_first for x in meanings if meanings[x] == of]
+    return " ".join(known) or "purchase=5 click=1"
