@@ -366,6 +366,22 @@ def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) ->
     np.testing.assert_allclose(scores[:, :35], expected_scores, atol=1e-6)
 
 
+def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
+    yesterday: RunResult, place: Path, tmp_path: Path
+) -> None:
+    """Such as those of a recipe that won there; from Python all settings are given."""
+    other = {"model.dim": 48, "training.learning_rate": 0.5, "training.max_epochs": 9}
+    asked = today(place, warm_start=yesterday.folder, **other)
+    theirs = RunFolder(yesterday.folder).settings()
+    got = with_source(asked, RunFolder(tmp_path), ["data", "training.max_epochs"])
+    assert got.model == theirs.model
+    assert got.training == theirs.training.model_copy(update={"max_epochs": 9})
+    assert got.data == asked.data
+    for given in (None, ["model.dim"], ["model"]):
+        with pytest.raises(ConfigError, match=r"model.dim: got 48"):
+            with_source(asked, RunFolder(tmp_path), given)
+
+
 def test_what_cannot_be_started_from_is_said(
     yesterday: RunResult, warm: Warm, place: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import operator
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -187,7 +188,10 @@ def test_recipes_that_the_given_settings_make_equal_race_once(tmp_path: Path) ->
         assert all(x.startswith(("data.", "evaluation.")) for x in left_out), name
 
 
-def test_a_race_in_python_is_one_call(tmp_path: Path) -> None:
+def test_a_race_in_python_is_one_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     log = Log.from_table(event_table("int"))
     train, validation, _ = log.split("last_share", validation=0.1, test=0.2)
     settings = {**GIVEN, "training.max_epochs": 4}
@@ -198,6 +202,9 @@ def test_a_race_in_python_is_one_call(tmp_path: Path) -> None:
     won = next(curve for curve in race.curves if curve.name == race.winner)
     assert tuple(model.result.history["val_ndcg@20"]) == won.values
     assert len(race.lines()) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == sum(len(curve.values) for curve in race.curves)
+    assert told[0].startswith("race, round 1, 2 recipes left: default, 1/4 epochs: loss")
     ids, _ = model.retrieve([{"history": [10, 20]}], k=5)
     assert ids.shape == (1, 5)
     # A folder keeps it: the second call trains nothing.

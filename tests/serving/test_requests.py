@@ -264,7 +264,9 @@ def test_the_page_asks(served: Served, version: ServedVersion, model: LoadedRetr
     answer = page.answer(version, body, ServeSettings())
     shown = [item["item_id"] for item in answer["index"]["items"]]
     assert shown == best({"history": history, "request": READ}) != best(query)
-    assert page.card(version)["request"] == [*(f.name for f in FEATURES), "timestamp"]
+    fields = page.card(version)["request"]
+    assert [x["name"] for x in fields] == [*(f.name for f in FEATURES), "timestamp"]
+    assert [x["example"] for x in fields[:-1]] == [f.example for f in FEATURES]
 
 
 def test_refreshed_items_and_exports_without_users_take_requests(

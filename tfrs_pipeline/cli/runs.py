@@ -108,12 +108,14 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     config = _config_of(flags, settings)
     is_run = command == "run"
     if is_run:
-        config = _with_recipes(config, flags, settings)
+        named = _named(config, flags, settings)
+        config = _with_recipes(config, flags, named)
     name = f"{'' if is_run else 'compare-'}{config.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = flags.run_dir or Path("runs") / name
     place = RunFolder(folder)
     if is_run:
-        config = place.settled(config)  # Checked before a folder is made.
+        # Checked before a folder is made.
+        config = place.settled(config, None if _is_begun(flags) or flags.preset else named)
     others = _look_around(place, config)
     if flags.check:
         return _check(command, config)
@@ -222,20 +224,26 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     return with_settings(base, settings, preset=flags.preset)
 
 
-def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> RunConfig:
-    """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
-    is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
+def _is_begun(flags: Work) -> bool:
+    return flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
+
+
+def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the settings that are given: by flags, a file or a preset."""
     in_file = set(config.fixed)
     if flags.config:
         in_file = set(flat_settings(tomllib.loads(flags.config.read_text(encoding="utf-8-sig"))))
-    in_preset = PRESETS[flags.preset][1] if flags.preset else ()
+    return {*settings, *in_file, *(PRESETS[flags.preset][1] if flags.preset else ())}
+
+
+def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> RunConfig:
+    """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
     # Not what may change in a started run: given anew, it would make the settings others.
-    named = {*settings, *in_file, *in_preset} - {"recipes", "fixed", "budget", *MAY_CHANGE}
-    fixed = {"fixed": sorted(named)}
-    if config.recipes and "fixed" not in in_file:
+    fixed = {"fixed": sorted({*named} - {"recipes", "fixed", "budget", *MAY_CHANGE})}
+    if config.recipes and "fixed" not in named:
         return with_settings(config, fixed)
     is_demo = config.data.source == "movielens-100k"
-    is_settled = "recipes" in settings or "recipes" in in_file or (is_begun and not flags.config)
+    is_settled = "recipes" in named or (_is_begun(flags) and not flags.config)
     if is_settled or is_demo or flags.preset or config.warm_start is not None:
         if config.budget is not None and not config.recipes:
             raise UsageError("--budget: nothing races here; name --recipes, or leave it out")

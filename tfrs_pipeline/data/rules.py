@@ -49,7 +49,10 @@ NOT_AN_ID = Rule("must be an integer or a string and is not")
 ID_OF_LINES = Rule("runs over several lines", "Close the quotes before it.")
 NO_EVENT_NUMBER = Rule("is null", "Give these rows one.")
 NO_TIME = Rule("is null", _TIME)
-NOT_A_TIME = Rule("must hold times and does not")
+NOT_A_TIME = Rule(
+    "must hold times and does not",
+    "Write them like 2026-01-31 09:30:00, or as numbers since 1970; or name another column.",
+)
 TIME_OF_ANOTHER_KIND = Rule("must hold times written one way and does not", _ONE_WAY, "")
 TIME_IN_ANOTHER_UNIT = Rule(
     "holds times in another unit among {unit}", "Write all of them in one unit.", "", False

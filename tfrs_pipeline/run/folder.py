@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,14 @@ class RunFolder:
         durable.write_record(self.race_file, content)
         self._write_settings(settled)
 
-    def settled(self, config: RunConfig) -> RunConfig:
+    def settled(self, config: RunConfig, given: Collection[str] | None = None) -> RunConfig:
         """Returns the settings of a run in this folder; refuses an unusable model name or source.
 
-        If a race of these settings was decided here, they are the winner's.
+        If a race of these settings was decided here, they are the winner's. `given` are as in
+        `with_source`.
         """
         check_model_name(config)
-        config = with_source(config, self)
+        config = with_source(config, self, given)
         record = durable.read_whole(self.race_file) if config.recipes else None
         changed = {name: getattr(config.export, name.rpartition(".")[2]) for name in MAY_CHANGE}
         if record is None or with_settings(RunConfig(**record["asked"]), changed) != config:
@@ -263,13 +264,27 @@ def name_of_log(data: DataConfig) -> str:
     return str(path if data.source == "spark" else path.parent.resolve() / path.name)
 
 
-def with_source(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """Returns the settings with `warm_start` as a finished run of the same shape, or refuses."""
+def with_source(
+    config: RunConfig, folder: RunFolder, given: Collection[str] | None = None
+) -> RunConfig:
+    """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
+
+    If the names of the `given` settings are known, the source has the others of the model and its
+    training, such as those of a recipe that won there.
+    """
     if config.warm_start is None:
         return config
     source = _source(config.warm_start, folder)
     if folder.metrics() is None:  # A finished run needs no source any more.
-        refuse(shape_problems(settings_of_finished(source).model, config.model))
+        theirs = settings_of_finished(source)
+        if given is not None:
+            tables = {"model": theirs.model, "training": theirs.training}
+            every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
+            kept = tuple(f"{name}." for name in given)
+            config = with_settings(
+                config, {x: y for x, y in every.items() if not f"{x}.".startswith(kept)}
+            )
+        refuse(shape_problems(theirs.model, config.model))
     return config.model_copy(update={"warm_start": source})
 
 

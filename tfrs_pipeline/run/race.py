@@ -6,6 +6,7 @@ The race trains each as a run would, so the winner's training goes on where it i
 import dataclasses
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,6 +94,13 @@ class Race:
         }
 
 
+class _Written(Progress):
+    """Writes epochs, and the steps of long ones, to standard error."""
+
+    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        print(f"{name}, {done}/{total} epochs: {note}", file=sys.stderr, flush=True)
+
+
 class _Paused(Exception):
     """Ends a turn, from within a training whose last epoch is saved."""
 
@@ -106,7 +114,7 @@ def race(
     budget: float | None = None,
     seed: int = 0,
     folder: Path | str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress | None = None,
 ) -> tuple[FittedTwoTower, Race]:
     """Races recipes on validation; returns the winner's model, trained to its end, and the race.
 
@@ -120,7 +128,7 @@ def race(
             its end. If None, recipes race until their curves decide.
         seed: Seed of everything random.
         folder: Keeps samples and trainings, so that a stopped race can resume; None is temporary.
-        progress: Told about epochs.
+        progress: Told about epochs; None writes them to standard error if it is a terminal.
 
     Raises:
         ConfigError: If a name or setting is unknown.
@@ -138,7 +146,8 @@ def race(
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, place / "samples", seed=seed, hard=base.model.hard)
-        trainings = _Trainings(base, (data,), validation, train, place / "race", progress)
+        told = progress or (_Written() if sys.stderr.isatty() else SILENT)
+        trainings = _Trainings(base, (data,), validation, train, place / "race", told)
         decided = trainings.run()
         model = trainings.train(decided.winner)
         assert model is not None

@@ -132,12 +132,15 @@ def refuse_lost(feature: Feature, path: Path, items: pa.Table) -> None:
         raise DataError(
             f"{path}: none of {items.num_rows:,} items has a value of '{feature.name}', but "
             "items of the training had: a failed join leaves such a column. Fill it; if it is "
-            "meant to be empty, set allow_all_new."
+            "meant to be empty, set allow_all_new (--allow-all-new)."
         )
 
 
 def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool) -> int:
-    """Counts the items with only unknown values; refuses several values if none is known."""
+    """Counts the items with only unknown values.
+
+    Refuses if none is known, and several are unknown or all items have the same one.
+    """
     num_known, num_unknown, unknown = 0, 0, set[str]()
     for block in in_blocks(items[feature.name]):
         raw = feature.to_raw(block)
@@ -148,11 +151,14 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
         num_unknown += int(is_unknown.sum())
         if len(unknown) < 2:
             unknown.update(raw.reshape(is_given.shape)[is_unknown[:, np.newaxis] & is_given])
-    if feature.vocabulary and len(unknown) > 1 and not (num_known or allow_all):
+    are_all_one = num_unknown == items.num_rows > 1 and len(feature.vocabulary) > 1
+    is_lost = len(unknown) > 1 or are_all_one
+    if feature.vocabulary and is_lost and not (num_known or allow_all):
         raise DataError(
             f"{path}: no value of '{feature.name}', such as {min(unknown)!r}, is known to the "
             f"model, whose values are like {feature.vocabulary[0]!r}. Write them as in the log "
-            "that it was trained on; if all are meant to be new, set allow_all_new."
+            "that it was trained on; if all are meant to be new, set allow_all_new "
+            "(--allow-all-new)."
         )
     return num_unknown
 
@@ -190,7 +196,7 @@ def _embed(
         raise DataError(
             f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
             f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
-            "on; if all are meant to be new, set allow_all_new."
+            "on; if all are meant to be new, set allow_all_new (--allow-all-new)."
         )
     if num_untrained := int((~is_trained).sum()):
         runner.note(f"{num_untrained:,} are new since the training: embedded by features only")

@@ -102,18 +102,17 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
     """
     is_over = budget is not None and sum(curve.spent for curve in curves) >= budget
     number, racing, dropped = 1, list(curves), dict[str, tuple[float, float]]()
-    # A small budget is for all.
-    first = FIRST_SECONDS if budget is None else min(FIRST_SECONDS, budget / len(curves))
+    share = math.inf if budget is None else budget / len(curves)  # A small budget is for all.
 
     def is_next(curve: Curve) -> Standing:
         within = f"round {number}, {counted(len(racing), 'recipe')} left"
         return Standing(None, "", dropped) if is_over else Standing(curve.name, within, dropped)
 
     for curve in curves:
-        is_short = len(curve.values) < FIRST_EPOCHS or curve.spent < first
-        if is_short and not curve.has_ended:
+        is_short = len(curve.values) < FIRST_EPOCHS or curve.spent < FIRST_SECONDS
+        if is_short and curve.spent < share and not curve.has_ended:
             return is_next(curve)
-    quota = max(first, *(curve.seconds[:FIRST_EPOCHS][-1] for curve in curves))
+    quota = max(min(FIRST_SECONDS, share), *(curve.seconds[:FIRST_EPOCHS][-1] for curve in curves))
     while True:
         number += 1
         # Who trained last goes on first, since a change of recipes builds a network.

@@ -13,6 +13,7 @@ from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, Validatio
 from pydantic_core import to_jsonable_python
 
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.model.encoder import request_inputs
 from tfrs_pipeline.model.graph import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
@@ -55,6 +56,7 @@ def card(version: ServedVersion) -> dict[str, Any]:
     manifest = retriever.manifest
     ids, _ = retriever.retrieve([{}], NUM_EXAMPLE_ITEMS)
     values = retriever.candidates.values
+    examples = {x.name: x.example for x in retriever.features["request"]}
     return {
         "name": retriever.folder.parent.name,
         "version": version.number,
@@ -72,7 +74,10 @@ def card(version: ServedVersion) -> dict[str, Any]:
             {"name": x.name, "example": x.example, "values": _choices(x)}
             for x in retriever.features["query"]
         ],
-        "request": list(manifest["feature_inputs"]["request"]),
+        "request": [
+            {"name": x, "example": examples.get(x, Timestamp.example), "values": []}
+            for x in manifest["feature_inputs"]["request"]
+        ],
     }
 
 
