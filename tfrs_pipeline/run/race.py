@@ -21,7 +21,7 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import read_whole, write_record
-from tfrs_pipeline.messages import SILENT, Progress
+from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fit import TrainingResult
@@ -329,7 +329,7 @@ class _Trainings:
         if (left := most_left(curves if within else [first], epochs)) is not None:
             if within and self.config.budget is not None:
                 left = min(left, self.config.budget - sum(curve.spent for curve in curves))
-            told += f", at most about {math.ceil(left / 60)} CPU minutes"
+            told += f", at most about {counted(math.ceil(left / 60), 'CPU minute')}"
         return told
 
     def _read(self) -> dict[str, Any]:
