@@ -206,7 +206,7 @@ def test_files_hold_the_plans(compared: PlanComparison) -> None:
     assert (compared.folder / "comparison.svg").read_text().startswith("<svg xmlns=")
     (cut_off,) = compared.notes
     assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")
-    assert f"C{cut_off[1:]}.\n" in text
+    assert f"\n- {cut_off}\n" in text
     # A terminal gets the columns that fit, the first ones; none is wrapped.
     whole, narrow = compared.table(), compared.table(width=80)
     assert max(map(len, narrow.split("\n"))) <= 80 < max(map(len, whole.split("\n")))

@@ -188,7 +188,8 @@ def _write(
     table = comparison.table(markdown=True)
     lines = [
         f"Differences are from {reference}, query by query, with 95% bootstrap intervals.",
-        *(f"{x[0].upper()}{x[1:]}." for x in (*explained(table, evaluation.summary()), *notes)),
+        "",
+        *(f"- {line}" for line in (*explained(table, evaluation.summary()), *notes)),
     ]
     (folder / "comparison.md").write_text("\n".join([table, "", *lines, ""]))
     label = f"What each plan gains over {reference}, and what it finds by popularity"

@@ -275,7 +275,8 @@ class LoadedRetriever(LoadedTowers):
         except KeyError as error:
             raise UnknownItem(
                 f"Item {error.args[0]!r} is not among the {len(self.candidates):,} items that the "
-                "model retrieves. A new one comes in by `upsert` or `tfrs-pipeline refresh-index`."
+                "model retrieves. A new one comes in by `upsert`, by PUT, or by `tfrs-pipeline "
+                "refresh-index`."
             ) from None
         if self._has_bias:
             vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
