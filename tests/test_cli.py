@@ -1,5 +1,6 @@
 """The command line: help, flags made from the settings, errors in one line, query, Ctrl-C."""
 
+import contextlib
 import functools
 import io
 import json
@@ -640,6 +641,21 @@ def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
     assert whole_bar in before
     assert "/" not in without_colours(after)
     assert whole_bar not in after
+
+
+def test_ctrl_c_that_python_ignores_stops_the_next_task() -> None:
+    """It ignores what a weak reference's callback raises."""
+    console, heard = Console(file=io.StringIO()), signal.getsignal(signal.SIGINT)
+    assert heard is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), shown(console) as progress:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        progress.task("race", 1, 9)
+    assert signal.getsignal(signal.SIGINT) is heard
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # As in a background job.
+    with shown(console):
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, heard)
 
 
 def test_an_epoch_is_told_within_the_terminal_and_the_lines_of_a_stage_as_they_are() -> None:

@@ -4,8 +4,10 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,6 +73,7 @@ class Shown(Progress):
     def __init__(self, console: Console, bar: Bar, remark: Text) -> None:
         self._console, self._bar, self._remark = console, bar, remark
         self._said = time.monotonic()
+        self.is_interrupted = False
 
     def step(self, report: StepReport) -> None:
         """Prints the step's name, time and notes."""
@@ -80,6 +83,8 @@ class Shown(Progress):
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
         """Moves the bar, or prints a line if it is time."""
+        if self.is_interrupted:
+            raise KeyboardInterrupt
         if not self._console.is_terminal:
             if note or (total and time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
                 self._said = time.monotonic()
@@ -100,8 +105,25 @@ def shown(console: Console) -> Iterator[Shown]:
     bar = Bar(*columns, TimeElapsedColumn(), console=console)
     bar.add_task("starting", total=None, count="")
     remark = Text(no_wrap=True, overflow="ellipsis")
-    with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
-        yield Shown(console, bar, remark)
+    progress, before = Shown(console, bar, remark), signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_: object) -> None:
+        # Python ignores what is raised in a weak reference's callback: the next task raises again.
+        progress.is_interrupted = True
+        raise KeyboardInterrupt
+
+    # A background job ignores Ctrl-C, and a thread may not set a handler.
+    if (
+        before is signal.default_int_handler
+        and threading.current_thread() is threading.main_thread()
+    ):
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
+            yield progress
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
