@@ -643,20 +643,27 @@ def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
     assert whole_bar not in after
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C is heard, also where these tests are a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_that_python_ignores_stops_the_next_task() -> None:
     """It ignores what a weak reference's callback raises."""
-    console, heard = Console(file=io.StringIO()), signal.getsignal(signal.SIGINT)
-    assert heard is signal.default_int_handler
+    console = Console(file=io.StringIO())
     with shown(console) as progress:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             progress.task("race", 1, 9)
-    assert signal.getsignal(signal.SIGINT) is heard
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # As in a background job.
     with shown(console):
         signal.raise_signal(signal.SIGINT)
-    signal.signal(signal.SIGINT, heard)
 
 
 def test_an_epoch_is_told_within_the_terminal_and_the_lines_of_a_stage_as_they_are() -> None:
