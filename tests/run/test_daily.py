@@ -367,7 +367,7 @@ def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) ->
 
 
 def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
-    yesterday: RunResult, place: Path, tmp_path: Path
+    yesterday: RunResult, warm: Warm, place: Path, tmp_path: Path
 ) -> None:
     """Such as those of a recipe that won there; from Python all settings are given."""
     other = {"model.dim": 48, "training.learning_rate": 0.5, "training.max_epochs": 9}
@@ -377,6 +377,12 @@ def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
     assert got.model == theirs.model
     assert got.training == theirs.training.model_copy(update={"max_epochs": 9})
     assert got.data == asked.data
+    # The same command once more, in the folder of the run that it has started.
+    begun = RunFolder(Path(shutil.copytree(warm.result.folder, tmp_path / "begun")))
+    begun.race.mkdir()
+    begun.settle(asked, with_settings(begun.settings(), {"training.max_epochs": 7}), {})
+    again = with_source(asked, begun, ["data"])
+    assert (again.model, again.training.max_epochs) == (theirs.model, 7)
     for given in (None, ["model.dim"], ["model"]):
         with pytest.raises(ConfigError, match=r"model.dim: got 48"):
             with_source(asked, RunFolder(tmp_path), given)

@@ -115,7 +115,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     place = RunFolder(folder)
     if is_run:
         # Checked before a folder is made.
-        config = place.settled(config, None if _is_begun(flags) or flags.preset else named)
+        config = place.settled(config, None if flags.preset else named)
     others = _look_around(place, config)
     if flags.check:
         return _check(command, config)
@@ -224,10 +224,6 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     return with_settings(base, settings, preset=flags.preset)
 
 
-def _is_begun(flags: Work) -> bool:
-    return flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
-
-
 def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[str]:
     """Returns the names of the settings that are given: by flags, a file or a preset."""
     in_file = set(config.fixed)
@@ -243,7 +239,8 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
     if config.recipes and "fixed" not in named:
         return with_settings(config, fixed)
     is_demo = config.data.source == "movielens-100k"
-    is_settled = "recipes" in named or (_is_begun(flags) and not flags.config)
+    is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
+    is_settled = "recipes" in named or (is_begun and not flags.config)
     if is_settled or is_demo or flags.preset or config.warm_start is not None:
         if config.budget is not None and not config.recipes:
             raise UsageError("--budget: nothing races here; name --recipes, or leave it out")

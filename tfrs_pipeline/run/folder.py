@@ -52,6 +52,10 @@ class RunFolder:
         """Returns whether there is a run or a comparison, or a remainder of one."""
         return self._has(CONFIG_FILE, "plans", *_BEGUN)
 
+    def has_begun(self) -> bool:
+        """Returns whether a run has started, whose settings are fixed."""
+        return self._has(*_BEGUN)
+
     def _has(self, *names: str) -> bool:
         return any((self.path / name).exists() for name in names)
 
@@ -148,7 +152,7 @@ class RunFolder:
     def _settle_settings(self, config: RunConfig) -> None:
         """Writes the settings, or checks that they are those of the existing run."""
         # A run whose data was refused leaves nothing behind, so its settings may be corrected.
-        if not self._has(*_BEGUN):
+        if not self.has_begun():
             if found := [name for name in _REPLACED if self._has(name)]:
                 try:
                     self.settings()
@@ -269,22 +273,21 @@ def with_source(
 ) -> RunConfig:
     """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
 
-    If the names of the `given` settings are known, the source has the others of the model and its
-    training, such as those of a recipe that won there.
+    If the names of the `given` settings are known, the others of the model and its training are the
+    source's, such as those of a recipe that won there; in a started run they are its own.
     """
     if config.warm_start is None:
         return config
     source = _source(config.warm_start, folder)
+    if given is not None:
+        theirs = folder.settings() if folder.has_begun() else settings_of_finished(source)
+        tables = {"model": theirs.model, "training": theirs.training}
+        every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
+        kept = tuple(f"{name}." for name in given)
+        left = {x: y for x, y in every.items() if not f"{x}.".startswith(kept)}
+        config = with_settings(config, left)
     if folder.metrics() is None:  # A finished run needs no source any more.
-        theirs = settings_of_finished(source)
-        if given is not None:
-            tables = {"model": theirs.model, "training": theirs.training}
-            every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
-            kept = tuple(f"{name}." for name in given)
-            config = with_settings(
-                config, {x: y for x, y in every.items() if not f"{x}.".startswith(kept)}
-            )
-        refuse(shape_problems(theirs.model, config.model))
+        refuse(shape_problems(settings_of_finished(source).model, config.model))
     return config.model_copy(update={"warm_start": source})
 
 

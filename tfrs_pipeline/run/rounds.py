@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from tfrs_pipeline.messages import counted
 
-# Before any comparison, each recipe has at least this many epochs and CPU seconds.
+# Before any comparison, each recipe has at least this many epochs and CPU seconds, unless an equal
+# share of the budget is less.
 FIRST_EPOCHS = 5
 FIRST_SECONDS = 10.0
 # Each round multiplies a recipe's CPU time by STEP. A recipe is expected to gain at most
