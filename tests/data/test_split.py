@@ -176,6 +176,7 @@ def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:
     train, validation, test = split = log.split()
     assert (split[0], split[1], split[-1]) == (train, validation, test)
     assert split.kind == "time"  # Of a log that has timestamps.
+    assert repr(split) == f"Split(by time, of {log!r})"
     for part, names in ((train, {"train"}), (split.before_test, {"train", "validation"})):
         expected = {n for n, of in parts_of(split).items() if of in names}
         assert set(part.events.to_pyarrow()["event_number"].to_pylist()) == expected

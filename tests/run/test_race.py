@@ -201,6 +201,7 @@ def test_a_race_in_python_is_one_call(
     assert [curve.name for curve in race.curves] == ["default", "sets"]
     won = next(curve for curve in race.curves if curve.name == race.winner)
     assert tuple(model.result.history["val_ndcg@20"]) == won.values
+    assert str(race).splitlines() == race.lines()
     assert len(race.lines()) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == sum(len(curve.values) for curve in race.curves)

@@ -34,7 +34,7 @@ _MUCH = 0.02  # A part's share that differs by more from what was asked for is m
 LogT = TypeVar("LogT", bound=Any)  # `Log`, whose module imports this one.
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Split(Generic[LogT]):
     """A log in parts; unpacks as train, validation, test.
 
@@ -45,6 +45,9 @@ class Split(Generic[LogT]):
     log: LogT
     events: ibis.Table
     kind: schema.SplitKind
+
+    def __repr__(self) -> str:
+        return f"Split(by {self.kind}, of {self.log!r})"
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.__getitem__, range(3))

@@ -70,6 +70,9 @@ class Race:
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
         ]
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def _line(self, curve: Curve) -> str:
         if not curve.values:
             return f"{curve.name}: not trained before the budget ended"
