@@ -632,7 +632,7 @@ def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
     def tell(progress: Any) -> None:
         for done in (500, 1500):
             progress.task("evaluate", done, 1500)
-        time.sleep(0.15)
+        time.sleep(0.5)  # Five times the time between two drawings.
         progress.task("export", 0, 0)
 
     before, _, after = progress_at(100, tell).rpartition("export")

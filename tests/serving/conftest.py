@@ -270,5 +270,5 @@ def films(int_folder: Path, tmp_path: Path) -> Path:
 def small(int_folder: Path) -> Iterator[Running]:
     limits = {"max_k": 100, "max_queries": 10, "max_exclude": 50, "max_history": 40}
     limits |= {"max_results": 800, "max_body_bytes": 1_000_000}
-    with Running(int_folder, **limits, body_timeout_seconds=0.5) as running:
+    with Running(int_folder, **limits, body_timeout_seconds=1.5) as running:
         yield running
