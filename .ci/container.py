@@ -4,9 +4,9 @@
     sudo python3 .ci/container.py
 
 Each stage is an overlay over the stage before it, and the first base image is made by debootstrap.
-Then the image `train` trains a small model, and the image `serve` serves it: as their user, with a
-root and a model that are read-only. Needs root on Debian or Ubuntu with debootstrap, about 6 GB
-below --folder, and what apt and pip of this machine are set up to reach.
+Then the image `train` trains a small model, and the image `serve` serves it. Each runs as its user,
+with a read-only root; the served model is read-only too. Needs root on Debian or Ubuntu with
+debootstrap, about 6 GB below --folder, and the package sources of this machine's apt and pip.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PORT = 8501
 
 @dataclass
 class Image:
-    """A stage: its folders, the lowest first, and what the instructions say of it."""
+    """A stage: its folders, the lowest first, and the settings from its instructions."""
 
     layers: list[Path]
     env: dict[str, str] = field(
@@ -63,14 +63,14 @@ def call(*command: str | Path, **options: object) -> str:
 
 
 def mirror_of(suite: str) -> str:
-    """Returns the mirror of a suite that apt of this machine uses."""
+    """Returns the mirror that this machine's apt uses for a suite."""
     listed = call("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)").splitlines()
     found = (line.split()[0] for line in listed if line.split()[1:] == [suite])
     return next(found, "") or sys.exit(f"apt knows no mirror of {suite}; apt-get update first")
 
 
 def pip_settings(root: Path) -> dict[str, str]:
-    """Makes variables of what pip of this machine is set up with; files go below the root."""
+    """Returns this machine's pip settings as variables; copies their files below the root."""
     (root / "run" / "host").mkdir()
     env = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     pip = shutil.which("pip") or shutil.which("pip3")
@@ -86,9 +86,9 @@ def pip_settings(root: Path) -> dict[str, str]:
 
 
 class Mounted:
-    """An image's root, with /proc and a /dev; without a folder to write to it is read-only.
+    """An image's root, with /proc and a /dev; read-only unless there is a folder to write to.
 
-    `volumes` are folders of this machine by their place; True says that they are read-only.
+    `volumes` are folders of this machine by their place; True means read-only.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ def build(folder: Path) -> dict[str, Image]:
 
 
 def debian(image: str, folder: Path) -> Image:
-    """Makes what an image such as debian:trixie-slim has."""
+    """Makes a base image with the contents of one such as debian:trixie-slim."""
     suite = re.fullmatch(r"debian:(\w+)-slim", image)
     assert suite is not None, f"no rule for the base image {image}"
     made = folder / "debian"
@@ -286,7 +286,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="images-", dir=given.folder) as folder:
         os.chmod(folder, 0o755)
-        # Mounts exist in a namespace of its own alone, so that removing the folder reaches none.
+        # Mounts exist only in a separate namespace, so removing the folder does not reach them.
         inside = ["unshare", "--mount", sys.executable, __file__, "--inside", folder]
         sys.exit(subprocess.run(inside).returncode)
 

@@ -47,7 +47,7 @@ DIM = 64
 MEAN_LIST = 50
 HISTORY_LENGTH = 50
 ZIPF_EXPONENT = 0.9
-# A batch's worth, and enough for the cost of a call not to count.
+# A batch's number, and one that makes the cost of a call negligible.
 DRAWS_PER_CALL = (1024, 1_000_000)
 
 # Known positives, exposed items.
@@ -85,7 +85,7 @@ def make_samples(num_candidates: int, num_samples: int, seed: int) -> Samples:
 def make_batches(
     samples: Samples, seed: int, masks: tuple[bool, bool] = MASKS["both"]
 ) -> tp.HybridBatches:
-    """Makes the batches of this benchmark, without the lists that are not to be masked."""
+    """Makes the batches of this benchmark, without the lists that should not be masked."""
     nothing = RowLists.from_lists([np.zeros(0, np.int32)] * len(samples.exposed))
     kept = zip(("known_positives", "exposed"), masks, strict=True)
     samples = dataclasses.replace(samples, **{name: nothing for name, is_in in kept if not is_in})
@@ -186,7 +186,7 @@ class InverseCdfSampler:
 
     Args:
         probability: [num_rows], sum 1.
-        dtype: Of the cumulative distribution and the uniform draws.
+        dtype: Type of the cumulative distribution and the uniform draws.
     """
 
     def __init__(self, probability: np.ndarray, dtype: tf.DType) -> None:

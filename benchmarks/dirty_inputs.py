@@ -4,7 +4,7 @@ The inputs are those of `tests/dirty_inputs.py`: click, rating, impression and f
 tables, as CSV, zipped CSV, Parquet and pandas, each with up to three kinds of dirt. An input ends
 as one of
 
-    right     the rows kept, their values and the count of those dropped are as they must be
+    right     the rows kept, their values and the count of dropped rows are correct
     refused   by a message of one line that names file and column
     unnamed   refused by another message
     silent    wrong data was taken
@@ -33,7 +33,7 @@ def load_one(seed: int) -> tuple[int, list[str], bool, str, str]:
     """Loads an input.
 
     Returns:
-        Its seed, its dirt, whether it has a right answer, what came of it, and more about that.
+        Its seed, its dirt, whether it has a right answer, the outcome, and details of that.
     """
     sys.path[0] = str(ROOT)
     from tests.dirty_inputs import judge, make_case
@@ -47,7 +47,7 @@ def load_one(seed: int) -> tuple[int, list[str], bool, str, str]:
 
 
 def main() -> None:
-    """Loads the inputs and prints what came of them."""
+    """Loads the inputs and prints the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--inputs", type=int, default=10_000, help="how many")
     parser.add_argument("--jobs", type=int, default=2, help="processes")

@@ -1,22 +1,22 @@
-"""Measures whether metrics that undo the log's exposure predict what would be found without it.
+"""Measures whether metrics that correct for the log's exposure rank models by their true quality.
 
 `even_recall@k` (tfrs_pipeline.evaluation.metrics) and the plain recall@k are computed from a log's
-held-out clicks, and compared with a truth over models that rank differently: Spearman's rank
-correlation, and regret: the truth of the best model minus that of the model that is chosen.
+held-out clicks for models that rank differently, and compared with a truth by Spearman's rank
+correlation and by regret: the truth of the best model minus that of the chosen one.
 
     funnel  the simulated funnel and plans of funnel.py, at three strengths of its favour for
             popular items. The truth is recall@50 of the 50 items that a user would most probably
-            click; if the ranking excludes clicked items, of the best 50 of the others.
+            click, or of the best 50 others if the ranking excludes clicked items.
     random  ratings of items that users chose, and of items drawn at random (Coat, Schnabel et al.
             2016; Yahoo! R3, Marlin and Zemel 2009). Ratings of 4 and 5 are clicks, the others
             exposures. Models are trained on four fifths of the chosen clicks and measured on the
             last fifth; the truth is recall@k of the clicks among the random items.
     loop    thirty days of the simulated funnel, with 500 users. Each day a plan's model is trained
-            on the log of ten days but the newest, which measures it, and retrieves what the next
-            day shows. Its truth is that of `funnel`, and the mean true click probability of what
-            it shows. A gate asks each day whether the new model is clearly worse than
-            yesterday's on the newest day, by the plain metric or by `even_recall@50`; the truth
-            says whether it is, by .005 or more.
+            on the log of the last ten days, except the newest day, which measures it. The next day
+            shows what it retrieves. Its truth is that of `funnel`, and the mean true click
+            probability of what it shows. A gate asks each day whether the new model is clearly
+            worse than yesterday's on the newest day, by the plain metric or by `even_recall@50`;
+            the truth says whether it is, by .005 or more.
 
 Four propensities are compared: events at all logged stages, impressions, the root of the clicks (as
 in a log of clicks alone), and the clicks.
@@ -128,7 +128,7 @@ def score(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def rank_funnel(split: Any, seed: int, start: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Ranks with and without clicked items; trains a plan unless `start` begins a file of it."""
+    """Ranks with and without clicked items; trains plans that lack a file named by `start`."""
     queries, data = split.test, None
     asked, found = queries.as_queries(), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +187,7 @@ def run_funnel(options: argparse.Namespace) -> dict[str, Any]:
                         }
                     )
                 scores = score(rows)
-                for row in rows:  # Fewer numbers: intervals would make most of the file.
+                for row in rows:  # The intervals would be most of the file.
                     row["estimates"] = {x: of["mean"] for x, of in row["estimates"].items()}
                 log = {"popularity_weight": strength, "seed": seed, "exclude": exclude}
                 logs.append({**log, "scores": scores, "models": rows})
@@ -235,7 +235,7 @@ def read_ratings(path: Path, seed: int = 0) -> pa.Table:
 
 
 def random_truth(test: tp.Holdout, ratings: pa.Table) -> tp.Holdout:
-    """Asks the users of the test for what they clicked of the items drawn at random."""
+    """Asks the test's users for their clicks among the items drawn at random."""
     clicked = ratings.filter(pc.equal(ratings["stage"], "clicked"))
     users, items = (clicked[name].to_numpy() for name in ("user_id", "item_id"))
     known = np.isin(items, test.candidate_ids)
@@ -311,7 +311,7 @@ def serve_day(
             np.take_along_axis(kept, order, axis=1),
             np.take_along_axis(logits, order, axis=1),
         )
-        # What is lost stays behind all that is kept.
+        # The next stage ranks what this one drops behind all that it keeps.
         logits[:, num:] = -np.inf
     shown = 1 / (1 + np.exp(-logits[:, : options.num_exposed]))
     seen = (1.0 + np.arange(options.num_exposed)) ** -options.position_bias
@@ -393,7 +393,7 @@ def judge(
         for metric in (f"recall@{K}", f"even_recall@{K}"):
             row[f"{metric}_{name}"] = found.results[name].overall.intervals[metric].mean
     for metric in (f"recall@{K}", f"even_recall@{K}"):
-        # Of the old model minus the new one.
+        # The old model minus the new one.
         interval = found.differences["old"][metric] if before is not None else None
         row[f"{metric}_is_worse"] = interval is not None and interval.low > 0
     return row

@@ -1,4 +1,4 @@
-"""Draws the figures of README and site from committed result files.
+"""Draws the figures of the README and the site from committed result files.
 
     python benchmarks/figure.py
 
@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 SIZE = (4.4, 3.0)  # Inches: as wide as a phone, so that its text is never small.
 METRIC = "ndcg@100"
-# A row a pair of models that differ in the correction alone; below them the others, dot by dot.
+# Pairs of models that differ only in the correction, a row each; below them, a row per other model.
 PAIRS = {
     "in-batch negatives": ("in_batch_uncorrected", "in_batch"),
     "mixed negatives (the default)": ("two_tower_uncorrected", "two_tower"),
@@ -47,7 +47,7 @@ OTHERS = {
 }
 
 
-# A log -> what `losses.py` wrote of it, and its metric.
+# Log -> its result file from `losses.py`, and its metric.
 LOGS = {
     "KuaiRand": ("losses_kuairand", "ndcg@10"),
     "MovieLens-100K": ("corrections_ml_100k", "ndcg@100"),
@@ -58,10 +58,10 @@ OTHER_LOG_Q = {"unigram": "share of clicks ", "none": "none "}
 
 
 def draw_log_q(corrections: Mapping[str, tuple[Mapping[str, Any], str]]) -> Drawing:
-    """Draws what other log q cost.
+    """Draws the loss of quality with other log q.
 
     Args:
-        corrections: Log -> what `losses.py` wrote of it, and its metric.
+        corrections: Log -> its results from `losses.py`, and its metric.
     """
     figure, (axes,) = new_figure(*SIZE)
     for place, (written, metric) in enumerate(corrections.values()):
@@ -92,7 +92,7 @@ def draw_log_q(corrections: Mapping[str, tuple[Mapping[str, Any], str]]) -> Draw
 
 
 def draw_models(results: Mapping[str, Any]) -> Drawing:
-    """Draws models with and without the correction, and others, as `movielens_100k.py` wrote."""
+    """Draws models with and without the correction, and others, by `movielens_100k.py`."""
     figure, (axes,) = new_figure(*SIZE)
     for place, (without, corrected) in enumerate(PAIRS.values()):
         ends = [_values(results, name)["mean"] for name in (without, corrected)]
@@ -132,7 +132,7 @@ def _dot(
     name: str = "",
     side: str = "center",
 ) -> None:
-    """Draws a mean with its interval, and its number above, on a side of it."""
+    """Draws a mean with its interval, and writes its number above, on a side of it."""
     axes.plot([value["low"], value["high"]], [place, place], color=colour, linewidth=2)
     axes.plot(value["mean"], place, "o", color=colour, markersize=6)
     axes.annotate(
@@ -151,12 +151,12 @@ def _short(value: float, digits: int) -> str:
 
 
 def draw_scale(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
-    """Draws seconds and memory of each stage, of what `scale.py` measured of each size."""
+    """Draws the seconds and memory of each stage, by size, as `scale.py` measured them."""
     seconds, memory = (
         {name: [size["stages"][name][key] for size in sizes] for name in sizes[0]["stages"]}
         for key in ("cpu_seconds", "rss_anon_gib")
     )
-    del seconds["training"]  # As many steps for all sizes: its seconds say nothing.
+    del seconds["training"]  # All sizes train equally many steps.
     memory["columns on disk"] = [size["columns_gib"] for size in sizes]
     colours = dict(zip(memory, (*SERIES, SOFT), strict=False))
     found = {}

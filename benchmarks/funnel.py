@@ -4,8 +4,8 @@ Every plan trains the same two-tower model for the same number of epochs on the 
 seed. Recall@50 is measured for two sets of items:
 
     truth   the 50 items that a user would most probably click if shown, whatever the funnel showed
-    clicks  the items that the user clicked in the last fifth of their clicks and not before, among
-            those that the funnel, which favours popular items, went on to show
+    clicks  the items of the last fifth of the user's clicks that the user had not clicked before;
+            the funnel, which favours popular items, had chosen what to show
 
 Differences are paired by seed: mean, standard error, and in how many seeds the plan came out ahead.
 
@@ -70,7 +70,7 @@ PLANS: dict[str, tuple[str | None, dict[str, Any]]] = {
 def measure(
     retriever: tp.Retriever, simulation: Simulation, queries: tp.Holdout
 ) -> dict[str, float]:
-    """Recalls both truths, and averages the true click probability of the 50 retrieved."""
+    """Measures both recalls, and the mean true click probability of the 50 retrieved."""
     asked = queries.as_queries()
     found, _ = retriever.retrieve(asked, K)
     best = simulation.best_items(queries.user_ids, K)
@@ -106,7 +106,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     )
     with tempfile.TemporaryDirectory() as folder:
         data = TrainingSet.build(split.train, Path(folder), seed=seed, hard=every)
-        # Of ids alone.
+        # Models have ids alone.
         ids = Corpus(data.corpus.candidate_ids, data.corpus.query_ids)
         data = dataclasses.replace(data, corpus=ids)
         for name, (_, settings) in PLANS.items():
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="*", default=[], help="Parts of the names to run.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    # A model a plan retraces its functions: no fault here.
+    # Hides warnings of retracing: each plan has its own model.
     tf.get_logger().setLevel("ERROR")
     rows: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):

@@ -44,7 +44,7 @@ class GfcfRetriever:
         normalised = (
             scipy.sparse.diags(user_scale) @ interactions @ scipy.sparse.diags(self._item_scale)
         ).tocsr()
-        start = np.full(min(normalised.shape), 1.0)  # Else drawn at random.
+        start = np.full(min(normalised.shape), 1.0)  # Otherwise it is drawn at random.
         _, _, vectors = scipy.sparse.linalg.svds(normalised, k=self.num_factors, v0=start)
         self._vectors = vectors.astype(np.float32)
         self._weighted = (self.alpha * vectors * np.sqrt(degrees)).astype(np.float32)

@@ -1,8 +1,8 @@
 """Measures recall and CPU time of a ScaNN index for all kinds of requests, beside exact search.
 
-The index is tuned like an export's. Then other queries ask it: a grid of k and of excluded items,
-the nearest to the query or far ones; and filters that let a share of the items pass, at random or
-the nearest to or farthest from a direction, as items with one value of a feature may be.
+The index is tuned like an export's. Then other queries search it: over a grid of k and of excluded
+items, the query's nearest or far ones, and with filters that a share of the items pass, at random
+or the nearest to or farthest from a direction, as items with one value of a feature may be.
 
     python benchmarks/index.py --vectors 50000 --json benchmarks/results/index_50k.json
     python benchmarks/index.py --model saved_models/NAME
@@ -38,7 +38,7 @@ FILTERS = ("at random", "near", "far")
 
 
 class Searches:
-    """An index and the exact search beside it, asked by queries alone and in calls of 16."""
+    """An index and exact search, each called with one query and with 16 at a time."""
 
     def __init__(self, index: Tuned, embeddings: np.ndarray, queries: np.ndarray) -> None:
         self._index, self._embeddings, self._queries = index, embeddings, queries
@@ -47,7 +47,7 @@ class Searches:
     def compare(
         self, k: int, excluded: np.ndarray, codes: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """Returns what is found, [n, k] rows of all queries, exact ones of some, and the CPU times.
+        """Returns found rows, [n, k], of all queries, the exact rows of some, and the CPU times.
 
         With `codes`, [num_candidates, 1], only candidates with the code 1 are found.
         """
@@ -136,7 +136,7 @@ def measure_filters(
 def measure(
     embeddings: np.ndarray, tuning: Requests, queries: np.ndarray, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tunes an index and measures it on other queries; prints what comes out."""
+    """Tunes an index and measures it on other queries; prints the results."""
     start = time.process_time()
     index = tune_index(embeddings, tuning, target_recall=options.target_recall)
     seconds = time.process_time() - start
@@ -162,7 +162,7 @@ def measure(
 
 
 def show(cells: Sequence[dict[str, Any]]) -> None:
-    """Prints a line a cell."""
+    """Prints a line for each cell."""
     lines = [list(cells[0])]
     for cell in cells:
         lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in cell.values()])

@@ -74,14 +74,14 @@ class Task:
             if high == most:
                 return None
             low, high = high, min(2 * high, most)
-        # Within a hundredth: recall rises with the knob, nearly always.
+        # To within 1%; recall nearly always rises with the knob.
         while high - low > max(1, high // 100):
             middle = (low + high) // 2
             low, high = (low, middle) if keeps(middle) else (middle, high)
         return high
 
     def microseconds(self, search: Search, batch_size: int, num_calls: int) -> float:
-        """Returns the median time a held-out query, in calls of a size."""
+        """Returns the median time per held-out query, in calls of `batch_size`."""
         queries = self.load("queries")[1::2]
         rows = np.resize(np.arange(len(queries)), (num_calls, batch_size))
         search(queries[:batch_size])
@@ -95,7 +95,7 @@ class Task:
     def measure(
         self, name: str, search: Search, build_seconds: float, num_bytes: int, **settings: Any
     ) -> dict[str, Any]:
-        """Returns what is said of a structure, set to reach the recall target."""
+        """Returns the figures of a structure that is set to reach the recall target."""
         return {
             "index": name,
             "recall": self.recalls(search)[1],
@@ -195,7 +195,7 @@ def measure_faiss_flat(task: Task) -> list[dict[str, Any]]:
 
 
 def measure_faiss_ivf_flat(task: Task) -> list[dict[str, Any]]:
-    """Tunes the lists searched of an inverted file."""
+    """Tunes how many lists of an inverted file are searched."""
     import faiss
 
     candidates = task.load("candidates")
@@ -228,7 +228,7 @@ def measure_faiss_ivf_flat(task: Task) -> list[dict[str, Any]]:
 
 
 def measure_faiss_ivf_pq(task: Task) -> list[dict[str, Any]]:
-    """Tunes lists searched and candidates rescored of an inverted file of 4-bit codes."""
+    """Tunes lists to search and candidates to rescore in an inverted file of 4-bit codes."""
     import faiss
 
     candidates = task.load("candidates")
@@ -271,11 +271,11 @@ def measure_faiss_ivf_pq(task: Task) -> list[dict[str, Any]]:
 
 
 def _build(faiss: Any, index: Any, candidates: np.ndarray) -> float:
-    """Trains and fills an index on all cores, and leaves faiss with one for searches."""
+    """Trains and fills an index on all cores, and leaves faiss one thread for searches."""
     faiss.omp_set_num_threads(multiprocessing.cpu_count())
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
-        # Its own default takes five times as long and finds hardly more.
+        # The default takes five times as long and finds hardly more.
         ivf.cp.max_points_per_centroid, ivf.cp.niter = 50, 10
     start = time.perf_counter()
     index.train(candidates)
@@ -384,7 +384,7 @@ def exact_places(candidates: np.ndarray, queries: np.ndarray, k: int) -> np.ndar
 
 
 def measure_apart(measure: Callable[[Task], list[dict[str, Any]]], task: Task) -> list[Any]:
-    """Measures in a process of its own: the libraries' threads do not meet."""
+    """Measures in a separate process, so that the libraries' threads do not interfere."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    tf.get_logger().setLevel("ERROR")  # A model a plan retraces its functions: no fault here.
+    tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each plan has its own model.
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.run_dir or Path(scratch) / "run"

@@ -65,7 +65,7 @@ def as_events(batch: pa.RecordBatch) -> pa.Table:
 
 
 def convert(folder: Path, output: Path) -> None:
-    """Writes one event an exposure; ids are int64."""
+    """Writes one event per exposure; ids are int64."""
     options = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(COLUMNS, pa.int64()), include_columns=COLUMNS
     )

@@ -70,8 +70,8 @@ _SEQUENCES = {
     "training.warmup_steps": 40,
     "training.patience": 6,
 }
-# The mean of the history, of a table of its own: the user's items without an order, at random
-# half read and half found.
+# The history is a mean over a separate table. The user's items have no order: a random half is
+# input, and the other half is the target.
 _USER_SETS = {
     "model.negatives": ("popularity:num=4096:alpha=0.5",),
     "model.history_length": 300,
@@ -138,7 +138,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
         }
         for dim in (64, 128, 256, 512)
     },
-    # The history read with the candidates' vectors: fewer numbers to learn, and more epochs.
+    # The history uses the candidates' vectors: fewer numbers to learn, and more epochs.
     "user_sets_shared_64": {
         "gowalla": {
             **_USER_SETS,
@@ -150,7 +150,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
     "user_sets": {"gowalla": _USER_SETS},
-    # As it is: no setting is chosen on this data but the number of epochs.
+    # The preset unchanged: only the number of epochs is chosen on this data.
     "preset_sets": {"gowalla": PRESETS["sets"][1]},
 }
 
@@ -167,7 +167,7 @@ EASE_GRIDS: dict[str, dict[str, Any]] = {
 }
 
 
-# A retriever, and notes for the record, JSON-able.
+# A retriever, and notes for the record, JSON-compatible.
 Fitted = tuple[tp.Retriever, dict[str, Any]]
 # Given settings, data and a folder for checkpoints.
 Fit = Callable[[tp.RunConfig, RunData, Path], Fitted]
@@ -180,7 +180,7 @@ class Task:
     Args:
         data: Its name.
         protocol: Its protocol.
-        config: Its settings before any model's.
+        config: Its settings, without any model's.
         folder: Where data, samples and results are kept.
     """
 
@@ -190,9 +190,9 @@ class Task:
     folder: Path
 
     def prepare(self, config: tp.RunConfig) -> RunData:
-        """Makes split and samples, or reads what the folder holds of them."""
+        """Makes the split and samples, or reads those that the folder holds."""
         folder = self.folder / f"data-seed{config.seed}"
-        # A model may leave features out that the files hold.
+        # A model may leave out features that the files hold.
         whole = tp.with_settings(
             config,
             {f"data.{name}": getattr(self.config.data, name) for name in FEATURES},
@@ -216,7 +216,7 @@ class Model:
     """A line of the table.
 
     Args:
-        settings: Data set -> settings by dotted name; a data set that is missing has no such line.
+        settings: Data set -> settings by dotted name; only these data sets have the line.
         fit: How it is fitted.
         grids: Data set -> values to choose from on validation, of a baseline.
         is_seeded: Whether the seed changes anything.
@@ -229,10 +229,10 @@ class Model:
 
 
 class Printed(Progress):
-    """Prints tasks, a line a step."""
+    """Prints a line for each step of a task."""
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
-        """Prints where a task is."""
+        """Prints how far a task is."""
         print(f"    {name} {done}/{total} {note}", flush=True)
 
 
@@ -272,7 +272,7 @@ def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fi
 
 
 def fit_gfcf(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
-    """Fits GF-CF with the settings that its published numbers have on Gowalla."""
+    """Fits GF-CF with the settings of its published numbers on Gowalla."""
     settings = {"alpha": 0.3, "num_factors": 256}
     return GfcfRetriever(**settings).fit(data.split.before_test), settings
 
@@ -318,7 +318,7 @@ def run_model(task: Task, name: str, seed: int) -> dict[str, Any]:
     own = model.settings[task.data]
     grid = model.grids.get(task.data)
     settings = {**task.protocol.settings, **own, **(grid or {})}
-    asked = to_jsonable_python({"settings": settings})  # As it is read back: tuples are lists.
+    asked = to_jsonable_python({"settings": settings})  # As read back from JSON: tuples are lists.
     folder = task.folder / "fits" / f"{name}-seed{seed}"
     _claim(folder, asked)
     if (folder / "result.json").exists():
@@ -363,7 +363,7 @@ def run_model(task: Task, name: str, seed: int) -> dict[str, Any]:
         **asked,
         **notes,
     }
-    # Written last: a folder that has it is whole.
+    # Written last: a folder that has it is complete.
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     return {**result, "is_new": True}
 
@@ -406,7 +406,7 @@ def summarise(task: Task, name: str, results: Sequence[dict[str, Any]]) -> dict[
 
 
 def run(task: Task, models: Sequence[str], num_seeds: int) -> dict[str, Any]:
-    """Fits and measures the models, all of them with one seed before the next."""
+    """Fits and measures the models: all of them with one seed, then with the next."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for seed in range(num_seeds):
         for name in models:
@@ -466,7 +466,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, help="Where results are kept, to be resumed.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Retracing a model is no fault here.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Hides warnings of retracing.
     models = options.models or [n for n, m in MODELS.items() if options.data in m.settings]
     if missing := [name for name in models if options.data not in MODELS[name].settings]:
         parser.error(f"{', '.join(missing)}: not measured on {options.data}")

@@ -36,7 +36,7 @@ class Published:
 
     Args:
         model: Its name.
-        values: One a metric of the protocol.
+        values: One for each metric of the protocol.
         source: Where they are from.
     """
 
@@ -52,7 +52,7 @@ class Protocol:
     Args:
         description: For people.
         metrics: What is reported, as the package names it; the last one ranks the table.
-        settings: Over the package's defaults, by dotted name, for every model.
+        settings: What replaces the package's defaults, by dotted name, for every model.
         convert: Writes the package's files from the folder given; None where the package has a
             source of its own.
         features: Kinds of the columns that the files hold beside the ids: "data.item_features" and
@@ -72,7 +72,7 @@ class Protocol:
 
         Args:
             data_dir: Folder with the data set as published.
-            folder: Where the package's files are written, or were already.
+            folder: Where the package's files are, or will be written.
 
         Raises:
             ValueError: If the folder is needed and not given.
@@ -92,7 +92,7 @@ class Protocol:
             if (folder / f"{name}.parquet").exists()
         }
         files = {"data.source": "files", "data.path": folder / "events.parquet", **paths}
-        # All at once: one of them without the others would be refused.
+        # All at once, because one of them without the others would be refused.
         return with_settings(RunConfig(), {**files, **self.features, **self.settings})
 
 
@@ -132,9 +132,9 @@ def convert_gowalla(data_dir: Path, folder: Path) -> None:
     """Writes LightGCN's split of Gowalla, a tenth of each user's training items as validation.
 
     `train.txt.gz` and `test.txt.gz` are `train.txt` and `test.txt` of `Data/gowalla` in LightGCN's
-    repository (kuandeng/LightGCN): a user a line, then the user's items, in no order. Of a user's n
-    training items ceil(n / 10) are drawn for validation, by a seed of its own: the split is the
-    same for every seed of a model.
+    repository (kuandeng/LightGCN): a line has a user, then the user's items, in no order. Of n
+    training items of a user, ceil(n / 10) are drawn for validation, with a fixed seed, so the split
+    is the same for every seed of a model.
     """
     rng = np.random.default_rng(VALIDATION_SEED)
     columns: dict[str, list[Any]] = {"user_id": [], "item_id": [], "part": []}
@@ -155,7 +155,7 @@ def convert_gowalla(data_dir: Path, folder: Path) -> None:
 
 
 def _write_events(events: pa.Table, folder: Path) -> None:
-    """Writes the events under their name once they are whole."""
+    """Writes the events, and gives the file its name once it is complete."""
     partial = folder / "events.partial"
     pq.write_table(events, partial)
     partial.rename(folder / "events.parquet")

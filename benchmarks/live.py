@@ -1,13 +1,12 @@
-"""Measures live items: recall and the times of readers while items are exchanged, and kills.
+"""Measures live items: recall and query times while items are replaced, and writes lost to kills.
 
 First, a reader asks one query after the other, without writes and then while `--rate` items a
-second are written and as many removed, until `--exchanged` of the corpus is new. New items lie
-elsewhere than the old ones: in clusters of their own, half of them. At twelve moments the recall is
-measured by k and by excluded items, against exact search over what is there at that moment. Writes
-are checked, put on disk and found by the next search, as in service; only the embedding is looked
-up. Then a process that writes items to a copy of `--model` is killed `--kills` times at moments
-drawn at random. After each kill the model is loaded: what was confirmed must be there, and what is
-there must be whole.
+second are written and as many removed, until `--exchanged` of the corpus is new. Half of the new
+items lie in other clusters than the old ones. At twelve moments the recall is measured by k and by
+excluded items, against exact search over what is there at that moment. Writes are checked, put on
+disk and found by the next search, as in service; only the embedding is looked up. Then a process
+that writes items to a copy of `--model` is killed `--kills` times at moments drawn at random. After
+each kill the model is loaded: confirmed writes must be there, and what is there must be complete.
 
     python benchmarks/live.py --model saved_models/movielens --json benchmarks/results/live.json
 
@@ -72,7 +71,7 @@ class Reader:
 
 
 def recalls(candidates: Candidates, queries: np.ndarray) -> dict[str, float]:
-    """Measures recall by k and the number of excluded items, the nearest."""
+    """Measures recall by k and by how many of the nearest items are excluded."""
     nearest = candidates.search(queries, max(EXCLUDED), exact=True)[0]
     found = {}
     for k in KS:
@@ -88,7 +87,7 @@ def recalls(candidates: Candidates, queries: np.ndarray) -> dict[str, float]:
 
 
 def churn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Exchanges items while a reader asks."""
+    """Replaces items while a reader asks."""
     num, dim = options.vectors, options.dim
     num_new = round(options.exchanged * num)
     vectors, queries = synthetic(num, dim, 1500, options.seed)
@@ -145,7 +144,7 @@ def churn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def write_until_killed(model: Path, first: int, confirmed: Connection) -> None:
-    """Writes three items at a time, and tells the number of each confirmed write."""
+    """Writes three items at a time, and sends the number of each confirmed write."""
     retriever = load(model)
     for number in range(first, sys.maxsize):
         retriever.upsert(items_of(retriever, number))
@@ -164,7 +163,7 @@ def items_of(retriever: LoadedRetriever, number: int) -> list[dict[str, Any]]:
 
 
 def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Kills a writer again and again; returns how many confirmed writes were lost, or half."""
+    """Kills a writer again and again; returns how many writes were lost, or half done."""
     rng, model = np.random.default_rng(options.seed), folder / "model"
     shutil.copytree(options.model, model)
     context = multiprocessing.get_context("forkserver")
@@ -172,7 +171,7 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     confirmed, num_lost, num_half = set[int](), 0, 0
     for _ in range(options.kills):
         receiver, sender = context.Pipe(duplex=False)
-        first = max(confirmed, default=-1) + 2  # The one after the last may be there, or not.
+        first = max(confirmed, default=-1) + 2  # The write after the last is unknown.
         writer = context.Process(target=write_until_killed, args=(model, first, sender))
         writer.start()
         sender.close()

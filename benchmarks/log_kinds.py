@@ -2,19 +2,19 @@
 
     ratings          MovieLens-100K, the last share of each user's likes held out
     ratings, time    the same, split by time
-    200 users        the same as the first, of 200 of its users, without features
+    200 users        the first log, with 200 of its users, without features
     funnel           a simulated funnel of 3,000 users and 2,000 items
     kuairand         KuaiRand's clicks (`request.py` says which), --data-dir
     kuairand, tab    the same with the tab of the app and the hour as request features
     sparse ...       the logs of `sparse_sequences.py`, --data-dir
 
-and, for those whose folder is in --data-dir, the logs of `unseen_logs.py`, on which no setting was
-chosen. Those with times are split by time, the others' users' last two events held out:
+Also the logs of `unseen_logs.py` whose folders are in --data-dir; no setting was chosen on them.
+Logs with times are split by time; in others, the last two events of each user are held out:
 
-    cosmetics, last  cosmetics, its users' last two events held out
-    sessions         likewise, since a session that is split by time has no history
+    cosmetics, last  cosmetics, with the last two events of each user held out
+    sessions         the same, because a session that is split by time has no history
 
-and without an order, a random share of each user's clicks held out, ids alone:
+Logs without an order, of ids alone, with a random share of each user's clicks held out:
 
     ratings, funnel, sparse ...   the clicks of the same logs
     ml-1m            2,000 users of MovieLens-1M, --data-dir
@@ -73,7 +73,7 @@ def kuairand(data_dir: Path, features: dict[str, Any]) -> Split:
 
 
 def sparse(data: str, data_dir: Path, folder: Path) -> Split:
-    """Splits a sparse log, its users' last two events held out."""
+    """Splits a sparse log; holds out the last two events of each user."""
     cut(data, data_dir / data, folder)
     log = tp.Log.from_files(folder / "sparse.parquet")
     return log.split(**LAST_TWO)
@@ -87,7 +87,7 @@ def unseen(name: str, data_dir: Path) -> Split:
 
 
 def logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
-    """Says how each log is made."""
+    """Returns a function that makes each log, by name."""
     made: dict[str, Callable[[], Split]] = {
         "ratings": lambda: ratings("last_share"),
         "ratings, time": lambda: ratings("time"),
@@ -125,7 +125,7 @@ def without_order(clicks: pa.Table, num_users: int | None = None) -> Split:
 
 
 def unordered_logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
-    """Says how each log without an order is made."""
+    """Returns a function that makes each log without an order, by name."""
 
     def clicks_of(name: str) -> pa.Table:
         events = logs(data_dir, folder)[name]().log.events

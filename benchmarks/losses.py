@@ -9,12 +9,12 @@ Data sets (DATA says with which settings):
                30 epochs at most
 
 All but the first are read from a folder each (--data-dir; see `leaderboard_data.py` and
-`sparse_sequences.py`). Choose plans by the validation figures; the test's are for plans between
-which nothing is chosen. Plans:
+`sparse_sequences.py`). Choose plans by the validation figures; the test figures are only
+for comparisons that choose nothing. Plans:
 
     package            the loss as it is, every column corrected by its exact log q
-    exponent .9, ...   the bilateral exponent t of BSL: the sampled sum over negatives, as the mean
-                       over the corpus, to the power of t, so that t = 1 is the package's loss
+    exponent .9, ...   the bilateral exponent t of BSL: the sampled sum over negatives, as a mean
+                       over the corpus, is raised to the power of t (1 is the package's loss)
     top 20, ...        SL@K: each positive's loss weighted by sigmoid((its logit - that of the
                        20th candidate) / 2), the 20th found among the sampled columns, of which
                        each stands for 1 / q candidates
@@ -74,7 +74,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     **{name: ("ml-1m", {**PRESETS["sequence"][1], "training.max_epochs": 30}) for name in CUTS},
 }
-# Given the model and the training clicks of each row; changes the model.
+# Changes the model, given the training clicks of each row.
 Change = Callable[[TwoTowerNetwork, np.ndarray], None]
 
 
@@ -85,11 +85,11 @@ class ChangedLoss(HybridRetrieval):
     positive's loss is w * (log(exp s + V * (N / V)^exponent) - s).
 
     Args:
-        temperature: As of the parent.
+        temperature: As in the parent.
         num_candidates: V.
         exponent: 1 is the parent's loss.
         top_k: K of the weight w; None is w = 1.
-        softness: w = sigmoid((s - logit of the K-th candidate) / softness), no gradient in it.
+        softness: w = sigmoid((s - logit of the K-th candidate) / softness), without a gradient.
     """
 
     def __init__(
@@ -158,13 +158,13 @@ def with_loss(**options: Any) -> Change:
 
 
 def with_unigram(network: TwoTowerNetwork, counts: np.ndarray) -> None:
-    """Corrects all columns by the log of their share of the clicks, and the positive likewise."""
-    # An item without a click, which uniform negatives draw, counts as one of half a click.
+    """Corrects all columns, and the positive, by the log of their share of the clicks."""
+    # Uniform negatives also draw items without a click, which count as half a click.
     share = np.maximum(counts, 0.5) / counts.sum()
     log_share = tf.constant(np.log(share), tf.float32)
 
     def log_q(inputs: Batch) -> tf.Tensor:
-        # A softmax does not change if all logits of a row rise alike: so the positive's stays.
+        # The positive's logit stays: a softmax does not change if its log q is added to all logits.
         own, shared = (tf.gather(log_share, x) for x in (inputs.candidate_row, inputs.shared_row))
         return shared[tf.newaxis, :] - own[:, tf.newaxis]
 
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="How many (1).")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    tf.get_logger().setLevel("ERROR")  # A model a plan retraces its functions: no fault here.
+    tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each plan has its own model.
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         task = task_of(options.data, options.data_dir, Path(folder))

@@ -1,4 +1,4 @@
-"""Asks a server everything at once for an hour: it must fail no good request and hold its memory.
+"""Sends a server every kind of request for an hour: no good one may fail, memory must settle.
 
 The load: good requests, small and as large as is allowed; hostile ones; connections that send a
 byte at a time; live writes; new versions, every fifth of them broken; stops and restarts at the
@@ -72,7 +72,7 @@ def write_items(method: str, content: Any, token: str = TOKEN) -> bytes:
 
 
 def large_requests() -> dict[str, tuple[int, bytes]]:
-    """Requests at the server's limits, and how many clients send them at once."""
+    """Makes requests at the server's limits, and how many clients send each at once."""
     rng = np.random.default_rng(0)
 
     def retrieve(num_queries: int, k: int, history: int, exclude: int) -> bytes:
@@ -112,7 +112,7 @@ class Client:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, data: bytes) -> int:
-        """Returns the code of the answer, 0 of one that broke off."""
+        """Returns the status code of the answer, 0 if it broke off."""
         return (await self.answer(data))[0]
 
     async def answer(self, data: bytes) -> tuple[int, bytes]:
@@ -144,7 +144,7 @@ class Client:
 
 
 def run_load(port: int, seconds: float) -> dict[str, Any]:
-    """Runs all kinds of clients until the time is over, in a process of its own."""
+    """Runs all kinds of clients until the time is over, in a separate process."""
     until = time.monotonic() + seconds
     counts: Counts = collections.Counter()
     latencies: list[float] = []
@@ -250,7 +250,7 @@ def neighbours(port: int, rounds: int) -> dict[str, Any]:
 
 
 def repeat(port: int, num_clients: int, data: bytes, seconds: float) -> None:
-    """Asks the same again and again."""
+    """Sends the same request again and again."""
     until = time.monotonic() + seconds
 
     async def one() -> None:
@@ -282,7 +282,7 @@ def start(model: Path, port: int) -> subprocess.Popen[str]:
 def stop(process: subprocess.Popen[str]) -> None:
     """Stops the server."""
     process.send_signal(signal.SIGTERM)
-    if process.wait(300) != 0:  # It takes seconds, unless the machine is busy with all else.
+    if process.wait(300) != 0:  # It takes seconds, unless the machine is busy.
         raise RuntimeError(f"The server ended with {process.returncode}")
 
 
@@ -323,7 +323,7 @@ def measure(model: Path, minutes: float, num_stops: int, swap_seconds: float) ->
 
 
 def put(model: Path, version: int, *, is_broken: bool) -> None:
-    """Puts a copy of the first version in place, and takes away those that nothing needs."""
+    """Puts a copy of the first version in place, and removes versions that nothing needs."""
     partial = model / f".partial-{version}"
     shutil.copytree(model / "1", partial, copy_function=os.link)
     if is_broken:

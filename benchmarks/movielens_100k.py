@@ -1,9 +1,9 @@
 """Measures the package's models, baselines and the TFRS tutorial's model on MovieLens-100K.
 
-The split of the default run: ratings of 4 and 5 are likes, the last fifth of each user's likes is
+The split is the default run's: ratings of 4 and 5 are likes, the last fifth of each user's likes is
 the test (938 users, 11,442 likes), everything before it trains. NDCG@100, recall@100 and recall@20
-over the whole corpus, means over users with 95% bootstrap intervals, once with the user's earlier
-likes excluded from the ranking (clicked) and once with every rated item excluded (seen).
+are over the whole corpus. Their means over users have 95% bootstrap intervals. The ranking excludes
+the user's earlier likes (clicked) or every item that the user rated before (seen).
 
     tutorial               the TFRS retrieval tutorial as it stands: embeddings of user and item
                            ids, 32-d, in-batch negatives, batch 8192, Adagrad 0.1, 3 epochs
@@ -52,13 +52,13 @@ from tfrs_pipeline.run.training import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")
 EXCLUDES: tuple[Literal["clicked", "seen"], ...] = ("clicked", "seen")
-# A retriever, and notes on how it came about.
+# A retriever, and notes on how it was made.
 Fitted = tuple[Retriever, dict[str, Any]]
 
 
 @contextlib.contextmanager
 def prepared(config: RunConfig) -> Iterator[RunData]:
-    """Loads, splits and samples the log of a config as a run does, in a folder for the moment."""
+    """Loads, splits and samples the log of a config as a run does, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         yield prepare(config, Path(folder))
 
@@ -122,7 +122,7 @@ def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
     """Averages each user over the seeds, and then over users with an interval.
 
     Args:
-        results: One a seed.
+        results: One for each seed.
 
     Returns:
         Metric -> mean, low, high and the mean of each seed.
@@ -139,7 +139,7 @@ def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
 
 
 def run(models: Sequence[str], num_seeds: int) -> Iterator[dict[str, Any]]:
-    """Fits and measures the models; yields what is known after each seed."""
+    """Fits and measures the models; yields the results so far after each seed."""
     results: dict[str, dict[str, list[EvaluationResult]]] = {
         name: {exclude: [] for exclude in EXCLUDES} for name in models
     }
@@ -181,7 +181,7 @@ def run(models: Sequence[str], num_seeds: int) -> Iterator[dict[str, Any]]:
 
 
 def print_table(figures: dict[str, Any]) -> None:
-    """Prints one line a model and kind of exclusion."""
+    """Prints a line for each model and kind of exclusion."""
     print(f"\n{'':22} {'excluded':8}" + "".join(f"  {metric:>22}" for metric in METRICS))
     for exclude in EXCLUDES:
         for name, model in figures["models"].items():
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     for figures in run(options.models, options.seeds):
-        if options.json:  # An hour of work: kept as it comes.
+        if options.json:  # Takes an hour, so partial results are saved.
             write_json(options.json, figures)
     print_table(figures)
 

@@ -3,19 +3,19 @@ r"""Measures whether items that the training never saw are found, once the index
 A tenth of MovieLens-100K's items, drawn by a seed, is taken out of the log, as if they did not
 exist yet. The package's model is trained and exported without them, then refreshed with the whole
 item table, where only their title words, year and genres are known. The queries are those of the
-default run's test; relevant are the new items that the user likes in the test part.
+default run's test; the new items that the user likes in the test part are relevant.
 
     all items    new items are ranked in the whole corpus, the user's earlier likes excluded
     new items    the new items are ranked among themselves
 
     default      the default run's settings: ID dropout of 5%, so that the embedding of an unknown
                  id is trained
-    known_ids    the same without (model.id_dropout 0)
+    known_ids    the same without ID dropout (model.id_dropout 0)
     features     the same without ids (model.use_candidate_id)
-    popularity   likes before the test; a new item has none, so new items come last, in no order
-                 among themselves
-    best order   the new items by their likes before the test, which nobody could know: the most
-                 that one order for all users can reach
+    popularity   likes before the test; a new item has none, so new items come last, in random
+                 order
+    best order   the new items by their likes before the test, which are unknown in practice: the
+                 limit for one order for all users
 
     python benchmarks/new_items.py --seeds 3 --json benchmarks/results/new_items.json
 """
@@ -87,7 +87,7 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
         visible = [
             0 if id_ in is_new and name == "popularity" else counts[id_] for id_ in all_ids.tolist()
         ]
-        # Ties in random order, another for each query.
+        # Breaks ties at random, anew for each query.
         ties = rng.random((len(asked), len(all_ids)))
         scores = np.array(visible, np.float64) + ties
         found[name] = measure(scores, all_ids, new_ids, queries, relevant, asked)
@@ -112,7 +112,7 @@ def fit(config: tp.RunConfig, split: Split) -> tp.FittedTwoTower:
     plan = tp.TwoTower(**dict(config.model), training=config.training, seed=config.seed)
     num_epochs = plan.fit(split.train, split.validation).result.best_epoch
     print(f"  trained {num_epochs} epochs", flush=True)
-    # What the user did in the test is not known when the queries are asked.
+    # What users did in the test is unknown when the queries are asked.
     before_test = dataclasses.replace(split.before_test, part_of=None)
     with tempfile.TemporaryDirectory() as folder:
         data = TrainingSet.build(before_test, Path(folder), seed=config.seed)
@@ -137,7 +137,7 @@ def measure(
     relevant: list[list[Any]],
     asked: list[int],
 ) -> dict[str, np.ndarray]:
-    """Measures how much of a query's relevant new items is found, in both rankings."""
+    """Measures the recall of each query's relevant new items, in both rankings."""
     items = Ids(all_ids)
     known, is_relevant = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
     for place, i in enumerate(asked):
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Retracing a model is no fault here.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Hides warnings of retracing.
     by_seed = []
     for seed in range(options.seeds):
         print(f"seed {seed}", flush=True)
@@ -170,7 +170,7 @@ def main() -> None:
     figures: dict[str, Any] = {"cutoffs": CUTOFFS, "new_share": NEW_SHARE, "models": {}}
     print(f"{'':14}" + "".join(f"  recall@{k} among {name:12}" for name, k in CUTOFFS.items()))
     for name in (*MODELS, *LIKES):
-        # Other items are new, and other users asked, with every seed.
+        # New items and asked users differ from seed to seed.
         joined = {
             ranking: np.concatenate([s[name][ranking] for s in by_seed]) for ranking in CUTOFFS
         }

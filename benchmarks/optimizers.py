@@ -32,7 +32,7 @@ NUM_BATCHES = 8
 
 
 def make_step(name: OptimizerName, num_rows: int, seed: int) -> Callable[[int], float]:
-    """Returns a function that runs n steps and gives the milliseconds a step."""
+    """Returns a function that runs n steps and returns the milliseconds per step."""
     rng = np.random.default_rng(seed)
     # Log-uniform rows: p ~ 1 / rank.
     drawn = num_rows ** rng.random([NUM_BATCHES, 2, BATCH_SIZE])
@@ -80,7 +80,7 @@ def measure(num_rows: int, options: argparse.Namespace) -> dict[str, Any]:
         name: {
             "ms_per_step": float(np.median(values)),
             "ms_per_step_by_round": values,
-            # Round by round, so that what else the machine does cancels out.
+            # Round by round, so that other load on the machine cancels out.
             "ratio_to_adam": float(np.median(np.array(values) / np.array(times["adam"]))),
         }
         for name, values in times.items()

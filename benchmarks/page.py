@@ -63,7 +63,7 @@ class Browser:
         self._session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.command(f"{domain}.enable")
-        # A window is never as narrow as a phone; the page can be told that it is.
+        # A window cannot be as narrow as a phone, so the page is told that it is.
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
         self.command("Emulation.setDeviceMetricsOverride", **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -172,7 +172,7 @@ def try_page(browser: Browser, address: str, shots: Path, name: str) -> None:
     second = browser.run("document.querySelectorAll('#found li')[1].textContent")
     assert browser.run("document.querySelector('[aria-selected=true]').textContent") == second
     browser.screenshot(shots / f"{name}-search.png")
-    browser.key("Enter")  # Picks; an empty field's sends the form.
+    browser.key("Enter")  # Picks; in an empty field, sends.
     browser.until("document.querySelectorAll('#found li').length === 0")
     picks = "document.querySelectorAll('#picks button').length"
     assert browser.run(picks) == num_picks + 1
@@ -197,7 +197,7 @@ def picture(report: Path) -> None:
 
 
 def check_events(events: list[dict[str, Any]], address: str) -> None:
-    """Checks that nothing was asked elsewhere, and that only refused queries were logged."""
+    """Checks that no other address was called, and that only refused queries were logged."""
     of = {
         method: [event["params"] for event in events if event["method"] == method]
         for method in ("Runtime.exceptionThrown", "Log.entryAdded", "Network.requestWillBeSent")

@@ -2,7 +2,7 @@
 
 The split, the settings and the two trainings (epochs chosen on validation, then again on both) are
 those of the default run. With one seed, all plans have the same initial weights and order of the
-positives. The sets of plans; the others of a set are compared with its first:
+positives. Sets of plans; within a set, the others are compared with the first:
 
     unknown    all ids known in training; ID dropout of 5% and 10%
     popularity cosines, which cannot carry popularity; cosines with a bias for each item, which can;
@@ -80,7 +80,7 @@ def summarise(rows: list[dict[str, Any]], metrics: Sequence[str]) -> dict[str, A
 
     Args:
         rows: A dict each of "plan", "seed" and the metrics.
-        metrics: Which of them.
+        metrics: Names of the metrics to average.
     """
     table: dict[str, Any] = {}
     base = {row["seed"]: row for row in rows if row["plan"] == rows[0]["plan"]}
@@ -111,11 +111,11 @@ def main() -> None:
     parser.add_argument("--set", choices=SETS, required=True, help="Which plans.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    tf.get_logger().setLevel("ERROR")  # A model a plan retraces its functions: no fault here.
+    tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each plan has its own model.
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         rows += run_seed(seed, SETS[options.set])
-        if options.json:  # Hours of work: kept as it comes.
+        if options.json:  # Takes hours, so partial results are saved.
             write_json(options.json, {"plans": summarise(rows, REPORTED), "runs": rows})
     for plan, row in summarise(rows, REPORTED).items():
         cells = [

@@ -33,7 +33,7 @@ TRAINING = TrainingSettings(max_epochs=40, patience=max(PATIENCES))
 
 
 def kept_by(curve: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Returns by patience the metric that it keeps, and the epochs that are trained for it."""
+    """Returns, by patience, the metric of the epoch kept, and how many epochs are trained."""
     found = {}
     for patience in PATIENCES:
         best, best_epoch = -1.0, 0
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    tf.get_logger().setLevel("ERROR")  # A model a log retraces its functions: no fault here.
+    tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each log has its own model.
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, make in logs(options.data_dir, Path(folder)).items():

@@ -2,14 +2,14 @@
 
 Every model is fitted to the training part of each log of `log_kinds.py`, and epochs are chosen on
 validation. The result is NDCG on the test, on which nothing was chosen, and the difference in
-NDCG@100 from the first model's, with a 95% bootstrap interval over users. `run` is what the race
-chooses, which `run` without a preset does; it is the first model. There is no second training on
-the training and validation parts together. EASE is left out where there are too many items for it.
+NDCG@100 from the first model's, with a 95% bootstrap interval over users. `run`, the first model,
+is the winner of the race, as in `tfrs-pipeline run` without a preset. There is no second training
+on the training and validation parts together. EASE is left out if there are too many items for it.
 
     python benchmarks/presets.py --data-dir data --json benchmarks/results/presets.json
     python benchmarks/presets.py --no-order --data-dir data --json FILE
 
---data-dir is that of `log_kinds.py`. A file that is there keeps what is not measured anew.
+--data-dir is that of `log_kinds.py`. An existing file keeps what is not measured again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def raced(split: Split, seed: int, exclude: Exclude) -> tuple[Any, dict[str, Any
 
 
 def preset(name: str, split: Split, seed: int, exclude: Exclude) -> tuple[Any, dict[str, Any]]:
-    """Fits a preset, or the default; whether the log has an order is its own."""
+    """Fits a preset, or the default; the log itself says whether it has an order."""
     settings = dict(PRESETS[name][1]) if name in PRESETS else {}
     settings.pop("data.is_ordered", None)
     config = tp.with_settings(tp.RunConfig(), settings)
@@ -58,7 +58,7 @@ def preset(name: str, split: Split, seed: int, exclude: Exclude) -> tuple[Any, d
 
 
 def measure(split: Split, seed: int, exclude: Exclude, names: list[str]) -> dict[str, Any]:
-    """Fits models to one log; returns by name what its test, epochs and CPU time were."""
+    """Fits models to one log; returns, by name, test results, epochs and CPU time."""
     train, validation, test = split
     fitted: dict[str, tp.Retriever] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    tf.get_logger().setLevel("ERROR")  # A model a log retraces its functions: no fault here.
+    tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each log has its own model.
     is_there = options.json is not None and options.json.exists()
     found: dict[str, Any] = json.loads(options.json.read_text())["logs"] if is_there else {}
     with tempfile.TemporaryDirectory() as folder:

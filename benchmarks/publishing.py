@@ -44,7 +44,7 @@ def run(num_kills: int, folder: Path) -> dict[str, int]:
     """Kills that many exports.
 
     Returns:
-        "num_kills"; "num_within", those that left a version half written; "num_wrong", after which
+        "num_kills"; "num_within", those that left a half-written version; "num_wrong", after which
         the newest version did not load, answered otherwise or was an older one.
     """
     sys.path.insert(0, str(ROOT))

@@ -77,7 +77,7 @@ COPY (
 
 
 def list_days(folder: Path) -> list[Path]:
-    """Returns the files to read, by date: of all stages where there is one, of exposures else."""
+    """Returns the file to read of each day: of all stages if there is one, else of exposures."""
     days = {
         path.stem: path
         for name in ("realshow", "all_stage")
@@ -96,7 +96,7 @@ def query(path: Path, sql: str) -> tuple[int, ...]:
     for name in COLUMNS:
         if not pa.types.is_integer(dataset.schema.field(name).type):
             raise SystemExit(f"{path}: {name} must be an integer")
-    # A reader, not the data set itself: its batches keep their order.
+    # A reader, because its batches keep their order, unlike those of the data set.
     connection = duckdb.connect()
     connection.register("day", dataset.scanner(columns=list(COLUMNS)).to_reader())
     row: tuple[int, ...] | None = connection.execute(sql).fetchone()
@@ -105,7 +105,7 @@ def query(path: Path, sql: str) -> tuple[int, ...]:
 
 
 def check_values(path: Path) -> int:
-    """Refuses a file that holds values that cannot be; returns the number of its rows."""
+    """Refuses a file with impossible values; returns the number of its rows."""
     wrong = [f"{flag} IS NULL OR {flag} NOT IN (0, 1)" for flag in FLAGS]
     wrong += ["realshow = 1 AND (effective_view IS NULL OR effective_view NOT IN (0, 1))"]
     wrong += ["request_timestamp IS NULL OR request_timestamp NOT BETWEEN 1e11 AND 1e14"]

@@ -73,7 +73,7 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout else "")
 
 
-# Of the code as it is loaded, whatever is edited while it runs.
+# Taken when the code is loaded, since files may be edited while it runs.
 COMMIT = commit()
 
 

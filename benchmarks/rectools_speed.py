@@ -1,15 +1,15 @@
-"""Measures the preset `sequence` beside RecTools' SASRec: CPU seconds an epoch, NDCG by them.
+"""Measures the preset `sequence` beside RecTools' SASRec: CPU seconds per epoch, NDCG over them.
 
-The log is that of `sparse_sequences.py --data ml-1m`, each user's last two items held out; the one
-before the last, among all items that the user does not have, gives NDCG@10. All models are 64-d,
-with two blocks and histories of 50. RecTools' has LiGR layers and batches of 128 users:
+The log is that of `sparse_sequences.py --data ml-1m`, with each user's last two items held out.
+NDCG@10 is that of the first, ranked among all items that the user does not have. All models are
+64-d, with two blocks and histories of 50. RecTools' has LiGR layers and batches of 128 users:
 
     sequence            the preset with histories of 50; its CPU seconds include validation
     sampled softmax     RecTools with 256 uniform negatives for each position
     softmax             RecTools with the softmax over all items
 
-RecTools needs another NumPy, hence an environment of its own, which --reference names; without it
-only the preset is measured. Its CPU seconds leave out recommending.
+RecTools needs another NumPy, so it has a separate environment, which --reference names; without it
+only the preset is measured. RecTools' CPU seconds leave out recommending.
 
     python -m venv rectools && rectools/bin/pip install 'rectools[torch]==0.19.0'
     python benchmarks/rectools_speed.py --data-dir data --reference rectools/bin/python --json FILE
@@ -42,7 +42,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "sampled softmax": {**SHAPE, "loss": "sampled_softmax", "n_negatives": 256},
     "softmax": {**SHAPE, "loss": "softmax"},
 }
-# Epochs of the preset without validation, whose time is that of an epoch.
+# Epochs of the preset without validation, to measure the time of one.
 TIMED_EPOCHS, SEED = 4, 0
 
 
@@ -77,7 +77,7 @@ def fit_reference(
     command = [python, str(script), str(folder), json.dumps(settings)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder)
     epochs = [json.loads(line) for line in output.stdout.splitlines() if line.startswith("{")]
-    targets = np.concatenate(split.validation.relevant)  # One a user.
+    targets = np.concatenate(split.validation.relevant)  # One per user.
     gains = 1 / np.log2(np.arange(2, 12))
     values = [(np.array(x["items"]) == targets[:, None]) @ gains for x in epochs]
     return [x["cpu_seconds"] for x in epochs], [float(of_users.mean()) for of_users in values]

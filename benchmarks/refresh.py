@@ -1,8 +1,8 @@
-"""Measures `refresh-index`, and the rebuild of an index in service, at a number of items.
+"""Measures `refresh-index`, and the rebuild of an index in service, for a given number of items.
 
-The model of `serving.py` is exported with exact search. `refresh-index` gives it the
-same items with a ScaNN index, in a process of its own. The new version is loaded. Its index is then
-built anew, as for live items that have drifted, while a reader keeps asking for the best 100.
+The model of `serving.py` is exported with exact search. `refresh-index` gives it the same items
+with a ScaNN index, in a separate process. The new version is loaded. Its index is then built anew,
+as for live items that have drifted, while a reader keeps asking for the best 100.
 
     python benchmarks/refresh.py --items 1000000 --json benchmarks/results/refresh_1m.json
 
@@ -35,7 +35,7 @@ from tfrs_pipeline.serving.searcher import build_in_subprocess
 
 
 def refresh(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Exports the model, and refreshes it in a process of its own; returns what that took."""
+    """Exports the model, and refreshes it in a separate process; returns what that took."""
     model = Clusters(options.items, options.seed)
     export(model.exportable(), folder / NAME, index=Exact())
     items = folder / "items.parquet"

@@ -1,10 +1,10 @@
 """Measures what features of the request are worth, on KuaiRand and on a simulated funnel.
 
-KuaiRand: the tab of the app, and the hour. The exposures of val.parquet and test.parquet of a cut
-of KuaiRand-Pure (`--data-dir`; `kuairand.py` says which), a click a positive: five days to train
-on, 25 to 29 April 2022, the 30th to choose the epoch, the first of May to test. A user's query of a
-day has the request of the day's first click. All clicks of the day are to be found among all
-videos, the user's earlier clicks excluded. Settings are the package's defaults.
+KuaiRand: the tab of the app, and the hour. The log has the exposures in val.parquet and
+test.parquet of a cut of KuaiRand-Pure (`--data-dir`; `kuairand.py` says which); clicks are
+positives. 25 to 29 April 2022 train, the 30th chooses the epoch, 1 May is the test. A user has one
+query a day, with the request of the day's first click. It should find all clicks of the day among
+all videos but those that the user clicked earlier. Settings are the package's defaults.
 
     none               no request features
     hour               the hour of the request, from its timestamp
@@ -82,7 +82,7 @@ def read_events(data_dir: Path) -> pd.DataFrame:
 
 
 def measure_kuairand(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains every plan on KuaiRand, and compares it with that without request features."""
+    """Trains every plan on KuaiRand, and compares it with the one without request features."""
     events = read_events(options.data_dir)
     values: dict[str, list[np.ndarray]] = {plan: [] for plan in PLANS}
     fits: list[dict[str, Any]] = []
@@ -138,7 +138,7 @@ def simulate(seed: int) -> tuple[Simulation, pd.DataFrame]:
 
 
 def recall_of_truth(model: tp.FittedTwoTower, simulation: Simulation, test: tp.Holdout) -> float:
-    """Recalls the 50 best items of every user and device."""
+    """Measures the recall of the 50 best items of every user and device."""
     recalls = []
     for device in DEVICES:
         request = {feature.name: device for feature in model.corpus.request_features}
@@ -150,7 +150,7 @@ def recall_of_truth(model: tp.FittedTwoTower, simulation: Simulation, test: tp.H
 
 
 def measure_simulated(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains every plan on a funnel a seed, and compares it with that without request features."""
+    """Trains every plan on a funnel per seed; compares it with the one without features."""
     recalls: dict[str, list[float]] = {plan: [] for plan in SIMULATED}
     for seed in range(options.seeds):
         simulation, events = simulate(seed)

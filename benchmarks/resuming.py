@@ -3,13 +3,13 @@ r"""Kills runs and damages their files, and checks that they end like an undistu
     python benchmarks/resuming.py --kills 100 --damage 300 --full --json FILE
 
 Kills (SIGKILL): a run on a small log, with selection, refit and export, starts in
-a process of its own and is killed. Another process resumes it and is killed too, until one reaches
+a separate process and is killed. Another process resumes it and is killed too, until one reaches
 the end. Half of the kills come after a random time. A run seldom writes, so the other half come
 when a half-written file appears: a checkpoint (`epoch-3_temp`), a record, a table, a version.
 
 Damage: a file of a run stopped in its refit, or of a finished run and its export, is emptied, cut
-in half, or has a bit flipped, and the run is started again. Of all these cases, as many as asked
-for are drawn at random.
+in half, or has a bit flipped, and the run is started again. As many cases as asked for are drawn
+from all of these at random.
 
 Full disk (needs root, to mount one in memory): a run starts on a disk that is too small, and again
 each time that the disk has grown a little.
@@ -52,7 +52,7 @@ from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.retriever import load
 
 HALF_WRITTEN = ("_temp", ".partial", "_work-", ".partial-")
-# A run that is neither killed nor done by then hangs.
+# A run that is neither killed nor done by then counts as hanging.
 MAX_SECONDS = 300.0
 
 
@@ -73,7 +73,7 @@ def config_in(folder: Path) -> RunConfig:
 
 
 def outcome_of(config: RunConfig, folder: Path) -> tuple[list[Any], Path]:
-    """Runs to the end; returns what must be the same, and the export's folder."""
+    """Runs to the end; returns what must not differ between runs, and the export's folder."""
     result = run(config, folder)
     other = ("date", "seconds", "notes", "export_folder")
     metrics = {name: value for name, value in result.metrics.items() if name not in other}
@@ -94,7 +94,7 @@ def last_weights(folder: Path) -> dict[str, bytes]:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Begins some work in a process of its own, TensorFlow imported and not yet used; its id."""
+    """Starts work in a forked process, before TensorFlow is used; returns its id."""
     child = os.fork()
     if child:
         return child
@@ -111,7 +111,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """Lists files and folders, whatever is removed meanwhile."""
+    """Lists files and folders, even if some are removed meanwhile."""
     for place, folders, files in os.walk(folder):
         yield from (Path(place, name) for name in [*folders, *files])
 
@@ -119,7 +119,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 def kill_or_end(
     child: int, place: Path, rng: np.random.Generator, run_seconds: float | None
 ) -> str:
-    """Kills a child at a random point, or never; says at what, or "done" or "failed"."""
+    """Kills a child at a random point, or lets it end; returns the kind of kill or end."""
     if run_seconds is None:
         return "failed" if os.waitpid(child, 0)[1] else "done"
     start, wait = time.monotonic(), float(rng.uniform(0, run_seconds))
@@ -157,12 +157,12 @@ def stage_of(folder: Path) -> str:
 
 
 def kills(folder: Path, num_kills: int) -> dict[str, Any]:
-    """Kills runs that often.
+    """Kills runs again and again.
 
     Returns:
-        "num_kills"; "by_stage" and "by_kind" of them, and "left", the kinds of half written files
-        that they left; "num_runs" that came to their end, "num_failed" processes that ended with an
-        error, "num_other" runs with other weights, metrics or answers.
+        "num_kills"; counts of kills "by_stage", "by_kind", and by the kinds of half-written files
+        "left"; "num_runs", the runs that ended by themselves; "num_failed", those with an error;
+        "num_other", those with other weights, metrics or answers.
     """
     config = config_in(folder)
     expected = folder / "expected.npy"
@@ -218,7 +218,7 @@ def reset(folder: Path) -> None:
 
 
 def damages(folder: Path, num_damages: int) -> dict[str, Any]:
-    """Damages files of a half done and of a finished run, one at a time.
+    """Damages files of a half-done and of a finished run, one at a time.
 
     Returns:
         "num_damages" of "num_possible"; by state of the run and damage, how many files had which
@@ -279,11 +279,11 @@ def begin_again(config: RunConfig, folder: Path, name: Path, expected: list[Any]
 
 
 def full_disk(folder: Path) -> dict[str, Any]:
-    """Has a run go on, on a disk that grows by 30 kB whenever it is full.
+    """Resumes a run on a disk that grows by 30 kB whenever it is full.
 
     Returns:
-        "stops" by the task at hand, "num_raw" of them that were not one line with a path on the
-        disk, and "is_same", whether the end is that of an undisturbed run.
+        "stops", counted by task; "num_raw", the stops whose message was not one line with a path
+        on the disk; and "is_same", whether the run ends like an undisturbed one.
     """
     config = config_in(folder)
     expected, _ = outcome_of(config, folder / "run")

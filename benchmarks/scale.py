@@ -1,7 +1,7 @@
 """Measures each stage of a run as its log grows: seconds, memory, training speed.
 
 DuckDB makes clicks of N / 20 users on 200,000 items over thirty days: some users click more than
-others, and items' clicks fall with a power of their rank. Each size has a process of its own, which
+others, and items' clicks fall with a power of their rank. Each size has a separate process, which
 goes through a run's stages: log (read, checked and written), split by time, samples of the training
 part (columns included), training (64-d, histories of 50, in-batch, 256 uniform and 256 popular
 negatives, batches of 1,024), validation of sampled users against all items.
@@ -15,7 +15,7 @@ negatives, batches of 1,024), validation of sampled users against all items.
     python benchmarks/scale.py --events 1e6 1e7 1e8 --json benchmarks/results/scale.json
 
 With --engines the samples of the same log are made by DuckDB and by Spark (local[2], Java from the
-system) instead, each in a process of its own; Spark's JVM is measured apart from that process.
+system) instead, each in a separate process; Spark's JVM is measured apart from that process.
 
     python benchmarks/scale.py --events 1e6 --engines --json benchmarks/results/engines.json
 
@@ -207,7 +207,7 @@ def make_samples(engine: str, folder: Path, options: argparse.Namespace) -> dict
 
 
 def compare_protocols(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Asks the test by user and by request; the ratio is that of the medians of the rounds."""
+    """Asks the test by user and by request; the ratio is between medians over the rounds."""
     log = tp.Log.read(folder / "log", open_duckdb(folder, options.memory_limit))
     split = log.split("time")
     popular = tp.MostPopular().fit(split.train)
@@ -239,7 +239,7 @@ def write_log(folder: Path, memory_limit: str) -> None:
 
 
 def compare_engines(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Makes the samples of a size in each engine, and looks whether they are the same rows."""
+    """Makes the samples of a size in each engine, and checks that they have the same rows."""
     in_own_process(write_log, folder, options.memory_limit)
     found: dict[str, Any] = {"load_average": os.getloadavg()[0]}
     for engine in ENGINES:
@@ -283,7 +283,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def write_figures(options: argparse.Namespace, sizes: Sequence[dict[str, Any]]) -> None:
-    """Writes what is measured by now, if there is a file for it."""
+    """Writes the figures so far, if a file is given."""
     if options.json:
         write_json(options.json, {"sizes": sizes})
 

@@ -114,7 +114,7 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
 
 @dataclass
 class Figures:
-    """Latencies of answered requests, in milliseconds, and what else came."""
+    """Latencies of answered requests, in milliseconds; the number of failures, and the time."""
 
     latencies_ms: list[float]
     num_failed: int
@@ -153,7 +153,7 @@ def in_process(retriever: Any, num_threads: int, seconds: float) -> Figures:
 
 
 def over_http(port: int, num_clients: int, seconds: float) -> Figures:
-    """Asks the server from a process of its own."""
+    """Asks the server from a separate process."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         latencies, failed, elapsed = pool.apply(run_clients, (port, num_clients, seconds))
@@ -207,7 +207,7 @@ def request(user: int) -> bytes:
 
 @contextlib.contextmanager
 def served(model: Path, *flags: str) -> Iterator[tuple[int, int]]:
-    """Runs `tfrs-pipeline serve` in a process of its own; yields its port and process id."""
+    """Runs `tfrs-pipeline serve` in a separate process; yields its port and process id."""
     command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(model), "--port", "0"]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
     try:
@@ -236,7 +236,7 @@ def status_mib(pid: int, field: str) -> float:
 def measure_latency(
     model: Path, clients: Sequence[int], seconds: float, rounds: int
 ) -> dict[str, Any]:
-    """Measures every way to ask, in turn, so that a busy machine harms all alike."""
+    """Measures every way to ask, in turn, so that a busy machine affects all alike."""
     from tfrs_pipeline.serving.retriever import load
 
     retriever = load(model)

@@ -1,16 +1,16 @@
-"""Measures similar items by the next item of the same history or session, given the last alone.
+"""Measures whether the items similar to a user's last item include the next one.
 
-A query holds one item, the user's last before the held-out one, and the held-out one is to be
-found among all others. `similar` searches by the vectors of a recipe's candidates, in three ways:
+A query holds one item, the user's last before the held-out one, and should find the held-out one
+among all others. `similar` searches by the vectors of a recipe's candidates, in three ways:
 
     similar     by the direction of the item's vector, without an item bias
     plus bias   the same, plus the bias of the item that is found
     product     the dot product of both whole vectors, the biases multiplied too
 
-Without a bias, all three are the same. With one, the package does the second, chosen on validation.
+Without a bias, all three are the same. With one, the package uses the second, chosen on validation.
 Beside them are `retrieve`, which embeds a history of that item alone with the query tower, EASE's
 item-to-item weights, transitions, and popularity. The recipe `lengths` is the default with vectors
-of any length, where `cosine` divides by those of both items. Models are fitted to the training
+of any length, where `cosine` divides by both lengths. Models are fitted to the training
 part, their epochs chosen on validation.
 
     python benchmarks/similar.py --data-dir data --json benchmarks/results/similar.json
@@ -51,7 +51,7 @@ REFERENCE = "ease"  # What the others are compared with.
 
 
 def split_of(log: str, data_dir: Path | None) -> Split:
-    """Splits a log, its users' last two events held out."""
+    """Splits a log; holds out the last two events of each user."""
     if log != "ratings":
         assert data_dir is not None
         return unseen(log, data_dir)
@@ -105,7 +105,7 @@ def fitted(recipe: str, split: Split) -> tuple[dict[str, tp.Retriever], dict[str
     settings = dict(PRESETS[recipe][1]) if recipe in PRESETS else {}
     settings.pop("data.is_ordered", None)
     if recipe == "lengths":
-        # A score is then no cosine, whose range the default temperature is made for.
+        # A score is then not a cosine, for whose range the default temperature was chosen.
         settings |= {"model.normalize": False, "model.temperature": 1.0}
     config = tp.with_settings(tp.RunConfig(), settings)
     plan = tp.TwoTower(**dict(config.model), training=config.training, seed=0)
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    tf.get_logger().setLevel("ERROR")  # A model a recipe retraces its functions: no fault here.
+    tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each recipe has its own model.
     is_there = options.json is not None and options.json.exists()
     found: dict[str, Any] = json.loads(options.json.read_text())["logs"] if is_there else {}
     for log in options.logs or LOGS[: 1 if options.data_dir is None else None]:

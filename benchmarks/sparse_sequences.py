@@ -2,8 +2,8 @@
 
 Two logs of 10,000 users, ordered and without times:
 
-    ml-1m          MovieLens-1M in SASRec's version, cut into stretches of the real users'
-                   sequences, 9 events on average, by a seed of their own; attributes: genres
+    ml-1m          MovieLens-1M in SASRec's version: each user is a stretch of a real user's
+                   sequence, of 9 events on average, cut with a fixed seed; attributes: genres
     kuairand-pure  the last long views of users with 5 or more, 19 on average, of a cut of
                    KuaiRand-Pure (`kuairand.py` says which); attributes: tags
 
@@ -58,7 +58,7 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def cut_ml_1m(data_dir: Path, folder: Path, rng: np.random.Generator) -> tuple[pa.Table, pa.Table]:
-    """Returns events and items, of MovieLens-1M."""
+    """Returns the events and items of MovieLens-1M."""
     convert_ml_1m(data_dir, folder)
     events = pq.read_table(folder / "events.parquet")
     users = events["user_id"].to_numpy()
@@ -80,7 +80,7 @@ def cut_ml_1m(data_dir: Path, folder: Path, rng: np.random.Generator) -> tuple[p
 def cut_kuairand(
     data_dir: Path, folder: Path, rng: np.random.Generator
 ) -> tuple[pa.Table, pa.Table]:
-    """Returns events and items, of KuaiRand."""
+    """Returns the events and items of KuaiRand."""
     del folder
     sequences = pq.read_table(data_dir / "user_sequences.parquet").sort_by("user_id").to_pandas()
     long_enough = sequences[sequences["long_watch_seq"].map(len) >= MIN_EVENTS]
@@ -106,7 +106,7 @@ CUTS = {"ml-1m": cut_ml_1m, "kuairand-pure": cut_kuairand}
 
 
 def cut(data: str, data_dir: Path, folder: Path) -> None:
-    """Writes `sparse.parquet` and `items.parquet`, with each item's attributes and another's."""
+    """Writes `sparse.parquet` and `items.parquet`, with attributes of each item and another."""
     rng = np.random.default_rng(CUT_SEED)
     events, items = CUTS[data](data_dir, folder, rng)
     others = items[TRUE].take(pa.array(rng.permutation(len(items))))

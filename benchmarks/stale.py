@@ -60,7 +60,7 @@ def changed_since(commit: str, paths: list[str]) -> list[str] | None:
 
 
 def state(result: Path) -> dict[str, Any]:
-    """Says of which commit and script a result is, and which files of its code have changed."""
+    """Returns a result's commit and script, and which files of its code have changed."""
     record = json.loads(result.read_text())
     commit = record.get("commit")
     script = ROOT / shlex.split(record.get("command", "python none"))[1]

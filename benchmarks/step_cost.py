@@ -5,8 +5,8 @@ shared easy negatives, a corpus of 20,000. A step is the model's, fed by the pip
 batches, as in `fit`. All variants run in turn, over several rounds; ratios are of medians.
 
     bare          no masks (accidental hits alone), no hard negatives
-    masks L       known positives and exposed items masked, lists of L on average, together
-    hard H        H hard negatives of each row's own
+    masks L       known positives and exposed items masked, L together on average
+    hard H        H hard negatives for each row
     both          lists of 50 and H = 8
 
     python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
@@ -39,7 +39,7 @@ POOL = 20
 
 
 def random_lists(rng: np.random.Generator, num: int, mean_length: int) -> RowLists:
-    """Makes sorted lists of distinct rows, of 1 to twice the mean length, popular rows first."""
+    """Makes sorted lists of 1 to 2 * mean_length rows, low ones often; repeats are removed."""
     lengths = rng.integers(1, 2 * mean_length, num)
     values = 1 + (NUM_CANDIDATES * rng.random(lengths.sum()) ** 3).astype(np.int32)
     key = np.repeat(np.arange(num), lengths)
@@ -74,7 +74,7 @@ def make_samples(mean_list: int, seed: int) -> Samples:
 
 
 def make_step(mean_list: int, num_hard: int, seed: int) -> Callable[[int], float]:
-    """Returns a function that runs n steps and gives the milliseconds a step."""
+    """Returns a function that runs n steps and returns the milliseconds per step."""
     samples = make_samples(mean_list, seed)
     examples = tp.SinglePositives(
         samples, batch_size=BATCH_SIZE, history_length=HISTORY_LENGTH, seed=seed

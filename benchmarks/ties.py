@@ -1,9 +1,9 @@
-"""Measures, on logs whose times are days, how much of a ranking's quality the order in a day is.
+"""Measures how much of a ranking's quality comes from the order within a day.
 
-Each user's last click is to be found, and the one before it is validation. Many of them share their
-day with the click before them, so the source's order decides what the history holds. The rules of
-`tp.Reading(ties=...)` are compared: the order of the source, a random one, none. The targets are
-the same for all rules but where the last click itself is drawn at random.
+The times of these logs are days. Each user's last click is the target, the one before it validates.
+Many targets share their day with the click before, so the source's order decides what the history
+holds. The rules of `tp.Reading(ties=...)` are compared: the order of the source, a random one, and
+none. All rules have the same targets, except where the random order changes the last click.
 
     python benchmarks/ties.py --data-dir data --json benchmarks/results/ties.json
 
@@ -32,7 +32,7 @@ METRICS = ("ndcg@10", "hit_rate@10")
 
 
 def measure(log: str, rule: TieRule, data_dir: Path, seed: int) -> dict[str, Any]:
-    """Measures models whose log orders equal times by a rule, in all, tied and untied targets."""
+    """Measures models of a log with a rule for ties, on all, tied and untied targets."""
     table = UNSEEN[log](data_dir / log)
     split = tp.Log.from_table(table, reading=tp.Reading(ties=rule)).split(**LAST_TWO)
     config = tp.with_settings(tp.RunConfig(), dict(PRESETS["quick"][1]))

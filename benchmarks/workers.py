@@ -1,4 +1,4 @@
-"""Measures a training step by one process and by several on this machine, a core each.
+"""Measures a training step by one process and by several on this machine, with a core each.
 
 The workers talk over loopback. All bytes on it are counted, so nothing else should use it
 meanwhile. One machine with as many cores as workers is the worst case for the arithmetic that
@@ -90,7 +90,7 @@ def loopback_bytes() -> int:
 
 
 def measure(count: int, batch_size: int, steps: int) -> dict[str, float]:
-    """Has `count` processes train together, each on a core of its own."""
+    """Has `count` processes train together, each on a separate core."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = [f"127.0.0.1:{x.getsockname()[1]}" for x in sockets]
     for x in sockets:

@@ -138,7 +138,7 @@ def _unparsed(node: ast.AST) -> str:
 
 
 def _class(node: ast.ClassDef) -> Iterator[str]:
-    """Yields a class: its docstring, the fields that have one each, and its public methods."""
+    """Yields a class: its docstring, the fields that have a docstring, and public methods."""
     fields = _fields(node)
     init = next((x for x in node.body if getattr(x, "name", "") == "__init__"), None)
     if isinstance(init, ast.FunctionDef) and not fields:

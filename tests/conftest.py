@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tfrs_pipeline  # noqa: F401
 
-# The first example of a test may build a graph or open a database: time says nothing about it.
+# No deadline, because the first example of a test may build a graph or open a database.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
@@ -50,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def trusted_exports() -> Iterator[None]:
-    """Skips the check of an export in a fresh process: it takes seconds, and has its own tests."""
+    """Skips the check of exports in a fresh process, which takes seconds and has its own tests."""
     from tfrs_pipeline.serving import export
 
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +60,7 @@ def trusted_exports() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few_signatures() -> Iterator[None]:
-    """Exports only the signatures for users and histories, in half the time."""
+    """Exports only the signatures for users and histories, which takes half the time."""
     from tfrs_pipeline.serving import saved_model
     from tfrs_pipeline.serving.signatures import Retrieval
 

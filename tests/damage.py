@@ -6,7 +6,7 @@ DAMAGES = ("emptied", "cut", "flipped")
 
 
 def damage(path: Path, how: str) -> None:
-    """Empties a file, cuts it at half, or flips a bit in its middle."""
+    """Empties a file, cuts it in half, or flips a bit in the middle."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     if how == "flipped":

@@ -1,9 +1,8 @@
-"""Random dirty inputs whose right answer is known, and what a log makes of each.
+"""Random dirty inputs with known right answers, and a check of what a log makes of each.
 
-A clean log is written down in Python values; then dirt is put into its cells, lines, bytes and
-names, and what each piece of dirt does to the right answer is noted beside it: which rows cannot be
-kept, which features are missing, or that nothing but a refusal is right. No code of the package
-takes part in that.
+A clean log is written as Python values. Then dirt is put into its cells, lines, bytes and names.
+Each piece of dirt records how it changes the right answer: which rows cannot be kept, which
+features are missing, or that only a refusal is right. All this uses no code of the package.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ STAGES = ("retrieved", "pre_ranked", "ranked", "exposed", "clicked")
 IDS = ("user_id", "item_id")
 LONG = "x" * 100_000 + "\x1b[2J"
 NAN, INF = float("nan"), float("inf")
-# Names of files like patterns, each beside a file that the pattern would match.
+# File names that look like patterns, each with a file name that the pattern would match.
 MATCHES = {"log[1]": "log1", "a*b": "axb", "who?": "whom", "[a-z]": "q", "{a,b}": "a"}
 NAMES = [{"file_name": name, "decoy": other} for name, other in MATCHES.items()]
 WITHIN = ("_row", "_fault", "_copy", "event_number", "num_positives")
@@ -44,15 +43,15 @@ Change = Callable[[bytes], bytes]
 
 @dataclass
 class Table:
-    """A table as it will be written: column -> cells, None where there is nothing."""
+    """A table as it will be written: column -> cells; None is an empty cell."""
 
     name: str
     cells: dict[str, list[Any]]
-    names: dict[str, str] = field(default_factory=dict)  # Log's name -> its name in the file.
+    names: dict[str, str] = field(default_factory=dict)  # Name in the log -> in the file.
     lines: dict[int, Change] = field(default_factory=dict)  # Row -> its change.
     text: list[Change] = field(default_factory=list)
     raw: list[Change] = field(default_factory=list)
-    more: list[tuple[str, list[Any]]] = field(default_factory=list)  # That nobody asks for.
+    more: list[tuple[str, list[Any]]] = field(default_factory=list)  # Not asked for.
 
     def __len__(self) -> int:
         return len(next(iter(self.cells.values())))
@@ -79,13 +78,13 @@ class Case:
     events: Table
     items: Table
     has_items: bool
-    truth: list[dict[str, Any]]  # Of each row: user, item, seconds, stage and weight.
-    is_lost: list[bool]  # Of each row: whether it cannot be kept.
+    truth: list[dict[str, Any]]  # For each row: user, item, seconds, stage and weight.
+    is_lost: list[bool]  # For each row: whether it cannot be kept.
     features: dict[str, dict[str, Any]]  # Item id -> price, category and vector.
     options: dict[str, Any]
-    must_refuse: str = ""  # Why nothing but a refusal is right; "" where there is a right answer.
+    must_refuse: str = ""  # Why only a refusal is right; "" where there is a right answer.
     dirt: list[str] = field(default_factory=list)  # What was done.
-    columns: set[str] = field(default_factory=set)  # Names, in the files, of those with dirt.
+    columns: set[str] = field(default_factory=set)  # Columns with dirt, as named in files.
     file_name: str = "events"
     decoy: str = ""
     num_files: int = 1
@@ -98,20 +97,20 @@ class Case:
 
     @property
     def words(self) -> set[str]:
-        """What dirt may need: a form, a way of writing times, and what holds of them."""
+        """Returns what `Dirt.needs` may name: the form, the time format, and their properties."""
         is_packed = self.form in ("csv.gz", "parquet")
         held = {"text": self.is_text, "packed": is_packed, "files": self.form != "pandas"}
         held |= {"units": self.time in UNITS, "items": self.has_items}
         return {self.form, self.time, *(word for word, holds in held.items() if holds)}
 
     def rows(self, column: str, most: int = 3) -> list[int]:
-        """Draws sound rows for dirt in a column, whose name a refusal must then give."""
+        """Draws clean rows for dirt in a column, which a refusal must then name."""
         self.columns.add(self.events.called(column))
         sound = [row for row, is_lost in enumerate(self.is_lost) if not is_lost]
         return self.rng.sample(sound, self.rng.randint(1, most))
 
     def put(self, column: str, new: Callable[[int, Any], Any], does: str = "") -> list[int]:
-        """Puts `new(row, cell)` into some cells: to lose their rows ("lost"), or as the "truth"."""
+        """Puts `new(row, cell)` into some cells, so that rows are "lost" or as the new "truth"."""
         rows, cells = self.rows(column), self.events.cells[column]
         for row in rows:
             cells[row] = new(row, cells[row])
@@ -120,12 +119,12 @@ class Case:
         return rows
 
 
-# What dirt does to a case, in a column; and whether there is what it needs.
+# Puts dirt into a column of a case, or tells whether the dirt can be put there.
 Act = Callable[[Case, str], Any]
 
 
 def lose(*values: Any) -> Act:
-    """Puts values into a column, whose rows are lost; a tuple holds those of text, then others."""
+    """Puts values into a column to lose the rows; a pair holds values for text and other forms."""
 
     def act(case: Case, column: str) -> None:
         of_form = [v[not case.is_text] if isinstance(v, tuple) else (v,) for v in values]
@@ -248,7 +247,7 @@ def bad_feature(case: Case, _: str) -> None:
     bad: list[Any] = [None, INF, NAN, *(["cheap", LONG] if case.is_text else [])]
     if name == "v":
         bad = ["1|x", "1|nan", "1|2|3", None] if case.is_text else [None, [1.0], [1.0, NAN], []]
-    row = case.rng.randrange(1, len(case.features))  # The first may be repeated.
+    row = case.rng.randrange(1, len(case.features))  # Not row 0: it may be repeated.
     case.items.cells[name][row] = case.rng.choice(bad)
     list(case.features.values())[row][name] = None
 
@@ -269,15 +268,15 @@ class Dirt(NamedTuple):
     """A kind of dirt, for cases that have what it needs."""
 
     name: str
-    column: str  # "id" is the one of users or of items.
-    needs: str  # Words of the case.
+    column: str  # "id" is user_id or item_id.
+    needs: str  # Words that the case must have.
     act: Act
-    must_refuse: str = ""  # Why nothing but a refusal is right, always.
-    said: tuple[str, ...] = ()  # What a refusal may name in place of the column.
+    must_refuse: str = ""  # Why only a refusal can be right.
+    said: tuple[str, ...] = ()  # What a refusal may name instead of the column.
     goes: Act = lambda case, column: True
 
 
-# In this order: what holds of a row may depend on what came before.
+# Applied in this order, because the effect on a row may depend on earlier dirt.
 DIRT = [
     Dirt("no_id", "id", "", lose(None)),
     Dirt("a_word_for_no_id", "id", "", lose("nan", "None", "NaN", "<NA>", "null"),
@@ -300,7 +299,7 @@ DIRT = [
          lose("yesterday", "31/01/2023", "2023-13-01", "12:30", "N/A", LONG),
          goes=lambda c, _: c.is_text or c.time in ("zoned", "naive")),
     Dirt("a_bad_rating", "rating", "", lose(((None, "nan", "inf", "good", LONG), (None, NAN)))),
-    # To pandas, NaN is a missing value: the outcome does not hold.
+    # Not for pandas: there NaN is a missing value, so that the outcome does not hold.
     Dirt("a_bad_outcome", "liked", "files", lose((("nan", "inf", "maybe"), (NAN, INF)))),
     Dirt("an_unknown_stage", "stage", "", lose("liked", "Clicked"), "stage"),
     Dirt("no_stage", "stage", "", lose(None)),
@@ -337,7 +336,7 @@ DIRT = [
          lambda c, x: vars(c).update(folder=f"{c.events.called(x)}=7")),
     Dirt("columns_named_as_within", "", "",
          lambda c, _: c.events.more.extend((x, [*range(len(c.events), 0, -1)]) for x in WITHIN)),
-    # The other one of a repeated name would be the column.
+    # Not with a repeated column: its other copy would be read instead.
     Dirt("a_missing_column", "id", "", missing_column, "a missing column",
          goes=lambda c, _: "a_repeated_column" not in c.dirt),
     Dirt("no_rows", "", "", lambda c, _: vars(c).update(is_empty=True), "no rows",
@@ -365,7 +364,7 @@ def make_case(seed: int) -> Case:
         {
             "user_id": as_user(rng.randint(1, 9)),
             "item_id": as_item(rng.randint(1, 14)),
-            # Each its own second, so that no two events are equal.
+            # A distinct second for each event, so that no two are equal.
             "time": int(START.timestamp()) + 100 * n + rng.randint(0, 99) if time else None,
             "stage": rng.choice(STAGES[3:] if kind != "funnel" else STAGES),
             "weight": 1.0,
@@ -402,7 +401,7 @@ def make_case(seed: int) -> Case:
 def clean_events(
     rng: random.Random, kind: str, time: str, truth: list[dict[str, Any]], options: dict[str, Any]
 ) -> Table:
-    """Writes down the truth as a log of a kind, with the options that read it."""
+    """Writes the truth as a log of a kind, and adds the options that read it."""
     cells: dict[str, list[Any]] = {n: [row[n] for row in truth] for n in IDS}
     if kind == "clicks":
         for row in truth:
@@ -452,7 +451,7 @@ def written(seconds: int, way: str) -> Any:
     return moment if way == "stamp" else f"{moment.astimezone(ZoneInfo('Europe/Berlin')):%F %T}"
 
 
-# What comes of a case.
+# The outcome of a case
 
 
 def write(case: Case, folder: Path) -> dict[str, Any]:
@@ -520,8 +519,8 @@ def as_line(cells: list[Any]) -> bytes:
 
 
 class Outcome(NamedTuple):
-    """What came of a case: right, refused, silent (wrong data was taken), raw (another exception)
-    or unnamed (a refusal without file and column, or with more of the data than a line); details.
+    """The outcome of a case, and details: right, refused, silent (wrong data was accepted), raw
+    (another exception) or unnamed (a refusal without file and column, or not in one short line).
     """
 
     word: str
@@ -545,7 +544,7 @@ def judge(case: Case, folder: Path) -> Outcome:
 
 
 def is_named(case: Case, message: str) -> bool:
-    """Tells whether a refusal names file and column, and is a line."""
+    """Tells whether a refusal names file and column in one short line."""
     files = ("event table", "item table") if case.form == "pandas" else (case.file_name, "items.")
     has_file = any(name in message for name in files)
     has_column = not case.columns or any(name in message for name in case.columns)
@@ -554,7 +553,7 @@ def is_named(case: Case, message: str) -> bool:
 
 
 def difference(case: Case, log: Log) -> str:
-    """Says in what a log differs from the right answer; "" if in nothing."""
+    """Describes how a log differs from the right answer; "" if it does not."""
     kept = [row for row, is_lost in zip(case.truth, case.is_lost, strict=True) if not is_lost]
     found = [
         {

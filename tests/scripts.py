@@ -1,4 +1,4 @@
-"""Scripts beside the package, as modules."""
+"""Imports scripts outside the package as modules."""
 
 import importlib.util
 import sys

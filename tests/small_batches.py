@@ -13,7 +13,7 @@ from tfrs_pipeline.batches.kinds import SinglePositives, WholeSequences
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 NUM_QUERIES, NUM_CANDIDATES, NUM_SAMPLES = 20, 40, 150
-# A divisor of the samples: an epoch is whole batches.
+# BATCH_SIZE divides NUM_SAMPLES, so that an epoch has only whole batches.
 BATCH_SIZE, LENGTH = 30, 4
 STAGES = ("retrieved", "pre_ranked")
 MIXTURE: tuple[Negatives, ...] = (InBatch(), Uniform(12), Popularity(10))
@@ -23,7 +23,7 @@ def make_samples(
     seed: int = 0, num_samples: int = NUM_SAMPLES, num_queries: int = NUM_QUERIES,
     num_candidates: int = NUM_CANDIDATES,
 ) -> Samples:  # fmt: skip
-    """Draws samples by popularity, with ties in time, exposed items and a weight of their own."""
+    """Draws samples by popularity, with ties in time, exposed items and distinct weights."""
     rng = np.random.default_rng(seed)
     popularity = 1 / np.arange(1, num_candidates + 1)
     queries = rng.integers(1, num_queries + 1, num_samples)
@@ -33,7 +33,7 @@ def make_samples(
     shown = [rng.integers(1, num_candidates + 1, rng.integers(0, 6)) for _ in range(num_queries)]
     exposed = [np.setdiff1d(x, samples.known_positives[i]) for i, x in enumerate(shown, 1)]
     assert samples.num_earlier is not None
-    # A tie is a sample that knows fewer than precede it.
+    # A tie in time: fewer earlier items are known than samples precede this one.
     num_earlier = samples.num_earlier - (rng.random(num_samples) < 0.3)
     return dataclasses.replace(
         samples,
@@ -61,13 +61,13 @@ def forbidden(samples: Samples, query: int) -> list[int]:
 
 SAMPLES = with_pools(make_samples())
 UNORDERED = dataclasses.replace(SAMPLES, num_earlier=None)
-# A request feature that names the sample too, and one of several numbers.
+# Two request features: the number of the sample, and a vector.
 PLACES: dict[str, Any] = {"place": np.arange(NUM_SAMPLES, dtype=np.int32)}
 PLACES["vector"] = np.arange(2 * NUM_SAMPLES, dtype=np.float32).reshape(-1, 2)
-# A time names the place in the sequences.
+# Times are distinct, so that a time identifies the place in the sequences.
 TIMES = np.arange(NUM_SAMPLES) + 1000
 REQUESTED = dataclasses.replace(SAMPLES, request_columns=PLACES, sequence_times=TIMES)
-# The weight names the sample: no two are equal.
+# Weights are distinct, so that a weight identifies its sample.
 SAMPLE_OF = {weight: i for i, weight in enumerate(SAMPLES.weights.tolist())}
 ORDERS = {"single": SinglePositives, "sequences": WholeSequences, "sets": UserSets}
 
@@ -78,7 +78,7 @@ def make_batches(
     history_length: int = LENGTH, seed: int = 3, examples: dict[str, Any] | None = None,
     **options: Any,
 ) -> HybridBatches:  # fmt: skip
-    """Makes batches in an order of ORDERS; the in-batch kind goes with single positives alone."""
+    """Makes batches in an order of ORDERS; only single positives allow in-batch negatives."""
     if negatives is None:
         negatives = MIXTURE if order == "single" else MIXTURE[1:]
     sizes = {"batch_size": batch_size, "history_length": history_length}
@@ -87,7 +87,7 @@ def make_batches(
 
 
 def batch_list(batches: HybridBatches, num_steps: int, start: int = 0) -> list[Batch]:
-    """Builds batches, few of them one by one: a data set takes a second to trace."""
+    """Builds batches; up to 20 are built one by one, as a data set takes a second to trace."""
     if num_steps > 20:
         return list(batches.dataset(start, num_steps).as_numpy_iterator())
     steps = range(start, start + num_steps)
@@ -99,7 +99,7 @@ def as_arrays(batch: Batch) -> Batch:
 
 
 def flat(batch: Any) -> dict[str, np.ndarray]:
-    """Returns what a batch holds by name, such as "candidate_row", "hard.log_q"."""
+    """Returns the arrays of a batch by name, such as "candidate_row" or "hard.log_q"."""
     fields = batch if isinstance(batch, dict) else batch._asdict()
     found: dict[str, np.ndarray] = {}
     for name, value in fields.items():

@@ -21,13 +21,13 @@ SMALL_TRAINING = {"batch_size": 256, "max_epochs": 2, "learning_rate": 0.02, "mo
 
 
 def arguments(**options: Any) -> dict[str, Any]:
-    """Returns the arguments of `Log.from_files`: options of a reading are put into one."""
+    """Returns arguments for `Log.from_files`; options of a `Reading` are combined into one."""
     reading = {name: options.pop(name) for name in Reading.model_fields if name in options}
     return {**options, "reading": Reading(**reading)}
 
 
 def in_ibis(columns: dict[str, Any] | pa.Table) -> ibis.Table:
-    """Makes a table of the default connection."""
+    """Creates a table in the default connection."""
     return ibis.get_backend().create_table(ibis.util.gen_name("test"), pa.table(columns))
 
 
@@ -45,9 +45,9 @@ def item_id(number: int, ids: Ids) -> Any:
 
 
 def event_table(ids: Ids, *, seed: int = 0) -> pa.Table:
-    """Makes a log, in the order of time: items of a user's own taste are shown more and clicked.
+    """Makes a log in order of time; users see and click items of their own taste more often.
 
-    Columns user_id, item_id, timestamp (seconds; some events of a user share theirs), stage,
+    Columns user_id, item_id, timestamp (seconds; some events of a user share one), stage,
     rating (3 or more is a click).
     """
     rng = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any])
         "model": {"dim": 16, "history_length": 10, "negatives": ["in_batch", "uniform:num=32"]},
         "training": SMALL_TRAINING,
         "evaluation": {"cutoffs": [5, 20], "baselines": ["popularity"]},
-        # Tiny models may lose.
+        # Tiny models may lose to a baseline.
         "export": {"name": "films", "directory": folder / "saved_models", "if_beaten": True},
     }
     tables = {name: {**small.get(name, {}), **settings.get(name, {})} for name in small | settings}
@@ -109,9 +109,9 @@ class Stopped(Exception):
 
 
 class Watched(Progress):
-    """Keeps what a run tells: reports by step, and tasks; stops it as asked.
+    """Records the step reports and tasks of a run, and can stop the run.
 
-    `stop` is the name of a step, at whose end the run stops, or a task with the number of its step.
+    `stop` is a step's name, after which the run stops, or a (task name, number done) pair.
     `on_step` is called with each report.
     """
 

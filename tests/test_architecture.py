@@ -1,4 +1,4 @@
-"""The pages for people who change the code, compared with it: names, rooms, the paths of a row."""
+"""Compares the pages for contributors with the code: names, rooms, the paths of a row."""
 
 import ast
 import functools
@@ -38,7 +38,7 @@ CLICK, QUERY = "From a click in a file to the loss", "From an HTTP query to ids"
 
 @functools.cache
 def function_of(code: CodeType, module: str) -> tuple[str, str] | None:
-    """Names a function of the package; AutoGraph writes it into a file of its own."""
+    """Names a function of the package, also if AutoGraph has rewritten it in another file."""
     path, name = SOURCES.get(module, PACKAGE / "__init__.py"), code.co_name.removeprefix("tf__")
     is_there = path != PACKAGE / "__init__.py" and name != "<module>"
     return (str(path.relative_to(PACKAGE)), name) if is_there else None
@@ -54,7 +54,7 @@ class Calls(list[tuple[str, str]]):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Records this thread, those that it starts, and what tf.data calls in its own threads."""
+        """Records calls in this thread, in threads that it starts, and in those of tf.data."""
         numpy_function = tf.numpy_function
 
         def recorded(func: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -114,7 +114,7 @@ def from_query_to_ids(folder: Path) -> Calls:
         request = urllib.request.Request(
             f"{address}:predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        calls.clear()  # The start of the server.
+        calls.clear()  # Drops the calls of the server's start.
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["outputs"]["candidate_ids"] == [["b"]]
     return calls
@@ -125,7 +125,7 @@ def section(title: str) -> str:
 
 
 def modules_in(text: str) -> list[str]:
-    """Modules in the order in which a text names them; one without a folder is in the last one."""
+    """Lists the modules of a text in order; a name without a folder is in the one before it."""
     found: list[str] = []
     for name in re.findall(r"`([\w/]+\.py)`", text):
         beside = f"{Path(found[-1]).parent}/{name}" if found else ""

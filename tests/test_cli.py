@@ -41,7 +41,7 @@ from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
-RUN = "it's a run"  # A folder's name that a shell needs in quotes.
+RUN = "it's a run"  # A folder name that a shell needs in quotes.
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def settings(table: type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def squeezed(text: str) -> str:
-    """Drops all white space: argparse wraps also at hyphens."""
+    """Drops all white space, because argparse also wraps at hyphens."""
     return re.sub(r"\s+", "", text)
 
 
@@ -188,18 +188,18 @@ def test_values_of_a_query_may_begin_with_a_hyphen_or_be_none() -> None:
     assert cli.COMMAND_LINE.read(["query", "model", "--history"])[1]["history"] == []
     asked = cli.COMMAND_LINE.read(["query", "model", "--request", "a=1", "--request", "b=2"])
     assert asked[1]["request"] == {"a": "1", "b": "2"}
-    # Of a setting the last flag counts, and none is nothing.
+    # If a setting is given twice, the last flag counts.
     cutoffs = ["--evaluation.cutoffs", "5", "--evaluation.cutoffs", "7", "9"]
     assert cli.COMMAND_LINE.read(["run", *cutoffs])[1]["evaluation.cutoffs"] == ["7", "9"]
 
 
 def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     assert config_of() == movielens_config()
-    # Data of the user's own has no features of MovieLens, and no index of its own.
+    # The user's own data gets neither the features nor the index of MovieLens.
     own = config_of("--data.path", "x.csv")
     data = {"source": "files", "path": "x.csv"}
     assert own == RunConfig(data=data, recipes=RECIPES, fixed=["data.path"])
-    # What a user gives is what no recipe changes; who chooses a model does not race.
+    # Recipes do not change what the user sets; a preset alone, or no recipes, means no race.
     dim = config_of("--data.path", "x.csv", "--model.dim", "32", "--recipes", "sets", "sequence")
     assert (dim.recipes, dim.fixed) == (("sets", "sequence"), ("data.path", "model.dim"))
     gate = config_of("--data.path", "x.csv", "--export.gate")
@@ -217,7 +217,7 @@ def test_a_folder_without_run_is_not_resumed(config_of: Any, command: Any, tmp_p
     remedy = "For a new run there, name its data too: --data.path FILE"
     missing = tmp_path / "videos-2026112-141654"
     near = f"Did you mean {tmp_path}/videos-20261126-141654 or {tmp_path}/videos-20261127-091500?"
-    # What may change in a finished run does not begin another.
+    # A setting that may change in a finished run does not start a new one.
     for asked in (["run"], ["run", "--no-export.gate"], ["compare"]):
         answer = command(*asked, "--run-dir", missing)
         assert f"there is no run in {missing}. {near} {remedy}" in answer.err
@@ -294,14 +294,14 @@ def test_a_wrong_word_is_told_in_a_line(command: Any, arguments: str, message: s
     answer = command(*shlex.split(arguments))
     assert (answer.code, answer.out) == (2, "")
     assert re.search(f"error: .*{message}", answer.err, re.DOTALL)
-    # A problem of a file stands under the file's name.
+    # A problem in a file is shown below the file's name.
     assert len(answer.err.splitlines()) == (2 if ".toml" in answer.err else 1)
     assert not Path("runs").exists()
 
 
 @pytest.mark.usefixtures("here")
 def test_refused_data_can_be_mended_in_the_same_folder(command: Any) -> None:
-    """A folder with other files is told, and one that was made for nothing is removed."""
+    """A run folder with other files in it is reported; one created in vain is removed."""
     write(pa.table({"usr_id": [1], "item_id": [2]}), Path("clicks.csv"))
     arguments = ["run", "--run-dir", "run", "--data.path", "clicks.csv"]
     assert "no column 'user_id'" in command(*arguments).err
@@ -315,7 +315,7 @@ def test_refused_data_can_be_mended_in_the_same_folder(command: Any) -> None:
     Path("run").mkdir()
     Path("run/thesis.txt").write_text("mine")
     assert "run folder: run, beside other files: thesis.txt" in command(*mended).out
-    # Missing files are told before there is a folder.
+    # Missing files are reported before a folder is created.
     assert command("run", "--data.path", "nowhere.csv").out == ""
 
 
@@ -353,7 +353,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.mark.usefixtures("here")
 def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
-    """Whose import takes seconds. All commands are refused in one fresh process."""
+    """Importing TensorFlow takes seconds. One fresh process runs all refused commands."""
     write(pa.table({"usr_id": [1], "item_id": [2]}), Path("other.csv"))
     write(pa.table({"user_id": [1, 1], "item_id": [2, 3], "stage": ["a", "b"]}), Path("rows.csv"))
     write(event_table("int"), Path("log.parquet"))
@@ -397,14 +397,14 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
         assert re.search(message, line), words
     codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
     assert {line.partition(" ")[2] for line in codes} == {"1 False", "2 False"}
-    # The help, which came first, needs even less.
+    # The help, which was printed first, imports even less.
     (after_help,) = re.findall(r"^\{'.*'\}$", done.stdout, re.MULTILINE)
     heavy = {"tensorflow", "tf_keras", "scann", "ibis", "duckdb", "pyarrow", "matplotlib"}
     assert not heavy & set(re.findall(r"'(\w+)'", after_help))
 
 
 def told_of(run: Run, metrics: dict[str, Any], **settings: Any) -> str:
-    """What is printed of a run whose metrics are partly others."""
+    """Returns what is printed of the run, with some metrics and settings replaced."""
     folder = RunFolder(run.folder / RUN)
     config = with_settings(folder.settings(), settings)
     result = pipeline.RunResult(folder.path, {**read_record(folder.metrics_file), **metrics})
@@ -422,7 +422,7 @@ def test_what_came_out_is_shown_whatever_has_become_of_the_model(run: Run) -> No
     shutil.rmtree(damaged)
     assert "    ials: left out by the preset or by evaluation.baselines\n" in run.out
     (names,) = read_record(run.folder / RUN / "metrics.json")["differences"].values()
-    for gain in (0.0, 0.2):  # Of the baseline.
+    for gain in (0.0, 0.2):  # Of the baseline over the model.
         interval = {"mean": gain, "low": gain / 2, "high": 2 * gain}
         differences = {"popularity": dict.fromkeys(names, interval)}
         metrics = {"differences": differences, "export_folder": None}
@@ -460,7 +460,7 @@ def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_pa
     path = tmp_path / "shown.toml"
     path.write_text(changes.partition("\n\n")[2])
     given = {"export.filter_by": "genre", "training.max_epochs": 7}
-    # Those of the file, the preset and the flags, and nothing else.
+    # The printed settings are those of the file, the preset and the flags, and no others.
     written = load_config(tmp_path / "small.toml")
     assert load_config(path) == with_settings(written, given, preset="quick")
     assert "seed" not in changes
@@ -494,7 +494,7 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
     assert not_exported == "model    not exported"
     assert not (tmp_path / "saved_models").exists()
     assert (tmp_path / RUN / "report.html").is_file()
-    # It is finished, and stays so if it is asked for again.
+    # The run is finished, and asking for it again does not change that.
     again = command("run", "--run-dir", tmp_path / RUN)
     assert (again.code, again.out.splitlines()[-1]) == (0, after)
     exported = command(*shlex.split(after.removeprefix("next:"))[1:])
@@ -604,7 +604,7 @@ def test_query_answers_a_history_in_its_order_and_leaves_it_out(command: Any, ru
     assert re.match(r"1 of 5 items of the history .*, first 999\.\n", shown)
 
 
-# On the way
+# Progress and Ctrl-C
 
 
 def rendered(width: int, show: Any) -> str:
@@ -618,7 +618,7 @@ def without_colours(text: str) -> str:
 
 
 def progress_at(width: int, tell: Any, wait_s: float = 0.0) -> str:
-    """Returns what a terminal gets of what is told; a bar is drawn ten times a second."""
+    """Returns what a terminal shows of what `tell` reports; a bar is drawn every 0.1 s."""
 
     def show(console: Console) -> None:
         with shown(console) as progress:
@@ -636,7 +636,7 @@ def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
         progress.task("export", 0, 0)
 
     before, _, after = progress_at(100, tell).rpartition("export")
-    whole_bar = "━" * 40  # One of an unknown length is drawn in changing colours.
+    whole_bar = "━" * 40  # A bar of unknown length is drawn in changing colours.
     assert "1,500/1,500" in without_colours(before)
     assert whole_bar in before
     assert "/" not in without_colours(after)
@@ -645,7 +645,7 @@ def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
 
 @pytest.fixture
 def heard() -> Iterator[None]:
-    """Ctrl-C is heard, also where these tests are a background job."""
+    """Makes Ctrl-C work even if the tests run as a background job."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -653,7 +653,7 @@ def heard() -> Iterator[None]:
 
 @pytest.mark.usefixtures("heard")
 def test_ctrl_c_that_python_ignores_stops_the_next_task() -> None:
-    """It ignores what a weak reference's callback raises."""
+    """Python ignores an exception that a weak reference's callback raises."""
     console = Console(file=io.StringIO())
     with shown(console) as progress:
         with contextlib.suppress(KeyboardInterrupt):
@@ -693,13 +693,13 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
         configs.append(config)
         if not in_duckdb:
             raise KeyboardInterrupt
-        # As shells start background jobs, SIGINT may be ignored here.
+        # Shells start background jobs with SIGINT ignored, so that it may be ignored here.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
         timer.start()
-        try:  # Ends as a RuntimeError.
+        try:  # The query ends with a RuntimeError.
             slow = "SELECT count(*) FROM range(1000000000000) numbers(n) WHERE n % 7 = 3"
-            # Other threads of DuckDB would count on, in all later tests.
+            # One thread: others would go on counting during all later tests.
             connect().con.execute(f"SET threads = 1; CREATE TABLE made AS {slow}")
         finally:
             signal.signal(signal.SIGINT, before)
@@ -711,7 +711,7 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
     assert answer.code == 130
     again = f"stopped; go on with:  tfrs-pipeline run --run-dir '{tmp_path}/a run'"
     assert answer.out.splitlines()[-1] == again
-    # The log is still one's own, and not what a bare run takes.
+    # The run still reads the user's own log, not the data of a bare run.
     command("run", "--run-dir", tmp_path / "a run")
     assert configs[1] == configs[0]
     assert configs[1].data.path == tmp_path / "clicks.csv"

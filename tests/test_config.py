@@ -1,4 +1,4 @@
-"""Settings: what is refused, how it is said, and that a file gives back what was written."""
+"""Settings: which are refused, with what message, and that a file reads back as written."""
 
 import re
 import tomllib
@@ -193,11 +193,11 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
     (FILES, {"data.memory_limit": "lots"}, "data.memory_limit", "pattern"),
     (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
     (FILES, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),
-    # What decides which events are positives; what is harmless is let be.
+    # Settings that decide which events are positives; harmless ones are accepted.
     ({}, {"data.rating_threshold": 4}, "data.rating_threshold", "no effect with source 'movie"),
     ({}, {"data.label": {"like": 1}}, "data.label", "no effect"),
     (SPARK, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
-    # So are tables that would not be read, and events that would not be dropped.
+    # Also refused: tables that would not be read, and rules by which no event would be dropped.
     ({}, {"data.items_path": "items.csv"}, "data.items_path", "only with 'files' or 'spark'"),
     (FILES | {"data.unknown_items": "drop"}, {"data.source": "movielens-100k"},
      "data.unknown_items", "no effect"),

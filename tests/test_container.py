@@ -1,4 +1,4 @@
-"""What Containerfile says, against the package; `.ci/container.py` runs its steps."""
+"""Compares the Containerfile with the package; `.ci/container.py` runs its steps."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ def test_the_server_of_the_image_is_one_that_the_package_starts(stages: Any) -> 
 
 def test_no_image_runs_as_root_and_what_is_copied_reaches_the_engine(stages: Any) -> None:
     for name in ("serve", "train"):
-        # A number, since Kubernetes cannot tell who a name is.
+        # A number, because Kubernetes cannot tell from a name whether it is root.
         assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", dict(stages[name])["USER"])
     sent = (ROOT / ".dockerignore").read_text().splitlines()
     copied = (text.split()[:-1] for kind, text in stages["build"] if kind == "COPY")

@@ -1,4 +1,4 @@
-"""What the documentation shows, run."""
+"""Runs what the documentation shows, and checks its names, numbers and links."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_the_change_to_the_tfrs_tutorial_is_fifteen_lines_and_runs() -> None:
     setup, loss = (block.splitlines() for block in found)
     assert sum(line.startswith("+") for line in setup + loss) <= 15
 
-    # What stands in the tutorial's script before the change: towers and pairs.
+    # What the tutorial's script has before the change: towers and pairs.
     def tower(ids: list[str]) -> tf.keras.Sequential:
         layers = tf.keras.layers.StringLookup(vocabulary=ids), tf.keras.layers.Embedding(31, 8)
         return tf.keras.Sequential(list(layers))
@@ -51,7 +51,7 @@ def test_the_change_to_the_tfrs_tutorial_is_fifteen_lines_and_runs() -> None:
     tf.random.set_seed(1)
     got = float(script["compute_loss"](model, features))
 
-    # The same by hand: each row's own positive against all columns that are not it.
+    # The same by hand: each row's positive against all columns with another item.
     tf.random.set_seed(1)
     lookup, embedding = movies.layers
     rows = lookup(features["movie_title"]).numpy()
@@ -96,7 +96,7 @@ def test_the_reference_is_that_of_the_code() -> None:
 def test_the_example_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it stands, for fewer epochs and on a smaller log than that whose numbers are shown."""
+    """It runs as shown, but for fewer epochs and on a smaller log."""
     readme = (ROOT / "README.md").read_text()
     example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     sizes = {"num_users=1000": "num_users=120", "500": "200", "5000": "2000", "[42]": "[7]"}

@@ -1,4 +1,4 @@
-"""The style of figures: names that do not lie over each other, colours that follow the page."""
+"""The style of figures: labels that do not overlap, colours that follow the page."""
 
 import re
 from xml.etree import ElementTree
@@ -26,7 +26,7 @@ def test_moved_heights_are_apart_in_order_and_nearest(heights: list[float], leas
     found = style.spread_apart(given_heights, least)
     order = np.argsort(given_heights, kind="stable")
     assert np.all(np.diff(found[order]) >= least - 1e-9)
-    # No other heights that are apart are nearer: not these moved up or down, not a stack of them.
+    # No other valid heights are nearer: neither these moved up or down, nor an even stack.
     cost = np.sum((found - given_heights) ** 2)
     stack = np.empty(len(heights))
     stack[order] = np.mean(heights) + least * (np.arange(len(heights)) - (len(heights) - 1) / 2)
@@ -38,7 +38,7 @@ def test_moved_heights_are_apart_in_order_and_nearest(heights: list[float], leas
 
 def test_a_figure_follows_its_page_or_is_a_card_of_both_schemes() -> None:
     drawing = draw()
-    assert draw() == drawing  # To the letter.
+    assert draw() == drawing  # Drawing is deterministic.
     # The numbers of an axis keep their digits.
     assert all(f">{number}</text>" in drawing.body for number in ("1.850", "1.875", "1.900"))
     inline, card = drawing.inline("first"), drawing.card()

@@ -93,7 +93,7 @@ with locked(path):
 
 @contextlib.contextmanager
 def started(code: str, *arguments: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a program, waits for its first line, and kills it in the end."""
+    """Starts a program, waits for its first line, and kills it at the end."""
     command = [sys.executable, "-c", START + code, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -105,7 +105,7 @@ def started(code: str, *arguments: Any) -> Iterator[subprocess.Popen[bytes]]:
 def test_killed_at_random_points_a_record_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     last = num_kills = num_partial = 0
-    # A quiet machine is rarely killed within a write.
+    # On a quiet machine, few kills fall within a write.
     while num_kills < 20 or (not num_partial and num_kills < 200):
         num_kills += 1
         with started(REPLACER, tmp_path / "about.json", ROOT, last + 1):
@@ -134,7 +134,7 @@ def test_a_lock_is_held_by_one_and_freed_by_a_kill(tmp_path: Path) -> None:
         except InUse as error:
             refused.append(str(error))
 
-    with locked(path), locked(path):  # Again by the thread that holds it.
+    with locked(path), locked(path):  # The holding thread may lock it again.
         other = threading.Thread(target=try_it)
         other.start()
         other.join()
@@ -144,7 +144,7 @@ def test_a_lock_is_held_by_one_and_freed_by_a_kill(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file is opened while its holder removes it, and another holder makes a new one."""
+    """While the file is being opened, its holder removes it and another makes a new one."""
     path, stack, flock = tmp_path / "lock", contextlib.ExitStack(), fcntl.flock
 
     def late(descriptor: int, operation: int) -> None:

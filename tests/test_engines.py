@@ -1,4 +1,4 @@
-"""The guide to other engines, run: each finds what exact search finds, with the same scores."""
+"""Runs the guide to other engines: each finds what exact search finds, with the same scores."""
 
 import contextlib
 import json
@@ -34,12 +34,12 @@ NUM_ITEMS, NUM_USERS, DIM = 300, 50, 32
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Iterator[None]:
-    """A model like the first page's, whose vectors have many lengths: a wrong metric shows."""
+    """Exports a model like the first page's, with vectors of many lengths: a wrong metric shows."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(size=(NUM_ITEMS + 1, 1)))
     candidates = tf.Variable((lengths * rng.normal(size=(NUM_ITEMS + 1, DIM))).astype(np.float32))
     category = rng.choice(["cooking", "football", "music", "travel"], NUM_ITEMS)
-    category[[7, 31]] = "music"  # Those of the guide's history, which it excludes.
+    category[[7, 31]] = "music"  # The guide's history, which it excludes.
     items = pa.table({"item_id": [f"v{n}" for n in range(NUM_ITEMS)], "category": category})
     clicks = [rng.integers(1, NUM_ITEMS + 1, 5 if user else 0) for user in range(NUM_USERS + 1)]
     histories = RowLists.from_lists([rows.astype(np.int32) for rows in clicks])
@@ -64,7 +64,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> I
 
 @pytest.fixture(scope="module")
 def asked(videos: None) -> dict[str, Any]:
-    """What the guide has before its first engine: the items, their vectors and a query's."""
+    """Returns the guide's variables before its first engine: items, their vectors, a query's."""
     namespace: dict[str, Any] = {}
     printed = ""
     for title in list(SECTIONS)[:2]:
@@ -73,7 +73,7 @@ def asked(videos: None) -> dict[str, Any]:
                 assert is_shown(text, printed), f"{title} shows\n{text}\nand got\n{printed}"
             else:
                 printed = run_block(kind, text, namespace) or printed
-    # The server embeds as Python does; its user's own history is the stored one.
+    # The server embeds as Python does; asked by user, it reads the stored history.
     by_user, by_query = (json.loads(line)["outputs"] for line in printed.splitlines())
     np.testing.assert_array_equal(np.float32(by_query["embeddings"][0]), namespace["query"])
     model = namespace["model"]
@@ -90,8 +90,8 @@ def check_found(asked: dict[str, Any], title: str) -> None:
         run_block(kind, text, namespace)
     query, exact = {"user_id": 42, "history": asked["seen"]}, asked["model"].retrieve
     ids, scores = exact([query], 10, [asked["seen"]], allowed=[["music"]])
-    assert len(set(scores[0].tolist())) == 10  # No tie that engines may break in their own way.
-    # Nor would an engine be right that forgot what to exclude, or the category.
+    assert len(set(scores[0].tolist())) == 10  # No ties, which engines may break differently.
+    # An engine that ignored the exclusions or the category would answer differently.
     assert set(asked["seen"]) <= set(exact([query], 10, allowed=[["music"]])[0][0])
     assert set(ids[0]) != set(exact([query], 10, [asked["seen"]])[0][0])
     assert list(namespace["found"]) == ids[0].tolist()
@@ -126,7 +126,7 @@ def test_each_section_of_the_guide_is_run_or_says_that_it_is_not() -> None:
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[dict[str, str]]:
-    """A PostgreSQL server of its own, on a socket in a temporary folder: how to reach it."""
+    """Starts a PostgreSQL server on a socket in a temporary folder; yields how to reach it."""
     # Earlier versions have no hnsw.iterative_scan.
     installed = Path("/usr/share/postgresql").glob("*/extension/vector.control")
     late = re.compile(r"default_version = '(0\.([89]|\d\d)|[1-9])")
@@ -149,5 +149,5 @@ def database() -> Iterator[dict[str, str]]:
         call("pg_ctl", "-D", f"{folder}/data", "-l", f"{folder}/log", "-o", options, "-w", "start")
         stack.callback(call, "pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
         call("createdb", "-h", folder, "-U", "shop", "shop")
-        # Few rows would be scanned in order, without the index.
+        # With so few rows, PostgreSQL would scan the table instead of using the index.
         yield {"PGHOST": folder, "PGUSER": "shop", "PGOPTIONS": "-c enable_seqscan=off"}

@@ -1,4 +1,4 @@
-"""The commands and snippets of the guides and of the README, run in order, with what they print.
+"""Runs the commands and snippets of the guides and the README in order, and checks the output.
 
 Commands run within this process, so that TensorFlow is loaded once; a server answers in a thread.
 """
@@ -24,15 +24,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trusted_exports")]
 
 ROOT = Path(__file__).parents[1]
 START = "docs/start/ten_minutes.md"
-# Those that read the files and the model of the first page.
+# The guides that read the files and the model of the first page.
 NAMES = "clicks recipes logq negatives exposed events funnel seen similar new_items request"
 NAMES += " debugging vectors tracking pieces"
 GUIDES = [START, *(f"docs/guides/{name}.md" for name in NAMES.split())]
-# The requests of the first are made below, of the README's model; the next are scripts for cron
-# and for a cluster; tests/test_engines.py runs the last.
+# The requests of the first are sent below, to the README's model. The next two are scripts for
+# cron and for a cluster. tests/test_engines.py runs the last.
 RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", "scale", "engines"))
 SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
-# What makes a command short; of a flag given twice the last counts.
+# Flags that make a command short; if a flag is given twice, the last one counts.
 TWO = ["--training.max_epochs", "2", "--no-training.refit"]
 ONE = ["--evaluation.baselines", "popularity"]
 SHORT = {"run": [*TWO, "--export.if_beaten"], "compare": [*TWO, "--compare.max_steps", "2"]}
@@ -43,7 +43,7 @@ BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTI
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the guides run, one after another."""
+    """Returns the folder in which all guides run, one after another."""
     return tmp_path_factory.mktemp("guides")
 
 
@@ -56,7 +56,7 @@ def blocks_of(text: str) -> list[tuple[str, str]]:
 
 
 def run_command(words: list[str], more: Mapping[str, list[str]]) -> None:
-    """Runs a command of a page; those that only install are passed over."""
+    """Runs a command of a page; skips those in SHELL, such as installations."""
     program, *arguments = words
     if Path(program).name == "tfrs-pipeline" and arguments[0] == "serve":
         address_of(Path(arguments[1]).absolute())
@@ -76,7 +76,7 @@ def run_command(words: list[str], more: Mapping[str, list[str]]) -> None:
 
 
 def ask(url: str, body: str, method: str = "POST", header: str = "X-None: 0") -> str:
-    """Asks the server in the thread what a page asks the one at the default port."""
+    """Sends a page's request to the server in the thread, instead of the default port."""
     name = re.search(r"/v1/models/([\w-]+)((?:/versions/\d+)?:predict|/items)", url)
     assert name is not None
     address = f"{address_of(Path('saved_models', name[1]).absolute())}{name[2]}"
@@ -87,9 +87,9 @@ def ask(url: str, body: str, method: str = "POST", header: str = "X-None: 0") ->
 
 
 def run_block(kind: str, text: str, namespace: Any = None, more: Any = None) -> str:
-    """Runs a block, of Python in a namespace; returns what it printed.
+    """Runs a block, Python in `namespace`, and returns what it printed.
 
-    `more` are flags of commands for its trainings, beside those that make them short.
+    `more` holds flags by command, in addition to those that make every training short.
     """
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -103,9 +103,9 @@ def run_block(kind: str, text: str, namespace: Any = None, more: Any = None) -> 
 
 
 def is_shown(expected: str, printed: str) -> bool:
-    """Says whether the lines that a page shows were printed in order, whatever the numbers are.
+    """Tells whether the lines of a page were printed in order, whatever the numbers are.
 
-    "..." stands for anything, on a line of its own for any lines.
+    "..." stands for any text, and on a line of its own for any lines.
     """
     lines = iter(plain(line) for line in printed.splitlines())
     shown = [plain(line) for line in expected.splitlines() if line != "..."]
@@ -114,7 +114,7 @@ def is_shown(expected: str, printed: str) -> bool:
 
 
 def plain(line: str) -> str:
-    """Writes every number as 0, and white space and the rules of tables as one space."""
+    """Replaces every number by 0, and white space and table rules by one space."""
     numbers = re.sub(r"((?<!\w)[-+])?\d[\d,]*(\.\d+)?", "0", line)
     return " ".join(re.sub(r"[┏┓┡┩╇┳━]+", " ", numbers).split())
 
@@ -131,7 +131,7 @@ def test_a_guide_runs_as_is(folder: Path, monkeypatch: pytest.MonkeyPatch, page:
             text = re.sub(r"(?m)^    \w+ won: .+", "    ... won: ...", text)
             assert is_shown(text, printed), f"{page} shows\n{text}\nand got\n{printed}"
         else:
-            # The first page shows a row of each.
+            # The first page shows a row for each baseline and recipe.
             more = {} if page == START else SHORTER
             printed = run_block(kind, text, namespace, more)
 
@@ -163,7 +163,7 @@ def write_movielens(folder: Path) -> None:
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main job, on made-up ratings, then every request of the README and of the guide."""
+    """Runs the main job on made-up ratings, then every request of README and serving guide."""
     monkeypatch.chdir(tmp_path)
     write_movielens(tmp_path)
     rows = "".join(f"{i % 40},v{i * i % 31},{1_700_000_000 + i}\n" for i in range(800))
@@ -174,7 +174,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     where = ["--data.source", "movielens-100k", "--data.path", str(tmp_path)]
     printed = run_block("sh", shlex.join(["tfrs-pipeline", "run", *where]))
     shown = next(text for kind, text in blocks("README.md") if kind == "text")
-    # Who is ahead depends on the ratings.
+    # Which model is ahead depends on the ratings.
     shown = re.sub(r"(?m)^(better\?|served\?|for whom) .+", r"\1 ...", shown)
     assert is_shown(shown, printed), printed
     asked = run_block("sh", next(command for command in commands if " query " in command))
@@ -183,10 +183,10 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     told = [line for text in calls for line in run_block("sh", text).splitlines()]
     answers = [json.loads(answer.replace("-Infinity", "null")) for answer in told]
     assert len(answers) == 9
-    # The few films of this test are of other years.
+    # None of this test's few films is from that year.
     assert "year '1972' of item 9001 is unknown to the model" in answers[5].pop("notes")[0]
     assert answers[5:7] == [{"num_items": 201, "num_new": 1}, {"num_items": 200, "num_removed": 1}]
-    # With the time of the request, which the default model takes and does not look at.
+    # Answer 7 is to a request with its time, which the default model accepts but does not use.
     timed, untimed = (answers[i]["outputs"]["candidate_ids"] for i in (7, 0))
     assert timed == untimed
     filtered = answers[3]["outputs"]["candidate_ids"][0]

@@ -31,7 +31,7 @@ SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def walk(tree: ast.AST, *, is_deferred: bool) -> Iterator[ast.AST]:
-    """Yields the nodes of a module, of functions and `if TYPE_CHECKING` only if `is_deferred`."""
+    """Yields a module's nodes; those in functions and TYPE_CHECKING only if `is_deferred`."""
     for node in ast.iter_child_nodes(tree):
         is_hint = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         if is_deferred or not (is_hint or isinstance(node, ast.FunctionDef)):
@@ -42,7 +42,7 @@ def walk(tree: ast.AST, *, is_deferred: bool) -> Iterator[ast.AST]:
 def imports(
     source: str, module: str, *, is_package: bool = False, is_deferred: bool = True
 ) -> Iterator[str]:
-    """Yields what a module imports, also within functions, public names of the package resolved."""
+    """Yields what a module imports, also in functions; public names become their modules."""
     for node in walk(ast.parse(source), is_deferred=is_deferred):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -78,7 +78,7 @@ def graph_when_loaded() -> dict[str, set[str]]:
 
 
 def reached(module: str, edges: dict[str, set[str]]) -> set[str]:
-    """Returns all that importing a module can import, directly or not, its packages included."""
+    """Returns all that a module imports, directly or indirectly, including its packages."""
     seen: set[str] = set()
     pending = [module]
     while pending:

@@ -1,4 +1,4 @@
-"""Words of messages."""
+"""The wording of messages."""
 
 import numpy as np
 import pytest

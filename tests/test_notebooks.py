@@ -71,7 +71,7 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     """Runs a notebook without network and returns its code cells by id."""
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # Nothing listens: a fetch would fail.
-    monkeypatch.setenv("no_proxy", "127.0.0.1")  # A server of the notebook's own.
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # For the notebook's own server.
     notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs = []
@@ -86,7 +86,7 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose tables the notebooks read, for two epochs; nothing may be downloaded."""
+    """Makes notebooks read tables in the folder and train two epochs; no downloads allowed."""
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_DATA", str(tmp_path))
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")
@@ -124,7 +124,7 @@ def test_serving_runs_on_a_small_log(small: Path, monkeypatch: pytest.MonkeyPatc
     (num_new,) = re.findall(kept_away, outputs(cells["data"]))
     assert f"{NUM_ITEMS} items, {num_new} of them new" in outputs(cells["refresh"])
     assert "known" in outputs(cells["curve"])
-    # More was asked for than there is: three slots are empty.
+    # The query asks for more items than there are, so that three slots are empty.
     assert re.search(r"('' *){3}\] .*(-inf *){3}\]", outputs(cells["filter"]))
     assert f"the last {num_new}" in outputs(cells["ranks"])
     assert "as exact search from Python: True" in outputs(cells["serve"])
@@ -149,7 +149,7 @@ def test_a_notebook_is_committed_with_the_output_of_the_whole_data(path: Path) -
     ("path", "num_numbers"), [(SAMPLING, 20), (SERVING, 10)], ids=["02_sampling", "03_serving"]
 )
 def test_numbers_in_the_text_are_those_of_the_output(path: Path, num_numbers: int) -> None:
-    """A cell of text "x-out" says what came out of the code cell "x"."""
+    """The text cell "x-out" describes the output of the code cell "x"."""
     notebook = nbformat.read(path, as_version=4)
     cells = {cell.id: cell for cell in notebook.cells}
     num_checked = 0

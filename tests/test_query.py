@@ -28,7 +28,7 @@ def served() -> Served:
 def model(
     served: Served, tmp_path_factory: pytest.TempPathFactory, trusted_exports: None
 ) -> Iterator[LoadedRetriever]:
-    """A model, which the command loads once, as it does others."""
+    """Returns a loaded model; the command loads each model only once."""
     folder = export(served.exportable(), tmp_path_factory.mktemp("films"), index=Exact())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retriever, "load", functools.cache(retriever.load))
@@ -40,7 +40,7 @@ def given(request: dict[str, str]) -> list[str]:
 
 
 def asked(command: Any, *arguments: Any) -> dict[str, Any]:
-    """Returns the JSON of a query, whose notes are the lines above its table."""
+    """Returns the JSON of a query; checks that its notes are the lines above the table."""
     table = command("query", *arguments).out.splitlines()
     answer = command("query", *arguments, "--json")
     assert answer.code == 0
@@ -88,7 +88,7 @@ def test_the_json_holds_no_control_characters(
     title = "a\u202eb\x9b2Jc\x1b[0m é"
     titles = dict.fromkeys(model.candidate_ids(), title)
     monkeypatch.setattr(LoadedRetriever, "titles", lambda self: titles)
-    items = asked(command, model.folder, "--history", 3)["items"]  # Which is printable.
+    items = asked(command, model.folder, "--history", 3)["items"]  # `asked` checks the JSON.
     assert {item["title"] for item in items} == {title}
     assert "é" in command("query", model.folder, "--history", 3, "--json").out
 

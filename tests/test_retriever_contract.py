@@ -1,6 +1,6 @@
-"""What every retriever owes its callers, on data whose best answer is known.
+"""The contract of every retriever, on data whose best answer is known.
 
-A retriever joins by a line in FACTORIES: (problem) -> Retriever.
+To test another retriever, add a line to FACTORIES: (problem) -> Retriever.
 """
 
 import functools
@@ -33,8 +33,8 @@ TWIN_ROWS, TWINS_OF = [4, 23, 14, 20], [10, 5, 6, 6]
 class Problem:
     """Two communities of users: one clicks even candidates only, the other odd ones.
 
-    clicks: [NUM_USERS, NUM_CANDIDATES] bool; candidate_ids: [NUM_CANDIDATES]; network: by the rows
-    of both; folder: for exports.
+    clicks: [NUM_USERS, NUM_CANDIDATES] bool; candidate_ids: [NUM_CANDIDATES]; network: over the
+    rows of both; folder: for exports.
     """
 
     clicks: np.ndarray
@@ -49,12 +49,12 @@ class Problem:
 
     @functools.cached_property
     def exported(self) -> Path:
-        """The exported model's folder: ScaNN serves integer ids, exact search texts."""
+        """Exports with ScaNN for integer ids, exact search for text ids; returns the folder."""
         network, items = self.network, pa.table({"item_id": self.candidate_ids.tolist()})
         towers = network.embed_queries, network.embed_candidates, network.variables
         of = {"query_ids": np.arange(NUM_USERS), "history_length": HISTORY_LENGTH}
         served = tp.Exportable(*towers, items=items, **of)
-        # All must be found: what is approximate is not the contract.
+        # Recall 1, because the contract is about exact answers.
         index = tp.Scann(recall=1.0) if self.candidate_ids.dtype == np.int64 else tp.Exact()
         return tp.export(served, self.folder / "model", index=index).parent
 
@@ -63,7 +63,7 @@ PLAN = tp.TwoTower(dim=8, history_length=HISTORY_LENGTH)
 
 
 def make_network() -> tp.TwoTowerNetwork:
-    """Items of one community point the same way, more or less; some are copies of others."""
+    """Makes a network whose items point roughly the same way by community; some are equal."""
     network = PLAN.build(Corpus(Ids(np.arange(NUM_CANDIDATES)), Ids(np.arange(NUM_USERS))))
     vectors = np.random.default_rng(4).normal(scale=0.2, size=(NUM_CANDIDATES + 1, 8))
     vectors[1:, :2] += np.eye(2)[np.arange(NUM_CANDIDATES) % 2]
@@ -77,7 +77,7 @@ Factory: TypeAlias = Callable[[Problem], Retriever]
 
 
 def exact(problem: Problem) -> Retriever:
-    """Dot products of one-hot communities, so that scores are whole and ties many."""
+    """Scores by dot products of one-hot communities: integers, with many ties."""
     community = np.arange(NUM_CANDIDATES) % 2
     embeddings = np.eye(2)[community] * (1 + np.arange(NUM_CANDIDATES) // 8)[:, None]
     items = problem.interactions.items
@@ -119,13 +119,13 @@ FACTORIES: dict[str, Factory] = {
     "fallback": fallback,
 }
 NEEDS_HISTORY = {"transitions", "ease", "ials"}
-KNOWS_USERS = {"two_tower", "exported", "fallback"}  # And which request features there are.
+KNOWS_USERS = {"two_tower", "exported", "fallback"}  # And request features.
 HAS_TIES = {"exact", "popularity", *KNOWS_USERS}
 
 
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Problem]:
-    """Of both types of ids, kept for all retrievers; each is exported once."""
+    """Returns a problem for each type of ids; all retrievers share it, and its one export."""
     rng = np.random.default_rng(0)
     user_community = np.arange(NUM_USERS) % 2
     clicks = rng.random((NUM_USERS, NUM_CANDIDATES)) < 0.3
@@ -194,7 +194,7 @@ def test_finds_the_community_of_the_history(
 
 def test_excluded_go_and_nothing_else_moves(retriever: Retriever, queries: Queries) -> None:
     everything, all_scores = retriever.retrieve(queries, NUM_CANDIDATES)
-    # Each query its own: the best, the third, and one far down; none for the last query.
+    # Each query excludes its own best, third, and one far down; the last one excludes none.
     excluded = [ranking[[0, 2, 15]].tolist() for ranking in everything[:-1]] + [[]]
     kinds = (list, set, tuple, np.array)
     collections: list[Collection[Any]] = [kinds[i % 4](gone) for i, gone in enumerate(excluded)]
@@ -229,7 +229,7 @@ def test_k_beyond_what_is_left(retriever: Retriever, ids: np.ndarray, queries: Q
 def test_a_batch_equals_its_single_calls(
     retriever: Retriever, ids: np.ndarray, queries: Queries
 ) -> None:
-    """And a few are the beginning of many."""
+    """Each call also asks for another k: fewer results are the beginning of more."""
     excluded = [ids[i : i + 3] for i in range(len(queries))]
     found, scores = retriever.retrieve(queries, 6, excluded)
     for i, query in enumerate(queries):
@@ -275,7 +275,7 @@ def test_what_is_refused(factory: str, retriever: Retriever, ids: np.ndarray) ->
     for asked, message in refused:
         with pytest.raises(ValueError, match=message):
             retriever.retrieve(asked, 2)
-        if isinstance(asked, list):  # Among others, too.
+        if isinstance(asked, list):  # Also among other queries.
             with pytest.raises(ValueError, match=message):
                 retriever.retrieve([{"history": [item]}] * 3 + asked, 2)
     wrong: list[tuple[Any, str]] = [

@@ -1,4 +1,4 @@
-"""The wheel, installed where nothing of the clone is: what the README says of installing."""
+"""The wheel works without the clone, as the README says of installing."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ ROWS = ["user_id,item_id"] + [f"{user},{(user + n) % 40}" for user in range(80) 
 
 @pytest.mark.slow
 def test_a_wheel_trains_and_reports_in_an_empty_environment(tmp_path: Path) -> None:
-    """The libraries are those of the tests; the package, its data and its command are not."""
+    """The libraries are those of the tests; package, data and command are the wheel's."""
     source, env = tmp_path / "source", tmp_path / "env"
     source.mkdir()
     shutil.copytree(ROOT / "tfrs_pipeline", source / "tfrs_pipeline")
@@ -34,7 +34,7 @@ def test_a_wheel_trains_and_reports_in_an_empty_environment(tmp_path: Path) -> N
     (wheel,) = (tmp_path / "dist").iterdir()
     run(sys.executable, "-m", "venv", "--without-pip", env)
     run(*pip, "--python", env / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
-    # A path without the editable installation, whose own path file is then not read.
+    # Adds the libraries but no editable installation, whose own path file is then not read.
     (site,) = env.glob("lib/python*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
 

@@ -15,7 +15,7 @@ _SEQUENCE: dict[str, Any] = {
     "model.temperature": 0.1,
     "training.examples": "sequences",
     "training.max_epochs": 100,
-    # An epoch of a sparse log has few steps: validation may waver for ten epochs and more.
+    # An epoch of a sparse log has few steps: the metric may fluctuate for ten or more epochs.
     "training.patience": 20,
 }
 

@@ -8,19 +8,19 @@ from tfrs_pipeline.batches.batch import Batch, Slices
 from tfrs_pipeline.negatives.kinds import FunnelLosers
 
 HARD = FunnelLosers(share=0.3, num=2)
-# Renumbered in a slice; checked by what they point at.
+# Fields that a slice renumbers; they are checked by what they point at.
 POINTERS = ("state", "positive_query")
-# Every slice has them whole. Named here, so that a field with a wrong axis shows.
+# Fields that every slice has whole, named here so that a field with a wrong axis shows.
 WHOLE = ("shared_row", "dropout_seed")
 
 
 def with_own_lines(batch: Batch) -> Batch:
-    """Gives each query its line of log_q, where one line is for all."""
+    """Gives each query its own row of log_q if all share one row."""
     return batch._replace(log_q=np.broadcast_to(batch.log_q, batch.is_counted.shape))
 
 
 def reads(batch: Batch) -> list[list[int]]:
-    """Lists what is read for each positive, oldest first or padded, whatever the order."""
+    """Lists each positive's history rows, oldest first or padded, in any order of samples."""
     if batch.sequence_rows is not None:
         width = batch.sequence_rows.shape[1] + 1
         windows, lengths = np.divmod(batch.state, width)
@@ -51,7 +51,7 @@ def test_the_slices_of_a_batch_are_the_batch(order: str, total: int) -> None:
             assert max(sizes) - min(sizes) <= 1
         for part in parts:
             assert part.total_weight == pytest.approx(batch.weight.sum())
-    # A worker builds its own slices alone.
+    # A worker builds only its own slices.
     own = list(batches.dataset(4, 2, Slices(1, total - 1, total)).as_numpy_iterator())
     others = [part for i, part in enumerate(sliced) if i % total]
     for got, expected in zip(own, others, strict=True):

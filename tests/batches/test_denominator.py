@@ -1,7 +1,7 @@
-"""The sum in the loss, from the pipeline's own draws, against the sum over the corpus.
+"""The loss's denominator, estimated from the pipeline's own draws, against the exact sum.
 
-For every mixture of negatives, hard share and order of the samples: the mean over draws of the
-estimated denominator is the exact one, within what that many draws allow.
+The mean estimate over draws equals the sum over the corpus, within sampling error: for mixtures of
+negatives, with and without hard negatives and resampling.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ EXP = np.exp(SCORES.astype(np.float64))
 
 @dataclass(frozen=True)
 class Shelf:
-    """A kind of one's own: some new items, the newer the likelier, row 40 the newest."""
+    """An own kind that draws from the 20 newest items, newer ones more often; 40 is the newest."""
 
     num: int
 
@@ -49,7 +49,7 @@ MIXTURES: dict[str, tuple[Negatives, ...]] = {
 def denominators(batches: HybridBatches, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sample and the denominator of each row, [num_steps, BATCH_SIZE].
 
-    Each loss is log(1 + D / exp s+), whose derivative by s+ tells D of each row apart.
+    Each loss is log(1 + D / exp s+), so its derivative by s+ gives D of each row.
     """
     task = HybridRetrieval()
 
@@ -74,7 +74,7 @@ def denominators(batches: HybridBatches, num_steps: int) -> tuple[np.ndarray, np
 
 
 def exact(sample: int, hard_share: float, drawn_over_declared: np.ndarray) -> float:
-    """Sums over the corpus what a sample's negatives are to weigh."""
+    """Returns the exact weight of a sample's negatives, summed over the corpus."""
     never = [*small_batches.forbidden(SAMPLES, SAMPLES.query_rows[sample]), 0]
     shared = np.delete(EXP * drawn_over_declared, never).sum()
     pools = [SAMPLES.hard_pools[stage][sample] for stage in small_batches.STAGES]
@@ -92,8 +92,8 @@ def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponen
     batches = small_batches.make_batches(negatives=MIXTURES[name], hard=hard, examples=rate)
     declared, drawn = batches.expected_count, batches.expected_count.copy()
     if not exponent:
-        # An epoch draws without replacement, a row's others from all samples but its own: 1 / 149
-        # more of every candidate but its positive than the shares of all of them, as declared.
+        # An epoch draws without replacement: the other rows come from the 149 other samples, not
+        # from all 150 as declared. So every candidate but the positive comes 1 / 149 more often.
         in_batch = MIXTURES[name].count(InBatch()) * (BATCH_SIZE - 1) * SAMPLES.counts
         drawn += in_batch * (1 / (NUM_SAMPLES - 1) - 1 / NUM_SAMPLES)
     ratio = np.divide(drawn, declared, out=np.zeros_like(drawn), where=declared > 0)
@@ -102,12 +102,12 @@ def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponen
 
     samples, sums = denominators(batches, NUM_EPOCHS * NUM_SAMPLES // BATCH_SIZE)
     relative = sums / expected[samples]
-    # Of all samples: the draws of a step are independent of other steps', but for the epoch.
+    # Over all samples. Draws of different steps are independent, except that they share an epoch.
     by_step = relative.mean(axis=1)
     standard_error = by_step.std() / np.sqrt(len(by_step))
     assert abs(by_step.mean() - 1) < 4 * standard_error
     assert standard_error < 0.01
-    # Of each sample alone.
+    # Over each sample alone.
     num = np.bincount(samples.ravel(), minlength=NUM_SAMPLES)
     mean = np.bincount(samples.ravel(), relative.ravel()) / num
     squares = np.bincount(samples.ravel(), relative.ravel() ** 2) / num
@@ -116,7 +116,7 @@ def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponen
 
 
 def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The correction of libraries that know one sampler: the test above has the power to tell."""
+    """Libraries that know one sampler correct like this: the test above would notice it."""
 
     @dataclasses.dataclass(frozen=True)
     class AsInBatch(Uniform):

@@ -1,4 +1,4 @@
-"""Training batches in each of their orders: masks, corrections and hard draws, by slow loops."""
+"""Training batches in every order: masks, corrections and hard draws, against slow loops."""
 
 import dataclasses
 import itertools
@@ -20,11 +20,11 @@ NUM_CANDIDATES = small.NUM_CANDIDATES
 F = 0.4
 HARD = FunnelLosers(share=F, num=5)
 RATE = resampling_rate(SAMPLES.counts, 0.6)
-# Shares of the candidates in each kind of draw, written out.
+# Each candidate's share in each kind of draw, written out.
 CLICKS = SAMPLES.counts / NUM_SAMPLES
 SMOOTHED = np.where(SAMPLES.counts > 0, SAMPLES.counts**0.75, 0)
 OTHERS = 12 / NUM_CANDIDATES + 10 * SMOOTHED / SMOOTHED.sum()
-# [num_samples] of each stage.
+# [num_samples] for each stage.
 HAS_POOL = {stage: np.diff(SAMPLES.hard_pools[stage].offsets) > 0 for stage in small.STAGES}
 
 
@@ -131,7 +131,7 @@ def test_corrections_and_hard_draws(order: str, options: dict[str, Any], n: np.n
 
 @pytest.mark.parametrize("num_later", [0, 40])
 def test_the_hard_share_is_one_of_the_items_that_may_be_negatives(num_later: int) -> None:
-    """With equal scores, a row's weights of both sums are those of the items behind them."""
+    """With equal scores, the hard and the easy sum weigh as much as the items they stand for."""
     counts = np.concatenate([SAMPLES.counts, np.zeros(num_later, int)])
     is_later = np.arange(len(counts)) > NUM_CANDIDATES if num_later else None
     samples = dataclasses.replace(SAMPLES, counts=counts, is_later=is_later)
@@ -161,7 +161,7 @@ def test_a_hard_negative_that_slipped_in_is_masked_and_not_counted(stage: Any) -
     for batch in batch_list(batches, 8):
         for i, query in enumerate(batch.query_row.tolist()):
             never = small.forbidden(SAMPLES, query)
-            if stage == "exposed":  # Insisted on.
+            if stage == "exposed":  # Allowed by `allow_exposed`.
                 never = SAMPLES.known_positives[query].tolist()
             is_good = [row not in never for row in batch.hard.candidate_row[i]]
             assert batch.hard.is_counted[i].tolist() == is_good
@@ -222,9 +222,9 @@ def test_shares_of_the_positives_and_of_f() -> None:
     by_weight = make_batches(samples=equal, hard=HARD, positive_weight=rate)
     plain = make_batches(samples=equal, hard=HARD)
     np.testing.assert_allclose(plain.positive_share, CLICKS)
-    for batches in (by_draw, by_weight):  # Every clicked item alike.
+    for batches in (by_draw, by_weight):  # All clicked items have equal shares.
         np.testing.assert_allclose(batches.positive_share, is_used / is_used.sum(), rtol=1e-5)
-    # Weights leave the draws, and so n(c), as they are; their mean over the samples is 1.
+    # Weights do not change the draws, nor n(c); their mean over the samples is 1.
     np.testing.assert_array_equal(by_weight.expected_count, plain.expected_count)
     drawn = [batch.weight for batch in batch_list(by_weight, plain.steps_per_epoch)]
     assert np.mean(drawn) == pytest.approx(1)

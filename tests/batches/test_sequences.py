@@ -44,14 +44,14 @@ def test_every_sample_reads_the_end_of_its_history(places: list[list[int]], leng
         window, num_read = divmod(state, width)
         read = batch.sequence_rows[window, :num_read].tolist()
         history = samples.history(sample).tolist()
-        # The times of what is read, and then of the query: of single positives, they come first.
+        # The times of the items read, then the query's. Single positives have the latest first.
         times = batch.sequence_times[window, : num_read + 1]
         latest = samples.latest_times(np.array([sample]), length)[0]
         np.testing.assert_array_equal(latest[: num_read + 1], times[::-1])
         own = sorted(places[samples.query_rows[sample] - 1])
         assert times.tolist() == own[len(history) - num_read : len(history) + 1]
         assert read == history[len(history) - num_read :]
-        # Truncated to its window, which begins with one item; what fits one window is whole.
+        # A window may cut a history, but not to nothing; a history that fits one window is whole.
         assert num_read > 0 or not history
         last = int(num_earlier[samples.query_rows == samples.query_rows[sample]].max())
         if last <= length:
@@ -60,21 +60,21 @@ def test_every_sample_reads_the_end_of_its_history(places: list[list[int]], leng
         assert batch.query_row[i] == samples.query_rows[sample]
         assert batch.candidate_row[i] == samples.candidate_rows[sample]
         states.add(window)
-    assert states == set(range(len(batch.sequence_rows)))  # No window is read for nothing.
-    # The last positive of each user, at least, reads all that its window holds.
+    assert states == set(range(len(batch.sequence_rows)))  # Every window has a sample.
+    # At least the last positive of each user reads as much as a window holds.
     assert num_full >= len(places)
 
 
 def test_batches_of_like_length_are_even() -> None:
     batches = make_batches("sequences")
     for batch in batch_list(batches, 10):
-        # Cut at the middle of a window: no batch is off by more than one of them.
+        # Batches are cut at the middle of a window, so none is off by more than one window.
         num = len(samples_of(batch))
         assert abs(num - len(SAMPLES) / batches.steps_per_epoch) <= LENGTH + 2
 
 
 def test_positives_of_one_moment_stay_in_one_window() -> None:
-    """One moment of a user with 20 positives, and 40 users with one each."""
+    """One user has 20 positives at one moment, and 40 users have one each."""
     samples = samples_of_users([[5] * 20, *[[1]] * 40])
     examples = WholeSequences(samples, batch_size=30, history_length=LENGTH, seed=0)
     batches = [examples.read(examples.choose(step)) for step in range(2)]

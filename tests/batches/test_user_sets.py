@@ -1,4 +1,4 @@
-"""Sets of users: inputs and targets are disjoint, and together all of a user."""
+"""User sets: inputs and targets are disjoint, and together they are all positives of a user."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,7 @@ def batches_of_sets(samples: Samples = UNORDERED, **options: Any) -> HybridBatch
 
 
 def parts(batch: Batch) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Yields each query with the candidates that it reads and the samples that it finds."""
+    """Yields each query with its input candidates and its target samples."""
     targets: list[list[int]] = [[] for _ in batch.query_row]
     for place, sample in enumerate(samples_of(batch)):
         assert batch.candidate_row[place] == SAMPLES.candidate_rows[sample]
@@ -50,7 +50,7 @@ def test_a_positive_is_input_or_target_by_a_coin_of_its_own() -> None:
             num_targets[step // steps, np.searchsorted(QUERIES, query)] = len(set(candidates))
             num_target_samples += len(targets)
             visits.append((step // steps, query))
-    assert len(set(visits)) == len(visits)  # Once an epoch.
+    assert len(set(visits)) == len(visits)  # At most once an epoch.
     orders = [[query for at, query in visits if at == epoch] for epoch in range(2)]
     assert orders[0] != orders[1]
 
@@ -63,7 +63,7 @@ def test_a_positive_is_input_or_target_by_a_coin_of_its_own() -> None:
     # Var z^2 = 2 + (1 / (p (1 - p)) - 6) / num_coins.
     sd = np.sqrt(np.mean(2 + (1 / (p * (1 - p)) - 6) / num_coins) / z.size)
     assert z.mean() == pytest.approx(1, abs=4 * sd)
-    # A candidate's copies fall together.
+    # All copies of a candidate share one coin.
     pairs = SAMPLES.query_rows * 1000 + SAMPLES.candidate_rows
     copies = np.unique(pairs, return_counts=True)[1]
     sd = np.sqrt(num_epochs * p * (1 - p) * np.sum(copies**2))
@@ -95,7 +95,7 @@ def test_a_long_history_is_read_in_part_any_of_it_by_users_spread_evenly() -> No
 
 @pytest.mark.parametrize(("num_users", "batch_size"), [(2, 2), (40, 2), (40, 20)])
 def test_users_of_one_positive_have_a_target_and_no_input(num_users: int, batch_size: int) -> None:
-    """Or are excluded, when it is input; and no batch is left without a user."""
+    """A user whose positive becomes input is excluded, but no batch is left without a user."""
     rows = np.arange(1, num_users + 1)
     samples = Samples.from_pairs(rows, rows, num_queries=num_users, num_candidates=num_users)
     batches = batches_of_sets(samples, negatives=[Uniform(3)], batch_size=batch_size)

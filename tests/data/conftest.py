@@ -1,4 +1,4 @@
-"""Logs of files that a test writes down."""
+"""Logs of files that a test writes."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tfrs_pipeline.data.log import Log
 
 @pytest.fixture
 def load(tmp_path: Path) -> Any:
-    """Writes events (and items) given as text or a table, and makes a log of the files."""
+    """Returns a function that writes events (and items) to files, and makes a log of these."""
 
     def run(text: str | pa.Table, items: str | pa.Table | None = None, **options: Any) -> Log:
         paths: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""Tables that are a log already: what they must hold, and that they stay where they are."""
+"""Tables that are already a log: what they must hold, and that they stay where they are."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ START = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 def events_with(**columns: Any) -> ibis.Table:
-    """Makes a log of four events, some of its columns replaced or, if None, gone."""
+    """Makes four events; the given columns replace others, and None removes one."""
     times = [START + timedelta(hours=hour) for hour in range(4)]
     good: dict[str, Any] = {
         "user_id": [1, 1, 2, 2],
@@ -38,8 +38,8 @@ def events_with(**columns: Any) -> ibis.Table:
 def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
     kinds, clicks = {"genre": "categorical"}, event_table("str").drop_columns(["rating"])
     copied = Log.from_table(clicks, items=item_table("str"), item_features=kinds)
-    # As a warehouse may hold them: smaller integers, other columns (one called nearly as one of
-    # the log's own, which is there too), some items not listed.
+    # As a warehouse may hold them: smaller integers, an extra column whose name is close to one of
+    # the log's own columns, some items not listed.
     number = copied.events["event_number"].cast("int32")
     events = copied.events.mutate(event_number=number, state=ibis.literal("NY"))
     items = copied.items.filter(copied.items["genre"] != "genre 3")
@@ -106,10 +106,10 @@ def test_what_a_killed_process_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert process.stdout.readline() == b"\n"
         (theirs,) = tmp_path.iterdir()
         own = connect()
-        assert theirs.exists()  # It lives.
+        assert theirs.exists()  # Its process is alive.
         process.kill()
     (mine,) = {*tmp_path.iterdir()} - {theirs}
-    # A run that was killed in a folder of a like name is no copy of a log.
+    # The folder of a killed run has a similar name, but is not a copy of a log.
     (killed := tmp_path / "tfrs-pipeline-run").mkdir()
     (killed / "lock").touch()
     connect()
@@ -126,7 +126,7 @@ def test_an_interrupted_query_is_no_fault_of_the_log() -> None:
 
 
 def test_tables_beyond_memory_lie_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sorting 60 MB in 30 needs the disk, and nothing is left there in the end."""
+    """Sorting 60 MB in 30 MB of memory needs the disk, and nothing is left there in the end."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     connection = connect("30MB")
     connection.con.execute("SET threads = 1")

@@ -1,4 +1,4 @@
-"""Dirty input is read right or refused: never taken wrong, never a crash."""
+"""Dirty input is read correctly or refused: it is never misread, and never causes a crash."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def load(more: dict[str, list[Any]] | None = None, **options: Any) -> Log:
 
 
 def seeds_with_every_dirt() -> Iterator[int]:
-    """Yields few seeds that show every kind of dirt, with a right answer if it leaves one."""
+    """Yields a few seeds that show every kind of dirt, in an answerable case if it allows one."""
     shown: dict[int, set[str]] = {}
     for seed in range(1000):
         case = make_case(seed)
@@ -45,7 +45,7 @@ def test_no_dirty_input_is_taken_wrong(tmp_path: Path) -> None:
             wrong.append(f"seed {seed}, {case.form}, {case.dirt}: {outcome}")
         answered[outcome.word] += not case.must_refuse
     assert not wrong, "\n".join(wrong)
-    # A refusal is no way out where the rows can be dropped, or the values be read.
+    # Refusing is not good enough if the rows can be dropped or the values read.
     assert answered["right"] >= 0.9 * answered.total()
 
 
@@ -73,7 +73,7 @@ def test_what_is_kept_is_counted_too() -> None:
     assert "item table: column 'price' is missing in 1 of 9 rows (11.1%)" in told
     assert "4 of 40 events (10.0%) are of 1 item that item table lacks, such as 8: kept" in told
     assert "dropped nothing" in told
-    # A request feature's missing values, as an item feature's: of the rows that are kept.
+    # A request feature's missing values are counted like an item feature's, over the kept rows.
     times, pages = [None, *[1_700_000_000] * 39], [None, None, "a", *["b"] * 37]
     asked = {"columns": {"page": "where"}, "request_features": {"page": "categorical"}}
     log = load({"where": pages, "timestamp": times}, **asked)
@@ -104,7 +104,7 @@ def test_a_header_that_is_nearly_one_of_the_logs_is_refused(header: str) -> None
 def test_a_time_by_another_name_is_read_if_it_is_named() -> None:
     header, column = "ts", {"ts": list(range(1_700_000_000, 1_700_000_040))}
     assert "timestamp" in load(column, columns={"timestamp": header}).events.columns
-    # Beside the time it is a column like others.
+    # Next to a timestamp it is an ordinary column.
     both: dict[str, list[Any]] = {"timestamp": column[header], header: ["late"] * 40}
     assert load(both).notes[0] == f"event table: columns not read: {header}"
     mistyped = {"when": column[header]}

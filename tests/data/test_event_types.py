@@ -35,7 +35,7 @@ def test_types_become_positives_with_weights_and_exposures(load: Any, is_csv: bo
     is_shown = kept["event"] == "view"
     assert column(log.events, "stage") == np.where(is_shown, "exposed", "clicked").tolist()
     assert column(log.events, "weight") == np.where(kept["event"] == "purchase", 5.0, 1.0).tolist()
-    # Types without a weight are wanted losses: max_bad_share does not limit them.
+    # Types without a weight are dropped on purpose: max_bad_share does not limit them.
     num = Counter(frame["event"])
     (dropped,) = log.dropped
     assert dropped.reason == "column 'event' is 'scroll', which has no weight"
@@ -58,7 +58,7 @@ def test_space_around_a_type_loses_no_row(space: str) -> None:
     log = Log.from_table(table, reading=Reading(event_weights={"click": 1, "view": "exposed"}))
     num_dropped = sum(each.num_rows for each in log.dropped)
     assert log.counts()["events"] + num_dropped == 5
-    # What is kept is what the note counts, by its type.
+    # The note counts the kept rows by type.
     stages = column(log.events, "stage")
     assert f"click {stages.count('clicked')} (" in log.notes[0]
     assert f"view {stages.count('exposed')} (" in log.notes[0]
@@ -78,7 +78,7 @@ def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
     text = "user_id,item_id,event,request_id\n1,2,view,\n1,2,click,\n1,2,view,a\n1,2,click,a\n"
     assert column(load(text, event_weights=WEIGHTS).events, "event_number") == [0, 1, 3]
     assert sum(each.num_rows for each in log.dropped) + log.counts()["events"] == len(frame)
-    # Merged events are told apart from dropped ones, and counted from the file itself.
+    # Merged events are reported apart from dropped ones, and counted from the file itself.
     num_dropped = int((frame["event"] == "scroll").sum())
     num_merged = len(frame) - num_dropped - len(best)
     described = str(log.describe())
@@ -87,7 +87,7 @@ def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
 
 
 def test_a_column_that_may_be_the_request_is_suggested(load: Any) -> None:
-    # A session is none where its earlier clicks should be the history of its later ones.
+    # A session is not a request if its earlier clicks should be the history of its later ones.
     frame = shop().rename(columns={"session": "session_id"})
     types = load(frame.to_csv(index=False), event_weights=WEIGHTS)
     assert "should be one event, add request_id=session_id to columns" in str(types.describe())

@@ -105,7 +105,7 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
 
 
 def test_what_float32_cannot_tell_apart_is_refused() -> None:
-    """As tools that shrink tables make it."""
+    """Tools that shrink tables store numbers as float32."""
     clicks = {"user_id": [1, 2], "item_id": np.array([2**24 - 1, 5], np.float32)}
     assert sorted(column(Log.from_table(pd.DataFrame(clicks)).events, "item_id")) == [5, 2**24 - 1]
     clicks["item_id"] = np.array([2**24 + 2, 5], np.float32)
@@ -136,7 +136,7 @@ def test_all_columns_that_are_missing_or_misnamed_are_told_at_once(load: Any) ->
 
 
 def test_an_empty_request_id_is_none(tmp_path: Path, load: Any) -> None:
-    # As one request, all events without would have been asked for at once, without a history.
+    # If '' were a request, all events without an id would share it, and have no history.
     rows = {"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "request_id": ["", "r", " ", None]}
     assert column(load(pa.table(rows)).events, "request_id") == [None, "r", None, None]
     log = load('user_id,item_id,request_id\n1,5,""\n1,6,r\n1,7," "\n1,8,\n')

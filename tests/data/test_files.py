@@ -53,7 +53,7 @@ def test_a_denied_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lo
     folder.mkdir()
     for name in ("a", "b"):
         (folder / name).with_suffix(Path(locked).suffix or ".csv").touch()
-    # Not by the mode of a file: root may read every one.
+    # The mode of the file would not do, because root may read every file.
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.R_OK or path.name != locked)
     with pytest.raises(DataError, match=rf"{locked} may not be read: permission denied\. Allow it"):
         Log.from_files(folder)
@@ -61,7 +61,7 @@ def test_a_denied_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lo
 
 @pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])
 def test_parquet_of_different_columns_is_refused(tmp_path: Path, first: str, second: str) -> None:
-    # Read by the columns of one file, the other's funnel would be clicks.
+    # With the columns of the file without stages, the events of the funnel would be clicks.
     pq.write_table(pa.table({"user_id": [1], "item_id": [2]}), tmp_path / f"{first}.parquet")
     of_funnel = pa.table({"item_id": [3], "stage": ["exposed"], "user_id": [1]})
     pq.write_table(of_funnel, tmp_path / f"{second}.parquet")

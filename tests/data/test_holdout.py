@@ -1,4 +1,4 @@
-"""Queries that are drawn among those of a holdout; `test_slow_evaluator.py` has all of them."""
+"""A sample of a holdout's queries; `test_slow_evaluator.py` tests holdouts of all queries."""
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ def test_some_queries_are_whole_users_and_others_are_not_read() -> None:
     every = split.holdout("test", by="requests")
     some = split.holdout("test", 30, by="requests", seed=3)
     assert len(some) == 30 < len(every) == some.num_sampled_from
-    # Which users were drawn depends on the seed, and each has all its queries but for the last cut.
+    # The seed decides which users are drawn. Each has all its queries, but the last is cut short.
     num_of = dict(zip(*np.unique(every.user_ids, return_counts=True), strict=True))
     num_found = dict(zip(*np.unique(some.user_ids, return_counts=True), strict=True))
     assert sum(num_of[user] for user in num_found) - 30 < max(num_of.values())

@@ -37,11 +37,11 @@ def test_fractions_are_categories_in_every_format(load: Any, type_: pa.DataType,
     in_csv = "item_id,size\n5,38.5\n6,38.0\n7,\n8,99.9\n"
     expected = ["38.5", "38", None, "99.9"]
     assert sizes(in_csv) == sizes(table(38.5, 38.0, None, 99.9)) == expected
-    # Of a request, as a Python value.
+    # The same values of a request, as Python values.
     feature = Categorical.fit("size", expected)
     asked = [38.5, 38.0, 38, None, "38.0", np.float32(99.9), 39.5]
     assert feature.encode_column(asked).tolist() == [2, 1, 1, 0, 1, 3, 0]
-    # Whole ones are the integers that they are without missing values.
+    # Whole numbers stay the integers that they are without missing values.
     whole = "38" if pa.types.is_string(type_) else 38
     assert sizes(table(38.0, None)) == [whole, None]
     if pa.types.is_float64(type_):
@@ -53,7 +53,7 @@ def test_fractions_are_categories_in_every_format(load: Any, type_: pa.DataType,
     "kind", ["categorical", "hashed", "multi_categorical", "text", "numeric", "timestamp"]
 )
 def test_an_empty_parquet_feature_is_missing(tmp_path: Path, kind: Any, num_files: int) -> None:
-    """As pandas writes it: without a type."""
+    """pandas writes an empty column without a type."""
     (tmp_path / "items").mkdir()
     for i in range(num_files):
         table = pa.table({"item_id": [5 + i], "the tags": pa.nulls(1)})
@@ -147,4 +147,4 @@ LISTS: dict[str, Any] = {"item_features": {"v": "multi_categorical"}}
 def test_refused_item_files(load: Any, items: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as raised:
         load("user_id,item_id\n1,5\n", items=items, **options)
-    assert raised.value.setting != "columns"  # Those of the events.
+    assert raised.value.setting != "columns"  # `columns` belongs to the events.

@@ -25,7 +25,7 @@ TIMES = [f"2024-01-0{day}T12:00:00Z" for day in (3, 1, 2)]
 EVENTS = pd.DataFrame(
     {"user": ["a", "b", "a"], "item_id": [7, 8, 9], "timestamp": TIMES, "rating": [5.0, 1.0, 4.0]}
 )
-# An integer column that pandas made one of floats, because a value is missing.
+# `kind` has integers, which pandas stores as floats because a value is missing.
 ITEMS = pd.DataFrame({"sku": [9, 7, 8], "kind": [1.0, None, 2.0], "name": ["nine", "seven", None]})
 OPTIONS: dict[str, Any] = {
     "items": ITEMS,
@@ -85,7 +85,7 @@ def test_a_title_is_shown_under_the_name_that_its_column_is_given() -> None:
 
 
 def test_tables_of_two_databases_are_refused() -> None:
-    """Of the same name, they would be taken for each other."""
+    """Tables of the same name would be taken for each other."""
     log = made()
     here, there = ibis.duckdb.connect(), ibis.duckdb.connect()
     events = here.create_table("events", log.events.to_pyarrow())
@@ -103,7 +103,7 @@ def test_tables_of_two_databases_are_refused() -> None:
 
 
 def test_columns_that_duckdb_does_not_take() -> None:
-    """Intervals, which it would not survive; half floats; a column without a value."""
+    """Intervals, which would break the connection; half floats; a column without values."""
     ages, scores = pd.cut(pd.Series([1.0, 2.0, 3.0]), 2), np.array([0.5, 1, 2], np.float16)
     events = EVENTS.assign(age=ages, score=scores)
     items = ITEMS.assign(price=np.array([1, 2, 3], np.float16), text=[None] * 3)
@@ -121,7 +121,7 @@ def test_the_id_of_another_table_may_be_a_feature() -> None:
     items = ITEMS.assign(user_id=["maker", "maker", "other"])
     log = made(**{"items": items, "item_features": {"user_id": "categorical"}})
     assert column(log.items, "user_id", "item_id") == ["maker", "other", "maker"]
-    # Ids of a warehouse may be whole decimals.
+    # A warehouse may store ids as whole decimals.
     ids = pa.array([2**60, 2**60 + 1], pa.int64()).cast(pa.decimal128(38, 0))
     log = Log.from_table(pa.table({"user_id": ids, "item_id": ids}))
     assert column(log.items, "item_id", "item_id") == [2**60, 2**60 + 1]
@@ -130,7 +130,7 @@ def test_the_id_of_another_table_may_be_a_feature() -> None:
 def test_a_fingerprint_is_of_the_rows(tmp_path: Path) -> None:
     log = made()
     log.write(tmp_path)
-    # A rating is read as a stage, and this one as the same.
+    # A rating is read as a stage, and 4.5 gives the same stage as 5.
     same = [Log.read(tmp_path), made(EVENTS.replace(5.0, 4.5))]
     assert {each.fingerprint() for each in same} == {log.fingerprint()}
     changes = {"rating": [5.0, 4.0, 4.0], "item_id": [7, 8, 7], "user": ["a", "b", "b"]}
@@ -142,7 +142,7 @@ def test_a_fingerprint_is_of_the_rows(tmp_path: Path) -> None:
 def test_items_that_only_the_events_have_are_told_from_those_of_the_table(tmp_path: Path) -> None:
     log = made(**{"items": ITEMS[ITEMS["sku"] != 9]})
     log.write(tmp_path)
-    # The engine's tables too, whether a table is given or not.
+    # The same for tables in the engine, whether the item table has only the listed items or all.
     table = log.items.filter(log.items["item_id"] < 9)
     logs = [log, Log.read(tmp_path), Log.from_ibis(log.events, items=table)]
     logs.append(Log.from_ibis(log.events, items=log.items))
@@ -178,7 +178,7 @@ def test_a_log_is_written_over_the_one_that_it_is_read_from(tmp_path: Path) -> N
     log.write(tmp_path)
     assert Log.read(tmp_path).fingerprint() == log.fingerprint()
     assert len(list(tmp_path.iterdir())) == 4
-    # A part too, whose items are those of the whole; one that fails leaves what is there.
+    # A part, which has the items of the whole, can be written too. A failed write changes nothing.
     split = log.split("last_share", validation=0, test=0.5, min_positives=1)
     num = split.train.counts()
     assert num != log.counts()
@@ -187,7 +187,7 @@ def test_a_log_is_written_over_the_one_that_it_is_read_from(tmp_path: Path) -> N
     assert Log.read(tmp_path).fingerprint() == log.fingerprint()
     split.train.write(tmp_path)
     assert Log.read(tmp_path).counts() == num
-    # As a writing leaves them that was killed between its tables.
+    # What a write leaves if it is killed between its tables.
     (tmp_path / "log.partial").mkdir()
     (tmp_path / "log.json").unlink()
     made().write(tmp_path)
@@ -206,7 +206,7 @@ def test_a_log_is_not_written_over_files_that_are_no_log(tmp_path: Path, name: s
     (tmp_path / name).unlink()
     log.write(tmp_path)
     assert (tmp_path / "else.csv").read_bytes() == before[tmp_path / "else.csv"]
-    # One's own in place of the log's.
+    # The user's own file in place of the log's.
     EVENTS.to_parquet(tmp_path / "events.parquet")
     own = (tmp_path / "events.parquet").read_bytes()
     with pytest.raises(Damaged, match=r"events\.parquet is not as it was written"):
@@ -265,7 +265,7 @@ def test_weights_that_differ_are_told_and_few_that_weigh_most() -> None:
         (ConfigError, {"unknown_items": "refuse"}, "unknown_items: got 'refuse'; must be"),
         (ConfigError, {"duplicates": "dropp"}, "duplicates: got 'dropp'; did you mean 'drop'"),
         (ConfigError, {"timestamp_unit": "minutes"}, "timestamp_unit: got 'minutes'; must be"),
-        # A mistyped name of a column makes no second one.
+        # A mistyped column name does not make a second column.
         (ValueError, {"columns": {"user_id": "user", "hourr": "hour"}},
          "columns.hourr: did you mean 'hour'"),
         (ValueError, {"columns": {"usr_id": "user"}}, r"usr_id: .*; did you mean 'user_id'\?$"),
@@ -275,7 +275,7 @@ def test_weights_that_differ_are_told_and_few_that_weigh_most() -> None:
         (ValueError, {"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),
         (ValueError, {"item_columns": {"item_id": "sku", "titel": "name"}}, "titel: .*'title'"),
         (ValueError, {"item_columns": {"item_id": "skuu"}}, "no column 'skuu'. Nearest: sku"),
-        # The events call it as the item table does.
+        # The events' `columns` has the name that the item table uses.
         (DataError, {"item_columns": {}, "columns": {"user_id": "user", "item_id": "sku"}},
          "item table: no column 'item_id'.*Add item_id=sku to item_columns"),
     ],

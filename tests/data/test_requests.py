@@ -1,4 +1,4 @@
-"""Request features: what they are at an event, and what a holdout asks with them."""
+"""Request features: their values at an event, and in the queries of a holdout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ START = datetime(2024, 2, 26, 22, tzinfo=UTC)  # A Monday, at the end of a Febru
 
 @functools.cache
 def rows() -> list[dict[str, Any]]:
-    """Events of requests that take up to two hours; the device is their own."""
+    """Returns events of requests that take up to two hours; each event has its own device."""
     rng = np.random.default_rng(0)
     starts = [START + timedelta(minutes=float(x)) for x in rng.integers(0, 20_000, NUM)]
     return [
@@ -52,7 +52,7 @@ def log() -> Log:
 
 
 def expected(number: int) -> dict[str, Any]:
-    """Says by Python's calendar what the request of an event brought."""
+    """Returns the request features of an event, with hour and weekday by Python's calendar."""
     event = rows()[number]
     request = event["request_id"], event["user_id"]
     same = [x for x in rows() if event["request_id"] and (x["request_id"], x["user_id"]) == request]
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_missing_and_counted() -> None:
 
 LABEL, USERS = {"is_click": 1.0}, pa.table({"user_id": range(12), "device": ["web"] * 12})
 OF_USERS = {"users": USERS, "user_features": {"device": "categorical"}}
-# Renamed, the answer is still the answer: place is the rank, reached the stage.
+# Outcomes stay outcomes under other names: place is the rank, reached is the stage.
 RENAMED = {"rank": "place", "stage": "reached", "is_click": "liked", "level": "reached"}
 
 
@@ -143,7 +143,7 @@ def test_a_feature_that_no_request_can_bring_is_refused(
 
 
 def test_names_that_differ_in_case_alone_are_refused() -> None:
-    """An engine takes them for one: the samples would lose the log's own weights or stages."""
+    """An engine treats them as equal, so samples would lose the log's own weights or stages."""
     table = [{**row, "Seconds": 1.0, "Is_Target": 2.0} for row in rows()]
     for name in ("Weight", "WEIGHT", "Part", "Stage"):
         own = name.casefold()
@@ -154,14 +154,14 @@ def test_names_that_differ_in_case_alone_are_refused() -> None:
         made(table, {"Hour": "numeric", "hour": "numeric"})
     with pytest.raises(ValueError, match=r"columns.WEIGHT: differs from the log's own .*'weight'"):
         made(table, {}, columns={"WEIGHT": "Seconds"})
-    # Those of a query's own columns are free.
+    # The names of a query's internal columns are allowed.
     split = made(table, {"Seconds": "numeric", "Is_Target": "numeric"}).split("last_n")
     requests = split.test.requests or []
     assert {tuple(request.values()) for request in requests} == {(1.0, 2.0)}
 
 
 def test_a_feature_may_have_another_name_in_the_log() -> None:
-    """Its column may even be called as one of the log's own that is read from elsewhere."""
+    """Its column may even have the name of one of the log's own that is read from elsewhere."""
     columns = {"device": "rank", "rank": "place", "timestamp": "at"}
     table = [{columns.get(x, x): y for x, y in row.items()} | {"place": 1} for row in rows()]
     found = made(table, FEATURES, columns=columns).split().test.requests

@@ -1,4 +1,4 @@
-"""Splits: parts against a slow loop, and nothing after a user's cut before it."""
+"""Splits: parts equal those of a slow loop, and no later event gets before a user's cut."""
 
 import math
 from collections import defaultdict
@@ -38,7 +38,7 @@ def make_log(
         columns["timestamp"] = pa.array(times, pa.timestamp("us", "UTC"))
     if parts is not None:
         columns["part"] = pa.array(parts, pa.string())
-    # Stored backwards: no result may hang on how the rows lie in the table.
+    # Stored backwards: no result may depend on the order of rows in the table.
     events = in_ibis(pa.table(columns).take(list(reversed(range(len(rows))))))
     return Log(events, events.select("item_id").distinct(), events.select("user_id").distinct())
 
@@ -62,7 +62,7 @@ def letters(split: Split) -> str:
 
 
 def random_rows(seed: int, num_users: int = 40, num_rows: int = 400) -> list[Event]:
-    """Makes a log of few items and seconds: ties everywhere. Each user is a case."""
+    """Makes events with few items and seconds, so ties are everywhere. Each user is a case."""
     rng = np.random.default_rng(seed)
     stages = rng.choice(
         ["clicked", "exposed", "ranked", "retrieved"], num_rows, p=[0.4, *[0.2] * 3]
@@ -148,7 +148,7 @@ def test_nothing_after_a_cut_reaches_train_or_a_history(num_users: int, num_rows
 def check_holdout_by_a_loop(
     rows: list[Event], split: Split, assigned: dict[int, str], part: EvaluationPart
 ) -> None:
-    """Asks by the loops of the slow evaluator, to which fold-in is training."""
+    """Checks a holdout by the slow evaluator's loops, which see fold-in events as training."""
     shown = {n: of.replace("fold_in", "train") for n, of in assigned.items() if rows[n][3] in SHOWN}
     known = [Row(*rows[n][:3], rows[n][3] == "clicked", None, x, n, n) for n, x in shown.items()]
     queries = [*queries_of(known, part, "users", "order")]
@@ -175,13 +175,13 @@ def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:
     log = make_log([(user, i, i, "clicked") for user in (1, 2) for i in range(20)])
     train, validation, test = split = log.split()
     assert (split[0], split[1], split[-1]) == (train, validation, test)
-    assert split.kind == "time"  # Of a log that has timestamps.
+    assert split.kind == "time"  # The default for a log with timestamps.
     assert repr(split) == f"Split(by time, of {log!r})"
     for part, names in ((train, {"train"}), (split.before_test, {"train", "validation"})):
         expected = {n for n, of in parts_of(split).items() if of in names}
         assert set(part.events.to_pyarrow()["event_number"].to_pylist()) == expected
         assert (part.whole, part.items) == (log, log.items)
-        # Of what was dropped in the making a part knows nothing.
+        # A part does not know what was dropped when the log was made.
         assert part.dropped == part.notes == ()
     assert train.split().train.whole is log.whole is log
     assert (len(validation), len(test)) == (2, 2)
@@ -228,7 +228,7 @@ def test_without_time_the_order_in_the_source_counts() -> None:
 
 @pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
 def test_without_any_order_the_last_are_drawn_at_random(kind: Any) -> None:
-    """As the rows lie, here by item, they would be no sample: it is the same however they lie."""
+    """Rows lie in order of items, so the last are no sample: the draw must not depend on it."""
     rng = np.random.default_rng(0)
     num_users, num_items = 60, 50
     pairs = [(user, item) for user in range(num_users) for item in range(num_items)]
@@ -249,7 +249,7 @@ def test_without_any_order_the_last_are_drawn_at_random(kind: Any) -> None:
     users = {user for user, _ in testing}
     assert len(users) == (12 if kind == "held_out_users" else num_users)
     assert len(testing) == 10 * len(users)
-    # The mean of n ranks, uniform in 0 .. 49 where they are drawn at random: within 4 deviations.
+    # Items drawn at random are uniform in 0 .. 49: the mean of n is within 4 deviations.
     deviation = num_items / math.sqrt(12 * len(testing))
     assert abs(np.mean([item for _, item in testing]) - 24.5) < 4 * deviation
     for user in users:
@@ -302,7 +302,7 @@ def test_users_with_few_positives_are_dropped_and_counted(tmp_path: Path) -> Non
 
 
 def test_a_log_of_dates_is_split_between_them() -> None:
-    """Where all that a part should have is of one date, the parts are of whole dates."""
+    """If a part's share lies within one date, the parts are made of whole dates."""
     days = np.repeat(np.arange(8), 10 * (1 + np.arange(8)))
     times = pd.to_datetime("2024-01-01", utc=True) + pd.to_timedelta(days, unit="D")
     events = pd.DataFrame({"user_id": np.arange(len(days)) % 20, "item_id": np.arange(len(days))})
@@ -311,7 +311,7 @@ def test_a_log_of_dates_is_split_between_them() -> None:
     parts = split.events.to_pandas()
     found = parts.groupby("part")["timestamp"].agg(lambda x: sorted({t.day for t in x}))
     assert found.to_dict() == {"train": [1, 2, 3, 4, 5, 6], "validation": [7], "test": [8]}
-    # Large days took more than their share: it is told.
+    # Large days took more than their share, and the description says so.
     told = "58% / 19% / 22% of the positives, not 85% / 5% / 10%: those of one moment"
     assert told in split.describe((0.05, 0.1))[-1]
     for asked in ((0.19, 0.22), (datetime(2024, 1, 7), datetime(2024, 1, 8)), None):
@@ -339,7 +339,7 @@ def test_time_leaves_the_shares_after_its_cuts(num: int) -> None:
     num_test = math.ceil(Fraction(2, 10) * len(times))
     test = times[-num_test]
     validation = times[-num_test - math.ceil(Fraction(1, 10) * len(times))]
-    if validation == test:  # Of the last time before it.
+    if validation == test:  # It begins at the last time before the test.
         validation = max(second for second in seconds if second < test)
     expected = ["x" if s >= test else "v" if s >= validation else "t" for s in seconds]
     assert letters(log.split("time", validation=0.1, test=0.2)) == "".join(expected)

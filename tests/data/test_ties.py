@@ -84,7 +84,7 @@ def test_numbers_are_redrawn_within_equal_times_alone(rows: list[Any]) -> None:
     groups: dict[Any, list[Any]] = defaultdict(list)
     for (user, item, day, request), found in zip(rows, now, strict=True):
         time = START + timedelta(days=day)
-        assert found[::2] == (user, time)  # Only what happened at that time stands there now.
+        assert found[::2] == (user, time)  # Only events of that time may take this place.
         groups[user, time].append((item, request))
     for key, before in groups.items():
         after = [(item, request) for user, item, time, request in now if (user, time) == key]

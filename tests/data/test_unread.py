@@ -13,7 +13,7 @@ from tfrs_pipeline import DataError, Log, Reading
 
 UNMAPPED = {
     "reached": (["Clicked", "exposed", " recalled"], "holds stages, .* of Clicked, recalled to "),
-    # One known stage tells that the others are stages by a team's own names.
+    # One known stage shows that the other values are a team's own names of stages.
     "found": (["shown", None, "clicked"], "holds stages, .*Add stage=found .* of shown to stage_v"),
     "at": (["2024-01-31", "2024-02-01T10:00Z", ""], "holds times, .*Add timestamp=at to columns"),
     "day": ([date(2024, 1, 31), date(2024, 2, 1), None], "holds times, .*Add timestamp=day"),
@@ -32,7 +32,7 @@ def test_stages_and_times_are_not_left_unread(load: Any, name: str, is_csv: bool
     assert raised.value.setting == "columns"
     assert name in load(events, columns={name: name}).events.columns
     mended = {"timestamp" if "times" in message else "stage": name}
-    # Read as what it is: the unknown stage, and the row without a time, are told.
+    # Read as what it is, its unknown stage or its row without a time is reported.
     with pytest.raises(DataError, match=f"'{name}' (holds an unknown stage|must hold t|is null)"):
         load(events, columns=mended)
 
@@ -50,7 +50,7 @@ def test_times_are_told_among_others(load: Any, num_unreadable: int, holds_times
 
 
 def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:
-    # Beside a stage and a time they are columns like others, and so are those that hold more.
+    # Next to a stage and a time they are ordinary columns, like those that also hold other values.
     text = "user_id,item_id,stage,timestamp,a,b\n1,2,clicked,1700000000,clicked,2024-01-31\n"
     assert "columns not read: a, b" in load(text).notes[0]
     text = "user_id,item_id,a,b,c\n1,2,just clicked,2024-01-31,\n1,3,bought,soon,\n"
@@ -91,11 +91,11 @@ def test_a_label_that_was_forgotten_is_refused(load: Any, name: str, values: lis
     labelled = load(events(name, values), label={name: 1})
     is_click = [value in (1, "1", "true", "Y", "Yes") for value in values]
     assert column(labelled.events, "stage").count("clicked") == sum(is_click)
-    # What is no outcome: of one value, of others, called otherwise.
+    # Not outcomes: columns with a single value, with other values, or with another name.
     for other in ([1] * 3, ["Y"] * 2, [0, None], ["0", "1", "2"]):
         assert f"columns not read: {name}" in load(events(name, other)).notes[0]
     assert "columns not read: seen" in load(events("seen", values)).notes[0]
-    # Beside a rating it is a column like others.
+    # Next to a rating it is an ordinary column.
     text = f"user_id,item_id,rating,{name}\n1,2,4,1\n1,3,4,0\n"
     assert f"columns not read: {name}" in load(text, rating_threshold=3).notes[0]
 

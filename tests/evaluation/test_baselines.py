@@ -100,7 +100,7 @@ def test_repeats_rank_own_items_by_number_then_time_and_then_others_by_users() -
 
 
 def in_turn(histories: dict[Any, Sequence[int]], **columns: Any) -> Log:
-    """Makes a log of histories, whose users take turns, so that rows are not grouped by user."""
+    """Makes a log in which users take turns, so that its rows are not grouped by user."""
     rows = [(i, user, item) for user, h in histories.items() for i, item in enumerate(h)]
     _, users, items = zip(*sorted(rows), strict=True)
     return Log.from_table(pd.DataFrame({"user_id": users, "item_id": items}), **columns)
@@ -242,7 +242,7 @@ def test_refuses_settings_out_of_range(kind: Any, name: str, message: str) -> No
 
 @pytest.mark.parametrize("kind", [Ease, Ials])
 def test_without_a_known_item_the_most_popular_come(kind: Any) -> None:
-    """By their own scores all items are tied, and would come in the order of their ids."""
+    """By the model's own scores all items are tied, and would come in the order of their ids."""
     train = random_interactions(30, 5)
     queries: list[Query] = [{"history": []}, {"history": [1]}, {"history": [77]}]
     ids, scores = kind().fit(train).retrieve(queries, 3)

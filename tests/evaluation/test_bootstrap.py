@@ -16,7 +16,7 @@ def test_interval_is_near_the_normal_approximation() -> None:
         half_width = 1.96 * values[:, column].std() / math.sqrt(len(values))
         assert interval.mean == pytest.approx(mean, rel=1e-12)
         # A quantile of 4000 draws is off by about sqrt(.025 * .975 / 4000) / density(1.96) = .042
-        # standard errors; four of those, against 1.96 of them.
+        # standard errors. The tolerance is four times that; `half_width` is 1.96 standard errors.
         assert interval.low == pytest.approx(mean - half_width, abs=half_width * 4 * 0.042 / 1.96)
         assert interval.high == pytest.approx(mean + half_width, abs=half_width * 4 * 0.042 / 1.96)
 
@@ -65,7 +65,7 @@ def test_the_interval_holds_within_the_values(values: Any) -> None:
 
 
 def test_queries_of_one_user_are_drawn_together() -> None:
-    """Copies of a user's query say no more than one; users of one query each are queries."""
+    """Copies of a user's query count as one; with one query per user, users do not matter."""
     rng = np.random.default_rng(0)
     values, users = rng.random((50, 2)), rng.permutation(50)
     once = bootstrap_intervals(values)
@@ -73,7 +73,7 @@ def test_queries_of_one_user_are_drawn_together() -> None:
     copied = np.repeat(np.arange(50), 10)
     (first, _), (again, _) = once, bootstrap_intervals(values[copied], users=copied)
     assert again.as_dict() == pytest.approx(first.as_dict(), abs=1e-12)
-    # As queries of their own they would seem to say more.
+    # Counted as separate queries, they would seem to say more.
     (apart, _) = bootstrap_intervals(values[copied])
     assert apart.high - apart.low < 0.5 * (again.high - again.low)
     # A single user has no spread, whatever the number of queries.

@@ -21,8 +21,8 @@ CALL_SIZE = f"{evaluate.__module__}.QUERIES_PER_CALL"
 
 
 class Scores:
-    """A retriever of given scores, [num_users, num_candidates], users 0 and up, whose answers may
-    be spoilt."""
+    """Retrieves by scores, [num_users, num_candidates], of user ids from 0; `spoil` changes the
+    answers."""
 
     def __init__(self, scores: Any, ids: np.ndarray = IDS, spoil: Any = None) -> None:
         self.scores = np.asarray(scores, float)
@@ -80,7 +80,7 @@ def test_a_holdout_has_as_many_lists_as_users() -> None:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
 def test_lists_of_other_types_leave_large_ids_as_they_are(dtype: type) -> None:
-    """Empty ones are of floats, and unsigned beside signed integers would become such."""
+    """Empty lists are floats; unsigned and signed integers together would become floats."""
     ids = 2**60 + np.arange(12)
     relevant: Any = [ids[1:2].astype(dtype), ids[2:3].astype(dtype)]
     before = [ids[:1], np.array([])]
@@ -123,7 +123,7 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     assert 0 < difference.low < difference.mean < difference.high
     assert difference.high - difference.low < (first.high - first.low) / 2
     assert found.differences["same"]["ndcg@3"] == Interval(0, 0, 0)
-    # What is printed: a line each, the difference beside the number.
+    # Each model is printed in a line, with the difference beside the number.
     header, *lines = str(found).split("\n")
     assert [line.split()[0] for line in lines[:3]] == ["first", "better", "same"]
     assert "ndcg@3" in header
@@ -148,7 +148,7 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
 )
 def test_a_retriever_that_breaks_its_contract_is_refused(spoil: Any, message: str) -> None:
     holdout, broken = make_holdout([[102]], clicked=[[100]]), Scores(np.zeros((1, 12)), spoil=spoil)
-    for cutoff in (3, 1) if message == "without NaN" else (3,):  # A single score, too.
+    for cutoff in (3, 1) if message == "without NaN" else (3,):  # Also a single score.
         with pytest.raises(ValueError, match=f"Scores.retrieve .*{message}"):
             measure(broken, holdout, cutoffs=(cutoff,))
 
@@ -200,6 +200,6 @@ def test_a_sample_measures_its_users_as_the_whole_does_and_says_so() -> None:
     assert "sampled" not in repr(measure_all(Scores(scores), holdout))
     assert holdout.sample(50) is holdout
     assert holdout.sample(30, 3).sample(20, 4).num_sampled_from == 50
-    # Each user is as likely as another: 40 of 100 draws of 20, five standard deviations around.
+    # All users are equally likely: 40 of 100 draws of 20, within five standard deviations.
     times = sum(np.isin(holdout.user_ids, holdout.sample(20, s).user_ids) for s in range(100))
     assert np.all(np.abs(times - 40) <= 5 * math.sqrt(100 * 0.4 * 0.6))

@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 def log_of(histories: Iterable[Sequence[int]], times: Any = None, **options: Any) -> Log:
-    """Makes a log of a history for each user; `times` are those of all rows."""
+    """Makes a log with one history per user; `times` holds the times of all rows."""
     rows = [(user, item) for user, history in enumerate(histories) for item in history]
     events = pd.DataFrame(rows, columns=["user_id", "item_id"])
     if times is not None:
@@ -23,7 +23,7 @@ def log_of(histories: Iterable[Sequence[int]], times: Any = None, **options: Any
 
 
 def walks(length: int, num_streams: int = 1) -> list[list[int]]:
-    """Makes 300 histories, each of several streams in turn that walk on a circle of 200 items."""
+    """Makes 300 histories, each taking turns between streams that walk a circle of 200 items."""
     starts = RNG.integers(0, 200, (300, num_streams))
     return [[(s[i % num_streams] + i) % 200 for i in range(length)] for s in starts.tolist()]
 
@@ -57,7 +57,7 @@ def test_a_hit_is_among_the_ten_that_followed_most_often_ties_in_random_order() 
 
 
 def test_recency_compares_the_last_item_with_the_fifth_last() -> None:
-    """Of five streams in turn, the fifth last item says what comes, and the last one nothing."""
+    """With five streams in turn, the fifth last item predicts the next, and the last does not."""
     found = signals(log_of(walks(12, num_streams=5)))["recency"]
     assert found.beside == 1
     assert found.value < 0.4
@@ -96,7 +96,7 @@ def test_ties_are_of_the_same_user_and_the_clock_has_the_step_of_all_times() -> 
 
 
 def test_features_with_categories_are_compared_with_chance() -> None:
-    """A user stays in a genre; the request's device decides the item, and its volume nothing."""
+    """A user stays in one genre; the request's device decides the item, its volume does not."""
     rows = pd.DataFrame({"user_id": np.arange(3000) // 10})
     rows["device"] = RNG.integers(0, 20, 3000)
     rows["volume"] = RNG.random(3000)
@@ -122,7 +122,7 @@ def test_lists_share_a_value_if_any_is_the_same_and_none_is_not_one() -> None:
 
 
 def test_items_of_the_last_request_are_not_what_was_known_before_it() -> None:
-    """All clicks of a user are of one request: nothing is before it to ask with."""
+    """All clicks of a user are in one request, so that there is no history before it."""
     rows = pd.DataFrame({"user_id": np.arange(60) // 6, "item_id": np.arange(60) % 6})
     names = [signal.name for signal in signals(Log.from_table(rows.assign(request_id="a")))]
     assert "order" not in names
@@ -130,7 +130,7 @@ def test_items_of_the_last_request_are_not_what_was_known_before_it() -> None:
 
 
 def test_shuffling_takes_nothing_from_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In it, each user clicks an item and its twin: the one gives the other away."""
+    """In the last request each user clicks an item and its twin, which reveal each other."""
     monkeypatch.setattr("tfrs_pipeline.evaluation.signals._MAX_ASKED", 100)
     before, item = RNG.integers(0, 60, (2, 400))
     users, requests = np.repeat(np.arange(400), 3), ["a", "b", "b"] * 400

@@ -1,8 +1,8 @@
-"""Evaluation from the rows of a log to its numbers, against loops over users in plain Python.
+"""Compares evaluation, from the rows of a log to its numbers, with plain Python loops over users.
 
 The loops use neither NumPy nor the package: they read the rows, ask as the protocol says, rank all
-items and count. They know only which rule for equal times the log took and, for "random", the
-order that it drew.
+items and count. From the log they take only its rule for equal times and, for "random", the order
+that it drew.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def in_time(row: Row) -> tuple[int, int]:
 
 
 def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[Asked]:
-    """Asks once for each user, or for each request, the first or the last."""
+    """Yields one query per user, or one for each, the first or the last request of a user."""
     for user in sorted({row.user for row in rows}):
         own = sorted((row for row in rows if row.user == user), key=in_time)
         own = [row for row in own if row.part in [*BEFORE[part], part]]
@@ -226,7 +226,7 @@ def read(rows: list[Any], ties: Ties, has_time: bool, has_request: bool) -> tupl
     if has_time:
         moments = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=day) for day in days]
         columns["timestamp"] = pa.array(moments, pa.timestamp("us", "UTC"))
-    else:  # Then the lines are in order.
+    else:  # Without times, the lines give the order.
         days = tuple(range(len(rows)))
     if has_request:
         columns["request_id"] = pa.array(requests, pa.int64())
@@ -239,7 +239,7 @@ def read(rows: list[Any], ties: Ties, has_time: bool, has_request: bool) -> tupl
     lines, numbers = (column(log.events, name) for name in ("line", "event_number"))
     drawn = {int(line): number for line, number in zip(lines, numbers, strict=True)}
     if log.ties == "random":
-        for day in {*days}:  # The draw permutes the numbers of one user's events of one time.
+        for day in {*days}:  # The draw permutes the numbers of a user's events at the same time.
             for user in {*users}:
                 tied = [i for i in drawn if (users[i], days[i]) == (user, day)]
                 assert {drawn[i] for i in tied} == {*tied}
@@ -250,7 +250,7 @@ def read(rows: list[Any], ties: Ties, has_time: bool, has_request: bool) -> tupl
 
 
 def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> None:
-    """Compares queries; each asks with the features of its first event to find, if it has any."""
+    """Compares queries; each has the request features, if any, of its first event to find."""
     lists = holdout.relevant, holdout.histories, holdout.clicked, holdout.seen
     assert holdout.user_ids.tolist() == sorted(query.user for query in queries)
     zipped = zip(holdout.user_ids.tolist(), *lists, strict=True)

@@ -29,7 +29,7 @@ def even(
 def slow(
     found: list[list[int]], relevant: list[list[int]], users: list[int], exposure: list[int], k: int
 ) -> tuple[float, float, float]:
-    """Recall, NDCG and the effective number, in plain Python, a user and an item at a time."""
+    """Returns recall, NDCG and the effective number, by plain loops over users and items."""
     wanted = [item for of_query in relevant for item in of_query]
     raw = {item: 1 / max(exposure[item - 1], 1) for item in range(1, NUM_ITEMS + 1)}
     limit = math.sqrt(len(wanted)) * sum(raw[item] for item in wanted) / len(wanted)
@@ -105,7 +105,7 @@ def test_known_propensities_give_the_recall_of_all_that_users_like(is_known: boo
     values = even(found, clicked, list(range(NUM_USERS)), shown, 100)[0]["even_recall@100"]
     plain = [np.mean(np.array(x) <= 100) for x in clicked]
     error = values - truth
-    # Four standard errors, and the bias of a ratio: of the order of 1 / items of a user.
+    # Four standard errors plus the bias of a ratio, of the order of 1 / items per user.
     tolerance = 4 * error.std() / math.sqrt(NUM_USERS) + 0.5 / np.mean([len(x) for x in clicked])
     assert tolerance < 0.03 < np.mean(plain) - truth.mean()
     assert (abs(error.mean()) < tolerance) == is_known
@@ -127,7 +127,7 @@ def test_a_heavy_item_of_each_user_leaves_one_effective_item_per_user() -> None:
 
 @pytest.mark.parametrize("first", ["clicked", "retrieved"])
 def test_exposure_is_what_the_log_held_until_the_part_ends(first: str) -> None:
-    # Of each of two users, in order: a three times, then b, c, d and e.
+    # Each of two users has, in order, a three times, then b, c, d and e.
     items = [*"aaabcde"] * 2
     stages = [first, *["clicked"] * 6] * 2
     clicks = {"user_id": [1] * 7 + [2] * 7, "item_id": items, "stage": stages}

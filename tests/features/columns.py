@@ -31,7 +31,7 @@ FITTED: dict[str, list[Any]] = {
     "timestamp": MOMENTS,
     "vector": [[0.5, -1.0, 2.0], None, [0.0, 0.0, 0.125], [3.0, 1.0, 1.0]],
 }
-# Known, missing, empty, unknown, of other types and far off.
+# Known, missing, empty, unknown and extreme values, and values of other types.
 NEW: dict[str, list[Any]] = {
     "categorical": ["Ünïcode", None, "", "M", math.nan, "m", 7],
     "hashed": ["x", None, "", "é", math.nan, "never seen", 7],
@@ -62,7 +62,7 @@ NUM_NEW = 7
 
 
 def fit(kind: str, column: Any, name: str = "x", max_values: int | None = None) -> Any:
-    """Fits a feature; words of a single text are known, too."""
+    """Fits a feature; a word that only one text has is known too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Text, "min_count", 1)
         for cls in (Text, MultiCategorical):
@@ -71,7 +71,7 @@ def fit(kind: str, column: Any, name: str = "x", max_values: int | None = None) 
 
 
 def fitted_features() -> list[Feature]:
-    """One feature a kind, after a way through JSON."""
+    """Returns one feature of each kind, after a round trip through JSON."""
     features = [fit(kind, FITTED[kind], f"a_{kind}", max_values=3) for kind in KINDS]
     back = [feature_from_dict(json.loads(json.dumps(feature.to_dict()))) for feature in features]
     assert set(back) == set(features)
@@ -83,7 +83,7 @@ def new_columns() -> dict[str, list[Any]]:
 
 
 def new_tensors() -> dict[str, tf.Tensor]:
-    """Raw values as the functions of a loaded model take them."""
+    """Returns raw values in the form that the functions of a loaded model take."""
     features = fitted_features()
     raw = raw_columns(features, {**new_columns(), "other": []}, NUM_NEW)
     return {f.name: tf.constant(raw[f.name], f.raw_spec.dtype) for f in features}

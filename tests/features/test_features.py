@@ -82,7 +82,7 @@ def test_words_written_down(text: str, words: list[str]) -> None:
     feature = fit("text", [text])
     assert feature.vocabulary == tuple(sorted(set(words)))
     codes = [feature.vocabulary.index(word) + 1 for word in words]
-    # One text that came later may be longer, and hold words that nobody knows.
+    # A later text may be longer, and have unknown words.
     later = f"@unheard, {text} of {text}"
     twice = codes + [0] * (feature.num_values - len(codes)), (codes * 2)[: feature.num_values]
     for row, expected in zip(feature.encode_column([text, later]).tolist(), twice, strict=True):
@@ -108,7 +108,7 @@ def test_hashed_values_spread_over_twice_as_many_buckets() -> None:
     feature = Hashed("author", num_buckets=2**16)
     codes = feature.encode_column([f"author {i}" for i in range(20_000)])
     assert 1 <= codes.min() <= codes.max() <= feature.num_codes == 2**16
-    # Of n values in m buckets, m (1 - (1 - 1/m)^n) buckets are met; the deviation is below sqrt(n).
+    # n values fill m (1 - (1 - 1/m)^n) of m buckets on average; the deviation is below sqrt(n).
     expected = 2**16 * (1 - (1 - 2.0**-16) ** 20_000)
     assert abs(len(np.unique(codes)) - expected) < 4 * math.sqrt(20_000)
 
@@ -160,7 +160,7 @@ def test_every_bucket_holds_some_of_the_fitted_rows(column: list[float | None]) 
 
 
 def as_the_calendar_says(moment: datetime, reference: datetime) -> list[float]:
-    """Age, hour and weekday of a moment, by way of datetime's own methods."""
+    """Returns the age, hour and weekday of a moment, computed with datetime's own methods."""
     local = moment.astimezone(UTC)
     hour = local.hour + local.minute / 60 + local.second / 3600 + local.microsecond / 3.6e9
     angles = [2 * math.pi * hour / 24, 2 * math.pi * local.weekday() / 7]
@@ -237,17 +237,17 @@ MISSING = st.sampled_from([None, math.nan])
 VALUES = st.one_of(
     st.sampled_from(["a", "b", "c", "1", ""]), st.text(), st.integers(-3, 3), st.floats(0, 2)
 )
-# TensorFlow takes numbers too small to be normal for 0.
+# TensorFlow treats subnormal numbers as 0.
 FLOATS = st.one_of(st.just(0.0), st.floats(1e-100, 1e100), st.floats(-1e100, -1e-100))
 NUMBERS = st.one_of(st.integers(-(2**60), 2**60), FLOATS, st.just(-math.inf))
-# Minutes: a scale of less would magnify how the logarithm is rounded.
+# Whole minutes: a smaller scale would magnify the rounding of the logarithm.
 MINUTES, ZONES = st.integers(-(10**8), 10**8), st.sampled_from([UTC, EAST])
 TIMES = st.builds(lambda minutes, zone: datetime.fromtimestamp(60 * minutes, zone), MINUTES, ZONES)
 PARTS = st.one_of(st.just(0.0), st.floats(2.0**-50, 2.0**50, width=32))
 ENTRIES: dict[str, st.SearchStrategy[Any]] = {
     "categorical": st.one_of(MISSING, VALUES),
     "multi_categorical": st.one_of(MISSING, st.lists(st.one_of(st.none(), VALUES), max_size=5)),
-    # What Python's own expression takes for words in the same way.
+    # Characters that Python's regular expression splits into words in the same way.
     "text": st.one_of(MISSING, st.text("aBé'ßЖ_ .\n1", max_size=12)),
     "numeric": st.one_of(MISSING, NUMBERS),
     "bucketized": st.one_of(MISSING, NUMBERS),
@@ -310,7 +310,7 @@ def test_features_fitted_on_any_column_encode_any_other(kind: str, data: st.Data
     for new in (column, other):
         encoded = feature.encode_column(new)
         expected = [slowly_encoded(feature, value) for value in new]
-        # The logarithm, the sine and the cosine of Python may be rounded otherwise.
+        # Python may round the logarithm, the sine and the cosine differently.
         atol = 1e-5 if kind == "timestamp" else 1e-30
         shaped = np.reshape(expected, encoded.shape)
         np.testing.assert_allclose(encoded, shaped, rtol=3e-7, atol=atol)
@@ -353,7 +353,7 @@ def test_columns_that_are_refused(kind: str, column: Any, message: str) -> None:
     feature = fit(kind, FITTED[kind])
     for take in (feature.to_raw, lambda column: fit(kind, column)):
         if kind == "vector" and "of length" in message and take != feature.to_raw:
-            continue  # Nothing but the fitted length is wrong with them.
+            continue  # Only the fitted length makes these wrong.
         with pytest.raises(ValueError, match=f"'x' must hold {message}"):
             take(column)
 

@@ -112,7 +112,7 @@ def folder(
 
 
 def test_no_kind_is_named_outside_its_room() -> None:
-    """Settings of a public log name kinds; columns of tables are called timestamp and text, too."""
+    """Elsewhere only settings of public logs name kinds; timestamp and text are also columns."""
     package = Path(tfrs_pipeline.__file__).parent
     files = [path for path in package.rglob("*") if path.suffix in (".py", ".html")]
     name = re.compile(rf"""["'`]({"|".join(KINDS.keys() - {"timestamp", "text"})})["'`]""")
@@ -157,7 +157,7 @@ def test_raw_features_in_service_are_encoded_as_in_training(model: Any) -> None:
     embeddings, is_known = model.embed_candidates(ids, columns)
     assert is_known.all()
     np.testing.assert_allclose(embeddings, model.candidate_embeddings(), atol=1e-6)
-    # Another price is another embedding, and one that is far off is still a number.
+    # Another price gives another embedding, and an extreme one still gives finite numbers.
     for price in (1e300, None):
         others, _ = model.embed_candidates(ids, columns | {"price": [price] * len(ids)})
         assert np.isfinite(others).all()
@@ -204,7 +204,7 @@ def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: 
     signatures = {name: getattr(encoder, name) for name in ("embed_candidate", WITH_FEATURES)}
     tf.saved_model.save(encoder, str(tmp_path), signatures=signatures)
     loaded = tf.saved_model.load(str(tmp_path))
-    # Unknown, missing, empty, far off and in other alphabets, of items and users that are new too.
+    # Unknown, missing, empty, extreme, in other alphabets: for known items and users, and new ones.
     raw = new_tensors()
     for rows in (np.arange(1, num_rows + 1), np.zeros(num_rows, int)):
         tensor = tf.constant(rows - 1, tf.int64)
@@ -217,5 +217,5 @@ def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: 
         np.testing.assert_allclose(items, model.embed_candidates(rows, encoded), atol=1e-6)
         np.testing.assert_allclose(users, model.embed_queries(rows, histories, encoded), atol=1e-6)
         assert np.isfinite(items).all()
-        # Two rows lack everything: without an id they are one.
+        # Two rows lack every value, so without an id they are the same.
         assert len(np.unique(np.round(items, 4), axis=0)) == num_rows - (int(rows[0]) == 0)

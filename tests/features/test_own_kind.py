@@ -74,7 +74,7 @@ def items(num: int) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trains on CSV files, with the kind in an item's and a request's feature, and exports."""
+    """Trains on CSV files with an item and a request feature of the kind; returns the export."""
     folder = tmp_path_factory.mktemp("own")
     events = event_table("int")
     asked = pa.array([1 + i % 12 for i in range(events.num_rows)])

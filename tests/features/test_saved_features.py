@@ -44,7 +44,7 @@ def test_a_loaded_model_encodes_as_the_training_did(tmp_path: Path) -> None:
         assert expected.any()
         for encoded in (loaded.encode(raw), loaded.signatures["encode"](**raw)):
             np.testing.assert_array_equal(encoded[feature.name], expected)
-    # A graph rounds as single operations do.
+    # A graph rounds in the same way as single operations.
     rng = np.random.default_rng(0)
     features = [f for f in fitted_features() if f.kind in ("numeric", "timestamp", "vector")]
     columns: dict[str, Any] = {"a_numeric": rng.normal(size=500) * 1e4}
@@ -71,7 +71,7 @@ def test_names_that_no_signature_can_have_are_replaced(tmp_path: Path) -> None:
     features = [Hashed(name, num_buckets=64) for name in names]
     Served(features).save(tmp_path)
     inputs = [spec.name for spec in raw_signature(features).values()]
-    # What takes the features by keyword can be called with these.
+    # Functions that take the features by keyword can be called with these names.
     assert all(name.isidentifier() and not keyword.iskeyword(name) for name in inputs)
     assert not {"self", "k", "user_id", "history_timestamps"} & set(inputs)
     assert [inputs[0], *inputs[4:6]] == ["x", "a", "A_"]

@@ -33,9 +33,9 @@ LOSERS = FunnelLosers(share=0.3, num=2, stages=("pre_ranked",))
 
 
 def make_log(request_features: Mapping[str, str] | None = None) -> Log:
-    """Of each user, 6 clicks of the own taste, 2 exposures and 3 losers of the rank.
+    """Returns a log: each user clicks 6 items of one taste; of another, 2 are shown and 3 lose.
 
-    On one device every second item is clicked, on the other one the rest; it is not always known.
+    Odd item numbers come with device "app", even ones with "web"; every seventh device is missing.
     """
     rng = np.random.default_rng(0)
     rows = []
@@ -84,7 +84,7 @@ def requested(requested_split: Split, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def tiny(**changes: Any) -> TwoTower:
-    """A model of the tiny log; `training` is a dict of what differs."""
+    """Returns a model for the tiny log; `training` is a dict of the settings that differ."""
     training = {"batch_size": 32, "monitor": "ndcg@5", "learning_rate": 0.02}
     training |= changes.pop("training", {})
     model = {"dim": 8, "history_length": LENGTH, "negatives": [InBatch(), Uniform(16)]}
@@ -92,7 +92,7 @@ def tiny(**changes: Any) -> TwoTower:
 
 
 def scores_of(network: TwoTowerNetwork) -> np.ndarray:
-    """The scores of all items for three users of one history."""
+    """Returns the scores of all items for three users with the same history."""
     queries = network.embed_queries(tf.constant([1, 2, 0]), tf.constant([[3, 4, 0]] * 3))
     return queries.numpy() @ network.embed_corpus().T
 
@@ -108,7 +108,7 @@ def assert_same(weights: list[np.ndarray], others: list[np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
-    """Runs steps without a graph: a few of them take less than the tracing of one."""
+    """Runs steps without a graph: a few steps take less time than tracing one."""
     tf.config.run_functions_eagerly(True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Even though the `tf.config", UserWarning)
@@ -126,9 +126,9 @@ def in_eager_steps() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tracing_once() -> Iterator[None]:
-    """Gives trainings of the same settings one network, and with it one traced step.
+    """Makes trainings with the same settings share one network, so that its step is traced once.
 
-    Each starts as a new network would: from the weights of its seed, its optimizer without state.
+    Each starts as with a new network: from the weights of its seed, with an empty optimizer state.
     """
     built: dict[Any, tuple[TwoTowerNetwork, Corpus]] = {}
     starts: dict[Any, list[np.ndarray]] = {}
@@ -167,7 +167,7 @@ def traced_once() -> Iterator[None]:
 
 
 def untrained(plan: TwoTower, corpus: Corpus) -> FittedTwoTower:
-    """A model as it would be after no step."""
+    """Returns a fitted model that has not trained a single step."""
     network = plan.build(corpus)
     encoder = query_encoder(network, corpus)
     result = TrainingResult({}, 0, 0.0)

@@ -1,4 +1,4 @@
-"""Samples that are kept are those of the log, or built again."""
+"""Kept samples are reused for the same log, built again if damaged, refused for another log."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ from tfrs_pipeline.samples.store import RowLists, Samples
 
 
 def copied(samples: Samples) -> Samples:
-    """The same in memory: a damaged file must not reach what is expected by its mapping."""
+    """Copies samples into memory: damage to a mapped file must not change what is expected."""
 
     def copy(value: Any) -> Any:
         if isinstance(value, RowLists):
@@ -37,7 +37,7 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     expected = dataclasses.replace(expected, samples=copied(expected.samples))
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(files) == 20
-    # As a process leaves it that is killed as it builds.
+    # What a process leaves if it is killed while it builds.
     write(event_table("int"), tmp_path / "_work-killed" / "_events.parquet")
     filled = [path for path in files if path.stat().st_size]  # A lock is empty.
     for path, how in zip(filled, itertools.cycle(DAMAGES), strict=False):
@@ -53,12 +53,12 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     times = [path.stat().st_mtime_ns for path in filled]
     TrainingSet.build(log, tmp_path, seed=0)
     assert [path.stat().st_mtime_ns for path in filled] == times
-    # Whole ones need no lock, which a disk for reading alone would not have.
+    # Undamaged samples need no lock, which a read-only disk could not have.
     (lock,) = tmp_path.glob("*.lock")
     lock.unlink()
     TrainingSet.build(log, tmp_path, seed=0)
     assert not lock.exists()
-    # As many events of as many items, one of them another.
+    # As many events and items, but one event has another item.
     changed = event_table("int").drop_columns(["rating"]).to_pylist()
     changed[5]["item_id"] = changed[4]["item_id"]
     requested = dataclasses.replace(log, request_features={"hour": "numeric"})
@@ -83,7 +83,7 @@ def test_files_that_no_build_wrote_stay_as_they_are(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
     own.unlink()
     TrainingSet.build(log, samples, seed=0)
-    # Nor do those go that were put there later.
+    # Files that were put there later stay too.
     own.write_bytes(before)
     (samples / "report.json").unlink()
     TrainingSet.build(log, samples, seed=0)

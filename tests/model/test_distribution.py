@@ -1,4 +1,4 @@
-"""Several replicas train the weights that one does, to float32 rounding."""
+"""Several replicas train the same weights as one, up to float32 rounding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assert_close(weights: Sequence[np.ndarray], others: Sequence[np.ndarray]) ->
 
 @pytest.fixture(scope="module")
 def devices() -> tf.distribute.Strategy:
-    """One for the process: TensorFlow takes the collectives of two for the same ones."""
+    """Returns one strategy for the process: TensorFlow would mix up the collectives of two."""
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 

@@ -20,7 +20,7 @@ FEATURES: list[Feature] = [fit(kind, FITTED[kind], kind) for kind in KINDS]
 
 
 def encoded_columns(num_rows: int) -> dict[str, tf.Tensor]:
-    """A feature of each kind, none of whose rows is missing."""
+    """Returns a column for a feature of each kind, without missing values."""
     return {x.name: tf.repeat(np.nan_to_num(x.missing) + 1, num_rows, axis=0) for x in FEATURES}
 
 
@@ -41,7 +41,7 @@ def test_features_are_dropped_whole_each_and_each_row_by_itself() -> None:
         np.testing.assert_array_equal(dropped[x.name].numpy()[kept], encoded[x.name].numpy()[kept])
     deviation = math.sqrt(rate * (1 - rate) / num_rows)
     assert np.abs(masks.mean(axis=1) - rate).max() < 4.5 * deviation
-    # Nor do they depend on one another, on the row before, or on what else the seed is used for.
+    # Masks are independent of each other, of the row before, and of other draws with the seed.
     drawn = tf.random.stateless_uniform([num_rows, 1], seed).numpy()[:, 0] < rate
     others = np.corrcoef([*masks, *masks[:, np.r_[1:num_rows, 0]], drawn]) - np.eye(17)
     assert np.abs(others).max() < 5 / math.sqrt(num_rows)

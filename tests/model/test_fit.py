@@ -1,4 +1,4 @@
-"""Training that stops and goes on, keeps its best epoch, and says when something is wrong."""
+"""Training that stops and resumes, keeps its best epoch, and says when something is wrong."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tfrs_pipeline.model.network import TwoTowerNetwork
 
 # 120 positives in batches of 32: 4 steps an epoch.
 NUM_EPOCHS, STEPS = 5, 4
-# Dropout of every kind is part of what goes on.
+# With every kind of dropout, which a resumed run must repeat.
 MODEL = {"use_user_id": True, "feature_dropout": 0.2}
 SCHEDULE = {"learning_rate": 0.02, "warmup_steps": 7, "decay": "cosine", "max_epochs": NUM_EPOCHS}
 RISING = [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
 class StopAt(tf.keras.callbacks.Callback):
-    """Stops in the middle of an epoch, by the place of a batch in this part of the run."""
+    """Stops in the middle of an epoch, after this many batches of this part of the run."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ Run = Callable[..., tuple[TwoTowerNetwork, TrainingResult]]
 
 @pytest.fixture(scope="module")
 def run(data: TrainingSet) -> Iterator[Run]:
-    """Trains the one network from its start; a second one ends in the same place."""
+    """Returns a function that trains one network from its start; repeating it gives the same."""
 
     def run_(
         metrics: Any = None, *, training: Any = MappingProxyType({}), start: Any = None,
@@ -77,7 +77,7 @@ def run(data: TrainingSet) -> Iterator[Run]:
 
 
 def state_of(network: TwoTowerNetwork) -> list[np.ndarray]:
-    """The weights, and what the optimizer keeps of them: another training may start from both."""
+    """Returns the weights and the optimizer's state: another training may start from both."""
     return [*weights_of(network), *(x.numpy() for x in network.optimizer.variables)]
 
 
@@ -98,13 +98,13 @@ def whole(run: Run) -> Whole:
 
 
 def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_path: Path) -> None:
-    """Stopped within the second epoch, then after the third one with a checkpoint half written."""
+    """The run stops within epoch 2, then after epoch 3 with a half-written checkpoint."""
     with pytest.raises(Stopped):
         run(RISING, callbacks=[StopAt(STEPS + 2)], folder=tmp_path)
     assert [path.name for path in tmp_path.glob("*.json")] == ["epoch-1.json"]
     with pytest.raises(Stopped):
         run(RISING, done=[1], stop_after=3, folder=tmp_path)
-    # What TensorFlow leaves when it is killed as it writes, of this epoch and of an earlier one.
+    # What TensorFlow leaves if it is killed while writing a checkpoint: of epoch 4, and of epoch 2.
     for number in (2, 4):
         (tmp_path / f"epoch-{number}_temp").mkdir()
         (tmp_path / f"epoch-{number}_temp" / "part-00000-of-00001.data").write_text("half")
@@ -124,7 +124,7 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_
         assert result.history[name] == values
     assert result.best_epoch == NUM_EPOCHS
     assert {path.name.split(".")[0] for path in tmp_path.glob("epoch-?.*")} == {"epoch-5"}
-    # Once done it stays so.
+    # A finished run does not train again.
     again, kept = run(RISING, folder=tmp_path)
     assert_same(state_of(again), whole.states[-1])
     assert kept.history == result.history
@@ -132,7 +132,7 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_
 
 
 def test_a_second_training_goes_the_way_of_the_first(run: Run, whole: Whole) -> None:
-    """Its decay is over the settings' epochs too: three of five epochs are those three."""
+    """Decay spans the epochs of the settings, so three epochs equal the first three of five."""
     network, result = run(max_epochs=3)
     assert_same(state_of(network), whole.states[2])
     assert (result.best_epoch, result.history["loss"]) == (3, whole.result.history["loss"][:3])
@@ -154,7 +154,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_it(
 
 
 def test_a_damaged_epoch_is_trained_again(run: Run, whole: Whole, tmp_path: Path) -> None:
-    """From the epoch before, if that is kept whole, or from the start: the end is the same."""
+    """Training resumes from the epoch before, if that is undamaged, or restarts: same result."""
     metrics, kept = [0.3, 0.1, 0.5], tmp_path / "kept"
     with pytest.raises(Stopped):
         run(metrics, folder=kept, stop_after=2)
@@ -167,7 +167,7 @@ def test_a_damaged_epoch_is_trained_again(run: Run, whole: Whole, tmp_path: Path
         shutil.copytree(kept, folder)
         damage(folder / name, how)
         first = 2 if name.startswith("epoch-2") else 1
-        # As many metrics are taken as there are epochs to train.
+        # `done` numbers the epochs, so that each one left to train takes its own metric.
         resumed, result = run(metrics, folder=folder, done=range(1, first), max_epochs=3)
         assert_same(state_of(resumed), whole.states[2])
         assert result.history["val_ndcg@5"] == metrics
@@ -176,7 +176,7 @@ def test_a_damaged_epoch_is_trained_again(run: Run, whole: Whole, tmp_path: Path
 def test_the_time_before_the_first_step_is_over_does_not_count(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stopped training starts and traces again, which does not count again either."""
+    """A resumed training starts and traces again, and that time does not count either."""
     now = [1]
     monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -184,7 +184,7 @@ def test_the_time_before_the_first_step_is_over_does_not_count(
         now[0] += seconds
 
     def slow_start(slow_epoch: int) -> tf.keras.callbacks.Callback:
-        """A second a step, and a hundred before an epoch."""
+        """Returns a callback that takes a second a step, and a hundred before one epoch."""
         return tf.keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: wait(100 * (epoch == slow_epoch)),
             on_train_batch_end=lambda batch, logs: wait(1),
@@ -194,13 +194,13 @@ def test_the_time_before_the_first_step_is_over_does_not_count(
         run(folder=tmp_path, stop_after=1, callbacks=[slow_start(0)])
     _, result = run(folder=tmp_path, max_epochs=2, callbacks=[slow_start(1)])
     assert result.seconds == 2 * (STEPS - 1)
-    # What comes after it does: an epoch later than the first of this part.
+    # Later time does count: here, before an epoch that is not the first of this part.
     _, result = run(folder=tmp_path, max_epochs=4, callbacks=[slow_start(3)])
     assert result.seconds == 2 * (STEPS - 1) + (2 * STEPS - 1) + 100
 
 
 def test_keras_does_not_fetch_each_steps_loss(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The callback does not read it, and fetching it would wait for the step."""
+    """The callback does not read the loss, and fetching it would wait for the step."""
     given: list[tf.keras.callbacks.Callback] = []
 
     def of_training(*data: Any, callbacks: list[Any], **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Histories: pooling, padding, the empty history, and every beginning of a sequence at once."""
+"""Histories: pooling, padding, the empty history, and all prefixes of a sequence at once."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def make_encoder(*poolings: str, reads_times: bool = False, **options: Any) -> H
 
 @pytest.fixture(scope="module")
 def timed() -> dict[str, HistoryEncoder]:
-    """Encoders by pooling: gaps tell the one that attends, and ages the other."""
+    """Returns encoders by pooling: attention reads gaps between times, recency reads ages."""
     encoders = {name: make_encoder(name, reads_times=True) for name in ("attention", "recency")}
     tables: Any = encoders["attention"].attention.gap_vectors, encoders["recency"].ages
     for table in tables:
@@ -35,7 +35,7 @@ def timed() -> dict[str, HistoryEncoder]:
 
 
 def times_of(lengths: list[int]) -> np.ndarray:
-    """[n, 9] rising seconds, of the items and of the query after them; some not known."""
+    """Returns [n, 9] rising seconds, of the items and then of the query; some are unknown (NaN)."""
     rng = np.random.default_rng(2)
     times = 1.7e9 + np.cumsum(rng.integers(0, 10 ** rng.integers(0, 7, (len(lengths), 9))), axis=1)
     times[rng.random(times.shape) < 0.2] = np.nan
@@ -64,7 +64,7 @@ def test_history_is_pooled_as_a_loop_would() -> None:
 def test_an_items_age_weighs_it_as_a_loop_would(timed: dict[str, HistoryEncoder]) -> None:
     aged, history, since = timed["recency"], [4, 2, 7, 5], [500.0, 400.0, float("nan"), 190.0]
     ages: Any = aged.ages
-    # Ages 0, 100, unknown, 310; the query's own time says nothing.
+    # Ages 0, 100, unknown, 310; the query's own time has no effect.
     number = ages.numpy()[[1, 14, 0, 17]]
     weights = 0.5 ** np.arange(4) * np.exp(4 * number)
     expected = np.average(table_of(aged).numpy()[history], axis=0, weights=weights)
@@ -97,7 +97,7 @@ def test_an_empty_history_has_a_vector_that_learns_and_padding_changes_nothing()
 
 
 def beginnings() -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
-    """Places of all beginnings of the sequences; their rows and times, latest first."""
+    """Returns the places of all prefixes of the sequences; their rows and times, latest first."""
     rows, times = sequences(LENGTHS), times_of(LENGTHS)
     places = [(w, j) for w, length in enumerate(LENGTHS) for j in range(length + 1)]
     latest_rows = np.zeros((len(places), 8), np.int32)
@@ -112,7 +112,7 @@ def beginnings() -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
 def test_each_state_is_the_encoding_of_its_beginning(
     pooling: str, timed: dict[str, HistoryEncoder]
 ) -> None:
-    """So none knows what comes after."""
+    """Therefore no state depends on what comes after it."""
     encoder = make_encoder(pooling) if pooling in ALL else timed[pooling.split()[0]]
     places, latest_rows, latest_times = beginnings()
     times = tf.constant(times_of(LENGTHS))
@@ -123,7 +123,7 @@ def test_each_state_is_the_encoding_of_its_beginning(
 
 
 def test_the_querys_own_time_tells(timed: dict[str, HistoryEncoder]) -> None:
-    """Where it is missing, or all times are, nothing is told."""
+    """Changing or removing that time changes the result; all times missing equals no times."""
     encoder, (_, latest_rows, latest_times) = timed["attention"], beginnings()
     alone = encoder(tf.constant(latest_rows), times=tf.constant(latest_times))
     is_told = np.isfinite(latest_times[:, :2]).all(axis=1)
@@ -143,7 +143,7 @@ def test_gaps_begin_as_if_there_were_none() -> None:
     plain, timed = encoders
     rows, times = tf.constant(sequences(LENGTHS)), tf.constant(times_of(LENGTHS))
     np.testing.assert_array_equal(timed.states(rows, times=times), plain.states(rows))
-    # One that reads none has no weights of them: a log by order alone trains what it did.
+    # An encoder that reads no times has no weights for them: a log without times trains as before.
     assert len(timed.weights) == len(plain.weights) + 2
     np.testing.assert_array_equal(plain.states(rows, times=times), plain.states(rows))
 
@@ -184,7 +184,7 @@ def test_a_slice_of_a_batch_drops_what_the_whole_does(
     pooling: str, timed: dict[str, HistoryEncoder]
 ) -> None:
     encoder = timed.get(pooling) or make_encoder(pooling)
-    # The longest history of the whole is in one of the slices alone.
+    # Only one of the slices has the longest history.
     histories = tf.constant(sequences([2, 1, 3, 8, 5]), tf.int32)
     times = tf.constant(np.tile(1e9 - 10.0 ** np.arange(9), (5, 1)))
     seed = tf.constant([3, 4], tf.int32)
@@ -213,7 +213,7 @@ def test_training_drops_the_times_of_some_histories() -> None:
 def test_dropout_drops_its_share() -> None:
     encoder = make_encoder("mean", history_dropout=0.3)
     empty = encoder(tf.zeros([1, 3], tf.int32)).numpy()
-    # Row i's embedding is its indicator: a pooled vector shows what was kept.
+    # Row i's embedding is the i-th unit vector, so a pooled vector shows what was kept.
     table_of(encoder).assign(np.eye(10, 4, k=-1))
     rows = tf.constant(np.tile([1, 2, 3], (4000, 1)))
     pooled = encoder(rows, dropout=Dropout(tf.constant([0, 1]))).numpy()
@@ -244,7 +244,7 @@ def test_attention_is_that_of_a_loop() -> None:
     gaps = np.array([[0, 3, 1, 63], [0, 0, 9, 0]])
     vectors = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     layer(tf.constant(vectors))
-    for variable in layer.trainable_variables:  # No zeros and ones that hide a missing term.
+    for variable in layer.trainable_variables:  # Zeros and ones could hide a missing term.
         variable.assign(variable + tf.random.stateless_normal(variable.shape, [1, 2], stddev=0.3))
     got = layer(tf.constant(vectors), gaps=tf.constant(gaps)).numpy()
     block = {name: [w.numpy() for w in part.weights] for name, part in layer.blocks[0].items()}
@@ -279,7 +279,7 @@ def test_attention_is_that_of_a_loop() -> None:
 
 
 def test_added_to_features_a_history_is_as_long_as_an_embedding() -> None:
-    """Features of the request, which start as embeddings do, are not drowned."""
+    """A longer one would drown request features, which start as large as embeddings."""
     settings = TwoTowerSettings(history_pooling=("attention",))
     encoder = HistoryEncoder(500, settings)
     rows = tf.reshape(tf.range(1, 501), [20, 25])

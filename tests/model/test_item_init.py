@@ -18,7 +18,7 @@ STILL = {"max_epochs": 1, "learning_rate": 1e-30}
 
 
 def random_clicks(num_users: int, num_items: int, seed: int) -> RowLists:
-    """Of each user a few items; the first user and the last item have no click."""
+    """Returns a few items for each user; the first user and the last item have no click."""
     rng = np.random.default_rng(seed)
     lists = [np.sort(1 + rng.permutation(num_items - 1)[:n]) for n in rng.integers(1, 6, num_users)]
     return RowLists.from_lists([np.zeros(0, np.int32), *lists])
@@ -38,7 +38,7 @@ def test_factors_are_those_of_a_dense_decomposition(dim: int, rank: int) -> None
     factors = item_factors(clicked, 12, dim)
     assert factors.shape == (13, dim)
     assert factors.dtype == np.float32
-    # The sign and the order of singular vectors say nothing: products of items do.
+    # The sign and order of singular vectors are arbitrary, so products of items are compared.
     np.testing.assert_allclose(factors[1:] @ factors[1:].T, expected @ expected.T, atol=1e-5)
     assert not factors[0].any()
     assert not factors[:, rank:].any()
@@ -46,7 +46,7 @@ def test_factors_are_those_of_a_dense_decomposition(dim: int, rank: int) -> None
 
 
 def test_clicks_with_fewer_directions_than_factors_give_the_same_ones_each_time() -> None:
-    """Equal users and items without clicks: the decomposition has to begin again at random."""
+    """With equal users and unclicked items, the decomposition has to restart at random."""
     thrice = [random_clicks(num_users=20, num_items=41, seed=seed) for seed in (0, 0, 1)]
     lists = [clicked[user] for clicked in thrice for user in range(21)]
     first, *others = (item_factors(RowLists.from_lists(lists), 60, 50) for _ in range(4))
@@ -78,7 +78,7 @@ def test_they_are_added_to_every_table_of_items(data: TrainingSet, is_shared: bo
     factors = item_factors(data.samples.known_positives, NUM_ITEMS, 8)
     for before, after in zip(random, begun, strict=True):
         np.testing.assert_allclose(after - before, factors, atol=1e-6)
-    # Items of one taste have the same users: before any training they are near each other.
+    # Items of one taste have the same users, so they are near each other before any training.
     unit = begun[0][1:] / np.linalg.norm(begun[0][1:], axis=1, keepdims=True)
     near = np.argsort(-(unit @ unit.T), axis=1)[:, 1:4] % NUM_TASTES
     assert (near == np.arange(NUM_ITEMS)[:, np.newaxis] % NUM_TASTES).mean() > 0.95
@@ -86,7 +86,7 @@ def test_they_are_added_to_every_table_of_items(data: TrainingSet, is_shared: bo
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_stopped_trainings_and_warm_starts_go_on(data: TrainingSet, tmp_path: Path) -> None:
-    """With the shift of what is popular at the end, too, which is not trained."""
+    """This includes the popularity shift of `correction="recent"`, which is not trained."""
     settings = {"item_init": "svd", "correction": "recent", "candidate_bias": True}
     plan = tiny(**settings)
     whole = plan.fit_samples(data, max_epochs=2)
@@ -106,7 +106,7 @@ def test_own_towers_keep_what_they_begin_with(data: TrainingSet) -> None:
     model = tiny(**own).fit_samples(data)
     factors = item_factors(data.samples.known_positives, NUM_ITEMS, 8)
     history = model.network.query_tower.history.item_table.numpy()
-    assert np.abs(history - factors).max() < 0.06  # As far as the table is drawn from 0.
+    assert np.abs(history - factors).max() < 0.06  # The size of the random start.
     assert np.abs(model.network.candidate_tower.table.embeddings.numpy()).max() < 0.06
     plan = tiny(**own, history_pooling=(), use_user_id=True)
     with pytest.raises(ConfigError, match=r"model\.item_init: got 'svd', and no built-in tower"):

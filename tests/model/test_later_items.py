@@ -1,4 +1,4 @@
-"""Items that came after the training: new ones to it, whatever its corpus lists."""
+"""Items that came after the training: new to the model, even if its corpus lists them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ EASY = [Uniform(16), Popularity(16, 1.0)]
 
 @pytest.fixture(scope="module")
 def train() -> Log:
-    """The training part of a log whose item 777 has its first event in the test, and 888 none."""
+    """Returns a log's training part; item 777 has its first event in the test, 888 has none."""
     events = pd.DataFrame({"user_id": np.arange(120) % 10, "item_id": np.arange(120) % 17})
     events["timestamp"] = pd.to_datetime(1_700_000_000 + np.arange(120), unit="s", utc=True)
     events["part"] = np.where(np.arange(120) < 100, "train", "test")
@@ -44,7 +44,7 @@ def row_of(data: TrainingSet, item: int) -> int:
 
 
 def embedded(model: tp.FittedTwoTower, data: TrainingSet, item: int) -> list[np.ndarray]:
-    """An item's embedding, and that of an unknown item with its features."""
+    """Returns an item's embedding, and that of an unknown item with the same features."""
     network, row = model.network, tf.constant([row_of(data, item)])
     own, features = network.embed_candidates(row), network.candidate_table(row)
     return [own.numpy(), network.embed_candidates(tf.constant([0]), features).numpy()]
@@ -69,12 +69,12 @@ def test_they_are_nobodys_negatives_and_all_else_stays(data: TrainingSet, exampl
 
 
 def test_they_are_counted_among_what_is_masked(data: TrainingSet) -> None:
-    """A category that they alone have is one that the training did not have."""
+    """A category that only they have is unknown to the training."""
     (kind,) = data.corpus.candidate_features
     assert kind.vocabulary == ("a", "b", "c")
     assert data.corpus.candidate_columns["kind"][row_of(data, LATER) - 1] == 0
     batches = tiny(negatives=EASY).batches(data.samples)
-    # Of 32 columns half are uniform among 19 items: within 4 deviations of 5 batches.
+    # Half of the 32 columns are uniform over 19 items: within 4 deviations over 5 batches.
     share = batches.masked_shares()["items that came later"]
     expected, num = 1 / 19, 5 * 16
     assert abs(share - expected / 2) < 4 * np.sqrt(expected / num) / 2
@@ -93,7 +93,7 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     for item, is_unknown in ((LATER, True), (DEAD, False)):
         own, unknown = embedded(model, data, item)
         assert (own == unknown).all() if is_unknown else np.abs(own - unknown).max() > 1e-3
-    # So does the export, and what comes in later by its features is the same.
+    # The export does the same, and so does an unknown item that is embedded by its features.
     loaded = tp.load(tp.export(model, tmp_path / "m", index=tp.Exact()))
     live, _ = loaded.embed_candidates([LATER, 999], {"kind": ["z", "z"]})
     np.testing.assert_allclose(live[0], live[1], atol=1e-6)
@@ -119,7 +119,7 @@ def test_a_warm_start_takes_them_for_new(train: Log, data: TrainingSet, tmp_path
     np.testing.assert_allclose(table[later], before[0], atol=1e-6)
     np.testing.assert_allclose(table[dead], before[dead], atol=1e-6)
     assert "items kept, 1 new, 0 gone" in "".join(model.notes)
-    # Known from an earlier log, it is no new one, though this log has it later alone.
+    # An item known from an earlier log is not new, even if it comes only later in this log.
     knows = tiny(negatives=EASY, training={"max_epochs": 2}).fit_samples(whole)
     again = tiny(negatives=EASY, training=still).fit_samples(data, warm_start=knows, log=train)
     towers = (x.network.candidate_tower for x in (again, knows))

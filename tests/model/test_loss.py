@@ -21,7 +21,7 @@ QUERIES, COLUMNS, HARD, POSITIVES = normal(W, D), normal(C, D), normal(W, H, D),
 LOG_Q, HARD_LOG_Q = normal(W, C), normal(W, H)
 MASK, HARD_MASK = RNG.random((W, C)) > 0.3, RNG.random((W, H)) > 0.4
 WEIGHTS = RNG.random(P).astype(np.float32)
-# Several positives a query, and one of none.
+# Some queries have several positives, and query 3 has none.
 POSITIVE_QUERY = np.array([0, 0, 1, 2, 2, 2, 5, 4])
 
 
@@ -34,7 +34,7 @@ def value_and_gradients(loss: Any, *arrays: np.ndarray) -> list[np.ndarray]:
 
 
 def slow_loss(queries: Any, columns: Any, positives: Any, hard: Any) -> Any:
-    """The loss of the documentation, one column of one positive at a time."""
+    """Returns the documented loss, computed one positive and one column at a time."""
     total = 0.0
     for p, w in enumerate(POSITIVE_QUERY):
         own = tf.tensordot(queries[w], positives[p], 1) / 0.5
@@ -49,7 +49,7 @@ def slow_loss(queries: Any, columns: Any, positives: Any, hard: Any) -> Any:
 
 @pytest.mark.parametrize("repeats_rows", [False, True])
 def test_value_and_gradients_are_those_of_a_loop(repeats_rows: bool) -> None:
-    """With several positives a query, or the query's row once for each of them."""
+    """A query has several positives, or its row is repeated for each of them."""
 
     def loss(queries: Any, columns: Any, positives: Any, hard: Any) -> tf.Tensor:
         of_rows: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_equals_its_parent_in_range(with_probability: bool, weight_shape: tuple[
 
 
 def test_every_candidate_once_is_the_full_softmax() -> None:
-    """n(c) = 1, so that log_q = 0 and nothing is estimated; in the parent's form, and in ours."""
+    """n(c) = 1, so log_q = 0 and nothing is estimated, in the parent's form and in ours."""
     logits = QUERIES @ COLUMNS.T / 0.5
     log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     task, expected = HybridRetrieval(0.5), -np.trace(log_softmax[:, :W])
@@ -106,7 +106,7 @@ def test_every_candidate_once_is_the_full_softmax() -> None:
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float32"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, tf.bfloat16.as_numpy_dtype])
 def test_the_loss_is_computed_in_float32(policy: str, dtype: Any) -> None:
-    """Whatever Keras computes in, of embeddings whatever their precision."""
+    """This holds for every policy of Keras and every precision of the embeddings."""
     arrays = [array.astype(dtype) for array in (QUERIES, POSITIVES[:W], COLUMNS, HARD)]
 
     def loss(queries: Any, positives: Any, columns: Any, hard: Any) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_log_q_is_not_clipped() -> None:
 
 @pytest.mark.parametrize("log_q", [LOG_Q, LOG_Q[0]], ids=["by row", "by column"])
 def test_what_no_kind_draws_does_not_count(log_q: np.ndarray) -> None:
-    """As if it were masked: a shared column, and each row's own hard negatives."""
+    """A log_q of -inf acts as a mask, for shared columns and for each row's hard negatives."""
     is_drawn = np.arange(C) != 3
     assert MASK[:, 3].any()
     never = np.where(is_drawn, log_q, np.float32(-np.inf))
@@ -155,7 +155,7 @@ def test_what_no_kind_draws_does_not_count(log_q: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("scale", "expected"), [(1e4, 0.0), (-1e4, 2e4)])
 def test_far_logits_and_rows_without_a_column_stay_finite(scale: float, expected: float) -> None:
-    """Two positives, of a row with one column whose logit is the opposite, and of one without."""
+    """One row has a column whose logit is minus the positive's; the other has no column."""
     own, columns = tf.constant([[scale], [scale]]), tf.constant([[-scale]])
     options = {"negative_embeddings": columns, "score_mask": tf.constant([[True], [False]])}
     got, gradient = value_and_gradients(
@@ -178,7 +178,7 @@ def test_a_log_q_that_would_be_broadcast_over_columns_is_refused(shape: tuple[in
     with pytest.raises(ValueError, match=r"log_q must be .* here of \(6, 10\)\. Received: shape"):
         HybridRetrieval()(QUERIES, COLUMNS, log_q=np.zeros(shape, np.float32))
 
-    # Nor where a graph does not know the shapes yet.
+    # It is also refused in a graph that does not know the shapes yet.
     @tf.function(input_signature=[tf.TensorSpec(None), tf.TensorSpec([None, D])])
     def loss(log_q: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
         log_q = tf.ensure_shape(log_q, [None] * len(shape))
@@ -231,7 +231,7 @@ def test_embeddings_that_would_be_broadcast_are_refused(forms: dict[str, Any]) -
     given = {name: tf.constant(x) for name, x in {**fitting, **forms}.items() if x is not None}
     with pytest.raises(ValueError, match=r"Embeddings must be \[W, D\]"):
         loss(given)
-    # Nor where a graph does not know the sizes; those that fit give the same number.
+    # Also refused in a graph that does not know the sizes; fitting ones give the same number.
     specs = {name: tf.TensorSpec([None] * len(x.shape), x.dtype) for name, x in given.items()}
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
         tf.function(loss, input_signature=[specs])(given)
@@ -253,7 +253,7 @@ def test_what_would_be_broadcast_or_reshaped_is_refused(name: str, form: Any) ->
 
     with pytest.raises(ValueError, match=rf"{name} must be \[num_rows, .*Received: shape \("):
         loss(given)
-    # Nor where a graph does not know the shape yet.
+    # It is also refused in a graph that does not know the shape yet.
     unknown = tf.TensorSpec([None] * len(given.shape), given.dtype)
     error = ValueError if len(given.shape) == 1 else tf.errors.InvalidArgumentError
     with pytest.raises(error, match=rf"{name} must be"):

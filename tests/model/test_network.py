@@ -25,7 +25,7 @@ UNIFORM, POPULAR = Uniform(16), Popularity(8, alpha=1.0)
 
 
 def slow_loss(network: TwoTowerNetwork, samples: Samples, batch: Batch, num_popular: int) -> float:
-    """The mean loss of a batch, its queries, weights and masks from the samples themselves."""
+    """Returns a batch's mean loss, with queries, weights and masks from the samples themselves."""
     batch = as_arrays(batch)
     counts, corpus = samples.counts, network.embed_corpus()
     n = num_popular * counts / counts.sum() + 16 / NUM_ITEMS
@@ -34,7 +34,7 @@ def slow_loss(network: TwoTowerNetwork, samples: Samples, batch: Batch, num_popu
     window = np.arange(len(positives)) if batch.positive_query is None else batch.positive_query
     users = batch.query_row[window]
     index = [pairs.index(list(pair)) for pair in zip(users.tolist(), positives, strict=True)]
-    if samples.num_earlier is None:  # Sets: what is read is for the coin to say.
+    if samples.num_earlier is None:  # In sets, a coin decides what is read.
         histories = batch.history_rows[window]
     else:
         histories = samples.latest(np.array(index), network.history_length)
@@ -61,7 +61,7 @@ def slow_loss(network: TwoTowerNetwork, samples: Samples, batch: Batch, num_popu
 
 @pytest.fixture(scope="module")
 def weighted(data: TrainingSet) -> TrainingSet:
-    """The samples with weights, and exposures and losers as they are."""
+    """Returns the samples with weights from 1 to 2; exposures and losers stay as they are."""
     weights = np.linspace(1, 2, len(data.samples), dtype=np.float32)
     return dataclasses.replace(data, samples=dataclasses.replace(data.samples, weights=weights))
 
@@ -88,10 +88,10 @@ def test_the_loss_is_that_of_a_loop(
     num_popular = B - 1 if examples == "single" else POPULAR.num
     expected, got = slow_loss(network, samples, batch, num_popular), network.compute_loss(batch)
     assert got.numpy() == pytest.approx(expected, rel=1e-4)
-    # Dropout is on in training alone, and a function of the batch.
+    # Dropout is on only in training, and is a function of the batch.
     trained = [network.compute_loss(batch, training=True).numpy() for _ in range(2)]
     assert trained[0] == trained[1] != got.numpy()
-    if batch.history_rows is not None:  # They may be as wide as the longest, or padded.
+    if batch.history_rows is not None:  # Padding must change nothing.
         more = [[0, 0], [0, 2]]
         wide = batch._replace(history_rows=tf.pad(batch.history_rows, more)[:, :LENGTH])
         if (times := batch.history_times) is not None:
@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_a_loop(
 
 @dataclass(frozen=True)
 class EveryCandidate:
-    """An own kind: the whole corpus, once, so that the loss is the full softmax."""
+    """An own kind that draws the whole corpus once, so that the loss is the full softmax."""
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return tf.range(1, frame.num_candidates + 1)
@@ -112,7 +112,7 @@ class EveryCandidate:
 
 
 def test_sampled_gradients_come_to_those_of_the_full_softmax(data: TrainingSet) -> None:
-    """The relative error is that of a mean of thousands of draws, 1 / sqrt(6000 / 24) at most."""
+    """The relative error of a mean of thousands of draws is at most 1 / sqrt(6000 / 24)."""
     negatives, tolerance = (Uniform(3000), Popularity(3000, 0.75)), 0.05
     tf.keras.utils.set_random_seed(1)
     network = tiny(negatives=[EveryCandidate()], temperature=TEMPERATURE).build(data.corpus)
@@ -180,13 +180,13 @@ def test_a_shared_embedding_is_read_by_both_towers(data: TrainingSet) -> None:
 def test_a_shared_item_is_read_with_its_features(
     data: TrainingSet, has_other_layers: bool, poolings: list[str]
 ) -> None:
-    """The mean of one item is that item: with its id, its genre and the layers over both.
+    """A history of one item is embedded as that item: its id, its genre and the layers over both.
 
-    Of several poolings, before training.
+    With several poolings, this holds before training.
     """
     options = {"share_item_embedding": True, "history_pooling": poolings}
     network = tiny(**options).build(data.corpus)
-    if has_other_layers:  # A query tower that only sums, beside another candidate tower.
+    if has_other_layers:  # A query tower that only sums, and a candidate tower with a layer.
         settings = tiny(**{**options, "hidden_layers": [5]}).settings
         table = FeatureTable(data.corpus, "candidate")
         candidate = candidate_tower(settings, data.corpus)
@@ -238,7 +238,7 @@ def test_towers_that_do_not_go_together_are_refused(data: TrainingSet) -> None:
     ("name", "dtype"), [("query_tower", "float16"), ("candidate_tower", "float64")]
 )
 def test_towers_must_return_float32(data: TrainingSet, name: str, dtype: str) -> None:
-    """Whatever it computes in: a last layer of float32 makes it sound."""
+    """A tower may compute in any precision if its last layer returns float32."""
 
     class Narrow(tf.keras.layers.Layer):
         def __init__(self, last: str) -> None:

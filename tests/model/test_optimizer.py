@@ -66,7 +66,7 @@ def by_hand(steps: list[Any], learning_rate: float) -> np.ndarray:
 
 
 def test_rows_follow_the_formula_and_copies_of_a_row_are_summed() -> None:
-    """In a graph, from what `tf.gather` gives; rows below 8 alone have a gradient."""
+    """The steps run in a graph, with gradients of `tf.gather`; only rows below 8 have one."""
     steps = random_steps(3, rows_below=8)
     assert any(len(set(rows)) < len(rows) for _, rows in steps)
     table, optimizer = start(), LazyAdam(0.1)

@@ -1,4 +1,4 @@
-"""What is told of a user's own kinds and towers: another text wherever they are others."""
+"""The text that describes a user's own kinds and towers: it differs wherever they differ."""
 
 import functools
 from typing import Any
@@ -26,7 +26,7 @@ class Top:
 
 
 class Flat(Popularity):
-    """A built-in kind with a draw of its own."""
+    """A subclass of a built-in kind that overrides its draw."""
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return tf.ones([self.num], tf.int32)
@@ -54,7 +54,7 @@ class Maker:
 
 
 def stacked(width: int) -> tf.keras.layers.Layer:
-    """Layers whose own names Keras counts up."""
+    """Returns layers whose automatic names Keras numbers, so that they differ between calls."""
     return tf.keras.Sequential([tf.keras.layers.Dense(width)])
 
 
@@ -65,17 +65,17 @@ def test_another_kind_or_tower_is_another_text() -> None:
         return str(describe_own([InBatch(), Top(num)], {"query_tower": tower}, frame))
 
     towers: list[Any] = [None, made, lambda corpus: made(2, corpus)]
-    towers.append(lambda corpus: made(3, corpus))  # Its source is that of its line.
+    towers.append(lambda corpus: made(3, corpus))  # A lambda's source is its line.
     towers += [Wide(2), *(functools.partial(made, width) for width in (2, 3))]
     towers += [Maker().one, Maker().other, Wide, Maker]
     towers += [tf.keras.layers.Dense(2), tf.keras.layers.Dense(2, "relu"), stacked(2), stacked(3)]
     texts = [told(num, tower) for num in (1, 2) for tower in towers]
     assert len(set(texts)) == len(texts)
-    # Another object of the same kind, as another process makes it.
+    # An equal object, as another process would make it, has the same text.
     assert told(1, Wide(2)) == texts[4]
     assert told(2, stacked(3)) == texts[-1]
     assert told(2, functools.partial(made, 2)) == texts[len(towers) + 5]
-    # A subclass is code of one's own, which no setting says.
+    # A subclass is the user's own code, which settings do not describe.
     assert "Flat " in str(describe_own([Flat(2)], {"query_tower": None}, frame))
     model = TwoTower(negatives=["popularity", Flat(2)])
     assert model.settings.negatives == (Popularity(),)

@@ -57,7 +57,7 @@ def of_log(log: Log, folder: Path) -> tuple[Any, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["categorical", "multi_categorical", "hashed"])
 def test_a_boolean_is_one_value_however_a_table_writes_it(kind: Any, tmp_path: Path) -> None:
-    """As pandas writes it in CSV, others in capitals, Parquet and JSON as true."""
+    """pandas writes True in CSV, others write TRUE, Parquet and JSON have true."""
     words, values = ["True", "False", "", "True"], [True, False, None, True]
     (tmp_path / "log.csv").write_text("user_id,item_id,is_app\n1,7,True\n1,8,False\n2,7,\n2,8,True")
     log = Log.from_files(tmp_path / "log.csv", request_features={"is_app": kind})
@@ -65,14 +65,14 @@ def test_a_boolean_is_one_value_however_a_table_writes_it(kind: Any, tmp_path: P
     assert kind == "hashed" or feature.vocabulary == ("false", "true")
     assert len(np.unique(of_samples)) == 3
     upper, lower = ([change(x) for x in words] for change in (str.upper, str.lower))
-    if kind != "multi_categorical":  # Which a table holds as lists or text.
+    if kind != "multi_categorical":  # A table holds it as lists or text.
         events = pa.table({**EVENTS, "is_app": values})
         _, codes = of_log(Log.from_table(events, request_features={"is_app": kind}), tmp_path / "t")
         np.testing.assert_array_equal(codes, of_samples)
     typed: list[Any] = [pa.array(words), pa.array(values), np.array(values, object)]
     for column in (words, upper, lower, values, *typed):
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
-    # As text, too, as a client sends it.
+    # The same as text, as a client sends it.
     for texts in (words, upper, lower):
         raw = tf.reshape(tf.constant(texts), [4, *(1 for _ in feature.raw_spec.shape[1:])])
         np.testing.assert_array_equal(feature.encode(raw), of_samples)
@@ -80,16 +80,16 @@ def test_a_boolean_is_one_value_however_a_table_writes_it(kind: Any, tmp_path: P
 
 @pytest.mark.parametrize("kind", ["categorical", "hashed"])
 def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_path: Path) -> None:
-    """As pandas makes floats of integers where one is missing, in the log and in service."""
+    """pandas turns integers into floats if one is missing, in the log and in serving."""
     values = [3.0, 4.0, np.nan, 3.0]
     events = pd.DataFrame({**EVENTS, "shelf": values})
     feature, of_samples = of_log(Log.from_table(events, request_features={"shelf": kind}), tmp_path)
     for column in (values, [3, 4, None, 3], ["3", "4", "", "3"], np.array(values)):
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
     assert len(set(of_samples.tolist())) == 3
-    # As text, too, as a client sends it.
+    # The same as text, as a client sends it.
     np.testing.assert_array_equal(feature.encode(tf.constant(["3.0", "4.0", "", "3"])), of_samples)
-    # Not where the values are no integers: 3.0 is one of them then.
+    # Not if some values are fractions: then 3.0 is a value like the others.
     prices = Categorical.fit("price", [3.0, 3.5])
     assert prices.encode_column([3.0, 3.5]).all()
 
@@ -123,13 +123,13 @@ def test_what_is_given_goes_before_the_timestamp() -> None:
 
 @pytest.fixture(scope="module")
 def model(requested: TrainingSet, requested_split: Split) -> FittedTwoTower:
-    """Validated as evaluation asks it: `test_times.py` tests that."""
+    """Returns a validated model; `test_times.py` tests that validation asks as evaluation does."""
     plan = tiny(dim=16, training={"max_epochs": 12, "patience": 12})
     return plan.fit_samples(requested, requested_split.validation)
 
 
 def test_the_device_decides_what_is_retrieved(model: FittedTwoTower, requested_split: Any) -> None:
-    """Of the items of a user's taste, those with an odd number are clicked on the app alone."""
+    """Within a user's taste, odd-numbered items are clicked only on the app."""
     histories = [{"history": ids} for ids in requested_split.validation.histories]
     shares = {}
     for device in ("app", "web", "fridge", None):
@@ -138,7 +138,7 @@ def test_the_device_decides_what_is_retrieved(model: FittedTwoTower, requested_s
         shares[device] = float(np.mean(ids // 10 % 2))
     assert shares["app"] > 0.8
     assert shares["web"] < 0.2
-    # Unknown and missing are one, and trained: between the two.
+    # Unknown and missing devices share one trained code, whose share lies between the two.
     assert shares["fridge"] == shares[None]
     assert 0.25 < shares[None] < 0.75
 
@@ -161,7 +161,7 @@ def test_training_drops_some_of_the_request_features(requested: TrainingSet) -> 
     is_missing = [dropped["device"].numpy() == 0, np.isnan(dropped["hour"])]
     for name, column in columns.items():
         np.testing.assert_array_equal(kept[name], column)
-    # Five standard deviations of a draw of 5%; each by itself.
+    # Within five standard deviations of 5%, and each feature is dropped by itself.
     shares = np.mean(is_missing, axis=1)
     np.testing.assert_allclose(shares, 0.05, atol=5 * np.sqrt(0.05 * 0.95 / num))
     assert np.mean(is_missing[0] & is_missing[1]) < 0.02

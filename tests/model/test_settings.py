@@ -17,7 +17,7 @@ def test_a_batch_fits_the_positives(num: int, batch_size: int) -> None:
     fitting = training.fitting(num).batch_size
     if num >= batch_size:
         assert fitting == batch_size
-    else:  # Some eight batches, of a power of two, which workers can share.
+    else:  # About eight batches; their size is a power of two, which workers can share.
         assert 2 <= fitting <= max(2, num // 8)
         assert fitting & (fitting - 1) == 0
         assert num < 16 or 8 <= num // fitting < 16
@@ -60,7 +60,7 @@ def test_settings_of_the_model_that_cannot_be(settings: dict[str, Any], message:
     ({"negatives": ["in_batch"]}, "model.negatives", {"sequences", "sets"}),
     ({"history_pooling": [], "use_user_id": True}, "model.history_pooling", {"sequences", "sets"}),
     ({"hard": FunnelLosers()}, "model.hard", {"sets"}),
-    ({"history_length": 512}, "training.batch_size", {"sequences"}),  # Of two windows.
+    ({"history_length": 512}, "training.batch_size", {"sequences"}),  # A batch needs two windows.
     ({}, "", set()),
 ])  # fmt: skip
 def test_what_does_not_go_with_many_positives_of_a_user(

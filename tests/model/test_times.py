@@ -1,4 +1,4 @@
-"""Times of the events: what a model that attends learns of them, and who does without."""
+"""Times of events: what a model with attention learns from them, and which models ignore them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_requests_time_decides_what_is_retrieved(model: FittedTwoTower, split:
         if since is not None:
             assert np.mean(ids[:, :4] % 2 == (since == WEEK)) > 0.8
         margins.append(np.mean(scores[ids % 2 == 1]) - np.mean(scores[ids % 2 == 0]))
-    # Unknown: between the two.
+    # Without a time, the margin lies between the two.
     assert margins[0] < margins[2] < margins[1]
 
 
@@ -87,7 +87,7 @@ def test_seconds_count_whenever_they_are(timed: TrainingSet, form: str) -> None:
         batch = Batch(row, sequence_rows=rows, sequence_times=times, state=tf.constant([3]))
         return network._queries(batch).numpy()
 
-    # The gaps alone decide; float32 has 128 seconds between numbers of this size.
+    # Only the gaps matter. Numbers as large as 1.7e9 are 128 seconds apart in float32.
     np.testing.assert_allclose(embedded(1.7e9), embedded(0.0), rtol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_validation_asks_as_evaluation_does(model: FittedTwoTower, split: Split)
     blind = replace(split.validation, times=None, history_times=None)
     without = evaluate(model, blind, cutoffs=(5,), num_bootstrap=0).first
     assert without.overall.intervals["ndcg@5"].mean < best - 0.05
-    # A part of the queries has its own times.
+    # In a sample of the queries, each keeps its own times.
     asked = {query["user_id"]: str(query) for query in split.validation.as_queries()}
     for query in split.validation.sample(5).as_queries():
         assert str(query) == asked[query["user_id"]]

@@ -1,4 +1,4 @@
-"""Towers: what they read, how they join it, the row of the unknown, the bias."""
+"""Towers: what they read, how they combine it, the row of unknown ids, the bias."""
 
 from typing import Any
 
@@ -77,7 +77,7 @@ def test_id_dropout_trains_the_unknown_id_and_its_bias_and_leaves_the_rest_alone
     np.testing.assert_allclose(trained[~is_unknown], known[~is_unknown], rtol=1e-5)
     assert abs(is_unknown.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 6000)
     assert (embed(tower, rows, training=True, seed=SEED + 1) != trained).any()
-    # What is dropped goes with the row, wherever it stands.
+    # What is dropped depends on the row, not on its place in the batch.
     np.testing.assert_array_equal(embed(tower, rows[::-1][:50], training=True), trained[::-1][:50])
 
 

@@ -1,4 +1,4 @@
-"""What is popular at the end of the training: what it is estimated to be, and where it counts."""
+"""Popularity at the end of the training period: how it is estimated, and where it counts."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from tfrs_pipeline.samples.store import Samples
 
 
 def clicks_in_turn(*probabilities: np.ndarray, num: int = 4000, seed: int = 0) -> Samples:
-    """Of 500 users in random order; the items of each period have other probabilities."""
+    """Returns clicks of 500 users in random order; item probabilities differ between periods."""
     rng = np.random.default_rng(seed)
     items = [1 + rng.choice(len(p), num, p=p) for p in probabilities]
     rows, users = np.concatenate(items), rng.integers(1, 501, num * len(items))
@@ -28,11 +28,11 @@ def test_shares_now_are_those_of_the_last_period() -> None:
     for now, num_deviations in ((changed, 5), (before, 3)):
         shift = popularity_shift(clicks_in_turn(before, before, before, now))
         expected = now / (0.75 * before + 0.25 * now)
-        # A share is known from half of the last period's 4,000 clicks or more.
+        # Each share is estimated from at least half of the last period's 4,000 clicks.
         deviation = 1 / np.sqrt(2000 * now)
         assert (np.abs(shift[1:] - np.log(expected)) < num_deviations * deviation).all()
         assert shift[0] == 0
-    assert np.abs(shift).mean() < 0.15  # What stays as popular is left alone.
+    assert np.abs(shift).mean() < 0.15  # Items that stay as popular are left alone.
 
 
 def test_unclicked_items_and_logs_that_tell_nothing() -> None:
@@ -54,12 +54,12 @@ def test_it_counts_in_answers_alone(split: Split, data: TrainingSet, tmp_path: P
     scores, shifted = (scores_of(model.network) for model in (plain, recent))
     moved = plain.settings.temperature * shift[1:]
     np.testing.assert_allclose(shifted, scores + moved, atol=1e-5)
-    # So do the export's answers.
+    # The export's answers include the shift too.
     loaded = tp.load(tp.export(recent, tmp_path / "m", index=tp.Exact()))
     query = [{"user_id": 101, "history": [30, 40]}]
     ids, expected = (model.retrieve(query, NUM_ITEMS)[0].tolist() for model in (loaded, recent))
     assert ids == expected
-    # Warm starts have it.
+    # Warm starts have the shift too.
     warm = tiny(correction="recent", candidate_bias=True)
     warm_shift = warm.fit_samples(
         data, warm_start=plain, max_epochs=1

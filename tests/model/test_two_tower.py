@@ -1,4 +1,4 @@
-"""The facade: fitted to a log it retrieves; own towers and negatives; what an export asks for."""
+"""The facade: fitting and retrieval; own towers and negatives; what an export asks for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EASY = [Uniform(16), Popularity(16, 1.0)]
 
 @dataclass(frozen=True)
 class EveryCandidate:
-    """An own kind: the whole corpus, once, so that the loss is the full softmax."""
+    """An own kind that draws the whole corpus once, so that the loss is the full softmax."""
 
     def draw(self, frame: tp.SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return tf.range(1, frame.num_candidates + 1)
@@ -43,13 +43,13 @@ class EveryCandidate:
 
 @dataclass(frozen=True)
 class Weighed(EveryCandidate):
-    """An own kind that cannot be compared with another of its class."""
+    """An own kind with an array, so that two objects of it cannot be compared."""
 
     weights: np.ndarray
 
 
 class OwnCandidates(tf.keras.layers.Layer):
-    """A free vector for each item, made for a corpus."""
+    """A trainable vector for each item of a corpus."""
 
     def __init__(self, corpus: Corpus, dim: int = 6) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class OwnCandidates(tf.keras.layers.Layer):
 
 
 class OwnQueries(tf.keras.layers.Layer):
-    """The sum of the history's vectors, whatever the corpus: hashed rows."""
+    """The sum of the history's vectors; rows are hashed, so it fits any corpus."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,11 +73,11 @@ class OwnQueries(tf.keras.layers.Layer):
 
 
 def share_of_own_taste(model: FittedTwoTower) -> float:
-    """Of the first two items that are new to each user, those of the taste: a ninth at random."""
+    """Returns the share of each user's top two new items that match the taste: 1/9 at random."""
     known_positives = model.exportable().known_positives
     known = [10 * known_positives[row] for row in range(1, NUM_USERS + 1)]
     queries = [{"user_id": 101 + i, "history": ids} for i, ids in enumerate(known)]
-    # Two of 18 are left of the own taste; training took them for negatives of this user.
+    # 2 of the 18 items left are of the own taste; training used them as this user's negatives.
     ids, _ = model.retrieve(queries, 2, [list(x) for x in known])
     return float(np.mean(np.arange(NUM_USERS) % NUM_TASTES == (ids // 10 - 1).T % NUM_TASTES))
 
@@ -87,7 +87,7 @@ SHARES: list[float] = []
 
 @pytest.fixture(scope="module")
 def fitted(data: TrainingSet, split: Split) -> FittedTwoTower:
-    """A fitted model; SHARES are those of the own taste of it and two others, in one network."""
+    """Returns the model of seed 0; puts the `share_of_own_taste` of all three seeds into SHARES."""
     training = {"max_epochs": 12, "learning_rate": 0.05}
     with tracing_once():
         for seed in (2, 1, 0):
@@ -116,7 +116,7 @@ def test_every_way_learns_the_tastes(
 
 
 def test_fit_finds_the_users_tastes(fitted: FittedTwoTower) -> None:
-    """Over three seeds: of one alone the 60 items found waver by a twentieth."""
+    """The mean of three seeds: for one seed, the share of the 60 items found varies by 1/20."""
     assert np.mean(SHARES) > 0.9
     assert repr(tiny()) == "TwoTower(dim 8, negatives InBatch, Uniform)"
     assert repr(FunnelLosers()) in repr(tiny(hard=FunnelLosers()))
@@ -124,13 +124,13 @@ def test_fit_finds_the_users_tastes(fitted: FittedTwoTower) -> None:
 
 
 def test_scores_are_the_products_of_embeddings(fitted: FittedTwoTower) -> None:
-    """The contract of retrievers is tested with all of them."""
+    """`test_retriever_contract.py` tests the contract of all retrievers."""
     queries: list[Any] = [{"user_id": 101, "history": [10, 40, 70, 100]}, {"user_id": 7}, {}]
     embedded = fitted.query_embeddings(queries) @ fitted.network.embed_corpus().T
     ids, scores = fitted.retrieve(queries, NUM_ITEMS)
     np.testing.assert_array_equal(ids, 10 * (np.argsort(-embedded, axis=1) + 1))
     np.testing.assert_allclose(scores, -np.sort(-embedded, axis=1), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(embedded[1], embedded[2])  # Unknown users and none.
+    np.testing.assert_array_equal(embedded[1], embedded[2])  # An unknown user, and no user.
 
 
 def test_what_an_export_asks_for_is_of_the_whole_log(fitted: FittedTwoTower, log: Log) -> None:
@@ -141,7 +141,7 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: FittedTwoTower, log
     assert not len(exported.histories[0])
     for row, user in enumerate(exported.query_ids, 1):
         rows = clicks["item_id"][clicks["user_id"] == user].to_numpy() // 10
-        assert len(rows) == 6  # The validation's and the test's too.
+        assert len(rows) == 6  # Including those of validation and test.
         np.testing.assert_array_equal(exported.histories[row], rows[::-1])
         np.testing.assert_array_equal(exported.known_positives[row], np.sort(rows))
     np.testing.assert_array_equal(exported.query_ids, 101 + np.arange(NUM_USERS))
@@ -155,7 +155,7 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: FittedTwoTower, log
     query = exported.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     by_id = fitted.query_embeddings([{"user_id": 101, "history": [40, 70]}])
     np.testing.assert_allclose(query, by_id, rtol=1e-6)
-    # The feature is read: another one in its place is another embedding.
+    # The feature is read: another value gives another embedding.
     other = {"genre": tf.roll(network.candidate_table(rows)["genre"], 1, axis=0)}
     assert (exported.embed_candidates(rows, other) != exported.embed_candidates(rows)).numpy().any()
     held = {id(variable) for variable in exported.variables}
@@ -171,7 +171,7 @@ def test_a_plan_is_fitted_several_times(
     plan = tiny(training=training)
     first = plan.fit_samples(data, log=log)
     before = first.query_embeddings(query)
-    assert "epoch" not in capsys.readouterr().err  # It is no terminal.
+    assert "epoch" not in capsys.readouterr().err  # Stderr is not a terminal.
     other = log.split("last_n", validation=2, test=2)
     monkeypatch.setattr(messages, "SECONDS_BETWEEN_LINES", 0.0)  # As if an epoch took long.
     again = plan.fit(other.train, other.validation, folder=tmp_path, verbose=True)
@@ -190,7 +190,7 @@ def test_a_plan_is_fitted_several_times(
     measured = evaluate(again, sample, cutoffs=(5, 100), num_bootstrap=0).first
     expected = measured.overall.intervals["ndcg@5"].mean
     assert again.result.history["val_ndcg@5"] == [pytest.approx(expected)]
-    # As a new one does: nothing of before is left. It finds the samples and the checkpoints.
+    # A new plan gives the same: nothing of the first fit is left. It finds samples and checkpoints.
     new = tiny(training=training).fit(other.train, other.validation, folder=tmp_path)
     np.testing.assert_array_equal(new.query_embeddings(query), again.query_embeddings(query))
     assert new.result.history == again.result.history
@@ -200,7 +200,7 @@ def test_a_plan_is_fitted_several_times(
 def test_a_folder_is_refused_to_another_training(log: Log, tmp_path: Path) -> None:
     training, other = {"max_epochs": 1}, log.split("last_n", validation=2, test=2)
     again = tiny(training=training).fit(other.train, other.validation, folder=tmp_path)
-    # What changes in the plan, and in what it is fitted to.
+    # Changes to the plan, and to what it is fitted to.
     otherwise: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
         ({"training": {**training, "learning_rate": 0.5}}, {}, "learning_rate: 0.02, now 0.5"),
         ({"temperature": 0.9}, {}, "temperature: .*, now 0.9"),
@@ -210,7 +210,7 @@ def test_a_folder_is_refused_to_another_training(log: Log, tmp_path: Path) -> No
         ({}, {"validation": None}, r"validation: '[0-9a-f]+', now None"),
         ({}, {"validation": other.test}, r"validation: '[0-9a-f]+', now '"),
         ({}, {"exclude": "none"}, "exclude: 'clicked', now 'none'"),
-        # The item table and the events may be the same on a day on which the log has grown.
+        # The log may have grown although the item table and the events are the same.
         ({}, {"train": replace(other.train, later_items=other.train.items)}, "later_items: "),
         ({}, {"warm_start": again}, "warm_start: None, now '"),
     )
@@ -226,7 +226,7 @@ def test_a_folder_is_refused_to_another_training(log: Log, tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_users_without_a_positive_are_answered_as_unknown_ones(tmp_path: Path) -> None:
-    """They have a row, as users of the test or of exposures alone, that nothing has trained."""
+    """Users who occur only in the test or in exposures have a row that nothing has trained."""
     rows = [(user, item, "clicked") for user in range(1, 9) for item in range(user, user + 4)]
     rows += [(user, 3, "exposed") for user in (20, 21)]
     log = Log.from_table(pd.DataFrame(rows, columns=["user_id", "item_id", "stage"]))
@@ -234,7 +234,7 @@ def test_users_without_a_positive_are_answered_as_unknown_ones(tmp_path: Path) -
     found = model.query_embeddings([{"user_id": user} for user in (99, 20, 21, 1, 2)])
     np.testing.assert_array_equal(found[1:3], found[[0, 0]])
     assert np.abs(found[3:] - found[0]).max(axis=1).min() > 1e-3
-    # With a history of their own they are answered by it.
+    # If a query has a history, the history decides.
     by_history = model.query_embeddings([{"user_id": u, "history": [4]} for u in (20, 99)])
     np.testing.assert_array_equal(by_history[0], by_history[1])
     assert np.abs(by_history[0] - found[0]).max() > 1e-3
@@ -257,7 +257,7 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
     assert (model.settings.dim, model.settings.temperature) == (16, 0.2)
     assert model.settings.hard == settings.hard
     assert model.negatives == model.settings.negatives == (Uniform(5),)
-    # Own kinds stand beside the settings, which can be written into a file.
+    # Own kinds are kept apart from the settings, which can be written to a file.
     own = TwoTower(negatives=[EveryCandidate(), InBatch()])
     assert own.negatives == (InBatch(), EveryCandidate())
     assert own.settings.negatives == (InBatch(),)
@@ -281,7 +281,7 @@ def test_own_towers_are_checked(data: TrainingSet, name: str, tower: Any, receiv
 
 
 class OfSequences(OwnQueries):
-    """Sums up the beginning of a sequence that is a position's history."""
+    """Sums, for each position, the prefix of the sequence that is its history."""
 
     def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
         if "sequence_rows" not in inputs:
@@ -313,7 +313,7 @@ def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
     options: dict[str, Any] = {"candidate_tower": OwnCandidates, "training": {"max_epochs": 1}}
     options["resampling_exponent"] = 0.5
     plan = tiny(query_tower=layer, **options)
-    plan.build(data.corpus)  # To look at it is no training, nor is one that is refused.
+    plan.build(data.corpus)  # Building is not training, and neither is a refused training.
     with pytest.raises(DataError, match="losers"):
         tiny(query_tower=layer, hard=FunnelLosers(stages=("ranked",)), **options).fit_samples(data)
     model = plan.fit_samples(data)
@@ -326,13 +326,13 @@ def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
         with pytest.raises(ValueError, match=r"query_tower <.*was given to a training before"):
             again.fit_samples(data)
     np.testing.assert_array_equal(model.query_embeddings([{"history": [40]}]), before)
-    # A function makes one each time.
+    # A function makes a new layer each time.
     made = tiny(query_tower=lambda corpus: OwnQueries(), **options)
     assert [made.fit_samples(data).result.num_epochs for _ in range(2)] == [1, 1]
 
 
 class Sharing(tf.keras.layers.Layer):
-    """A vector for each row of an inner layer, summed where there is a history."""
+    """Looks up rows in an inner layer, and sums the vectors of a history."""
 
     def __init__(self, inner: tf.keras.layers.Layer) -> None:
         super().__init__()
@@ -391,7 +391,7 @@ def test_settings_that_cannot_be() -> None:
     ):
         with pytest.raises(ConfigError, match=named):
             TwoTower(**wrong)
-    # One value may stand for a list of it.
+    # A single value may stand for a list of one.
     alone: Any = {"hidden_layers": 8, "history_pooling": "mean", "negatives": InBatch()}
     listed: Any = {name: (value,) for name, value in alone.items()}
     assert TwoTower(**alone).settings == TwoTower(**listed).settings
@@ -414,7 +414,7 @@ def test_a_hard_share_that_few_positives_can_have_is_told(tmp_path: Path) -> Non
 
 def test_data_that_cannot_be_trained_on(tmp_path: Path) -> None:
     clicks = Log.from_table(pd.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 8, 7]}))
-    # A comparison asks for the losers of every stage, and has plans that go without.
+    # A comparison asks for the losers of every stage, even if some plans use none.
     data = TrainingSet.build(clicks, tmp_path, seed=0, hard=FunnelLosers())
     for hard, told in (
         (FunnelLosers(), r"losers of the stages retrieved.* exactly its time\. .*; or set"),
@@ -431,10 +431,10 @@ def test_data_that_cannot_be_trained_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Nothing to measure.*less \(evaluation.exclude\)"):
         tiny(training={"batch_size": 3}).fit(clicks, again, folder=tmp_path / "new")
     assert not (tmp_path / "new" / "checkpoints").exists()
-    # Users who clicked or saw every item have no negative, until somebody insists on exposures.
+    # Users who clicked or saw every item have no negatives, unless exposures are allowed.
     everything = pd.DataFrame({"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 8]})
     funnel = Log.from_table(everything.assign(stage=["clicked"] * 3 + ["exposed"]))
-    # Whoever clicked nothing is none of them.
+    # A user who clicked nothing does not count.
     with_another = Log.from_table(everything, users=pd.DataFrame({"user_id": [1, 2, 3]}))
     for log in (Log.from_table(everything), funnel, with_another):
         with pytest.raises(DataError, match="in the training part clicked or saw every item"):

@@ -1,4 +1,4 @@
-"""A training that starts from another one: by id, not by row; what is new from the stand-in."""
+"""Warm starts: weights are carried over by id, not by row; new ids start from the stand-in."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.settings import ConfigError
 
 NUM_USERS = 20
-# Two tables of items, each carried over.
+# The model has two item tables; both are carried over.
 MODEL: dict[str, Any] = {"use_user_id": True, "candidate_bias": True, "share_item_embedding": False}
 MODEL |= {"id_dropout": 0.3, "training": {"max_epochs": 3}}
-YESTERDAY, TODAY = range(10, 34), range(4, 30)  # Numbers of the items that are there.
+YESTERDAY, TODAY = range(10, 34), range(4, 30)  # The items of each day.
 Sets: TypeAlias = tuple[TrainingSet, TrainingSet]
 
 
 def log_of(items: range, first_user: int) -> Log:
-    """A log of items by number; today's ids stand in other rows than yesterday's."""
+    """Returns a log of these items; today's ids have other rows than yesterday's."""
     rng, users = np.random.default_rng(len(items)), range(first_user, first_user + NUM_USERS)
     pairs = ((user, item) for user in users for item in rng.permutation(list(items))[:8])
     rows = [(f"user {user}", f"item {item}") for user, item in pairs]
     table = pd.DataFrame({"item_id": [f"item {item}" for item in items]})
-    # The genre of 4 and 9 comes first of all, and yesterday did not have it.
+    # Items 4 and 9 have a genre that sorts first and that yesterday's log did not have.
     table["genre"] = ["action" if item % 5 == 4 and item < 10 else f"g{item % 5}" for item in items]
     table["title"] = [f"word{item % 3} word{item % 2}" for item in items]
     features = {"genre": "categorical", "title": "text"}
@@ -61,7 +61,7 @@ def source(sets: Sets) -> FittedTwoTower:
 
 @pytest.fixture(scope="module")
 def started(source: FittedTwoTower, sets: Sets) -> FittedTwoTower:
-    """A model of today that starts from yesterday's, before its first step."""
+    """Returns today's model, warm-started from yesterday's, before its first step."""
     return started_from(source, tiny(**MODEL), sets[1])
 
 
@@ -85,7 +85,7 @@ def by_id(ids: np.ndarray, table: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def id_tables(model: FittedTwoTower) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Every table of ids and what the optimizer keeps of it, by id; "" is the unknown one."""
+    """Yields every id table and its optimizer state, by id; "" is the unknown id."""
     network, optimizer = model.network, model.network.optimizer
     (query_ids,) = network.query_tower.id_tables
     ids, biases = network.candidate_tower.id_tables
@@ -129,7 +129,7 @@ def test_what_is_still_there_keeps_its_state_and_what_is_new_has_the_stand_in(
 
 
 def test_embeddings_are_of_the_source(source: FittedTwoTower, started: FittedTwoTower) -> None:
-    """Of what is still there, through features and dense layers; of new items without their id."""
+    """Kept ids agree through features and dense layers; new items are embedded as unknown ids."""
     zero = np.zeros((1, 9), np.float32)
     ours, theirs = (
         by_id(model.candidate_ids, np.r_[zero, model.network.embed_corpus()])
@@ -213,7 +213,7 @@ def test_another_shape_is_refused_by_name(name: str, sets: Sets) -> None:
 
 
 def test_other_settings_keep_the_weights_their_size(sets: Sets) -> None:
-    """None is forgotten in SHAPE: the others change no variable of the towers."""
+    """SHAPE is complete: no other setting changes the shape of a tower's variable."""
     base = tiny().settings
     halves = "resampling_exponent id_dropout feature_dropout recency_decay attention_dropout"
     others: dict[str, Any] = dict.fromkeys(halves.split(), 0.5)
@@ -253,7 +253,7 @@ def test_other_features_and_ids_are_refused(
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_a_number_on_another_scale_is_told(tmp_path: Path) -> None:
-    """Its mean and deviation are fitted anew, and the weights are those of the old ones."""
+    """Mean and deviation are fitted anew, but the weights were trained with the old ones."""
     clicks = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 10})
     model, notes = None, []
     for name, last in (("first", 19.0), ("same", 19.0), ("far", 1e6)):
@@ -280,10 +280,10 @@ def test_codes_are_those_of_the_same_values(kind: Any) -> None:
         assert codes[0] == 0
         values = columns[1]
         if kind == "bucketized":
-            values = np.array([-1.0, *here.boundaries])  # What opens each bucket.
+            values = np.array([-1.0, *here.boundaries])  # The lowest value of each bucket.
         ours, theirs = here.encode_column(values), there.encode_column(values)
         if kind == "hashed" and here.num_buckets < there.num_buckets:
-            # A bucket here holds several there, and takes over one of them.
+            # A bucket here covers several there, and takes over one of them.
             assert set(codes[ours] % here.num_buckets) == set(theirs % here.num_buckets)
         else:
             np.testing.assert_array_equal(codes[ours], theirs)

@@ -1,6 +1,6 @@
 """Trains models of the tiny log, alone or as one of the workers that TF_CONFIG names.
 
-A program: FOLDER CASE... trains each case in a folder of its own, and the chief keeps the weights.
+The arguments are FOLDER CASE...: each case trains in its own folder; the chief saves the weights.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import chief_first
 from tfrs_pipeline.model.fitted import FittedTwoTower
 
-# Every kind of negative, of dropout, of examples and of optimizer: what replicas could get wrong.
+# The cases cover what replicas could get wrong: negatives, dropout, examples and optimizers.
 DROPOUT: dict[str, Any] = {"use_user_id": True, "feature_dropout": 0.2, "hard": LOSERS}
-# To Adam a gradient of nothing but rounding, as the bias of attention's keys has, is one like any.
+# Adam would scale up a gradient of pure rounding error, such as that of the attention keys' bias.
 ATTENTION: dict[str, Any] = {**DROPOUT, "history_pooling": ["recency", "attention"]}
 SHARED = [Uniform(16), Popularity(8)]
 
@@ -36,14 +36,14 @@ CASES = {
     "sets": trained_by("lazy_adam", "sets", negatives=SHARED, item_init="svd"),
 }
 NUM_EPOCHS = 3
-# One of the seeds for which a single process forgets rounding: weights that change by 1e-7 at every
-# step end within 2e-6. For others (0 and 3) they end .003 to .04 apart, and compare nothing.
+# With this seed rounding errors fade in a single process: if weights change by 1e-7 at every step,
+# they end within 2e-6. With seeds 0 and 3 they end .003 to .04 apart, too far for a comparison.
 SEED = 2
 
 
 def train(case: str, folder: Path) -> FittedTwoTower:
     plan = tiny(seed=SEED, **CASES[case])
-    # Sets hold the positives of many requests.
+    # A set holds positives of many requests, so it has no request features.
     features = None if case == "sets" else REQUEST_FEATURES
     split = make_log(features).split("last_n", validation=1, test=1)
     samples = "samples" if features is None else "requested"

@@ -31,7 +31,7 @@ def frame_of(counts: list[int] | np.ndarray, batch_size: int = 5) -> SamplingFra
 
 
 @given(MASSES)
-@example([1.0] * 49)  # A 49th, 49 times, is below 1.
+@example([1.0] * 49)  # 49 times 1 / 49 sums to less than 1.
 def test_an_alias_table_gives_back_the_distribution(masses: list[float]) -> None:
     probability = np.array(masses) / np.sum(masses)
     accept, alias = build_alias_table(probability)
@@ -66,7 +66,7 @@ def test_probability_is_proportional_to_a_power_of_counts(counts: np.ndarray, al
     probability = sampling_probability(counts, alpha)
     assert probability[0] == 0
     assert probability.sum() == pytest.approx(1, abs=1e-12)
-    if alpha == 0:  # Items without a click too.
+    if alpha == 0:  # Unclicked items have a share too.
         np.testing.assert_allclose(probability[1:], 1 / (len(counts) - 1))
         return
     np.testing.assert_array_equal(probability > 0, counts > 0)
@@ -91,7 +91,7 @@ def test_a_mixture_adds_up_what_its_kinds_draw() -> None:
     assert (drawn != mixture.draw(rows, seed=[1, 1])).numpy().any()
     np.testing.assert_allclose(mixture.log_q(drawn), np.log(n[drawn]), rtol=1e-6)
     assert Mixture([Uniform(2)], frame).draw(rows[:3], seed=[1, 0]).shape == [2]
-    # Nothing is clipped, and what no kind draws has no weight to speak of.
+    # Nothing is clipped: log_q is -inf for an item that no kind draws.
     tail = Mixture([Uniform(1)], frame_of([0, *[1] * 10**6])).log_q(tf.constant([10**6]))
     assert tail.numpy() == pytest.approx(np.log(1e-6), rel=1e-6)
     assert Mixture([InBatch()], frame).log_q(tf.constant([3])).numpy() == -np.inf
@@ -107,10 +107,10 @@ def test_a_smaller_batch_is_filled_up_so_that_its_log_q_is_that_of_any_other() -
     assert (drawn[:, 0] == 3).all()  # The row's own.
     np.testing.assert_array_equal(drawn[0], mixture.draw(last, [7, 0]))
     share = np.bincount(drawn[:, 1:4].ravel(), minlength=4) / (3 * num_draws)
-    # Four standard deviations of a share of so many draws.
+    # Four standard deviations of a share over this many draws.
     np.testing.assert_allclose(share, frame.q_positive, atol=4 * (2 / 9 / (3 * num_draws)) ** 0.5)
     assert share[3] == 0
-    longer = tf.constant([3], tf.int64)  # As rows of NumPy or Keras are.
+    longer = tf.constant([3], tf.int64)  # NumPy and Keras rows are int64.
     np.testing.assert_array_equal(mixture.draw(longer, [7, 0]), drawn[0])
     whole = tf.constant([2, 1, 1, 2])
     np.testing.assert_array_equal(unsized(whole, [7, 0]), mixture.draw(whole, [7, 0]))
@@ -123,7 +123,7 @@ def test_a_smaller_batch_is_filled_up_so_that_its_log_q_is_that_of_any_other() -
 
 @pytest.mark.parametrize("size", [16, 5], ids=["a batch", "the smaller last one"])
 def test_expected_counts_hold_where_some_positives_are_of_unknown_items(size: int) -> None:
-    """Three in ten of them. Copies are counted that a row meets in the others' columns."""
+    """Three in ten positives are unknown. Copies are counted in the columns of other rows."""
     frame = SamplingFrame.of_counts([30, 40, 20, 10, 0], batch_size=16)
     mixture = Mixture([InBatch(), Uniform(4), Popularity(3, 1.0)], frame)
     num_batches, rng = 2000, np.random.default_rng(0)
@@ -135,7 +135,7 @@ def test_expected_counts_hold_where_some_positives_are_of_unknown_items(size: in
         copies += np.bincount(others, minlength=5)
     n = np.array([0, 7 + 12 / 7, 4 + 6 / 7, 2.5 + 3 / 7, 1])
     np.testing.assert_allclose(mixture.expected_count, n)
-    # Four standard deviations of means of so many draws, each of at most Poisson's variance.
+    # Four standard deviations of a mean over the batches, whose variance is at most Poisson's.
     tolerance = 4 * np.sqrt(n[1:] / num_batches)
     assert (np.abs(copies[1:] / num_batches - n[1:]) < tolerance).all()
     assert copies[0] / num_batches == pytest.approx(4.5, abs=4 * np.sqrt(4.5 / num_batches))
@@ -160,7 +160,7 @@ def test_refusals_of_counts() -> None:
 
 @dataclass(frozen=True)
 class Own:
-    """A kind of two functions."""
+    """A kind made of two functions."""
 
     drawn: Any
     expected: Any
@@ -173,19 +173,19 @@ class Own:
 
 
 def own(drawn: Any, *counts: float) -> Own:
-    """An own kind that draws and expects what it is told."""
+    """Returns an own kind that draws and expects the given values."""
     return Own(lambda *arguments: drawn, lambda frame: counts)
 
 
 @pytest.mark.parametrize(("drawn", "counts", "message"), [
-    # It draws the unexpected,
+    # Its draws are wrong.
     ([0, 1, 2], (0, 1, 1, 0), r"draw .*rows in 1 \.\. 3: row 0 is 'unknown'. Received: 0 to 2"),
     ([2, 3, 4], (0, 1, 1, 0), "draw .*Received: 2 to 4"),
     ([1, 3], (0, 1, 1, 0), "draw .*candidate 3, whose expected_count is 0"),
     ([1.0, 2.0], (0, 1, 1, 0), "draw .*a vector of whole numbers. Received: float32 of shape"),
     ([[1], [2]], (0, 1, 1, 0), r"draw .*Received: int32 of shape \(2, 1\)"),
     (1, (0, 1, 1, 0), r"draw .*Received: int32 of shape \(\)"),
-    # or expects the impossible.
+    # Its expected counts are wrong.
     ([1], (0, 1), r"each of 4 candidate rows. Received: shape \(2,\)"),
     ([1], (1, 1, 1, 1), "with 0 at row 0"),
     ([1], (0, np.nan, 1, 1), "finite"),
@@ -197,13 +197,13 @@ def test_an_own_kind_that_breaks_its_word_is_refused(drawn: Any, counts: Any, me
 
 
 def block(frame: SamplingFrame, rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Draws neighbours, all of one batch together."""
+    """Draws ten neighbouring items for a whole batch."""
     first = tf.random.stateless_uniform([1], seed, 0, frame.num_candidates, tf.int32)
     return (first + tf.range(10)) % frame.num_candidates + 1
 
 
 def following(frame: SamplingFrame, rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Draws the item after each positive: as often as positives come."""
+    """Draws the item after each positive, as often as that positive comes."""
     return rows % frame.num_candidates + 1
 
 
@@ -241,7 +241,7 @@ def test_integers_may_be_longer_and_a_seed_hold_the_step_of_a_graph(dtype: tf.DT
     mixture, rows = Mixture([Uniform(9)], frame_of([0, 1, 1])), tf.constant([1])
     drawn = tf.function(lambda step: mixture.draw(rows, [7, step]))(tf.constant(3, dtype))
     np.testing.assert_array_equal(drawn, mixture.draw(rows, [7, 3]))
-    counter = tf.Variable(3, dtype=dtype)  # As an optimizer's `iterations`.
+    counter = tf.Variable(3, dtype=dtype)  # Like an optimizer's `iterations`.
     drawn = tf.function(lambda: mixture.draw(rows, [7, counter]))()
     np.testing.assert_array_equal(drawn, mixture.draw(rows, [7, 3]))
 
@@ -283,7 +283,7 @@ def test_kinds_refuse_arguments(kind: type, arguments: dict[str, object], messag
 
 
 def test_equal_settings_are_one_however_they_are_written() -> None:
-    """A folder of samples is known by how they print."""
+    """A folder of samples is identified by the repr of its settings."""
     written: Any = {"stages": "ranked", "num": 4.0, "bottom_share": 1}
     losers = FunnelLosers(stages=("ranked",), num=4, bottom_share=1.0)
     assert repr(FunnelLosers(**written)) == repr(losers)

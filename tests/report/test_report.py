@@ -1,4 +1,4 @@
-"""The report of a run: its numbers, and what a page from anyone's data must not do."""
+"""The report of a run: its numbers, and what a page made from anyone's data must not do."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ Cell: TypeAlias = tuple[str, float | None, bool]
 
 
 class Page:
-    """Reads a page, which has to be well-formed as XML too.
+    """Reads a page, which must also be well-formed XML.
 
     tables: caption -> first cell of a row -> its other cells; headers: caption -> texts.
     """
@@ -56,7 +56,7 @@ def read_cell(cell: ElementTree.Element) -> Cell:
     data = cell.find(".//data")
     if data is None:
         return "".join(cell.itertext()).strip(), None, False
-    # What stands small below a number is no part of it.
+    # The small print below a number is not part of it.
     return data.text or "", float(data.attrib["value"]), cell.find("strong") is not None
 
 
@@ -205,7 +205,7 @@ def test_training_data_and_times_are_counted_out() -> None:
     assert PAGE.tables["Dropped"]["item is not in the item table"] == [("17", 17, False)]
     assert PAGE.values("Dropped", "by the split last_share: events") == [11]
     assert PAGE.headers["Events by stage"][4:] == ["train", "test", "dropped"]
-    # All of them were shown; those that were clicked are a part of them.
+    # "exposed" counts all shown events, of which "clicked" is a part.
     assert list(PAGE.tables["Events by stage"]) == ["exposed", "clicked"]
     assert PAGE.values("Events by stage", "exposed") == [10_011, None, 5000, 4000, 1000, 0]
     assert PAGE.values("Events by stage", "clicked") == [5011, 5011 / 10_011, 5011, 5000, 0, 11]
@@ -226,7 +226,7 @@ def test_shares_by_slice_are_what_a_loop_adds_up() -> None:
     counts, uniform = FACTS.popularity.counts, FACTS.popularity.negatives["uniform"]
     sums = {"head": [0, 0.0, 0.0], "torso": [0, 0.0, 0.0], "tail": [0, 0.0, 0.0]}
     held = 0
-    for count, probability in zip(counts, uniform, strict=True):  # By falling count already.
+    for count, probability in zip(counts, uniform, strict=True):  # In order of falling counts.
         share = held / counts.sum()
         part = sums["head" if share < 0.5 else "torso" if share < 0.8 else "tail"]
         part[0] += 1
@@ -243,7 +243,7 @@ def test_the_first_screen_answers_four_questions() -> None:
     first, _, _ = PAGE.joined.partition("Recommendations")
     assert "run of 2026-11-26 06:33 UTC" in first
     assert "it ties with the best baseline, popularity" in first
-    # Dropped at reading and by the split: 17 and 11, of the table's rows and those 17.
+    # 17 events were dropped while reading and 11 by the split, of 11,011 in the table plus 17.
     assert "What was dropped?28 of 11,028 events" in first
     where = PAGE.tables["Where the events went"]
     assert [where[part][0][1] for part in ("train", "test", "dropped")] == [9000, 2000, 28]
@@ -251,7 +251,7 @@ def test_the_first_screen_answers_four_questions() -> None:
     assert "column 'year' is missing in 1 of 400 rows" in first
     dropped = tuple(Dropped(f"reason {num}", num) for num in range(1, 7))
     first, _, _ = page_of(dropped=dropped).joined.partition("Recommendations")
-    assert "What was dropped?32 of 11,032 events" in first  # 21 of them at reading.
+    assert "What was dropped?32 of 11,032 events" in first  # 21 of them while reading.
     assert all(f"{each.num_rows}: {each.reason}" in first for each in dropped)
     # Merged events are not called dropped.
     page = page_of(dropped=(Dropped("a reason", 5), Dropped("into another", 7, is_merged=True)))
@@ -290,10 +290,10 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert page.tables[by_request]["1,000"][0][0] == "known"
     assert "It finds at least 98.8% of the exact answer; the target is 98%." in page.text
     assert page.values("A query that excludes what its user knows", "1,000") == [0.99]
-    # Of the positives as trained on.
+    # One more figure: the positives as trained on.
     assert len(page.of("svg")) == len(PAGE.of("svg")) + 1
     assert PAGE.tables["Kind and settings"]["num_leaves"] == [("41", 41, False)]
-    # And none of it where there is nothing to show.
+    # Without such data, none of this is shown.
     assert "No hard negatives" in PAGE.text
     assert not {"Pools", by_request} & set(PAGE.tables)
     assert shares[1] not in PAGE.headers["Shares by slice"]
@@ -341,7 +341,7 @@ def test_what_users_write_stays_text() -> None:
     evil += ['"><img src=x onerror=alert(1)>', f"from /a/{EVIL}.csv", f'user_id = "{EVIL}"']
     assert [shown for shown in evil if shown not in page.text] == []
     assert EVIL in page.tables["Dropped"]
-    # Text as well as elements: nothing that an event handler could hang on.
+    # No element has an event handler.
     assert not [name for x in page.tree.iter() for name in x.attrib if name.startswith("on")]
 
 
@@ -387,7 +387,7 @@ def test_figures_have_no_colour_of_their_own() -> None:
 
 
 def contrast(*colours: str) -> float:
-    """The contrast ratio of two colours, of WCAG 2."""
+    """Returns the contrast ratio of two colours by WCAG 2."""
     channels = np.array([[int(x[i : i + 2], 16) / 255 for i in (1, 3, 5)] for x in colours])
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     light = linear @ [0.2126, 0.7152, 0.0722] + 0.05
@@ -415,7 +415,7 @@ def test_thinning_a_curve_keeps_its_sum_and_the_first_ranks(values: list[int]) -
     assert len(ranks) <= 150
     assert np.all(np.diff(ranks) > 0)
     assert (ranks[0], means[0]) == (1, values[0])
-    # The width of a group, from its geometric middle and where it starts.
+    # A group's width follows from its start and its geometric middle.
     start, total = 1, 0.0
     for rank, mean in zip(ranks, means, strict=True):
         stop = round(rank**2 / start)

@@ -1,4 +1,4 @@
-"""Words about a run: each follows from its numbers, and from no others."""
+"""The wording about a run: each statement follows from its own numbers, and from no others."""
 
 import re
 from typing import Any
@@ -28,7 +28,7 @@ def interval(mean: float, half: float = 0.01) -> dict[str, float]:
 
 
 def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
-    """Makes metrics of models by their mean, the first against the others."""
+    """Makes metrics of models with given means, and the others' differences from the first."""
     first = next(iter(means))
     slices = {"head": 0.2, "torso": 0.0, "tail": -0.1}
     counts = {"num_queries": 100, "num_relevant": 500, "num_relevant_excluded": 0}
@@ -60,7 +60,7 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
     ],
     ids=["better", "level", "worse", "transitions", "alone"],
 )
-# Another form of the model is no baseline.
+# A variant of the model is not a baseline.
 @pytest.mark.parametrize("variants", [{}, {"two_tower_uncorrected": 0.4}, {"in_service": 0.301}])
 def test_a_model_is_better_where_every_interval_says_so(
     means: Any, variants: Any, outcome: Outcome | None, answer: str, why: str
@@ -88,7 +88,7 @@ def test_popularity_slices_are_told_apart() -> None:
     assert f"{MIDDLING}: it ties with EASE (0.30 against 0.25)" in found.why
     assert f"{POPULAR}: EASE beats it (0.70 against 0.50)" in found.why
     assert "EASE finds" not in found.why
-    # A list of 100 can hold all of a head of 100 items, whatever the model.
+    # A list of 100 can hold the whole head of 100 items, whatever the model.
     metrics["models"]["two_tower"]["slices"]["head"]["num_candidates"] = 100
     assert POPULAR not in by_popularity(metrics, METRIC).why
     for of_slice in metrics["models"]["two_tower"]["slices"].values():
@@ -97,14 +97,14 @@ def test_popularity_slices_are_told_apart() -> None:
 
 
 def test_slices_are_compared_query_by_query() -> None:
-    # The intervals of the two overlap by far; that of their difference is narrow.
+    # The intervals of the two models overlap widely; the interval of their difference is narrow.
     metrics = made({"two_tower": 0.3, "ease": 0.295})
     metrics["differences"]["ease"][f"tail/{METRIC}"] = interval(-0.005, 0.002)
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.005, 0.002)
     found = by_popularity(metrics, METRIC)
     assert found.answer == f"beats every baseline for {RARE}"
     assert f"{POPULAR}: EASE beats it" in found.why
-    # One that is ahead counts, whatever another one's wide interval holds.
+    # A baseline that is ahead counts, however wide another baseline's interval is.
     metrics = made({"two_tower": 0.3, "ease": 0.295, "ials": 0.295})
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.08, 0.05)
     metrics["differences"]["ials"][f"head/{METRIC}"] = interval(0.09, 0.14)
@@ -141,7 +141,7 @@ def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
     for user, ease, said in (
         (by_user, 0.1, "^yes: by request, in ndcg@100 it beats((?!differ).)*$"),
         (by_user, 0.4, "^no: by request.*highest by request: EASE; by user: two_tower"),
-        # EASE is the highest by both, and clearly so by one.
+        # EASE is highest both ways, but clearly so only by request.
         (level, 0.4, r"The two differ \(by user: a tie\)"),
     ):
         of_request = made({"two_tower": 0.2, "ease": ease})
@@ -156,7 +156,7 @@ def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
         (0.1, 0.25, (0.02, 0.02), "of these 0.10, of the others 0.25. Before"),
         (0.3, 0.25, (0.02, -0.02), "EASE is better only for these"),
         (0.3, 0.25, (-0.02, 0.02), "EASE is better only for the others"),
-        (0.3, 0.25, (0.02, -0.005), None),  # The second is not clear.
+        (0.3, 0.25, (0.02, -0.005), None),  # The second is not significant.
     ],
 )
 @pytest.mark.parametrize("is_by_request", [False, True])
@@ -186,7 +186,7 @@ LEVEL_MEANS = LOSING | {"ease": 0.2}
 WINNING = {"two_tower": 0.4, "popularity": 0.2, "ease": 0.3}
 SHORT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1]}}}
 SMALL = {"train": {"num_positives": 1_500}}
-# Ended by its patience, of five epochs: in a small log a few steps.
+# Stopped by its patience of five epochs, which are only a few steps in a small log.
 IMPATIENT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1] * 6}}}
 
 
@@ -218,10 +218,10 @@ RACED: dict[str, Any] = {"race": {"recipes": {"sequence": {}, "sets": {}}}}
         (made(LEVEL_MEANS | {"two_tower_uncorrected": 0.25}), {}, "model.correction"),
         (made(WINNING, training=IMPATIENT, split=SMALL), {}, "small only 10 steps"),
         (made(WINNING, training=IMPATIENT), {}, None),
-        # A better model hears of longer training and of the correction too.
+        # A model that beats the baselines also gets advice on longer training and the correction.
         (made({"two_tower": 0.2, "two_tower_uncorrected": 0.25, "ease": 0.1}), {}, "costs here"),
         (made(WINNING, training=SHORT), {}, "training stopped too early"),
-        # What is not set, and suits the log.
+        # Settings that suit the log and are not set yet.
         (BEHIND_POPULAR, BY_USER, "^behind popularity: set model.candidate_bias$"),
         (BEHIND_POPULAR, BIAS | BY_USER, None),
         (BEHIND_POPULAR, BIAS, "check with split.kind last_share whether popularity has changed"),
@@ -235,7 +235,7 @@ RACED: dict[str, Any] = {"race": {"recipes": {"sequence": {}, "sets": {}}}}
         (LINEAR, NUMERIC | {"preset": "sets"}, "iALS: more"),
         (LINEAR, NUMERIC | UNORDERED, "iALS: take --preset sets, or set model.item_init svd, or"),
         (ORDERED, UNORDERED, "--preset sequence.*--preset sets"),
-        # Recipes that lost the race.
+        # Recipes that lost the race are not suggested.
         (ORDERED | RACED, UNORDERED, "^(?!.*--preset)"),
     ],
 )
@@ -272,7 +272,7 @@ def test_a_strange_test(means: dict[str, float], changed: dict[str, int], told: 
         return
     (line,) = found
     assert re.match(told, line)
-    # What is set already is not suggested.
+    # Settings that are already set are not suggested.
     settings = {"evaluation.exclude": "none", "data.item_features": {"year": "numeric"}}
     again = list(advice(metrics, METRIC, with_settings(RunConfig(), settings)))
     assert not any("exclude to none" in line or "item_features" in line for line in again)

@@ -30,7 +30,7 @@ from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
 PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid")
-NUM_EPOCHS, MAX_STEPS = 2, 20  # Of twelve steps each.
+NUM_EPOCHS, MAX_STEPS = 2, 20  # An epoch has twelve steps.
 
 
 def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
@@ -114,7 +114,7 @@ def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
         assert (plan.model.correction == "none") == (name == "in_batch_uncorrected")
     kinds = {name: plan.model.negatives for name, plan in of.items()}
     num_columns = {name: sum(getattr(x, "num", 255) for x in kinds[name]) for name in kinds}
-    # In-batch alone cannot have more; all others have as many.
+    # In-batch plans cannot have more columns; all others have equally many.
     assert num_columns.pop("in_batch") == num_columns.pop("in_batch_uncorrected") == 255
     assert set(num_columns.values()) == {255 + 32}
     assert (kinds["popularity"], kinds["uniform"]) == ((Popularity(287, 0.75),), (Uniform(287),))
@@ -143,14 +143,14 @@ def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path)
     own = FunnelLosers(stages=("ranked", "pre_ranked"), bottom_share=0.1, num=2, share=0.2)
     config = funnel_config(tmp_path, plans=["mixed", "hybrid", "exposed"])
     config = with_settings(config, {"model.hard": own})
-    # Exposed items are negatives only where the user insists, and the log has some.
+    # Exposed items are negatives only if the user asks for them and the log has some.
     assert "exposed" not in RunConfig().compare.plans
     asked = every_loser(config)
     assert asked == replace(own, stages=(*own.stages, "exposed"), allow_exposed=True)
     plans, notes = sampling_plans(config, ["ranked", "retrieved"])
     assert notes == ["plan exposed is missing: no positive has an item of exposed in its request"]
     assert plans["hybrid_0.1"]["model.hard"] == replace(own, stages=("ranked",), share=0.1)
-    # What is said of ranked ones says nothing of others.
+    # `bottom_share` is only about ranked items.
     plans, _ = sampling_plans(config, ["pre_ranked"])
     losers = FunnelLosers(stages=("pre_ranked",), num=2, share=0.1)
     assert plans["hybrid_0.1"]["model.hard"] == losers
@@ -167,7 +167,7 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
     for settings, message in wrong:
         with pytest.raises(ConfigError, match=message):
             funnel_config(tmp_path, **settings)
-    # All plans start from nothing.
+    # All plans start from random weights.
     config = funnel_config(tmp_path).model_copy(update={"warm_start": Path("runs/yesterday")})
     with pytest.raises(ConfigError, match=r"^warm_start: got 'runs/yesterday': .*random weights"):
         compare(config, tmp_path / "run")
@@ -187,7 +187,7 @@ def test_plans_are_compared_with_the_reference_query_by_query(compared: PlanComp
         expected = np.nanmean(hybrid.per_query[metric] - values)
         assert interval.mean == pytest.approx(expected, abs=1e-12), metric
         assert interval.low <= interval.mean <= interval.high
-    # Tighter than the two intervals apart: queries are paired.
+    # The interval is tighter than the separate two, because queries are paired.
     difference = evaluation.differences["in_batch_uncorrected"]["ndcg@20"]
     apart = [x.overall.intervals["ndcg@20"] for x in (uncorrected, mixed)]
     assert difference.high - difference.low < sum(x.high - x.low for x in apart)
@@ -207,7 +207,7 @@ def test_files_hold_the_plans(compared: PlanComparison) -> None:
     (cut_off,) = compared.notes
     assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")
     assert f"\n- {cut_off}\n" in text
-    # A terminal gets the columns that fit, the first ones; none is wrapped.
+    # A terminal gets only the first columns that fit; none is wrapped.
     whole, narrow = compared.table(), compared.table(width=80)
     assert max(map(len, narrow.split("\n"))) <= 80 < max(map(len, whole.split("\n")))
     assert [line[:30] for line in narrow.split("\n")] == [line[:30] for line in whole.split("\n")]
@@ -238,7 +238,7 @@ def test_figure_shows_the_plans(compared: PlanComparison) -> None:
 
 
 def test_what_a_comparison_comes_to_is_said() -> None:
-    """By the ends of each difference from the first: beside 0, around it, or not known."""
+    """It depends on whether the interval of a difference excludes 0, holds it, or is unknown."""
     ends = {"hybrid": (0.09, 0.11), "popularity": (-0.01, 0.03), "uniform": (-0.11, -0.09)}
     ends |= {"one query": (np.nan, np.nan), "exposed": (0.1, 0.12)}
     means = {"mixed": 0.3, "hybrid": 0.4, "popularity": 0.31, "uniform": 0.2, "one query": 0.3}
@@ -257,7 +257,7 @@ def test_what_a_comparison_comes_to_is_said() -> None:
     assert said("uniform", "popularity", "hybrid", "one query") == (
         "hybrid beats mixed; popularity, one query tie with mixed; uniform is worse than mixed"
     )
-    # The highest one may tie, or be the reference itself.
+    # The highest plan may tie with the reference, or be the reference itself.
     one = "popularity ties with mixed; popularity is highest, by no more than chance"
     assert said("popularity") == one
     assert said("uniform") == "mixed is highest; uniform is worse than mixed"

@@ -1,4 +1,4 @@
-"""Day after day: a run that starts from yesterday's, and a gate before the model in service."""
+"""Daily runs: each starts from yesterday's, and a gate protects the model in service."""
 
 import re
 import shutil
@@ -34,18 +34,18 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
-YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of the items that are there.
-WITHDRAWN = [5, 6]  # Of today's events, what today's item table lacks.
+YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.
+WITHDRAWN = [5, 6]  # Items of today's events that today's item table lacks.
 
 
 @dataclass(frozen=True)
 class Warm:
-    """A run that has started from another, and what it said, by step."""
+    """A run that started from another, and what it reported, by step."""
 
     result: RunResult
     reports: dict[str, StepReport]
-    started_from: list[str]  # Which trainings it has read.
-    alone: list[str]  # The steps at whose end nobody else could publish.
+    started_from: list[str]  # The trainings that it has read.
+    alone: list[str]  # The steps after which nobody else could publish.
 
 
 def ids_of(numbers: Iterable[int]) -> list[Any]:
@@ -57,7 +57,7 @@ def filtered(table: pa.Table, numbers: Iterable[int]) -> pa.Table:
 
 
 def config_of(folder: Path, day: str, items: range, **settings: Any) -> RunConfig:
-    """Settings of a run on the log of a day: other items, and other events of the same users."""
+    """Makes a run's settings for the log of a day; items and events differ, users do not."""
     events = filtered(event_table("str"), items)
     listed = items if items is YESTERDAY else [x for x in items if x not in WITHDRAWN]
     start, stop = (0, 0.85) if items is YESTERDAY else (0.15, 1)
@@ -94,7 +94,7 @@ def today(place: Path, **settings: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def warm(yesterday: RunResult, place: Path) -> Warm:
-    """Today's run, from the model in service and through the gate into its place."""
+    """Runs today's run, which starts from the model in service and replaces it through the gate."""
     settings = {"warm_start": model_folder(place), "export.gate": True}
     started_from: list[str] = []
     alone: list[str] = []
@@ -119,23 +119,23 @@ def warm(yesterday: RunResult, place: Path) -> Warm:
 
 def test_a_run_starts_from_the_served_model(yesterday: RunResult, place: Path, warm: Warm) -> None:
     result, reports = warm.result, warm.reports
-    # What it went on from stays so, whatever is in service when it is resumed.
+    # Its source stays the same, whatever is in service when it is resumed.
     assert RunFolder(result.folder).settings().warm_start == yesterday.folder
     notes = reports["train two_tower"].notes
     assert f"started from {yesterday.folder}" in notes
     assert "warm start: 70 items kept, 5 new, 5 gone; 150 users kept, 0 new, 0 gone" in notes
     assert "    genre: 4 values kept, 0 new, 0 gone" in notes
     assert versions_of(model_folder(place)) == [1, 2]
-    # Asked for once more, when the newest version is its own.
+    # The same if it is run again, when the newest version is its own.
     again = today(place, warm_start=model_folder(place))
     assert with_source(again, RunFolder(result.folder)).warm_start == yesterday.folder
-    # It begins where yesterday's training has come to.
+    # It begins where yesterday's training ended, and not at random.
     losses = [r.metrics["training"]["two_tower"]["history"]["loss"] for r in (yesterday, result)]
     assert losses[1][0] < losses[0][0]
 
 
 def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
-    """And nobody else publishes between the measurement and the export."""
+    """Nobody else can publish between the measurement and the export."""
     result, reports = warm.result, warm.reports
     (note,) = [x for x in reports["export"].notes if "not worse" in x]
     gap = result.metrics["differences"][IN_SERVICE]["ndcg@20"]
@@ -158,11 +158,11 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     assert retriever.knows(withdrawn).all()
     ids, _ = retriever.retrieve([{"history": withdrawn}, {}], len(TODAY))
     assert ids[0].tolist() != ids[1].tolist()
-    # Of the users' own histories, too.
+    # The users' stored histories hold them, too.
     rows = pq.read_table(result.folder / "data" / "events.parquet").to_pylist()
     clicked = (x for x in rows if x["item_id"] in withdrawn and x["stage"] == "clicked")
     assert set(withdrawn) & set(retriever.stored_history(next(clicked)["user_id"]))
-    # Elsewhere in the run they are candidates still.
+    # Elsewhere in the run they are still candidates.
     assert set(withdrawn) <= set(holdout_of(result).candidate_ids)
 
 
@@ -189,7 +189,7 @@ def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: War
 def test_a_run_that_was_killed_after_its_export_keeps_its_version(
     place: Path, warm: Warm, gate: bool, index: str, newest: int
 ) -> None:
-    """It is not measured beside itself, nor exported again unless another index is asked for."""
+    """It is not compared with itself, nor exported again unless another index is asked for."""
     settings = {"warm_start": model_folder(place), "export.gate": gate, "export.index": index}
     metrics_file = warm.result.folder / "metrics.json"
     files = (metrics_file, warm.result.folder / CONFIG_FILE)
@@ -214,7 +214,7 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
 
 
 def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path: Path) -> None:
-    """What the folder's earlier run has published is in service, and an equal model passes."""
+    """The version that the folder's earlier run published is in service; an equal model passes."""
     folder = warm.result.folder
     for name in ("metrics.json", "checkpoints"):
         shutil.move(folder / name, tmp_path / name)
@@ -229,7 +229,7 @@ def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path
 
 
 def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) -> None:
-    """The model is refreshed while today's run trains, which has read its items before."""
+    """The model is refreshed while today's run trains, after that run has read its items."""
     quick = {"training.max_epochs": 1, "training.refit": False, "export.name": "hourly"}
     folder, items = place / "saved_models" / "hourly", place / "hourly.parquet"
     listed = {*ids_of(range(3, 75))}
@@ -256,7 +256,7 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
 
 
 def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> None:
-    """The first one from what validation ended, so that it has seen nothing of what validates."""
+    """The first starts from the training that validation ended, which saw no validation data."""
     assert warm.started_from == ["selection", "refit"]
     best = yesterday.metrics["training"]["two_tower"]["best_epoch"]
     found = []
@@ -287,7 +287,7 @@ def test_a_damaged_file_of_its_source_is_told(yesterday: RunResult) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -> None:
-    """Stopped in both trainings, when another version is in service than it began with."""
+    """It is stopped in both trainings, with another version in service than at its start."""
     whole = warm.result
     config = with_settings(RunFolder(whole.folder).settings(), {"export.name": "others"})
     folder = place / "runs" / "stopped"
@@ -307,7 +307,7 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -
 def test_a_worse_model_is_published_only_if_asked_for(
     place: Path, warm: Warm, command: Any
 ) -> None:
-    """It is refused with its own code; the run is kept, and can be exported all the same."""
+    """It is refused with its own exit code; the run is kept and can still be exported."""
     served = model_folder(place)
     before = {path: path.read_bytes() for path in served.rglob("*") if path.is_file()}
     untrained = {"training.learning_rate": 1e-9, "training.max_epochs": 1, "training.refit": False}
@@ -322,14 +322,14 @@ def test_a_worse_model_is_published_only_if_asked_for(
         told,
     )
     assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == before
-    # What it was refused for can be looked at as after any run.
+    # The reasons can be inspected as after any run.
     assert re.search(rf"^{IN_SERVICE} +0\.\d+", shown, re.MULTILINE)
     assert f"report   {folder}/report.html\nmodel    not exported\n" in shown
     assert "next:" not in shown
     assert (folder / "report.html").is_file()
     metrics = read_record(folder / "metrics.json")
     assert metrics["differences"][IN_SERVICE]["ndcg@20"]["low"] > 0
-    # Another look is another refusal; opened, the gate lets it through without another training.
+    # It is refused again if run again; without the gate it is exported, without more training.
     assert command("run", "--run-dir", folder).code == 3
     trained = {x: x.stat().st_mtime_ns for x in (folder / "checkpoints").rglob("*") if x.is_file()}
     code, told, _ = command("run", "--run-dir", folder, "--no-export.gate")
@@ -369,7 +369,7 @@ def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) ->
 def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
     yesterday: RunResult, warm: Warm, place: Path, tmp_path: Path
 ) -> None:
-    """Such as those of a recipe that won there; from Python all settings are given."""
+    """Such settings may be those of a winning recipe; from Python, all settings count as given."""
     other = {"model.dim": 48, "training.learning_rate": 0.5, "training.max_epochs": 9}
     asked = today(place, warm_start=yesterday.folder, **other)
     theirs = RunFolder(yesterday.folder).settings()
@@ -377,7 +377,7 @@ def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
     assert got.model == theirs.model
     assert got.training == theirs.training.model_copy(update={"max_epochs": 9})
     assert got.data == asked.data
-    # The same command once more, in the folder of the run that it has started.
+    # The same command again, in the folder of the run that it has started.
     begun = RunFolder(Path(shutil.copytree(warm.result.folder, tmp_path / "begun")))
     begun.race.mkdir()
     begun.settle(asked, with_settings(begun.settings(), {"training.max_epochs": 7}), {})
@@ -404,13 +404,13 @@ def test_what_cannot_be_started_from_is_said(
     assert "which is gone" in refused(version)
     write_record(version / MANIFEST_FILE, {})
     assert "was exported from Python: no run holds its optimizer state" in refused(version)
-    # The folder may have been used again, by a run that a gate has refused.
+    # The folder may have been reused by a run that a gate has refused.
     write_record(version / MANIFEST_FILE, {"run": str(yesterday.folder), "metrics": {}})
     assert "where another run is now" in refused(version)
     version = model_folder(place) / "1"
     with pytest.raises(ConfigError, match="made by this very run, which began from random"):
         with_source(today(place, warm_start=version), RunFolder(yesterday.folder))
-    # A run that is finished is given back without what it has started from.
+    # A finished run is returned even if its source is gone.
     done = Path(shutil.copytree(warm.result.folder, tmp_path / "done"))
     again = today(place, warm_start=model_folder(place))
     model_folder(place).rename(tmp_path / "moved")
@@ -427,7 +427,7 @@ def test_what_cannot_be_started_from_is_said(
 
 @pytest.mark.slow
 def test_a_source_that_has_seen_the_test_is_told(yesterday: RunResult, place: Path) -> None:
-    """Two splits by time, of which the second one begins to test before the first one did."""
+    """In two splits by time, the second one's test begins before the first one's."""
     by_time = {"split.kind": "time", "training.max_epochs": 1, "split.test": 0.1}
     first = run(config_of(place, "yesterday", YESTERDAY, **by_time), place / "runs" / "a day")
     settings = {**by_time, "split.test": 0.6, "warm_start": first.folder, "export.name": "timed"}

@@ -1,4 +1,4 @@
-"""A run's folder: its own settings or none, one process at a time, nothing of refused input."""
+"""A run's folder holds one run's settings, one process at a time, and nothing of refused input."""
 
 import codecs
 import shutil
@@ -22,7 +22,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def begin(config: RunConfig, folder: Path) -> None:
-    """Does what a run does until its data is there."""
+    """Does what a run does until it has its data."""
     with RunFolder(folder).claim(config, is_run=True):
         (folder / "data").mkdir()
         (folder / "data" / "log.json").write_text("{}")
@@ -35,12 +35,12 @@ def refused(folder: Path, config: RunConfig, message: str, *, is_run: bool = Tru
 
 
 def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Path) -> None:
-    """A file cut at any place may be valid TOML of the defaults, which are another run."""
+    """A cut file may still be valid TOML, and its defaults would be the settings of another run."""
     begin(config, tmp_path / "run")
     path = tmp_path / "run" / CONFIG_FILE
     assert RunFolder(tmp_path / "run").settings() == load_config(path) == config
     whole = path.read_bytes()
-    path.write_bytes(codecs.BOM_UTF8 + whole)  # As an editor may save it again.
+    path.write_bytes(codecs.BOM_UTF8 + whole)  # As an editor may save it.
     assert RunFolder(tmp_path / "run").settings() == load_config(path) == config
     cuts = [whole[:i] for i in range(0, len(whole) - 1, 49)]
     for broken in (b"", *cuts, whole.replace(b"clicks", b"others"), whole + b"seed = 3\n"):
@@ -56,7 +56,7 @@ def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Pa
 
 @pytest.mark.parametrize("left", ["data/log.json", "metrics.json", "checkpoints/last"])
 def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path, left: str) -> None:
-    """Also where the data is gone since."""
+    """Also if the data has been removed since."""
     folder = tmp_path / "run"
     begin(config, folder)
     shutil.rmtree(folder / "data")
@@ -69,7 +69,7 @@ def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path, l
 
 
 def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: Path) -> None:
-    """What no index could reach would else cost the whole training."""
+    """Otherwise a recall that no index can reach would cost the whole training."""
     folder, version = tmp_path / "run", tmp_path / "saved_models" / "clicks" / "1"
     begin(config, folder)
     metrics = {"models": {"two_tower": {"num_queries": 7}}}
@@ -84,7 +84,7 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     for name, value in (("export.index", "scann"), ("export.target_recall", 0.9)):
         other = with_settings(changed, {name: value})
         refused(folder, other, rf"other settings \({name}: ")
-    # Another run's version of that number is not its own.
+    # A version of that number made by another run does not count.
     write_record(version / "manifest.json", {"metrics": {"num_queries": 8}})
     with RunFolder(folder).claim(other, is_run=True):
         pass
@@ -122,10 +122,10 @@ def test_only_a_stopped_run_leaves_a_folder(config: RunConfig, tmp_path: Path) -
     (tmp_path / "mine").mkdir()
     fail(config, folder, DataError("no column"))
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
-    # What others made meanwhile stays.
+    # Folders that others made in the meantime stay.
     fail(config, folder, DataError("no column"), folder.parent / "another")
     assert list((tmp_path / "mine" / "runs").iterdir()) == [folder.parent / "another"]
-    folder.mkdir()  # One's own.
+    folder.mkdir()  # The user's own folder.
     fail(config, folder, DataError("no column"))
     assert list(folder.iterdir()) == []
     (folder / "notes.txt").touch()
@@ -145,7 +145,7 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
     models.unlink()
     models.symlink_to(tmp_path / "not mounted")
     refused(folder, config, "saved_models: is a link to .*not mounted")
-    # Not the folder of the models alone, but that of the model, which may be another's.
+    # The model's own folder is tried too, not only that of all models: it may be somebody else's.
     models.unlink()
     models.mkdir()
     (models / "clicks").symlink_to(tmp_path / "not mounted")
@@ -169,19 +169,19 @@ def test_names_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     write_record(written, about)
     for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
         check_model_name(of_clicks(str(same)))
-    # What a killed export left behind is no model.
+    # What a killed export left behind is not a model.
     left = written.parents[1] / ".partial-1" / "manifest.json"
     left.parent.mkdir()
     write_record(left, {"config": {"data": {"path": "b/log.csv", "source": ""}}, "log": "other"})
     check_model_name(config)
-    # A link to the file of the day is one log, wherever it leads to.
+    # A link to the file of the day is one log, wherever it points.
     today, names = tmp_path / "log.csv", set()
     for day in ("monday", "tuesday"):
         today.unlink(missing_ok=True)
         today.symlink_to(tmp_path / f"{day}.csv")
         names.add(name_of_log(of_clicks("log.csv").data))
     assert len(names) == 1
-    # Not another's of the same path below another folder.
+    # The same relative path in another folder is another log.
     (tmp_path / "c").mkdir()
     with monkeypatch.context() as elsewhere:
         elsewhere.chdir(tmp_path / "c")
@@ -196,14 +196,14 @@ def test_names_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):
         run(of_clicks("b/log.csv"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    write_record(written, {})  # As Python exports a model.
+    write_record(written, {})  # As in a model exported from Python.
     for path, told in (("a/log.csv", "of data that it does not name"), ("журнал.csv", "required")):
         with pytest.raises(ConfigError, match=rf"^export\.name: .*{told}"):
             check_model_name(of_clicks(path))
 
 
 def test_a_second_run_is_refused_at_once(config: RunConfig, tmp_path: Path) -> None:
-    """Here of another thread; locks of other processes have their own tests."""
+    """Here the second run is in a thread; locks of other processes have their own tests."""
     folder = tmp_path / "run"
     with RunFolder(folder).claim(config, is_run=True), ThreadPoolExecutor() as other:
         other.submit(refused, folder, config, f"{folder} is in use by process").result()

@@ -44,7 +44,7 @@ STAGES = ["data", "split", "samples", "signals", "train two_tower", "baselines",
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that went through, and what it said on its way."""
+    """A finished run, and what it reported."""
 
     config: RunConfig
     folder: Path
@@ -76,7 +76,7 @@ def split_of(folder: Path) -> Split[Log]:
 
 
 def stages_config(folder: Path, events: pa.Table, **settings: Any) -> RunConfig:
-    """A log with stages and times, string ids, features of both sides, in Parquet."""
+    """Makes settings for a Parquet log: stages, times, string ids, features of both sides."""
     data = {
         "path": write(events, folder / "events.parquet"),
         "items_path": write(small_log.item_table("str"), folder / "items.parquet"),
@@ -89,7 +89,7 @@ def stages_config(folder: Path, events: pa.Table, **settings: Any) -> RunConfig:
 
 
 def ratings_config(folder: Path) -> RunConfig:
-    """Ratings in the order of the log, without times, integer ids, foreign names, in CSV."""
+    """Makes settings for ordered CSV ratings: no times, integer ids, other column names."""
     events = event_table("int").select(["user_id", "item_id", "rating"])
     events = events.rename_columns(["viewer", "film", "stars"])
     columns = {"user_id": "viewer", "item_id": "film", "rating": "stars"}
@@ -120,8 +120,8 @@ def finished(request: pytest.FixtureRequest) -> Finished:
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What of the metrics must come out the same again."""
-    # The notes hold how many positives a second were trained.
+    """Returns the metrics that must come out the same again."""
+    # The notes hold the number of positives trained per second.
     other = ("date", "seconds", "notes", "export_folder")
     return {name: value for name, value in metrics.items() if name not in other}
 
@@ -156,7 +156,7 @@ def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -
         assert facts.items_by_part[part] == len(ids)
     clicks = [row for row in rows if row["part"] != "test" and row["stage"] == "clicked"]
     counts = Counter(row["item_id"] for row in clicks)
-    # Items stand in the order of their ids.
+    # Items are in the order of their ids.
     in_order = sorted(item_id(number, "str") for number in range(NUM_ITEMS))
     assert facts.popularity.counts.tolist() == [counts[id_] for id_ in in_order]
     share = facts.popularity.counts / len(clicks)
@@ -169,7 +169,7 @@ def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -
 
 
 def test_the_report_masks_what_the_training_masked(tmp_path: Path) -> None:
-    """Items of the last hours alone: nobody's negatives, and no worse for not being drawn."""
+    """Items seen only in the last hours are masked, and do not count as unreachable."""
     from tfrs_pipeline.report.facts import gather_facts
 
     events = event_table("int")
@@ -247,7 +247,7 @@ def test_models_and_stages_are_those_asked_for(of_stages: Finished, of_ratings: 
     # The model learns the tastes.
     models = flat(of_stages.metrics["models"])
     assert models["two_tower/ndcg@20/mean"] > 2.5 * models["popularity/ndcg@20/mean"]
-    # At random, 5 of the 80 items hold a sixteenth of what there is to find.
+    # At random, 5 of the 80 items hold a sixteenth of the relevant items.
     assert models["two_tower/recall@5/mean"] > 2.5 * 5 / 80
 
 
@@ -258,8 +258,8 @@ def test_the_test_is_asked_by_request_too(of_stages: Finished, tmp_path: Path) -
     found = of_stages.metrics["by_request"]["models"]
     assert list(found) == list(of_stages.metrics["models"])
     assert found["popularity"] == measured(MostPopular().fit(trained_on), queries, config)
-    # The last item alone. (By the rule "drop", a history up to a request lacks what has its time,
-    # and the history before the test does not.)
+    # With one item to find, both are the same. (Not by the rule "drop": a history up to a request
+    # lacks events of the same time, and the history before the test does not.)
     last: dict[str, Any] = {"split.kind": "last_n", "split.validation": 1, "split.test": 1}
     last["data.ties"] = "order"
     data = prepare(with_settings(config, last), tmp_path / "run")
@@ -268,7 +268,7 @@ def test_the_test_is_asked_by_request_too(of_stages: Finished, tmp_path: Path) -
 
 
 def test_validation_asks_as_it_is_set(of_stages: Finished) -> None:
-    """In a split by time, the test of the baselines asks by requests."""
+    """The test of the baselines shows that a split by time asks by requests."""
     found = {}
     for by in (None, "users", "requests"):
         config = with_settings(of_stages.config, {"training.validate_by": by})
@@ -306,7 +306,7 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
 
 
 def test_a_beaten_model_is_exported_only_if_asked_for(tmp_path: Path, command: Any) -> None:
-    """It says so first, and by how much; the run is kept, and exports without another training."""
+    """The run first says by how much it lost; it is kept, and exports without more training."""
     settings = {"training.learning_rate": 1e-9, "training.max_epochs": 1, "export.index": "exact"}
     settings |= {"evaluation.baselines": ("popularity", "ease"), "export.if_beaten": False}
     config, folder = with_settings(ratings_config(tmp_path), settings), tmp_path / "run"
@@ -404,7 +404,7 @@ def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> No
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: Finished) -> None:
-    """Of the settings of another folder, and stopped again and again, it ends as that one did."""
+    """With another folder's settings, and stopped several times, it ends as that folder's run."""
     config = load_config(of_stages.folder / "config.toml")
     epoch_stops = [("two_tower, selection", 1), ("two_tower, refit", 1)]
     stopped = [Watched(stop) for stop in [("samples", 0), *epoch_stops, ("baselines", 0)]]
@@ -444,16 +444,16 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert (again.export_folder, list(watched.reports)) == (own, ["finished before"])
     assert own.is_absolute()
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
-    # Where another run's version has its number, it is not the run's own.
+    # A version with its number that another run made is not the run's own.
     others = {"two_tower": {**again.metrics["models"]["two_tower"], "num_queries": 7}}
     place, record = config.model_folder, path / "metrics.json"
     assert exported_version({**again.metrics, "models": others}, place) is None
-    # All may have been moved since: it is found among the model's versions.
+    # Folders may have been moved since: the version is found among the model's.
     moved = {**again.metrics, "export_folder": "/before/films/1"}
     kept = record.read_bytes()
     write_record(record, moved)
     assert run(config, path).export_folder == own
-    # Nor does it go before others that are in service, such as after a rollback.
+    # Nor does a finished run replace another version in service, such as after a rollback.
     other = own.rename(own.parent / "7")
     for metrics in (moved, again.metrics):
         write_record(record, metrics)
@@ -489,7 +489,7 @@ def weights(folder: Path, step: str, epoch: int) -> dict[str, np.ndarray]:
 
 
 def with_other_items(events: pa.Table, folder: Path, parts: tuple[str, ...]) -> pa.Table:
-    """Gives every event of some parts of a run's split another item, its stage and time kept."""
+    """Gives every event in some parts of a split another item; keeps its stage and time."""
     split = pq.read_table(folder / "data" / "split.parquet").sort_by("event_number").to_pylist()
     rng = np.random.default_rng(5)
     rows = events.to_pylist()
@@ -522,7 +522,7 @@ def test_nothing_of_the_test_part_is_known_before(of_stages: Finished, tmp_path:
         assert_same_training(of_stages.folder, tmp_path / "run", samples, step, epoch)
     other = split_of(tmp_path / "run").test
     assert_same_histories(other, of_stages.holdout("test"))
-    # The change did reach what is to be found.
+    # The change did reach the relevant items.
     pairs = zip(other.relevant, of_stages.holdout("test").relevant, strict=True)
     assert any(a.tolist() != b.tolist() for a, b in pairs)
 
@@ -579,7 +579,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(
     models = finished.metrics["models"]
     assert list(models) == ["two_tower", "popularity"]  # Transitions need an order.
     assert models["two_tower"]["ndcg@20"]["mean"] > 1.3 * models["popularity"]["ndcg@20"]["mean"]
-    # What validation could not measure is no number, as JSON has none.
+    # What validation could not measure is null, because JSON has no NaN.
     history = finished.metrics["training"]["two_tower"]["history"]
     assert history["val_tail/recall@5"] == [None] * 4
 

@@ -1,4 +1,4 @@
-"""A race of recipes within a run: who may race, what the winner leaves, and how it goes on."""
+"""A race of recipes in a run: which may race, what the winner leaves, how a race resumes."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
 from tfrs_pipeline.run.race import Race, planned, trainable_recipes
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
-# Few and small, so that a race takes seconds; no recipe changes them.
+# Small settings, so that a race takes seconds; no recipe changes them.
 GIVEN = {"model.dim": 8, "model.negatives": ["uniform:num=32"], "model.history_length": 10}
 GIVEN |= {"training.max_epochs": 3, "training.batch_size": 256, "training.monitor": "ndcg@20"}
 UNEXPORTED = {"export.index": "none"}
@@ -62,7 +62,7 @@ def test_the_winner_is_trained_and_its_settings_are_the_runs(raced: Raced) -> No
     for name in GIVEN:
         value = operator.attrgetter(name)
         assert value(settled) == value(config), name
-    # Its training in the race is the first training of the run: no epoch was trained twice.
+    # The winner's training in the race is the run's first training: no epoch was trained twice.
     history = result.metrics["training"]["two_tower"]["history"]
     assert history["val_ndcg@20"] == curves[best]
     assert (result.folder / "checkpoints" / "two_tower" / "selection").is_dir()
@@ -96,7 +96,7 @@ def test_the_next_days_run_does_not_race(raced: Raced, tmp_path: Path) -> None:
 
 
 def test_a_killed_race_goes_on_and_ends_the_same(raced: Raced, tmp_path: Path) -> None:
-    """Killed in a round, and after the race."""
+    """It is killed in a round and after the race."""
     _, result = raced
     config = config_in(tmp_path, **UNEXPORTED)
     stops: list[Any] = [("race, round 1, 3 recipes left: quick", 2), "race", ""]
@@ -113,7 +113,7 @@ def test_a_killed_race_goes_on_and_ends_the_same(raced: Raced, tmp_path: Path) -
 
 
 class StoppedIn(Watched):
-    """Stops at an epoch of a task, whose name goes on with who leads."""
+    """Stops at an epoch of a task; ignores who leads, which is at the end of its name."""
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
         super().task(name.partition(" (")[0], done, total, note)
@@ -126,7 +126,7 @@ def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     assert trained == {"default": 1, "quick": 0, "sets": 0}
     assert result.metrics["race"]["winner"] == "default"
     assert "quick: not trained before the budget ended" in result.metrics["race"]["lines"]
-    # The winner is then trained to its end all the same.
+    # The winner is still trained to its end.
     assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
 
 
@@ -208,7 +208,7 @@ def test_a_race_in_python_is_one_call(
     assert told[0].startswith("race, round 1, 2 recipes left: default, 1/4 epochs: loss")
     ids, _ = model.retrieve([{"history": [10, 20]}], k=5)
     assert ids.shape == (1, 5)
-    # A folder keeps it: the second call trains nothing.
+    # The folder keeps the race: the second call trains nothing.
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")}
     again, same = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'sequence'"):
@@ -225,7 +225,7 @@ def test_the_record_of_a_race_reads_back(raced: Raced) -> None:
     assert RunConfig(**record["asked"]) == config
     assert record["race"] == json.loads(json.dumps(result.metrics["race"]))
     assert folder.settled(config) == folder.settings()
-    # What may change in a started run, may change here.
+    # Settings that may change in a started run may also change here.
     opened = with_settings(config, {"export.gate": True})
     assert folder.settled(opened).export.gate
     other = with_settings(config, {"seed": 9})

@@ -1,4 +1,4 @@
-"""Runs that are killed and damaged, in short: the benchmark of it with a few of each."""
+"""Killed and damaged runs: runs the benchmark with a few of each."""
 
 import json
 import subprocess

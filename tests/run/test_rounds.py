@@ -15,7 +15,7 @@ CURVES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30)
 
 
 def full(name: str, values: Sequence[float], epoch: float = 5.0) -> Curve:
-    """A recipe whose epochs take equally long, trained to its end."""
+    """Makes the curve of a recipe trained to its end, whose epochs take equally long."""
     seconds = tuple(itertools.accumulate(itertools.repeat(epoch, len(values))))
     return Curve(name, seconds, tuple(values), has_ended=True)
 
@@ -52,7 +52,7 @@ def test_what_is_left_is_bounded_once_all_have_trained() -> None:
     assert rounds.most_left([until(good, 5), until(flat, 0)], epochs) is None
     begun = [until(good, 5), until(flat, 5)]
     assert rounds.most_left(begun, epochs) == pytest.approx(35 * 5.0 + 55 * 2.0)
-    # A recipe that is dropped, or has ended, trains no more.
+    # A recipe that is dropped or has ended trains no further.
     curves, _ = raced([good, flat])
     assert "flat" in standing(curves).dropped
     assert rounds.most_left([until(good, 30), curves[1]], epochs) == pytest.approx(10 * 5.0)
@@ -83,7 +83,7 @@ def test_a_tie_with_a_leader_that_has_ended_is_not_worth_the_time() -> None:
 
 
 def test_who_stays_close_is_trained_to_the_end() -> None:
-    """Close ones, equals (the first wins), and a lonely one."""
+    """Tries two close recipes, two equal ones (the first wins), and one alone."""
     close = {"one": [0.3, 0.4, 0.41], "other": [0.3, 0.39, 0.42]}
     cases: Any = ((close, "other"), ({"a": [0.2, 0.3], "b": [0.3, 0.2]}, "a"))
     for known, first in (*cases, ({"alone": [0.1, 0.05, 0.04, 0.03]}, "alone")):
@@ -105,7 +105,7 @@ def test_a_round_gives_each_recipe_the_same_cpu_time() -> None:
         ("round 1", FIRST_SECONDS, FIRST_EPOCHS - 1, "dear"),
         ("round 2", FIRST_SECONDS, FIRST_EPOCHS, "cheap"),
         ("round 2", quota - 1, FIRST_EPOCHS, "cheap"),
-        # Who trained last goes on.
+        # The recipe that trained last goes on.
         ("round 3", quota, FIRST_EPOCHS, "cheap"),
         ("round 3", quota * STEP + 1, FIRST_EPOCHS, "dear"),
         ("round 4", quota * STEP + 1, FIRST_EPOCHS * STEP + 1, "dear"),
@@ -120,7 +120,7 @@ def test_a_budget_ends_the_race_with_the_leader() -> None:
     unlimited = sum(curve.spent for curve in raced(known)[0])
     for budget in (10.0, 60.0, 200.0):
         curves, _ = raced(known, budget)
-        # An epoch is not cut, and each recipe has its turn before the budget is looked at.
+        # Epochs are not cut, and each recipe has a turn before the budget is checked.
         assert sum(curve.spent for curve in curves) <= max(budget, 5.0) + 5.0 < unlimited
     assert winner(curves).name == "good"
     assert not winner(curves).has_ended
@@ -140,10 +140,10 @@ def test_a_race_ends_with_a_winner(curves: list[list[float]], seed: int) -> None
     assert first in known
     dropped = standing(trained).dropped
     for curve in trained:
-        # Whoever did not win was behind when it was dropped, or has ended behind.
+        # A recipe that did not win was behind when it was dropped, or has ended behind.
         assert curve is first or curve.best <= first.best
         assert curve.has_ended or curve.name in dropped
-    # The rule reads the curves alone: a race that was stopped after any turn goes on the same way.
+    # The rule reads only the curves, so that a race stopped after any turn goes on the same way.
     assert raced(known)[1] == turns
 
 
@@ -155,5 +155,5 @@ def test_the_building_of_a_network_counts_as_a_usual_epoch() -> None:
     assert curve.has_ended
     # One epoch was saved, but not its time.
     assert Curve("a").after([0.1, 0.2], [4.0], has_ended=False).seconds == (4.0, 8.0)
-    # All epochs were saved as a process was killed before it wrote any time.
+    # All epochs were saved, but the process was killed before it wrote any times.
     assert Curve("a").after([0.1, 0.2], [], has_ended=True).seconds == (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Steps: what is whole is read, the rest is made; and the drawing of them on the page."""
+"""Steps: what is whole is read, and the rest is made; the page shows their drawing."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def counted_step(name: str, reads: tuple[str, ...], done: list[str], folder: Path) -> Step:
-    """A step that writes the names of all that it was made from into a file."""
+    """Makes a step that writes into a file the names of all that it was made from."""
     path = folder / name
 
     def read(runner: Runner, *given: str) -> str | None:

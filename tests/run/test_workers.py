@@ -1,4 +1,4 @@
-"""A run by several workers: one killed, the others stop and say so, and all go on together."""
+"""A run by several workers: if one is killed, the others say so and stop, and all can resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tfrs_pipeline.config import dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.run.pipeline import run
 
-NUM_EPOCHS = 8  # Else the run may end before the kill.
+NUM_EPOCHS = 8  # With fewer, the run may end before the kill.
 WAIT_S = 600
 
 
@@ -50,7 +50,7 @@ def test_a_killed_worker_stops_the_others_and_all_go_on(tmp_path: Path) -> None:
         printed = outputs(workers)
     assert [worker.returncode for worker in workers] == [0, 0], printed
     assert "run folder" in printed[0]
-    # One version, of the chief; and the numbers of a run by one process.
+    # Only the chief exports a version; the numbers are those of a run by one process.
     assert [path.name for path in (tmp_path / "saved_models" / "films").iterdir()] == ["1"]
     metrics = read_record(together / "metrics.json")
     config = small_config(tmp_path / "alone", data, training=training)

@@ -60,7 +60,7 @@ def build(log: Log, folder: Path) -> list[tuple[int, int, tuple[int, ...]]]:
 
 
 def slow_histories(events: list[Event], has_request: bool, ties: TieRule) -> list[Any]:
-    """Loops over positives: what was clicked before the request, or the event, began."""
+    """Loops over positives and lists the clicks before the request began, or before the event."""
     # When each event happened, and where it stands among those of its second.
     moments = [(event[2], 0 if ties == "drop" else place) for place, event in enumerate(events)]
     starts: dict[tuple[int, int | None], tuple[int, int]] = {}
@@ -79,7 +79,7 @@ def slow_histories(events: list[Event], has_request: bool, ties: TieRule) -> lis
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=EVENTS, has_request=st.booleans(), ties=st.sampled_from(TIE_RULES))
 @example(
-    # The query of the request comes before all of its events, and after what came before these.
+    # A request's query comes before all of its events, and after whatever precedes them.
     events=[
         (1, 2, 3, "clicked", None),
         (1, 3, 3, "exposed", 1),
@@ -91,7 +91,7 @@ def slow_histories(events: list[Event], has_request: bool, ties: TieRule) -> lis
     ties="order",
 )
 @example(
-    # Of the same request, and of the same second, nothing is in the history.
+    # Clicks of the same request, or of the same second, are not in the history.
     events=[(1, 2, 3, "clicked", 1), (1, 3, 4, "clicked", 1), (1, 4, 4, "clicked", None)],
     has_request=True,
     ties="drop",
@@ -99,7 +99,7 @@ def slow_histories(events: list[Event], has_request: bool, ties: TieRule) -> lis
 def test_samples_match_a_loop(
     tmp_path: Path, events: list[Event], has_request: bool, ties: TieRule
 ) -> None:
-    # One folder an example: the fixture's is shared by all of them.
+    # Each example has a folder of its own, because all examples share the fixture's.
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     log = make_log(events, without=() if has_request else ("request_id",), ties=ties)
     assert build(log, folder) == slow_histories(events, has_request, ties)
@@ -118,14 +118,14 @@ def test_samples_match_a_loop(
     for user in range(1, NUM_USERS + 1):
         assert samples.known_positives[user].tolist() == sorted(set(clicked[user]))
         assert samples.exposed[user].tolist() == sorted(exposed[user] - set(clicked[user]))
-    # A query's time is that of the first click that its history does not have.
+    # A query's time is the time of the first click that is not in its history.
     start = int(START.timestamp())
     query_times = samples.latest_times(np.arange(len(samples)), 4)
     assert samples.num_earlier is not None
     for i, latest in enumerate(query_times - start):
         times = seconds[samples.query_rows[i]][: samples.num_earlier[i] + 1][::-1][:5]
         np.testing.assert_array_equal(latest, [*times, *[np.nan] * (5 - len(times))])
-    # As of now, to a model that knows users 2 to 5, and items 1 to 5.
+    # Histories at the end of the log, for a model that knows users 2 to 5 and items 1 to 5.
     histories, known, item_times = latest_histories(log, Ids(range(2, 6)), Ids(range(1, 6)))
     for row, user in enumerate((0, 2, 3, 4, 5)):
         items = [item if item <= 5 else 0 for item in clicked[user]]
@@ -156,7 +156,7 @@ def test_samples_stand_by_query_and_time_and_are_rebuilt(tmp_path: Path) -> None
     for _ in range(2):
         build_samples(log, tmp_path, seed=0)
         samples = read_samples(tmp_path)
-        # Each sample has its own weight, which is its time, and item, wherever it stands.
+        # Each sample keeps its own item and its own weight, which is its time here.
         times = (samples.weights * 8).astype(int)
         assert list(zip(samples.query_rows.tolist(), times.tolist(), strict=True)) == sorted(pairs)
         np.testing.assert_array_equal(samples.candidate_rows, 1 + times % 7)

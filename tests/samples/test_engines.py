@@ -20,7 +20,7 @@ from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
-# Pools of own requests, and the low part of ranks.
+# Pools of the same request, and of the low part of the ranks.
 HARD = FunnelLosers(stages=("retrieved", "ranked"))
 
 
@@ -43,7 +43,7 @@ def logs(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Log, Log
     folder = tmp_path_factory.mktemp("log")
     options = FunnelOptions(num_retrieved=30, num_pre_ranked=16, num_ranked=8, num_exposed=4)
     log = simulate_funnel(num_users=30, num_items=80, num_requests=500, seed=3, options=options).log
-    # What is known at a request, of each type; not of every one.
+    # A request feature of each type; some values are missing.
     place = log.events["user_id"] % 4
     near = ibis.ifelse(place > 1, ibis.array([place / 8, place / 4]), None)
     events = log.events.mutate(
@@ -71,11 +71,11 @@ def read(folder: Path) -> dict[str, pa.Table]:
 def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path: Path) -> None:
     found = []
     for log, name in zip(logs, ("duckdb", "spark"), strict=True):
-        # Read back, as a run does it.
+        # The split is read back, as in a run.
         (folder := tmp_path / name).mkdir()
         log.split("time").write(folder / "split.parquet")
         split = Split.read(log, folder / "split.parquet")
-        # The second time they are those of the same log.
+        # The second build finds the samples of the same log.
         for _ in range(2):
             built = TrainingSet.build(split.train, folder / "samples", seed=5, hard=HARD)
         found.append((built.report, read(folder / "samples")))
@@ -116,7 +116,7 @@ def test_both_order_equal_times_alike(logs: tuple[Log, Log], ties: Ties, tmp_pat
 
 @pytest.mark.slow
 def test_duckdb_and_spark_have_the_same_signals_and_transitions(logs: tuple[Log, Log]) -> None:
-    """Of all users, and of some that are drawn."""
+    """This holds for all users and for a drawn sample of them."""
     found = []
     for log in logs:
         scores = Transitions().fit(log).score([{"history": [item]} for item in (1, 5, 40)])
@@ -165,7 +165,7 @@ def test_a_config_names_tables_of_spark(spark: Any, logs: tuple[Log, Log], tmp_p
     data = DataConfig(source="spark", item_features={"genre": "categorical"}, **paths)
     load_log(data).write(tmp_path)
     assert len(part_files(tmp_path / "events.parquet")) > 1
-    # What Spark has written, DuckDB reads.
+    # DuckDB reads what Spark has written.
     back = Log.read(tmp_path)
     for name, key in (("events", "event_number"), ("items", "item_id")):
         columns = getattr(back, name).columns

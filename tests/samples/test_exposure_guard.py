@@ -1,7 +1,7 @@
-"""No item that was exposed to a user and not clicked, or clicked, is ever that user's negative.
+"""No item that a user clicked, or saw without a click, is ever a negative of that user.
 
-Random funnels go the whole way, from event table to the gradient of the loss; the tests look for
-one forbidden item that got through.
+Random funnels run all the way from the event table to the gradient of the loss; the tests look for
+a forbidden item that gets through.
 """
 
 from collections import defaultdict
@@ -32,10 +32,10 @@ HARD = FunnelLosers(share=0.5, stages=LOST, num=2, bottom_share=0.9)
 
 
 def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dict[int, set[int]]]:
-    """Makes a log of users with a random funnel each, their forbidden items, and their losers.
+    """Returns a log with a random funnel for each user, and by user the forbidden items and losers.
 
     An item may be exposed in one request and lose in another, be clicked first and passed over
-    later, come twice in a request, lose at the very time it is shown.
+    later, come twice in a request, or lose at the very time it is shown.
     """
     rng = np.random.default_rng(seed)
     columns: dict[str, list[Any]] = defaultdict(list)
@@ -66,7 +66,7 @@ def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dic
 
 @dataclass(frozen=True)
 class Funnels:
-    """Samples of random funnels, and by user what is never a negative and what has lost."""
+    """Samples of random funnels; by user, the items that are never negatives, and the losers."""
 
     samples: Samples
     forbidden: dict[int, set[int]]
@@ -85,7 +85,7 @@ def funnels(tmp_path_factory: pytest.TempPathFactory) -> Funnels:
 
 
 def acting_negatives(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Tells which cells the loss depends on, and their candidates: [W, C + H] both."""
+    """Returns which cells the loss depends on, and the candidates of all: both [W, C + H]."""
     num_rows = len(batch.query_row)
     embeddings = tf.random.stateless_normal([NUM_ITEMS + 1, 3], [0, 1])
     corrections = [tf.tile(batch.log_q, [num_rows // len(batch.log_q), 1])]
@@ -140,13 +140,13 @@ def test_three_hundred_random_funnels(funnels: Funnels) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_random_funnels(tmp_path: Path) -> None:
-    # Few logs and large batches: what takes time is the number of both.
+    # Few logs and large batches: the time depends on how many of both there are.
     for seed in range(2, 7):
         check(build(tmp_path / str(seed), seed, 2000), seed, batch_size=256)
 
 
 def test_hard_negatives_do_reach_the_loss(funnels: Funnels) -> None:
-    """The guard is no proof if nothing passes: losers that may be negatives are."""
+    """The guard would prove nothing if nothing passed: allowed losers do become negatives."""
     samples = funnels.samples
     num_pooled = 0
     for pool in samples.hard_pools.values():

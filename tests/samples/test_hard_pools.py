@@ -23,7 +23,7 @@ STAGES = [stage.value for stage in Stage]
 
 
 def random_log(seed: int, *, num_requests: int = 50) -> list[dict[str, Any]]:
-    """Makes a log of requests, an hour apart at most, items of every stage, ranks for some."""
+    """Makes requests at most an hour apart, with items of every stage and ranks for some."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     hour = 0.0
@@ -36,7 +36,7 @@ def random_log(seed: int, *, num_requests: int = 50) -> list[dict[str, Any]]:
         ranks: dict[int, int] = dict(zip(rng.permutation(ranked).tolist(), range(99), strict=False))
         for i, (item, stage) in enumerate(zip(items.tolist(), stages.tolist(), strict=True)):
             has_rank = i in ranks and rng.random() < 0.9
-            # Losers may carry the rank that the stage before gave them: another scale.
+            # Losers may carry the rank of the stage before, which is on another scale.
             lost_rank = int(rng.integers(50)) if i not in ranks and rng.random() < 0.5 else None
             row = {"query_row": user, "candidate_row": item, "stage": stage, "request_id": request}
             row |= {"time": START + timedelta(hours=hour), "event_number": len(rows)}
@@ -51,7 +51,7 @@ def as_table(rows: list[dict[str, Any]], *, drop: tuple[str, ...] = ()) -> ibis.
     return in_ibis(pa.Table.from_pylist(rows, schema).drop_columns(list(drop)))
 
 
-# Of each positive, by its event number: stage -> pool.
+# Event number of the positive -> stage -> pool.
 Pools = dict[int, dict[str, list[int]]]
 
 
@@ -151,7 +151,7 @@ def test_large_pools_are_thinned_at_random_and_by_the_seed() -> None:
     pool = run(rows, hard)[1]["retrieved"]
     assert len(set(pool)) == MAX_POOL
     assert pool == run(rows, hard)[1]["retrieved"]
-    # Of 198: about a quarter are of the first quarter.
+    # About a quarter of the pool comes from the first quarter of the 198 losers.
     assert 10 <= sum(item < 50 for item in pool) <= 40
 
 
@@ -170,7 +170,7 @@ def test_pools_are_written_in_random_order(tmp_path: Path) -> None:
     stages = ["clicked", *["retrieved"] * 40]
     rows = [{"user_id": user, "item_id": item, "stage": stages[item]} for user, item in pairs]
     table = pa.Table.from_pylist([{**row, "request_id": row["user_id"]} for row in rows])
-    # What cannot be a hard negative is counted: of user 0, an item exposed elsewhere and a click.
+    # The report counts removed losers. User 0 has two: an item exposed elsewhere, and a click.
     again = {**rows[0], "item_id": 41, "request_id": 99, "stage": "exposed"}
     more = [again, {**again, "request_id": 0, "stage": "retrieved"}]
     more.append({**more[1], "item_id": 0})
@@ -181,8 +181,8 @@ def test_pools_are_written_in_random_order(tmp_path: Path) -> None:
     pools = read_samples(tmp_path).hard_pools["retrieved"]
     in_order = [pools[i] for i in range(len(pools))]
     assert all(sorted(pool) == list(range(2, 42)) for pool in in_order)
-    # Of 30 * 39 neighbours, 2 in 40 are next to each other by row.
+    # Of the 30 * 39 neighbours, about 2 in 40 also have adjacent rows.
     is_next = np.concatenate([np.abs(np.diff(pool)) == 1 for pool in in_order])
     assert 20 <= is_next.sum() <= 110
-    # Each item comes first in some of the pools.
+    # Many different items come first in a pool.
     assert len({pool[0] for pool in in_order}) > 12

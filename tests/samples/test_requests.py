@@ -1,4 +1,4 @@
-"""Request features of samples: raw as at their events, encoded once, mapped."""
+"""Request features of samples: raw values as in the events, encoded once, mapped from files."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tfrs_pipeline.samples.store import read_samples
 
 def test_samples_have_the_request_features_of_their_events(tmp_path: Path) -> None:
     build_samples(made(rows(), FEATURES), tmp_path, seed=0)
-    # Users are numbered in the order of their ids, and a user's samples are in that of time.
+    # Users are numbered in the order of their ids; a user's samples are in order of time.
     table = sorted(enumerate(rows()), key=lambda x: (x[1]["user_id"], x[1]["timestamp"], x[0]))
     samples = pq.read_table(tmp_path / "samples.parquet")
     for name in FEATURES:

@@ -1,4 +1,4 @@
-"""Samples mapped from files: the same arrays, made again when what they are of has changed."""
+"""Samples mapped from files: the same arrays, made again when their source has changed."""
 
 import dataclasses
 import mmap
@@ -22,7 +22,7 @@ from tfrs_pipeline.samples.store import RowLists, Samples, read_samples
 
 @pytest.fixture(scope="module", params=["in order", "without"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples with weights, exposed items and pools; `test_build.py` has what they hold."""
+    """Samples with weights, exposed items and pools; `test_build.py` tests what they hold."""
     events = event_table("int").drop_columns(["rating"])
     weights = np.random.default_rng(0).random(len(events))
     log = Log.from_table(events.append_column("weight", pa.array(weights)))
@@ -61,7 +61,7 @@ def test_files_and_folders_of_parts_are_mapped_as_they_are(built: Path, tmp_path
     for name, array in of_parts.items():
         np.testing.assert_array_equal(array, found[name])
         assert array.dtype == found[name].dtype
-        # A window on the file, and nobody may write into it.
+        # Each array is a view of the mapped file, and is read-only.
         for base in (array, found[name]):
             window: Any = base
             while isinstance(window, np.ndarray):

@@ -36,7 +36,7 @@ from tfrs_pipeline.serving.versions import ServedVersion
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
-# The index of each type of ids, where testing every pair would show no more.
+# The index to test with each type of ids; testing every pair would show no more.
 KIND_OF = {"int": "scann", "str": "exact"}
 # Takes the type of ids, "int" or "str", and the kind of index, "exact" or "scann".
 Exported: TypeAlias = Callable[[str, str], Path]
@@ -120,7 +120,7 @@ def make_served(
     reads_times: bool = False,
     reads_history: bool = True,
 ) -> Served:
-    """Makes a model, once, with ids of a type, "int" or "str"; it attends if it reads times."""
+    """Makes a model, once for given arguments; `ids` is "int" or "str"; attention reads times."""
     rng = np.random.default_rng(0)
     gender = Categorical.fit("gender", ["M", "F"])
     genres = MultiCategorical.fit("genres", [["a", "b"], ["c"]])
@@ -144,8 +144,8 @@ def make_served(
         has_times=reads_times,
     )
     model = plan.build(corpus)
-    # An untrained Keras embedding is nearly zero: spread the answers out. Other inputs of a query
-    # must not hide the self-attention over its history, which begins small.
+    # Untrained Keras embeddings are nearly zero: spread the answers out. The other inputs of a
+    # query must not hide the self-attention over its history, which starts small.
     small = 0.05 if reads_times else 1.0
     for weight in model.weights:
         if weight.dtype.is_floating:
@@ -189,7 +189,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Exports a model with a filter, once for all tests; its folder may be read or copied."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # Which all workers share: an export takes seconds.
+        root = root.parent  # All workers share it: an export takes seconds.
 
     @functools.cache
     def once(ids: str, kind: str) -> Path:
@@ -229,7 +229,7 @@ def loaded_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf.saved_model, "load", load)
-        patch.setattr(ServedVersion, "release", lambda self: None)  # Others use its tables.
+        patch.setattr(ServedVersion, "release", lambda self: None)  # Other versions use its tables.
         yield
 
 

@@ -1,4 +1,4 @@
-"""Servers within this process: on a port in a thread, or straight to the application."""
+"""Servers within this process: on a port in a thread, or called without a socket."""
 
 import asyncio
 import contextlib

@@ -24,7 +24,7 @@ def build(vectors: np.ndarray) -> Searcher:
 
 
 class Plain:
-    """What is a candidate now: id -> vector and colours; and the same as `Candidates`."""
+    """The current candidates as a dictionary, id -> (vector, colours), and as `Candidates`."""
 
     def __init__(self, kind: str, ids: str) -> None:
         rng = np.random.default_rng(3)
@@ -33,7 +33,7 @@ class Plain:
         self.now = {self.id_of(i): x for i, x in enumerate(zip(VECTORS, colours, strict=True))}
         codes = np.array([[1 + COLOURS.index(x[0])] for x in colours], np.int32)
         searcher = build(VECTORS) if kind == "scann" else None
-        # Searches all leaves: what is missed is then an error, and no approximation.
+        # Searches all leaves, so that a missed item is an error and not an approximation.
         levels = [Level(150, 10, 10_000)] if searcher else []
         self.candidates = Candidates(
             *(list(self.now), VECTORS, searcher, levels, FilterValues(COLOURS, codes), codes)
@@ -108,7 +108,7 @@ def test_every_change_is_in_the_next_search(plain: Plain) -> None:
 
 
 def test_a_search_sees_a_change_whole_or_not_at_all(plain: Plain) -> None:
-    """Two items have each other's place in turn; every search finds exactly one of them first."""
+    """Two items replace each other in turn; every search finds just one of them, in first place."""
     best = 5 * QUERIES[:1]
     names, stop, seen = (plain.id_of(9001), plain.id_of(9002)), threading.Event(), set()
     plain.put([9001], best, [[]])

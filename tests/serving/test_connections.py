@@ -1,4 +1,4 @@
-"""Connections and the end of a server, over sockets, without a model."""
+"""Connections to a server, and how it stops: over sockets, without a model."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     running.thread.start()
     yield running
     running.server.should_exit = running.server.force_exit = True
-    with contextlib.suppress(RuntimeError):  # It has ended.
+    with contextlib.suppress(RuntimeError):  # The loop has ended.
         running.loop.call_soon_threadsafe(running.gate.set)
     running.thread.join()
 
@@ -78,7 +78,7 @@ def read(connection: socket.socket) -> str:
 
 
 def is_cut_off(connection: socket.socket) -> bool:
-    """Waits for the end of a connection: without an answer, or reset as bytes lay unread."""
+    """Tells whether a connection ends without an answer, or is reset because of unread bytes."""
     try:
         return connection.recv(65536) == b""
     except ConnectionResetError:
@@ -121,7 +121,7 @@ def test_headers_without_end_are_refused(running: Running, begin: bytes) -> None
             assert connection.recv(65536).startswith(b"HTTP/1.1 400")
         assert is_cut_off(connection)
     with running.open() as connection:
-        # Many requests on one connection are longer together.
+        # Many requests on one connection may together be longer than the limit.
         for _ in range(4):
             assert answer(connection, b"x" * (MAX_HEADER_BYTES // 2)).startswith("HTTP/1.1 200")
 
@@ -139,12 +139,12 @@ def test_beyond_the_limit_the_answer_says_when_to_try_again(running: Running) ->
             assert "retry-after: 1" in head
             assert "connection: close" in head
             assert set(json.loads(body)) == {"error"}
-        # A silent one takes no place.
+        # A silent connection does not count.
         with running.open() as silent:
             for connection in kept:
                 assert answer(connection).startswith("HTTP/1.1 200")
             assert answer(silent).startswith("HTTP/1.1 503")
-        # Nor does a further one take that of a late one, which is no longer one too many.
+        # A further connection does not take the place of a late one that is now within the limit.
         with running.open() as late:
             kept.pop().close()
             while not answer(late).startswith("HTTP/1.1 200"):
@@ -173,7 +173,7 @@ def test_a_stopping_server_answers_and_says_that_it_closes(running: Running) -> 
                 if "connection: close" in text:
                     assert new.recv(65536) == b""
                     break
-        # No byte for the idle client; a whole answer for the waiting one.
+        # The idle client gets no byte, and the waiting one gets a whole answer.
         assert idle.recv(65536) == b""
         running.loop.call_soon_threadsafe(running.gate.set)
         text = read(busy)

@@ -30,7 +30,7 @@ def module(served: Served) -> RetrievalModule:
 
 @pytest.fixture(scope="module")
 def short() -> RetrievalModule:
-    """Searches one leaf of eight: results fall short, which must never show."""
+    """Returns a module that searches one leaf of eight; its short results must never show."""
     return make_served("int").module("scann", num_leaves_to_search=1)
 
 
@@ -113,7 +113,7 @@ def test_filters_match_a_loop(served: Served, module: RetrievalModule, data: st.
     answers = [
         module.retrieve_filtered(asked, nothing, *rest),
         module.retrieve_user_filtered(asked, *rest),
-        # Given the stored features, the answer is the one without.
+        # Giving the stored features is the same as giving none.
         module.retrieve_with_features_filtered(asked, nothing, genders, *rest),
     ]
     for answer, by_user in zip(answers, (False, True, False), strict=True):

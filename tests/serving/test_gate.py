@@ -1,4 +1,4 @@
-"""The version in service is asked as in service, whatever a run has that it has not."""
+"""The version in service is asked as in service, even if a run's data differs from its own."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
 
 
 def log_of(slots: Any, kind: str) -> tp.Log:
-    """Makes a log with features of users and of requests, one of which is of a kind."""
+    """Makes a log with features of users and of requests; the request's slot has a given kind."""
     users = pd.DataFrame({"user_id": range(8), "seg": [*"aabb"] * 2, "age": [*range(7), None]})
     users["tags"] = [[tag] * (tag != "b") for tag in users["seg"]]
     of_users: Any = {"seg": "categorical", "age": "numeric", "tags": "multi_categorical"}
@@ -81,7 +81,7 @@ def test_a_request_feature_of_another_kind_by_now_says_nothing(
 def test_users_have_their_features_in_a_version_without_user_data(
     model: tp.FittedTwoTower, user_data: bool, tmp_path: Path
 ) -> None:
-    """As requests bring them, whatever their type; without the log they are missing."""
+    """They are given as in requests, whatever their type; without the log they are missing."""
     log = log_of([0, 1, 2], "numeric")
     tp.export(model, tmp_path / "m", index=tp.Exact(), user_data=user_data)
     queries: list[Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]

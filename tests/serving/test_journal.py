@@ -1,4 +1,4 @@
-"""The journal: what is confirmed is there after any cut, and nothing half."""
+"""The journal: confirmed records survive any cut, and no record is half written."""
 
 import os
 import subprocess

@@ -173,7 +173,7 @@ def test_the_event_loop_answers_a_call_that_is_alone_unless_one_was_slow(
     assert places_of(1) == {"loop"}
     seconds = 0.3
     assert places_of(1) == {"loop"}
-    assert places_of(1) == {"requests"}  # For 20 times 0.3 s.
+    assert places_of(1) == {"requests"}  # For the next 20 * 0.3 s.
 
 
 def test_slow_calls_hold_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:

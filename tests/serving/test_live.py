@@ -70,8 +70,8 @@ def test_a_new_item_is_found_by_the_next_query(served: Served, retriever: Loaded
     before = ranking(retriever, query)
     assert retriever.upsert([item(id_, title="Brand New")]) == 1
     after = ranking(retriever, query)
-    # As the exported towers say: the dot product of the query and of an unknown id with these
-    # features.
+    # The score comes from the exported towers: the dot product of the query and of an unknown id
+    # with these features.
     vector, is_known = retriever.embed_candidates([id_], {"genres": [["a", "b"]]})
     assert not is_known[0]
     expected = float((retriever.embed_queries([query]) @ vector.T)[0, 0])
@@ -141,10 +141,10 @@ def test_a_newer_version_knows_better(films: Path, tmp_path: Path) -> None:
     assert after[mine] == pytest.approx(ranking(load(model, live=False), query)[mine])
     assert (second.live.title_of(mine), second.live.title_of(new)) == (None, "New")
     assert second.titles()[mine] == "Title"
-    # What is written now goes before the version again.
+    # Later writes take precedence over the version.
     second.remove([mine])
     assert mine not in ranking(load(model), query)
-    # An older version takes all in.
+    # All writes apply to an older version.
     assert gone not in ranking(load(model / "1"), query)
 
 
@@ -295,7 +295,7 @@ def test_rest_adds_and_removes_items(running: Running, caplog: pytest.LogCapture
     page = running.get("/page/items?search=two").json()["items"]
     assert {"item_id": 90_002, "title": "<b>Two</b>"} in page
     assert running.get("/page/items?search=90001").json()["items"] == []
-    # A new version that knows none of them takes them over.
+    # A new version, exported without these items, takes them over.
     model, versions = running.server.versions._path, running.server.versions
     shutil.copytree(model / "1", model / ".2")
     (model / ".2").rename(model / "2")

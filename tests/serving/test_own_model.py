@@ -61,7 +61,7 @@ def exportable(model: OwnModel | None = None, **changes: Any) -> Exportable:
 
 
 class LookedUp(tf.keras.layers.Layer):
-    """Vectors behind lookup tables: those of Keras layers, and one of its own."""
+    """Vectors behind lookup tables: two in Keras layers, and one of its own."""
 
     def __init__(self, corpus: Corpus) -> None:
         super().__init__()

@@ -21,8 +21,8 @@ NUM_KILLS = 16
 MAX_KILLS = 10 * NUM_KILLS
 FILES_OF_A_VERSION = 8
 
-# Publishes for ever. Each file of a version holds its payload; the manifest comes in the middle,
-# where it helps least; and every step is slow enough for a kill.
+# Publishes forever. Each file of a version holds its payload. The manifest is written in the
+# middle, where it helps least, and every step is slow enough for a kill.
 PUBLISHER = """
 import itertools, sys
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_versions_count_up_and_ignore_what_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "6" / "half_copied").write_text("")
     (tmp_path / "7").write_text("a file")
     (tmp_path / "notes").mkdir()
-    # Its number, 5, does not lead back to it.
+    # Its number, 5, is not written like its name.
     (tmp_path / "005").mkdir()
     (tmp_path / "005" / MANIFEST_FILE).touch()
     assert versions_of(tmp_path) == []
@@ -100,7 +100,7 @@ def test_keeps_only_the_newest_versions(tmp_path: Path) -> None:
 
 def test_refreshes_push_out_no_other_training(tmp_path: Path) -> None:
     """One training a night, refreshed every hour."""
-    nights: list[list[int]] = []  # The versions of each.
+    nights: list[list[int]] = []  # The versions of each night.
     for _ in range(7):
         nights.append([])
         for _ in range(7):
@@ -140,7 +140,7 @@ def test_who_decides_by_the_newest_version_publishes_the_next(tmp_path: Path) ->
     def start(stack: contextlib.ExitStack) -> Any:
         pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         process = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
-        # Ends a process that hangs, and thereby the reading from it.
+        # Ends a process that hangs, so that reading from it ends too.
         killer = threading.Timer(120, process.kill)
         killer.start()
         stack.callback(killer.cancel)
@@ -181,7 +181,7 @@ def test_killed_at_random_points_the_newest_version_is_whole(tmp_path: Path) -> 
     """Kills publishers without warning; readers find whole versions, and never older ones."""
     rng = np.random.default_rng(0)
     newest, num_partial, trial = 0, 0, 0
-    # How many fall within a version depends on the disk, so it goes on until enough have.
+    # How many kills fall within a version depends on the disk: goes on until enough have.
     while trial < NUM_KILLS or (num_partial <= NUM_KILLS // 4 and trial < MAX_KILLS):
         trial += 1
         command = [sys.executable, "-c", PUBLISHER, str(tmp_path), f"payload-{trial}"]
@@ -206,5 +206,5 @@ def test_killed_at_random_points_the_newest_version_is_whole(tmp_path: Path) -> 
         # The next publisher's first version removes what this one left.
         assert sum(path.is_dir() for path in tmp_path.glob(".partial-*")) <= 1
     assert newest > 0
-    # Otherwise none was killed within a version, and the test shows nothing.
+    # Otherwise too few were killed within a version, and the test shows nothing.
     assert num_partial > NUM_KILLS // 4

@@ -1,4 +1,4 @@
-"""A model over other items: what is new is found by its features, what is gone is gone."""
+"""A model refreshed with other items: new ones are found by their features, old ones are gone."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_sign
 
 
 NUM_GONE = 7
-# Two ids: one sorts before, one after those of the training.
+# Two ids: one sorts before those of the training, and one after them.
 NEW_IDS: dict[str, list[Any]] = {"int": [1, 10_000], "str": ["a film", "zum Film"]}
 
 
@@ -65,7 +65,7 @@ def refreshed(
 
 @pytest.fixture(scope="module")
 def of_int() -> Served:
-    """For what does not depend on the type of ids."""
+    """Returns a model for tests that do not depend on the type of ids."""
     return make_served("int")
 
 
@@ -82,7 +82,7 @@ def items_file(of_int: Served, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Takes what would be exported, in place of exporting it."""
+    """Records what would be exported, instead of exporting it."""
     calls: list[dict[str, Any]] = []
 
     def export_index(path: Path, options: ExportOptions, **given: Any) -> Any:
@@ -120,7 +120,7 @@ def with_genres(table: pa.Table, genres: Sequence[list[str] | None]) -> pa.Table
 
 
 def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
-    """Embeds the items with the model itself: row 0 is what the training did not have."""
+    """Embeds the items with the model itself; those that the training did not have are row 0."""
     row = {id_: i for i, id_ in enumerate(served.candidate_ids.tolist(), 1)}
     rows = np.array([row.get(id_, 0) for id_ in items["item_id"].to_pylist()], np.int32)
     encoded = served.candidate_features[0].encode_column(items["genres"].to_pylist())
@@ -162,14 +162,14 @@ def test_filters_go_by_todays_values(refreshed: Refreshed) -> None:
     with_a = {id_ for id_, genres in zip(*columns, strict=True) if "a" in genres}
     assert set(found[0][np.isfinite(scores[0])].tolist()) == with_a
     assert refreshed.new_ids[0] in with_a
-    # A history is read by what the training had: also by what is gone, by nothing that is new.
+    # In a history, items of the training are known even if they are gone, and new ones are not.
     asked = [*refreshed.served.candidate_ids[[0, -1]].tolist(), *refreshed.new_ids]
     assert loaded.knows(asked).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("refreshed", ["int"], indirect=True)
 def test_refreshing_again_restores_what_was_dropped(refreshed: Refreshed, tmp_path: Path) -> None:
-    """An item that comes back has its trained embedding: the encoder never forgets."""
+    """An item that comes back has its trained embedding, which the encoder has kept."""
     folder = Path(shutil.copytree(refreshed.folder, tmp_path / "films"))
     served = refreshed.served
     done = refresh_index(folder, write_all(served, tmp_path), keep_versions=2)
@@ -186,7 +186,7 @@ def test_refreshing_again_restores_what_was_dropped(refreshed: Refreshed, tmp_pa
 def test_what_a_refresh_asks_for_holds_for_the_next(
     of_int: Served, folder: Path, tmp_path: Path, request: pytest.FixtureRequest, command: Any
 ) -> None:
-    """From exact search to ScaNN and on from there, the settings those of the last one."""
+    """Refreshes from exact search to ScaNN; later refreshes keep the settings of the last one."""
     path = write_all(of_int, tmp_path)
     words = ["refresh-index", folder, "--items", path, "--keep-versions"]
     assert command(*words, 1, "--target-recall", 0.9).code == 0
@@ -227,7 +227,7 @@ def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) 
 def test_paths_are_judged_before_the_work(
     folder: Path, items_file: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    # By a link, and from within: the model's own name and number count.
+    # By a link, and from within its folder: the model's own name and number count.
     (folder / "latest").symlink_to("1")
     monkeypatch.chdir(folder)
     for path in (folder / "latest", Path(".")):
@@ -241,7 +241,7 @@ def test_paths_are_judged_before_the_work(
 
 
 def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_path: Path) -> None:
-    """Whose filter has no value then, and allows nothing but all."""
+    """With new items only, the filter has no values here, and can only allow all items."""
     new, path = pa.table({"item_id": [2, 4, 5], "genres": [["a"]] * 3}), tmp_path / "new.parquet"
     pq.write_table(new, path)
     with pytest.raises(DataError, match=r"none of its 3 ids, such as 2, is known"):
@@ -260,7 +260,7 @@ def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_pa
 def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refused(
     folder: Path, items_file: Path, asked: list[dict[str, Any]], command: Any
 ) -> None:
-    """Written otherwise they would be gone, and the filter's values with them."""
+    """With another spelling they would be lost, and the filter's values with them."""
     table = pq.read_table(items_file)
     genres = [x or [] for x in table["genres"].to_pylist()]
     num_given = sum(map(any, genres))
@@ -268,7 +268,7 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
     def write(lists: list[list[str]]) -> None:
         pq.write_table(with_genres(table, lists), items_file)
 
-    # One known value among unknown ones is enough; no value at all is no other one.
+    # One known value among unknown ones is enough; an item without values does not count.
     write([["A", *x] if i else [y.upper() for y in x] for i, x in enumerate(genres)])
     num_other = sum(not any(x) for x in genres[1:]) + any(genres[0])
     told = "genres: {} of 55 items have no value that the training had: taken as missing"
@@ -282,7 +282,7 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
     said = command("refresh-index", folder, "--items", items_file, "--allow-all-new").out
     said = " ".join(said.split())
     assert f"genres: {num_given} of 55 items have no value that the training had" in said
-    # One value alone says nothing of how others are written; two do, also of one item.
+    # A single unknown value is accepted unless all items have it; two are refused, even of one.
     write([["new"] if i in (3, 4) else [] for i in range(55)])
     assert told.format(2) in refresh_index(folder, items_file).notes
     for other in [["new"]] * 55, [["new", "newer"] if i == 3 else [] for i in range(55)]:

@@ -28,7 +28,7 @@ from tfrs_pipeline.serving.versions import ServedVersion
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
 PROVE = export_module.prove
 FEATURES = (
-    # Its input would have the name of the user's feature.
+    # Its input would have the same name as that of the user feature "gender".
     Categorical.fit("Gender", ["ios", "web"]),
     Categorical("hour", tuple(map(str, range(24))), is_from_timestamp=True),
     Numeric.fit("free space", [1.0, 4.0]),
@@ -36,7 +36,7 @@ FEATURES = (
     Vector.fit("place", [[1.0, 0.0], [0.0, 2.0]]),
 )
 TIME = datetime(2024, 5, 1, 7, 30, tzinfo=UTC)
-# Whole, in part, unknown, by its time, missing.
+# Complete, partial, with unknown values, by its time, missing.
 REQUESTS: list[dict[str, Any]] = [
     {"Gender": "ios", "hour": 7, "free space": 2.0, "words": ["a", "c"], "place": [0.5, 1.0]},
     {"Gender": "web"},
@@ -89,7 +89,7 @@ def user_queries(served: Served, requests: list[dict[str, Any]]) -> list[dict[st
 
 
 def stored_queries(served: Served) -> list[dict[str, Any]]:
-    """Makes queries of what is stored about each user, with a request."""
+    """Makes a query from what is stored about each user, with a request."""
     pairs = zip(export_module.stored_queries(served.exportable()), itertools.cycle(REQUESTS))
     return [{**query, "request": request} for query, request in pairs]
 
@@ -177,7 +177,7 @@ def test_users_and_given_features_go_with_requests(served: Served, model: Loaded
 
 
 def test_request_features_not_read_are_ignored(served: Served, model: LoadedRetriever) -> None:
-    """A holdout brings all those of its log."""
+    """A holdout passes all request features of its log."""
     for asked in (served.in_memory, model):
         expected, _ = asked.retrieve([{"request": {"Gender": "ios"}}], K)
         found, _ = asked.retrieve([{"request": {"Gender": "ios", "battery": 3}}], K)
@@ -231,7 +231,7 @@ def test_rest_reads_inputs(served: Served, version: ServedVersion, model: Loaded
 @pytest.mark.usefixtures("few_signatures")
 def test_rest_tells_times_and_sides_apart_whatever_their_names(tmp_path: Path) -> None:
     since = Timestamp.fit("app since", [TIME])
-    likes = Numeric.fit("genres", [1.0, 4.0])  # Of items, genres are lists.
+    likes = Numeric.fit("genres", [1.0, 4.0])  # The items' genres are lists.
     served = make_served("int", use_user_id=False, request_features=(since, likes))
     folder = export(served.exportable(), tmp_path / "films", index=Exact())
     version = ServedVersion(folder, ServeSettings())
@@ -281,7 +281,7 @@ def test_refreshed_items_and_exports_without_users_take_requests(
         assert kept == {n: str(x) if n in ("Gender", "hour") else x for n, x in given}
     embeddings = model.embed_queries(held_out)
     np.testing.assert_allclose(embeddings, model.embed_queries(asked), atol=1e-6)
-    # The way in which an index is tuned.
+    # The tuning of an index embeds queries in this way.
     sides = {"query": served.query_features, "request": FEATURES}
     by_encoder = embed_queries(Encoder(served.exportable()), asked, sides)
     np.testing.assert_allclose(embeddings, by_encoder, atol=1e-6)

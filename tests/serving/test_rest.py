@@ -72,7 +72,7 @@ NAN = np.nan
         ([[7]], [[5.0, None]], [[5, NAN]]),
         (ALONE, [[5.0, None, 6.0]], "3 times for 2 items"),
         ([[]], [[5.0, None, 6.0]], "3 times for 0 items"),
-        # However long the other histories of the batch are.
+        # The length of the batch's other histories does not matter.
         (PADDED, [[5, None, None], [5, 6, 7]], [[5, NAN, NAN], [5, 6, 7]]),
         (PADDED, [[5, None], [5, 6]], [[5, NAN], [5, 6]]),
         (PADDED, [[5, None, 6], [5, 6, 7]], r"one time for each item .*3 times for 1 item\."),
@@ -129,7 +129,7 @@ def test_null_is_a_missing_feature_but_no_id() -> None:
         "times": [[NAN, NAN], [7, NAN]],
     }
     rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
-    rows[1] = dict(reversed(rows[1].items()))  # The order of names says nothing.
+    rows[1] = dict(reversed(rows[1].items()))  # The order of names does not matter.
     for body in (inputs("features", **given), {"signature_name": "features", "instances": rows}):
         _, arrays, _ = parsed(body)
         for name, array in arrays.items():

@@ -39,7 +39,7 @@ def test_loaded_and_in_memory_agree(served: Served, folder: Path, is_fallback: b
 
 
 def test_the_graph_does_not_grow_with_the_ids(exported: Exported) -> None:
-    """Ids are in the variables: a graph must not exceed 2 GB."""
+    """Ids are stored in variables, because a graph must not exceed 2 GB."""
     graph = (exported("str", "exact") / "1" / "saved_model.pb").read_bytes()
     assert b"film-\xc3\xa9-" not in graph
     assert "Zoë".encode() not in graph
@@ -90,7 +90,7 @@ def test_a_version_is_served_as_exported_or_not_at_all(exported: Exported, tmp_p
     folder = Path(shutil.copytree(exported("int", "scann") / "1", tmp_path / "1"))
     variables = Path("variables") / "variables.data-00000-of-00001"
     for name, exact in ((variables, False), (EXACT_FOLDER / variables, True)):
-        # Another index over other towers: the same graph, other numbers.
+        # As with an index over other towers: the same graph, but other numbers.
         whole = (folder / name).read_bytes()
         damage(folder / name, "flipped")
         with pytest.raises(Damaged, match=f"{name}.* towers and index belong together"):

@@ -73,7 +73,7 @@ def test_every_signature(served: Served, running: Running, loaded: LoadedRetriev
     for name, function in signatures.items():
         specs = function.structured_input_signature[1]
         inputs = {key: columns[key] for key in specs}
-        if name.startswith("similar"):  # Nothing is similar to nothing.
+        if name.startswith("similar"):  # An empty id is refused here.
             inputs["item_id"] = items[8:10]
         tensors = {key: tf.constant(inputs[key], spec.dtype) for key, spec in specs.items()}
         expected = function(**tensors)
@@ -211,7 +211,7 @@ def test_new_versions_are_taken_up_without_failures(int_folder: Path, tmp_path: 
 def test_a_released_version_leaves_nothing_behind(int_folder: Path) -> None:
     version = ServedVersion(int_folder / "1", ServeSettings())
     tables = version.tables()
-    # Of users and items, of two vocabularies, of the index's items and of the filter.
+    # Tables of users, items, two vocabularies, the index's items and the filter.
     assert len(tables) == 6
     assert min(int(tf.raw_ops.LookupTableSizeV2(table_handle=x)) for x in tables) > 0
     version.release()

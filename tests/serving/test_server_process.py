@@ -97,7 +97,7 @@ def test_ctrl_c_answers_what_is_under_way(process: subprocess.Popen[str]) -> Non
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once(process: subprocess.Popen[str]) -> None:
-    late = begun(port_of(process), 20)  # Would be waited for.
+    late = begun(port_of(process), 20)  # One signal would wait for it.
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
@@ -153,7 +153,7 @@ def test_a_port_in_use_is_refused_before_a_model_is_loaded(
 
 def test_flags_become_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
     assert command("serve", folder, "--max-k", "0").code == 2
-    code, _, err = command("serve", folder, "--host", "")  # As from a variable that is not set.
+    code, _, err = command("serve", folder, "--host", "")  # As from an unset variable.
     assert (code, err) == (2, "error: host: got ''; string should have at least 1 character\n")
     got: list[Any] = []
     monkeypatch.setattr(server, "serve", lambda *arguments: got.extend(arguments))

@@ -31,7 +31,7 @@ def items(served: Served) -> list[Any]:
 def by_numpy(
     ids: list[Any], vectors: np.ndarray, places: list[int], k: int, closed: Any, biases: Any = 0.0
 ) -> tuple[list[list[Any]], np.ndarray]:
-    """Ranks all other items that are not closed by their dot products, one by one."""
+    """Ranks all other items, but those in `closed`, by their dot products, one by one."""
     found, scores = [], []
     for place, of_item in zip(places, closed, strict=True):
         products = np.array([float(np.dot(vectors[place], other)) for other in vectors]) + biases
@@ -45,7 +45,7 @@ def by_numpy(
 def by_signature(
     served: Served, model: Any, items: list[Any], k: int, exclude: list[list[Any]], *allowed: Any
 ) -> tuple[list[list[Any]], np.ndarray]:
-    """Asks a module, in memory or as it was saved."""
+    """Asks a module, in memory or reloaded."""
     dtype = tf.int64 if served.ids == "int" else tf.string
     function = model.similar_filtered if allowed else model.similar
     given = id_list(items, dtype), id_lists(exclude, dtype), tf.constant(k)
@@ -68,7 +68,7 @@ def test_every_way_answers_as_numpy(
 ) -> None:
     vectors, ids = served.model.embed_corpus(), served.candidate_ids.tolist()
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
-    # Of each item, its best one is excluded too.
+    # For each item, the most similar one is excluded too.
     best, _ = by_numpy(ids, vectors, SOME, 1, [set()] * 3)
     closed, allowed = list(map(set, best)), [["a"], ["b"], ["c"]] if is_filtered else []
     for of_item, (genre,) in zip(closed, allowed, strict=False):
@@ -127,7 +127,7 @@ def test_an_item_of_today_is_found(served: Served, folder: Path, tmp_path: Path)
     ids = [*rest, new]
     own = loaded.embed_candidates([new], {"genres": [genres]})[0]
     vectors = np.concatenate([served.model.embed_corpus()[1:], own])
-    # The new one, and the one nearest to it.
+    # Asks about the new item, and the one nearest to it.
     (nearest,), _ = by_numpy(ids, vectors, [len(rest)], 1, [set()])
     for place in (len(rest), ids.index(nearest[0])):
         expected, scores = by_numpy(ids, vectors, [place], len(rest), [set()])
@@ -162,7 +162,7 @@ def test_the_page_and_the_command_ask_it(
 
 
 def test_only_the_bias_of_a_found_item_counts(tmp_path: Path) -> None:
-    """Of a model with a learned bias, which is the last entry of its vectors, also refreshed."""
+    """In a model with a learned bias, the last entry of its vectors; also after a refresh."""
     rng = np.random.default_rng(0)
     clicks = {"user_id": rng.integers(1, 20, 100), "item_id": rng.integers(1, 12, 100) * 10}
     log = Log.from_table(pa.table(clicks))

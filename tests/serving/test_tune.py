@@ -25,7 +25,7 @@ NUM, TARGET = 20_000, 0.98
 
 
 def tuned_on(embeddings: np.ndarray, queries: np.ndarray, target: float = 0.9) -> tune.Tuned:
-    """Tunes an index on queries whose users know nothing."""
+    """Tunes an index on queries whose users know no items."""
     requests = Requests(queries, [np.zeros(0, np.int32)] * len(queries))
     return tune_index(embeddings, requests, target_recall=target)
 
@@ -161,15 +161,15 @@ def test_levels_take_the_least_work_up_to_that_of_exact_search(tuned: Tuned) -> 
 
 def test_the_recall_is_that_of_the_worst_kind_of_request() -> None:
     nothing = np.zeros((40, 128), bool)
-    # All of the first, half of the last: a request that excludes the nearest would miss half.
+    # The first are found, half of the last are not: a request without the nearest misses half.
     is_found = np.tile(np.arange(128) < 123, (40, 1))
     assert lowest_recall(is_found, nothing) == pytest.approx(0.5)
-    # All of the last, but only four fifths of what the users do not know.
+    # The last are all found, but only four fifths of what the users do not know.
     is_found = np.tile(np.arange(128) >= 4, (40, 1))
     assert lowest_recall(is_found, nothing) == 1
     knows = np.tile((np.arange(128) >= 16) & (np.arange(128) < 124), (40, 1))
     assert lowest_recall(is_found, knows) == pytest.approx(0.8)
-    # What differs among few queries may be luck.
+    # With few queries, a difference may be luck.
     is_found[0] = False
     assert lowest_recall(is_found, nothing) < 0.975 - 3 * 0.15 / np.sqrt(40)
 
@@ -183,8 +183,8 @@ def test_a_target_out_of_reach_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("rows", "scores", "is_found"),
     [
-        ([1, 2, 4, 5], [9, 8, 7, 7], [1, 1, 1, 1]),  # 5 for 3.
-        ([1, 4, 5, 6], [9, 7, 7, 7], [1, 0, 1, 1]),  # None for 2, which is better.
+        ([1, 2, 4, 5], [9, 8, 7, 7], [1, 1, 1, 1]),  # 5 replaces 3.
+        ([1, 4, 5, 6], [9, 7, 7, 7], [1, 0, 1, 1]),  # None replaces 2: it scores higher.
         ([1, 2, 4, 5], [9, 8, 7, 6.99], [1, 1, 0, 1]),
         ([1, 2, 0, 0], [9, 8, -np.inf, -np.inf], [1, 1, 0, 0]),
     ],

@@ -1,4 +1,4 @@
-"""The file of vectors: each item's own, whole, and what its metadata says of them."""
+"""The file of vectors: each item's own, the metadata about them, and never half a file."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_each_item_has_its_own_vector(exported: Exported, tmp_path: Path, ids: s
     told = [metadata[name] for name in names]
     assert told == ["films", "1", "8", "inner_product", "true", "false"]
     assert float(metadata["max_norm"]) == about["max_norm"] == table["norm"].to_numpy().max()
-    # A reader that is not Arrow.
+    # Readable without Arrow, too.
     (dims,) = duckdb.sql(f"SELECT DISTINCT len(embedding) FROM '{path}'").fetchall()
     assert dims == (8,)
 
@@ -70,7 +70,7 @@ def test_the_command_writes_items_of_the_service_too(
 
 
 def untitled(*ids: str) -> Any:
-    """A model of items without titles, the second of length 2."""
+    """Makes a model of items without titles; the second one's vector has length 2."""
     vectors = np.array([[1, 0], [0, 2]], np.float32)
     candidates = Candidates(np.array(ids, object), vectors, None, ()) if ids else None
     about: dict[str, Any] = {"folder": Path("plain/3"), "manifest": {"name": "plain"}}

@@ -1,4 +1,4 @@
-"""Which version is served as folders come and go; loading one costs nothing here."""
+"""Which version is served as folders come and go; the versions are fakes that load at once."""
 
 import asyncio
 import os
@@ -70,7 +70,7 @@ def states(model: ModelVersions) -> dict[int, str]:
 def test_only_the_newest_is_served(model: ModelVersions, folder: Path) -> None:
     first = served(model)
     model.refresh()
-    assert served(model) is first  # Nothing new loads nothing.
+    assert served(model) is first  # Without a new version, nothing is loaded.
     put(folder, 2)
     model.refresh()
     assert states(model) == {2: "AVAILABLE"}
@@ -137,7 +137,7 @@ def test_another_model_of_that_number_is_a_new_version(model: ModelVersions, fol
     model.refresh()
     assert served(model).payload == "another"
     assert states(model) == {1: "AVAILABLE"}
-    folder.rename(folder.with_name("away"))  # Gone for a while, it changes nothing.
+    folder.rename(folder.with_name("away"))  # Its absence changes nothing.
     model.refresh()
     assert states(model) == {1: "AVAILABLE"}
 

@@ -43,7 +43,7 @@ def exposures(seed: int, num_rows: int, is_rand: int) -> list[dict[str, int]]:
     return [row | x | {"time_ms": START_MS + x["time_ms"]} for x in drawn]
 
 
-# In the order in which they are read: a part 10 comes after a part 2.
+# In the order in which they are read: part 10 comes after part 2.
 LOGS = {
     "log_standard_4_08_to_4_21_27k_part1.csv": exposures(0, 7, 0),
     "log_standard_4_08_to_4_21_27k_part2.csv": exposures(1, 5, 0),
@@ -93,7 +93,7 @@ def test_kuairand_refuses_what_it_cannot_convert(
 
 
 def row(**values: int | None) -> dict[str, int | None]:
-    """Makes a row without any flag: rows of a published file have all columns."""
+    """Makes a row with all columns, as in a published file, and no flag set."""
     ids = {"request_id": 1, "request_timestamp": START_MS, "user_id": 1, "video_id": 1}
     return {**dict.fromkeys(RECFLOW.COLUMNS, 0), **ids, **values}
 
@@ -124,11 +124,11 @@ def test_the_furthest_stage_of_recflow_counts(tmp_path: Path) -> None:
         row(video_id=3 + i, rank_index=30, rerank_index=4, **dict.fromkeys(flags, 1))
         for i, (flags, _, _) in enumerate(FURTHEST)
     ]
-    for x in rows:  # Whatever it says of an outcome: without an exposure there is no positive.
+    for x in rows:  # Whatever the outcome is, there is no positive without an exposure.
         x["effective_view"] = 1 - (x["realshow"] or 0)
     clicked = row(video_id=2, realshow=1, effective_view=1, rerank_index=-1)
     write_day(days / "2024-01-13.feather", [*rows, row(video_id=99, user_id=9)])
-    write_day(tmp_path / "realshow" / "2024-01-13.feather", [clicked])  # Is in the first file.
+    write_day(tmp_path / "realshow" / "2024-01-13.feather", [clicked])  # Not read: see all_stage.
     write_day(tmp_path / "realshow" / "2024-01-14.feather", [clicked])
     RECFLOW.convert(tmp_path, tmp_path / "out")
     log = Log.from_files(tmp_path / "out" / "events", reading=Reading(timestamp_unit="ms"))
@@ -195,7 +195,7 @@ def test_short_sessions_are_not_drawn_and_the_others_stay_whole(tmp_path: Path) 
     drawn = table.groupby("user_id")["item_id"].apply(list).to_list()
     assert len(drawn) == 6
     assert all(session in published and len(session) == 3 for session in drawn)
-    # A file that would import a module.
+    # A pickle that would import a module is refused.
     (tmp_path / "all_train_seq.txt").write_bytes(pickle.dumps([Path("a")]))
     with pytest.raises(pickle.UnpicklingError, match="lists of numbers"):
         UNSEEN.sampled_sessions(tmp_path, 1)

@@ -14,7 +14,7 @@ from scipy.stats import chi2, chisquare
 from tfrs_pipeline.sources.simulated import DEVICES, FunnelOptions, Simulation, simulate_funnel
 
 NUM_USERS, NUM_ITEMS, NUM_REQUESTS = 200, 300, 1500
-# A right simulation fails a test at this level once in a million seeds; the seed is fixed.
+# A correct simulation fails a test at this level once in a million seeds; the seed is fixed.
 LEVEL = 1e-6
 Log = dict[str, np.ndarray]
 
@@ -57,7 +57,7 @@ def test_same_seed_same_log_and_another_seed_another() -> None:
 
 
 def test_a_longer_simulation_begins_with_the_shorter_one() -> None:
-    """Which ends within its second block of 1,024 requests."""
+    """The shorter one ends within its second block of 1,024 requests."""
     shorter, longer = log_of(simulate(1100)), usual_log()
     for name in set(shorter) - {"timestamp"}:
         np.testing.assert_array_equal(shorter[name], longer[name][: len(shorter[name])])
@@ -154,9 +154,9 @@ def test_clicks_follow_truth_times_examination(position_bias: float) -> None:
     groups, bound = 10 * bins + rank, chi2.isf(LEVEL, 10 * 10)
     looks = 1 / (1 + rank) ** position_bias
     assert chi_squared(is_clicked, liking * looks, groups) < bound
-    # The bias is there to be seen: taking the clicks for the truth does not fit,
+    # The bias is visible: without examination, the truth does not fit the clicks.
     assert chi_squared(is_clicked, liking, groups) > 2 * bound
-    # nor does the truth of another user.
+    # Nor does the truth of another user.
     strangers = np.roll(simulation.click_probability(simulation.user_ids), 1, axis=0)
     others = strangers[log["user_id"] - 1, log["item_id"] - 1][is_shown]
     assert chi_squared(is_clicked, others * looks, groups) > 2 * bound
@@ -185,7 +185,7 @@ def test_what_is_liked_depends_on_the_device_by_the_stated_formula() -> None:
     log, preferences = log_of(simulation), simulation.preferences
     assert simulation.log.request_features == {"device": "categorical"}
     assert np.linalg.norm(preferences.device_tastes, axis=1) == pytest.approx(4)
-    # One device a request, each of them as often.
+    # Each request has one device, and all devices are equally frequent.
     devices = log["device"].reshape(NUM_REQUESTS, -1)
     assert (devices == devices[:, :1]).all()
     counts = [int((devices[:, 0] == device).sum()) for device in DEVICES]
@@ -198,7 +198,7 @@ def test_what_is_liked_depends_on_the_device_by_the_stated_formula() -> None:
         assert probability == pytest.approx(1 / (1 + np.exp(-logits)))
         best = simulation.best_items([17], k=5, device=device)[0]
         assert best.tolist() == (1 + np.argsort(-probability)[:5]).tolist()
-    # The clicks follow it, and no other device's.
+    # The clicks follow the formula for their device, and for no other.
     is_shown = np.isin(log["stage"], ["exposed", "clicked"])
     looks = 1 / (1 + log["rank"][is_shown]) ** 0.5
     is_clicked = (log["stage"] == "clicked")[is_shown]

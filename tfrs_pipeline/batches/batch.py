@@ -1,4 +1,4 @@
-"""A training batch, its slices, and the contract of what decides which positives it has."""
+"""A training batch, its slices, and `Examples`, which decide which positives it has."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

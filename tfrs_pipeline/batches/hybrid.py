@@ -139,7 +139,7 @@ class HybridBatches:
     ) -> tf.data.Dataset:
         """Returns a dataset of the batches of `num_steps` steps, or endless, from `start_step` on.
 
-        Batches are those of an uninterrupted run. `slices` of a batch come in its place.
+        Batches are the same as in an uninterrupted run. With `slices`, they replace their batch.
         """
         chosen = self.examples.dataset(start_step, num_steps)
         if slices is not None:

@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for a model that a baseline or the version in service beats, 130 after Ctrl-C, 141 if nobody
     reads the output.
     """
-    # Without a last search for garbage in all that TensorFlow made, the process ends sooner.
+    # Skips the last garbage collection, which would search all that TensorFlow made.
     atexit.register(gc.freeze)
-    # Another Ctrl-C on the way out would print where Python was.
+    # Another Ctrl-C on the way out would print a traceback.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     is_verbose = False
     try:

@@ -234,7 +234,7 @@ def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[s
 
 def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> RunConfig:
     """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
-    # Not what may change in a started run: given anew, it would make the settings others.
+    # Without what may change in a started run: given again, it would change these settings.
     fixed = {"fixed": sorted({*named} - {"recipes", "fixed", "budget", *MAY_CHANGE})}
     if config.recipes and "fixed" not in named:
         return with_settings(config, fixed)

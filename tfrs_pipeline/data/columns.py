@@ -95,7 +95,7 @@ def to_timestamp(
 
 
 def _read_time(raw: RawTable, column: str) -> ir.Value:
-    """Reads times in text by the form of most: numbers, dates, ISO 8601 with or without offset."""
+    """Reads text in the form of most times: numbers, dates, ISO 8601 with or without offset."""
     value = raw.table[column]
     number = value.try_cast("float64")
     text = number.isnull().ifelse(value, ibis.null("string"))  # A failing cast is slow.
@@ -200,7 +200,7 @@ def is_integer(raw: RawTable, column: str) -> bool:
     """Returns whether ids are kept as int64.
 
     Text becomes integers only if every value is written as one ("7", not "007" or "+7"), so that
-    two ids never merge. "7.0" counts as 7: programs write it so if other rows have no id.
+    two ids never merge. "7.0" counts as 7: programs write that if other rows have no id.
     """
     dtype = raw.table[column].type()
     if dtype.is_string():

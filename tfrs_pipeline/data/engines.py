@@ -24,7 +24,7 @@ from tfrs_pipeline.durable import StorageError, naming, part_files
 from tfrs_pipeline.messages import printable
 
 _SPARK = "pyspark"
-# Of temporary folders. A run's folder may have such a name, but has no such file.
+# Mark temporary folders. A run's folder may have such a name, but has no such lock.
 _PREFIX, _LOCK = "tfrs-pipeline-", "tables.lock"
 ENGINES = ("duckdb", _SPARK)
 
@@ -33,14 +33,14 @@ def connect(memory_limit: str | None = None) -> DuckDB:
     """Opens a DuckDB whose tables need not fit in memory: they are in a file that is deleted later.
 
     Results beyond `memory_limit`, such as "4GB", go to disk too; None is four fifths of the memory.
-    Both are in the system's temporary folder, and take about the room of the uncompressed events.
+    Both are in the system's temporary folder, and take about as much as the uncompressed events.
     """
     folder, lock = _own_folder()
     options = {} if memory_limit is None else {"memory_limit": memory_limit}
     connection = ibis.duckdb.connect(
         folder / "tables.duckdb", temp_directory=str(folder / "spilled"), **options
     )
-    # They run in reverse order: the lock is held until the folder is gone.
+    # Finalizers run in reverse order, so the lock is held until the folder is gone.
     weakref.finalize(connection, os.close, lock)
     weakref.finalize(connection, shutil.rmtree, folder, ignore_errors=True)
     shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
@@ -50,7 +50,7 @@ def connect(memory_limit: str | None = None) -> DuckDB:
 
 
 def _own_folder() -> tuple[Path, int]:
-    """Removes the folders of killed processes; makes one that this process holds, with its lock."""
+    """Removes the folders of killed processes; makes and locks one for this process."""
     temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{_PREFIX}*/{_LOCK}"):
         with contextlib.suppress(OSError), left.open("rb+") as opened:  # Held, or another user's.

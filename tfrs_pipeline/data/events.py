@@ -57,7 +57,7 @@ def load_events(
     request_features: Mapping[str, str],
     others: Mapping[str, RawTable | None],
 ) -> tuple[ibis.Table, RawTable]:
-    """Types and stores an event table; its ids get one type with those of `others`.
+    """Types and stores an event table; its ids get the same type as those of `others`.
 
     Returns the events without bad rows, and the raw table, whose rows are deleted by then.
     """
@@ -158,8 +158,8 @@ def _event_columns(
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
     """Refuses unread columns that hold stages or times, if the log has none.
 
-    A column holds stages if any row has a known stage and its first rows have few distinct values,
-    since teams name their own. It holds times if over nine tenths of its first values are times.
+    A column holds stages if any row has a known stage and its first rows have few distinct values:
+    teams add stages of their own. It holds times if over .9 of its first values are times.
     """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}

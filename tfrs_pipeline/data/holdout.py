@@ -1,4 +1,4 @@
-"""The queries of an evaluation, and what they are to find."""
+"""The queries of an evaluation, and the items that they should find."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -163,8 +163,8 @@ def make_holdout(
 ) -> Holdout:
     """Makes the queries of a part of a log; see `Split.holdout`. `split` holds events with `part`.
 
-    When a request is made, its own clicks are unknown, so histories leave them out. If users ask,
-    the ranking still excludes such clicks from before the cut, because training had them.
+    When a request is made, its own clicks are unknown, so histories leave them out. By "users", the
+    ranking still excludes such clicks from before the cut, because training had them.
     """
     asked = split.filter((split["part"] == part) & is_positive(split))
     users, num_queries = _draw_users(asked, by, max_queries, seed)
@@ -322,7 +322,7 @@ def _of_requests(events: _Events, ties: schema.TieRule, by: schema.AskedBy) -> I
     line = np.lexsort([is_event, numbers, moments[:, 0], users])
     num_before = np.empty(len(users), np.int64)
     num_before[line] = np.cumsum(is_event[line])
-    # A target without a request is a query of its own.
+    # A target without a request is a separate query.
     requests = events.requests[targets]
     requests = np.where(requests < 0, -1 - targets, requests)
     keys = np.stack([events.users[targets], num_before[: len(targets)], requests])

@@ -28,7 +28,7 @@ from tfrs_pipeline.settings import ConfigError
 
 # Table -> the column that its rows are ordered by in a file.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
-# A hundredth of this many positives or more is told if it holds more than this share of the weight.
+# With this many positives, a hundredth with more than this share of the weight is mentioned.
 _MANY, _MUCH_WEIGHT = 200, 0.5
 
 
@@ -63,11 +63,11 @@ class Log:
             training would see it, but no request can bring it.
         dropped: Events that were dropped when the log was made, and why.
         notes: Other findings from then, in lines for a person.
-        is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
+        is_ordered: In a log without timestamps, whether `event_number` is the order in time.
         ties: With timestamps, "drop" if a user's events at the same time are not in each other's
-            histories; else the one with the smaller `event_number` is earlier, which "random" has
-            shuffled. See `Reading.ties`.
-        reading: How the tables were read, and the item table that refreshes an export will be.
+            histories; else the smaller `event_number` counts as earlier ("random" has shuffled
+            these numbers). See `Reading.ties`.
+        reading: How the tables were read. The item table of a later refresh is read like that.
         part_of: The whole log, if a split made this one.
         later_items: item_id of the items whose first event in any part of the split is later than
             the last event of this part. None in a whole log, and without timestamps.

@@ -94,8 +94,8 @@ class Split(Generic[LogT]):
 
         `trained_on` is the log with the training positives, which define head, torso and tail, and
         which items are new. None is all that may train a model for the part: `train` for
-        validation, `before_test` for the test. Raises a `DataError` without a positive, and by
-        requests in a log without an order.
+        validation, `before_test` for the test. Raises a `DataError` if there is no positive, or
+        if queries by request are asked of a log without an order.
         """
         if by != "users" and self.log.order == "none":
             raise DataError(
@@ -349,7 +349,7 @@ def in_order(times: ibis.Table) -> tuple[int, Callable[[int], datetime]]:
 def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -> ibis.Table:
     """Adds the user's _num_positives, and _num_so_far up to and including the event."""
     positives = is_positive(events).cast("int64")
-    # By range, so that events at the same place in the order count each other: no cut parts them.
+    # By range, so that events at the same place in the order count each other: no cut splits them.
     so_far = ibis.range_window(preceding=None, following=0, group_by="user_id", order_by=order)
     counted = events.mutate(
         _num_positives=positives.sum().over(ibis.window(group_by="user_id")),

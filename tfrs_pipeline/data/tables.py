@@ -298,8 +298,8 @@ def load_items(
 
 
 _STEPS = {"by day": 86_400, "by hour": 3_600, "by minute": 60, "by second": 1}
-# If the source sorts by item, the share of ascending item ids is farther from one half than this
-# bias, and than this many standard errors.
+# The source is taken to sort by item if the share of ascending item ids differs from one half by
+# more than this bias, and by more than this many standard errors.
 _MIN_BIAS, _MIN_ERRORS = 0.1, 4
 _DONE: dict[schema.TieRule, str] = {
     "order": "they keep the order of the source",
@@ -332,7 +332,7 @@ def settle_ties(
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:
-    """Counts positives: all, tied ones, tied pairs by item id, and times that are no whole step."""
+    """Counts positives: all, tied ones, tied pairs by item id, times off a whole day, hour, ..."""
     tied = ["user_id", "timestamp"]
     clicks = events.filter(is_positive(events))
     clicks = clicks.mutate(

@@ -109,7 +109,7 @@ class Repeats:
         def score(queries: Sequence[Query]) -> np.ndarray:
             scores = np.tile(popular, (len(queries), 1))
             for own, columns in zip(scores, history_columns(queries, train.items), strict=True):
-                # Reversed, so that an item's place is that of its last time.
+                # Reversed, so that `place` is the item's last one.
                 found, place, num = np.unique(columns[::-1], return_index=True, return_counts=True)
                 own[found] = 1 + num - (1 + place) / (1 + len(columns))
             return scores
@@ -224,7 +224,7 @@ class Ials:
 
     The user's factors are computed from the query's history, so that new users and new clicks need
     no new fit. `regularization` (L2 on both sides' factors, 0 or more) and `alpha` (cells that were
-    not clicked have the weight 1) matter most, and only together: the defaults suit about a
+    not clicked have the weight 1) matter most, and must fit together: the defaults suit about a
     thousand users. `num_factors` is the size of the embeddings, `num_iterations` counts the
     alternations; 0 as `num_threads` uses every core. A `ValueError` if an argument is out of range.
 

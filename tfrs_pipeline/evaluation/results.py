@@ -147,7 +147,7 @@ class Evaluation:
     """Retrievers measured on the same queries, by name; prints as a table.
 
     `cutoffs` are ascending values of k; `num_bootstrap` and `seed` make the intervals of the
-    differences. In a run, `by_request` has the same retrievers asked by request, or why not.
+    differences. In a run, `by_request` has the results by request, or why there are none.
     """
 
     results: Mapping[str, EvaluationResult]
@@ -226,8 +226,8 @@ def format_table(
 
     An interval is shown as its mean and half its width, a missing value as "-". Slices have columns
     such as "tail/recall@20". The differences of `Evaluation.summary()` are next to their metric.
-    Columns that no model has are left out, and the last that do not fit in `width` characters, but
-    never the first.
+    Columns that no model has are left out. So are the last columns, but never the first, if they do
+    not fit in `width` characters.
     """
     columns = [x for x in columns if any(_find(of, x) is not None for of in models.values())]
     differences = differences or {}

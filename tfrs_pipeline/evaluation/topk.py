@@ -57,7 +57,7 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
             f"Scores must be [num_queries, num_candidates] = {shape}. "
             f"Received: `scores.shape` = {scores.shape}."
         )
-    scores = scores.astype(np.float32, order="C")  # The best of a line lie together.
+    scores = scores.astype(np.float32, order="C")  # Each line is contiguous.
     if num_nan := np.count_nonzero(np.isnan(scores)):
         raise ValueError(
             f"{num_nan} of {scores.size} scores are NaN, which cannot be ranked. The model has "

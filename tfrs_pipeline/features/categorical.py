@@ -50,7 +50,7 @@ class Category(Feature):
 
 @dataclass(frozen=True)
 class Vocabulary(Feature):
-    """A feature whose values' codes are their places in a vocabulary, from 1."""
+    """A feature that encodes a value as its place in a vocabulary, from 1."""
 
     vocabulary: tuple[str, ...] = ()
 
@@ -77,7 +77,7 @@ class Vocabulary(Feature):
         return self._lookup.lookup_table if self.vocabulary else None
 
     def codes_of(self, there: Self) -> np.ndarray:
-        """Returns the code there of each value here."""
+        """Returns the code in `there` of each value here."""
         codes = {value: code for code, value in enumerate(there.vocabulary, 1)}
         return np.array([0, *(codes.get(value, 0) for value in self.vocabulary)], np.int64)
 

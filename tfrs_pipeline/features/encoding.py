@@ -1,4 +1,4 @@
-"""Signature inputs and encoding of several features at once, also those of requests."""
+"""Signature inputs and encoding of several features at once, also of requests."""
 
 import keyword
 import re

@@ -31,7 +31,7 @@ def in_blocks(column: Column) -> Iterator[Column]:
 
 
 def has_booleans(values: Collection[str]) -> bool:
-    """Returns whether true or false is among the values, so that BOOLEANS spell them."""
+    """Returns whether true or false is among the values; BOOLEANS are other spellings."""
     return "true" in values or "false" in values
 
 

@@ -21,13 +21,13 @@ from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.columns import encoded_columns, read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
-# Lies beside samples and checkpoints and says what they were made of.
+# A file beside samples and checkpoints that says what they were made of.
 MADE_OF_FILE = "made_of.json"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The ids and fitted features behind the rows of samples, of items, users and requests."""
+    """The ids that the rows of samples stand for; features of items, users and requests."""
 
     candidate_ids: Ids  # Of rows 1, 2, ...
     query_ids: Ids
@@ -41,7 +41,7 @@ class Corpus:
     # [1 + users] bool, the query rows with a positive; None if all have one.
     has_positive: np.ndarray | None = None
     # [1 + items] bool, the items that came after the training (`Log.later_items`). They are new:
-    # they have the unknown id's embedding and are never negatives. None if none did.
+    # they have the unknown id's embedding and are never negatives. None if there are none.
     is_later: np.ndarray | None = None
 
     @classmethod
@@ -92,7 +92,7 @@ def _encode(
     end: datetime | None,
     is_there: np.ndarray | None = None,
 ) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
-    """Fits features to the rows where `is_there`, all if None, and encodes all rows."""
+    """Fits features to the rows that `is_there` marks (None: to all); encodes all rows."""
     # Ages count from the end of the log.
     features, columns = [], {}
     data = table.select(*kinds).to_pyarrow() if kinds else {}
@@ -115,10 +115,10 @@ class TrainingSet:
     def build(
         cls, log: Log, folder: Path | str, *, seed: int, hard: FunnelLosers | None = None
     ) -> Self:
-        """Builds the samples of a training part in a folder, or reads those that are whole there.
+        """Builds the samples of a training part in a folder, or reads them if they are complete.
 
         The seed draws the hard pools from the losers that `hard` asks for. Raises a `DataError`
-        without a positive; a `ValueError` if the folder is of another log, seed or `hard`.
+        if there is no positive; a `ValueError` if another log, seed or `hard` made the folder.
         """
         folder = Path(folder)
         if (found := cls.read(log, folder, seed=seed, hard=hard)) is not None:
@@ -136,7 +136,7 @@ class TrainingSet:
     ) -> Self | None:
         """Reads the samples that `build` made in a folder; None if they are incomplete.
 
-        Raises a `ValueError` if they are of another log, seed or `hard`.
+        Raises a `ValueError` if another log, seed or `hard` made them.
         """
         folder = Path(folder)
         if read_whole(folder / "report.json") is None:

@@ -24,7 +24,7 @@ class WorkerLost(RuntimeError):
 
 
 def training_strategy() -> tf.distribute.Strategy:
-    """Returns the strategy in scope, else that of TF_CONFIG's workers, else of all GPUs."""
+    """Returns the strategy in scope, else one for TF_CONFIG's workers, else one for all GPUs."""
     if tf.distribute.has_strategy():
         strategy = tf.distribute.get_strategy()
         if not isinstance(
@@ -74,7 +74,7 @@ def check_shared(folder: Path | str | None) -> None:
 def dataset_of(
     network: tf.keras.Model, batches: HybridBatches, start_step: int, num_steps: int
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
-    """Returns the batches of some steps; for several replicas, the slices of each."""
+    """Returns the batches of some steps; with several replicas, each gets its slices."""
     strategy = network.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
         return batches.dataset(start_step, num_steps)

@@ -24,8 +24,8 @@ QUERIES_PER_CALL = 1024
 class Encoder(tf.Module):
     """Embeds users, queries and candidates by ids, and holds what each user has clicked.
 
-    Ids are int64 or strings; -1 or "" is an empty slot. Without `user_data` it holds no ids,
-    histories and features of users; a `ValueError` if the model has an embedding of each user.
+    Ids are int64 or strings; -1 or "" is an empty slot. Without `user_data` it holds no
+    user ids, histories or features; a `ValueError` if the model embeds each user's id.
 
     Functions of queries take the raw values of request features last (`request_signature`). Those
     of a model that reads times take the request's timestamp, and after a history the times of its
@@ -34,7 +34,7 @@ class Encoder(tf.Module):
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool, from the
             user's stored history and features, and `known_items`; None without user data.
-        embed_query: user_id [B], history [B, L] oldest first -> the first two, from that history.
+        embed_query: user_id [B], history [B, L] oldest first -> embeddings, is_known_user, from it.
         embed_query_with_features: user_id, history, raw query features -> the same, from these
             features in place of the stored ones; None without query features.
         embed_candidate: item_id [B], raw features -> embeddings [B, D] float32, is_known_item [B]
@@ -45,7 +45,7 @@ class Encoder(tf.Module):
 
     def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
         super().__init__(name="encoder")
-        self._model = lambda: model  # A function: the model stays out of the exported objects.
+        self._model = lambda: model  # A function keeps the model out of the exported objects.
         self._holds_users = user_data
         self._query_rows = graph.row_table(model.query_ids if user_data else model.query_ids[:0])
         self._candidate_rows = graph.row_table(model.candidate_ids)
@@ -199,7 +199,7 @@ def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[
 
 
 def _given(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
-    """Returns the argument `features`, if there are any: other functions do not take it."""
+    """Returns the argument `features`, or none: without features, functions do not take it."""
     return {"features": features} if features else {}
 
 

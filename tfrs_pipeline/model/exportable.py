@@ -26,12 +26,12 @@ class Exportable:
         embed_queries: Embeds queries, also within a graph. It is called with query rows [B] and the
             candidate rows of histories [B, history_length], most recent first, padded with 0. If
             there are features, it also gets `features=`, encoded, by name: those of the request,
-            and either all of the user's or none, for which it uses the features that the model
-            holds for the rows. If there are `history_times`, it also gets `history_times=`
+            and all or none of the user's. If none, it uses those that the model holds for the
+            rows. If there are `history_times`, it also gets `history_times=`
             [B, history_length + 1] float64: the times of the query and of each item of the history,
             in seconds since 1970, NaN where unknown.
         embed_candidates: Embeds candidates by rows [n], also within a graph. If there are features,
-            it is called with `features=`, or without, and then uses those that the model holds.
+            it is called with `features=`, or without, to use those that the model holds.
         variables: Variables and lookup tables that the two functions read; no others are saved.
         items: A row for each candidate: `item_id`, columns to filter by and, optionally, `title`
             and `_listed`, whether to retrieve it.
@@ -47,8 +47,8 @@ class Exportable:
         request_features: Fitted features of requests, in that order.
         candidate_features: Fitted features of the candidates.
         reading: How the item table was read (see `Log`).
-        has_item_bias: Whether the last entry of a candidate's embedding is a bias, and that of a
-            query's 1, as it then is of an item to which others should be similar.
+        has_item_bias: Whether the last entry of a candidate's embedding is a bias and that of a
+            query's is 1. To find similar items, an item's last entry is set to 1 too.
 
     Raises:
         ValueError: If `histories`, `known_positives` or `history_times` have another length, the

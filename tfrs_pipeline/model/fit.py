@@ -33,7 +33,7 @@ Validate = Callable[[], dict[str, float]]
 class TrainingResult:
     """What `train` did.
 
-    `seconds` are wall time from the end of the first step, which would include TensorFlow's start.
+    `seconds` are wall time. The first step is left out, because it includes TensorFlow's start.
     They include validation and the earlier parts of a resumed training.
     """
 
@@ -83,8 +83,8 @@ def train(
     they were trained before, steps count on from `first_step`. `folder` keeps the best and the last
     epoch, to resume from.
     """
-    # The decay goes over all epochs of the settings: a refit for fewer of them has the learning
-    # rates that validation has seen.
+    # The decay spans all epochs of the settings, so that a refit for fewer epochs has the same
+    # learning rates as the training that was validated.
     _compile(network, settings, settings.max_epochs * batches.steps_per_epoch, first_step)
     with contextlib.ExitStack() as stack:
         saves_all = folder is not None

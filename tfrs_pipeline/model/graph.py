@@ -61,7 +61,7 @@ def with_empty(ids: np.ndarray) -> tf.Tensor:
 
 def stored(values: Any) -> tf.Variable:
     """Makes a variable of values that never change."""
-    # Not a constant, which lies in the graph: it must not exceed 2 GB, and ids and histories may.
+    # Constants are part of the graph, which must not exceed 2 GB; ids and histories may.
     return tf.Variable(values, trainable=False)
 
 

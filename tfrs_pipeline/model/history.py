@@ -12,8 +12,8 @@ from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 # Logarithmic buckets of the seconds between events; the last begins at 68 years.
 NUM_GAPS = 64
 _GAPS_PER_DOUBLING = 2
-# A bucket's learned number times this is the logarithm of a weight: numbers move by about the
-# learning rate a step.
+# A weight is exp(this * the bucket's learned number). The factor is large because a step moves the
+# number only by about the learning rate.
 _AGE_SCALE = 4.0
 # Share of gaps, and of whole sequences, that training makes unknown, as requests may lack times.
 GAP_DROPOUT = 0.05
@@ -87,7 +87,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         if self._has_attention:
             width = tf.shape(history_rows)[1]
             if dropout is None:
-                # As wide as the longest history; in training, a slice needs its batch's dropout.
+                # Cut to the longest history, except in training: a slice needs its batch's dropout.
                 width = tf.reduce_max(tf.concat([lengths, [0]], axis=0))
             oldest_first, kept = (
                 tf.reverse_sequence(values, lengths, seq_axis=1)[:, :width]
@@ -105,10 +105,10 @@ class HistoryEncoder(tf.keras.layers.Layer):
         times: tf.Tensor | None = None,
         dropout: Dropout | None = None,
     ) -> tf.Tensor:
-        """Encodes every beginning of sequences: [W, L + 1, num_poolings * dim] float32.
+        """Encodes every prefix of sequences: [W, L + 1, num_poolings * dim] float32.
 
-        Entry j encodes the first j items of [W, L] int32, oldest first, padded with 0. `times`,
-        [W, L + 1] float64, are those of the items and of the last query; entry j is of time j + 1.
+        Entry j encodes the first j items of [W, L] int32, oldest first, padded with 0, for a query
+        at entry j of `times`, [W, L + 1] float64: those of the items, then of the last query.
         """
         kept = self._kept(sequence_rows, dropout)
         parts = []
@@ -138,7 +138,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
     def _age_weights(self, seconds: tf.Tensor | None, dropout: Dropout | None) -> tf.Tensor | float:
         """Returns the weights of ages, [lines, ...]; 1 if no times are read.
 
-        Training takes the times of some lines for unknown.
+        In training, the times of some lines count as unknown.
         """
         if self.ages is None or seconds is None:
             return 1.0
@@ -152,7 +152,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
     def _pooled_states(
         self, sequence_rows: tf.Tensor, kept: tf.Tensor, of_age: tf.Tensor | float
     ) -> tf.Tensor:
-        """Pools every beginning of sequences: [W, L] -> [W, L + 1, num_pooled * dim]."""
+        """Pools every prefix of sequences: [W, L] -> [W, L + 1, num_pooled * dim]."""
         vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
         length = tf.shape(sequence_rows)[1]
         # Entry [j, i] weighs item i in the first j items.

@@ -25,7 +25,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     loss over the same negatives, which are scored once.
 
     It computes in float32, for any precision of the embeddings and any Keras policy. It has no
-    metrics: those of a batch flatter collapsed embeddings. Use `evaluate`.
+    metrics, because in-batch ones flatter collapsed embeddings. Use `evaluate`.
 
     Args:
         temperature: Scores are divided by it; above 0.
@@ -270,9 +270,9 @@ def popularity_shift(samples: Samples) -> np.ndarray:
 
     An item's share now is a mixture of its shares with several half-lives, counted in clicks, and
     a uniform share; the share of all clicks is mixed with the same uniform share. Expectation
-    maximisation finds the weights that make the latest tenth of the clicks likeliest, each slice of
-    it given the clicks before. The shift is 0 in row 0, and everywhere if the log has no timestamps
-    or fewer than 100 clicks.
+    maximisation finds the weights with the highest likelihood of the latest tenth of the clicks,
+    each slice given the clicks before it. The shift is 0 in row 0, and everywhere if the log has no
+    timestamps or fewer than 100 clicks.
     """
     num_clicks, num_rows = len(samples), len(samples.counts)
     if samples.sequence_times is None or num_clicks < 100:
@@ -280,7 +280,7 @@ def popularity_shift(samples: Samples) -> np.ndarray:
     rows = samples.sequences.values[np.argsort(samples.sequence_times, kind="stable")]
 
     def shares(num: int) -> np.ndarray:
-        """Returns each kind of the items' shares among the first `num` clicks."""
+        """Returns the items' shares of the first `num` clicks, by half-life, then uniform ones."""
         age = np.arange(num, 0, -1) / num_clicks
         kinds = [np.bincount(rows[:num], 0.5 ** (age / x), num_rows) for x in _HALF_LIVES]
         return np.stack(

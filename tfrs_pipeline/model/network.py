@@ -171,7 +171,7 @@ class TwoTowerNetwork(tfrs.Model):
             hard_log_q=hard_log_q,
             hard_mask=None if inputs.hard is None else inputs.hard.is_counted,
         )
-        # The task's loss is a sum; a mean keeps the learning rate free of the batch size.
+        # The task's loss is a sum; a mean makes the learning rate independent of the batch size.
         weight = tf.reduce_sum(inputs.weight)
         self._loss_metric.update_state(tf.math.divide_no_nan(loss, weight), sample_weight=weight)
         total_weight = weight if inputs.total_weight is None else inputs.total_weight
@@ -206,7 +206,7 @@ class TwoTowerNetwork(tfrs.Model):
 
     @tf.__internal__.tracking.no_automatic_dependency_tracking
     def _make_loss_metric(self) -> None:
-        # Kept out of checkpoints: each replica has its part, which one worker could not read alone.
+        # Kept out of checkpoints: each replica has a part, and one worker could not read them all.
         self._loss_metric = tf.keras.metrics.Mean(name="loss")
 
     @property

@@ -52,7 +52,7 @@ def own_layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
             f"{name} must be a layer of tf.keras, which is Keras 2 here, or a function of the "
             f"corpus that returns one. Received: {layer!r}{'' if is_made else f', from {own!r}'}."
         )
-    # A part without weights to train, or a frozen one, neither changes nor goes on.
+    # A part that is frozen or has no weights to train does not change, so it may be reused.
     trained = (part for part in _parts(layer) if part in _TRAINED)
     part = next((part for part in trained if getattr(part, "trainable_variables", ())), None)
     if part is not None:
@@ -68,7 +68,7 @@ def own_layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
 def tables_in(*towers: tf.keras.layers.Layer) -> list[Any]:
     """Lists the lookup tables in towers, such as those of StringLookup layers."""
     kind = tf.saved_model.experimental.TrackableResource
-    # In lists and dicts too: Keras' own lists of what a module holds skip tables.
+    # Also looks in lists and dicts, because Keras's own tracking skips tables.
     return [
         table
         for part in _parts(*towers)
@@ -85,7 +85,7 @@ def describe_own(
     negatives: Sequence[Negatives], towers: Mapping[str, object], frame: SamplingFrame
 ) -> dict[str, Any]:
     """Describes the own parts of a model, as JSON that changes with their code and numbers."""
-    # Their own lines of code, not what these call.
+    # The source of each part itself, not of the functions that it calls.
     about: dict[str, Any] = {
         name: None if tower is None else f"{_code(tower)} {_config(tower)}"
         for name, tower in towers.items()
@@ -112,7 +112,7 @@ def _config(tower: Any) -> Any:
     """Returns the settings of a layer, as far as it has a `get_config`."""
     try:
         return _plain(tower.get_config())
-    except (AttributeError, NotImplementedError, TypeError):  # No layer, or one that does not say.
+    except (AttributeError, NotImplementedError, TypeError):  # Not a layer, or without a config.
         return ""
 
 

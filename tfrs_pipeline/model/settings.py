@@ -154,7 +154,7 @@ class TrainingSettings(Config):
             yield "monitor", f"got {self.monitor!r}; {message}"
 
     def fitting(self, num_positives: int) -> "TrainingSettings":
-        """Returns settings whose batches the positives fill: with too few, about eight an epoch."""
+        """Returns the settings, with about eight smaller batches an epoch if none would be full."""
         if self.examples != "single" or num_positives >= self.batch_size:
             return self
         # A power of two, which workers can share.
@@ -164,7 +164,7 @@ class TrainingSettings(Config):
 
 def reads_times(model: TwoTowerSettings, training: TrainingSettings) -> bool:
     """Returns whether a model reads the times of a log that has them: a plain mean does not."""
-    # Sets have no order, and their items no time before a request.
+    # Items of a set have no order, and no time before a request.
     return bool({"attention", "recency"} & {*model.history_pooling}) and training.examples != "sets"
 
 

@@ -103,7 +103,7 @@ def _factors_of_chief(
 
     on_chief(write)
     factors = np.load(path)
-    on_chief(lambda: None)  # Every worker has read it.
+    on_chief(lambda: None)  # Waits until every worker has read it.
     on_chief(lambda: path.unlink(missing_ok=True))
     return factors
 

@@ -67,12 +67,12 @@ _HISTORY, _ID = "_history", "_id"
 class Tower(tf.keras.layers.Layer):
     """Embeds rows and features, and maps them to the shared space.
 
-    The inputs are the id's embedding, the vector of each feature and that of the history. Features,
+    The inputs are the id's embedding, the features' vectors and the history's. Features,
     and a history of several vectors, are projected to the size of the output; all are added up. If
     there are hidden layers, an MLP follows, whose last layer is linear.
 
     There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that are False
-    in `are_trained`, [num_ids + 1] bool, share that of row 0, which is trained in place of dropped
+    in `are_trained`, [num_ids + 1] bool, use that of row 0, which is trained in place of dropped
     ids. With the `bias` "id", an output's last entry is a learned number of the id. If the
     correction is "recent", the id's `shift` is added to it outside training. With "ones", for the
     other tower, the last entry is 1.
@@ -89,7 +89,7 @@ class Tower(tf.keras.layers.Layer):
         bias: Literal["id", "ones"] | None = None,
         history: HistoryEncoder | None = None,
     ) -> None:
-        # Keras would cast the times to float32, which knows today's seconds to 128 of them.
+        # Keras would cast the times to float32, which rounds today's to 128 seconds.
         super().__init__(name=name, autocast=False)
         if num_ids is None and history is None and not features:
             raise ValueError(f"The {name} has no input: give it an id, a history or a feature.")

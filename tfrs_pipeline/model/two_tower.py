@@ -254,7 +254,7 @@ class TwoTower(TwoTowerSettings):
         folder: Path | None,
         network: TwoTowerNetwork,
     ) -> None:
-        """Initialises an untrained network, and sets the shift of what is popular now."""
+        """Initialises an untrained network, and sets its shift towards what is popular now."""
         if warm is not None:
             warm.apply(network)
         elif self.item_init == "svd":

@@ -15,10 +15,10 @@ _FEW_POSITIVES = 10
 _FEW_QUERIES = 30
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
-# What is popular changes if the popularity just before finds this much more of the latest positives
-# than that of all time: .06 and .09 on two logs where it does, at most .01 on four others.
+# Popularity changes if recent popularity finds this much more of the latest positives than that of
+# all time: it found .06 and .09 more on two logs that change, at most .01 on four others.
 _TREND = 0.02
-# Above this share of the items to find, excluded ones are named.
+# Excluded items are mentioned if they exceed this share of the items to find.
 _MANY_EXCLUDED = 0.2
 
 

@@ -9,7 +9,7 @@ from tfrs_pipeline.messages import in_percent
 from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS
 
 Metrics = Mapping[str, Any]
-# Names for people of the models in a run.
+# Readable names of the models in a run.
 WRITTEN = {
     "transitions": "item-to-item transitions",
     "ease": "EASE",
@@ -19,7 +19,7 @@ WRITTEN = {
 }
 # What the slices hold, for a reader who does not know their names.
 _ITEMS = {"head": "popular", "torso": "middling", "tail": "rare"}
-# Tied items decide if the model's recall of them, or of the others, is this many times the other.
+# Tied items decide if the model's recall of them differs from that of others by this factor.
 _MUCH_MORE = 2
 
 
@@ -90,7 +90,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
 
 
 def remarks(metrics: Metrics, metric: str, recall: str) -> dict[str, str]:
-    """Returns the other findings that were measured and matter, by head."""
+    """Returns the other findings that were measured and matter, by heading."""
     served, ties = as_served(metrics, metric), tied_items(metrics, recall)
     found = {"served?": served, "ties": ties, "evenly": shown_evenly(metrics, recall)}
     return {head: text for head, text in found.items() if text is not None}
@@ -120,7 +120,7 @@ def as_served(metrics: Metrics, metric: str) -> str | None:
 
 
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
-    """Says for which items the model beats every baseline or is beaten, and variants find more.
+    """Says for which items the model beats every baseline or is beaten, or variants find more.
 
     `metric` is recall@k. A slice of at most k items says nothing: one list could hold all of it.
     """

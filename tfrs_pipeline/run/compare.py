@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Plan: TypeAlias = Mapping[str, Any]
 """A way of choosing negatives: the settings that it changes in the config, by dotted name."""
 
-# Columns that a row draws from its hard negatives, in plans of one stage and of several.
+# Hard negatives that a row draws, in plans of one stage and of several.
 NUM_HARD = 8
 
 
@@ -317,7 +317,7 @@ def comparison_figure(evaluation: Evaluation) -> "Figure":
         of_part = [x.slices[part].intervals for x in evaluation.results.values()]
         recalls = [intervals[f"recall@{longest}"].mean for intervals in of_part]
         slices.plot(recalls, range(len(names)), marker, color=colour, label=part)
-    slices.legend(  # Above, since crossing lines leave no room beside.
+    slices.legend(  # Above: crossing lines leave no room at the side.
         loc="lower left",
         bbox_to_anchor=(0, 1),
         ncols=len(first.slices),

@@ -189,7 +189,7 @@ class RunFolder:
 
 
 def exported_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:
-    """Returns the version that a finished run exported, unless another's has taken its number."""
+    """Returns the version that a finished run exported, unless another run's has its number."""
     if (made := metrics["export_folder"]) is None:
         return None
     # It is among the model's versions, or where it was written: the folders may have moved.
@@ -273,8 +273,8 @@ def with_source(
 ) -> RunConfig:
     """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
 
-    If the names of the `given` settings are known, the others of the model and its training are the
-    source's, such as those of a recipe that won there; in a started run they are its own.
+    If the names of the `given` settings are known, other settings of the model and its training
+    come from the source, such as those of a recipe that won there. A started run keeps its own.
     """
     if config.warm_start is None:
         return config

@@ -253,7 +253,7 @@ def _export_best(
         refusal = str(error)
         runner.note(f"not exported: {refusal.partition('. ')[0]}")
         return {**_NOT_EXPORTED, "refusal": refusal}
-    # No item was read before the older file. A resumed run may have rewritten its settings.
+    # All items were read after the older file. A resumed run may have rewritten its settings.
     files = folder.config_file, folder.data / "log.json"
     began = datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
     if (undone := describe_undone(config.model_folder, began, listed)) is not None:

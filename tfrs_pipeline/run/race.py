@@ -1,6 +1,6 @@
 """Races recipes on validation, and continues with the winner.
 
-The race trains each as a run would, so the winner's training goes on where it is.
+The race trains each as a run would, so the winner's training just continues.
 """
 
 import dataclasses
@@ -160,7 +160,7 @@ def race(
 def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     """Makes the winner's training the first one of the run; returns the winner's settings.
 
-    These have no recipes, so that they do not race again. The other recipes' checkpoints go.
+    These have no recipes, so they do not race again. The other recipes' checkpoints are removed.
     """
     changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": None}
     if trains_winner_alone(config):

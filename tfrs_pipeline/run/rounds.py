@@ -1,7 +1,7 @@
 """The rule of a race: from the curves so far, which recipe trains next and which are dropped.
 
 It is successive halving by CPU time with one change: a recipe is not dropped for being in the worse
-half, but if its own curve says that it will not catch up. So a slow starter may go on.
+half, but if its own curve says that it will not catch up. So a slow starter may continue.
 """
 
 import itertools
@@ -20,7 +20,7 @@ FIRST_SECONDS = 10.0
 # STILL_TO_GAIN times what it gained after the first 1 / LOOK_BACK of its time. Chosen on the curves
 # of recorded races: docs/explanation/tried.md.
 STEP, LOOK_BACK, STILL_TO_GAIN = math.sqrt(2), 1.7, 2.0
-# It must promise this many times the best value of a leader that has ended: a tie is not worth it.
+# A recipe must promise this many times the best value of a leader that has ended, not just a tie.
 WORTH_MORE_TIME = 1.01
 
 
@@ -116,7 +116,7 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
     quota = max(min(FIRST_SECONDS, share), *(curve.seconds[:FIRST_EPOCHS][-1] for curve in curves))
     while True:
         number += 1
-        # Who trained last goes on first, since a change of recipes builds a network.
+        # The last recipe to train comes first, since a change of recipes builds a network.
         racing.reverse()
         for curve in racing:
             if curve.spent < quota and not curve.has_ended:

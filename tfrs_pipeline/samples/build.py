@@ -278,7 +278,7 @@ def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis
     others = taken.filter(~is_ranked)
     if "rank" not in events.columns:
         return others
-    # Only ranks of the last ranked list, because those of other losers have another scale.
+    # Only ranks of the last ranked list, because other losers' ranks have another scale.
     last_stages = [Stage.RANKED.value, Stage.EXPOSED.value, Stage.CLICKED.value]
     logged = events.filter(events["rank"].notnull() & events["stage"].isin(last_stages))
     in_order = ibis.window(group_by=_REQUEST, order_by=["rank", "event_number"])

@@ -75,7 +75,7 @@ class Chosen:
         return found
 
 
-# Up to so many of the newest candidates are scored exactly. If there are more, the index gets them.
+# Up to this many of the newest candidates are scored exactly. More are added to the index.
 MOST_PENDING = 1024
 _ADDED_AT_ONCE = 8  # So that searches go on in between.
 # The index is rebuilt after more changes than this number and than this share of its candidates.
@@ -165,9 +165,9 @@ class Candidates:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
-        A query never gets its `excluded` ids, only candidates with one of its `allowed` values;
-        none allows all. Exact search returns the first of equal candidates. Returns ids [B, k],
-        best first, the empty id in empty slots, and scores [B, k] float32, -inf there.
+        A query never gets its `excluded` ids, only candidates with one of its `allowed` values; an
+        empty list allows all. Exact search returns the first of equal candidates. Returns ids
+        [B, k], best first, the empty id in empty slots, and scores [B, k] float32, -inf there.
         """
         view, num = self._view, len(queries)
         is_plain = num > 0 and allowed is None and (excluded is None or not any(map(len, excluded)))
@@ -292,7 +292,7 @@ class _Search:
         share = np.array([1.0 if x is None else x.share for x in self.chosen])
         share *= view.num_candidates / max(1, view.num_rows)
         is_part = share < 1
-        # So many candidates, three deviations more, nearly always include enough allowed ones.
+        # With three standard deviations more, there are nearly always enough allowed candidates.
         part = needed[is_part]
         needed[is_part] = (part + 3 * np.sqrt(part)) / np.maximum(share[is_part], 1e-9)
         return np.searchsorted([level.depth for level in view.levels], needed)

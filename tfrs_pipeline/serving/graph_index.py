@@ -20,7 +20,7 @@ from tfrs_pipeline.serving.searcher import FILES, Saved
 class Allowed(NamedTuple):
     """Which candidates each query may find: those that have one of its values."""
 
-    is_chosen: tf.Tensor  # [B, num_codes] bool; code 0 is no value.
+    is_chosen: tf.Tensor  # [B, num_codes] bool; code 0 means no value.
     codes: tf.Tensor  # [num_candidates + 1, P] int32, the values of each row, padded with 0.
     share: tf.Tensor  # [B] float32, rough share of the candidates that may be found.
 
@@ -201,7 +201,7 @@ class ScannIndex(tf.Module):
         num_wanted = tf.minimum(k, self.exact.num_candidates - num_excluded)
         needed = tf.cast(num_wanted + num_excluded, tf.float32)
         if allowed is not None:
-            # So many candidates nearly always include enough allowed ones: three deviations more.
+            # With three standard deviations more, there are nearly always enough allowed ones.
             needed = (needed + 3 * tf.sqrt(needed)) / allowed.share
         # A number past the last level means exact search.
         level = tf.searchsorted(tf.constant([x.depth for x in self.levels], tf.float32), needed)

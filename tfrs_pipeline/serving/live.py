@@ -1,8 +1,8 @@
 """Items that are added, changed and removed while a model is in service.
 
 Each write is checked, embedded by the exported item tower, put into the journal beside the
-versions, and found by the next search. If a newer version has an item itself, what the journal says
-of that item no longer counts.
+versions, and found by the next search. If a newer version has an item itself, the journal's
+records of that item no longer count.
 """
 
 import collections

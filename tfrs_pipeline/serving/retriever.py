@@ -157,14 +157,14 @@ class LoadedRetriever(LoadedTowers):
     def similar(
         self, item_ids: Sequence[Any], k: int, exclude: Excluded = None, *, allowed: Allowed = None
     ) -> Retrieved:
-        """Finds the k items most similar to each item, which is left out itself.
+        """Finds the k items most similar to each item, leaving out the item itself.
 
         They answer the same queries; they need not be clicked or bought together. An item's vector
-        searches as a query's does, so the score is the dot product of both vectors: their cosine,
-        as they have length 1 unless `model.normalize` is off or the tower is your own, plus the
-        bias of the item that is found, if the model has one. `exclude` and `allowed` have one entry
-        for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if an item is not
-        a candidate.
+        is used like a query's. The score is the dot product of both vectors, plus the bias of the
+        found item if the model has one. The product is their cosine, as vectors have length 1,
+        unless `model.normalize` is off or the tower is your own. `exclude` and `allowed` have one
+        entry for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if an item
+        is not a candidate.
         """
         if isinstance(item_ids, str):
             raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")
@@ -180,7 +180,7 @@ class LoadedRetriever(LoadedTowers):
 
         An item that training did not have is embedded by its features, as in a refresh. The items
         are on disk, beside the versions, when this returns; other processes that serve or load the
-        model take them in too. If a newer version has an item itself, that item counts.
+        model take them in too. If a newer version has an item itself, that one counts.
 
         Args:
             items: Mappings of `item_id` and raw values by the names of the log's item table: each

@@ -246,7 +246,7 @@ class View:
         return np.union1d(rows, np.array(more, np.int32))
 
     def row_of(self, id_: Any) -> int:
-        """Returns the row that an id has now, 0 if it is no candidate."""
+        """Returns the row that an id has now, 0 if it is not a candidate."""
         row = max(self._new_rows_of(id_), default=0) or int(self.corpus.rows([id_])[0])
         return row if row and not self.is_removed(np.array([row]))[0] else 0
 

@@ -52,7 +52,7 @@ CLOSE = {"Connection": "close"}
 # Larger requests are answered in slices, one at a time, so that small ones need not wait.
 SMALL_BODY_BYTES = 8_192
 SMALL_QUERIES, SMALL_RESULTS = 4, 500
-# After a call of more than so many seconds in the event loop, threads answer for `PAUSE` times its
+# After a call that took longer than this in the event loop, threads answer for `PAUSE` times its
 # duration, so that slow calls take a twentieth of the loop's time at most.
 SLOW_SECONDS, PAUSE = 0.005, 20
 # Seconds after which a thread yields to another. Python's default, 5 ms, equals ten small requests.

@@ -192,7 +192,7 @@ class LoadedTowers:
 
 
 def id_lists_of(ids: np.ndarray) -> list[list[Any]]:
-    """Returns the ids in each row of [n, any] padded ids of a graph, which are bytes if text."""
+    """Returns the ids in each row of [n, any] padded ids from a graph, where text is bytes."""
     if ids.dtype.kind == "i":
         return [row[row != -1].tolist() for row in ids]
     return [as_ids(id_ for id_ in row if id_ != b"") for row in ids.tolist()]

@@ -22,9 +22,9 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     """Writes the items of a model with their vectors, for a search engine of your own.
 
     Each item is a row with `item_id`, `title` if the export has titles, `embedding`, a list of D
-    float32, and `norm`, its length. A query's score is the inner product of an embedding with
-    what `LoadedRetriever.embed_queries` or the signatures `embed_user` and `embed_query` return
-    of the same version. Items added in service are written, removed ones are not.
+    float32, and `norm`, its length. The score is the inner product of an embedding and the
+    query's, which `LoadedRetriever.embed_queries` or the signatures `embed_user` and `embed_query`
+    of the same version return. Items added in service are written, removed ones are not.
 
     `model` is what `tp.load` returns; with `exact=True` that needs no ScaNN. `path` is a `.parquet`
     file; an earlier one is replaced once the new one is complete.
@@ -72,7 +72,7 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     columns["norm"] = pa.array(norms)
     table = pa.table(columns, metadata=metadata)
     with replacing(path) as partial:
-        # A dictionary would not help: hardly a value comes twice.
+        # A dictionary would not help: hardly any value repeats.
         pq.write_table(table, partial, row_group_size=BLOCK, use_dictionary=False)
     return about
 

@@ -189,7 +189,7 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
             try:
                 files.rename(targets[route])
             except OSError:
-                # Another process was first: its folder is whole, since it was renamed too.
+                # Another process was first. Its folder is complete, because it was renamed too.
                 if not targets[route].exists():
                     raise
         return targets[route]

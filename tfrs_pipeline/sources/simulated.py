@@ -37,7 +37,7 @@ from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.messages import check_integer
 
 _NUM_DIMS, _NUM_CLUSTERS = 8, 10
-# The same taste has 55 times the odds of one at right angles; ten times the popularity, twice.
+# Equal tastes have 55 times the odds of orthogonal ones; tenfold popularity doubles the odds.
 _TASTE_WEIGHT, _QUALITY_WEIGHT = 4.0, 0.3
 # Probability that the genre shown for an item, or for a user, is random.
 _FEATURE_NOISE = 0.2
@@ -176,7 +176,7 @@ def simulate_funnel(
 ) -> Simulation:
     """Simulates the log of a funnel, with the truth behind it.
 
-    The same arguments give the same log. Blocks of requests have random numbers of their own, so
+    The same arguments give the same log. Each block of requests has separate random numbers, so
     that memory grows with the event table alone, and a longer simulation starts with the requests
     of a shorter one, at other times.
 
@@ -288,12 +288,12 @@ def _event_blocks(
 def _run_funnel(
     rng: np.random.Generator, preferences: Preferences, options: FunnelOptions, tastes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sends requests, each of a taste, through the funnel.
+    """Sends requests through the funnel; each has a row of `tastes`.
 
     Returns item rows and stage codes, [num_requests, num_retrieved]: the ranked items, best first,
     then the losers of rank, then of pre-rank; and the scores of rank, [num_requests, num_ranked].
     """
-    # The noise allows float32.
+    # Noise does not need float64.
     noisy = rng.standard_normal((len(tastes), len(preferences.item_tastes)), dtype=np.float32)
     noisy *= np.float32(options.retrieval_noise)
     noisy += tastes.astype(np.float32) @ preferences.item_tastes.T.astype(np.float32)
