@@ -191,8 +191,13 @@ def _text(docstring: str) -> Iterator[str]:
     for title, text, after in zip(*(sections[i::3] for i in range(3)), strict=True):
         body = textwrap.dedent(text).strip()
         if title == "Example":
-            words, prompt, code = body.partition(">>>")
-            yield from (*words.splitlines(), "", "```python", f"{prompt}{code}", "```", "")
+            # Some examples cannot run: after "::", they are indented and have no prompt.
+            words, mark, code = body.partition(">>>" if ">>>" in body else "::")
+            if mark == ">>>":
+                code = f"{mark}{code}"
+            else:
+                words, code = f"{words}:", textwrap.dedent(code.strip("\n"))
+            yield from (*words.splitlines(), "", "```python", code, "```", "")
         else:
             yield from (f"**{title}**", "", *_entries(body), "")
         yield from (*after.strip().splitlines(), "")

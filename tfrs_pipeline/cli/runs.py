@@ -94,9 +94,9 @@ Compare = _with_settings_but(
     """Compare ways of choosing negatives on your data.
 
     Trains the same towers with one sampling plan after another, within the same budget, and shows
-    each plan's recall, overall and in the tail, and how well it scores positives above the corpus,
-    the losers of the funnel and exposed items. Settings come from --config, or from the stopped
-    comparison in --run-dir; --preset replaces some, and flags replace those.
+    each plan's NDCG and recall, overall and in the tail, and how it differs from the first plan.
+    Settings come from --config, or from the stopped comparison in --run-dir; --preset replaces
+    some, and flags replace those.
     """,
 )
 

@@ -142,7 +142,7 @@ def race(
 
             train, validation, test = log.split("time")
             model, race = tp.race(train, validation)
-            print(*race.lines(), sep="; ")
+            print(race)
     """
     asked = {"recipes": recipes, "fixed": tuple(settings or ()), "budget": budget}
     base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
