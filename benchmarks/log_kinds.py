@@ -8,7 +8,7 @@
     kuairand, tab    the same with the tab of the app and the hour as request features
     sparse ...       the logs of `sparse_sequences.py`, --data-dir
 
-Also the logs of `unseen_logs.py` whose folders are in --data-dir; no setting was chosen on them.
+Also the logs of `unseen_logs.py` whose folders are in --data-dir.
 Logs with times are split by time; in others, the last two events of each user are held out:
 
     cosmetics, last  cosmetics, with the last two events of each user held out

@@ -1,4 +1,7 @@
-"""Writes public logs that no setting of the package was chosen on, as event tables.
+"""Writes public logs as event tables.
+
+Of all settings, those of the preset `sparse` alone were chosen on such logs: on the validation
+parts of cosmetics, toys, reviews and plays. The rule of the race was chosen on curves of several.
 
     cosmetics  reviews of Amazon's Beauty, users and items with 5 or more; times are days
     sports     the same of Sports and Outdoors
