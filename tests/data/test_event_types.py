@@ -10,7 +10,7 @@ import pytest
 
 from tests.small_log import column
 from tfrs_pipeline import DataError, Log, Reading
-from tfrs_pipeline.data.event_types import suggested
+from tfrs_pipeline.data.event_types import are_types, suggested
 
 WEIGHTS: dict[str, Any] = {"purchase": 5, "click": 1, "view": "exposed"}
 
@@ -114,15 +114,27 @@ def test_a_column_of_types_is_not_left_unread(load: Any, name: str) -> None:
     assert raised.value.setting == "event_weights"
     assert load(text, event_weights=WEIGHTS).counts()["events"]
     assert name in load(text, columns={name: name}).events.columns
+    named = shop().rename(columns={"event": "what"}).to_csv(index=False)
+    with pytest.raises(DataError, match="Add event=what to columns and set event_weights, such as"):
+        load(named)
     for other in ("click", range(400)):  # A log of clicks; something else.
         text = shop().assign(event=other).rename(columns={"event": name}).to_csv(index=False)
         assert f"columns not read: {name}" in load(text).notes[0]
+
+
+def test_only_values_that_name_events_are_taken_for_types() -> None:
+    assert are_types(["view", "add_to_cart", "purchases"])
+    assert are_types(["PageView", "Bought", "AddToCart", "x", "y"]) is False
+    for values in (["review", "interview", "border"], ["home", "cart", "search", "help"], ["view"]):
+        assert not are_types(values)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"event_weights": {"purchse": 5}}, r"event_weights.purchse: no row .* mean 'purchase'\?"),
+        ({"event_weights": {"VIEW": 1, "click": 1}}, r"weights.VIEW: no row .* mean 'view'\?"),
+        ({"event_weights": {"kauf": 5}}, "no row has a type with a weight. The types are click, p"),
         ({"event_weights": {"view": "exposed"}}, "is a positive"),
         ({"event_weights": {"view": "shown"}}, "got 'shown'; must be the weight of a positive"),
         ({"event_weights": {"view": 0}}, "got 0; must be the weight"),

@@ -168,6 +168,25 @@ def test_a_feature_may_have_another_name_in_the_log() -> None:
     assert found == made(rows(), FEATURES).split().test.requests
 
 
+@pytest.mark.parametrize("restarts", [True, False])
+def test_request_numbers_that_start_again_are_told(restarts: bool) -> None:
+    """User 1 has three visits of two events on as many days; user 2 has one event."""
+    table = [
+        {
+            "user_id": 1,
+            "item_id": number,
+            "request_id": 0 if restarts else number // 2,
+            "timestamp": START + timedelta(days=number // 2, minutes=number),
+        }
+        for number in range(6)
+    ]
+    log = made([*table, {**table[0], "user_id": 2, "request_id": 9}], {})
+    found = [note for note in log.notes if "last longer than a day" in note]
+    assert len(found) == restarts
+    if restarts:
+        assert found[0].startswith("100.0% of the requests with several events")
+
+
 def test_a_log_without_times_has_no_hour(log: Log) -> None:
     table = [{"user_id": row["user_id"], "item_id": row["item_id"]} for row in rows()]
     with pytest.raises(DataError, match=r"'hour' is among .* no timestamp to make it from"):

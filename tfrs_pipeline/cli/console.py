@@ -73,7 +73,6 @@ class Shown(Progress):
     def __init__(self, console: Console, bar: Bar, remark: Text) -> None:
         self._console, self._bar, self._remark = console, bar, remark
         self._said = time.monotonic()
-        self.is_interrupted = False
 
     def step(self, report: StepReport) -> None:
         """Prints the step's name, time and notes."""
@@ -83,8 +82,6 @@ class Shown(Progress):
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
         """Moves the bar, or prints a line if it is time."""
-        if self.is_interrupted:
-            raise KeyboardInterrupt
         if not self._console.is_terminal:
             if note or (total and time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
                 self._said = time.monotonic()
@@ -105,25 +102,22 @@ def shown(console: Console) -> Iterator[Shown]:
     bar = Bar(*columns, TimeElapsedColumn(), console=console)
     bar.add_task("starting", total=None, count="")
     remark = Text(no_wrap=True, overflow="ellipsis")
-    progress, before = Shown(console, bar, remark), signal.getsignal(signal.SIGINT)
+    show_ignored = sys.unraisablehook
 
-    def interrupt(*_: object) -> None:
-        # Python ignores what is raised in a weak reference's callback: the next task raises again.
-        progress.is_interrupted = True
-        raise KeyboardInterrupt
+    def interrupt_again(ignored: Any) -> None:
+        # Python ignores a Ctrl-C that arrives in a weak reference's callback.
+        if ignored.exc_type is KeyboardInterrupt:
+            main = threading.main_thread().ident
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            show_ignored(ignored)
 
-    # A background job ignores Ctrl-C, and a thread may not set a handler.
-    if (
-        before is signal.default_int_handler
-        and threading.current_thread() is threading.main_thread()
-    ):
-        signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = interrupt_again
     try:
         with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
-            yield progress
+            yield Shown(console, bar, remark)
     finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = show_ignored
 
 
 @contextlib.contextmanager

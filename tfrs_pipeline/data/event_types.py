@@ -1,6 +1,7 @@
 """Types of events, such as view, click and purchase: usual names, and suggested weights."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 
 NAMES = (
     *("event", "event_type", "event_name", "action", "action_type", "behavior", "behavior_type"),
@@ -16,6 +17,18 @@ _USUAL = {
     **dict.fromkeys(("click", "play", "open"), "1"),
     **dict.fromkeys(("view", "impression", "show", "expos", "pv"), "exposed"),
 }
+
+# Words that name types of events, and hardly anything else.
+_WORDS = re.compile(
+    r"(?<![a-z])(view|click|impression|purchase|buy|bought|transaction|order|cart|"
+    r"add.?to.?cart|wishlist)(s|ed)?(?![a-z])"
+)
+
+
+def are_types(values: Collection[str]) -> bool:
+    """Returns whether two values or more, and at least half of them, are named like events."""
+    num_named = sum(_WORDS.search(value.lower()) is not None for value in values)
+    return num_named >= 2 and 2 * num_named >= len(values)
 
 
 def suggested(types: Iterable[str]) -> str:

@@ -192,12 +192,20 @@ def _refuse_clicks(scanned: Scan, unread: Iterable[str]) -> None:
     """Refuses (`DataError`) unread outcomes and types of events, if every row would be a click.
 
     A column with a usual name is an outcome if it holds 0 and 1, and its first rows nothing else.
-    It has types of events if it has 2 to 50 values.
+    It has types of events if it has 2 to 50 values, and a usual name or such values.
     """
-    for name in (name for name in unread if name.lower() in {*_OUTCOMES, *event_types.NAMES}):
+    rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
+    for name in rows.column_names:
+        first = rows[name].unique().drop_null().to_pylist()
+        has_types = name.lower() in event_types.NAMES or (
+            pa.types.is_string(rows[name].type)
+            and len(first) <= _MOST_TYPES
+            and event_types.are_types(first)
+        )
+        if not has_types and name.lower() not in _OUTCOMES:
+            continue
         column, values = printable(name), scanned.values(name, _MOST_TYPES + 1)
         found, types = {value.lower() for value in values}, [value for value in values if value]
-        first = scanned.first_rows([name], _NUM_LOOKED_AT)[name].unique().drop_null().to_pylist()
         # An odd value, such as "unknown", may come later.
         are_both = {str(value).strip().lower() for value in first} <= _NO | _YES
         is_outcome = found & _NO and found & _YES and are_both
@@ -207,10 +215,12 @@ def _refuse_clicks(scanned: Scan, unread: Iterable[str]) -> None:
                 "stage, rating or label"
             )
             add, setting = f"Add {column}=1 to label; or", "label"
-        elif name.lower() in event_types.NAMES and 1 < len(types) <= _MOST_TYPES:
+        elif has_types and 1 < len(types) <= _MOST_TYPES:
             holds = f"{len(types)} types of events ({printable(', '.join(types), 200)})"
+            is_usual = name.lower() in event_types.NAMES
             add = (
-                f"Set event_weights, such as {printable(event_types.suggested(types), 200)} (a "
+                f"{'Set' if is_usual else f'Add event={column} to columns and set'} event_weights, "
+                f"such as {printable(event_types.suggested(types), 200)} (a "
                 "number is the weight of a positive; exposed was only shown; other types are "
                 "dropped); or add"
             )
@@ -254,13 +264,22 @@ def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTab
     found = typed.group_by("name").agg(num=typed.count()).to_pyarrow().to_pylist()
     counts = {row["name"]: row["num"] for row in found if row["name"] is not None}
     others = {name: num for name, num in counts.items() if name not in weights}
+    by_case = {name.lower(): name for name in others}
     for name in weights:
-        if name not in counts and (near := difflib.get_close_matches(name, others, n=1)):
+        near = difflib.get_close_matches(name.lower(), by_case, n=1)
+        if name not in counts and near:
             raise DataError(
                 f"event_weights.{printable(name)}: no row has this type; did you mean "
-                f"{printable(repr(near[0]))}?",
+                f"{printable(repr(by_case[near[0]]))}?",
                 "event_weights",
             )
+    if counts and not counts.keys() & weights.keys():
+        raise DataError(
+            f"{raw.source.column('event')}: no row has a type with a weight. The types are "
+            f"{printable(', '.join(sorted(counts)), 200)}. Set event_weights, such as "
+            f"{printable(event_types.suggested(counts), 200)}.",
+            "event_weights",
+        )
     told = (
         f"{printable(name)} {counts.get(name, 0):,} "
         f"({meaning if meaning == 'exposed' else f'positive, weight {meaning:g}'})"

@@ -23,6 +23,8 @@ from tfrs_pipeline.settings import refuse
 Features: TypeAlias = Mapping[str, str]
 Tables: TypeAlias = tuple[ibis.Table, ibis.Table, ibis.Table]  # Events, items and users.
 
+_MANY_LONG = 0.1  # Requests that last longer than a day are mentioned above this share.
+
 
 def make_tables(
     connection: DuckDB,
@@ -67,6 +69,7 @@ def make_tables(
     if len(raw.dropped) > num_reasons:
         events = store(events, raw.source)
     _check_positives(events, raw.source)
+    _note_long_requests(events, raw)
     events, rule, notes = settle_ties(events, reading.ties)
     if rule == "random":
         events = store(events, raw.source)
@@ -118,6 +121,26 @@ def _check_positives(events: ibis.Table, source: Source) -> None:
         )
 
 
+def _note_long_requests(events: ibis.Table, raw: RawTable) -> None:
+    """Notes requests that last longer than a day, if they are more than a few."""
+    if not {"request_id", "timestamp"} <= {*events.columns}:
+        return
+    asked = events.filter(events["request_id"].notnull())
+    time = asked["timestamp"].epoch_seconds()
+    spans = asked.group_by(["user_id", "request_id"]).agg(
+        num=asked.count(), seconds=time.max() - time.min()
+    )
+    spans = spans.filter(spans["num"] > 1)
+    counts = spans.aggregate(num=spans.count(), num_long=(spans["seconds"] > 86_400).sum())
+    num, num_long = counts.to_pyarrow().to_pylist()[0].values()
+    if num and num_long > _MANY_LONG * num:
+        raw.notes.append(
+            f"{in_percent(num_long, num)} of the requests with several events last longer than a "
+            "day, and no history shows an event of a request to another one: if the numbers of "
+            "request_id start again, join them with the user and the day"
+        )
+
+
 def _settle_unknown(
     events: ibis.Table,
     raw: RawTable,
@@ -145,7 +168,7 @@ def _settle_unknown(
         )
     if unknown == "error":
         raise DataError(
-            f"{where}: {num} of {num_rows} rows hold a {kind} that {table} lacks, such as "
+            f"{where}: {num} of {num_rows} rows hold {kind}s that {table} lacks, such as "
             f"{example}. Add it there, or set unknown_items to keep (with null features) or drop.",
             "unknown_items",
         )

@@ -117,9 +117,12 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
         if is_missing(value):
             continue
         if not isinstance(value, datetime) or value.tzinfo is None:
+            remedy = "Say which zone it is in: value.replace(tzinfo=...)."
+            if not isinstance(value, datetime):
+                remedy = "Convert text with datetime.fromisoformat(value)."
             raise ValueError(
                 f"Feature '{name}' must hold datetimes with a time zone. Received: {value!r} in "
-                f"row {i} of {len(column)}. Say which zone it is in: value.replace(tzinfo=...)."
+                f"row {i} of {len(column)}. {remedy}"
             )
         seconds[i] = value.timestamp()
     return seconds

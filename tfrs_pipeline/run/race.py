@@ -125,8 +125,9 @@ def race(
         train: The training part.
         validation: Decides the race, and chooses the winner's epoch. In a split by time, a run asks
             by request: `split.holdout("validation", by="requests")`.
-        recipes: Names in `RECIPES`.
-        settings: Settings of the model and its training, by dotted name, for all recipes.
+        recipes: Names among "default", "quick", "sequence", "sparse" and "sets".
+        settings: Settings of the model, its training and `evaluation.exclude`, by dotted name, for
+            all recipes.
         budget: CPU seconds of all recipes together, after which the leader wins and is trained to
             its end. If None, recipes race until their curves decide.
         seed: Seed of everything random.

@@ -249,15 +249,14 @@ def _export(
     return Refreshed(folder, len(ids), num_new, notes)
 
 
-def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
+def describe_undone(model: Path, item_ids: np.ndarray) -> str | None:
     """Describes how a new version with these items would undo a refresh; None if it would not."""
     if not (versions := publish.versions_of(model)):
         return None
     newest = model / str(versions[-1])
-    since = since.replace(microsecond=0)  # A manifest has whole seconds.
     try:
         manifest = read_record(newest / publish.MANIFEST_FILE, check_files=False)
-        if "refreshed" not in manifest or datetime.fromisoformat(manifest["date"]) < since:
+        if "refreshed" not in manifest:
             return None
         items = pq.read_table(newest / publish.ITEMS_FILE, columns=["item_id"])
     except (Damaged, OSError, pa.ArrowInvalid):
@@ -266,7 +265,7 @@ def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str |
     if refreshed == ours:
         return None
     return (
-        f"version {newest.name} is a refresh made after this run began: this version lacks "
-        f"{len(refreshed - ours):,} of its items, and has {len(ours - refreshed):,} that it lacks. "
-        "Run refresh-index for today's items"
+        f"version {newest.name} was made by refresh-index on {manifest['date'][:10]}: this version "
+        f"lacks {len(refreshed - ours):,} of its items, and has {len(ours - refreshed):,} that it "
+        "lacks. If its items were the newer ones, run refresh-index again"
     )

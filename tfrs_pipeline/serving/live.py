@@ -238,9 +238,10 @@ class LiveItems:
         kinds = {feature.name: feature for feature in self._features}
         needed = dict.fromkeys(["item_id", *kinds, *([self._filter] if self._filter else [])])
         if missing := [name for name in needed if name not in item]:
+            unknown = "" if "item_id" in missing else "; give None (null) where it is unknown"
             raise ValueError(
-                f"An item lacks {', '.join(map(repr, missing))}, which the model reads; give None "
-                f"(null) where it is unknown. Received: {', '.join(map(str, item))}"
+                f"An item lacks {', '.join(map(repr, missing))}, which the model reads{unknown}. "
+                f"Received: {', '.join(map(str, item))}"
             )
         plain = {"item_id": self._checked_id(item["item_id"])}
         for name, value in item.items():
