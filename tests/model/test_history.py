@@ -19,6 +19,7 @@ def make_encoder(*poolings: str, reads_times: bool = False, **options: Any) -> H
     sizes = {"dim": 4, "history_length": 8, "recency_decay": 0.5}
     sizes |= {"history_dropout": 0.5, "attention_dropout": 0.2, **options}
     settings = TwoTowerSettings(history_pooling=poolings or ALL, **sizes)
+    tf.keras.utils.set_random_seed(0)  # Some weights would hide the effect of a time.
     encoder = HistoryEncoder(9, settings, reads_times=reads_times)
     encoder(tf.zeros([1, 1], tf.int32))
     return encoder

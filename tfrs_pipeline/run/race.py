@@ -145,6 +145,9 @@ def race(
             model, race = tp.race(train, validation)
             print(race)
     """
+    read = "model.", "training.", "evaluation."
+    message = "is not read: a race has settings of the model, its training and evaluation"
+    refuse((x, message) for x in settings or () if not f"{x}.".startswith(read))
     asked = {"recipes": recipes, "fixed": tuple(settings or ()), "budget": budget}
     base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
     with ExitStack() as stack:
