@@ -211,7 +211,7 @@ def test_a_race_in_python_is_one_call(
     # The folder keeps the race: the second call trains nothing.
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")}
     again, same = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
-    with pytest.raises(ConfigError, match="data.ties: is not read"):
+    with pytest.raises(ConfigError, match=r"data\.ties: is not read"):
         tp.race(train, validation, settings={"data.ties": "drop"})
     with pytest.raises(ConfigError, match="did you mean 'sequence'"):
         tp.race(train, validation, recipes=["sequences"])

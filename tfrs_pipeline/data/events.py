@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import ibis
@@ -188,7 +188,7 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
             )
 
 
-def _refuse_clicks(scanned: Scan, unread: Iterable[str]) -> None:
+def _refuse_clicks(scanned: Scan, unread: Sequence[str]) -> None:
     """Refuses (`DataError`) unread outcomes and types of events, if every row would be a click.
 
     A column with a usual name is an outcome if it holds 0 and 1, and its first rows nothing else.
