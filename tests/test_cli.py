@@ -351,6 +351,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield Run(folder, folder / "saved_models" / "films", out.getvalue())
 
 
+def test_a_warm_start_trains_no_uncorrected_model_unless_named(config_of: Any, run: Run) -> None:
+    """It would begin from random weights, so that the comparison would be unfair."""
+    arguments = ["--data.path", "x.csv", "--warm-start", run.folder / RUN]
+    usual = RunConfig().evaluation.baselines
+    assert "uncorrected" in usual
+    found = config_of(*arguments).evaluation.baselines
+    assert found == tuple(name for name in usual if name != "uncorrected")
+    named = config_of(*arguments, "--evaluation.baselines", "uncorrected", "ease")
+    assert named.evaluation.baselines == ("uncorrected", "ease")
+
+
 @pytest.mark.usefixtures("here")
 def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
     """Importing TensorFlow takes seconds. One fresh process runs all refused commands."""
