@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -351,13 +352,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield Run(folder, folder / "saved_models" / "films", out.getvalue())
 
 
-def test_a_warm_start_trains_no_uncorrected_model_unless_named(config_of: Any, run: Run) -> None:
-    """It would begin from random weights, so that the comparison would be unfair."""
+def test_a_warm_start_has_its_sources_baselines_unless_named(config_of: Any, run: Run) -> None:
+    """An uncorrected model that the source did not train would begin from random weights."""
     arguments = ["--data.path", "x.csv", "--warm-start", run.folder / RUN]
-    usual = RunConfig().evaluation.baselines
-    assert "uncorrected" in usual
-    found = config_of(*arguments).evaluation.baselines
-    assert found == tuple(name for name in usual if name != "uncorrected")
+    source = load_config(run.folder / RUN / "config.toml").evaluation.baselines
+    assert "uncorrected" not in source
+    assert config_of(*arguments).evaluation.baselines == source
     named = config_of(*arguments, "--evaluation.baselines", "uncorrected", "ease")
     assert named.evaluation.baselines == ("uncorrected", "ease")
 
@@ -673,6 +673,26 @@ def test_ctrl_c_that_python_ignores_comes_again() -> None:
             threading.Event().wait(30)
     assert sys.unraisablehook is before
     assert watch() is None
+
+
+@pytest.mark.usefixtures("heard")
+def test_ctrl_c_that_python_ignores_last_ends_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other exceptions that Python ignores are shown as usual."""
+    ignored = list[Any]()
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+
+    def block() -> None:
+        with shown(Console(file=io.StringIO())):
+            for wrong in (ValueError, KeyboardInterrupt):
+                hook: Any = sys.unraisablehook
+                hook(SimpleNamespace(exc_type=wrong))
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert [x.exc_type for x in ignored] == [ValueError]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # As in a background job.
+    with shown(Console(file=io.StringIO())):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_an_epoch_is_told_within_the_terminal_and_the_lines_of_a_stage_as_they_are() -> None:

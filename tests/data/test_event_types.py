@@ -123,10 +123,23 @@ def test_a_column_of_types_is_not_left_unread(load: Any, name: str) -> None:
 
 
 def test_only_values_that_name_events_are_taken_for_types() -> None:
-    assert are_types(["view", "add_to_cart", "purchases"])
-    assert are_types(["PageView", "Bought", "AddToCart", "x", "y"]) is False
-    for values in (["review", "interview", "border"], ["home", "cart", "search", "help"], ["view"]):
-        assert not are_types(values)
+    for values in (
+        "view,addtocart,transaction",
+        "PageView,AddToCart,login",
+        "item-clicked,,purchased",
+    ):
+        assert are_types(values.split(","))
+    # Pages, layouts, placements, sort orders, campaigns; events that do not differ in value.
+    for values in ("product,category,cart,order", "view_item,home,cart", "grid_view,list_view"):
+        assert not are_types(values.split(","))
+    for values in ("also_viewed,also_bought", "order by date,order by price", "view,click", "buy"):
+        assert not are_types(values.split(","))
+
+
+def test_columns_that_are_lists_or_records_are_left_unread() -> None:
+    table = pa.table({"user_id": [1, 1], "item_id": [2, 3], "a": [["view"], ["buy"]]})
+    table = table.append_column("event", pa.array([{"x": 1}, {"x": 2}]))
+    assert "columns not read: a, event" in Log.from_table(table).notes[0]
 
 
 @pytest.mark.parametrize(

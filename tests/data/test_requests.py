@@ -168,23 +168,25 @@ def test_a_feature_may_have_another_name_in_the_log() -> None:
     assert found == made(rows(), FEATURES).split().test.requests
 
 
-@pytest.mark.parametrize("restarts", [True, False])
-def test_request_numbers_that_start_again_are_told(restarts: bool) -> None:
-    """User 1 has three visits of two events on as many days; user 2 has one event."""
-    table = [
-        {
-            "user_id": 1,
-            "item_id": number,
-            "request_id": 0 if restarts else number // 2,
-            "timestamp": START + timedelta(days=number // 2, minutes=number),
-        }
-        for number in range(6)
-    ]
-    log = made([*table, {**table[0], "user_id": 2, "request_id": 9}], {})
-    found = [note for note in log.notes if "last longer than a day" in note]
-    assert len(found) == restarts
-    if restarts:
-        assert found[0].startswith("100.0% of the requests with several events")
+@pytest.mark.parametrize(
+    ("seconds", "num_others", "share"),
+    [(86_401, 8, "11.1%"), (86_401, 9, None), (86_400, 0, None), (86_401, 0, "100.0%")],
+)
+def test_request_numbers_that_start_again_are_told(
+    seconds: int, num_others: int, share: str | None
+) -> None:
+    """A request lasts for some seconds; others last a minute, have one event, or no number."""
+
+    def event(user: int, request: int | None, after: int) -> dict[str, Any]:
+        time = START + timedelta(seconds=after)
+        return {"user_id": user, "item_id": after, "request_id": request, "timestamp": time}
+
+    table = [event(1, 0, 0), event(1, 0, seconds)]
+    table += [event(2, number, after) for number in range(num_others) for after in (5, 65)]
+    table += [event(3, number, number) for number in range(20)]
+    table += [event(4, None, number * 90_000) for number in range(20)]
+    found = [note for note in made(table, {}).notes if "last longer than a day" in note]
+    assert [note.split()[0] for note in found] == ([share] if share else [])
 
 
 def test_a_log_without_times_has_no_hour(log: Log) -> None:

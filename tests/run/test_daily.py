@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +246,13 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
     def told(version: str, ids: Iterable[str]) -> str | None:
         model = place / "told" / version
         shutil.copytree(folder / version, model / version, dirs_exist_ok=True)
-        return describe_undone(model, np.array(list(ids), object))
+        return describe_undone(model, datetime.now(UTC), np.array(list(ids), object))
 
     assert told("2", ours) is not None
     for asked in (("2", listed), ("3", listed)):
         assert told(*asked) is None
-    assert describe_undone(place / "none", np.array(list(ours), object)) is None
+    none = describe_undone(place / "none", datetime.now(UTC), np.array(list(ours), object))
+    assert none is None
 
 
 def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> None:

@@ -211,8 +211,13 @@ def test_a_race_in_python_is_one_call(
     # The folder keeps the race: the second call trains nothing.
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")}
     again, same = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
-    with pytest.raises(ConfigError, match=r"data\.ties: is not read"):
-        tp.race(train, validation, settings={"data.ties": "drop"})
+    for wrong, message in (
+        ({"data.ties": "drop"}, r"data\.ties: a race reads only model, training"),
+        ({"evaluation.baselines": ["ease"]}, "a race reads only"),
+        ({"trainng.max_epochs": 3}, "did you mean 'training"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tp.race(train, validation, settings=wrong)
     with pytest.raises(ConfigError, match="did you mean 'sequence'"):
         tp.race(train, validation, recipes=["sequences"])
     assert same.curves == race.curves

@@ -102,13 +102,14 @@ def shown(console: Console) -> Iterator[Shown]:
     bar = Bar(*columns, TimeElapsedColumn(), console=console)
     bar.add_task("starting", total=None, count="")
     remark = Text(no_wrap=True, overflow="ellipsis")
-    show_ignored = sys.unraisablehook
+    show_ignored, again = sys.unraisablehook, list[threading.Timer]()
 
     def interrupt_again(ignored: Any) -> None:
         # Python ignores a Ctrl-C that arrives in a weak reference's callback.
-        if ignored.exc_type is KeyboardInterrupt:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
             main = threading.main_thread().ident
-            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+            again.append(threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)))
+            again[-1].start()
         else:
             show_ignored(ignored)
 
@@ -116,7 +117,11 @@ def shown(console: Console) -> Iterator[Shown]:
     try:
         with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
             yield Shown(console, bar, remark)
+        if any(timer.is_alive() for timer in again):
+            raise KeyboardInterrupt
     finally:
+        for timer in again:
+            timer.cancel()
         sys.unraisablehook = show_ignored
 
 

@@ -94,7 +94,7 @@ Compare = _with_settings_but(
     """Compare ways of choosing negatives on your data.
 
     Trains the same towers with one sampling plan after another, within the same budget, and shows
-    each plan's NDCG and recall, overall and in the tail, and how it differs from the first plan.
+    each plan's NDCG and recall, overall and in the tail, and how it differs from the reference.
     Settings come from --config, or from the stopped comparison in --run-dir; --preset replaces
     some, and flags replace those.
     """,
@@ -244,11 +244,6 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
     if is_settled or is_demo or flags.preset or config.warm_start is not None:
         if config.budget is not None and not config.recipes:
             raise UsageError("--budget: nothing races here; name --recipes, or leave it out")
-        is_new = flags.config is not None or not is_begun
-        if config.warm_start is not None and is_new and "evaluation.baselines" not in named:
-            # It would begin from random weights, and train as briefly as the warm start.
-            named_too = [x for x in config.evaluation.baselines if x != "uncorrected"]
-            config = with_settings(config, {"evaluation.baselines": named_too})
         return config
     return with_settings(config, {**fixed, "recipes": RECIPES})
 

@@ -1,7 +1,7 @@
 """Types of events, such as view, click and purchase: usual names, and suggested weights."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 NAMES = (
     *("event", "event_type", "event_name", "action", "action_type", "behavior", "behavior_type"),
@@ -18,17 +18,20 @@ _USUAL = {
     **dict.fromkeys(("view", "impression", "show", "expos", "pv"), "exposed"),
 }
 
-# Words that name types of events, and hardly anything else.
-_WORDS = re.compile(
-    r"(?<![a-z])(view|click|impression|purchase|buy|bought|transaction|order|cart|"
-    r"add.?to.?cart|wishlist)(s|ed)?(?![a-z])"
+# Whole values, without what is not a letter. Either alone may be something else, such as a page.
+_LOOKS = re.compile(
+    r"(product|item|page|detail)?(view|click|impression)(s|ed)?(product|item|page)?"
+)
+_BUYS = re.compile(
+    r"(product|item)?(purchase[ds]?|buy|bought|transactions?|"
+    r"(add|remove)(e?d)?(to|from)?(cart|basket))"
 )
 
 
-def are_types(values: Collection[str]) -> bool:
-    """Returns whether two values or more, and at least half of them, are named like events."""
-    num_named = sum(_WORDS.search(value.lower()) is not None for value in values)
-    return num_named >= 2 and 2 * num_named >= len(values)
+def are_types(values: Iterable[str]) -> bool:
+    """Returns whether some value is a view or a click, and another one a purchase or the like."""
+    plain = [re.sub("[^a-z]", "", value.lower()) for value in values]
+    return all(any(map(words.fullmatch, plain)) for words in (_LOOKS, _BUYS))
 
 
 def suggested(types: Iterable[str]) -> str:

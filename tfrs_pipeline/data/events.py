@@ -195,13 +195,11 @@ def _refuse_clicks(scanned: Scan, unread: Sequence[str]) -> None:
     It has types of events if it has 2 to 50 values, and a usual name or such values.
     """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
-    for name in rows.column_names:
+    plain = [column.name for column in rows.schema if not pa.types.is_nested(column.type)]
+    for name in plain:
         first = rows[name].unique().drop_null().to_pylist()
-        has_types = name.lower() in event_types.NAMES or (
-            pa.types.is_string(rows[name].type)
-            and len(first) <= _MOST_TYPES
-            and event_types.are_types(first)
-        )
+        is_usual, is_text = name.lower() in event_types.NAMES, pa.types.is_string(rows[name].type)
+        has_types = is_usual or (is_text and event_types.are_types(first))
         if not has_types and name.lower() not in _OUTCOMES:
             continue
         column, values = printable(name), scanned.values(name, _MOST_TYPES + 1)
@@ -217,7 +215,6 @@ def _refuse_clicks(scanned: Scan, unread: Sequence[str]) -> None:
             add, setting = f"Add {column}=1 to label; or", "label"
         elif has_types and 1 < len(types) <= _MOST_TYPES:
             holds = f"{len(types)} types of events ({printable(', '.join(types), 200)})"
-            is_usual = name.lower() in event_types.NAMES
             add = (
                 f"{'Set' if is_usual else f'Add event={column} to columns and set'} event_weights, "
                 f"such as {printable(event_types.suggested(types), 200)} (a "

@@ -136,8 +136,8 @@ def _note_long_requests(events: ibis.Table, raw: RawTable) -> None:
     if num and num_long > _MANY_LONG * num:
         raw.notes.append(
             f"{in_percent(num_long, num)} of the requests with several events last longer than a "
-            "day, and no history shows an event of a request to another one: if the numbers of "
-            "request_id start again, join them with the user and the day"
+            "day, and its events never see each other in histories: if the numbers of request_id "
+            "start again each day, join them with the day"
         )
 
 

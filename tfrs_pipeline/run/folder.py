@@ -273,8 +273,9 @@ def with_source(
 ) -> RunConfig:
     """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
 
-    If the names of the `given` settings are known, other settings of the model and its training
-    come from the source, such as those of a recipe that won there. A started run keeps its own.
+    If the names of the `given` settings are known, other settings of the model, its training and
+    the baselines come from the source, such as those of a recipe that won there. A started run
+    keeps its own.
     """
     if config.warm_start is None:
         return config
@@ -283,6 +284,8 @@ def with_source(
         theirs = folder.settings() if folder.has_begun() else settings_of_finished(source)
         tables = {"model": theirs.model, "training": theirs.training}
         every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
+        # An uncorrected model that the source did not train would begin from random weights.
+        every["evaluation.baselines"] = theirs.evaluation.baselines
         kept = tuple(f"{name}." for name in given)
         left = {x: y for x, y in every.items() if not f"{x}.".startswith(kept)}
         config = with_settings(config, left)

@@ -256,7 +256,7 @@ def _export_best(
     # All items were read after the older file. A resumed run may have rewritten its settings.
     files = folder.config_file, folder.data / "log.json"
     began = datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
-    if (undone := describe_undone(config.model_folder, listed)) is not None:
+    if (undone := describe_undone(config.model_folder, began, listed)) is not None:
         runner.note(undone)
     search = search_of(export.index, export.target_recall)
     tables = [x for table in sorted(folder.data.glob("*.parquet")) for x in part_files(table)]

@@ -126,8 +126,8 @@ def race(
         validation: Decides the race, and chooses the winner's epoch. In a split by time, a run asks
             by request: `split.holdout("validation", by="requests")`.
         recipes: Names among "default", "quick", "sequence", "sparse" and "sets".
-        settings: Settings of the model, its training and `evaluation.exclude`, by dotted name, for
-            all recipes.
+        settings: Settings of the model, its training, `evaluation.exclude` and
+            `evaluation.cutoffs`, by dotted name, for all recipes.
         budget: CPU seconds of all recipes together, after which the leader wins and is trained to
             its end. If None, recipes race until their curves decide.
         seed: Seed of everything random.
@@ -145,11 +145,11 @@ def race(
             model, race = tp.race(train, validation)
             print(race)
     """
-    read = "model.", "training.", "evaluation."
-    message = "is not read: a race has settings of the model, its training and evaluation"
-    refuse((x, message) for x in settings or () if not f"{x}.".startswith(read))
     asked = {"recipes": recipes, "fixed": tuple(settings or ()), "budget": budget}
     base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
+    read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
+    message = "a race reads only model, training, evaluation.exclude and evaluation.cutoffs"
+    refuse((x, message) for x in settings or () if not f"{x}.".startswith(read))
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, place / "samples", seed=seed, hard=base.model.hard)

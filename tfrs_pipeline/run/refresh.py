@@ -249,8 +249,8 @@ def _export(
     return Refreshed(folder, len(ids), num_new, notes)
 
 
-def describe_undone(model: Path, item_ids: np.ndarray) -> str | None:
-    """Describes how a new version with these items would undo a refresh; None if it would not."""
+def describe_undone(model: Path, read: datetime, item_ids: np.ndarray) -> str | None:
+    """Describes how a version with these items, read then, differs from a refresh in service."""
     if not (versions := publish.versions_of(model)):
         return None
     newest = model / str(versions[-1])
@@ -265,7 +265,8 @@ def describe_undone(model: Path, item_ids: np.ndarray) -> str | None:
     if refreshed == ours:
         return None
     return (
-        f"version {newest.name} was made by refresh-index on {manifest['date'][:10]}: this version "
-        f"lacks {len(refreshed - ours):,} of its items, and has {len(ours - refreshed):,} that it "
-        "lacks. If its items were the newer ones, run refresh-index again"
+        f"version {newest.name} was made by refresh-index at {manifest['date'][:16]} UTC, and this "
+        f"run read its items at {read.isoformat()[:16]}: this version lacks "
+        f"{len(refreshed - ours):,} of its items, and has {len(ours - refreshed):,} that it lacks. "
+        "If the refresh had the newer items, run refresh-index again"
     )
