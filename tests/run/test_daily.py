@@ -251,8 +251,7 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
     assert told("2", ours) is not None
     for asked in (("2", listed), ("3", listed)):
         assert told(*asked) is None
-    none = describe_undone(place / "none", datetime.now(UTC), np.array(list(ours), object))
-    assert none is None
+    assert describe_undone(place / "none", datetime.now(UTC), np.array(ours, object)) is None
 
 
 def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> None:

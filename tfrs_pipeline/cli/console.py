@@ -105,7 +105,7 @@ def shown(console: Console) -> Iterator[Shown]:
     show_ignored, again = sys.unraisablehook, list[threading.Timer]()
 
     def interrupt_again(ignored: Any) -> None:
-        # Python ignores a Ctrl-C that arrives in a weak reference's callback.
+        # Python ignores a Ctrl-C in a weak reference's callback, so it is sent again afterwards.
         if issubclass(ignored.exc_type, KeyboardInterrupt):
             main = threading.main_thread().ident
             again.append(threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)))
@@ -117,7 +117,7 @@ def shown(console: Console) -> Iterator[Shown]:
     try:
         with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
             yield Shown(console, bar, remark)
-        if any(timer.is_alive() for timer in again):
+        if any(timer.is_alive() for timer in again):  # Too late to come again in this block.
             raise KeyboardInterrupt
     finally:
         for timer in again:

@@ -266,7 +266,7 @@ def describe_undone(model: Path, read: datetime, item_ids: np.ndarray) -> str | 
         return None
     return (
         f"version {newest.name} was made by refresh-index at {manifest['date'][:16]} UTC, and this "
-        f"run read its items at {read.isoformat()[:16]}: this version lacks "
+        f"run read its items at {read.isoformat()[:16]}: the new version lacks "
         f"{len(refreshed - ours):,} of its items, and has {len(ours - refreshed):,} that it lacks. "
         "If the refresh had the newer items, run refresh-index again"
     )
