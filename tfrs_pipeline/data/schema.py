@@ -20,6 +20,14 @@ TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 TieRule: TypeAlias = Literal["order", "random", "drop"]
 Ties: TypeAlias = Literal["auto", TieRule]
 
+ASKED: Mapping[AskedBy, str] = {
+    "users": "by user",
+    "requests": "by request",
+    "first_request": "by first request",
+    "last_request": "by last request",
+}
+"""How the queries of a holdout are made, in words; `docs/explanation/evaluation.md` explains them."""
+
 # Column of a log's items: True if the item table has the item, False if only the events do.
 LISTED = "_listed"
 LOG_COLUMNS = (

@@ -44,7 +44,7 @@ from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
 
-_NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none, not published"}, "export_folder": None}
+_NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none"}, "export_folder": None}
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
             }
             for name in variants(config)
         },
-        "examples": examples_of(made["two_tower"], data.test, config),
+        "examples": examples_of(made["two_tower"], data.by_user, config),
         "versions": {
             "tfrs-pipeline": __version__,
             "python": platform.python_version(),
