@@ -264,7 +264,10 @@ def test_the_first_screen_answers_five_questions() -> None:
     assert "What was dropped?32 of 11,032 events" in first  # 21 of them while reading.
     assert all(f"{each.num_rows}: {each.reason}" in first for each in dropped)
     assert "Is it in service?ExportedAs /srv/saved_models/films/3." in PAGE.joined
-    refused = {"export_folder": None, "refusal": "A baseline beats the new model. EASE is."}
+    refused: dict[str, Any] = {
+        "export_folder": None,
+        "refusal": "A baseline beats the new model. EASE is.",
+    }
     refused |= {"index": {"kind": "none"}}
     page = page_of(metrics={**FACTS.metrics, **refused})
     assert "Is it in service?Not exportedA baseline beats the new model. EASE is." in page.joined

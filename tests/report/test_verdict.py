@@ -174,7 +174,9 @@ def test_the_other_question_is_told_only_where_it_would_decide_otherwise(
         (0.3, 0.25, (0.02, -0.005), None),  # The second is not significant.
     ],
 )
-@pytest.mark.parametrize(("is_by_request", "is_other"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("is_by_request", "is_other"), [(False, False), (True, False), (True, True)]
+)
 def test_ties_are_told_where_they_decide(
     tied: float,
     untied: float,

@@ -1,4 +1,4 @@
-"""A shop's nightly job: a log that grows, and a model that is published if it is better as served."""
+"""A shop's nightly job: a log that grows, and a model published if it is better as served."""
 
 import shutil
 from collections.abc import Callable

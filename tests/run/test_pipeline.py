@@ -259,7 +259,8 @@ def test_one_question_decides_and_the_other_is_measured(
     trained_on, metrics = final_part(config, split), of_stages.metrics
     popular = MostPopular().fit(trained_on)
     assert (metrics["asked_by"], metrics["other"]["asked_by"]) == ("requests", "users")
-    for by, asked in (("requests", metrics), ("users", metrics["other"])):
+    asked_by: list[tuple[AskedBy, Any]] = [("requests", metrics), ("users", metrics["other"])]
+    for by, asked in asked_by:
         queries = split.holdout("test", by=by, trained_on=trained_on)
         assert list(asked["models"]) == list(metrics["models"])
         assert asked["models"]["popularity"] == measured(popular, queries, config)
@@ -374,7 +375,9 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
 
 def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
     kind, split = finished.metrics["index"]["kind"], split_of(finished.folder)
-    queries = split.holdout("test", by=finished.metrics["asked_by"], trained_on=final_part(finished.config, split))
+    queries = split.holdout(
+        "test", by=finished.metrics["asked_by"], trained_on=final_part(finished.config, split)
+    )
     for exact in {False, kind == "scann"}:
         found = measured(load(finished.export_folder, exact=exact), queries, finished.config)
         expected = finished.metrics["models"]["two_tower"]

@@ -164,7 +164,10 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
         say(console, f"\na baseline wins: {monitored.why}")
     asked = ASKED[result.metrics["asked_by"]]
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
-    say(console, f"\nOn the test split, asked {asked}{excluded[config.evaluation.exclude]}:\n{table}")
+    say(
+        console,
+        f"\nOn the test split, asked {asked}{excluded[config.evaluation.exclude]}:\n{table}",
+    )
     _say_filled(console, *explained(table, result.metrics))
     say(console, "")
     for head, text in _findings(config, result.metrics):

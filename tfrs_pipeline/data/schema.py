@@ -26,7 +26,7 @@ ASKED: Mapping[AskedBy, str] = {
     "first_request": "by first request",
     "last_request": "by last request",
 }
-"""How the queries of a holdout are made, in words; `docs/explanation/evaluation.md` explains them."""
+"""What has a query in a holdout, in words (see `Split.holdout`)."""
 
 # Column of a log's items: True if the item table has the item, False if only the events do.
 LISTED = "_listed"

@@ -144,7 +144,9 @@ def _joined(of_plans: Mapping[str, Evaluation]) -> Evaluation:
     first = next(iter(of_plans.values()))
     results = {name: x.first for name, x in of_plans.items()}
     asked = {name: x.other for name, x in of_plans.items() if isinstance(x.other, Evaluation)}
-    return dataclasses.replace(first, results=results, other=_joined(asked) if asked else first.other)
+    return dataclasses.replace(
+        first, results=results, other=_joined(asked) if asked else first.other
+    )
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:
