@@ -26,6 +26,8 @@ from rich.console import Console
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import FunnelLosers, Popularity, Uniform, cli, dump_config, load_config
+from tfrs_pipeline.cli import commands
+from tfrs_pipeline.cli.commands import COMMAND_LINE, COMMANDS
 from tfrs_pipeline.cli.console import print_result, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
@@ -83,14 +85,14 @@ def squeezed(text: str) -> str:
 # Help
 
 
-@pytest.mark.parametrize("name", cli.COMMAND_LINE.commands)
+@pytest.mark.parametrize("name", COMMAND_LINE.commands)
 def test_a_command_explains_itself(command: Any, name: str) -> None:
     answer = command(name, "--help")
     assert (answer.code, answer.err) == (0, "")
-    doc = str(cli.COMMAND_LINE.commands[name].__doc__)
+    doc = str(COMMAND_LINE.commands[name].__doc__)
     assert squeezed(doc) in squeezed(answer.out)
     assert squeezed(name + doc.split("\n\n")[0]) in squeezed(command("--help").out)
-    for _, field in settings(cli.COMMAND_LINE.commands[name]) if name in cli.COMMANDS else ():
+    for _, field in settings(COMMAND_LINE.commands[name]) if name in COMMANDS else ():
         assert field.description
         assert squeezed(explained(field)) in squeezed(answer.out)
 
@@ -182,16 +184,16 @@ def test_a_flag_is_read_in_either_spelling_and_a_sampler_as_json(config_of: Any)
 
 def test_values_of_a_query_may_begin_with_a_hyphen_or_be_none() -> None:
     flags = ["--history=-a", "--history=-b", "--filter", "none", "music", "--exclude", "7", "-k3"]
-    command, given = cli.COMMAND_LINE.read(["query", "model", *flags])
+    command, given = COMMAND_LINE.read(["query", "model", *flags])
     assert command == "query"
     assert given["history"] == ["-a", "-b"]
     assert (given["filter"], given["exclude"]) == (["none", "music"], ["7"])
-    assert cli.COMMAND_LINE.read(["query", "model", "--history"])[1]["history"] == []
-    asked = cli.COMMAND_LINE.read(["query", "model", "--request", "a=1", "--request", "b=2"])
+    assert COMMAND_LINE.read(["query", "model", "--history"])[1]["history"] == []
+    asked = COMMAND_LINE.read(["query", "model", "--request", "a=1", "--request", "b=2"])
     assert asked[1]["request"] == {"a": "1", "b": "2"}
     # If a setting is given twice, the last flag counts.
     cutoffs = ["--evaluation.cutoffs", "5", "--evaluation.cutoffs", "7", "9"]
-    assert cli.COMMAND_LINE.read(["run", *cutoffs])[1]["evaluation.cutoffs"] == ["7", "9"]
+    assert COMMAND_LINE.read(["run", *cutoffs])[1]["evaluation.cutoffs"] == ["7", "9"]
 
 
 def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
@@ -744,6 +746,48 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
     command("run", "--run-dir", tmp_path / "a run")
     assert configs[1] == configs[0]
     assert configs[1].data.path == tmp_path / "clicks.csv"
+
+
+# Sends Ctrl-C when a module is about to be imported.
+CUSTOM = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["LAST"]:
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's job may ignore it.
+sys.meta_path.insert(0, Finder())
+"""
+SCRIPT = Path(sys.executable).with_name("tfrs-pipeline")
+
+
+@pytest.mark.parametrize("program", [[SCRIPT], [sys.executable, "-m", "tfrs_pipeline.cli"]])
+@pytest.mark.parametrize("module", ["rich.console", "pydantic_settings", "tfrs_pipeline.config"])
+def test_ctrl_c_during_the_imports_ends_quietly(
+    tmp_path: Path, program: list[Any], module: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CUSTOM)
+    paths = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": paths, "LAST": module}
+    asked = [*program, "run", "--help"]
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.usefixtures("heard")
+def test_ctrl_c_is_heard_again_once_a_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a background job of a shell it stays ignored."""
+    handlers = list[Any]()
+    monkeypatch.setattr(
+        commands, "main", lambda words: handlers.append(signal.getsignal(signal.SIGINT)) or 7
+    )
+    expected = [signal.default_int_handler, signal.SIG_IGN]
+    for handler in expected:
+        signal.signal(signal.SIGINT, handler)
+        assert cli.main(["query"]) == 7
+    assert handlers == expected
 
 
 @pytest.mark.slow

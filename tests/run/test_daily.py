@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_id, item_table, small_config, write
-from tfrs_pipeline import ConfigError, Holdout, cli
+from tfrs_pipeline import ConfigError, Holdout
+from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
@@ -314,7 +315,7 @@ def test_a_worse_model_is_published_only_if_asked_for(
     (place / "worse.toml").write_text(dump_config(config))
     folder = place / "runs" / "worse"
     code, shown, told = command("run", "--config", place / "worse.toml", "--run-dir", folder)
-    assert code == cli.NOT_PUBLISHED == 3
+    assert code == NOT_PUBLISHED == 3
     assert re.match(
         r"not published: The new model is worse .* 0\.\d+ of version 2 in service: "
         rf"-0\.\d+ \[-0\.\d+, -0\.\d+\] on the same .* is kept: --run-dir {folder} with",

@@ -18,7 +18,8 @@ import tensorflow as tf
 from tests import small_log
 from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
-from tfrs_pipeline import Ease, Holdout, Log, MostPopular, TwoTower, UserSets, cli, signals
+from tfrs_pipeline import Ease, Holdout, Log, MostPopular, TwoTower, UserSets, signals
+from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import read_record, write_record
@@ -312,7 +313,7 @@ def test_a_beaten_model_is_exported_only_if_asked_for(tmp_path: Path, command: A
     config, folder = with_settings(ratings_config(tmp_path), settings), tmp_path / "run"
     (tmp_path / "lost.toml").write_text(dump_config(config))
     code, shown, told = command("run", "--config", tmp_path / "lost.toml", "--run-dir", folder)
-    assert code == cli.NOT_PUBLISHED
+    assert code == NOT_PUBLISHED
     metrics = read_record(folder / "metrics.json")
     means = {name: model["ndcg@20"]["mean"] for name, model in metrics["models"].items()}
     best = max(("popularity", "ease"), key=lambda name: means[name])

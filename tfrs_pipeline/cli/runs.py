@@ -14,6 +14,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 
+from tfrs_pipeline.cli import INTERRUPTED
 from tfrs_pipeline.cli.console import (
     as_interrupts,
     native_errors_to,
@@ -40,7 +41,6 @@ from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import Runner, as_lines
 from tfrs_pipeline.serving.publish import NotPublished
 
-INTERRUPTED = 130
 # Settings within tables that the short help shows.
 BRIEF = (
     *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
