@@ -780,10 +780,13 @@ def test_ctrl_c_during_the_imports_ends_quietly(
 def test_ctrl_c_is_heard_again_once_a_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a background job of a shell it stays ignored."""
     handlers = list[Any]()
-    monkeypatch.setattr(
-        commands, "main", lambda words: handlers.append(signal.getsignal(signal.SIGINT)) or 7
-    )
-    expected = [signal.default_int_handler, signal.SIG_IGN]
+
+    def command(words: list[str]) -> int:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return 7
+
+    monkeypatch.setattr(commands, "main", command)
+    expected: list[Any] = [signal.default_int_handler, signal.SIG_IGN]
     for handler in expected:
         signal.signal(signal.SIGINT, handler)
         assert cli.main(["query"]) == 7
