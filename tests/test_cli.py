@@ -1,5 +1,6 @@
 """The command line: help, flags made from the settings, errors in one line, query, Ctrl-C."""
 
+import errno
 import functools
 import io
 import json
@@ -33,7 +34,7 @@ from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
 from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.durable import naming, read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts
@@ -320,6 +321,48 @@ def test_refused_data_can_be_mended_in_the_same_folder(command: Any) -> None:
     assert "run folder: run, beside other files: thesis.txt" in command(*mended).out
     # Missing files are reported before a folder is created.
     assert command("run", "--data.path", "nowhere.csv").out == ""
+
+
+@pytest.mark.parametrize("name", ["run", "compare"])
+@pytest.mark.parametrize("finished", [None, "data/log.json", "checkpoints"])
+def test_a_full_disk_is_said_to_keep_what_is_finished_if_something_is(
+    command: Any, here: Path, monkeypatch: pytest.MonkeyPatch, name: str, finished: str | None
+) -> None:
+    Path("clicks.csv").touch()
+    folder = here / "a run"
+
+    def fill_the_disk(*_: Any) -> None:
+        if finished:
+            (folder / finished).mkdir(parents=True)
+        with naming(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_data, "log_steps", fill_the_disk)
+    answer = command(name, "--data.path", "clicks.csv", "--run-dir", folder)
+    remedy = " Fix this and rerun the command; finished steps are kept:"
+    remedy += f"  tfrs-pipeline {name} --run-dir '{folder}'"
+    told = f"error: {folder}: No space left on device.{remedy if finished else ''}\n"
+    assert (answer.code, answer.err) == (1, told)
+
+
+def test_a_command_that_resumes_nothing_does_not_speak_of_it(
+    command: Any, run: "Run", tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "below"
+    for arguments, message in (
+        (["serve", run.model, "--token-file", tmp_path / "token"], f"openssl.* > {tmp_path}/tok"),
+        (["serve", run.model, "--token-file", tmp_path], f"{tmp_path}: Is a directory"),
+        (["report", run.folder / RUN, "--output", below], f"{below}: Not a directory"),
+        (["vectors", run.model, below / "x.parquet"], f"there is no folder .{below}"),
+        (["refresh-index", run.model, "--items", below], "below does not exist"),
+        (["run", "--data.source", "movielens-100k", "--run-dir", below], "Not a directory"),
+    ):
+        answer = command(*arguments)
+        assert answer.code in (1, 2)
+        assert re.fullmatch(rf"error: .*{message}.*\n", answer.err)
+        assert "rerun" not in answer.err
+        assert "unexpected" not in answer.err
 
 
 # A run and its model

@@ -177,9 +177,7 @@ def naming(path: Path, *failures: type[Exception]) -> Iterator[None]:
 
 
 def _storage_error(path: Path | str, reason: str) -> StorageError:
-    return StorageError(
-        f"{path}: {reason}. Once that is fixed, the same command goes on from what is finished."
-    )
+    return StorageError(f"{path}: {reason}.")
 
 
 def try_writing(folder: Path) -> None:

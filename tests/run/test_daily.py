@@ -318,7 +318,8 @@ def test_a_worse_model_is_published_only_if_asked_for(
     assert code == NOT_PUBLISHED == 3
     assert re.match(
         r"not published: The new model is worse .* 0\.\d+ of version 2 in service: "
-        rf"-0\.\d+ \[-0\.\d+, -0\.\d+\] on the same .* is kept: --run-dir {folder} with",
+        rf"-0\.\d+ \[-0\.\d+, -0\.\d+\] on the same .* {served} stays as it is\. "
+        rf"The trained run is kept: --run-dir {folder} with",
         told,
     )
     assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == before

@@ -322,6 +322,7 @@ def test_a_beaten_model_is_exported_only_if_asked_for(tmp_path: Path, command: A
     assert shown.index(first) < shown.index("On the test split")
     assert f"{means['two_tower']:.4f}, and {means[best]:.4f} of the baseline {best}: -" in told
     assert metrics["refusal"] in told
+    assert "stays as it is" not in told  # No model is there yet.
     assert not (tmp_path / "saved_models").exists()
     trained = {x: x.stat().st_mtime_ns for x in folder.rglob("checkpoints/**/*") if x.is_file()}
     assert trained

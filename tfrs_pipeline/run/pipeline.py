@@ -300,7 +300,8 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
     baselines = [x for x in evaluation.results if x not in (*variants(config), IN_SERVICE)]
-    kept = f"{models} stays as it is. The trained run is kept: --run-dir {folder.path} with"
+    stays = f"{models} stays as it is. " if versions_of(models) else ""
+    kept = f"{stays}The trained run is kept: --run-dir {folder.path} with"
     try:
         refuse_beaten(evaluation, monitor, baselines)
     except NotPublished as error:

@@ -135,7 +135,7 @@ def race(
         progress: Told about epochs; None writes them to standard error if it is a terminal.
 
     Raises:
-        ConfigError: If a name or setting is unknown.
+        ConfigError: If a name or setting is unknown, or no recipe is named.
         ValueError: If no recipe can train, or there is no positive (`DataError`).
 
     Example:
@@ -145,6 +145,8 @@ def race(
             model, race = tp.race(train, validation)
             print(race)
     """
+    if not recipes:
+        refuse([("recipes", f"got none; name one or more of {', '.join(RECIPES)}")])
     asked = {"recipes": recipes, "fixed": tuple(settings or ()), "budget": budget}
     base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
@@ -302,11 +304,10 @@ class _Trainings:
             ends = so_far.num_waited >= config.training.patience
             if coming is None or ends or so_far.num_epochs == config.training.max_epochs:
                 return
-            now, then = self._next()
+            now, within = self._next()
             if now != name:
                 raise _Paused
-            if then != within:
-                within, task = then, self._describe(name, then)
+            task = self._describe(name, within)
 
         try:
             model = fit_once(
@@ -327,17 +328,19 @@ class _Trainings:
         return model
 
     def _describe(self, name: str, within: str) -> str:
-        """Describes a turn: its round, its recipe, who leads, and how long all may take."""
-        curves = tuple(self.curves.values())
-        first = winner(curves)
-        told = f"race, {within or 'the winner'}: {name}"
-        told += f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
+        """Describes a turn: its round, how long all may still take, its recipe, and who leads."""
+        curves, budget = tuple(self.curves.values()), self.config.budget
         epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
-        if (left := most_left(curves if within else [first], epochs)) is not None:
-            if within and self.config.budget is not None:
-                left = min(left, self.config.budget - sum(curve.spent for curve in curves))
-            told += f", at most about {counted(math.ceil(left / 60), 'CPU minute')}"
-        return told
+        left, num_untimed = most_left(curves if within else [self.curves[name]], epochs)
+        if within and budget is not None:
+            unspent = max(budget - sum(curve.spent for curve in curves), 0)
+            left, num_untimed = min(left, unspent) if not num_untimed else unspent, 0
+        bounds = [f"at most about {counted(math.ceil(left / 60), 'CPU minute')}"] if left else []
+        bounds += [f"{counted(num_untimed, 'recipe')} not timed yet"] if num_untimed else []
+        told = ", ".join([f"race, {within}" if within else "the winner trains on", *bounds])
+        first = winner(curves)
+        leading = f" (leading: {first.name}, {first.best:.4f})" if within and first.values else ""
+        return f"{told}: {name}{leading}"
 
     def _read(self) -> dict[str, Any]:
         record = read_whole(self.folder / CURVES_FILE)

@@ -56,13 +56,15 @@ class ServeSettings(Config):
 
 
 def read_token(path: Path) -> bytes:
-    """Reads a token, or raises a `ValueError` if it is too easy to guess."""
+    """Reads a token, or raises a `ValueError` if it is missing or too easy to guess."""
+    remedy = f"`openssl rand -hex 32 > {path}` writes one."
     with naming(path):
-        token = path.read_text(encoding="utf-8").strip()
+        if not path.exists():
+            raise ValueError(f"There is no token file {path}. {remedy}")
+        token = path.read_text(encoding="utf-8", errors="replace").strip()
     if len(token) < 16 or not token.isascii() or any(map(str.isspace, token)):
         raise ValueError(
-            f"{path} must hold a token of 16 or more ASCII characters, on one line, such as that "
-            "of `openssl rand -hex 32`."
+            f"{path} must hold a token of 16 or more ASCII characters, on one line. {remedy}"
         )
     return token.encode()
 
