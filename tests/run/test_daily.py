@@ -389,6 +389,32 @@ def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
             with_source(asked, RunFolder(tmp_path), given)
 
 
+@pytest.mark.parametrize(("needed", "taken"), [(26, 6), (25, 5), (6, 2), (1, 2)])
+def test_the_command_takes_a_fifth_of_the_epochs_that_the_source_needed(
+    yesterday: RunResult, place: Path, tmp_path: Path, needed: int, taken: int
+) -> None:
+    """Once, and not again where the source was a warm start itself."""
+    source = RunFolder(Path(shutil.copytree(yesterday.folder, tmp_path / "source")))
+    metrics = read_record(source.metrics_file)
+    metrics["training"]["two_tower"]["best_epoch"] = needed
+    write_record(source.metrics_file, metrics)
+    asked = today(place, warm_start=source.path, **{"training.max_epochs": 9})
+
+    def epochs(config: RunConfig, *given: str, folder: str = "new") -> int:
+        return with_source(config, RunFolder(tmp_path / folder), given).training.max_epochs
+
+    assert epochs(asked) == taken
+    for name in ("training", "training.max_epochs"):
+        assert epochs(asked, name) == 9
+    assert with_source(asked, RunFolder(tmp_path / "new")).training.max_epochs == 9
+    # The next day, and the same run once it has begun.
+    first = RunFolder(Path(shutil.copytree(source.path, tmp_path / "first")))
+    first._write_settings(with_source(asked, RunFolder(tmp_path / "new"), []))
+    assert first.settings().training.max_epochs == taken
+    assert epochs(today(place, warm_start=first.path)) == taken
+    assert epochs(asked, folder="first") == taken
+
+
 def test_what_cannot_be_started_from_is_said(
     yesterday: RunResult, warm: Warm, place: Path, tmp_path: Path
 ) -> None:

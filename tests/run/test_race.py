@@ -117,9 +117,9 @@ def test_a_killed_race_goes_on_and_ends_the_same(raced: Raced, tmp_path: Path) -
     assert again.metrics["models"] == result.metrics["models"]
     # No epoch was run twice.
     epochs = [task for watched in told for task in watched.tasks if task[1]]
-    raced = Counter(task for task in epochs if task[0].startswith("race: "))
-    assert max(raced.values()) == 1
-    assert sum(raced.values()) == sum(map(len, curves_of(result).values()))
+    times = Counter(task for task in epochs if task[0].startswith("race: "))
+    assert max(times.values()) == 1
+    assert sum(times.values()) == sum(map(len, curves_of(result).values()))
 
 
 class StoppedIn(Watched):
