@@ -544,6 +544,7 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
     arguments = run_arguments(tmp_path, *short, "--export.index", "none")
     answer = command(*arguments)
     assert (answer.code, answer.err) == (0, "")
+    assert "    export: builds the index" not in answer.out
     about_known = "asked by user id, the model leaves out the user's known items"
     assert about_known not in answer.out
     *_, not_exported, _, after = answer.out.splitlines()
@@ -555,6 +556,8 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
     assert (again.code, again.out.splitlines()[-1]) == (0, after)
     exported = command(*shlex.split(after.removeprefix("next:"))[1:])
     assert (exported.code, about_known in exported.out) == (0, True)
+    # It may take minutes.
+    assert "\n    export: builds the index, writes it, and has a fresh process load" in exported.out
     assert (tmp_path / "saved_models" / "films" / "1" / "manifest.json").is_file()
     changed = r"holds a run with other settings \(export\.index: 'auto', now"
     assert re.fullmatch(rf"error: .*{changed}.*\n", command(*arguments).err)
@@ -697,6 +700,19 @@ def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
     assert whole_bar in before
     assert "/" not in without_colours(after)
     assert whole_bar not in after
+
+
+def test_without_a_terminal_only_what_has_news_is_a_line() -> None:
+    """A task of unknown length has no count."""
+    out = io.StringIO()
+    with shown(Console(file=out, width=200)) as progress:
+        for done in range(3):
+            progress.task("evaluate", done, 3)
+        progress.task("export", 0, 0)
+        progress.task("export", 0, 0, "builds the index")
+        progress.task("two_tower", 1, 30, "loss 4.8")
+    told = out.getvalue().splitlines()
+    assert told == ["    export: builds the index", "    two_tower 1/30: loss 4.8"]
 
 
 @pytest.fixture

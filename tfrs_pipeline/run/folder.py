@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import math
 import shlex
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -288,7 +287,7 @@ def with_source(
         every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
         if theirs.warm_start is None:  # Else that run's number is already a fifth.
             best = RunFolder(source).results()["training"]["two_tower"]["best_epoch"]
-            every["training.max_epochs"] = max(2, math.ceil(best / 5))
+            every["training.max_epochs"] = max(2, -(-best // 5))
         # An uncorrected model that the source did not train would begin from random weights.
         every["evaluation.baselines"] = theirs.evaluation.baselines
         kept = tuple(f"{name}." for name in given)

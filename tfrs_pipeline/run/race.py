@@ -333,8 +333,8 @@ class _Trainings:
         epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
         left, num_untimed = most_left(curves if within else [self.curves[name]], epochs)
         if within and budget is not None:
-            unspent = max(budget - sum(curve.spent for curve in curves), 0)
-            left, num_untimed = min(left, unspent) if not num_untimed else unspent, 0
+            unspent = budget - sum(curve.spent for curve in curves)
+            left, num_untimed = unspent if num_untimed else min(left, unspent), 0
         bounds = [f"at most about {counted(math.ceil(left / 60), 'CPU minute')}"] if left else []
         bounds += [f"{counted(num_untimed, 'recipe')} not timed yet"] if num_untimed else []
         told = ", ".join([f"race, {within}" if within else "the winner trains on", *bounds])

@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tfrs_pipeline.messages import counted
-
 # Before any comparison, each recipe has at least this many epochs and CPU seconds, unless an equal
 # share of the budget is less.
 FIRST_EPOCHS = 5
@@ -106,8 +104,7 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
     share = math.inf if budget is None else budget / len(curves)  # A small budget is for all.
 
     def is_next(curve: Curve) -> Standing:
-        left = len(racing)
-        within = f"round {number}, {counted(left, 'recipe')} left" if left > 1 else ""
+        within = f"round {number}, {len(racing)} recipes left" if len(racing) > 1 else ""
         return Standing(None, "", dropped) if is_over else Standing(curve.name, within, dropped)
 
     for curve in curves:
