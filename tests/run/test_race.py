@@ -219,6 +219,15 @@ def test_who_races(is_ordered: bool, given: Any, racing: Any, why: Any, tmp_path
         assert fragment in not_begun[name]
 
 
+def test_if_none_can_race_the_first_recipe_says_why(tmp_path: Path) -> None:
+    """`sets` could have no hard negatives anyway, whatever the log is."""
+    config = with_settings(RunConfig(), {"model.hard": "funnel", "recipes": RECIPES})
+    data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0, hard=config.model.hard)
+    config = with_settings(config, {"fixed": ["model.hard"]})
+    with pytest.raises(ValueError, match=r"none of .* positives has one"):
+        trainable_recipes(config, ORDERED_LOG, [data])
+
+
 def test_sets_do_not_race_in_a_log_with_request_features(tmp_path: Path) -> None:
     table = event_table("int").select(["user_id", "item_id"])
     table = table.append_column("device", [["ios"] * table.num_rows])

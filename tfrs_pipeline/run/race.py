@@ -212,24 +212,25 @@ def trainable_recipes(
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:
     """Returns the settings of each recipe that can train, and why the others are not begun.
 
-    Raises the error of the last recipe if none can.
+    Raises the error of the first recipe if none can: the others may fail by their own settings.
     """
     found: dict[str, RunConfig] = {}
-    not_begun: dict[str, str] = {}
+    not_begun, refused = dict[str, str](), list[ValueError]()
     for name in config.recipes:
         try:
             each = planned(config, name)
             check_log(each, log)
             check_trainable(parts, each)
         except ValueError as error:
-            not_begun[name], refused = str(error), error
+            not_begun[name] = str(error)
+            refused.append(error)
             continue
         if same := [other for other, config in found.items() if config == each]:
             not_begun[name] = f"your settings make it equal to {same[0]}"
         else:
             found[name] = each
     if not found:
-        raise refused
+        raise refused[0]
     return found, not_begun
 
 

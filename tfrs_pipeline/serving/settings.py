@@ -1,5 +1,6 @@
 """The settings of the server; without TensorFlow, because the command line's help needs them."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -75,11 +76,13 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            f"Cannot listen on {host}, port {port}: {reason}. Set --port to another one, or to 0 "
-            "for a free one."
-        ) from error
+        # The numbers of an unknown host are others.
+        number = 0 if isinstance(error, socket.gaierror) else error.errno or 0
+        reason = os.strerror(number) if number else error.strerror or str(error)
+        remedy = "--port to another one, or to 0 for a free one"
+        if number in (0, errno.EADDRNOTAVAIL):
+            remedy = "--host to an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
+        raise OSError(f"Cannot listen on {host}, port {port}: {reason}. Set {remedy}.") from error
     # Connections inherit this option, which asyncio sets only if a protocol is named. Without it an
     # answer's body waits 40 ms for the client to acknowledge the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
