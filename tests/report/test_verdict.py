@@ -257,6 +257,9 @@ RACED: dict[str, Any] = {"race": {"recipes": {"sequence": {}, "sets": {}}}}
         (LINEAR, {"model.item_init": "svd"}, "^behind EASE and iALS: give features .*, or more"),
         (LINEAR, NUMERIC, "iALS: set model.item_init svd, or more"),
         (LINEAR, NUMERIC | {"warm_start": "runs/before"}, "iALS: more"),
+        # A warm start has few epochs on purpose.
+        (made(WINNING, training=SHORT), {"warm_start": "runs/before"}, None),
+        (made(WINNING, training=IMPATIENT, split=SMALL), {"warm_start": "runs/before"}, None),
         (LINEAR, NUMERIC | {"preset": "sets"}, "iALS: more"),
         (LINEAR, NUMERIC | UNORDERED, "iALS: take --preset sets, or set model.item_init svd, or"),
         (ORDERED, UNORDERED, "--preset sequence.*--preset sets"),

@@ -86,7 +86,8 @@ class Shown(Progress):
         if not self._console.is_terminal:
             if note or (total and time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
                 self._said = time.monotonic()
-                say(self._console, f"    {name} {done:,}/{total:,}{f': {note}' if note else ''}")
+                count = f" {done:,}/{total:,}" if total else ""
+                say(self._console, f"    {name}{count}{f': {note}' if note else ''}")
             return
         bar, (task,) = self._bar, self._bar.tasks
         if task.description != name:  # A task cannot lose its total or restart its clock.

@@ -274,8 +274,9 @@ def with_source(
     """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
 
     If the names of the `given` settings are known, other settings of the model, its training and
-    the baselines come from the source, such as those of a recipe that won there. A started run
-    keeps its own.
+    the baselines come from the source, such as those of a recipe that won there. If the source
+    began from random weights, `training.max_epochs` becomes a fifth of the epochs that it needed,
+    2 or more: a warm start needs no more (docs/guides/daily.md). A started run keeps its own.
     """
     if config.warm_start is None:
         return config
@@ -284,6 +285,9 @@ def with_source(
         theirs = folder.settings() if folder.has_begun() else settings_of_finished(source)
         tables = {"model": theirs.model, "training": theirs.training}
         every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
+        if theirs.warm_start is None:  # Else that run's number is already a fifth.
+            best = RunFolder(source).results()["training"]["two_tower"]["best_epoch"]
+            every["training.max_epochs"] = max(2, -(-best // 5))
         # An uncorrected model that the source did not train would begin from random weights.
         every["evaluation.baselines"] = theirs.evaluation.baselines
         kept = tuple(f"{name}." for name in given)

@@ -36,7 +36,7 @@ from tfrs_pipeline.run.folder import (
 )
 from tfrs_pipeline.run.measure import examples_of, fit_baselines, is_compared, measure
 from tfrs_pipeline.run.race import race_step, settle
-from tfrs_pipeline.run.refresh import describe_undone
+from tfrs_pipeline.run.refresh import WRITING, describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import training_step, variants
 from tfrs_pipeline.serving.export import (
@@ -78,21 +78,20 @@ def run_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     After a race, the model steps are those of the winner's settings.
     """
     return [
-        *data_steps(config, folder),
-        _signals_step(config),
+        *_first_steps(config, folder),
         *([race_step(config, folder)] if config.recipes else []),
         *_model_steps(config, folder),
         *_closing_steps(config, folder),
     ]
 
 
-def _signals_step(config: RunConfig) -> Step:
+def _first_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     def measure_signals(runner: Runner, split: Split[Log]) -> Signals:
         found = signals(split.train, seed=config.seed)
         runner.note(*str(found).splitlines(), *found.excluded_repeats(config.evaluation.exclude))
         return found
 
-    return Step("signals", ("split",), "signals", measure_signals)
+    return [*data_steps(config, folder), Step("signals", ("split",), "signals", measure_signals)]
 
 
 def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
@@ -144,7 +143,7 @@ def run(
     with place.claim(config, is_run=True):
         if (finished := chief_first(lambda: _read_result(config, place, runner))) is not None:
             return finished
-        first = [*data_steps(config, place), *([_signals_step(config)] if is_chief else [])]
+        first = _first_steps(config, place) if is_chief else data_steps(config, place)
         chief_first(lambda: runner.run(runner.remaining(first)))
         if config.recipes:
             config = settle(config, place, runner.run([race_step(config, place)]))
@@ -161,7 +160,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
     # The version that the model is compared with must stay in service until the export.
     is_held = is_compared(config, folder)
     with publishing(config.model_folder) if is_held else nullcontext():
-        exported = runner.run(steps)
+        runner.run(steps)
     made, data = runner.artifacts, runner.artifacts["samples"]
     metrics = {
         "dataset": config.model_name,
@@ -187,7 +186,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
             **{library: importlib.metadata.version(library) for library in LIBRARIES},
         },
         **({} if (race := read_whole(folder.race_file)) is None else {"race": race["race"]}),
-        **exported,
+        **made["version"],
         "signals": made["signals"].as_dict(),
         "notes": {report.name: report.notes for report in runner.reports},
         "seconds": {report.name: report.seconds for report in runner.reports},
@@ -265,6 +264,7 @@ def _export_best(
     if (undone := describe_undone(config.model_folder, began, listed)) is not None:
         runner.note(undone)
     search = search_of(export.index, export.target_recall)
+    runner.progress.task("export", 0, 0, WRITING)
     tables = [x for table in sorted(folder.data.glob("*.parquet")) for x in part_files(table)]
     version, manifest = export_version(
         model,
@@ -307,7 +307,8 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
     baselines = [x for x in evaluation.results if x not in (*variants(config), IN_SERVICE)]
-    kept = f"{models} stays as it is. The trained run is kept: --run-dir {folder.path} with"
+    stays = f"{models} stays as it is. " if versions_of(models) else ""
+    kept = f"{stays}The trained run is kept: --run-dir {folder.path} with"
     try:
         refuse_beaten(evaluation, monitor, baselines)
     except NotPublished as error:

@@ -27,6 +27,9 @@ from tfrs_pipeline.serving.index import Search
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
 
+# Shown during an export, a run's too: it may take minutes.
+WRITING = "builds the index, writes it, and has a fresh process load it and answer"
+
 
 @dataclass(frozen=True)
 class Refreshed:
@@ -220,6 +223,7 @@ def _export(
 ) -> Refreshed:
     from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
 
+    runner.progress.task("export", 0, 0, WRITING)
     items, embeddings, num_untrained = embedded
     number = int(retriever.folder.name)
     ids, before = set(items["item_id"].to_pylist()), set(retriever.candidate_ids())
