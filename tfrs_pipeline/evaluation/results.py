@@ -18,7 +18,8 @@ class SliceResult:
 
     Attributes:
         per_query: Metric name, such as "ndcg@100", -> [num_queries] float64; NaN if a query has
-            nothing relevant in this part.
+            nothing relevant in this part. An "even_" metric has one value per user, at the first
+            of the user's queries, and NaN at the others.
         intervals: The same names -> mean and interval over the queries.
         set_metrics: "coverage@20", "average_popularity@20" and "gini@20" of all lists together.
         num_candidates: Size of this part.
