@@ -179,7 +179,7 @@ def test_ease_equals_a_ridge_regression_of_each_column_on_the_others() -> None:
 
 def test_ease_refuses_a_corpus_that_would_not_fit_memory() -> None:
     train = Interactions.from_rows(Ids(np.arange(50_000)), np.array([0]), np.array([1]))
-    with pytest.raises(ValueError, match=r"30 GB of memory.*Use Ials"):
+    with pytest.raises(ValueError, match=r"50,000 take 30 GB of memory.*Use Ials"):
         Ease().fit(train)
 
 

@@ -211,8 +211,9 @@ class Ease:
         num_candidates = len(train.items)
         if num_candidates > self.max_candidates:
             raise ValueError(
-                f"EASE needs {num_candidates**2 * 12 / 1e9:.0f} GB of memory for {num_candidates} "
-                f"candidates; max_candidates is {self.max_candidates}. Use Ials, or raise it."
+                f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take "
+                f"{num_candidates**2 * 12 / 1e9:.0f} GB of memory, and max_candidates is "
+                f"{self.max_candidates:,}. Use Ials, or raise it."
             )
         weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return _by_product(train, lambda histories: histories @ weights)

@@ -20,6 +20,7 @@ from tfrs_pipeline.evaluation.results import (
     Evaluation,
     explained,
     format_table,
+    joined,
     with_requests,
 )
 from tfrs_pipeline.messages import SILENT, Progress, counted
@@ -139,16 +140,6 @@ def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
     return with_settings(config, {**plan, "training.max_epochs": _max_epochs(config, data)})
 
 
-def _joined(of_plans: Mapping[str, Evaluation]) -> Evaluation:
-    """Joins the evaluations of the plans, whose queries are the same."""
-    first = next(iter(of_plans.values()))
-    results = {name: x.first for name, x in of_plans.items()}
-    served = {name: x.by_request for name, x in of_plans.items()}
-    asked = {name: x for name, x in served.items() if isinstance(x, Evaluation)}
-    by_request = _joined(asked) if asked else first.by_request
-    return dataclasses.replace(first, results=results, by_request=by_request)
-
-
 def _max_epochs(config: RunConfig, data: RunData) -> int:
     if config.compare.max_steps is None:
         return config.training.max_epochs
@@ -166,7 +157,7 @@ def _write(
 ) -> PlanComparison:
     reference = config.compare.reference
     measured = {reference: measured[reference], **measured}
-    evaluation = _joined({name: evaluation for name, (evaluation, _) in measured.items()})
+    evaluation = joined([evaluation for evaluation, _ in measured.values()])
     trainings = {name: training for name, (_, training) in measured.items()}
     comparison = PlanComparison(folder, evaluation, trainings, notes)
     content = {
