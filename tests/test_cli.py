@@ -44,7 +44,7 @@ from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 RUN = "it's a run"  # A folder name that a shell needs in quotes.
 
 

@@ -33,7 +33,7 @@ from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.data import final_part, prepare
 from tfrs_pipeline.run.folder import RunFolder, exported_version
-from tfrs_pipeline.run.measure import fit_baselines
+from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.steps import Step
 from tfrs_pipeline.run.training import split_in, trained_in
@@ -43,7 +43,7 @@ from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 STAGES = ["data", "split", "samples", "signals", "train two_tower", "baselines", "evaluate",
           "export"]  # fmt: skip
 
@@ -349,7 +349,8 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
     data = prepare(config, tmp_path / "run")
     asked = data.split.holdout("validation", by="requests")
     assert data.validation.fingerprint() == asked.fingerprint()
-    found, notes = fit_baselines(config, data)
+    forms = baselines_of(config, data)
+    found, notes = fit_best("popularity", forms["popularity"], config, data)
     scores = {}
     for latest in (1.0, 0.2, 0.05, 0.01):
         popular = MostPopular(latest=latest).fit(data.split.train)
@@ -359,14 +360,13 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
     best = MostPopular(latest=max(scores, key=lambda latest: scores[latest]))
     assert len(set(scores.values())) > 1
     assert notes == [f"popularity: {best!r}, best of 4 on validation"]
-    assert list(found) == ["popularity", "repeats"]
+    assert list(forms) == ["popularity", "repeats"]
     expected = best.fit(data.split.before_test).retrieve([{}], 80)
-    np.testing.assert_array_equal(found["popularity"].retrieve([{}], 80), expected)
+    np.testing.assert_array_equal(found.retrieve([{}], 80), expected)
     excluding = with_settings(config, {"evaluation.exclude": "clicked"})
-    assert list(fit_baselines(excluding, data)[0]) == ["popularity"]
+    assert list(baselines_of(excluding, data)) == ["popularity"]
     choices = [Ease(1.0), Ease(50.0)]
-    with_ease = with_settings(config, {"evaluation.baselines": ["ease"]})
-    (note,) = fit_baselines(with_ease, data, grids={"ease": choices})[1]
+    (note,) = fit_best("ease", choices, config, data)[1]
     assert note in [f"ease: {ease!r}, best of 2 on validation" for ease in choices]
 
 

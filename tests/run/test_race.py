@@ -27,7 +27,7 @@ from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
 from tfrs_pipeline.run.race import Race, _Trainings, planned, trainable_recipes
 from tfrs_pipeline.run.rounds import Curve
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 # Small settings, so that a race takes seconds; no recipe changes them.
 GIVEN = {"model.dim": 8, "model.negatives": ["uniform:num=32"], "model.history_length": 10}
 GIVEN |= {"training.max_epochs": 3, "training.batch_size": 256, "training.monitor": "ndcg@20"}

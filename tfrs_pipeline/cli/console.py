@@ -155,7 +155,8 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
     columns = [f"ndcg@{longest}", f"{other_prefix(result.metrics)}/ndcg@{longest}"]
     columns += [f"recall@{longest}", f"even_recall@{longest}", f"recall@{shortest}"]
-    columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
+    columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
+    columns += [f"average_popularity@{shortest}", f"mrr@{shortest}"]
     # Columns that do not fit are left out, since a wrapped table is unreadable.
     width = console.width if console.is_terminal else None
     columns = list(dict.fromkeys(columns))

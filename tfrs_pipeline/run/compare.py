@@ -19,6 +19,7 @@ from tfrs_pipeline.evaluation.results import (
     Evaluation,
     explained,
     format_table,
+    joined,
     other_prefix,
     with_other,
 )
@@ -139,16 +140,6 @@ def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
     return with_settings(config, {**plan, "training.max_epochs": _max_epochs(config, data)})
 
 
-def _joined(of_plans: Mapping[str, Evaluation]) -> Evaluation:
-    """Joins the evaluations of the plans, whose queries are the same."""
-    first = next(iter(of_plans.values()))
-    results = {name: x.first for name, x in of_plans.items()}
-    asked = {name: x.other for name, x in of_plans.items() if isinstance(x.other, Evaluation)}
-    return dataclasses.replace(
-        first, results=results, other=_joined(asked) if asked else first.other
-    )
-
-
 def _max_epochs(config: RunConfig, data: RunData) -> int:
     if config.compare.max_steps is None:
         return config.training.max_epochs
@@ -166,7 +157,7 @@ def _write(
 ) -> PlanComparison:
     reference = config.compare.reference
     measured = {reference: measured[reference], **measured}
-    evaluation = _joined({name: evaluation for name, (evaluation, _) in measured.items()})
+    evaluation = joined([evaluation for evaluation, _ in measured.values()])
     trainings = {name: training for name, (_, training) in measured.items()}
     comparison = PlanComparison(folder, evaluation, trainings, notes)
     content = {

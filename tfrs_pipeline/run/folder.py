@@ -38,7 +38,8 @@ class RunFolder:
     `config_file` has the settings with their hash, `metrics_file` is the record of a finished run.
     `samples` has a folder each for "selection" and "final", `checkpoints` one for each model.
     `race` has the curves of a race, and its trainings until it is decided; `race_file` is the
-    record of a decided one, with the settings that were asked for.
+    record of a decided one, with the settings that were asked for. `left_out_file` records the
+    baselines that failed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +47,7 @@ class RunFolder:
         self.config_file, self.metrics_file = path / CONFIG_FILE, path / METRICS_FILE
         self.data, self.split = path / "data", path / "data" / "split.parquet"
         self.race, self.race_file = path / "race", path / "race" / "race.json"
+        self.left_out_file = path / "left_out.json"
         self.samples, self.checkpoints = path / "samples", path / "checkpoints"
 
     def holds_run(self) -> bool:

@@ -25,7 +25,7 @@ from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import (
     RunFolder,
@@ -34,7 +34,7 @@ from tfrs_pipeline.run.folder import (
     own_version,
     trained_by,
 )
-from tfrs_pipeline.run.measure import examples_of, fit_baselines, is_compared, measure
+from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, is_compared, measure
 from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.refresh import WRITING, describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
@@ -100,11 +100,10 @@ def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
 
 
 def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
-    def fit(runner: Runner, data: RunData) -> dict[str, Retriever]:
-        baselines, notes = fit_baselines(config, data, runner.progress.task)
+    def fit(runner: Runner, data: RunData) -> MeasuredBaselines:
+        baselines = measure_baselines(config, folder, runner, data)
         left_out = [x for x in ("ease", "ials") if x not in config.evaluation.baselines]
-        why = [f"{x}: left out by the preset or by evaluation.baselines" for x in left_out]
-        runner.note(*notes, *why)
+        runner.note(*(f"{x}: left out by the preset or by evaluation.baselines" for x in left_out))
         return baselines
 
     measure_all, export, read = (
@@ -187,6 +186,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
         },
         **({} if (race := read_whole(folder.race_file)) is None else {"race": race["race"]}),
         **made["version"],
+        "left_out": made["baselines"].left_out,
         "signals": made["signals"].as_dict(),
         "notes": {report.name: report.notes for report in runner.reports},
         "seconds": {report.name: report.seconds for report in runner.reports},
