@@ -64,7 +64,7 @@ def test_joined_evaluations_are_one_of_all() -> None:
     train, _, test = Log.from_table(pa.table(clicks)).split("last_n", min_positives=3)
     models = {"a": MostPopular().fit(train), "b": Repeats().fit(train)}
     together, *apart = (
-        dataclasses.replace(found, by_request=found)
+        dataclasses.replace(found, other=found)
         for found in (evaluate(x, test) for x in (models, *({k: v} for k, v in models.items())))
     )
     assert joined(apart).summary() == together.summary()
