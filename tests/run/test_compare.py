@@ -218,7 +218,7 @@ def test_mixed_equals_a_run(config: RunConfig, compared: PlanComparison, tmp_pat
     plain = with_settings(config, {"model.hard": None, "training.max_epochs": NUM_EPOCHS})
     result = evaluate_all(plain, {"model": train_and_refit(plain, data)}, data)
     found = compared.evaluation
-    pairs: Any = ((found, result), (found.by_request, result.by_request))
+    pairs: Any = ((found, result), (found.other, result.other))
     for measured, again in pairs:
         mixed = measured.results["mixed"]
         assert mixed.overall.intervals == again.first.overall.intervals

@@ -16,11 +16,11 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, finish, new_figure
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.evaluation.results import (
-    BY_REQUEST,
     Evaluation,
     explained,
     format_table,
-    with_requests,
+    other_prefix,
+    with_other,
 )
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.fit import TrainingResult
@@ -60,12 +60,12 @@ class PlanComparison:
         summary, cutoffs = self.evaluation.summary(), self.evaluation.cutoffs
         shortest, longest = cutoffs[0], cutoffs[-1]
         ndcg, *others = compared = [f"{x}@{longest}" for x in ("ndcg", "recall", "even_recall")]
-        columns = [ndcg, f"{BY_REQUEST}/{ndcg}", *others, f"tail/recall@{longest}"]
+        columns = [ndcg, f"{other_prefix(summary)}/{ndcg}", *others, f"tail/recall@{longest}"]
         columns += [f"coverage@{shortest}", f"average_popularity@{shortest}", "epochs", "seconds"]
         plans = {
             name: {**x, "epochs": training.best_epoch, "seconds": round(training.seconds)}
             for (name, x), training in zip(
-                with_requests(summary).items(), self.trainings.values(), strict=True
+                with_other(summary).items(), self.trainings.values(), strict=True
             )
         }
         differences = {
@@ -143,10 +143,10 @@ def _joined(of_plans: Mapping[str, Evaluation]) -> Evaluation:
     """Joins the evaluations of the plans, whose queries are the same."""
     first = next(iter(of_plans.values()))
     results = {name: x.first for name, x in of_plans.items()}
-    served = {name: x.by_request for name, x in of_plans.items()}
-    asked = {name: x for name, x in served.items() if isinstance(x, Evaluation)}
-    by_request = _joined(asked) if asked else first.by_request
-    return dataclasses.replace(first, results=results, by_request=by_request)
+    asked = {name: x.other for name, x in of_plans.items() if isinstance(x.other, Evaluation)}
+    return dataclasses.replace(
+        first, results=results, other=_joined(asked) if asked else first.other
+    )
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:
