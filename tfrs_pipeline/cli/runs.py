@@ -14,7 +14,6 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 
-from tfrs_pipeline.cli import INTERRUPTED
 from tfrs_pipeline.cli.console import (
     as_interrupts,
     native_errors_to,
@@ -146,7 +145,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         raise StorageError(f"{error} {remedy}  {again}") from error
     except KeyboardInterrupt:
         say(console, f"\nstopped; go on with:  {again}")
-        return INTERRUPTED
+        raise
     if not is_run:
         print_comparison(console, config, result)
         return 0

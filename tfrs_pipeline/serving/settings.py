@@ -76,9 +76,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        # The numbers of an unknown host are others.
-        number = 0 if isinstance(error, socket.gaierror) else error.errno or 0
-        reason = os.strerror(number) if number else error.strerror or str(error)
+        number = max(error.errno or 0, 0)  # Below 0 if the host is unknown.
+        reason = os.strerror(number) if number else str(error.strerror).partition(" (")[0]
         remedy = "--port to another one, or to 0 for a free one"
         if number in (0, errno.EADDRNOTAVAIL):
             remedy = "--host to an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
