@@ -231,10 +231,10 @@ def _lock(path: Path, wait: bool) -> int:
         return open_locked(path)
 
 
-def open_locked(path: Path, how: int = fcntl.LOCK_EX, flags: int = 0) -> int:
+def open_locked(path: Path, how: int = fcntl.LOCK_EX) -> int:
     """Opens a file, made if missing, and locks it; closing the descriptor unlocks it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, how)
             # The previous holder may have removed or replaced the file after it was opened here.

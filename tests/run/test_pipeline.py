@@ -458,6 +458,8 @@ def test_a_user_is_served_by_all_that_is_known_and_not_what_is_known(finished: F
 
 def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> None:
     manifest = json.loads((finished.export_folder / "manifest.json").read_text())
+    log = json.loads((finished.folder / "data" / "log.json").read_text())
+    assert manifest["items_read"] == log["items_read"]
     assert RunConfig(**manifest["config"]) == finished.config
     assert manifest["example_user"] == finished.holdout("test").user_ids.tolist()[0]
     assert manifest["metrics"] == json.loads(json.dumps(finished.metrics["models"]["two_tower"]))

@@ -258,10 +258,8 @@ def _export_best(
         refusal = str(error)
         runner.note(f"not exported: {refusal.partition('. ')[0]}")
         return {**_NOT_EXPORTED, "refusal": refusal}
-    # All items were read after the older file. A resumed run may have rewritten its settings.
-    files = folder.config_file, folder.data / "log.json"
-    began = datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
-    if (undone := describe_undone(config.model_folder, began, listed)) is not None:
+    read = data.split.log.items_read
+    if (undone := describe_undone(config.model_folder, read, listed)) is not None:
         runner.note(undone)
     search = search_of(export.index, export.target_recall)
     runner.progress.task("export", 0, 0, WRITING)
@@ -282,7 +280,6 @@ def _export_best(
             "training": trained_by(folder.path),
             "counts": data.final.report,
             "metrics": measured.summary()["models"]["two_tower"],
-            "items_read": began.isoformat(),
         },
     )
     if config.evaluation.exclude == "none" and export.user_data:
