@@ -29,7 +29,7 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 
 if TYPE_CHECKING:
     from tfrs_pipeline.config import RunConfig
-    from tfrs_pipeline.run.compare import PlanComparison
+    from tfrs_pipeline.run.comparison import Comparison
     from tfrs_pipeline.run.pipeline import RunResult
 
 PROGRAM = "tfrs-pipeline"
@@ -216,28 +216,14 @@ def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple
         yield "more", "docs/guides/debugging.md"
 
 
-def print_comparison(console: Console, config: "RunConfig", result: "PlanComparison") -> None:
+def print_comparison(console: Console, result: "Comparison", folder: Path) -> None:
     """Prints the table of a comparison, its conclusion and its files."""
-    from tfrs_pipeline.evaluation.results import explained
-    from tfrs_pipeline.run.compare import compared_in_words
+    from tfrs_pipeline.run.comparison import WIDTH
 
-    table = result.table(width=console.width if console.is_terminal else None)
-    say(console, f"\n{table}")
-    _say_filled(console, *explained(table, result.evaluation.summary()))
-    of = f"Differences are from {config.compare.reference}"
-    say(console, f"\n{of}, query by query, 95% intervals.")
-    longest = max(config.evaluation.cutoffs)
-    _say_filled(console, compared_in_words(result.evaluation, f"ndcg@{longest}"))
-    if not isinstance(served := result.evaluation.by_request, str):
-        _say_filled(console, f"by request, {compared_in_words(served, f'ndcg@{longest}')}")
-    first = result.evaluation.first
-    if first.num_even is not None:
-        words = compared_in_words(result.evaluation, f"even_recall@{longest}")
-        of = f"{first.num_even:,} of {first.overall.num_relevant:,} items to find"
-        _say_filled(console, f"{words} (it rests on {of}, by their weights)")
-    else:
-        say(console, "no even_recall: it needs 1.5 items to find per user")
-    for note in result.notes:
-        say(console, note)
-    for kind in ("md", "svg", "json"):
-        say(console, f"{kind:5} {result.folder / f'comparison.{kind}'}")
+    width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    say(console, f"\n{result.table(width=width)}\n")
+    for line in result.lines(width):
+        say(console, textwrap.fill(line, width))
+    say(console, "")
+    for name in ("report.html", "comparison.md", "comparison.svg", "comparison.json"):
+        say(console, f"{name.rpartition('.')[2]:5} {folder / name}")

@@ -1,7 +1,7 @@
 """The results of `evaluate`: one per retriever, a comparison of several, and their tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -208,6 +208,41 @@ class Evaluation:
         gaps = {x: {columns[0]: of[columns[0]]} for x, of in summary["differences"].items()}
         table = format_table(summary["models"], list(dict.fromkeys(columns)), gaps)
         return "\n".join([table, *self.first.describe()])
+
+
+def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Averages evaluations of the same queries, such as those of models trained with other seeds.
+
+    Each query's metrics are averaged first, then these means over the queries, with intervals over
+    the users: they say how far the result depends on the users, not on the seed.
+    """
+    if len(evaluations) == 1:
+        return evaluations[0]
+    first = evaluations[0]
+    drawn: dict[str, Any] = {"num_bootstrap": first.num_bootstrap, "seed": first.seed}
+
+    def mean(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
+
+    def average(parts: Sequence[SliceResult], users: np.ndarray) -> SliceResult:
+        per_query, set_metrics = (
+            mean([x.per_query for x in parts]),
+            mean([x.set_metrics for x in parts]),
+        )
+        values = np.stack([*per_query.values()], axis=1)
+        found = dict(zip(per_query, bootstrap_intervals(values, users=users, **drawn), strict=True))
+        return replace(parts[0], per_query=per_query, intervals=found, set_metrics=set_metrics)
+
+    results = {}
+    for name, result in first.results.items():
+        every, users = [x.results[name] for x in evaluations], result.user_ids
+        overall = average([x.overall for x in every], users)
+        slices = {x: average([y.slices[x] for y in every], users) for x in result.slices}
+        ties = {x: average([y.ties[x] for y in every], users) for x in result.ties}
+        results[name] = replace(result, overall=overall, slices=slices, ties=ties)
+    asked = [x.by_request for x in evaluations if isinstance(x.by_request, Evaluation)]
+    by_request = averaged(asked) if asked else first.by_request
+    return replace(first, results=results, by_request=by_request)
 
 
 BY_REQUEST = "by_request"
