@@ -19,12 +19,13 @@ _NAMES = {
     "config": ("RunConfig", "dump_config", "load_config", "movielens_config", "with_settings"),
     "data.holdout": ("Holdout",),
     "data.log": ("Log",),
+    "data.split": ("Split",),
     "data.settings": ("Reading",),
     "data.schema": ("DataError",),
     "drawing": ("plot_curves", "plot_intervals", "plot_popularity"),
     "evaluation.bootstrap": ("Interval", "Outcome"),
     "evaluation.baselines": ("Ease", "Ials", "MostPopular", "Repeats", "Transitions"),
-    "evaluation.evaluate": ("evaluate",),
+    "evaluation.evaluate": ("evaluate", "popularity_slices"),
     "evaluation.results": ("Evaluation", "EvaluationResult", "SliceResult"),
     "evaluation.signals": ("Signal", "Signals", "signals"),
     "model.corpus": ("TrainingSet",),
@@ -38,8 +39,12 @@ _NAMES = {
         *("FunnelLosers", "InBatch", "Negatives", "Popularity", "SamplingFrame", "Uniform"),
     ),
     "negatives.mixture": ("Mixture",),
+    "report.facts": ("write_report",),
     "retrieval": ("Query", "Retriever"),
+    "run.compare": ("compare",),
+    "run.comparison": ("Comparison", "OverSeeds"),
     "run.race": ("Race", "race"),
+    "run.refresh": ("Refreshed", "refresh_index"),
     "run.training": ("trained_in",),
     "samples.store": ("Samples",),
     "serving.export": ("export",),
@@ -48,6 +53,10 @@ _NAMES = {
     "serving.vectors": ("write_vectors",),
     "settings": ("ConfigError",),
 }
+# Modules whose names may be imported beside these: sources of logs, own kinds of features, and the
+# command line for those who add such kinds.
+PUBLIC_MODULES = ["cli", "features.kinds", "features.numeric"]
+PUBLIC_MODULES += ["sources.movielens", "sources.simulated"]
 PUBLIC = dict(sorted((name, module) for module, names in _NAMES.items() for name in names))
 
 __all__ = ["__version__", *PUBLIC]

@@ -15,6 +15,7 @@ from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
+from tfrs_pipeline.negatives.kinds import HardShare
 from tfrs_pipeline.presets import PRESETS, Recipe
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
@@ -101,10 +102,13 @@ class CompareConfig(Config):
     and not clicked as negatives."""
     reference: EasyPlan = "mixed"
     """Plan with which the others are compared, query by query."""
-    hard_shares: Several[Share] = (0.01, 0.05, 0.2)
+    hard_shares: Several[HardShare] = (0.01, 0.05, 0.2)
     """Hard shares of the plans hybrid and exposed: one plan each."""
     resampling_exponents: Several[Share] = (0.3, 0.6)
     """Exponents of the power law in the plan resampled: one plan each."""
+    seeds: PositiveInt = 1
+    """How many times each plan is trained, with the seeds seed, seed + 1 and so on, on the same
+    data; plans are compared seed by seed. It may be raised later in the same folder."""
     max_steps: PositiveInt | None = None
     """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
 

@@ -2,6 +2,7 @@
 
 import difflib
 import numbers
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,38 @@ class Progress:
 
 
 SILENT = Progress()
+
+
+def line_writer(verbose: bool | None = None) -> Callable[[str], None] | None:
+    """Returns what writes a line of progress for a person; None if nobody would read it.
+
+    A line goes to standard error if that is a terminal, or if `verbose`. In a notebook it is shown
+    in the cell, where it replaces the one before.
+    """
+    # Jupyter's kernels replace the standard streams. IPython is there then, and only then needed.
+    in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+    if not (in_notebook or sys.stderr.isatty() if verbose is None else verbose):
+        return None
+    if not in_notebook:
+        return lambda line: print(line, file=sys.stderr, flush=True)
+    from IPython.display import DisplayHandle
+
+    handle = DisplayHandle()
+    handle.display({"text/plain": ""}, raw=True)
+    return lambda line: handle.update({"text/plain": line}, raw=True)
+
+
+class _Written(Progress):
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+
+    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        self._write(f"{name}, {done}/{total} epochs: {note}")
+
+
+def written() -> Progress:
+    """Returns a progress of epochs that writes them where a person reads it (`line_writer`)."""
+    return SILENT if (write := line_writer()) is None else _Written(write)
 
 
 class Lines(list[str]):
@@ -81,10 +114,13 @@ def in_percent(part: int, whole: int) -> str:
 
 
 def suggest(name: str, known: Collection[str]) -> str:
-    """Suggests the nearest known name, by the whole name or its last part, or lists all."""
-    near = difflib.get_close_matches(name, known, n=1) or [
-        other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
+    """Suggests the known name with the same last part, or the nearest one, or lists all."""
+
+    def last(name: str) -> str:
+        return name.lstrip("-").rpartition(".")[2]
+
+    near = [x for x in known if last(x) == last(name)]
+    near = near or difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"
     if len(known) > 30:

@@ -1,7 +1,10 @@
 """Comparison of sampling plans: what each plan is, that they share everything else, resuming."""
 
+import html
 import json
+import re
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,25 +13,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 
+import tfrs_pipeline as tp
 from tests.small_log import Stopped, Watched, small_config
 from tfrs_pipeline import FunnelLosers, Popularity, Uniform
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
-from tfrs_pipeline.run.compare import (
-    PlanComparison,
-    compare,
+from tfrs_pipeline.evaluation.results import Evaluation, averaged
+from tfrs_pipeline.run.compare import compare_plans, every_loser, sampling_plans
+from tfrs_pipeline.run.comparison import (
+    WIDTH,
+    Comparison,
+    OverSeeds,
     compared_in_words,
     comparison_figure,
-    every_loser,
-    sampling_plans,
 )
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
+METRIC = "ndcg@20"
 PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid")
 NUM_EPOCHS, MAX_STEPS = 2, 20  # An epoch has twelve steps.
 
@@ -49,25 +56,31 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     made = simulate_funnel(num_users=150, num_items=400, num_requests=1500, seed=1, options=options)
     made.log.events.to_parquet(folder / "funnel.parquet")
     plans = ["in_batch_uncorrected", "mixed", "hybrid"]
-    return funnel_config(folder, plans=plans, max_steps=MAX_STEPS)
+    return funnel_config(folder, plans=plans, max_steps=MAX_STEPS, seeds=2)
 
 
 @pytest.fixture(scope="module")
-def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> PlanComparison:
-    return compare(config, tmp_path_factory.mktemp("compared"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of the comparison that the tests read."""
+    return tmp_path_factory.mktemp("compared")
+
+
+@pytest.fixture(scope="module")
+def compared(config: RunConfig, folder: Path) -> Comparison:
+    return compare_plans(config, folder)
 
 
 # What the plans are
 
 
 def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
-    config: RunConfig, compared: PlanComparison, here: Path, command: Any
+    config: RunConfig, compared: Comparison, folder: Path, here: Path, command: Any
 ) -> None:
     Path("compare.toml").write_text(dump_config(config))
     code, shown, _ = command("compare", "--config", "compare.toml", "--check")
     assert code == 0
     # The config has no hard negatives: losers are counted because the plan "hybrid" wants them.
-    samples = read_record(compared.folder / "samples" / "selection" / "report.json")
+    samples = read_record(folder / "samples" / "selection" / "report.json")
     for stage, pool in samples["hard_negatives"].items():
         assert f"hard negatives, {stage}: {pool['num_samples']:,} positives have some (" in shown
     assert "3 plans: in_batch_uncorrected, mixed, hybrid_0.1\n" in shown
@@ -84,7 +97,7 @@ def test_what_a_plan_cannot_train_on_is_refused_before_the_first_one_is_trained(
         answer = command("compare", "--config", "compare.toml", *more)
         assert answer.code
         assert "A warm-up of 1000 steps leaves nothing of" in " ".join(answer.err.split())
-    assert not [*here.glob("run/plans/*/checkpoints/*/*")]
+    assert not [*here.glob("run/plans/*/*/*/*")]
 
 
 def test_positives_trained_together_are_single_in_every_plan(
@@ -163,6 +176,8 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
         ({"plans": ["in_batch"]}, "reference: got 'mixed', which is not among"),
         ({"plans": []}, "plans: .*must list at least one"),
         ({"hard_shares": [0.1, 0.1]}, "hard_shares.*twice"),
+        ({"hard_shares": [0.0, 0.1]}, "hard_shares: got 0.0; must be above 0: .* the plan mixed"),
+        ({"seeds": 0}, "seeds: got 0"),
     )
     for settings, message in wrong:
         with pytest.raises(ConfigError, match=message):
@@ -170,54 +185,157 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
     # All plans start from random weights.
     config = funnel_config(tmp_path).model_copy(update={"warm_start": Path("runs/yesterday")})
     with pytest.raises(ConfigError, match=r"^warm_start: got 'runs/yesterday': .*random weights"):
-        compare(config, tmp_path / "run")
+        compare_plans(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 # What comes out
 
 
-def test_plans_are_compared_with_the_reference_query_by_query(compared: PlanComparison) -> None:
+def test_plans_are_compared_with_the_reference_query_by_query(compared: Comparison) -> None:
+    """A query's metric is its mean over the seeds; the interval is over the users."""
     evaluation = compared.evaluation
-    mixed, uncorrected, hybrid = evaluation.results.values()
+    mixed, uncorrected, _ = evaluation.results.values()
     assert list(evaluation.results) == ["mixed", "in_batch_uncorrected", "hybrid_0.1"]
     assert list(evaluation.differences) == ["in_batch_uncorrected", "hybrid_0.1"]
-    for metric, values in mixed.per_query.items():
+    for metric in mixed.per_query:
         interval = evaluation.differences["hybrid_0.1"][metric]
-        expected = np.nanmean(hybrid.per_query[metric] - values)
+        gaps = [
+            x.results["hybrid_0.1"].per_query[metric] - x.results["mixed"].per_query[metric]
+            for x in compared.by_seed.values()
+        ]
+        expected = np.nanmean([np.mean(of_query) for of_query in zip(*gaps, strict=True)])
         assert interval.mean == pytest.approx(expected, abs=1e-12), metric
         assert interval.low <= interval.mean <= interval.high
     # The interval is tighter than the separate two, because queries are paired.
-    difference = evaluation.differences["in_batch_uncorrected"]["ndcg@20"]
-    apart = [x.overall.intervals["ndcg@20"] for x in (uncorrected, mixed)]
+    difference = evaluation.differences["in_batch_uncorrected"][METRIC]
+    apart = [x.overall.intervals[METRIC] for x in (uncorrected, mixed)]
     assert difference.high - difference.low < sum(x.high - x.low for x in apart)
 
 
-def test_files_hold_the_plans(compared: PlanComparison) -> None:
-    saved = json.loads((compared.folder / "comparison.json").read_text())
+def test_plans_are_compared_seed_by_seed(compared: Comparison) -> None:
+    """SciPy's paired test has the same interval; the mean is the one over the users' means."""
+    assert list(compared.by_seed) == [0, 1]
+    for by_other in (False, True):
+        every: Any = {s: x.other if by_other else x for s, x in compared.by_seed.items()}
+        for name, part in (("overall", ""), ("tail", "tail/")):
+            hybrid, mixed = (
+                [of_plan(x.results[plan], name).intervals["recall@20"].mean for x in every.values()]
+                for plan in ("hybrid_0.1", "mixed")
+            )
+            over = OverSeeds.of(dict(zip(every, np.subtract(hybrid, mixed), strict=True)))
+            test = scipy.stats.ttest_rel(hybrid, mixed)
+            assert test.confidence_interval() == pytest.approx((over.low, over.high))
+            assert over.standard_error == pytest.approx(over.mean / test.statistic)
+            if not by_other:
+                found = compared.over_seeds["hybrid_0.1"][f"{part}recall@20"]
+                assert vars(found) == {name: pytest.approx(x) for name, x in vars(over).items()}
+                of_users = compared.evaluation.differences["hybrid_0.1"][f"{part}recall@20"]
+                assert found.mean == pytest.approx(of_users.mean, abs=1e-12)
+    # Seeds differ in their training alone, so all have the same queries.
+    first, second = compared.by_seed.values()
+    assert first.first.user_ids.tolist() == second.first.user_ids.tolist()
+    assert first.first.per_query[METRIC].tolist() != second.first.per_query[METRIC].tolist()
+
+
+def of_plan(result: Any, part: str) -> Any:
+    return result.overall if part == "overall" else result.slices[part]
+
+
+def test_the_mean_of_equal_evaluations_is_each(compared: Comparison) -> None:
+    evaluation = compared.by_seed[1]
+    assert averaged([evaluation]) is evaluation
+    again = averaged([evaluation] * 3)
+    assert json.dumps(again.summary()) == json.dumps(rounded(evaluation.summary(), again.summary()))
+    assert isinstance(again.other, Evaluation)
+    # Metrics of whole lists, which no query has, are averaged too.
+    both, coverage = [*compared.by_seed.values()], "coverage@5"
+    found = [x.first.overall.set_metrics[coverage] for x in (*both, averaged(both))]
+    assert found[2] == pytest.approx((found[0] + found[1]) / 2)
+
+
+def rounded(value: Any, like: Any) -> Any:
+    """Replaces numbers by those of `like` where these are equal up to rounding."""
+    if isinstance(value, dict):
+        assert value.keys() == like.keys()
+        return {name: rounded(x, like[name]) for name, x in value.items()}
+    return like if isinstance(value, float) and value == pytest.approx(like, abs=1e-12) else value
+
+
+def test_files_hold_the_plans(compared: Comparison, folder: Path) -> None:
+    saved = json.loads((folder / "comparison.json").read_text())
     evaluation = compared.evaluation
     assert evaluation.summary().items() <= saved.items()
-    assert saved["plans"]["mixed"]["epochs"] == compared.trainings["mixed"].best_epoch
+    assert saved["seeds"] == [0, 1]
+    training = saved["trainings"]["mixed"]["1"]
+    assert training["best_epoch"] == compared.trainings["mixed"][1].best_epoch
+    assert saved["over_seeds"]["hybrid_0.1"][METRIC]["by_seed"].keys() == {"0", "1"}
     # Two epochs are the budget in steps.
-    epochs = [*compared.folder.glob("plans/mixed/checkpoints/selection/epoch-*.json")]
+    epochs = [*folder.glob("plans/mixed/seed-1/selection/epoch-*.json")]
     assert max(path.stem for path in epochs) == f"epoch-{NUM_EPOCHS}"
-    text = (compared.folder / "comparison.md").read_text()
+    text = (folder / "comparison.md").read_text()
     assert all(name in text for name in evaluation.results)
-    assert (compared.folder / "comparison.svg").read_text().startswith("<svg xmlns=")
+    assert (folder / "comparison.svg").read_text().startswith("<svg xmlns=")
     (cut_off,) = compared.notes
     assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")
     assert f"\n- {cut_off}\n" in text
-    # A terminal gets only the first columns that fit; none is wrapped.
+
+
+def test_what_is_printed_is_narrow(
+    config: RunConfig, compared: Comparison, folder: Path, command: Any
+) -> None:
+    """A finished comparison trains nothing; it is measured, printed and reported again."""
+    answer = command("compare", "--run-dir", folder)
+    assert answer.code == 0
+    _, _, shown = answer.out.partition("\nmodel ")
+    lines = [line for line in shown.splitlines() if str(folder) not in line]
+    assert max(map(len, lines)) <= WIDTH < len(compared.table(width=None).partition("\n")[0])
+    assert [line.split() for line in lines[1:4]] == [
+        line.split() for line in compared.table().splitlines()[1:]
+    ]
+    assert "se, 2 seeds" in lines[0]
+    # A narrow terminal gets only the first columns that fit; none is wrapped.
     whole, narrow = compared.table(), compared.table(width=80)
     assert max(map(len, narrow.split("\n"))) <= 80 < max(map(len, whole.split("\n")))
     assert [line[:30] for line in narrow.split("\n")] == [line[:30] for line in whole.split("\n")]
+    # A notebook shows the same.
+    shown = compared._repr_markdown_()
+    assert all(line in shown for line in compared.lines())
+    cells = [line.split() for line in compared.table(markdown=True).replace("|", " ").splitlines()]
+    for found, line in zip(cells[2:], whole.splitlines()[1:], strict=True):
+        assert found[: len(line.split())] == line.split()
 
 
-def test_mixed_equals_a_run(config: RunConfig, compared: PlanComparison, tmp_path: Path) -> None:
-    data = prepare(config, tmp_path)
+def test_the_report_shows_every_plan(compared: Comparison, folder: Path, tmp_path: Path) -> None:
+    saved = json.loads((folder / "comparison.json").read_text())
+    page = tp.write_report(folder, tmp_path).read_text()
+    shown = re.findall(r'<data value="([^"]*)">([^<]*)</data>', page)
+    numbers = {float(value) for value, _ in shown}
+    for value, text in shown:  # What is shown is the number, rounded.
+        assert abs(float(value) - float(text.replace(",", ""))) <= 0.5 * 10 ** -len(
+            text.partition(".")[2]
+        )
+    for name, difference in saved["differences"].items():
+        assert {difference[METRIC]["mean"], difference["recall@20"]["mean"]} <= numbers
+        over = saved["over_seeds"][name][METRIC]
+        assert {over["standard_error"], *over["by_seed"].values()} <= numbers
+        assert saved["other"]["differences"][name][METRIC]["mean"] in numbers
+    for line in saved["lines"]:
+        assert html.escape(line[1:], quote=False) in page.replace("&#39;", "'")
+    # The figure, and a curve for each plan; no script, no request.
+    assert page.count("<svg") == 2
+    assert all(f"hybrid_0.1{x}" in page for x in ("</text>", "</dt>", "</th>"))
+    assert "http:" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)
+    assert "<script" not in page
+
+
+def test_mixed_equals_a_run(config: RunConfig, compared: Comparison, tmp_path: Path) -> None:
+    """The data is that of the config's seed, whatever the seed of the training."""
+    seed, data = 1, prepare(config, tmp_path)
     plain = with_settings(config, {"model.hard": None, "training.max_epochs": NUM_EPOCHS})
-    result = evaluate_all(plain, {"model": train_and_refit(plain, data)}, data)
-    found = compared.evaluation
+    trained = train_and_refit(with_settings(plain, {"seed": seed}), data)
+    result = evaluate_all(plain, {"model": trained}, data)
+    found = compared.by_seed[seed]
     pairs: Any = ((found, result), (found.other, result.other))
     for measured, again in pairs:
         mixed = measured.results["mixed"]
@@ -225,13 +343,16 @@ def test_mixed_equals_a_run(config: RunConfig, compared: PlanComparison, tmp_pat
         assert mixed.slices["tail"].intervals == again.first.slices["tail"].intervals
 
 
-def test_figure_shows_the_plans(compared: PlanComparison) -> None:
+def test_figure_shows_the_plans(compared: Comparison) -> None:
     results = compared.evaluation.results
-    gains, slices = comparison_figure(compared.evaluation).axes
+    gains, slices = comparison_figure(compared).axes
     assert [label.get_text() for label in gains.get_yticklabels()] == list(results)
     (tail,) = (line for line in slices.lines if line.get_label() == "tail")
     expected = [x.slices["tail"].intervals["recall@20"].mean for x in results.values()]
     assert np.asarray(tail.get_xdata()).tolist() == expected
+    seeds = [line for line in gains.lines if line.get_marker() == "|"]
+    over = [x[METRIC].by_seed for x in compared.over_seeds.values()]
+    assert [np.asarray(x.get_xdata()).tolist() for x in seeds] == [[*x.values()] for x in over]
 
 
 # How it runs
@@ -248,11 +369,14 @@ def test_what_a_comparison_comes_to_is_said() -> None:
         overall = SimpleNamespace(intervals={"ndcg@5": Interval(means[name], 0, 1)})
         return SimpleNamespace(overall=overall)
 
-    def said(*names: str) -> str:
+    def said(*names: str, seeds: Any = None) -> str:
         differences = {x: {"ndcg@5": Interval(0.0, *ends[x])} for x in names}
         results = {x: measured(x) for x in ("mixed", *names)}
         found: Any = SimpleNamespace(results=results, differences=differences)
-        return compared_in_words(found, "ndcg@5").removeprefix("in ndcg@5 ")
+        over = {
+            x: {"ndcg@5": OverSeeds.of(dict(enumerate((seeds or {}).get(x, [0.0]))))} for x in names
+        }
+        return compared_in_words(found, "ndcg@5", over).removeprefix("in ndcg@5 ")
 
     assert said("uniform", "popularity", "hybrid", "one query") == (
         "hybrid beats mixed; popularity, one query tie with mixed; uniform is worse than mixed"
@@ -262,18 +386,114 @@ def test_what_a_comparison_comes_to_is_said() -> None:
     assert said("popularity") == one
     assert said("uniform") == "mixed is highest; uniform is worse than mixed"
     assert said("hybrid", "exposed") == "hybrid, exposed beat mixed, exposed the most"
+    # With several seeds, their interval has to exclude 0 too.
+    seeds = {"hybrid": [0.1, 0.11, 0.09], "exposed": [0.3, 0.02, 0.01]}
+    assert said("hybrid", "exposed", seeds=seeds) == (
+        "hybrid beats mixed; exposed ties with mixed; exposed is highest, by no more than chance"
+    )
 
 
-def test_a_stopped_one_goes_on(config: RunConfig, compared: PlanComparison, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(compared.folder, tmp_path / "run"))
-    for path in (*folder.glob("comparison.*"), *folder.glob("plans/mixed/checkpoints/*/*")):
+def test_a_stopped_one_goes_on(
+    config: RunConfig, compared: Comparison, folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folder, tmp_path / "run"))
+    for path in (*folder.glob("comparison.*"), *folder.glob("plans/mixed/seed-1/*/*")):
         path.unlink()
-    shutil.rmtree(folder / "plans" / "hybrid_0.1")
-    first, second = Watched(("mixed, selection", 1)), Watched()
+    shutil.rmtree(folder / "plans" / "hybrid_0.1" / "seed-1")
+    first, second = Watched(("mixed/seed_1, selection", 1)), Watched()
     with pytest.raises(Stopped):
-        compare(config, folder, progress=first)
-    again = compare(config, folder, progress=second)
-    assert again.evaluation.summary() == compared.evaluation.summary()
+        compare_plans(config, folder, progress=first)
+    # It may have more seeds by then; any other change is another comparison.
+    more = with_settings(config, {"compare.seeds": 3})
+    again = compare_plans(more, folder, progress=second)
+    assert list(again.by_seed) == [0, 1, 2]
+    assert {seed: again.by_seed[seed].summary() for seed in (0, 1)} == {
+        seed: x.summary() for seed, x in compared.by_seed.items()
+    }
     epochs = Counter(step for step in first.tasks + second.tasks if ", " in step[0] and step[1])
-    names = ("mixed, selection", "hybrid_0.1, selection")
-    assert epochs == {(name, i): 1 for name in names for i in range(1, NUM_EPOCHS + 1)}
+    names = {"mixed/seed_1", "hybrid_0.1/seed_1", *(f"{x}/seed_2" for x in compared.trainings)}
+    every = range(1, NUM_EPOCHS + 1)
+    assert epochs == {(f"{name}, selection", i): 1 for name in names for i in every}
+    with pytest.raises(ValueError, match=r"other settings \(model.dim: 16, now 8\)"):
+        compare_plans(with_settings(more, {"model.dim": 8}), folder)
+
+
+def test_the_flag_for_seeds_is_found(command: Any) -> None:
+    answer = command("compare", "--seeds", "3")
+    assert (answer.code, answer.err) == (
+        2,
+        "error: unknown flag --seeds; did you mean '--compare.seeds'?\n",
+    )
+
+
+# In Python
+
+
+def python_plans() -> dict[str, tp.TwoTower]:
+    training = tp.TrainingSettings(
+        batch_size=256, max_epochs=2, learning_rate=0.02, monitor=METRIC, patience=9
+    )
+    plan = tp.TwoTower(dim=8, negatives=[Uniform(32)], training=training)
+    return {
+        "plain": plan,
+        "losers / exposed": plan.model_copy(update={"hard": FunnelLosers(num=2)}),
+    }
+
+
+def test_a_comparison_in_python_is_one_call(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    split = tp.Log.from_files(config.data.path).split("last_share", validation=0.1, test=0.2)
+    plans, cutoffs = python_plans(), (5, 20)
+    watched = Watched()
+    asked: Any = {"plans": plans, "seed": 3, "cutoffs": cutoffs, "folder": tmp_path}
+    found = tp.compare(*split, **asked, progress=watched)
+    assert list(found.by_seed) == [3]
+    assert Counter(name for name, _ in watched.tasks) == dict.fromkeys(plans, 2)
+    # Each is what fitting and measuring it alone comes to; its losers are drawn by the first seed.
+    plan = plans["plain"].model_copy(update={"seed": 3})
+    alone = tp.evaluate(plan.fit(split.train, split.validation), split.test, cutoffs=cutoffs)
+    values = found.by_seed[3].results["plain"].per_query
+    assert {name: x.tolist() for name, x in values.items()} == {
+        name: x.tolist() for name, x in alone.first.per_query.items()
+    }
+    assert found.settings["losers / exposed"]["hard"] == FunnelLosers(num=2)
+    # The folder keeps the trainings and the files.
+    assert {path.name for path in tmp_path.glob("comparison.*")} == {
+        f"comparison.{kind}" for kind in ("json", "md", "svg")
+    }
+    assert "losers / exposed" in tp.write_report(tmp_path).read_text()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")}
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    # The next seed is trained; another test is measured with the trainings that are there.
+    test = split.test.sample(20)
+    again = tp.compare(split.train, split.validation, test, **{**asked, "seeds": 2})
+    told = capsys.readouterr().err.splitlines()
+    assert [line[: line.index(": loss")] for line in told] == [
+        f"{name}/seed_4, {epoch}/2 epochs" for name in plans for epoch in (1, 2)
+    ]
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    fewer = again.by_seed[3].first
+    places = np.searchsorted(found.by_seed[3].first.user_ids, fewer.user_ids)
+    whole = found.by_seed[3].first.per_query[METRIC]
+    assert fewer.per_query[METRIC].tolist() == whole[places].tolist()
+    other = {"plain": plans["plain"].model_copy(update={"dim": 4})}
+    with pytest.raises(ValueError, match=r"made of something else .dim: 8, now 4"):
+        tp.compare(*split, **{**asked, "plans": other})
+
+
+def test_plans_that_cannot_be_compared(config: RunConfig, tmp_path: Path) -> None:
+    """They are refused before anything is trained."""
+    split = tp.Log.from_files(config.data.path).split("last_share")
+    warm_up = tp.TrainingSettings(warmup_steps=1000, decay="cosine", max_epochs=1)
+    late: Any = {"plain": tp.TwoTower(dim=8), "late": tp.TwoTower(dim=8, training=warm_up)}
+    for wrong, error, message in (
+        ({"plans": {}}, TypeError, "one or more TwoTower. Received: {}"),
+        ({"plans": {"popular": tp.MostPopular()}}, TypeError, "Received: {'popular'"),
+        ({"plans": late}, ValueError, "A warm-up of 1000 steps leaves nothing"),
+        ({"plans": late, "seeds": 0}, ValueError, "seeds must be a whole number, 1 or more"),
+        ({"plans": late, "cutoffs": (0,)}, ConfigError, "cutoffs: got 0"),
+    ):
+        with pytest.raises(error, match=message):
+            tp.compare(*split, **wrong, folder=tmp_path)
+    assert not [*tmp_path.rglob("epoch-*")]

@@ -30,7 +30,7 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 
 if TYPE_CHECKING:
     from tfrs_pipeline.config import RunConfig
-    from tfrs_pipeline.run.compare import PlanComparison
+    from tfrs_pipeline.run.comparison import Comparison
     from tfrs_pipeline.run.pipeline import RunResult
 
 PROGRAM = "tfrs-pipeline"
@@ -150,10 +150,10 @@ def native_errors_to(path: Path) -> Iterator[None]:
 
 def print_result(console: Console, config: "RunConfig", result: "RunResult") -> None:
     """Prints the metrics of a run, its files and the next command."""
-    from tfrs_pipeline.evaluation.results import explained, format_table, other_prefix, with_other
+    from tfrs_pipeline.evaluation.results import explained, format_table, other_columns, with_other
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
-    columns = [f"ndcg@{longest}", f"{other_prefix(result.metrics)}/ndcg@{longest}"]
+    columns = [f"ndcg@{longest}", *other_columns(result.metrics, f"ndcg@{longest}")]
     columns += [f"recall@{longest}", f"even_recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
     columns += [f"average_popularity@{shortest}", f"mrr@{shortest}"]
@@ -223,29 +223,14 @@ def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple
         yield "more", "docs/guides/debugging.md"
 
 
-def print_comparison(console: Console, config: "RunConfig", result: "PlanComparison") -> None:
+def print_comparison(console: Console, result: "Comparison", folder: Path) -> None:
     """Prints the table of a comparison, its conclusion and its files."""
-    from tfrs_pipeline.evaluation.results import explained
-    from tfrs_pipeline.run.compare import compared_in_words
+    from tfrs_pipeline.run.comparison import WIDTH
 
-    table = result.table(width=console.width if console.is_terminal else None)
-    say(console, f"\n{table}")
-    _say_filled(console, *explained(table, result.evaluation.summary()))
-    of = f"Differences are from {config.compare.reference}"
-    say(console, f"\n{of}, query by query, 95% intervals.")
-    longest = max(config.evaluation.cutoffs)
-    _say_filled(console, compared_in_words(result.evaluation, f"ndcg@{longest}"))
-    if not isinstance(other := result.evaluation.other, str):
-        words = compared_in_words(other, f"ndcg@{longest}")
-        _say_filled(console, f"{ASKED[other.asked_by]}, {words}")
-    first = result.evaluation.first
-    if first.num_even is not None:
-        words = compared_in_words(result.evaluation, f"even_recall@{longest}")
-        of = f"{first.num_even:,} of {first.overall.num_relevant:,} items to find"
-        _say_filled(console, f"{words} (it rests on {of}, by their weights)")
-    else:
-        say(console, "no even_recall: it needs 1.5 items to find per user")
-    for note in result.notes:
-        say(console, note)
-    for kind in ("md", "svg", "json"):
-        say(console, f"{kind:5} {result.folder / f'comparison.{kind}'}")
+    width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    say(console, f"\n{result.table(width=width)}\n")
+    for line in result.lines(width):
+        say(console, textwrap.fill(line, width))
+    say(console, "")
+    for name in ("report.html", "comparison.md", "comparison.svg", "comparison.json"):
+        say(console, f"{name.rpartition('.')[2]:5} {folder / name}")

@@ -37,7 +37,7 @@ from tfrs_pipeline.data.schema import check_exists
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import Progress, beside, printable
 from tfrs_pipeline.presets import PRESETS, RECIPES
-from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
+from tfrs_pipeline.run.folder import COMPARISON_FILE, CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import Runner, as_lines
 from tfrs_pipeline.serving.publish import NotPublished
 
@@ -46,7 +46,7 @@ BRIEF = (
     *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
     *("data.rating_threshold", "data.label", "data.event_weights"),
     *("split.kind", "model.hard", "export.name", "export.filter_by"),
-    *("compare.plans", "compare.reference", "compare.max_steps"),
+    *("compare.plans", "compare.reference", "compare.seeds", "compare.max_steps"),
 )
 
 
@@ -147,7 +147,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         say(console, f"\nstopped; go on with:  {again}")
         raise
     if not is_run:
-        print_comparison(console, config, result)
+        print_comparison(console, result, folder)
         return 0
     if is_chief:
         # A race has settled other settings than those that it began with.
@@ -264,15 +264,17 @@ def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> Runner:
 
 
 def _do(command: str, config: RunConfig, folder: Path, begun: Runner) -> Any:
-    """Runs or compares, and writes the report of a run; libraries are imported only here."""
+    """Runs or compares, and writes the report; libraries are imported only here."""
     if command == "compare":
-        from tfrs_pipeline.run.compare import compare
+        from tfrs_pipeline.run.compare import compare_plans
 
-        return compare(config, folder, begun=begun)
+        result: Any = compare_plans(config, folder, begun=begun)
+    else:
+        from tfrs_pipeline.run.pipeline import run
+
+        result = run(config, folder, begun=begun)
     from tfrs_pipeline.report.facts import write_report
-    from tfrs_pipeline.run.pipeline import run
 
-    result = run(config, folder, begun=begun)
     begun.progress.task("report", 0, 0)
     if this_worker().is_chief:
         write_report(folder)
@@ -280,20 +282,22 @@ def _do(command: str, config: RunConfig, folder: Path, begun: Runner) -> Any:
 
 
 class Report(Command):
-    """Write the report of a run as one HTML page.
+    """Write the report of a run or a comparison as one HTML page.
 
     The page shows a finished run: data, sampling, training, metrics, index, recommendations for a
-    few users. It needs no other file and no network. A run also writes it at its end.
+    few users; or the plans of a comparison. It needs no other file and no network. `run` and
+    `compare` also write it at their end.
     """
 
     run: CliPositionalArg[Path]
-    """Folder of the run."""
+    """Folder of the run or comparison."""
     output: Path | None = None
     """File to write, or a folder for report.html; if not given, RUN."""
 
     def __call__(self) -> int:
         """Writes the page and prints where."""
-        RunFolder(self.run).results()  # Refuses at once, before libraries are imported.
+        if not (self.run / COMPARISON_FILE).exists():
+            RunFolder(self.run).results()  # Refuses at once, before libraries are imported.
         from tfrs_pipeline.report.facts import write_report
 
         print(write_report(self.run, self.output))

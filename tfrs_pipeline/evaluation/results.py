@@ -234,6 +234,40 @@ def other_prefix(metrics: Mapping[str, Any]) -> str:
     return "" if asked_by is None else ASKED[asked_by].replace(" ", "_")
 
 
+def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Averages evaluations of the same queries, such as those of models trained with other seeds.
+
+    Each query's metrics are averaged first, then these means over the queries, with intervals over
+    the users: they say how far the result depends on the users, not on the seed.
+    """
+    if len(evaluations) == 1:
+        return evaluations[0]
+    first = evaluations[0]
+    drawn: dict[str, Any] = {"num_bootstrap": first.num_bootstrap, "seed": first.seed}
+
+    def mean(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
+
+    def average(parts: Sequence[SliceResult], users: np.ndarray) -> SliceResult:
+        per_query, set_metrics = (
+            mean([x.per_query for x in parts]),
+            mean([x.set_metrics for x in parts]),
+        )
+        values = np.stack([*per_query.values()], axis=1)
+        found = dict(zip(per_query, bootstrap_intervals(values, users=users, **drawn), strict=True))
+        return replace(parts[0], per_query=per_query, intervals=found, set_metrics=set_metrics)
+
+    results = {}
+    for name, result in first.results.items():
+        every, users = [x.results[name] for x in evaluations], result.user_ids
+        overall = average([x.overall for x in every], users)
+        slices = {x: average([y.slices[x] for y in every], users) for x in result.slices}
+        ties = {x: average([y.ties[x] for y in every], users) for x in result.ties}
+        results[name] = replace(result, overall=overall, slices=slices, ties=ties)
+    others = [each.other for each in evaluations if isinstance(each.other, Evaluation)]
+    return replace(first, results=results, other=averaged(others) if others else first.other)
+
+
 def format_table(
     models: Mapping[str, Mapping[str, Any]],
     columns: Sequence[str],
@@ -288,6 +322,12 @@ QUESTIONS: Mapping[AskedBy, str] = {
     "last_request": "each user's last request in the test, with the history up to it",
 }
 """What each question asks of a model, for a person."""
+
+
+def other_columns(metrics: Mapping[str, Any], metric: str) -> list[str]:
+    """Returns the column of a metric by a run's other question, if it was asked."""
+    prefix = other_prefix(metrics)
+    return [f"{prefix}/{metric}"] if prefix else []
 
 
 def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:

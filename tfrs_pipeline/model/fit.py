@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -318,13 +317,13 @@ def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str
 def writers(
     training: TrainingSettings, verbose: bool | None
 ) -> tuple[OnEpoch | None, OnSteps | None]:
-    """Makes writers of epochs and of their steps to standard error; None where nothing is shown."""
-    if not (sys.stderr.isatty() if verbose is None else verbose):
+    """Makes writers of epochs and of their steps (see `line_writer`); None if nothing is shown."""
+    if (write := messages.line_writer(verbose)) is None:
         return None, None
 
     def write_epoch(so_far: TrainingResult) -> None:
         epoch, all_epochs = so_far.num_epochs, training.max_epochs
         line = describe_epoch(so_far, training.monitor, all_epochs)
-        print(f"epoch {epoch}/{all_epochs}: {line}", file=sys.stderr, flush=True)
+        write(f"epoch {epoch}/{all_epochs}: {line}")
 
-    return write_epoch, lambda epoch, line: print(line, file=sys.stderr, flush=True)
+    return write_epoch, lambda epoch, line: write(line)

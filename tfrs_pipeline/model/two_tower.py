@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -143,7 +143,8 @@ class TwoTower(TwoTowerSettings):
                 does. None is temporary. Several workers need a shared one (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with the result so far.
-            verbose: Whether to write epochs to standard error; None does if it is a terminal.
+            verbose: Whether to write epochs to standard error, in a notebook into its cell; None
+                does in a notebook, and if standard error is a terminal.
 
         Raises:
             TypeError: If an argument or an own tower has the wrong type.
@@ -180,11 +181,7 @@ class TwoTower(TwoTowerSettings):
         """Builds the samples of a log in a folder, or reads them if this training built them."""
         refuse_others((folder / "checkpoints").glob("[!.]*"), folder / MADE_OF_FILE)
         data = TrainingSet.build(log, folder / "samples", seed=self.seed, hard=self.hard)
-        told = {
-            name: part.fingerprint() if hasattr(part, "fingerprint") else part
-            for name, part in chosen_by.items()
-        }
-        hold_to(folder / MADE_OF_FILE, self._made_of(log, data.samples) | told)
+        hold_to(folder / MADE_OF_FILE, self.made_of(log, data.samples, chosen_by))
         return data
 
     def fit_samples(
@@ -311,7 +308,8 @@ class TwoTower(TwoTowerSettings):
     def _own_towers(self) -> dict[str, TowerLike | None]:
         return {"query_tower": self.query_tower, "candidate_tower": self.candidate_tower}
 
-    def _made_of(self, log: Log, samples: Samples) -> dict[str, Any]:
+    def made_of(self, log: Log, samples: Samples, chosen_by: Mapping[str, Any]) -> dict[str, Any]:
+        """Says for JSON what a training is made of; `chosen_by` are arguments of `fit`, by name."""
         frame = SamplingFrame.of_counts(
             samples.counts, self.training.fitting(len(samples)).batch_size
         )
@@ -325,6 +323,10 @@ class TwoTower(TwoTowerSettings):
             "item_features": dict(log.item_features),
             "user_features": dict(log.user_features),
             **describe_own(self.negatives, self._own_towers, frame),
+            **{
+                name: part.fingerprint() if hasattr(part, "fingerprint") else part
+                for name, part in chosen_by.items()
+            },
         }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import pydantic.dataclasses
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
 from tfrs_pipeline.libraries import tf
 from tfrs_pipeline.messages import check_integer
@@ -271,6 +271,16 @@ def _split(stages: Any) -> Any:
     return stages.split(",") if isinstance(stages, str) else stages
 
 
+def _some_share(share: float) -> float:
+    if share <= 0:
+        without = "without hard negatives, hard is None (model.hard none)"
+        raise ValueError(f"must be above 0: {without}; in a comparison that is the plan mixed")
+    return share
+
+
+HardShare: TypeAlias = Annotated[float, Field(lt=1), AfterValidator(_some_share)]
+
+
 @refused_by_name
 @pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
 class FunnelLosers:
@@ -295,7 +305,7 @@ class FunnelLosers:
             without "ranked".
     """
 
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    share: HardShare = 0.01
     stages: Annotated[Several[HardStage], BeforeValidator(_split)] = ("retrieved", "pre_ranked")
     num: PositiveInt = 4
     bottom_share: Annotated[float, Field(gt=0, le=1)] = 0.5

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import ibis
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -20,13 +19,14 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
 from tfrs_pipeline.evaluation.results import QUESTIONS
-from tfrs_pipeline.messages import counted, printable
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.kinds import Negatives, Popularity
 from tfrs_pipeline.report import verdict
 from tfrs_pipeline.report.advice import advice
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.report.comparison import comparison_page, pages
+from tfrs_pipeline.run.folder import COMPARISON_FILE, RunFolder
 from tfrs_pipeline.samples.store import positive_probability, read_ids, read_samples
 
 REPORT_FILE = "report.html"
@@ -106,48 +106,50 @@ class RunFacts:
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Writes the report of a finished run, in its folder or as `output`; returns its path."""
+    """Writes the report of a finished run or comparison as one HTML page; returns its path.
+
+    `output` is the file, or a folder for report.html; None is the folder of the run.
+    """
     path = output or folder
     if path.is_dir():
         path /= REPORT_FILE
-    path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
+    is_run = not (folder / COMPARISON_FILE).exists()
+    page = report_page(gather_facts(folder)) if is_run else comparison_page(folder)
+    path.write_text(page, encoding="utf-8")
     return path
 
 
 def report_page(facts: RunFacts) -> str:
     """Renders the page as an HTML document; the same facts give the same text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tfrs_pipeline", "report"),
-        autoescape=True,
-        finalize=_visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     metric, recall = (f"{x}@{max(facts.config.evaluation.cutoffs)}" for x in ("ndcg", "recall"))
     names = (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
     main = (metric, recall, f"even_{recall}", f"coverage@{min(facts.config.evaluation.cutoffs)}")
-    return environment.get_template("template.html").render(
-        facts=facts,
-        ndcg=metric,
-        recall=recall,
-        slices=popularity_slices(facts.popularity.counts),
-        palettes=[drawing.variables(scheme) for scheme in (0, 1)],
-        figures=_figures(facts, metric, recall),
-        counted=counted,
-        better=verdict.compared_with_baselines(facts.metrics, metric),
-        remarks=verdict.remarks(facts.metrics, metric, recall),
-        advice=list(advice(facts.metrics, metric, facts.config)),
-        for_whom=verdict.by_popularity(facts.metrics, recall),
-        exported=verdict.exported(facts.metrics),
-        asked=ASKED,
-        questions=QUESTIONS,
-        main_metrics=main,
-        index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
-        metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
-        parts=[x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())],
-        settings=dump_config(facts.config),
+    return (
+        pages()
+        .get_template("template.html")
+        .render(
+            facts=facts,
+            ndcg=metric,
+            recall=recall,
+            slices=popularity_slices(facts.popularity.counts),
+            palettes=[drawing.variables(scheme) for scheme in (0, 1)],
+            figures=_figures(facts, metric, recall),
+            counted=counted,
+            better=verdict.compared_with_baselines(facts.metrics, metric),
+            remarks=verdict.remarks(facts.metrics, metric, recall),
+            advice=list(advice(facts.metrics, metric, facts.config)),
+            for_whom=verdict.by_popularity(facts.metrics, recall),
+            exported=verdict.exported(facts.metrics),
+            asked=ASKED,
+            questions=QUESTIONS,
+            main_metrics=main,
+            index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
+            metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
+            parts=[
+                x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())
+            ],
+            settings=dump_config(facts.config),
+        )
     )
 
 
@@ -272,13 +274,6 @@ def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[st
         if num_dropped := totals[stage] - sum(of_stage.values()):
             of_stage[DROPPED] = num_dropped
     return counts
-
-
-def _visible(value: Any) -> Any:
-    """Escapes the control characters of a text, such as an id's, except for line ends and tabs."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return "".join(x if x.isprintable() or x in "\n\t" else printable(x) for x in value)
 
 
 def _label(kind: Negatives) -> str:

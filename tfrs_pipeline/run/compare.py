@@ -1,41 +1,42 @@
-"""Compares sampling plans on the user's own data, as a table, in words and as a figure."""
+"""Compares ways of training on the user's own data: models in Python, a config's sampling plans."""
 
 import dataclasses
 import functools
-import json
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-from pydantic_core import to_jsonable_python
+from typing import Any, TypeAlias
+from urllib.parse import quote
 
 from tfrs_pipeline.cluster import this_worker
-from tfrs_pipeline.config import RunConfig, with_settings
-from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, finish, new_figure
-from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
-from tfrs_pipeline.evaluation.results import (
-    Evaluation,
-    explained,
-    format_table,
-    joined,
-    other_prefix,
-    with_other,
+from tfrs_pipeline.config import EvaluationConfig, RunConfig, with_settings
+from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.durable import hold_to
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.results import Evaluation, joined
+from tfrs_pipeline.messages import (
+    SILENT,
+    Progress,
+    check_integer,
+    counted,
+    written,
 )
-from tfrs_pipeline.messages import SILENT, Progress, counted
+from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.kinds import FunnelLosers, InBatch, Popularity, Uniform
+from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.training import check_trainable, training_step
+from tfrs_pipeline.run.training import check_plan, check_trainable, fit_once, training_step
 from tfrs_pipeline.settings import ConfigError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Plan: TypeAlias = Mapping[str, Any]
 """A way of choosing negatives: the settings that it changes in the config, by dotted name."""
@@ -44,41 +45,103 @@ Plan: TypeAlias = Mapping[str, Any]
 NUM_HARD = 8
 
 
-@dataclass(frozen=True)
-class PlanComparison:
-    """The measured plans of a comparison, the reference first.
-
-    The folder holds comparison.json, comparison.md, comparison.svg and a folder for each plan.
-    """
-
-    folder: Path
-    evaluation: Evaluation
-    trainings: Mapping[str, TrainingResult]
-    notes: Sequence[str]
-
-    def table(self, *, markdown: bool = False, width: int | None = None) -> str:
-        """Formats the plans as Markdown or text, with as many columns as fit in a width."""
-        summary, cutoffs = self.evaluation.summary(), self.evaluation.cutoffs
-        shortest, longest = cutoffs[0], cutoffs[-1]
-        ndcg, *others = compared = [f"{x}@{longest}" for x in ("ndcg", "recall", "even_recall")]
-        columns = [ndcg, f"{other_prefix(summary)}/{ndcg}", *others, f"tail/recall@{longest}"]
-        columns += [f"coverage@{shortest}", f"average_popularity@{shortest}", "epochs", "seconds"]
-        plans = {
-            name: {**x, "epochs": training.best_epoch, "seconds": round(training.seconds)}
-            for (name, x), training in zip(
-                with_other(summary).items(), self.trainings.values(), strict=True
-            )
-        }
-        differences = {
-            name: {metric: of_plan[metric] for metric in compared if metric in of_plan}
-            for name, of_plan in summary["differences"].items()
-        }
-        return format_table(plans, columns, differences, markdown=markdown, width=width)
+Measured: TypeAlias = tuple[Evaluation, TrainingResult]
+"""What a training of a plan comes to."""
 
 
 def compare(
+    train: Log,
+    validation: Holdout | None,
+    test: Holdout,
+    *,
+    plans: Mapping[str, TwoTower],
+    seeds: int = 1,
+    seed: int = 0,
+    exclude: Exclude = "clicked",
+    cutoffs: Sequence[int] = (20, 100),
+    folder: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Trains models with the same seeds, and compares them with the first one on a test.
+
+    The difference of two models is computed for each seed and for each user, since a hard user is
+    hard for both. The result has the mean over the seeds with its standard error, and an interval
+    over the users.
+
+    Args:
+        train: The training part.
+        validation: Chooses each model's epoch; None trains all epochs.
+        test: What is measured.
+        plans: Models by name, the reference first. They may differ in any setting or part.
+        seeds: How many times each is trained; one says nothing about the seed's effect.
+        seed: The first seed, in place of the models' own; the next ones count on from it.
+        exclude: What is excluded from a user's ranking.
+        cutoffs: Values of k.
+        folder: Keeps samples and trainings, so that a stopped comparison can resume, and gets the
+            files that `tfrs-pipeline compare` writes; None is temporary.
+        progress: Told about epochs; None writes them to a notebook's cell, or to standard error if
+            it is a terminal.
+
+    Raises:
+        ConfigError: If a cutoff is below 1.
+        TypeError: If a plan is not a `TwoTower`.
+        ValueError: If there is no plan or no seed, the folder holds other trainings, or one of the
+            models cannot train on this log.
+
+    Example:
+        A correction against none, in three seeds::
+
+            plans = {"mixture": tp.TwoTower(), "none": tp.TwoTower(correction="none")}
+            print(tp.compare(*log.split("last_share"), plans=plans, seeds=3))
+    """
+    check_integer(1, seeds=seeds)
+    if not plans or not all(isinstance(plan, TwoTower) for plan in plans.values()):
+        raise TypeError(f"plans must be models by name, one or more TwoTower. Received: {plans!r}")
+    asked = EvaluationConfig(exclude=exclude, cutoffs=tuple(cutoffs))
+    with ExitStack() as stack:
+        place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        told, data = progress or written(), dict[FunnelLosers | None, TrainingSet]()
+        for hard in dict.fromkeys(plan.hard for plan in plans.values()):
+            name = f"samples-{hashlib.sha256(repr(hard).encode()).hexdigest()[:8]}"
+            data[hard] = TrainingSet.build(train, place / name, seed=seed, hard=hard)
+        for plan in plans.values():  # All can train, before the first one does.
+            check_plan(plan, data[plan.hard])
+
+        def one(name: str, number: int) -> Measured:
+            plan, kept = plans[name], place / "plans" / quote(name, safe=" ") / f"seed-{number}"
+            plan, samples = plan.model_copy(update={"seed": number}), data[plan.hard]
+            kept.mkdir(parents=True, exist_ok=True)
+            chosen_by = {"validation": validation, "exclude": exclude}
+            hold_to(kept / MADE_OF_FILE, plan.made_of(train, samples.samples, chosen_by))
+            model = fit_once(
+                plan,
+                asked,
+                samples,
+                validation,
+                train,
+                task=lambda: _label(name, number, seeds),
+                max_epochs=plan.training.max_epochs,
+                folder=kept,
+                progress=told,
+            )
+            found = evaluate({name: model}, test, exclude=exclude, cutoffs=asked.cutoffs)
+            return found, model.result
+
+        by_seed, trainings = _measured(plans, range(seed, seed + seeds), one)
+        settings = {
+            name: {x: getattr(plan, x) for x in sorted(plan.model_fields_set - {"name", "seed"})}
+            for name, plan in plans.items()
+        }
+        monitor = next(iter(plans.values())).training.monitor
+        comparison = Comparison(by_seed, trainings, settings, monitor)
+        if folder is not None:
+            comparison.write(place)
+        return comparison
+
+
+def compare_plans(
     config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: Runner | None = None
-) -> PlanComparison:
+) -> Comparison:
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
     A stopped comparison of the same config in the folder is resumed: trained plans are measured
@@ -95,24 +158,47 @@ def compare(
     with place.claim(config, is_run=False):
         runner = begun or Runner(progress)
         plans, notes = runner.run(runner.remaining(plan_steps(config, place)))
-
-        def measure(runner: Runner, data: RunData, model: FittedTwoTower) -> Any:
-            named = {model.network.name: model}
-            return evaluate_all(config, named, data, runner.progress.task), model.result
-
         data: RunData = runner.artifacts["samples"]
-        measured: dict[str, tuple[Evaluation, TrainingResult]] = {}
-        for name, plan in plans.items():
-            planned = _planned(config, plan, data)
-            training = training_step(name, planned, place, f"plans/{name}/checkpoints")
-            measuring = Step(f"measure {name}", ("samples", name), "measured", measure)
-            measured[name] = runner.run([training, measuring])
-            del runner.artifacts[name]  # One network at a time.
-        most, done = _max_epochs(config, data), {x.num_epochs for _, x in measured.values()}
+        seeds = range(config.seed, config.seed + config.compare.seeds)
+
+        def one(name: str, seed: int) -> Measured:
+            # The data is the same for all seeds.
+            planned = _planned(config, {**plans[name], "seed": seed}, data)
+            label = _label(name, seed, len(seeds))
+            model = runner.run([training_step(label, planned, place, f"plans/{name}/seed-{seed}")])
+            del runner.artifacts[label]  # One network at a time.
+            return evaluate_all(config, {name: model}, data, runner.progress.task), model.result
+
+        by_seed, trainings = _measured(
+            dict.fromkeys([config.compare.reference, *plans]), seeds, one
+        )
+        most = _max_epochs(config, data)
+        done = {x.num_epochs for by_plan in trainings.values() for x in by_plan.values()}
         if done == {most} and most < config.training.max_epochs:
             ended = f"compare.max_steps ended every plan after {counted(most, 'epoch')}"
             notes.append(f"{ended}: each might still have gained")
-        return _write(config, measured, notes, plans, folder)
+        comparison = Comparison(by_seed, trainings, plans, config.training.monitor, notes)
+        comparison.write(folder)
+        return comparison
+
+
+def _label(name: str, seed: int, num_seeds: int) -> str:
+    """Names a training for people; also a name that TensorFlow takes."""
+    return name if num_seeds == 1 else f"{name}/seed_{seed}"
+
+
+def _measured(
+    names: Iterable[str], seeds: Iterable[int], one: Callable[[str, int], Measured]
+) -> tuple[dict[int, Evaluation], dict[str, dict[int, TrainingResult]]]:
+    """Trains and measures each plan with each seed: all plans with the first one, and so on."""
+    by_seed, trainings = {}, {name: dict[int, TrainingResult]() for name in names}
+    for seed in seeds:
+        found = []
+        for name, by_plan in trainings.items():
+            evaluation, by_plan[seed] = one(name, seed)
+            found.append(evaluation)
+        by_seed[seed] = joined(found)
+    return by_seed, trainings
 
 
 def plan_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
@@ -148,46 +234,6 @@ def _max_epochs(config: RunConfig, data: RunData) -> int:
     return math.ceil(config.compare.max_steps / steps_per_epoch)
 
 
-def _write(
-    config: RunConfig,
-    measured: Mapping[str, tuple[Evaluation, TrainingResult]],
-    notes: Sequence[str],
-    plans: Mapping[str, Plan],
-    folder: Path,
-) -> PlanComparison:
-    reference = config.compare.reference
-    measured = {reference: measured[reference], **measured}
-    evaluation = joined([evaluation for evaluation, _ in measured.values()])
-    trainings = {name: training for name, (_, training) in measured.items()}
-    comparison = PlanComparison(folder, evaluation, trainings, notes)
-    content = {
-        "reference": reference,
-        "exclude": config.evaluation.exclude,
-        "seed": config.seed,
-        "notes": list(notes),
-        **evaluation.summary(),
-        "plans": {
-            name: {
-                "settings": to_jsonable_python(plans[name]),
-                "epochs": training.best_epoch,
-                "seconds": training.seconds,
-            }
-            for name, training in trainings.items()
-        },
-    }
-    (folder / "comparison.json").write_text(json.dumps(content, indent=2))
-    table = comparison.table(markdown=True)
-    lines = [
-        f"Differences are from {reference}, query by query, with 95% bootstrap intervals.",
-        "",
-        *(f"- {line}" for line in (*explained(table, evaluation.summary()), *notes)),
-    ]
-    (folder / "comparison.md").write_text("\n".join([table, "", *lines, ""]))
-    label = f"What each plan gains over {reference}, and what it finds by popularity"
-    (folder / "comparison.svg").write_text(finish(comparison_figure(evaluation), label).card())
-    return comparison
-
-
 def every_loser(config: RunConfig) -> FunnelLosers:
     """Returns losers of every stage that any plan may need; each plan draws from its own."""
     losers = config.model.hard or FunnelLosers()
@@ -215,7 +261,8 @@ def sampling_plans(config: RunConfig, logged: Sequence[str]) -> tuple[dict[str, 
     plans: dict[str, Plan] = {}
     for kind in config.compare.plans:
         found, note = _plans_of_kind(kind, config, logged)
-        plans |= {name: {**common, **plan} for name, plan in found.items()}
+        made = {name: {**common, **plan} for name, plan in found.items()}
+        plans |= {name: plan for name, plan in made.items() if plan not in plans.values()}
         notes += [note] if note else []
     return plans, notes
 
@@ -256,70 +303,8 @@ def _plans_of_kind(
         losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
     shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
     return {
-        f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}": {
+        kind if kind == "hybrid_50_50" else f"{name}_{share:g}": {
             "model.hard": dataclasses.replace(losers, share=share)
         }
         for share in shares
     }, ""
-
-
-def compared_in_words(evaluation: Evaluation, metric: str) -> str:
-    """Says which plans are better than the first, tie with it or are worse, by the intervals."""
-    results = evaluation.results
-    reference = next(iter(results))
-    names: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
-    for name, differences in evaluation.differences.items():
-        names[differences[metric].outcome].append(name)
-    best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
-    verbs = {
-        Outcome.BETTER: ("beats", "beat"),
-        Outcome.LEVEL: ("ties with", "tie with"),
-        Outcome.WORSE: ("is worse than", "are worse than"),
-    }
-    parts = [
-        f"{', '.join(found)} {verbs[outcome][len(found) > 1]} {reference}"
-        for outcome, found in names.items()
-        if found
-    ]
-    if best == reference:
-        parts.insert(0, f"{reference} is highest")
-    elif best in names[Outcome.LEVEL]:
-        parts.append(f"{best} is highest, by no more than chance")
-    else:
-        parts[0] += f", {best} the most" if len(names[Outcome.BETTER]) > 1 else ""
-    return f"in {metric} {'; '.join(parts)}"
-
-
-def comparison_figure(evaluation: Evaluation) -> "Figure":
-    """Draws two panels with a row for each plan: gains over the first, recall by popularity."""
-    names, longest = list(evaluation.results), evaluation.cutoffs[-1]
-    figure, (gains, slices) = new_figure(9, 1.6 + 0.36 * len(names), 2, sharey=True)
-    metric, first = f"ndcg@{longest}", evaluation.first
-    above = [Interval(0.0, 0.0, 0.0), *(x[metric] for x in evaluation.differences.values())]
-    for place, gain in enumerate(above):
-        colour = SOFT if gain.outcome is Outcome.LEVEL else SERIES[0]
-        gains.plot([gain.low, gain.high], [place, place], color=colour, linewidth=2)
-        gains.plot(gain.mean, place, "o", color=colour)
-    gains.axvline(0, color=SOFT, linewidth=1, zorder=0)
-    gains.locator_params(axis="x", nbins=6)  # More labels would overlap.
-    base = first.overall.intervals[metric].mean
-    gains.set_xlabel(f"{metric} above that of {names[0]} ({base:.4f}), 95% interval")
-    for colour, marker, part in zip(SERIES, MARKERS, first.slices, strict=False):
-        of_part = [x.slices[part].intervals for x in evaluation.results.values()]
-        recalls = [intervals[f"recall@{longest}"].mean for intervals in of_part]
-        slices.plot(recalls, range(len(names)), marker, color=colour, label=part)
-    slices.legend(  # Above: crossing lines leave no room at the side.
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(first.slices),
-        frameon=False,
-        labelcolor="linecolor",
-        handletextpad=0.2,
-        columnspacing=1.2,
-    )
-    slices.set_xlabel(f"recall@{longest} by popularity of the item")
-    for axes in (gains, slices):
-        axes.grid(axis="y", color=GRID)
-    gains.set_yticks(range(len(names)), names)
-    gains.set_ylim(len(names) - 0.5, -0.5)
-    return figure

@@ -17,14 +17,14 @@ from tfrs_pipeline.model.settings import shape_problems
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.settings import ConfigError, refuse
 
-CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.json"
+CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"
 MAY_CHANGE = ("export.gate", "export.if_beaten", "export.index", "export.target_recall")
 """Settings of a started run that may change until something is exported; then only the first."""
 
 # Files that a run replaces; a user's own files may have the same names.
 _REPLACED = (
     *(CONFIG_FILE, "data", "samples", "race", "plans", "native.log", "report.html"),
-    *("comparison.json", "comparison.md", "comparison.svg"),
+    *(COMPARISON_FILE, "comparison.md", "comparison.svg"),
 )
 # Files that show that a run has started; from then on its settings are fixed.
 _BEGUN = ("data/log.json", "checkpoints", METRICS_FILE)
@@ -152,7 +152,10 @@ class RunFolder:
                     raise
 
     def _settle_settings(self, config: RunConfig) -> None:
-        """Writes the settings, or checks that they are those of the existing run."""
+        """Writes the settings, or checks that they are those of the existing run.
+
+        A comparison may get more seeds: the trainings of the others stay.
+        """
         # A run whose data was refused leaves nothing behind, so its settings may be corrected.
         if not self.has_begun():
             if found := [name for name in _REPLACED if self._has(name)]:
@@ -171,7 +174,7 @@ class RunFolder:
         metrics = self.metrics()
         is_exported = metrics is not None and exported_version(metrics, config.model_folder)
         may_change = MAY_CHANGE[:1] if is_exported else MAY_CHANGE
-        changed = [name for name in every_change if name not in may_change]
+        changed = [name for name in every_change if name not in (*may_change, "compare.seeds")]
         if changed:
             shown = [x for x in changed if x != "fixed"] or changed  # These are the flags given.
             lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in shown[:_MAX_DIFFERENCES]]

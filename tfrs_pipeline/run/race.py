@@ -6,7 +6,6 @@ The race trains each as a run would, so the winner's training just continues.
 import dataclasses
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import read_whole, write_record
-from tfrs_pipeline.messages import SILENT, Progress, counted
+from tfrs_pipeline.messages import Progress, counted, written
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fit import TrainingResult
@@ -31,7 +30,12 @@ from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.rounds import Curve, most_left, standing, winner
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.training import check_trainable, fit_once, trains_winner_alone
+from tfrs_pipeline.run.training import (
+    check_trainable,
+    fit_once,
+    plan_of,
+    trains_winner_alone,
+)
 from tfrs_pipeline.settings import refuse
 
 # The curves so far, in the folder of the trainings.
@@ -97,13 +101,6 @@ class Race:
         }
 
 
-class _Written(Progress):
-    """Writes epochs, and the steps of long ones, to standard error."""
-
-    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
-        print(f"{name}, {done}/{total} epochs: {note}", file=sys.stderr, flush=True)
-
-
 class _Paused(Exception):
     """Ends a turn, from within a training whose last epoch is saved."""
 
@@ -132,7 +129,8 @@ def race(
             its end. If None, recipes race until their curves decide.
         seed: Seed of everything random.
         folder: Keeps samples and trainings, so that a stopped race can resume; None is temporary.
-        progress: Told about epochs; None writes them to standard error if it is a terminal.
+        progress: Told about epochs; None writes them to a notebook's cell, or to standard error
+            if it is a terminal.
 
     Raises:
         ConfigError: If a name or setting is unknown, or no recipe is named.
@@ -155,7 +153,7 @@ def race(
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, place / "samples", seed=seed, hard=base.model.hard)
-        told = progress or (_Written() if sys.stderr.isatty() else SILENT)
+        told = progress or written()
         trainings = _Trainings(base, (data,), validation, train, place / "race", told)
         decided = trainings.run()
         model = trainings.train(decided.winner)
@@ -312,11 +310,11 @@ class _Trainings:
 
         try:
             model = fit_once(
-                config,
+                plan_of(config, "two_tower"),
+                config.evaluation,
                 self.data,
                 self.validation,
                 self.log,
-                name="two_tower",
                 task=lambda: task,
                 max_epochs=config.training.max_epochs,
                 folder=self.folder / name,

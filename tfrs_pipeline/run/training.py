@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.config import EvaluationConfig, RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record, read_whole, write_record
@@ -45,11 +45,15 @@ def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -
 
 def check_trainable(parts: Iterable[TrainingSet], config: RunConfig) -> None:
     """Refuses what a training on any of these parts would refuse, before hours of training."""
-    training = config.training
     for part in parts:
-        part.check_negatives_left(config.model.hard)
-        batches = plan_of(config, "two_tower").batches(part.samples)
-        make_optimizer(training, training.max_epochs * batches.steps_per_epoch)
+        check_plan(plan_of(config, "two_tower"), part)
+
+
+def check_plan(plan: TwoTower, data: TrainingSet) -> None:
+    """Refuses what a training of a model on this data would refuse."""
+    data.check_negatives_left(plan.hard)
+    training, batches = plan.training, plan.batches(data.samples)
+    make_optimizer(training, training.max_epochs * batches.steps_per_epoch)
 
 
 def train_and_refit(
@@ -70,11 +74,11 @@ def train_and_refit(
     def fit(step: Training, max_epochs: int) -> FittedTwoTower:
         is_first = step == "selection"
         return fit_once(
-            config,
+            plan_of(config, name),
+            config.evaluation,
             data.selection if is_first else data.final,
             data.validation if is_first else None,
             log,
-            name=name,
             task=lambda: f"{name}, {step}",
             max_epochs=max_epochs,
             # The source's first training has seen nothing that validates here.
@@ -98,12 +102,12 @@ def train_and_refit(
 
 
 def fit_once(
-    config: RunConfig,
+    plan: TwoTower,
+    asked: EvaluationConfig,
     data: TrainingSet,
     validation: Holdout | None,
     log: Log,
     *,
-    name: str,
     task: Callable[[], str],
     max_epochs: int,
     warm_start: FittedTwoTower | None = None,
@@ -111,21 +115,21 @@ def fit_once(
     progress: Progress = SILENT,
     on_epoch: OnEpoch = lambda so_far: None,
 ) -> FittedTwoTower:
-    """Runs one training of a config, and reports its epochs as the progress of a task."""
+    """Trains a model, validated as is `asked`, and reports its epochs as a task's progress."""
 
     def tell_epoch(so_far: TrainingResult) -> None:
-        note = describe_epoch(so_far, config.training.monitor, max_epochs)
+        note = describe_epoch(so_far, plan.training.monitor, max_epochs)
         progress.task(task(), so_far.num_epochs, max_epochs, note)
         on_epoch(so_far)
 
-    return plan_of(config, name).fit_samples(
+    return plan.fit_samples(
         data,
         validation,
         max_epochs=max_epochs,
         warm_start=warm_start,
         folder=folder,
-        exclude=config.evaluation.exclude,
-        cutoffs=config.evaluation.cutoffs,
+        exclude=asked.exclude,
+        cutoffs=asked.cutoffs,
         on_epoch=tell_epoch,
         on_steps=lambda epoch, line: progress.task(task(), epoch - 1, max_epochs, line),
         log=log,

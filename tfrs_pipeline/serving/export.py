@@ -5,6 +5,7 @@ saved_models/README.md lists the files of a version.
 
 import importlib.metadata
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -71,6 +72,10 @@ class ExportOptions:
         """Reads the options back from the manifest of an export."""
         asked = dict(manifest["export"])
         return cls(search_of(**asked.pop("index")), **asked)
+
+
+# In a notebook, TensorFlow logs this for every SavedModel: folders that an export only passes.
+logging.getLogger("tensorflow").addFilter(lambda x: "Assets written to" not in x.getMessage())
 
 
 def export(

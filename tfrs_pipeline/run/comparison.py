@@ -1,0 +1,258 @@
+"""The result of a comparison: a table, words and a figure, and the files that hold them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic_core import to_json
+
+from tfrs_pipeline.data.schema import ASKED
+from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, Drawing, finish, new_figure
+from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
+from tfrs_pipeline.evaluation.results import (
+    Evaluation,
+    averaged,
+    explained,
+    format_table,
+    other_columns,
+    with_other,
+)
+from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.run.folder import COMPARISON_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# A wider line is cut or wrapped on many screens.
+WIDTH = 110
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """How a plan differs from the first one in a metric, with each seed.
+
+    Trainings with the same seed are paired: they begin with the same weights and see the positives
+    in the same order, as far as the plans allow. `standard_error` is that of the mean over the
+    seeds, and `low` to `high` its 95% interval by Student's t; all NaN for one seed.
+
+    Example:
+        >>> gain = OverSeeds.of({0: 0.010, 1: 0.014, 2: 0.012})
+        >>> f"{gain.mean:.3f} ± {gain.standard_error:.4f}, [{gain.low:.3f}, {gain.high:.3f}]"
+        '0.012 ± 0.0012, [0.007, 0.017]'
+    """
+
+    by_seed: Mapping[int, float]
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, by_seed: Mapping[int, float]) -> "OverSeeds":
+        """Computes the numbers from the difference of each seed."""
+        from scipy.special import stdtrit
+
+        num, values = len(by_seed), np.array([*by_seed.values()])
+        mean = float(values.mean())
+        error = float(values.std(ddof=1)) / math.sqrt(num) if num > 1 else math.nan
+        half = error * float(stdtrit(num - 1, 0.975))
+        return cls(by_seed, mean, error, mean - half, mean + half)
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """Measured plans, the first one the reference; prints as a narrow table.
+
+    Attributes:
+        by_seed: Seed -> all plans trained with it, measured on the same queries.
+        trainings: Plan -> seed -> how its training went.
+        settings: Plan -> the settings that make it.
+        monitor: The validation metric that chose the epochs.
+        notes: Lines for the user.
+    """
+
+    by_seed: Mapping[int, Evaluation]
+    trainings: Mapping[str, Mapping[int, TrainingResult]]
+    settings: Mapping[str, Mapping[str, Any]]
+    monitor: str
+    notes: Sequence[str] = ()
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The mean over the seeds: each query's metrics first, then intervals over the users."""
+        return averaged([*self.by_seed.values()])
+
+    @cached_property
+    def over_seeds(self) -> Mapping[str, Mapping[str, OverSeeds]]:
+        """Plan -> metric, such as "tail/recall@100" -> its differences from the first plan."""
+        return _over_seeds(self.by_seed)
+
+    def table(self, *, markdown: bool = False, width: int | None = WIDTH) -> str:
+        """Formats the plans as text or Markdown, with as many columns as fit in a width.
+
+        If the width is None, it has all columns, and differences in three of them.
+        """
+        summary, cutoffs = self.evaluation.summary(), self.evaluation.cutoffs
+        ndcg, *others = metrics = [f"{x}@{cutoffs[-1]}" for x in ("ndcg", "even_recall", "recall")]
+        error, plans = f"se, {len(self.by_seed)} seeds", with_other(summary)
+        for name, trainings in self.trainings.items():
+            results, seeds = [*trainings.values()], self.over_seeds.get(name, {}).get(ndcg)
+            plans[name]["epochs"] = sum(x.best_epoch for x in results) / len(results)
+            plans[name]["seconds"] = round(sum(x.seconds for x in results))
+            plans[name][error] = seeds.standard_error if seeds and len(results) > 1 else None
+        differences = {
+            name: {x: of_plan[x] for x in metrics[: width and 1] if x in of_plan}
+            for name, of_plan in summary["differences"].items()
+        }
+        columns = [ndcg, error, *other_columns(summary, ndcg), others[0], f"tail/{others[1]}"]
+        columns += [others[1], *(f"{x}@{cutoffs[0]}" for x in ("coverage", "average_popularity"))]
+        columns += ["epochs", "seconds"]
+        return format_table(plans, columns, differences, markdown=markdown, width=width)
+
+    def lines(self, width: int | None = WIDTH) -> Iterator[str]:
+        """Yields what the comparison comes to, and how to read its table of a width, in lines."""
+        evaluation, num_seeds = self.evaluation, len(self.by_seed)
+        first, longest = evaluation.first, evaluation.cutoffs[-1]
+        yield compared_in_words(evaluation, f"ndcg@{longest}", self.over_seeds)
+        if isinstance(other := evaluation.other, Evaluation):
+            every = {seed: x.other for seed, x in self.by_seed.items()}
+            over = _over_seeds({s: x for s, x in every.items() if isinstance(x, Evaluation)})
+            yield f"{ASKED[other.asked_by]}, {compared_in_words(other, f'ndcg@{longest}', over)}"
+        if first.num_even is not None:
+            words = compared_in_words(evaluation, f"even_recall@{longest}", self.over_seeds)
+            of = f"{first.num_even:,} of {first.overall.num_relevant:,} items to find"
+            yield f"{words} (it rests on {of}, by their weights)"
+        said = "differences are query by query, with their 95% interval over users"
+        if num_seeds > 1:
+            yield f"{said}, of the mean of {num_seeds} seeds; se: their standard error over seeds"
+            yield "better or worse: the intervals over users and seeds (Student's t) both exclude 0"
+        else:
+            yield f"{said}, for one seed: with another, near plans can change places (seeds)"
+        yield from explained(self.table(width=width), evaluation.summary())
+        yield from self.notes
+
+    def summary(self) -> dict[str, Any]:
+        """Returns all numbers, as comparison.json has them."""
+        return {
+            "reference": next(iter(self.trainings)),
+            "exclude": self.evaluation.first.exclude,
+            "cutoffs": self.evaluation.cutoffs,
+            "seeds": [*self.by_seed],
+            "lines": [*self.lines(None)],
+            **self.evaluation.summary(),
+            "over_seeds": self.over_seeds,
+            "monitor": self.monitor,
+            "trainings": self.trainings,
+            "settings": self.settings,
+        }
+
+    def plot(self) -> Drawing:
+        """Draws what each plan gains over the first one, and its recall by popularity."""
+        first = next(iter(self.trainings))
+        label = f"What each plan gains over {first}, and what it finds by popularity"
+        return finish(comparison_figure(self), label)
+
+    def write(self, folder: Path) -> None:
+        """Writes comparison.json, comparison.md and comparison.svg."""
+        table = self.table(markdown=True, width=None)
+        lines = (f"- {line}\n" for line in self.lines(None))
+        (folder / "comparison.md").write_text(f"{table}\n\n{''.join(lines)}")
+        (folder / "comparison.svg").write_text(self.plot().card())
+        written = to_json(self.summary(), indent=2, inf_nan_mode="null", fallback=repr)
+        (folder / COMPARISON_FILE).write_bytes(written)
+
+    def __repr__(self) -> str:
+        return "\n".join([self.table(), "", *self.lines()])
+
+    def _repr_markdown_(self) -> str:
+        return "\n".join([self.table(markdown=True), "", *(f"- {line}" for line in self.lines())])
+
+
+def _over_seeds(by_seed: Mapping[int, Evaluation]) -> dict[str, dict[str, OverSeeds]]:
+    # Without resamples: the means alone.
+    found = {seed: replace(x, num_bootstrap=0).differences for seed, x in by_seed.items()}
+    return {
+        name: {m: OverSeeds.of({seed: x[name][m].mean for seed, x in found.items()}) for m in of}
+        for name, of in next(iter(found.values())).items()
+    }
+
+
+def compared_in_words(
+    evaluation: Evaluation, metric: str, over_seeds: Mapping[str, Mapping[str, OverSeeds]]
+) -> str:
+    """Says which plans are better than the first, tie with it or are worse, by the intervals.
+
+    If there are several seeds, the intervals over users and over seeds have to agree.
+    """
+    results = evaluation.results
+    reference = next(iter(results))
+    names: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
+    for name, differences in evaluation.differences.items():
+        outcome, seeds = differences[metric].outcome, over_seeds[name][metric]
+        if len(seeds.by_seed) > 1 and seeds.low <= 0 <= seeds.high:
+            outcome = Outcome.LEVEL
+        names[outcome].append(name)
+    best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
+    verbs = {
+        Outcome.BETTER: ("beats", "beat"),
+        Outcome.LEVEL: ("ties with", "tie with"),
+        Outcome.WORSE: ("is worse than", "are worse than"),
+    }
+    parts = [
+        f"{', '.join(found)} {verbs[outcome][len(found) > 1]} {reference}"
+        for outcome, found in names.items()
+        if found
+    ]
+    if best == reference:
+        parts.insert(0, f"{reference} is highest")
+    elif best in names[Outcome.LEVEL]:
+        parts.append(f"{best} is highest, by no more than chance")
+    else:
+        parts[0] += f", {best} the most" if len(names[Outcome.BETTER]) > 1 else ""
+    return f"in {metric} {'; '.join(parts)}"
+
+
+def comparison_figure(comparison: Comparison) -> "Figure":
+    """Draws two panels with a row for each plan: gains over the first, recall by popularity.
+
+    Thin marks below an interval are the gains of single seeds, if there are several.
+    """
+    evaluation = comparison.evaluation
+    names, longest = list(evaluation.results), evaluation.cutoffs[-1]
+    figure, (gains, slices) = new_figure(9, 1.6 + 0.36 * len(names), 2, sharey=True)
+    metric, first = f"ndcg@{longest}", evaluation.first
+    above = [Interval(0.0, 0.0, 0.0), *(x[metric] for x in evaluation.differences.values())]
+    for place, (name, gain) in enumerate(zip(names, above, strict=True)):
+        colour = SOFT if gain.outcome is Outcome.LEVEL else SERIES[0]
+        gains.plot([gain.low, gain.high], [place, place], color=colour, linewidth=2)
+        gains.plot(gain.mean, place, "o", color=colour)
+        if place and len(comparison.by_seed) > 1:
+            seeds = [*comparison.over_seeds[name][metric].by_seed.values()]
+            gains.plot(seeds, [place + 0.3] * len(seeds), "|", color=colour, markersize=5)
+    gains.axvline(0, color=SOFT, linewidth=1, zorder=0)
+    gains.locator_params(axis="x", nbins=6)  # More labels would overlap.
+    base = first.overall.intervals[metric].mean
+    gains.set_xlabel(f"{metric} above that of {names[0]} ({base:.4f}), 95% interval")
+    for colour, marker, part in zip(SERIES, MARKERS, first.slices, strict=False):
+        of_part = [x.slices[part].intervals for x in evaluation.results.values()]
+        recalls = [intervals[f"recall@{longest}"].mean for intervals in of_part]
+        slices.plot(recalls, range(len(names)), marker, color=colour, label=part)
+    slices.legend(  # Above: crossing lines leave no room at the side.
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(first.slices),
+        frameon=False,
+        labelcolor="linecolor",
+        handletextpad=0.2,
+        columnspacing=1.2,
+    )
+    slices.set_xlabel(f"recall@{longest} by popularity of the item")
+    for axes in (gains, slices):
+        axes.grid(axis="y", color=GRID)
+    gains.set_yticks(range(len(names)), names)
+    gains.set_ylim(len(names) - 0.5, -0.5)
+    return figure
