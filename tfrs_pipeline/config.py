@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic_settings import CliSuppress
 
-from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
@@ -43,6 +43,11 @@ def _or_none(values: Any) -> Any:
 class EvaluationConfig(Config):
     """What is measured on the test, and the baselines to compare with."""
 
+    by: AskedBy | None = None
+    """The question that decides everything: the epoch, the race, the verdict and the export.
+    requests asks at each request, with the history up to it, as in service; users asks once per
+    user, with the history before the part, as for a daily mail; first_request and last_request ask
+    at one request of each user. If not given, requests if the log has an order, else users."""
     cutoffs: Several[PositiveInt] = (20, 100)
     """Lengths of the ranking at which metrics are reported."""
     exclude: Exclude = "clicked"
@@ -75,10 +80,10 @@ class ExportConfig(Config):
     refreshes; the others are deleted. If not given, all."""
     gate: bool = False
     """Whether to export a model only if it is not worse than the version in service, beyond the 95%
-    interval of training.monitor on the same test queries."""
+    interval of training.monitor on the same test queries, asked as evaluation.by says."""
     if_beaten: bool = False
     """Whether to export a model that a baseline beats beyond the 95% interval of training.monitor
-    on the test."""
+    on the test, asked as evaluation.by says."""
     user_data: bool = True
     """Whether the export holds personal data of the log: users' ids, histories and features, and
     held-out queries. Without it, every request must send the user's history."""
@@ -208,8 +213,9 @@ def movielens_config() -> RunConfig:
 
     return RunConfig(
         data=DataConfig(item_features=dict(ITEM_FEATURES), user_features=dict(USER_FEATURES)),
-        # The published protocol.
+        # The published protocol, which asks once per user.
         split=SplitConfig(kind="last_share", validation=0.1, test=0.2),
+        evaluation=EvaluationConfig(by="users"),
         export=ExportConfig(name="movielens-100k", index="scann", filter_by="genres"),
     )
 

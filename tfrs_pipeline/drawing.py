@@ -178,13 +178,19 @@ def finish(figure: "Figure", label: str) -> Drawing:
     return Drawing(str(escape(label)), box, text[text.index(">") + 1 :].rstrip())
 
 
-def plot_intervals(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str) -> Drawing:
+def plot_intervals(
+    panels: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    metric: str,
+    *,
+    are_differences: bool = False,
+) -> Drawing:
     """Draws a metric of each model with its interval, the first at the top, in panels side by side.
 
     Args:
         panels: Title of a panel -> model -> "mean", "low" and "high", as `Interval.as_dict` gives
             them. All panels have the same models.
         metric: Name of the metric, for screen readers.
+        are_differences: Draws a line at 0, and signs; then no model is the first among equals.
 
     A notebook shows what is returned; its `card()` is an SVG document.
 
@@ -199,14 +205,15 @@ def plot_intervals(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric
     )
     for axes, (of_panel, intervals) in zip(all_axes, panels.items(), strict=True):
         for place, interval in enumerate(intervals.values()):
-            colour = SERIES[0] if place == 0 else SERIES[1]
+            is_first = place == 0 and not are_differences
+            colour = SERIES[0] if is_first else SERIES[1]
             # None becomes NaN.
             mean, low, high = np.array([interval[key] for key in ("mean", "low", "high")], float)
             axes.plot([low, high], [place, place], color=colour, linewidth=2)
-            axes.plot(mean, place, MARKERS[min(place, 1)], color=colour, markersize=5)
+            axes.plot(mean, place, MARKERS[0 if is_first else 1], color=colour, markersize=5)
             if not np.isnan(mean):
                 axes.annotate(
-                    f"{mean:.3f}".replace("0.", "."),
+                    f"{mean:{'+' if are_differences else ''}.3f}".replace("0.", "."),
                     (mean, place),
                     xytext=(0, 4),
                     textcoords="offset points",
@@ -214,6 +221,8 @@ def plot_intervals(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric
                     color=INK,
                     fontsize=8.5,
                 )
+        if are_differences:
+            axes.axvline(0, color=SOFT, linewidth=1)
         title(axes, of_panel, "center")
         axes.spines["left"].set_visible(False)
         axes.tick_params(left=False)
@@ -223,7 +232,7 @@ def plot_intervals(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric
     all_axes[0].set_yticks(range(len(names)), [x.replace("_uncorr", "_\nuncorr") for x in names])
     all_axes[0].set_ylim(len(names) - 0.5, -0.6)
     for place, text in enumerate(all_axes[0].get_yticklabels()):
-        text.set(color=INK, weight="normal" if place else "bold")
+        text.set(color=INK, weight="normal" if place or are_differences else "bold")
     label = f"{metric} of each model with its 95% interval: {', '.join(panels)}"
     return finish(figure, label)
 

@@ -94,9 +94,11 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
             "test": {"num_events": 2000, "num_positives": 1000, "num_users": 299},
             "num_users_dropped": 3, "num_events_dropped": 11
         },
+        "asked_by": "requests",
         "models": {name: summary(rng) for name in names},
-        "by_request": {"models": {name: summary(rng) for name in names},
-                       "differences": compared | {"popularity": differences(0.01)}},
+        "other": {"asked_by": "users", "models": {name: summary(rng) for name in names},
+                  "differences": compared | {"popularity": differences(0.01)}},
+        "export_folder": "/srv/saved_models/films/3",
         "tie_rule": "order",
         "training": {"two_tower": {"best_epoch": 2, "history": history},
                      "two_tower_uncorrected": {"best_epoch": 1, "history": short}},
@@ -148,11 +150,11 @@ def page_of(**changed: Any) -> Page:
 
 
 def test_every_metric_of_every_model_is_that_of_metrics_json() -> None:
-    table = PAGE.tables["Metrics"]
-    assert PAGE.headers["Metrics"] == ["metric", *MODELS]
+    table = PAGE.tables["All metrics, by request"]
+    assert PAGE.headers["All metrics, by request"] == ["metric", *MODELS]
     assert set(table) == {name for name in MODELS["two_tower"] if "@" in name}
     text = " ".join(PAGE.text.split())
-    assert "1,234 queries (sampled from 98,765 users)" in text
+    assert "1,234 queries (sampled from 98,765)" in text
     assert "1,372 relevant items of the test fell under that and are not to be found" in text
     for part in ("head", "torso", "tail"):
         for metric in ("recall@100", "ndcg@100"):
@@ -170,30 +172,37 @@ def test_every_metric_of_every_model_is_that_of_metrics_json() -> None:
                 assert f"{x['low']:.4f} to {x['high']:.4f}" in PAGE.text
 
 
-def test_what_is_by_request_and_what_is_tied_have_tables_of_their_own() -> None:
-    for name, of in (("", MODELS), (", by request", FACTS.metrics["by_request"]["models"])):
+def test_the_question_that_decides_comes_first_and_the_other_is_folded() -> None:
+    folded = "".join("".join(element.itertext()) for element in PAGE.tree.iter("details"))
+    other, few = FACTS.metrics["other"]["models"], ["ndcg@100", "recall@100", "coverage@20"]
+    assert list(PAGE.tables["Metrics, by request"]) == few
+    assert "Metrics, by request" not in folded
+    for shown, name, of in (
+        ("All metrics", "by request", MODELS),
+        ("Metrics", "by user", other),
+    ):
         for metric in ("mrr@20", "gini@100"):
             expected = [x[metric] if "gini" in metric else x[metric]["mean"] for x in of.values()]
-            assert PAGE.values(f"Metrics{name}", metric) == expected
+            assert PAGE.values(f"{shown}, {name}", metric) == expected
         for part in ("tied", "untied"):
             means = [x["ties"][part]["recall@100"]["mean"] for x in of.values()]
-            found = PAGE.values(f"Tied and untied items{name}", f"{part}, recall@100")
+            found = PAGE.values(f"Tied and untied items, {name}", f"{part}, recall@100")
             assert found == [5678, *means]
-    # Popularity ties with the model by user, and beats it by request.
-    assert [x[2] for x in PAGE.tables["Differences, by request"]["ndcg@100"]] == [True, True]
-    assert "No: by request, in ndcg@100 the best baseline, popularity" in PAGE.joined
-    alone = page_of(metrics={**FACTS.metrics, "by_request": {"left_out": "it is the same"}})
-    assert "Measured by user alone: it is the same." in alone.text
+    # Popularity ties with the model by request, which decides, and beats it by user.
+    assert [x[2] for x in PAGE.tables["Differences, by user"]["ndcg@100"]] == [True, True]
+    assert "Asked by request, is it better than the baselines?A tie" in PAGE.joined
+    assert "But no, by user, in ndcg@100 the best baseline, popularity" in PAGE.joined
+    alone = page_of(metrics={**FACTS.metrics, "other": {"left_out": "it is the same"}})
+    assert "Asked by request alone: it is the same." in alone.text
     untied = {name: {**x, "ties": {}} for name, x in MODELS.items()}
-    older = {**FACTS.metrics, "models": untied}
-    del older["by_request"]
-    assert not [x for x in page_of(metrics=older).tables if "request" in x or "untied" in x]
+    alone = page_of(metrics={**FACTS.metrics, "models": untied, "other": {"left_out": "no order"}})
+    assert not [caption for caption in alone.tables if "user" in caption or "untied" in caption]
 
 
 def test_a_difference_is_bold_where_its_interval_excludes_zero() -> None:
-    assert PAGE.headers["Differences"][1:] == ["two_tower_uncorrected", "popularity"]
+    assert PAGE.headers["Differences, by request"][1:] == ["two_tower_uncorrected", "popularity"]
     # The model minus the others, as in the verdict.
-    found = PAGE.tables["Differences"]["ndcg@100"]
+    found = PAGE.tables["Differences, by request"]["ndcg@100"]
     assert found == [("-0.0200", -0.02, True), ("-0.0200", -0.02, False)]
     assert "-0.0300 to -0.0100" in PAGE.text
 
@@ -237,8 +246,9 @@ def test_shares_by_slice_are_what_a_loop_adds_up() -> None:
         assert PAGE.values("Shares by slice", name) == pytest.approx(expected)
 
 
-def test_the_first_screen_answers_four_questions() -> None:
-    answered = ["better than the baselines?", "For whom?", "What was dropped?", "index lose?"]
+def test_the_first_screen_answers_five_questions() -> None:
+    answered = ["better than the baselines?", "For whom?", "What was dropped?", "in service?"]
+    answered += ["index lose?"]
     assert all(map(str.endswith, map(str, PAGE.headings), answered))
     first, _, _ = PAGE.joined.partition("Recommendations")
     assert "run of 2026-11-26 06:33 UTC" in first
@@ -253,6 +263,16 @@ def test_the_first_screen_answers_four_questions() -> None:
     first, _, _ = page_of(dropped=dropped).joined.partition("Recommendations")
     assert "What was dropped?32 of 11,032 events" in first  # 21 of them while reading.
     assert all(f"{each.num_rows}: {each.reason}" in first for each in dropped)
+    assert "Is it in service?ExportedAs /srv/saved_models/films/3." in PAGE.joined
+    refused: dict[str, Any] = {
+        "export_folder": None,
+        "refusal": "A baseline beats the new model. EASE is.",
+    }
+    refused |= {"index": {"kind": "none"}}
+    page = page_of(metrics={**FACTS.metrics, **refused})
+    assert "Is it in service?Not exportedA baseline beats the new model. EASE is." in page.joined
+    # Without an index, there is nothing to say about one.
+    assert not [x for x in page.headings if "ndex" in (x or "")]
     # Merged events are not called dropped.
     page = page_of(dropped=(Dropped("a reason", 5), Dropped("into another", 7, is_merged=True)))
     first, _, _ = page.joined.partition("Recommendations")
@@ -289,7 +309,6 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert page.values(by_request, "10") == [100, 0.98765]
     assert page.tables[by_request]["1,000"][0][0] == "known"
     assert "It finds at least 98.8% of the exact answer; the target is 98%." in page.text
-    assert page.values("A query that excludes what its user knows", "1,000") == [0.99]
     # One more figure: the positives as trained on.
     assert len(page.of("svg")) == len(PAGE.of("svg")) + 1
     assert PAGE.tables["Kind and settings"]["num_leaves"] == [("41", 41, False)]
@@ -316,11 +335,11 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
     assert "validation torso/recall@100" in drawn
     assert "validation tail/recall@100" not in drawn
     assert page.tables["Metrics by slice"]["tail, recall@100"] == [("-", None, False)] * 3
-    assert page.tables["Metrics"]["average_popularity@20"][2] == ("-", None, False)
-    assert page.tables["Metrics"]["ndcg@100"][2][:2] == ("0.5000", 0.5)
+    assert page.tables["All metrics, by request"]["average_popularity@20"][2] == ("-", None, False)
+    assert page.tables["Metrics, by request"]["ndcg@100"][2][:2] == ("0.5000", 0.5)
     assert set(PAGE.headings) - set(page.headings) == {"Recommendations"}
-    assert "Is it better than the baselines?Not compared" in page.joined
-    assert "Differences" not in page.tables
+    assert "is it better than the baselines?Not compared" in page.joined
+    assert "Differences, by request" not in page.tables
 
 
 def test_what_users_write_stays_text() -> None:
@@ -362,7 +381,7 @@ def test_the_page_can_be_read_aloud_and_moved_through() -> None:
     assert len(PAGE.of("h1")) == len(PAGE.of("main")) == len(PAGE.of("title")) == 1
     sections = [f"#{attributes['id']}" for attributes in PAGE.of("section")]
     assert [attributes["href"] for attributes in PAGE.of("a")] == sections
-    assert len(PAGE.headings) == 4 + len(sections)
+    assert len(PAGE.headings) == 5 + len(sections)
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in PAGE.of("svg"))
     boxes = [a for a in PAGE.of("div") if a.get("class") == "scroll"]
     assert len(boxes) == len(PAGE.tables)

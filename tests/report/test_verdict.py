@@ -9,10 +9,10 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.report.verdict import (
-    as_served,
     by_popularity,
     compared_with_baselines,
     found_by_index,
+    other_question,
     shown_evenly,
     tied_items,
 )
@@ -41,6 +41,7 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
     compared = (METRIC, *(f"{part}/{METRIC}" for part in slices))
     gaps = {name: interval(mean - means[first]) for name, mean in means.items() if name != first}
     return {
+        "asked_by": "requests",
         "models": models,
         "differences": {name: dict.fromkeys(compared, gap) for name, gap in gaps.items()},
         "split": {"train": {"num_positives": 30_000}},
@@ -68,6 +69,7 @@ def test_a_model_is_better_where_every_interval_says_so(
     found = compared_with_baselines(made({"two_tower": 0.3, **variants, **means}), METRIC)
     assert (found.answer, found.outcome) == (answer, outcome)
     assert re.search(why.replace("[", r"\["), found.why)
+    assert found.outcome is None or found.why.startswith(f"by request, in {METRIC} ")
     assert not re.search("without the correction|service", found.why)
 
 
@@ -133,19 +135,32 @@ def test_an_index_is_measured_by_its_target(
     assert (found.outcome, why in found.why) == (outcome, True)
 
 
-def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
-    by_user = made({"two_tower": 0.3, "ease": 0.2})
-    assert as_served(by_user, METRIC) is None
-    assert as_served(by_user | {"by_request": {"left_out": "no order"}}, METRIC) is None
-    level = made({"two_tower": 0.2, "ease": 0.205})
-    for user, ease, said in (
-        (by_user, 0.1, "^yes: by request, in ndcg@100 it beats((?!differ).)*$"),
-        (by_user, 0.4, "^no: by request.*highest by request: EASE; by user: two_tower"),
-        # EASE is highest both ways, but clearly so only by request.
-        (level, 0.4, r"The two differ \(by user: a tie\)"),
-    ):
-        of_request = made({"two_tower": 0.2, "ease": ease})
-        assert re.search(said, as_served(user | {"by_request": of_request}, METRIC) or "")
+@pytest.mark.parametrize(
+    ("by_request", "by_user", "answer"),
+    [
+        ((0.3, 0.2), (0.2, 0.1), None),  # Both say yes.
+        ((0.3, 0.2), (0.2, 0.4), "no"),
+        ((0.3, 0.2), (0.2, 0.205), "a tie"),
+        ((0.2, 0.4), (0.2, 0.3), None),  # Both say no.
+        ((0.2, 0.205), (0.205, 0.2), "a tie"),  # Another model is highest.
+    ],
+)
+def test_the_other_question_is_told_only_where_it_would_decide_otherwise(
+    by_request: Any, by_user: Any, answer: str | None
+) -> None:
+    decisive, other = (
+        made(dict(zip(("two_tower", "ease"), means, strict=True)), asked_by=by)
+        for means, by in ((by_request, "requests"), (by_user, "users"))
+    )
+    assert other_question(decisive, METRIC) is None
+    assert other_question(decisive | {"other": {"left_out": "no order"}}, METRIC) is None
+    found = other_question(decisive | {"other": other}, METRIC)
+    assert (found is None) == (answer is None)
+    if answer is not None:
+        assert (found or "").startswith(f"{answer}, by user, in {METRIC} ")
+        assert "set evaluation.by to users" in (found or "")
+    # The question that decides does not see the other one.
+    assert compared_with_baselines(decisive | {"other": other}, METRIC).why.startswith("by request")
 
 
 @pytest.mark.parametrize(
@@ -159,12 +174,20 @@ def test_by_request_the_same_is_said_and_where_the_two_differ() -> None:
         (0.3, 0.25, (0.02, -0.005), None),  # The second is not significant.
     ],
 )
-@pytest.mark.parametrize("is_by_request", [False, True])
+@pytest.mark.parametrize(
+    ("is_by_request", "is_other"), [(False, False), (True, False), (True, True)]
+)
 def test_ties_are_told_where_they_decide(
-    tied: float, untied: float, difference: Any, said: str | None, is_by_request: bool
+    tied: float,
+    untied: float,
+    difference: Any,
+    said: str | None,
+    is_by_request: bool,
+    is_other: bool,
 ) -> None:
-    plain = made({"two_tower": 0.3, "ease": 0.25})
-    metrics = made({"two_tower": 0.3, "ease": 0.25})
+    plain = made({"two_tower": 0.3, "ease": 0.25}, asked_by="users")
+    asked_by = "requests" if is_by_request else "users"
+    metrics = made({"two_tower": 0.3, "ease": 0.25}, asked_by=asked_by)
     assert tied_items(plain, METRIC) is None
     metrics["models"]["two_tower"]["ties"] = {
         "tied": {METRIC: interval(tied), "num_relevant": 200},
@@ -172,7 +195,9 @@ def test_ties_are_told_where_they_decide(
     }
     for part, mean in zip(("tied", "untied"), difference, strict=True):
         metrics["differences"]["ease"][f"{part}/{METRIC}"] = interval(mean)
-    metrics = plain | {"by_request": metrics} if is_by_request else metrics
+    # The answer is that by request, whichever question decides.
+    if is_by_request:
+        metrics = plain | {"other": metrics} if is_other else metrics | {"other": plain}
     found = tied_items(metrics, METRIC)
     assert (found is None) == (said is None)
     assert said is None or re.search(said, found or "")

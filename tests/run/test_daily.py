@@ -142,7 +142,7 @@ def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
     new, old = (result.metrics["models"][x]["ndcg@20"]["mean"] for x in ("two_tower", IN_SERVICE))
     assert gap["mean"] == pytest.approx(old - new, abs=1e-9)
     told = rf"ndcg@20 {new:.4f}, and {old:.4f} of version 1 in service: \{new - old:+.4f} \["
-    assert re.match(rf"not worse than the version in service: {told}", note)
+    assert re.match(rf"not worse than the version in service. Asked by request, {told}", note)
     assert warm.alone == ["evaluate", "export"]
 
 
@@ -346,7 +346,7 @@ def test_a_worse_model_is_published_only_if_asked_for(
 
 def holdout_of(result: RunResult) -> Holdout:
     split: Split = split_in(RunFolder(result.folder))
-    return split.test
+    return split.holdout("test", by=result.metrics["asked_by"])
 
 
 def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) -> None:

@@ -21,6 +21,7 @@ from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_
 from tfrs_pipeline import Ease, Holdout, Log, MostPopular, TwoTower, UserSets, cli, signals
 from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.messages import StepReport
@@ -251,30 +252,39 @@ def test_models_and_stages_are_those_asked_for(of_stages: Finished, of_ratings: 
     assert models["two_tower/recall@5/mean"] > 2.5 * 5 / 80
 
 
-def test_the_test_is_asked_by_request_too(of_stages: Finished, tmp_path: Path) -> None:
+def test_one_question_decides_and_the_other_is_measured(
+    of_stages: Finished, tmp_path: Path
+) -> None:
     config, split = of_stages.config, split_of(of_stages.folder)
-    trained_on = final_part(config, split)
-    queries = split.holdout("test", by="requests", trained_on=trained_on)
-    found = of_stages.metrics["by_request"]["models"]
-    assert list(found) == list(of_stages.metrics["models"])
-    assert found["popularity"] == measured(MostPopular().fit(trained_on), queries, config)
+    trained_on, metrics = final_part(config, split), of_stages.metrics
+    popular = MostPopular().fit(trained_on)
+    assert (metrics["asked_by"], metrics["other"]["asked_by"]) == ("requests", "users")
+    asked_by: list[tuple[AskedBy, Any]] = [("requests", metrics), ("users", metrics["other"])]
+    for by, asked in asked_by:
+        queries = split.holdout("test", by=by, trained_on=trained_on)
+        assert list(asked["models"]) == list(metrics["models"])
+        assert asked["models"]["popularity"] == measured(popular, queries, config)
     # With one item to find, both are the same. (Not by the rule "drop": a history up to a request
     # lacks events of the same time, and the history before the test does not.)
     last: dict[str, Any] = {"split.kind": "last_n", "split.validation": 1, "split.test": 1}
     last["data.ties"] = "order"
     data = prepare(with_settings(config, last), tmp_path / "run")
-    assert isinstance(data.served, str)
-    assert "by request is the same" in data.served
+    assert data.test.by == data.validation.by == "users"
+    assert isinstance(data.other_test, str)
+    assert "by request is the same" in data.other_test
 
 
-def test_validation_asks_as_it_is_set(of_stages: Finished) -> None:
-    """The test of the baselines shows that a split by time asks by requests."""
-    found = {}
-    for by in (None, "users", "requests"):
-        config = with_settings(of_stages.config, {"training.validate_by": by})
-        found[by] = prepare(config, of_stages.folder).validation.fingerprint()
-    asked = split_of(of_stages.folder).holdout("validation", by="requests")
-    assert found["requests"] == asked.fingerprint() != found[None] == found["users"]
+@pytest.mark.parametrize("by", [None, "users", "requests", "last_request"])
+def test_validation_and_test_ask_the_same_question(of_stages: Finished, by: AskedBy | None) -> None:
+    config = with_settings(of_stages.config, {"evaluation.by": by})
+    data, split = prepare(config, of_stages.folder), split_of(of_stages.folder)
+    asked = by or "requests"  # The log has an order.
+    parts: Any = {"validation": data.validation, "test": data.test}
+    for part, holdout in parts.items():
+        assert holdout.by == asked
+        assert holdout.fingerprint() == split.holdout(part, by=asked).fingerprint()
+    assert isinstance(data.other_test, Holdout)
+    assert data.other_test.by == ("requests" if asked == "users" else "users")
 
 
 def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -> None:
@@ -365,7 +375,9 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
 
 def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
     kind, split = finished.metrics["index"]["kind"], split_of(finished.folder)
-    queries = split.holdout("test", trained_on=final_part(finished.config, split))
+    queries = split.holdout(
+        "test", by=finished.metrics["asked_by"], trained_on=final_part(finished.config, split)
+    )
     for exact in {False, kind == "scann"}:
         found = measured(load(finished.export_folder, exact=exact), queries, finished.config)
         expected = finished.metrics["models"]["two_tower"]

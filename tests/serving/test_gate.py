@@ -37,7 +37,10 @@ def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
         overall=SimpleNamespace(intervals={"ndcg@9": interval}), user_ids=np.array([1])
     )
     evaluation: Any = SimpleNamespace(
-        first=first, results={IN_SERVICE: first}, differences={IN_SERVICE: {"ndcg@9": interval}}
+        first=first,
+        asked_by="requests",
+        results={IN_SERVICE: first},
+        differences={IN_SERVICE: {"ndcg@9": interval}},
     )
     with pytest.raises(NotPublished, match="One test query cannot tell which model is better"):
         refuse_worse(evaluation, "ndcg@9", tmp_path)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
@@ -148,21 +149,25 @@ def native_errors_to(path: Path) -> Iterator[None]:
 
 def print_result(console: Console, config: "RunConfig", result: "RunResult") -> None:
     """Prints the metrics of a run, its files and the next command."""
-    from tfrs_pipeline.evaluation.results import BY_REQUEST, explained, format_table, with_requests
+    from tfrs_pipeline.evaluation.results import explained, format_table, other_prefix, with_other
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
-    columns = [f"ndcg@{longest}", f"{BY_REQUEST}/ndcg@{longest}"]
+    columns = [f"ndcg@{longest}", f"{other_prefix(result.metrics)}/ndcg@{longest}"]
     columns += [f"recall@{longest}", f"even_recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
     # Columns that do not fit are left out, since a wrapped table is unreadable.
     width = console.width if console.is_terminal else None
     columns = list(dict.fromkeys(columns))
-    table = format_table(with_requests(result.metrics), columns, width=width)
+    table = format_table(with_other(result.metrics), columns, width=width)
     monitored = compared_with_baselines(result.metrics, config.training.monitor)
     if monitored.outcome is Outcome.WORSE:
         say(console, f"\na baseline wins: {monitored.why}")
+    asked = ASKED[result.metrics["asked_by"]]
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
-    say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:\n{table}")
+    say(
+        console,
+        f"\nOn the test split, asked {asked}{excluded[config.evaluation.exclude]}:\n{table}",
+    )
     _say_filled(console, *explained(table, result.metrics))
     say(console, "")
     for head, text in _findings(config, result.metrics):

@@ -41,6 +41,7 @@ class Holdout:
         candidate_ids: [num_candidates] int64 or object (str): all items of the log, ascending.
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
         num_sampled_from: How many queries this sample was drawn from; None if it is not a sample.
+        by: What has a query: a user or a request; see `Split.holdout`.
         exposure: [num_candidates] how readily the log showed each item, up to a factor; None if
             unknown. See `tfrs_pipeline.evaluation.metrics`.
         tied: Per query, bool for each of `relevant`: whether it was clicked at the time of another
@@ -63,6 +64,7 @@ class Holdout:
     candidate_ids: np.ndarray
     candidate_counts: np.ndarray
     num_sampled_from: int | None = None
+    by: schema.AskedBy = "users"
     exposure: np.ndarray | None = None
     tied: list[np.ndarray] | None = None
     requests: list[dict[str, Any]] | None = None
@@ -71,7 +73,7 @@ class Holdout:
 
     def __post_init__(self) -> None:
         for name, values in [*vars(self).items()]:
-            if values is None or name == "num_sampled_from":
+            if values is None or name in ("num_sampled_from", "by"):
                 continue
             if name.endswith("_ids"):
                 values = as_id_array(values)
@@ -204,6 +206,7 @@ def make_holdout(
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
+        by=by,
         exposure=exposure,
         requests=requests if log.request_features else None,
         **times,

@@ -20,6 +20,14 @@ TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 TieRule: TypeAlias = Literal["order", "random", "drop"]
 Ties: TypeAlias = Literal["auto", TieRule]
 
+ASKED: Mapping[AskedBy, str] = {
+    "users": "by user",
+    "requests": "by request",
+    "first_request": "by first request",
+    "last_request": "by last request",
+}
+"""What has a query in a holdout, in words (see `Split.holdout`)."""
+
 # Column of a log's items: True if the item table has the item, False if only the events do.
 LISTED = "_listed"
 LOG_COLUMNS = (

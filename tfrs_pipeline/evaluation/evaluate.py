@@ -75,7 +75,7 @@ def evaluate(
         report = functools.partial(on_progress, name) if on_progress else None
         rows = _retrieve_rows(retriever, truth, cutoffs[-1], report)
         results[name] = _measure(rows, truth, cutoffs, num_bootstrap, seed)
-    return Evaluation(results, cutoffs, num_bootstrap, seed)
+    return Evaluation(results, cutoffs, num_bootstrap, seed, holdout.by)
 
 
 def _named(retrievers: Retriever | Mapping[str, Retriever]) -> Mapping[str, Retriever]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.data.schema import ASKED, AskedBy, Exclude
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
 from tfrs_pipeline.messages import counted
 
@@ -147,14 +147,17 @@ class Evaluation:
     """Retrievers measured on the same queries, by name; prints as a table.
 
     `cutoffs` are ascending values of k; `num_bootstrap` and `seed` make the intervals of the
-    differences. In a run, `by_request` has the results by request, or why there are none.
+    differences. `asked_by` says what had a query: a user or a request (see `Split.holdout`). In a
+    run, which decides by this evaluation, `other` has the results by the other question, or why
+    there are none.
     """
 
     results: Mapping[str, EvaluationResult]
     cutoffs: tuple[int, ...]
     num_bootstrap: int
     seed: int
-    by_request: "Evaluation | str" = ""
+    asked_by: AskedBy = "users"
+    other: "Evaluation | str" = ""
 
     @property
     def first(self) -> EvaluationResult:
@@ -182,21 +185,22 @@ class Evaluation:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """Returns the numbers for JSON: "models" and "differences", each by name.
+        """Returns the numbers for JSON: "asked_by", and "models" and "differences" by name.
 
-        In a run also "by_request", with the same two, or "left_out": why it has none.
+        In a run also "other", with the same three, or "left_out": why there is no other question.
         """
         summary: dict[str, Any] = {
+            "asked_by": self.asked_by,
             "models": {name: result.summary() for name, result in self.results.items()},
             "differences": {
                 name: {metric: interval.as_dict() for metric, interval in by_metric.items()}
                 for name, by_metric in self.differences.items()
             },
         }
-        if isinstance(self.by_request, Evaluation):
-            summary["by_request"] = self.by_request.summary()
-        elif self.by_request:
-            summary["by_request"] = {"left_out": self.by_request}
+        if isinstance(self.other, Evaluation):
+            summary["other"] = self.other.summary()
+        elif self.other:
+            summary["other"] = {"left_out": self.other}
         return summary
 
     def __repr__(self) -> str:
@@ -240,13 +244,14 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
         slices = {x: average([y.slices[x] for y in every], users) for x in result.slices}
         ties = {x: average([y.ties[x] for y in every], users) for x in result.ties}
         results[name] = replace(result, overall=overall, slices=slices, ties=ties)
-    asked = [x.by_request for x in evaluations if isinstance(x.by_request, Evaluation)]
-    by_request = averaged(asked) if asked else first.by_request
-    return replace(first, results=results, by_request=by_request)
+    others = [x.other for x in evaluations if isinstance(x.other, Evaluation)]
+    return replace(first, results=results, other=averaged(others) if others else first.other)
 
 
-BY_REQUEST = "by_request"
-"""Prefix of the columns measured by request; the others are measured by user."""
+def other_prefix(metrics: Mapping[str, Any]) -> str:
+    """Returns the prefix of columns by a run's other question, such as "by_user"; "" if none."""
+    asked_by: AskedBy | None = metrics.get("other", {}).get("asked_by")
+    return "" if asked_by is None else ASKED[asked_by].replace(" ", "_")
 
 
 def format_table(
@@ -283,26 +288,36 @@ def format_table(
     return format_table(models, columns[:-1], differences, markdown=markdown, width=width)
 
 
-def with_requests(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the models of `Evaluation.summary()` with columns such as "by_request/ndcg@20"."""
-    found = metrics.get("by_request", {}).get("models", {})
+def with_other(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the models of `Evaluation.summary()` with columns such as "by_user/ndcg@20"."""
+    prefix = other_prefix(metrics)
+    if not prefix:
+        return dict(metrics["models"])
+    others = metrics["other"]["models"]
     return {
-        name: {**x, "slices": {**x["slices"], **({BY_REQUEST: found[name]} if found else {})}}
-        for name, x in metrics["models"].items()
+        name: {**model, "slices": {**model["slices"], prefix: others[name]}}
+        for name, model in metrics["models"].items()
     }
+
+
+QUESTIONS: Mapping[AskedBy, str] = {
+    "users": "one query per user, with the history before the test, for all that the user clicked "
+    "in it",
+    "requests": "one query per request, with the history up to it, as in service",
+    "first_request": "each user's first request in the test, with the history up to it",
+    "last_request": "each user's last request in the test, with the history up to it",
+}
+"""What each question asks of a model, for a person."""
 
 
 def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
     """Explains the columns of a table of models, in lines."""
-    left_out = metrics.get("by_request", {}).get("left_out")
-    if BY_REQUEST in table:
-        yield (
-            f"{BY_REQUEST}: one query per request, with the history up to it, as in service; the "
-            "other columns: one query per user, with the history before the test, for all that "
-            "the user clicked in it"
-        )
-    elif left_out:
-        yield f"measured by user alone: {left_out}"
+    other, prefix = metrics.get("other", {}), other_prefix(metrics)
+    if prefix and prefix in table:
+        yield f"{prefix}: {QUESTIONS[other['asked_by']]}"
+        yield f"the other columns: {QUESTIONS[metrics['asked_by']]}"
+    elif "left_out" in other:
+        yield f"measured {ASKED[metrics['asked_by']]} alone: {other['left_out']}"
     if "±" in table:
         yield "±: half of the 95% interval over users"
     if "even_" in table:

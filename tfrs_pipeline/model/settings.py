@@ -6,7 +6,6 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.negatives.kinds import FunnelLosers, InBatch, Popularity, Uniform
 from tfrs_pipeline.settings import Config, Distinct, Listed, from_text
 
@@ -140,10 +139,6 @@ class TrainingSettings(Config):
     """Validation metric that chooses the epoch: recall or ndcg, at one of evaluation.cutoffs."""
     validation_users: PositiveInt = 10_000
     """Most queries that validation ranks after each epoch; sampled if there are more."""
-    validate_by: AskedBy | None = None
-    """Queries of a run's validation: users, one per user, with the history before the validation
-    part; requests, one per request, with the history up to it, as in service; or each user's
-    first_request or last_request alone. If not given, requests in a split by time, else users."""
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs; never on held-out users."""

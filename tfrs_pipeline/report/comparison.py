@@ -8,6 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from tfrs_pipeline import drawing
+from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.run.folder import COMPARISON_FILE
 
@@ -50,6 +51,7 @@ def comparison_page(folder: Path) -> str:
         found=found,
         style=Markup(style),
         counted=counted,
+        asked=ASKED,
         figure=Markup((folder / "comparison.svg").read_text()),
         curves=figures,
     )

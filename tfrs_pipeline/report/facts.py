@@ -13,11 +13,12 @@ from markupsafe import Markup
 from tfrs_pipeline import drawing
 from tfrs_pipeline.config import RunConfig, dump_config
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.schema import Dropped, Stage
+from tfrs_pipeline.data.schema import ASKED, Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
+from tfrs_pipeline.evaluation.results import QUESTIONS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -122,28 +123,28 @@ def report_page(facts: RunFacts) -> str:
     """Renders the page as an HTML document; the same facts give the same text."""
     metric, recall = (f"{x}@{max(facts.config.evaluation.cutoffs)}" for x in ("ndcg", "recall"))
     names = (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
-    return (
-        pages()
-        .get_template("template.html")
-        .render(
-            facts=facts,
-            ndcg=metric,
-            recall=recall,
-            slices=popularity_slices(facts.popularity.counts),
-            palettes=[drawing.variables(scheme) for scheme in (0, 1)],
-            figures=_figures(facts, metric, recall),
-            counted=counted,
-            better=verdict.compared_with_baselines(facts.metrics, metric),
-            remarks=verdict.remarks(facts.metrics, metric, recall),
-            advice=list(advice(facts.metrics, metric, facts.config)),
-            for_whom=verdict.by_popularity(facts.metrics, recall),
-            index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
-            metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
-            parts=[
-                x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())
-            ],
-            settings=dump_config(facts.config),
-        )
+    main = (metric, recall, f"even_{recall}", f"coverage@{min(facts.config.evaluation.cutoffs)}")
+    template = pages().get_template("template.html")
+    return template.render(
+        facts=facts,
+        ndcg=metric,
+        recall=recall,
+        slices=popularity_slices(facts.popularity.counts),
+        palettes=[drawing.variables(scheme) for scheme in (0, 1)],
+        figures=_figures(facts, metric, recall),
+        counted=counted,
+        better=verdict.compared_with_baselines(facts.metrics, metric),
+        remarks=verdict.remarks(facts.metrics, metric, recall),
+        advice=list(advice(facts.metrics, metric, facts.config)),
+        for_whom=verdict.by_popularity(facts.metrics, recall),
+        exported=verdict.exported(facts.metrics),
+        asked=ASKED,
+        questions=QUESTIONS,
+        main_metrics=main,
+        index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
+        metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
+        parts=[x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())],
+        settings=dump_config(facts.config),
     )
 
 
@@ -155,8 +156,12 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         for part in next(iter(models.values()))["slices"]
     }
     overall = {metric: {name: model[metric] for name, model in models.items()}}
+    results, gains = [drawing.plot_intervals(overall, metric)], verdict.gains(facts.metrics, metric)
+    if gains:
+        panel = {f"{metric}: {next(iter(models))} minus": gains}
+        results.append(drawing.plot_intervals(panel, metric, are_differences=True))
     drawings = {
-        "results": [drawing.plot_intervals(overall, metric)],
+        "results": results,
         "slices": [drawing.plot_intervals(slices, recall)],
         "race": _race_figures(facts),
         "training": _training_figures(facts),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.messages import in_percent
 from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS
@@ -54,16 +55,40 @@ def _compare(metrics: Metrics, metric: str, part: str = "") -> list[Compared]:
     for name, differences in metrics["differences"].items():
         x = differences[f"{part}/{metric}" if part else metric]
         if x["low"] is not None:
-            # 0.0 - x, because -x would print zero as -0.0.
-            gain = Interval(0.0 - x["mean"], 0.0 - x["high"], 0.0 - x["low"])
+            gain = _gain(x)
             is_variant = name.startswith("two_tower_") or name == "in_service"
             written = WRITTEN.get(name, name)
             found.append(Compared(written, is_variant, own, models[name], gain))
     return found
 
 
+def _gain(difference: Mapping[str, Any]) -> Interval:
+    """Turns another model minus the first into the first minus the other."""
+    # 0.0 - x, because -x would print zero as -0.0.
+    return Interval(*(0.0 - difference[end] for end in ("mean", "high", "low")))
+
+
+def gains(metrics: Metrics, metric: str) -> dict[str, dict[str, Any]]:
+    """Returns the first model minus each other one that has an interval: mean, low and high."""
+    return {
+        name: _gain(differences[metric]).as_dict()
+        for name, differences in metrics["differences"].items()
+        if differences[metric]["low"] is not None
+    }
+
+
+def exported(metrics: Metrics) -> Verdict:
+    """Says whether the run's model is in service, and where or why not."""
+    folder, refusal = metrics.get("export_folder"), metrics.get("refusal")
+    if folder is not None:
+        return Verdict("exported", f"as {folder}", Outcome.BETTER)
+    if refusal is None:
+        return Verdict("not exported", "export.index is none", None)
+    return Verdict("not exported", refusal.removesuffix("."), Outcome.WORSE)
+
+
 def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
-    """Says whether the model is better than each baseline."""
+    """Says whether the model is better than each baseline, by the question that was asked."""
     compared = [x for x in _compare(metrics, metric) if not x.is_variant]
     if not compared:
         return Verdict("not compared", "no baseline was measured beside it", None)
@@ -86,36 +111,37 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
             parts.append(f"it {verb.format(also)} {listed(names)}")
     lowest = _lowest(compared)
     answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "a tie", Outcome.WORSE: "no"}
-    return Verdict(answers[lowest], f"in {metric} {'; '.join(parts)}", lowest)
+    asked = ASKED[metrics["asked_by"]]
+    return Verdict(answers[lowest], f"{asked}, in {metric} {'; '.join(parts)}", lowest)
 
 
 def remarks(metrics: Metrics, metric: str, recall: str) -> dict[str, str]:
     """Returns the other findings that were measured and matter, by heading."""
-    served, ties = as_served(metrics, metric), tied_items(metrics, recall)
-    found = {"served?": served, "ties": ties, "evenly": shown_evenly(metrics, recall)}
+    found = {
+        "but": other_question(metrics, metric),
+        "ties": tied_items(metrics, recall),
+        "evenly": shown_evenly(metrics, recall),
+    }
     return {head: text for head, text in found.items() if text is not None}
 
 
-def as_served(metrics: Metrics, metric: str) -> str | None:
-    """Compares the models by request, and says where that differs; None without that test."""
-    served = metrics.get("by_request", {})
-    if "models" not in served:
+def other_question(metrics: Metrics, metric: str) -> str | None:
+    """Says how the other question would decide; None if that is the same, or there is none."""
+    other = metrics.get("other", {})
+    if "models" not in other:
         return None
-    found, by_user = (compared_with_baselines(x, metric) for x in (served, metrics))
-    best, best_by_user = (
-        max(x["models"], key=lambda name: x["models"][name][metric]["mean"] or 0.0)
-        for x in (served, metrics)
+    decisive, otherwise = (compared_with_baselines(asked, metric) for asked in (metrics, other))
+    best, best_otherwise = (
+        max(asked["models"], key=lambda name: asked["models"][name][metric]["mean"] or 0.0)
+        for asked in (metrics, other)
     )
-    said = f"{found.answer}: by request, {found.why}"
-    if found.outcome is by_user.outcome and best == best_by_user:
-        return said
-    differs = f"by user: {by_user.answer}"
-    if best != best_by_user:
-        names = [WRITTEN.get(x, x) for x in (best, best_by_user)]
-        differs = f"highest by request: {names[0]}; by user: {names[1]}"
+    if decisive.outcome is otherwise.outcome and best == best_otherwise:
+        return None
+    by = other["asked_by"]
+    for_whom = "lists that are made once, as for a daily mail" if by == "users" else "a service"
     return (
-        f"{said}. The two differ ({differs}): go by request if a service asks again after each "
-        "click, and by user if a list is made once, as for a daily mail"
+        f"{otherwise.answer}, {otherwise.why}. For {for_whom}, decide by that: set evaluation.by "
+        f"to {by}"
     )
 
 
@@ -177,10 +203,11 @@ def tied_items(metrics: Metrics, metric: str) -> str | None:
     first model's recall of these is twice that of the others, or half. They cannot where histories
     leave out the clicks at the time of the request. `metric` is a recall.
     """
-    served = metrics.get("by_request", {})
-    of = served if "models" in served else metrics
+    questions = [asked for asked in (metrics, metrics.get("other", {})) if "models" in asked]
+    of = next((asked for asked in questions if asked["asked_by"] != "users"), metrics)
     model = next(iter(of["models"].values()))
-    if not model.get("ties") or (of is served and metrics.get("tie_rule") == "drop"):
+    is_by_request = of["asked_by"] != "users"
+    if not model.get("ties") or (is_by_request and metrics.get("tie_rule") == "drop"):
         return None
     tied, untied = model["ties"]["tied"], model["ties"]["untied"]
     means = [x[metric]["mean"] or 0.0 for x in (tied, untied)]

@@ -229,10 +229,10 @@ def _joined(of_plans: Mapping[str, Evaluation]) -> Evaluation:
     """Joins the evaluations of the plans, whose queries are the same."""
     first = next(iter(of_plans.values()))
     results = {name: x.first for name, x in of_plans.items()}
-    served = {name: x.by_request for name, x in of_plans.items()}
-    asked = {name: x for name, x in served.items() if isinstance(x, Evaluation)}
-    by_request = _joined(asked) if asked else first.by_request
-    return dataclasses.replace(first, results=results, by_request=by_request)
+    asked = {name: x.other for name, x in of_plans.items() if isinstance(x.other, Evaluation)}
+    return dataclasses.replace(
+        first, results=results, other=_joined(asked) if asked else first.other
+    )
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic_core import to_json
 
+from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, Drawing, finish, new_figure
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.evaluation.results import (
-    BY_REQUEST,
     Evaluation,
     averaged,
     explained,
     format_table,
-    with_requests,
+    other_prefix,
+    with_other,
 )
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.run.folder import COMPARISON_FILE
@@ -97,7 +98,7 @@ class Comparison:
         """
         summary, cutoffs = self.evaluation.summary(), self.evaluation.cutoffs
         ndcg, *others = metrics = [f"{x}@{cutoffs[-1]}" for x in ("ndcg", "even_recall", "recall")]
-        error, plans = f"se, {len(self.by_seed)} seeds", with_requests(summary)
+        error, plans = f"se, {len(self.by_seed)} seeds", with_other(summary)
         for name, trainings in self.trainings.items():
             results, seeds = [*trainings.values()], self.over_seeds.get(name, {}).get(ndcg)
             plans[name]["epochs"] = sum(x.best_epoch for x in results) / len(results)
@@ -107,7 +108,14 @@ class Comparison:
             name: {x: of_plan[x] for x in metrics[: width and 1] if x in of_plan}
             for name, of_plan in summary["differences"].items()
         }
-        columns = [ndcg, error, f"{BY_REQUEST}/{ndcg}", others[0], f"tail/{others[1]}", others[1]]
+        columns = [
+            ndcg,
+            error,
+            f"{other_prefix(summary)}/{ndcg}",
+            others[0],
+            f"tail/{others[1]}",
+            others[1],
+        ]
         columns += [f"{x}@{cutoffs[0]}" for x in ("coverage", "average_popularity")]
         columns += ["epochs", "seconds"]
         return format_table(plans, columns, differences, markdown=markdown, width=width)
@@ -117,10 +125,10 @@ class Comparison:
         evaluation, num_seeds = self.evaluation, len(self.by_seed)
         first, longest = evaluation.first, evaluation.cutoffs[-1]
         yield compared_in_words(evaluation, f"ndcg@{longest}", self.over_seeds)
-        if isinstance(served := evaluation.by_request, Evaluation):
-            every = {seed: x.by_request for seed, x in self.by_seed.items()}
+        if isinstance(other := evaluation.other, Evaluation):
+            every = {seed: x.other for seed, x in self.by_seed.items()}
             over = _over_seeds({s: x for s, x in every.items() if isinstance(x, Evaluation)})
-            yield f"by request, {compared_in_words(served, f'ndcg@{longest}', over)}"
+            yield f"{ASKED[other.asked_by]}, {compared_in_words(other, f'ndcg@{longest}', over)}"
         if first.num_even is not None:
             words = compared_in_words(evaluation, f"even_recall@{longest}", self.over_seeds)
             of = f"{first.num_even:,} of {first.overall.num_relevant:,} items to find"

@@ -11,6 +11,7 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.schema import ASKED, AskedBy
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import Damaged, read_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
@@ -32,13 +33,21 @@ class RunData:
     selection: "TrainingSet"
     final: "TrainingSet"  # All events that the tested models are trained on.
     validation: Holdout  # Chooses the epoch; like the test, sampled if it has too many users.
-    test: Holdout
-    served: Holdout | str  # The test by request, or why it is left out.
+    test: Holdout  # Asked by the question that decides.
+    other_test: Holdout | str  # Asked by the other question, or why there is none.
 
     @property
     def parts(self) -> "tuple[TrainingSet, TrainingSet]":
         """The data of the first training and of the refit."""
         return self.selection, self.final
+
+    @property
+    def by_user(self) -> Holdout:
+        """The test with a query per user: the lists that a person can judge at a glance."""
+        if self.test.by == "users":
+            return self.test
+        assert isinstance(self.other_test, Holdout)  # Only the test by request may be missing.
+        return self.other_test
 
     @property
     def has_refit(self) -> bool:
@@ -122,31 +131,43 @@ def _samples(
     if selection is None or final is None:
         return None
     runner.note(*describe_samples(final.report))
-    by = config.training.validate_by or ("requests" if split.kind == "time" else "users")
+    test, other = _tests(config, split, last)
+    asked = ASKED[test.by]
+    if isinstance(other, str):
+        runner.note(f"asked {asked} alone: {other}")
+    else:
+        runner.note(f"the model is judged {asked}; {ASKED[other.by]} it is measured too")
     most = config.training.validation_users
-    validation = split.holdout("validation", most, config.seed, by=by)
-    test = split.holdout("test", config.evaluation.max_users, config.seed, trained_on=last)
+    validation = split.holdout("validation", most, config.seed, by=test.by)
     for holdout in (validation, test):
         check_measurable(holdout, config.evaluation.exclude)
-    served = _as_served(config, split, last, test)
-    if isinstance(served, str):
-        runner.note(f"tested by user alone: {served}")
-    return RunData(split, selection, final, validation, test, served)
+    return RunData(split, selection, final, validation, test, other)
 
 
-def _as_served(config: RunConfig, split: Split[Log], last: Log, test: Holdout) -> Holdout | str:
-    """Returns the test with a query per request, or why it is left out."""
-    if split.log.order == "none":
-        return "the log has no order, so no history up to a request"
-    most = config.evaluation.max_users
-    served = split.holdout("test", most, config.seed, by="requests", trained_on=last)
-    if served.asks_like(test, config.evaluation.exclude):
-        return "by request is the same, one request per user with the history before the test"
-    try:
-        check_measurable(served, config.evaluation.exclude)
-    except ValueError:
-        return f"by request, evaluation.exclude {config.evaluation.exclude} leaves nothing to find"
-    return served
+def _tests(config: RunConfig, split: Split[Log], last: Log) -> tuple[Holdout, Holdout | str]:
+    """Makes the test by the question that decides, and by the other one or why there is none.
+
+    The question is `evaluation.by`. If that is not set, it is the one that service will ask: by
+    request where the log's order tells what a user had clicked before each request. Where both
+    questions are the same, it is by user.
+    """
+    exclude, most = config.evaluation.exclude, config.evaluation.max_users
+
+    def ask(by: AskedBy) -> Holdout:
+        return split.holdout("test", most, config.seed, by=by, trained_on=last)
+
+    by, by_user = config.evaluation.by, ask("users")
+    if split.log.order == "none" and by in (None, "users"):
+        return by_user, "the log has no order, so no history up to a request"
+    by_request = ask("requests" if by in (None, "users") else by)
+    if by_request.asks_like(by_user, exclude):
+        return by_user, "by request is the same, one request per user with the history before it"
+    if by in (None, "users"):
+        try:
+            check_measurable(by_request, exclude)
+        except ValueError:
+            return by_user, f"by request, evaluation.exclude {exclude} leaves nothing to find"
+    return (by_user, by_request) if by == "users" else (by_request, by_user)
 
 
 def final_part(config: RunConfig, split: Split[Log]) -> Log:

@@ -8,6 +8,7 @@ import numpy as np
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation
@@ -111,12 +112,12 @@ def measure(
             measured[IN_SERVICE] = in_service
     evaluation = evaluate_all(config, measured, data, runner.progress.task)
     lines = []
-    for name, found in (("by user", evaluation), ("by request", evaluation.by_request)):
-        if isinstance(found, Evaluation):
-            first = found.first
+    for asked in (evaluation, evaluation.other):
+        if isinstance(asked, Evaluation):
+            first = asked.first
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
-            lines.append(f"{name}: {counted(num_queries, 'query')}, {num_relevant:,} items to find")
-            lines += first.describe()
+            queries = f"{ASKED[asked.asked_by]}: {counted(num_queries, 'query')}"
+            lines += [f"{queries}, {num_relevant:,} items to find", *first.describe()]
     runner.note(*dict.fromkeys(lines))
     return evaluation
 
@@ -133,8 +134,8 @@ def evaluate_all(
     data: RunData,
     on_progress: OnProgress = lambda *task: None,
 ) -> Evaluation:
-    """Evaluates retrievers on a run's test, by user and by request, with a config's settings."""
-    by_user, *served = (
+    """Evaluates retrievers on a run's test, by the question that decides and by the other."""
+    decisive, *others = (
         evaluate(
             retrievers,
             holdout,
@@ -143,10 +144,10 @@ def evaluate_all(
             seed=config.seed,
             on_progress=on_progress,
         )
-        for holdout in (data.test, data.served)
+        for holdout in (data.test, data.other_test)
         if isinstance(holdout, Holdout)
     )
-    return dataclasses.replace(by_user, by_request=served[0] if served else str(data.served))
+    return dataclasses.replace(decisive, other=others[0] if others else str(data.other_test))
 
 
 def examples_of(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:

@@ -39,12 +39,18 @@ from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.refresh import describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import training_step, variants
-from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
+from tfrs_pipeline.serving.export import (
+    LIBRARIES,
+    NUM_QUERIES,
+    ExportOptions,
+    describe_index,
+    export_version,
+)
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
 
-_NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none, not published"}, "export_folder": None}
+_NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none"}, "export_folder": None}
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
             }
             for name in variants(config)
         },
-        "examples": examples_of(made["two_tower"], data.test, config),
+        "examples": examples_of(made["two_tower"], data.by_user, config),
         "versions": {
             "tfrs-pipeline": __version__,
             "python": platform.python_version(),
@@ -265,8 +271,9 @@ def _export_best(
         config.model_folder,
         ExportOptions(search, export.filter_by, export.keep_versions),
         user_data=export.user_data,
-        # A ScaNN index is tuned and measured on these. The first user is the manifest's example.
-        queries=data.test.as_queries(),
+        # A ScaNN index is tuned and measured on these, drawn from all users: the first requests
+        # would be those of a few. The first user is the manifest's example.
+        queries=data.test.sample(NUM_QUERIES, config.seed).as_queries(),
         manifest={
             "config": config.model_dump(mode="json"),
             "run": str(folder.path.resolve()),

@@ -8,6 +8,7 @@ import numpy as np
 
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
@@ -109,7 +110,7 @@ def refuse_worse(
         raise NotPublished(f"The new model is worse than the one in service. {found}.")
     if np.isnan(lowest):
         raise NotPublished(f"One test query cannot tell which model is better. {found}.")
-    return f"not worse than the version in service: {found}"
+    return f"not worse than the version in service. {found}"
 
 
 def refuse_beaten(evaluation: Evaluation, metric: str, baselines: Sequence[str]) -> None:
@@ -131,7 +132,7 @@ def _described(evaluation: Evaluation, metric: str, other: str, written: str) ->
     better = evaluation.differences[other][metric]  # The other minus the first.
     # Taken from 0: the negative of 0.0 would be shown as -0.0000.
     return (
-        f"{metric} {new:.4f}, and {old:.4f} of {written}: "
+        f"Asked {ASKED[evaluation.asked_by]}, {metric} {new:.4f}, and {old:.4f} of {written}: "
         f"{0 - better.mean:+.4f} [{0 - better.high:+.4f}, {0 - better.low:+.4f}] on the same "
         f"{len(evaluation.first.user_ids):,} queries"
     )
