@@ -228,12 +228,6 @@ def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
     return replace(first, results=results, other=joined(others) if others else first.other)
 
 
-def other_prefix(metrics: Mapping[str, Any]) -> str:
-    """Returns the prefix of columns by a run's other question, such as "by_user"; "" if none."""
-    asked_by: AskedBy | None = metrics.get("other", {}).get("asked_by")
-    return "" if asked_by is None else ASKED[asked_by].replace(" ", "_")
-
-
 def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Averages evaluations of the same queries, such as those of models trained with other seeds.
 
@@ -264,8 +258,14 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
         slices = {x: average([y.slices[x] for y in every], users) for x in result.slices}
         ties = {x: average([y.ties[x] for y in every], users) for x in result.ties}
         results[name] = replace(result, overall=overall, slices=slices, ties=ties)
-    others = [each.other for each in evaluations if isinstance(each.other, Evaluation)]
+    others = [x.other for x in evaluations if isinstance(x.other, Evaluation)]
     return replace(first, results=results, other=averaged(others) if others else first.other)
+
+
+def other_prefix(metrics: Mapping[str, Any]) -> str:
+    """Returns the prefix of columns by a run's other question, such as "by_user"; "" if none."""
+    asked_by: AskedBy | None = metrics.get("other", {}).get("asked_by")
+    return "" if asked_by is None else ASKED[asked_by].replace(" ", "_")
 
 
 def format_table(
