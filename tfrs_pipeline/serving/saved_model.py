@@ -17,7 +17,14 @@ from tfrs_pipeline.model.encoder import Encoder, features_of, query_inputs
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex, load_scann_ops
 from tfrs_pipeline.serving.searcher import Searcher, in_fresh_process
-from tfrs_pipeline.serving.signatures import DEFAULT_K, RETRIEVALS, Retrieval, ask, completed
+from tfrs_pipeline.serving.signatures import (
+    DEFAULT_K,
+    KNOWN,
+    RETRIEVALS,
+    Retrieval,
+    ask,
+    completed,
+)
 
 _EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 
@@ -113,9 +120,7 @@ class RetrievalModule(tf.Module):
             chosen = self._item_filter.choose(allowed)
         rows, scores = self._index.search(embedded["embeddings"], k, excluded, chosen)
         answer = {"candidate_ids": tf.gather(self._candidate_ids, rows), "scores": scores}
-        if retrieval.asks_by != "item":
-            answer["is_known_user"] = embedded["is_known_user"]
-        return answer
+        return answer | {name: embedded[name] for name in KNOWN if name in embedded}
 
     def _item_queries(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
         """Makes queries of items as `LoadedRetriever.similar` does."""

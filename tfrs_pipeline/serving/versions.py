@@ -19,13 +19,15 @@ from prometheus_client import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tfrs_pipeline.model.graph import signature_inputs
+from tfrs_pipeline.durable import Damaged, read_record
+from tfrs_pipeline.model.graph import id_list, signature_inputs
 from tfrs_pipeline.serving.connections import BUCKETS_SECONDS
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs, bad_request
 from tfrs_pipeline.serving.retriever import UnknownItem, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import DEFAULT_K, RETRIEVALS, Retrieval, ask, completed
+from tfrs_pipeline.serving.watching import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,12 @@ class ServedVersion:
             name: json_format.MessageToDict(signature, **options)
             for name, signature in saved.meta_graphs[0].signature_def.items()
         }
+        # Exports of earlier versions of the package do not hold the clicks.
+        num_clicks = getattr(self.retriever.saved_model.encoder, "num_clicks", None)
+        items, item_dtype = self.retriever.candidates.corpus, self.retriever.item_dtype
+        if num_clicks is not None:
+            num_clicks = num_clicks(id_list(items.values.tolist(), item_dtype)).numpy()
+        self._watch = Watch(self.number, items, num_clicks)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
         names = self.retriever.manifest["feature_inputs"]
@@ -93,6 +101,12 @@ class ServedVersion:
             given = completed(inputs, {}, 1)
             with contextlib.suppress(HTTPException):  # `similar` refuses the missing item.
                 self.call(name, {name: np.asarray(value) for name, value in given.items()})
+
+    def answer(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answers a client by `call`, and counts what the answer knew and held."""
+        outputs = self.call(signature, inputs)
+        self._watch.count(inputs, outputs)
+        return outputs
 
     def call(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
@@ -133,6 +147,19 @@ class ServedVersion:
             for part in tf.train.TrackableView(self.retriever.saved_model).descendants()
             if isinstance(part, tf.saved_model.experimental.TrackableResource)
         ]
+
+
+def _problem(error: Exception, folder: Path) -> str:
+    """Describes in a line why a version cannot be loaded."""
+    # If a file goes while it is read, TensorFlow's error does not say so.
+    if not isinstance(error, Damaged):
+        try:
+            read_record(folder / MANIFEST_FILE)
+        except FileNotFoundError:
+            return "its folder was deleted meanwhile."
+        except Damaged as damage:
+            return str(damage)
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class ModelVersions:
@@ -246,7 +273,7 @@ class ModelVersions:
         try:
             version = self._load_version(folder)
         except Exception as error:  # Whatever is wrong, the version in use goes on.
-            message = f"Version {folder.name} cannot be loaded: {type(error).__name__}: {error}"
+            message = f"Version {folder.name} cannot be loaded: {_problem(error, folder)}"
             self._failures[identity] = (message, time.monotonic() + RETRY_SECONDS)
             LOADS.labels(self.name, "failed").inc()
             logger.error("%s", message)
