@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,10 @@ def test_unknown_values_of_live_items_are_counted(int_folder: Path, tmp_path: Pa
 
 
 def test_an_export_without_clicks_has_no_popularity(server: Running) -> None:
-    watch = Watch(7, Ids([1, 2]), None)
+    encoder, candidates = SimpleNamespace(), SimpleNamespace(corpus=Ids([1, 2]))
+    saved = SimpleNamespace(encoder=encoder)
+    old = SimpleNamespace(folder=Path("7"), candidates=candidates, saved_model=saved)
+    watch = Watch(old)  # type: ignore[arg-type]
     with Counted(server) as counted:
         ids, scores = np.array([[1, 2]]), np.zeros((1, 2), np.float32)
         watch.count({"item_id": ids[0, :1]}, {"candidate_ids": ids, "scores": scores})

@@ -278,6 +278,7 @@ class _Search:
         shape = len(self.queries), self.k
         self.rows, self.scores = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
         self.num_excluded = np.array([len(x) for x in self.excluded], np.int64)
+        self.depths = [level.depth for level in self.view.levels]
         # What an answer of the index must have. If less is left, exact search says so.
         self.num_wanted = min(self.k, self.view.num_candidates)
 
@@ -291,10 +292,7 @@ class _Search:
         share *= view.num_candidates / max(1, view.num_rows)
         is_part = share < 1
         needed[is_part] = _depth(needed[is_part], share[is_part])
-        return self._levels_of(needed)
-
-    def _levels_of(self, depths: np.ndarray) -> np.ndarray:
-        return np.searchsorted([level.depth for level in self.view.levels], depths)
+        return np.searchsorted(self.depths, needed)
 
     def approximate(self, level: Level, lines: np.ndarray) -> np.ndarray:
         """Asks the index for the best of some queries, and keeps each answer that it can fill.
@@ -316,7 +314,8 @@ class _Search:
                 is_open = self._open(line, best)
                 best, best_scores = best[is_open], best_scores[is_open]
             if (num_found := int((best > 0).sum())) < wanted:
-                next_levels[i] = self._levels_of(_depth(wanted, max(num_found, 1) / level.depth))
+                depth = _depth(wanted, max(num_found, 1) / level.depth)
+                next_levels[i] = np.searchsorted(self.depths, depth)
                 continue
             if len(pending):
                 is_open = self._open(line, pending)

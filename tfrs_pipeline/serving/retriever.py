@@ -24,7 +24,6 @@ from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import (
-    KNOWN,
     AsksBy,
     LoadedTowers,
     Retrieval,
@@ -265,8 +264,8 @@ class LoadedRetriever(LoadedTowers):
             function = self.saved_model.signatures[asked.embed_name]
             embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
-        answer = {"candidate_ids": ids, "scores": scores}
-        return answer | {name: embedded[name] for name in KNOWN if name in embedded}
+        known = {x: embedded[x] for x in embedded if x not in ("embeddings", "known_items")}
+        return {"candidate_ids": ids, "scores": scores, **known}
 
     def _embedded_items(self, item_ids: Sequence[Any]) -> dict[str, np.ndarray]:
         """Makes queries of items, which exclude the item itself."""

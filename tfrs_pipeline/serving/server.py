@@ -120,7 +120,8 @@ class ModelServer:
             call = rest.parse_predict(body, version.signatures)
             if call.num_queries > SMALL_QUERIES or call.num_results > SMALL_RESULTS:
                 return call
-            outputs = version.answer(call.signature, call.inputs)
+            outputs = version.call(call.signature, call.inputs)
+            version.watch.count(call.inputs, outputs)
             return rest.format_outputs(outputs, call.is_row_format)
 
         with self.versions.use(number) as version:
@@ -136,8 +137,9 @@ class ModelServer:
             if not isinstance(answer, bytes):
                 call, parts = answer, []
                 for part in call.slices(SMALL_QUERIES, SMALL_RESULTS):
-                    parts.append(await _run(self.large, version.answer, call.signature, part))
+                    parts.append(await _run(self.large, version.call, call.signature, part))
                 outputs = {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+                version.watch.count(call.inputs, outputs)
                 answer = await _run(self.large, rest.format_outputs, outputs, call.is_row_format)
             return Response(answer, media_type="application/json")
 

@@ -47,8 +47,6 @@ _UNFILTERED = (
 )
 RETRIEVALS = (*_UNFILTERED, *(replace(each, is_filtered=True) for each in _UNFILTERED))
 DEFAULT_K = 100
-# What an answer says of its query, besides the items; a query that is an item has nothing to say.
-KNOWN = ("is_known_user", "num_known_items")
 
 
 def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.durable import Damaged, read_record
-from tfrs_pipeline.model.graph import id_list, signature_inputs
+from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving.connections import BUCKETS_SECONDS
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs, bad_request
@@ -78,12 +78,7 @@ class ServedVersion:
             name: json_format.MessageToDict(signature, **options)
             for name, signature in saved.meta_graphs[0].signature_def.items()
         }
-        # Exports of earlier versions of the package do not hold the clicks.
-        num_clicks = getattr(self.retriever.saved_model.encoder, "num_clicks", None)
-        items, item_dtype = self.retriever.candidates.corpus, self.retriever.item_dtype
-        if num_clicks is not None:
-            num_clicks = num_clicks(id_list(items.values.tolist(), item_dtype)).numpy()
-        self._watch = Watch(self.number, items, num_clicks)
+        self.watch = Watch(self.retriever)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
         names = self.retriever.manifest["feature_inputs"]
@@ -101,12 +96,6 @@ class ServedVersion:
             given = completed(inputs, {}, 1)
             with contextlib.suppress(HTTPException):  # `similar` refuses the missing item.
                 self.call(name, {name: np.asarray(value) for name, value in given.items()})
-
-    def answer(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answers a client by `call`, and counts what the answer knew and held."""
-        outputs = self.call(signature, inputs)
-        self._watch.count(inputs, outputs)
-        return outputs
 
     def call(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
@@ -151,14 +140,12 @@ class ServedVersion:
 
 def _problem(error: Exception, folder: Path) -> str:
     """Describes in a line why a version cannot be loaded."""
-    # If a file goes while it is read, TensorFlow's error does not say so.
-    if not isinstance(error, Damaged):
-        try:
-            read_record(folder / MANIFEST_FILE)
-        except FileNotFoundError:
-            return "its folder was deleted meanwhile."
-        except Damaged as damage:
-            return str(damage)
+    try:  # If a file goes while it is read, TensorFlow's error does not say so.
+        read_record(folder / MANIFEST_FILE)
+    except FileNotFoundError:
+        return "its folder was deleted meanwhile."
+    except Damaged as damage:
+        return str(error if isinstance(error, Damaged) else damage)
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
