@@ -467,6 +467,8 @@ HOSTILE: list[tuple[str, Any, str | None, int]] = [
     ("GET", b"", TOKEN, 405),
     ("PUT", b'{"items": [{"item_id": 90001, "genres": NaN}]}', TOKEN, 400),
     ("PUT", b'{"items": [{"item_id": 90001, "genres": 1e999}]}', TOKEN, 400),
+    ("PUT", b'{"items": [{"item_id": 90001, "genres": [], "more": -Infinity}]}', TOKEN, 400),
+    ("DELETE", b'{"item_ids": [NaN]}', TOKEN, 400),
     ("PUT", b"[" * 100_000, TOKEN, 400),
     ("PUT", b'{"items": ' + b"[" * 90_000 + b"]" * 90_000 + b"}", TOKEN, 400),
     ("PUT", b'{"items": [{"item_id": 90001, "genres": "\\ud800"}]}', TOKEN, 400),

@@ -1,6 +1,7 @@
 """Which version is served as folders come and go; the versions are fakes that load at once."""
 
 import asyncio
+import logging
 import os
 import shutil
 import threading
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 from starlette.exceptions import HTTPException
 
+from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.serving import versions
 from tfrs_pipeline.serving.server import write_items
 from tfrs_pipeline.serving.versions import ModelVersions
@@ -25,7 +27,7 @@ class Fake:
         if (folder / "broken").exists():
             raise ValueError("no such variable")
         self.number = int(folder.name)
-        self.payload = (folder / "manifest.json").read_text()
+        self.payload = read_record(folder / "manifest.json")["payload"]
         self.num_releases = self.num_uses = 0
         self.retriever = SimpleNamespace(catch_up=lambda: None)
 
@@ -36,7 +38,8 @@ class Fake:
 def put(folder: Path, number: int, payload: str = "", *, broken: bool = False) -> None:
     partial = folder / f".partial-{number}"
     partial.mkdir(parents=True)
-    (partial / "manifest.json").write_text(payload)
+    (partial / "weights").touch()
+    write_record(partial / "manifest.json", {"payload": payload}, [partial / "weights"])
     if broken:
         (partial / "broken").touch()
     os.rename(partial, folder / str(number))
@@ -169,6 +172,41 @@ def test_a_version_by_itself_stays(folder: Path) -> None:
             asyncio.run(asyncio.wait_for(model.watch(0.01), 0.5))
         assert retriever.catch_up.call_count > 1
     assert served(model).number == 1
+
+
+@pytest.mark.parametrize("lost", [".", "weights", "manifest.json"])
+def test_a_version_that_goes_while_it_loads_is_told_in_a_line(
+    model: ModelVersions, folder: Path, lost: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def load(path: Path) -> Any:
+        shutil.rmtree(path) if lost == "." else (path / lost).unlink()
+        raise ValueError("Unsuccessful TensorSliceReader\nconstructor: set experimental_io_device")
+
+    monkeypatch.setattr(model, "_load_version", load)
+    put(folder, 2)
+    model.refresh()
+    (message,) = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+    why = "/2/weights is not as it was" if lost == "weights" else "its folder was deleted meanwhile"
+    assert message.startswith("Version 2 cannot be loaded: ")
+    assert why in message
+    assert "TensorSlice" not in message
+    assert "\n" not in message
+    assert served(model).number == 1
+    shutil.rmtree(folder / "2", ignore_errors=True)
+    model.refresh()
+    assert states(model) == {1: "AVAILABLE"}
+
+
+def test_a_pinned_version_outlives_newer_ones_and_its_own_folder(folder: Path) -> None:
+    put(folder, 2)
+    put(folder, 3)
+    model = versions_of(folder / "2")
+    for number in (3, 2, 1):
+        shutil.rmtree(folder / str(number))
+        model.refresh()
+        with model.use("2") as version:
+            assert version.number == 2
+        assert states(model) == {2: "AVAILABLE"}
 
 
 def test_the_watch(model: ModelVersions, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
