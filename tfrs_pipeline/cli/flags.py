@@ -106,6 +106,9 @@ class CommandLine:
                 f"no command; known: {', '.join(self.commands)} (see {self.program} --help)"
             )
         if unknown and not unknown[0].startswith("-"):
+            flag = arguments[max(arguments.index(unknown[0]) - 2, 0)]
+            if flag.startswith("--"):
+                raise UsageError(f"{flag} takes one value; unexpected {unknown[0]!r} after it")
             raise UsageError(f"unexpected {unknown[0]!r}; see {self.program} {command} --help")
         if unknown:
             flag = unknown[0].partition("=")[0]
