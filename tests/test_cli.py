@@ -260,6 +260,8 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --zzz", "unknown flag --zzz; no known one is near"),
     ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
     ("run mine", "unexpected 'mine'; see tfrs-pipeline run --help"),
+    ("run --export.filter_by brand category_path",
+     "--export.filter_by takes one value; unexpected 'category_path' after it"),
     ("query model --user 3 --top 5", "unknown flag --top; known: --exact, --exclude, "),
     ("run --seed", "argument --seed: expected one argument"),
     ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a whole num"),

@@ -76,13 +76,9 @@ def rows(log: Log) -> list[Row]:
     found = log.events.order_by("event_number").to_pyarrow().to_pylist()
     for row in found:
         row["weight"] = row["weight"] if row["stage"] == "clicked" else None
-    return [
-        Row(*(
-            int((row[name] - START).total_seconds()) // 60 if name == "timestamp" else row.get(name)
-            for name in names
-        ))
-        for row in found
-    ]  # fmt: skip
+    for row in found:
+        row["timestamp"] = int((row["timestamp"] - START).total_seconds()) // 60
+    return [Row(*map(row.get, names)) for row in found]  # type: ignore[arg-type]
 
 
 def visits_of(events: list[Event], has_sessions: bool) -> dict[int, Any]:

@@ -201,7 +201,7 @@ def _spelled(table: str, here: Any, there: Any) -> str:
         why = "leading zeros were cut, as spreadsheets do"
     elif here.lower() == there.lower():
         why = "the letter case differs"
-    elif here.split() != [here] or there.split() != [there]:
+    elif "".join(here.split()) == "".join(there.split()):
         why = "spaces differ"
     return f"{printable(repr(there))} in {table} is {printable(repr(here))} in the log: {why}"
 
