@@ -13,7 +13,7 @@ import ibis
 import numpy as np
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data import schema
+from tfrs_pipeline.data import requests, schema
 from tfrs_pipeline.data.contract import check_engine, check_entities, check_events
 from tfrs_pipeline.data.engines import connect, open_parquet, replace, write_parquet
 from tfrs_pipeline.data.ids import as_id_array
@@ -361,6 +361,10 @@ def _described(log: Log) -> Iterator[str]:
         rows = counted(each.num_rows, "row")
         yield f"merged {rows} {each.reason}" if each.is_merged else f"dropped {rows}: {each.reason}"
     yield from log.notes
+    source = schema.Source("event table", log.reading.columns)
+    if log.order != "none":
+        yield from requests.note_lost_histories(log.events, log.ties, source)
+    yield from requests.note_leaks(log.events, log.request_features, source)
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -388,8 +392,8 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
 
 def _describe_weights(events: ibis.Table) -> Iterator[str]:
     weight = events.filter(is_positive)["weight"]
-    summary = (weight.min(), weight.max(), weight.quantile(0.99), weight.count())
-    least, most, high, num = (x.to_pyarrow().as_py() for x in summary)
+    summary = {"least": weight.min(), "most": weight.max(), "high": weight.quantile(0.99)}
+    least, most, high, num = schema.totals(weight.as_table(), **summary, n=weight.count()).values()
     if least == most:
         return
     yield (
