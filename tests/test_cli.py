@@ -263,7 +263,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --zzz", "unknown flag --zzz; no known one is near"),
     ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
     ("run mine", "unexpected 'mine' after 'run'; see tfrs-pipeline run --help"),
-    ("run --seed 3 --budget 10 minutes", "'minutes' after '10': --budget takes one value; see tfrs"),
+    ("run --seed 3 --budget 10 minutes", "'minutes' after '10': --budget takes one value"),
     ("run --export.gate maybe", "unexpected 'maybe' after '--export.gate'; see tfrs-pip"),
     ("run --export.gate=false", "--no-export.gate: takes no value; got 'false'"),
     ("report a b", "unexpected 'b' after 'a'; see tfrs-pipeline report --help"),
