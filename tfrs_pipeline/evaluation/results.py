@@ -289,7 +289,7 @@ def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield "even_: as if the log had shown every item equally often"
     if "tail/" in table:
         yield "tail: the least popular items, which together have a fifth of the training clicks"
-    first = next(iter(metrics["models"].values()), {})
+    first: Mapping[str, Any] = next(iter(metrics["models"].values()), {})
     if "average_popularity" in table and "relevant_popularity" in first:  # Older runs lack it.
         yield _about_popularity(first["relevant_popularity"])
     for name, why in metrics.get("left_out", {}).items():
