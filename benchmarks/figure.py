@@ -2,9 +2,10 @@
 
     python benchmarks/figure.py
 
-In `docs/figures`: the effect of the correction on MovieLens-100K (`correction.svg`), and of other
-log q on three logs (`log_q.svg`); CPU time and memory of each stage of a run as its log grows
-(`scale_seconds.svg`, `scale_memory.svg`). Pages show two side by side, a phone one below the other.
+In `docs/figures`: the way from the log to the service (`way.svg`); the effect of the correction on
+MovieLens-100K (`correction.svg`), and of other log q on three logs (`log_q.svg`); CPU time and
+memory of each stage of a run as its log grows (`scale_seconds.svg`, `scale_memory.svg`). Pages show
+two of the plots side by side, a phone one below the other.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MultipleLocator
 
 import tfrs_pipeline  # noqa: F401 Before TensorFlow, since it selects Keras 2.
@@ -34,6 +36,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 SIZE = (4.4, 3.0)  # Inches: as wide as a phone, so that its text is never small.
 METRIC = "ndcg@100"
+# The way from the log to the service: what it is called, and what it does, row by row.
+WAY = (
+    (
+        ("log", "clicks, purchases,\nitems shown"),
+        ("samples", "positives, and\nsampled negatives"),
+        ("two towers", "embed users'\nhistories, and items"),
+    ),
+    (
+        ("service", "answers a request\nwith the top items"),
+        ("index", "finds the nearest\namong millions"),
+        ("verdict", "better than\nsimple models?"),
+    ),
+)
 # Pairs of models that differ only in the correction, a row each; below them, a row per other model.
 PAIRS = {
     "in-batch negatives": ("in_batch_uncorrected", "in_batch"),
@@ -55,6 +70,42 @@ LOGS = {
 }
 # Plans of `losses.py` other than the exact log q.
 OTHER_LOG_Q = {"unigram": "share of clicks ", "none": "none "}
+
+
+def draw_way() -> Drawing:
+    """Draws the way from the log to the service: a row of steps to the right, a row back."""
+    figure, (axes,) = new_figure(SIZE[0], 1.8)
+    figure.set_layout_engine("none")
+    axes.set(position=(0, 0, 1, 1), xlim=(0, 3), ylim=(0.02, 1.98))
+    axes.axis("off")
+    width, height, rows = 0.9, 0.78, (1.56, 0.44)
+    for middle, colour, steps in zip(rows, (SERIES[0], SERIES[2]), WAY, strict=True):
+        for column, (name, about) in enumerate(steps, 1):
+            centre = column - 0.5
+            corner = (centre - width / 2, middle - height / 2)
+            style = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.4}
+            colours = {"facecolor": "none", "edgecolor": colour}
+            axes.add_patch(FancyBboxPatch(corner, width, height, **style, **colours))
+            words = {"ha": "center", "va": "center"}
+            axes.text(
+                centre, middle + 0.23, name, color=colour, fontsize=11, weight="bold", **words
+            )
+            axes.text(centre, middle - 0.13, about, color=INK, fontsize=9, **words)
+    above, below = rows[0] - height / 2, rows[1] + height / 2
+    left, right = (1 - width) / 2, (1 + width) / 2
+    arrows = {(0.5, below): (0.5, above), (2.5, above): (2.5, below)}
+    for column in (0, 1):
+        arrows[column + right, rows[0]] = (column + 1 + left, rows[0])
+        arrows[column + 1 + left, rows[1]] = (column + right, rows[1])
+    line = {"arrowstyle": "-|>", "color": SOFT, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+    for start, end in arrows.items():
+        axes.annotate("", end, start, arrowprops=line)
+    axes.text(0.56, 1.0, "tomorrow's log", color=SOFT, fontsize=9, va="center")
+    return finish(
+        figure,
+        "A log of clicks becomes samples; two towers learn from them; a verdict compares them with "
+        "simple models; an index and a service answer requests, which make tomorrow's log",
+    )
 
 
 def draw_log_q(corrections: Mapping[str, tuple[Mapping[str, Any], str]]) -> Drawing:
@@ -186,6 +237,7 @@ def drawings() -> dict[str, Drawing]:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
     return {
+        "way": draw_way(),
         "correction": draw_models(read("movielens_100k")),
         "log_q": draw_log_q({log: (read(name), metric) for log, (name, metric) in LOGS.items()}),
         **draw_scale([*read("scale")["sizes"], read("scale_1e8")["sizes"][-1]]),

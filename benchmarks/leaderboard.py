@@ -56,7 +56,7 @@ from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.data import RunData, prepare
-from tfrs_pipeline.run.measure import fit_baselines
+from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.training import train_and_refit
 
 NUM_BOOTSTRAP = 1000
@@ -260,13 +260,13 @@ def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fi
 
     def fit(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
         own = tp.with_settings(config, {"evaluation.baselines": (name,)})
-        grids = None
+        forms: Sequence[Any] = baselines_of(own, data)[name]
         if grid:
             make = {"ease": tp.Ease, "ials": functools.partial(tp.Ials, seed=config.seed)}[name]
             values = itertools.product(*grid.values())
-            grids = {name: [make(**dict(zip(grid, x, strict=True))) for x in values]}
-        found, notes = fit_baselines(own, data, grids=grids)
-        return found[name], {"notes": notes}
+            forms = [make(**dict(zip(grid, x, strict=True))) for x in values]
+        retriever, notes = fit_best(name, forms, own, data)
+        return retriever, {"notes": notes}
 
     return fit
 

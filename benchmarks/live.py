@@ -32,9 +32,9 @@ from index_libraries import synthetic
 from record import write_json
 
 from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.journal import JOURNAL_FILE, Journal
 from tfrs_pipeline.serving.live import LiveItems
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.store import STORE_FILE, Store
 from tfrs_pipeline.serving.tune import Requests, tune_index
 
 NUM_MOMENTS = 12
@@ -105,7 +105,7 @@ def churn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def embed(ids: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
         return new[np.array(ids) - num - 1], np.ones(len(ids), bool)
 
-    live = LiveItems(candidates, Journal(folder), 1, (), None, tuned.num_leaves, embed)
+    live = LiveItems(candidates, Store(folder), 1, (), None, tuned.num_leaves, embed)
     asked = np.concatenate([queries[:100], other_queries])
     moments = [{"exchanged": 0.0, **recalls(candidates, asked)}]
     reader = Reader(candidates, queries[:500], 100)
@@ -120,8 +120,8 @@ def churn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for start in range(0, len(moment), ITEMS_PER_WRITE):
             some = moment[start : start + ITEMS_PER_WRITE]
             before = time.perf_counter()
-            live.upsert([{"item_id": int(num + 1 + i)} for i in some])
-            live.remove(gone[some].tolist())
+            live.write(live.prepare([{"item_id": int(num + 1 + i)} for i in some]))
+            live.write(live.prepare(removed=gone[some].tolist()))
             write_seconds.append(time.perf_counter() - before)
             wait = begin + (start + len(some)) / options.rate - time.perf_counter()
             time.sleep(max(0.0, wait))
@@ -139,7 +139,7 @@ def churn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "items_per_write": ITEMS_PER_WRITE,
         "moments": moments,
         "least_recall": min(v for x in moments for n, v in x.items() if n != "exchanged"),
-        "journal_mb": (folder / "live.journal").stat().st_size / 1e6,
+        "store_mb": (folder / STORE_FILE).stat().st_size / 1e6,
     }
 
 
@@ -189,8 +189,7 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             number
             for number in written
             if all(
-                item["item_id"] in there
-                and retriever.live.title_of(item["item_id"]) == item["title"]
+                item["item_id"] in there and retriever.live.titles[item["item_id"]] == item["title"]
                 for item in items_of(retriever, number)
             )
         }
@@ -201,7 +200,7 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "confirmed_writes": len(confirmed),
         "lost": num_lost,
         "half": num_half,
-        "journal_mb": (model / JOURNAL_FILE).stat().st_size / 1e6,
+        "store_mb": (model / STORE_FILE).stat().st_size / 1e6,
     }
     print(figures, flush=True)
     return figures

@@ -47,7 +47,7 @@ from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, prepare
-from tfrs_pipeline.run.measure import fit_baselines
+from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.training import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")
@@ -95,7 +95,7 @@ def baseline(name: str) -> Callable[[RunConfig, RunData], Fitted]:
 
     def fit(config: RunConfig, data: RunData) -> Fitted:
         config = with_settings(config, {"evaluation.baselines": (name,)})
-        return fit_baselines(config, data)[0][name], {}
+        return fit_best(name, baselines_of(config, data)[name], config, data)[0], {}
 
     return fit
 

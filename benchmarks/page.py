@@ -4,7 +4,7 @@ Needs chromium (Debian: apt-get install chromium). The browser is headless, has 
 driven through a pipe, and is given no other address than the server's.
 
     python benchmarks/page.py --screenshots DIR
-    python benchmarks/page.py --report runs/NAME/report.html    # Takes the README's picture.
+    python benchmarks/page.py --report runs/NAME/report.html    # Takes the picture of the guide.
 
 Exits with an error if the page shows something wrong, writes to the console, or calls any other
 address than its server's.

@@ -63,7 +63,7 @@ def rebuild(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     loaded = time.process_time() - start
     index, candidates = retriever.manifest["index"], retriever.candidates
     rng = np.random.default_rng(options.seed)
-    queries = candidates.vectors()[rng.choice(options.items, 500)]
+    queries = candidates.ids_and_vectors()[1][rng.choice(options.items, 500)]
     reader = Reader(candidates, queries, 100)
     time.sleep(10)
     alone = reader.stop()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tfrs_pipeline
-from tfrs_pipeline.cli import COMMAND_LINE
+from tfrs_pipeline.cli.commands import COMMAND_LINE
 from tfrs_pipeline.cli.flags import as_typed
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.presets import PRESETS, Recipe

@@ -14,10 +14,15 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 # Files that pages link to.
-LINKED = [*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("notebooks/*.ipynb")]
+LINKED = [
+    *ROOT.glob("benchmarks/results/*.json"),
+    *ROOT.glob("notebooks/*.ipynb"),
+    ROOT / "CITATION.cff",
+]
 # Page of the site -> the file of the repository that it shows.
 SHOWN = {
     "index.md": "README.md",
+    "start/changelog.md": "CHANGELOG.md",
     "reference/exported_models.md": "saved_models/README.md",
     "explanation/contributing.md": "CONTRIBUTING.md",
 }
@@ -32,9 +37,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Rewrites links that leave the folder; hides the navigation on the first page."""
+    """Rewrites links that leave the folder; hides the navigation around the first page."""
     if page.file.src_uri == "index.md":
-        page.meta["hide"] = ["navigation"]
+        page.meta["hide"] = ["navigation", "footer"]
     name = page.file.src_uri
     source = Path(SHOWN.get(name, f"docs/{name}"))
     page_of = {shown: name for name, shown in SHOWN.items()}
@@ -44,8 +49,13 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         place = page_of.get(target, target.removeprefix("docs/"))
         return found[1] + os.path.relpath(place, Path(name).parent)
 
-    # Links in line, and definitions of links at the end of the page.
-    return re.sub(r"(\]\(|^\[\w+\]: )(?!\w+:)([\w./-]+)", on_site, markdown, flags=re.MULTILINE)
+    # Links in line, definitions of links at the end of the page, and pictures beside a text.
+    return re.sub(
+        r"(\]\(|^\[\w+\]: |<img [^>]*src=\")(?!\w+:)([\w./-]+)",
+        on_site,
+        markdown,
+        flags=re.MULTILINE,
+    )
 
 
 def on_page_content(html: str, **_: Any) -> str:

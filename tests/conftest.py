@@ -67,3 +67,13 @@ def few_signatures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saved_model, "RETRIEVALS", [Retrieval("user"), Retrieval("history")])
         yield
+
+
+@pytest.fixture(scope="module")
+def baselines_here() -> Iterator[None]:
+    """Measures a run's baselines in this process; `run/test_apart.py` tests the other one."""
+    from tfrs_pipeline.run import apart
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apart, "answers_from_process", apart.answers)
+        yield

@@ -1,5 +1,7 @@
-"""What a bad disk does to a file."""
+"""What a bad disk does to a file, and what a person does to a database."""
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 DAMAGES = ("emptied", "cut", "flipped")
@@ -14,3 +16,10 @@ def damage(path: Path, how: str) -> None:
     else:
         del content[0 if how == "emptied" else middle :]
     path.write_bytes(content)
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """Copies an SQLite file, also one in use, or restores it in place; as `.backup`, `.restore`."""
+    here, there = sqlite3.connect(source), sqlite3.connect(target)
+    with contextlib.closing(here), contextlib.closing(there):
+        here.backup(there)

@@ -1,5 +1,6 @@
 """The command line: help, flags made from the settings, errors in one line, query, Ctrl-C."""
 
+import errno
 import functools
 import io
 import json
@@ -26,12 +27,14 @@ from rich.console import Console
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import FunnelLosers, Popularity, Uniform, cli, dump_config, load_config
+from tfrs_pipeline.cli import commands
+from tfrs_pipeline.cli.commands import COMMAND_LINE, COMMANDS
 from tfrs_pipeline.cli.console import print_result, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
 from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.durable import naming, read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts
@@ -41,7 +44,7 @@ from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 RUN = "it's a run"  # A folder name that a shell needs in quotes.
 
 
@@ -83,14 +86,14 @@ def squeezed(text: str) -> str:
 # Help
 
 
-@pytest.mark.parametrize("name", cli.COMMAND_LINE.commands)
+@pytest.mark.parametrize("name", COMMAND_LINE.commands)
 def test_a_command_explains_itself(command: Any, name: str) -> None:
     answer = command(name, "--help")
     assert (answer.code, answer.err) == (0, "")
-    doc = str(cli.COMMAND_LINE.commands[name].__doc__)
+    doc = str(COMMAND_LINE.commands[name].__doc__)
     assert squeezed(doc) in squeezed(answer.out)
     assert squeezed(name + doc.split("\n\n")[0]) in squeezed(command("--help").out)
-    for _, field in settings(cli.COMMAND_LINE.commands[name]) if name in cli.COMMANDS else ():
+    for _, field in settings(COMMAND_LINE.commands[name]) if name in COMMANDS else ():
         assert field.description
         assert squeezed(explained(field)) in squeezed(answer.out)
 
@@ -182,16 +185,16 @@ def test_a_flag_is_read_in_either_spelling_and_a_sampler_as_json(config_of: Any)
 
 def test_values_of_a_query_may_begin_with_a_hyphen_or_be_none() -> None:
     flags = ["--history=-a", "--history=-b", "--filter", "none", "music", "--exclude", "7", "-k3"]
-    command, given = cli.COMMAND_LINE.read(["query", "model", *flags])
+    command, given = COMMAND_LINE.read(["query", "model", *flags])
     assert command == "query"
     assert given["history"] == ["-a", "-b"]
     assert (given["filter"], given["exclude"]) == (["none", "music"], ["7"])
-    assert cli.COMMAND_LINE.read(["query", "model", "--history"])[1]["history"] == []
-    asked = cli.COMMAND_LINE.read(["query", "model", "--request", "a=1", "--request", "b=2"])
+    assert COMMAND_LINE.read(["query", "model", "--history"])[1]["history"] == []
+    asked = COMMAND_LINE.read(["query", "model", "--request", "a=1", "--request", "b=2"])
     assert asked[1]["request"] == {"a": "1", "b": "2"}
     # If a setting is given twice, the last flag counts.
     cutoffs = ["--evaluation.cutoffs", "5", "--evaluation.cutoffs", "7", "9"]
-    assert cli.COMMAND_LINE.read(["run", *cutoffs])[1]["evaluation.cutoffs"] == ["7", "9"]
+    assert COMMAND_LINE.read(["run", *cutoffs])[1]["evaluation.cutoffs"] == ["7", "9"]
 
 
 def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
@@ -259,7 +262,11 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --trainin.batch_size 3", "did you mean '--training.batch_size'"),
     ("run --zzz", "unknown flag --zzz; no known one is near"),
     ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
-    ("run mine", "unexpected 'mine'; see tfrs-pipeline run --help"),
+    ("run mine", "unexpected 'mine' after 'run'; see tfrs-pipeline run --help"),
+    ("run --seed 3 --budget 10 minutes", "unexpected 'minutes' after '10'; see tfrs"),
+    ("run --export.gate maybe", "unexpected 'maybe' after '--export.gate'; see tfrs-pip"),
+    ("run --export.gate=false", "--no-export.gate: takes no value; got 'false'"),
+    ("report a b", "unexpected 'b' after 'a'; see tfrs-pipeline report --help"),
     ("query model --user 3 --top 5", "unknown flag --top; known: --exact, --exclude, "),
     ("run --seed", "argument --seed: expected one argument"),
     ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a whole num"),
@@ -318,6 +325,50 @@ def test_refused_data_can_be_mended_in_the_same_folder(command: Any) -> None:
     assert "run folder: run, beside other files: thesis.txt" in command(*mended).out
     # Missing files are reported before a folder is created.
     assert command("run", "--data.path", "nowhere.csv").out == ""
+
+
+@pytest.mark.parametrize("name", ["run", "compare"])
+@pytest.mark.parametrize("finished", [None, "data/log.json", "checkpoints"])
+def test_a_full_disk_is_said_to_keep_what_is_finished_if_something_is(
+    command: Any, here: Path, monkeypatch: pytest.MonkeyPatch, name: str, finished: str | None
+) -> None:
+    Path("clicks.csv").touch()
+    folder = here / "a run"
+
+    def fill_the_disk(*_: Any) -> None:
+        if finished:
+            (folder / finished).mkdir(parents=True)
+        with naming(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_data, "log_steps", fill_the_disk)
+    answer = command(name, "--data.path", "clicks.csv", "--run-dir", folder)
+    remedy = " Fix this and rerun the command; finished steps are kept:"
+    remedy += f"  tfrs-pipeline {name} --run-dir '{folder}'"
+    told = f"error: {folder}: No space left on device.{remedy if finished else ''}\n"
+    assert (answer.code, answer.err) == (1, told)
+
+
+def test_a_command_that_resumes_nothing_does_not_speak_of_it(
+    command: Any, run: "Run", tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "below"
+    for arguments, message in (
+        (["serve", run.model, "--token-file", tmp_path / "token"], f"openssl.* > {tmp_path}/tok"),
+        (["serve", run.model, "--token-file", tmp_path], f"{tmp_path}: Is a directory"),
+        (["serve", run.model, "--host", "not a host", "--port", 0], "known.* Set --host to an ad"),
+        (["serve", run.model, "--host", "192.0.2.1", "--port", 0], "assign.* Set --host to an ad"),
+        (["report", run.folder / RUN, "--output", below], f"{below}: Not a directory"),
+        (["vectors", run.model, below / "x.parquet"], f"there is no folder .{below}"),
+        (["refresh-index", run.model, "--items", below], "below does not exist"),
+        (["run", "--data.source", "movielens-100k", "--run-dir", below], "Not a directory"),
+    ):
+        answer = command(*arguments)
+        assert answer.code in (1, 2)
+        assert re.fullmatch(rf"error: .*{message}.*\n", answer.err)
+        assert "rerun" not in answer.err
+        assert "unexpected" not in answer.err
 
 
 # A run and its model
@@ -499,6 +550,7 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
     arguments = run_arguments(tmp_path, *short, "--export.index", "none")
     answer = command(*arguments)
     assert (answer.code, answer.err) == (0, "")
+    assert "    export: builds the index" not in answer.out
     about_known = "asked by user id, the model leaves out the user's known items"
     assert about_known not in answer.out
     *_, not_exported, _, after = answer.out.splitlines()
@@ -510,6 +562,8 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
     assert (again.code, again.out.splitlines()[-1]) == (0, after)
     exported = command(*shlex.split(after.removeprefix("next:"))[1:])
     assert (exported.code, about_known in exported.out) == (0, True)
+    # It may take minutes.
+    assert "\n    export: builds the index, writes it, and has a fresh process load" in exported.out
     assert (tmp_path / "saved_models" / "films" / "1" / "manifest.json").is_file()
     changed = r"holds a run with other settings \(export\.index: 'auto', now"
     assert re.fullmatch(rf"error: .*{changed}.*\n", command(*arguments).err)
@@ -654,6 +708,19 @@ def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
     assert whole_bar not in after
 
 
+def test_without_a_terminal_only_what_has_news_is_a_line() -> None:
+    """A task of unknown length has no count."""
+    out = io.StringIO()
+    with shown(Console(file=out, width=200)) as progress:
+        for done in range(3):
+            progress.task("evaluate", done, 3)
+        progress.task("export", 0, 0)
+        progress.task("export", 0, 0, "builds the index")
+        progress.task("two_tower", 1, 30, "loss 4.8")
+    told = out.getvalue().splitlines()
+    assert told == ["    export: builds the index", "    two_tower 1/30: loss 4.8"]
+
+
 @pytest.fixture
 def heard() -> Iterator[None]:
     """Makes Ctrl-C work even if the tests run as a background job."""
@@ -744,6 +811,51 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
     command("run", "--run-dir", tmp_path / "a run")
     assert configs[1] == configs[0]
     assert configs[1].data.path == tmp_path / "clicks.csv"
+
+
+# Sends Ctrl-C when a module is about to be imported.
+CUSTOM = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["LAST"]:
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's job may ignore it.
+sys.meta_path.insert(0, Finder())
+"""
+SCRIPT = Path(sys.executable).with_name("tfrs-pipeline")
+
+
+@pytest.mark.parametrize("program", [[SCRIPT], [sys.executable, "-m", "tfrs_pipeline.cli"]])
+@pytest.mark.parametrize("module", ["rich.console", "pydantic_settings", "tfrs_pipeline.config"])
+def test_ctrl_c_during_the_imports_ends_quietly(
+    tmp_path: Path, program: list[Any], module: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CUSTOM)
+    paths = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": paths, "LAST": module}
+    asked = [*program, "run", "--help"]
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.usefixtures("heard")
+def test_ctrl_c_is_heard_again_once_a_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a background job of a shell it stays ignored."""
+    handlers = list[Any]()
+
+    def command(words: list[str]) -> int:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return 7
+
+    monkeypatch.setattr(commands, "main", command)
+    expected: list[Any] = [signal.default_int_handler, signal.SIG_IGN]
+    for handler in expected:
+        signal.signal(signal.SIGINT, handler)
+        assert cli.main(["query"]) == 7
+    assert handlers == expected
 
 
 @pytest.mark.slow

@@ -1,13 +1,23 @@
 """The style of figures: labels that do not overlap, colours that follow the page."""
 
 import re
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tfrs_pipeline.drawing as style
+from tfrs_pipeline import Log, MostPopular, Race, Repeats, evaluate
+from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.run.rounds import Curve
+
+CLICKS = {"user_id": [1] * 4 + [2] * 4 + [3] * 3, "item_id": [*"abcd", *"bacd", *"cab"]}
+TRAIN, _, TEST = Log.from_table(pa.table(CLICKS)).split("last_n", min_positives=3)
 
 
 def draw() -> style.Drawing:
@@ -54,3 +64,72 @@ def test_a_figure_follows_its_page_or_is_a_card_of_both_schemes() -> None:
     painted = set(re.findall(r"(?:fill|stroke): ([^;\"}]+)", card))
     assert all(paint == "none" or paint.startswith("var(--") for paint in painted)
     assert drawing._repr_mimebundle_()["image/svg+xml"] == card
+
+
+def test_figures_take_results_as_they_are() -> None:
+    """They draw what is drawn from the numbers, taken out by hand."""
+    found = evaluate(
+        {"a": MostPopular().fit(TRAIN), "b": Repeats().fit(TRAIN)}, TEST, cutoffs=[1, 2]
+    )
+    for metric, part in (("ndcg@2", None), ("recall@1", None), ("tail/recall@2", "tail")):
+        means: dict[str, Any] = {}
+        for name, result in found.results.items():
+            of_part = result.overall if part is None else result.slices[part]
+            means[name] = of_part.intervals[metric.rpartition("/")[2]].as_dict()
+        drawn = style.plot_intervals({metric: means}, metric)
+        assert style.plot_intervals(found, metric) == drawn
+        assert style.plot_intervals(found.results, metric) == drawn
+        assert style.plot_intervals({"a": found.first}, metric) != drawn
+    assert style.plot_intervals(found) == style.plot_intervals(found, "ndcg@2")
+    both = style.plot_intervals(found, ["ndcg@2", "recall@1"])
+    assert "ndcg@2, recall@1 of each model" in both.label
+    counts = TEST.candidate_counts
+    by_hand = style.plot_popularity({"training positives": counts}, counts, "training positives")
+    assert style.plot_popularity(TEST) == by_hand
+
+
+def test_curves_take_fitted_models_and_races() -> None:
+    values = {"a": [0.1, 0.3, 0.2], "b": [0.2, 0.1, 0.4]}
+    seconds = {"a": (1.0, 2.0, 3.0), "b": (2.0, 4.0, 6.0)}
+    chosen = {"a": 2, "b": 3}
+    models = {
+        name: SimpleNamespace(
+            result=TrainingResult({"loss": [3, 2, 1], "val_ndcg@2": curve}, chosen[name], 1.0)
+        )
+        for name, curve in values.items()
+    }
+    assert style.plot_curves(models) == style.plot_curves(values, chosen, "val_ndcg@2")
+    loss = {name: [3, 2, 1] for name in values}
+    assert style.plot_curves(models, what="loss") == style.plot_curves(loss, chosen, "loss")
+    alone = style.plot_curves({"model": values["a"]}, {"model": 2}, "val_ndcg@2")
+    assert style.plot_curves(models["a"]) == alone
+    lanes = [Curve(name, seconds[name], tuple(curve)) for name, curve in values.items()]
+    race = Race((*lanes, Curve("not begun")), "ndcg@2", {}, {})
+    by_hand = style.plot_curves(values, chosen, "validation ndcg@2", seconds=seconds)
+    assert style.plot_curves(race) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("draw", "arguments", "message"),
+    [
+        (style.plot_intervals, [3, "ndcg@2"], "takes what evaluate returns.*'ndcg@2' of int"),
+        (style.plot_intervals, [{}, "ndcg@2"], "Received: 'ndcg@2' of dict"),
+        (style.plot_intervals, [{"a": 3}, "ndcg@2"], "Received: 'ndcg@2' of dict"),
+        (style.plot_intervals, [{"p": {"a": {"mean": 1}}}], "and a name. Received: None of dict"),
+        (style.plot_curves, [{"a": [1, 2]}], "takes a race, or fitted models.*dict of a, None"),
+        (style.plot_curves, [3], "takes a race, or fitted models"),
+        (style.plot_curves, [{}], "takes a race, or fitted models"),
+        (style.plot_popularity, [{"a": np.ones(3)}], "Received: dict without counts"),
+        (style.plot_popularity, [3, np.ones(3)], "takes a part of a split.*Received: int"),
+    ],
+)
+def test_a_figure_says_what_it_draws(draw: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        draw(*arguments)
+
+
+def test_a_figure_names_metrics_if_it_does_not_know_one() -> None:
+    found = evaluate(MostPopular().fit(TRAIN), TEST, cutoffs=[1, 2])
+    for unknown in ("ndcg@3", "middle/recall@2", "coverage@1"):
+        with pytest.raises(TypeError, match=rf"such as 'ndcg@100' .*Received: '{unknown}' of Eval"):
+            style.plot_intervals(found, unknown)

@@ -136,8 +136,8 @@ class RunConfig(Config):
     """What `tfrs-pipeline compare` tries."""
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
     """Finished run or exported model whose weights training starts from. On the command line, it
-    gives the settings of the model, its training and the baselines that you do not. If not given,
-    from scratch."""
+    gives the settings of the model, its training and the baselines that you do not, but at most a
+    fifth of the epochs that a training from scratch needed. If not given, from scratch."""
     recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
     fixed: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()

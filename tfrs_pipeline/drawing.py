@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
+from tfrs_pipeline.evaluation.results import EvaluationResult, find_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,26 +181,45 @@ def finish(figure: "Figure", label: str) -> Drawing:
 
 
 def plot_intervals(
-    panels: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    metric: str,
-    *,
-    are_differences: bool = False,
+    results: Any, metric: str | Sequence[str] | None = None, *, are_differences: bool = False
 ) -> Drawing:
     """Draws a metric of each model with its interval, the first at the top, in panels side by side.
 
     Args:
-        panels: Title of a panel -> model -> "mean", "low" and "high", as `Interval.as_dict` gives
-            them. All panels have the same models.
-        metric: Name of the metric, for screen readers.
-        are_differences: Draws a line at 0, and signs; then no model is the first among equals.
+        results: What `evaluate` returns. Or numbers: title of a panel -> model -> "mean", "low" and
+            "high", as `Interval.as_dict` gives them, with the same models in all panels.
+        metric: Name of the metric, or several, with a panel each, such as `["head/recall@100",
+            "tail/recall@100"]`; by default NDCG at the largest cutoff. For numbers, the name is
+            what a screen reader says.
+        are_differences: Whether numbers are differences: draws a line at 0, and signs.
 
-    A notebook shows what is returned; its `card()` is an SVG document.
+    A notebook shows what is returned; its `card()` is an SVG document. A `TypeError` says what is
+    drawn if `results` is something else.
 
     Example:
         >>> found = {"ours": {"mean": 0.33, "low": 0.32, "high": 0.34}}
         >>> plot_intervals({"NDCG@100": found}, "ndcg@100").label
         'ndcg@100 of each model with its 95% interval: NDCG@100'
     """
+    panels = getattr(results, "results", results)
+    models = panels.values() if isinstance(panels, Mapping) else ()
+    if models and all(isinstance(model, EvaluationResult) for model in models):
+        ndcg = [name for name in next(iter(models)).per_query if name.startswith("ndcg")]
+        metrics = [metric] if isinstance(metric, str) else metric or ndcg[-1:]
+        summaries = {name: model.summary() for name, model in panels.items()}
+        panels = {x: {name: find_metric(y, x) for name, y in summaries.items()} for x in metrics}
+        metric = ", ".join(metrics)
+    intervals = [
+        interval
+        for of_panel in (panels.values() if models else ())
+        for interval in (of_panel.values() if isinstance(of_panel, Mapping) else [None])
+    ]
+    if not (metric and intervals and all(isinstance(x, Mapping) for x in intervals)):
+        raise TypeError(
+            "plot_intervals takes what evaluate returns, and a metric that has an interval, such "
+            "as 'ndcg@100' or 'tail/recall@20'; or intervals by panel and model, and a name. "
+            f"Received: {metric!r} of {type(results).__name__}."
+        )
     names = list(next(iter(panels.values())))
     figure, all_axes = new_figure(
         4.2, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
@@ -238,23 +259,45 @@ def plot_intervals(
 
 
 def plot_curves(
-    curves: Mapping[str, Sequence[float | None]],
-    chosen: Mapping[str, int],
-    what: str,
+    curves: Any,
+    chosen: Mapping[str, int] | None = None,
+    what: str | None = None,
     *,
     seconds: Mapping[str, Sequence[float]] | None = None,
 ) -> Drawing:
     """Draws each model's values by epoch, from 1, with a mark at the chosen epoch.
 
     Args:
-        curves: Model -> a value an epoch, such as `model.result.history["val_ndcg@100"]`; None
-            where nothing was measured, but not in all epochs.
-        chosen: Model -> the epoch to mark, such as `model.result.best_epoch`.
-        what: Title.
-        seconds: Model -> CPU seconds at the end of each epoch, to draw the values by.
+        curves: A fitted model, several by name, or a race. Or numbers: model -> a value an epoch,
+            such as `model.result.history["val_ndcg@100"]`; None where nothing was measured, but not
+            in all epochs.
+        chosen: For numbers: model -> the epoch to mark, such as `model.result.best_epoch`.
+        what: Title. For fitted models, the value to draw, such as "loss"; by default the first that
+            was measured on validation.
+        seconds: For numbers: model -> CPU seconds at the end of each epoch, to draw the values by.
+
+    A `TypeError` says what is drawn if `curves` is something else.
     """
     from matplotlib.ticker import MaxNLocator
 
+    if hasattr(curves, "curves"):  # A race.
+        lanes = {lane.name: lane for lane in curves.curves if lane.values}
+        what, curves = f"validation {curves.metric}", {x: y.values for x, y in lanes.items()}
+        chosen = {name: lane.best_epoch for name, lane in lanes.items()}
+        seconds = {name: lane.seconds for name, lane in lanes.items()}
+    models = curves if isinstance(curves, Mapping) else {"model": curves}
+    fitted: dict[str, Any] = {name: getattr(x, "result", None) for name, x in models.items()}
+    if fitted and all(fitted.values()):
+        logged = next(iter(fitted.values())).history
+        what = what or next((name for name in logged if name.startswith("val_")), "loss")
+        curves = {name: result.history.get(what) for name, result in fitted.items()}
+        chosen = {name: result.best_epoch for name, result in fitted.items()}
+    if chosen is None or what is None or None in curves.values():
+        raise TypeError(
+            "plot_curves takes a race, or fitted models and a value that they logged, such as "
+            "'loss'; or values by model and epoch, the epochs to mark and a title. "
+            f"Received: {type(models).__name__} of {', '.join(map(str, models))}, {what!r}."
+        )
     figure, (axes,) = new_figure(*_SIZE)
     ends = {}
     for number, (model, measured) in enumerate(curves.items()):
@@ -275,15 +318,29 @@ def plot_curves(
     return finish(figure, f"{what} by {by}, the chosen epoch marked")
 
 
-def plot_popularity(curves: Mapping[str, np.ndarray], counts: np.ndarray, what: str) -> Drawing:
+def plot_popularity(
+    curves: Any, counts: np.ndarray | None = None, what: str = "training positives"
+) -> Drawing:
     """Draws values of the candidates by popularity rank, on logarithmic axes.
 
     Args:
-        curves: Name -> [num_candidates] values, such as shares of the positives or of the draws.
-        counts: [num_candidates] training positives, which rank the candidates and divide them into
-            head, torso and tail, such as `holdout.candidate_counts`.
+        curves: A part of a split, such as `test`, whose training positives are drawn. Or numbers:
+            name -> [num_candidates] values, such as shares of the positives or of the draws.
+        counts: For numbers: [num_candidates] training positives, such as
+            `holdout.candidate_counts`. They rank the candidates, and divide them into head, torso
+            and tail.
         what: Title.
+
+    A `TypeError` says what is drawn if `curves` is something else.
     """
+    if isinstance(curves, Holdout):
+        counts = curves.candidate_counts
+        curves = {what: counts}
+    if counts is None or not isinstance(curves, Mapping):
+        raise TypeError(
+            "plot_popularity takes a part of a split, such as test; or values by name, and counts. "
+            f"Received: {type(curves).__name__}{' without counts' * (counts is None)}."
+        )
     order = np.argsort(-counts, kind="stable")
     figure, (axes,) = new_figure(*_SIZE)
     ends = {}

@@ -166,20 +166,15 @@ def naming(path: Path, *failures: type[Exception]) -> Iterator[None]:
     except StorageError:
         raise
     except failures as error:
-        raise _storage_error(path, printable(str(error).strip().partition("\n")[0], 300)) from error
+        reason = printable(str(error).strip().partition("\n")[0], 300)
+        raise StorageError(f"{path}: {reason}.") from error
     except OSError as error:
         # NumPy's error for a full disk has no number: "9 requested and 5 written".
         is_short = error.errno is None and " requested and " in str(error)
         number = errno.ENOSPC if is_short else error.errno
         if number not in _DISK_ERRORS:
             raise
-        raise _storage_error(error.filename or path, os.strerror(number)) from error
-
-
-def _storage_error(path: Path | str, reason: str) -> StorageError:
-    return StorageError(
-        f"{path}: {reason}. Once that is fixed, the same command goes on from what is finished."
-    )
+        raise StorageError(f"{error.filename or path}: {os.strerror(number)}.") from error
 
 
 def try_writing(folder: Path) -> None:
@@ -187,7 +182,7 @@ def try_writing(folder: Path) -> None:
     place = folder
     while not place.exists() and place != place.parent:
         if place.is_symlink():  # For instance, a link to a disk that is not mounted.
-            raise _storage_error(place, f"is a link to {os.readlink(place)}, which is not there")
+            raise StorageError(f"{place}: is a link to {os.readlink(place)}, which is not there.")
         place = place.parent
     try:
         with tempfile.TemporaryFile(dir=place) as file:
@@ -195,7 +190,7 @@ def try_writing(folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _storage_error(folder, error.strerror or str(error)) from error
+        raise StorageError(f"{folder}: {error.strerror or error}.") from error
 
 
 @contextlib.contextmanager
@@ -236,10 +231,10 @@ def _lock(path: Path, wait: bool) -> int:
         return open_locked(path)
 
 
-def open_locked(path: Path, how: int = fcntl.LOCK_EX, flags: int = 0) -> int:
+def open_locked(path: Path, how: int = fcntl.LOCK_EX) -> int:
     """Opens a file, made if missing, and locks it; closing the descriptor unlocks it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, how)
             # The previous holder may have removed or replaced the file after it was opened here.

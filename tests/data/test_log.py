@@ -1,8 +1,10 @@
 """A log of tables in memory, what it keeps on disk, and what it never takes for a click."""
 
 import dataclasses
+import os
 import re
 import resource
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tests.small_log import arguments, column
 from tfrs_pipeline import ConfigError, Log, Reading, RunConfig
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.schema import DataError, Dropped
+from tfrs_pipeline.data.tables import make_tables
 from tfrs_pipeline.durable import Damaged, StorageError
 
 TIMES = [f"2024-01-0{day}T12:00:00Z" for day in (3, 1, 2)]
@@ -165,11 +168,37 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         before, after = getattr(log, name), getattr(back, name)
         assert after.schema() == before.schema()
         assert after.to_pyarrow().to_pylist() == rows(before, key)
-    for name in ("item_features", "user_features", "dropped", "is_ordered", "reading"):
+    names = ("item_features", "user_features", "dropped", "is_ordered", "reading", "items_read")
+    for name in names:
         assert getattr(back, name) == getattr(log, name)
     (tmp_path / "log.json").unlink()
     with pytest.raises(DataError, match=r"no log\.json"):
         Log.read(tmp_path)
+
+
+def test_a_log_knows_when_its_tables_began_to_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live write while the items are read is later, and a copy of the log changes nothing."""
+    during: list[datetime] = []
+
+    def make(*arguments: Any) -> Any:
+        during.append(datetime.now(UTC))
+        return make_tables(*arguments)
+
+    before = datetime.now(UTC)
+    monkeypatch.setattr("tfrs_pipeline.data.log.make_tables", make)
+    log = made()
+    assert before <= log.items_read <= during[0]
+    log.write(tmp_path / "log")
+    copy = Path(shutil.copytree(tmp_path / "log", tmp_path / "copy", copy_function=shutil.copyfile))
+    for file in copy.iterdir():
+        os.utime(file, (0, 0))
+    back = Log.read(copy)
+    train = back.split("last_share", validation=0, test=0.5, min_positives=1).train
+    assert log.items_read == back.items_read == train.items_read
+    back.write(tmp_path / "again")
+    assert Log.read(tmp_path / "again").items_read == log.items_read
 
 
 def test_a_log_is_written_over_the_one_that_it_is_read_from(tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from implicit.cpu.als import AlternatingLeastSquares
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tests.small_log import in_ibis
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Ties
 from tfrs_pipeline.data.settings import Reading
+from tfrs_pipeline.evaluation import baselines
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
 from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.retrieval import Query, Retriever
@@ -177,9 +180,32 @@ def test_ease_equals_a_ridge_regression_of_each_column_on_the_others() -> None:
     np.testing.assert_array_equal(ids[0], 100 + np.argsort(-expected, kind="stable"))
 
 
+def test_ease_solves_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several, SciPy's OpenBLAS crashes in it from about 16,000 items on."""
+    threads: dict[str, set[int]] = {}
+
+    def watched(name: str) -> Callable[..., Any]:
+        function = getattr(baselines.lapack, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            blas = [x for x in threadpool_info() if x["user_api"] == "blas"]
+            threads[name] = {x["num_threads"] for x in blas}
+            return function(*arguments, **options)
+
+        return call
+
+    calls = {name: watched(name) for name in ("dpotrf", "dpotri")}
+    monkeypatch.setattr(baselines, "lapack", SimpleNamespace(**calls))
+    with threadpool_limits(2, "blas"):
+        Ease().fit(random_interactions(20, 5))
+        blas = [x for x in threadpool_info() if x["user_api"] == "blas"]
+    assert threads == {"dpotrf": {1}, "dpotri": {1}}
+    assert {x["num_threads"] for x in blas} == {2}
+
+
 def test_ease_refuses_a_corpus_that_would_not_fit_memory() -> None:
     train = Interactions.from_rows(Ids(np.arange(50_000)), np.array([0]), np.array([1]))
-    with pytest.raises(ValueError, match=r"30 GB of memory.*Use Ials"):
+    with pytest.raises(ValueError, match=r"50,000 take 30 GB of memory.*Use Ials"):
         Ease().fit(train)
 
 

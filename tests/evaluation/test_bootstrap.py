@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
+from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome, bootstrap_intervals
 
 
 def test_interval_is_near_the_normal_approximation() -> None:
@@ -78,3 +78,23 @@ def test_queries_of_one_user_are_drawn_together() -> None:
     assert apart.high - apart.low < 0.5 * (again.high - again.low)
     # A single user has no spread, whatever the number of queries.
     assert np.isnan(bootstrap_intervals(values, users=np.zeros(50))[0].low)
+
+
+@given(st.floats(-0.2, 0.2), st.sampled_from([1.0, 1e-3, 1e-6, 1e-12]), st.floats(0, 0.1))
+def test_what_is_written_shows_the_outcome(low: float, scale: float, width: float) -> None:
+    """A reader who sees only the text says the same of it as the rule."""
+    interval = Interval(low * scale + width / 2, low * scale, low * scale + width)
+    mean, ends = interval.written("+").split(" ", 1)
+    shown_low, shown_high = map(float, ends.strip("[]").split(", "))
+    expected = {True: Outcome.BETTER, False: Outcome.LEVEL}[shown_low > 0]
+    assert interval.outcome is (Outcome.WORSE if shown_high < 0 else expected)
+    assert float(mean) == pytest.approx(interval.mean, abs=1e-4)
+    digits = {len(number.partition(".")[2]) for number in (mean, *ends.strip("[]").split(", "))}
+    assert len(digits) == 1
+
+
+def test_four_digits_are_enough_for_most() -> None:
+    assert Interval(0.0028, 0.0001, 0.0053).written() == "0.0028 [0.0001, 0.0053]"
+    assert Interval(0.0028, 0.00002, 0.0053).written() == "0.00280 [0.00002, 0.00530]"
+    assert Interval(0.0, 0.0, 0.0).written("+") == "+0.0000 [+0.0000, +0.0000]"
+    assert Interval(0.1, math.nan, math.nan).written() == "0.1000 [nan, nan]"

@@ -152,3 +152,11 @@ def test_a_large_log_is_read_for_some_users(monkeypatch: pytest.MonkeyPatch) -> 
     assert some["repeats"].value == pytest.approx(1 / 3, abs=0.1)
     assert some["repeats"].value != signals(log)["repeats"].value
     assert some == signals(log, max_positives=300)
+
+
+def test_signals_show_as_a_table_in_a_notebook_and_in_print() -> None:
+    found = signals(log_of(walks(4)))
+    header, *rows = repr(found).splitlines()
+    assert header.split() == ["signal", "value", "beside", "meaning"]
+    assert [row.partition("  ")[0] for row in rows] == [signal.name for signal in found]
+    assert str(found) == repr(found)

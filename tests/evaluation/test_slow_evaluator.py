@@ -152,6 +152,7 @@ def measure_slowly(
     slices = slices_of(counts)
     values: dict[str, dict[str, list[float]]] = {part: {} for part in PARTS}
     rankings, num = [], dict.fromkeys(("skipped", "excluded", "unknown", "unclicked", "empty"), 0)
+    to_find: list[int] = []
     for query in asked:
         gone = {"clicked": query.clicked, "seen": query.seen, "none": set[int]()}[exclude]
         wanted = query.wanted - gone
@@ -162,6 +163,7 @@ def measure_slowly(
         num["unknown"] += sum(item not in counts for item in wanted)
         num["unclicked"] += sum(counts.get(item, 0) == 0 for item in wanted)
         num["empty"] += not query.history
+        to_find += [counts.get(item, 0) for item in wanted]
         rankings.append(best(score, query.history, counts.keys() - gone, max(ks)))
         of_part = {"all": wanted, "tied": wanted & query.tied, "untied": wanted - query.tied}
         of_part |= {name: wanted & items for name, items in slices.items()}
@@ -173,7 +175,8 @@ def measure_slowly(
     for part, items in {"all": {*counts}, **slices}.items():
         by_k = {k: of_all(rankings, items, counts, k) for k in ks}
         together[part] = {f"{name}@{k}": x for k, of_k in by_k.items() for name, x in of_k.items()}
-    return {"values": values, "together": together, "num": num}
+    popularity = sum(to_find) / len(to_find) if to_find else math.nan
+    return {"values": values, "together": together, "num": num, "popularity": popularity}
 
 
 class Plain:
@@ -204,6 +207,7 @@ def equal(found: EvaluationResult, slow: dict[str, Any]) -> None:
     names = ("skipped", "relevant_excluded", "relevant_unknown", "relevant_unclicked")
     num = [getattr(found, f"num_{name}") for name in (*names, "empty_histories")]
     assert num == list(slow["num"].values())
+    assert found.relevant_popularity == pytest.approx(slow["popularity"], abs=1e-9)
     parts = {"all": found.overall, **found.slices, **found.ties}
     has_tied = not all(map(math.isnan, slow["values"]["tied"]["recall@2"]))
     assert set(parts) == {x for x in PARTS if has_tied or "tied" not in x}

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfrs_pipeline import Log, MostPopular, evaluate
+from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import even_metrics, find_hits, item_weights
 
 NUM_ITEMS = 8
@@ -28,8 +29,8 @@ def even(
 
 def slow(
     found: list[list[int]], relevant: list[list[int]], users: list[int], exposure: list[int], k: int
-) -> tuple[float, float, float]:
-    """Returns recall, NDCG and the effective number, by plain loops over users and items."""
+) -> tuple[list[float], list[float], float]:
+    """Returns recall and NDCG of each user, and the effective number, by plain loops."""
     wanted = [item for of_query in relevant for item in of_query]
     raw = {item: 1 / max(exposure[item - 1], 1) for item in range(1, NUM_ITEMS + 1)}
     limit = math.sqrt(len(wanted)) * sum(raw[item] for item in wanted) / len(wanted)
@@ -52,7 +53,7 @@ def slow(
             gain += dcg / ideal * sum(weight[item] for item in relevant[q]) / total
         recalls.append(recall)
         gains.append(gain)
-    return sum(recalls) / len(recalls), sum(gains) / len(gains), len(recalls) ** 2 / squares
+    return recalls, gains, len(recalls) ** 2 / squares
 
 
 @st.composite
@@ -75,9 +76,10 @@ def test_equals_a_slow_loop_over_users(problem: Any) -> None:
     if sum(map(len, relevant)) < max(1, 1.5 * len(with_items)):
         assert (values, num_even) == ({}, None)
         return
-    recall, ndcg, effective = slow(found, relevant, users, exposure, k)
-    np.testing.assert_allclose(np.nanmean(values[f"even_recall@{k}"]), recall, rtol=1e-9)
-    np.testing.assert_allclose(np.nanmean(values[f"even_ndcg@{k}"]), ndcg, rtol=1e-9)
+    recalls, gains, effective = slow(found, relevant, users, exposure, k)
+    for name, of_users in (("recall", recalls), ("ndcg", gains)):
+        by_query = values[f"even_{name}@{k}"]  # The users are in order, and have one value each.
+        np.testing.assert_allclose(by_query[~np.isnan(by_query)], of_users, rtol=1e-9)
     assert num_even == round(effective)
 
 
@@ -146,3 +148,32 @@ def test_exposure_is_what_the_log_held_until_the_part_ends(first: str) -> None:
     one_each = evaluate(model, split.test, cutoffs=(2,)).first
     assert one_each.num_even is None
     assert not any("even" in name for name in one_each.per_query)
+
+
+def test_intervals_by_request_are_those_of_a_bootstrap_over_users() -> None:
+    """Users ask once or fifty times, and each counts once: in the mean and in every resample."""
+    rng = np.random.default_rng(0)
+    num_users, num_bootstrap = 120, 4000
+    users = np.repeat(np.arange(num_users), rng.choice([1, 2, 50], num_users)).tolist()
+    relevant = [sorted(1 + rng.choice(NUM_ITEMS, 3, replace=False)) for _ in users]
+    # Users with many queries find less, so that a mean over queries is another number.
+    found = [
+        np.roll(np.sort(1 + rng.permutation(NUM_ITEMS)), users.count(user)).tolist()
+        for user in users
+    ]
+    exposure = rng.integers(1, 900, NUM_ITEMS).tolist()
+    values = even(found, relevant, users, exposure, 2)[0]
+    columns = np.stack([values["even_recall@2"], values["even_ndcg@2"]], axis=1)
+    options: Any = {"users": np.array(users), "num_bootstrap": num_bootstrap}
+    drawn = rng.integers(num_users, size=(num_bootstrap, num_users))
+    for interval, of_users in zip(
+        bootstrap_intervals(columns, **options), slow(found, relevant, users, exposure, 2)[:2],
+        strict=True,
+    ):  # fmt: skip
+        means = np.array(of_users)[drawn].mean(axis=1)
+        assert interval.mean == pytest.approx(np.mean(of_users), rel=1e-9)
+        # As in `test_bootstrap.py`, a quantile of 4,000 draws is off by about .042 standard errors.
+        # Both have this error, and four times that of their difference is allowed.
+        tolerance = 4 * math.sqrt(2) * 0.042 * means.std()
+        assert interval.low == pytest.approx(np.quantile(means, 0.025), abs=tolerance)
+        assert interval.high == pytest.approx(np.quantile(means, 0.975), abs=tolerance)

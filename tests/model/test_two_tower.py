@@ -147,7 +147,7 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: FittedTwoTower, log
     np.testing.assert_array_equal(exported.query_ids, 101 + np.arange(NUM_USERS))
     np.testing.assert_array_equal(exported.candidate_ids, 10 * np.arange(1, NUM_ITEMS + 1))
     assert exported.items["item_id"].to_pylist() == exported.candidate_ids.tolist()
-    assert exported.reading == log.reading
+    assert (exported.reading, exported.items_read) == (log.reading, log.items_read)
     assert [feature.name for feature in exported.candidate_features] == ["genre"]
     assert (exported.query_features, exported.history_length) == ((), LENGTH)
     rows, network = tf.range(1, NUM_ITEMS + 1), fitted.network

@@ -73,6 +73,18 @@ def test_a_model_is_better_where_every_interval_says_so(
     assert not re.search("without the correction|service", found.why)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_clear_outcome_is_written_with_an_interval_that_excludes_0(sign: int) -> None:
+    metrics = made({"two_tower": 0.3, "ease": 0.3 + sign * 0.0028})
+    ends = sorted([sign * 0.00003, sign * 0.0053])
+    metrics["differences"]["ease"][METRIC] = {
+        "mean": sign * 0.0028, "low": ends[0], "high": ends[1]
+    }  # fmt: skip
+    found = compared_with_baselines(metrics, METRIC)
+    assert found.outcome is (WORSE if sign > 0 else BETTER)
+    assert "by 0.00280 [0.00003, 0.00530]" in found.why
+
+
 def test_popularity_slices_are_told_apart() -> None:
     metrics = made({"two_tower": 0.3, "two_tower_uncorrected": 0.9, "ease": 0.25})
     found = by_popularity(metrics, METRIC)
@@ -257,6 +269,9 @@ RACED: dict[str, Any] = {"race": {"recipes": {"sequence": {}, "sets": {}}}}
         (LINEAR, {"model.item_init": "svd"}, "^behind EASE and iALS: give features .*, or more"),
         (LINEAR, NUMERIC, "iALS: set model.item_init svd, or more"),
         (LINEAR, NUMERIC | {"warm_start": "runs/before"}, "iALS: more"),
+        # A warm start has few epochs on purpose.
+        (made(WINNING, training=SHORT), {"warm_start": "runs/before"}, None),
+        (made(WINNING, training=IMPATIENT, split=SMALL), {"warm_start": "runs/before"}, None),
         (LINEAR, NUMERIC | {"preset": "sets"}, "iALS: more"),
         (LINEAR, NUMERIC | UNORDERED, "iALS: take --preset sets, or set model.item_init svd, or"),
         (ORDERED, UNORDERED, "--preset sequence.*--preset sets"),

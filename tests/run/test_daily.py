@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_id, item_table, small_config, write
-from tfrs_pipeline import ConfigError, Holdout, cli
+from tfrs_pipeline import ConfigError, Holdout
+from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
@@ -33,7 +34,7 @@ from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.
 WITHDRAWN = [5, 6]  # Items of today's events that today's item table lacks.
 
@@ -314,10 +315,11 @@ def test_a_worse_model_is_published_only_if_asked_for(
     (place / "worse.toml").write_text(dump_config(config))
     folder = place / "runs" / "worse"
     code, shown, told = command("run", "--config", place / "worse.toml", "--run-dir", folder)
-    assert code == cli.NOT_PUBLISHED == 3
+    assert code == NOT_PUBLISHED == 3
     assert re.match(
         r"not published: The new model is worse .* 0\.\d+ of version 2 in service: "
-        rf"-0\.\d+ \[-0\.\d+, -0\.\d+\] on the same .* is kept: --run-dir {folder} with",
+        rf"-0\.\d+ \[-0\.\d+, -0\.\d+\] on the same .* {served} stays as it is\. "
+        rf"The trained run is kept: --run-dir {folder} with",
         told,
     )
     assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == before
@@ -385,6 +387,32 @@ def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
     for given in (None, ["model.dim"], ["model"]):
         with pytest.raises(ConfigError, match=r"model.dim: got 48"):
             with_source(asked, RunFolder(tmp_path), given)
+
+
+@pytest.mark.parametrize(("needed", "taken"), [(26, 6), (25, 5), (6, 2), (1, 2)])
+def test_the_command_takes_a_fifth_of_the_epochs_that_the_source_needed(
+    yesterday: RunResult, place: Path, tmp_path: Path, needed: int, taken: int
+) -> None:
+    """Once, and not again where the source was a warm start itself."""
+    source = RunFolder(Path(shutil.copytree(yesterday.folder, tmp_path / "source")))
+    metrics = read_record(source.metrics_file)
+    metrics["training"]["two_tower"]["best_epoch"] = needed
+    write_record(source.metrics_file, metrics)
+    asked = today(place, warm_start=source.path, **{"training.max_epochs": 9})
+
+    def epochs(config: RunConfig, *given: str, folder: str = "new") -> int:
+        return with_source(config, RunFolder(tmp_path / folder), given).training.max_epochs
+
+    assert epochs(asked) == taken
+    for name in ("training", "training.max_epochs"):
+        assert epochs(asked, name) == 9
+    assert with_source(asked, RunFolder(tmp_path / "new")).training.max_epochs == 9
+    # The next day, and the same run once it has begun.
+    first = RunFolder(Path(shutil.copytree(source.path, tmp_path / "first")))
+    first._write_settings(with_source(asked, RunFolder(tmp_path / "new"), []))
+    assert first.settings().training.max_epochs == taken
+    assert epochs(today(place, warm_start=first.path)) == taken
+    assert epochs(asked, folder="first") == taken
 
 
 def test_what_cannot_be_started_from_is_said(

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,8 @@ import tensorflow as tf
 from tests import small_log
 from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
-from tfrs_pipeline import Ease, Holdout, Log, MostPopular, TwoTower, UserSets, cli, signals
+from tfrs_pipeline import Ease, Holdout, Log, MostPopular, TwoTower, UserSets, signals
+from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.schema import AskedBy
@@ -27,10 +30,12 @@ from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.data import final_part, prepare
 from tfrs_pipeline.run.folder import RunFolder, exported_version
-from tfrs_pipeline.run.measure import fit_baselines
+from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
+from tfrs_pipeline.run.steps import Step
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
@@ -38,7 +43,7 @@ from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 STAGES = ["data", "split", "samples", "signals", "train two_tower", "baselines", "evaluate",
           "export"]  # fmt: skip
 
@@ -230,6 +235,31 @@ def test_metrics_have_the_documented_form(finished: Finished) -> None:
     assert list(metrics["seconds"]) == list(finished.reports)
 
 
+def test_the_list_of_a_run_is_what_runs(finished: Finished) -> None:
+    steps = pipeline.run_steps(finished.config, RunFolder(finished.folder))
+    assert [step.name for step in steps] == list(finished.reports)
+
+
+def test_a_step_that_is_added_to_a_list_is_shown_and_runs(
+    of_stages: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_one_more(part: str, whole: Any) -> Any:
+        step = Step(part, ("samples",), part, lambda *_: part)
+        return lambda *given: [*whole(*given), step]
+
+    added = ["_first_steps", "_model_steps", "_closing_steps"]
+    for part in added:
+        monkeypatch.setattr(pipeline, part, with_one_more(part, getattr(pipeline, part)))
+    short = {"training.max_epochs": 1, "training.refit": False, "evaluation.baselines": ()}
+    config = with_settings(of_stages.config, {**short, "export.index": "none"})
+    watched = Watched()
+    result = run(config, tmp_path / "run", progress=watched)
+    steps = pipeline.run_steps(config, RunFolder(tmp_path / "run"))
+    assert [step.name for step in steps] == list(watched.reports)
+    assert [name for name in watched.reports if name in added] == added
+    assert result.export_folder is None
+
+
 def test_models_and_stages_are_those_asked_for(of_stages: Finished, of_ratings: Finished) -> None:
     assert list(of_stages.metrics["models"]) == ["two_tower", "popularity", "ease"]
     assert list(of_ratings.metrics["models"]) == ["two_tower", "two_tower_uncorrected"]
@@ -287,6 +317,31 @@ def test_validation_and_test_ask_the_same_question(of_stages: Finished, by: Aske
     assert data.other_test.by == ("requests" if asked == "users" else "users")
 
 
+def test_the_guide_to_trackers_logs_the_test_by_both_questions(
+    of_stages: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first snippet runs as it is, with a tracker that only keeps what it is given."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "videos-1").symlink_to(of_stages.folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
+    logged: dict[str, float] = {}
+    tracker = MagicMock()
+    tracker.log_metric = lambda name, value, step=0: logged.update({name: value})
+    monkeypatch.setitem(sys.modules, "mlflow", tracker)
+    page = (Path(__file__).parents[2] / "docs/guides/tracking.md").read_text()
+    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    metrics = of_stages.metrics
+    for test, models in (
+        ("test", metrics["models"]),
+        ("test/by_users", metrics["other"]["models"]),
+    ):
+        for name in ("ndcg@20", "recall@5", "even_recall@20"):
+            if (value := models["two_tower"].get(name)) is not None:
+                assert logged[f"{test}/{name.replace('@', '_at_')}"] == value["mean"]
+    assert logged["test/ndcg_at_20"] != logged["test/by_users/ndcg_at_20"]
+
+
 def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -> None:
     evaluation = {"exclude": "none", "baselines": ["popularity", "repeats"], "cutoffs": [5, 20]}
     changed: dict[str, Any] = {"split": {"kind": "time"}, "evaluation": evaluation}
@@ -294,7 +349,8 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
     data = prepare(config, tmp_path / "run")
     asked = data.split.holdout("validation", by="requests")
     assert data.validation.fingerprint() == asked.fingerprint()
-    found, notes = fit_baselines(config, data)
+    forms = baselines_of(config, data)
+    found, notes = fit_best("popularity", forms["popularity"], config, data)
     scores = {}
     for latest in (1.0, 0.2, 0.05, 0.01):
         popular = MostPopular(latest=latest).fit(data.split.train)
@@ -304,14 +360,13 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
     best = MostPopular(latest=max(scores, key=lambda latest: scores[latest]))
     assert len(set(scores.values())) > 1
     assert notes == [f"popularity: {best!r}, best of 4 on validation"]
-    assert list(found) == ["popularity", "repeats"]
+    assert list(forms) == ["popularity", "repeats"]
     expected = best.fit(data.split.before_test).retrieve([{}], 80)
-    np.testing.assert_array_equal(found["popularity"].retrieve([{}], 80), expected)
+    np.testing.assert_array_equal(found.retrieve([{}], 80), expected)
     excluding = with_settings(config, {"evaluation.exclude": "clicked"})
-    assert list(fit_baselines(excluding, data)[0]) == ["popularity"]
+    assert list(baselines_of(excluding, data)) == ["popularity"]
     choices = [Ease(1.0), Ease(50.0)]
-    with_ease = with_settings(config, {"evaluation.baselines": ["ease"]})
-    (note,) = fit_baselines(with_ease, data, grids={"ease": choices})[1]
+    (note,) = fit_best("ease", choices, config, data)[1]
     assert note in [f"ease: {ease!r}, best of 2 on validation" for ease in choices]
 
 
@@ -322,7 +377,7 @@ def test_a_beaten_model_is_exported_only_if_asked_for(tmp_path: Path, command: A
     config, folder = with_settings(ratings_config(tmp_path), settings), tmp_path / "run"
     (tmp_path / "lost.toml").write_text(dump_config(config))
     code, shown, told = command("run", "--config", tmp_path / "lost.toml", "--run-dir", folder)
-    assert code == cli.NOT_PUBLISHED
+    assert code == NOT_PUBLISHED
     metrics = read_record(folder / "metrics.json")
     means = {name: model["ndcg@20"]["mean"] for name, model in metrics["models"].items()}
     best = max(("popularity", "ease"), key=lambda name: means[name])
@@ -331,6 +386,7 @@ def test_a_beaten_model_is_exported_only_if_asked_for(tmp_path: Path, command: A
     assert shown.index(first) < shown.index("On the test split")
     assert f"{means['two_tower']:.4f}, and {means[best]:.4f} of the baseline {best}: -" in told
     assert metrics["refusal"] in told
+    assert "stays as it is" not in told  # No model is there yet.
     assert not (tmp_path / "saved_models").exists()
     trained = {x: x.stat().st_mtime_ns for x in folder.rglob("checkpoints/**/*") if x.is_file()}
     assert trained
@@ -402,6 +458,8 @@ def test_a_user_is_served_by_all_that_is_known_and_not_what_is_known(finished: F
 
 def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> None:
     manifest = json.loads((finished.export_folder / "manifest.json").read_text())
+    log = json.loads((finished.folder / "data" / "log.json").read_text())
+    assert manifest["items_read"] == log["items_read"]
     assert RunConfig(**manifest["config"]) == finished.config
     assert manifest["example_user"] == finished.holdout("test").user_ids.tolist()[0]
     assert manifest["metrics"] == json.loads(json.dumps(finished.metrics["models"]["two_tower"]))

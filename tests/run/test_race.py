@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import json
 import operator
+import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pytest
@@ -22,9 +24,10 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.presets import PRESETS, RECIPES, recipe
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
-from tfrs_pipeline.run.race import Race, planned, trainable_recipes
+from tfrs_pipeline.run.race import Race, _Trainings, planned, trainable_recipes
+from tfrs_pipeline.run.rounds import Curve
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 # Small settings, so that a race takes seconds; no recipe changes them.
 GIVEN = {"model.dim": 8, "model.negatives": ["uniform:num=32"], "model.history_length": 10}
 GIVEN |= {"training.max_epochs": 3, "training.batch_size": 256, "training.monitor": "ndcg@20"}
@@ -40,10 +43,15 @@ def config_in(folder: Path, **changes: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def raced(tmp_path_factory: pytest.TempPathFactory) -> Raced:
+def watched() -> Watched:
+    return Watched()
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory, watched: Watched) -> Raced:
     folder = tmp_path_factory.mktemp("race")
     config = config_in(folder)
-    return config, run(config, folder / "run")
+    return config, run(config, folder / "run", progress=watched)
 
 
 def curves_of(result: RunResult) -> dict[str, list[float]]:
@@ -99,7 +107,7 @@ def test_a_killed_race_goes_on_and_ends_the_same(raced: Raced, tmp_path: Path) -
     """It is killed in a round and after the race."""
     _, result = raced
     config = config_in(tmp_path, **UNEXPORTED)
-    stops: list[Any] = [("race, round 1, 3 recipes left: quick", 2), "race", ""]
+    stops: list[Any] = [("race: quick", 2), "race", ""]
     *stopped, last = told = [StoppedIn(stop) for stop in stops]
     for watched in stopped:
         with pytest.raises(Stopped):
@@ -109,14 +117,60 @@ def test_a_killed_race_goes_on_and_ends_the_same(raced: Raced, tmp_path: Path) -
     assert again.metrics["models"] == result.metrics["models"]
     # No epoch was run twice.
     epochs = [task for watched in told for task in watched.tasks if task[1]]
-    assert max(Counter(task for task in epochs if task[0].startswith("race, ")).values()) == 1
+    times = Counter(task for task in epochs if task[0].startswith("race: "))
+    assert max(times.values()) == 1
+    assert sum(times.values()) == sum(map(len, curves_of(result).values()))
 
 
 class StoppedIn(Watched):
-    """Stops at an epoch of a task; ignores who leads, which is at the end of its name."""
+    """Stops at an epoch of a task; a race's is named by its recipe alone."""
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
-        super().task(name.partition(" (")[0], done, total, note)
+        name = re.sub(r"^(race|the winner trains on), .*: (\w+)( \(.*)?$", r"race: \2", name)
+        super().task(name, done, total, note)
+
+
+def test_a_race_tells_in_each_round_what_all_may_still_take(raced: Raced, watched: Watched) -> None:
+    """At first, only recipes with an epoch have a known speed."""
+    told = [name for name, done in watched.tasks if done and "race" in name]
+    assert len(told) == sum(map(len, curves_of(raced[1]).values()))
+    minutes, untimed = r", at most about \d+ CPU minutes?", r", [123] recipes? not timed yet"
+    leading = r": \w+ \(leading: \w+, 0\.\d{4}\)"
+    for name in told[1:]:
+        left = rf"{minutes}|{untimed}|{minutes}{untimed}"
+        assert re.fullmatch(rf"race, round \d+, 3 recipes left({left}){leading}", name)
+
+
+def test_a_turn_is_described_with_the_time_of_all_recipes() -> None:
+    """`slow` has 40 of its 50 epochs left, of 6 s each, and `new` has not begun."""
+    slow, quick = (
+        Curve(name, tuple(epoch * i for i in range(1, 11)), (best,) * 10)
+        for name, epoch, best in (("slow", 6.0, 0.2), ("quick", 2.0, 0.1))
+    )
+    epochs = with_settings(RunConfig(), {"training.max_epochs": 50})
+
+    def told(within: str, *curves: Curve, budget: float | None = None) -> str:
+        race: Any = SimpleNamespace(curves={curve.name: curve for curve in curves})
+        race.configs = dict.fromkeys(race.curves, epochs)
+        race.config = epochs.model_copy(update={"budget": budget})
+        return _Trainings._describe(race, "slow", within)
+
+    within, new = "round 2, 2 recipes left", Curve("new")
+    leads = ": slow (leading: slow, 0.2000)"
+    # 240 + 80 seconds.
+    assert told(within, slow, quick) == f"race, {within}, at most about 6 CPU minutes{leads}"
+    first = f"race, {within}, at most about 4 CPU minutes, 1 recipe not timed yet{leads}"
+    assert told(within, slow, new) == first
+    assert told(within, Curve("slow"), new) == f"race, {within}, 2 recipes not timed yet: slow"
+    for more in (quick, new):  # The budget bounds those whose speed is unknown, too.
+        spent = slow.spent + more.spent
+        bounded = told(within, slow, more, budget=spent + 100)
+        assert bounded == f"race, {within}, at most about 2 CPU minutes{leads}"
+    # Once the race is decided, the others and the budget do not count any more.
+    assert (
+        told("", slow, quick, budget=1.0)
+        == "the winner trains on, at most about 4 CPU minutes: slow"
+    )
 
 
 def test_a_budget_ends_the_race(tmp_path: Path) -> None:
@@ -165,6 +219,15 @@ def test_who_races(is_ordered: bool, given: Any, racing: Any, why: Any, tmp_path
         assert fragment in not_begun[name]
 
 
+def test_if_none_can_race_the_first_recipe_says_why(tmp_path: Path) -> None:
+    """`sets` could have no hard negatives anyway, whatever the log is."""
+    config = with_settings(RunConfig(), {"model.hard": "funnel", "recipes": RECIPES})
+    data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0, hard=config.model.hard)
+    config = with_settings(config, {"fixed": ["model.hard"]})
+    with pytest.raises(ValueError, match=r"none of .* positives has one"):
+        trainable_recipes(config, ORDERED_LOG, [data])
+
+
 def test_sets_do_not_race_in_a_log_with_request_features(tmp_path: Path) -> None:
     table = event_table("int").select(["user_id", "item_id"])
     table = table.append_column("device", [["ios"] * table.num_rows])
@@ -205,7 +268,8 @@ def test_a_race_in_python_is_one_call(
     assert len(race.lines()) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == sum(len(curve.values) for curve in race.curves)
-    assert told[0].startswith("race, round 1, 2 recipes left: default, 1/4 epochs: loss")
+    first = "race, round 1, 2 recipes left, 2 recipes not timed yet: default, 1/4 epochs: loss"
+    assert told[0].startswith(first)
     ids, _ = model.retrieve([{"history": [10, 20]}], k=5)
     assert ids.shape == (1, 5)
     # The folder keeps the race: the second call trains nothing.
@@ -218,8 +282,14 @@ def test_a_race_in_python_is_one_call(
     ):
         with pytest.raises(ConfigError, match=message):
             tp.race(train, validation, settings=wrong)
-    with pytest.raises(ConfigError, match="did you mean 'sequence'"):
-        tp.race(train, validation, recipes=["sequences"])
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingSet, "build", lambda *_, **__: pytest.fail("Samples were built."))
+        for recipes, message in (
+            (["sequences"], "did you mean 'sequence'"),
+            ([], "recipes: got none"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                tp.race(train, validation, recipes=recipes)
     assert same.curves == race.curves
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")} == files
     assert again.retrieve([{"history": [10, 20]}], k=5)[0].tolist() == ids.tolist()

@@ -45,17 +45,29 @@ def test_a_slow_starter_that_rises_wins() -> None:
     assert winner(curves).has_ended
 
 
-def test_what_is_left_is_bounded_once_all_have_trained() -> None:
+def test_a_round_is_named_until_one_recipe_is_left() -> None:
+    good = full("good", [0.30 + 0.005 * i for i in range(40)])
+    flat = full("flat", [0.20] * 40)
+    assert standing([until(good, 4), until(flat, 0)]).within == "round 1, 2 recipes left"
+    assert standing([until(good, 5), until(flat, 5)]).within == ""
+    assert standing([until(good, 5), until(flat, 5)]).next == "good"
+    assert standing([until(good, 0)]).within == ""
+
+
+def test_what_is_left_is_bounded_for_all_that_have_trained() -> None:
     good = full("good", [0.30 + 0.005 * i for i in range(40)])
     flat = full("flat", [0.20] * 40, epoch=2.0)
     epochs = {"good": 40, "flat": 60}
-    assert rounds.most_left([until(good, 5), until(flat, 0)], epochs) is None
+    # A recipe without an epoch has no known speed.
+    assert rounds.most_left([until(good, 0), until(flat, 0)], epochs) == (0.0, 2)
+    assert rounds.most_left([until(good, 5), until(flat, 0)], epochs) == (35 * 5.0, 1)
     begun = [until(good, 5), until(flat, 5)]
-    assert rounds.most_left(begun, epochs) == pytest.approx(35 * 5.0 + 55 * 2.0)
+    assert rounds.most_left(begun, epochs) == pytest.approx((35 * 5.0 + 55 * 2.0, 0))
     # A recipe that is dropped or has ended trains no further.
     curves, _ = raced([good, flat])
     assert "flat" in standing(curves).dropped
-    assert rounds.most_left([until(good, 30), curves[1]], epochs) == pytest.approx(10 * 5.0)
+    left = rounds.most_left([until(good, 30), curves[1]], epochs)
+    assert left == pytest.approx((10 * 5.0, 0))
 
 
 def test_one_that_cannot_catch_up_is_dropped_early() -> None:

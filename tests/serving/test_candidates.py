@@ -1,5 +1,6 @@
 """Candidates that change while they are searched, against a plain dictionary of vectors."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -76,7 +77,10 @@ class Plain:
                 assert np.isneginf(scores[i][num:]).all()
                 assert {*found[i][num:].tolist()} <= {-1, ""}
         assert len(self.candidates) == len(self.now)
-        assert set(self.candidates.ids().tolist()) == set(self.now)
+        all_ids, vectors = self.candidates.ids_and_vectors()
+        assert set(all_ids.tolist()) == set(self.now)
+        expected = [self.now[id_][0] for id_ in all_ids.tolist()]
+        np.testing.assert_array_equal(vectors, np.stack(expected))
         known = self.candidates.vectors_of(ids[:5])
         np.testing.assert_array_equal(known, np.stack([self.now[id_][0] for id_ in ids[:5]]))
 
@@ -160,3 +164,46 @@ def test_much_change_calls_for_a_rebuild(monkeypatch: pytest.MonkeyPatch) -> Non
             assert plain.candidates.has_drifted == is_far
         plain.candidates.rebuild(build)
         assert not plain.candidates.has_drifted
+
+
+def test_ids_and_vectors_are_of_one_moment(plain: Plain) -> None:
+    """Each item's vector holds its number, whatever a writer does meanwhile."""
+    stop = threading.Event()
+    numbers = itertools.count(10_000)
+    plain.remove(list(range(NUM)))
+
+    def write() -> None:
+        while not stop.is_set():
+            new = [next(numbers) for _ in range(5)]
+            vectors = np.repeat(np.array(new, np.float32), DIM).reshape(5, DIM)
+            plain.put(new, vectors, [[]] * 5)
+            plain.remove([new[0] - 20, new[1] - 10])
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(write)
+        for _ in range(300):
+            ids, vectors = plain.candidates.ids_and_vectors()
+            got = [int(str(id_).lstrip("é")) for id_ in ids.tolist()]
+            assert got == vectors[:, 0].astype(int).tolist()
+        stop.set()
+    assert writer.exception() is None
+
+
+def test_values_that_come_while_a_filter_is_read() -> None:
+    values = FilterValues(COLOURS, np.array([[1], [2], [3]], np.int32))
+
+    class Growing(dict[str, int]):
+        """Another thread adds a value before each look."""
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            values.code_of = dict(self)  # The writer's own lookups come without this.
+            values.encode([[key], [f"more {len(self)}"]])
+            self.update(values.code_of)
+            values.code_of = self
+            return super().get(key, default)
+
+    values.code_of = Growing(values.code_of)
+    chosen = values.choose(["grey", "red", "pink"], 3)
+    assert chosen is not None
+    codes = [values.code_of[x] for x in ("grey", "red", "pink")]
+    assert np.flatnonzero(chosen.table).tolist() == sorted(codes)

@@ -1,6 +1,6 @@
 """Items written while a model is in service: found at once, durable, and refused if wrong."""
 
-import itertools
+import contextlib
 import json
 import logging
 import shutil
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.damage import damage
+from tests.damage import copy_database, damage
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.serving.running_server import JSON, TOKEN, Running
 from tests.small_log import Watched
-from tfrs_pipeline.durable import Damaged
+from tfrs_pipeline.data.settings import Reading
+from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run.refresh import refresh_index
+from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import live as live_module
-from tfrs_pipeline.serving.candidates import MOST_PENDING
-from tfrs_pipeline.serving.journal import JOURNAL_FILE
+from tfrs_pipeline.serving import server as server_module
+from tfrs_pipeline.serving.candidates import MOST_PENDING, Candidates
+from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.live import _check_kind, _plain
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.store import STORE_FILE, Store
 
 ITEMS = "/v1/models/films/items"
 pytestmark = pytest.mark.usefixtures("loaded_once", "few_signatures")
@@ -78,7 +83,7 @@ def test_a_new_item_is_found_by_the_next_query(served: Served, retriever: Loaded
     assert after.pop(id_) == pytest.approx(expected, rel=1e-4)
     assert list(after) == list(before)
     assert retriever.num_candidates == NUM_CANDIDATES + 1
-    assert retriever.live.title_of(id_) == "Brand New"
+    assert retriever.live.titles.get(id_) == "Brand New"
     # Exclusions and filters know it.
     assert id_ not in ranking(retriever, query, exclude=[[id_]])
     assert id_ in ranking(retriever, query, allowed=[["a"]])
@@ -139,7 +144,7 @@ def test_a_newer_version_knows_better(films: Path, tmp_path: Path) -> None:
     # What is written during the refresh counts.
     assert (during in after, len(after)) == (False, 40)
     assert after[mine] == pytest.approx(ranking(load(model, live=False), query)[mine])
-    assert (second.live.title_of(mine), second.live.title_of(new)) == (None, "New")
+    assert (second.live.titles.get(mine), second.live.titles.get(new)) == (None, "New")
     assert second.titles()[mine] == "Title"
     # Later writes take precedence over the version.
     second.remove([mine])
@@ -153,7 +158,7 @@ def test_values_are_cleaned_as_those_of_a_log(exported: Exported, tmp_path: Path
         model = Path(shutil.copytree(exported(ids, "exact"), tmp_path / ids))
         retriever = load(model)
         retriever.upsert([item(id_, ["  spaced "], title=float("nan")), item(other, np.nan)])
-        assert retriever.live.unknown_values([item(id_, [" a "]), item(other, np.nan)]) == []
+        assert retriever.live.prepare([item(id_, [" a "]), item(other, np.nan)]).notes == []
         clean = id_.strip() if isinstance(id_, str) else id_
         assert set(ranking(retriever, {}, allowed=[["spaced"]])) == {clean}
         assert retriever.titles().get(clean) is None
@@ -162,26 +167,185 @@ def test_values_are_cleaned_as_those_of_a_log(exported: Exported, tmp_path: Path
             retriever.upsert([item(wrong)])
 
 
-@pytest.mark.parametrize("served", ["int"], indirect=True)
-def test_a_long_journal_is_rewritten(
-    served: Served, model: Path, retriever: LoadedRetriever, monkeypatch: pytest.MonkeyPatch
+def test_values_that_are_null_are_not_told_as_unknown(films: Path) -> None:
+    retriever = load(films)
+    missing: list[Any] = [None, [], [None], ["", None], " ", "|"]
+    known = [["a"], ["zydeco", "a"], "a", "zydeco|a"]
+    items = [item(90_000 + i, genres) for i, genres in enumerate(missing + known)]
+    assert retriever.live.prepare(items).notes == []
+    told = retriever.live.prepare([item(90_000, ["zydeco", None])]).notes
+    assert told == [
+        "genres ['zydeco', None] of item 90000 is unknown to the model: taken as missing"
+    ]
+
+
+@pytest.mark.parametrize("separator", ["|", ", "])
+def test_a_text_of_several_values_is_split_as_in_a_file(tmp_path: Path, separator: str) -> None:
+    model, read = tmp_path / "films", datetime(2024, 1, 1, tzinfo=UTC)
+    exportable = replace(
+        make_served("int").exportable(),
+        reading=Reading(list_separator=separator),
+        items_read=read,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "prove", lambda *arguments: None)
+        export_module.export(exportable, model, index=Exact(), filter_by="genres")
+    retriever = load(model)
+    assert datetime.fromisoformat(retriever.manifest["items_read"]) == read
+    text = separator.join([" a", "", "c "])
+    retriever.upsert([item(90_000, text), item(90_001, ["a", "c"]), item(90_002, text[:2])])
+    with_both, listed, one = retriever.candidates.vectors_of([90_000, 90_001, 90_002])
+    np.testing.assert_array_equal(with_both, listed)
+    assert not np.allclose(one, listed)
+    for value, ids in {"a": {90_000, 90_001, 90_002}, "c": {90_000, 90_001}}.items():
+        assert {x for x in ranking(retriever, {}, allowed=[[value]]) if x >= 90_000} == ids
+    # A refresh reads the same text from a file alike.
+    (tmp_path / "items.csv").write_text(f'item_id,title,genres\n90003,x,"{text}"\n3,y,b\n')
+    refresh_index(model, tmp_path / "items.csv")
+    np.testing.assert_allclose(load(model).candidates.vectors_of([90_003])[0], listed, atol=1e-6)
+
+
+def test_a_write_checks_and_encodes_each_item_once(
+    films: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_module, "_SMALL_JOURNAL_BYTES", 2000)
-    other, sizes = load(model), []
+    retriever, calls = load(films), dict[str, list[int]]()
+    feature = type(retriever.features["candidate"][0])
+
+    def count(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*arguments: Any) -> Any:
+            column = arguments[-1]
+            calls.setdefault(name, []).append(len(column) if hasattr(column, "__len__") else 1)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in [(feature, "to_raw"), (feature, "encode"), (live_module, "_check_kind")]:
+        count(owner, name)
+    items = [item(90_000 + i, ["zydeco"]) for i in range(200)]
+    assert len(retriever.live.prepare(items).notes) == 10
+    assert (calls["to_raw"], calls["encode"]) == ([200], [200])
+    assert len(calls["_check_kind"]) == 200
+
+
+def test_only_the_last_write_of_an_item_is_kept(films: Path) -> None:
+    retriever, other = load(films), load(films)
     for step in range(60):
-        retriever.upsert([item(new_id(served, step % 5), ["abc"[step % 3]], title=f"v{step}")])
-        retriever.remove([new_id(served, (step + 1) % 5)])
-        sizes.append((model / JOURNAL_FILE).stat().st_size)
-    assert max(sizes) < 5000  # The 120 writes took more than 7,000.
-    assert sum(b < a for a, b in itertools.pairwise(sizes)) > 1
-    other.catch_up()
-    query = {"history": served.known(3)}
-    for again in (other, load(model)):
-        assert ranking(again, query) == pytest.approx(ranking(retriever, query), abs=1e-6)
-    assert other.live.title_of(new_id(served, 4)) == "v59"
-    damage(model / JOURNAL_FILE, "flipped")
-    with pytest.raises(Damaged, match=JOURNAL_FILE):
-        load(model)
+        retriever.upsert([item(90_000 + step % 5, ["abc"[step % 3]], title=f"v{step}")])
+        other.remove([90_000 + (step + 1) % 5])
+    assert len(Store(films).items_after(0)) == 5
+    retriever.catch_up()
+    for again in (other, load(films)):
+        assert ranking(again, {}) == pytest.approx(ranking(retriever, {}), abs=1e-6)
+        assert again.live.titles == retriever.live.titles == {90_004: "v59"}
+
+
+def refresh(model: Path, ids: Any) -> LoadedRetriever:
+    """Makes a version with these items, and loads it as a server would."""
+    refresh_index(model, items_csv(model.parent, ids))
+    return load(model)
+
+
+def test_an_item_that_a_table_leaves_out_is_gone(films: Path, tmp_path: Path) -> None:
+    model, (changed, gone, other, *rest) = films, make_served("int").candidate_ids.tolist()
+    first = load(model)
+    first.upsert([item(changed, ["c"]), item(90_000), item(90_001)])
+    first.remove([gone])
+    # Neither the changed nor the removed item is in the next table; nor are the live ones.
+    second = refresh(model, [other, *rest])
+    assert set(second.candidate_ids()) == {other, *rest, 90_000, 90_001}
+    assert (second.live.titles.get(changed), 90_000 in second.live.titles) == (None, True)
+    # A table takes a live item over; the next one leaves it out.
+    third = refresh(model, [other, *rest, 90_000])
+    assert third.titles()[90_000] == "Title"
+    fourth = refresh(model, [other, *rest])
+    assert set(fourth.candidate_ids()) == {other, *rest, 90_001}
+    # Written anew it is live again, and stays although the next table lacks it.
+    fourth.upsert([item(90_000)])
+    fourth.remove([90_001])
+    fifth = refresh(model, [other, *rest])
+    assert set(fifth.candidate_ids()) == {other, *rest, 90_000}
+    # All of this is as it was for who goes back to the first version.
+    for number in (2, 3, 4, 5):
+        shutil.rmtree(model / str(number))
+    back = load(model)
+    assert set(back.candidate_ids()) == {changed, other, *rest, 90_000}
+    expected = first.candidates.vectors_of([changed])
+    np.testing.assert_allclose(back.candidates.vectors_of([changed]), expected, atol=1e-6)
+
+
+def test_old_writes_that_no_version_takes_are_dropped(
+    films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, days = make_served("int").candidate_ids.tolist(), 86_400
+    now = time.time()
+    for age in (31 * days, 29 * days):
+        with monkeypatch.context() as patch:
+            patch.setattr("tfrs_pipeline.serving.store.time.time", lambda age=age: now - age)
+            old = load(films)
+            first = 0 if age > 30 * days else 1
+            old.upsert([item(ids[first]), item(90_000 + first)])
+            old.remove([ids[2 + first], 90_002 + first])
+    load(films)
+    left = {row.item_id for row in Store(films).items_after(0)}
+    assert left == {ids[1], ids[3], 90_000, 90_001, 90_003}
+
+
+def test_a_write_on_disk_has_not_failed(
+    films: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    retriever = load(films)
+    for broken in ("change", "has_drifted"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Candidates, broken, property(lambda self: 1 / 0))
+            id_ = 90_000 + len(broken)
+            with contextlib.suppress(ZeroDivisionError):  # `catch_up` may fail before the write.
+                retriever.live.write(retriever.live.prepare([item(id_)]))
+    for seq, row in enumerate(Store(films).items_after(0), 1):
+        assert row.seq == seq
+    caplog.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(retriever.live, "_apply", lambda *arguments: 1 / 0)
+        assert retriever.upsert([item(90_100), item(90_101)]) == 2
+    assert "on disk, and not in service until the next look" in caplog.text
+    assert 90_100 in load(films).candidate_ids()
+    retriever.catch_up()
+    assert {90_100, 90_101} <= set(retriever.candidate_ids())
+
+
+@pytest.mark.parametrize("failing", ["write_items", "mark_listed"])
+def test_a_failed_write_changes_nothing(
+    films: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    retriever, other = load(films), load(films)
+    other.upsert([item(90_000)])
+    before = None
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, failing, fail)
+        for act in (
+            lambda: retriever.upsert([item(90_001), item(90_000, ["c"])]),
+            lambda: retriever.remove([90_000, make_served("int").candidate_ids[0]]),
+        ):
+            with pytest.raises(StorageError, match=f"{STORE_FILE}: No space"):
+                act()
+            now = Store(films).items_after(0), sorted(load(films).candidate_ids())
+            before = before or now
+            assert now == before
+            assert sorted(retriever.candidate_ids()) == now[1]
+    assert retriever.upsert([item(90_001)]) == 1
+
+
+def test_a_damaged_file_is_named(films: Path) -> None:
+    load(films).upsert([item(90_000)])
+    damage(films / STORE_FILE, "emptied")
+    with pytest.raises(Damaged, match=f"{STORE_FILE} is damaged"):
+        load(films)
+    assert load(films, live=False).num_candidates == NUM_CANDIDATES
 
 
 @pytest.mark.parametrize("served", ["int"], indirect=True)
@@ -222,7 +386,7 @@ def test_a_wrong_item_is_refused_and_changes_nothing(films: Path) -> None:
         with pytest.raises(ValueError, match=r"id|Item 7 occurs"):
             retriever.remove(ids)
     assert retriever.num_candidates == NUM_CANDIDATES
-    assert not (films / JOURNAL_FILE).exists()
+    assert not (films / STORE_FILE).exists()
 
 
 def test_values_have_the_kind_of_their_feature() -> None:
@@ -299,13 +463,6 @@ def test_rest_adds_and_removes_items(running: Running, caplog: pytest.LogCapture
     model, versions = running.server.versions._path, running.server.versions
     shutil.copytree(model / "1", model / ".2")
     (model / ".2").rename(model / "2")
-
-    def until(condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 50
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
     until(lambda: versions.statuses().get(2, ("",))[0] == "AVAILABLE")
     assert set(found()) == own | {90_002, 90_003}
     # Another process writes.
@@ -342,7 +499,7 @@ def test_hostile_writes_change_nothing(running: Running, caplog: pytest.LogCaptu
         assert answer.json()["error"]
     with running.server.versions.use() as version:
         assert version.retriever.num_candidates == NUM_CANDIDATES
-    assert not (running.server.versions._path / JOURNAL_FILE).exists()
+    assert not (running.server.versions._path / STORE_FILE).exists()
     assert not [x for x in caplog.records if x.levelno >= logging.ERROR]
 
 
@@ -352,7 +509,7 @@ def test_names_with_odd_characters_stay_what_they_are(running: Running) -> None:
     assert send(running, "PUT", body).json()["num_new"] == len(odd)
     again = load(running.server.versions._path)
     for i, name in enumerate(odd):
-        assert again.live.title_of(90_100 + i) == name
+        assert again.live.titles.get(90_100 + i) == name
         assert set(ranking(again, {}, allowed=[[name]])) == {90_100 + i}
 
 
@@ -369,8 +526,95 @@ def test_a_full_disk_changes_nothing(running: Running, monkeypatch: pytest.Monke
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tfrs_pipeline.serving.journal.os.fsync", full)
+    monkeypatch.setattr(Store, "mark_listed", full)
     answer = send(running, "PUT", {"items": [item(90_001)]})
     assert (answer.status_code, "nothing has changed" in answer.text) == (503, True)
     monkeypatch.undo()
     assert send(running, "PUT", {"items": [item(90_002)]}).json()["num_items"] == 61
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 50
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_deleted_and_restored_items_are_noticed(running: Running) -> None:
+    versions = running.server.versions
+    model = versions._path
+
+    def num_items() -> int:
+        with versions.use() as version:
+            return version.retriever.num_candidates
+
+    send(running, "PUT", {"items": [item(90_001), item(90_002)]})
+    copy_database(model / STORE_FILE, model.parent / "backup")
+    send(running, "DELETE", {"item_ids": [90_001, 90_002]})
+    for file in model.glob(f"{STORE_FILE}*"):
+        file.unlink()
+    # Until the next look, a write is refused or goes to the new file.
+    answer = send(running, "PUT", {"items": [item(90_003)]})
+    assert answer.status_code in (200, 503), answer.text
+    until(lambda: send(running, "PUT", {"items": [item(90_004)]}).status_code == 200)
+    kept = {90_004, *([90_003] if answer.status_code == 200 else [])}
+    assert {row.item_id for row in Store(model).items_after(0)} == kept
+    assert num_items() == NUM_CANDIDATES + len(kept)
+    copy_database(model.parent / "backup", model / STORE_FILE)
+    until(lambda: num_items() == NUM_CANDIDATES + 2)
+    assert send(running, "DELETE", {"item_ids": [90_001, 90_004]}).json()["num_removed"] == 1
+
+
+def test_a_server_of_one_version_takes_in_live_items(films: Path) -> None:
+    shutil.copytree(films / "1", films / "2")
+    with Running(films / "1") as running:
+        versions, other = running.server.versions, load(films)
+        other.upsert([item(90_001)])
+        with versions.use() as version:
+            until(lambda: version.retriever.candidates.has([90_001]).all())
+            other.remove([90_001])
+            until(lambda: not version.retriever.candidates.has([90_001]).any())
+            assert version.number == 1
+        assert list(versions.statuses()) == [1]
+
+
+def test_notes_are_found_outside_the_lock_of_writes(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions, real, held = running.server.versions, live_module.LiveItems.prepare, list[bool]()
+
+    def prepare(*arguments: Any) -> Any:
+        held.append(versions.writing.locked())
+        return real(*arguments)
+
+    monkeypatch.setattr(live_module.LiveItems, "prepare", prepare)
+    answer = send(running, "PUT", {"items": [item(90_001, ["zydeco"])]})
+    assert (len(answer.json()["notes"]), held) == (1, [False])
+
+
+def test_a_version_that_comes_while_a_write_is_prepared(
+    films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Running(films) as running:
+        versions, real = running.server.versions, live_module.LiveItems.prepare
+        old, new = versions._current, running.server.versions._load_version(films / "1")
+        assert old is not None
+        # The new version's vectors are others.
+        monkeypatch.setattr(new.retriever.live, "_embed", lambda ids, raw: embedded(ids))
+
+        def embedded(ids: Any) -> Any:
+            return np.full((len(ids), 8), 0.25, np.float32), np.zeros(len(ids), bool)
+
+        def prepare(live: Any, *arguments: Any) -> Any:
+            change = real(live, *arguments)
+            versions._current = new
+            return change
+
+        monkeypatch.setattr(live_module.LiveItems, "prepare", prepare)
+        body = json.dumps({"items": [item(90_001)]}).encode()
+        assert server_module.write_items(versions, body, True)["num_new"] == 1
+        vectors = new.retriever.candidates.vectors_of([90_001])
+        assert (vectors == 0.25).all()
+        old.retriever.catch_up()
+        assert old.retriever.candidates.has([90_001]).all()
+        versions._current = old

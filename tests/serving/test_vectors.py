@@ -1,5 +1,6 @@
 """The file of vectors: each item's own, the metadata about them, and never half a file."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -72,10 +73,47 @@ def test_the_command_writes_items_of_the_service_too(
 def untitled(*ids: str) -> Any:
     """Makes a model of items without titles; the second one's vector has length 2."""
     vectors = np.array([[1, 0], [0, 2]], np.float32)
-    candidates = Candidates(np.array(ids, object), vectors, None, ()) if ids else None
+    candidates = Candidates(np.array(ids or ("a", "b"), object), vectors, None, ())
+    if not ids:
+        candidates.change([], vectors[:0], removed=["a", "b"])
     about: dict[str, Any] = {"folder": Path("plain/3"), "manifest": {"name": "plain"}}
-    about |= {"candidate_ids": lambda: list(ids), "titles": dict}
+    about |= {"titles": dict}
     return SimpleNamespace(candidates=candidates, **about)
+
+
+def test_a_write_in_between_does_not_show(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items are removed, changed and added after each step that reads the model."""
+    model, fresh = load(films), itertools.count(90_000)
+
+    def write() -> None:
+        model.upsert([{"item_id": next(fresh), "genres": ["c"]}, {"item_id": 17, "genres": ["a"]}])
+        model.remove([3, 10, next(fresh) - 1])
+
+    for owner, name in [(model, "titles"), (model.candidates, "ids_and_vectors")]:
+        real, before = getattr(owner, name), dict(zip(*_ids_and_vectors(model), strict=True))
+
+        def then_write(real: Any = real) -> Any:
+            found = real()
+            write()
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, then_write)
+            vectors.write_vectors(model, tmp_path / "films.parquet")
+        rows = pq.read_table(tmp_path / "films.parquet").to_pylist()
+        after = dict(zip(*_ids_and_vectors(model), strict=True))
+        assert before.keys() != after.keys()
+        found = {row["item_id"]: row["embedding"] for row in rows}
+        expected = after if name == "titles" else before
+        assert found.keys() == expected.keys()
+        for id_, vector in found.items():
+            np.testing.assert_array_equal(np.float32(vector), expected[id_])
+
+
+def _ids_and_vectors(model: Any) -> tuple[list[Any], np.ndarray]:
+    return model.candidate_ids(), model.candidate_embeddings()
 
 
 def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

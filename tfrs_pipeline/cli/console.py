@@ -86,7 +86,8 @@ class Shown(Progress):
         if not self._console.is_terminal:
             if note or (total and time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
                 self._said = time.monotonic()
-                say(self._console, f"    {name} {done:,}/{total:,}{f': {note}' if note else ''}")
+                count = f" {done:,}/{total:,}" if total else ""
+                say(self._console, f"    {name}{count}{f': {note}' if note else ''}")
             return
         bar, (task,) = self._bar, self._bar.tasks
         if task.description != name:  # A task cannot lose its total or restart its clock.
@@ -149,12 +150,13 @@ def native_errors_to(path: Path) -> Iterator[None]:
 
 def print_result(console: Console, config: "RunConfig", result: "RunResult") -> None:
     """Prints the metrics of a run, its files and the next command."""
-    from tfrs_pipeline.evaluation.results import explained, format_table, other_prefix, with_other
+    from tfrs_pipeline.evaluation.results import explained, format_table, other_columns, with_other
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
-    columns = [f"ndcg@{longest}", f"{other_prefix(result.metrics)}/ndcg@{longest}"]
+    columns = [f"ndcg@{longest}", *other_columns(result.metrics, f"ndcg@{longest}")]
     columns += [f"recall@{longest}", f"even_recall@{longest}", f"recall@{shortest}"]
-    columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
+    columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
+    columns += [f"average_popularity@{shortest}", f"mrr@{shortest}"]
     # Columns that do not fit are left out, since a wrapped table is unreadable.
     width = console.width if console.is_terminal else None
     columns = list(dict.fromkeys(columns))

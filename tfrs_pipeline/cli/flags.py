@@ -39,7 +39,7 @@ class UsageError(ValueError):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage, which may be long."""
-        raise UsageError(message)
+        raise UsageError(message.replace("ignored explicit argument", "takes no value; got"))
 
 
 class _Values(argparse.Action):
@@ -106,7 +106,9 @@ class CommandLine:
                 f"no command; known: {', '.join(self.commands)} (see {self.program} --help)"
             )
         if unknown and not unknown[0].startswith("-"):
-            raise UsageError(f"unexpected {unknown[0]!r}; see {self.program} {command} --help")
+            where = f"after {arguments[arguments.index(unknown[0]) - 1]!r}"
+            help_ = f"see {self.program} {command} --help"
+            raise UsageError(f"unexpected {unknown[0]!r} {where}; {help_}")
         if unknown:
             flag = unknown[0].partition("=")[0]
             if flag in self._flags[command]:

@@ -264,7 +264,7 @@ def _request_notes(retriever: "LoadedRetriever", texts: Mapping[str, str]) -> It
     features, request = retriever.features["request"], retriever.parse_request(texts)
     for feature in features:
         text = texts.get(feature.name, "")
-        if text.strip() and feature.unknown([request[feature.name]]).any():
+        if text.strip() and feature.unknown(feature.to_raw([request[feature.name]])).any():
             yield f"{feature.name} {text!r} is unknown to the model: taken as missing."
     has_time = "timestamp" in request
     absent = (x for x in features if x.name not in request)

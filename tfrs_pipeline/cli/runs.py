@@ -34,13 +34,13 @@ from tfrs_pipeline.config import (
     with_settings,
 )
 from tfrs_pipeline.data.schema import check_exists
+from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import Progress, beside, printable
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import COMPARISON_FILE, CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import Runner, as_lines
 from tfrs_pipeline.serving.publish import NotPublished
 
-INTERRUPTED = 130
 # Settings within tables that the short help shows.
 BRIEF = (
     *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
@@ -120,6 +120,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
+    again = shlex.join([program(), command, "--run-dir", str(folder)])
     if this_worker().count > 1 and flags.run_dir is None:
         raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
     console = Console()
@@ -137,10 +138,14 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         if not folder.exists():
             say(console, "nothing was made: the run folder is removed")
         raise
+    except StorageError as error:
+        if not place.has_begun():  # Nothing is there to go on from.
+            raise
+        remedy = "Fix this and rerun the command; finished steps are kept:"
+        raise StorageError(f"{error} {remedy}  {again}") from error
     except KeyboardInterrupt:
-        again = shlex.join([program(), command, "--run-dir", str(folder)])
         say(console, f"\nstopped; go on with:  {again}")
-        return INTERRUPTED
+        raise
     if not is_run:
         print_comparison(console, result, folder)
         return 0

@@ -5,7 +5,7 @@ import shutil
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,8 @@ class Log:
         part_of: The whole log, if a split made this one.
         later_items: item_id of the items whose first event in any part of the split is later than
             the last event of this part. None in a whole log, and without timestamps.
+        items_read: When the tables began to be read. An export does not count earlier live writes
+            of its items.
 
     Example:
         >>> import pyarrow as pa
@@ -96,6 +98,7 @@ class Log:
     reading: Reading = field(default_factory=Reading)
     part_of: "Log | None" = None
     later_items: ibis.Table | None = None
+    items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
         check_names(self.request_features, self.user_features)
@@ -138,9 +141,10 @@ class Log:
         """
         features = schema.checked_kinds(item_features, user_features, request_features)
         reading = reading or Reading()
-        connection = connection or connect()
+        began, connection = datetime.now(UTC), connection or connect()
         tables, found = make_tables(connection, path, items, users, features, reading)
-        return cls(*tables, *features, **found, is_ordered=reading.is_ordered, reading=reading)
+        found |= {"is_ordered": reading.is_ordered, "reading": reading, "items_read": began}
+        return cls(*tables, *features, **found)
 
     @classmethod
     def from_table(
@@ -218,6 +222,7 @@ class Log:
         about["dropped"] = tuple(schema.Dropped(**dropped) for dropped in about["dropped"])
         about["notes"] = tuple(about["notes"])
         about["reading"] = Reading(**about["reading"])
+        about["items_read"] = datetime.fromisoformat(about["items_read"])
         connection = connection or connect()
         tables = {name: open_parquet(connection, folder / f"{name}.parquet") for name in _KEYS}
         return cls(**tables, **about)
@@ -246,6 +251,7 @@ class Log:
         about = {name: getattr(self, name) for name in kept}
         about["dropped"] = [dataclasses.asdict(dropped) for dropped in self.dropped]
         about["reading"] = self.reading.as_json()
+        about["items_read"] = self.items_read.isoformat()
         files = [file for name in _KEYS for file in part_files(folder / f"{name}.parquet")]
         write_record(record, about, files)
         shutil.rmtree(partial)

@@ -211,8 +211,9 @@ class Ease:
         num_candidates = len(train.items)
         if num_candidates > self.max_candidates:
             raise ValueError(
-                f"EASE needs {num_candidates**2 * 12 / 1e9:.0f} GB of memory for {num_candidates} "
-                f"candidates; max_candidates is {self.max_candidates}. Use Ials, or raise it."
+                f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take "
+                f"{num_candidates**2 * 12 / 1e9:.0f} GB of memory, and max_candidates is "
+                f"{self.max_candidates:,}. Use Ials, or raise it."
             )
         weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return _by_product(train, lambda histories: histories @ weights)
@@ -316,9 +317,11 @@ def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarra
         gram[:, block] = (columns.T @ columns[:, block]).toarray()
     gram[np.diag_indices_from(gram)] += l2
     # Cholesky in place takes a third of the work of a general inverse, and no copies. It fills only
-    # the lower triangle, which is the upper one of the transpose.
-    factor, factor_failed = lapack.dpotrf(gram, lower=True, clean=False, overwrite_a=True)
-    precision, inverse_failed = lapack.dpotri(factor, lower=True, overwrite_c=True)
+    # the lower triangle, which is the upper one of the transpose. One thread, because SciPy's
+    # OpenBLAS (0.3.30) with more crashes from about 16,000 rows on.
+    with threadpool_limits(1, "blas"):
+        factor, factor_failed = lapack.dpotrf(gram, lower=True, clean=False, overwrite_a=True)
+        precision, inverse_failed = lapack.dpotri(factor, lower=True, overwrite_c=True)
     if factor_failed or inverse_failed:
         raise ValueError(f"EASE's matrix is not positive definite with l2={l2}: use a larger l2.")
     weights = precision.T.astype(np.float32)

@@ -7,6 +7,8 @@ import numpy as np
 
 # Random draws in memory at a time: 64 MB as float64.
 _DRAWS_PER_BLOCK = 1 << 23
+# A difference below this is one of rounding.
+_MOST_DIGITS = 9
 
 
 class Outcome(Enum):
@@ -31,7 +33,25 @@ class Interval:
     @property
     def outcome(self) -> Outcome:
         """Reads the interval as one of a difference: level if it includes 0, or is missing."""
-        return Outcome.BETTER if self.low > 0 else Outcome.WORSE if self.high < 0 else Outcome.LEVEL
+        low, high = round(self.low, _MOST_DIGITS), round(self.high, _MOST_DIGITS)
+        return Outcome.BETTER if low > 0 else Outcome.WORSE if high < 0 else Outcome.LEVEL
+
+    def written(self, sign: str = "") -> str:
+        """Writes the mean and, in brackets, the interval, so that its reader sees the outcome.
+
+        The numbers have four digits, or so many that no end looks like 0 without being 0.
+
+        Example:
+            >>> Interval(0.0028, 0.00002, 0.0053).written("+")
+            '+0.00280 [+0.00002, +0.00530]'
+        """
+        digits = 4
+        while digits < _MOST_DIGITS and any(
+            x and not round(x, digits) for x in (self.low, self.high)
+        ):
+            digits += 1
+        mean, low, high = (f"{x:{sign}.{digits}f}" for x in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
 
     def as_dict(self) -> dict[str, float | None]:
         """Returns the numbers for JSON, with None for NaN."""

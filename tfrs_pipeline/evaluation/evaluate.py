@@ -62,9 +62,11 @@ def evaluate(
         >>> train, _, test = Log.from_table(clicks).split("last_n", min_positives=3)
         >>> models = {"popular": MostPopular().fit(train), "ease": Ease(l2=1.0).fit(train)}
         >>> print(evaluate(models, test, cutoffs=(1,), num_bootstrap=0))
-        model    ndcg@1  from popular  recall@1  tail/recall@1  coverage@1
-        popular  1.0000                  1.0000         1.0000      0.2500
-        ease     1.0000       +0.0000    1.0000         1.0000      0.2500
+        model    ndcg@1  from popular  recall@1  tail/recall@1  coverage@1  average_popularity@1
+        popular  1.0000                  1.0000         1.0000      0.2500                0.0000
+        ease     1.0000       +0.0000    1.0000         1.0000      0.2500                0.0000
+        average_popularity: mean training positives of the items that are retrieved; those of the \
+items to find are 0.0
         2 of 2 items to find have no positive in training
     """
     named, cutoffs = _named(retrievers), _checked_cutoffs(cutoffs)
@@ -318,6 +320,7 @@ def _measure(
         num_relevant_unknown=num_unknown,
         num_relevant_unclicked=num_unknown + int((counts[truth.relevant[1] - 1] == 0).sum()),
         num_empty_histories=sum(not len(query.get("history", ())) for query in truth.queries),
+        relevant_popularity=float(counts[truth.relevant[1] - 1].sum() / truth.num_relevant.sum()),
         num_sampled_from=truth.holdout.num_sampled_from,
         num_even=num_even,
     )

@@ -119,27 +119,27 @@ def even_metrics(
 ) -> tuple[dict[str, np.ndarray], int | None]:
     """Computes the weighted metrics of each query, and how many items to find they rest on.
 
-    The number is Kish's: (sum of v)^2 / sum of v^2, where v(u, i) = w(i) / W(u). If users have
-    several queries, each value is multiplied by its query's share of W(u) and by queries / users,
-    so that the mean over queries is the mean over users. Values are NaN for a query without an item
-    of the corpus.
+    The number is Kish's: (sum of v)^2 / sum of v^2, where v(u, i) = w(i) / W(u). A user has one
+    value, however many queries: it stands at the first of them with an item of the corpus to find,
+    and all others have NaN. So means over queries, and those of a bootstrap, are means over users.
 
     `rows`, [num_queries, max_k], are the candidates found, and `is_hit` says which are relevant;
     `relevant` has query numbers, ascending, and candidates; `exposure` is p, up to a factor.
     Nothing is computed if it is None, or users have fewer than 1.5 items to find on average.
     """
     queries, wanted = relevant
+    measured = np.unique(queries)  # Ascending, as are the numbers of users below.
     users = np.unique(user_ids, return_inverse=True)[1]
-    num_users = len(np.unique(users[queries]))
+    by = users[measured]
+    is_user, first = np.unique(by, return_index=True)
+    num_users = len(is_user)
     if exposure is None or len(wanted) < max(1, _MIN_ITEMS_PER_USER * num_users):
         return {}, None
     weights = np.append(0.0, item_weights(exposure, wanted - 1))
     of_query = np.bincount(queries, weights[wanted], len(rows))
-    of_user = np.bincount(users, of_query)[users]
-    v = weights[wanted] / of_user[queries]
-    is_measured = of_query > 0
-    share = np.divide(of_query, of_user, out=np.full(len(rows), np.nan), where=is_measured)
-    share *= np.count_nonzero(is_measured) / num_users
+    of_user = np.bincount(users, of_query)
+    v = weights[wanted] / of_user[users[queries]]
+    share = of_query[measured] / of_user[by]  # A query's part of W(u).
     gains = np.where(is_hit, weights[rows], 0.0)
     discounts = 1.0 / np.log2(np.arange(2, max(cutoffs) + 2))
     order = np.lexsort([-weights[wanted], queries])
@@ -154,5 +154,7 @@ def even_metrics(
             ("recall", top.sum(axis=1), of_query),
             ("ndcg", top @ discounts[:k], of_ideal),
         ):
-            values[f"even_{name}@{k}"] = share * found / np.where(is_measured, best, np.nan)
+            of_users = np.bincount(by, share * found[measured] / best[measured])
+            values[f"even_{name}@{k}"] = column = np.full(len(rows), np.nan)
+            column[measured[first]] = of_users[is_user]
     return values, round(num_users**2 / np.sum(v**2))

@@ -18,7 +18,8 @@ class SliceResult:
 
     Attributes:
         per_query: Metric name, such as "ndcg@100", -> [num_queries] float64; NaN if a query has
-            nothing relevant in this part.
+            nothing relevant in this part. An "even_" metric has one value per user, at the first
+            of the user's queries, and NaN at the others.
         intervals: The same names -> mean and interval over the queries.
         set_metrics: "coverage@20", "average_popularity@20" and "gini@20" of all lists together.
         num_candidates: Size of this part.
@@ -66,6 +67,8 @@ class EvaluationResult:
         num_relevant_unclicked: Relevant items without a training count, unknown ones included. Both
             stay in the denominator.
         num_empty_histories: Measured queries whose history is empty.
+        relevant_popularity: Mean training positives of the relevant items, to compare a model's
+            "average_popularity@k" with; an item outside the corpus has none.
         num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
         num_even: Relevant items that the metrics "even_recall@k" and "even_ndcg@k" rest on, as if
             they had equal weights; None without these. See `tfrs_pipeline.evaluation.metrics`.
@@ -81,6 +84,7 @@ class EvaluationResult:
     num_relevant_unknown: int
     num_relevant_unclicked: int
     num_empty_histories: int
+    relevant_popularity: float
     num_sampled_from: int | None = None
     num_even: int | None = None
 
@@ -133,7 +137,7 @@ class EvaluationResult:
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers for JSON, slices under "slices"; NaN becomes None."""
-        names = [field.name for field in fields(self) if field.name.startswith("num_")]
+        names = [x.name for x in fields(self) if x.name.startswith(("num_", "relevant_"))]
         return {
             **self.overall.summary(),
             **{name: getattr(self, name) for name in names},
@@ -208,10 +212,26 @@ class Evaluation:
         columns = [f"ndcg@{longest}", f"recall@{shortest}", f"recall@{longest}"]
         columns += [f"even_recall@{longest}"] if self.first.num_even is not None else []
         columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
+        columns += [f"average_popularity@{shortest}"]
         summary = self.summary()
         gaps = {x: {columns[0]: of[columns[0]]} for x, of in summary["differences"].items()}
         table = format_table(summary["models"], list(dict.fromkeys(columns)), gaps)
-        return "\n".join([table, *self.first.describe()])
+        beside = _about_popularity(self.first.relevant_popularity)
+        return "\n".join([table, beside, *self.first.describe()])
+
+
+def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Joins evaluations of different retrievers on the same queries; the first stays the first."""
+    first = evaluations[0]
+    results = {name: result for each in evaluations for name, result in each.results.items()}
+    others = [each.other for each in evaluations if isinstance(each.other, Evaluation)]
+    return replace(first, results=results, other=joined(others) if others else first.other)
+
+
+def other_prefix(metrics: Mapping[str, Any]) -> str:
+    """Returns the prefix of columns by a run's other question, such as "by_user"; "" if none."""
+    asked_by: AskedBy | None = metrics.get("other", {}).get("asked_by")
+    return "" if asked_by is None else ASKED[asked_by].replace(" ", "_")
 
 
 def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -244,14 +264,8 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
         slices = {x: average([y.slices[x] for y in every], users) for x in result.slices}
         ties = {x: average([y.ties[x] for y in every], users) for x in result.ties}
         results[name] = replace(result, overall=overall, slices=slices, ties=ties)
-    others = [x.other for x in evaluations if isinstance(x.other, Evaluation)]
+    others = [each.other for each in evaluations if isinstance(each.other, Evaluation)]
     return replace(first, results=results, other=averaged(others) if others else first.other)
-
-
-def other_prefix(metrics: Mapping[str, Any]) -> str:
-    """Returns the prefix of columns by a run's other question, such as "by_user"; "" if none."""
-    asked_by: AskedBy | None = metrics.get("other", {}).get("asked_by")
-    return "" if asked_by is None else ASKED[asked_by].replace(" ", "_")
 
 
 def format_table(
@@ -269,7 +283,7 @@ def format_table(
     Columns that no model has are left out. So are the last columns, but never the first, if they do
     not fit in `width` characters.
     """
-    columns = [x for x in columns if any(_find(of, x) is not None for of in models.values())]
+    columns = [x for x in columns if any(find_metric(of, x) is not None for of in models.values())]
     differences = differences or {}
     compared = {metric for of_model in differences.values() for metric in of_model}
     reference = next((name for name in models if name not in differences), "")
@@ -277,7 +291,7 @@ def format_table(
     for column in columns:
         lines[0].append(column)
         for line, summary in zip(lines[1:], models.values(), strict=True):
-            line.append(_cell(_find(summary, column)))
+            line.append(_cell(find_metric(summary, column)))
         if column in compared:
             lines[0].append(f"from {reference}")
             for line in lines[1:]:
@@ -310,6 +324,12 @@ QUESTIONS: Mapping[AskedBy, str] = {
 """What each question asks of a model, for a person."""
 
 
+def other_columns(metrics: Mapping[str, Any], metric: str) -> list[str]:
+    """Returns the column of a metric by a run's other question, if it was asked."""
+    prefix = other_prefix(metrics)
+    return [f"{prefix}/{metric}"] if prefix else []
+
+
 def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
     """Explains the columns of a table of models, in lines."""
     other, prefix = metrics.get("other", {}), other_prefix(metrics)
@@ -324,6 +344,17 @@ def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield "even_: as if the log had shown every item equally often"
     if "tail/" in table:
         yield "tail: the least popular items, which together have a fifth of the training clicks"
+    if "average_popularity" in table:
+        yield _about_popularity(next(iter(metrics["models"].values()))["relevant_popularity"])
+    for name, why in metrics.get("left_out", {}).items():
+        yield f"{name} is left out: {why}"
+
+
+def _about_popularity(relevant: float) -> str:
+    return (
+        "average_popularity: mean training positives of the items that are retrieved; those of the "
+        f"items to find are {relevant:.1f}"
+    )
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:
@@ -341,7 +372,8 @@ def format_markdown_cells(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([header, "|---|" + "---:|" * (len(lines[0]) - 1), *rest])
 
 
-def _find(summary: Mapping[str, Any], column: str) -> Any:
+def find_metric(summary: Mapping[str, Any], column: str) -> Any:
+    """Returns a column of a model's summary, such as "tail/recall@20"; None if there is none."""
     slice_name, _, metric = column.rpartition("/")
     part = summary.get("slices", {}).get(slice_name, {}) if slice_name else summary
     return part.get(metric)
@@ -365,4 +397,4 @@ def _difference(value: Mapping[str, Any] | None) -> str:
         return ""
     if value["low"] is None:
         return f"{value['mean']:+.4f}"
-    return f"{value['mean']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]"
+    return Interval(**value).written("+")

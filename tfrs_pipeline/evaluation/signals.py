@@ -38,9 +38,9 @@ class Signal:
     meaning: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Signals:
-    """What a log rewards: signals by name. Prints as a table."""
+    """What a log rewards: signals by name. Prints as a table, and shows as one in a notebook."""
 
     signals: tuple[Signal, ...]
 
@@ -63,7 +63,7 @@ class Signals:
                 "if a user's own items may come again, set it to none (docs/guides/seen.md)"
             )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         numbers = [(x.name, _written(x.value), _written(x.beside)) for x in self]
         table = format_cells([("signal", "value", "beside"), *numbers]).splitlines()
         meanings = ["meaning", *(x.meaning for x in self)]

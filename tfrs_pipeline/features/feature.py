@@ -127,12 +127,16 @@ class Feature(ABC):
         blocks = [self.encode(self.to_raw(block)).numpy() for block in in_blocks(column)]
         return np.concatenate(blocks)
 
-    def unknown(self, column: Column) -> np.ndarray:
-        """Marks values that training did not know, which count as missing: [n] bool."""
-        is_given = np.array([value not in (None, "", []) for value in column], bool)
-        if self.num_codes is None or not is_given.any():
-            return np.zeros(len(column), bool)
-        return is_given & ~self.encode_column(column).reshape(len(column), -1).any(axis=1)
+    def unknown(self, raw: np.ndarray) -> np.ndarray:
+        """Marks rows of `to_raw` whose values training did not know, which count as missing.
+
+        Returns [n] bool; a row without a value is not marked.
+        """
+        if self.num_codes is None or self.raw_dtype != "string":
+            return np.zeros(len(raw), bool)
+        codes = self.encode(raw).numpy()
+        is_given, is_known = (x.any(axis=tuple(range(1, x.ndim))) for x in (raw != "", codes))
+        return is_given & ~is_known
 
     @property
     def graph_resource(self) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +50,8 @@ class Exportable:
         reading: How the item table was read (see `Log`).
         has_item_bias: Whether the last entry of a candidate's embedding is a bias and that of a
             query's is 1. To find similar items, an item's last entry is set to 1 too.
+        items_read: When the items began to be read, with a time zone: earlier live writes of them
+            do not count. The default is now.
 
     Raises:
         ValueError: If `histories`, `known_positives` or `history_times` have another length, the
@@ -70,6 +73,7 @@ class Exportable:
     candidate_features: Sequence[Feature] = ()
     reading: Reading = field(default_factory=Reading)
     has_item_bias: bool = False
+    items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
         for name in ("query_ids", "histories", "known_positives"):

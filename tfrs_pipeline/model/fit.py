@@ -301,14 +301,14 @@ def describe_data(
 
 
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:
-    """Describes the last epoch: loss, validation, the best so far, time left for all epochs."""
+    """Describes the last epoch: loss, validation, the best so far, time left to the last."""
     parts = [f"loss {so_far.history['loss'][-1]:.3f}"]
     if values := so_far.history.get(f"val_{monitor}"):
         parts.append(f"validation {monitor} {values[-1]:.4f}")
         parts.append(f"best {max(values):.4f} (epoch {so_far.best_epoch})")
     if num_left := max_epochs - so_far.num_epochs:
         seconds = round(so_far.seconds / so_far.num_epochs * num_left)
-        parts.append(f"{timedelta(seconds=seconds)} left")
+        parts.append(f"{timedelta(seconds=seconds)} left to epoch {max_epochs}")
     if so_far.num_epochs == so_far.resumed_after + 1 > 1:
         parts.append(f"resumed after epoch {so_far.resumed_after}")
     return ", ".join(parts)

@@ -148,5 +148,6 @@ class FittedTwoTower:
             request_features=corpus.request_features,
             candidate_features=corpus.candidate_features,
             reading=log.reading,
+            items_read=log.items_read,
             has_item_bias=self.settings.candidate_bias and isinstance(towers[1], Tower),
         )

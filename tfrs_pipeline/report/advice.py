@@ -34,7 +34,8 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     num_positives = metrics["split"]["train"]["num_positives"]
     training = metrics["training"][first]
     values = training["history"].get(f"val_{config.training.monitor}", [])
-    yield from _stopped(training["best_epoch"], len(values), num_positives, config)
+    if config.warm_start is None:  # A warm start has few epochs on purpose.
+        yield from _stopped(training["best_epoch"], len(values), num_positives, config)
     if measures:  # Then the other numbers answer another question.
         return
     if _is_better("two_tower_uncorrected", metrics, metric):

@@ -96,7 +96,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     gain, where = best.gain, "above" if best.gain.mean > 0 else "below"
     # As positive numbers if the outcome is clear.
     low, high = (gain.low, gain.high) if gain.mean > 0 else (0.0 - gain.high, 0.0 - gain.low)
-    gap = f"{abs(gain.mean):.4f} [{low:.4f}, {high:.4f}]"
+    gap = Interval(abs(gain.mean), low, high).written()
     rival = f"the best baseline, {best.name}"
     about_best = {
         Outcome.BETTER: f"it beats {rival}, by {gap}",

@@ -18,7 +18,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.evaluation.results import Evaluation
+from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import (
     SILENT,
     Progress,
@@ -193,10 +193,11 @@ def _measured(
     """Trains and measures each plan with each seed: all plans with the first one, and so on."""
     by_seed, trainings = {}, {name: dict[int, TrainingResult]() for name in names}
     for seed in seeds:
-        found = {}
+        found = []
         for name, by_plan in trainings.items():
-            found[name], by_plan[seed] = one(name, seed)
-        by_seed[seed] = _joined(found)
+            evaluation, by_plan[seed] = one(name, seed)
+            found.append(evaluation)
+        by_seed[seed] = joined(found)
     return by_seed, trainings
 
 
@@ -223,16 +224,6 @@ def _make_plans(
 
 def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
     return with_settings(config, {**plan, "training.max_epochs": _max_epochs(config, data)})
-
-
-def _joined(of_plans: Mapping[str, Evaluation]) -> Evaluation:
-    """Joins the evaluations of the plans, whose queries are the same."""
-    first = next(iter(of_plans.values()))
-    results = {name: x.first for name, x in of_plans.items()}
-    asked = {name: x.other for name, x in of_plans.items() if isinstance(x.other, Evaluation)}
-    return dataclasses.replace(
-        first, results=results, other=_joined(asked) if asked else first.other
-    )
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:

@@ -18,7 +18,7 @@ from tfrs_pipeline.evaluation.results import (
     averaged,
     explained,
     format_table,
-    other_prefix,
+    other_columns,
     with_other,
 )
 from tfrs_pipeline.model.fit import TrainingResult
@@ -108,15 +108,8 @@ class Comparison:
             name: {x: of_plan[x] for x in metrics[: width and 1] if x in of_plan}
             for name, of_plan in summary["differences"].items()
         }
-        columns = [
-            ndcg,
-            error,
-            f"{other_prefix(summary)}/{ndcg}",
-            others[0],
-            f"tail/{others[1]}",
-            others[1],
-        ]
-        columns += [f"{x}@{cutoffs[0]}" for x in ("coverage", "average_popularity")]
+        columns = [ndcg, error, *other_columns(summary, ndcg), others[0], f"tail/{others[1]}"]
+        columns += [others[1], *(f"{x}@{cutoffs[0]}" for x in ("coverage", "average_popularity"))]
         columns += ["epochs", "seconds"]
         return format_table(plans, columns, differences, markdown=markdown, width=width)
 

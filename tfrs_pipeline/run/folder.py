@@ -38,7 +38,8 @@ class RunFolder:
     `config_file` has the settings with their hash, `metrics_file` is the record of a finished run.
     `samples` has a folder each for "selection" and "final", `checkpoints` one for each model.
     `race` has the curves of a race, and its trainings until it is decided; `race_file` is the
-    record of a decided one, with the settings that were asked for.
+    record of a decided one, with the settings that were asked for. `left_out_file` records the
+    baselines that failed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +47,7 @@ class RunFolder:
         self.config_file, self.metrics_file = path / CONFIG_FILE, path / METRICS_FILE
         self.data, self.split = path / "data", path / "data" / "split.parquet"
         self.race, self.race_file = path / "race", path / "race" / "race.json"
+        self.left_out_file = path / "left_out.json"
         self.samples, self.checkpoints = path / "samples", path / "checkpoints"
 
     def holds_run(self) -> bool:
@@ -277,8 +279,9 @@ def with_source(
     """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
 
     If the names of the `given` settings are known, other settings of the model, its training and
-    the baselines come from the source, such as those of a recipe that won there. A started run
-    keeps its own.
+    the baselines come from the source, such as those of a recipe that won there. If the source
+    began from random weights, `training.max_epochs` becomes a fifth of the epochs that it needed,
+    2 or more: a warm start needs no more (docs/guides/daily.md). A started run keeps its own.
     """
     if config.warm_start is None:
         return config
@@ -287,6 +290,9 @@ def with_source(
         theirs = folder.settings() if folder.has_begun() else settings_of_finished(source)
         tables = {"model": theirs.model, "training": theirs.training}
         every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
+        if theirs.warm_start is None:  # Else that run's number is already a fifth.
+            best = RunFolder(source).results()["training"]["two_tower"]["best_epoch"]
+            every["training.max_epochs"] = max(2, -(-best // 5))
         # An uncorrected model that the source did not train would begin from random weights.
         every["evaluation.baselines"] = theirs.evaluation.baselines
         kept = tuple(f"{name}." for name in given)

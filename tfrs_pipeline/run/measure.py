@@ -1,8 +1,11 @@
-"""Measures the models of a run, the baselines that it fits, and the version in service."""
+"""Fits baselines, and measures the models of a run beside them and the version in service.
+
+TensorFlow is imported for the version in service alone.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -11,14 +14,15 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.evaluation.results import Evaluation
+from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.steps import Runner
-from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.model.fitted import FittedTwoTower
 
 Baseline: TypeAlias = MostPopular | Repeats | Transitions | Ease | Ials
 
@@ -30,26 +34,32 @@ OnProgress: TypeAlias = Callable[..., None]
 _LATEST = (1.0, 0.2, 0.05, 0.01)
 
 
-def fit_baselines(
-    config: RunConfig,
-    data: RunData,
-    on_progress: OnProgress = lambda *task: None,
-    *,
-    grids: Mapping[str, Sequence[Baseline]] | None = None,
-) -> tuple[dict[str, Retriever], list[str]]:
-    """Fits the baselines of a config, and notes what was chosen and what was skipped.
-
-    `grids` are lists of baselines by name, to choose from on validation in place of the usual one.
-    """
+def baselines_of(config: RunConfig, data: RunData) -> dict[str, list[Baseline]]:
+    """Returns the baselines of a config by name, each in the forms to choose from on validation."""
     latest = _LATEST if data.split.kind == "time" else (1.0,)
-    choices: dict[str, Sequence[Baseline]] = {
+    found: dict[str, list[Baseline]] = {
         "popularity": [MostPopular(latest=share) for share in latest],
         "repeats": [Repeats()],
         "transitions": [Transitions()],
         "ease": [Ease()],
         "ials": [Ials(seed=config.seed)],
-        **(grids or {}),
     }
+    # "uncorrected" is trained like the model; "repeats" would have nothing left to find.
+    unused = {"uncorrected", *(["repeats"] if config.evaluation.exclude != "none" else [])}
+    return {name: found[name] for name in config.evaluation.baselines if name not in unused}
+
+
+class MeasuredBaselines(NamedTuple):
+    """The evaluations of baselines, one each, and why others are left out, by name."""
+
+    evaluations: Sequence[Evaluation]
+    left_out: Mapping[str, str]
+
+
+def fit_best(
+    name: str, forms: Sequence[Baseline], config: RunConfig, data: RunData
+) -> tuple[Retriever, list[str]]:
+    """Fits the form of a baseline that is best on validation; notes which, if there are several."""
 
     def score(baseline: Baseline) -> float:
         # The same number of users as for the model's epoch.
@@ -59,29 +69,11 @@ def fit_baselines(
         found = evaluate(fitted, validation, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
         return found.first.overall.intervals[config.training.monitor].mean
 
-    final, num_items = final_part(config, data.split), len(data.test.candidate_ids)
-    found: dict[str, Retriever] = {}
-    notes = []
-    for name in config.evaluation.baselines:
-        # "uncorrected" is trained like the model; "repeats" would have nothing left to find.
-        if name == "uncorrected" or (name == "repeats" and config.evaluation.exclude != "none"):
-            continue
-        if name == "ease" and num_items > Ease.max_candidates:
-            notes.append(
-                f"ease: skipped, because it inverts an item-by-item matrix and {num_items:,} items "
-                f"are more than {Ease.max_candidates:,}"
-            )
-            continue
-        if name == "transitions" and data.split.log.order == "none":
-            notes.append("transitions: skipped, because the log has no order")
-            continue
-        best = choices[name][0]
-        if len(choices[name]) > 1:
-            on_progress(f"{name}, choosing on validation", 0, 0)
-            best = max(choices[name], key=score)
-            notes.append(f"{name}: {best!r}, best of {len(choices[name])} on validation")
-        found[name] = best.fit(final)
-    return found, notes
+    best, notes = forms[0], []
+    if len(forms) > 1:
+        best = max(forms, key=score)
+        notes.append(f"{name}: {best!r}, best of {len(forms)} on validation")
+    return best.fit(final_part(config, data.split)), notes
 
 
 NUM_EXAMPLES = 4
@@ -93,12 +85,14 @@ def measure(
     folder: RunFolder,
     runner: Runner,
     data: RunData,
-    baselines: Mapping[str, Retriever],
-    *models: FittedTwoTower,
+    baselines: MeasuredBaselines,
+    *models: "FittedTwoTower",
 ) -> Evaluation:
-    """Evaluates a run's models and baselines and, if it is compared, the version in service."""
-    measured: dict[str, Retriever] = {model.network.name: model for model in models}
-    measured |= baselines
+    """Evaluates a run's models and, if it is compared, the version in service, beside baselines."""
+    from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
+
+    own: dict[str, Retriever] = {model.network.name: model for model in models}
+    measured = [evaluate_all(config, own, data, runner.progress.task), *baselines.evaluations]
     if is_compared(config, folder):
         log = data.split.log
         in_service = version_in_service(
@@ -109,8 +103,9 @@ def measure(
             without=own_version(config, folder.path),
         )
         if in_service is not None:
-            measured[IN_SERVICE] = in_service
-    evaluation = evaluate_all(config, measured, data, runner.progress.task)
+            compared = {IN_SERVICE: in_service}
+            measured.append(evaluate_all(config, compared, data, runner.progress.task))
+    evaluation = joined(measured)
     lines = []
     for asked in (evaluation, evaluation.other):
         if isinstance(asked, Evaluation):
@@ -124,6 +119,8 @@ def measure(
 
 def is_compared(config: RunConfig, folder: RunFolder) -> bool:
     """Returns whether to measure the version in service: if the gate is on, or was before."""
+    from tfrs_pipeline.serving.gate import IN_SERVICE
+
     metrics = folder.metrics()
     return config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
 

@@ -25,7 +25,7 @@ from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import (
     RunFolder,
@@ -34,9 +34,9 @@ from tfrs_pipeline.run.folder import (
     own_version,
     trained_by,
 )
-from tfrs_pipeline.run.measure import examples_of, fit_baselines, is_compared, measure
+from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, is_compared, measure
 from tfrs_pipeline.run.race import race_step, settle
-from tfrs_pipeline.run.refresh import describe_undone
+from tfrs_pipeline.run.refresh import WRITING, describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import training_step, variants
 from tfrs_pipeline.serving.export import (
@@ -78,21 +78,20 @@ def run_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     After a race, the model steps are those of the winner's settings.
     """
     return [
-        *data_steps(config, folder),
-        _signals_step(config),
+        *_first_steps(config, folder),
         *([race_step(config, folder)] if config.recipes else []),
         *_model_steps(config, folder),
         *_closing_steps(config, folder),
     ]
 
 
-def _signals_step(config: RunConfig) -> Step:
+def _first_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     def measure_signals(runner: Runner, split: Split[Log]) -> Signals:
         found = signals(split.train, seed=config.seed)
         runner.note(*str(found).splitlines(), *found.excluded_repeats(config.evaluation.exclude))
         return found
 
-    return Step("signals", ("split",), "signals", measure_signals)
+    return [*data_steps(config, folder), Step("signals", ("split",), "signals", measure_signals)]
 
 
 def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
@@ -101,11 +100,10 @@ def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
 
 
 def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
-    def fit(runner: Runner, data: RunData) -> dict[str, Retriever]:
-        baselines, notes = fit_baselines(config, data, runner.progress.task)
+    def fit(runner: Runner, data: RunData) -> MeasuredBaselines:
+        baselines = measure_baselines(config, folder, runner, data)
         left_out = [x for x in ("ease", "ials") if x not in config.evaluation.baselines]
-        why = [f"{x}: left out by the preset or by evaluation.baselines" for x in left_out]
-        runner.note(*notes, *why)
+        runner.note(*(f"{x}: left out by the preset or by evaluation.baselines" for x in left_out))
         return baselines
 
     measure_all, export, read = (
@@ -144,7 +142,7 @@ def run(
     with place.claim(config, is_run=True):
         if (finished := chief_first(lambda: _read_result(config, place, runner))) is not None:
             return finished
-        first = [*data_steps(config, place), *([_signals_step(config)] if is_chief else [])]
+        first = _first_steps(config, place) if is_chief else data_steps(config, place)
         chief_first(lambda: runner.run(runner.remaining(first)))
         if config.recipes:
             config = settle(config, place, runner.run([race_step(config, place)]))
@@ -161,7 +159,7 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
     # The version that the model is compared with must stay in service until the export.
     is_held = is_compared(config, folder)
     with publishing(config.model_folder) if is_held else nullcontext():
-        exported = runner.run(steps)
+        runner.run(steps)
     made, data = runner.artifacts, runner.artifacts["samples"]
     metrics = {
         "dataset": config.model_name,
@@ -187,7 +185,8 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
             **{library: importlib.metadata.version(library) for library in LIBRARIES},
         },
         **({} if (race := read_whole(folder.race_file)) is None else {"race": race["race"]}),
-        **exported,
+        **made["version"],
+        "left_out": made["baselines"].left_out,
         "signals": made["signals"].as_dict(),
         "notes": {report.name: report.notes for report in runner.reports},
         "seconds": {report.name: report.seconds for report in runner.reports},
@@ -259,12 +258,11 @@ def _export_best(
         refusal = str(error)
         runner.note(f"not exported: {refusal.partition('. ')[0]}")
         return {**_NOT_EXPORTED, "refusal": refusal}
-    # All items were read after the older file. A resumed run may have rewritten its settings.
-    files = folder.config_file, folder.data / "log.json"
-    began = datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
-    if (undone := describe_undone(config.model_folder, began, listed)) is not None:
+    read = data.split.log.items_read
+    if (undone := describe_undone(config.model_folder, read, listed)) is not None:
         runner.note(undone)
     search = search_of(export.index, export.target_recall)
+    runner.progress.task("export", 0, 0, WRITING)
     tables = [x for table in sorted(folder.data.glob("*.parquet")) for x in part_files(table)]
     version, manifest = export_version(
         model,
@@ -282,7 +280,6 @@ def _export_best(
             "training": trained_by(folder.path),
             "counts": data.final.report,
             "metrics": measured.summary()["models"]["two_tower"],
-            "items_read": began.isoformat(),
         },
     )
     if config.evaluation.exclude == "none" and export.user_data:
@@ -307,7 +304,8 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
     baselines = [x for x in evaluation.results if x not in (*variants(config), IN_SERVICE)]
-    kept = f"{models} stays as it is. The trained run is kept: --run-dir {folder.path} with"
+    stays = f"{models} stays as it is. " if versions_of(models) else ""
+    kept = f"{stays}The trained run is kept: --run-dir {folder.path} with"
     try:
         refuse_beaten(evaluation, monitor, baselines)
     except NotPublished as error:

@@ -133,7 +133,7 @@ def race(
             if it is a terminal.
 
     Raises:
-        ConfigError: If a name or setting is unknown.
+        ConfigError: If a name or setting is unknown, or no recipe is named.
         ValueError: If no recipe can train, or there is no positive (`DataError`).
 
     Example:
@@ -143,6 +143,8 @@ def race(
             model, race = tp.race(train, validation)
             print(race)
     """
+    if not recipes:
+        refuse([("recipes", f"got none; name one or more of {', '.join(RECIPES)}")])
     asked = {"recipes": recipes, "fixed": tuple(settings or ()), "budget": budget}
     base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
@@ -208,24 +210,25 @@ def trainable_recipes(
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:
     """Returns the settings of each recipe that can train, and why the others are not begun.
 
-    Raises the error of the last recipe if none can.
+    Raises the error of the first recipe if none can: the others may fail by their own settings.
     """
     found: dict[str, RunConfig] = {}
-    not_begun: dict[str, str] = {}
+    not_begun, refused = dict[str, str](), list[ValueError]()
     for name in config.recipes:
         try:
             each = planned(config, name)
             check_log(each, log)
             check_trainable(parts, each)
         except ValueError as error:
-            not_begun[name], refused = str(error), error
+            not_begun[name] = str(error)
+            refused.append(error)
             continue
         if same := [other for other, config in found.items() if config == each]:
             not_begun[name] = f"your settings make it equal to {same[0]}"
         else:
             found[name] = each
     if not found:
-        raise refused
+        raise refused[0]
     return found, not_begun
 
 
@@ -300,11 +303,10 @@ class _Trainings:
             ends = so_far.num_waited >= config.training.patience
             if coming is None or ends or so_far.num_epochs == config.training.max_epochs:
                 return
-            now, then = self._next()
+            now, within = self._next()
             if now != name:
                 raise _Paused
-            if then != within:
-                within, task = then, self._describe(name, then)
+            task = self._describe(name, within)
 
         try:
             model = fit_once(
@@ -325,17 +327,19 @@ class _Trainings:
         return model
 
     def _describe(self, name: str, within: str) -> str:
-        """Describes a turn: its round, its recipe, who leads, and how long all may take."""
-        curves = tuple(self.curves.values())
-        first = winner(curves)
-        told = f"race, {within or 'the winner'}: {name}"
-        told += f" (leading: {first.name}, {first.best:.4f})" if first.values else ""
+        """Describes a turn: its round, how long all may still take, its recipe, and who leads."""
+        curves, budget = tuple(self.curves.values()), self.config.budget
         epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
-        if (left := most_left(curves if within else [first], epochs)) is not None:
-            if within and self.config.budget is not None:
-                left = min(left, self.config.budget - sum(curve.spent for curve in curves))
-            told += f", at most about {counted(math.ceil(left / 60), 'CPU minute')}"
-        return told
+        left, num_untimed = most_left(curves if within else [self.curves[name]], epochs)
+        if within and budget is not None:
+            unspent = budget - sum(curve.spent for curve in curves)
+            left, num_untimed = unspent if num_untimed else min(left, unspent), 0
+        bounds = [f"at most about {counted(math.ceil(left / 60), 'CPU minute')}"] if left else []
+        bounds += [f"{counted(num_untimed, 'recipe')} not timed yet"] if num_untimed else []
+        told = ", ".join([f"race, {within}" if within else "the winner trains on", *bounds])
+        first = winner(curves)
+        leading = f" (leading: {first.name}, {first.best:.4f})" if within and first.values else ""
+        return f"{told}: {name}{leading}"
 
     def _read(self) -> dict[str, Any]:
         record = read_whole(self.folder / CURVES_FILE)

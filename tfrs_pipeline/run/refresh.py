@@ -27,6 +27,9 @@ from tfrs_pipeline.serving.index import Search
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
 
+# Shown during an export, a run's too: it may take minutes.
+WRITING = "builds the index, writes it, and has a fresh process load it and answer"
+
 
 @dataclass(frozen=True)
 class Refreshed:
@@ -144,13 +147,11 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
     num_known, num_unknown, unknown = 0, 0, set[str]()
     for block in in_blocks(items[feature.name]):
         raw = feature.to_raw(block)
-        is_known = (feature.encode(raw).numpy().reshape(len(block), -1) > 0).any(axis=1)
-        is_given = raw.reshape(len(block), -1) != ""
-        is_unknown = is_given.any(axis=1) & ~is_known
-        num_known += int(is_known.sum())
+        is_unknown, is_given = feature.unknown(raw), raw != ""
         num_unknown += int(is_unknown.sum())
+        num_known += int((is_given.any(axis=tuple(range(1, raw.ndim))) & ~is_unknown).sum())
         if len(unknown) < 2:
-            unknown.update(raw.reshape(is_given.shape)[is_unknown[:, np.newaxis] & is_given])
+            unknown.update(raw[is_unknown][is_given[is_unknown]])
     are_all_one = num_unknown == items.num_rows > 1 and len(feature.vocabulary) > 1
     is_lost = len(unknown) > 1 or are_all_one
     if feature.vocabulary and is_lost and not (num_known or allow_all):
@@ -220,6 +221,7 @@ def _export(
 ) -> Refreshed:
     from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
 
+    runner.progress.task("export", 0, 0, WRITING)
     items, embeddings, num_untrained = embedded
     number = int(retriever.folder.name)
     ids, before = set(items["item_id"].to_pylist()), set(retriever.candidate_ids())

@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tfrs_pipeline.messages import counted
-
 # Before any comparison, each recipe has at least this many epochs and CPU seconds, unless an equal
 # share of the budget is less.
 FIRST_EPOCHS = 5
@@ -88,7 +86,7 @@ class Standing:
     """A race after some epochs."""
 
     next: str | None  # The recipe that trains the next epoch; None if the race is decided.
-    within: str  # Names the round.
+    within: str  # Names the round; empty once one recipe is left, which trains to its end.
     # Recipe -> its CPU seconds when it was dropped, and how far it was behind.
     dropped: dict[str, tuple[float, float]]
 
@@ -106,7 +104,7 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
     share = math.inf if budget is None else budget / len(curves)  # A small budget is for all.
 
     def is_next(curve: Curve) -> Standing:
-        within = f"round {number}, {counted(len(racing), 'recipe')} left"
+        within = f"round {number}, {len(racing)} recipes left" if len(racing) > 1 else ""
         return Standing(None, "", dropped) if is_over else Standing(curve.name, within, dropped)
 
     for curve in curves:
@@ -136,13 +134,16 @@ def standing(curves: Sequence[Curve], budget: float | None = None) -> Standing:
         quota *= STEP
 
 
-def most_left(curves: Sequence[Curve], epochs: Mapping[str, int]) -> float | None:
-    """Returns the CPU seconds left if all train to the last of their `epochs`; None if unknown."""
+def most_left(curves: Sequence[Curve], epochs: Mapping[str, int]) -> tuple[float, int]:
+    """Returns the CPU seconds left if all train to the last of their `epochs`.
+
+    Recipes without an epoch so far have no known speed and are left out; also returns how many.
+    """
     dropped = standing(curves).dropped
     racing = [curve for curve in curves if curve.name not in dropped and not curve.has_ended]
-    if not all(curve.values for curve in racing):
-        return None
-    return sum(curve.spent * (epochs[curve.name] / len(curve.values) - 1) for curve in racing)
+    timed = [curve for curve in racing if curve.values]
+    left = (curve.spent * (epochs[curve.name] / len(curve.values) - 1) for curve in timed)
+    return sum(left), len(racing) - len(timed)
 
 
 def winner(curves: Sequence[Curve]) -> Curve:

@@ -49,10 +49,11 @@ class FilterValues:
         texts = [value for value in values if value not in ("", b"")]
         if not texts:
             return None
-        counts, table = self._counts, np.zeros(len(self.code_of) + 1, bool)
         lower = has_booleans(self.code_of)
-        for text in texts:
-            table[self.code_of.get(to_text(text) if lower else text, 0)] = True
+        codes = [self.code_of.get(to_text(text) if lower else text, 0) for text in texts]
+        # Sized after the codes are known, because another thread may add some meanwhile.
+        counts, table = self._counts, np.zeros(len(self.code_of) + 1, bool)
+        table[codes] = True
         table[0] = False  # Padding, and values that no item has.
         # This counts candidates with two of the values twice.
         share = counts[table[: len(counts)].nonzero()].sum() / max(1, num_rows)
@@ -136,15 +137,11 @@ class Candidates:
         """Returns which ids are candidates now, [n] bool."""
         return np.fromiter(map(self._view.row_of, ids), bool)
 
-    def ids(self) -> np.ndarray:
-        """Returns the ids of the candidates, [n]."""
+    def ids_and_vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the candidates of one moment: ids [n], and vectors [n, D] float32."""
         view = self._view
-        return view.ids[view.live_rows()]
-
-    def vectors(self) -> np.ndarray:
-        """Returns the vectors of the candidates, [n, D] float32, in the order of `ids`."""
-        view = self._view
-        return view.vectors[view.live_rows() - 1]
+        rows = view.live_rows()
+        return view.ids[rows], view.vectors[rows - 1]
 
     def vectors_of(self, ids: Sequence[Any]) -> np.ndarray:
         """Returns a copy of some candidates' vectors; a `KeyError` if one is not there."""

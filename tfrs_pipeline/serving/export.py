@@ -175,7 +175,7 @@ def export_version(
         "reading": model.reading.as_json(),
         "user_data": user_data,
         "has_item_bias": model.has_item_bias,
-        "items_read": datetime.now(UTC).isoformat(),
+        "items_read": model.items_read.isoformat(),
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(

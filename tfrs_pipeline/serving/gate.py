@@ -9,6 +9,7 @@ import numpy as np
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import ASKED
+from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
@@ -131,8 +132,9 @@ def _described(evaluation: Evaluation, metric: str, other: str, written: str) ->
     )
     better = evaluation.differences[other][metric]  # The other minus the first.
     # Taken from 0: the negative of 0.0 would be shown as -0.0000.
+    gain = Interval(0 - better.mean, 0 - better.high, 0 - better.low).written("+")
     return (
         f"Asked {ASKED[evaluation.asked_by]}, {metric} {new:.4f}, and {old:.4f} of {written}: "
-        f"{0 - better.mean:+.4f} [{0 - better.high:+.4f}, {0 - better.low:+.4f}] on the same "
+        f"{gain} on the same "
         f"{len(evaluation.first.user_ids):,} queries"
     )

@@ -1,8 +1,13 @@
 """Items that are added, changed and removed while a model is in service.
 
-Each write is checked, embedded by the exported item tower, put into the journal beside the
-versions, and found by the next search. If a newer version has an item itself, the journal's
-records of that item no longer count.
+Each write is checked, embedded by the exported item tower, put into the store beside the versions,
+and found by the next search.
+
+A version takes the last write of an item if it was made since the version's items began to be read,
+before its refresh or training. Of earlier writes it takes those of items that no version had. So a
+version's own item beats earlier writes; an item that some version had and a later one lacks is
+gone, also if it was changed live in between; and an item that was only ever written live stays
+until it is removed.
 """
 
 import collections
@@ -12,13 +17,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from tfrs_pipeline.data.ids import NO_ID, Ids
+from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import is_missing
@@ -26,145 +33,135 @@ from tfrs_pipeline.messages import plain
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.serving.candidates import MOST_PENDING, Candidates
-from tfrs_pipeline.serving.journal import Journal, Record
 from tfrs_pipeline.serving.searcher import build_in_subprocess
+from tfrs_pipeline.serving.store import LiveRow, Store
 
 logger = logging.getLogger(__name__)
 
 Item: TypeAlias = Mapping[str, Any]
 """An item: `item_id`, and raw values by column of the log's item table; None is missing."""
 
-# The journal is rewritten when it is longer than this, and most of it is outdated.
-_SMALL_JOURNAL_BYTES = 1 << 20
-
+_MAX_NOTES = 10
+# Writes that the version in use does not take are kept so long, for older versions.
+_KEPT_SECONDS = 30 * 86_400
 _Embed: TypeAlias = Callable[
-    [Sequence[Any], Mapping[str, Sequence[Any]]], tuple[np.ndarray, np.ndarray]
+    [Sequence[Any], Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]
 ]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A checked write: items with their vectors, [n, D] float32, and ids of items to remove."""
+
+    items: Sequence[Item]
+    vectors: np.ndarray
+    removed: Sequence[Any]
+    notes: Sequence[str]  # Which values the model does not know; at most ten lines.
 
 
 class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
-    Begins by applying the journal to the candidates. The version's items were read at `items_read`,
-    in seconds since 1970: earlier writes of an item that the version has do not count. `embed`
-    embeds ids with columns of raw `features`: vectors [n, D], is_known_item [n]. An index has
-    `num_leaves` partitions; 0 is exact search.
+    Begins by taking in what the store holds. The version's items began to be read at `items_read`,
+    in seconds since 1970. `embed` embeds ids with arrays of raw `features`: vectors [n, D],
+    is_known_item [n]. `list_separator` parts the values of a list in a text, as in the log's files.
+    An index has `num_leaves` partitions; 0 is exact search.
+
+    Attributes:
+        titles: The titles of the live items, or None, by id.
     """
 
     def __init__(
         self,
         candidates: Candidates,
-        journal: Journal,
+        store: Store,
         items_read: float,
         features: Sequence[Feature],
         filter_by: str | None,
         num_leaves: int,
         embed: _Embed,
+        list_separator: str = "|",
     ) -> None:
-        self._candidates, self._journal, self._items_read = candidates, journal, items_read
+        self._candidates, self._store, self._items_read = candidates, store, items_read
         self._features, self._filter, self._embed = tuple(features), filter_by, embed
-        self._num_leaves = num_leaves
+        self._num_leaves, self._separator = num_leaves, list_separator
         self._own: Ids = candidates.corpus  # The version's own items.
         self._lock = threading.RLock()
-        # What the journal says last of each id: the time of the write, and the item or None.
-        self._last: dict[Any, tuple[float, Item | None]] = {}
-        self._num_written = 0
+        self._seq = 0  # The last row of the store that the candidates hold.
+        self.titles: dict[Any, str | None] = {}
         self._is_busy = threading.Lock()
         self.catch_up()
 
-    def upsert(self, items: Sequence[Item]) -> int:
-        """Adds items, or replaces them; see `LoadedRetriever.upsert`."""
+    def prepare(self, items: Sequence[Item] = (), removed: Iterable[Any] = ()) -> Change:
+        """Checks and embeds a write, without a lock; see `LoadedRetriever.upsert`."""
         if isinstance(items, Mapping):
             raise ValueError(f"Items come in a list, also a single one: [{dict(items)!r:.200}]")
-        return self._write([self._checked(item) for item in items], [])[0]
-
-    def unknown_values(self, items: Sequence[Item]) -> list[str]:
-        """Says which categories of items the model does not know, in lines; at most ten."""
-        items = [self._checked(item) for item in items]  # As they are written: stripped.
-        return [
-            f"{feature.name} {item[feature.name]!r:.80} of item {plain(item['item_id'])} is "
-            "unknown to the model: taken as missing"
-            for feature in self._features
-            for item in items
-            if feature.holds_categories and feature.unknown([item[feature.name]])[0]
-        ][:10]
-
-    def remove(self, item_ids: Iterable[Any]) -> int:
-        """Removes items; see `LoadedRetriever.remove`."""
-        if isinstance(item_ids, str | int | np.integer):
-            raise ValueError(f"item_ids must be a list. Received: {item_ids!r}")
-        return self._write([], [self._checked_id(id_) for id_ in item_ids])[1]
-
-    def _write(self, items: list[Item], gone: list[Any]) -> tuple[int, int]:
-        """Writes and removes checked items; returns how many are new, and how many were there."""
-        ids = [item["item_id"] for item in items]
-        counts = collections.Counter([*ids, *gone])
+        if isinstance(removed, str | int | np.integer):
+            raise ValueError(f"item_ids must be a list. Received: {removed!r}")
+        items, removed = list(map(self._checked, items)), list(map(self._checked_id, removed))
+        counts = collections.Counter([*(item["item_id"] for item in items), *removed])
         if twice := [id_ for id_, count in counts.items() if count > 1]:
             raise ValueError(f"Item {twice[0]!r} occurs more than once in one write.")
-        embedded = self._embedded(items)
-        with self._lock, self._journal.writing():
-            self.catch_up()
-            num_new = int((~self._candidates.has(ids)).sum())
-            record = {"time": time.time(), "put": items, "gone": gone}
-            self._journal.append(record)
-            self._last |= self._changes(record)
-            num_gone = self._candidates.change(ids, embedded, self._filter_column(items), gone)
-            self._rewrite_if_long()
-        self._maintain_if_needed()
-        return num_new, num_gone
+        raw = self._raw(items)
+        return Change(items, self._embedded(items, raw), removed, self._notes(items, raw))
+
+    def write(self, change: Change) -> tuple[int, int]:
+        """Writes what `prepare` has made; returns how many items are new, and how many are gone.
+
+        If this raises, nothing is written. A change that another version has prepared has the wrong
+        vectors.
+        """
+        rows = {item["item_id"]: item for item in change.items} | dict.fromkeys(change.removed)
+        if not rows:
+            return 0, 0
+        with self._lock:
+            self.catch_up()  # Before the transaction, which should be short.
+            with self._store.writing():
+                self.catch_up()  # To what others have written meanwhile.
+                is_there = self._candidates.has(rows)
+                last = self._store.write_items(rows)
+                own = zip(rows, self._own.rows(rows), strict=True)
+                self._store.mark_listed(id_ for id_, row in own if row)
+            try:
+                self._apply(change.items, change.vectors, change.removed)
+                self._seq = last
+                self._maintain_if_needed()
+            except Exception:  # The write is on disk, so it has not failed.
+                logger.exception("a write is on disk, and not in service until the next look")
+        num = len(change.items)
+        return int((~is_there[:num]).sum()), int(is_there[num:].sum())
 
     def catch_up(self) -> None:
         """Takes in what other processes have written."""
         with self._lock:
-            changed: dict[Any, tuple[float, Item | None]] = {}
-            for record in self._journal.records():
-                changed |= self._changes(record)
-            # A rewritten journal is read from its start, and mostly repeats what is known.
-            changed = {id_: x for id_, x in changed.items() if self._last.get(id_) != x}
-            self._last |= changed
-            wanted = {id_: x for id_, (at, x) in changed.items() if self._applies(id_, at)}
-            items, embedded = self._embedded_again([x for x in wanted.values() if x is not None])
-            gone = [id_ for id_, item in wanted.items() if item is None]
-            if items or gone:
-                ids = [item["item_id"] for item in items]
-                self._candidates.change(ids, embedded, self._filter_column(items), gone)
-        self._maintain_if_needed()
+            if rows := self._store.items_after(self._seq):
+                own = zip(rows, self._own.rows([row.item_id for row in rows]), strict=True)
+                listed = {row.seq for row, is_own in own if is_own or row.is_listed}
+                wanted = [x for x in rows if x.time >= self._items_read or x.seq not in listed]
+                items = [row.item for row in wanted if row.item is not None]
+                removed = [row.item_id for row in wanted if row.item is None]
+                self._apply(*self._embedded_again(items), removed)
+                self._seq = rows[-1].seq
+                self._tidy(rows, listed)
+            self._maintain_if_needed()
 
-    def titles(self) -> dict[Any, str | None]:
-        """Returns the titles of items that were written and not removed since, by id."""
-        last = dict(self._last)  # Others may write meanwhile.
-        return {id_: self.title_of(id_) for id_, (_, item) in last.items() if item is not None}
+    def _tidy(self, rows: Sequence[LiveRow], listed: Collection[int]) -> None:
+        """Marks rows of items that the version has itself, and drops old ones of no use."""
+        until = min(self._items_read, time.time() - _KEPT_SECONDS)
+        new = [row.item_id for row in rows if row.seq in listed and not row.is_listed]
+        old = [x.seq for x in rows if x.time < until and (x.seq in listed or x.item is None)]
+        if new or old:
+            with contextlib.suppress(StorageError):  # If the folder may only be read.
+                self._store.mark_listed(new, old)
 
-    def title_of(self, item_id: Any) -> str | None:
-        """Returns the title that an item was written with, None if there is none that applies."""
-        written, item = self._last.get(item_id, (0.0, None))
-        if item is None or not self._applies(item_id, written):
-            return None
-        return None if item.get("title") is None else str(item["title"])
-
-    def _applies(self, item_id: Any, written: float) -> bool:
-        """Whether a write applies: not if the version has the item itself, and read it later."""
-        return written >= self._items_read or not self._own.rows([item_id])[0]
-
-    def _changes(self, record: Record) -> dict[Any, tuple[float, Item | None]]:
-        """Returns time and item (None if removed) of each id in a record, and counts them."""
-        written, gone = record["time"], record.get("gone", ())
-        changes = {item["item_id"]: (written, item) for item in record.get("put", ())}
-        self._num_written += len(changes) + len(gone)
-        return {**changes, **dict.fromkeys(gone, (written, None))}
-
-    def _rewrite_if_long(self) -> None:
-        is_small = self._journal.path.stat().st_size < _SMALL_JOURNAL_BYTES
-        if is_small or self._num_written < 2 * len(self._last):
-            return
-        self._last = {id_: x for id_, x in self._last.items() if self._applies(id_, x[0])}
-        kept: dict[float, dict[str, list[Any]]] = {}
-        for id_, (written, item) in self._last.items():
-            record = kept.setdefault(written, {"put": [], "gone": []})
-            record["gone" if item is None else "put"].append(id_ if item is None else item)
-        self._journal.replace([{"time": at, **record} for at, record in sorted(kept.items())])
-        self._num_written = len(self._last)
-        logger.info("rewrote %s: %d items", self._journal.path, len(self._last))
+    def _apply(self, items: Sequence[Item], vectors: np.ndarray, removed: Sequence[Any]) -> None:
+        ids = [item["item_id"] for item in items]
+        column = None if self._filter is None else [item.get(self._filter) for item in items]
+        self._candidates.change(ids, vectors, column, removed)
+        titles = {item["item_id"]: item.get("title") for item in items}
+        self.titles |= {id_: None if title is None else str(title) for id_, title in titles.items()}
+        for id_ in removed:
+            self.titles.pop(id_, None)
 
     def _maintain_if_needed(self) -> None:
         """After many writes, lets the index take in new items or rebuilds it, in the background."""
@@ -185,28 +182,34 @@ class LiveItems:
         finally:
             self._is_busy.release()
 
-    def _filter_column(self, items: Sequence[Item]) -> list[Any] | None:
-        return None if self._filter is None else [item.get(self._filter) for item in items]
-
-    def _columns(self, items: Sequence[Item]) -> dict[str, list[Any]]:
+    def _raw(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
         columns = {}
         for feature in self._features:
             column = [item.get(feature.name) for item in items]
             if feature.is_time:
                 column = [feature.parse(x) if isinstance(x, str) else x for x in column]
             columns[feature.name] = column
-        return columns
+        return raw_columns(self._features, columns, len(items))
 
-    def _embedded(self, items: Sequence[Item]) -> np.ndarray:
+    def _notes(self, items: Sequence[Item], raw: Mapping[str, np.ndarray]) -> list[str]:
+        """Says which categories of items the model does not know."""
+        return [
+            f"{feature.name} {item[feature.name]!r:.80} of item {plain(item['item_id'])} is "
+            "unknown to the model: taken as missing"
+            for feature in self._features
+            if feature.holds_categories
+            for item, is_unknown in zip(items, feature.unknown(raw[feature.name]), strict=True)
+            if is_unknown
+        ][:_MAX_NOTES]
+
+    def _embedded(self, items: Sequence[Item], raw: Mapping[str, np.ndarray]) -> np.ndarray:
         """Embeds checked items, or raises a `ValueError` that names the first that cannot be."""
         if not items:
             return self._candidates.vectors_of([])
-        blocks = [
-            self._embed([item["item_id"] for item in block], self._columns(block))
-            for start in range(0, len(items), ITEMS_PER_CALL)
-            for block in [items[start : start + ITEMS_PER_CALL]]
-        ]
-        vectors, is_known = map(np.concatenate, zip(*blocks, strict=True))
+        ids = [item["item_id"] for item in items]
+        blocks = [slice(i, i + ITEMS_PER_CALL) for i in range(0, len(ids), ITEMS_PER_CALL)]
+        embedded = [self._embed(ids[x], {name: raw[name][x] for name in raw}) for x in blocks]
+        vectors, is_known = map(np.concatenate, zip(*embedded, strict=True))
         wrong = ~np.isfinite(vectors).all(axis=1)
         if not self._features:  # A new item then has nothing to be embedded by.
             wrong |= ~is_known
@@ -214,21 +217,21 @@ class LiveItems:
             why = "gives it no finite vector"
             if not self._features:
                 why = "reads no item features, and its training did not have it"
-            item_id = items[int(wrong.argmax())]["item_id"]
+            item_id = ids[int(wrong.argmax())]
             raise ValueError(f"Item {item_id!r} cannot be embedded: the model {why}.")
         return vectors
 
-    def _embedded_again(self, items: list[Item]) -> tuple[list[Item], np.ndarray]:
-        """Embeds items of the journal, and leaves out those that only another version can embed."""
+    def _embedded_again(self, items: Sequence[Item]) -> tuple[Sequence[Item], np.ndarray]:
+        """Embeds items of the store, and leaves out those that only another version can embed."""
         with contextlib.suppress(ValueError):
-            return items, self._embedded(items)
-        fine, vectors = [], [self._embedded([])]
+            return items, self._embedded(items, self._raw(items))
+        fine, vectors = [], [self._embedded([], {})]
         for item in items:
             try:
-                vectors.append(self._embedded([item]))
+                vectors.append(self._embedded([item], self._raw([item])))
                 fine.append(item)
             except ValueError as error:
-                logger.warning("%s: %s It is left out.", self._journal.path, error)
+                logger.warning("%s: %s It is left out.", self._store.path, error)
         return fine, np.concatenate(vectors)
 
     def _checked(self, item: Item) -> dict[str, Any]:
@@ -243,16 +246,20 @@ class LiveItems:
                 f"An item lacks {', '.join(map(repr, missing))}, which the model reads{unknown}. "
                 f"Received: {', '.join(map(str, item))}"
             )
-        plain = {"item_id": self._checked_id(item["item_id"])}
+        checked = {"item_id": self._checked_id(item["item_id"])}
         for name, value in item.items():
             if not isinstance(name, str):
                 raise ValueError(f"An item's names are text. Received: {name!r}")
-            if name != "item_id":
-                plain[name] = _plain(f"{name!r} of item {plain['item_id']!r}", value)
-                if name in kinds:
-                    _check_kind(kinds[name], plain["item_id"], plain[name])
-        raw_columns(self._features, self._columns([plain]), 1)
-        return plain
+            if name == "item_id":
+                continue
+            value = _plain(f"{name!r} of item {checked['item_id']!r}", value)
+            if (feature := kinds.get(name)) is not None:
+                if isinstance(value, str) and feature.raw_dtype == "string" and feature.raw_shape:
+                    # Several values in one text, as the log's reader parts them.
+                    value = [x.strip() for x in value.split(self._separator) if x.strip()]
+                _check_kind(feature, checked["item_id"], value)
+            checked[name] = value
+        return checked
 
     def _checked_id(self, id_: Any) -> Any:
         if is_id := not isinstance(id_, bool | np.bool_ | None):

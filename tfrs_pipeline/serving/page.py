@@ -93,7 +93,7 @@ def _shown(version: ServedVersion, ids: Iterable[Any]) -> list[dict[str, Any]]:
 def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     """Finds the first items, in the order of the corpus, whose title or id contains `words`."""
     part, retriever = " ".join(words.casefold().split()), version.retriever
-    titles = {**version.titles, **retriever.live.titles()}
+    titles = {**version.titles, **retriever.live.titles}
     ids = (x for x, title in titles.items() if part and part in f"{title or ''} {x}".casefold())
     listed = (id_ for id_ in ids if retriever.candidates.has([id_])[0])
     return _shown(version, itertools.islice(listed, MAX_FOUND))

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tfrs_pipeline import retrieval
 from tfrs_pipeline.data.ids import as_id_array
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.graph import signature_inputs
@@ -20,7 +21,6 @@ from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.graph_index import read_saved_index
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import (
@@ -31,6 +31,7 @@ from tfrs_pipeline.serving.signatures import (
     ask,
     id_lists_of,
 )
+from tfrs_pipeline.serving.store import Store
 
 Allowed: TypeAlias = Sequence[Collection[str]] | None
 """For each query, values of the item filter: items need one of them. An empty list allows all."""
@@ -48,7 +49,7 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
         ImportError: If the index needs the package scann and it is not installed.
-        Damaged: If a file has changed since the export.
+        Damaged: If a file has changed since the export, or that of the live items is damaged.
     """
     return LoadedRetriever(publish.version_at(path), exact=exact, live=live)
 
@@ -75,15 +76,15 @@ class LoadedRetriever(LoadedTowers):
         self.candidates = self._candidates(index.get("levels", ()))
         self._live: LiveItems | None = None
         if live and folder.name.isdecimal():
-            items_read = self.manifest.get("items_read", self.manifest["date"])
             self._live = LiveItems(
                 self.candidates,
-                Journal(folder.parent),
-                datetime.fromisoformat(items_read).timestamp(),
+                Store(folder.parent),
+                datetime.fromisoformat(self.manifest["items_read"]).timestamp(),
                 self.features["candidate"],
                 self.item_filter and self.item_filter["name"],
                 index.get("num_leaves", 0),
-                self.embed_candidates,
+                self.embed_raw,
+                Reading(**self.manifest.get("reading", {})).list_separator,
             )
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
@@ -180,27 +181,29 @@ class LoadedRetriever(LoadedTowers):
 
         An item that training did not have is embedded by its features, as in a refresh. The items
         are on disk, beside the versions, when this returns; other processes that serve or load the
-        model take them in too. If a newer version has an item itself, that one counts.
+        model take them in too. A newer version's own items beat earlier writes.
 
         Args:
             items: Mappings of `item_id` and raw values by the names of the log's item table: each
                 feature that the model reads, and the column of the item filter. None is missing.
+                Several values come as a list, or as a text that is split as in the log's files.
                 The server's page shows a `title`; other values are kept for later versions.
 
         Returns:
             How many of the items are new.
 
         Raises:
-            Damaged: If the file of live items has changed since it was written.
-            StorageError: If the items cannot be put on disk; then nothing has changed.
+            Damaged: If the file of live items is damaged.
+            StorageError: If the items cannot be put on disk, or the file of live items was deleted
+                or restored since the model was loaded; then nothing has changed.
             ValueError: If an item has the wrong form, or cannot be embedded; if the model was
                 loaded without `live`, or from a folder that is not one of its versions.
         """
-        return self.live.upsert(items)
+        return self.live.write(self.live.prepare(items))[0]
 
     def remove(self, item_ids: Sequence[Any]) -> int:
         """Removes items from all later answers; returns how many there were. Raises as `upsert`."""
-        return self.live.remove(item_ids)
+        return self.live.write(self.live.prepare(removed=item_ids))[1]
 
     def catch_up(self) -> None:
         """Takes in the items that other processes have written since the last call or write."""
@@ -223,12 +226,15 @@ class LoadedRetriever(LoadedTowers):
         return len(self.candidates)
 
     def candidate_ids(self) -> list[Any]:
-        """Returns the ids of the candidates, in the order of their embeddings."""
-        return self.candidates.ids().tolist()
+        """Returns the ids of the candidates, in the order of their embeddings.
+
+        If another thread may write meanwhile, take both from `candidates.ids_and_vectors()`.
+        """
+        return self.candidates.ids_and_vectors()[0].tolist()
 
     def candidate_embeddings(self) -> np.ndarray:
         """Returns the embeddings of the candidates: [num_candidates, D] float32."""
-        return self.candidates.vectors()
+        return self.candidates.ids_and_vectors()[1]
 
     def held_out_queries(self) -> list[Query]:
         """Reads the queries stored with the export, 1,000 at most."""
@@ -238,7 +244,7 @@ class LoadedRetriever(LoadedTowers):
         """Reads the titles of items by id, live ones included; empty if they have none."""
         items = pq.read_table(self.folder / publish.ITEMS_FILE).to_pydict()
         titles = dict(zip(items["item_id"], items.get("title", ()), strict=False))
-        live = {} if self._live is None else self._live.titles()
+        live = {} if self._live is None else dict(self._live.titles)
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
     def _retrieved(

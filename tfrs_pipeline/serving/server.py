@@ -142,26 +142,29 @@ class ModelServer:
 
 def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str, Any]:
     """Adds or removes the items in a body, to and from the version in use."""
-    items = rest.parse_items(body, "items" if is_put else "item_ids")
-    with versions.writing, versions.use() as version:
-        retriever, answer = version.retriever, dict[str, Any]()
-        try:
-            if not is_put:
-                answer["num_removed"] = retriever.remove(items)
-            else:
-                answer["num_new"] = retriever.upsert(items)
-                if notes := retriever.live.unknown_values(items):
-                    answer["notes"] = notes
-        except Damaged:
-            raise
-        except ValueError as error:
-            raise rest.bad_request(str(error)) from None
-        except OSError:
-            logger.exception("a write of items was not confirmed")
-            told = "The items could not be put on disk, and nothing has changed"
-            more = f"{told}; the server's log has more."
-            raise HTTPException(503, more, {"Retry-After": "1"}) from None
-        return {**answer, "num_items": retriever.num_candidates}
+    values = rest.parse_items(body, "items" if is_put else "item_ids")
+    request = (values, []) if is_put else ([], values)
+    try:
+        with versions.use() as version:
+            change = version.retriever.live.prepare(*request)
+        with versions.writing, versions.use() as current:
+            live = current.retriever.live
+            if current is not version:  # A new version has other vectors.
+                change = live.prepare(*request)
+            num_new, num_removed = live.write(change)
+            num_items = current.retriever.num_candidates
+    except Damaged:
+        raise
+    except ValueError as error:
+        raise rest.bad_request(str(error)) from None
+    except OSError:
+        logger.exception("a write of items was not confirmed")
+        message = "The items could not be put on disk, and nothing has changed"
+        more = f"{message}; the server's log has more."
+        raise HTTPException(503, more, {"Retry-After": "1"}) from None
+    counts: dict[str, Any] = {"num_new": num_new} if is_put else {"num_removed": num_removed}
+    notes = {"notes": change.notes} if change.notes else {}
+    return {**counts, **notes, "num_items": num_items}
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:

@@ -1,5 +1,6 @@
 """The settings of the server; without TensorFlow, because the command line's help needs them."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -56,13 +57,15 @@ class ServeSettings(Config):
 
 
 def read_token(path: Path) -> bytes:
-    """Reads a token, or raises a `ValueError` if it is too easy to guess."""
+    """Reads a token, or raises a `ValueError` if it is missing or too easy to guess."""
+    remedy = f"`openssl rand -hex 32 > {path}` writes one."
     with naming(path):
-        token = path.read_text(encoding="utf-8").strip()
+        if not path.exists():
+            raise ValueError(f"There is no token file {path}. {remedy}")
+        token = path.read_text(encoding="utf-8", errors="replace").strip()
     if len(token) < 16 or not token.isascii() or any(map(str.isspace, token)):
         raise ValueError(
-            f"{path} must hold a token of 16 or more ASCII characters, on one line, such as that "
-            "of `openssl rand -hex 32`."
+            f"{path} must hold a token of 16 or more ASCII characters, on one line. {remedy}"
         )
     return token.encode()
 
@@ -73,11 +76,12 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            f"Cannot listen on {host}, port {port}: {reason}. Set --port to another one, or to 0 "
-            "for a free one."
-        ) from error
+        number = max(error.errno or 0, 0)  # Below 0 if the host is unknown.
+        reason = os.strerror(number) if number else str(error.strerror).partition(" (")[0]
+        remedy = "--port to another one, or to 0 for a free one"
+        if number in (0, errno.EADDRNOTAVAIL):
+            remedy = "--host to an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
+        raise OSError(f"Cannot listen on {host}, port {port}: {reason}. Set {remedy}.") from error
     # Connections inherit this option, which asyncio sets only if a protocol is named. Without it an
     # answer's body waits 40 ms for the client to acknowledge the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -117,10 +117,16 @@ class LoadedTowers:
         in the item table; None is missing. Returns embeddings [n, D] float32, and is_known_item [n]
         bool: whether the training had the item. Raises a `ValueError` if a feature is missing.
         """
-        read = self.features["candidate"]
-        raw = as_inputs(raw_signature(read), raw_columns(read, features, len(item_ids)))
+        raw = raw_columns(self.features["candidate"], features, len(item_ids))
+        return self.embed_raw(item_ids, raw)
+
+    def embed_raw(
+        self, item_ids: Sequence[Any], raw: Mapping[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds items as `embed_candidates`, by the arrays that `raw_columns` makes."""
         answer = self.saved_model.signatures["embed_candidate"](
-            item_id=id_list(item_ids, self.item_dtype), **raw
+            item_id=id_list(item_ids, self.item_dtype),
+            **as_inputs(raw_signature(self.features["candidate"]), raw),
         )
         return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 

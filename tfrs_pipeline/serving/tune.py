@@ -197,7 +197,7 @@ def measure_requests(candidates: Candidates, requests: Requests) -> list[dict[st
     """
     queries, num = requests.queries[:_REPORTED_QUERIES], len(candidates)
     most = min(REPORTED_EXCLUSIONS[-1], num)
-    ranking, _ = exact_ranking(candidates.vectors(), queries, most)
+    ranking, _ = exact_ranking(candidates.ids_and_vectors()[1], queries, most)
     cases: dict[int | str, Any] = {n: ranking[:, :n] for n in REPORTED_EXCLUSIONS}
     cases["known"] = requests.known[: len(queries)]
     measured = []

@@ -46,11 +46,9 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if problem := destination_problem(path):
         raise ValueError(f"path: {problem}")
-    ids, titles = model.candidate_ids(), model.titles()
-    if not ids:
+    titles, (ids, embeddings) = model.titles(), model.candidates.ids_and_vectors()
+    if not len(ids):
         raise ValueError("The model has no items: all of them have been removed.")
-    # By id, because another thread may add items meanwhile.
-    embeddings = model.candidates.vectors_of(ids)
     norms = np.sqrt(np.vecdot(embeddings, embeddings))
     about = {
         "model": model.manifest["name"],
@@ -66,7 +64,7 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     metadata = {x: v if isinstance(v, str) else json.dumps(v) for x, v in about.items()}
     columns = {"item_id": pa.array(ids)}
     if titles:
-        columns["title"] = pa.array([titles.get(id_) for id_ in ids], pa.string())
+        columns["title"] = pa.array([titles.get(id_) for id_ in ids.tolist()], pa.string())
     vector = pa.list_(pa.float32(), embeddings.shape[1])
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(embeddings.ravel(), type=vector)
     columns["norm"] = pa.array(norms)

@@ -26,6 +26,7 @@ from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs, bad_r
 from tfrs_pipeline.serving.retriever import UnknownItem, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import DEFAULT_K, RETRIEVALS, Retrieval, ask, completed
+from tfrs_pipeline.serving.store import Replaced
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class ServedVersion:
 
     def title_of(self, item_id: Any) -> str | None:
         """Returns the title of an item, as it was last written."""
-        return self.retriever.live.title_of(item_id) or self.titles.get(item_id)
+        return self.retriever.live.titles.get(item_id) or self.titles.get(item_id)
 
     def release(self) -> None:
         """Frees the version's memory; it must not be called afterwards."""
@@ -138,7 +139,8 @@ class ServedVersion:
 class ModelVersions:
     """The version in use of a model's folder, and the states of the others.
 
-    `path` is a model's folder, watched for new versions, or one version's, served for good.
+    `path` is a model's folder, watched for new versions, or one version's. Live items are taken in
+    by both.
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
@@ -177,7 +179,11 @@ class ModelVersions:
             if retry_at <= time.monotonic() and self._load(identity, on_disk[identity]):
                 break
         if self._current is not None:
-            self._current.retriever.catch_up()
+            try:
+                self._current.retriever.catch_up()
+            except Replaced as error:
+                logger.warning("%s The next look does.", error)
+                self._identity = None
         if self._release_idle():
             # TensorFlow's objects have reference cycles, which only the collector frees.
             gc.collect()
@@ -187,7 +193,7 @@ class ModelVersions:
 
     async def watch(self, poll_seconds: float) -> None:
         """Looks for new versions and live items until it is cancelled."""
-        while not self._is_version:
+        while True:
             await asyncio.sleep(poll_seconds)
             try:
                 await asyncio.to_thread(self.refresh)

@@ -1,0 +1,92 @@
+"""The commands, and what becomes of their errors: a line for each, and an exit code."""
+
+import atexit
+import gc
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tfrs_pipeline
+from tfrs_pipeline.cli.console import PROGRAM, as_interrupts
+from tfrs_pipeline.cli.flags import CommandLine, UsageError
+from tfrs_pipeline.cli.models import Query, RefreshIndex, Serve, Vectors
+from tfrs_pipeline.cli.runs import BRIEF, Compare, Report, Run, train
+from tfrs_pipeline.serving.publish import NotPublished
+from tfrs_pipeline.settings import ConfigError
+
+logger = logging.getLogger(__name__)
+
+NOT_PUBLISHED = 3
+BROKEN_PIPE = 141
+
+COMMANDS: dict[str, Any] = {
+    "report": Report,
+    "query": Query,
+    "serve": Serve,
+    "refresh-index": RefreshIndex,
+    "vectors": Vectors,
+}
+COMMAND_LINE = CommandLine(
+    PROGRAM,
+    tfrs_pipeline.__version__,
+    "Retrieval models from the logs of a recommendation funnel.",
+    {"run": Run, "compare": Compare, **COMMANDS},
+    brief={"run": BRIEF, "compare": BRIEF},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; a Ctrl-C passes through."""
+    # Skips the last garbage collection, which would search all that TensorFlow made.
+    atexit.register(gc.freeze)
+    # Another Ctrl-C on the way out would print a traceback.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    is_verbose = False
+    try:
+        name, given = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
+        is_verbose = given.pop("verbose", False)
+        _log(is_verbose)
+        with as_interrupts():
+            code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
+        sys.stdout.flush()
+        return int(code)
+    except (ConfigError, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NotPublished as error:
+        print(f"not published: {error}", file=sys.stderr)
+        return NOT_PUBLISHED
+    except BrokenPipeError:
+        # Discards the remaining output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        setting = getattr(error, "setting", "")  # A DataError has one.
+        flag = f" (--data.{setting})" if setting and name not in COMMANDS else ""
+        about: object = error
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            about = f"{error.filename}: {error.strerror}."
+        print(f"error: {about}{flag}", file=sys.stderr)
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        # What this package raised itself was expected.
+        is_ours = Path(frame.f_code.co_filename).is_relative_to(Path(tfrs_pipeline.__file__).parent)
+        if is_verbose:
+            logger.exception("the whole trace")
+        elif about is error and not is_ours:
+            print("The error is unexpected: --verbose shows where it came from.", file=sys.stderr)
+        return 1
+
+
+def _log(is_verbose: bool) -> None:
+    handler = logging.lastResort  # Logs to the current `sys.stderr`, which a run replaces.
+    assert handler is not None
+    handler.setLevel(logging.NOTSET)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("tfrs_pipeline").setLevel(logging.INFO if is_verbose else logging.WARNING)
+    # TensorFlow warns of retracing, but each plan has its own model to trace.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)

@@ -1,0 +1,174 @@
+"""What service keeps: an SQLite file beside a model's versions.
+
+It holds the items that are written live, one row for each: the last write. Any number of processes
+on one machine may read and write it. A write is a transaction, on disk before it is confirmed, so a
+killed process or a power cut leaves all of it or nothing.
+"""
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tfrs_pipeline.durable import Damaged, StorageError, locked, naming, replacing
+
+STORE_FILE = "live.sqlite"
+
+_SCHEMA = """
+PRAGMA journal_mode = WAL;  -- Readers and the writer do not wait for each other.
+CREATE TABLE IF NOT EXISTS live_items (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- Rises with every write and is never used again.
+    item_id NOT NULL UNIQUE,                -- INTEGER or TEXT; without a type, 7 and '7' differ.
+    time REAL NOT NULL,                     -- When it was written, in seconds since 1970.
+    is_listed INTEGER NOT NULL DEFAULT 0,   -- Whether a version had the item itself.
+    item TEXT                               -- JSON; NULL if the item was removed.
+);
+"""
+# A writer waits this long for others. Transactions take milliseconds, so more is a fault.
+_BUSY_SECONDS = 30.0
+# SQLite's codes for a file that is not as SQLite wrote it; the first stands for a missing table.
+_DAMAGES = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+class Replaced(StorageError):
+    """The file was deleted or restored since this process first read it."""
+
+
+class LiveRow(NamedTuple):
+    """The last write of an item; see the table. The item is None if it was removed."""
+
+    seq: int
+    item_id: Any
+    time: float
+    is_listed: bool
+    item: dict[str, Any] | None
+
+
+class Store:
+    """The file in a model's folder, made by the first write; safe from several threads.
+
+    Everything that reads or writes raises `Damaged` if the file is not as SQLite wrote it,
+    `StorageError` if it cannot be read or written, and `Replaced` if it is another file by now:
+    the model must then be loaded again.
+
+    Raises:
+        ValueError: If the folder has live items in the form of earlier versions of this package.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / STORE_FILE
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[Any, ...] | None = None  # Of the file that was read first.
+        if (old := folder / "live.journal").exists():
+            raise ValueError(
+                f"{old} holds live items in a form that is no longer read: move it away, and write "
+                "its items again."
+            )
+
+    def __del__(self) -> None:
+        if self._connection is not None:  # Python alone would close it later.
+            self._connection.close()
+
+    def items_after(self, seq: int) -> list[LiveRow]:
+        """Reads the rows written after row `seq`, in the order of the writes."""
+        query = f"SELECT {', '.join(LiveRow._fields)} FROM live_items WHERE seq > ? ORDER BY seq"
+        with self._opened() as connection:
+            rows = connection.execute(query, [seq]).fetchall() if connection else []
+            return [LiveRow._make([*row[:-1], row[-1] and json.loads(row[-1])]) for row in rows]
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """Holds off other writers; at the end, what was written is on disk.
+
+        If the block or the disk fails, nothing is written.
+        """
+        with self._opened(is_writer=True) as connection:
+            assert connection is not None
+            if connection.in_transaction:  # This thread's, in a block around this one.
+                yield connection
+                return
+            with connection:  # Commits, or rolls back.
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+
+    def write_items(self, items: Mapping[Any, Mapping[str, Any] | None]) -> int:
+        """Writes items by id, None for removed ones, in place of earlier writes of them.
+
+        Returns the last row's `seq`.
+        """
+        insert = "INSERT OR REPLACE INTO live_items (item_id, time, item) VALUES (?, ?, ?)"
+        with self.writing() as connection:
+            now = time.time()
+            rows = [(id_, now, item and json.dumps(item)) for id_, item in items.items()]
+            connection.executemany(insert, rows)
+            return int(connection.execute("SELECT max(seq) FROM live_items").fetchone()[0])
+
+    def mark_listed(self, item_ids: Iterable[Any], over: Iterable[int] = ()) -> None:
+        """Notes that a version has these items itself, and drops the rows `over`, by `seq`."""
+        with self.writing() as connection:
+            mark = "UPDATE live_items SET is_listed = 1 WHERE item_id = ?"
+            connection.executemany(mark, [(id_,) for id_ in item_ids])
+            connection.executemany("DELETE FROM live_items WHERE seq = ?", [(x,) for x in over])
+
+    @contextlib.contextmanager
+    def _opened(self, *, is_writer: bool = False) -> Iterator[sqlite3.Connection | None]:
+        """Yields a connection, None if there is no file; a writer makes one."""
+        with self._lock, naming(self.path, sqlite3.OperationalError):
+            try:
+                if is_writer and self._identity is None:
+                    self._create_if_missing()
+                yield self._connected()
+            except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
+                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+                if code & 0xFF not in _DAMAGES:  # The other bits tell details.
+                    raise
+                raise Damaged(
+                    f"{self.path} is damaged ({error}). Restore it from a backup, or move it away "
+                    f"with {STORE_FILE}-wal and {STORE_FILE}-shm, and write the live items again."
+                ) from error
+
+    def _connected(self) -> sqlite3.Connection | None:
+        file, identity = self.path.stat() if self.path.exists() else None, None
+        # SQLite cannot share a file in a folder where it may not make its -shm file. Without a -wal
+        # file, all rows are in the file itself; others may change it, so each look opens it anew.
+        log = self.path.with_name(f"{STORE_FILE}-wal")
+        is_read_only = not (os.access(self.path.parent, os.W_OK) or log.exists())
+        if file is not None and (self._connection is None or is_read_only):
+            self.__del__()
+            self._connection = sqlite3.connect(
+                f"{self.path.absolute().as_uri()}?{'immutable=1' if is_read_only else 'mode=rw'}",
+                uri=True,
+                timeout=_BUSY_SECONDS,
+                isolation_level=None,  # Transactions begin and end as written here.
+                check_same_thread=False,  # One at a time, by the lock.
+            )
+            # A commit waits until it is on disk; NORMAL could lose it in a power cut.
+            self._connection.execute("PRAGMA synchronous = FULL")
+        if file is not None and self._connection is not None:
+            # The open file keeps its inode, so another one has another number. SQLite counts up the
+            # version of the schema if it restores a backup in place.
+            version = self._connection.execute("PRAGMA schema_version").fetchone()
+            identity = file.st_dev, file.st_ino, *version
+        if self._identity not in (None, identity):
+            raise Replaced(
+                f"{self.path} was deleted or restored since the model was loaded: load it again."
+            )
+        self._identity = identity
+        return self._connection
+
+    def _create_if_missing(self) -> None:
+        """Makes the file whole, so that an empty one is always a damaged one."""
+        with locked(self.path.with_name(f"{STORE_FILE}.lock"), wait=True):
+            if self.path.exists():
+                return
+            for end in ("-wal", "-shm"):  # Those of a deleted file would be read into the new one.
+                self.path.with_name(f"{STORE_FILE}{end}").unlink(missing_ok=True)
+            with replacing(self.path) as new, contextlib.closing(sqlite3.connect(new)) as made:
+                made.executescript(_SCHEMA)
+                made.close()  # Before the file is flushed and renamed.
