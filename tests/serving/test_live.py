@@ -563,9 +563,9 @@ def test_a_server_of_one_version_takes_in_live_items(films: Path) -> None:
         versions, other = running.server.versions, load(films)
         other.upsert([item(90_001)])
         with versions.use() as version:
-            until(lambda: version.retriever.candidates.has([90_001]).all())
+            until(lambda: all(version.retriever.candidates.has([90_001])))
             other.remove([90_001])
-            until(lambda: not version.retriever.candidates.has([90_001]).any())
+            until(lambda: not any(version.retriever.candidates.has([90_001])))
             assert version.number == 1
         assert list(versions.statuses()) == [1]
 
