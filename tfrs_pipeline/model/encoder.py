@@ -144,11 +144,10 @@ class Encoder(tf.Module):
             of_items = times[:, :length].to_tensor(np.nan, shape=[None, length])
             given["history_times"] = tf.concat([raw[TIMESTAMP][:, tf.newaxis], of_items], axis=1)
         # Counted in dense rows: the sum of a ragged tensor takes a twentieth of a query's time.
-        num_known = tf.math.count_nonzero(histories.to_tensor(), axis=1, dtype=tf.int32)
         return {
             "embeddings": model.embed_queries(query_rows, recent, **given),
             "is_known_user": query_rows > 0,
-            "num_known_items": num_known,
+            "num_known_items": tf.math.count_nonzero(histories.to_tensor(), axis=1, dtype=tf.int32),
         }
 
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 # up to this many times the limit.
 MAX_DISCARDED = 32
 CLOSE = {"Connection": "close"}
-MAX_ERROR = 800  # Characters of an error's message.
 # Larger requests are answered in slices, one at a time, so that small ones need not wait.
 SMALL_BODY_BYTES = 8_192
 SMALL_QUERIES, SMALL_RESULTS = 4, 500
@@ -337,8 +336,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if message == http.HTTPStatus(error.status_code).phrase:  # The router's own.
         message = f"Malformed request: {request.method} {request.url.path:.200}: {message}"
-    if len(message) > MAX_ERROR:  # It quotes something long: what to do may stand at its end.
-        message = f"{message[: MAX_ERROR // 2]} ... {message[-MAX_ERROR // 2 :]}"
+    if len(message) > 800:  # It quotes something long: what to do may stand at its end.
+        message = f"{message[:400]} ... {message[-400:]}"
     return JSONResponse({"error": message}, error.status_code, error.headers)
 
 

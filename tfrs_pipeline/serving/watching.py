@@ -18,7 +18,7 @@ _PARTS = ("new", "head", "torso", "tail")
 
 ANSWERS = Counter("tfrs_answers", "Queries answered, and items embedded.", ["version"])
 USER_IDS = Counter("tfrs_user_ids", "User ids in queries.", ["known"])
-HISTORY_ITEMS = Counter("tfrs_history_items", "Items of the histories in queries.", ["known"])
+HISTORY = Counter("tfrs_history_items", "Items of the histories in queries.", ["known"])
 SLOTS = Counter("tfrs_slots", "Slots of answers: the k of each query.", ["filled"])
 FILTERED_QUERIES = Counter("tfrs_filtered_queries", "Queries with a filter.", ["empty"])
 TOP_ITEMS = Counter("tfrs_top_items", "The first ten items of answers.", ["popularity"])
@@ -37,11 +37,10 @@ class Watch:
         self._number, self._items = retriever.folder.name, retriever.candidates.corpus
         self._part_of: np.ndarray | None = None
         if (clicks_of := getattr(retriever.saved_model.encoder, "num_clicks", None)) is not None:
-            ids = id_list(self._items.values.tolist(), retriever.item_dtype)
-            num_clicks = clicks_of(ids).numpy()
-            slices = popularity_slices(num_clicks)
+            clicks = clicks_of(id_list(self._items.values.tolist(), retriever.item_dtype)).numpy()
+            slices = popularity_slices(clicks)
             parts = np.stack([slices[part] for part in _PARTS[1:]]).argmax(axis=0) + 1
-            self._part_of = np.append(0, parts * (num_clicks > 0))
+            self._part_of = np.append(0, parts * (clicks > 0))
 
     def count(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         """Counts the answers to queries: the arrays of a call, and what it returned."""
@@ -49,8 +48,7 @@ class Watch:
         if "is_known_user" in outputs:
             _count(USER_IDS, _num(outputs["is_known_user"]), _num_ids(inputs["user_id"]))
         if "num_known_items" in outputs and "history" in inputs:
-            num_known = sum(outputs["num_known_items"].tolist())
-            _count(HISTORY_ITEMS, num_known, _num_ids(inputs["history"]))
+            _count(HISTORY, sum(outputs["num_known_items"].tolist()), _num_ids(inputs["history"]))
         if "scores" not in outputs:
             return
         is_filled = outputs["scores"] > -np.inf
