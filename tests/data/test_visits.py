@@ -78,7 +78,7 @@ def rows(log: Log) -> list[Row]:
         row["weight"] = row["weight"] if row["stage"] == "clicked" else None
     for row in found:
         row["timestamp"] = int((row["timestamp"] - START).total_seconds()) // 60
-    return [Row(*map(row.get, names)) for row in found]  # type: ignore[arg-type]
+    return [Row(*map(row.get, names)) for row in found]
 
 
 def visits_of(events: list[Event], has_sessions: bool) -> dict[int, Any]:

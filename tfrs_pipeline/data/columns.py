@@ -92,9 +92,9 @@ def to_timestamp(
             )
         zone, clock = ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE)
         time = _in_time_zone(zone, clock)
-        is_twice = _on_clock(zone, time - ibis.interval(hours=1)) == clock
-        is_skipped = _on_clock(zone, time) != clock
-        if num := raw.aggregate(num=(is_twice | is_skipped).sum())["num"]:
+        is_odd = _on_clock(zone, time - ibis.interval(hours=1)) == clock  # Shown twice.
+        is_odd |= _on_clock(zone, time) != clock  # Skipped.
+        if num := raw.aggregate(num=is_odd.sum())["num"]:
             raw.notes.append(
                 f"{raw.source.column(column)}: {num:,} rows are in an hour that the clocks of "
                 f"{reading.time_zone} show twice in autumn or skip in spring: read as standard time"

@@ -96,19 +96,12 @@ def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) 
         value = events[name]
         # Null and 0 both say that there was nothing.
         plain = value.fill_null(0) if value.type().is_numeric() else value
-        asked = events.select(
-            text=plain.cast("string").fill_null(""), is_click=schema.is_positive(events)
-        )
-        text, is_click = asked["text"], asked["is_click"]
-        usual = schema.totals(asked, usual=text.mode(where=~is_click))["usual"] or ""
-        is_same = text == usual
-        num_clicks, num_others, num_same_clicks, num_same = schema.totals(
-            asked,
-            clicks=is_click.sum(),
-            others=(~is_click).sum(),
-            same_clicks=(is_same & is_click).sum(),
-            same=(is_same & ~is_click).sum(),
-        ).values()
+        text, is_click = plain.cast("string").fill_null(""), schema.is_positive(events)
+        usual = schema.totals(events, usual=text.mode(where=~is_click))["usual"] or ""
+        both = {"clicks": is_click, "others": ~is_click}
+        sums = {name: is_so.sum() for name, is_so in both.items()}
+        sums |= {f"same {name}": (is_so & (text == usual)).sum() for name, is_so in both.items()}
+        num_clicks, num_others, num_same_clicks, num_same = schema.totals(events, **sums).values()
         is_constant = num_others >= _FEWEST and num_same > _CONSTANT * num_others
         if is_constant and 2 * num_same_clicks < num_clicks:
             yield (
