@@ -208,17 +208,18 @@ class Log:
         return cls(events, items, users, *features, notes=notes, is_ordered=is_ordered, ties=rule)
 
     @classmethod
-    def read(cls, folder: Path | str, connection: Any = None) -> "Log":
+    def read(cls, folder: Path | str, connection: Any = None, *, check_files: bool = True) -> "Log":
         """Opens a written log in an Ibis DuckDB (None opens one) or Spark, without loading it.
 
-        A `DataError` if the folder holds no complete log, `Damaged` if a file has changed.
+        A `DataError` if the folder holds no complete log, `Damaged` if a file has changed; without
+        `check_files`, for a log that was written just now, its tables are not looked at.
         """
         folder = Path(folder)
         if not (folder / "log.json").exists():
             raise schema.DataError(
                 f"{folder} has no log.json: writing the log did not finish there. Write it again."
             )
-        about = read_record(folder / "log.json")
+        about = read_record(folder / "log.json", check_files=check_files)
         about["dropped"] = tuple(schema.Dropped(**dropped) for dropped in about["dropped"])
         about["notes"] = tuple(about["notes"])
         about["reading"] = Reading(**about["reading"])

@@ -19,7 +19,7 @@ from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.split import Split
-from tfrs_pipeline.durable import file_hash, part_files, read_record, read_whole, write_record
+from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
@@ -263,7 +263,6 @@ def _export_best(
         runner.note(undone)
     search = search_of(export.index, export.target_recall)
     runner.progress.task("export", 0, 0, WRITING)
-    tables = [x for table in sorted(folder.data.glob("*.parquet")) for x in part_files(table)]
     version, manifest = export_version(
         model,
         config.model_folder,
@@ -276,7 +275,10 @@ def _export_best(
             "config": config.model_dump(mode="json"),
             "run": str(folder.path.resolve()),
             "log": name_of_log(config.data),
-            "data": {x.relative_to(folder.data).as_posix(): file_hash(x) for x in tables},
+            "data": {
+                **recorded_hashes(folder.data / "log.json"),
+                **recorded_hashes(folder.split.with_suffix(".json")),
+            },
             "training": trained_by(folder.path),
             "counts": data.final.report,
             "metrics": measured.summary()["models"]["two_tower"],
