@@ -74,7 +74,7 @@ def test_progress_is_a_line_of_a_notebook_that_changes(monkeypatch: pytest.Monke
     ]
     assert shown[0][2] == shown[1][2] != shown[2][2]  # Another training has a line of its own.
     assert line_writer(verbose=False) is None
-    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+    assert sys.stderr.getvalue() == ""  # type: ignore[union-attr]
 
 
 def test_progress_goes_to_a_terminal_or_where_it_is_asked_for(
