@@ -137,15 +137,15 @@ class TwoTower(TwoTowerSettings):
             warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
                 It has the same shape, and was not trained on events that validate or test here.
             folder: Keeps samples and checkpoints, so that a stopped training can resume, with the
-                same log, settings and own parts; of these, names and plain settings are compared,
-                and to keep their code the same is up to you. It then ends like an uninterrupted
-                one, bit for bit, unless an own tower has a random state, as
+                same log, settings and own parts. Own parts are compared by name and plain settings;
+                their code is not compared, so do not change it. The training then ends like an
+                uninterrupted one, bit for bit, unless an own tower has a random state, as
                 `tf.keras.layers.Dropout` does. None is temporary. Several workers need a shared
-                one (`docs/guides/scale.md`).
+                folder (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with the result so far.
-            verbose: Whether to write epochs to standard error, in a notebook into its cell; None
-                does in a notebook, and if standard error is a terminal.
+            verbose: Whether to write a line for each epoch: in a notebook to its cell, elsewhere to
+                standard error. None writes in a notebook or a terminal.
 
         Raises:
             TypeError: If an argument or an own tower has the wrong type.
@@ -311,7 +311,7 @@ class TwoTower(TwoTowerSettings):
         return {"query_tower": self.query_tower, "candidate_tower": self.candidate_tower}
 
     def made_of(self, log: Log, samples: Samples, chosen_by: Mapping[str, Any]) -> dict[str, Any]:
-        """Says for JSON what a training is made of; `chosen_by` are arguments of `fit`, by name."""
+        """Returns what a training depends on, for JSON; `chosen_by` holds arguments of `fit`."""
         later = samples.is_later  # According to the whole log, which may have grown since.
         later_items = None if later is None else hashlib.sha256(later.tobytes()).hexdigest()[:12]
         return {
