@@ -32,7 +32,7 @@ from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.data import final_part, prepare
-from tfrs_pipeline.run.folder import RunFolder, exported_version
+from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.steps import Step
@@ -533,10 +533,13 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert (again.export_folder, list(watched.reports)) == (own, ["finished before"])
     assert own.is_absolute()
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
-    # A version with its number that another run made is not the run's own.
-    others = {"two_tower": {**again.metrics["models"]["two_tower"], "num_queries": 7}}
     place, record = config.model_folder, path / "metrics.json"
-    assert exported_version({**again.metrics, "models": others}, place) is None
+    # A version that another training made, such as a later one in this folder, is not its own.
+    assert own_version(config, RunFolder(path)) == own
+    epochs = path / "checkpoints"
+    epochs.rename(path / "elsewhere")
+    assert own_version(config, RunFolder(path)) is None
+    (path / "elsewhere").rename(epochs)
     # Folders may have been moved since: the version is found among the model's.
     moved = {**again.metrics, "export_folder": "/before/films/1"}
     kept = record.read_bytes()

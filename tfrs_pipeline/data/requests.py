@@ -98,7 +98,9 @@ def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) 
         # Null and 0 both say that there was nothing.
         plain = value.fill_null(0) if value.type().is_numeric() else value
         text, is_click = plain.cast("string").fill_null(""), schema.is_positive(events)
-        usual = schema.totals(events, usual=text.mode(where=~is_click))["usual"] or ""
+        counts = events.filter(~is_click).group_by(text=text).agg(num=ibis._.count())
+        most = counts.order_by(ibis.desc("num"), "text").limit(1).to_pyarrow()["text"].to_pylist()
+        usual = most[0] if most else ""
         both = {"clicks": is_click, "others": ~is_click}
         sums = {name: is_so.sum() for name, is_so in both.items()}
         sums |= {f"same {name}": (is_so & (text == usual)).sum() for name, is_so in both.items()}

@@ -29,7 +29,6 @@ from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import (
     RunFolder,
-    exported_version,
     name_of_log,
     own_version,
     trained_by,
@@ -202,7 +201,7 @@ def _read_result(config: RunConfig, folder: RunFolder, runner: Runner) -> RunRes
         return None
     result, report = RunResult(folder.path, metrics), StepReport("finished before")
     report.notes.append("its results follow; nothing was done")
-    if (own := exported_version(metrics, config.model_folder)) is not None:
+    if (own := own_version(config, folder)) is not None:
         metrics["export_folder"] = str(own.resolve())
     elif (gone := result.export_folder) is not None:
         # If other versions exist, this one would replace them. The project may have moved.
@@ -224,8 +223,7 @@ def _read_exported(
     config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
 ) -> dict[str, Any] | None:
     """Reads what `_export_best` made of this training, unless the index settings have changed."""
-    version = own_version(config, folder.path)
-    if version is None:
+    if (version := own_version(config, folder)) is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
     export = config.export.model_dump(mode="json")
@@ -258,9 +256,7 @@ def _export_best(
         refusal = str(error)
         runner.note(f"not exported: {refusal.partition('. ')[0]}")
         return {**_NOT_EXPORTED, "refusal": refusal}
-    read = data.split.log.items_read
-    if (undone := describe_undone(config.model_folder, read, listed)) is not None:
-        runner.note(undone)
+    runner.note(*describe_undone(config.model_folder, data.split.log.items_read))
     search = search_of(export.index, export.target_recall)
     runner.progress.task("export", 0, 0, WRITING)
     version, manifest = export_version(
@@ -318,7 +314,7 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
         yield from ["no version is in service yet"] if export.gate else []
         return
     try:
-        yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder.path))
+        yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder))
     except NotPublished as error:
         if export.gate:
             raise NotPublished(f"{error} {kept} --no-export.gate exports it anyway.") from None
