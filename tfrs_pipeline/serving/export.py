@@ -76,9 +76,7 @@ class ExportOptions:
 
 # In a notebook, TensorFlow logs "Assets written to" for every SavedModel. The folder that it names
 # is temporary, so the line would mislead.
-logging.getLogger("tensorflow").addFilter(
-    lambda record: "Assets written to" not in record.getMessage()
-)
+logging.getLogger("tensorflow").addFilter(lambda log: "Assets written to" not in log.getMessage())
 
 
 def export(

@@ -134,8 +134,7 @@ class LiveItems:
         """Takes in what other processes have written."""
         with self._lock:
             if rows := self._store.items_after(self._seq):
-                own_rows = self._own.rows([row.item_id for row in rows])
-                pairs = zip(rows, own_rows, strict=True)
+                pairs = zip(rows, self._own.rows([row.item_id for row in rows]), strict=True)
                 listed = {row.seq for row, own_row in pairs if own_row or row.is_listed}
                 wanted = [
                     row for row in rows if row.time >= self._items_read or row.seq not in listed

@@ -171,8 +171,5 @@ class Store:
             for end in ("-wal", "-shm"):  # A deleted file's would be applied to the new one.
                 self.path.with_name(f"{STORE_FILE}{end}").unlink(missing_ok=True)
             # The connection is closed first, then the file is flushed and renamed.
-            with (
-                replacing(self.path) as new,
-                contextlib.closing(sqlite3.connect(new)) as connection,
-            ):
-                connection.executescript(_SCHEMA)
+            with replacing(self.path) as new, contextlib.closing(sqlite3.connect(new)) as sql:
+                sql.executescript(_SCHEMA)
