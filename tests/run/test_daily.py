@@ -26,7 +26,7 @@ from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_rec
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run import training
-from tfrs_pipeline.run.folder import RunFolder, with_source
+from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder, with_source
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.refresh import describe_undone, refresh_index
 from tfrs_pipeline.run.training import split_in, trained_in
@@ -182,6 +182,36 @@ def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: War
     expected = warm.result.metrics["models"]["two_tower"]["ndcg@20"]["mean"]
     assert found[False] == pytest.approx(expected, abs=1e-5)
     assert found[True] != pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gate", "index", "newest"), [(True, "auto", 2), (False, "none", 2), (False, "scann", 3)]
+)
+def test_a_run_that_was_killed_after_its_export_keeps_its_version(
+    place: Path, warm: Warm, gate: bool, index: str, newest: int
+) -> None:
+    """It is not compared with itself, nor exported again unless another index is asked for."""
+    settings = {"warm_start": model_folder(place), "export.gate": gate, "export.index": index}
+    metrics_file = warm.result.folder / "metrics.json"
+    files = (metrics_file, warm.result.folder / CONFIG_FILE)
+    kept = {path: path.read_bytes() for path in files}
+    metrics_file.unlink()
+    watched = Watched()
+    again = run(today(place, **settings), warm.result.folder, progress=watched)
+    assert versions_of(model_folder(place)) == [1, 2, 3][:newest]
+    for name in ("models", "differences"):
+        expected = dict(warm.result.metrics[name])
+        if not gate:
+            del expected[IN_SERVICE]
+        assert again.metrics[name] == expected
+    if newest == 2:
+        assert again.export_folder == warm.result.export_folder
+        assert again.metrics["index"] == warm.result.metrics["index"]
+        assert "exported before the run was stopped, is kept" in watched.reports["export"].notes[0]
+    else:
+        shutil.rmtree(model_folder(place) / "3")
+    for path, content in kept.items():
+        path.write_bytes(content)
 
 
 def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.schema import AskedBy
-from tfrs_pipeline.durable import file_hash, read_record
+from tfrs_pipeline.durable import file_hash, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.data import final_part, prepare
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.steps import Step
@@ -533,12 +533,27 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert (again.export_folder, list(watched.reports)) == (own, ["finished before"])
     assert own.is_absolute()
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
-    # Nor does it replace another version in service, such as after a rollback.
+    place, record = config.model_folder, path / "metrics.json"
+    # A version that another training made, such as a later one in this folder, is not its own.
+    assert own_version(config, RunFolder(path)) == own
+    epochs = path / "checkpoints"
+    epochs.rename(path / "elsewhere")
+    assert own_version(config, RunFolder(path)) is None
+    (path / "elsewhere").rename(epochs)
+    # Folders may have been moved since: the version is found among the model's.
+    moved = {**again.metrics, "export_folder": "/before/films/1"}
+    kept = record.read_bytes()
+    write_record(record, moved)
+    assert run(config, path).export_folder == own
+    # Nor does a finished run replace another version in service, such as after a rollback.
     other = own.rename(own.parent / "7")
-    assert run(config, path, progress=watched).metrics == again.metrics
-    assert versions_of(config.model_folder) == [7]
-    notes = watched.reports["finished before"].notes
-    assert f"its version {own} is gone, and a finished run is not exported again" in notes[-1]
+    for metrics in (moved, again.metrics):
+        write_record(record, metrics)
+        assert run(config, path, progress=watched).metrics == metrics
+        assert versions_of(place) == [7]
+        notes = watched.reports["finished before"].notes
+        assert "is gone, and a finished run is not exported again" in notes[-1]
+    record.write_bytes(kept)
     other.rename(own)
 
 

@@ -171,7 +171,8 @@ class RunFolder:
             return
         old, new = (flat_settings(x.model_dump(mode="json")) for x in (self.settings(), config))
         every_change = [name for name in old | new if old.get(name) != new.get(name)]
-        is_exported = (self.metrics() or {}).get("export_folder") is not None
+        metrics = self.metrics()
+        is_exported = metrics is not None and own_version(config, self)
         may_change = MAY_CHANGE[:1] if is_exported else MAY_CHANGE
         changed = [name for name in every_change if name not in (*may_change, "compare.seeds")]
         if changed:
@@ -211,6 +212,19 @@ def trained_by(folder: Path) -> list[str]:
     epochs = (folder / "checkpoints" / "two_tower").rglob("epoch-*.json")
     # The records hold times, so they differ between trainings, even with equal settings.
     return sorted(map(durable.file_hash, epochs))
+
+
+def own_version(config: RunConfig, folder: RunFolder) -> Path | None:
+    """Returns the version exported from the training in a run's folder; None if there is none."""
+    written = (folder.metrics() or {}).get("export_folder")
+    # It is among the model's versions, or where it was written: the folders may have moved.
+    versions = [config.model_folder / str(x) for x in reversed(versions_of(config.model_folder))]
+    for version in [*versions, *([Path(written)] if written else [])]:
+        with contextlib.suppress(durable.Damaged, OSError):
+            manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
+            if "refreshed" not in manifest and manifest.get("training") == trained_by(folder.path):
+                return version
+    return None
 
 
 def check_model_name(config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.steps import Runner
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def measure(
             data.test.candidate_ids,
             log.listed_ids,
             log=log,
+            without=own_version(config, folder),
         )
         if in_service is not None:
             compared = {IN_SERVICE: in_service}

@@ -1,6 +1,6 @@
 """`tfrs-pipeline run`: from a config to a model in service, with one folder per run.
 
-A model is exported unless it is worse than others, and a finished run at most once.
+A model is exported unless it is worse than others, and at most once per training.
 """
 
 import functools
@@ -19,7 +19,7 @@ from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.split import Split
-from tfrs_pipeline.durable import read_whole, recorded_hashes, write_record
+from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
@@ -30,6 +30,7 @@ from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import (
     RunFolder,
     name_of_log,
+    own_version,
     trained_by,
 )
 from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, is_compared, measure
@@ -46,7 +47,7 @@ from tfrs_pipeline.serving.export import (
 )
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of
-from tfrs_pipeline.serving.publish import NotPublished, publishing, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
 
 _NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none"}, "export_folder": None}
 
@@ -104,12 +105,14 @@ def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
         runner.note(*(f"{x}: left out by the preset or by evaluation.baselines" for x in left_out))
         return baselines
 
-    measure_all, export = (functools.partial(x, config, folder) for x in (measure, _export_best))
+    measure_all, export, read = (
+        functools.partial(x, config, folder) for x in (measure, _export_best, _read_exported)
+    )
     reads, place = ("samples", "two_tower", "measured"), "export.directory/NAME/VERSION/"
     return [
         Step("baselines", ("samples",), "baselines", fit),
         Step("evaluate", ("samples", "baselines", *variants(config)), "measured", measure_all),
-        Step("export", reads, "version", export, place=place),
+        Step("export", reads, "version", export, read, place),
     ]
 
 
@@ -119,7 +122,7 @@ def run(
     """Runs the whole pipeline in a folder, which is made if missing.
 
     A stopped run of the same config in the folder is resumed from its last epoch. A finished run is
-    returned unchanged; it is exported if it was refused and the settings now allow it.
+    returned unchanged, and exported again only if it was refused or no version is left.
 
     If TF_CONFIG names several workers, each calls this with the same folder, on a shared file
     system. They train together; the chief alone writes, with its own config, evaluates and exports.
@@ -198,16 +201,37 @@ def _read_result(config: RunConfig, folder: RunFolder, runner: Runner) -> RunRes
         return None
     result, report = RunResult(folder.path, metrics), StepReport("finished before")
     report.notes.append("its results follow; nothing was done")
-    if (version := result.export_folder) is None:
-        if config.export.index != "none":  # It was refused, but the settings may allow it now.
+    if (own := own_version(config, folder)) is not None:
+        metrics["export_folder"] = str(own.resolve())
+    elif (gone := result.export_folder) is not None:
+        # If other versions exist, this one would replace them. The project may have moved.
+        if config.export.index != "none" and not any(
+            map(versions_of, (gone.parent, config.model_folder))
+        ):
             return None
-    elif not version.is_dir():  # Another version may be in service, such as after a rollback.
         report.notes.append(
-            f"its version {version} is gone, and a finished run is not exported again by itself: "
-            f"to do so, delete {folder.metrics_file} and run it again"
+            f"its version {gone} is gone, and a finished run is not exported again by itself: to "
+            f"do so, delete {folder.metrics_file} and run it again"
         )
+    elif config.export.index != "none":  # It was refused, but the settings may allow it now.
+        return None
     runner.progress.step(report)
     return result
+
+
+def _read_exported(
+    config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
+) -> dict[str, Any] | None:
+    """Reads what `_export_best` made of this training, unless the index settings have changed."""
+    if (version := own_version(config, folder)) is None:
+        return None
+    manifest = read_record(version / MANIFEST_FILE, check_files=False)
+    export = config.export.model_dump(mode="json")
+    then = manifest["config"]["export"]
+    if export["index"] != "none" and any(then[x] != export[x] for x in ("index", "target_recall")):
+        return None
+    runner.note(f"{version}, exported before the run was stopped, is kept")
+    return {"index": manifest["index"], "export_folder": str(version.resolve())}
 
 
 def _export_best(
@@ -274,7 +298,7 @@ def _export_best(
 def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> Iterator[str]:
     """Compares the model with the baselines, and with the version in service if that is measured.
 
-    Yields notes; raises `NotPublished` if it is worse.
+    It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
     baselines = [x for x in evaluation.results if x not in (*variants(config), IN_SERVICE)]
@@ -290,7 +314,7 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
         yield from ["no version is in service yet"] if export.gate else []
         return
     try:
-        yield refuse_worse(evaluation, monitor, models)
+        yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder))
     except NotPublished as error:
         if export.gate:
             raise NotPublished(f"{error} {kept} --no-export.gate exports it anyway.") from None

@@ -26,6 +26,7 @@ def version_in_service(
     exported: np.ndarray | None = None,
     *,
     log: Log | None = None,
+    without: Path | None = None,
 ) -> ExactRetriever | None:
     """Loads a model's newest version, to measure it beside a new one; None if there is none.
 
@@ -33,9 +34,9 @@ def version_in_service(
     means all). If the version holds no user data, users' features come from `log`.
     """
     # Both models are searched exactly, so that they differ only in what they have learned.
-    if not (versions := versions_of(folder)):
+    newest = _newest(folder, without)
+    if newest is None:
         return None
-    newest = folder / str(versions[-1])
     retriever = load(newest, exact=True, live=False)
     # The ids' type may differ from this run's. NumPy would compare each text with every other.
     known = as_id_array(retriever.candidate_ids())
@@ -90,13 +91,21 @@ def _query_embedder(
     return embed
 
 
-def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
+def _newest(folder: Path, without: Path | None) -> Path | None:
+    versions = (folder / str(number) for number in reversed(versions_of(folder)))
+    return next((version for version in versions if version != without), None)
+
+
+def refuse_worse(
+    evaluation: Evaluation, metric: str, folder: Path, *, without: Path | None = None
+) -> str:
     """Raises `NotPublished` if the new model is significantly worse; else describes the result.
 
     The evaluation measures the new model, first, and `IN_SERVICE` on the same queries.
     """
-    version = versions_of(folder)[-1]  # It was measured, so it is there.
-    found = _described(evaluation, metric, IN_SERVICE, f"version {version} in service")
+    version = _newest(folder, without)
+    assert version is not None  # It was measured.
+    found = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
     lowest = evaluation.differences[IN_SERVICE][metric].low
     if lowest > 0:
         raise NotPublished(f"The new model is worse than the one in service. {found}.")
