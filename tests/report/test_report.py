@@ -72,12 +72,11 @@ def summary(rng: np.random.Generator) -> dict[str, Any]:
         means = {f"{name}@{k}": around(rng.random()) for name in QUERY_METRICS for k in CUTOFFS}
         return means | {f"{x}@{k}": rng.random() for x in SET_METRICS for k in CUTOFFS} | counts
 
-    parts = {"slices": ("head", "torso", "tail"), "ties": ("tied", "untied")}
-    return {**numbers(), **{kind: {x: numbers() for x in names} for kind, names in parts.items()}}
+    return {**numbers(), "slices": {part: numbers() for part in ("head", "torso", "tail")}}
 
 
 def differences(half: float) -> dict[str, Any]:
-    parts = ("head/", "torso/", "tail/", "tied/", "untied/", "")
+    parts = ("head/", "torso/", "tail/", "")
     return {"ndcg@100": around(0.02, half), **{f"{part}recall@100": around(0.02) for part in parts}}
 
 
@@ -99,7 +98,6 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
         "other": {"asked_by": "users", "models": {name: summary(rng) for name in names},
                   "differences": compared | {"popularity": differences(0.01)}},
         "export_folder": "/srv/saved_models/films/3",
-        "tie_rule": "order",
         "training": {"two_tower": {"best_epoch": 2, "history": history},
                      "two_tower_uncorrected": {"best_epoch": 1, "history": short}},
         "differences": compared,
@@ -184,19 +182,13 @@ def test_the_question_that_decides_comes_first_and_the_other_is_folded() -> None
         for metric in ("mrr@20", "gini@100"):
             expected = [x[metric] if "gini" in metric else x[metric]["mean"] for x in of.values()]
             assert PAGE.values(f"{shown}, {name}", metric) == expected
-        for part in ("tied", "untied"):
-            means = [x["ties"][part]["recall@100"]["mean"] for x in of.values()]
-            found = PAGE.values(f"Tied and untied items, {name}", f"{part}, recall@100")
-            assert found == [5678, *means]
     # Popularity ties with the model by request, which decides, and beats it by user.
     assert [x[2] for x in PAGE.tables["Differences, by user"]["ndcg@100"]] == [True, True]
     assert "Asked by request, is it better than the baselines?A tie" in PAGE.joined
     assert "But no, by user, in ndcg@100 the best baseline, popularity" in PAGE.joined
     alone = page_of(metrics={**FACTS.metrics, "other": {"left_out": "it is the same"}})
     assert "Asked by request alone: it is the same." in alone.text
-    untied = {name: {**x, "ties": {}} for name, x in MODELS.items()}
-    alone = page_of(metrics={**FACTS.metrics, "models": untied, "other": {"left_out": "no order"}})
-    assert not [caption for caption in alone.tables if "user" in caption or "untied" in caption]
+    assert not [caption for caption in alone.tables if "user" in caption]
 
 
 def test_a_difference_is_bold_where_its_interval_excludes_zero() -> None:

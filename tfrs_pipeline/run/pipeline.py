@@ -165,7 +165,6 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
         "dataset": config.model_name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": data.split.report(),
-        "tie_rule": data.split.log.ties,
         **made["measured"].summary(),
         "training": {
             name: {
