@@ -14,7 +14,6 @@ from tfrs_pipeline.report.verdict import (
     found_by_index,
     other_question,
     shown_evenly,
-    tied_items,
 )
 
 METRIC = "ndcg@100"
@@ -45,7 +44,6 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
         "models": models,
         "differences": {name: dict.fromkeys(compared, gap) for name, gap in gaps.items()},
         "split": {"train": {"num_positives": 30_000}},
-        "tie_rule": "order",
         "training": {first: {"best_epoch": 3, "history": {f"val_{METRIC}": [0.1, 0.2, 0.3, 0.2]}}},
     } | changed
 
@@ -173,49 +171,6 @@ def test_the_other_question_is_told_only_where_it_would_decide_otherwise(
         assert "set evaluation.by to users" in (found or "")
     # The question that decides does not see the other one.
     assert compared_with_baselines(decisive | {"other": other}, METRIC).why.startswith("by request")
-
-
-@pytest.mark.parametrize(
-    ("tied", "untied", "difference", "said"),
-    [
-        (0.3, 0.25, (0.02, 0.02), None),
-        (0.3, 0.15, (0.02, 0.02), "40.0% of .* of these 0.30, of the others 0.15. Before"),
-        (0.1, 0.25, (0.02, 0.02), "of these 0.10, of the others 0.25. Before"),
-        (0.3, 0.25, (0.02, -0.02), "EASE is better only for these"),
-        (0.3, 0.25, (-0.02, 0.02), "EASE is better only for the others"),
-        (0.3, 0.25, (0.02, -0.005), None),  # The second is not significant.
-    ],
-)
-@pytest.mark.parametrize(
-    ("is_by_request", "is_other"), [(False, False), (True, False), (True, True)]
-)
-def test_ties_are_told_where_they_decide(
-    tied: float,
-    untied: float,
-    difference: Any,
-    said: str | None,
-    is_by_request: bool,
-    is_other: bool,
-) -> None:
-    plain = made({"two_tower": 0.3, "ease": 0.25}, asked_by="users")
-    asked_by = "requests" if is_by_request else "users"
-    metrics = made({"two_tower": 0.3, "ease": 0.25}, asked_by=asked_by)
-    assert tied_items(plain, METRIC) is None
-    metrics["models"]["two_tower"]["ties"] = {
-        "tied": {METRIC: interval(tied), "num_relevant": 200},
-        "untied": {METRIC: interval(untied), "num_relevant": 300},
-    }
-    for part, mean in zip(("tied", "untied"), difference, strict=True):
-        metrics["differences"]["ease"][f"{part}/{METRIC}"] = interval(mean)
-    # The answer is that by request, whichever question decides.
-    if is_by_request:
-        metrics = plain | {"other": metrics} if is_other else metrics | {"other": plain}
-    found = tied_items(metrics, METRIC)
-    assert (found is None) == (said is None)
-    assert said is None or re.search(said, found or "")
-    # By request, this rule leaves tied items out of each other's histories.
-    told_by_rule = tied_items(metrics | {"tie_rule": "drop"}, METRIC)
-    assert (told_by_rule is None) == (said is None or is_by_request)
 
 
 LOSING = {"two_tower": 0.2, "two_tower_uncorrected": 0.1, "popularity": 0.1, "ease": 0.3}

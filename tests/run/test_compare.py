@@ -276,7 +276,7 @@ def test_files_hold_the_plans(compared: Comparison, folder: Path) -> None:
     assert max(path.stem for path in epochs) == f"epoch-{NUM_EPOCHS}"
     text = (folder / "comparison.md").read_text()
     assert all(name in text for name in evaluation.results)
-    assert (folder / "comparison.svg").read_text().startswith("<svg xmlns=")
+    assert (folder / "comparison.svg").read_text().startswith("<svg role=")
     (cut_off,) = compared.notes
     assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")
     assert f"\n- {cut_off}\n" in text

@@ -6,7 +6,6 @@ from typing import Any
 
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
-from tfrs_pipeline.messages import in_percent
 from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS
 
 Metrics = Mapping[str, Any]
@@ -20,8 +19,6 @@ WRITTEN = {
 }
 # What the slices hold, for a reader who does not know their names.
 _ITEMS = {"head": "popular", "torso": "middling", "tail": "rare"}
-# Tied items decide if the model's recall of them differs from that of others by this factor.
-_MUCH_MORE = 2
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,6 @@ def remarks(metrics: Metrics, metric: str, recall: str) -> dict[str, str]:
     """Returns the other findings that were measured and matter, by heading."""
     found = {
         "but": other_question(metrics, metric),
-        "ties": tied_items(metrics, recall),
         "evenly": shown_evenly(metrics, recall),
     }
     return {head: text for head, text in found.items() if text is not None}
@@ -194,39 +190,6 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     outcome = first if len(slices) == 1 else Outcome.LEVEL
     why = f"by {metric}, {'; '.join([*clauses, *variants])}"
     return Verdict(f"{answers[first]} {listed(slices[first])}", why, outcome)
-
-
-def tied_items(metrics: Metrics, metric: str) -> str | None:
-    """Says whether items clicked at the time of another click decide; None if they do not.
-
-    They do if a model is clearly better for these and clearly worse for the others, or if the
-    first model's recall of these is twice that of the others, or half. They cannot where histories
-    leave out the clicks at the time of the request. `metric` is a recall.
-    """
-    questions = [asked for asked in (metrics, metrics.get("other", {})) if "models" in asked]
-    of = next((asked for asked in questions if asked["asked_by"] != "users"), metrics)
-    model = next(iter(of["models"].values()))
-    is_by_request = of["asked_by"] != "users"
-    if not model.get("ties") or (is_by_request and metrics.get("tie_rule") == "drop"):
-        return None
-    tied, untied = model["ties"]["tied"], model["ties"]["untied"]
-    means = [x[metric]["mean"] or 0.0 for x in (tied, untied)]
-    told = []
-    for name, x in of["differences"].items():
-        lows, highs = (
-            [x[f"{part}/{metric}"][end] or 0.0 for part in model["ties"]] for end in ("low", "high")
-        )
-        if (lows[0] > 0 > highs[1]) or (lows[1] > 0 > highs[0]):
-            which = "these" if lows[0] > 0 else "the others"
-            told.append(f"{WRITTEN.get(name, name)} is better only for {which}")
-    if not told and (not untied["num_relevant"] or max(means) < _MUCH_MORE * min(means)):
-        return None
-    return (
-        f"{in_percent(tied['num_relevant'], model['num_relevant'])} of the items to find were "
-        f"clicked at the time of another click of their user; {metric} of these {means[0]:.2f}, "
-        f"of the others {means[1]:.2f}{''.join(f'; {x}' for x in told)}. Before you trust the "
-        f"order of the models, try another data.ties (here {metrics['tie_rule']})"
-    )
 
 
 def shown_evenly(metrics: Metrics, metric: str) -> str | None:

@@ -161,7 +161,7 @@ class Comparison:
         table = self.table(markdown=True, width=None)
         lines = (f"- {line}\n" for line in self.lines(None))
         (folder / "comparison.md").write_text(f"{table}\n\n{''.join(lines)}")
-        (folder / "comparison.svg").write_text(self.plot().card())
+        (folder / "comparison.svg").write_text(self.plot().svg)
         written = to_json(self.summary(), indent=2, inf_nan_mode="null", fallback=repr)
         (folder / COMPARISON_FILE).write_bytes(written)
 
