@@ -217,6 +217,10 @@ LOOKED_FOR = {
     "filter by price or stock": "price, stock",
     "history between trainings": "between trainings",
     "gorse, managed services": "something else",
+    "rollback": "rollback",
+    "a/b test": "a/b test",
+    "drift": "drift",
+    "alerts": "alerts",
 }
 
 

@@ -53,8 +53,8 @@ _NAMES = {
     "serving.vectors": ("write_vectors",),
     "settings": ("ConfigError",),
 }
-# Modules whose names may be imported beside these: sources of logs, own kinds of features, and the
-# command line for those who add such kinds.
+# Other modules that users may import from: sources of logs, base classes of custom features, and
+# the command line, for a program that adds such features.
 PUBLIC_MODULES = ["cli", "features.kinds", "features.numeric"]
 PUBLIC_MODULES += ["sources.movielens", "sources.simulated"]
 PUBLIC = dict(sorted((name, module) for module, names in _NAMES.items() for name in names))

@@ -108,7 +108,7 @@ class CompareConfig(Config):
     """Exponents of the power law in the plan resampled: one plan each."""
     seeds: PositiveInt = 1
     """How many times each plan is trained, with the seeds seed, seed + 1 and so on, on the same
-    data; plans are compared seed by seed. It may be raised later in the same folder."""
+    data; plans are compared seed by seed. A finished comparison can be given more."""
     max_steps: PositiveInt | None = None
     """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
 
@@ -135,9 +135,9 @@ class RunConfig(Config):
     compare: CompareConfig = CompareConfig()
     """What `tfrs-pipeline compare` tries."""
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
-    """Finished run or exported model whose weights training starts from. On the command line, it
-    gives the settings of the model, its training and the baselines that you do not, but at most a
-    fifth of the epochs that a training from scratch needed. If not given, from scratch."""
+    """Finished run or exported model whose weights training starts from. On the command line, the
+    settings of the model, its training and the baselines that you do not give are taken from there,
+    and max_epochs is a fifth of what training from scratch needed. If not given, from scratch."""
     recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
     fixed: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()

@@ -34,12 +34,12 @@ SILENT = Progress()
 
 
 def line_writer(verbose: bool | None = None) -> Callable[[str], None] | None:
-    """Returns what writes a line of progress for a person; None if nobody would read it.
+    """Returns a function that writes a line of progress; None if nobody would read it.
 
-    A line goes to standard error if that is a terminal, or if `verbose`. In a notebook it is shown
-    in the cell, where it replaces the one before.
+    In a notebook, a line is shown in the cell, where it replaces the one before. Elsewhere it goes
+    to standard error, if that is a terminal or `verbose` is True.
     """
-    # Jupyter's kernels replace the standard streams. IPython is there then, and only then needed.
+    # Jupyter's kernels replace the standard streams. They need IPython, so it is installed there.
     in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
     if not (in_notebook or sys.stderr.isatty() if verbose is None else verbose):
         return None
@@ -62,7 +62,7 @@ class _Written(Progress):
 
 
 def written() -> Progress:
-    """Returns a progress of epochs that writes them where a person reads it (`line_writer`)."""
+    """Returns a progress that writes a line for each epoch; silent if nobody would read it."""
     return SILENT if (write := line_writer()) is None else _Written(write)
 
 
@@ -121,7 +121,7 @@ def suggest(name: str, known: Collection[str]) -> str:
     def last(name: str) -> str:
         return name.lstrip("-").rpartition(".")[2]
 
-    near = [x for x in known if last(x) == last(name)]
+    near = [other for other in known if last(other) == last(name)]
     near = near or difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"

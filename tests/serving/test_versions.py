@@ -186,7 +186,11 @@ def test_a_version_that_goes_while_it_loads_is_told_in_a_line(
     put(folder, 2)
     model.refresh()
     (message,) = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
-    why = "/2/weights is not as it was" if lost == "weights" else "its folder was deleted meanwhile"
+    why = (
+        "/2/weights is not as it was"
+        if lost == "weights"
+        else "its folder was deleted in the meantime"
+    )
     assert message.startswith("Version 2 cannot be loaded: ")
     assert why in message
     assert "TensorSlice" not in message

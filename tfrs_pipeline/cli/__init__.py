@@ -1,4 +1,7 @@
-"""The command line: `tfrs-pipeline COMMAND`. This module starts it, `commands.py` is the rest."""
+"""The command line: `tfrs-pipeline COMMAND`. `commands.py` has the commands.
+
+This module imports nothing heavy, so that Ctrl-C ends the program even while that is imported.
+"""
 
 import os
 import signal
@@ -18,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_heard = before is signal.default_int_handler  # A shell's background job ignores it.
     try:
         if is_heard:
-            # There is nothing to clean up yet. An exception could be raised anywhere in an import,
-            # which may print it, wrap it in another one or lose it.
+            # Nothing has to be cleaned up yet. A KeyboardInterrupt could come anywhere in an
+            # import, which may print it, wrap it in another exception or lose it.
             signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         from tfrs_pipeline.cli import commands
 

@@ -1,4 +1,4 @@
-"""The commands, and what becomes of their errors: a line for each, and an exit code."""
+"""Runs a command, and turns its errors into a line and an exit code."""
 
 import atexit
 import gc

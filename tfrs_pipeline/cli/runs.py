@@ -139,7 +139,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             say(console, "nothing was made: the run folder is removed")
         raise
     except StorageError as error:
-        if not place.has_begun():  # Nothing is there to go on from.
+        if not place.has_begun():  # No step is kept, so there is nothing to resume.
             raise
         remedy = "Fix this and rerun the command; finished steps are kept:"
         raise StorageError(f"{error} {remedy}  {again}") from error
@@ -284,8 +284,8 @@ def _do(command: str, config: RunConfig, folder: Path, begun: Runner) -> Any:
 class Report(Command):
     """Write the report of a run or a comparison as one HTML page.
 
-    The page shows a finished run: data, sampling, training, metrics, index, recommendations for a
-    few users; or the plans of a comparison. It needs no other file and no network. `run` and
+    The page shows a finished run (data, sampling, training, metrics, index, recommendations for a
+    few users) or the plans of a comparison. It needs no other file and no network. `run` and
     `compare` also write it at their end.
     """
 

@@ -51,7 +51,7 @@ def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.Time
 
 @ibis.udf.scalar.builtin(name="timezone", signature=((dt.string, _UTC), _NAIVE))
 def _on_clock(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.TimestampValue:
-    """DuckDB's own function, the other way round."""
+    """DuckDB's own function: what the clocks of a zone show at a time in UTC."""
 
 
 def to_timestamp(

@@ -102,8 +102,8 @@ class Scan:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         if self.csv_files:
-            # Otherwise DuckDB skips columns that nobody reads, and then fails on a line that is
-            # bad in one of them ("INTERNAL Error"). The whole line is split in either case.
+            # DuckDB skips columns that the query does not use, and then fails on a line that is bad
+            # in one of them ("INTERNAL Error"). To read all costs little: the line is split anyway.
             self.connection.con.execute("SET disabled_optimizers = 'unused_columns'")
         try:
             yield
@@ -323,9 +323,9 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
 def _files_below(path: Path) -> list[Path]:
     """Lists the files in a folder and its subfolders, by name; links are followed.
 
-    A file or folder that several names lead to, such as by a link to a folder above it, counts
-    once. A link to nothing, or a folder that may not be listed, is a `DataError`: its rows would be
-    missing without a word.
+    A file or folder that several links lead to is listed once, so a link to a folder above it does
+    no harm. A link to nothing, or a folder that may not be listed, is a `DataError`: otherwise its
+    rows would be missing silently.
     """
 
     def refuse(error: OSError) -> None:

@@ -71,8 +71,8 @@ class Log:
         part_of: The whole log, if a split made this one.
         later_items: item_id of the items whose first event in any part of the split is later than
             the last event of this part. None in a whole log, and without timestamps.
-        items_read: When the tables began to be read. An export does not count earlier live writes
-            of its items.
+        items_read: When the reading of the tables began. In an export, earlier live writes of an
+            item in them do not count.
 
     Example:
         >>> import pyarrow as pa
@@ -211,8 +211,8 @@ class Log:
     def read(cls, folder: Path | str, connection: Any = None, *, check_files: bool = True) -> "Log":
         """Opens a written log in an Ibis DuckDB (None opens one) or Spark, without loading it.
 
-        A `DataError` if the folder holds no complete log, `Damaged` if a file has changed; without
-        `check_files`, for a log that was written just now, its tables are not looked at.
+        Raises a `DataError` if the folder holds no complete log, and `Damaged` if a file has
+        changed. Without `check_files` that is not checked: right for a log that was just written.
         """
         folder = Path(folder)
         if not (folder / "log.json").exists():

@@ -10,7 +10,8 @@ from tfrs_pipeline.data.schema import LOG_COLUMNS, DataError, Source, case_probl
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import in_percent, printable
 
-# A request feature may leak if so many events that are no positives have one value, this share.
+# A request feature may leak if there are at least so many events that are not positives, and more
+# than this share of them has one value.
 _FEWEST, _CONSTANT = 20, 0.95
 # A column that leaves more than this share of the positives without a history is mentioned.
 _MANY_LOST = 0.1
@@ -90,7 +91,7 @@ def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.
 def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) -> Iterator[str]:
     """Notes request features with one value, such as 0 or null, wherever there is no click.
 
-    A watch time is such a feature: no request can bring it, and in training it tells the answer.
+    A watch time is such a feature: no request knows it, and in training it gives the click away.
     """
     for name in (name for name in features if name in events.columns):
         value = events[name]
@@ -117,8 +118,9 @@ def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) 
 def note_lost_histories(events: ibis.Table, ties: schema.TieRule, source: Source) -> Iterator[str]:
     """Notes the column that leaves more than `_MANY_LOST` of the positives without a history.
 
-    A positive with an earlier one of its user loses its history if its request began before the
-    user's first positive ended up in one, or if all earlier ones have its time and ties drop them.
+    These are positives of users who have earlier ones, none of which may count. By time: all of
+    them have the time of this one, and `ties` drops those. By request: the request of this one
+    began no later than the user's first positive.
     """
     keys = schema.order_keys(events)
 
@@ -128,9 +130,9 @@ def note_lost_histories(events: ibis.Table, ties: schema.TieRule, source: Source
     start = moment(*query_start(events, events[keys[0]]))
     events = events.mutate(_at=moment(events[keys[0]], events["event_number"]), _start=start)
     clicks = events.filter(schema.is_positive)
-    place = ibis.row_number().over(ibis.window(group_by="user_id", order_by=keys))
+    position = ibis.row_number().over(ibis.window(group_by="user_id", order_by=keys))
     first = clicks["_at"].min().over(ibis.window(group_by="user_id"))
-    clicks = clicks.mutate(_is_later=place > 0, _first=first)
+    clicks = clicks.mutate(_is_later=position > 0, _first=first)
     by_time = clicks["_is_later"] & (clicks["_at"] <= clicks["_first"])
     by_request = clicks["_is_later"] & (clicks["_start"] <= clicks["_first"]) & ~by_time
     why = {

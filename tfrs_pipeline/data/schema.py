@@ -26,7 +26,7 @@ ASKED: Mapping[AskedBy, str] = {
     "first_request": "by first request",
     "last_request": "by last request",
 }
-"""What has a query in a holdout, in words (see `Split.holdout`)."""
+"""How a holdout asks, in words: what has a query (see `Split.holdout`)."""
 
 # Column of a log's items: True if the item table has the item, False if only the events do.
 LISTED = "_listed"
@@ -124,7 +124,7 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
 
 
 def denied(path: Path | str) -> DataError:
-    """Makes the error for a file or folder that this user may not read."""
+    """Returns the error for a file or folder that this user may not read."""
     remedy = "Allow it to the user that runs this, or name files that may be read."
     return DataError(f"{path} may not be read: permission denied. {remedy}")
 

@@ -85,8 +85,8 @@ class Reading(Config):
     unknown_items: schema.UnknownItems | None = None
     """What to do with events whose item is not in the item table: keep them with missing features
     (a run's export does not retrieve the item), drop and count them, or stop ("error"). If not
-    given, keep; but stop if they are more than half of the events, or if the table spells the ids
-    otherwise (leading zeros, letter case, spaces) in more than max_bad_share of them."""
+    given, keep; but stop if they are more than half of the events, or if in more than max_bad_share
+    of the events the table spells the id differently (leading zeros, letter case, spaces)."""
     duplicates: schema.Duplicates = "keep"
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
     drop and count all but the first, or stop ("error")."""

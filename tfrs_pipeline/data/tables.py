@@ -21,7 +21,7 @@ from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse
 
-# More of the events are of unknown items only if something is wrong with their ids.
+# If more than this share of the events is of unknown items, something is wrong with the ids.
 _MOST_UNKNOWN = 0.5
 Features: TypeAlias = Mapping[str, str]
 Tables: TypeAlias = tuple[ibis.Table, ibis.Table, ibis.Table]  # Events, items and users.
@@ -78,9 +78,9 @@ def make_tables(
 
 
 def _with_type_columns(reading: Reading, scanned: Scan) -> Reading:
-    """Adds the columns of a log of types to `columns`: its type, and its session if it has one.
+    """Adds the columns of the event's type and session to `columns`, if there are `event_weights`.
 
-    Each is the one with a usual name that has no other meaning yet.
+    Both are found by usual names. A column to which `columns` gives a meaning is no session.
     """
     if not reading.event_weights:
         return reading
@@ -112,10 +112,10 @@ def _merge_repeats(events: ibis.Table, raw: RawTable) -> ibis.Table:
         pause = visits.PAUSE // 60
         merges[f"visit (until {pause} minutes without an event)"] = visits.merge_visits
     events = visits.number_visits(events)
-    for place, merge in merges.items():
+    for where, merge in merges.items():
         num_rows, events = count_rows(events), store(merge(events), raw.source)
         if num := num_rows - count_rows(events):
-            reason = f"into the strongest event of their item in the same {place}"
+            reason = f"into the strongest event of their item in the same {where}"
             raw.dropped.append(Dropped(reason, num, is_merged=True))
     return events.drop(visits.STRENGTH, visits.VISIT)
 
@@ -143,7 +143,8 @@ def _settle_unknown(
     """Keeps, drops or refuses events whose item or user is not in its table; returns those kept.
 
     If `unknown_items` is not given, `max_bad_share` limits the events whose id the table spells
-    otherwise, and `_MOST_UNKNOWN` all of unknown items: others may be delisted, and users new.
+    differently, and `_MOST_UNKNOWN` those of unknown items. Below that, items may be delisted.
+    Users may all be new.
     """
     kind = id_name.removesuffix("_id")
     unknown = reading.unknown_items if kind == "item" else None
@@ -178,7 +179,7 @@ def _settle_unknown(
             setting, remedy = "unknown_items", ", or set unknown_items to keep them or to drop them"
         raise DataError(
             f"{raw.source.column(id_name)}: {what}{spelled or f', where ids look like {other}'}. "
-            f"Add them there, or write the ids alike in both{remedy}.",
+            f"Add them there, or spell the ids the same in both{remedy}.",
             setting,
         )
     if unknown == "drop":
@@ -194,7 +195,7 @@ def _plain_id(value: ir.Value) -> ir.StringValue:
 
 
 def _spelled(table: str, here: Any, there: Any) -> str:
-    """Says in what two ids differ of which `_plain_id` is the same."""
+    """Says how two ids differ that have the same `_plain_id`."""
     here, there = str(here), str(there)
     why = "leading zeros, letter case or spaces differ"
     if here.lstrip("0") == there.lstrip("0"):

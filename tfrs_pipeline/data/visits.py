@@ -20,8 +20,8 @@ STRENGTH = "_strength"
 VISIT = "_visit"
 """Column of `number_visits`."""
 PAUSE = 1_800
-"""Seconds without an event that end a visit, as web analytics count, in a log without sessions."""
-_LONGEST_PAUSE = 86_400  # A session that goes on later is another one with the same number.
+"""Seconds without an event that end a visit without a session: usual in web analytics."""
+_LONGEST_PAUSE = 86_400  # After this many seconds, a session's number stands for a new session.
 
 
 def number_visits(events: ibis.Table) -> ibis.Table:
@@ -33,11 +33,8 @@ def number_visits(events: ibis.Table) -> ibis.Table:
     session = events["session_id"].cast("string") if sessions else ibis.null("string")
     if "timestamp" not in events.columns:
         return events.mutate(**{VISIT: session})
-    by, in_order, seconds = (
-        ["user_id", *sessions],
-        order_keys(events),
-        whole_seconds(events["timestamp"]),
-    )
+    by, in_order = ["user_id", *sessions], order_keys(events)
+    seconds = whole_seconds(events["timestamp"])
     pause = seconds - seconds.lag().over(ibis.window(group_by=by, order_by=in_order))
     is_new = pause > session.isnull().ifelse(PAUSE, _LONGEST_PAUSE)
     events = events.mutate(_starts=is_new.fill_null(False).cast("int64"), **{VISIT: session})
@@ -57,29 +54,30 @@ def merge_requests(events: ibis.Table) -> ibis.Table:
 def merge_visits(events: ibis.Table) -> ibis.Table:
     """Merges the events of a user on an item in a visit into the first positive, or the first.
 
-    An event whose request has other events stays apart: without it the request might move.
+    An event whose request has other events is not merged: the first event of a request dates it.
     """
-    is_free: ir.BooleanValue = ibis.literal(True)
+    is_mergeable: ir.BooleanValue = ibis.literal(True)
     if "request_id" in events.columns:
         num = events.count().over(ibis.window(group_by=["user_id", "request_id"]))
-        is_free = events["request_id"].isnull() | (num == 1)
-    return _merge(events, VISIT, [~is_positive(events), *order_keys(events)], is_free)
+        is_mergeable = events["request_id"].isnull() | (num == 1)
+    return _merge(events, VISIT, [~is_positive(events), *order_keys(events)], is_mergeable)
 
 
 def _merge(
-    events: ibis.Table, group: str, order: list[Any], is_free: ir.BooleanValue
+    events: ibis.Table, group: str, order: list[Any], is_mergeable: ir.BooleanValue
 ) -> ibis.Table:
-    """Merges the free events of a user on an item, with one value of `group`, into the first one.
+    """Merges the events of a user on an item, with one value of `group`, into the first one.
 
-    The first event in `order` keeps its time, number, request and context, and gets stage and
-    weight of the strongest: a positive before an exposure, then the strongest type, then the
-    largest amount of that type. Events without a value are kept.
+    `is_mergeable` marks the events that may be merged. The first event in `order` keeps its time,
+    number, request and context, and gets stage and weight of the strongest: a positive before an
+    exposure, then the strongest type, then the largest amount of that type. Events without a value
+    of `group` are kept.
     """
     # An event of the test is never merged into one of the training.
     keys = [x for x in ("user_id", "item_id", group, "part") if x in events.columns]
-    place = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
-    is_merged = (place > 0) & is_free & events[group].notnull()
-    events = events.mutate(_is_merged=is_merged, _is_first=place == 0)
+    position = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
+    is_merged = (position > 0) & is_mergeable & events[group].notnull()
+    events = events.mutate(_is_merged=is_merged, _is_first=position == 0)
     strength = [
         ~(events["_is_first"] | events["_is_merged"]),
         ~is_positive(events),

@@ -281,13 +281,13 @@ class MultiCategorical(ValueLists):
 
 
 def _note_lists(column: TableColumn) -> None:
-    """Notes values with the separator of lists: each is one category, and its parts are lost."""
+    """Notes values with the separator of lists: they are read as one category, not as several."""
     is_list = column.value.contains(column.list_separator)
-    found = column.aggregate(num=is_list.sum(), example=column.value.max(where=is_list))
-    if num := found["num"]:
+    lists = column.aggregate(num=is_list.sum(), example=column.value.max(where=is_list))
+    if num := lists["num"]:
         column.notes.append(
             f"{column.place} holds {column.list_separator!r} in {counted(num, 'row')}, such as "
-            f"{printable(repr(found['example']))}: each is one value. To read it as several, make "
+            f"{printable(repr(lists['example']))}: each is one value. To read it as several, make "
             "it multi_categorical"
         )
 

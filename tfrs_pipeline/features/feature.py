@@ -128,15 +128,17 @@ class Feature(ABC):
         return np.concatenate(blocks)
 
     def unknown(self, raw: np.ndarray) -> np.ndarray:
-        """Marks rows of `to_raw` whose values training did not know, which count as missing.
+        """Marks rows whose values training did not know, which count as missing: [n] bool.
 
-        Returns [n] bool; a row without a value is not marked.
+        `raw` is what `to_raw` returns. A row without a value is not marked.
         """
         if self.num_codes is None or self.raw_dtype != "string":
             return np.zeros(len(raw), bool)
         codes = self.encode(raw).numpy()
-        is_given, is_known = (x.any(axis=tuple(range(1, x.ndim))) for x in (raw != "", codes))
-        return is_given & ~is_known
+        has_value, is_known = (
+            values.any(axis=tuple(range(1, values.ndim))) for values in (raw != "", codes)
+        )
+        return has_value & ~is_known
 
     @property
     def graph_resource(self) -> Any:

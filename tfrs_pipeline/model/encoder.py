@@ -32,9 +32,9 @@ class Encoder(tf.Module):
     items: history_timestamps [B, L], seconds since 1970, NaN or absent where unknown.
 
     Attributes:
-        embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool,
-            num_known_items [B] int32 (how many items of the history the training had), from the
-            user's stored history and features, and `known_items`; None without user data.
+        embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
+            num_known_items [B] int32, how many items of the history the training had; all by the
+            user's stored history and features. Also `known_items`. None without user data.
         embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
         embed_query_with_features: user_id, history, raw query features -> the same, from these
             features in place of the stored ones; None without query features.
@@ -58,7 +58,7 @@ class Encoder(tf.Module):
             [stored(x) for x in ((lists.values, lists.offsets) if user_data else nobody)]
             for lists in (model.histories, model.known_positives)
         )
-        # Kept without user data too: service compares what it answers with what was clicked.
+        # Kept without user data too, because the server counts how popular its answers are.
         known, num_rows = model.known_positives.values, len(model.candidate_ids) + 1
         self._num_clicks = stored(np.bincount(known, minlength=num_rows).astype(np.int32))
         self._history_times: tf.Variable | None = None
@@ -143,7 +143,7 @@ class Encoder(tf.Module):
         if times is not None:
             of_items = times[:, :length].to_tensor(np.nan, shape=[None, length])
             given["history_times"] = tf.concat([raw[TIMESTAMP][:, tf.newaxis], of_items], axis=1)
-        # Counted in dense rows: the sum of a ragged tensor takes a twentieth of a query's time.
+        # Counted in dense rows, because summing a ragged tensor would take 5% of a query's time.
         return {
             "embeddings": model.embed_queries(query_rows, recent, **given),
             "is_known_user": query_rows > 0,

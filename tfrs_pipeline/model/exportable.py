@@ -50,8 +50,8 @@ class Exportable:
         reading: How the item table was read (see `Log`).
         has_item_bias: Whether the last entry of a candidate's embedding is a bias and that of a
             query's is 1. To find similar items, an item's last entry is set to 1 too.
-        items_read: When the items began to be read, with a time zone: earlier live writes of them
-            do not count. The default is now.
+        items_read: When the reading of the items began, with a time zone. Earlier live writes of
+            these items do not count. The default is now.
 
     Raises:
         ValueError: If `histories`, `known_positives` or `history_times` have another length, the

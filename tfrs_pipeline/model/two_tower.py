@@ -136,15 +136,15 @@ class TwoTower(TwoTowerSettings):
             warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
                 It has the same shape, and was not trained on events that validate or test here.
             folder: Keeps samples and checkpoints, so that a stopped training can resume, with the
-                same log, settings and own parts. Of the parts, names and plain settings are
-                compared; to keep their code the same, and the model to start from, is up to you.
-                It then ends like an uninterrupted one, bit for bit, unless an own tower has a
-                random state, as `tf.keras.layers.Dropout` does. None is temporary. Several workers
-                need a shared one (`docs/guides/scale.md`).
+                same log, settings and own parts. Own parts are compared by name and plain settings.
+                Their code is not compared, nor is the model to start from: do not change these.
+                The training then ends like an uninterrupted one, bit for bit, unless an own tower
+                has a random state, as `tf.keras.layers.Dropout` does. None is temporary. Several
+                workers need a shared folder (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with the result so far.
-            verbose: Whether to write epochs to standard error, in a notebook into its cell; None
-                does in a notebook, and if standard error is a terminal.
+            verbose: Whether to write a line for each epoch: in a notebook to its cell, elsewhere to
+                standard error. None writes in a notebook or a terminal.
 
         Raises:
             TypeError: If an argument or an own tower has the wrong type.

@@ -271,14 +271,14 @@ def _split(stages: Any) -> Any:
     return stages.split(",") if isinstance(stages, str) else stages
 
 
-def _some_share(share: float) -> float:
+def _check_above_zero(share: float) -> float:
     if share <= 0:
         without = "without hard negatives, hard is None (model.hard none)"
-        raise ValueError(f"must be above 0: {without}; in a comparison that is the plan mixed")
+        raise ValueError(f"must be above 0: {without}; in a comparison, that is the plan mixed")
     return share
 
 
-HardShare: TypeAlias = Annotated[float, Field(lt=1), AfterValidator(_some_share)]
+HardShare: TypeAlias = Annotated[float, Field(lt=1), AfterValidator(_check_above_zero)]
 
 
 @refused_by_name

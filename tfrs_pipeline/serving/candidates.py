@@ -51,7 +51,7 @@ class FilterValues:
             return None
         lower = has_booleans(self.code_of)
         codes = [self.code_of.get(to_text(text) if lower else text, 0) for text in texts]
-        # Sized after the codes are known, because another thread may add some meanwhile.
+        # After the codes are looked up, because another thread may add values meanwhile.
         counts, table = self._counts, np.zeros(len(self.code_of) + 1, bool)
         table[codes] = True
         table[0] = False  # Padding, and values that no item has.
@@ -276,7 +276,8 @@ class _Search:
         self.rows, self.scores = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
         self.num_excluded = np.array([len(x) for x in self.excluded], np.int64)
         self.depths = [level.depth for level in self.view.levels]
-        # What an answer of the index must have. If less is left, exact search says so.
+        # How many candidates an answer of the index must have. If fewer remain, exact search
+        # finds all that do.
         self.num_wanted = min(self.k, self.view.num_candidates)
 
     def levels(self) -> np.ndarray:
@@ -294,9 +295,9 @@ class _Search:
     def approximate(self, level: Level, lines: np.ndarray) -> np.ndarray:
         """Asks the index for the best of some queries, and keeps each answer that it can fill.
 
-        Returns the level at which to ask again for the others, [n], and -1 for those answered. The
-        best candidates of the others lie deeper in the index. Pending candidates may be far away
-        and do not make up for them.
+        Returns [n] the level at which to ask again for each query, -1 if it is answered. The best
+        candidates of a query without an answer lie deeper in the index. Pending candidates do not
+        fill its answer, because they may be farther away than those.
         """
         view, wanted, top = self.view, self.num_wanted, slice(self.num_wanted)
         assert view.searcher is not None
@@ -367,7 +368,7 @@ class _Search:
 
 
 def _depth(num_wanted: Any, share: Any) -> Any:
-    """Returns how deep to search for so many candidates if a share of all is open to a query."""
+    """Returns how deep to search to find `num_wanted` candidates if a share of all may be found."""
     # With three standard deviations more, there are nearly always enough.
     return (num_wanted + 3 * np.sqrt(num_wanted)) / np.maximum(share, 1e-9)
 

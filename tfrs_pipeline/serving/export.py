@@ -74,8 +74,11 @@ class ExportOptions:
         return cls(search_of(**asked.pop("index")), **asked)
 
 
-# In a notebook, TensorFlow logs this for every SavedModel: folders that an export only passes.
-logging.getLogger("tensorflow").addFilter(lambda x: "Assets written to" not in x.getMessage())
+# In a notebook, TensorFlow logs "Assets written to" for every SavedModel. The folder that it names
+# is temporary, so the line would mislead.
+logging.getLogger("tensorflow").addFilter(
+    lambda record: "Assets written to" not in record.getMessage()
+)
 
 
 def export(

@@ -3,11 +3,10 @@
 Each write is checked, embedded by the exported item tower, put into the store beside the versions,
 and found by the next search.
 
-A version takes the last write of an item if it was made since the version's items began to be read,
-before its refresh or training. Of earlier writes it takes those of items that no version had. So a
-version's own item beats earlier writes; an item that some version had and a later one lacks is
-gone, also if it was changed live in between; and an item that was only ever written live stays
-until it is removed.
+A version takes the last write of an item if it was made after the refresh or run began to read the
+version's items. Of earlier writes it takes those of items that no version had. So a version's own
+item beats earlier writes. An item that some version had and a later one lacks is gone, even if it
+was changed live in between. An item that was only ever written live stays until it is removed.
 """
 
 import collections
@@ -42,7 +41,7 @@ Item: TypeAlias = Mapping[str, Any]
 """An item: `item_id`, and raw values by column of the log's item table; None is missing."""
 
 _MAX_NOTES = 10
-# Writes that the version in use does not take are kept so long, for older versions.
+# How long writes are kept that the version in use does not take, for older versions.
 _KEPT_SECONDS = 30 * 86_400
 _Embed: TypeAlias = Callable[
     [Sequence[Any], Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]
@@ -62,10 +61,10 @@ class Change:
 class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
-    Begins by taking in what the store holds. The version's items began to be read at `items_read`,
-    in seconds since 1970. `embed` embeds ids with arrays of raw `features`: vectors [n, D],
-    is_known_item [n]. `list_separator` parts the values of a list in a text, as in the log's files.
-    An index has `num_leaves` partitions; 0 is exact search.
+    Begins by taking in what the store holds. `items_read` is when the reading of the version's
+    items began, in seconds since 1970. `embed` embeds ids with arrays of raw `features`: vectors
+    [n, D], is_known_item [n]. `list_separator` separates the values of a list in a text, as in the
+    log's files. An index has `num_leaves` partitions; 0 is exact search.
 
     Attributes:
         titles: The titles of the live items, or None, by id.
@@ -106,10 +105,10 @@ class LiveItems:
         return Change(items, self._embedded(items, raw), removed, self._notes(items, raw))
 
     def write(self, change: Change) -> tuple[int, int]:
-        """Writes what `prepare` has made; returns how many items are new, and how many are gone.
+        """Writes what `prepare` returned; returns how many items are new, and how many are gone.
 
-        If this raises, nothing is written. A change that another version has prepared has the wrong
-        vectors.
+        If this raises, nothing is written. The change must have been prepared by this version:
+        another one has other vectors.
         """
         rows = {item["item_id"]: item for item in change.items} | dict.fromkeys(change.removed)
         if not rows:
@@ -120,14 +119,14 @@ class LiveItems:
                 self.catch_up()  # To what others have written meanwhile.
                 is_there = self._candidates.has(rows)
                 last = self._store.write_items(rows)
-                own = zip(rows, self._own.rows(rows), strict=True)
-                self._store.mark_listed(id_ for id_, row in own if row)
+                own_rows = zip(rows, self._own.rows(rows), strict=True)
+                self._store.mark_listed(id_ for id_, row in own_rows if row)
             try:
                 self._apply(change.items, change.vectors, change.removed)
                 self._seq = last
                 self._maintain_if_needed()
-            except Exception:  # The write is on disk, so it has not failed.
-                logger.exception("a write is on disk, and not in service until the next look")
+            except Exception:  # Not raised again: the write is on disk, so it has not failed.
+                logger.exception("a write is on disk, but not in service until the next look")
         num = len(change.items)
         return int((~is_there[:num]).sum()), int(is_there[num:].sum())
 
@@ -135,9 +134,12 @@ class LiveItems:
         """Takes in what other processes have written."""
         with self._lock:
             if rows := self._store.items_after(self._seq):
-                own = zip(rows, self._own.rows([row.item_id for row in rows]), strict=True)
-                listed = {row.seq for row, is_own in own if is_own or row.is_listed}
-                wanted = [x for x in rows if x.time >= self._items_read or x.seq not in listed]
+                own_rows = self._own.rows([row.item_id for row in rows])
+                pairs = zip(rows, own_rows, strict=True)
+                listed = {row.seq for row, own_row in pairs if own_row or row.is_listed}
+                wanted = [
+                    row for row in rows if row.time >= self._items_read or row.seq not in listed
+                ]
                 items = [row.item for row in wanted if row.item is not None]
                 removed = [row.item_id for row in wanted if row.item is None]
                 self._apply(*self._embedded_again(items), removed)
@@ -146,10 +148,11 @@ class LiveItems:
             self._maintain_if_needed()
 
     def _tidy(self, rows: Sequence[LiveRow], listed: Collection[int]) -> None:
-        """Marks rows of items that the version has itself, and drops old ones of no use."""
+        """Marks rows of items that the version has itself, and drops old rows that no one needs."""
         until = min(self._items_read, time.time() - _KEPT_SECONDS)
         new = [row.item_id for row in rows if row.seq in listed and not row.is_listed]
-        old = [x.seq for x in rows if x.time < until and (x.seq in listed or x.item is None)]
+        before = (row for row in rows if row.time < until)
+        old = [row.seq for row in before if row.seq in listed or row.item is None]
         if new or old:
             with contextlib.suppress(StorageError):  # If the folder may only be read.
                 self._store.mark_listed(new, old)
@@ -255,7 +258,7 @@ class LiveItems:
             value = _plain(f"{name!r} of item {checked['item_id']!r}", value)
             if (feature := kinds.get(name)) is not None:
                 if isinstance(value, str) and feature.raw_dtype == "string" and feature.raw_shape:
-                    # Several values in one text, as the log's reader parts them.
+                    # Several values in one text are split as in the log's files.
                     value = [x.strip() for x in value.split(self._separator) if x.strip()]
                 _check_kind(feature, checked["item_id"], value)
             checked[name] = value

@@ -233,7 +233,7 @@ def read_json(body: bytes) -> Any:
     except ValueError as error:
         problem = str(error)
         with contextlib.suppress(ValueError):
-            from_json(body)  # Fails too unless the words are all that is wrong.
+            from_json(body)  # Passes if these words are all that is wrong.
             problem = "it has NaN, Infinity or -Infinity; give null where a value is missing"
         raise bad_request(f"The body is not JSON in UTF-8: {problem}") from None
 

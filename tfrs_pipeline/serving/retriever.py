@@ -49,7 +49,7 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
         ImportError: If the index needs the package scann and it is not installed.
-        Damaged: If a file has changed since the export, or that of the live items is damaged.
+        Damaged: If a file has changed since the export, or the file of live items is damaged.
     """
     return LoadedRetriever(publish.version_at(path), exact=exact, live=live)
 
@@ -108,7 +108,7 @@ class LoadedRetriever(LoadedTowers):
         Excludes only `exclude`: items of the history, and those that a user is known to have
         clicked, are retrieved too. Reads only the history in the query; `retrieve_user` reads the
         stored history of a known user, and excludes its items. Items of a history that the training
-        did not have are ignored: `knows` tells which they are.
+        did not have are ignored; `knows` says which ones it had.
 
         Args:
             queries: See `Query`; all keys are optional. `features` replace all stored ones of the
@@ -270,7 +270,8 @@ class LoadedRetriever(LoadedTowers):
             function = self.saved_model.signatures[asked.embed_name]
             embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
-        known = {x: embedded[x] for x in embedded if x not in ("embeddings", "known_items")}
+        not_answered = ("embeddings", "known_items")
+        known = {name: values for name, values in embedded.items() if name not in not_answered}
         return {"candidate_ids": ids, "scores": scores, **known}
 
     def _embedded_items(self, item_ids: Sequence[Any]) -> dict[str, np.ndarray]:

@@ -336,7 +336,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if message == http.HTTPStatus(error.status_code).phrase:  # The router's own.
         message = f"Malformed request: {request.method} {request.url.path:.200}: {message}"
-    if len(message) > 800:  # It quotes something long: what to do may stand at its end.
+    if len(message) > 800:  # It quotes a long value. Both ends are kept: the remedy comes last.
         message = f"{message[:400]} ... {message[-400:]}"
     return JSONResponse({"error": message}, error.status_code, error.headers)
 

@@ -1,8 +1,8 @@
-"""What service keeps: an SQLite file beside a model's versions.
+"""The store of live items: an SQLite file beside a model's versions.
 
-It holds the items that are written live, one row for each: the last write. Any number of processes
-on one machine may read and write it. A write is a transaction, on disk before it is confirmed, so a
-killed process or a power cut leaves all of it or nothing.
+It has one row for each item that was written live: the last write. Any number of processes on one
+machine may read and write it. A write is a transaction, on disk before it is confirmed, so a killed
+process or a power cut leaves all of it or nothing.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ STORE_FILE = "live.sqlite"
 _SCHEMA = """
 PRAGMA journal_mode = WAL;  -- Readers and the writer do not wait for each other.
 CREATE TABLE IF NOT EXISTS live_items (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- Rises with every write and is never used again.
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- Rises with every write and is never reused.
     item_id NOT NULL UNIQUE,                -- INTEGER or TEXT; without a type, 7 and '7' differ.
     time REAL NOT NULL,                     -- When it was written, in seconds since 1970.
     is_listed INTEGER NOT NULL DEFAULT 0,   -- Whether a version had the item itself.
@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS live_items (
 """
 # A writer waits this long for others. Transactions take milliseconds, so more is a fault.
 _BUSY_SECONDS = 30.0
-# SQLite's codes for a file that is not as SQLite wrote it; the first stands for a missing table.
+# SQLite's codes for a file that is not as SQLite wrote it. The first comes from a missing table.
 _DAMAGES = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -52,9 +52,9 @@ class LiveRow(NamedTuple):
 class Store:
     """The file in a model's folder, made by the first write; safe from several threads.
 
-    Everything that reads or writes raises `Damaged` if the file is not as SQLite wrote it,
-    `StorageError` if it cannot be read or written, and `Replaced` if it is another file by now:
-    the model must then be loaded again.
+    Each method raises `Damaged` if the file is not as SQLite wrote it, `StorageError` if it cannot
+    be read or written, and `Replaced` if another file is in its place: then the model must be
+    loaded again.
 
     Raises:
         ValueError: If the folder has live items in the form of earlier versions of this package.
@@ -72,7 +72,7 @@ class Store:
             )
 
     def __del__(self) -> None:
-        if self._connection is not None:  # Python alone would close it later.
+        if self._connection is not None:  # Else it would stay open for an unknown time.
             self._connection.close()
 
     def items_after(self, seq: int) -> list[LiveRow]:
@@ -114,7 +114,7 @@ class Store:
         with self.writing() as connection:
             mark = "UPDATE live_items SET is_listed = 1 WHERE item_id = ?"
             connection.executemany(mark, [(id_,) for id_ in item_ids])
-            connection.executemany("DELETE FROM live_items WHERE seq = ?", [(x,) for x in over])
+            connection.executemany("DELETE FROM live_items WHERE seq = ?", [(seq,) for seq in over])
 
     @contextlib.contextmanager
     def _opened(self, *, is_writer: bool = False) -> Iterator[sqlite3.Connection | None]:
@@ -126,7 +126,7 @@ class Store:
                 yield self._connected()
             except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
                 code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-                if code & 0xFF not in _DAMAGES:  # The other bits tell details.
+                if code & 0xFF not in _DAMAGES:  # The other bits hold details.
                     raise
                 raise Damaged(
                     f"{self.path} is damaged ({error}). Restore it from a backup, or move it away "
@@ -135,8 +135,9 @@ class Store:
 
     def _connected(self) -> sqlite3.Connection | None:
         file, identity = self.path.stat() if self.path.exists() else None, None
-        # SQLite cannot share a file in a folder where it may not make its -shm file. Without a -wal
-        # file, all rows are in the file itself; others may change it, so each look opens it anew.
+        # In a folder that this process may only read, SQLite cannot make its -shm file. Without a
+        # -wal file, all rows are in the file itself, which is then opened as immutable. Others may
+        # change it all the same, so each look opens it anew.
         log = self.path.with_name(f"{STORE_FILE}-wal")
         is_read_only = not (os.access(self.path.parent, os.W_OK) or log.exists())
         if file is not None and (self._connection is None or is_read_only):
@@ -151,8 +152,8 @@ class Store:
             # A commit waits until it is on disk; NORMAL could lose it in a power cut.
             self._connection.execute("PRAGMA synchronous = FULL")
         if file is not None and self._connection is not None:
-            # The open file keeps its inode, so another one has another number. SQLite counts up the
-            # version of the schema if it restores a backup in place.
+            # While the file is open, no other file gets its inode number. SQLite raises the version
+            # of the schema if a backup is restored in place.
             version = self._connection.execute("PRAGMA schema_version").fetchone()
             identity = file.st_dev, file.st_ino, *version
         if self._identity not in (None, identity):
@@ -163,12 +164,15 @@ class Store:
         return self._connection
 
     def _create_if_missing(self) -> None:
-        """Makes the file whole, so that an empty one is always a damaged one."""
+        """Makes the file under another name, then renames it: an empty file is a damaged one."""
         with locked(self.path.with_name(f"{STORE_FILE}.lock"), wait=True):
             if self.path.exists():
                 return
-            for end in ("-wal", "-shm"):  # Those of a deleted file would be read into the new one.
+            for end in ("-wal", "-shm"):  # A deleted file's would be applied to the new one.
                 self.path.with_name(f"{STORE_FILE}{end}").unlink(missing_ok=True)
-            with replacing(self.path) as new, contextlib.closing(sqlite3.connect(new)) as made:
-                made.executescript(_SCHEMA)
-                made.close()  # Before the file is flushed and renamed.
+            # The connection is closed first, then the file is flushed and renamed.
+            with (
+                replacing(self.path) as new,
+                contextlib.closing(sqlite3.connect(new)) as connection,
+            ):
+                connection.executescript(_SCHEMA)

@@ -141,10 +141,10 @@ class ServedVersion:
 
 def _problem(error: Exception, folder: Path) -> str:
     """Describes in a line why a version cannot be loaded."""
-    try:  # If a file goes while it is read, TensorFlow's error does not say so.
+    try:  # TensorFlow's error does not say that a file was deleted while it was read.
         read_record(folder / MANIFEST_FILE)
     except FileNotFoundError:
-        return "its folder was deleted meanwhile."
+        return "its folder was deleted in the meantime."
     except Damaged as damage:
         return str(error if isinstance(error, Damaged) else damage)
     return " ".join(f"{type(error).__name__}: {error}".split())
@@ -153,8 +153,8 @@ def _problem(error: Exception, folder: Path) -> str:
 class ModelVersions:
     """The version in use of a model's folder, and the states of the others.
 
-    `path` is a model's folder, watched for new versions, or one version's. Live items are taken in
-    by both.
+    `path` is a model's folder, which is watched for new versions, or the folder of one version.
+    Live items are taken in either way.
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
@@ -196,7 +196,7 @@ class ModelVersions:
             try:
                 self._current.retriever.catch_up()
             except Replaced as error:
-                logger.warning("%s The next look does.", error)
+                logger.warning("%s The server does so at its next look.", error)
                 self._identity = None
         if self._release_idle():
             # TensorFlow's objects have reference cycles, which only the collector frees.

@@ -1,6 +1,7 @@
-"""Counts what the answers of a server knew and held; docs/guides/watching.md says what to look at.
+"""Counts known ids, filled slots and popular items in a server's answers.
 
-Labels have few values: never an id, which would make a series for each user or item.
+docs/guides/watching.md says what to look at. A label never holds an id, because Prometheus keeps a
+time series for each value.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.model.graph import id_list
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 
-# Popularity is that of the first items of an answer: all of a long one would take too long.
+# Popularity is counted for the first items of an answer alone: a long answer would take too long.
 NUM_TOP = 10
 _PARTS = ("new", "head", "torso", "tail")
 
@@ -28,9 +29,9 @@ LIVE_UNKNOWN_VALUES = Counter("tfrs_live_unknown_values", "Unknown values of liv
 class Watch:
     """Counts the answers of a version.
 
-    The most clicked items that together have half of the log's clicks are the head, the next 30%
-    the torso, and an item without any click is new. An export of an earlier version of the package
-    does not hold the clicks; the popularity of its answers is not counted.
+    The most clicked items that together have half of the log's clicks are the head, those with the
+    next 30% the torso, those with the rest the tail. An item without a click is new. An export of
+    an earlier version of the package lacks the clicks, so popularity is not counted for it.
     """
 
     def __init__(self, retriever: LoadedRetriever) -> None:
@@ -43,7 +44,7 @@ class Watch:
             self._part_of = np.append(0, parts * (clicks > 0))
 
     def count(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-        """Counts the answers to queries: the arrays of a call, and what it returned."""
+        """Counts the answers of a call, by the arrays that it was given and those it returned."""
         ANSWERS.labels(self._number).inc(len(next(iter(outputs.values()))))
         if "is_known_user" in outputs:
             _count(USER_IDS, _num(outputs["is_known_user"]), _num_ids(inputs["user_id"]))
@@ -64,15 +65,15 @@ class Watch:
 
 
 def _count(counter: Counter, num_true: int, num: int) -> None:
-    """Counts things, `num_true` of which are what the label says."""
+    """Adds `num_true` of `num` to the counter's label "true", and the rest to "false"."""
     counter.labels("true").inc(num_true)
     counter.labels("false").inc(num - num_true)
 
 
 def _num_ids(ids: np.ndarray) -> int:
-    """Counts the ids in an array of an encoder: all but the empty ones."""
+    """Counts the ids in an array that is padded with empty ones."""
     return _num(ids != (b"" if ids.dtype == object else -1))
 
 
-def _num(are_so: np.ndarray) -> int:
-    return int(np.count_nonzero(are_so))  # In a fifth of the time of `sum`.
+def _num(is_true: np.ndarray) -> int:
+    return int(np.count_nonzero(is_true))  # Takes a fifth of the time of `sum`.
