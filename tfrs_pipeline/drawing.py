@@ -256,6 +256,8 @@ def plot_popularity(
         colour, line = SERIES[number % 5], LINES[number % 5]
         axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line, label=label)
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,g}")  # Not powers of ten.
     start = 0
     for part, is_in in popularity_slices(counts).items():
         num = is_in.sum()
@@ -266,25 +268,12 @@ def plot_popularity(
             options: Any = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
             axes.annotate(part, place, color=SOFT, **options)
         start += num
-    _plain_numbers(axes)
     axes.set_xlabel("rank of the item by training positives")
     title(axes, f"{what}\n")
     axes.grid(color=GRID)
     if len(curves) > 1:
         name_lines(figure)
     return finish(figure, f"{what} by popularity rank of the item, both axes logarithmic")
-
-
-def _plain_numbers(axes: Any) -> None:
-    """Writes the numbers of logarithmic axes without powers of ten."""
-    from matplotlib.ticker import LogLocator
-
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("e-0", "e-"))
-    axes.minorticks_off()
-    low, high = axes.get_ylim()
-    if high < 100 * low:  # Powers of ten alone might leave the axis without a number.
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
