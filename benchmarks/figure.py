@@ -26,7 +26,7 @@ from tfrs_pipeline.drawing import (
     SOFT,
     Drawing,
     finish,
-    label_lines,
+    name_lines,
     new_figure,
     title,
 )
@@ -216,16 +216,16 @@ def draw_scale(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
         "scale_memory": ("GiB at the peak", memory),
     }.items():
         figure, (axes,) = new_figure(*SIZE)
-        events, ends = [size["num_events"] for size in sizes], {}
+        events = [size["num_events"] for size in sizes]
         axes.set(xscale="log", xlabel="events", yscale="log" if lines is seconds else "linear")
         for stage, values in lines.items():
             style = "--" if stage == "columns on disk" else "-"
-            axes.plot(events, values, style, marker="o", markersize=4, color=colours[stage])
-            ends[stage] = (events[-1], values[-1])
+            options = {"color": colours[stage], "marker": "o", "markersize": 4}
+            axes.plot(events, values, style, label=stage, **options)
         title(axes, what)
         axes.grid(color=GRID)
         axes.minorticks_off()
-        label_lines(axes, ends, [colours[stage] for stage in ends])
+        name_lines(figure)
         found[name] = finish(figure, f"{what} of each stage by the number of events")
     return found
 

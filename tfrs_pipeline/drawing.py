@@ -1,10 +1,9 @@
-"""All figures, in one style: safe for colour blindness, names beside the lines, on a white card.
+"""All figures, in one style: safe for colour blindness, names in their colours, on a white card.
 
 Colours are those of Okabe and Ito (2008), darkened to stand out on white.
 """
 
 import io
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ SERIES = ("#0072b2", "#b84a00", "#00795a", "#a8487f", "#6b5d00")
 MARKERS = ("o", "s", "^", "D", "v")
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (9, 3)))
 _FONT_SIZE = 9.5
-_LINE_HEIGHT = 1.2
 _SHORT = re.compile(r"(\d\.\d\d)\d+")  # Less than a hundredth of a point is invisible.
 _SIZE = (4.8, 2.9)
 _MAX_POINTS = 150
@@ -68,44 +66,10 @@ def title(axes: "Axes", text: str, align: Literal["left", "center"] = "left") ->
     axes.set_title(text, loc=align, color=INK, fontsize=_FONT_SIZE)
 
 
-def label_lines(
-    axes: "Axes", labels: Mapping[str, tuple[float, float]], colours: Sequence[str] = SERIES
-) -> None:
-    """Writes names to the right of points, such as line ends, without overlaps.
-
-    Points are in data coordinates; the axes must have their final scales and limits. The colours
-    repeat.
-    """
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()  # Lays it out.
-    points = axes.transData.transform(list(labels.values())) * 72 / figure.dpi
-    heights = spread_apart(points[:, 1], _FONT_SIZE * _LINE_HEIGHT)
-    for name, point, height, (_, own_height), colour in zip(
-        labels, labels.values(), heights, points, itertools.cycle(colours), strict=False
-    ):
-        axes.annotate(
-            name,
-            point,
-            xytext=(6, height - own_height),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=_FONT_SIZE,
-            annotation_clip=False,
-        )
-
-
-def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
-    """Moves heights as little as possible until neighbours are `least` apart, in the same order."""
-    from scipy.optimize import isotonic_regression
-
-    order = np.argsort(heights, kind="stable")
-    # Heights that are `least` apart are non-decreasing after the steps are subtracted.
-    steps = least * np.arange(len(heights))
-    found = np.empty(len(heights))
-    found[order] = isotonic_regression(heights[order] - steps).x + steps
-    return found
+def name_lines(figure: "Figure") -> None:
+    """Writes the labels of all lines to the right of a figure, in their colours."""
+    options: Any = {"frameon": False, "labelcolor": "linecolor", "borderaxespad": 1}
+    figure.legend(loc="outside right upper", fontsize=_FONT_SIZE, **options)
 
 
 def finish(figure: "Figure", label: str) -> Drawing:
@@ -245,22 +209,19 @@ def plot_curves(
             f"Received: {type(models).__name__} of {', '.join(map(str, models))}, {what!r}."
         )
     figure, (axes,) = new_figure(*_SIZE)
-    ends = {}
     for number, (model, measured) in enumerate(curves.items()):
         values = np.array(measured, float)  # None becomes NaN.
         colour, marker = SERIES[number % 5], MARKERS[number % 5]
         places = np.arange(1, len(values) + 1) if seconds is None else np.array(seconds[model])
-        axes.plot(places, values, color=colour, linestyle=LINES[number % 5])
+        axes.plot(places, values, color=colour, linestyle=LINES[number % 5], label=model)
         if 1 <= (epoch := chosen[model]) <= len(values):
             axes.plot(places[epoch - 1], values[epoch - 1], marker, color=colour, markersize=6)
-        last = np.flatnonzero(~np.isnan(values))[-1]
-        ends[model] = (places[last], values[last])
     by = "epoch" if seconds is None else "CPU seconds"
     axes.set_xlabel(by)
     title(axes, what)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=GRID)
-    label_lines(axes, ends)
+    name_lines(figure)
     return finish(figure, f"{what} by {by}, the chosen epoch marked")
 
 
@@ -289,15 +250,14 @@ def plot_popularity(
         )
     order = np.argsort(-counts, kind="stable")
     figure, (axes,) = new_figure(*_SIZE)
-    ends = {}
     for number, (label, values) in enumerate(curves.items()):
         ranks, means = thinned(values[order])
         is_drawn = means > 0
         colour, line = SERIES[number % 5], LINES[number % 5]
-        axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line)
-        if is_drawn.any():
-            ends[label] = (ranks[is_drawn][-1], means[is_drawn][-1])
+        axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line, label=label)
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,g}")  # Not powers of ten.
     start = 0
     for part, is_in in popularity_slices(counts).items():
         num = is_in.sum()
@@ -308,25 +268,12 @@ def plot_popularity(
             options: Any = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
             axes.annotate(part, place, color=SOFT, **options)
         start += num
-    _plain_numbers(axes)
     axes.set_xlabel("rank of the item by training positives")
     title(axes, f"{what}\n")
     axes.grid(color=GRID)
     if len(curves) > 1:
-        label_lines(axes, ends)
+        name_lines(figure)
     return finish(figure, f"{what} by popularity rank of the item, both axes logarithmic")
-
-
-def _plain_numbers(axes: Any) -> None:
-    """Writes the numbers of logarithmic axes without powers of ten."""
-    from matplotlib.ticker import LogLocator
-
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("e-0", "e-"))
-    axes.minorticks_off()
-    low, high = axes.get_ylim()
-    if high < 100 * low:  # Powers of ten alone might leave the axis without a number.
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

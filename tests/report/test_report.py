@@ -185,7 +185,7 @@ def test_the_question_that_decides_comes_first_and_the_other_is_folded() -> None
     # Popularity ties with the model by request, which decides, and beats it by user.
     assert [x[2] for x in PAGE.tables["Differences, by user"]["ndcg@100"]] == [True, True]
     assert "Asked by request, is it better than the baselines?A tie" in PAGE.joined
-    assert "But no, by user, in ndcg@100 the best baseline, popularity" in PAGE.joined
+    assert "But no, by user, in ndcg@100 it is behind the best baseline, popularity" in PAGE.joined
     alone = page_of(metrics={**FACTS.metrics, "other": {"left_out": "it is the same"}})
     assert "Asked by request alone: it is the same." in alone.text
     assert not [caption for caption in alone.tables if "user" in caption]

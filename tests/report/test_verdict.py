@@ -51,10 +51,25 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("means", "outcome", "answer", "why"),
     [
-        ({"ease": 0.2, "ials": 0.25}, BETTER, "yes", "iALS, by 0.0500 [0.0400, 0.0600]; .* EASE"),
-        ({"ease": 0.305, "p": 0.1}, LEVEL, "a tie", "EASE: 0.0050 [-0.0050, 0.0150] below.* p"),
-        ({"ease": 0.32, "ials": 0.4}, WORSE, "no", "iALS, beats it by 0.1000.* behind EASE"),
-        ({"transitions": 0.4, "p": 0.1}, WORSE, "no", "transitions, beats it .*; it beats p"),
+        (
+            {"ease": 0.2, "ials": 0.25},
+            BETTER,
+            "yes",
+            r"beats .*iALS: \+0.0500 [\+0.0400, \+0.0600]; it beats EASE",
+        ),
+        (
+            {"ease": 0.305, "p": 0.1},
+            LEVEL,
+            "a tie",
+            r"ties .*EASE: -0.0050 [-0.0150, \+0.0050]; it beats p",
+        ),
+        (
+            {"ease": 0.32, "ials": 0.4},
+            WORSE,
+            "no",
+            "is behind .* iALS: -0.1000.*; it is behind EASE",
+        ),
+        ({"transitions": 0.4, "p": 0.1}, WORSE, "no", "is behind .*transitions: .*; it beats p"),
         ({}, None, "not compared", "no baseline"),
     ],
     ids=["better", "level", "worse", "transitions", "alone"],
@@ -80,15 +95,17 @@ def test_a_clear_outcome_is_written_with_an_interval_that_excludes_0(sign: int) 
     }  # fmt: skip
     found = compared_with_baselines(metrics, METRIC)
     assert found.outcome is (WORSE if sign > 0 else BETTER)
-    assert "by 0.00280 [0.00003, 0.00530]" in found.why
+    signed = "-0.00280 [-0.00530, -0.00003]" if sign > 0 else "+0.00280 [+0.00003, +0.00530]"
+    assert f"EASE: {signed}" in found.why
 
 
 def test_popularity_slices_are_told_apart() -> None:
     metrics = made({"two_tower": 0.3, "two_tower_uncorrected": 0.9, "ease": 0.25})
     found = by_popularity(metrics, METRIC)
     everywhere = f"{POPULAR}, {MIDDLING} and {RARE}"
-    assert (found.answer, found.outcome) == (f"beats every baseline for {everywhere}", BETTER)
-    assert f"{everywhere}: it beats every baseline" in found.why
+    assert (found.answer, found.outcome) == (f"beats the best baseline for {everywhere}", BETTER)
+    assert f"{POPULAR}: it beats EASE (0.50 against 0.45)" in found.why
+    assert f"{RARE}: it beats EASE (0.20 against 0.15)" in found.why
     assert "without the correction finds still more popular items (1.10 against 0.50)" in found.why
     metrics["differences"]["two_tower_uncorrected"][METRIC] = interval(-0.1)
     assert "but fewer of all items" in by_popularity(metrics, METRIC).why
@@ -96,9 +113,9 @@ def test_popularity_slices_are_told_apart() -> None:
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.2)
     metrics["differences"]["ease"][f"torso/{METRIC}"] = interval(0.005)
     found = by_popularity(metrics, METRIC)
-    assert (found.answer, found.outcome) == (f"beats every baseline for {RARE}", LEVEL)
+    assert (found.answer, found.outcome) == (f"beats the best baseline for {RARE}", LEVEL)
     assert f"{MIDDLING}: it ties with EASE (0.30 against 0.25)" in found.why
-    assert f"{POPULAR}: EASE beats it (0.70 against 0.50)" in found.why
+    assert f"{POPULAR}: it is behind EASE (0.50 against 0.70)" in found.why
     assert "EASE finds" not in found.why
     # A list of 100 can hold the whole head of 100 items, whatever the model.
     metrics["models"]["two_tower"]["slices"]["head"]["num_candidates"] = 100
@@ -114,13 +131,13 @@ def test_slices_are_compared_query_by_query() -> None:
     metrics["differences"]["ease"][f"tail/{METRIC}"] = interval(-0.005, 0.002)
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.005, 0.002)
     found = by_popularity(metrics, METRIC)
-    assert found.answer == f"beats every baseline for {RARE}"
-    assert f"{POPULAR}: EASE beats it" in found.why
+    assert found.answer == f"beats the best baseline for {RARE}"
+    assert f"{POPULAR}: it is behind EASE" in found.why
     # A baseline that is ahead counts, however wide another baseline's interval is.
     metrics = made({"two_tower": 0.3, "ease": 0.295, "ials": 0.295})
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.08, 0.05)
     metrics["differences"]["ials"][f"head/{METRIC}"] = interval(0.09, 0.14)
-    assert f"{POPULAR}: EASE beats it (0.49 against 0.50)" in by_popularity(metrics, METRIC).why
+    assert f"{POPULAR}: it is behind EASE (0.50 against 0.49)" in by_popularity(metrics, METRIC).why
     # A single query has no interval, and is not compared.
     for others in metrics["differences"].values():
         others |= {key: {"mean": 0.1, "low": None, "high": None} for key in others}

@@ -19,6 +19,8 @@ WRITTEN = {
 }
 # What the slices hold, for a reader who does not know their names.
 _ITEMS = {"head": "popular", "torso": "middling", "tail": "rare"}
+# What the model does with a baseline.
+_VERBS = {Outcome.WORSE: "is behind", Outcome.LEVEL: "ties with", Outcome.BETTER: "beats"}
 
 
 @dataclass(frozen=True)
@@ -90,22 +92,12 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     if not compared:
         return Verdict("not compared", "no baseline was measured beside it", None)
     best, *others = sorted(compared, key=lambda x: x.gain.mean)
-    gain, where = best.gain, "above" if best.gain.mean > 0 else "below"
-    # As positive numbers if the outcome is clear.
-    low, high = (gain.low, gain.high) if gain.mean > 0 else (0.0 - gain.high, 0.0 - gain.low)
-    gap = Interval(abs(gain.mean), low, high).written()
-    rival = f"the best baseline, {best.name}"
-    about_best = {
-        Outcome.BETTER: f"it beats {rival}, by {gap}",
-        Outcome.LEVEL: f"it ties with {rival}: {gap} {where} it, an interval that includes 0",
-        Outcome.WORSE: f"{rival}, beats it by {gap}",
-    }
-    parts = [about_best[best.gain.outcome]]
-    words = {Outcome.WORSE: "is {}behind", Outcome.LEVEL: "{}ties with", Outcome.BETTER: "{}beats"}
-    for outcome, verb in words.items():
+    parts = [
+        f"it {_VERBS[best.gain.outcome]} the best baseline, {best.name}: {best.gain.written('+')}"
+    ]
+    for outcome, verb in _VERBS.items():
         if names := [x.name for x in others if x.gain.outcome is outcome]:
-            also = "also " if outcome is best.gain.outcome else ""
-            parts.append(f"it {verb.format(also)} {listed(names)}")
+            parts.append(f"it {verb} {listed(names)}")
     lowest = _lowest(compared)
     answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "a tie", Outcome.WORSE: "no"}
     asked = ASKED[metrics["asked_by"]]
@@ -147,8 +139,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     `metric` is recall@k. A slice of at most k items says nothing: one list could hold all of it.
     """
     slices: dict[Outcome, list[str]] = {}
-    said: dict[str, list[str]] = {}
-    variants, reason = [], "no baseline was measured beside it"
+    clauses, variants, reason = [], [], "no baseline was measured beside it"
     fewer = {
         x.name: f", but fewer of all items ({x.other:.2f} against {x.own:.2f})"
         for x in _compare(metrics, metric)
@@ -166,30 +157,21 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         lowest, items = _lowest(baselines), f"{_ITEMS[part]} items ({part})"
         slices.setdefault(lowest, []).append(items)
         best = max((x for x in baselines if x.gain.outcome is lowest), key=lambda x: x.other)
-        clause = {
-            Outcome.BETTER: "it beats every baseline",
-            Outcome.LEVEL: f"it ties with {best.name} ({best.own:.2f} against {best.other:.2f})",
-            Outcome.WORSE: f"{best.name} beats it ({best.other:.2f} against {best.own:.2f})",
-        }[lowest]
-        said.setdefault(clause, []).append(items)
+        numbers = f"({best.own:.2f} against {best.other:.2f})"
+        clauses.append(f"{items}: it {_VERBS[lowest]} {best.name} {numbers}")
         more = f"{'still ' if lowest is Outcome.BETTER else ''}more {_ITEMS[part]} items"
         variants += [
             f"{x.name} finds {more} ({x.other:.2f} against {x.own:.2f}){fewer.get(x.name, '')}"
             for x in compared
             if x.is_variant and x.gain.outcome is Outcome.WORSE
         ]
-    if not said:
+    if not clauses:
         return Verdict("not compared", reason, None)
-    clauses = [f"{listed(items)}: {clause}" for clause, items in said.items()]
     first = min(slices, key=[*Outcome].index)
-    answers = {
-        Outcome.BETTER: "beats every baseline for",
-        Outcome.LEVEL: "ties with the best baseline for",
-        Outcome.WORSE: "behind the best baseline for",
-    }
     outcome = first if len(slices) == 1 else Outcome.LEVEL
     why = f"by {metric}, {'; '.join([*clauses, *variants])}"
-    return Verdict(f"{answers[first]} {listed(slices[first])}", why, outcome)
+    answer = f"{_VERBS[first]} the best baseline for {listed(slices[first])}"
+    return Verdict(answer, why, outcome)
 
 
 def shown_evenly(metrics: Metrics, metric: str) -> str | None:
