@@ -270,12 +270,13 @@ def with_source(
     if config.warm_start is None:
         return config
     source = _source(config.warm_start, folder)
+    run = RunFolder(source)
     if given is not None:
-        theirs = folder.settings() if folder.has_begun() else settings_of_finished(source)
+        theirs = (folder if folder.has_begun() else run).settings()
         tables = {"model": theirs.model, "training": theirs.training}
         every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
         if theirs.warm_start is None:  # Else that run's number is already a fifth.
-            best = RunFolder(source).results()["training"]["two_tower"]["best_epoch"]
+            best = run.results()["training"]["two_tower"]["best_epoch"]
             every["training.max_epochs"] = max(2, -(-best // 5))
         # An uncorrected model that the source did not train would begin from random weights.
         every["evaluation.baselines"] = theirs.evaluation.baselines
@@ -283,7 +284,8 @@ def with_source(
         left = {x: y for x, y in every.items() if not f"{x}.".startswith(kept)}
         config = with_settings(config, left)
     if folder.metrics() is None:  # A finished run needs no source any more.
-        refuse(shape_problems(settings_of_finished(source).model, config.model))
+        run.results()  # Refuses one that is not finished.
+        refuse(shape_problems(run.settings().model, config.model))
     return config.model_copy(update={"warm_start": source})
 
 
@@ -316,11 +318,3 @@ def _source(path: Path, folder: RunFolder) -> Path:
 
 def _refused(message: str) -> ConfigError:
     return ConfigError([("warm_start", message)])
-
-
-def settings_of_finished(path: Path) -> RunConfig:
-    """Reads the settings of a finished run; a `ConfigError` if it is not finished."""
-    folder = RunFolder(path)
-    if not folder.metrics_file.is_file():
-        raise _refused(f"got {str(path)!r}, a run that is not finished: resume it first")
-    return folder.settings()

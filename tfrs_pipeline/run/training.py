@@ -17,7 +17,7 @@ from tfrs_pipeline.model.fitted import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
-from tfrs_pipeline.run.folder import RunFolder, settings_of_finished
+from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.samples.store import read_samples
 
@@ -186,7 +186,7 @@ def trained_in(
         name: Name of the model; None is returned if the run trained no model of this name.
 
     Raises:
-        ConfigError: If the run is unfinished.
+        ValueError: If the run is unfinished.
         Damaged: If a file has changed since the run wrote it.
 
     Example:
@@ -195,8 +195,7 @@ def trained_in(
             plan.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
     run = RunFolder(Path(folder))
-    models = variants(settings_of_finished(run.path))
-    trained = read_record(run.metrics_file)["training"]
+    trained, models = run.results()["training"], variants(run.settings())
     if name not in trained:
         return None
     checkpoints = run.checkpoints / name
