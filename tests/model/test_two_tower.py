@@ -292,8 +292,9 @@ class OfSequences(OwnQueries):
 def test_an_own_tower_that_does_not_read_sequences_is_refused_when_built(data: TrainingSet) -> None:
     training = {"examples": "sequences", "batch_size": 64}
     options: dict[str, Any] = {"candidate_tower": OwnCandidates, "negatives": EASY}
-    with pytest.raises(ValueError, match=r"query_tower does not read whole sequences.*'single'"):
+    with pytest.raises(KeyError, match="history_rows") as error:
         tiny(query_tower=OwnQueries(), training=training, **options).build(data.corpus)
+    assert "gives the query_tower sequence_rows and state" in error.value.__notes__[0]
     tiny(query_tower=OfSequences(), training=training, **options).build(data.corpus)
 
     class Misspelt(OfSequences):

@@ -162,7 +162,7 @@ class TwoTower(TwoTowerSettings):
         distribution.check_shared(folder)
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
-            is_warm = _checked(warm_start) is not None
+            is_warm = warm_start is not None
             made_of = self.made_of(train, validation, exclude, is_warm=is_warm)
 
             def build() -> TrainingSet:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import shlex
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,8 @@ class RunFolder:
                     "it writes there. Choose a folder without."
                 )
             durable.try_writing(written)
-        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        is_new = not self.path.exists() or not any(self.path.iterdir())
+        was_there = self.path.exists()
+        is_new = not was_there or not any(self.path.iterdir())
         with durable.naming(self.path, duckdb.IOException):
             self.path.mkdir(parents=True, exist_ok=True)
             with durable.locked(self.path / "lock"):
@@ -148,7 +148,9 @@ class RunFolder:
                     yield
                 except ValueError:
                     if is_new and not self._has("checkpoints", "plans"):
-                        _remove(self.path, made)
+                        shutil.rmtree(self.path, ignore_errors=True)
+                        if was_there:
+                            self.path.mkdir(exist_ok=True)
                     raise
 
     def _settle_settings(self, config: RunConfig) -> None:
@@ -191,16 +193,6 @@ class RunFolder:
         settings = dump_config(config)
         with durable.replacing(self.config_file) as partial:
             partial.write_text(f"{settings}{_HASH_LINE}{_hash(settings)}\n", encoding="utf-8")
-
-
-def _remove(folder: Path, made: Sequence[Path]) -> None:
-    """Empties a folder, and removes the folders that were made for it, the innermost first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if not made:
-        folder.mkdir(exist_ok=True)
-    for path in made[1:]:
-        with contextlib.suppress(OSError):  # Another run may be in it by now.
-            path.rmdir()
 
 
 def _hash(settings: str) -> str:
