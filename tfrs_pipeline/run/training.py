@@ -1,7 +1,7 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -79,12 +79,13 @@ def train_and_refit(
             progress=progress,
         )
 
-    models = [fit("selection", config.training.max_epochs)]
-    chosen = models[0].result
+    model = fit("selection", config.training.max_epochs)
+    chosen = model.result
     if data.has_refit:
-        models.append(fit("refit", chosen.best_epoch))
-    notes = _about_trainings(config, name, data, [model.result for model in models])
-    return dataclasses.replace(models[-1], result=chosen, notes=[*notes, *models[-1].notes])
+        del model  # One network at a time.
+        model = fit("refit", chosen.best_epoch)
+    notes = [*_about_trainings(config, name, data, chosen), *model.notes]
+    return dataclasses.replace(model, result=chosen, notes=notes)
 
 
 def fit_once(
@@ -123,10 +124,10 @@ def fit_once(
 
 
 def _about_trainings(
-    config: RunConfig, name: str, data: RunData, results: Sequence[TrainingResult]
+    config: RunConfig, name: str, data: RunData, chosen: TrainingResult
 ) -> Iterator[str]:
-    """Describes where a model started, which epoch was best, and what was resumed."""
-    chosen, monitor = results[0], config.training.monitor
+    """Describes where a model started, and which epoch was best."""
+    monitor = config.training.monitor
     monitored = chosen.history[f"val_{monitor}"]
     if config.warm_start is not None:
         yield from _about_source(config.warm_start, name, data)
@@ -137,9 +138,6 @@ def _about_trainings(
     if data.has_refit:
         epochs = counted(chosen.best_epoch, "epoch")
         yield f"trained again on training and validation positives for {epochs}"
-    for result in results:
-        if 0 < result.resumed_after < result.num_epochs:
-            yield f"resumed after epoch {result.resumed_after}"
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
