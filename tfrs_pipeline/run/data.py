@@ -67,9 +67,9 @@ def data_steps(
     return [*log_steps(config, folder), Step("samples", ("split",), "samples", samples, "samples/")]
 
 
-def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None) -> RunData:
-    """Makes the samples of a config in a folder, or reads those there; see `data_steps`."""
-    return Runner().run(data_steps(config, RunFolder(folder), hard))
+def prepare(config: RunConfig, folder: Path) -> RunData:
+    """Makes the samples of a config in a folder, or reads those there."""
+    return Runner().run(data_steps(config, RunFolder(folder)))
 
 
 def _log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log:
