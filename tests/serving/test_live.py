@@ -298,7 +298,7 @@ def test_a_write_on_disk_has_not_failed(
     with monkeypatch.context() as patch:
         patch.setattr(retriever.live, "_apply", lambda *arguments: 1 / 0)
         assert retriever.upsert([item(90_100), item(90_101)]) == 2
-    assert "on disk, and not in service until the next look" in caplog.text
+    assert "on disk, but not in service until the next look" in caplog.text
     assert 90_100 in load(films).candidate_ids()
     retriever.catch_up()
     assert {90_100, 90_101} <= set(retriever.candidate_ids())

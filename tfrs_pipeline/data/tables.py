@@ -86,19 +86,20 @@ def _with_type_columns(reading: Reading, scanned: Scan) -> Reading:
         return reading
     columns = dict(reading.columns)
     if "event" not in columns:
-        found = [name for name in scanned.columns if name.lower() in NAMES]
-        if len(found) != 1:
-            what = f"{' and '.join(found)} may be it" if found else "none has a usual name"
+        usual = [name for name in scanned.columns if name.lower() in NAMES]
+        if len(usual) != 1:
+            what = f"{' and '.join(usual)} may be it" if usual else "none has a usual name"
             listed = printable(", ".join(scanned.columns), 300)
             raise DataError(
                 f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
                 f"{listed}. Add event=COLUMN to columns.",
                 "columns",
             )
-        columns["event"] = found[0]
+        columns["event"] = usual[0]
     unnamed = {name.lower(): name for name in scanned.columns if name not in columns.values()}
-    if "session_id" not in columns and (usual := [x for x in visits.SESSIONS if x in unnamed]):
-        columns["session_id"] = unnamed[usual[0]]
+    sessions = [unnamed[name] for name in visits.SESSIONS if name in unnamed]
+    if sessions and "session_id" not in columns:
+        columns["session_id"] = sessions[0]
     return reading.model_copy(update={"columns": columns})
 
 

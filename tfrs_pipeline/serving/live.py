@@ -211,7 +211,10 @@ class LiveItems:
             return self._candidates.vectors_of([])
         ids = [item["item_id"] for item in items]
         blocks = [slice(i, i + ITEMS_PER_CALL) for i in range(0, len(ids), ITEMS_PER_CALL)]
-        embedded = [self._embed(ids[x], {name: raw[name][x] for name in raw}) for x in blocks]
+        embedded = [
+            self._embed(ids[block], {name: values[block] for name, values in raw.items()})
+            for block in blocks
+        ]
         vectors, is_known = map(np.concatenate, zip(*embedded, strict=True))
         wrong = ~np.isfinite(vectors).all(axis=1)
         if not self._features:  # A new item then has nothing to be embedded by.
