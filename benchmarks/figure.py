@@ -26,7 +26,7 @@ from tfrs_pipeline.drawing import (
     SOFT,
     Drawing,
     finish,
-    label_lines,
+    name_lines,
     new_figure,
     title,
 )
@@ -34,7 +34,7 @@ from tfrs_pipeline.drawing import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-SIZE = (4.4, 3.0)  # Inches: as wide as a phone, so that its text is never small.
+SIZE = (4.62, 3.2)  # Inches: as wide as a phone, so that its text is never small.
 METRIC = "ndcg@100"
 # The way from the log to the service: what it is called, and what it does, row by row.
 WAY = (
@@ -74,9 +74,9 @@ OTHER_LOG_Q = {"unigram": "share of clicks ", "none": "none "}
 
 def draw_way() -> Drawing:
     """Draws the way from the log to the service: a row of steps to the right, a row back."""
-    figure, (axes,) = new_figure(SIZE[0], 1.8)
+    figure, (axes,) = new_figure(SIZE[0], 1.95)
     figure.set_layout_engine("none")
-    axes.set(position=(0, 0, 1, 1), xlim=(0, 3), ylim=(0.02, 1.98))
+    axes.set(position=(0, 0, 1, 1), xlim=(-0.06, 3.06), ylim=(-0.04, 2.04))
     axes.axis("off")
     width, height, rows = 0.9, 0.78, (1.56, 0.44)
     for middle, colour, steps in zip(rows, (SERIES[0], SERIES[2]), WAY, strict=True):
@@ -216,16 +216,16 @@ def draw_scale(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
         "scale_memory": ("GiB at the peak", memory),
     }.items():
         figure, (axes,) = new_figure(*SIZE)
-        events, ends = [size["num_events"] for size in sizes], {}
+        events = [size["num_events"] for size in sizes]
         axes.set(xscale="log", xlabel="events", yscale="log" if lines is seconds else "linear")
         for stage, values in lines.items():
             style = "--" if stage == "columns on disk" else "-"
-            axes.plot(events, values, style, marker="o", markersize=4, color=colours[stage])
-            ends[stage] = (events[-1], values[-1])
+            options = {"color": colours[stage], "marker": "o", "markersize": 4}
+            axes.plot(events, values, style, label=stage, **options)
         title(axes, what)
         axes.grid(color=GRID)
         axes.minorticks_off()
-        label_lines(axes, ends, [colours[stage] for stage in ends])
+        name_lines(figure)
         found[name] = finish(figure, f"{what} of each stage by the number of events")
     return found
 
@@ -247,7 +247,7 @@ def drawings() -> dict[str, Drawing]:
 def main() -> None:
     """Writes the figures."""
     for name, drawing in drawings().items():
-        (FIGURES / f"{name}.svg").write_text(drawing.card() + "\n")
+        (FIGURES / f"{name}.svg").write_text(drawing.svg + "\n")
 
 
 if __name__ == "__main__":

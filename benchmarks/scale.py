@@ -330,7 +330,7 @@ def main() -> None:
             sizes[-1]["training_in_turn"] = in_turn[-1]
             write_figures(options, sizes)
     if options.figure and not options.engines:
-        options.figure.write_text(draw_scale(sizes)["scale_seconds"].card())
+        options.figure.write_text(draw_scale(sizes)["scale_seconds"].svg)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 # Before TensorFlow, since it selects Keras 2.
 import tfrs_pipeline as tp
 
@@ -42,14 +44,19 @@ def measure(log: str, rule: TieRule, data_dir: Path, seed: int) -> dict[str, Any
         "ease": tp.Ease().fit(split.train),
         "quick": plan.fit(split.train, split.validation),
     }
-    results = tp.evaluate(models, split.test, cutoffs=(10,), num_bootstrap=0).results
-    return {
-        name: {
-            part: {"items": of.num_relevant} | {x: of.intervals[x].mean for x in METRICS}
-            for part, of in {"all": result.overall, **result.ties}.items()
+    test = split.test  # Each of its queries has one item to find.
+    results = tp.evaluate(models, test, cutoffs=(10,), num_bootstrap=0).results
+    num_tied = dict(zip(test.user_ids.tolist(), test.num_tied or (), strict=True))
+    found = {}
+    for name, result in results.items():
+        is_tied = np.array([num_tied[user] > 0 for user in result.user_ids.tolist()])
+        parts = {"all": is_tied >= 0, "tied": is_tied, "untied": ~is_tied}
+        found[name] = {
+            part: {"items": int(is_in.sum())}
+            | {x: float(result.per_query[x][is_in].mean()) for x in METRICS}
+            for part, is_in in parts.items()
         }
-        for name, result in results.items()
-    }
+    return found
 
 
 def main() -> None:

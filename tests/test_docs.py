@@ -249,7 +249,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 def test_the_figures_are_those_of_the_result_files() -> None:
     figure = script(ROOT / "benchmarks" / "figure.py")
     for name, drawing in figure.drawings().items():
-        assert (figure.FIGURES / f"{name}.svg").read_text() == drawing.card() + "\n"
+        assert (figure.FIGURES / f"{name}.svg").read_text() == drawing.svg + "\n"
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])

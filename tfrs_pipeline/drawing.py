@@ -1,14 +1,12 @@
-"""All figures, in one style: light and dark, safe for colour blindness, names beside the lines.
+"""All figures, in one style: safe for colour blindness, names in their colours, on a white card.
 
-Colours are those of Okabe and Ito (2008), darkened to stand out on white. A figure is SVG with CSS
-variables as colours: a page can set them; elsewhere it is a card, light or dark like the system.
+Colours are those of Okabe and Ito (2008), darkened to stand out on white.
 """
 
 import io
-import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,28 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# CSS variable -> its light and its dark colour.
-PALETTE = {
-    "paper": ("#ffffff", "#14181d"),
-    "ink": ("#1c2127", "#e6eaee"),
-    "soft": ("#55606b", "#a5b0bb"),
-    "line": ("#d9dee3", "#39424c"),
-    "series-1": ("#0072b2", "#56b4e9"),
-    "series-2": ("#b84a00", "#f0a35e"),
-    "series-3": ("#00795a", "#3ccfa0"),
-    "series-4": ("#a8487f", "#e59ac6"),
-    "series-5": ("#6b5d00", "#d9cb55"),
-}
-# Unique colours for matplotlib to draw with; `finish` replaces them with the variables.
-_STAND_INS = {name: f"#0001{number:02x}" for number, name in enumerate(PALETTE, 1)}
-INK, SOFT, GRID = (_STAND_INS[name] for name in ("ink", "soft", "line"))
-SERIES = tuple(colour for name, colour in _STAND_INS.items() if name.startswith("series"))
+INK, SOFT, GRID = "#1c2127", "#55606b", "#d9dee3"
+SERIES = ("#0072b2", "#b84a00", "#00795a", "#a8487f", "#6b5d00")
 # Distinguishable without colour.
 MARKERS = ("o", "s", "^", "D", "v")
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (9, 3)))
 _FONT_SIZE = 9.5
-_LINE_HEIGHT = 1.2
-_PADDING = 8
 _SHORT = re.compile(r"(\d\.\d\d)\d+")  # Less than a hundredth of a point is invisible.
 _SIZE = (4.8, 2.9)
 _MAX_POINTS = 150
@@ -50,50 +32,13 @@ _MAX_POINTS = 150
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure, with a label for screen readers.
-
-    The body is the inside of the SVG, with colours as `var(--name, light colour)`.
-    """
+    """A finished figure, as an SVG element with a label for screen readers."""
 
     label: str
-    view_box: str
-    body: str
+    svg: str = field(repr=False)
 
-    def inline(self, name: str) -> str:
-        """Returns an SVG element in the page's colours; `name` makes its ids unique."""
-        body = re.sub(r"var\((--[\w-]+), #\w+\)", r"var(\1)", self.body)
-        body = re.sub(r'\bid="', f'id="{name}-', body)
-        body = re.sub(r'(?:xlink:)?(href="#|url\(#)', rf"\g<1>{name}-", body)
-        return f'<svg viewBox="{self.view_box}" role="img" aria-label="{self.label}">{body}'
-
-    def card(self) -> str:
-        """Returns an SVG document with its own background, light or dark like the system."""
-        style = (
-            f".card {{ {variables(0)} }} "
-            f"@media (prefers-color-scheme: dark) {{ .card {{ {variables(1)} }} }} "
-            ".card text { font-family: system-ui, sans-serif !important; fill: var(--ink) }"
-        )
-        width, height = (float(size) + 2 * _PADDING for size in self.view_box.split()[2:])
-        corner = f'x="-{_PADDING}" y="-{_PADDING}" width="{width:g}" height="{height:g}"'
-        return (
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'class="card" viewBox="-{_PADDING} -{_PADDING} {width:g} {height:g}" '
-            f'width="{width:g}pt" height="{height:g}pt" role="img" aria-label="{self.label}">'
-            f'<style>{style}</style><rect {corner} rx="6" style="fill: {_variable("paper")}; '
-            f'stroke: {_variable("line")}"/>{self.body}'
-        )
-
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:
-        return {"image/svg+xml": self.card(), "text/plain": self.label}
-
-
-def variables(scheme: int) -> str:
-    """Returns the colours as CSS variables: 0 is light, 1 is dark."""
-    return " ".join(f"--{name}: {colours[scheme]};" for name, colours in PALETTE.items())
-
-
-def _variable(name: str) -> str:
-    return f"var(--{name}, {PALETTE[name][0]})"
+    def _repr_svg_(self) -> str:
+        return self.svg
 
 
 def new_figure(
@@ -101,8 +46,10 @@ def new_figure(
 ) -> "tuple[Figure, Sequence[Axes]]":
     """Makes a figure, in inches, with axes side by side; options are those of `Figure.subplots`."""
     from matplotlib.figure import Figure  # Not pyplot: no window, no state.
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(width, height), layout=layout)
     all_axes = figure.subplots(1, columns, squeeze=False, **options)[0]
     for axes in all_axes:
         axes.set_axisbelow(True)
@@ -119,44 +66,10 @@ def title(axes: "Axes", text: str, align: Literal["left", "center"] = "left") ->
     axes.set_title(text, loc=align, color=INK, fontsize=_FONT_SIZE)
 
 
-def label_lines(
-    axes: "Axes", labels: Mapping[str, tuple[float, float]], colours: Sequence[str] = SERIES
-) -> None:
-    """Writes names to the right of points, such as line ends, without overlaps.
-
-    Points are in data coordinates; the axes must have their final scales and limits. The colours
-    repeat.
-    """
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()  # Lays it out.
-    points = axes.transData.transform(list(labels.values())) * 72 / figure.dpi
-    heights = spread_apart(points[:, 1], _FONT_SIZE * _LINE_HEIGHT)
-    for name, point, height, (_, own_height), colour in zip(
-        labels, labels.values(), heights, points, itertools.cycle(colours), strict=False
-    ):
-        axes.annotate(
-            name,
-            point,
-            xytext=(6, height - own_height),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=_FONT_SIZE,
-            annotation_clip=False,
-        )
-
-
-def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
-    """Moves heights as little as possible until neighbours are `least` apart, in the same order."""
-    from scipy.optimize import isotonic_regression
-
-    order = np.argsort(heights, kind="stable")
-    # Heights that are `least` apart are non-decreasing after the steps are subtracted.
-    steps = least * np.arange(len(heights))
-    found = np.empty(len(heights))
-    found[order] = isotonic_regression(heights[order] - steps).x + steps
-    return found
+def name_lines(figure: "Figure") -> None:
+    """Writes the labels of all lines to the right of a figure, in their colours."""
+    options: Any = {"frameon": False, "labelcolor": "linecolor", "borderaxespad": 1}
+    figure.legend(loc="outside right upper", fontsize=_FONT_SIZE, **options)
 
 
 def finish(figure: "Figure", label: str) -> Drawing:
@@ -165,19 +78,16 @@ def finish(figure: "Figure", label: str) -> Drawing:
     from markupsafe import escape
 
     file = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     # Text stays text, so that it can be read aloud, found and copied.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "savefig.dpi": 150}):
-        figure.savefig(file, format="svg", transparent=True)
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(file, format="svg", metadata=no_metadata)
+    _, start, text = file.getvalue().partition("<svg ")
+    # A page may hold several figures. Only the ids of definitions are hashes, which are unique.
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)
     # Only within tags, because numbers between them are for people.
     text = re.sub(r"<[^>]*>", lambda tag: _SHORT.sub(r"\1", tag[0]), text)
-    text = re.sub(r">\s+<", "><", text)  # A notebook quotes and indents each line.
-    for variable, colour in [*_STAND_INS.items(), ("ink", "#000000")]:
-        text = text.replace(colour, _variable(variable))
-    (box,) = re.findall(r'^<svg[^>]*viewBox="([^"]*)"', text)
-    return Drawing(str(escape(label)), box, text[text.index(">") + 1 :].rstrip())
+    return Drawing(label, f'{start}role="img" aria-label="{escape(label)}" {text.rstrip()}')
 
 
 def plot_intervals(
@@ -193,7 +103,7 @@ def plot_intervals(
             what a screen reader says.
         are_differences: Whether numbers are differences: draws a line at 0, and signs.
 
-    A notebook shows what is returned; its `card()` is an SVG document. A `TypeError` says what is
+    A notebook shows what is returned; its `svg` is an SVG document. A `TypeError` says what is
     drawn if `results` is something else.
 
     Example:
@@ -299,22 +209,19 @@ def plot_curves(
             f"Received: {type(models).__name__} of {', '.join(map(str, models))}, {what!r}."
         )
     figure, (axes,) = new_figure(*_SIZE)
-    ends = {}
     for number, (model, measured) in enumerate(curves.items()):
         values = np.array(measured, float)  # None becomes NaN.
         colour, marker = SERIES[number % 5], MARKERS[number % 5]
         places = np.arange(1, len(values) + 1) if seconds is None else np.array(seconds[model])
-        axes.plot(places, values, color=colour, linestyle=LINES[number % 5])
+        axes.plot(places, values, color=colour, linestyle=LINES[number % 5], label=model)
         if 1 <= (epoch := chosen[model]) <= len(values):
             axes.plot(places[epoch - 1], values[epoch - 1], marker, color=colour, markersize=6)
-        last = np.flatnonzero(~np.isnan(values))[-1]
-        ends[model] = (places[last], values[last])
     by = "epoch" if seconds is None else "CPU seconds"
     axes.set_xlabel(by)
     title(axes, what)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=GRID)
-    label_lines(axes, ends)
+    name_lines(figure)
     return finish(figure, f"{what} by {by}, the chosen epoch marked")
 
 
@@ -343,15 +250,14 @@ def plot_popularity(
         )
     order = np.argsort(-counts, kind="stable")
     figure, (axes,) = new_figure(*_SIZE)
-    ends = {}
     for number, (label, values) in enumerate(curves.items()):
         ranks, means = thinned(values[order])
         is_drawn = means > 0
         colour, line = SERIES[number % 5], LINES[number % 5]
-        axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line)
-        if is_drawn.any():
-            ends[label] = (ranks[is_drawn][-1], means[is_drawn][-1])
+        axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line, label=label)
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,g}")  # Not powers of ten.
     start = 0
     for part, is_in in popularity_slices(counts).items():
         num = is_in.sum()
@@ -362,25 +268,12 @@ def plot_popularity(
             options: Any = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
             axes.annotate(part, place, color=SOFT, **options)
         start += num
-    _plain_numbers(axes)
     axes.set_xlabel("rank of the item by training positives")
     title(axes, f"{what}\n")
     axes.grid(color=GRID)
     if len(curves) > 1:
-        label_lines(axes, ends)
+        name_lines(figure)
     return finish(figure, f"{what} by popularity rank of the item, both axes logarithmic")
-
-
-def _plain_numbers(axes: Any) -> None:
-    """Writes the numbers of logarithmic axes without powers of ten."""
-    from matplotlib.ticker import LogLocator
-
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("e-0", "e-"))
-    axes.minorticks_off()
-    low, high = axes.get_ylim()
-    if high < 100 * low:  # Powers of ten alone might leave the axis without a number.
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -276,7 +276,7 @@ def test_files_hold_the_plans(compared: Comparison, folder: Path) -> None:
     assert max(path.stem for path in epochs) == f"epoch-{NUM_EPOCHS}"
     text = (folder / "comparison.md").read_text()
     assert all(name in text for name in evaluation.results)
-    assert (folder / "comparison.svg").read_text().startswith("<svg xmlns=")
+    assert (folder / "comparison.svg").read_text().startswith("<svg role=")
     (cut_off,) = compared.notes
     assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")
     assert f"\n- {cut_off}\n" in text
@@ -380,17 +380,18 @@ def test_what_a_comparison_comes_to_is_said() -> None:
         return compared_in_words(found, "ndcg@5", over).removeprefix("in ndcg@5 ")
 
     assert said("uniform", "popularity", "hybrid", "one query") == (
-        "hybrid beats mixed; popularity, one query tie with mixed; uniform is worse than mixed"
+        "hybrid is highest; against mixed, better: hybrid; level: popularity, one query; "
+        "worse: uniform"
     )
-    # The highest plan may tie with the reference, or be the reference itself.
-    one = "popularity ties with mixed; popularity is highest, by no more than chance"
-    assert said("popularity") == one
-    assert said("uniform") == "mixed is highest; uniform is worse than mixed"
-    assert said("hybrid", "exposed") == "hybrid, exposed beat mixed, exposed the most"
+    # The highest plan may be level with the reference, or be the reference itself.
+    assert said("popularity") == "popularity is highest; against mixed, level: popularity"
+    assert said("uniform") == "mixed is highest; against mixed, worse: uniform"
+    both = "exposed is highest; against mixed, better: hybrid, exposed"
+    assert said("hybrid", "exposed") == both
     # With several seeds, their interval has to exclude 0 too.
     seeds = {"hybrid": [0.1, 0.11, 0.09], "exposed": [0.3, 0.02, 0.01]}
     assert said("hybrid", "exposed", seeds=seeds) == (
-        "hybrid beats mixed; exposed ties with mixed; exposed is highest, by no more than chance"
+        "exposed is highest; against mixed, better: hybrid; level: exposed"
     )
 
 

@@ -442,8 +442,14 @@ def test_what_cannot_be_started_from_is_said(
     (tmp_path / "moved").rename(model_folder(place))
     half = Path(shutil.copytree(yesterday.folder, tmp_path / "half"))
     (half / "metrics.json").unlink()
-    with pytest.raises(ConfigError, match=r"a run that is not finished: resume it first"):
-        trained_in(half)
+    for read in (
+        trained_in,
+        lambda path: with_source(today(place, warm_start=path), RunFolder(tmp_path)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"holds no finished run: .* finish it with:  tfrs-pipe"
+        ):
+            read(half)
     for settings in ({"warm_start": yesterday.folder}, {"export.gate": True}):
         with pytest.raises(ConfigError, match=r"with split.kind 'held_out_users': an earlier"):
             today(place, **settings, **{"split.kind": "held_out_users"})

@@ -190,7 +190,7 @@ def _check(command: str, config: RunConfig) -> int:
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:
-                trainable_recipes(config, data.split.train, data.selection)
+                trainable_recipes(config, data.selection)
             for name, model in ({} if config.recipes else variants(config)).items():
                 check_plan(plan_of(model, name), data.selection)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")

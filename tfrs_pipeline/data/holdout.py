@@ -44,8 +44,8 @@ class Holdout:
         by: What has a query: a user or a request; see `Split.holdout`.
         exposure: [num_candidates] how readily the log showed each item, up to a factor; None if
             unknown. See `tfrs_pipeline.evaluation.metrics`.
-        tied: Per query, bool for each of `relevant`: whether it was clicked at the time of another
-            positive of its user. None if that is not known.
+        num_tied: Per query, how many of `relevant` were clicked at the time of another positive of
+            their user. None if that is not known.
         requests: Per query, the raw features, by name, of the request that brought the first
             target. None in a log without request features.
         history_times: Per query, the time of each item of `histories`, in whole seconds since 1970.
@@ -66,7 +66,7 @@ class Holdout:
     num_sampled_from: int | None = None
     by: schema.AskedBy = "users"
     exposure: np.ndarray | None = None
-    tied: list[np.ndarray] | None = None
+    num_tied: list[int] | None = None
     requests: list[dict[str, Any]] | None = None
     history_times: list[np.ndarray] | None = None
     times: np.ndarray | None = None
@@ -181,7 +181,6 @@ def make_holdout(
     queries = [*(_of_users(events) if by == "users" else _of_requests(events, log.ties, by))]
     first = np.array([query.targets[0] for query in queries])
     ids, is_positive_row, is_tied = events.item_ids, events.is_positive, events.is_tied()
-    relevant = [np.unique(ids[query.targets]) for query in queries]
     tied_ids = (ids[query.targets[is_tied[query.targets]]] for query in queries)
     times: dict[str, Any] = {}
     if "timestamp" in split.columns:
@@ -199,8 +198,8 @@ def make_holdout(
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
         histories=[ids[query.history] for query in queries],
-        relevant=relevant,
-        tied=[np.isin(x, tied) for x, tied in zip(relevant, tied_ids, strict=True)],
+        relevant=[np.unique(ids[query.targets]) for query in queries],
+        num_tied=[len(np.unique(tied)) for tied in tied_ids],
         clicked=[np.unique(ids[q.before[is_positive_row[q.before]]]) for q in queries],
         seen=[np.unique(ids[query.before]) for query in queries],
         candidate_ids=candidate_ids,

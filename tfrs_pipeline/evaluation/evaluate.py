@@ -47,7 +47,7 @@ def evaluate(
 
     Returns:
         An `Evaluation`. Its `results`, by name, have means with intervals and values by query,
-        overall, by slice and for ties; its `differences` are from the first.
+        overall and by slice; its `differences` are from the first.
 
     Raises:
         TypeError: If an argument is not a retriever, a holdout or a list of cutoffs.
@@ -140,8 +140,6 @@ class Truth:
     excluded_pairs: Pairs
     relevant: Pairs
     num_relevant: np.ndarray
-    tied: Pairs
-    num_tied: np.ndarray
     num_excluded: int
 
     @cached_property
@@ -172,14 +170,9 @@ class Truth:
         query = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
         stride = rows.max(initial=0) + 1
         is_relevant = query < num_queries
-        found = query[is_relevant] * stride + rows[is_relevant]
-        relevant = np.unique(found)
+        relevant = np.unique(query[is_relevant] * stride + rows[is_relevant])
         excluded_keys = np.unique((query[~is_relevant] - num_queries) * stride + rows[~is_relevant])
         left = np.setdiff1d(relevant, excluded_keys, assume_unique=True)
-        flags = [np.asarray(x, bool) for x in holdout.tied or () if len(x)]
-        is_tied = np.concatenate(flags) if flags else np.zeros(len(found), bool)
-        tied = np.intersect1d(left, found[is_tied])
-
         num_relevant = np.bincount(left // stride, minlength=num_queries)
         measured = np.flatnonzero(num_relevant)
         num_excluded = len(relevant) - len(left)
@@ -206,8 +199,6 @@ class Truth:
             excluded_pairs=pairs(excluded_keys),
             relevant=pairs(left),
             num_relevant=num_relevant[measured],
-            tied=pairs(tied),
-            num_tied=np.bincount(tied // stride, minlength=num_queries)[measured],
             num_excluded=num_excluded,
         )
 
@@ -299,10 +290,9 @@ def _measure(
             set_metrics={
                 f"{metric}@{k}": value
                 for k in cutoffs
-                if part.candidates is not None
                 for metric, value in set_metrics(rows, counts, part.candidates, k).items()
             },
-            num_candidates=len(counts) if part.candidates is None else int(part.candidates.sum()),
+            num_candidates=int(part.candidates.sum()),
             num_queries=int(np.count_nonzero(part.num_relevant)),
             num_relevant=int(part.num_relevant.sum()),
         )
@@ -312,7 +302,6 @@ def _measure(
     return EvaluationResult(
         user_ids=user_ids,
         overall=results.pop("all"),
-        ties={name: results.pop(name) for name in ("tied", "untied") if name in results},
         slices=results,
         exclude=truth.exclude,
         num_skipped=len(truth.holdout) - len(rows),
@@ -323,23 +312,24 @@ def _measure(
         relevant_popularity=float(counts[truth.relevant[1] - 1].sum() / truth.num_relevant.sum()),
         num_sampled_from=truth.holdout.num_sampled_from,
         num_even=num_even,
+        num_tied=sum(truth.holdout.num_tied or ()),
     )
 
 
 class _Part(NamedTuple):
     """Some of the relevant items: their hits, [num_queries, k], and numbers, [num_queries].
 
-    `candidates`, [num_candidates] bool, marks the part's candidates; ties have none.
+    `candidates`, [num_candidates] bool, marks the part's candidates.
     """
 
     name: str
-    candidates: np.ndarray | None
+    candidates: np.ndarray
     is_hit: np.ndarray
     num_relevant: np.ndarray
 
 
 def _parts(rows: np.ndarray, truth: Truth) -> Iterator[_Part]:
-    """Yields all relevant items, those in each slice, and, if there are any, the tied ones."""
+    """Yields all relevant items, and those in each slice."""
     queries, relevant_rows = truth.relevant
     is_hit = find_hits(rows, *truth.relevant)
     yield _Part("all", np.ones(len(truth.items), bool), is_hit, truth.num_relevant)
@@ -347,7 +337,3 @@ def _parts(rows: np.ndarray, truth: Truth) -> Iterator[_Part]:
         # Relevant items outside the corpus are in no slice.
         num = np.bincount(queries[is_in[relevant_rows - 1]], minlength=len(rows))
         yield _Part(name, is_in, is_hit & is_in[rows - 1], num)
-    if truth.num_tied.any():
-        is_tied = find_hits(rows, *truth.tied)
-        yield _Part("tied", None, is_tied, truth.num_tied)
-        yield _Part("untied", None, is_hit & ~is_tied, truth.num_relevant - truth.num_tied)

@@ -57,8 +57,6 @@ class EvaluationResult:
         user_ids: [num_queries] users of the measured queries; per-query arrays have this order.
         overall: The whole corpus.
         slices: Name -> each part of the candidates.
-        ties: "tied", the relevant items clicked at the time of another positive of their user, and
-            "untied", the others; empty if none is tied. Both have the ranking of the whole corpus.
         exclude: What was excluded from a user's ranking; see `Holdout.excluded`.
         num_skipped: Queries with nothing relevant left, which are not measured.
         num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking; not counted
@@ -72,12 +70,13 @@ class EvaluationResult:
         num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
         num_even: Relevant items that the metrics "even_recall@k" and "even_ndcg@k" rest on, as if
             they had equal weights; None without these. See `tfrs_pipeline.evaluation.metrics`.
+        num_tied: Relevant items, excluded ones included, that were clicked at the time of another
+            positive of their user; 0 if that is not known.
     """
 
     user_ids: np.ndarray = field(repr=False)
     overall: SliceResult
     slices: Mapping[str, SliceResult] = field(repr=False)
-    ties: Mapping[str, SliceResult] = field(repr=False)
     exclude: Exclude
     num_skipped: int
     num_relevant_excluded: int
@@ -87,6 +86,7 @@ class EvaluationResult:
     relevant_popularity: float
     num_sampled_from: int | None = None
     num_even: int | None = None
+    num_tied: int = 0
 
     @property
     def per_query(self) -> Mapping[str, np.ndarray]:
@@ -95,10 +95,10 @@ class EvaluationResult:
 
     @property
     def per_query_and_slice(self) -> Mapping[str, np.ndarray]:
-        """Returns `per_query` and the recalls of slices and ties, as "tail/recall@20"."""
+        """Returns `per_query` and the recalls of slices, as "tail/recall@20"."""
         of_slices = {
             f"{part}/{name}": values
-            for part, result in (*self.slices.items(), *self.ties.items())
+            for part, result in self.slices.items()
             for name, values in result.per_query.items()
             if name.startswith("recall@")
         }
@@ -120,11 +120,16 @@ class EvaluationResult:
                 f"excludes what its user had {self.exclude} before (exclude)"
             )
         num_relevant = self.overall.num_relevant
-        num_tied = self.ties["tied"].num_relevant if self.ties else 0
+        num_to_find = num_relevant + self.num_relevant_excluded
         for number, total, of, what in (
             (self.num_empty_histories, num_measured, "queries", "an empty history"),
             (self.num_relevant_unclicked, num_relevant, "items to find", "no positive in training"),
-            (num_tied, num_relevant, "items to find", "the time of another click of their user"),
+            (
+                self.num_tied,
+                num_to_find,
+                "items to find",
+                "the time of another click of their user",
+            ),
         ):
             if number > 0.1 * total:
                 lines.append(f"{number:,} of {total:,} {of} have {what}")
@@ -142,7 +147,6 @@ class EvaluationResult:
             **self.overall.summary(),
             **{name: getattr(self, name) for name in names},
             "slices": {name: part.summary() for name, part in self.slices.items()},
-            "ties": {name: part.summary() for name, part in self.ties.items()},
         }
 
 
@@ -256,9 +260,8 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
         every, users = [x.results[name] for x in evaluations], result.user_ids
         overall = average([x.overall for x in every], users)
         slices = {x: average([y.slices[x] for y in every], users) for x in result.slices}
-        ties = {x: average([y.ties[x] for y in every], users) for x in result.ties}
-        results[name] = replace(result, overall=overall, slices=slices, ties=ties)
-    others = [x.other for x in evaluations if isinstance(x.other, Evaluation)]
+        results[name] = replace(result, overall=overall, slices=slices)
+    others = [each.other for each in evaluations if isinstance(each.other, Evaluation)]
     return replace(first, results=results, other=averaged(others) if others else first.other)
 
 

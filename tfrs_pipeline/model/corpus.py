@@ -121,31 +121,15 @@ class TrainingSet:
         if there is no positive; a `ValueError` if another log, seed or `hard` made the folder.
         """
         folder = Path(folder)
-        if (found := cls.read(log, folder, seed=seed, hard=hard)) is not None:
-            return found
-        refuse_others(folder.glob("[!.]*"), folder / MADE_OF_FILE)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Written first: without it, samples could be of any log.
-        write_record(folder / MADE_OF_FILE, _made_of(log, seed, hard))
-        build_samples(log, folder, seed=seed, hard=hard)
-        return cls._open(log, folder)
-
-    @classmethod
-    def read(
-        cls, log: Log, folder: Path | str, *, seed: int, hard: FunnelLosers | None = None
-    ) -> Self | None:
-        """Reads the samples that `build` made in a folder; None if they are incomplete.
-
-        Raises a `ValueError` if another log, seed or `hard` made them.
-        """
-        folder = Path(folder)
-        if read_whole(folder / "report.json") is None:
-            return None
-        hold_to(folder / MADE_OF_FILE, _made_of(log, seed, hard))
-        return cls._open(log, folder)
-
-    @classmethod
-    def _open(cls, log: Log, folder: Path) -> Self:
+        made_of = folder / MADE_OF_FILE
+        if read_whole(folder / "report.json") is not None:
+            hold_to(made_of, _made_of(log, seed, hard))
+        else:
+            refuse_others(folder.glob("[!.]*"), made_of)
+            folder.mkdir(parents=True, exist_ok=True)
+            # Written first: without it, samples could be of any log.
+            write_record(made_of, _made_of(log, seed, hard))
+            build_samples(log, folder, seed=seed, hard=hard)
         report = read_record(folder / "report.json", check_files=False)
         samples = read_samples(folder)
         corpus = Corpus.read(log, folder, samples)

@@ -1,7 +1,6 @@
 """A fitted two-tower model: it retrieves, can be exported, and can start another training."""
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -109,16 +108,6 @@ class FittedTwoTower:
     @functools.cached_property
     def _retriever(self) -> ExactRetriever:
         return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder)
-
-    def fingerprint(self) -> str:
-        """Returns a hash of the training's ids, weights and number of steps."""
-        digest = hashlib.sha256()
-        for ids in (self.candidate_ids, self.query_ids):
-            for value in ids:
-                digest.update(f"{value}\n".encode())
-        for variable in (*self.network.trainable_variables, self.network.optimizer.iterations):
-            digest.update(variable.numpy().tobytes())
-        return digest.hexdigest()
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: the towers and the whole log, test part included.

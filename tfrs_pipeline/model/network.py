@@ -248,22 +248,19 @@ class TwoTowerNetwork(tfrs.Model):
                 )
 
     def check_sequences(self) -> None:
-        """Refuses (`ValueError`) a query tower that does not read whole sequences."""
+        """Tries the query tower on a whole sequence; a `KeyError` if it reads histories alone."""
         row = tf.zeros([1], tf.int32)
         sequence = tf.zeros([1, self.history_length], tf.int32)
         times = tf.zeros([1, self.history_length + 1], tf.float64) if self.reads_times else None
         try:
             self._queries(Batch(row, sequence_rows=sequence, sequence_times=times, state=row))
         except KeyError as error:
-            # Keras appends the call's arguments to the message.
-            if "history_" not in str(error.args[0]).partition("Call arguments")[0]:
-                raise
-            raise ValueError(
-                "The query_tower does not read whole sequences: with training.examples 'sequences' "
-                "training gives it sequence_rows and state in place of history_rows (see "
-                "tp.WholeSequences). Read both forms, as queries come with a history, or set "
-                "training.examples to 'single'."
-            ) from error
+            error.add_note(
+                "With training.examples 'sequences', training gives the query_tower sequence_rows "
+                "and state in place of history_rows (see tp.WholeSequences). Read both forms, as "
+                "queries come with a history, or set training.examples to 'single'."
+            )
+            raise
 
     def _check_variables(self) -> None:
         """Refuses towers with per-replica statistics if several replicas train."""

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -137,11 +136,11 @@ class TwoTower(TwoTowerSettings):
             warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
                 It has the same shape, and was not trained on events that validate or test here.
             folder: Keeps samples and checkpoints, so that a stopped training can resume, with the
-                same log, settings and own parts. Own parts are compared by name and plain settings;
-                their code is not compared, so do not change it. The training then ends like an
-                uninterrupted one, bit for bit, unless an own tower has a random state, as
-                `tf.keras.layers.Dropout` does. None is temporary. Several workers need a shared
-                folder (`docs/guides/scale.md`).
+                same log, settings and own parts. Own parts are compared by name and plain settings.
+                Their code is not compared, nor is the model to start from: do not change these.
+                The training then ends like an uninterrupted one, bit for bit, unless an own tower
+                has a random state, as `tf.keras.layers.Dropout` does. None is temporary. Several
+                workers need a shared folder (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with the result so far.
             verbose: Whether to write a line for each epoch: in a notebook to its cell, elsewhere to
@@ -163,9 +162,16 @@ class TwoTower(TwoTowerSettings):
         distribution.check_shared(folder)
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
-            source = None if folder is None else _checked(warm_start)
-            chosen_by = {"validation": validation, "warm_start": source, "exclude": exclude}
-            data = distribution.chief_first(lambda: self._training_set(train, place, chosen_by))
+            is_warm = warm_start is not None
+            made_of = self.made_of(train, validation, exclude, is_warm=is_warm)
+
+            def build() -> TrainingSet:
+                refuse_others((place / "checkpoints").glob("[!.]*"), place / MADE_OF_FILE)
+                data = TrainingSet.build(train, place / "samples", seed=self.seed, hard=self.hard)
+                hold_to(place / MADE_OF_FILE, made_of)
+                return data
+
+            data = distribution.chief_first(build)
             write_epoch, write_steps = writers(self.training, verbose)
             return self.fit_samples(
                 data,
@@ -177,13 +183,6 @@ class TwoTower(TwoTowerSettings):
                 on_steps=write_steps,
                 log=train,
             )
-
-    def _training_set(self, log: Log, folder: Path, chosen_by: dict[str, Any]) -> TrainingSet:
-        """Builds the samples of a log in a folder, or reads them if this training built them."""
-        refuse_others((folder / "checkpoints").glob("[!.]*"), folder / MADE_OF_FILE)
-        data = TrainingSet.build(log, folder / "samples", seed=self.seed, hard=self.hard)
-        hold_to(folder / MADE_OF_FILE, self.made_of(log, data.samples, chosen_by))
-        return data
 
     def fit_samples(
         self,
@@ -310,23 +309,21 @@ class TwoTower(TwoTowerSettings):
     def _own_towers(self) -> dict[str, TowerLike | None]:
         return {"query_tower": self.query_tower, "candidate_tower": self.candidate_tower}
 
-    def made_of(self, log: Log, samples: Samples, chosen_by: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what a training depends on, for JSON; `chosen_by` holds arguments of `fit`."""
-        later = samples.is_later  # According to the whole log, which may have grown since.
-        later_items = None if later is None else hashlib.sha256(later.tobytes()).hexdigest()[:12]
+    def made_of(
+        self, log: Log, validation: Holdout | None, exclude: Exclude, *, is_warm: bool = False
+    ) -> dict[str, Any]:
+        """Says for JSON what a training is made of, besides the samples of its log."""
         return {
             **self.settings.model_dump(mode="json"),
             **self.training.model_dump(mode="json"),
             "seed": self.seed,
-            "later_items": later_items,
             "item_features": dict(log.item_features),
             "user_features": dict(log.user_features),
             "own_negatives": [describe_own(kind) for kind in self.negatives if is_own(kind)],
             **{name: describe_own(tower) for name, tower in self._own_towers.items()},
-            **{
-                name: part.fingerprint() if hasattr(part, "fingerprint") else part
-                for name, part in chosen_by.items()
-            },
+            "validation": validation and validation.fingerprint(),
+            "exclude": exclude,
+            "warm_start": is_warm,
         }
 
 

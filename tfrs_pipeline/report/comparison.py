@@ -34,8 +34,7 @@ def comparison_page(folder: Path) -> str:
     """Renders the page of a comparison from its files; the same files give the same text."""
     found, templates = json.loads((folder / COMPARISON_FILE).read_text()), pages()
     run = templates.get_template("template.html")
-    palettes = [drawing.variables(scheme) for scheme in (0, 1)]
-    style = "".join(run.blocks["style"](run.new_context({"palettes": palettes})))
+    style = "".join(run.blocks["style"](run.new_context()))
     what, first = f"val_{found['monitor']}", str(found["seeds"][0])
     results = {name: of_seed[first] for name, of_seed in found["trainings"].items()}
     validated = [name for name, x in results.items() if what in x["history"]]
@@ -45,7 +44,7 @@ def comparison_page(folder: Path) -> str:
         curves = {name: results[name]["history"][what] for name in names}
         chosen = {name: results[name]["best_epoch"] for name in names}
         drawn = drawing.plot_curves(curves, chosen, f"validation {found['monitor']}")
-        figures.append(Markup(drawn.inline(f"curves-{start}")))
+        figures.append(Markup(drawn.svg))
     return templates.get_template("comparison.html").render(
         folder=str(folder),
         found=found,

@@ -130,7 +130,6 @@ def report_page(facts: RunFacts) -> str:
         ndcg=metric,
         recall=recall,
         slices=popularity_slices(facts.popularity.counts),
-        palettes=[drawing.variables(scheme) for scheme in (0, 1)],
         figures=_figures(facts, metric, recall),
         counted=counted,
         better=verdict.compared_with_baselines(facts.metrics, metric),
@@ -149,7 +148,7 @@ def report_page(facts: RunFacts) -> str:
 
 
 def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup]]:
-    """Draws the figures of each section, whose name keeps element ids unique."""
+    """Draws the figures of each section."""
     models = facts.metrics["models"]
     slices = {
         part: {name: model["slices"][part][recall] for name, model in models.items()}
@@ -167,10 +166,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         "training": _training_figures(facts),
         "popularity": _popularity_figures(facts.popularity),
     }
-    return {
-        place: [Markup(drawn.inline(f"{place}-{i}")) for i, drawn in enumerate(of_place)]
-        for place, of_place in drawings.items()
-    }
+    return {place: [Markup(x.svg) for x in of_place] for place, of_place in drawings.items()}
 
 
 def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
-from tfrs_pipeline.messages import in_percent
 from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS
 
 Metrics = Mapping[str, Any]
@@ -20,8 +19,8 @@ WRITTEN = {
 }
 # What the slices hold, for a reader who does not know their names.
 _ITEMS = {"head": "popular", "torso": "middling", "tail": "rare"}
-# Tied items decide if the model's recall of them differs from that of others by this factor.
-_MUCH_MORE = 2
+# What the model does with a baseline.
+_VERBS = {Outcome.WORSE: "is behind", Outcome.LEVEL: "ties with", Outcome.BETTER: "beats"}
 
 
 @dataclass(frozen=True)
@@ -93,22 +92,12 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     if not compared:
         return Verdict("not compared", "no baseline was measured beside it", None)
     best, *others = sorted(compared, key=lambda x: x.gain.mean)
-    gain, where = best.gain, "above" if best.gain.mean > 0 else "below"
-    # As positive numbers if the outcome is clear.
-    low, high = (gain.low, gain.high) if gain.mean > 0 else (0.0 - gain.high, 0.0 - gain.low)
-    gap = Interval(abs(gain.mean), low, high).written()
-    rival = f"the best baseline, {best.name}"
-    about_best = {
-        Outcome.BETTER: f"it beats {rival}, by {gap}",
-        Outcome.LEVEL: f"it ties with {rival}: {gap} {where} it, an interval that includes 0",
-        Outcome.WORSE: f"{rival}, beats it by {gap}",
-    }
-    parts = [about_best[best.gain.outcome]]
-    words = {Outcome.WORSE: "is {}behind", Outcome.LEVEL: "{}ties with", Outcome.BETTER: "{}beats"}
-    for outcome, verb in words.items():
+    parts = [
+        f"it {_VERBS[best.gain.outcome]} the best baseline, {best.name}: {best.gain.written('+')}"
+    ]
+    for outcome, verb in _VERBS.items():
         if names := [x.name for x in others if x.gain.outcome is outcome]:
-            also = "also " if outcome is best.gain.outcome else ""
-            parts.append(f"it {verb.format(also)} {listed(names)}")
+            parts.append(f"it {verb} {listed(names)}")
     lowest = _lowest(compared)
     answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "a tie", Outcome.WORSE: "no"}
     asked = ASKED[metrics["asked_by"]]
@@ -119,7 +108,6 @@ def remarks(metrics: Metrics, metric: str, recall: str) -> dict[str, str]:
     """Returns the other findings that were measured and matter, by heading."""
     found = {
         "but": other_question(metrics, metric),
-        "ties": tied_items(metrics, recall),
         "evenly": shown_evenly(metrics, recall),
     }
     return {head: text for head, text in found.items() if text is not None}
@@ -151,8 +139,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     `metric` is recall@k. A slice of at most k items says nothing: one list could hold all of it.
     """
     slices: dict[Outcome, list[str]] = {}
-    said: dict[str, list[str]] = {}
-    variants, reason = [], "no baseline was measured beside it"
+    clauses, variants, reason = [], [], "no baseline was measured beside it"
     fewer = {
         x.name: f", but fewer of all items ({x.other:.2f} against {x.own:.2f})"
         for x in _compare(metrics, metric)
@@ -170,63 +157,21 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         lowest, items = _lowest(baselines), f"{_ITEMS[part]} items ({part})"
         slices.setdefault(lowest, []).append(items)
         best = max((x for x in baselines if x.gain.outcome is lowest), key=lambda x: x.other)
-        clause = {
-            Outcome.BETTER: "it beats every baseline",
-            Outcome.LEVEL: f"it ties with {best.name} ({best.own:.2f} against {best.other:.2f})",
-            Outcome.WORSE: f"{best.name} beats it ({best.other:.2f} against {best.own:.2f})",
-        }[lowest]
-        said.setdefault(clause, []).append(items)
+        numbers = f"({best.own:.2f} against {best.other:.2f})"
+        clauses.append(f"{items}: it {_VERBS[lowest]} {best.name} {numbers}")
         more = f"{'still ' if lowest is Outcome.BETTER else ''}more {_ITEMS[part]} items"
         variants += [
             f"{x.name} finds {more} ({x.other:.2f} against {x.own:.2f}){fewer.get(x.name, '')}"
             for x in compared
             if x.is_variant and x.gain.outcome is Outcome.WORSE
         ]
-    if not said:
+    if not clauses:
         return Verdict("not compared", reason, None)
-    clauses = [f"{listed(items)}: {clause}" for clause, items in said.items()]
     first = min(slices, key=[*Outcome].index)
-    answers = {
-        Outcome.BETTER: "beats every baseline for",
-        Outcome.LEVEL: "ties with the best baseline for",
-        Outcome.WORSE: "behind the best baseline for",
-    }
     outcome = first if len(slices) == 1 else Outcome.LEVEL
     why = f"by {metric}, {'; '.join([*clauses, *variants])}"
-    return Verdict(f"{answers[first]} {listed(slices[first])}", why, outcome)
-
-
-def tied_items(metrics: Metrics, metric: str) -> str | None:
-    """Says whether items clicked at the time of another click decide; None if they do not.
-
-    They do if a model is clearly better for these and clearly worse for the others, or if the
-    first model's recall of these is twice that of the others, or half. They cannot where histories
-    leave out the clicks at the time of the request. `metric` is a recall.
-    """
-    questions = [asked for asked in (metrics, metrics.get("other", {})) if "models" in asked]
-    of = next((asked for asked in questions if asked["asked_by"] != "users"), metrics)
-    model = next(iter(of["models"].values()))
-    is_by_request = of["asked_by"] != "users"
-    if not model.get("ties") or (is_by_request and metrics.get("tie_rule") == "drop"):
-        return None
-    tied, untied = model["ties"]["tied"], model["ties"]["untied"]
-    means = [x[metric]["mean"] or 0.0 for x in (tied, untied)]
-    told = []
-    for name, x in of["differences"].items():
-        lows, highs = (
-            [x[f"{part}/{metric}"][end] or 0.0 for part in model["ties"]] for end in ("low", "high")
-        )
-        if (lows[0] > 0 > highs[1]) or (lows[1] > 0 > highs[0]):
-            which = "these" if lows[0] > 0 else "the others"
-            told.append(f"{WRITTEN.get(name, name)} is better only for {which}")
-    if not told and (not untied["num_relevant"] or max(means) < _MUCH_MORE * min(means)):
-        return None
-    return (
-        f"{in_percent(tied['num_relevant'], model['num_relevant'])} of the items to find were "
-        f"clicked at the time of another click of their user; {metric} of these {means[0]:.2f}, "
-        f"of the others {means[1]:.2f}{''.join(f'; {x}' for x in told)}. Before you trust the "
-        f"order of the models, try another data.ties (here {metrics['tie_rule']})"
-    )
+    answer = f"{_VERBS[first]} the best baseline for {listed(slices[first])}"
+    return Verdict(answer, why, outcome)
 
 
 def shown_evenly(metrics: Metrics, metric: str) -> str | None:

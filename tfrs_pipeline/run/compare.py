@@ -111,8 +111,7 @@ def compare(
             plan, kept = plans[name], place / "plans" / quote(name, safe=" ") / f"seed-{number}"
             plan, samples = plan.model_copy(update={"seed": number}), data[plan.hard]
             kept.mkdir(parents=True, exist_ok=True)
-            chosen_by = {"validation": validation, "exclude": exclude}
-            hold_to(kept / MADE_OF_FILE, plan.made_of(train, samples.samples, chosen_by))
+            hold_to(kept / MADE_OF_FILE, plan.made_of(train, validation, exclude))
             model = fit_once(
                 plan,
                 asked,

@@ -161,7 +161,7 @@ class Comparison:
         table = self.table(markdown=True, width=None)
         lines = (f"- {line}\n" for line in self.lines(None))
         (folder / "comparison.md").write_text(f"{table}\n\n{''.join(lines)}")
-        (folder / "comparison.svg").write_text(self.plot().card())
+        (folder / "comparison.svg").write_text(self.plot().svg)
         written = to_json(self.summary(), indent=2, inf_nan_mode="null", fallback=repr)
         (folder / COMPARISON_FILE).write_bytes(written)
 
@@ -184,12 +184,11 @@ def _over_seeds(by_seed: Mapping[int, Evaluation]) -> dict[str, dict[str, OverSe
 def compared_in_words(
     evaluation: Evaluation, metric: str, over_seeds: Mapping[str, Mapping[str, OverSeeds]]
 ) -> str:
-    """Says which plans are better than the first, tie with it or are worse, by the intervals.
+    """Says which plan is highest, and which ones are better than the first, level or worse.
 
     If there are several seeds, the intervals over users and over seeds have to agree.
     """
     results = evaluation.results
-    reference = next(iter(results))
     names: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
     for name, differences in evaluation.differences.items():
         outcome, seeds = differences[metric].outcome, over_seeds[name][metric]
@@ -197,23 +196,8 @@ def compared_in_words(
             outcome = Outcome.LEVEL
         names[outcome].append(name)
     best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
-    verbs = {
-        Outcome.BETTER: ("beats", "beat"),
-        Outcome.LEVEL: ("ties with", "tie with"),
-        Outcome.WORSE: ("is worse than", "are worse than"),
-    }
-    parts = [
-        f"{', '.join(found)} {verbs[outcome][len(found) > 1]} {reference}"
-        for outcome, found in names.items()
-        if found
-    ]
-    if best == reference:
-        parts.insert(0, f"{reference} is highest")
-    elif best in names[Outcome.LEVEL]:
-        parts.append(f"{best} is highest, by no more than chance")
-    else:
-        parts[0] += f", {best} the most" if len(names[Outcome.BETTER]) > 1 else ""
-    return f"in {metric} {'; '.join(parts)}"
+    parts = [f"{outcome.value}: {', '.join(found)}" for outcome, found in names.items() if found]
+    return f"in {metric} {best} is highest; against {next(iter(results))}, {'; '.join(parts)}"
 
 
 def comparison_figure(comparison: Comparison) -> "Figure":

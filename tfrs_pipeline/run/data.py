@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,29 +52,10 @@ class RunData:
 
 def log_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     """Returns the steps that make the log and its split."""
-    read_log = functools.partial(_read_log, config, folder)
-
-    def make_log(runner: Runner) -> Log | None:
-        folder.data.mkdir(parents=True, exist_ok=True)
-        load_log(config.data).write(folder.data)
-        return read_log(runner, check_files=False)
-
-    def make_split(runner: Runner, log: Log) -> Split[Log]:
-        log.split(**dict(config.split), seed=config.seed).write(folder.split)
-        return open_split(runner, log)
-
-    def read_split(runner: Runner, log: Log) -> Split[Log] | None:
-        is_whole = read_whole(folder.split.with_suffix(".json")) is not None
-        return open_split(runner, log) if is_whole else None
-
-    def open_split(runner: Runner, log: Log) -> Split[Log]:
-        split = Split.read(log, folder.split)
-        runner.note(*split.describe(config.split.amounts()))
-        return split
-
+    log, split = (functools.partial(make, config, folder) for make in (_log, _split))
     return [
-        Step("data", (), "log", make_log, read_log, "data/"),
-        Step("split", ("log",), "split", make_split, read_split, "data/split.parquet"),
+        Step("data", (), "log", log, "data/"),
+        Step("split", ("log",), "split", split, "data/split.parquet"),
     ]
 
 
@@ -82,29 +63,23 @@ def data_steps(
     config: RunConfig, folder: RunFolder, hard: FunnelLosers | None = None
 ) -> list[Step]:
     """Returns the steps that make the samples; `hard` replaces the config's losers."""
-    from tfrs_pipeline.model.corpus import TrainingSet
-
-    build, read = (
-        functools.partial(each, seed=config.seed, hard=hard or config.model.hard)
-        for each in (TrainingSet.build, TrainingSet.read)
-    )
-    make_all, read_all = (functools.partial(_samples, get, config, folder) for get in (build, read))
-    samples = Step("samples", ("split",), "samples", make_all, read_all, "samples/")
-    return [*log_steps(config, folder), samples]
+    samples = functools.partial(_samples, config, folder, hard or config.model.hard)
+    return [*log_steps(config, folder), Step("samples", ("split",), "samples", samples, "samples/")]
 
 
-def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None) -> RunData:
-    """Makes the samples of a config in a folder, or reads those there; see `data_steps`."""
-    return Runner().run(data_steps(config, RunFolder(folder), hard))
+def prepare(config: RunConfig, folder: Path) -> RunData:
+    """Makes the samples of a config in a folder, or reads those there."""
+    return Runner().run(data_steps(config, RunFolder(folder)))
 
 
-def _read_log(
-    config: RunConfig, folder: RunFolder, runner: Runner, *, check_files: bool = True
-) -> Log | None:
-    if not (folder.data / "log.json").exists():
-        return None
+def _log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log:
+    """Makes the log of a config, or reads it back."""
+    is_new = not (folder.data / "log.json").exists()
+    if is_new:
+        folder.data.mkdir(parents=True, exist_ok=True)
+        load_log(config.data).write(folder.data)
     try:
-        log = Log.read(folder.data, connect_engine(config.data), check_files=check_files)
+        log = Log.read(folder.data, connect_engine(config.data), check_files=not is_new)
     except Damaged as error:
         # If made again, it might hold other events than those that were trained on.
         raise Damaged(
@@ -115,20 +90,30 @@ def _read_log(
     return log
 
 
+def _split(config: RunConfig, folder: RunFolder, runner: Runner, log: Log) -> Split[Log]:
+    """Splits the log, or reads the split back."""
+    if read_whole(folder.split.with_suffix(".json")) is None:
+        log.split(**dict(config.split), seed=config.seed).write(folder.split)
+    split = Split.read(log, folder.split)
+    runner.note(*split.describe(config.split.amounts()))
+    return split
+
+
 def _samples(
-    get: "Callable[[Log, Path], TrainingSet | None]",
     config: RunConfig,
     folder: RunFolder,
+    hard: FunnelLosers | None,
     runner: Runner,
     split: Split[Log],
-) -> RunData | None:
-    """Gets the samples of both trainings, and the queries of validation and test."""
+) -> RunData:
+    """Makes or reads the samples of both trainings, and the queries of validation and test."""
+    from tfrs_pipeline.model.corpus import TrainingSet
+
+    build = functools.partial(TrainingSet.build, seed=config.seed, hard=hard)
     last = final_part(config, split)
-    selection = final = get(split.train, folder.samples / "selection")
+    selection = final = build(split.train, folder.samples / "selection")
     if last is not split.train:
-        final = get(last, folder.samples / "final")
-    if selection is None or final is None:
-        return None
+        final = build(last, folder.samples / "final")
     runner.note(*describe_samples(final.report))
     test, other = _tests(config, split, last)
     asked = ASKED[test.by]

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import shlex
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,8 @@ class RunFolder:
                     "it writes there. Choose a folder without."
                 )
             durable.try_writing(written)
-        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        is_new = not self.path.exists() or not any(self.path.iterdir())
+        was_there = self.path.exists()
+        is_new = not was_there or not any(self.path.iterdir())
         with durable.naming(self.path, duckdb.IOException):
             self.path.mkdir(parents=True, exist_ok=True)
             with durable.locked(self.path / "lock"):
@@ -148,7 +148,9 @@ class RunFolder:
                     yield
                 except ValueError:
                     if is_new and not self._has("checkpoints", "plans"):
-                        _remove(self.path, made)
+                        shutil.rmtree(self.path, ignore_errors=True)
+                        if was_there:
+                            self.path.mkdir(exist_ok=True)
                     raise
 
     def _settle_settings(self, config: RunConfig) -> None:
@@ -191,16 +193,6 @@ class RunFolder:
         settings = dump_config(config)
         with durable.replacing(self.config_file) as partial:
             partial.write_text(f"{settings}{_HASH_LINE}{_hash(settings)}\n", encoding="utf-8")
-
-
-def _remove(folder: Path, made: Sequence[Path]) -> None:
-    """Empties a folder, and removes the folders that were made for it, the innermost first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if not made:
-        folder.mkdir(exist_ok=True)
-    for path in made[1:]:
-        with contextlib.suppress(OSError):  # Another run may be in it by now.
-            path.rmdir()
 
 
 def _hash(settings: str) -> str:
@@ -270,12 +262,13 @@ def with_source(
     if config.warm_start is None:
         return config
     source = _source(config.warm_start, folder)
+    run = RunFolder(source)
     if given is not None:
-        theirs = folder.settings() if folder.has_begun() else settings_of_finished(source)
+        theirs = (folder if folder.has_begun() else run).settings()
         tables = {"model": theirs.model, "training": theirs.training}
         every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
         if theirs.warm_start is None:  # Else that run's number is already a fifth.
-            best = RunFolder(source).results()["training"]["two_tower"]["best_epoch"]
+            best = run.results()["training"]["two_tower"]["best_epoch"]
             every["training.max_epochs"] = max(2, -(-best // 5))
         # An uncorrected model that the source did not train would begin from random weights.
         every["evaluation.baselines"] = theirs.evaluation.baselines
@@ -283,7 +276,8 @@ def with_source(
         left = {x: y for x, y in every.items() if not f"{x}.".startswith(kept)}
         config = with_settings(config, left)
     if folder.metrics() is None:  # A finished run needs no source any more.
-        refuse(shape_problems(settings_of_finished(source).model, config.model))
+        run.results()  # Refuses one that is not finished.
+        refuse(shape_problems(run.settings().model, config.model))
     return config.model_copy(update={"warm_start": source})
 
 
@@ -316,11 +310,3 @@ def _source(path: Path, folder: RunFolder) -> Path:
 
 def _refused(message: str) -> ConfigError:
     return ConfigError([("warm_start", message)])
-
-
-def settings_of_finished(path: Path) -> RunConfig:
-    """Reads the settings of a finished run; a `ConfigError` if it is not finished."""
-    folder = RunFolder(path)
-    if not folder.metrics_file.is_file():
-        raise _refused(f"got {str(path)!r}, a run that is not finished: resume it first")
-    return folder.settings()

@@ -105,14 +105,14 @@ def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
         runner.note(*(f"{x}: left out by the preset or by evaluation.baselines" for x in left_out))
         return baselines
 
-    measure_all, export, read = (
-        functools.partial(x, config, folder) for x in (measure, _export_best, _read_exported)
+    measure_all, export = (
+        functools.partial(make, config, folder) for make in (measure, _export_best)
     )
     reads, place = ("samples", "two_tower", "measured"), "export.directory/NAME/VERSION/"
     return [
         Step("baselines", ("samples",), "baselines", fit),
         Step("evaluate", ("samples", "baselines", *variants(config)), "measured", measure_all),
-        Step("export", reads, "version", export, read, place),
+        Step("export", reads, "version", export, place),
     ]
 
 
@@ -164,7 +164,6 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
         "dataset": config.model_name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": data.split.report(),
-        "tie_rule": data.split.log.ties,
         **made["measured"].summary(),
         "training": {
             name: {
@@ -219,9 +218,7 @@ def _read_result(config: RunConfig, folder: RunFolder, runner: Runner) -> RunRes
     return result
 
 
-def _read_exported(
-    config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
-) -> dict[str, Any] | None:
+def _read_exported(config: RunConfig, folder: RunFolder, runner: Runner) -> dict[str, Any] | None:
     """Reads what `_export_best` made of this training, unless the index settings have changed."""
     if (version := own_version(config, folder)) is None:
         return None
@@ -246,6 +243,8 @@ def _export_best(
 
     Returns the export's part of metrics.json.
     """
+    if (kept := _read_exported(config, folder, runner)) is not None:
+        return kept
     listed, export = data.split.log.listed_ids, config.export
     if export.index == "none":
         runner.note("export.index is 'none': nothing is exported")

@@ -207,7 +207,7 @@ def planned(config: RunConfig, name: str) -> RunConfig:
 
 
 def trainable_recipes(
-    config: RunConfig, log: Log, data: TrainingSet
+    config: RunConfig, data: TrainingSet
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:
     """Returns the settings of each recipe that can train, and why the others are not begun.
 
@@ -218,7 +218,6 @@ def trainable_recipes(
     for name in config.recipes:
         try:
             each = planned(config, name)
-            check_log(each, log)
             check_plan(plan_of(each, "two_tower"), data)
         except ValueError as error:
             not_begun[name] = str(error)
@@ -231,16 +230,6 @@ def trainable_recipes(
     if not found:
         raise refused[0]
     return found, not_begun
-
-
-def check_log(config: RunConfig, log: Log) -> None:
-    """Refuses (`ConfigError`) examples that a log cannot give."""
-    examples, what = config.training.examples, ""
-    if examples == "sequences" and log.order == "none":
-        what = "no order"
-    if examples == "sets" and log.request_features:
-        what = "request features, which differ within a set"
-    refuse([("training.examples", f"got {examples!r}, and the log has {what}")] if what else [])
 
 
 class _Trainings:
@@ -257,7 +246,7 @@ class _Trainings:
     ) -> None:
         self.config, self.data, self.validation, self.log = config, data, validation, log
         self.folder, self.progress = folder, progress
-        self.configs, self.not_begun = trainable_recipes(config, log, data)
+        self.configs, self.not_begun = trainable_recipes(config, data)
         self.curves = {name: Curve(name) for name in self.configs}
         for name, (seconds, values, has_ended) in on_chief(self._read).items():
             if name in self.configs:

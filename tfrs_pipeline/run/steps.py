@@ -1,4 +1,4 @@
-"""Work as a list of steps. Complete artifacts on disk are read, and the rest is made."""
+"""Work as a list of steps, each of which reads what is complete on disk and makes the rest."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,16 +12,14 @@ from tfrs_pipeline.messages import SILENT, Progress, StepReport
 class Step:
     """One step of a run, a comparison or a refresh.
 
-    `make` makes an artifact. It is called with the runner and the artifacts that the step reads, in
-    order. `read` is called in the same way and reads the artifact back; it returns None if that is
-    incomplete. Without `read`, the artifact lives in memory and is made each time.
+    `make` makes an artifact, or reads it back if it is complete on disk. It is called with the
+    runner and the artifacts that the step reads, in order.
     """
 
     name: str
     reads: tuple[str, ...]
     writes: str
     make: Callable[..., Any]
-    read: Callable[..., Any] | None = None
     place: str = ""  # Where the artifact is stored; empty if in memory.
 
 
@@ -41,10 +39,7 @@ class Runner:
             self.reports.append(report)
             self.progress.task(step.name, 0, 0)
             given = [self.artifacts[name] for name in step.reads]
-            made = None if step.read is None else step.read(self, *given)
-            if made is None:
-                made = step.make(self, *given)
-            self.artifacts[step.writes] = made
+            made = self.artifacts[step.writes] = step.make(self, *given)
             report.seconds = round(time.monotonic() - start, 3)
             self.progress.step(report)
         return made

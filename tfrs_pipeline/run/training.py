@@ -1,34 +1,34 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from tfrs_pipeline.config import EvaluationConfig, RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.durable import read_record, read_whole, write_record
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.distribution import on_chief, training_strategy
+from tfrs_pipeline.model.distribution import training_strategy
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, describe_epoch, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
-from tfrs_pipeline.run.folder import RunFolder, settings_of_finished
+from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.samples.store import read_samples
 
 Training: TypeAlias = Literal["selection", "refit"]
 
-# Written beside the two trainings of a model when both are done.
-TRAINED_FILE = "trained.json"
-
 
 def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -> Step:
-    """Returns the step that trains a model with these settings, kept in the run's folder."""
+    """Returns the step that trains a model with these settings, kept in the run's folder.
+
+    It resumes after the last whole epoch there, which may be that of the refit.
+    """
     kept = folder.path / place
 
     def make(runner: Runner, data: RunData) -> FittedTwoTower:
@@ -36,12 +36,7 @@ def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -
         runner.note(*model.notes)
         return model
 
-    def read(runner: Runner, data: RunData) -> FittedTwoTower | None:
-        model = read_trained(config, data, kept, name)
-        runner.note(*(model.notes if model else []))
-        return model
-
-    return Step(f"train {name}", ("samples",), name, make, read, place)
+    return Step(f"train {name}", ("samples",), name, make, place=place)
 
 
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
@@ -84,18 +79,13 @@ def train_and_refit(
             progress=progress,
         )
 
-    models = [fit("selection", config.training.max_epochs)]
-    chosen = models[0].result
+    model = fit("selection", config.training.max_epochs)
+    chosen = model.result
     if data.has_refit:
-        models.append(fit("refit", chosen.best_epoch))
-    notes = _about_trainings(config, name, data, [model.result for model in models])
-    model = dataclasses.replace(models[-1], result=chosen, notes=[*notes, *models[-1].notes])
-    if folder is not None:
-        last = folder / ("refit" if data.has_refit else "selection")
-        about = {"result": dataclasses.asdict(chosen), "notes": model.notes}
-        files = sorted(last.glob(f"epoch-{chosen.best_epoch}.*"))
-        on_chief(lambda: write_record(folder / TRAINED_FILE, about, files))
-    return model
+        del model  # One network at a time.
+        model = fit("refit", chosen.best_epoch)
+    notes = [*_about_trainings(config, name, data, chosen), *model.notes]
+    return dataclasses.replace(model, result=chosen, notes=notes)
 
 
 def fit_once(
@@ -134,10 +124,10 @@ def fit_once(
 
 
 def _about_trainings(
-    config: RunConfig, name: str, data: RunData, results: Sequence[TrainingResult]
+    config: RunConfig, name: str, data: RunData, chosen: TrainingResult
 ) -> Iterator[str]:
-    """Describes where a model started, which epoch was best, and what was resumed."""
-    chosen, monitor = results[0], config.training.monitor
+    """Describes where a model started, and which epoch was best."""
+    monitor = config.training.monitor
     monitored = chosen.history[f"val_{monitor}"]
     if config.warm_start is not None:
         yield from _about_source(config.warm_start, name, data)
@@ -148,23 +138,6 @@ def _about_trainings(
     if data.has_refit:
         epochs = counted(chosen.best_epoch, "epoch")
         yield f"trained again on training and validation positives for {epochs}"
-    for result in results:
-        if 0 < result.resumed_after < result.num_epochs:
-            yield f"resumed after epoch {result.resumed_after}"
-
-
-def read_trained(
-    config: RunConfig, data: RunData, folder: Path, name: str = "two_tower"
-) -> FittedTwoTower | None:
-    """Reads the model that `train_and_refit` left in a folder; None if unfinished or damaged."""
-    about = on_chief(lambda: read_whole(folder / TRAINED_FILE))
-    if about is None:
-        return None
-    chosen, step = TrainingResult(**about["result"]), "refit" if data.has_refit else "selection"
-    model = read_training(
-        config, name, data.final.corpus, data.split.train, folder / step, chosen.best_epoch
-    )
-    return dataclasses.replace(model, result=chosen, notes=about["notes"])
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
@@ -211,7 +184,7 @@ def trained_in(
         name: Name of the model; None is returned if the run trained no model of this name.
 
     Raises:
-        ConfigError: If the run is unfinished.
+        ValueError: If the run is unfinished.
         Damaged: If a file has changed since the run wrote it.
 
     Example:
@@ -220,8 +193,7 @@ def trained_in(
             plan.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
     run = RunFolder(Path(folder))
-    models = variants(settings_of_finished(run.path))
-    trained = read_record(run.metrics_file)["training"]
+    trained, models = run.results()["training"], variants(run.settings())
     if name not in trained:
         return None
     checkpoints = run.checkpoints / name

@@ -247,8 +247,8 @@ def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> by
         rows = zip(*columns.values(), strict=True)
         answer = [dict(zip(columns, row, strict=True)) for row in rows]
     document = {"predictions" if is_row_format else "outputs": answer}
-    # NaN, Infinity and -Infinity as bare words, as in TensorFlow Serving.
-    return to_json(document, inf_nan_mode="constants")
+    # An empty slot scores minus infinity, which JSON lacks: strict parsers refuse the bare word.
+    return to_json(document, inf_nan_mode="null")
 
 
 def bad_request(message: str) -> HTTPException:
