@@ -31,7 +31,7 @@ import tensorflow as tf
 from record import write_json
 
 from tfrs_pipeline.messages import Progress, StepReport
-from tfrs_pipeline.run.compare import compare
+from tfrs_pipeline.run.compare import compare_plans
 
 SETTINGS = {
     "data": {
@@ -115,9 +115,9 @@ def main() -> None:
             {"seed": options.seed, "training.max_epochs": options.max_epochs}
             | ({"compare.plans": options.plans} if options.plans else {}),
         )
-        result = compare(config, folder, progress=Printed())
-        saved = json.loads((result.folder / "comparison.json").read_text())
-    print(result.table(), *result.notes, sep="\n")
+        result = compare_plans(config, folder, progress=Printed())
+        saved = json.loads((folder / "comparison.json").read_text())
+    print(result)
     if options.json:
         figures = {**saved, "settings": SETTINGS, "seconds": time.monotonic() - start}
         write_json(options.json, figures, seed=options.seed)

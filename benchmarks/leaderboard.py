@@ -202,8 +202,8 @@ class Task:
             data.split.log, **{name: getattr(config.data, name) for name in FEATURES}
         )
         selection, final = (
-            dataclasses.replace(samples, corpus=Corpus.read(log, folder / "samples" / name))
-            for name, samples in (("selection", data.selection), ("final", data.final))
+            dataclasses.replace(x, corpus=Corpus.read(log, folder / "samples" / name, x.samples))
+            for name, x in (("selection", data.selection), ("final", data.final))
         )
         return dataclasses.replace(data, selection=selection, final=final)
 

@@ -36,7 +36,7 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ import numpy as np
 import tensorflow as tf
 from leaderboard import Task
 from leaderboard_data import PROTOCOLS
-from paired_seeds import summarise
 from record import write_json
 from sparse_sequences import CUTS, cut
 
@@ -241,6 +240,33 @@ def measure(task: Task, plan: str, seed: int) -> dict[str, Any]:
         row[f"{prefix}tail/recall@{k}"] = tail[f"recall@{k}"].mean
         row[f"{prefix}coverage@{k}"] = measured.overall.set_metrics[f"coverage@{k}"]
     return {**row, "cpu_seconds": cpu_seconds}
+
+
+def summarise(rows: list[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Computes each plan's means and its paired differences from the first one.
+
+    Args:
+        rows: A dict each of "plan", "seed" and the metrics.
+        metrics: Names of the metrics to average.
+    """
+    table: dict[str, Any] = {}
+    base = {row["seed"]: row for row in rows if row["plan"] == rows[0]["plan"]}
+    for plan in dict.fromkeys(row["plan"] for row in rows):
+        own = [row for row in rows if row["plan"] == plan]
+        table[plan] = {"num_seeds": len(own)}
+        for metric in metrics:
+            values = np.array([row[metric] for row in own])
+            difference = values - np.array([base[row["seed"]][metric] for row in own])
+            table[plan][metric] = {
+                "mean": float(values.mean()),
+                "deviation": float(values.std(ddof=1)) if len(own) > 1 else None,
+                "difference": float(difference.mean()),
+                "standard_error": float(difference.std(ddof=1) / np.sqrt(len(own)))
+                if len(own) > 1
+                else None,
+                "num_seeds_ahead": int((difference > 0).sum()),
+            }
+    return table
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Runs what the documentation shows, and checks its names, numbers and links."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -7,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 from mkdocs.commands.build import build
@@ -70,6 +73,7 @@ def test_the_change_to_the_tfrs_tutorial_is_fifteen_lines_and_runs() -> None:
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+NOTEBOOKS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 PAGES = ["README.md", "CONTRIBUTING.md", "saved_models/README.md", *DOCS]
 
 
@@ -83,6 +87,48 @@ def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
     assert {name for name in named if name.partition(".")[0] in tables} <= settings
     assert set(re.findall(r"\btp\.(\w+)", text)) <= set(tp.__all__)
     assert set(re.findall(r"--preset ([a-z]\w+)", text)) <= PRESETS.keys()
+
+
+def private_imports(source: str) -> list[str]:
+    """Lists what a text imports of the package that is not public."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [x.name for x in node.names if x.name.startswith("tfrs_pipeline.")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tfrs_pipeline"):
+            module = str(node.module)
+            known = module == "tfrs_pipeline" and {x.name for x in node.names} <= set(tp.__all__)
+            if not known and module.partition(".")[2] not in tp.PUBLIC_MODULES:
+                found.append(module)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "tp":
+            found += [f"tp.{node.attr}"] if node.attr not in tp.__all__ else []
+    return found
+
+
+# The reference shows signatures, which are no code to run.
+@pytest.mark.parametrize("path", sorted({*PAGES, *NOTEBOOKS} - {"docs/reference/api.md"}))
+def test_what_users_copy_needs_public_names_alone(path: str) -> None:
+    if path in NOTEBOOKS:
+        cells = nbformat.read(ROOT / path, as_version=4).cells
+        snippets = [cell.source for cell in cells if cell.cell_type == "code"]
+        assert snippets
+    else:
+        snippets = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+    assert [name for text in snippets for name in private_imports(text)] == []
+
+
+def test_public_modules_exist_and_private_ones_are_told() -> None:
+    for module in tp.PUBLIC_MODULES:
+        importlib.import_module(f"tfrs_pipeline.{module}")
+    assert private_imports("from tfrs_pipeline.sources.simulated import simulate_funnel") == []
+    assert private_imports("import tfrs_pipeline as tp\ntp.compare") == []
+    for source, name in (
+        ("from tfrs_pipeline.run.compare import sampling_plans", "tfrs_pipeline.run.compare"),
+        ("import tfrs_pipeline.drawing", "tfrs_pipeline.drawing"),
+        ("from tfrs_pipeline import drawing", "tfrs_pipeline"),
+        ("tp.drawing.finish(figure)", "tp.drawing"),
+    ):
+        assert private_imports(source) == [name]
 
 
 def test_the_reference_is_that_of_the_code() -> None:

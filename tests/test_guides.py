@@ -30,8 +30,10 @@ NAMES += " debugging vectors tracking pieces filters reranking explain nightly m
 NAMES += " personal_data tuning other_servers"
 GUIDES = [START, *(f"docs/guides/{name}.md" for name in NAMES.split())]
 # The requests of the first are sent below, to the README's model. The next two are scripts for
-# cron and for a cluster. tests/test_engines.py runs the last.
-RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", "scale", "engines"))
+# cron and for a cluster. tests/test_engines.py runs the fourth. The last takes versions out of a
+# folder and pins them, as tests/serving/test_versions.py and test_server.py do.
+ELSEWHERE = ("serving", "daily", "scale", "engines", "versions")
+RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ELSEWHERE)
 SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # Flags that make a command short; if a flag is given twice, the last one counts.
 TWO = ["--training.max_epochs", "2", "--no-training.refit"]

@@ -136,6 +136,12 @@ def read_record(path: Path, *, check_files: bool = True) -> dict[str, Any]:
     return dict(record)
 
 
+def recorded_hashes(path: Path) -> dict[str, str]:
+    """Returns the hashes that the files of a record had when it was written, by name."""
+    hashes: dict[str, str] = json.loads(path.read_bytes())[_HASHES]
+    return {name: hash_ for name, hash_ in hashes.items() if name != path.name}
+
+
 def read_whole(path: Path) -> dict[str, Any] | None:
     """Reads a record; None if it is missing or damaged, or one of its files is, which is logged."""
     try:

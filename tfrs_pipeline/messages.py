@@ -1,6 +1,7 @@
 """Wording of messages, progress of long work, and shared checks."""
 
 import difflib
+import itertools
 import numbers
 import sys
 from collections.abc import Callable, Collection
@@ -46,9 +47,10 @@ def line_writer(verbose: bool | None = None) -> Callable[[str], None] | None:
         return lambda line: print(line, file=sys.stderr, flush=True)
     from IPython.display import DisplayHandle
 
-    handle = DisplayHandle()
-    handle.display({"text/plain": ""}, raw=True)
-    return lambda line: handle.update({"text/plain": line}, raw=True)
+    handle, calls = DisplayHandle(), itertools.count()
+    return lambda line: (handle.update if next(calls) else handle.display)(
+        {"text/plain": line}, raw=True
+    )
 
 
 class _Written(Progress):

@@ -16,12 +16,12 @@ WEIGHTS: dict[str, Any] = {"purchase": 5, "click": 1, "view": "exposed"}
 
 
 def shop(num: int = 400) -> pd.DataFrame:
-    """A shop's log; a session is a request."""
+    """A shop's log without times; a column numbers lists, each shown at once."""
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"user_id": rng.integers(1, 9, num), "item_id": rng.integers(1, 6, num)})
     types = rng.choice(["view", "click", "purchase", "scroll"], num, p=[0.5, 0.3, 0.1, 0.1])
-    sessions = [f"{user}-{row // 40}" for row, user in enumerate(frame["user_id"])]
-    return frame.assign(event=types, session=sessions)
+    lists = [f"{user}-{row // 40}" for row, user in enumerate(frame["user_id"])]
+    return frame.assign(event=types, list=lists)
 
 
 @pytest.mark.parametrize("is_csv", [True, False])
@@ -66,36 +66,43 @@ def test_space_around_a_type_loses_no_row(space: str) -> None:
 
 def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
     frame = shop()
-    log = load(frame.to_csv(index=False), event_weights=WEIGHTS, columns={"request_id": "session"})
+    log = load(frame.to_csv(index=False), event_weights=WEIGHTS, columns={"request_id": "list"})
     strength = {"purchase": 3, "click": 2, "view": 1}
     best: dict[tuple[Any, ...], tuple[int, int]] = {}
     for row in frame[frame["event"] != "scroll"].itertuples():
-        key = (row.user_id, row.item_id, row.session)
-        found = (strength[str(row.event)], -int(str(row.Index)))
-        best[key] = max(best.get(key, found), found)
-    assert column(log.events, "event_number") == sorted(-number for _, number in best.values())
+        key = (row.user_id, row.item_id, row.list)
+        # The first event stays, with the strongest type.
+        number, of = best.get(key, (int(str(row.Index)), 0))
+        best[key] = number, max(of, strength[str(row.event)])
+    in_order = sorted(best.values())
+    assert column(log.events, "event_number") == [number for number, _ in in_order]
+    assert column(log.events, "weight") == [5.0 if of == 3 else 1.0 for _, of in in_order]
+    assert [stage == "clicked" for stage in column(log.events, "stage")] == [
+        of > 1 for _, of in in_order
+    ]
     # Events without a request are not joined.
     text = "user_id,item_id,event,request_id\n1,2,view,\n1,2,click,\n1,2,view,a\n1,2,click,a\n"
-    assert column(load(text, event_weights=WEIGHTS).events, "event_number") == [0, 1, 3]
+    assert column(load(text, event_weights=WEIGHTS).events, "event_number") == [0, 1, 2]
     assert sum(each.num_rows for each in log.dropped) + log.counts()["events"] == len(frame)
     # Merged events are reported apart from dropped ones, and counted from the file itself.
     num_dropped = int((frame["event"] == "scroll").sum())
     num_merged = len(frame) - num_dropped - len(best)
     described = str(log.describe())
     assert f"dropped {num_dropped} of {len(frame)} rows\n" in described
-    assert f"merged {num_merged} rows into a stronger event" in described
+    assert f"merged {num_merged} rows into the strongest event of their item in" in described
 
 
 def test_a_column_that_may_be_the_request_is_suggested(load: Any) -> None:
-    # A session is not a request if its earlier clicks should be the history of its later ones.
-    frame = shop().rename(columns={"session": "session_id"})
-    types = load(frame.to_csv(index=False), event_weights=WEIGHTS)
-    assert "should be one event, add request_id=session_id to columns" in str(types.describe())
-    clicks = frame.drop(columns="event").assign(Search_ID=1)
-    assert "numbers requests, or visits" in load(clicks.to_csv(index=False)).notes[0]
-    without = load(frame.drop(columns="event").to_csv(index=False))
-    known = load(clicks.to_csv(index=False), columns={"request_id": "session_id"})
-    assert not any("request_id=" in note for log in (without, known) for note in log.notes)
+    clicks = shop().drop(columns="event").assign(Search_ID=1)
+    told = "if Search_ID numbers lists, and the rows of each were shown together, add request_id="
+    assert told in load(clicks.to_csv(index=False)).notes[0]
+    # A session is no request: its earlier clicks are the history of its later ones.
+    sessions = shop().rename(columns={"list": "session_id"})
+    types = load(sessions.to_csv(index=False), event_weights=WEIGHTS)
+    without = load(sessions.drop(columns="event").to_csv(index=False))
+    known = load(clicks.to_csv(index=False), columns={"request_id": "Search_ID"})
+    for log in (types, without, known):
+        assert not any("request_id=" in note for note in log.notes)
 
 
 def test_a_weight_of_the_event_multiplies_that_of_its_type(load: Any) -> None:

@@ -2,6 +2,9 @@
 
 import gzip
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,92 @@ def test_a_denied_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lo
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.R_OK or path.name != locked)
     with pytest.raises(DataError, match=rf"{locked} may not be read: permission denied\. Allow it"):
         Log.from_files(folder)
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """Returns a folder, for a user who is not root: root may read everything."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    # Loads all modules: another user may not read those of this Python.
+    (folder / "a.csv").write_text("user_id,item_id\n1,2\n")
+    Log.from_files(folder)
+    if is_root := os.getuid() == 0:
+        os.setresuid(65534, 65534, 0)
+    yield folder
+    if is_root:
+        os.setresuid(0, 0, 0)
+    (folder / "sub").chmod(0o777)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
+@pytest.mark.parametrize("is_file", [True, False])
+def test_what_may_not_be_read_is_named(closed: Path, mode: int, is_file: bool) -> None:
+    """Folders that may not be listed, or not be entered, and a file within one."""
+    (closed / "sub").mkdir()
+    (closed / "sub" / "b.csv").write_text("user_id,item_id\n1,2\n")
+    (closed / "sub").chmod(mode)
+    if is_file and mode == 0o111:
+        return  # Whoever knows the name may read the file.
+    with pytest.raises(
+        DataError, match=r"sub(/b\.csv)? may not be read: permission denied\. Allow"
+    ):
+        Log.from_files(closed / "sub" / "b.csv" if is_file else closed)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_linked_folders_and_files_are_read_once(tmp_path: Path, suffix: str) -> None:
+    log, elsewhere = tmp_path / "log", tmp_path / "elsewhere"
+    (log / "deep").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    files = (log / "a", log / "deep" / "b", elsewhere / "c", elsewhere / "deep" / "d")
+    for number, file in enumerate(files):
+        rows = pd.DataFrame({"user_id": [number, number], "item_id": [1, 2]})
+        getattr(rows, f"to_{suffix}")(file.with_suffix(f".{suffix}"), index=False)
+    (log / "link").symlink_to("../elsewhere")
+    (log / "loop").symlink_to("..")  # A folder above, in which the log lies.
+    (log / "deep" / "loop").symlink_to(log)
+    (elsewhere / "again").symlink_to(elsewhere / "deep")
+    (log / f"z.{suffix}").symlink_to(elsewhere / f"c.{suffix}")
+    found = sorted(column(Log.from_files(log).events, "user_id"))
+    assert found == [0, 0, 1, 1, 2, 2, 3, 3]
+    (log / f"gone.{suffix}").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=rf"gone\.{suffix} links to nothing"):
+        Log.from_files(log)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz"])
+def test_a_byte_that_is_not_utf8_costs_its_line_in_any_column(
+    tmp_path: Path, place: int, suffix: str
+) -> None:
+    """Whether the column is read or not, and wherever it stands."""
+    names = ["user_id", "item_id", "timestamp"]
+    names.insert(place, "note")
+    lines = [
+        ",".join(
+            {"note": "caf\xe9" if row == 200 else "x"}.get(name, str(1_700_000_000 + row))
+            for name in names
+        )
+        for row in range(400)
+    ]
+    text = "\n".join([",".join(names), *lines, ""]).encode("latin-1")
+    path = tmp_path / f"log.{suffix}"
+    path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    for columns in ({}, {"note": "note"}):
+        log = Log.from_files(path, reading=Reading(columns=columns))
+        (dropped,) = log.dropped
+        assert (dropped.num_rows, log.counts()["events"]) == (1, 399)
+        assert f"line 202 of log.{suffix}" in dropped.reason
+        assert 1_700_000_200 not in column(log.events, "user_id")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_another_encoding_is_told_by_its_nul_bytes(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "log.csv").write_bytes("user_id,item_id\n1,2\n".encode(encoding))
+    with pytest.raises(DataError, match=r"log.csv cannot be read: its header holds NUL bytes, as"):
+        Log.from_files(tmp_path / "log.csv")
 
 
 @pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])

@@ -11,6 +11,7 @@ import pytest
 from tests.small_log import column
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Dropped
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.categorical import Categorical
 
 
@@ -106,8 +107,81 @@ def test_items_that_the_item_table_lacks_are_kept_dropped_or_refused(load: Any) 
     dropped = load(text, items=items, unknown_items="drop")
     assert column(dropped.events, "event_number") == [0, 3]
     assert dropped.dropped == (Dropped("item is not in the item table", 2),)
-    with pytest.raises(DataError, match=r"events\.csv.*2 of 4 rows.*such as 98.*unknown_items"):
+    with pytest.raises(DataError, match=r"events\.csv.*2 of 4 events.*such as 98.*unknown_items"):
         load(text, items=items, unknown_items="error")
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "why"),
+    [
+        ("0001244", "1244", "leading zeros were cut, as spreadsheets do"),
+        ("1244", "0001244", "leading zeros were cut, as spreadsheets do"),
+        ("ab-7", "AB-7", "the letter case differs"),
+        ("AB 7", "AB7", "spaces differ"),
+        ("0ab 7", "AB7", "leading zeros, letter case or spaces differ"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["item", "user"])
+def test_ids_that_the_table_spells_otherwise_are_named(
+    tmp_path: Path, here: str, there: str, why: str, kind: str
+) -> None:
+    other = "user" if kind == "item" else "item"
+
+    def made(num_spelled: int, **options: Any) -> Log:
+        ids = [here] * num_spelled + ["x1"] * (10 - num_spelled)
+        (tmp_path / "log.csv").write_text(
+            "\n".join([f"{kind}_id,{other}_id", *(f"{id_},{n}" for n, id_ in enumerate(ids))])
+        )
+        (tmp_path / "table.csv").write_text(f"{kind}_id\n{there}\nx1\n")
+        table: Any = {f"{kind}s": tmp_path / "table.csv"}
+        return Log.from_files(tmp_path / "log.csv", **table, reading=Reading(**options))
+
+    told = f"table.csv is {here!r} in the log: {why}"
+    assert any(f"1 of 10 events (10.0%) are of 1 {kind}" in note for note in made(1).notes)
+    assert any(told in note for note in made(1).notes)
+    for num_spelled in (2, 10):
+        with pytest.raises(DataError, match=rf"{num_spelled} of 10 events .* lacks") as refused:
+            made(num_spelled)
+        assert f"'{there}' in " in str(refused.value)
+        assert told in str(refused.value)
+    assert made(2, max_bad_share=0.3).counts()["events"] == 10
+    if kind == "item":  # Whoever says what to do with them is heeded.
+        assert any(told in note for note in made(6, unknown_items="keep").notes)
+        assert made(6, unknown_items="drop").counts()["events"] == 4
+
+
+@pytest.mark.parametrize(("num_unknown", "is_refused"), [(5, False), (6, True)])
+def test_more_than_half_of_the_events_on_unknown_items_are_refused(
+    load: Any, num_unknown: int, is_refused: bool
+) -> None:
+    items = [90 + n if n < num_unknown else 5 for n in range(10)]
+    text = "user_id,item_id\n" + "".join(f"{n},{item}\n" for n, item in enumerate(items))
+    if is_refused:
+        with pytest.raises(DataError, match=r"6 of 10 events \(60.0%\) are of 6 items") as refused:
+            load(text, items="item_id\n5\n6\n")
+        assert refused.value.setting == "unknown_items"
+    else:
+        assert "5 of 10 events" in load(text, items="item_id\n5\n6\n").notes[-1]
+    assert load(text, items="item_id\n5\n6\n", unknown_items="keep").counts()["events"] == 10
+    # Users may all be new but for one.
+    users = pa.table({"user_id": [0]})
+    events = pa.table({"user_id": range(10), "item_id": range(10)})
+    assert Log.from_table(events, users=users).counts()["users"] == 10
+
+
+def test_a_category_that_holds_the_separator_of_lists_is_told(load: Any) -> None:
+    def notes(text: str, **options: Any) -> list[str]:
+        items = f"item_id,path\n5,{text}\n6,Garden\n"
+        log = load("user_id,item_id\n1,5\n", items=items, **options)
+        return [note for note in log.notes if "is one value" in note]
+
+    for kind in ("categorical", "hashed"):
+        (note,) = notes("Sport|Yoga", item_features={"path": kind})
+        assert "column 'path' holds '|' in 1 row, such as 'Sport|Yoga'" in note
+        assert "multi_categorical" in note
+        assert notes("Sport/Yoga", item_features={"path": kind}) == []
+        assert notes("Sport/Yoga", item_features={"path": kind}, list_separator="/")
+    assert notes("Sport|Yoga", item_features={"path": "multi_categorical"}) == []
 
 
 VECTOR: dict[str, Any] = {"item_features": {"v": "vector"}}
@@ -123,7 +197,7 @@ LISTS: dict[str, Any] = {"item_features": {"v": "multi_categorical"}}
         ("item_id,title\n,a\n5,b\n", {"max_bad_share": 0}, "1 of 2 rows(?!.*max_bad_share)"),
         ("item_id\n5\n", {"item_features": {"genre": "text"}}, "no column 'genre'"),
         ("item_id,p\n5,x\n", {"item_features": {"p": "numeric"}}, "'p' must hold finite numbers"),
-        ("item_id\nsku6\n", {"unknown_items": "drop"}, "none of 1 .*like 'sku6', not '5'"),
+        ("item_id\nsku6\n", {"unknown_items": "drop"}, "'5', where ids look like 'sku6'"),
         ("item_id,v\n5,1|2\n6,1;2\n", VECTOR, r"'v' must .* by '\|' .* 1 of 2 rows, such as '1;2'"),
         ("item_id,v\n5,1|\n", VECTOR, "does not in 1 of 1 rows"),
         ("item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n", VECTOR, r"2 as most, .* 1 of 4 .*'1\|2\|3'"),

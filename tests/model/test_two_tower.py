@@ -205,7 +205,8 @@ def test_a_folder_is_refused_to_another_training(log: Log, tmp_path: Path) -> No
         ({"training": {**training, "learning_rate": 0.5}}, {}, "learning_rate: 0.02, now 0.5"),
         ({"temperature": 0.9}, {}, "temperature: .*, now 0.9"),
         ({"seed": 9}, {}, "seed: 0, now 9"),
-        ({"query_tower": OwnQueries()}, {}, "query_tower: None, now 'Own"),
+        ({"query_tower": OwnQueries()}, {}, "query_tower: None, now '.\"OwnQueries"),
+        ({"negatives": [*TwoTower().negatives, EveryCandidate()]}, {}, r"own_negatives: \[\], now"),
         ({}, {"train": log}, "log: "),
         ({}, {"validation": None}, r"validation: '[0-9a-f]+', now None"),
         ({}, {"validation": other.test}, r"validation: '[0-9a-f]+', now '"),
@@ -326,48 +327,12 @@ def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
         with pytest.raises(ValueError, match=r"query_tower <.*was given to a training before"):
             again.fit_samples(data)
     np.testing.assert_array_equal(model.query_embeddings([{"history": [40]}]), before)
-    # A function makes a new layer each time.
+    # A frozen layer does not change, and a function makes a new layer each time.
+    layer.trainable = False
+    again.fit_samples(data)
+    np.testing.assert_array_equal(model.query_embeddings([{"history": [40]}]), before)
     made = tiny(query_tower=lambda corpus: OwnQueries(), **options)
     assert [made.fit_samples(data).result.num_epochs for _ in range(2)] == [1, 1]
-
-
-class Sharing(tf.keras.layers.Layer):
-    """Looks up rows in an inner layer, and sums the vectors of a history."""
-
-    def __init__(self, inner: tf.keras.layers.Layer) -> None:
-        super().__init__()
-        self.inner = [inner]
-
-    def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
-        rows = inputs.get("history_rows", inputs["row"][:, tf.newaxis])
-        return tf.reduce_sum(self.inner[0](rows), axis=1)
-
-
-@pytest.mark.usefixtures("in_eager_steps")
-def test_layers_within_own_towers_are_of_one_training(data: TrainingSet) -> None:
-    """The towers of one model may share them; another model would change the first."""
-
-    def sharing(inner: tf.keras.layers.Layer, candidates: Any = None) -> TwoTower:
-        towers = {"query_tower": lambda corpus: Sharing(inner), "candidate_tower": candidates}
-        towers["candidate_tower"] = candidates or towers["query_tower"]
-        return tiny(training={"max_epochs": 1}, **towers)
-
-    inner, in_loop = tf.keras.layers.Embedding(64, 6), tf.keras.layers.Embedding(64, 6)
-    model = sharing(inner).fit_samples(data)
-    before = model.network.embed_corpus()
-    loop = sharing(in_loop)
-    network, batch = loop.build(data.corpus), loop.batches(data.samples).batch(0)
-    network.compute_loss(batch)  # Measured, not trained yet.
-    assert loop.build(data.corpus) is not network
-    network.compute_loss(batch, training=True)
-    for trained in (inner, in_loop):
-        with pytest.raises(ValueError, match=r"query_tower <.*its <.*Embedding.* before: "):
-            sharing(trained, OwnCandidates).fit_samples(data)
-    inner.trainable = False
-    fixed = tf.keras.layers.Lambda(lambda rows: tf.one_hot(rows, 6))  # Nothing to train.
-    for shared in (inner, fixed, fixed):
-        sharing(shared, OwnCandidates).fit_samples(data)
-    np.testing.assert_array_equal(model.network.embed_corpus(), before)
 
 
 @pytest.mark.usefixtures("in_eager_steps")

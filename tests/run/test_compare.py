@@ -216,8 +216,8 @@ def test_plans_are_compared_with_the_reference_query_by_query(compared: Comparis
 def test_plans_are_compared_seed_by_seed(compared: Comparison) -> None:
     """SciPy's paired test has the same interval; the mean is the one over the users' means."""
     assert list(compared.by_seed) == [0, 1]
-    for by_other in (False, True):
-        every: Any = {s: x.other if by_other else x for s, x in compared.by_seed.items()}
+    for is_other in (False, True):
+        every: Any = {s: x.other if is_other else x for s, x in compared.by_seed.items()}
         for name, part in (("overall", ""), ("tail", "tail/")):
             hybrid, mixed = (
                 [of_plan(x.results[plan], name).intervals["recall@20"].mean for x in every.values()]
@@ -227,7 +227,7 @@ def test_plans_are_compared_seed_by_seed(compared: Comparison) -> None:
             test = scipy.stats.ttest_rel(hybrid, mixed)
             assert test.confidence_interval() == pytest.approx((over.low, over.high))
             assert over.standard_error == pytest.approx(over.mean / test.statistic)
-            if not by_other:
+            if not is_other:
                 found = compared.over_seeds["hybrid_0.1"][f"{part}recall@20"]
                 assert vars(found) == {name: pytest.approx(x) for name, x in vars(over).items()}
                 of_users = compared.evaluation.differences["hybrid_0.1"][f"{part}recall@20"]
@@ -247,7 +247,8 @@ def test_the_mean_of_equal_evaluations_is_each(compared: Comparison) -> None:
     assert averaged([evaluation]) is evaluation
     again = averaged([evaluation] * 3)
     assert json.dumps(again.summary()) == json.dumps(rounded(evaluation.summary(), again.summary()))
-    assert isinstance(again.other, Evaluation)
+    with_request: Any = again.other
+    assert isinstance(with_request, Evaluation)
     # Metrics of whole lists, which no query has, are averaged too.
     both, coverage = [*compared.by_seed.values()], "coverage@5"
     found = [x.first.overall.set_metrics[coverage] for x in (*both, averaged(both))]

@@ -233,26 +233,21 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
     """The model is refreshed while today's run trains, after that run has read its items."""
     quick = {"training.max_epochs": 1, "training.refit": False, "export.name": "hourly"}
     folder, items = place / "saved_models" / "hourly", place / "hourly.parquet"
-    listed = {*ids_of(range(3, 75))}
     write(filtered(item_table("str"), range(3, 75)), items)
     shutil.copytree(model_folder(place) / "1", folder / "1")
     watched = Watched(on_step=lambda x: x.name == "split" and refresh_index(folder, items))
     result = run(today(place, **quick), place / "runs" / "hourly", progress=watched)
-    ours = load(str(result.export_folder)).candidate_ids()
-    num_lost, num_again = len(listed - set(ours)), len(set(ours) - listed)
-    assert num_lost != num_again
     (note,) = [x for x in watched.reports["export"].notes if "version 2 was made by refresh" in x]
-    assert f"lacks {num_lost} of its items, and has {num_again} that it lacks" in note
-
-    def told(version: str, ids: Iterable[str]) -> str | None:
-        model = place / "told" / version
-        shutil.copytree(folder / version, model / version, dirs_exist_ok=True)
-        return describe_undone(model, datetime.now(UTC), np.array(list(ids), object))
-
-    assert told("2", ours) is not None
-    for asked in (("2", listed), ("3", listed)):
-        assert told(*asked) is None
-    assert describe_undone(place / "none", datetime.now(UTC), np.array(ours, object)) is None
+    assert note.endswith("to have the newer items in service, run refresh-index again")
+    # A run that read its items after the refresh undoes nothing, nor does one after another run.
+    now, read = datetime.now(UTC), load(str(result.export_folder)).manifest["items_read"]
+    assert describe_undone(folder, datetime.fromisoformat(read)) == []
+    shutil.rmtree(folder / "3")
+    assert describe_undone(folder, datetime.fromisoformat(read)) == [note]
+    assert describe_undone(folder, now) == []
+    assert describe_undone(place / "none", now) == []
+    damage(folder / "2" / MANIFEST_FILE, next(iter(DAMAGES)))
+    assert describe_undone(folder, datetime.fromisoformat(read)) == []
 
 
 def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> None:
@@ -426,17 +421,19 @@ def test_what_cannot_be_started_from_is_said(
     assert "is neither a run's folder nor an exported model's" in refused(tmp_path / "nowhere")
     version = tmp_path / "model" / "1"
     version.mkdir(parents=True)
-    write_record(version / MANIFEST_FILE, {"run": str(tmp_path / "gone")})
-    assert "was made by the run" in refused(version.parent)
-    assert "which is gone" in refused(version)
+    about = {"run": str(tmp_path / "gone"), "training": ["a hash"]}
+    write_record(version / MANIFEST_FILE, about)
+    for named in (version.parent, version):
+        assert f"was made by a run in {tmp_path}/gone, which is gone" in refused(named)
     write_record(version / MANIFEST_FILE, {})
     assert "was exported from Python: no run holds its optimizer state" in refused(version)
     # The folder may have been reused by a run that a gate has refused.
-    write_record(version / MANIFEST_FILE, {"run": str(yesterday.folder), "metrics": {}})
-    assert "where another run is now" in refused(version)
-    version = model_folder(place) / "1"
-    with pytest.raises(ConfigError, match="made by this very run, which began from random"):
-        with_source(today(place, warm_start=version), RunFolder(yesterday.folder))
+    write_record(version / MANIFEST_FILE, {**about, "run": str(yesterday.folder)})
+    assert "or another run is there now" in refused(version)
+    # A run does not start from its own version, but its settings are fixed by then.
+    own = today(place, warm_start=model_folder(place) / "1")
+    with pytest.raises(ValueError, match=r"other settings \(.*warm_start: None, now '.*yesterday'"):
+        run(own, yesterday.folder)
     # A finished run is returned even if its source is gone.
     done = Path(shutil.copytree(warm.result.folder, tmp_path / "done"))
     again = today(place, warm_start=model_folder(place))

@@ -10,7 +10,7 @@ import pytest
 
 from tfrs_pipeline import ConfigError, DataError
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
-from tfrs_pipeline.durable import InUse, StorageError, write_record
+from tfrs_pipeline.durable import InUse, StorageError, file_hash, write_record
 from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder, check_model_name, name_of_log
 from tfrs_pipeline.run.pipeline import run
 
@@ -72,20 +72,22 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     """Otherwise a recall that no index can reach would cost the whole training."""
     folder, version = tmp_path / "run", tmp_path / "saved_models" / "clicks" / "1"
     begin(config, folder)
-    metrics = {"models": {"two_tower": {"num_queries": 7}}}
+    record = folder / "checkpoints" / "two_tower" / "selection" / "epoch-1.json"
     for index, recall in (("scann", 0.9), ("none", 0.9), ("exact", 0.8)):
         changed = with_settings(config, {"export.index": index, "export.target_recall": recall})
         with RunFolder(folder).claim(changed, is_run=True):
             assert RunFolder(folder).settings() == changed
-        write_record(folder / "metrics.json", {**metrics, "export_folder": None})
-    version.mkdir(parents=True)
-    write_record(version / "manifest.json", {"metrics": metrics["models"]["two_tower"]})
-    write_record(folder / "metrics.json", {**metrics, "export_folder": str(version)})
+        write_record(folder / "metrics.json", {"export_folder": None})
+    for path in (version, record.parent):
+        path.mkdir(parents=True)
+    write_record(record, {})
+    write_record(version / "manifest.json", {"training": [file_hash(record)]})
+    write_record(folder / "metrics.json", {"export_folder": str(version)})
     for name, value in (("export.index", "scann"), ("export.target_recall", 0.9)):
         other = with_settings(changed, {name: value})
         refused(folder, other, rf"other settings \({name}: ")
     # A version of that number made by another run does not count.
-    write_record(version / "manifest.json", {"metrics": {"num_queries": 8}})
+    write_record(version / "manifest.json", {"training": ["another"]})
     with RunFolder(folder).claim(other, is_run=True):
         pass
 

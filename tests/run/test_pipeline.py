@@ -20,19 +20,19 @@ import tensorflow as tf
 from tests import small_log
 from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
-from tfrs_pipeline import Ease, Holdout, Log, MostPopular, TwoTower, UserSets, signals
+from tfrs_pipeline import Ease, Holdout, Log, MostPopular, TwoTower, UserSets, durable, signals
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.schema import AskedBy
-from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.durable import file_hash, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.data import final_part, prepare
-from tfrs_pipeline.run.folder import RunFolder, exported_version
+from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.steps import Step
@@ -304,6 +304,24 @@ def test_one_question_decides_and_the_other_is_measured(
     assert "by request is the same" in data.other_test
 
 
+def test_no_file_of_the_data_is_hashed_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when it is made nor when it is read back; a large log takes minutes to hash."""
+    config, hashed = stages_config(tmp_path, event_table("str")), list[Path]()
+
+    def count(path: Path) -> str:
+        hashed.append(path)
+        return file_hash(path)
+
+    monkeypatch.setattr(durable, "file_hash", count)
+    for _ in ("made", "read back"):
+        hashed.clear()
+        prepare(config, tmp_path / "run")
+        assert {"events.parquet", "split.parquet", "candidate_row.npy"} <= {x.name for x in hashed}
+        assert max(Counter(hashed).values()) == 1
+
+
 @pytest.mark.parametrize("by", [None, "users", "requests", "last_request"])
 def test_validation_and_test_ask_the_same_question(of_stages: Finished, by: AskedBy | None) -> None:
     config = with_settings(of_stages.config, {"evaluation.by": by})
@@ -467,7 +485,8 @@ def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> No
     asked = finished.config.export
     assert manifest["export"]["index"] == {"kind": asked.index, "recall": asked.target_recall}
     assert manifest["counts"]["num_candidates"] == NUM_ITEMS
-    assert {"events.parquet", "items.parquet", "users.parquet"} <= set(manifest["data"])
+    tables = (finished.folder / "data").glob("*.parquet")
+    assert manifest["data"] == {table.name: file_hash(table) for table in tables}
 
 
 # Again
@@ -514,10 +533,13 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert (again.export_folder, list(watched.reports)) == (own, ["finished before"])
     assert own.is_absolute()
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
-    # A version with its number that another run made is not the run's own.
-    others = {"two_tower": {**again.metrics["models"]["two_tower"], "num_queries": 7}}
     place, record = config.model_folder, path / "metrics.json"
-    assert exported_version({**again.metrics, "models": others}, place) is None
+    # A version that another training made, such as a later one in this folder, is not its own.
+    assert own_version(config, RunFolder(path)) == own
+    epochs = path / "checkpoints"
+    epochs.rename(path / "elsewhere")
+    assert own_version(config, RunFolder(path)) is None
+    (path / "elsewhere").rename(epochs)
     # Folders may have been moved since: the version is found among the model's.
     moved = {**again.metrics, "export_folder": "/before/films/1"}
     kept = record.read_bytes()

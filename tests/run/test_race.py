@@ -212,7 +212,7 @@ def test_who_races(is_ordered: bool, given: Any, racing: Any, why: Any, tmp_path
     asked = {"recipes": RECIPES, "fixed": tuple(given), **tables}
     config = RunConfig.model_construct(**{**dict(RunConfig()), **asked})
     data = TrainingSet.build(log, tmp_path, seed=0)
-    found, not_begun = trainable_recipes(config, log, [data])
+    found, not_begun = trainable_recipes(config, log, data)
     assert tuple(found) == racing
     assert not_begun.keys() == why.keys()
     for name, fragment in why.items():
@@ -225,7 +225,7 @@ def test_if_none_can_race_the_first_recipe_says_why(tmp_path: Path) -> None:
     data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0, hard=config.model.hard)
     config = with_settings(config, {"fixed": ["model.hard"]})
     with pytest.raises(ValueError, match=r"none of .* positives has one"):
-        trainable_recipes(config, ORDERED_LOG, [data])
+        trainable_recipes(config, ORDERED_LOG, data)
 
 
 def test_sets_do_not_race_in_a_log_with_request_features(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_sets_do_not_race_in_a_log_with_request_features(tmp_path: Path) -> None
     table = table.append_column("device", [["ios"] * table.num_rows])
     log = Log.from_table(table, request_features={"device": "categorical"})
     data = TrainingSet.build(log, tmp_path, seed=0)
-    found, not_begun = trainable_recipes(RunConfig(recipes=RECIPES), log, [data])
+    found, not_begun = trainable_recipes(RunConfig(recipes=RECIPES), log, data)
     assert tuple(found) == ("default", *IN_ORDER)
     assert "request features" in not_begun["sets"]
 
@@ -242,7 +242,7 @@ def test_recipes_that_the_given_settings_make_equal_race_once(tmp_path: Path) ->
     every = list(dict.fromkeys(itertools.chain.from_iterable(map(recipe, RECIPES))))
     config = with_settings(RunConfig(), {"recipes": RECIPES, "fixed": every})
     data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0)
-    found, not_begun = trainable_recipes(config, ORDERED_LOG, [data])
+    found, not_begun = trainable_recipes(config, ORDERED_LOG, data)
     assert tuple(found) == ("default",)
     assert set(not_begun.values()) == {"your settings make it equal to default"}
     # A recipe leaves the data and the evaluation alone.

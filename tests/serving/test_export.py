@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,25 @@ def test_filters_take_booleans_however_written(tmp_path: Path) -> None:
     # Also as text, as clients send it.
     chosen = ItemFilter("is_even", is_even).choose(tf.constant([["True"], ["true"]]))
     assert chosen.has_all().numpy().tolist() == [is_even, is_even]
+
+
+@pytest.mark.usefixtures("trusted_exports", "few_signatures")
+def test_an_export_logs_nothing_in_a_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Python is interactive, TensorFlow would log each SavedModel's folder."""
+    logger, logged = logging.getLogger("tensorflow"), list[str]()
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: logged.append(record.getMessage()))
+    monkeypatch.setattr(logger, "handlers", [handler])
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        export(make_served("int").exportable(), tmp_path / "films", index=Exact())
+        logger.info("something else")
+    finally:
+        logger.setLevel(level)
+    assert logged == ["something else"]
 
 
 def test_requests_are_stored_as_the_model_reads_them() -> None:

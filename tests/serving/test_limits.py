@@ -10,8 +10,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from tests.serving.running_server import GOOD, JSON, PREDICT, TEXT, Running, retrieve_user
+from tfrs_pipeline.serving.server import _http_error
 from tfrs_pipeline.serving.versions import ServedVersion
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -102,6 +105,34 @@ def test_hostile_input_is_refused_and_holds_up_nobody(small: Running, case: str,
     assert set(bad.json()) == {"error"}
     assert len(bad.text) < 1000
     assert len(good.json()["outputs"]["candidate_ids"][0]) == 5
+
+
+def test_what_an_error_quotes_is_cut(small: Running) -> None:
+    long = "x" * 100_000
+    wrong: list[tuple[str, Any]] = [
+        ("/page/query", {"user_id": 101, "features": {long: 5}}),
+        ("/page/query", {"user_id": long}),
+        ("/page/query", {"features": {long: "5"}}),
+        ("/page/query", {"items": [3], "request": {"timestamp": long}}),
+        (PREDICT, {**GOOD, long: 1}),
+    ]
+    for path, document in wrong:
+        response = small.post(path, json=document)
+        assert (response.status_code, len(response.text) < 1000) == (400, True), response.text[:999]
+    # What to do often stands at the end.
+    error = HTTPException(400, f"Item {long} is wrong. Send another one.")
+    answer = json.loads(bytes(small.run(_http_error(Request({"type": "http"}), error)).body))
+    assert answer["error"].startswith("Item xxx")
+    assert answer["error"].endswith("xxx is wrong. Send another one.")
+    assert len(answer["error"]) < 1000
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_the_page_refuses_words_that_are_not_json(small: Running, word: str) -> None:
+    for body in ('{"user_id": ?}', '{"user_id": 101, "more": [?]}', '{"user_id": 101, "k": ?}'):
+        response = small.post("/page/query", content=body.replace("?", word), headers=JSON)
+        assert response.status_code == 400
+        assert "has NaN, Infinity or -Infinity" in response.json()["error"]
 
 
 def test_what_is_refused_is_explained(small: Running) -> None:

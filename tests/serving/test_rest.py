@@ -44,6 +44,9 @@ def inputs(signature: str, **columns: Any) -> dict[str, Any]:
     return {"signature_name": signature, "inputs": columns}
 
 
+EMBED = json.dumps(inputs("embed", price=[7.5], vector=[[1, 2, 3]], number=1)).encode()
+
+
 def test_times_are_read_as_seconds_and_as_text() -> None:
     for text in ("2024-01-31T08:00Z", "2024-01-31T09:00:00+01:00", 1_706_688_000):
         times = [text, None]
@@ -100,12 +103,12 @@ def test_strings_come_as_utf_8_or_base64() -> None:
     assert (arrays["k"].shape, arrays["k"].dtype.name) == ((), "int32")
 
 
-def test_numbers_with_a_fraction_may_be_whole_or_missing() -> None:
-    body = b'{"signature_name": "embed", "inputs": {"price": [1, NaN], "number": 1, "vector": '
-    body += b"[[1, 2, 3], [0.1, -2e3, NaN]]}}"
+def test_numbers_with_a_fraction_may_be_whole() -> None:
+    body = b'{"signature_name": "embed", "inputs": {"price": [1, 2.5], "number": 1, "vector": '
+    body += b"[[1, 2, 3], [0.1, -2e3, 4]]}}"
     _, arrays, _ = parsed(body)
-    np.testing.assert_array_equal(arrays["price"], [1.0, np.nan])
-    expected = np.array([[1, 2, 3], [0.1, -2000, np.nan]], np.float32)
+    np.testing.assert_array_equal(arrays["price"], [1.0, 2.5])
+    expected = np.array([[1, 2, 3], [0.1, -2000, 4]], np.float32)
     np.testing.assert_array_equal(arrays["vector"], expected)
     assert arrays["price"].dtype == np.float64
     assert arrays["vector"].dtype == np.float32
@@ -175,7 +178,6 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
         ({"inputs": [1.0]}, "inputs.user_id.0: Input should be a valid integer. Received: 1.0"),
         ({"inputs": [True]}, "valid integer. Received: True"),
         ({"inputs": ["1"]}, "valid integer. Received: '1'"),
-        (b'{"inputs": [NaN]}', "valid integer. Received: nan"),
         ({"inputs": [1, 2**63]}, "inputs.user_id.1: Input should be less than or equal to"),
         ({"inputs": 5}, "inputs.user_id: Input should be a valid list. Received: 5"),
         (inputs("retrieve", user_id=["a"], exclude=[[]]), "inputs.k: Missing named input"),
@@ -196,7 +198,7 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
         (inputs("timed", timestamp=[1.0], history_timestamps=[[1.7e12]]), "'history_timestamps' t"),
         (inputs("embed", **{**E, "price": [None]}), "valid number. Received: None"),
         (inputs("embed", **{**E, "price": [10**400]}), "valid number"),
-        (inputs("embed", **{**E, "price": [float("inf")]}), "takes finite float64 values"),
+        (EMBED.replace(b"7.5", b"1e999"), "takes finite float64 values, or null"),
         (inputs("embed", **{**E, "vector": [[1e300, 0, 0]]}), "takes finite float32 values"),
         (inputs("embed", **{**E, "vector": [[1.0]]}), "vector.0: List should have at least 3"),
         (inputs("embed", **{**E, "number": 2**31}), "less than or equal to 2147483647"),
@@ -208,6 +210,53 @@ def test_a_refusal_says_what_is_wrong(body: Any, message: str) -> None:
         parsed(body)
     assert caught.value.status_code == 400
     assert message in caught.value.detail
+    assert len(caught.value.detail) < 500
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        EMBED.replace(b"7.5", b"?"),
+        EMBED.replace(b"7.5", b"[[?]]"),
+        EMBED.replace(b'"embed"', b"?"),
+        b'{"inputs": [?]}',
+        b'{"instances": [{"user_id": ?}]}',
+        b'{"inputs": [1], "unknown": {"deep": [1, ?]}}',
+        b" ? ",
+    ],
+)
+def test_words_that_are_not_json_are_refused_wherever_they_stand(body: bytes, word: str) -> None:
+    with pytest.raises(HTTPException, match="has NaN, Infinity or -Infinity; give null") as caught:
+        parsed(body.replace(b"?", word.encode()))
+    assert caught.value.status_code == 400
+    # As text they are text, and other mistakes are told as what they are.
+    with pytest.raises(HTTPException) as other:
+        parsed(body.replace(b"?", b'"NaN" nan'))
+    assert "give null" not in other.value.detail
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        inputs("timed", timestamp=[LONG], history_timestamps=[[]]),
+        inputs("timed", timestamp=[1.0], history_timestamps=[[f"2024-01-01T00:00:00+{LONG}"]]),
+        inputs("timed", timestamp=[f"{LONG}Z"], history_timestamps=[[1.0]]),
+        inputs("serving_default", user_id=[LONG]),
+        inputs(LONG, user_id=[1]),
+        inputs("serving_default", **{LONG: [1]}),
+        {LONG: 1},
+        {"inputs": LONG},
+        {"instances": [{"user_id": {LONG: LONG}}]},
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_what_a_refusal_quotes_is_cut(body: Any) -> None:
+    with pytest.raises(HTTPException) as caught:
+        parsed(body)
     assert len(caught.value.detail) < 500
 
 

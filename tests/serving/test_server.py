@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def put(source: Path, folder: Path, number: int) -> None:
     os.rename(partial, folder / str(number))
 
 
-def test_new_versions_are_taken_up_without_failures(int_folder: Path, tmp_path: Path) -> None:
+def test_versions_come_and_go_without_failures(int_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "films"
     put(int_folder / "1", folder, 1)
     with Running(folder) as running:
@@ -186,11 +187,11 @@ def test_new_versions_are_taken_up_without_failures(int_folder: Path, tmp_path: 
                     return
                 await asyncio.sleep(0.02)
 
-        async def swap() -> list[int]:
+        async def swap(change: Callable[[], Any], **expected: str) -> list[int]:
             end = asyncio.Event()
             clients = [asyncio.create_task(ask(end)) for _ in range(4)]
-            await asyncio.to_thread(put, int_folder / "1", folder, 2)
-            await asyncio.wait_for(until(v2="AVAILABLE"), 50)
+            await asyncio.to_thread(change)
+            await asyncio.wait_for(until(**expected), 50)
             end.set()
             return [code for codes in await asyncio.gather(*clients) for code in codes]
 
@@ -198,7 +199,7 @@ def test_new_versions_are_taken_up_without_failures(int_folder: Path, tmp_path: 
         with running.server.versions.use("1") as version:
             first = weakref.ref(version)
         del version
-        codes = running.run(swap())
+        codes = running.run(swap(lambda: put(int_folder / "1", folder, 2), v2="AVAILABLE"))
         assert set(codes) == {200}
         gc.collect()
         assert first() is None
@@ -206,6 +207,11 @@ def test_new_versions_are_taken_up_without_failures(int_folder: Path, tmp_path: 
         path = "/v1/models/films/versions/{}:predict"
         assert running.post(path.format(2), json=GOOD).status_code == 200
         assert running.post(path.format(1), json=GOOD).status_code == 404
+        # Without the newest folder, the version before comes back.
+        codes = running.run(swap(lambda: shutil.rmtree(folder / "2"), v1="AVAILABLE"))
+        assert set(codes) == {200}
+        assert running.metric("tfrs_model_version", model="films") == 1
+        assert running.post(path.format(1), json=GOOD).status_code == 200
 
 
 def test_a_released_version_leaves_nothing_behind(int_folder: Path) -> None:

@@ -249,7 +249,7 @@ def kill_writers(folder: Path, num_kills: int, num_writers: int = 2) -> int:
         ids = [row.item_id for row in rows if not row.item_id.endswith("last")]
         assert seen.isdisjoint(ids)
         seen.update(ids)
-        items = {row.item_id: row.item for row in Store(folder).items_after(0)}
+        items: dict[str, Any] = {row.item_id: row.item for row in Store(folder).items_after(0)}
         assert {x for x in items if not x.endswith("last")} == seen
         for name in writers:
             last = items[f"{name} last"]["number"]

@@ -85,11 +85,11 @@ def test_a_write_in_between_does_not_show(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Items are removed, changed and added after each step that reads the model."""
-    model, fresh = load(films), itertools.count(90_000)
+    model, fresh, gone = load(films), itertools.count(90_000), iter([3, 10])
 
     def write() -> None:
         model.upsert([{"item_id": next(fresh), "genres": ["c"]}, {"item_id": 17, "genres": ["a"]}])
-        model.remove([3, 10, next(fresh) - 1])
+        model.remove([next(gone)])
 
     for owner, name in [(model, "titles"), (model.candidates, "ids_and_vectors")]:
         real, before = getattr(owner, name), dict(zip(*_ids_and_vectors(model), strict=True))

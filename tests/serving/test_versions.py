@@ -1,6 +1,7 @@
 """Which version is served as folders come and go; the versions are fakes that load at once."""
 
 import asyncio
+import logging
 import os
 import shutil
 import threading
@@ -8,10 +9,12 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from starlette.exceptions import HTTPException
 
+from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.serving import versions
 from tfrs_pipeline.serving.server import write_items
 from tfrs_pipeline.serving.versions import ModelVersions
@@ -24,7 +27,7 @@ class Fake:
         if (folder / "broken").exists():
             raise ValueError("no such variable")
         self.number = int(folder.name)
-        self.payload = (folder / "manifest.json").read_text()
+        self.payload = read_record(folder / "manifest.json")["payload"]
         self.num_releases = self.num_uses = 0
         self.retriever = SimpleNamespace(catch_up=lambda: None)
 
@@ -35,7 +38,8 @@ class Fake:
 def put(folder: Path, number: int, payload: str = "", *, broken: bool = False) -> None:
     partial = folder / f".partial-{number}"
     partial.mkdir(parents=True)
-    (partial / "manifest.json").write_text(payload)
+    (partial / "weights").touch()
+    write_record(partial / "manifest.json", {"payload": payload}, [partial / "weights"])
     if broken:
         (partial / "broken").touch()
     os.rename(partial, folder / str(number))
@@ -162,7 +166,47 @@ def test_a_version_by_itself_stays(folder: Path) -> None:
     folder.with_name("current").symlink_to(folder / "1")
     linked = versions_of(folder.with_name("current"))
     assert (linked.name, served(linked).number) == ("films", 1)
-    asyncio.run(asyncio.wait_for(model.watch(0.01), 5))  # There is nothing to watch.
+    # What other processes write is taken in all the same.
+    with mock.patch.object(served(model), "retriever") as retriever:
+        with pytest.raises(TimeoutError):
+            asyncio.run(asyncio.wait_for(model.watch(0.01), 0.5))
+        assert retriever.catch_up.call_count > 1
+    assert served(model).number == 1
+
+
+@pytest.mark.parametrize("lost", [".", "weights", "manifest.json"])
+def test_a_version_that_goes_while_it_loads_is_told_in_a_line(
+    model: ModelVersions, folder: Path, lost: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def load(path: Path) -> Any:
+        shutil.rmtree(path) if lost == "." else (path / lost).unlink()
+        raise ValueError("Unsuccessful TensorSliceReader\nconstructor: set experimental_io_device")
+
+    monkeypatch.setattr(model, "_load_version", load)
+    put(folder, 2)
+    model.refresh()
+    (message,) = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+    why = "/2/weights is not as it was" if lost == "weights" else "its folder was deleted meanwhile"
+    assert message.startswith("Version 2 cannot be loaded: ")
+    assert why in message
+    assert "TensorSlice" not in message
+    assert "\n" not in message
+    assert served(model).number == 1
+    shutil.rmtree(folder / "2", ignore_errors=True)
+    model.refresh()
+    assert states(model) == {1: "AVAILABLE"}
+
+
+def test_a_pinned_version_outlives_newer_ones_and_its_own_folder(folder: Path) -> None:
+    put(folder, 2)
+    put(folder, 3)
+    model = versions_of(folder / "2")
+    for number in (3, 2, 1):
+        shutil.rmtree(folder / str(number))
+        model.refresh()
+        with model.use("2") as version:
+            assert version.number == 2
+        assert states(model) == {2: "AVAILABLE"}
 
 
 def test_the_watch(model: ModelVersions, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,10 +255,17 @@ def test_a_version_comes_into_use_with_every_confirmed_write(
             self.known: list[Any] = []
             self.is_first = folder.name == "2"
 
-        def remove(self, ids: list[Any]) -> int:
-            journal.extend(ids)
+        @property
+        def live(self) -> Any:
+            return self
+
+        def prepare(self, items: list[Any], removed: list[Any]) -> Any:
+            return SimpleNamespace(removed=removed, notes=[])
+
+        def write(self, change: Any) -> tuple[int, int]:
+            journal.extend(change.removed)
             self.known = [*journal]
-            return len(ids)
+            return 0, len(change.removed)
 
         def catch_up(self) -> None:
             self.known = [*journal]

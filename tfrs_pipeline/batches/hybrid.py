@@ -55,8 +55,6 @@ class HybridBatches:
         steps_per_epoch: Batches per pass over the samples.
         frame: The distributions from which negatives are drawn.
         expected_count: [num_candidates + 1] float64, n(c).
-        positive_share: [num_candidates + 1] float64, each candidate's share of the positives'
-            weight: its rate of draws times the weights.
 
     Raises a `ValueError` if the examples conflict with in-batch or hard negatives, or as `Mixture`
     does, and a `DataError` if `hard` asks for losers of the funnel and no positive has any.
@@ -106,7 +104,6 @@ class HybridBatches:
         self._factor = None
         if positive_weight is not None:
             self._factor = positive_weight / np.average(positive_weight, weights=samples.counts)
-        self.positive_share = self._positive_share()
         self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
@@ -218,7 +215,12 @@ class HybridBatches:
             return weights
         return (weights * self._factor[self.samples.candidate_rows[index]]).astype(np.float32)
 
-    def _positive_share(self) -> np.ndarray:
+    @functools.cached_property
+    def positive_share(self) -> np.ndarray:
+        """[num_candidates + 1] float64, each candidate's share of the positives' weight.
+
+        That is its rate of draws times its weights.
+        """
         share = np.zeros(len(self.samples.counts))
         for place in _blocks(len(self.samples)):
             rows = self.samples.candidate_rows[place]

@@ -106,9 +106,11 @@ class CommandLine:
                 f"no command; known: {', '.join(self.commands)} (see {self.program} --help)"
             )
         if unknown and not unknown[0].startswith("-"):
-            where = f"after {arguments[arguments.index(unknown[0]) - 1]!r}"
+            position = arguments.index(unknown[0])
+            flag, value = arguments[max(position - 2, 0)], arguments[position - 1]
+            takes = f": {flag} takes one value" if flag.startswith("--") else ""
             help_ = f"see {self.program} {command} --help"
-            raise UsageError(f"unexpected {unknown[0]!r} {where}; {help_}")
+            raise UsageError(f"unexpected {unknown[0]!r} after {value!r}{takes}; {help_}")
         if unknown:
             flag = unknown[0].partition("=")[0]
             if flag in self._flags[command]:

@@ -182,7 +182,7 @@ def _check(command: str, config: RunConfig) -> int:
         from tfrs_pipeline.run.compare import plan_steps
         from tfrs_pipeline.run.pipeline import run_steps
         from tfrs_pipeline.run.race import trainable_recipes
-        from tfrs_pipeline.run.training import check_trainable, variants
+        from tfrs_pipeline.run.training import check_plan, plan_of, variants
 
         steps = (run_steps if command == "run" else plan_steps)(config, place)
         shown_steps = ("log", "split", "samples", "signals", "plans")
@@ -190,9 +190,9 @@ def _check(command: str, config: RunConfig) -> int:
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:
-                trainable_recipes(config, data.split.train, data.parts)
-            for model in [] if config.recipes else variants(config).values():
-                check_trainable(data.parts, model)
+                trainable_recipes(config, data.split.train, data.selection)
+            for name, model in ({} if config.recipes else variants(config)).items():
+                check_plan(plan_of(model, name), data.selection)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
     say(console, dump_changes(config).rstrip())
     say(console, "\n# steps, as name: reads -> writes")

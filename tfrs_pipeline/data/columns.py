@@ -49,6 +49,11 @@ def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.Time
     """DuckDB's own function."""
 
 
+@ibis.udf.scalar.builtin(name="timezone", signature=((dt.string, _UTC), _NAIVE))
+def _on_clock(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.TimestampValue:
+    """DuckDB's own function, the other way round."""
+
+
 def to_timestamp(
     raw: RawTable, column: str, reading: Reading, period: Period | None = None
 ) -> ir.TimestampValue:
@@ -85,7 +90,15 @@ def to_timestamp(
                 "them, such as UTC or Europe/Berlin.",
                 setting="time_zone",
             )
-        time = _in_time_zone(ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE))
+        zone, clock = ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE)
+        time = _in_time_zone(zone, clock)
+        is_odd = _on_clock(zone, time - ibis.interval(hours=1)) == clock  # Shown twice.
+        is_odd |= _on_clock(zone, time) != clock  # Skipped.
+        if num := raw.aggregate(num=is_odd.sum())["num"]:
+            raw.notes.append(
+                f"{raw.source.column(column)}: {num:,} rows are in an hour that the clocks of "
+                f"{reading.time_zone} show twice in autumn or skip in spring: read as standard time"
+            )
     else:
         raise raw.wrong_type(column, "a timestamp or a number")
     is_within = ((time >= first) & (time < end)).fill_null(False)

@@ -15,6 +15,7 @@ from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable, is_usable_weight
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage, require_all
 from tfrs_pipeline.data.settings import Reading
+from tfrs_pipeline.data.visits import STRENGTH
 from tfrs_pipeline.messages import printable
 
 _NUM_LOOKED_AT = 1000
@@ -28,7 +29,6 @@ _NO, _YES = {"0", "0.0", "false", "n", "no", "nan", ""}, {"1", "1.0", "true", "y
 # Usual names elsewhere for the columns `timestamp` and `request_id`.
 _TIMES = ("time", "date", "datetime", "ts", "created_at", "event_time", "time_ms")
 _REQUESTS = ("search_id", "query_id", "impression_id", "req_id", "list_id", "slate_id", "feed_id")
-_VISITS = ("session_id", "session", "visit_id", "visit")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
@@ -68,7 +68,7 @@ def load_events(
         raw, of_other_types = _keep_weighted(raw, reading.event_weights)
     typed: dict[str, ir.Value] = {}
     if unread:
-        hint = "" if "request_id" in names else _request_hint(unread, reading)
+        hint = "" if "request_id" in names else _request_hint(unread)
         listed = printable(", ".join(unread), 300)
         raw.notes.append(f"{scanned.name}: columns not read: {listed}{hint}")
     if stages_in is None and not reading.label:
@@ -94,8 +94,11 @@ def load_events(
             typed[name] = _other_column(raw, name)
     if reading.label:
         typed["stage"], weight = _relabel(typed, reading.label)
+    strength = weight
     if "weight" in names:
         weight = weight * _weight(raw, typed["stage"], reading.max_weight)
+    if reading.event_weights:
+        typed[STRENGTH] = strength
     if reading.label or reading.event_weights or "weight" in names:
         typed["weight"] = weight
     events = raw.store_sound(typed, reading.max_bad_share)
@@ -120,7 +123,7 @@ def _event_columns(
     problems = [
         f"columns.{name}: did you mean {column!r}? A column that keeps its name needs no entry."
         for name, column in names.items()
-        if name not in schema.LOG_COLUMNS and _is_mistyped(name, column)
+        if name not in (*schema.LOG_COLUMNS, "session_id") and _is_mistyped(name, column)
     ]
     problems += [
         f"columns.{name}: a name of the log comes first. Did you mean {column}={name}?"
@@ -231,18 +234,13 @@ def _refuse_clicks(scanned: Scan, unread: Sequence[str]) -> None:
         )
 
 
-def _request_hint(unread: Iterable[str], reading: Reading) -> str:
-    """Suggests the unread columns that may number requests, by their names.
-
-    Columns of visits are suggested only in a log with types of events: taken as a request, a visit
-    hides its earlier clicks from its later ones.
-    """
-    usual = (*_REQUESTS, *_VISITS) if reading.event_weights else _REQUESTS
+def _request_hint(unread: Iterable[str]) -> str:
+    """Suggests the unread columns that may number requests, by their names."""
     return "".join(
-        f"; if {printable(name)} numbers requests, or visits whose click and purchase of an item "
-        f"should be one event, add request_id={printable(name)} to columns"
+        f"; if {printable(name)} numbers lists, and the rows of each were shown together, add "
+        f"request_id={printable(name)} to columns"
         for name in unread
-        if name.lower() in usual
+        if name.lower() in _REQUESTS
     )
 
 
@@ -389,7 +387,7 @@ def _other_column(raw: RawTable, name: str) -> ir.Value:
         return columns.to_number(raw, name, "int64")
     if name == "score":
         return columns.to_number(raw, name)
-    if name == "request_id":
+    if name in ("request_id", "session_id"):
         value = columns.to_id(raw, name, as_integer=columns.is_integer(raw, name))
         # An empty id counts as missing, or all events without one would share a request.
         return value.strip().nullif("") if value.type().is_string() else value

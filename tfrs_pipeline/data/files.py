@@ -21,7 +21,7 @@ from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.engines import check_stored
 from tfrs_pipeline.data.rules import LINES_REMEDY, RawTable
-from tfrs_pipeline.data.schema import DataError, Dropped, Source, check_exists, count_rows
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, check_exists, count_rows, denied
 from tfrs_pipeline.messages import printable, sentence
 
 _LONGEST_HEADER = 1 << 20
@@ -101,10 +101,17 @@ class Scan:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
+        if self.csv_files:
+            # Otherwise DuckDB skips columns that nobody reads, and then fails on a line that is
+            # bad in one of them ("INTERNAL Error"). The whole line is split in either case.
+            self.connection.con.execute("SET disabled_optimizers = 'unused_columns'")
         try:
             yield
         except (duckdb.Error, TableNotFound) as error:
             raise _unreadable(self.name, error, self.csv_files) from error
+        finally:
+            if self.csv_files:
+                self.connection.con.execute("RESET disabled_optimizers")
 
     def _dropped(self) -> list[Dropped]:
         """Counts the skipped lines; refuses those that may hide others."""
@@ -295,15 +302,10 @@ def _odd_line(path: Path) -> int | None:
 def _list_files(path: Path) -> tuple[list[Path], bool]:
     """Returns the files of a path, by name, and whether they are CSV."""
     check_exists(path)
-    paths = [path]
-    if path.is_dir():
-        below = (each.relative_to(path) for each in path.rglob("*") if each.is_file())
-        # Engines leave _SUCCESS, ._x.crc and the like beside their output.
-        paths = [path / x for x in sorted(below) if not any(p[0] in "._" for p in x.parts)]
+    paths = _files_below(path) if path.is_dir() else [path]
     for each in (path, *paths):
         if not os.access(each, os.R_OK):
-            remedy = "Allow it to the user that runs this, or name files that may be read."
-            raise DataError(f"{each} may not be read: permission denied. {remedy}")
+            raise denied(each)
     csv = [each for each in paths if each.name.lower().endswith(_CSV_SUFFIXES)]
     parquet = [each for each in paths if each.name.lower().endswith((".parquet", ".pq"))]
     usual = max(csv, parquet, key=len)
@@ -318,6 +320,32 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
     return paths, usual is csv
 
 
+def _files_below(path: Path) -> list[Path]:
+    """Lists the files in a folder and its subfolders, by name; links are followed.
+
+    A file or folder that several names lead to, such as by a link to a folder above it, counts
+    once. A link to nothing, or a folder that may not be listed, is a `DataError`: its rows would be
+    missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise denied(error.filename) from error
+
+    files, seen = list[Path](), {os.path.realpath(path)}
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        new = []
+        # Engines leave _SUCCESS, ._x.crc and the like beside their output.
+        for name in sorted(name for name in (*folders, *names) if name[0] not in "._"):
+            real = os.path.realpath(Path(folder, name))
+            new += [] if real in seen else [name]
+            seen.add(real)
+        folders[:] = [name for name in folders if name in new]
+        files += [Path(folder, name) for name in names if name in new]
+    for file in files:
+        check_exists(file)
+    return sorted(files)
+
+
 def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
     """Reads the column names, and the delimiter, from the first lines of CSV files."""
     lines = []
@@ -330,6 +358,11 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
             whole = ", and the whole of the zipped file" if _is_zipped(path) else ""
             remedy = f"Give UTF-8 CSV with a header{whole}."
             raise DataError(f"{path} cannot be read: {error}. {remedy}") from error
+        if "\0" in lines[-1]:
+            raise DataError(
+                f"{path} cannot be read: its header holds NUL bytes, as text in UTF-16 does. "
+                f"{LINES_REMEDY}"
+            )
         if not lines[-1].strip():
             raise DataError(f"{path}: 0 rows, and no header. Give a file that holds events.")
         if lines[-1] != lines[0]:

@@ -13,7 +13,7 @@ import ibis
 import numpy as np
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data import schema
+from tfrs_pipeline.data import requests, schema
 from tfrs_pipeline.data.contract import check_engine, check_entities, check_events
 from tfrs_pipeline.data.engines import connect, open_parquet, replace, write_parquet
 from tfrs_pipeline.data.ids import as_id_array
@@ -208,17 +208,18 @@ class Log:
         return cls(events, items, users, *features, notes=notes, is_ordered=is_ordered, ties=rule)
 
     @classmethod
-    def read(cls, folder: Path | str, connection: Any = None) -> "Log":
+    def read(cls, folder: Path | str, connection: Any = None, *, check_files: bool = True) -> "Log":
         """Opens a written log in an Ibis DuckDB (None opens one) or Spark, without loading it.
 
-        A `DataError` if the folder holds no complete log, `Damaged` if a file has changed.
+        A `DataError` if the folder holds no complete log, `Damaged` if a file has changed; without
+        `check_files`, for a log that was written just now, its tables are not looked at.
         """
         folder = Path(folder)
         if not (folder / "log.json").exists():
             raise schema.DataError(
                 f"{folder} has no log.json: writing the log did not finish there. Write it again."
             )
-        about = read_record(folder / "log.json")
+        about = read_record(folder / "log.json", check_files=check_files)
         about["dropped"] = tuple(schema.Dropped(**dropped) for dropped in about["dropped"])
         about["notes"] = tuple(about["notes"])
         about["reading"] = Reading(**about["reading"])
@@ -361,6 +362,10 @@ def _described(log: Log) -> Iterator[str]:
         rows = counted(each.num_rows, "row")
         yield f"merged {rows} {each.reason}" if each.is_merged else f"dropped {rows}: {each.reason}"
     yield from log.notes
+    source = schema.Source("event table", log.reading.columns)
+    if log.order != "none":
+        yield from requests.note_lost_histories(log.events, log.ties, source)
+    yield from requests.note_leaks(log.events, log.request_features, source)
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -388,8 +393,8 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
 
 def _describe_weights(events: ibis.Table) -> Iterator[str]:
     weight = events.filter(is_positive)["weight"]
-    summary = (weight.min(), weight.max(), weight.quantile(0.99), weight.count())
-    least, most, high, num = (x.to_pyarrow().as_py() for x in summary)
+    summary = {"least": weight.min(), "most": weight.max(), "high": weight.quantile(0.99)}
+    least, most, high, num = schema.totals(weight.as_table(), **summary, n=weight.count()).values()
     if least == most:
         return
     yield (

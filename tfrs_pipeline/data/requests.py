@@ -1,13 +1,19 @@
 """Request features: event columns that are known when the request comes."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import ibis
 import ibis.expr.types as ir
 
+from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.schema import LOG_COLUMNS, DataError, Source, case_problem, require_all
 from tfrs_pipeline.features.kinds import KINDS
+from tfrs_pipeline.messages import in_percent, printable
 
+# A request feature may leak if so many events that are no positives have one value, this share.
+_FEWEST, _CONSTANT = 20, 0.95
+# A column that leaves more than this share of the positives without a history is mentioned.
+_MANY_LOST = 0.1
 FROM_TIMESTAMP = ("hour", "weekday")
 """Request features that are made from the timestamp, in UTC, if the log has no such column."""
 
@@ -79,6 +85,68 @@ def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.
         hour = ((seconds - 86_400 * day) / 3600).floor().cast("int64")
         values = {"hour": hour, "weekday": weekday} | values
     return {name: values[name] for name in features}
+
+
+def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) -> Iterator[str]:
+    """Notes request features with one value, such as 0 or null, wherever there is no click.
+
+    A watch time is such a feature: no request can bring it, and in training it tells the answer.
+    """
+    for name in (name for name in features if name in events.columns):
+        value = events[name]
+        # Null and 0 both say that there was nothing.
+        plain = value.fill_null(0) if value.type().is_numeric() else value
+        text, is_click = plain.cast("string").fill_null(""), schema.is_positive(events)
+        counts = events.filter(~is_click).group_by(text=text).agg(num=ibis._.count())
+        most = counts.order_by(ibis.desc("num"), "text").limit(1).to_pyarrow()["text"].to_pylist()
+        usual = most[0] if most else ""
+        both = {"clicks": is_click, "others": ~is_click}
+        sums = {name: is_so.sum() for name, is_so in both.items()}
+        sums |= {f"same {name}": (is_so & (text == usual)).sum() for name, is_so in both.items()}
+        num_clicks, num_others, num_same_clicks, num_same = schema.totals(events, **sums).values()
+        is_constant = num_others >= _FEWEST and num_same > _CONSTANT * num_others
+        if is_constant and 2 * num_same_clicks < num_clicks:
+            yield (
+                f"warning: {source.column(name)} is {printable(usual or 'missing')} in "
+                f"{in_percent(num_same, num_others)} of the events that are no positives, but in "
+                f"{in_percent(num_same_clicks, num_clicks)} of the positives: if it is known only "
+                "after a click, as a watch time is, remove it from request_features"
+            )
+
+
+def note_lost_histories(events: ibis.Table, ties: schema.TieRule, source: Source) -> Iterator[str]:
+    """Notes the column that leaves more than `_MANY_LOST` of the positives without a history.
+
+    A positive with an earlier one of its user loses its history if its request began before the
+    user's first positive ended up in one, or if all earlier ones have its time and ties drop them.
+    """
+    keys = schema.order_keys(events)
+
+    def moment(at: ir.Value, number: ir.Value) -> ir.StructValue:
+        return ibis.struct({"at": at, "number": number * int(ties != "drop")})
+
+    start = moment(*query_start(events, events[keys[0]]))
+    events = events.mutate(_at=moment(events[keys[0]], events["event_number"]), _start=start)
+    clicks = events.filter(schema.is_positive)
+    place = ibis.row_number().over(ibis.window(group_by="user_id", order_by=keys))
+    first = clicks["_at"].min().over(ibis.window(group_by="user_id"))
+    clicks = clicks.mutate(_is_later=place > 0, _first=first)
+    by_time = clicks["_is_later"] & (clicks["_at"] <= clicks["_first"])
+    by_request = clicks["_is_later"] & (clicks["_start"] <= clicks["_first"]) & ~by_time
+    why = {
+        keys[0]: "clicks at one time are not in each other's histories (ties)",
+        "request_id": "clicks of one request are not in each other's histories, which is right if "
+        "its rows were shown together; a column that numbers visits is session_id instead",
+    }
+    sums = {"num": clicks.count(), "by_time": by_time.sum(), "by_request": by_request.sum()}
+    num, *lost = schema.totals(clicks, **sums).values()
+    for column, num_lost in zip(why, lost, strict=True):
+        if (num_lost or 0) > _MANY_LOST * num:
+            yield (
+                f"warning: {source.column(column)} leaves {num_lost:,} of {num:,} positives "
+                f"({in_percent(num_lost, num)}) without a history though their users had clicked "
+                f"before: {why[column]}"
+            )
 
 
 def whole_seconds(timestamp: ir.Value) -> ir.Value:

@@ -12,6 +12,7 @@ import ibis
 import ibis.expr.types as ir
 from ibis.common.exceptions import TableNotFound
 
+from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.engines import check_stored
 from tfrs_pipeline.data.schema import MAX_WEIGHT, MIN_WEIGHT, DataError, Dropped, Source, Stage
 from tfrs_pipeline.messages import in_percent, printable
@@ -136,7 +137,7 @@ def evaluate(
         f"_num_{i}": (counted[f"_bad_{i}"] if fault.is_missing else counted["_first"] == i).sum()
         for i, fault in enumerate(faults)
     }
-    found = counted.aggregate(**sums, rows=counted.count(), **more).to_pyarrow().to_pylist()[0]
+    found = schema.totals(counted, **sums, rows=counted.count(), **more)
     return [found.pop(name) or 0 for name in sums], found
 
 
@@ -174,8 +175,7 @@ class RawTable:
 
     def aggregate(self, **values: ir.Scalar) -> dict[str, Any]:
         """Computes aggregates over the rows, by name."""
-        found: dict[str, Any] = self.table.aggregate(**values).to_pyarrow().to_pylist()[0]
-        return found
+        return schema.totals(self.table, **values)
 
     def has(self, condition: ir.BooleanValue) -> bool:
         """Returns whether a condition is true in any row."""
@@ -224,7 +224,7 @@ class RawTable:
     def note_missing(self, table: ibis.Table, columns: Iterable[str]) -> None:
         """Notes which columns of a typed table have missing values, and in how many rows."""
         nulls = {name: table[name].isnull().sum() for name in columns}
-        counts = table.aggregate(_rows=table.count(), **nulls).to_pyarrow().to_pylist()[0]
+        counts = schema.totals(table, _rows=table.count(), **nulls)
         num_rows = counts.pop("_rows")
         for name, num in counts.items():
             if num:

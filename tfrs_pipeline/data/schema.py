@@ -5,7 +5,7 @@ import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tfrs_pipeline.features.kinds import kind_problem
 from tfrs_pipeline.libraries import ibis, ir
@@ -123,11 +123,29 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
     return ""
 
 
+def denied(path: Path | str) -> DataError:
+    """Makes the error for a file or folder that this user may not read."""
+    remedy = "Allow it to the user that runs this, or name files that may be read."
+    return DataError(f"{path} may not be read: permission denied. {remedy}")
+
+
 def check_exists(path: Path) -> None:
     """Refuses a missing file or folder, and suggests a neighbour."""
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except PermissionError as error:  # A folder above it is closed.
+        raise denied(path) from error
+    if not exists:
+        what = "links to nothing" if path.is_symlink() else "does not exist"
         remedy = "Give a CSV or Parquet file, or a folder of them."
-        raise DataError(f"{path} does not exist.{beside(path)} {remedy}")
+        raise DataError(f"{path} {what}.{beside(path)} {remedy}")
+
+
+# Usual names elsewhere for the columns that every log has.
+_USUAL_IDS = {
+    "user_id": ("customer_id", "customer", "visitor_id", "visitor", "client_id", "member_id"),
+    "item_id": ("sku", "product_id", "product", "article_id", "article", "asin", "itemid"),
+}
 
 
 def require_all(
@@ -140,7 +158,8 @@ def require_all(
     """Refuses a table that lacks columns, in a line each; `others` are its further problems."""
     found = []
     for name in (x for x in remedies if x not in columns):
-        near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
+        usual = [column for column in columns if column.lower() in _USUAL_IDS.get(name, ())]
+        near = usual or difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
         hint = ("Nearest: " if near else "It has: ") + printable(", ".join(near or columns), 300)
         found.append(f"{source.name}: no column {printable(repr(name))}. {hint}. {remedies[name]}")
     if lines := [*found, *others]:
@@ -150,6 +169,11 @@ def require_all(
 def count_rows(table: "ibis.Table") -> int:
     """Counts the rows of a table."""
     return int(table.count().to_pyarrow().as_py())
+
+
+def totals(table: "ibis.Table", **values: "ir.Scalar") -> dict[str, Any]:
+    """Computes aggregates over the rows of a table, by name."""
+    return dict(table.aggregate(**values).to_pyarrow().to_pylist()[0])
 
 
 def is_positive(events: "ibis.Table") -> "ir.BooleanValue":

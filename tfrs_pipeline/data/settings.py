@@ -47,8 +47,8 @@ class Reading(Config):
 
     columns: dict[str, str] = {}
     """Columns of the event table that have other names, such as user_id=viewer, for user_id,
-    item_id, timestamp, stage, event, rating, request_id, rank, score, weight, part; others are
-    context."""
+    item_id, timestamp, stage, event, session_id, rating, request_id, rank, score, weight, part;
+    others are context."""
     item_columns: dict[str, str] = {}
     """Columns of the item table by this package's names, such as item_id=sku."""
     user_columns: dict[str, str] = {}
@@ -65,7 +65,8 @@ class Reading(Config):
     long_view=2. A column counts if it is true or above 0; the weights add up."""
     event_weights: dict[str, EventMeaning] = {}
     """Weights of the types in the column event (or event_type, action, ...), such as purchase=5
-    click=1 view=exposed; other types are dropped. An item's strongest event in a request counts."""
+    click=1 view=exposed; other types are dropped. A user's events of an item in one visit (column
+    session_id, or until 30 minutes without an event) become one, of the strongest type."""
     max_weight: LabelWeight | None = None
     """Larger weights in the column weight, such as long watch times, are clipped to this."""
     time_zone: str | None = None
@@ -81,9 +82,11 @@ class Reading(Config):
     list_separator: str = Field("|", min_length=1)
     """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
     file; a vector may also be written [0.1, 0.2]."""
-    unknown_items: schema.UnknownItems = "keep"
+    unknown_items: schema.UnknownItems | None = None
     """What to do with events whose item is not in the item table: keep them with missing features
-    (a run's export does not retrieve the item), drop and count them, or stop ("error")."""
+    (a run's export does not retrieve the item), drop and count them, or stop ("error"). If not
+    given, keep; but stop if they are more than half of the events, or if the table spells the ids
+    otherwise (leading zeros, letter case, spaces) in more than max_bad_share of them."""
     duplicates: schema.Duplicates = "keep"
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
     drop and count all but the first, or stop ("error")."""

@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import ibis
+import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data import schema
+from tfrs_pipeline.data import schema, visits
 from tfrs_pipeline.data.columns import is_integer, to_required_id, type_features
 from tfrs_pipeline.data.engines import connect, random_key
 from tfrs_pipeline.data.event_types import NAMES
@@ -15,15 +16,15 @@ from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import Scan, scan
 from tfrs_pipeline.data.requests import check_names, whole_seconds
 from tfrs_pipeline.data.rules import RawTable, store
-from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage, count_rows, is_positive
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows, is_positive, totals
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse
 
+# More of the events are of unknown items only if something is wrong with their ids.
+_MOST_UNKNOWN = 0.5
 Features: TypeAlias = Mapping[str, str]
 Tables: TypeAlias = tuple[ibis.Table, ibis.Table, ibis.Table]  # Events, items and users.
-
-_MANY_LONG = 0.1  # Requests that last longer than a day are mentioned above this share.
 
 
 def make_tables(
@@ -41,7 +42,7 @@ def make_tables(
     item_features, user_features, request_features = features
     refuse(reading.name_problems(request_features))
     scanned = scan(connection, source, "event table")
-    reading = _with_event_column(reading, scanned)
+    reading = _with_type_columns(reading, scanned)
     outcomes = (*reading.label, *(["event"] if reading.event_weights else []))
     check_names(request_features, outcomes, reading.columns)
     given = {"item_id": (items, item_features), "user_id": (users, user_features)}
@@ -56,20 +57,15 @@ def make_tables(
             raw.notes.extend(_describe(entity))
             entity.drop()
     num_reasons = len(raw.dropped)
-    if reading.event_weights and "request_id" in events.columns:
-        num_rows, events = count_rows(events), _strongest(events)
-        if num := num_rows - count_rows(events):
-            reason = "into a stronger event of the item in the same request"
-            raw.dropped.append(Dropped(reason, num, is_merged=True))
+    if reading.event_weights:
+        events = _merge_repeats(events, raw)
     for name, entity in raws.items():
         if entity is not None:
-            unknown = reading.unknown_items if name == "item_id" else "keep"
-            events = _settle_unknown(events, raw, name, tables[name], entity.source.name, unknown)
+            events = _settle_unknown(events, raw, name, tables[name], entity.source.name, reading)
     events = _settle_duplicates(events, raw, reading.duplicates)
     if len(raw.dropped) > num_reasons:
         events = store(events, raw.source)
     _check_positives(events, raw.source)
-    _note_long_requests(events, raw)
     events, rule, notes = settle_ties(events, reading.ties)
     if rule == "random":
         events = store(events, raw.source)
@@ -81,37 +77,52 @@ def make_tables(
     return (events, items, users), found
 
 
-def _with_event_column(reading: Reading, scanned: Scan) -> Reading:
-    """Adds the column of event types to `columns`, if there are weights and one usual name."""
-    if not reading.event_weights or "event" in reading.columns:
-        return reading
-    found = [name for name in scanned.columns if name.lower() in NAMES]
-    if len(found) != 1:
-        what = f"{' and '.join(found)} may be it" if found else "none has a usual name"
-        listed = printable(", ".join(scanned.columns), 300)
-        raise DataError(
-            f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
-            f"{listed}. Add event=COLUMN to columns.",
-            "columns",
-        )
-    return reading.model_copy(update={"columns": {**reading.columns, "event": found[0]}})
+def _with_type_columns(reading: Reading, scanned: Scan) -> Reading:
+    """Adds the columns of a log of types to `columns`: its type, and its session if it has one.
 
-
-def _strongest(events: ibis.Table) -> ibis.Table:
-    """Keeps one event of each user and item in a request: the positive of the largest weight.
-
-    Without a positive it is the first event. Events without a request are all kept.
+    Each is the one with a usual name that has no other meaning yet.
     """
-    keys = [x for x in ("user_id", "item_id", "request_id", "part") if x in events.columns]
-    is_shown = (events["stage"] == Stage.EXPOSED.value).cast("int8")
-    order = [is_shown, events["weight"].desc(), events["event_number"]]
-    place = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
-    return events.filter((place == 0) | events["request_id"].isnull())
+    if not reading.event_weights:
+        return reading
+    columns = dict(reading.columns)
+    if "event" not in columns:
+        found = [name for name in scanned.columns if name.lower() in NAMES]
+        if len(found) != 1:
+            what = f"{' and '.join(found)} may be it" if found else "none has a usual name"
+            listed = printable(", ".join(scanned.columns), 300)
+            raise DataError(
+                f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
+                f"{listed}. Add event=COLUMN to columns.",
+                "columns",
+            )
+        columns["event"] = found[0]
+    unnamed = {name.lower(): name for name in scanned.columns if name not in columns.values()}
+    if "session_id" not in columns and (usual := [x for x in visits.SESSIONS if x in unnamed]):
+        columns["session_id"] = unnamed[usual[0]]
+    return reading.model_copy(update={"columns": columns})
+
+
+def _merge_repeats(events: ibis.Table, raw: RawTable) -> ibis.Table:
+    """Merges the events of an item within a request, then within a visit, and counts them."""
+    merges = {"request": visits.merge_requests} if "request_id" in events.columns else {}
+    if "session_id" in events.columns:
+        column = printable(repr(raw.source.columns.get("session_id", "session_id")))
+        merges[f"visit (column {column})"] = visits.merge_visits
+    elif "timestamp" in events.columns:
+        pause = visits.PAUSE // 60
+        merges[f"visit (until {pause} minutes without an event)"] = visits.merge_visits
+    events = visits.number_visits(events)
+    for place, merge in merges.items():
+        num_rows, events = count_rows(events), store(merge(events), raw.source)
+        if num := num_rows - count_rows(events):
+            reason = f"into the strongest event of their item in the same {place}"
+            raw.dropped.append(Dropped(reason, num, is_merged=True))
+    return events.drop(visits.STRENGTH, visits.VISIT)
 
 
 def _check_positives(events: ibis.Table, source: Source) -> None:
-    counts = events.aggregate(rows=events.count(), positives=is_positive(events).sum())
-    num_rows, num_positives = counts.to_pyarrow().to_pylist()[0].values()
+    counted_rows = {"rows": events.count(), "positives": is_positive(events).sum()}
+    num_rows, num_positives = totals(events, **counted_rows).values()
     if not num_rows:
         raise DataError(f"{source.name}: 0 rows. Give a log that holds events.")
     if not num_positives:
@@ -121,65 +132,78 @@ def _check_positives(events: ibis.Table, source: Source) -> None:
         )
 
 
-def _note_long_requests(events: ibis.Table, raw: RawTable) -> None:
-    """Notes requests that last longer than a day, if they are more than a few."""
-    if not {"request_id", "timestamp"} <= {*events.columns}:
-        return
-    asked = events.filter(events["request_id"].notnull())
-    time = asked["timestamp"].epoch_seconds()
-    spans = asked.group_by(["user_id", "request_id"]).agg(
-        num=asked.count(), seconds=time.max() - time.min()
-    )
-    spans = spans.filter(spans["num"] > 1)
-    counts = spans.aggregate(num=spans.count(), num_long=(spans["seconds"] > 86_400).sum())
-    num, num_long = counts.to_pyarrow().to_pylist()[0].values()
-    if num and num_long > _MANY_LONG * num:
-        raw.notes.append(
-            f"{in_percent(num_long, num)} of the requests with several events last longer than a "
-            "day, and its events never see each other in histories: if the numbers of request_id "
-            "start again each day, join them with the day"
-        )
-
-
 def _settle_unknown(
     events: ibis.Table,
     raw: RawTable,
     id_name: str,
     entities: ibis.Table,
     table: str,
-    unknown: schema.UnknownItems,
+    reading: Reading,
 ) -> ibis.Table:
-    """Keeps, drops or refuses events whose item or user is not in its table; returns those kept."""
-    where, kind = raw.source.column(id_name), id_name.removesuffix("_id")
+    """Keeps, drops or refuses events whose item or user is not in its table; returns those kept.
+
+    If `unknown_items` is not given, `max_bad_share` limits the events whose id the table spells
+    otherwise, and `_MOST_UNKNOWN` all of unknown items: others may be delisted, and users new.
+    """
+    kind = id_name.removesuffix("_id")
+    unknown = reading.unknown_items if kind == "item" else None
+    ids = entities[id_name]
+    same = entities.group_by(_plain=_plain_id(ids)).agg(_there=ids.min())
     lacking = events.anti_join(entities, id_name)
-    lacks = lacking.aggregate(
-        num=lacking.count(), ids=lacking[id_name].nunique(), first=lacking[id_name].min()
-    )
-    num, num_ids, first = lacks.to_pyarrow().to_pylist()[0].values()
+    lacking = lacking.mutate(_plain=_plain_id(lacking[id_name])).left_join(same, "_plain")
+    here, there = lacking[id_name], lacking["_there"]
+    num, num_alike, num_ids, first, *spellings = totals(
+        lacking,
+        num=lacking.count(),
+        alike=there.count(),
+        ids=here.nunique(),
+        first=here.min(),
+        here=here.min(where=there.notnull()),
+        there=there.argmin(here, where=there.notnull()),
+    ).values()
     if not num:
         return events
-    example, num_rows = printable(repr(first)), count_rows(events)
-    if num == num_rows:
-        other = printable(repr(entities[id_name].min().to_pyarrow().as_py()))
+    num_rows = count_rows(events)
+    what = (
+        f"{num:,} of {num_rows:,} events ({in_percent(num, num_rows)}) are of "
+        f"{counted(num_ids, kind)} that {table} lacks, such as {printable(repr(first))}"
+    )
+    spelled = f". {_spelled(table, *spellings)}" if num_alike else ""
+    is_too_much = num_alike > reading.max_bad_share * num_rows
+    is_too_much |= kind == "item" and num > _MOST_UNKNOWN * num_rows
+    if unknown == "error" or num == num_rows or (is_too_much and unknown is None):
+        other = printable(repr(totals(entities, least=ids.min())["least"]))
+        setting, remedy = f"{kind}_columns", ""
+        if kind == "item" and num < num_rows:
+            setting, remedy = "unknown_items", ", or set unknown_items to keep them or to drop them"
         raise DataError(
-            f"{where}: none of {num_rows} rows holds one of the {kind}s of {table}, whose ids "
-            f"look like {other}, not {example}. Set columns or {kind}_columns to the same ids.",
-            f"{kind}_columns",
-        )
-    if unknown == "error":
-        raise DataError(
-            f"{where}: {num} of {num_rows} rows hold {kind}s that {table} lacks, such as "
-            f"{example}. Add it there, or set unknown_items to keep (with null features) or drop.",
-            "unknown_items",
+            f"{raw.source.column(id_name)}: {what}{spelled or f', where ids look like {other}'}. "
+            f"Add them there, or write the ids alike in both{remedy}.",
+            setting,
         )
     if unknown == "drop":
         raw.dropped.append(Dropped(f"{kind} is not in the {kind} table", num))
         return events.semi_join(entities, id_name)
-    raw.notes.append(
-        f"{num:,} of {num_rows:,} events ({in_percent(num, num_rows)}) are of "
-        f"{counted(num_ids, kind)} that {table} lacks, such as {example}: kept, with null features"
-    )
+    raw.notes.append(f"{what}: kept, with null features{spelled}")
     return events
+
+
+def _plain_id(value: ir.Value) -> ir.StringValue:
+    """Leaves out what programs change in ids: leading zeros, letter case and spaces."""
+    return value.cast("string").lower().re_replace(r"\s+", "").re_replace("^0+", "")
+
+
+def _spelled(table: str, here: Any, there: Any) -> str:
+    """Says in what two ids differ of which `_plain_id` is the same."""
+    here, there = str(here), str(there)
+    why = "leading zeros, letter case or spaces differ"
+    if here.lstrip("0") == there.lstrip("0"):
+        why = "leading zeros were cut, as spreadsheets do"
+    elif here.lower() == there.lower():
+        why = "the letter case differs"
+    elif "".join(here.split()) == "".join(there.split()):
+        why = "spaces differ"
+    return f"{printable(repr(there))} in {table} is {printable(repr(here))} in the log: {why}"
 
 
 def _settle_duplicates(
@@ -369,7 +393,7 @@ def _measure(events: ibis.Table) -> dict[str, Any]:
     sums["num_up"] = (clicks["item_id"] > clicks["_last"]).fill_null(False)
     sums["num_down"] = (clicks["item_id"] < clicks["_last"]).fill_null(False)
     counts = {name: value.sum() for name, value in sums.items()}
-    return dict(clicks.aggregate(num=clicks.count(), **counts).to_pyarrow().to_pylist()[0])
+    return totals(clicks, num=clicks.count(), **counts)
 
 
 def _redrawn(events: ibis.Table) -> ibis.Table:

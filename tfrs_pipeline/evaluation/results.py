@@ -232,12 +232,6 @@ def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
     return replace(first, results=results, other=joined(others) if others else first.other)
 
 
-def other_prefix(metrics: Mapping[str, Any]) -> str:
-    """Returns the prefix of columns by a run's other question, such as "by_user"; "" if none."""
-    asked_by: AskedBy | None = metrics.get("other", {}).get("asked_by")
-    return "" if asked_by is None else ASKED[asked_by].replace(" ", "_")
-
-
 def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Averages evaluations of the same queries, such as those of models trained with other seeds.
 
@@ -267,8 +261,14 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
         overall = average([x.overall for x in every], users)
         slices = {x: average([y.slices[x] for y in every], users) for x in result.slices}
         results[name] = replace(result, overall=overall, slices=slices)
-    others = [each.other for each in evaluations if isinstance(each.other, Evaluation)]
+    others = [x.other for x in evaluations if isinstance(x.other, Evaluation)]
     return replace(first, results=results, other=averaged(others) if others else first.other)
+
+
+def other_prefix(metrics: Mapping[str, Any]) -> str:
+    """Returns the prefix of columns by a run's other question, such as "by_user"; "" if none."""
+    asked_by: AskedBy | None = metrics.get("other", {}).get("asked_by")
+    return "" if asked_by is None else ASKED[asked_by].replace(" ", "_")
 
 
 def format_table(
@@ -347,8 +347,9 @@ def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield "even_: as if the log had shown every item equally often"
     if "tail/" in table:
         yield "tail: the least popular items, which together have a fifth of the training clicks"
-    if "average_popularity" in table:
-        yield _about_popularity(next(iter(metrics["models"].values()))["relevant_popularity"])
+    first: Mapping[str, Any] = next(iter(metrics["models"].values()), {})
+    if "average_popularity" in table and "relevant_popularity" in first:  # Older runs lack it.
+        yield _about_popularity(first["relevant_popularity"])
     for name, why in metrics.get("left_out", {}).items():
         yield f"{name} is left out: {why}"
 

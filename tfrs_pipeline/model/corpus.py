@@ -45,8 +45,8 @@ class Corpus:
     is_later: np.ndarray | None = None
 
     @classmethod
-    def read(cls, log: Log, folder: Path) -> Self:
-        """Reads the ids behind the samples in a folder, and encodes their features in the log."""
+    def read(cls, log: Log, folder: Path, samples: Samples) -> Self:
+        """Reads the ids behind a folder's samples, and encodes their features in the log."""
         candidate_ids, query_ids = read_ids(folder)
         has_times = "timestamp" in log.events.columns
         end = log.events["timestamp"].max().to_pyarrow().as_py() if has_times else None
@@ -71,7 +71,7 @@ class Corpus:
                 for name, kind in log.request_features.items()
             ),
             has_times,
-            np.isin(np.arange(len(query_ids) + 1), read_samples(folder).query_rows),
+            np.isin(np.arange(len(query_ids) + 1), samples.query_rows),
             is_later,
         )
 
@@ -147,7 +147,8 @@ class TrainingSet:
     @classmethod
     def _open(cls, log: Log, folder: Path) -> Self:
         report = read_record(folder / "report.json", check_files=False)
-        samples, corpus = read_samples(folder), Corpus.read(log, folder)
+        samples = read_samples(folder)
+        corpus = Corpus.read(log, folder, samples)
         features = corpus.request_features
         encoders = {feature.name: feature.encode_column for feature in features}
         made_by = [feature.to_dict() for feature in features]

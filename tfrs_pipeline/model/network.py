@@ -10,7 +10,6 @@ from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.graph import embed_corpus
 from tfrs_pipeline.model.loss import HybridRetrieval
-from tfrs_pipeline.model.own import mark_trained
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.towers import FeatureTable, drop_features
@@ -152,8 +151,6 @@ class TwoTowerNetwork(tfrs.Model):
                 "along its first axis, which is not always the rows. Train with TwoTower.fit under "
                 "the strategy: it gives each replica its slice."
             )
-        if training:
-            mark_trained(self.query_tower, self.candidate_tower)
         queries = self._queries(inputs, training=training)
         positives, shared, hard = self._embed_columns(inputs, training)
         hard_log_q = None if inputs.hard is None else inputs.hard.log_q

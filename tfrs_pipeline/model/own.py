@@ -1,21 +1,16 @@
 """A user's own kinds of negative and towers: how they are recognized and described."""
 
+import contextlib
 import functools
-import hashlib
-import inspect
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
 
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.settings import EASY_KINDS
-from tfrs_pipeline.negatives.kinds import Negatives, SamplingFrame
-from tfrs_pipeline.negatives.mixture import checked_count
-
-# Layers that were trained: their initial weights are lost.
-_TRAINED: weakref.WeakSet[tf.Module] = weakref.WeakSet()
 
 
 def is_own(kind: object) -> bool:
@@ -37,13 +32,12 @@ def own_or_setting(kind: Any, read: Callable[[Any], Any]) -> Any:
     return kind
 
 
-def mark_trained(*towers: tf.keras.layers.Layer) -> None:
-    """Remembers that towers, with all layers within them, are trained."""
-    _TRAINED.update(_parts(*towers))
-
-
 def own_layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
-    """Returns an own tower, or what its function makes from the corpus."""
+    """Returns an own tower, or what its function makes from the corpus.
+
+    A layer that a training has marked is refused. Layers within it are not marked: not to share
+    those between models is up to the user.
+    """
     # A layer of another Keras is callable too, but it has a `call`.
     is_made = not isinstance(own, type) and hasattr(own, "call")
     layer = own if is_made else own(corpus)
@@ -52,15 +46,11 @@ def own_layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
             f"{name} must be a layer of tf.keras, which is Keras 2 here, or a function of the "
             f"corpus that returns one. Received: {layer!r}{'' if is_made else f', from {own!r}'}."
         )
-    # A part that is frozen or has no weights to train does not change, so it may be reused.
-    trained = (part for part in _parts(layer) if part in _TRAINED)
-    part = next((part for part in trained if getattr(part, "trainable_variables", ())), None)
-    if part is not None:
-        inner = "" if part is layer else f", or rather its {part!r},"
+    if getattr(layer, "was_in_training", False) and layer.trainable_variables:
         raise ValueError(
-            f"{name} {layer!r}{inner} was given to a training before: this one would continue it "
-            "and change that model. Give a new model new layers, or a function of the corpus that "
-            "makes them; a frozen layer (trainable=False) may be shared."
+            f"{name} {layer!r} was given to a training before: this one would continue it and "
+            "change that model. Give a new model a new layer, or a function of the corpus that "
+            "makes one; a frozen layer (trainable=False) may be shared."
         )
     return layer
 
@@ -71,59 +61,32 @@ def tables_in(*towers: tf.keras.layers.Layer) -> list[Any]:
     # Also looks in lists and dicts, because Keras's own tracking skips tables.
     return [
         table
-        for part in _parts(*towers)
+        for tower in towers
+        for part in (tower, *tower.submodules)
         for table in part._flatten(False, lambda value: isinstance(value, kind))
     ]
 
 
-def _parts(*towers: tf.keras.layers.Layer) -> Iterator[tf.Module]:
-    for tower in towers:
-        yield from (tower, *tower.submodules)
+def describe_own(part: Any) -> str | None:
+    """Describes an own part by its name and its plain settings; None is none.
 
+    The settings are a layer's `get_config`, or another object's attributes. Code and the contents
+    of arrays are not compared: who changes them must not resume the trainings of before.
 
-def describe_own(
-    negatives: Sequence[Negatives], towers: Mapping[str, object], frame: SamplingFrame
-) -> dict[str, Any]:
-    """Describes the own parts of a model, as JSON that changes with their code and numbers."""
-    # The source of each part itself, not of the functions that it calls.
-    about: dict[str, Any] = {
-        name: None if tower is None else f"{_code(tower)} {_config(tower)}"
-        for name, tower in towers.items()
-    }
-    own = (kind for kind in negatives if is_own(kind))
-    counts = [f"{_code(kind)} {_hash(checked_count(kind, frame).tobytes())}" for kind in own]
-    return {"own_negatives": counts, **about}
-
-
-def _code(thing: Any) -> str:
-    if isinstance(thing, functools.partial):
-        return f"{_code(thing.func)} {_plain([thing.args, thing.keywords])}"
-    if inspect.ismethod(thing):
-        thing = thing.__func__
-    of = thing if inspect.isfunction(thing) or inspect.isclass(thing) else type(thing)
-    try:
-        source = inspect.getsource(of)
-    except (OSError, TypeError):  # Typed at a prompt, or compiled code.
-        source = ""
-    return f"{of.__qualname__} {_hash(source.encode())}"
-
-
-def _config(tower: Any) -> Any:
-    """Returns the settings of a layer, as far as it has a `get_config`."""
-    try:
-        return _plain(tower.get_config())
-    except (AttributeError, NotImplementedError, TypeError):  # Not a layer, or without a config.
-        return ""
-
-
-def _plain(value: Any) -> Any:
-    """Leaves out what differs between objects of the same settings: names and addresses."""
-    if isinstance(value, Mapping):
-        return {key: _plain(x) for key, x in value.items() if key != "name"}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    return value if isinstance(value, str | int | float | None) else type(value).__name__
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
+    Example:
+        >>> describe_own(functools.partial(max, 3)), describe_own(Corpus.read)
+        ('["partial", ["max", [3], {}]]', 'Corpus.read')
+    """
+    if part is None or hasattr(part, "__qualname__"):  # A function, a method or a class.
+        return part and str(part.__qualname__)
+    settings: Any = None
+    if isinstance(part, functools.partial):
+        settings = describe_own(part.func), part.args, part.keywords
+    elif not hasattr(part, "get_config"):
+        settings = getattr(part, "__dict__", None)
+    else:
+        with contextlib.suppress(NotImplementedError):  # Keras's, for some layers without one.
+            settings = part.get_config()
+    content = [type(part).__qualname__, settings]
+    text = json.dumps(content, skipkeys=True, default=lambda x: type(x).__name__)
+    return re.sub(r'"name": "[^"]*"', "", text)  # Keras numbers the names of layers.

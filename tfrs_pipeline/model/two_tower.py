@@ -26,7 +26,7 @@ from tfrs_pipeline.model.fit import OnEpoch, OnSteps, describe_data, train, writ
 from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder, query_encoder
 from tfrs_pipeline.model.loss import popularity_shift
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer, own_or_setting
+from tfrs_pipeline.model.own import describe_own, is_own, own_layer, own_or_setting
 from tfrs_pipeline.model.settings import (
     SharedKind,
     TrainingSettings,
@@ -36,7 +36,6 @@ from tfrs_pipeline.model.settings import (
 )
 from tfrs_pipeline.model.start import WarmStart, add_item_factors
 from tfrs_pipeline.model.towers import FeatureTable, Tower, candidate_tower, query_tower
-from tfrs_pipeline.negatives.kinds import SamplingFrame
 from tfrs_pipeline.samples.store import Samples, resampling_rate
 from tfrs_pipeline.settings import Listed, refuse
 
@@ -138,9 +137,11 @@ class TwoTower(TwoTowerSettings):
             warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
                 It has the same shape, and was not trained on events that validate or test here.
             folder: Keeps samples and checkpoints, so that a stopped training can resume, with the
-                same log, settings and code of own parts. It then ends like an uninterrupted one,
-                bit for bit, unless an own tower has a random state, as `tf.keras.layers.Dropout`
-                does. None is temporary. Several workers need a shared one (`docs/guides/scale.md`).
+                same log, settings and own parts; of these, names and plain settings are compared,
+                and to keep their code the same is up to you. It then ends like an uninterrupted
+                one, bit for bit, unless an own tower has a random state, as
+                `tf.keras.layers.Dropout` does. None is temporary. Several workers need a shared
+                one (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with the result so far.
             verbose: Whether to write epochs to standard error, in a notebook into its cell; None
@@ -223,7 +224,8 @@ class TwoTower(TwoTowerSettings):
                 measured = network, corpus, encoder, ranked, exclude, cutoffs
                 validate = functools.partial(validation_metrics, *measured)
             # Even if no step is left to train, because a checkpoint is read into them.
-            mark_trained(network.query_tower, network.candidate_tower)
+            for tower in (network.query_tower, network.candidate_tower):
+                tower.was_in_training = True
             result = train(
                 network,
                 batches,
@@ -287,7 +289,7 @@ class TwoTower(TwoTowerSettings):
         """Builds the Keras model, untrained, with the features of a corpus in it.
 
         Raises a `ValueError` if the towers' widths differ, or an own tower does not read what
-        `training.examples` gives it or holds a layer that was trained before.
+        `training.examples` gives it or was trained before.
         """
         distribution.training_strategy()  # As in `fit`, because variables are made here.
         if not reads_times(self, self.training):
@@ -310,9 +312,6 @@ class TwoTower(TwoTowerSettings):
 
     def made_of(self, log: Log, samples: Samples, chosen_by: Mapping[str, Any]) -> dict[str, Any]:
         """Says for JSON what a training is made of; `chosen_by` are arguments of `fit`, by name."""
-        frame = SamplingFrame.of_counts(
-            samples.counts, self.training.fitting(len(samples)).batch_size
-        )
         later = samples.is_later  # According to the whole log, which may have grown since.
         later_items = None if later is None else hashlib.sha256(later.tobytes()).hexdigest()[:12]
         return {
@@ -322,7 +321,8 @@ class TwoTower(TwoTowerSettings):
             "later_items": later_items,
             "item_features": dict(log.item_features),
             "user_features": dict(log.user_features),
-            **describe_own(self.negatives, self._own_towers, frame),
+            "own_negatives": [describe_own(kind) for kind in self.negatives if is_own(kind)],
+            **{name: describe_own(tower) for name, tower in self._own_towers.items()},
             **{
                 name: part.fingerprint() if hasattr(part, "fingerprint") else part
                 for name, part in chosen_by.items()

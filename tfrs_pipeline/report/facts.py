@@ -124,31 +124,26 @@ def report_page(facts: RunFacts) -> str:
     metric, recall = (f"{x}@{max(facts.config.evaluation.cutoffs)}" for x in ("ndcg", "recall"))
     names = (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
     main = (metric, recall, f"even_{recall}", f"coverage@{min(facts.config.evaluation.cutoffs)}")
-    return (
-        pages()
-        .get_template("template.html")
-        .render(
-            facts=facts,
-            ndcg=metric,
-            recall=recall,
-            slices=popularity_slices(facts.popularity.counts),
-            figures=_figures(facts, metric, recall),
-            counted=counted,
-            better=verdict.compared_with_baselines(facts.metrics, metric),
-            remarks=verdict.remarks(facts.metrics, metric, recall),
-            advice=list(advice(facts.metrics, metric, facts.config)),
-            for_whom=verdict.by_popularity(facts.metrics, recall),
-            exported=verdict.exported(facts.metrics),
-            asked=ASKED,
-            questions=QUESTIONS,
-            main_metrics=main,
-            index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
-            metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
-            parts=[
-                x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())
-            ],
-            settings=dump_config(facts.config),
-        )
+    template = pages().get_template("template.html")
+    return template.render(
+        facts=facts,
+        ndcg=metric,
+        recall=recall,
+        slices=popularity_slices(facts.popularity.counts),
+        figures=_figures(facts, metric, recall),
+        counted=counted,
+        better=verdict.compared_with_baselines(facts.metrics, metric),
+        remarks=verdict.remarks(facts.metrics, metric, recall),
+        advice=list(advice(facts.metrics, metric, facts.config)),
+        for_whom=verdict.by_popularity(facts.metrics, recall),
+        exported=verdict.exported(facts.metrics),
+        asked=ASKED,
+        questions=QUESTIONS,
+        main_metrics=main,
+        index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
+        metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
+        parts=[x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())],
+        settings=dump_config(facts.config),
     )
 
 

@@ -81,6 +81,8 @@ def answers_from_process(
             while pending:
                 answer = ours.recv()
                 del pending[next(iter(pending))]
+                if not pending:
+                    process.join(timeout=10)  # It ends by itself, and gives back what it holds.
                 yield answer
         except (EOFError, OSError):
             process.join()

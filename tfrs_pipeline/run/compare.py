@@ -35,7 +35,7 @@ from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.training import check_plan, check_trainable, fit_once, training_step
+from tfrs_pipeline.run.training import check_plan, fit_once, plan_of, training_step
 from tfrs_pipeline.settings import ConfigError
 
 Plan: TypeAlias = Mapping[str, Any]
@@ -217,7 +217,7 @@ def _make_plans(
     logged = [name for name, pool in pools.items() if len(pool.values)]
     plans, notes = sampling_plans(config, logged)
     for plan in plans.values():
-        check_trainable(data.parts, _planned(config, plan, data))
+        check_plan(plan_of(_planned(config, plan, data), "two_tower"), data.selection)
     runner.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
     return plans, notes
 

@@ -37,11 +37,6 @@ class RunData:
     other_test: Holdout | str  # Asked by the other question, or why there is none.
 
     @property
-    def parts(self) -> "tuple[TrainingSet, TrainingSet]":
-        """The data of the first training and of the refit."""
-        return self.selection, self.final
-
-    @property
     def by_user(self) -> Holdout:
         """The test with a query per user: the lists that a person can judge at a glance."""
         if self.test.by == "users":
@@ -62,15 +57,17 @@ def log_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     def make_log(runner: Runner) -> Log | None:
         folder.data.mkdir(parents=True, exist_ok=True)
         load_log(config.data).write(folder.data)
-        return read_log(runner)
+        return read_log(runner, check_files=False)
 
-    def make_split(runner: Runner, log: Log) -> Split[Log] | None:
+    def make_split(runner: Runner, log: Log) -> Split[Log]:
         log.split(**dict(config.split), seed=config.seed).write(folder.split)
-        return read_split(runner, log)
+        return open_split(runner, log)
 
     def read_split(runner: Runner, log: Log) -> Split[Log] | None:
-        if read_whole(folder.split.with_suffix(".json")) is None:
-            return None
+        is_whole = read_whole(folder.split.with_suffix(".json")) is not None
+        return open_split(runner, log) if is_whole else None
+
+    def open_split(runner: Runner, log: Log) -> Split[Log]:
         split = Split.read(log, folder.split)
         runner.note(*split.describe(config.split.amounts()))
         return split
@@ -101,11 +98,13 @@ def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None
     return Runner().run(data_steps(config, RunFolder(folder), hard))
 
 
-def _read_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | None:
+def _read_log(
+    config: RunConfig, folder: RunFolder, runner: Runner, *, check_files: bool = True
+) -> Log | None:
     if not (folder.data / "log.json").exists():
         return None
     try:
-        log = Log.read(folder.data, connect_engine(config.data))
+        log = Log.read(folder.data, connect_engine(config.data), check_files=check_files)
     except Damaged as error:
         # If made again, it might hold other events than those that were trained on.
         raise Damaged(

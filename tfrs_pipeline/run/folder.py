@@ -172,7 +172,7 @@ class RunFolder:
         old, new = (flat_settings(x.model_dump(mode="json")) for x in (self.settings(), config))
         every_change = [name for name in old | new if old.get(name) != new.get(name)]
         metrics = self.metrics()
-        is_exported = metrics is not None and exported_version(metrics, config.model_folder)
+        is_exported = metrics is not None and own_version(config, self)
         may_change = MAY_CHANGE[:1] if is_exported else MAY_CHANGE
         changed = [name for name in every_change if name not in (*may_change, "compare.seeds")]
         if changed:
@@ -191,21 +191,6 @@ class RunFolder:
         settings = dump_config(config)
         with durable.replacing(self.config_file) as partial:
             partial.write_text(f"{settings}{_HASH_LINE}{_hash(settings)}\n", encoding="utf-8")
-
-
-def exported_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:
-    """Returns the version that a finished run exported, unless another run's has its number."""
-    if (made := metrics["export_folder"]) is None:
-        return None
-    # It is among the model's versions, or where it was written: the folders may have moved.
-    places = (model_folder / Path(made).name, Path(made))
-    return next((place for place in places if is_made_by(place, metrics)), None)
-
-
-def is_made_by(version: Path, metrics: Mapping[str, Any]) -> bool:
-    """Returns whether a version was exported by the run with these metrics."""
-    manifest = durable.read_whole(version / MANIFEST_FILE) or {}
-    return manifest.get("metrics") == metrics["models"]["two_tower"]
 
 
 def _remove(folder: Path, made: Sequence[Path]) -> None:
@@ -229,17 +214,16 @@ def trained_by(folder: Path) -> list[str]:
     return sorted(map(durable.file_hash, epochs))
 
 
-def own_version(config: RunConfig, folder: Path) -> Path | None:
+def own_version(config: RunConfig, folder: RunFolder) -> Path | None:
     """Returns the version exported from the training in a run's folder; None if there is none."""
-    training = trained_by(folder)
-    for number in reversed(versions_of(config.model_folder)):
-        version = config.model_folder / str(number)
-        try:
+    written = (folder.metrics() or {}).get("export_folder")
+    # It is among the model's versions, or where it was written: the folders may have moved.
+    versions = [config.model_folder / str(x) for x in reversed(versions_of(config.model_folder))]
+    for version in [*versions, *([Path(written)] if written else [])]:
+        with contextlib.suppress(durable.Damaged, OSError):
             manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
-        except durable.Damaged:
-            continue
-        if "refreshed" not in manifest and manifest.get("training") == training:
-            return version
+            if "refreshed" not in manifest and manifest.get("training") == trained_by(folder.path):
+                return version
     return None
 
 
@@ -304,11 +288,11 @@ def with_source(
 
 
 def _source(path: Path, folder: RunFolder) -> Path:
-    # A resumed run keeps the source that it began with, though the model has newer versions by now.
+    """Returns the run to start from: the one in a folder, or the one that a manifest names."""
     if RunFolder(path).config_file.is_file():
         return path
-    # The source of a finished run may be gone.
-    if folder.metrics() is not None and (source := folder.settings().warm_start) is not None:
+    # A started run keeps its source: by now the model has other versions, or the source is gone.
+    if folder.has_begun() and (source := folder.settings().warm_start) is not None:
         return source
     versions = versions_of(path)
     version = path / str(versions[-1]) if versions else path
@@ -316,38 +300,18 @@ def _source(path: Path, folder: RunFolder) -> Path:
         near = beside(path)
         what = "which is neither a run's folder nor an exported model's"
         raise _refused(f"got {str(path)!r}, {what}{near and f'.{near}'}")
-    source = _run_that_made(version)
-    if source.resolve() != folder.path.resolve():
-        return source
-    if (first := folder.settings().warm_start) is not None:
-        return first
-    raise _refused(
-        f"{version} was made by this very run, which began from random weights. To continue "
-        "training from it, give another --run-dir"
-    )
-
-
-def _run_that_made(version: Path) -> Path:
-    """Returns the folder of the run that exported a version; a `ConfigError` if it is gone."""
-    made_by = durable.read_record(version / MANIFEST_FILE, check_files=False).get("run")
-    if made_by is None:
+    manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
+    if (made_by := manifest.get("run")) is None:
         raise _refused(
             f"{version} was exported from Python: no run holds its optimizer state. Use "
             "TwoTower.fit(warm_start=...) there"
         )
-    folder = RunFolder(Path(made_by))
-    if not folder.config_file.is_file():
+    if trained_by(Path(made_by)) != manifest["training"]:
         raise _refused(
-            f"{version} was made by the run {made_by}, which is gone with its optimizer state. "
-            "Give another run's folder, or none to train from random weights"
+            f"{version} was made by a run in {made_by}, which is gone with its optimizer state, or "
+            "another run is there now. Give a run's folder, or none to train from random weights"
         )
-    metrics = folder.metrics()
-    if metrics is not None and not is_made_by(version, metrics):
-        raise _refused(
-            f"{version} was made by a run in {made_by}, where another run is now. Give the folder "
-            "of the run to start from"
-        )
-    return folder.path
+    return Path(made_by)
 
 
 def _refused(message: str) -> ConfigError:

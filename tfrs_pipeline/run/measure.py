@@ -100,7 +100,7 @@ def measure(
             data.test.candidate_ids,
             log.listed_ids,
             log=log,
-            without=own_version(config, folder.path),
+            without=own_version(config, folder),
         )
         if in_service is not None:
             compared = {IN_SERVICE: in_service}

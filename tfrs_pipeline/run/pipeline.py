@@ -19,7 +19,7 @@ from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.split import Split
-from tfrs_pipeline.durable import file_hash, part_files, read_record, read_whole, write_record
+from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
@@ -29,7 +29,6 @@ from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import (
     RunFolder,
-    exported_version,
     name_of_log,
     own_version,
     trained_by,
@@ -201,7 +200,7 @@ def _read_result(config: RunConfig, folder: RunFolder, runner: Runner) -> RunRes
         return None
     result, report = RunResult(folder.path, metrics), StepReport("finished before")
     report.notes.append("its results follow; nothing was done")
-    if (own := exported_version(metrics, config.model_folder)) is not None:
+    if (own := own_version(config, folder)) is not None:
         metrics["export_folder"] = str(own.resolve())
     elif (gone := result.export_folder) is not None:
         # If other versions exist, this one would replace them. The project may have moved.
@@ -223,8 +222,7 @@ def _read_exported(
     config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
 ) -> dict[str, Any] | None:
     """Reads what `_export_best` made of this training, unless the index settings have changed."""
-    version = own_version(config, folder.path)
-    if version is None:
+    if (version := own_version(config, folder)) is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
     export = config.export.model_dump(mode="json")
@@ -257,12 +255,9 @@ def _export_best(
         refusal = str(error)
         runner.note(f"not exported: {refusal.partition('. ')[0]}")
         return {**_NOT_EXPORTED, "refusal": refusal}
-    read = data.split.log.items_read
-    if (undone := describe_undone(config.model_folder, read, listed)) is not None:
-        runner.note(undone)
+    runner.note(*describe_undone(config.model_folder, data.split.log.items_read))
     search = search_of(export.index, export.target_recall)
     runner.progress.task("export", 0, 0, WRITING)
-    tables = [x for table in sorted(folder.data.glob("*.parquet")) for x in part_files(table)]
     version, manifest = export_version(
         model,
         config.model_folder,
@@ -275,7 +270,10 @@ def _export_best(
             "config": config.model_dump(mode="json"),
             "run": str(folder.path.resolve()),
             "log": name_of_log(config.data),
-            "data": {x.relative_to(folder.data).as_posix(): file_hash(x) for x in tables},
+            "data": {
+                **recorded_hashes(folder.data / "log.json"),
+                **recorded_hashes(folder.split.with_suffix(".json")),
+            },
             "training": trained_by(folder.path),
             "counts": data.final.report,
             "metrics": measured.summary()["models"]["two_tower"],
@@ -315,7 +313,7 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
         yield from ["no version is in service yet"] if export.gate else []
         return
     try:
-        yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder.path))
+        yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder))
     except NotPublished as error:
         if export.gate:
             raise NotPublished(f"{error} {kept} --no-export.gate exports it anyway.") from None

@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.rounds import Curve, most_left, standing, winner
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import (
-    check_trainable,
+    check_plan,
     fit_once,
     plan_of,
     trains_winner_alone,
@@ -154,7 +154,7 @@ def race(
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, place / "samples", seed=seed, hard=base.model.hard)
         told = progress or written()
-        trainings = _Trainings(base, (data,), validation, train, place / "race", told)
+        trainings = _Trainings(base, data, validation, train, place / "race", told)
         decided = trainings.run()
         model = trainings.train(decided.winner)
         assert model is not None
@@ -190,7 +190,8 @@ def race_step(config: RunConfig, folder: RunFolder) -> Step:
 
     def make(runner: Runner, data: RunData) -> Race:
         log, told = data.split.train, runner.progress
-        decided = _Trainings(config, data.parts, data.validation, log, folder.race, told).run()
+        trainings = _Trainings(config, data.selection, data.validation, log, folder.race, told)
+        decided = trainings.run()
         runner.note(*decided.lines())
         return decided
 
@@ -206,7 +207,7 @@ def planned(config: RunConfig, name: str) -> RunConfig:
 
 
 def trainable_recipes(
-    config: RunConfig, log: Log, parts: Iterable[TrainingSet]
+    config: RunConfig, log: Log, data: TrainingSet
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:
     """Returns the settings of each recipe that can train, and why the others are not begun.
 
@@ -218,7 +219,7 @@ def trainable_recipes(
         try:
             each = planned(config, name)
             check_log(each, log)
-            check_trainable(parts, each)
+            check_plan(plan_of(each, "two_tower"), data)
         except ValueError as error:
             not_begun[name] = str(error)
             refused.append(error)
@@ -248,15 +249,15 @@ class _Trainings:
     def __init__(
         self,
         config: RunConfig,
-        parts: tuple[TrainingSet, ...],
+        data: TrainingSet,
         validation: Holdout,
         log: Log,
         folder: Path,
         progress: Progress,
     ) -> None:
-        self.config, self.data, self.validation, self.log = config, parts[0], validation, log
+        self.config, self.data, self.validation, self.log = config, data, validation, log
         self.folder, self.progress = folder, progress
-        self.configs, self.not_begun = trainable_recipes(config, log, parts)
+        self.configs, self.not_begun = trainable_recipes(config, log, data)
         self.curves = {name: Curve(name) for name in self.configs}
         for name, (seconds, values, has_ended) in on_chief(self._read).items():
             if name in self.configs:

@@ -3,6 +3,7 @@
 TensorFlow is imported after the items are read, so that bad ones are refused at once.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -251,24 +252,20 @@ def _export(
     return Refreshed(folder, len(ids), num_new, notes)
 
 
-def describe_undone(model: Path, read: datetime, item_ids: np.ndarray) -> str | None:
-    """Describes how a version with these items, read then, differs from a refresh in service."""
-    if not (versions := publish.versions_of(model)):
-        return None
-    newest = model / str(versions[-1])
-    try:
-        manifest = read_record(newest / publish.MANIFEST_FILE, check_files=False)
-        if "refreshed" not in manifest:
-            return None
-        items = pq.read_table(newest / publish.ITEMS_FILE, columns=["item_id"])
-    except (Damaged, OSError, pa.ArrowInvalid):
-        return None
-    refreshed, ours = set(items["item_id"].to_pylist()), set(item_ids.tolist())
-    if refreshed == ours:
-        return None
-    return (
-        f"version {newest.name} was made by refresh-index at {manifest['date'][:16]} UTC, and this "
-        f"run read its items at {read.isoformat()[:16]}: the new version lacks "
-        f"{len(refreshed - ours):,} of its items, and has {len(ours - refreshed):,} that it lacks. "
-        "If the refresh had the newer items, run refresh-index again"
-    )
+def describe_undone(model: Path, read: datetime) -> list[str]:
+    """Describes a refresh in service, if it read its items later than a run that will replace it.
+
+    Returns no line or one. `read` is the moment at which the run began to read its items.
+    """
+    for number in publish.versions_of(model)[-1:]:
+        with contextlib.suppress(Damaged, OSError):  # The run is fine, whatever that version is.
+            path = model / str(number) / publish.MANIFEST_FILE
+            manifest = read_record(path, check_files=False)
+            refreshed = datetime.fromisoformat(manifest["items_read"])
+            if "refreshed" in manifest and refreshed > read:
+                return [
+                    f"version {number} was made by refresh-index, whose items were read at "
+                    f"{refreshed.isoformat()[:16]} UTC, and this run's at {read.isoformat()[:16]}: "
+                    "to have the newer items in service, run refresh-index again"
+                ]
+    return []

@@ -1,7 +1,7 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -19,6 +19,7 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder, settings_of_finished
 from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.samples.store import read_samples
 
 Training: TypeAlias = Literal["selection", "refit"]
 
@@ -43,14 +44,11 @@ def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -
     return Step(f"train {name}", ("samples",), name, make, read, place)
 
 
-def check_trainable(parts: Iterable[TrainingSet], config: RunConfig) -> None:
-    """Refuses what a training on any of these parts would refuse, before hours of training."""
-    for part in parts:
-        check_plan(plan_of(config, "two_tower"), part)
-
-
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
-    """Refuses what a training of a model on this data would refuse."""
+    """Refuses what a training of a model on this data would refuse, before others train for hours.
+
+    A refit need not be checked: its samples are those of the first training and more.
+    """
     data.check_negatives_left(plan.hard)
     training, batches = plan.training, plan.batches(data.samples)
     make_optimizer(training, training.max_epochs * batches.steps_per_epoch)
@@ -68,7 +66,6 @@ def train_and_refit(
 
     The model's `result` is that of the first training; its `notes` describe both.
     """
-    check_trainable(data.parts, config)
     source, log = config.warm_start, data.split.train
 
     def fit(step: Training, max_epochs: int) -> FittedTwoTower:
@@ -233,7 +230,7 @@ def trained_in(
     split = split_in(run)
     log, part = (split.train, "selection") if step == "selection" else (split.before_test, "final")
     read_record(run.samples / part / "report.json")  # Checks the files that ids are read from.
-    corpus = Corpus.read(log, run.samples / part)
+    corpus = Corpus.read(log, run.samples / part, read_samples(run.samples / part))
     best_epoch = trained[name]["best_epoch"]
     return read_training(models[name], name, corpus, log, checkpoints / step, best_epoch)
 

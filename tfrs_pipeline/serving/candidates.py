@@ -177,13 +177,11 @@ class Candidates:
             chosen = [self.values.choose(values, len(self)) for values in allowed]
         asked = _Search(view, queries, k, lists, chosen)
         levels = np.full(num, len(view.levels)) if exact else asked.levels()
-        short = levels == len(view.levels)
-        for level in set(levels[~short].tolist()):
-            lines = np.flatnonzero(levels == level)
-            asked.approximate(view.levels[level], lines)
-            short[lines] = (asked.rows[lines] > 0).sum(axis=1) < asked.num_wanted[lines]
-        if short.any():
-            asked.score_all(np.flatnonzero(short))
+        for number, level in enumerate(view.levels):
+            if len(lines := np.flatnonzero(levels == number)):
+                levels[lines] = asked.approximate(level, lines)
+        if len(lines := np.flatnonzero(levels == len(view.levels))):
+            asked.score_all(lines)
         return view.ids[asked.rows], asked.scores
 
     def change(
@@ -277,8 +275,9 @@ class _Search:
         shape = len(self.queries), self.k
         self.rows, self.scores = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
         self.num_excluded = np.array([len(x) for x in self.excluded], np.int64)
-        # How many candidates each query should get if its filter allowed all.
-        self.num_wanted = np.clip(self.view.num_candidates - self.num_excluded, 0, self.k)
+        self.depths = [level.depth for level in self.view.levels]
+        # What an answer of the index must have. If less is left, exact search says so.
+        self.num_wanted = min(self.k, self.view.num_candidates)
 
     def levels(self) -> np.ndarray:
         """Returns each query's level; a number past the last one means exact search."""
@@ -289,33 +288,41 @@ class _Search:
         share = np.array([1.0 if x is None else x.share for x in self.chosen])
         share *= view.num_candidates / max(1, view.num_rows)
         is_part = share < 1
-        # With three standard deviations more, there are nearly always enough allowed candidates.
-        part = needed[is_part]
-        needed[is_part] = (part + 3 * np.sqrt(part)) / np.maximum(share[is_part], 1e-9)
-        return np.searchsorted([level.depth for level in view.levels], needed)
+        needed[is_part] = _depth(needed[is_part], share[is_part])
+        return np.searchsorted(self.depths, needed)
 
-    def approximate(self, level: Level, lines: np.ndarray) -> None:
-        """Asks the index for the best of some queries."""
-        view, k = self.view, self.k
+    def approximate(self, level: Level, lines: np.ndarray) -> np.ndarray:
+        """Asks the index for the best of some queries, and keeps each answer that it can fill.
+
+        Returns the level at which to ask again for the others, [n], and -1 for those answered. The
+        best candidates of the others lie deeper in the index. Pending candidates may be far away
+        and do not make up for them.
+        """
+        view, wanted, top = self.view, self.num_wanted, slice(self.num_wanted)
         assert view.searcher is not None
         found, found_scores, num_indexed = view.searcher.search(self.queries[lines], level)
         is_whole = num_indexed == view.num_rows and view.removed_by is None
         pending = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
         vectors = view.vectors[num_indexed : view.num_rows]
+        next_levels = np.full(len(lines), -1)
         for i, line in enumerate(lines):
             best, best_scores = found[i], found_scores[i]
             if not is_whole or len(self.excluded[line]) or self.chosen[line] is not None:
                 is_open = self._open(line, best)
                 best, best_scores = best[is_open], best_scores[is_open]
+            if (num_found := int((best > 0).sum())) < wanted:
+                depth = _depth(wanted, max(num_found, 1) / level.depth)
+                next_levels[i] = np.searchsorted(self.depths, depth)
+                continue
             if len(pending):
                 is_open = self._open(line, pending)
                 best = np.concatenate([best, pending[is_open]])
                 new_scores = np.vecdot(vectors, self.queries[line])
                 best_scores = np.concatenate([best_scores, new_scores[is_open]])
-                order = np.argsort(-best_scores, kind="stable")[:k]
+                order = np.argsort(-best_scores, kind="stable")
                 best, best_scores = best[order], best_scores[order]
-            num = min(k, len(best))
-            self.rows[line, :num], self.scores[line, :num] = best[:num], best_scores[:num]
+            self.rows[line, top], self.scores[line, top] = best[top], best_scores[top]
+        return next_levels
 
     def _open(self, line: int, rows: np.ndarray) -> np.ndarray:
         """Returns which rows, [n], a query may return: [n] bool."""
@@ -357,6 +364,12 @@ class _Search:
 
         best = top_k_in_blocks(score, len(lines), num, self.k, excluded)
         self.rows[lines], self.scores[lines] = best
+
+
+def _depth(num_wanted: Any, share: Any) -> Any:
+    """Returns how deep to search for so many candidates if a share of all is open to a query."""
+    # With three standard deviations more, there are nearly always enough.
+    return (num_wanted + 3 * np.sqrt(num_wanted)) / np.maximum(share, 1e-9)
 
 
 def _found_at_once(view: View, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:

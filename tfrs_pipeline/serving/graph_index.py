@@ -147,13 +147,22 @@ class SavedIndex(tf.Module):
 
 def read_saved_index(folder: Path) -> Saved:
     """Reads the index of a SavedModel, without ScaNN's operation."""
-    reader = tf.train.load_checkpoint(str(folder / "variables" / "variables"))
     saved: dict[str, np.ndarray | bytes] = {}
     for file in FILES:
-        value = reader.get_tensor(f"_index/_state/{_variable(file)}/.ATTRIBUTES/VARIABLE_VALUE")
+        value = _saved_value(folder, f"_index/_state/{_variable(file)}")
         if np.ndim(value):
             saved[file] = value if file.endswith(".npy") else value[0]
     return saved
+
+
+def read_saved_codes(folder: Path) -> np.ndarray:
+    """Reads the codes of each candidate in the item filter of a SavedModel: [n, P] int32."""
+    return np.asarray(_saved_value(folder, "_item_filter/_codes")[1:])  # Row 0 is the empty slot.
+
+
+def _saved_value(folder: Path, variable: str) -> Any:
+    reader = tf.train.load_checkpoint(str(folder / "variables" / "variables"))
+    return reader.get_tensor(f"{variable}/.ATTRIBUTES/VARIABLE_VALUE")
 
 
 def _variable(file: str) -> str:

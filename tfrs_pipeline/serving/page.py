@@ -1,7 +1,6 @@
 """Answers the requests of the page at /: the model's card, items by title, queries."""
 
 import itertools
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Annotated, Any
 import numpy as np
 import tensorflow as tf
 from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic_core import to_json, to_jsonable_python
 
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.model.encoder import request_inputs
 from tfrs_pipeline.model.graph import empty_id
-from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
+from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, read_json, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import AsksBy, Retrieval
@@ -102,22 +101,22 @@ def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
 def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
     """Answers a `PageQuery` with the index and, if it is approximate, with exact search too."""
     try:
-        query = PageQuery.model_validate_json(body)
+        query = PageQuery.model_validate(read_json(body))
     except ValidationError as error:
         raise refusal(error) from None
     asked_by = query.user_id, query.similar_to, query.items or query.features or None
     if sum(by is not None for by in asked_by) != 1:
         raise bad_request("A query has 'user_id', or 'similar_to', or 'items' or 'features'.")
     try:
-        request = json.dumps(request_of(version.retriever, query), ensure_ascii=False)
-        asked = parse_predict(request.encode(), version.signatures)
+        request = to_json(request_of(version.retriever, query), inf_nan_mode="null")
+        asked = parse_predict(request, version.signatures)
     except ValueError as error:
         raise bad_request(str(error)) from None
     retriever = version.retriever
     found = _asked(version, asked)
     path = f"/v1/models/{retriever.folder.parent.name}:predict"
     result: dict[str, Any] = {"version": version.number, "index": found, "exact": None}
-    result["request"] = {"path": path, "body": request}
+    result["request"] = {"path": path, "body": request.decode()}
     if query.user_id is not None:
         history = retriever.stored_history(retriever.parse_id(str(query.user_id), "user"))
         shown = _shown(version, history[:MAX_HISTORY_SHOWN])
@@ -156,7 +155,7 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         function = retriever.saved_model.signatures[retrieval.embed_name]
         request = retriever.parse_request(query.request)
         given |= request_inputs(function, retriever.features, [request])
-    inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in given.items()}
+    inputs |= {name: x.numpy().tolist() for name, x in given.items()}
     if query.filter:
         inputs["allowed"] = [query.filter]
     return {"signature_name": retrieval.name, "inputs": {**inputs, "k": query.k}}

@@ -4,6 +4,7 @@ docs/guides/serving.md describes it, and where it is stricter than TensorFlow Se
 """
 
 import base64
+import contextlib
 import reprlib
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, NamedTuple, NotRequired
@@ -141,7 +142,7 @@ class SignatureInputs:
         else:
             widths = {len(row) for row in column if row is not None}
             if len(widths) > 1:
-                empty = '""' if dtype == tf.string else "-1" if dtype.is_integer else "NaN"
+                empty = '""' if dtype == tf.string else "-1" if dtype.is_integer else "null"
                 raise bad_request(
                     f"Input {name!r} must have lists of one length: fill the shorter ones with "
                     f"{empty}. Received lengths: {sorted(widths)[:5]}"
@@ -150,7 +151,7 @@ class SignatureInputs:
             rows = [[missing] * width if row is None else known(row) for row in column]
             array = np.array(rows, dtype.as_numpy_dtype).reshape(len(column), width)
         if dtype.is_floating and np.isinf(array).any():
-            raise bad_request(f"Input {name!r} takes finite {dtype.name} values, or NaN.")
+            raise bad_request(f"Input {name!r} takes finite {dtype.name} values, or null.")
         if name in self._times and (array > MAX_SECONDS).any():
             raise bad_request(
                 f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
@@ -190,7 +191,7 @@ class PredictCall(NamedTuple):
 
 def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> PredictCall:
     """Reads the body of a predict call, in time proportional to its length, or refuses it (400)."""
-    document = _read_json(body)
+    document = read_json(body)
     if not isinstance(document, dict):
         wanted = "The body must be an object, such as {'inputs': [42]}."
         raise bad_request(f"{wanted} Received: {_shown(document)}")
@@ -215,7 +216,7 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
 
 def parse_items(body: bytes, key: str) -> list[Any]:
     """Reads the body of a write: {key: [...]}, or one item alone; else refuses it (400)."""
-    document = _read_json(body, allow_inf_nan=False)
+    document = read_json(body)
     if key == "items" and isinstance(document, dict) and "item_id" in document:
         return [document]
     values = document.get(key) if isinstance(document, dict) and len(document) == 1 else None
@@ -225,11 +226,16 @@ def parse_items(body: bytes, key: str) -> list[Any]:
     return values
 
 
-def _read_json(body: bytes, *, allow_inf_nan: bool = True) -> Any:
+def read_json(body: bytes) -> Any:
+    """Reads JSON, or refuses it (400); the words NaN and Infinity are not JSON."""
     try:
-        return from_json(body, allow_inf_nan=allow_inf_nan)
+        return from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise bad_request(f"The body is not JSON in UTF-8: {error}") from None
+        problem = str(error)
+        with contextlib.suppress(ValueError):
+            from_json(body)  # Fails too unless the words are all that is wrong.
+            problem = "it has NaN, Infinity or -Infinity; give null where a value is missing"
+        raise bad_request(f"The body is not JSON in UTF-8: {problem}") from None
 
 
 def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> bytes:
@@ -254,7 +260,8 @@ def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
     """Makes a 400 that describes the first problem of a request."""
     details = error.errors(include_url=False)[0]
     place = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
-    message = details["msg"].removeprefix("Value error, ")  # Pydantic's, before ours.
+    # Pydantic's prefix, before our message, which may quote a value of any length.
+    message = f"{details['msg'].removeprefix('Value error, '):.200}"
     problem = "Missing named input" if details["type"] == "missing" else message
     return bad_request(f"{place}: {problem}. Received: {_shown(details['input'])}")
 

@@ -19,7 +19,7 @@ from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
-from tfrs_pipeline.serving.graph_index import read_saved_index
+from tfrs_pipeline.serving.graph_index import read_saved_codes, read_saved_index
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
@@ -95,7 +95,7 @@ class LoadedRetriever(LoadedTowers):
         searcher = Searcher.load(read_saved_index(self.folder), vectors) if levels else None
         values, codes = None, None
         if self.item_filter is not None:
-            codes = self.saved_model._item_filter._codes.numpy()[1:]
+            codes = read_saved_codes(self.folder)
             values = FilterValues(self.item_filter["values"], codes)
         widths = [Level(**level) for level in levels]
         return Candidates(ids.to_numpy(), vectors, searcher, widths, values, codes)
@@ -107,7 +107,8 @@ class LoadedRetriever(LoadedTowers):
 
         Excludes only `exclude`: items of the history, and those that a user is known to have
         clicked, are retrieved too. Reads only the history in the query; `retrieve_user` reads the
-        stored history of a known user, and excludes its items.
+        stored history of a known user, and excludes its items. Items of a history that the training
+        did not have are ignored: `knows` tells which they are.
 
         Args:
             queries: See `Query`; all keys are optional. `features` replace all stored ones of the
@@ -269,10 +270,8 @@ class LoadedRetriever(LoadedTowers):
             function = self.saved_model.signatures[asked.embed_name]
             embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
-        answer = {"candidate_ids": ids, "scores": scores}
-        if asked.asks_by != "item":
-            answer["is_known_user"] = embedded["is_known_user"]
-        return answer
+        known = {x: embedded[x] for x in embedded if x not in ("embeddings", "known_items")}
+        return {"candidate_ids": ids, "scores": scores, **known}
 
     def _embedded_items(self, item_ids: Sequence[Any]) -> dict[str, np.ndarray]:
         """Makes queries of items, which exclude the item itself."""

@@ -105,17 +105,16 @@ class RetrievalModule(tf.Module):
             embedded = graph.call(getattr(self.encoder, retrieval.embed_name), query)
         # Items of a given history are not excluded, unless `exclude` holds them.
         if "known_items" in embedded:
-            exclude = tf.concat([embedded["known_items"], exclude], axis=1)
+            exclude = tf.concat([embedded.pop("known_items"), exclude], axis=1)
         # Row 0 is padding, an unknown item, or one that the index does not have.
         excluded = graph.lookup(self._candidate_rows, exclude)
         chosen = None
         if self._item_filter is not None and allowed is not None:
             chosen = self._item_filter.choose(allowed)
-        rows, scores = self._index.search(embedded["embeddings"], k, excluded, chosen)
+        rows, scores = self._index.search(embedded.pop("embeddings"), k, excluded, chosen)
+        # The rest says what the encoder knew of the query.
         answer = {"candidate_ids": tf.gather(self._candidate_ids, rows), "scores": scores}
-        if retrieval.asks_by != "item":
-            answer["is_known_user"] = embedded["is_known_user"]
-        return answer
+        return {**answer, **embedded}
 
     def _item_queries(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
         """Makes queries of items as `LoadedRetriever.similar` does."""

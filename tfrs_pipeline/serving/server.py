@@ -42,6 +42,7 @@ from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
+from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class ModelServer:
             if call.num_queries > SMALL_QUERIES or call.num_results > SMALL_RESULTS:
                 return call
             outputs = version.call(call.signature, call.inputs)
+            version.watch.count(call.inputs, outputs)
             return rest.format_outputs(outputs, call.is_row_format)
 
         with self.versions.use(number) as version:
@@ -136,6 +138,7 @@ class ModelServer:
                 for part in call.slices(SMALL_QUERIES, SMALL_RESULTS):
                     parts.append(await _run(self.large, version.call, call.signature, part))
                 outputs = {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+                version.watch.count(call.inputs, outputs)
                 answer = await _run(self.large, rest.format_outputs, outputs, call.is_row_format)
             return Response(answer, media_type="application/json")
 
@@ -163,6 +166,7 @@ def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str,
         more = f"{message}; the server's log has more."
         raise HTTPException(503, more, {"Retry-After": "1"}) from None
     counts: dict[str, Any] = {"num_new": num_new} if is_put else {"num_removed": num_removed}
+    LIVE_UNKNOWN_VALUES.inc(len(change.notes))
     notes = {"notes": change.notes} if change.notes else {}
     return {**counts, **notes, "num_items": num_items}
 
@@ -332,6 +336,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     message = error.detail
     if message == http.HTTPStatus(error.status_code).phrase:  # The router's own.
         message = f"Malformed request: {request.method} {request.url.path:.200}: {message}"
+    if len(message) > 800:  # It quotes something long: what to do may stand at its end.
+        message = f"{message[:400]} ... {message[-400:]}"
     return JSONResponse({"error": message}, error.status_code, error.headers)
 
 

@@ -19,6 +19,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
+from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving.connections import BUCKETS_SECONDS
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
@@ -27,6 +28,7 @@ from tfrs_pipeline.serving.retriever import UnknownItem, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import DEFAULT_K, RETRIEVALS, Retrieval, ask, completed
 from tfrs_pipeline.serving.store import Replaced
+from tfrs_pipeline.serving.watching import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class ServedVersion:
             name: json_format.MessageToDict(signature, **options)
             for name, signature in saved.meta_graphs[0].signature_def.items()
         }
+        self.watch = Watch(self.retriever)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
         names = self.retriever.manifest["feature_inputs"]
@@ -134,6 +137,17 @@ class ServedVersion:
             for part in tf.train.TrackableView(self.retriever.saved_model).descendants()
             if isinstance(part, tf.saved_model.experimental.TrackableResource)
         ]
+
+
+def _problem(error: Exception, folder: Path) -> str:
+    """Describes in a line why a version cannot be loaded."""
+    try:  # If a file goes while it is read, TensorFlow's error does not say so.
+        read_record(folder / MANIFEST_FILE)
+    except FileNotFoundError:
+        return "its folder was deleted meanwhile."
+    except Damaged as damage:
+        return str(error if isinstance(error, Damaged) else damage)
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class ModelVersions:
@@ -252,7 +266,7 @@ class ModelVersions:
         try:
             version = self._load_version(folder)
         except Exception as error:  # Whatever is wrong, the version in use goes on.
-            message = f"Version {folder.name} cannot be loaded: {type(error).__name__}: {error}"
+            message = f"Version {folder.name} cannot be loaded: {_problem(error, folder)}"
             self._failures[identity] = (message, time.monotonic() + RETRY_SECONDS)
             LOADS.labels(self.name, "failed").inc()
             logger.error("%s", message)

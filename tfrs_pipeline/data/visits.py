@@ -1,0 +1,95 @@
+"""Visits: the events of a user on an item within a visit are one event, of the strongest type.
+
+A view, a cart and a purchase of an item within minutes are one decision. Kept apart, the purchase
+would be a positive whose history ends with its own item, and training would reward repeating the
+last click. The other items of the visit stay in each other's histories.
+"""
+
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+
+from tfrs_pipeline.data.requests import whole_seconds
+from tfrs_pipeline.data.schema import is_positive, order_keys
+
+SESSIONS = ("session_id", "session", "visit_id", "visit")
+"""Usual names of a column that numbers visits, the likeliest first."""
+STRENGTH = "_strength"
+"""Column of a log of types: the weight of an event's type, before its amount multiplies it."""
+VISIT = "_visit"
+"""Column of `number_visits`."""
+PAUSE = 1_800
+"""Seconds without an event that end a visit, as web analytics count, in a log without sessions."""
+_LONGEST_PAUSE = 86_400  # A session that goes on later is another one with the same number.
+
+
+def number_visits(events: ibis.Table) -> ibis.Table:
+    """Adds the column `VISIT`, the same for the events of a user's visit; null for none.
+
+    A visit is a session (column `session_id`). Events without one are a visit until a `PAUSE`.
+    """
+    sessions = [name for name in ("session_id",) if name in events.columns]
+    session = events["session_id"].cast("string") if sessions else ibis.null("string")
+    if "timestamp" not in events.columns:
+        return events.mutate(**{VISIT: session})
+    by, in_order, seconds = (
+        ["user_id", *sessions],
+        order_keys(events),
+        whole_seconds(events["timestamp"]),
+    )
+    pause = seconds - seconds.lag().over(ibis.window(group_by=by, order_by=in_order))
+    is_new = pause > session.isnull().ifelse(PAUSE, _LONGEST_PAUSE)
+    events = events.mutate(_starts=is_new.fill_null(False).cast("int64"), **{VISIT: session})
+    so_far = ibis.cumulative_window(group_by=by, order_by=in_order)
+    number = events["_starts"].sum().over(so_far).cast("string")
+    return events.mutate(**{VISIT: events[VISIT].fill_null("") + ":" + number}).drop("_starts")
+
+
+def merge_requests(events: ibis.Table) -> ibis.Table:
+    """Merges the events of a user on an item in a request into the first one.
+
+    The first event of each request stays, so that no request moves.
+    """
+    return _merge(events, "request_id", order_keys(events), ibis.literal(True))
+
+
+def merge_visits(events: ibis.Table) -> ibis.Table:
+    """Merges the events of a user on an item in a visit into the first positive, or the first.
+
+    An event whose request has other events stays apart: without it the request might move.
+    """
+    is_free: ir.BooleanValue = ibis.literal(True)
+    if "request_id" in events.columns:
+        num = events.count().over(ibis.window(group_by=["user_id", "request_id"]))
+        is_free = events["request_id"].isnull() | (num == 1)
+    return _merge(events, VISIT, [~is_positive(events), *order_keys(events)], is_free)
+
+
+def _merge(
+    events: ibis.Table, group: str, order: list[Any], is_free: ir.BooleanValue
+) -> ibis.Table:
+    """Merges the free events of a user on an item, with one value of `group`, into the first one.
+
+    The first event in `order` keeps its time, number, request and context, and gets stage and
+    weight of the strongest: a positive before an exposure, then the strongest type, then the
+    largest amount of that type. Events without a value are kept.
+    """
+    # An event of the test is never merged into one of the training.
+    keys = [x for x in ("user_id", "item_id", group, "part") if x in events.columns]
+    place = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
+    is_merged = (place > 0) & is_free & events[group].notnull()
+    events = events.mutate(_is_merged=is_merged, _is_first=place == 0)
+    strength = [
+        ~(events["_is_first"] | events["_is_merged"]),
+        ~is_positive(events),
+        *(events[name].desc() for name in (STRENGTH, "weight")),
+        events["event_number"],
+    ]
+    strongest_first = ibis.window(group_by=keys, order_by=strength)
+    strongest = {
+        name: events["_is_first"].ifelse(events[name].first().over(strongest_first), events[name])
+        for name in ("stage", STRENGTH, "weight")
+    }
+    kept = events.mutate(**strongest).filter(~events["_is_merged"])
+    return kept.drop("_is_first", "_is_merged")
