@@ -154,6 +154,7 @@ def test_columns_that_are_lists_or_records_are_left_unread() -> None:
     [
         ({"event_weights": {"purchse": 5}}, r"event_weights.purchse: no row .* mean 'purchase'\?"),
         ({"event_weights": {"VIEW": 1, "click": 1}}, r"weights.VIEW: no row .* mean 'view'\?"),
+        ({"event_weights": {"purchase": 5, "page_view": 1}}, r"page_view: .* mean 'view'\?"),
         ({"event_weights": {"kauf": 5}}, "no row has a type with a weight. The types are click, p"),
         ({"event_weights": {"view": "exposed"}}, "is a positive"),
         ({"event_weights": {"view": "shown"}}, "got 'shown'; must be the weight of a positive"),

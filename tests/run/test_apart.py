@@ -108,7 +108,7 @@ def test_a_run_exports_and_reports_without_a_baseline_that_failed(
     assert WHY["crashes"] in metrics["left_out"]["ease"]
     assert any(WHY["crashes"] in note for note in watched.reports["baselines"].notes)
     assert result.export_folder is not None
-    page = write_report(folder).read_text()
+    page = write_report(str(folder)).read_text()
     assert f"ease is left out: {metrics['left_out']['ease']}" in page
 
 

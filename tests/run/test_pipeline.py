@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 from unittest.mock import MagicMock
 
@@ -39,7 +40,8 @@ from tfrs_pipeline.run.steps import Step
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.publish import versions_of
+from tfrs_pipeline.serving.gate import IN_SERVICE
+from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
@@ -413,6 +415,30 @@ def test_a_beaten_model_is_exported_only_if_asked_for(tmp_path: Path, command: A
     assert "exported anyway, as export.if_beaten allows: A baseline" in answer.out
     assert {x: x.stat().st_mtime_ns for x in trained} == trained
     assert read_record(folder / "metrics.json")["export_folder"].endswith("films/1")
+
+
+@pytest.mark.parametrize("allowed", [[], ["export.if_beaten"], ["export.gate"]])
+def test_all_reasons_against_an_export_are_told_at_once(
+    allowed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the flag that the first refusal names would only lead to the second one."""
+    reasons = {"refuse_beaten": "A baseline beats it.", "refuse_worse": "It is worse."}
+    flags = {"export.if_beaten": "--export.if_beaten", "export.gate": "--no-export.gate"}
+    for name, reason in reasons.items():
+
+        def refuse(*arguments: Any, reason: str = reason, **options: Any) -> str:
+            raise NotPublished(reason)
+
+        monkeypatch.setattr(pipeline, name, refuse)
+    overruled: dict[str, Any] = {"export.if_beaten": True, "export.gate": False}
+    settings = {"export.gate": True} | {name: overruled[name] for name in allowed}
+    config = with_settings(ratings_config(tmp_path), {"export.if_beaten": False, **settings})
+    evaluation: Any = SimpleNamespace(results={"two_tower": None, "ease": None, IN_SERVICE: None})
+    notes: list[str] = []
+    with pytest.raises(NotPublished) as caught:
+        notes.extend(pipeline._pass_gate(config, RunFolder(tmp_path / "run"), evaluation))
+    for (name, flag), reason in zip(flags.items(), reasons.values(), strict=True):
+        assert (reason in str(caught.value)) == (flag in str(caught.value)) == (name not in allowed)
 
 
 def test_what_is_dropped_is_counted(tmp_path: Path) -> None:

@@ -261,7 +261,8 @@ def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTab
     others = {name: num for name, num in counts.items() if name not in weights}
     by_case = {name.lower(): name for name in others}
     for name in weights:
-        near = difflib.get_close_matches(name.lower(), by_case, n=1)
+        parts = [each for each in by_case if each in name.lower() or name.lower() in each]
+        near = difflib.get_close_matches(name.lower(), by_case, n=1) or parts
         if name not in counts and near:
             raise DataError(
                 f"event_weights.{printable(name)}: no row has this type; did you mean "

@@ -105,12 +105,13 @@ class RunFacts:
         return at_reading + int(self.metrics["split"]["num_events_dropped"])
 
 
-def write_report(folder: Path, output: Path | None = None) -> Path:
+def write_report(folder: Path | str, output: Path | str | None = None) -> Path:
     """Writes the report of a finished run or comparison as one HTML page; returns its path.
 
     `output` is the file, or a folder for report.html; None is the folder of the run.
     """
-    path = output or folder
+    folder = Path(folder)
+    path = Path(output or folder)
     if path.is_dir():
         path /= REPORT_FILE
     is_run = not (folder / COMPARISON_FILE).exists()

@@ -301,20 +301,26 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
     baselines = [x for x in evaluation.results if x not in (*variants(config), IN_SERVICE)]
-    stays = f"{models} stays as it is. " if versions_of(models) else ""
-    kept = f"{stays}The trained run is kept: --run-dir {folder.path} with"
+    refusals: dict[str, str] = {}  # By the flag that overrules each: all are told at once.
     try:
         refuse_beaten(evaluation, monitor, baselines)
     except NotPublished as error:
-        if not export.if_beaten:
-            raise NotPublished(f"{error} {kept} --export.if_beaten exports it anyway.") from None
-        yield f"exported anyway, as export.if_beaten allows: {error}"
-    if IN_SERVICE not in evaluation.results:
-        yield from ["no version is in service yet"] if export.gate else []
-        return
-    try:
-        yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder))
-    except NotPublished as error:
-        if export.gate:
-            raise NotPublished(f"{error} {kept} --no-export.gate exports it anyway.") from None
-        yield f"exported anyway, without the gate: {error}"
+        if export.if_beaten:
+            yield f"exported anyway, as export.if_beaten allows: {error}"
+        else:
+            refusals["--export.if_beaten"] = str(error)
+    if IN_SERVICE in evaluation.results:
+        try:
+            yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder))
+        except NotPublished as error:
+            if export.gate:
+                refusals["--no-export.gate"] = str(error)
+            else:
+                yield f"exported anyway, without the gate: {error}"
+    elif export.gate:
+        yield "no version is in service yet"
+    if refusals:
+        stays = f"{models} stays as it is. " if versions_of(models) else ""
+        kept = f"{stays}The trained run is kept: --run-dir {folder.path} with"
+        flags = " ".join(refusals)
+        raise NotPublished(f"{' '.join(refusals.values())} {kept} {flags} exports it anyway.")
