@@ -263,7 +263,8 @@ def plot_popularity(
         num = is_in.sum()
         if start:
             axes.axvline(start + 0.5, color=SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
-        if num:
+        # In a narrow slice, its name would overlap the next one.
+        if num and np.log10((start + num) / (start + 1)) > 0.06 * len(part):
             place = np.sqrt((start + 1) * (start + num)), 1.01
             options: Any = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
             axes.annotate(part, place, color=SOFT, **options)
