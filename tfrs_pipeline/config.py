@@ -135,9 +135,9 @@ class RunConfig(Config):
     compare: CompareConfig = CompareConfig()
     """What `tfrs-pipeline compare` tries."""
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
-    """Finished run or exported model whose weights training starts from. On the command line, the
-    settings of the model, its training and the baselines that you do not give are taken from there,
-    and max_epochs is a fifth of what training from scratch needed. If not given, from scratch."""
+    """Finished run or exported model whose weights training starts from. On the command line, what
+    you do not give of model, training and baselines is taken from there, with a fifth of its
+    epochs. If not given, from scratch."""
     recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
     fixed: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()

@@ -27,7 +27,8 @@ from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_setti
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.durable import file_hash, read_record, write_record
-from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.metrics import popularity_slices
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.retrieval import Retriever
@@ -573,6 +574,9 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert run(config, path).export_folder == own
     # Nor does a finished run replace another version in service, such as after a rollback.
     other = own.rename(own.parent / "7")
+    manifest = (other / "manifest.json").read_bytes()
+    written = read_record(other / "manifest.json", check_files=False)
+    write_record(other / "manifest.json", {**written, "training": ["another"]})
     for metrics in (moved, again.metrics):
         write_record(record, metrics)
         assert run(config, path, progress=watched).metrics == metrics
@@ -580,6 +584,7 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
         notes = watched.reports["finished before"].notes
         assert "is gone, and a finished run is not exported again" in notes[-1]
     record.write_bytes(kept)
+    (other / "manifest.json").write_bytes(manifest)
     other.rename(own)
 
 

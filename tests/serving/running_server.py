@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -22,6 +23,13 @@ from tfrs_pipeline.serving.settings import ServeSettings
 PREDICT = "/v1/models/films:predict"
 TOKEN = "0123456789abcdef"
 JSON = {"content-type": "application/json"}
+
+
+def in_json(scores: Any) -> np.ndarray:
+    """Returns scores as an answer in JSON has them: NaN, which null becomes, in empty slots."""
+    values = np.asarray(scores)
+    is_score = values.dtype.kind == "f"
+    return np.where(np.isneginf(values), np.nan, values) if is_score else values
 
 
 def retrieve_user(users: list[Any], exclude: list[list[Any]], k: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from google.protobuf import json_format
 
 from tests.serving.conftest import NUM_QUERIES, Served
-from tests.serving.running_server import GOOD, JSON, PREDICT, Running, retrieve_user
+from tests.serving.running_server import GOOD, JSON, PREDICT, Running, in_json, retrieve_user
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.settings import ServeSettings
@@ -26,7 +26,7 @@ from tfrs_pipeline.serving.versions import ServedVersion
 def check(answer: dict[str, Any], ids: np.ndarray, scores: np.ndarray) -> None:
     """Compares an answer with Python's."""
     assert answer["candidate_ids"] == ids.tolist()
-    np.testing.assert_allclose(np.array(answer["scores"], np.float32), scores, rtol=1e-5)
+    np.testing.assert_allclose(np.array(answer["scores"], np.float32), in_json(scores), rtol=1e-5)
 
 
 def test_rows_and_columns(served: Served, running: Running, loaded: LoadedRetriever) -> None:
@@ -84,7 +84,8 @@ def test_every_signature(served: Served, running: Running, loaded: LoadedRetriev
             if tensor.dtype == tf.string:
                 assert np.char.encode(answer[key], "utf-8").tolist() == tensor.numpy().tolist()
             else:
-                np.testing.assert_allclose(answer[key], tensor, rtol=1e-5, atol=1e-6)
+                values = np.array(answer[key], np.float32)
+                np.testing.assert_allclose(values, in_json(tensor), rtol=1e-5, atol=1e-6)
 
 
 def kinds_of(signatures: Any) -> dict[tuple[str, str, str], tuple[int, int]]:

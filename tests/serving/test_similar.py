@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from tests.serving.conftest import NUM_CANDIDATES, Served
-from tests.serving.running_server import PREDICT, Running
+from tests.serving.running_server import PREDICT, Running, in_json
 from tfrs_pipeline import LoadedRetriever, Log, TrainingSettings, TwoTower, export, load
 from tfrs_pipeline.model.graph import id_list, id_lists
 from tfrs_pipeline.run.refresh import refresh_index
@@ -88,10 +88,10 @@ def test_every_way_answers_as_numpy(
         loaded.similar(items, k, np.array(best, object), allowed=allowed or None),
         by_signature(served, loaded.saved_model, *given),
         by_signature(served, served.module(kind), *given),
-        (over_rest["candidate_ids"], over_rest["scores"]),
+        (over_rest["candidate_ids"], np.array(over_rest["scores"], np.float32)),
     ):
         assert np.asarray(found, object).tolist() == expected
-        np.testing.assert_allclose(found_scores, scores, atol=1e-5)
+        np.testing.assert_allclose(in_json(found_scores), in_json(scores), atol=1e-5)
 
 
 def test_refuses_what_is_not_there(

@@ -12,7 +12,13 @@ from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.metrics import even_metrics, find_hits, query_metrics, set_metrics
+from tfrs_pipeline.evaluation.metrics import (
+    even_metrics,
+    find_hits,
+    popularity_slices,
+    query_metrics,
+    set_metrics,
+)
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, SliceResult
 from tfrs_pipeline.retrieval import Query, Retriever
 
@@ -102,22 +108,6 @@ def _checked_cutoffs(cutoffs: Sequence[int]) -> tuple[int, ...]:
             f"cutoffs must be integers of 1 or more, at least one. Received: {list(cutoffs)}."
         )
     return tuple(sorted(set(cutoffs)))
-
-
-def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Cuts the candidates into head, torso and tail by their counts: [num_candidates] bool.
-
-    Sorted by falling count, ties by row, the head is the fewest candidates that hold half of the
-    training positives, the torso the next ones up to 80%, and the tail all others.
-    """
-    counts = candidate_counts
-    order = np.argsort(-counts, kind="stable")
-    held_by_more_popular = np.cumsum(counts[order]) - counts[order]
-    # .8 of a sum can be slightly off. Counts are integers, so this margin changes nothing else.
-    bounds = np.array([0.5, 0.8]) * counts.sum() - 1e-6
-    part = np.empty(len(counts), np.int8)
-    part[order] = np.searchsorted(bounds, held_by_more_popular)
-    return {name: part == number for number, name in enumerate(("head", "torso", "tail"))}
 
 
 Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]

@@ -158,3 +158,19 @@ def even_metrics(
             values[f"even_{name}@{k}"] = column = np.full(len(rows), np.nan)
             column[measured[first]] = of_users[is_user]
     return values, round(num_users**2 / np.sum(v**2))
+
+
+def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Cuts the candidates into head, torso and tail by their counts: [num_candidates] bool.
+
+    Sorted by falling count, ties by row, the head is the fewest candidates that hold half of the
+    training positives, the torso the next ones up to 80%, and the tail all others.
+    """
+    counts = candidate_counts
+    order = np.argsort(-counts, kind="stable")
+    held_by_more_popular = np.cumsum(counts[order]) - counts[order]
+    # .8 of a sum can be slightly off. Counts are integers, so this margin changes nothing else.
+    bounds = np.array([0.5, 0.8]) * counts.sum() - 1e-6
+    part = np.empty(len(counts), np.int8)
+    part[order] = np.searchsorted(bounds, held_by_more_popular)
+    return {name: part == number for number, name in enumerate(("head", "torso", "tail"))}

@@ -16,8 +16,7 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import ASKED, Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.evaluation.evaluate import popularity_slices
-from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
+from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS, popularity_slices
 from tfrs_pipeline.evaluation.results import QUESTIONS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import later_rows

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from prometheus_client import Counter
 
-from tfrs_pipeline.evaluation.evaluate import popularity_slices
+from tfrs_pipeline.evaluation.metrics import popularity_slices
 from tfrs_pipeline.model.graph import id_list
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 
