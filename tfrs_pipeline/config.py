@@ -137,7 +137,7 @@ class RunConfig(Config):
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
     """Finished run or exported model whose weights training starts from. On the command line, what
     you do not give of model, training and baselines is taken from there, with a fifth of its
-    epochs. If not given, from scratch."""
+    epochs."""
     recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
     fixed: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
