@@ -80,7 +80,7 @@ def run_until(config: RunConfig, folder: Path, stop: Any) -> dict[str, StepRepor
     return watched.reports
 
 
-def split_of(folder: Path) -> Split[Log]:
+def split_of(folder: Path) -> Split:
     return split_in(RunFolder(folder))
 
 

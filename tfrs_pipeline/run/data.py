@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class RunData:
     """The data that the trainings of a run share."""
 
-    split: Split[Log]
+    split: Split
     selection: "TrainingSet"
     final: "TrainingSet"  # All events that the tested models are trained on.
     validation: Holdout  # Chooses the epoch; like the test, sampled if it has too many users.
@@ -79,7 +79,7 @@ def _log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log:
         folder.data.mkdir(parents=True, exist_ok=True)
         load_log(config.data).write(folder.data)
     try:
-        log = Log.read(folder.data, connect_engine(config.data), check_files=not is_new)
+        log = Log.read(folder.data, connect(config.data.memory_limit), check_files=not is_new)
     except Damaged as error:
         # If made again, it might hold other events than those that were trained on.
         raise Damaged(
@@ -90,7 +90,7 @@ def _log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log:
     return log
 
 
-def _split(config: RunConfig, folder: RunFolder, runner: Runner, log: Log) -> Split[Log]:
+def _split(config: RunConfig, folder: RunFolder, runner: Runner, log: Log) -> Split:
     """Splits the log, or reads the split back."""
     if read_whole(folder.split.with_suffix(".json")) is None:
         log.split(**dict(config.split), seed=config.seed).write(folder.split)
@@ -104,7 +104,7 @@ def _samples(
     folder: RunFolder,
     hard: FunnelLosers | None,
     runner: Runner,
-    split: Split[Log],
+    split: Split,
 ) -> RunData:
     """Makes or reads the samples of both trainings, and the queries of validation and test."""
     from tfrs_pipeline.model.corpus import TrainingSet
@@ -128,7 +128,7 @@ def _samples(
     return RunData(split, selection, final, validation, test, other)
 
 
-def _tests(config: RunConfig, split: Split[Log], last: Log) -> tuple[Holdout, Holdout | str]:
+def _tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Holdout | str]:
     """Makes the test by the question that decides, and by the other one or why there is none.
 
     The question is `evaluation.by`. If that is not set, it is the one that service will ask: by
@@ -154,19 +154,13 @@ def _tests(config: RunConfig, split: Split[Log], last: Log) -> tuple[Holdout, Ho
     return (by_user, by_request) if by == "users" else (by_request, by_user)
 
 
-def final_part(config: RunConfig, split: Split[Log]) -> Log:
+def final_part(config: RunConfig, split: Split) -> Log:
     """Returns the part of the log that the tested models are trained on."""
     return split.before_test if config.training.refit else split.train
 
 
-def connect_engine(config: DataConfig) -> Any:
-    """Opens the engine in which a config's log and samples are made."""
-    return connect_spark() if config.source == "spark" else connect(config.memory_limit)
-
-
 def load_log(config: DataConfig) -> Log:
     """Loads the log that a config names."""
-    connection = connect_engine(config)
     of_kinds = ("item_features", "user_features", "request_features")
     features: dict[str, Any] = {name: getattr(config, name) for name in of_kinds}
     if config.source == "movielens-100k":
@@ -175,8 +169,9 @@ def load_log(config: DataConfig) -> Log:
     assert config.path is not None  # The config has checked it.
     if config.source == "spark":
         paths = {"events": config.path, "items": config.items_path, "users": config.users_path}
+        spark = connect_spark()
         tables = {
-            name: None if path is None else connection.sql(f"SELECT * FROM {path}")
+            name: None if path is None else spark.sql(f"SELECT * FROM {path}")
             for name, path in paths.items()
         }
         return Log.from_ibis(**tables, is_ordered=config.is_ordered, ties=config.ties, **features)
@@ -185,7 +180,7 @@ def load_log(config: DataConfig) -> Log:
         items=config.items_path,
         users=config.users_path,
         reading=config.reading(),
-        connection=connection,
+        connection=connect(config.memory_limit),
         **features,
     )
 

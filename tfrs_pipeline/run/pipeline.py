@@ -17,8 +17,7 @@ from typing import Any
 from tfrs_pipeline import __version__
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.split import Split
+from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.signals import Signals, signals
@@ -85,7 +84,7 @@ def run_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
 
 
 def _first_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
-    def measure_signals(runner: Runner, split: Split[Log]) -> Signals:
+    def measure_signals(runner: Runner, split: Split) -> Signals:
         found = signals(split.train, seed=config.seed)
         runner.note(*str(found).splitlines(), *found.excluded_repeats(config.evaluation.exclude))
         return found

@@ -207,7 +207,7 @@ def trained_in(
     return read_training(models[name], name, corpus, log, checkpoints / step, best_epoch)
 
 
-def split_in(folder: RunFolder) -> Split[Log]:
+def split_in(folder: RunFolder) -> Split:
     """Reads the split of a run's log; raises `Damaged` if a file of either has changed."""
     read_record(folder.split.with_suffix(".json"))
     return Split.read(Log.read(folder.data), folder.split)
