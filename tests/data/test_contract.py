@@ -73,7 +73,7 @@ def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
 )
 def test_events_that_are_no_log_are_refused(columns: dict[str, Any], message: str) -> None:
     Log.from_ibis(events_with())
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         Log.from_ibis(events_with(**columns))
 
 

@@ -199,6 +199,12 @@ class Log:
         the rows into DuckDB, as in `from_table`, but no row is dropped: a `DataError` names the
         table, the column and the rows that a log cannot hold. Spark's timestamps are taken as UTC.
         """
+        # Before the engine is asked for anything, which may take minutes.
+        schema.checked_kinds(
+            options.get("item_features"),
+            options.get("user_features"),
+            options.get("request_features"),
+        )
         for name in ("items", "users"):
             options[name] = _in_utc(options.get(name))
         events, items = _in_utc(events), options["items"]

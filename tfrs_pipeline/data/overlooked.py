@@ -130,7 +130,7 @@ def _outcome(scanned: Scan, column: Unread) -> Guess:
         "1 (or true, or yes) in some rows and 0 or nothing in others, and the log has no stage, "
         "rating or label: every row would be a click"
     )
-    remedy = f"Add {printable(column.name)}=1 to label; or add"
+    remedy = f"Add {printable(column.name)}=1 to label; or"
     return (holds, remedy) if values & _NO and values & _YES else None
 
 
