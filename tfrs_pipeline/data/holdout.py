@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import ibis
 import ibis.expr.types as ir
@@ -173,8 +173,8 @@ def make_holdout(
     When a request is made, its own clicks are unknown, so histories leave them out. By "users", the
     ranking still excludes such clicks from before the cut, because training had them.
     """
-    targets = split.filter((split["part"] == part) & is_positive(split))
-    users, num_queries = _draw_users(targets, by, max_queries, seed)
+    asked = split.filter((split["part"] == part) & is_positive(split))
+    users, num_queries = _draw_users(asked, by, max_queries, seed)
     rows = _read_events(split.semi_join(users, "user_id"), part, by, log)
     if rows.num_rows == 0:
         without = " In Python, split.train and split.test do not need it."
@@ -185,13 +185,15 @@ def make_holdout(
     # Lists of different lengths are cut in NumPy: DuckDB would hold them in memory.
     events = _Events.of(rows)
     queries = [*(_by_user(events) if by == "users" else _by_request(events, by))]
-    first = np.array([query.targets[0] for query in queries])
-    ids, is_positive_row, is_tied = events.item_ids, events.is_positive, events.is_tied()
-    tied_ids = (ids[query.targets[is_tied[query.targets]]] for query in queries)
+    target_rows, rows_before = zip(*queries, strict=True)
+    history_rows = [events.history(*query) for query in queries]
+    first = np.array([query_rows[0] for query_rows in target_rows])
+    ids, is_tied = events.item_ids, events.is_tied()
+    clicked_before = (before[events.is_positive[before]] for before in rows_before)
     times: dict[str, Any] = {}
     if "timestamp" in split.columns:
         seconds = rows["_seconds"].to_numpy()
-        history_times = [seconds[query.history] for query in queries]
+        history_times = [seconds[history] for history in history_rows]
         times = {"history_times": history_times, "times": seconds[first]}
     # Popularity as the model could know it: the future is not counted.
     positives = trained_on.events.filter(is_positive)
@@ -204,11 +206,11 @@ def make_holdout(
     requests = rows.select([*log.request_features]).take(first).to_pylist()
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
-        histories=[ids[query.history] for query in queries],
-        relevant=[np.unique(ids[query.targets]) for query in queries],
-        num_tied=[len(np.unique(tied)) for tied in tied_ids],
-        clicked=[np.unique(ids[q.before[is_positive_row[q.before]]]) for q in queries],
-        seen=[np.unique(ids[query.before]) for query in queries],
+        histories=[ids[history] for history in history_rows],
+        relevant=[np.unique(ids[targets]) for targets in target_rows],
+        num_tied=[len(np.unique(ids[targets[is_tied[targets]]])) for targets in target_rows],
+        clicked=[np.unique(ids[before]) for before in clicked_before],
+        seen=[np.unique(ids[before]) for before in rows_before],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
@@ -294,6 +296,13 @@ class _Events:
             rows["_num_before"].fill_null(0).to_numpy() if has_queries else None,
         )
 
+    def history(self, targets: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """Returns which rows `before` a query are its history: positives of other requests."""
+        # The clicks of the request itself are not known yet when it is made.
+        request = self.requests[targets[0]]
+        is_same = (self.requests[before] == request) & (request >= 0)
+        return before[self.is_positive[before] & ~is_same]
+
     def is_tied(self) -> np.ndarray:
         """Marks events at whose time their user has two positives or more: [num_events] bool."""
         is_new = (np.diff(self.users) != 0) | (self.times[1:] != self.times[:-1])
@@ -301,28 +310,16 @@ class _Events:
         return np.bincount(moment, self.is_positive)[moment] > 1
 
 
-class _QueryRows(NamedTuple):
-    """A query, as places of events: its targets, what was shown before it, and its history."""
-
-    targets: np.ndarray
-    before: np.ndarray
-    history: np.ndarray
-
-
-def _by_user(events: _Events) -> Iterator[_QueryRows]:
-    """Yields a query for each user: all targets, and what was shown before the cut."""
+def _by_user(events: _Events) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the rows of each user's query: all targets, and what was shown before the cut."""
     ends = np.flatnonzero(np.diff(events.users, append=-1)) + 1
     for rows in np.split(np.arange(ends[-1]), ends[:-1]):
         is_target = events.is_target[rows]
-        targets, before = rows[is_target], rows[~is_target]
-        # The clicks of the request itself are not known yet when it is made.
-        request = events.requests[targets[0]]
-        is_same = (events.requests[before] == request) & (request >= 0)
-        yield _QueryRows(targets, before, before[events.is_positive[before] & ~is_same])
+        yield rows[is_target], rows[~is_target]
 
 
-def _by_request(events: _Events, by: schema.AskedBy) -> Iterator[_QueryRows]:
-    """Yields a query for each request (or each user's first or last one) with targets."""
+def _by_request(events: _Events, by: schema.AskedBy) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the rows of each request's query, or of each user's first or last request alone."""
     assert events.num_before is not None
     targets = np.flatnonzero(events.is_target)
     users, num_before = events.users[targets], events.num_before[targets]
@@ -339,7 +336,7 @@ def _by_request(events: _Events, by: schema.AskedBy) -> Iterator[_QueryRows]:
             continue
         start = np.searchsorted(events.users, users[positions[0]])
         before = np.arange(start, start + num_before[positions[0]])
-        yield _QueryRows(targets[positions], before, before[events.is_positive[before]])
+        yield targets[positions], before
 
 
 def _count_candidates(
