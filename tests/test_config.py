@@ -189,7 +189,6 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
     (SPARK, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect"),
     (SPARK, {"data.event_weights": {"buy": 5}}, "data.event_weights",
      "only with 'files': a table has its stages and weights"),
-    (SPARK, {"data.memory_limit": "4GB"}, "data.memory_limit", "no effect"),
     (FILES, {"data.memory_limit": "lots"}, "data.memory_limit", "pattern"),
     (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
     (FILES, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),

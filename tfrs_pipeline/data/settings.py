@@ -148,7 +148,6 @@ _HEEDED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(Reading.model_fields, ("files",)),
     **dict.fromkeys(("items_path", "users_path"), ("files", "spark")),
     **dict.fromkeys(("is_ordered", "ties"), ("files", "spark", "movielens-100k")),
-    "memory_limit": ("files", "movielens-100k"),
 }
 
 
