@@ -236,7 +236,7 @@ def read_samples(folder: Path) -> Samples:
     Whether they are as they were written is for the caller to check, once: their record is
     `report.json`. A `FileNotFoundError` without samples.
     """
-    if not (folder / "report.json").exists():
+    if not all((folder / name).exists() for name in ("report.json", "columns")):
         raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
     paths = (folder / "columns").glob("*.npy")
     column = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in paths}
