@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv check format test test-slow notebooks docs images
+.PHONY: venv check format test test-slow notebooks docs
 
 venv: .venv/.installed
 
@@ -43,7 +43,3 @@ notebooks: venv
 		echo "$$notebook"; \
 		$(BIN)/jupyter execute --inplace --timeout=1800 "$$notebook" || exit 1; \
 	done
-
-# Runs the steps of Containerfile and tries both images; needs root, debootstrap and 6 GB below /tmp.
-images:
-	$(PYTHON) .ci/container.py
