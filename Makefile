@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv check format test test-slow notebooks docs
+.PHONY: venv check format test test-slow test-nightly notebooks docs
 
 venv: .venv/.installed
 
@@ -32,6 +32,9 @@ test: venv
 
 test-slow: venv
 	$(BIN)/pytest -m slow
+
+test-nightly: venv
+	$(BIN)/pytest -m nightly
 
 # Builds the site and serves it at http://127.0.0.1:8000; a page that is saved is built anew.
 docs: .venv/.docs

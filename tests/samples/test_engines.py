@@ -93,7 +93,7 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
     assert len(part_files(tmp_path / "spark" / "samples" / "samples.parquet")) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("ties", ["order", "random"])
 def test_both_order_equal_times_alike(logs: tuple[Log, Log], ties: Ties, tmp_path: Path) -> None:
     found = []
@@ -114,7 +114,7 @@ def test_both_order_equal_times_alike(logs: tuple[Log, Log], ties: Ties, tmp_pat
         assert table.to_pylist() == others[name].to_pylist()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_duckdb_and_spark_have_the_same_signals_and_transitions(logs: tuple[Log, Log]) -> None:
     """This holds for all users and for a drawn sample of them."""
     found = []
@@ -126,7 +126,7 @@ def test_duckdb_and_spark_have_the_same_signals_and_transitions(logs: tuple[Log,
     assert of_all["request place"] != of_some["request place"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
 def test_duckdb_and_spark_draw_the_same_parts(logs: tuple[Log, Log], kind: SplitKind) -> None:
     found = []
@@ -141,7 +141,7 @@ def test_duckdb_and_spark_draw_the_same_parts(logs: tuple[Log, Log], kind: Split
     assert len(pairs) == len(parts_of_pairs) < len(found[0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "by"), [("last_share", "users"), ("held_out_users", "users"), ("time", "requests")]
 )
@@ -157,7 +157,7 @@ def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind, b
     assert {tuple(request) for request in holdout.requests or ()} == {tuple(REQUEST_FEATURES)}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_config_names_tables_of_spark(spark: Any, logs: tuple[Log, Log], tmp_path: Path) -> None:
     for name in ("events", "items"):
         spark.create_view(name, getattr(logs[1], name), overwrite=True)
