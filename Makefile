@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv check format test test-slow notebooks docs images
+.PHONY: venv check format test test-slow test-nightly notebooks docs
 
 venv: .venv/.installed
 
@@ -33,6 +33,9 @@ test: venv
 test-slow: venv
 	$(BIN)/pytest -m slow
 
+test-nightly: venv
+	$(BIN)/pytest -m nightly
+
 # Builds the site and serves it at http://127.0.0.1:8000; a page that is saved is built anew.
 docs: .venv/.docs
 	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
@@ -43,7 +46,3 @@ notebooks: venv
 		echo "$$notebook"; \
 		$(BIN)/jupyter execute --inplace --timeout=1800 "$$notebook" || exit 1; \
 	done
-
-# Runs the steps of Containerfile and tries both images; needs root, debootstrap and 6 GB below /tmp.
-images:
-	$(PYTHON) .ci/container.py

@@ -9,8 +9,6 @@ of them uniform, half ~ clicks^0.75.
                 repeated: the fastest consumer there is
     together    training steps a second fed by the pipeline
     masks       batches a second without masks, with one of the two kinds, with both
-    samplers    draws a second from p(c) ~ 1 / rank: the alias table against inverse CDFs, and the
-                share of the items that each can draw at all
 
 Variants are measured in turn, over several rounds, and the fastest round of each is reported: other
 jobs on the machine can only slow it. CPU time of all threads is steadier still, and shows what
@@ -21,11 +19,9 @@ share of the machine the pipeline takes from the training.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 # Before TensorFlow, since it selects Keras 2.
@@ -34,11 +30,10 @@ import tfrs_pipeline as tp
 # isort: split
 import numpy as np
 import tensorflow as tf
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.negatives.kinds import AliasSampler, build_alias_table
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 BATCH_SIZE = 1024
@@ -47,8 +42,6 @@ DIM = 64
 MEAN_LIST = 50
 HISTORY_LENGTH = 50
 ZIPF_EXPONENT = 0.9
-# A batch's number, and one that makes the cost of a call negligible.
-DRAWS_PER_CALL = (1024, 1_000_000)
 
 # Known positives, exposed items.
 MASKS = {
@@ -181,79 +174,6 @@ def measure_masks(samples: Samples, seed: int, steps: int, rounds: int) -> Rates
     return rates({name: workload(batches) for name, batches in kinds.items()}, rounds)
 
 
-class InverseCdfSampler:
-    """Draws by a binary search in the cumulative distribution.
-
-    Args:
-        probability: [num_rows], sum 1.
-        dtype: Type of the cumulative distribution and the uniform draws.
-    """
-
-    def __init__(self, probability: np.ndarray, dtype: tf.DType) -> None:
-        cdf = np.cumsum(probability).astype(dtype.as_numpy_dtype)
-        cdf[-1] = 1
-        self._cdf = tf.constant(cdf)
-
-    def sample(self, num: int, seed: tf.Tensor) -> tf.Tensor:
-        """Draws [num] int32 rows."""
-        uniform = tf.random.stateless_uniform([num], seed, dtype=self._cdf.dtype)
-        return tf.searchsorted(self._cdf, uniform, side="right")
-
-    def share_of_rows(self) -> float:
-        """Returns the share of the rows that some draw finds."""
-        cdf = self._cdf.numpy()
-        # A uniform draw is a whole multiple of 2^-23 in float32, of 2^-52 in float64.
-        first = np.ceil(cdf.astype(np.float64) * 2.0 ** np.finfo(cdf.dtype).nmant)
-        return float((np.diff(first, prepend=0) > 0).mean())
-
-
-def alias_share_of_rows(probability: np.ndarray) -> float:
-    """Returns the share of the rows that an alias table can draw."""
-    accept, alias = build_alias_table(probability)
-    is_drawn = accept > 0
-    is_drawn[alias[accept < 1]] = True
-    return float(is_drawn.mean())
-
-
-def measure_samplers(num_candidates: int, rounds: int) -> dict[str, Any]:
-    """Measures draws a second, and which items are drawn at all."""
-    probability = 1 / np.arange(1, num_candidates + 1)
-    probability /= probability.sum()
-    inverse = {
-        "inverse_cdf_float64": InverseCdfSampler(probability, tf.float64),
-        "inverse_cdf_float32": InverseCdfSampler(probability, tf.float32),
-    }
-    samplers: dict[str, Any] = {"alias": AliasSampler(probability), **inverse}
-
-    def workload(sampler: Any, num: int) -> Callable[[], int]:
-        calls = max(1, 1_000_000 // num)
-        draw = tf.function(lambda seed: tf.reduce_max(sampler.sample(num, seed)))
-        draw.get_concrete_function(tf.TensorSpec([2], tf.int32))
-
-        def work() -> int:
-            for call in range(calls):
-                draw(tf.constant([0, call])).numpy()
-            return calls * num
-
-        return work
-
-    return {
-        "draws_per_second": {
-            f"{num} a call": {
-                name: found["per_second"]
-                for name, found in rates(
-                    {name: workload(sampler, num) for name, sampler in samplers.items()}, rounds
-                ).items()
-            }
-            for num in DRAWS_PER_CALL
-        },
-        "share_of_items_drawn": {
-            "alias": alias_share_of_rows(probability),
-            **{name: sampler.share_of_rows() for name, sampler in inverse.items()},
-        },
-    }
-
-
 def run(
     num_candidates: int, num_samples: int, seed: int, steps: int, rounds: int
 ) -> dict[str, Any]:
@@ -273,7 +193,6 @@ def run(
         "rounds": rounds,
         "training": measure_training(samples, seed, steps, rounds),
         "masks": measure_masks(samples, seed, steps, rounds),
-        "samplers": measure_samplers(num_candidates, rounds),
     }
 
 
@@ -286,26 +205,16 @@ def print_report(figures: Mapping[str, Any]) -> None:
                 print(f"  {name:18} {found['per_second']:12.1f} {found['cpu_ms']:12.2f}")
     for name in ("rate_of_pipeline_over_step", "cpu_of_pipeline_over_step"):
         print(f"{name:33} {figures['training'][name]:12.2f}")
-    for title, found in figures["samplers"]["draws_per_second"].items():
-        print(f"draws a second, {title}")
-        for name, rate in found.items():
-            print(f"  {name:31} {rate:12,.0f}")
-    print("share of the items that can be drawn")
-    for name, share in figures["samplers"]["share_of_items_drawn"].items():
-        print(f"  {name:31} {share:12.4f}")
 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--candidates", type=int, default=1_000_000, metavar="N")
     parser.add_argument("--samples", type=int, default=1_000_000, metavar="N")
     parser.add_argument("--steps", type=int, default=50, help="Batches in a round (50).")
     parser.add_argument("--rounds", type=int, default=7, help="Turns that are counted (7).")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     figures = run(options.candidates, options.samples, options.seed, options.steps, options.rounds)
     print_report(figures)

@@ -47,7 +47,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow as tf
-from record import write_json
+from record import parser_with_json, write_json
 from scipy.stats import spearmanr
 
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
@@ -423,16 +423,13 @@ def loop_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("study", choices=("funnel", "random", "loop"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="Of the rankings of `funnel`.")
     parser.add_argument("--data", nargs=3, metavar=("NAME", "CHOSEN", "RANDOM"))
     parser.add_argument("--k", type=int, default=50, help="The cutoff of `random`.")
     parser.add_argument("--days", type=int, default=30, help="Of `loop`.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     tf.get_logger().setLevel("ERROR")
     figures = {"funnel": run_funnel, "random": run_random, "loop": run_loop}[options.study](options)

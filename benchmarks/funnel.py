@@ -28,7 +28,7 @@ import tfrs_pipeline as tp
 # isort: split
 import numpy as np
 import tensorflow as tf
-from record import write_json
+from record import paired, parser_with_json, write_json
 
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_funnel
@@ -157,13 +157,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             pairs = zip(own, others, strict=True)
             difference = np.array([a[name] - b[name] for a, b in pairs if b is not None])
-            entry[name] |= {
-                "difference": float(difference.mean()),
-                "standard_error": float(difference.std(ddof=1) / np.sqrt(len(difference)))
-                if len(difference) > 1
-                else None,
-                "num_seeds_ahead": int((difference > 0).sum()),
-            }
+            entry[name] |= paired(difference)
         table.append(entry)
     return table
 
@@ -187,9 +181,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--users", type=int, default=1000)
@@ -204,7 +196,6 @@ def main() -> None:
         help="Of popularity in the funnel's retrieval; in the truth it has .3.",
     )
     parser.add_argument("--plans", nargs="*", default=[], help="Parts of the names to run.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     # Hides warnings of retracing: each plan has its own model.
     tf.get_logger().setLevel("ERROR")

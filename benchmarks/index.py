@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from index_libraries import synthetic
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.evaluation.results import format_cells
 from tfrs_pipeline.model.encoder import known_rows
@@ -35,6 +34,19 @@ BATCH_SIZE = 16
 NUM_TIMED_EXACTLY = 64
 KINDS = ("near", "far")
 FILTERS = ("at random", "near", "far")
+NUM_CLUSTERS = 1000
+
+
+def synthetic(num_vectors: int, dim: int, num_queries: int, seed: int) -> Iterator[np.ndarray]:
+    """Draws candidates and queries, [num, dim] float32 unit vectors, from the same clusters."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((NUM_CLUSTERS, dim), dtype=np.float32)
+    spread = np.sqrt(1 / np.arange(1, dim + 1, dtype=np.float32))
+    for num in (num_vectors, num_queries):
+        points = rng.standard_normal((num, dim), dtype=np.float32)
+        points += centres[rng.integers(0, NUM_CLUSTERS, num)]
+        points *= spread
+        yield points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 class Searches:
@@ -171,9 +183,7 @@ def show(cells: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--vectors", type=int, nargs="+", default=[50_000, 1_000_000])
     parser.add_argument("--dim", type=int, default=64, help="Of the synthetic corpora.")
     parser.add_argument("--tuning-queries", type=int, default=1000, help="At most.")
@@ -184,7 +194,6 @@ def main() -> None:
     parser.add_argument("--target-recall", type=float, default=0.98)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="An export, in place of synthetic corpora.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     if options.queries % BATCH_SIZE or options.queries < NUM_TIMED_EXACTLY:
         parser.error(f"--queries must be a multiple of {BATCH_SIZE}, {NUM_TIMED_EXACTLY} or more")

@@ -17,7 +17,6 @@ The folder must hold video_features_basic_pure.csv too. No setting was chosen on
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -28,7 +27,7 @@ from tfrs_pipeline import RunConfig, with_settings
 # isort: split
 import duckdb
 import tensorflow as tf
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.messages import Progress, StepReport
 from tfrs_pipeline.run.compare import compare_plans
@@ -95,15 +94,12 @@ class Printed(Progress):
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="Folder of the cut.")
     parser.add_argument("--run-dir", type=Path, help="Where to work, to be resumed if stopped.")
     parser.add_argument("--max-epochs", type=int, default=3)
     parser.add_argument("--plans", nargs="+", help="Instead of all plans.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each plan has its own model.
     start = time.monotonic()

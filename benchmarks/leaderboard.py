@@ -24,7 +24,6 @@ of the package's models resumes from its last epoch: the table can be filled a f
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -49,7 +48,7 @@ import tutorial
 from gfcf import GfcfRetriever
 from leaderboard_data import PROTOCOLS, Protocol
 from pydantic_core import to_jsonable_python
-from record import COMMIT, command, machine, write_json
+from record import COMMIT, command, machine, parser_with_json, write_json
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.messages import Progress
@@ -456,15 +455,12 @@ def print_table(task: Task, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--data", choices=PROTOCOLS, required=True)
     parser.add_argument("--data-dir", type=Path, help="Folder of the data set; see the top.")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="Not all.")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
     parser.add_argument("--run-dir", type=Path, help="Where results are kept, to be resumed.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Hides warnings of retracing.
     models = options.models or [n for n, m in MODELS.items() if options.data in m.settings]

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from index_libraries import synthetic
-from record import write_json
+from index import synthetic
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.live import LiveItems
@@ -208,9 +208,7 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--vectors", type=int, default=1_000_000, help="0 leaves this part out.")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1000, help="Items a second.")
@@ -220,7 +218,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="An export with integer ids; is not changed.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

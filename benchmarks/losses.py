@@ -1,4 +1,4 @@
-r"""Measures changed losses and corrections against the package's, in paired seeds.
+r"""Measures other corrections of sampling against the package's, in paired seeds.
 
 Data sets (DATA says with which settings):
 
@@ -13,27 +13,19 @@ All but the first are read from a folder each (--data-dir; see `leaderboard_data
 for comparisons that choose nothing. Plans:
 
     package            the loss as it is, every column corrected by its exact log q
-    exponent .9, ...   the bilateral exponent t of BSL: the sampled sum over negatives, as a mean
-                       over the corpus, is raised to the power of t (1 is the package's loss)
-    top 20, ...        SL@K: each positive's loss weighted by sigmoid((its logit - that of the
-                       20th candidate) / 2), the 20th found among the sampled columns, of which
-                       each stands for 1 / q candidates
     unigram            the correction of published code for mixed negatives: the log of the item's
                        share of the clicks, for every column and for the positive
     none               no correction
 
-    python benchmarks/losses.py --data gowalla --data-dir gowalla --plans package "exponent 1.22" \
-        --seeds 3 --json losses_gowalla.json
+    python benchmarks/losses.py --data ml-1m --data-dir ml-1m --plans package unigram none \
+        --seeds 3 --json losses_ml_1m.json
 
-BSL: Wu et al. 2024. SL@K: Yang et al. 2025, "Breaking the Top-K Barrier", KDD. `unigram`: Mixed
-sampler of Tikhonovich et al. 2025, "eSASRec", RecSys.
+`unigram`: Mixed sampler of Tikhonovich et al. 2025, "eSASRec", RecSys.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -48,12 +40,11 @@ import numpy as np
 import tensorflow as tf
 from leaderboard import Task
 from leaderboard_data import PROTOCOLS
-from record import write_json
+from record import paired, parser_with_json, write_json
 from sparse_sequences import CUTS, cut
 
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.presets import PRESETS
 
@@ -77,85 +68,6 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
 Change = Callable[[TwoTowerNetwork, np.ndarray], None]
 
 
-class ChangedLoss(HybridRetrieval):
-    """The package's loss of shared negatives, with the exponent of BSL or the weight of SL@K.
-
-    With V candidates, own logit s and the estimate N of the sum of exp over the negatives, a
-    positive's loss is w * (log(exp s + V * (N / V)^exponent) - s).
-
-    Args:
-        temperature: As in the parent.
-        num_candidates: V.
-        exponent: 1 is the parent's loss.
-        top_k: K of the weight w; None is w = 1.
-        softness: w = sigmoid((s - logit of the K-th candidate) / softness), without a gradient.
-    """
-
-    def __init__(
-        self,
-        temperature: float,
-        num_candidates: int,
-        *,
-        exponent: float = 1.0,
-        top_k: int | None = None,
-        softness: float = 2.0,
-    ) -> None:
-        super().__init__(temperature)
-        self._num_candidates, self._exponent = num_candidates, exponent
-        self._top_k, self._softness = top_k, softness
-
-    def call(
-        self,
-        query_embeddings: tf.Tensor,
-        candidate_embeddings: tf.Tensor,
-        sample_weight: tf.Tensor,
-        *,
-        score_mask: tf.Tensor,
-        negative_embeddings: tf.Tensor,
-        log_q: tf.Tensor,
-        positive_query: tf.Tensor | None = None,
-    ) -> tf.Tensor:
-        """Computes the summed loss of a batch; the arguments are the parent's."""
-        queries = query_embeddings / self._temperature
-        logits = tf.matmul(queries, negative_embeddings, transpose_b=True)
-        logits = tf.where(score_mask, logits, tf.float32.min / 100)
-        negatives = tf.reduce_logsumexp(logits - log_q, axis=1)
-        negatives += (self._exponent - 1.0) * (negatives - math.log(self._num_candidates))
-        best = self._of_top_k(logits, log_q)
-        if positive_query is not None:
-            queries, negatives, best = (
-                tf.gather(x, positive_query) for x in (queries, negatives, best)
-            )
-        own = tf.einsum("pd,pd->p", queries, candidate_embeddings)
-        losses = tf.nn.softplus(negatives - own) * sample_weight
-        if self._top_k is not None:
-            losses *= tf.stop_gradient(tf.sigmoid((own - best) / self._softness))
-        return tf.reduce_sum(losses)
-
-    def _of_top_k(self, logits: tf.Tensor, log_q: tf.Tensor) -> tf.Tensor:
-        """Estimates the logit of the K-th best candidate: [W]."""
-        if self._top_k is None:
-            return logits[:, 0]
-        best, place = tf.math.top_k(logits, min(256, logits.shape[1]))
-        # How many candidates a column stands for.
-        weight = tf.broadcast_to(tf.exp(-log_q), tf.shape(logits))
-        stands_for = tf.gather(weight, place, batch_dims=1)
-        num_better = tf.reduce_sum(
-            tf.cast(tf.cumsum(stands_for, axis=1) < self._top_k, tf.int32), axis=1
-        )
-        return tf.gather(best, tf.minimum(num_better, best.shape[1] - 1), batch_dims=1)
-
-
-def with_loss(**options: Any) -> Change:
-    """Makes the change to another loss (see `ChangedLoss`)."""
-
-    def change(network: TwoTowerNetwork, counts: np.ndarray) -> None:
-        temperature = network.task._temperature
-        network.task = ChangedLoss(temperature, network.num_candidates, **options)
-
-    return change
-
-
 def with_unigram(network: TwoTowerNetwork, counts: np.ndarray) -> None:
     """Corrects all columns, and the positive, by the log of their share of the clicks."""
     # Uniform negatives also draw items without a click, which count as half a click.
@@ -177,8 +89,6 @@ def unchanged(network: TwoTowerNetwork, counts: np.ndarray) -> None:
 # Plan -> what changes in the model, and settings.
 PLANS: dict[str, tuple[Change, dict[str, Any]]] = {
     "package": (unchanged, {}),
-    **{f"exponent {t:g}": (with_loss(exponent=t), {}) for t in (0.8, 0.9, 1.1, 1.22)},
-    **{f"top {k}": (with_loss(top_k=k), {}) for k in (20, 50)},
     "unigram": (with_unigram, {}),
     "none": (unchanged, {"model.correction": "none"}),
 }
@@ -260,25 +170,18 @@ def summarise(rows: list[dict[str, Any]], metrics: Sequence[str]) -> dict[str, A
             table[plan][metric] = {
                 "mean": float(values.mean()),
                 "deviation": float(values.std(ddof=1)) if len(own) > 1 else None,
-                "difference": float(difference.mean()),
-                "standard_error": float(difference.std(ddof=1) / np.sqrt(len(own)))
-                if len(own) > 1
-                else None,
-                "num_seeds_ahead": int((difference > 0).sum()),
+                **paired(difference),
             }
     return table
 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--data", choices=DATA, required=True)
     parser.add_argument("--data-dir", type=Path, help="Folder of the data set; see the top.")
     parser.add_argument("--plans", nargs="+", choices=PLANS, required=True, metavar="PLAN")
     parser.add_argument("--seeds", type=int, default=1, help="How many (1).")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each plan has its own model.
     rows: list[dict[str, Any]] = []

@@ -16,7 +16,6 @@ Memory for data, all that the process holds, must settle: otherwise something is
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import collections
 import json
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import write_json
+from record import parser_with_json, write_json
 from serving import (
     NAME,
     NUM_USERS,
@@ -337,15 +336,12 @@ def put(model: Path, version: int, *, is_broken: bool) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--candidates", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--stops", type=int, default=2, help="Besides the last one (2).")
     parser.add_argument("--swap-seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=5, help="Of a client alone and beside (5).")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = build_export(Path(directory), options.candidates, 0).parent

@@ -26,7 +26,6 @@ the mean over the seeds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -40,7 +39,7 @@ import tfrs_pipeline as tp
 # isort: split
 import numpy as np
 import tutorial
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
@@ -192,12 +191,9 @@ def print_table(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     for figures in run(options.models, options.seeds):
         if options.json:  # Takes an hour, so partial results are saved.

@@ -22,7 +22,6 @@ default run's test; the new items that the user likes in the test part are relev
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import tempfile
@@ -35,7 +34,7 @@ import tfrs_pipeline as tp
 # isort: split
 import numpy as np
 import pyarrow.parquet as pq
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Split
@@ -155,11 +154,8 @@ def measure(
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Hides warnings of retracing.
     by_seed = []

@@ -14,7 +14,6 @@ on the training and validation parts together. EASE is left out if there are too
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -27,7 +26,7 @@ import tfrs_pipeline as tp
 # isort: split
 import tensorflow as tf
 from log_kinds import EXCLUDE, logs, unordered_logs
-from record import COMMIT, write_json
+from record import COMMIT, parser_with_json, write_json
 
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.schema import Exclude
@@ -102,15 +101,12 @@ def measure(split: Split, seed: int, exclude: Exclude, names: list[str]) -> dict
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--data-dir", type=Path, help="Folder of the data sets.")
     parser.add_argument("--logs", nargs="+", metavar="LOG", help="Which; all without it.")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="Which; all without it.")
     parser.add_argument("--no-order", action="store_true", help="The logs without an order.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     tf.get_logger().setLevel("ERROR")  # Hides warnings of retracing: each log has its own model.
     is_there = options.json is not None and options.json.exists()

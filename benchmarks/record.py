@@ -1,7 +1,8 @@
-"""Writes a benchmark's figures with what is needed to judge and repeat them."""
+"""What the benchmarks share: their command line, and figures with what is needed to judge them."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 LIBRARIES = (
     "implicit",
     "numpy",
@@ -24,6 +27,25 @@ LIBRARIES = (
     "tf-keras",
     "tfrs-pipeline",
 )
+
+
+def paired(differences: np.ndarray) -> dict[str, Any]:
+    """Returns the mean of paired differences, one a seed, its standard error and how many gain."""
+    num = len(differences)
+    return {
+        "difference": float(differences.mean()),
+        "standard_error": float(differences.std(ddof=1) / num**0.5) if num > 1 else None,
+        "num_seeds_ahead": int((differences > 0).sum()),
+    }
+
+
+def parser_with_json(description: str | None) -> argparse.ArgumentParser:
+    """Makes the parser of a benchmark, whose help is the text at its top; all take --json FILE."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    return parser
 
 
 def write_json(path: Path, figures: Mapping[str, Any], *, seed: int | None = None) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from live import Reader
-from record import write_json
+from record import parser_with_json, write_json
 from serving import NAME, Clusters
 
 from tfrs_pipeline.serving.export import export
@@ -89,13 +89,10 @@ def _children_seconds() -> float:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--target-recall", type=float, default=0.98)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         figures = {"num_items": options.items, "refresh": refresh(Path(name), options)}

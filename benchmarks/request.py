@@ -38,7 +38,7 @@ import tfrs_pipeline as tp
 # isort: split
 import numpy as np
 import pandas as pd
-from record import write_json
+from record import paired, parser_with_json, write_json
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.sources.simulated import DEVICES, FunnelOptions, Simulation, simulate_funnel
@@ -163,11 +163,12 @@ def measure_simulated(options: argparse.Namespace) -> dict[str, Any]:
     plans = {}
     for plan, values in recalls.items():
         to_none = np.array(values) - recalls["none"]
-        error = float(to_none.std(ddof=1) / len(to_none) ** 0.5) if len(to_none) > 1 else None
+        difference = paired(to_none)
+        error = difference["standard_error"]
         plans[plan] = {
             "recalls": values,
             "mean": float(np.mean(values)),
-            "to_none": {"mean": float(to_none.mean()), "standard_error": error},
+            "to_none": difference,
         }
         print(f"{plan:18} {plans[plan]['mean']:.4f}  to none {to_none.mean():+.4f} ± {error}")
     return {"recall_of_truth": K, "plans": plans}
@@ -175,14 +176,11 @@ def measure_simulated(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data-dir", type=Path, help="Folder of KuaiRand's cut.")
     data.add_argument("--simulated", action="store_true", help="Simulated funnels instead.")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     figures = measure_simulated(options) if options.simulated else measure_kuairand(options)
     if options.json:

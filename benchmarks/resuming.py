@@ -16,13 +16,12 @@ each time that the disk has grown a little.
 
 Every run must end with the weights, metrics and served answers of the undisturbed one, bit for bit,
 or refuse the damaged file by its name. A full disk must give one line that names a path on it. To
-save time, exports are not checked in a fresh process (`benchmarks/publishing.py` kills exports with
-that check). Needs the extra dev. Takes some seconds per kill, damage or stop on two cores.
+save time, exports are not checked in a fresh process (`tests/serving` kills them). Needs the extra
+dev. Takes some seconds per kill, damage or stop on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import write_json
+from record import parser_with_json, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -319,13 +318,10 @@ def disk() -> Iterator[Path]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="How many (none).")
     parser.add_argument("--damage", type=int, default=0, metavar="N", help="Likewise.")
     parser.add_argument("--full", action="store_true", help="Fill disks too; needs root.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     export.prove = lambda *arguments: None
     figures: dict[str, Any] = {}

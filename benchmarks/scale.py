@@ -43,7 +43,7 @@ import tfrs_pipeline as tp
 import duckdb
 import numpy as np
 from figure import draw_scale
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Split
@@ -246,9 +246,7 @@ def write_figures(options: argparse.Namespace, sizes: Sequence[dict[str, Any]]) 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--events", type=lambda text: int(float(text)), nargs="+", required=True)
     parser.add_argument("--protocols", action="store_true", help="The test by user and request.")
     parser.add_argument("--memory-limit", default="3GB", help="Of DuckDB (3GB).")
@@ -259,7 +257,6 @@ def main() -> None:
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help="Where to draw its CPU seconds."
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     sizes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:

@@ -11,7 +11,6 @@ With two cores, server and clients have one each: requests a second are a lower 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -33,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import uvloop
-from record import write_json
+from record import parser_with_json, write_json
 
 NAME = "clusters"
 EMBEDDING_DIM, NUM_CLUSTERS, NUM_USERS, HISTORY_LENGTH = 64, 200, 1000, 20
@@ -324,16 +323,13 @@ def measure_memory(model: Path, seconds: float, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--candidates", type=int, default=100_000)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=3.0, help="Of each run (3).")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--swaps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         folder = build_export(Path(directory), options.candidates, options.seed)

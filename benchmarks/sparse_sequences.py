@@ -17,7 +17,6 @@ Takes about five CPU minutes per plan and seed.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -32,7 +31,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from leaderboard_data import convert_ml_1m
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.presets import PRESETS
@@ -147,14 +146,11 @@ def measure(folder: Path, name: str, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--data", choices=CUTS, required=True)
     parser.add_argument("--data-dir", type=Path, required=True, help="Folder of the data set.")
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS), metavar="PLAN")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Which (0).")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as directory:

@@ -36,7 +36,6 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 # Before TensorFlow Recommenders, since it selects Keras 2.
@@ -47,7 +46,7 @@ import numpy as np
 import tensorflow as tf
 from leaderboard import OUR_MODELS
 from movielens_100k import prepared
-from record import write_json
+from record import parser_with_json, write_json
 from tutorial import (
     BATCH_SIZE,
     EMBEDDING_DIM,
@@ -363,9 +362,7 @@ PARTS = {
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2, help="Epochs a round and loop (2).")
@@ -388,7 +385,6 @@ def main() -> None:
     )
     parser.add_argument("--max-epochs", type=int, default=30, help="Until the last target (30).")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     config = tp.with_settings(tp.movielens_config(), {"seed": options.seed})
     figures: dict[str, Any] = {}

@@ -17,13 +17,11 @@ falls with the number of columns and grows with the spread of the logits.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.negatives.kinds import InBatch, Negatives, Popularity, SamplingFrame, Uniform
 from tfrs_pipeline.negatives.mixture import Mixture
@@ -231,12 +229,9 @@ def print_table(rows: list[dict[str, object]]) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--draws", type=int, default=20_000, help="Draws a combination (20000).")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     rows = run(options.draws, options.seed)
     print_table(rows)

@@ -21,7 +21,6 @@ models. "New items" are those that nobody had rated by the previous cut, ranked 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import time
@@ -37,7 +36,7 @@ import tfrs_pipeline as tp
 # isort: split
 import numpy as np
 import pandas as pd
-from record import write_json
+from record import parser_with_json, write_json
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.topk import ExactRetriever
@@ -228,15 +227,12 @@ def summarise(seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_with_json(__doc__)
     parser.add_argument("--data", type=Path, help="MovieLens-100K's folder; fetched if not given.")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="Seeds 0 to N - 1 (3).")
     parser.add_argument("--period-days", type=int, default=20, metavar="N", help="(20)")
     parser.add_argument("--window-days", type=int, default=100, metavar="N", help="(100)")
     parser.add_argument("--periods", type=int, metavar="N", help="At most so many.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Hides warnings of retracing.
     data = tp.movielens_config().data

@@ -860,7 +860,7 @@ def test_ctrl_c_is_heard_again_once_a_command_runs(monkeypatch: pytest.MonkeyPat
     assert handlers == expected
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "tfrs_pipeline.cli"]
     more = ["--training.max_epochs", "25", "--training.patience", "25", "--no-training.refit"]

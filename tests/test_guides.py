@@ -20,16 +20,18 @@ import pytest
 from tests.serving.running_server import TOKEN, address_of
 from tfrs_pipeline import cli, load_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trusted_exports")]
+pytestmark = pytest.mark.usefixtures("trusted_exports")
 
 ROOT = Path(__file__).parents[1]
 START = "docs/start/ten_minutes.md"
 # The guides that read the files and the model of the first page; those that look up its items come
-# before the guide that adds one.
-NAMES = "filters reranking clicks recipes logq negatives exposed events funnel seen similar"
-NAMES += " new_items request debugging vectors tracking pieces explain nightly markets"
-NAMES += " personal_data tuning other_servers"
-GUIDES = [START, *(f"docs/guides/{name}.md" for name in NAMES.split())]
+# before the guide that adds one. Those of the second group train for long.
+QUICK = "filters reranking logq seen similar explain nightly personal_data other_servers tracking"
+QUICK += " pieces new_items"
+LONG = "clicks recipes negatives exposed events funnel request debugging vectors markets tuning"
+GUIDES = {START: [pytest.mark.slow, pytest.mark.nightly]}
+GUIDES |= {f"docs/guides/{name}.md": [pytest.mark.slow] for name in QUICK.split()}
+GUIDES |= {f"docs/guides/{name}.md": [pytest.mark.nightly] for name in LONG.split()}
 # The requests of the first are sent below, to the README's model. The next two are scripts for
 # cron and for a cluster. tests/test_engines.py runs the fourth. The last takes versions out of a
 # folder and pins them, as tests/serving/test_versions.py and test_server.py do.
@@ -123,7 +125,7 @@ def plain(line: str) -> str:
     return " ".join(re.sub(r"[┏┓┡┩╇┳━]+", " ", numbers).split())
 
 
-@pytest.mark.parametrize("page", GUIDES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=GUIDES[page]) for page in GUIDES])
 def test_a_guide_runs_as_is(folder: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
@@ -166,6 +168,7 @@ def write_movielens(folder: Path) -> None:
         (folder / name).write_text("\n".join(lines) + "\n", encoding="latin-1")
 
 
+@pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the main job on made-up ratings, then every request of README and serving guide."""
     monkeypatch.chdir(tmp_path)

@@ -22,6 +22,7 @@ def test_the_package_and_its_settings_import_nothing_heavy() -> None:
     assert run(code).stdout.splitlines() == ["set()", "set()"]
 
 
+@pytest.mark.slow
 def test_tensorflow_makes_no_noise() -> None:
     code = "import tfrs_pipeline as tp; tp.TwoTower\n"
     done = run(code + "import tensorflow as tf; tf.ones([1, 2]) @ [[1.0], [2.0]]")
@@ -60,7 +61,9 @@ def test_keras_2_is_asked_for(code: str, environment: dict[str, str]) -> None:
 @pytest.mark.parametrize("code", [
     STAND_IN + USED.format("keras.engine.training"),
     "import tensorflow as tf; tf.keras.layers; import tfrs_pipeline",
-    "from tensorflow.keras.layers import Dense; import tfrs_pipeline",
+    pytest.param(
+        "from tensorflow.keras.layers import Dense; import tfrs_pipeline", marks=pytest.mark.nightly
+    ),
 ], ids=["an older Keras", "Keras 3 in use", "a submodule in use"])  # fmt: skip
 def test_another_keras_in_use_is_refused(code: str) -> None:
     result = run(code)
@@ -69,7 +72,7 @@ def test_another_keras_in_use_is_refused(code: str) -> None:
     assert "Import tfrs_pipeline before tensorflow, or set TF_USE_LEGACY_KERAS=1" in message
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("code", "environment"), [
     ("import tensorflow", {}),
     ("from tensorflow import keras", {}),

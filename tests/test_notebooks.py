@@ -105,7 +105,7 @@ def test_quickstart_runs_on_a_small_log(small: Path, monkeypatch: pytest.MonkeyP
     assert len(outputs(cells["query"]).splitlines()) == 15
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sampling_runs_on_a_small_funnel(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = run(SAMPLING, small, monkeypatch)
     assert "150,000" in outputs(cells["funnel"])
@@ -119,7 +119,7 @@ def test_sampling_runs_on_a_small_funnel(small: Path, monkeypatch: pytest.Monkey
         assert all(plan in outputs(cells[cell]) for plan in plans.split()), cell
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_serving_runs_on_a_small_log(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tables(small, "str")
     cells = run(SERVING, small, monkeypatch)

@@ -97,7 +97,7 @@ assert tf.strings.lower(["I"], encoding="utf-8").numpy()[0].decode() == "\u0131"
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_small_process_of_another_locale_encodes_the_same(tmp_path: Path) -> None:
     feature = fit("text", ["İIi near"], "t", max_values=2)
     Served([feature]).save(tmp_path)

@@ -35,7 +35,7 @@ def devices() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-@pytest.mark.parametrize("case", ["hard", "sequences"])
+@pytest.mark.parametrize("case", ["hard", pytest.param("sequences", marks=pytest.mark.nightly)])
 def test_two_devices_train_as_one(requested: TrainingSet, devices: Any, case: str) -> None:
     alone = tiny(**CASES[case]).fit_samples(requested, max_epochs=2)
     with devices.scope():
@@ -79,7 +79,7 @@ def outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
     return [process.communicate(timeout=LIMIT_S)[0] for process in processes]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("count", "cases"), [(2, [x for x in CASES if x != "mixture"]), (3, ["mixture"])]
 )

@@ -80,7 +80,7 @@ def test_they_are_counted_among_what_is_masked(data: TrainingSet) -> None:
     assert abs(share - expected / 2) < 4 * np.sqrt(expected / num) / 2
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.nightly)])
 @pytest.mark.usefixtures("in_eager_steps", "trusted_exports", "few_signatures")
 def test_they_are_embedded_as_an_item_that_nobody_knows(
     train: Log, data: TrainingSet, shared: bool, tmp_path: Path
@@ -106,6 +106,7 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("in_eager_steps")
 def test_a_warm_start_takes_them_for_new(train: Log, data: TrainingSet, tmp_path: Path) -> None:
     source = tiny(negatives=EASY, training={"max_epochs": 2}).fit_samples(data, log=train)

@@ -90,6 +90,7 @@ def test_each_failure_costs_its_row_alone_and_is_not_tried_again(
         assert again.left_out[name].startswith(f"{why} (it is not tried again; to do so, delete ")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("failing", "trusted_exports", "few_signatures")
 def test_a_run_exports_and_reports_without_a_baseline_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

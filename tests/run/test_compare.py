@@ -395,6 +395,7 @@ def test_what_a_comparison_comes_to_is_said() -> None:
     )
 
 
+@pytest.mark.nightly
 def test_a_stopped_one_goes_on(
     config: RunConfig, compared: Comparison, folder: Path, tmp_path: Path
 ) -> None:

@@ -185,7 +185,12 @@ def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: War
 
 
 @pytest.mark.parametrize(
-    ("gate", "index", "newest"), [(True, "auto", 2), (False, "none", 2), (False, "scann", 3)]
+    ("gate", "index", "newest"),
+    [
+        (True, "auto", 2),
+        (False, "none", 2),
+        pytest.param(False, "scann", 3, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_run_that_was_killed_after_its_export_keeps_its_version(
     place: Path, warm: Warm, gate: bool, index: str, newest: int
@@ -214,6 +219,7 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
         path.write_bytes(content)
 
 
+@pytest.mark.nightly
 def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path: Path) -> None:
     """The version that the folder's earlier run published is in service; an equal model passes."""
     folder = warm.result.folder
@@ -229,6 +235,7 @@ def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path
         shutil.move(tmp_path / name, folder / name)
 
 
+@pytest.mark.nightly
 def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) -> None:
     """The model is refreshed while today's run trains, after that run has read its items."""
     quick = {"training.max_epochs": 1, "training.refit": False, "export.name": "hourly"}
@@ -280,7 +287,7 @@ def test_a_damaged_file_of_its_source_is_told(yesterday: RunResult) -> None:
         path.write_bytes(content)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -> None:
     """It is stopped in both trainings, with another version in service than at its start."""
     whole = warm.result
@@ -455,7 +462,7 @@ def test_what_cannot_be_started_from_is_said(
             today(place, **settings, **{"split.kind": "held_out_users"})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_source_that_has_seen_the_test_is_told(yesterday: RunResult, place: Path) -> None:
     """In two splits by time, the second one's test begins before the first one's."""
     by_time = {"split.kind": "time", "training.max_epochs": 1, "split.test": 0.1}

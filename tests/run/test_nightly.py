@@ -31,7 +31,7 @@ gate = true
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("trusted_exports", "few_signatures")
 def test_a_nightly_job_publishes_what_is_better_as_served(
     here: Path, command: Callable[..., Any]

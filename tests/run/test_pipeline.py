@@ -707,7 +707,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(
     assert history["val_tail/recall@5"] == [None] * 4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_whole_run_proves_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "prove", PROVE)
     baselines = ("popularity", "transitions", "ease", "ials")

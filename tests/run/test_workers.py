@@ -59,7 +59,7 @@ def test_a_killed_worker_stops_the_others_and_all_go_on(tmp_path: Path) -> None:
     np.testing.assert_allclose(next(losses), next(losses), rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("trusted_exports")
 def test_workers_race_together(tmp_path: Path) -> None:
     data = {"path": write(event_table("int"), tmp_path / "events.parquet")}

@@ -138,7 +138,7 @@ def test_three_hundred_random_funnels(funnels: Funnels) -> None:
     check(funnels, seed=0, batch_size=64)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ten_thousand_random_funnels(tmp_path: Path) -> None:
     # Few logs and large batches: the time depends on how many of both there are.
     for seed in range(2, 7):

@@ -64,6 +64,7 @@ def model() -> tp.FittedTwoTower:
     return plan.fit(log_of([0, 1, 2], "numeric"))
 
 
+@pytest.mark.nightly
 def test_a_request_feature_of_another_kind_by_now_says_nothing(
     model: tp.FittedTwoTower, tmp_path: Path
 ) -> None:
@@ -80,7 +81,7 @@ def test_a_request_feature_of_another_kind_by_now_says_nothing(
         np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("user_data", [True, False])
+@pytest.mark.parametrize("user_data", [pytest.param(True, marks=pytest.mark.nightly), False])
 def test_users_have_their_features_in_a_version_without_user_data(
     model: tp.FittedTwoTower, user_data: bool, tmp_path: Path
 ) -> None:

@@ -115,7 +115,7 @@ def timed_queries(served: Served) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fresh_process(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "prove", PROVE)
     queries = stored_queries(served)
@@ -269,6 +269,7 @@ def test_the_page_asks(served: Served, version: ServedVersion, model: LoadedRetr
     assert [x["example"] for x in fields[:-1]] == [f.example for f in FEATURES]
 
 
+@pytest.mark.nightly
 def test_refreshed_items_and_exports_without_users_take_requests(
     served: Served, folder: Path, model: LoadedRetriever, tmp_path: Path
 ) -> None:

@@ -42,7 +42,7 @@ def test_the_same_answer_and_another(expected: Any, change: Any, message: str) -
     assert bool(found) == bool(message)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_files_around_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "queue.py").write_text("jobs = []")
     monkeypatch.chdir(tmp_path)

@@ -95,7 +95,7 @@ def test_ctrl_c_answers_what_is_under_way(process: subprocess.Popen[str]) -> Non
     assert "Traceback" not in log
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_second_ctrl_c_ends_it_at_once(process: subprocess.Popen[str]) -> None:
     late = begun(port_of(process), 20)  # One signal would wait for it.
     process.send_signal(signal.SIGINT)
@@ -107,7 +107,7 @@ def test_a_second_ctrl_c_ends_it_at_once(process: subprocess.Popen[str]) -> None
     late.close()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_everything_at_once_and_no_good_request_fails() -> None:
     """Runs a short form of the benchmark, which fails if a good request does.
 
