@@ -12,6 +12,7 @@ from pydantic_settings import CliSuppress
 
 from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
+from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
@@ -179,7 +180,7 @@ class RunConfig(Config):
             (data.request_features and training.examples == "sets", "data.request_features",
              f"got {', '.join(data.request_features)} with training.examples 'sets', which "
              "gives a query the positives of many requests: train 'single' or 'sequences'"),
-            (int(training.monitor.partition("@")[2]) not in cutoffs, "training.monitor",
+            (metric_of(training.monitor).k not in cutoffs, "training.monitor",
              f"got {training.monitor!r}; evaluation.cutoffs are {cutoffs}"),
             (export.filter_by is not None and not is_filterable, "export.filter_by",
              f"got {export.filter_by!r}, which is no item feature of kind {' or '.join(kinds)}; "

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import ASKED, Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS, popularity_slices
+from tfrs_pipeline.evaluation.metrics import METRICS, popularity_slices
 from tfrs_pipeline.evaluation.results import QUESTIONS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import later_rows
@@ -122,7 +122,6 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> Path:
 def report_page(facts: RunFacts) -> str:
     """Renders the page as an HTML document; the same facts give the same text."""
     metric, recall = (f"{x}@{max(facts.config.evaluation.cutoffs)}" for x in ("ndcg", "recall"))
-    names = (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
     main = (metric, recall, f"even_{recall}", f"coverage@{min(facts.config.evaluation.cutoffs)}")
     template = pages().get_template("template.html")
     return template.render(
@@ -137,11 +136,12 @@ def report_page(facts: RunFacts) -> str:
         advice=list(advice(facts.metrics, metric, facts.config)),
         for_whom=verdict.by_popularity(facts.metrics, recall),
         exported=verdict.exported(facts.metrics),
+        metrics_by_name=METRICS,
         asked=ASKED,
         questions=QUESTIONS,
         main_metrics=main,
         index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
-        metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
+        metric_names=[f"{name}@{k}" for name in METRICS for k in facts.config.evaluation.cutoffs],
         parts=[x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())],
         settings=dump_config(facts.config),
     )
