@@ -4,12 +4,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
 
 import numpy as np
 
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
-from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.data.ids import Ids, are_listed
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.metrics import (
     METRICS,
@@ -51,8 +50,8 @@ def evaluate(
         retrievers: One, named by its class, or several by name, compared with the first.
         holdout: The queries and their relevant items, from `Log.split`. For very many users, a
             `Holdout.sample` gives nearly the same means in less time.
-        metrics: What is measured, such as `[Recall(20), MyMetric(10)]`; None measures all metrics
-            of `METRICS` at each of `cutoffs`.
+        metrics: What is measured, such as `[metric_of("recall@20"), Mine(10)]`; None means all of
+            `METRICS` at each of `cutoffs`.
         exclude: What is excluded from a user's ranking; see `Holdout.excluded`.
         cutoffs: Values of k, 1 or more.
         num_bootstrap: Resamples for the intervals; 0 computes means only.
@@ -86,7 +85,7 @@ items to find are 0.0
     named = _named(retrievers)
     measured = _at_cutoffs(cutoffs) if metrics is None else tuple(dict.fromkeys(metrics))
     if not measured or not all(isinstance(metric, Metric) for metric in measured):
-        raise TypeError(f"metrics must be like [tp.Recall(20)]. Received: {metrics!r}.")
+        raise TypeError(f"metrics must be like [tp.metric_of('recall@20')]. Received: {metrics!r}.")
     check_holdout(holdout)
     truth = Truth.of(holdout, exclude)
     results = {}
@@ -104,9 +103,8 @@ def _named(retrievers: Retriever | Mapping[str, Retriever]) -> Mapping[str, Retr
         raise ValueError("Needs at least one retriever. Received: none.")
     for name, retriever in retrievers.items():
         if isinstance(retriever, type) or not hasattr(retriever, "retrieve"):
-            has_fit = hasattr(retriever, "fit") and not isinstance(retriever, type)
-            hint = ": pass what its fit returns" if has_fit else "; see `Retriever`"
-            raise TypeError(f"{name} has no `retrieve`{hint}. Received: {retriever!r}.")
+            hint = "pass what its fit returns; see `Retriever`"
+            raise TypeError(f"{name} has no `retrieve`: {hint}. Received: {retriever!r}.")
     return retrievers
 
 
@@ -120,25 +118,25 @@ def _at_cutoffs(cutoffs: Sequence[int]) -> tuple[Metric, ...]:
     return tuple(metric(int(k)) for k in sorted(set(ks)) for metric in METRICS.values())
 
 
-Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""[num_pairs] query numbers, ascending, and [num_pairs] candidate rows."""
-
-
 @dataclass(frozen=True)
 class Truth:
     """The queries of a holdout that can be measured, at `places`, and their relevant items.
 
-    Pairs leave out candidates outside the corpus, but `num_relevant`, [num_queries], counts them.
-    `num_excluded` counts the relevant items that were excluded, over all queries.
+    Attributes:
+        places: [num_queries] numbers of the measured queries among all.
+        excluded: For each of them, the ids that its ranking leaves out; None excludes nothing.
+        relevant: [num_pairs] numbers of queries, ascending, and [num_pairs] candidate rows. They
+            leave out candidates outside the corpus.
+        num_relevant: [num_queries] items to find, those outside the corpus included.
+        num_excluded: Relevant items that were excluded, over all queries.
     """
 
     holdout: Holdout
     exclude: Exclude
     items: Ids
-    places: np.ndarray
+    places: list[int]
     excluded: list[np.ndarray] | None
-    excluded_pairs: Pairs
-    relevant: Pairs
+    relevant: tuple[np.ndarray, np.ndarray]
     num_relevant: np.ndarray
     num_excluded: int
 
@@ -147,6 +145,12 @@ class Truth:
         """The measured queries."""
         all_queries = self.holdout.as_queries()
         return [all_queries[i] for i in self.places]
+
+    @cached_property
+    def excluded_rows(self) -> list[np.ndarray]:
+        """The rows of the excluded candidates of each query."""
+        rows = map(self.items.rows, self.excluded or [()] * len(self.places))
+        return [of_query[of_query > 0] for of_query in rows]
 
     @property
     def user_ids(self) -> np.ndarray:
@@ -157,57 +161,37 @@ class Truth:
     def of(cls, holdout: Holdout, exclude: Exclude) -> "Truth":
         """Looks up ids once for all retrievers; a `ValueError` if nothing is left to find."""
         items, excluded = Ids(holdout.candidate_ids), holdout.excluded(exclude)
-        num_queries, lists = len(holdout), [*holdout.relevant, *(excluded or ())]
-        rows = _numbered(items, lists)
-        # One number stands for a pair of a query and an item, so that sets of pairs are arrays.
-        stride = rows.max(initial=0) + 1
-        query = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
-        keys = query % num_queries * stride + rows
-        relevant, gone = np.unique(keys[query < num_queries]), keys[query >= num_queries]
-        left = np.setdiff1d(relevant, gone)
-        num_relevant = np.bincount(left // stride, minlength=num_queries)
-        num_excluded, is_measured = len(relevant) - len(left), num_relevant > 0
-        if not is_measured.any():
+        wanted = [{*np.asarray(ids).tolist()} for ids in holdout.relevant]
+        left = wanted
+        if excluded is not None:
+            pairs = zip(wanted, excluded, strict=True)
+            left = [ids.difference(np.asarray(gone).tolist()) for ids, gone in pairs]
+        places = [i for i, ids in enumerate(left) if ids]
+        num_excluded = sum(map(len, wanted)) - sum(map(len, left))
+        if not places:
             raise ValueError(
-                f"Nothing to measure: none of {num_queries} queries has a relevant item that "
+                f"Nothing to measure: none of {len(holdout)} queries has a relevant item that "
                 f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). "
                 "Exclude less (evaluation.exclude), or test on a larger part."
             )
-        number = np.cumsum(is_measured) - 1  # Of a query among those that are measured.
-
-        def pairs(keys: np.ndarray) -> Pairs:
-            queries, rows = keys // stride, keys % stride
-            is_kept = is_measured[queries] & (rows <= len(items))
-            return number[queries[is_kept]], rows[is_kept]
-
-        places = np.flatnonzero(is_measured)
+        ids = [id_ for i in places for id_ in sorted(left[i])]
+        if isinstance(ids[0], str) != items.are_text:
+            raise ValueError(
+                "Relevant ids and candidate ids must be of one type: load both the same way. "
+                f"Received: relevant {ids[0]!r}, candidate {items.values.tolist()[0]!r}."
+            )
+        rows, num_relevant = items.rows(ids), np.array([len(left[i]) for i in places])
+        queries, is_known = np.repeat(np.arange(len(places)), num_relevant), rows > 0
         return cls(
             holdout=holdout,
             exclude=exclude,
             items=items,
             places=places,
             excluded=None if excluded is None else [excluded[i] for i in places],
-            excluded_pairs=pairs(gone),
-            relevant=pairs(left),
-            num_relevant=num_relevant[places],
+            relevant=(queries[is_known], rows[is_known]),
+            num_relevant=num_relevant,
             num_excluded=num_excluded,
         )
-
-
-def _numbered(items: Ids, lists: Sequence[np.ndarray]) -> np.ndarray:
-    """Looks up the rows of all ids; ids outside the corpus get distinct numbers above it."""
-    # Empty lists are left out, because an empty float array would turn all ids into floats, as
-    # unsigned integers beside signed ones would without `as_id_array`.
-    ids = np.concatenate([items.values[:0], *(as_id_array(ids) for ids in lists if len(ids))])
-    if len(ids) and isinstance(ids[0], str) != isinstance(items.empty_id, str):
-        raise ValueError(
-            "Relevant ids and candidate ids must be of one type: load both the same way. "
-            f"Received: relevant {ids.tolist()[0]!r}, candidate {items.values.tolist()[0]!r}."
-        )
-    rows = items.rows(ids).astype(np.int64)
-    is_unknown = rows == 0
-    rows[is_unknown] = len(items) + 1 + np.unique(ids[is_unknown], return_inverse=True)[1]
-    return rows
 
 
 def check_measurable(holdout: Holdout, exclude: Exclude) -> None:
@@ -221,7 +205,6 @@ def _retrieve_rows(
     """Retrieves for all queries, and checks the retriever's contract: [num_queries, k] rows."""
     num_queries = len(truth.queries)
     rows = np.empty((num_queries, k), np.int32)
-    excluded_queries, excluded_rows = truth.excluded_pairs
     for start in range(0, num_queries, QUERIES_PER_CALL):
         batch = slice(start, min(start + QUERIES_PER_CALL, num_queries))
         excluded = None if truth.excluded is None else truth.excluded[batch]
@@ -234,8 +217,7 @@ def _retrieve_rows(
         if ids.shape != shape or scores.shape != shape:
             raise _broken(retriever, returns, _described(ids, scores))
         rows[batch] = truth.items.rows(ids).reshape(shape)
-        mine = slice(*np.searchsorted(excluded_queries, [batch.start, batch.stop]))
-        is_excluded = find_hits(rows[batch], excluded_queries[mine] - start, excluded_rows[mine])
+        is_excluded = are_listed(rows[batch], truth.excluded_rows[batch], len(truth.items))
         for fault in _faults(rows[batch], ids, scores, truth.items, is_excluded):
             raise _broken(retriever, fault, _described(ids, scores))
         if report is not None:

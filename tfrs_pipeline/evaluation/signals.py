@@ -1,6 +1,7 @@
 """What a log rewards, measured in seconds before any training."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,20 +65,23 @@ class Signals:
             )
 
     def __repr__(self) -> str:
-        numbers = [(x.name, _written(x.value), _written(x.beside)) for x in self]
-        table = format_cells([("signal", "value", "beside"), *numbers]).splitlines()
+        rows = [
+            ("signal", "value", "beside"),
+            *((x.name, *map(_written, (x.value, x.beside))) for x in self),
+        ]
         meanings = ["meaning", *(x.meaning for x in self)]
-        return "\n".join(f"{x}  {meaning}" for x, meaning in zip(table, meanings, strict=True))
+        lines = zip(format_cells(rows).splitlines(), meanings, strict=True)
+        return "\n".join(f"{line}  {meaning}" for line, meaning in lines)
 
 
 def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signals:
     """Measures what a log rewards, from the positives of its training part alone.
 
-    For a hit rate, the last positive of each of at most 5,000 users is held out. It is a hit if it
-    is among the ten items that came most often with what is known (the last item, or the value of a
-    request feature), backed off to popularity. Beside it is the hit rate with less information,
-    such as shuffled histories. The gap is what a model can learn from the signal. If there are more
-    than `max_positives`, about as many are read, of users drawn at random.
+    For a hit rate, the last positive of each of at most 5,000 users is held out. A hit: it is in
+    the top ten items given the known value (the last item, or the value of a request feature), by
+    counts backed off to popularity. Beside it is the hit rate with less information, such as
+    shuffled histories. The gap is what a model can learn from the signal. If there are more than
+    `max_positives`, about as many are read, of users drawn at random.
 
     Example:
         >>> import pyarrow as pa
@@ -91,19 +95,17 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
     sequences = Sequences.from_table(table, items_of(train))
     if not len(table):
         return Signals(())
-    before = sequences.earlier(1)
     is_last = np.append(sequences.users[1:] != sequences.users[:-1], True)
-    asked = rng.permutation(np.flatnonzero(is_last & (before >= 0)))[:_MAX_ASKED]
-    found: list[Signal] = []
-    if train.order != "none" and len(asked):
-        found += _of_order(sequences, asked, rng)
+    held_out = np.flatnonzero(is_last & (sequences.earlier(1) >= 0))
+    asked = rng.permutation(held_out)[:_MAX_ASKED]
+    parts: list[Iterator[Signal]] = [_of_counts(sequences), _of_items(train, sequences, rng)]
     if "timestamp" in table.column_names:
-        found += _of_times(sequences, table["timestamp"])
-    found += _of_counts(sequences)
-    found += _of_items(train, sequences, rng)
+        parts.insert(0, _of_trend(sequences, table["timestamp"]))
     if len(asked):
-        found += _of_requests(train, table, sequences, asked)
-    return Signals(tuple(found))
+        parts.append(_of_requests(train, table, sequences, asked))
+        if train.order != "none":
+            parts.insert(0, _of_order(sequences, asked, rng))
+    return Signals(tuple(itertools.chain.from_iterable(parts)))
 
 
 def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
@@ -181,9 +183,9 @@ def _earlier_rows(sequences: Sequences, num: int) -> np.ndarray:
     return np.where(place < 0, 0, sequences.item_rows[place])
 
 
-def _of_times(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]:
+def _of_trend(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]:
     times = column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
-    users, num_items = sequences.users, len(sequences.items)
+    num_items = len(sequences.items)
     rows = sequences.item_rows[np.argsort(times, kind="stable")]
     if tenth := len(rows) // 10:
         before, recent, target = rows[:-tenth], rows[-2 * tenth : -tenth], rows[-tenth:]
@@ -192,12 +194,6 @@ def _of_times(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]
         now, ever = (float(np.isin(target, x[: -(-num_items // 100)]).mean()) for x in orders)
         of = "share of the latest 10% on the 1% most popular just before; beside: ever before"
         yield Signal("trend", now, ever, of)
-    is_tied = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
-    is_tied = np.append(is_tied, False) | np.append(False, is_tied)
-    of = "share of positives at the same time as another of their user"
-    yield Signal("ties", float(is_tied.mean()), None, of)
-    step = int(np.gcd.reduce(np.diff(np.sort(times)))) / 10**6
-    yield Signal("clock", step, None, "step of the timestamps, in seconds")
 
 
 def _of_counts(sequences: Sequences) -> Iterator[Signal]:

@@ -36,23 +36,14 @@ DROPPED = "dropped"
 class PopularityFacts:
     """How often each candidate is a positive or drawn as a negative; arrays are [num_candidates].
 
-    `before` and `after` are shares of the positives as logged and as trained on. `negatives` has
-    the distribution of each kind's draws.
+    `shares` are those of the positives: as logged and, if they differ, as trained on. `negatives`
+    has the distribution of each kind's draws.
     """
 
     counts: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
+    shares: Mapping[str, np.ndarray]
     negatives: Mapping[str, np.ndarray]
     num_unreachable: int
-
-    @property
-    def shares(self) -> Mapping[str, np.ndarray]:
-        """Shares of the positives: as logged and, if they differ, as trained on."""
-        shares = {"positives, as logged": self.before}
-        if not np.allclose(self.before, self.after, rtol=1e-6, atol=0):
-            shares["positives, as trained on"] = self.after
-        return shares
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ def report_page(facts: RunFacts) -> str:
         figures=_figures(facts, metric, recall),
         counted=counted,
         better=verdict.compared_with_baselines(facts.metrics, metric),
-        remarks=verdict.remarks(facts.metrics, metric, recall),
+        otherwise=verdict.other_question(facts.metrics, metric),
         advice=list(advice(facts.metrics, metric, facts.config)),
         for_whom=verdict.by_popularity(facts.metrics, recall),
         exported=verdict.exported(facts.metrics),
@@ -155,7 +146,9 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         for part in next(iter(models.values()))["slices"]
     }
     overall = {metric: {name: model[metric] for name, model in models.items()}}
-    results, gains = [drawing.plot_intervals(overall, metric)], verdict.gains(facts.metrics, metric)
+    results = [drawing.plot_intervals(overall, metric)]
+    pairs = verdict.compared(facts.metrics, metric)
+    gains = {name: x.gain.as_dict() for name, x in pairs.items()}
     if gains:
         panel = {f"{metric}: {next(iter(models))} minus": gains}
         results.append(drawing.plot_intervals(panel, metric, are_differences=True))
@@ -176,18 +169,20 @@ def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
     chosen = {name: result["best_epoch"] for name, result in training.items()}
     monitor = f"val_{facts.config.training.monitor}"
     logged = dict.fromkeys(["loss", monitor, *(name for h in histories.values() for name in h)])
-    drawings = []
-    for name in logged:
-        # Validation may have no positive in a part of the items: nothing was measured there.
-        of_models = {
+    curves = {
+        name: {
             model: history[name]
             for model, history in histories.items()
+            # Validation may have no positive in a part of the items: nothing was measured there.
             if any(value is not None for value in history.get(name, []))
         }
-        if of_models:
-            what = name.replace("val_", "validation ")
-            drawings.append(drawing.plot_curves(of_models, chosen, what))
-    return drawings
+        for name in logged
+    }
+    return [
+        drawing.plot_curves(lines, chosen, name.replace("val_", "validation "))
+        for name, lines in curves.items()
+        if lines
+    ]
 
 
 def _race_figures(facts: RunFacts) -> list[drawing.Drawing]:
@@ -229,6 +224,10 @@ def gather_facts(folder: Path) -> RunFacts:
     batches, by_part = model.batches(samples), split.events.group_by("part")
     frame = batches.frame
     expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
+    shares = {"positives, as logged": positive_probability(frame.counts)[1:]}
+    trained = batches.positive_share[1:]
+    if not np.allclose(trained, *shares.values(), rtol=1e-6, atol=0):
+        shares["positives, as trained on"] = trained
     counts = by_part.agg(num=split.events["item_id"].nunique()).to_pyarrow().to_pylist()
     num_items = {row["part"]: row["num"] for row in counts}
     return RunFacts(
@@ -245,8 +244,7 @@ def gather_facts(folder: Path) -> RunFacts:
         mean_hard_share=batches.mean_hard_share,
         popularity=PopularityFacts(
             counts=frame.counts[1:],
-            before=positive_probability(frame.counts)[1:],
-            after=batches.positive_share[1:],
+            shares=shares,
             negatives={name: count[1:] / count.sum() for name, count in expected.items()},
             num_unreachable=batches.num_unreachable,
         ),

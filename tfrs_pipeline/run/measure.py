@@ -12,7 +12,7 @@ import numpy as np
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.schema import ASKED
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
+from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import counted
@@ -24,29 +24,19 @@ from tfrs_pipeline.run.steps import Runner
 if TYPE_CHECKING:
     from tfrs_pipeline.model.fitted import FittedTwoTower
 
-Baseline: TypeAlias = MostPopular | Repeats | Transitions | Ease | Ials
-
 OnProgress: TypeAlias = Callable[..., None]
 """Called during long work with a task's name, steps done and in all, and sometimes a note."""
 
-# Shares of the latest positives by which popularity is counted in a split by time: for a test on
-# later days, recent popularity may be a better guess.
-_LATEST = (1.0, 0.2, 0.05, 0.01)
 
-
-def baselines_of(config: RunConfig, data: RunData) -> dict[str, list[Baseline]]:
+def baselines_of(config: RunConfig, data: RunData) -> dict[str, Sequence[Baseline]]:
     """Returns the baselines of a config by name, each in the forms to choose from on validation."""
-    latest = _LATEST if data.split.kind == "time" else (1.0,)
-    found: dict[str, list[Baseline]] = {
-        "popularity": [MostPopular(latest=share) for share in latest],
-        "repeats": [Repeats()],
-        "transitions": [Transitions()],
-        "ease": [Ease()],
-        "ials": [Ials(seed=config.seed)],
+    named = {x: BASELINES[x] for x in config.evaluation.baselines if x in BASELINES}
+    by_time = data.split.kind == "time"
+    return {
+        name: baseline.forms(seed=config.seed, by_time=by_time)
+        for name, baseline in named.items()
+        if not baseline.is_idle(config.evaluation.exclude)
     }
-    # "uncorrected" is trained like the model; "repeats" would have nothing left to find.
-    unused = {"uncorrected", *(["repeats"] if config.evaluation.exclude != "none" else [])}
-    return {name: found[name] for name in config.evaluation.baselines if name not in unused}
 
 
 class MeasuredBaselines(NamedTuple):
