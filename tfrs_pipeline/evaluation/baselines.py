@@ -136,8 +136,8 @@ class FittedPopularity:
         check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
         rows = np.zeros((len(queries), k), np.int32)
         is_excluded = np.zeros(1 + len(self.items), bool)  # Shared, because a corpus is long.
-        for row, ids in zip(rows, [()] * len(queries) if exclude is None else exclude, strict=True):
-            excluded = self.items.rows(ids)
+        lists = self.items.rows_by_list([()] * len(queries) if exclude is None else exclude)
+        for row, excluded in zip(rows, lists, strict=True):
             is_excluded[excluded] = True
             # At least k of the k + |excluded| most popular are not excluded.
             top = self._order[: k + len(excluded)]

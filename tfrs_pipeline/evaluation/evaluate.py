@@ -149,8 +149,7 @@ class Truth:
     @cached_property
     def excluded_rows(self) -> list[np.ndarray]:
         """The rows of the excluded candidates of each query."""
-        rows = map(self.items.rows, self.excluded or [()] * len(self.places))
-        return [of_query[of_query > 0] for of_query in rows]
+        return self.items.rows_by_list(self.excluded or [()] * len(self.places))
 
     @property
     def user_ids(self) -> np.ndarray:

@@ -145,8 +145,7 @@ def history_columns(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
                 "This retriever works from query['history']: pass [] for a user without one. "
                 f"Received a query with: {', '.join(map(repr, query)) or 'nothing'}."
             )
-    histories = [items.rows(query["history"]) for query in queries]
-    return [rows[rows > 0] - 1 for rows in histories]
+    return [rows - 1 for rows in items.rows_by_list([query["history"] for query in queries])]
 
 
 def _zero_one_matrix(

@@ -240,7 +240,7 @@ class HitRate(Metric):
 
     def measure(self, rankings: Rankings) -> np.ndarray:
         """Returns 1 for a query with a hit, or 0."""
-        return rankings.is_hit[:, : self.k].any(axis=1).astype(np.float64)
+        return np.asarray(rankings.is_hit[:, : self.k].any(axis=1), np.float64)
 
 
 class Ndcg(Metric):

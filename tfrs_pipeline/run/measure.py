@@ -14,6 +14,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
 from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import Retriever
@@ -52,12 +53,12 @@ def fit_best(
     """Fits the form of a baseline that is best on validation; notes which, if there are several."""
 
     def score(baseline: Baseline) -> float:
-        # The same number of users as for the model's epoch.
-        validation = data.validation.sample(config.training.validation_users, config.seed)
-        exclude, cutoffs = config.evaluation.exclude, config.evaluation.cutoffs
+        # The same queries and metric as for the model's epoch.
+        monitor, exclude = metric_of(config.training.monitor), config.evaluation.exclude
         fitted = baseline.fit(data.split.train)
-        found = evaluate(fitted, validation, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
-        return found.first.overall.intervals[config.training.monitor].mean
+        options: dict[str, Any] = {"metrics": [monitor], "exclude": exclude, "num_bootstrap": 0}
+        measured = evaluate(fitted, data.validation, **options).first
+        return measured.overall.intervals[str(monitor)].mean
 
     best, notes = forms[0], []
     if len(forms) > 1:
