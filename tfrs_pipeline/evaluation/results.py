@@ -296,17 +296,14 @@ def format_table(
     """
     columns = [x for x in columns if any(find_metric(of, x) is not None for of in models.values())]
     differences = differences or {}
-    compared = {metric for of_model in differences.values() for metric in of_model}
     reference = next((name for name in models if name not in differences), "")
-    lines: list[list[str]] = [["model"], *([name] for name in models)]
+    cells = [["model", *models]]
     for column in columns:
-        lines[0].append(column)
-        for line, summary in zip(lines[1:], models.values(), strict=True):
-            line.append(_cell(find_metric(summary, column)))
-        if column in compared:
-            lines[0].append(f"from {reference}")
-            for line in lines[1:]:
-                line.append(_difference(differences.get(line[0], {}).get(column)))
+        cells.append([column, *(_cell(find_metric(model, column)) for model in models.values())])
+        gaps = [differences.get(name, {}).get(column) for name in models]
+        if any(gaps):
+            cells.append([f"from {reference}", *map(_difference, gaps)])
+    lines = list(zip(*cells, strict=True))
     table = (format_markdown_cells if markdown else format_cells)(lines)
     if width is None or len(table.partition("\n")[0]) <= width or len(columns) <= 1:
         return table
@@ -315,12 +312,9 @@ def format_table(
 
 def with_other(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the models of `Evaluation.summary()` with columns such as "by_user/ndcg@20"."""
-    prefix = other_prefix(metrics)
-    if not prefix:
-        return dict(metrics["models"])
-    others = metrics["other"]["models"]
+    others = {other_prefix(metrics): metrics["other"]["models"]} if other_prefix(metrics) else {}
     return {
-        name: {**model, "slices": {**model["slices"], prefix: others[name]}}
+        name: {**model, "slices": model["slices"] | {x: of[name] for x, of in others.items()}}
         for name, model in metrics["models"].items()
     }
 

@@ -113,51 +113,49 @@ def _about_baselines(metrics: Metrics, metric: str, config: RunConfig) -> Iterat
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
             f"{num_positives / num_items:.1f} each; a longer log may help"
         )
-    labels: dict[str, list[str]] = {}
+    behind: dict[str, list[str]] = {}
     for name, label in ahead_of(metrics, metric).items():
         if name in BASELINES:
-            labels.setdefault(BASELINES[name].learns_from, []).append(label)
-    if "repeats" in labels:
+            behind.setdefault(BASELINES[name].learns_from, []).append(label)
+    if "repeats" in behind:
         yield (
             "behind the user's own items again, which a service can show without a model: to "
             "measure what else a user clicks, set evaluation.exclude to clicked"
         )
-    if behind := labels.get("popularity"):
-        remedies = _to_follow_popularity(metrics, config)
-    elif behind := [*labels.get("order", []), *labels.get("items", [])]:
-        remedies = _to_learn_more(metrics, config, reads_order="order" in labels)
-    else:
-        return
-    if lines := [remedy for suits, remedy in remedies if suits]:
-        yield f"behind {listed(behind)}: {', or '.join(lines)}"
+    # Who is behind popularity has to follow it first.
+    lacks = {"popularity"} if "popularity" in behind else {"order", "items"}
+    labels = [label for kind in ("popularity", "order", "items") if kind in lacks
+              for label in behind.get(kind, ())]  # fmt: skip
+    remedies = [
+        remedy
+        for kinds, suits, remedy in _remedies(metrics, config)
+        if suits and lacks & behind.keys() & kinds
+    ]
+    if remedies:
+        yield f"behind {listed(labels)}: {', or '.join(remedies)}"
 
 
-def _to_follow_popularity(metrics: Metrics, config: RunConfig) -> list[tuple[bool, str]]:
+def _remedies(metrics: Metrics, config: RunConfig) -> list[tuple[set[str], bool, str]]:
+    """Lists what a model may lack, whether a remedy suits the settings, and the remedy."""
+    model, data, examples = config.model, config.data, config.training.examples
     trend = metrics.get("signals", {}).get("trend", {"value": 0.0, "beside": 0.0})
-    changes = trend["value"] - trend["beside"] > _TREND and config.model.correction != "recent"
+    changes = trend["value"] - trend["beside"] > _TREND and model.correction != "recent"
     more = " and model.correction recent, since what is popular changes" if changes else ""
-    return [
-        (config.model.use_candidate_id and (changes or not config.model.candidate_bias),
-         f"set model.candidate_bias{more}"),
-        (config.split.kind in (None, "time"),
-         "check with split.kind last_share whether popularity has changed over time"),
-    ]  # fmt: skip
-
-
-def _to_learn_more(
-    metrics: Metrics, config: RunConfig, *, reads_order: bool
-) -> list[tuple[bool, str]]:
-    model, examples = config.model, config.training.examples
     # A recipe that raced has lost, or is the model.
     untried = {"sequence", "sets"} - metrics.get("race", {}).get("recipes", {}).keys()
     reads_ids = bool(model.use_candidate_id or model.history_pooling)
     is_random = model.item_init == "random" and config.warm_start is None
+    learner = {"order", "items"}
     return [
-        (reads_order and examples != "sequences" and "sequence" in untried,
+        ({"popularity"}, model.use_candidate_id and (changes or not model.candidate_bias),
+         f"set model.candidate_bias{more}"),
+        ({"popularity"}, config.split.kind in (None, "time"),
+         "check with split.kind last_share whether popularity has changed over time"),
+        ({"order"}, examples != "sequences" and "sequence" in untried,
          "take --preset sequence, which learns from the order"),
-        (not config.data.is_ordered and examples != "sets" and "sets" in untried,
+        (learner, not data.is_ordered and examples != "sets" and "sets" in untried,
          "take --preset sets"),
-        (reads_ids and is_random, "set model.item_init svd"),
-        (not config.data.item_features, "give features of the items (data.item_features)"),
-        (True, "more model.negatives"),
+        (learner, reads_ids and is_random, "set model.item_init svd"),
+        (learner, not data.item_features, "give features of the items (data.item_features)"),
+        (learner, True, "more model.negatives"),
     ]  # fmt: skip

@@ -71,13 +71,12 @@ class RunFacts:
     @property
     def funnel(self) -> list[dict[str, Any]]:
         """The stages from the first: how many events ended there, and how many reached them."""
-        sizes = [sum(of_stage.values()) for of_stage in self.events_by_stage.values()]
+        sizes = [sum(num_by_part.values()) for num_by_part in self.events_by_stage.values()]
         reached = np.cumsum(sizes[::-1])[::-1].tolist()
+        columns = zip(self.events_by_stage, sizes, reached, [*reached[:1], *reached], strict=False)
         return [
             {"stage": stage, "ended": size, "reached": num, "of_before": num / before}
-            for stage, size, num, before in zip(
-                self.events_by_stage, sizes, reached, [reached[0], *reached], strict=False
-            )
+            for stage, size, num, before in columns
         ]
 
     @property
