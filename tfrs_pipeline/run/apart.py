@@ -20,7 +20,7 @@ from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_whole, write_record
 from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
-from tfrs_pipeline.evaluation.metrics import METRICS, Metric
+from tfrs_pipeline.evaluation.metrics import BUILT_IN, METRICS, Metric
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
@@ -74,10 +74,11 @@ def answers_from_process(
     # The log stays on disk, and the samples of the training are not needed.
     unused = dict.fromkeys(("split", "selection", "final"))
     data = dataclasses.replace(data, **unused)  # type: ignore[arg-type]
+    brought = {name: metric for name, metric in METRICS.items() if name not in BUILT_IN}
     pending, spawn = dict(choices), multiprocessing.get_context("spawn")
     while pending:
         ours, theirs = spawn.Pipe(duplex=False)
-        arguments = theirs, METRICS, config, folder, data, pending
+        arguments = theirs, brought, config, folder, data, pending
         process = spawn.Process(target=_send_answers, args=arguments, daemon=True)
         process.start()
         theirs.close()  # From now on, it is closed when the process ends.
@@ -97,7 +98,7 @@ def answers_from_process(
 
 
 def _send_answers(to: Connection, metrics: Mapping[str, type[Metric]], *task: Any) -> None:
-    METRICS.update(metrics)  # Those that users have added, too.
+    METRICS.update(metrics)  # Those that users have added.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The run ends this process.
     with contextlib.suppress(OSError):  # Where memory runs out, the system ends this process first.
         Path("/proc/self/oom_score_adj").write_text("1000")
