@@ -232,18 +232,19 @@ class Transitions(Baseline):
         if not isinstance(train, Sequences):
             train = Sequences.from_log(train)
         items, rows = train.items, train.item_rows
+        # The prior: popular items are likely to come next after anything.
         popular = Interactions.from_rows(items, train.users, rows).counts
         popular = self.prior * popular / max(1, popular.sum())
         # Row 0, which is empty, is for histories without a known item.
         shape = (1 + len(items), len(items))
         num = scipy.sparse.csr_matrix(shape, dtype=np.float32)
         for i in range(self.window):
-            place = train.earlier(1 + i)
-            is_there = place >= 0
-            pair = rows[place[is_there]], rows[is_there] - 1
+            position = train.earlier(1 + i)
+            is_there = position >= 0  # False for the first positives of a user.
+            pair = rows[position[is_there]], rows[is_there] - 1
             weight = np.full(len(pair[0]), _DECAY**i, np.float32)
             num += scipy.sparse.csr_matrix((weight, pair), shape)
-        num_all = num.sum(axis=1).A1
+        num_all = num.sum(axis=1).A1  # n_i of each item, 0 for the empty row.
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             histories = history_columns(queries, items)
@@ -318,7 +319,7 @@ class Ials(Baseline):
 
     @classmethod
     def forms(cls, *, seed: int, by_time: bool) -> Sequence[Self]:
-        """Starts from the run's seed."""
+        """Returns one form, which starts from the run's seed."""
         return [cls(seed=seed)]
 
     def __post_init__(self) -> None:
@@ -373,6 +374,7 @@ def _by_product(
     def or_popular(queries: Sequence[Query]) -> np.ndarray:
         histories = history_matrix(queries, train.items)
         scores = score(histories)
+        # Their own scores are all equal, and would rank items by their ids.
         scores[histories @ (train.counts > 0) == 0] = train.counts
         return scores
 
@@ -386,6 +388,7 @@ def _latest(positives: ibis.Table, share: float) -> ibis.Table:
             f"latest={share:g} chooses positives by their timestamps, and the log has none. "
             "Count all: latest=1."
         )
+    # By number, not by time: a share of the positives is what the user asked for.
     num, time_of = in_order(positives.select("timestamp"))
     if not num:
         return positives

@@ -83,6 +83,7 @@ items to find are 0.0
         2 of 2 items to find have no positive in training
     """
     named = _named(retrievers)
+    # A metric that is given twice would be two equal columns.
     measured = _at_cutoffs(cutoffs) if metrics is None else tuple(dict.fromkeys(metrics))
     if not measured or not all(isinstance(metric, Metric) for metric in measured):
         raise TypeError(f"metrics must be like [tp.metric_of('recall@20')]. Received: {metrics!r}.")
@@ -160,6 +161,7 @@ class Truth:
     def of(cls, holdout: Holdout, exclude: Exclude) -> "Truth":
         """Looks up ids once for all retrievers; a `ValueError` if nothing is left to find."""
         items, excluded = Ids(holdout.candidate_ids), holdout.excluded(exclude)
+        # As Python's sets: lists are short, and ids of any type compare as they are.
         wanted = [{*np.asarray(ids).tolist()} for ids in holdout.relevant]
         left = wanted
         if excluded is not None:
@@ -173,6 +175,7 @@ class Truth:
                 f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). "
                 "Exclude less (evaluation.exclude), or test on a larger part."
             )
+        # Sorted, because sums of weights depend on their order in the last digit.
         ids = [id_ for i in places for id_ in sorted(left[i])]
         if isinstance(ids[0], str) != items.are_text:
             raise ValueError(
@@ -215,6 +218,7 @@ def _retrieve_rows(
         ids, scores = map(np.asarray, answer)
         if ids.shape != shape or scores.shape != shape:
             raise _broken(retriever, returns, _described(ids, scores))
+        # Ids that are no candidates get row 0, like empty slots, and are told apart below.
         rows[batch] = truth.items.rows(ids).reshape(shape)
         is_excluded = are_listed(rows[batch], truth.excluded_rows[batch], len(truth.items))
         for fault in _faults(rows[batch], ids, scores, truth.items, is_excluded):
@@ -233,7 +237,7 @@ def _faults(
         yield "must return numbers as scores"
     if np.isnan(scores).any() or np.any(scores[:, 1:] > scores[:, :-1]):
         yield "must return the best first, without NaN"
-    in_order = np.sort(rows, axis=1)
+    in_order = np.sort(rows, axis=1)  # A candidate that comes twice is next to itself.
     if np.any((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] > 0)):
         yield "returned a candidate twice for a query"
     if is_excluded.any():
@@ -258,6 +262,7 @@ def _measure(
     rankings = dict(_rankings(rows, truth))
     parts = {part: _measure_part(x, metrics) for part, x in rankings.items()}
     parts = with_intervals(parts, user_ids, num_bootstrap=num_bootstrap, seed=seed)
+    # Items outside the corpus are in no list: they are unclicked, and were never found.
     even, to_find = rankings["all"].even, truth.relevant[1] - 1
     num_unknown = int(truth.num_relevant.sum()) - len(to_find)
     return EvaluationResult(

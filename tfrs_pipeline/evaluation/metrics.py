@@ -95,6 +95,7 @@ class EvenWeights:
             return None
         by_item = np.append(0.0, item_weights(exposure, wanted_rows - 1))
         wanted = by_item[wanted_rows]
+        # v(u, i) = w(i) / W(u), which sums to 1 over a user's items to find.
         v = wanted / np.bincount(users[queries], wanted)[users[queries]]
         return cls(by_item, queries, wanted, users, round(num_users**2 / np.sum(v**2)))
 
@@ -109,6 +110,7 @@ class EvenWeights:
 
     def best_dcg(self, k: int) -> np.ndarray:
         """Returns the DCG of each query's ideal list, the heaviest items first: [num_queries]."""
+        # Sorted by query, heaviest first; the rank counts from each query's first pair.
         order = np.lexsort([-self.wanted, self.queries])
         rank = np.arange(len(order)) - np.searchsorted(self.queries, self.queries)
         is_in = rank < k
@@ -122,10 +124,11 @@ class EvenWeights:
         the corpus to find, and all others have NaN. So means over queries, and those of a
         bootstrap, are means over users.
         """
-        measured = np.flatnonzero(self.by_query)
+        measured = np.flatnonzero(self.by_query)  # Weights are above 0.
         users, weights = self.users[measured], self.by_query[measured]
         shares = weights / np.bincount(users, weights)[users]
         sums = np.bincount(users, shares * reached[measured] / best[measured])
+        # Users' numbers ascend in `sums`, which has a place for each, measured or not.
         numbers, first = np.unique(users, return_index=True)
         values = np.full(len(reached), np.nan)
         values[measured[first]] = sums[numbers]
@@ -157,7 +160,7 @@ class Rankings:
 
     def times_retrieved(self, k: int) -> np.ndarray:
         """Counts the lists with each of the part's candidates in the top k: [num_in_part]."""
-        rows = self.rows[:, :k].ravel()
+        rows = self.rows[:, :k].ravel()  # Empty slots are counted first, and left out.
         return np.bincount(rows, minlength=len(self.counts) + 1)[1:][self.is_in]
 
 
@@ -348,6 +351,7 @@ PLAIN = (Recall, HitRate, Ndcg, Mrr)
 
 METRICS: dict[str, type[Metric]] = {
     metric.name: metric
+    # In tables and reports they come in this order.
     for metric in (*PLAIN, EvenRecall, EvenNdcg, Coverage, AveragePopularity, Gini)
 }
 """The metrics that settings can name, and that an evaluation measures unless it is given others.

@@ -179,6 +179,7 @@ class Evaluation:
             name: {metric: values[metric] - reference for metric, reference in first[1].items()}
             for name, values in others
         }
+        # With the seed of the models' own intervals, the same users are drawn.
         drawn = {"num_bootstrap": self.num_bootstrap, "seed": self.seed}
         return table_intervals(gaps, users=self.first.user_ids, **drawn)
 
@@ -214,6 +215,7 @@ class Evaluation:
         }
         table = format_table(summary["models"], list(dict.fromkeys(columns)), gaps)
         notes = _notes(table, next(iter(summary["models"].values())))
+        # Notes explain the columns; the other lines are about the queries.
         return "\n".join([table, *notes, *self.first.describe()])
 
 
@@ -245,6 +247,7 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
 
     def average(results: Sequence[EvaluationResult]) -> EvaluationResult:
         parts = [{"all": result.overall, **result.slices} for result in results]
+        # Sizes and users are those of the first: all were measured on the same queries.
         means = {
             name: replace(
                 part,
@@ -294,6 +297,7 @@ def format_table(
     Columns that no model has are left out. So are the last columns, but never the first, if they do
     not fit in `width` characters.
     """
+    # An older run, or one with other metrics, may lack some.
     columns = [x for x in columns if any(find_metric(of, x) is not None for of in models.values())]
     differences = differences or {}
     reference = next((name for name in models if name not in differences), "")
@@ -391,7 +395,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, int):
         return str(value)
-    return f"{value:.4f}" if value <= 1 else f"{value:.1f}"
+    return f"{value:.4f}" if value <= 1 else f"{value:.1f}"  # A share, or a mean count.
 
 
 def _difference(value: Mapping[str, Any] | None) -> str:

@@ -90,12 +90,13 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
         >>> found.value, found.meaning
         (0.2, 'share of positives on an item that the user had before')
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # All draws, so that a seed gives the same signals.
     table = _read(train, max_positives, seed)
     sequences = Sequences.from_table(table, items_of(train))
     if not len(table):
         return Signals(())
     is_last = np.append(sequences.users[1:] != sequences.users[:-1], True)
+    # Without anything before it, there is nothing that a hit could be known by.
     held_out = np.flatnonzero(is_last & (sequences.earlier(1) >= 0))
     asked = rng.permutation(held_out)[:_MAX_ASKED]
     parts: list[Iterator[Signal]] = [_of_counts(sequences), _of_items(train, sequences, rng)]
@@ -114,6 +115,7 @@ def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
     events = train.events.mutate(**requests)
     positives = events.filter(is_positive)
     if (num := count_rows(positives)) > max_positives:
+        # Whole users, because a history with gaps has other orders and repeats.
         users = positives.select("user_id").distinct()
         drawn = users.order_by([random_key(users["user_id"], seed=seed), "user_id"])
         events = events.semi_join(drawn.limit(count_rows(users) * max_positives // num), "user_id")
@@ -128,6 +130,7 @@ def _categories(features: Mapping[str, str]) -> dict[str, str]:
 def _hit_rate(known: np.ndarray, sequences: Sequences, asked: np.ndarray) -> float:
     """Returns the hit rate of the positives at `asked` by what is known: [n] codes, 0 if none."""
     rows, num_items = sequences.item_rows, len(sequences.items)
+    # Neither counts nor popularity may know what is to be found.
     is_counted = np.ones(len(rows), bool)
     is_counted[asked] = False
     popular = np.bincount(rows[is_counted], minlength=1 + num_items)
@@ -143,8 +146,8 @@ def _hit_rate(known: np.ndarray, sequences: Sequences, asked: np.ndarray) -> flo
 def _num_hits(num: scipy.sparse.csr_matrix, prior: np.ndarray, target: np.ndarray) -> float:
     """Counts targets found by `num`, [num_queries, 1 + num_items], and prior; ties are random."""
     query = np.repeat(np.arange(len(target)), np.diff(num.indptr))
-    own_num = np.bincount(query, num.data * (num.indices == target[query]), len(target))
-    own = prior[target] + own_num
+    num_of_target = np.bincount(query, num.data * (num.indices == target[query]), len(target))
+    own = prior[target] + num_of_target
     alone, score, bound = prior[num.indices], num.data + prior[num.indices], own[query]
     # Counts over all items by the prior alone, then corrects them for the items in `num`.
     ascending = np.sort(prior[1:])
@@ -152,6 +155,7 @@ def _num_hits(num: scipy.sparse.csr_matrix, prior: np.ndarray, target: np.ndarra
     level = len(ascending) - np.searchsorted(ascending, own, "left")
     above = above + np.bincount(query, 1.0 * (score > bound) - (alone > bound), len(target))
     level = level + np.bincount(query, 1.0 * (score >= bound) - (alone >= bound), len(target))
+    # Of the places that are left, a target at a level with others has its share.
     return float(np.clip((_NUM_FOUND - above) / (level - above), 0, 1).sum())
 
 
@@ -186,7 +190,7 @@ def _earlier_rows(sequences: Sequences, num: int) -> np.ndarray:
 def _of_trend(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]:
     times = column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
     num_items = len(sequences.items)
-    rows = sequences.item_rows[np.argsort(times, kind="stable")]
+    rows = sequences.item_rows[np.argsort(times, kind="stable")]  # Of all users, by time.
     if tenth := len(rows) // 10:
         before, recent, target = rows[:-tenth], rows[-2 * tenth : -tenth], rows[-tenth:]
         all_time, latest = (np.bincount(x, minlength=1 + num_items) for x in (before, recent))
@@ -198,6 +202,7 @@ def _of_trend(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]
 
 def _of_counts(sequences: Sequences) -> Iterator[Signal]:
     users, rows = sequences.users, sequences.item_rows
+    # A pair of user and item in one number, which sorts faster than two columns.
     num_again = len(rows) - len(np.unique(users.astype(np.int64) << 32 | rows))
     of = "share of positives on an item that the user had before"
     yield Signal("repeats", num_again / len(rows), None, of)
@@ -220,18 +225,20 @@ def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Ite
     places = places[:_MAX_PAIRS]
     if not kinds or not len(places):
         return
+    # Features are read of the items that are compared, which may be few of millions.
     used, pairs = np.unique([last[places], sequences.item_rows[places]], return_inverse=True)
     one, following = pairs.reshape(2, -1)
     table = train.items.order_by("item_id").select(*kinds).to_pyarrow().take(used - 1)
     of = "share of next items with a value of the item before; beside: of random items"
     for name, kind in kinds.items():
         codes = _codes(name, kind, table[name])[:, :_MAX_VALUES]
-        own = codes[one][:, :, np.newaxis]
-        real, chance = (
-            float(np.any((own == codes[x][:, np.newaxis]) & (own > 0), axis=(1, 2)).mean())
+        values = codes[one][:, :, np.newaxis]
+        shares = [
+            float(np.any((values == codes[x][:, np.newaxis]) & (values > 0), axis=(1, 2)).mean())
+            # Permuted items are as popular as the real ones.
             for x in (following, rng.permutation(following))
-        )
-        yield Signal(f"item {name}", real, chance, of)
+        ]
+        yield Signal(f"item {name}", *shares, of)
 
 
 def _of_requests(
@@ -239,6 +246,7 @@ def _of_requests(
 ) -> Iterator[Signal]:
     of = "hit rate by popularity at the request's value; beside: by popularity overall"
     for name, kind in _categories(train.request_features).items():
+        # Of a list of values, the first stands for the request.
         known = _codes(name, kind, table[f"{_REQUESTED}{name}"])[:, 0]
         rate, without = (_hit_rate(x, sequences, asked) for x in (known, np.zeros_like(known)))
         yield Signal(f"request {name}", rate, without, of)

@@ -32,7 +32,7 @@ def top_k_in_blocks(
     array of rows for each query. Returns [num_queries, k] int32 rows and float32 scores. A
     `ValueError` if a score is NaN.
     """
-    rows = np.zeros((num_queries, k), np.int32)
+    rows = np.zeros((num_queries, k), np.int32)  # Row 0 and -inf are an empty slot.
     scores = np.full((num_queries, k), -np.inf, np.float32)
     block_size = max(1, _SCORES_PER_BLOCK // max(1, num_candidates))
     for start in range(0, num_queries, block_size):
@@ -68,6 +68,7 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 def best_places(scores: np.ndarray, k: int) -> np.ndarray:
     """Returns the places of the k best of [n] scores above -inf, best first, ties in order."""
+    # The k-th best score. All at its level are kept until ties are broken by their order.
     lowest = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
     places = np.flatnonzero(scores >= lowest)
     places = places[np.argsort(-scores[places], kind="stable")][:k]

@@ -107,7 +107,7 @@ def _about_baselines(metrics: Metrics, metric: str, config: RunConfig) -> Iterat
 
     num_positives = metrics["split"]["train"]["num_positives"]
     slices = next(iter(metrics["models"].values()))["slices"].values()
-    num_items = max(sum(part["num_candidates"] for part in slices), 1)
+    num_items = max(sum(part["num_candidates"] for part in slices), 1)  # Slices part the corpus.
     if num_positives < _FEW_POSITIVES * num_items:
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "

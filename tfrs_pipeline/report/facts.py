@@ -72,6 +72,7 @@ class RunFacts:
     def funnel(self) -> list[dict[str, Any]]:
         """The stages from the first: how many events ended there, and how many reached them."""
         sizes = [sum(num_by_part.values()) for num_by_part in self.events_by_stage.values()]
+        # An event is counted at its last stage, and has passed all before it.
         reached = np.cumsum(sizes[::-1])[::-1].tolist()
         columns = zip(self.events_by_stage, sizes, reached, [*reached[:1], *reached], strict=False)
         return [
@@ -145,6 +146,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         for part in next(iter(models.values()))["slices"]
     }
     overall = {metric: {name: model[metric] for name, model in models.items()}}
+    # In the first panel means, in the second what decides: differences query by query.
     results = [drawing.plot_intervals(overall, metric)]
     pairs = verdict.compared(facts.metrics, metric)
     gains = {name: x.gain.as_dict() for name, x in pairs.items()}
@@ -167,6 +169,7 @@ def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
     histories = {name: result["history"] for name, result in training.items()}
     chosen = {name: result["best_epoch"] for name, result in training.items()}
     monitor = f"val_{facts.config.training.monitor}"
+    # A dict keeps the order: what decides comes first, and the others are folded away.
     logged = dict.fromkeys(["loss", monitor, *(name for h in histories.values() for name in h)])
     curves = {
         name: {
@@ -220,6 +223,7 @@ def gather_facts(folder: Path) -> RunFacts:
     is_later = later_rows(trained_on, read_ids(samples_folder)[0])
     samples = dataclasses.replace(read_samples(samples_folder), is_later=is_later)
     model = TwoTower(**dict(config.model), training=config.training, seed=config.seed)
+    # Batches know what is drawn and masked. They are described here, and none is trained on.
     batches, by_part = model.batches(samples), split.events.group_by("part")
     frame = batches.frame
     expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
@@ -259,6 +263,7 @@ def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[st
     for row in in_parts:
         counts[row["stage"]][row["part"]] = row["num"]
     for stage, of_stage in counts.items():
+        # What is in no part was left out by the split.
         if num_dropped := totals[stage] - sum(of_stage.values()):
             of_stage[DROPPED] = num_dropped
     return counts

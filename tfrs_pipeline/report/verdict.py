@@ -92,7 +92,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     pairs = sorted(baselines_in(metrics, metric), key=lambda x: x.gain.mean)
     if not pairs:
         return Verdict("not compared", "no baseline was measured beside it", None)
-    best, *others = pairs
+    best, *others = pairs  # The baseline with the smallest gain is the one to beat.
     clauses = [f"it {VERBS[best.outcome]} the best baseline, {best.name}: {best.gain.written('+')}"]
     for outcome, verb in VERBS.items():
         if names := [x.name for x in others if x.outcome is outcome]:
@@ -107,6 +107,7 @@ def other_question(metrics: Metrics, metric: str) -> str | None:
     if "models" not in other:
         return None
     decisive, otherwise = (compared_with_baselines(x, metric) for x in (metrics, other))
+    # Also if another model is highest, since that one would be put into service.
     best, best_otherwise = (
         max(asked["models"], key=lambda name: asked["models"][name][metric]["mean"] or 0.0)
         for asked in (metrics, other)
@@ -137,6 +138,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
             continue
         lowest, items = _lowest(pairs), f"{_ITEMS[part]} items ({part})"
         slices.setdefault(lowest, []).append(items)
+        # Of those that decide the outcome, the one that finds most.
         best = max((x for x in pairs if x.outcome is lowest), key=lambda x: x.theirs)
         numbers = f"({best.mine:.2f} against {best.theirs:.2f})"
         clauses.append(f"{items}: it {VERBS[lowest]} {best.name} {numbers}")
@@ -161,6 +163,7 @@ def found_by_index(index: Metrics, num_items: int) -> Verdict:
     why = f"it finds at least {lowest:.1%} of the exact answer; the target is {target:.0%}"
     if lowest < target:
         return Verdict(f"{1 - lowest:.1%}, more than allowed", why, Outcome.WORSE)
+    # An index that saves no time is not called good.
     if num_items < SMALLEST_SCANN_CORPUS:
         why += f". With {num_items:,} items exact search is as fast and loses nothing"
         return Verdict(f"at most {1 - lowest:.1%}, and gains no time", why, Outcome.LEVEL)

@@ -90,6 +90,7 @@ def answers_from_process(
                     process.join(timeout=10)  # It ends by itself, and gives back what it holds.
                 yield answer
         except (EOFError, OSError):
+            # Answers come in order, so that the first one pending was at work.
             process.join()
             del pending[next(iter(pending))]
             yield _cause_of_death(process.exitcode or 0)

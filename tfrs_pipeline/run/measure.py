@@ -60,7 +60,7 @@ def fit_best(
         measured = evaluate(fitted, data.validation, **options).first
         return measured.overall.intervals[str(monitor)].mean
 
-    best, notes = forms[0], []
+    best, notes = forms[0], []  # A single form needs no validation.
     if len(forms) > 1:
         best = max(forms, key=score)
         notes.append(f"{name}: {best!r}, best of {len(forms)} on validation")
@@ -86,6 +86,7 @@ def measure(
     measured = [evaluate_all(config, own, data, runner.progress.task), *baselines.evaluations]
     if is_compared(config, folder):
         log = data.split.log
+        # Never the run's own export, which a resumed run finds in service.
         in_service = version_in_service(
             config.model_folder,
             data.test.candidate_ids,
@@ -104,7 +105,7 @@ def measure(
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
             queries = f"{ASKED[asked.asked_by]}: {counted(num_queries, 'query')}"
             lines += [f"{queries}, {num_relevant:,} items to find", *first.describe()]
-    runner.note(*dict.fromkeys(lines))
+    runner.note(*dict.fromkeys(lines))  # Both questions may have the same remarks.
     return evaluation
 
 
@@ -140,6 +141,7 @@ def evaluate_all(
 
 def examples_of(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
     """Gathers the answers to a few test queries, with short to long histories."""
+    # Spread over the lengths of histories, not chosen by what was found; ends are odd cases.
     order = np.argsort([len(history) for history in holdout.histories], kind="stable")
     places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
     numbers = list(dict.fromkeys(order[places].tolist()))
