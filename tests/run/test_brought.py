@@ -65,7 +65,7 @@ def test_a_metric_that_leaves_its_range_or_shape_is_refused(k: int, tmp_path: Pa
     with pytest.raises(ValueError, match=rf"precision@{k} must measure .* from 0 to 1\. Received"):
         evaluate(MostPopular().fit(train), test, metrics=[Wrong(k)])
     with pytest.raises(TypeError, match=r"metrics must be like .*Received: \['recall@20'\]"):
-        evaluate(MostPopular().fit(train), test, metrics=["recall@20"])  # type: ignore[list-item]
+        evaluate(MostPopular().fit(train), test, metrics=["recall@20"])
 
 
 def test_settings_take_what_was_brought_and_refuse_the_rest(brought: None) -> None:

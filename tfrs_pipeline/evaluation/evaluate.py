@@ -150,7 +150,8 @@ class Truth:
     @cached_property
     def excluded_rows(self) -> list[np.ndarray]:
         """The rows of the excluded candidates of each query."""
-        return self.items.rows_by_list(self.excluded or [()] * len(self.places))
+        nothing = [self.items.values[:0]] * len(self.places)
+        return self.items.rows_by_list(self.excluded or nothing)
 
     @property
     def user_ids(self) -> np.ndarray:

@@ -233,12 +233,12 @@ def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Ite
     for name, kind in kinds.items():
         codes = _codes(name, kind, table[name])[:, :_MAX_VALUES]
         values = codes[one][:, :, np.newaxis]
-        shares = [
+        real, chance = (
             float(np.any((values == codes[x][:, np.newaxis]) & (values > 0), axis=(1, 2)).mean())
             # Permuted items are as popular as the real ones.
             for x in (following, rng.permutation(following))
-        ]
-        yield Signal(f"item {name}", *shares, of)
+        )
+        yield Signal(f"item {name}", real, chance, of)
 
 
 def _of_requests(

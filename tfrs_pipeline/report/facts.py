@@ -227,9 +227,9 @@ def gather_facts(folder: Path) -> RunFacts:
     batches, by_part = model.batches(samples), split.events.group_by("part")
     frame = batches.frame
     expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
-    shares = {"positives, as logged": positive_probability(frame.counts)[1:]}
-    trained = batches.positive_share[1:]
-    if not np.allclose(trained, *shares.values(), rtol=1e-6, atol=0):
+    logged, trained = positive_probability(frame.counts)[1:], batches.positive_share[1:]
+    shares = {"positives, as logged": logged}
+    if not np.allclose(logged, trained, rtol=1e-6, atol=0):  # Resampling is what makes them differ.
         shares["positives, as trained on"] = trained
     counts = by_part.agg(num=split.events["item_id"].nunique()).to_pyarrow().to_pylist()
     num_items = {row["part"]: row["num"] for row in counts}
