@@ -123,7 +123,7 @@ def test_items_of_the_last_request_are_not_what_was_known_before_it() -> None:
 
 def test_shuffling_takes_nothing_from_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the last request each user clicks an item and its twin, which reveal each other."""
-    monkeypatch.setattr("tfrs_pipeline.evaluation.signals._MAX_ASKED", 100)
+    monkeypatch.setattr("tfrs_pipeline.evaluation.signals._MAX_HELD_OUT", 100)
     before, item = RNG.integers(0, 60, (2, 400))
     users, requests = np.repeat(np.arange(400), 3), ["a", "b", "b"] * 400
     rows = pd.DataFrame({"user_id": users, "request_id": requests})

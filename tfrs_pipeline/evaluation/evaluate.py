@@ -299,13 +299,13 @@ def _rankings(rows: np.ndarray, truth: Truth) -> Iterator[tuple[str, Rankings]]:
 def _measure_part(rankings: Rankings, metrics: Sequence[Metric]) -> SliceResult:
     """Measures what can be measured in a part, without intervals."""
     per_query: dict[str, np.ndarray] = {}
-    of_lists: dict[str, float] = {}
+    of_all_lists: dict[str, float] = {}
     for metric in metrics:
         if (measured := metric.measure(rankings)) is None:
             continue
         values = np.asarray(measured, np.float64)
         if values.shape == ():
-            of_lists[str(metric)] = float(values)
+            of_all_lists[str(metric)] = float(values)
         elif values.shape == rankings.num_relevant.shape:
             values = per_query[str(metric)] = np.where(rankings.num_relevant > 0, values, np.nan)
         least, most = metric.range
@@ -319,7 +319,7 @@ def _measure_part(rankings: Rankings, metrics: Sequence[Metric]) -> SliceResult:
     return SliceResult(
         per_query=per_query,
         intervals={},
-        set_metrics=of_lists,
+        set_metrics=of_all_lists,
         num_candidates=int(rankings.is_in.sum()),
         num_queries=int(np.count_nonzero(rankings.num_relevant)),
         num_relevant=int(rankings.num_relevant.sum()),

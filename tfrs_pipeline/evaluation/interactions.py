@@ -116,9 +116,9 @@ def items_of(log: Log) -> Ids:
 
 def count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
     """Counts the users of each item in a table of positives: [num_items] int64."""
-    found = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
+    rows = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
     counts = np.zeros(len(items), np.int64)
-    counts[clicked_rows(found, items) - 1] = found["num"].to_numpy()
+    counts[clicked_rows(rows, items) - 1] = rows["num"].to_numpy()
     return counts
 
 

@@ -161,12 +161,12 @@ class Evaluation:
         All metrics in all slices would be many columns that nobody reads.
         """
         by_slice = [str(metric) for metric in self.metrics if metric.is_by_slice]
-        of_slices = {
+        in_slices = {
             f"{part}/{name}": measured.per_query[name]
             for part, measured in result.slices.items()
             for name in by_slice
         }
-        return {**result.per_query, **of_slices}
+        return {**result.per_query, **in_slices}
 
     @cached_property
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
@@ -224,14 +224,14 @@ def with_intervals(
 ) -> dict[str, SliceResult]:
     """Computes the intervals of all parts from one set of resamples, so that all stay paired."""
     tables = {name: part.per_query for name, part in parts.items()}
-    found = table_intervals(tables, users=users, num_bootstrap=num_bootstrap, seed=seed)
-    return {name: replace(part, intervals=found[name]) for name, part in parts.items()}
+    intervals = table_intervals(tables, users=users, num_bootstrap=num_bootstrap, seed=seed)
+    return {name: replace(part, intervals=intervals[name]) for name, part in parts.items()}
 
 
 def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Joins evaluations of different retrievers on the same queries; the first stays the first."""
     first = evaluations[0]
-    results = {name: result for each in evaluations for name, result in each.results.items()}
+    results = {name: result for x in evaluations for name, result in x.results.items()}
     return replace(first, results=results, other=_others(evaluations, joined))
 
 
@@ -298,7 +298,9 @@ def format_table(
     not fit in `width` characters.
     """
     # An older run, or one with other metrics, may lack some.
-    columns = [x for x in columns if any(find_metric(of, x) is not None for of in models.values())]
+    columns = [
+        x for x in columns if any(find_metric(model, x) is not None for model in models.values())
+    ]
     differences = differences or {}
     reference = next((name for name in models if name not in differences), "")
     cells = [["model", *models]]

@@ -41,12 +41,12 @@ def top_k_in_blocks(
         block_scores = _checked_scores(score_block(block), shape)
         if exclude_rows is not None:
             excluded = exclude_rows[block]
-            queries = np.repeat(np.arange(shape[0]), [len(of_query) for of_query in excluded])
+            queries = np.repeat(np.arange(shape[0]), [len(listed) for listed in excluded])
             block_scores[queries, np.concatenate(excluded) - 1] = -np.inf
-        for line, of_line in enumerate(block_scores, start):
-            places = best_places(of_line, k)
+        for line, line_scores in enumerate(block_scores, start):
+            places = best_places(line_scores, k)
             rows[line, : len(places)] = places + 1
-            scores[line, : len(places)] = of_line[places]
+            scores[line, : len(places)] = line_scores[places]
     return rows, scores
 
 

@@ -85,13 +85,13 @@ class RunFacts:
         """Number of events in each part of the split, merged into others, and dropped."""
         split = self.metrics["split"]
         counts = {part: int(split[part]["num_events"]) for part in PARTS if part in split}
-        merged = [each.num_rows for each in self.dropped if each.is_merged]
+        merged = [x.num_rows for x in self.dropped if x.is_merged]
         return counts | ({"merged": sum(merged)} if merged else {}) | {DROPPED: self.num_dropped}
 
     @property
     def num_dropped(self) -> int:
         """Number of events dropped at reading and by the split."""
-        at_reading = sum(each.num_rows for each in self.dropped if not each.is_merged)
+        at_reading = sum(x.num_rows for x in self.dropped if not x.is_merged)
         return at_reading + int(self.metrics["split"]["num_events_dropped"])
 
 
@@ -160,7 +160,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         "training": _training_figures(facts),
         "popularity": _popularity_figures(facts.popularity),
     }
-    return {place: [Markup(x.svg) for x in of_place] for place, of_place in drawings.items()}
+    return {section: [Markup(x.svg) for x in figures] for section, figures in drawings.items()}
 
 
 def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
@@ -193,7 +193,7 @@ def _race_figures(facts: RunFacts) -> list[drawing.Drawing]:
         return []
     values = {name: curve["values"] for name, curve in race["recipes"].items() if curve["values"]}
     seconds = {name: race["recipes"][name]["seconds"] for name in values}
-    chosen = {name: of_lane.index(max(of_lane)) + 1 for name, of_lane in values.items()}
+    chosen = {name: curve.index(max(curve)) + 1 for name, curve in values.items()}
     what = f"validation {race['metric']} of the recipes"
     return [drawing.plot_curves(values, chosen, what, seconds=seconds)]
 
@@ -262,10 +262,10 @@ def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[st
     counts: dict[str, dict[str, int]] = {s.value: {} for s in Stage if s.value in totals}
     for row in in_parts:
         counts[row["stage"]][row["part"]] = row["num"]
-    for stage, of_stage in counts.items():
+    for stage, num_by_part in counts.items():
         # What is in no part was left out by the split.
-        if num_dropped := totals[stage] - sum(of_stage.values()):
-            of_stage[DROPPED] = num_dropped
+        if num_dropped := totals[stage] - sum(num_by_part.values()):
+            num_by_part[DROPPED] = num_dropped
     return counts
 
 
@@ -284,5 +284,5 @@ def _titles(log: Log, metrics: dict[str, Any]) -> dict[Any, str]:
     if "title" not in log.items.columns or not shown:
         return {}
     items = log.items.filter(log.items["item_id"].isin(list(shown)))
-    found = items.select("item_id", "title").to_pyarrow().to_pylist()
-    return {row["item_id"]: row["title"] for row in found if row["title"]}
+    rows = items.select("item_id", "title").to_pyarrow().to_pylist()
+    return {row["item_id"]: row["title"] for row in rows if row["title"]}

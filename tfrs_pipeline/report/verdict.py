@@ -109,8 +109,8 @@ def other_question(metrics: Metrics, metric: str) -> str | None:
     decisive, otherwise = (compared_with_baselines(x, metric) for x in (metrics, other))
     # Also if another model is highest, since that one would be put into service.
     best, best_otherwise = (
-        max(asked["models"], key=lambda name: asked["models"][name][metric]["mean"] or 0.0)
-        for asked in (metrics, other)
+        max(question["models"], key=lambda x: question["models"][x][metric]["mean"] or 0.0)
+        for question in (metrics, other)
     )
     if decisive.outcome is otherwise.outcome and best == best_otherwise:
         return None

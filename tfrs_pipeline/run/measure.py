@@ -82,8 +82,8 @@ def measure(
     """Evaluates a run's models and, if it is compared, the version in service, beside baselines."""
     from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 
-    own: dict[str, Retriever] = {model.network.name: model for model in models}
-    measured = [evaluate_all(config, own, data, runner.progress.task), *baselines.evaluations]
+    trained: dict[str, Retriever] = {model.network.name: model for model in models}
+    measured = [evaluate_all(config, trained, data, runner.progress.task), *baselines.evaluations]
     if is_compared(config, folder):
         log = data.split.log
         # Never the run's own export, which a resumed run finds in service.
@@ -99,11 +99,11 @@ def measure(
             measured.append(evaluate_all(config, compared, data, runner.progress.task))
     evaluation = joined(measured)
     lines = []
-    for asked in (evaluation, evaluation.other):
-        if isinstance(asked, Evaluation):
-            first = asked.first
+    for question in (evaluation, evaluation.other):
+        if isinstance(question, Evaluation):
+            first = question.first
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
-            queries = f"{ASKED[asked.asked_by]}: {counted(num_queries, 'query')}"
+            queries = f"{ASKED[question.asked_by]}: {counted(num_queries, 'query')}"
             lines += [f"{queries}, {num_relevant:,} items to find", *first.describe()]
     runner.note(*dict.fromkeys(lines))  # Both questions may have the same remarks.
     return evaluation
