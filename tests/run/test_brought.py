@@ -54,6 +54,21 @@ def test_a_metric_is_measured_compared_and_printed(tmp_path: Path) -> None:
     assert "ndcg" not in header
 
 
+def test_any_metric_is_shown_alone(tmp_path: Path) -> None:
+    """One of whole lists has no interval, so that models are not compared by it."""
+    train, _, test = split_of(tmp_path)
+    models = {"one": MostPopular().fit(train), "other": Crowd().fit(train)}
+    shown = {name: evaluate(models, test, metrics=[metric(7)]) for name, metric in METRICS.items()}
+    for name, evaluation in shown.items():
+        result = evaluation.first.overall
+        assert [*result.per_query, *result.set_metrics] == [f"{name}@7"]
+        assert str(evaluation).split()[1] == f"{name}@7"
+        assert list(evaluation.differences["other"]) == [
+            *result.per_query,
+            *(f"{part}/recall@7" for part in ("head", "torso", "tail") if name == "recall"),
+        ]
+
+
 class Wrong(Precision):
     def measure(self, rankings: Any) -> Any:
         return super().measure(rankings)[:-1] if self.k == 1 else 2 + super().measure(rankings)

@@ -204,7 +204,9 @@ class Evaluation:
 
     def __repr__(self) -> str:
         shortest, longest = self.cutoffs[0], self.cutoffs[-1]
-        brought = [str(metric) for metric in self.metrics if metric.name not in BUILT_IN]
+        # What was chosen by hand is all shown, and so is what the package does not know.
+        is_chosen = len(self.metrics) < len(METRICS)
+        brought = [str(x) for x in self.metrics if is_chosen or x.name not in BUILT_IN]
         columns = [f"ndcg@{longest}", *brought, f"recall@{shortest}", f"recall@{longest}"]
         columns += [f"even_recall@{longest}", f"tail/recall@{longest}", f"coverage@{shortest}"]
         columns += [f"average_popularity@{shortest}"]
