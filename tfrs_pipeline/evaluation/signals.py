@@ -1,7 +1,6 @@
 """What a log rewards, measured in seconds before any training."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,13 +64,10 @@ class Signals:
             )
 
     def __repr__(self) -> str:
-        rows = [
-            ("signal", "value", "beside"),
-            *((x.name, *map(_written, (x.value, x.beside))) for x in self),
-        ]
+        rows = [(x.name, _written(x.value), _written(x.beside)) for x in self]
+        table = format_cells([("signal", "value", "beside"), *rows]).splitlines()
         meanings = ["meaning", *(x.meaning for x in self)]
-        lines = zip(format_cells(rows).splitlines(), meanings, strict=True)
-        return "\n".join(f"{line}  {meaning}" for line, meaning in lines)
+        return "\n".join(f"{row}  {meaning}" for row, meaning in zip(table, meanings, strict=True))
 
 
 def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signals:
@@ -99,14 +95,16 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
     # Without anything before it, there is nothing that a hit could be known by.
     last_ones = np.flatnonzero(is_last & (sequences.earlier(1) >= 0))
     held_out = rng.permutation(last_ones)[:_MAX_HELD_OUT]
-    parts: list[Iterator[Signal]] = [_counts(sequences), _item_features(train, sequences, rng)]
+    measured: list[Signal] = []
+    if len(held_out) and train.order != "none":
+        measured += _order(sequences, held_out, rng)
     if "timestamp" in table.column_names:
-        parts.insert(0, _trend(sequences, table["timestamp"]))
+        measured += _trend(sequences, table["timestamp"])
+    measured += _counts(sequences)
+    measured += _item_features(train, sequences, rng)
     if len(held_out):
-        parts.append(_request_features(train, table, sequences, held_out))
-        if train.order != "none":
-            parts.insert(0, _order(sequences, held_out, rng))
-    return Signals(tuple(itertools.chain.from_iterable(parts)))
+        measured += _request_features(train, table, sequences, held_out)
+    return Signals(tuple(measured))
 
 
 def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
