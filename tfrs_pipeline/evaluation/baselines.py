@@ -59,14 +59,12 @@ class Baseline:
     learns_from: ClassVar[Literal["popularity", "repeats", "order", "items"]] = "items"
 
     @classmethod
-    def forms(cls, *, seed: int, by_time: bool) -> Sequence[Self]:
-        """Returns the forms from which validation chooses; `by_time`: the test is later in time."""
-        return [cls()]
+    def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
+        """Returns the forms from which validation chooses; none if nothing is left to find.
 
-    @classmethod
-    def is_idle(cls, exclude: Exclude) -> bool:
-        """Returns whether nothing is left for it to find, so that a run does not measure it."""
-        return False
+        `by_time` says that the test is later in time, `exclude` what rankings leave out.
+        """
+        return [cls()]
 
     def fit(self, train: Log) -> Retriever:
         """Fits it to the positives of a log."""
@@ -99,7 +97,7 @@ class MostPopular(Baseline):
     learns_from = "popularity"
 
     @classmethod
-    def forms(cls, *, seed: int, by_time: bool) -> Sequence[Self]:
+    def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
         """Returns several shares of the latest positives for a test on later days."""
         return [cls(latest) for latest in (_LATEST if by_time else (1.0,))]
 
@@ -166,9 +164,9 @@ class Repeats(Baseline):
     learns_from = "repeats"
 
     @classmethod
-    def is_idle(cls, exclude: Exclude) -> bool:
-        """A ranking that excludes what its user had has nothing to repeat."""
-        return exclude != "none"
+    def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
+        """Returns none if rankings exclude what their user had: nothing is left to repeat."""
+        return [cls()] if exclude == "none" else []
 
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Counts the users of each candidate of a log, or of interactions."""
@@ -318,7 +316,7 @@ class Ials(Baseline):
     label = "iALS"
 
     @classmethod
-    def forms(cls, *, seed: int, by_time: bool) -> Sequence[Self]:
+    def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
         """Returns one form, which starts from the run's seed."""
         return [cls(seed=seed)]
 

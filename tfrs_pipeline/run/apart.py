@@ -59,10 +59,7 @@ def measure_baselines(
             evaluations.append(answer[0])
             runner.note(*answer[1])
     runner.note(*(f"{name} is left out: {why}" for name, why in left_out.items()))
-    exclude, named = config.evaluation.exclude, config.evaluation.baselines
-    unnamed = [
-        x for x, baseline in BASELINES.items() if not (x in named or baseline.is_idle(exclude))
-    ]
+    unnamed = [name for name in BASELINES if name not in config.evaluation.baselines]
     runner.note(*(f"{x}: left out by the preset or by evaluation.baselines" for x in unnamed))
     return MeasuredBaselines(evaluations, left_out)
 

@@ -31,13 +31,13 @@ OnProgress: TypeAlias = Callable[..., None]
 
 def baselines_of(config: RunConfig, data: RunData) -> dict[str, Sequence[Baseline]]:
     """Returns the baselines of a config by name, each in the forms to choose from on validation."""
-    named = {x: BASELINES[x] for x in config.evaluation.baselines if x in BASELINES}
-    by_time = data.split.kind == "time"
-    return {
-        name: baseline.forms(seed=config.seed, by_time=by_time)
-        for name, baseline in named.items()
-        if not baseline.is_idle(config.evaluation.exclude)
+    by_time, exclude = data.split.kind == "time", config.evaluation.exclude
+    forms = {
+        name: BASELINES[name].forms(seed=config.seed, by_time=by_time, exclude=exclude)
+        for name in config.evaluation.baselines
+        if name in BASELINES  # "uncorrected" is a model that the run trains.
     }
+    return {name: choices for name, choices in forms.items() if choices}
 
 
 class MeasuredBaselines(NamedTuple):
