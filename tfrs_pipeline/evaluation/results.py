@@ -1,5 +1,6 @@
 """The results of `evaluate`: one per retriever, a comparison of several, and their tables."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -361,10 +362,12 @@ def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name} is left out: {why}"
 
 
-def _notes(table: str, first: Mapping[str, Any]) -> list[str]:
-    """Returns the notes of the metrics in a table, with the numbers of its first model."""
-    noted = [x.note for name, x in METRICS.items() if x.note and f"{name}@" in table]
-    return [note.format(**first) for note in dict.fromkeys(noted)]
+def _notes(table: str, first: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the notes of the metrics in a table, with the numbers of its first model."""
+    notes = [metric.note for name, metric in METRICS.items() if f"{name}@" in table]
+    for note in filter(None, dict.fromkeys(notes)):
+        with contextlib.suppress(KeyError):  # Older runs lack some numbers.
+            yield note.format(**first)
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:
