@@ -153,6 +153,11 @@ class Truth:
         nothing = [self.items.values[:0]] * len(self.places)
         return self.items.rows_by_list(self.excluded or nothing)
 
+    @cached_property
+    def even(self) -> EvenWeights | None:
+        """What each item to find weighs, for all retrievers alike."""
+        return EvenWeights.of(*self.relevant, self.user_ids, self.holdout.exposure)
+
     @property
     def user_ids(self) -> np.ndarray:
         """[num_queries] users of the measured queries."""
@@ -260,11 +265,10 @@ def _measure(
 ) -> EvaluationResult:
     """Measures the ranking `rows`, [num_queries, k], over the whole corpus and in each slice."""
     counts, user_ids = truth.holdout.candidate_counts, truth.user_ids
-    rankings = dict(_rankings(rows, truth))
-    parts = {part: _measure_part(x, metrics) for part, x in rankings.items()}
+    parts = {part: _measure_part(rankings, metrics) for part, rankings in _rankings(rows, truth)}
     parts = with_intervals(parts, user_ids, num_bootstrap=num_bootstrap, seed=seed)
     # Items outside the corpus are in no list: they are unclicked, and were never found.
-    even, to_find = rankings["all"].even, truth.relevant[1] - 1
+    to_find = truth.relevant[1] - 1
     num_unknown = int(truth.num_relevant.sum()) - len(to_find)
     return EvaluationResult(
         user_ids=user_ids,
@@ -278,7 +282,7 @@ def _measure(
         num_empty_histories=sum(not len(query.get("history", ())) for query in truth.queries),
         relevant_popularity=float(counts[to_find].sum() / truth.num_relevant.sum()),
         num_sampled_from=truth.holdout.num_sampled_from,
-        num_even=None if even is None else even.num,
+        num_even=None if truth.even is None else truth.even.num,
         num_tied=sum(truth.holdout.num_tied or ()),
     )
 
@@ -287,9 +291,8 @@ def _rankings(rows: np.ndarray, truth: Truth) -> Iterator[tuple[str, Rankings]]:
     """Yields what a metric reads for all relevant items, and for those in each slice."""
     queries, relevant_rows = truth.relevant
     counts, is_hit = truth.holdout.candidate_counts, find_hits(rows, *truth.relevant)
-    even = EvenWeights.of(*truth.relevant, truth.user_ids, truth.holdout.exposure)
     every = np.ones(len(counts), bool)
-    yield "all", Rankings(rows, is_hit, truth.num_relevant, counts, every, even)
+    yield "all", Rankings(rows, is_hit, truth.num_relevant, counts, every, truth.even)
     for name, is_in in popularity_slices(counts).items():
         # Relevant items outside the corpus are in no slice.
         num = np.bincount(queries[is_in[relevant_rows - 1]], minlength=len(rows))
