@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.evaluation.baselines import Baseline, MostPopular
+from tfrs_pipeline.evaluation.baselines import Baseline, Ease
 from tfrs_pipeline.evaluation.metrics import Metric, Rankings
 
 
@@ -22,7 +22,7 @@ class Crowd(Baseline):
     label = "the wisdom of the crowd"
 
     def fit(self, train: Any) -> Any:
-        return MostPopular().fit(train)
+        return Ease().fit(train)
 
 
 class NoOne(Baseline):

@@ -104,7 +104,7 @@ def test_a_run_chooses_compares_and_refuses_by_them(tmp_path: Path) -> None:
     path = write(event_table("str"), tmp_path / "events.parquet")
     changed: dict[str, Any] = {
         "split.kind": "last_share",
-        "training.monitor": "precision@5",
+        "training.monitor": "precision@20",
         "training.max_epochs": 2,
         "training.learning_rate": 1e-9,  # Learns nothing, so that a baseline wins.
         "training.refit": False,
@@ -119,12 +119,12 @@ def test_a_run_chooses_compares_and_refuses_by_them(tmp_path: Path) -> None:
     for model in metrics["models"].values():
         assert {"precision@5", "precision@20"} <= model.keys()
     training = metrics["training"]["two_tower"]
-    values = training["history"]["val_precision@5"]
+    values = training["history"]["val_precision@20"]
     assert training["best_epoch"] == 1 + int(np.argmax(values))
     assert result.export_folder is None
-    assert "precision@5" in (result.refusal or "")
+    assert "precision@20" in (result.refusal or "")
     assert "of the baseline crowd" in (result.refusal or "")
-    verdict = compared_with_baselines(metrics, "precision@5")
+    verdict = compared_with_baselines(metrics, "precision@20")
     assert "is behind the best baseline, the wisdom of the crowd: -" in verdict.why
     page = write_report(tmp_path / "run").read_text()
     for words in ("precision@20", "Share of the top k that is relevant.", Crowd.label):
