@@ -32,7 +32,7 @@ from tfrs_pipeline.run.folder import (
     own_version,
     trained_by,
 )
-from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, is_compared, measure
+from tfrs_pipeline.run.measure import examples_of, is_compared, measure
 from tfrs_pipeline.run.race import race_step, settle
 from tfrs_pipeline.run.refresh import WRITING, describe_undone
 from tfrs_pipeline.run.steps import Runner, Step
@@ -98,14 +98,9 @@ def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
 
 
 def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
-    def fit(runner: Runner, data: RunData) -> MeasuredBaselines:
-        baselines = measure_baselines(config, folder, runner, data)
-        left_out = [x for x in ("ease", "ials") if x not in config.evaluation.baselines]
-        runner.note(*(f"{x}: left out by the preset or by evaluation.baselines" for x in left_out))
-        return baselines
-
-    measure_all, export = (
-        functools.partial(make, config, folder) for make in (measure, _export_best)
+    fit, measure_all, export = (
+        functools.partial(make, config, folder)
+        for make in (measure_baselines, measure, _export_best)
     )
     reads, place = ("samples", "two_tower", "measured"), "export.directory/NAME/VERSION/"
     return [
