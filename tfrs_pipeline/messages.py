@@ -133,6 +133,8 @@ def suggest(name: str, known: Collection[str]) -> str:
 def beside(path: Path, is_meant: Callable[[Path], object] = Path.exists) -> str:
     """Suggests neighbours of a missing path with nearly its name; "" if there are none."""
     folder = path.parent
-    names = [x.name for x in folder.iterdir() if is_meant(x)] if folder.is_dir() else []
+    names = [other.name for other in folder.iterdir() if is_meant(other)] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, sorted(names), cutoff=0.7)
-    return f" Did you mean {' or '.join(str(path.with_name(x)) for x in near)}?" if near else ""
+    return (
+        f" Did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else ""
+    )
