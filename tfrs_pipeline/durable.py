@@ -52,7 +52,18 @@ def part_files(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a file to write, which then replaces `path`: readers see the old or the new one."""
+    """Yields a file to write, which then replaces `path`: readers see the old or the new one.
+
+    If the block fails, the old file stays.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "log.json"
+        >>> with replacing(path) as partial:
+        ...     _ = partial.write_text("{}")
+        >>> path.read_text()
+        '{}'
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         with naming(path):

@@ -213,6 +213,10 @@ def setting_names(table: type[Config]) -> list[str]:
 def from_text(value: Any) -> Any:
     """Reads a table from JSON or a short form, as typed after a flag; keeps other values.
 
+    Example:
+        >>> from_text("popularity:num=256:alpha=0.75")
+        {'kind': 'popularity', 'num': '256', 'alpha': '0.75'}
+
     Use it as `Annotated[Uniform | Popularity, BeforeValidator(from_text)]`.
     """
     if not isinstance(value, str):

@@ -176,7 +176,12 @@ def _flag(setting: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:
 
 
 def _spelled(argument: str) -> str:
-    """Spells a flag with underscores if it has a dot, else with hyphens."""
+    """Spells a flag with underscores if it has a dot, else with hyphens.
+
+    Example:
+        >>> _spelled("--run_dir"), _spelled("--training.batch-size=512")
+        ('--run-dir', '--training.batch_size=512')
+    """
     parts = re.fullmatch(r"(--(?:no-)?)([^=]+)(.*)", argument, re.DOTALL)
     if parts is None:
         return argument
@@ -219,7 +224,12 @@ def explained(field: FieldInfo) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """Formats a value as a user types it after its flag."""
+    """Formats a value as a user types it after its flag.
+
+    Example:
+        >>> as_typed((20, 100)), as_typed(None), as_typed({"purchase": 5.0})
+        ('20 100', 'none', 'purchase=5.0')
+    """
     if isinstance(value, tuple | list):
         return " ".join(map(as_typed, value)) or "none"
     plain = to_jsonable_python(value)
