@@ -84,7 +84,7 @@ HOSTILE: dict[str, tuple[int, dict[str, Any]]] = {
     "no type": (415, {"content": TEXT, "headers": {}}),
     "compressed": (415, {"content": b"\x1f\x8b", "headers": {**JSON, "content-encoding": "gzip"}}),
     "long": (413, {"content": b" " * 1_000_001}),
-    "longer than what is discarded": (413, {"content": b" " * 33_000_000}),
+    "far too long": (413, {"content": b" " * 33_000_000}),
 }
 
 

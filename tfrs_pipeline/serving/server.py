@@ -48,9 +48,6 @@ from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES
 
 logger = logging.getLogger(__name__)
 
-# A client reads no answer while it is sending, so a body that is too long is read and discarded,
-# up to this many times the limit.
-MAX_DISCARDED = 32
 CLOSE = {"Connection": "close"}
 # Larger requests take turns in a thread of their own, so that small ones need not wait for them.
 SMALL_BODY_BYTES = 8_192
@@ -277,22 +274,21 @@ def _check_method(request: Request, *methods: str) -> None:
 
 async def read_body(request: Request, settings: ServeSettings) -> bytes:
     """Reads the body of a request, or refuses it: too long, too slow, or not JSON."""
-    body, size = bytearray(), 0
+    body, size, most = bytearray(), 0, settings.max_body_bytes
     try:
         async with asyncio.timeout(settings.body_timeout_seconds):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size <= settings.max_body_bytes:
+                if size <= most:
                     body += chunk
-                elif size > MAX_DISCARDED * settings.max_body_bytes:
-                    break
+                # What is too long is read all the same: a client that sends reads no answer.
     except TimeoutError:
-        seconds = settings.body_timeout_seconds
-        raise HTTPException(408, f"The body did not arrive within {seconds:g} s.", CLOSE) from None
+        if size <= most:
+            message = f"The body did not arrive within {settings.body_timeout_seconds:g} s."
+            raise HTTPException(408, message, CLOSE) from None
     except ClientDisconnect:
         raise HTTPException(400, "The client left before its body had arrived.") from None
-    if size > settings.max_body_bytes:
-        most = settings.max_body_bytes
+    if size > most:
         raise HTTPException(413, f"The body may have {most} bytes (--max-body-bytes).", CLOSE)
     # Any web page can send forms, or bodies without a type, to a server on its reader's machine.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
