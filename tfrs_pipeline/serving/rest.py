@@ -180,13 +180,13 @@ class PredictCall(NamedTuple):
 
     def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
         """Cuts the inputs into calls up to the given sizes, of at least one query each."""
-        size = min(max_queries, max_results * self.num_queries // self.num_results) or 1
+        size = min(max_queries, max_results // int(self.inputs.get("k", 1))) or 1
         return [
             {
                 name: array[i : i + size] if array.ndim else array
                 for name, array in self.inputs.items()
             }
-            for i in range(0, self.num_queries, size)
+            for i in range(0, self.num_queries or 1, size)  # No query is one call of none.
         ]
 
 
