@@ -188,6 +188,7 @@ def test_values_of_a_query_may_begin_with_a_hyphen_or_be_none() -> None:
     assert given["history"] == ["-a", "-b"]
     assert (given["filter"], given["exclude"]) == (["none", "music"], ["7"])
     assert COMMAND_LINE.read(["query", "model", "--history"])[1]["history"] == []
+    assert COMMAND_LINE.read(["query", "model", "--filter", "none"])[1]["filter"] == ["none"]
     asked = COMMAND_LINE.read(["query", "model", "--request", "a=1", "--request", "b=2"])
     assert asked[1]["request"] == {"a": "1", "b": "2"}
     # If a setting is given twice, the last flag counts.
