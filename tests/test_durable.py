@@ -197,7 +197,8 @@ def test_only_errors_of_a_disk_become_storage_errors(code: int, tmp_path: Path) 
     ):
         with pytest.raises(StorageError, match=told), naming(tmp_path):
             raise error
-    for other in (ValueError(os.strerror(code)), KeyError("x"), OSError(os.strerror(code))):
+    broken_pipe = BrokenPipeError(errno.EPIPE, "nobody reads the output")
+    for other in (ValueError("x"), KeyError("x"), OSError(os.strerror(code)), broken_pipe):
         with pytest.raises(type(other)) as raised, naming(tmp_path):
             raise other
         assert raised.value is other

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import tomli_w
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
-from pydantic_settings import CliSuppress
 
 from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
@@ -18,7 +17,15 @@ from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.kinds import HardShare
 from tfrs_pipeline.presets import PRESETS, Recipe
-from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
+from tfrs_pipeline.settings import (
+    HIDDEN,
+    Config,
+    ConfigError,
+    Distinct,
+    Several,
+    refuse,
+    setting_names,
+)
 
 EasyPlan: TypeAlias = Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"]
 # The last one is not a default.
@@ -151,7 +158,7 @@ class RunConfig(Config):
     epochs."""
     recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
-    fixed: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
+    fixed: Annotated[Distinct[str], BeforeValidator(_or_none), HIDDEN] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
     budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
     """CPU time of a race, such as 10m, after which the leader wins. If not given, curves decide."""

@@ -107,8 +107,8 @@ def plot_intervals(
     drawn if `results` is something else.
 
     Example:
-        >>> found = {"ours": {"mean": 0.33, "low": 0.32, "high": 0.34}}
-        >>> plot_intervals({"NDCG@100": found}, "ndcg@100").label
+        >>> intervals = {"ours": {"mean": 0.33, "low": 0.32, "high": 0.34}}
+        >>> plot_intervals({"NDCG@100": intervals}, "ndcg@100").label
         'ndcg@100 of each model with its 95% interval: NDCG@100'
     """
     panels = getattr(results, "results", results)
@@ -121,8 +121,8 @@ def plot_intervals(
         metric = ", ".join(metrics)
     intervals = [
         interval
-        for of_panel in (panels.values() if models else ())
-        for interval in (of_panel.values() if isinstance(of_panel, Mapping) else [None])
+        for panel in (panels.values() if models else ())
+        for interval in (panel.values() if isinstance(panel, Mapping) else [None])
     ]
     if not (metric and intervals and all(isinstance(x, Mapping) for x in intervals)):
         raise TypeError(
@@ -134,18 +134,18 @@ def plot_intervals(
     figure, all_axes = new_figure(
         4.2, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
     )
-    for axes, (of_panel, intervals) in zip(all_axes, panels.items(), strict=True):
-        for place, interval in enumerate(intervals.values()):
-            is_first = place == 0 and not are_differences
+    for axes, (panel, intervals) in zip(all_axes, panels.items(), strict=True):
+        for position, interval in enumerate(intervals.values()):
+            is_first = position == 0 and not are_differences
             colour = SERIES[0] if is_first else SERIES[1]
             # None becomes NaN.
             mean, low, high = np.array([interval[key] for key in ("mean", "low", "high")], float)
-            axes.plot([low, high], [place, place], color=colour, linewidth=2)
-            axes.plot(mean, place, MARKERS[0 if is_first else 1], color=colour, markersize=5)
+            axes.plot([low, high], [position, position], color=colour, linewidth=2)
+            axes.plot(mean, position, MARKERS[0 if is_first else 1], color=colour, markersize=5)
             if not np.isnan(mean):
                 axes.annotate(
                     f"{mean:{'+' if are_differences else ''}.3f}".replace("0.", "."),
-                    (mean, place),
+                    (mean, position),
                     xytext=(0, 4),
                     textcoords="offset points",
                     ha="center",
@@ -154,7 +154,7 @@ def plot_intervals(
                 )
         if are_differences:
             axes.axvline(0, color=SOFT, linewidth=1)
-        title(axes, of_panel, "center")
+        title(axes, panel, "center")
         axes.spines["left"].set_visible(False)
         axes.tick_params(left=False)
         axes.margins(x=0.18)
@@ -162,8 +162,8 @@ def plot_intervals(
         axes.grid(axis="x", color=GRID)
     all_axes[0].set_yticks(range(len(names)), [x.replace("_uncorr", "_\nuncorr") for x in names])
     all_axes[0].set_ylim(len(names) - 0.5, -0.6)
-    for place, text in enumerate(all_axes[0].get_yticklabels()):
-        text.set(color=INK, weight="normal" if place or are_differences else "bold")
+    for position, text in enumerate(all_axes[0].get_yticklabels()):
+        text.set(color=INK, weight="normal" if position or are_differences else "bold")
     label = f"{metric} of each model with its 95% interval: {', '.join(panels)}"
     return finish(figure, label)
 
@@ -265,9 +265,9 @@ def plot_popularity(
             axes.axvline(start + 0.5, color=SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
         # In a narrow slice, its name would overlap the next one.
         if num and np.log10((start + num) / (start + 1)) > 0.06 * len(part):
-            place = np.sqrt((start + 1) * (start + num)), 1.01
+            position = np.sqrt((start + 1) * (start + num)), 1.01
             options: Any = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
-            axes.annotate(part, place, color=SOFT, **options)
+            axes.annotate(part, position, color=SOFT, **options)
         start += num
     axes.set_xlabel("rank of the item by training positives")
     title(axes, f"{what}\n")

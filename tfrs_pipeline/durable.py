@@ -23,11 +23,6 @@ from tfrs_pipeline.messages import printable
 logger = logging.getLogger(__name__)
 
 _HASHES = "sha256"
-# A full disk, a missing permission, a lost mount.
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN),
-)
 _held: set[tuple[Path, int]] = set()
 
 
@@ -51,7 +46,18 @@ def file_hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a file to write, which then replaces `path`: readers see the old or the new one."""
+    """Yields a file to write, which then replaces `path`: readers see the old or the new one.
+
+    If the block fails, the old file stays.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "log.json"
+        >>> with replacing(path) as partial:
+        ...     _ = partial.write_text("{}")
+        >>> path.read_text()
+        '{}'
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         with naming(path):
@@ -88,10 +94,10 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
 
 def refuse_others(paths: Iterable[Path], written_first: Path) -> None:
     """Refuses to overwrite files, unless the file that this package writes first exists."""
-    found = [path for path in paths if path.exists()]
-    if found and not written_first.exists():
+    existing = [path for path in paths if path.exists()]
+    if existing and not written_first.exists():
         raise ValueError(
-            f"{found[0]} may not be this package's: it writes {written_first} first, which is "
+            f"{existing[0]} may not be this package's: it writes {written_first} first, which is "
             "missing. Choose another folder."
         )
 
@@ -104,7 +110,7 @@ def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
         return
     changed = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
     if changed:
-        differ = (f"{x}: {before.get(x)!r}, now {made_of.get(x)!r}" for x in changed)
+        differ = (f"{name}: {before.get(name)!r}, now {made_of.get(name)!r}" for name in changed)
         raise ValueError(
             f"{path.parent} was made of something else ({'; '.join(differ)}). Give another folder, "
             "or delete this one."
@@ -172,20 +178,21 @@ def naming(path: Path, *failures: type[Exception]) -> Iterator[None]:
         # NumPy's error for a full disk has no number: "9 requested and 5 written".
         is_short = error.errno is None and " requested and " in str(error)
         number = errno.ENOSPC if is_short else error.errno
-        if number not in _DISK_ERRORS:
+        # Errors without a number come from libraries, and a broken pipe from the console.
+        if number is None or isinstance(error, ConnectionError):
             raise
         raise StorageError(f"{error.filename or path}: {os.strerror(number)}.") from error
 
 
 def try_writing(folder: Path) -> None:
     """Raises a `StorageError` unless files can be written in a folder; leaves none there."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        if place.is_symlink():  # For instance, a link to a disk that is not mounted.
-            raise StorageError(f"{place}: is a link to {os.readlink(place)}, which is not there.")
-        place = place.parent
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        if parent.is_symlink():  # For instance, a link to a disk that is not mounted.
+            raise StorageError(f"{parent}: is a link to {os.readlink(parent)}, which is not there.")
+        parent = parent.parent
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=parent) as file:
             file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())

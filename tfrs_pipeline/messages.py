@@ -88,7 +88,14 @@ def plain(value: object) -> str:
 
 
 def printable(text: str, max_chars: int = 80) -> str:
-    r"""Shortens external text to one line, and escapes control characters."""
+    r"""Shortens external text to one line, and escapes control characters.
+
+    Text from a log may hold what a terminal would obey, such as a change of its colours.
+
+    Example:
+        >>> printable("a title\n", max_chars=20)
+        'a title\\n'
+    """
     cut = text if len(text) <= max_chars else text[:max_chars] + "..."
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
 
@@ -99,7 +106,12 @@ def sentence(text: str) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """Writes a count with its noun."""
+    """Writes a count with its noun.
+
+    Example:
+        >>> counted(1, "item"), counted(1682, "category")
+        ('1 item', '1,682 categories')
+    """
     many = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
     return f"{number:,} {what if number == 1 else many}"
 
@@ -110,13 +122,25 @@ def kept_new_gone(what: str, num_kept: int, num_here: int, num_there: int) -> st
 
 
 def in_percent(part: int, whole: int) -> str:
-    """Formats a part of a whole in percent; only zero is 0.0%."""
+    """Formats a part of a whole in percent; only zero is 0.0%.
+
+    Example:
+        >>> in_percent(1, 3), in_percent(1, 100_000)
+        ('33.3%', '<0.1%')
+    """
     percent = f"{part / whole:.1%}"
     return "<0.1%" if part and percent == "0.0%" else percent
 
 
 def suggest(name: str, known: Collection[str]) -> str:
-    """Suggests the known name with the same last part, or the nearest one, or lists all."""
+    """Suggests the known name with the same last part, or the nearest one, or lists all.
+
+    Example:
+        >>> suggest("batch_size", ["training.batch_size", "seed"])
+        "did you mean 'training.batch_size'?"
+        >>> suggest("epochs", ["seed", "dim"])
+        'known: dim, seed'
+    """
 
     def last(name: str) -> str:
         return name.lstrip("-").rpartition(".")[2]
@@ -133,6 +157,8 @@ def suggest(name: str, known: Collection[str]) -> str:
 def beside(path: Path, is_meant: Callable[[Path], object] = Path.exists) -> str:
     """Suggests neighbours of a missing path with nearly its name; "" if there are none."""
     folder = path.parent
-    names = [x.name for x in folder.iterdir() if is_meant(x)] if folder.is_dir() else []
+    names = [other.name for other in folder.iterdir() if is_meant(other)] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, sorted(names), cutoff=0.7)
-    return f" Did you mean {' or '.join(str(path.with_name(x)) for x in near)}?" if near else ""
+    return (
+        f" Did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else ""
+    )

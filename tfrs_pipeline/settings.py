@@ -8,7 +8,7 @@ import json
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias, TypeVar, cast
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator
@@ -71,25 +71,25 @@ class Config(pydantic.BaseModel):
 
 T = TypeVar("T")
 
+HIDDEN = "hidden"
+"""Marks a setting, in `Annotated`, that the short help of the command line leaves out."""
+
 CHECKED = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 """Configuration of pydantic's dataclasses whose fields are checked as those of a `Config` are."""
 
 
-def refused_by_name(made: type[T]) -> type[T]:
+def refused_by_name(table: type[T]) -> type[T]:
     """Makes a dataclass of pydantic raise a ConfigError that names the argument."""
-    table: Any = made
-    checked, names = table.__init__, [field.name for field in dataclasses.fields(table)]
+    dataclass: Any = table
+    check = dataclass.__init__
 
-    @functools.wraps(checked)
+    @functools.wraps(check)
     def init(self: Any, *values: Any, **settings: Any) -> None:
-        if len(values) <= len(names) and not settings.keys() & names[: len(values)]:
-            # Errors name an argument by its name alone.
-            values, settings = (), dict(zip(names, values, strict=False)) | settings
-        with _translating(made):
-            checked(self, *values, **settings)
+        with _translating(table):
+            check(self, *values, **settings)
 
-    table.__init__ = init
-    return made
+    dataclass.__init__ = init
+    return table
 
 
 @contextlib.contextmanager
@@ -98,8 +98,8 @@ def _translating(table: type) -> Iterator[None]:
     try:
         yield
     except pydantic.ValidationError as error:
-        found = error.errors(include_url=False)
-        raise ConfigError([x for details in found for x in _problems(details, table)]) from None
+        errors = error.errors(include_url=False)
+        raise ConfigError([x for details in errors for x in _problems(details, table)]) from None
 
 
 def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
@@ -134,8 +134,8 @@ else:
 
 def refuse(problems: Iterable[tuple[str, str]]) -> None:
     """Raises a ConfigError if there is any problem."""
-    if found := list(problems):
-        raise ConfigError(found)
+    if problems := list(problems):
+        raise ConfigError(problems)
 
 
 # For these errors, the library's message would describe its parser.
@@ -149,11 +149,13 @@ _NOT_READ = {
 
 def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
     """Translates one of pydantic's errors in a table or dataclass into (setting, message) pairs."""
-    place, cause = details["loc"], details.get("ctx", {}).get("error")
+    path, cause = details["loc"], details.get("ctx", {}).get("error")
+    if path and isinstance(path[0], int):  # An argument of a dataclass that is given by position.
+        path = (dataclasses.fields(cast(Any, table))[path[0]].name, *path[1:])
     # The message shows the wrong value of a list, which says more than its position.
-    if place and isinstance(place[-1], int) and not isinstance(cause, ConfigError):
-        place = place[:-1]
-    setting = ".".join(map(str, place))
+    if path and isinstance(path[-1], int) and not isinstance(cause, ConfigError):
+        path = path[:-1]
+    setting = ".".join(map(str, path))
     if isinstance(cause, ConfigError):  # From a table within this one, or from a check of it.
         for name, message in cause.problems:
             yield ".".join(part for part in (setting, name) if part), message
@@ -161,9 +163,9 @@ def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
         yield setting, f"unknown setting; {suggest(setting, setting_names(table))}"
     elif details["type"] == "unexpected_keyword_argument":
         name = str(details["loc"][-1])
-        of_table = getattr(table, "model_fields", {}).get(str(details["loc"][0]))
-        kinds = _dataclasses_in(table if of_table is None else of_table.annotation)
-        known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+        field = getattr(table, "model_fields", {}).get(str(details["loc"][0]))
+        kinds = _dataclasses_in(table if field is None else field.annotation)
+        known = {x.name for kind in kinds for x in dataclasses.fields(kind)}
         yield setting, f"unknown setting; {suggest(name, known)}"
     elif details["type"] == "union_tag_invalid":
         tag, tags = details["ctx"]["tag"], re.findall(r"\w+", details["ctx"]["expected_tags"])
@@ -210,6 +212,10 @@ def setting_names(table: type[Config]) -> list[str]:
 
 def from_text(value: Any) -> Any:
     """Reads a table from JSON or a short form, as typed after a flag; keeps other values.
+
+    Example:
+        >>> from_text("popularity:num=256:alpha=0.75")
+        {'kind': 'popularity', 'num': '256', 'alpha': '0.75'}
 
     Use it as `Annotated[Uniform | Popularity, BeforeValidator(from_text)]`.
     """

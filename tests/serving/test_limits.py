@@ -56,7 +56,7 @@ def test_another_host_is_refused(small: Running) -> None:
     for host, status in statuses.items():
         response = small.post(PREDICT, json=GOOD, headers={"host": host})
         assert response.status_code == status, host
-        assert status == 200 or "among --allowed-hosts" in response.json()["error"]
+        assert status == 200 or response.text == "Invalid host header"
 
 
 # Contents that get a 400; all but text and bytes are written as JSON.
@@ -84,7 +84,7 @@ HOSTILE: dict[str, tuple[int, dict[str, Any]]] = {
     "no type": (415, {"content": TEXT, "headers": {}}),
     "compressed": (415, {"content": b"\x1f\x8b", "headers": {**JSON, "content-encoding": "gzip"}}),
     "long": (413, {"content": b" " * 1_000_001}),
-    "longer than what is discarded": (413, {"content": b" " * 33_000_000}),
+    "far too long": (413, {"content": b" " * 33_000_000}),
 }
 
 
@@ -173,69 +173,32 @@ def test_slow_bodies_time_out_and_hold_up_nobody(small: Running) -> None:
     small.run(ask())
 
 
-def test_the_event_loop_answers_a_call_that_is_alone_unless_one_was_slow(
-    small: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = ServedVersion.call
-    threads: list[threading.Thread] = []
-    seconds = 0.0
-
-    def watched(*arguments: Any) -> Any:
-        threads.append(threading.current_thread())
-        time.sleep(seconds)
-        return real(*arguments)
-
-    def places_of(num_together: int) -> set[str]:
-        async def ask() -> threading.Thread:
-            posts = [small.client.post(PREDICT, json=GOOD) for _ in range(num_together)]
-            assert {answer.status_code for answer in await asyncio.gather(*posts)} == {200}
-            return threading.current_thread()
-
-        threads.clear()
-        loop = small.run(ask())
-        assert len(threads) == num_together
-        return {"loop" if x is loop else x.name.partition("_")[0] for x in threads}
-
-    monkeypatch.setattr(ServedVersion, "call", watched)
-    monkeypatch.setattr("tfrs_pipeline.serving.server.SLOW_SECONDS", 0.2)
-    small.server.slow_until = 0.0
-    assert places_of(1) == {"loop"}
-    assert "requests" in places_of(5)
-    assert places_of(1) == {"loop"}
-    seconds = 0.3
-    assert places_of(1) == {"loop"}
-    assert places_of(1) == {"requests"}  # For the next 20 * 0.3 s.
-
-
 def test_slow_calls_hold_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, real = threading.Event(), ServedVersion.call
     called: list[None] = []
 
     def slow(*arguments: Any) -> Any:
         called.append(None)
-        if len(called) == 1:
-            time.sleep(0.3)
-        assert len(called) != 2 or gate.wait(20)
+        assert len(called) != 1 or gate.wait(20)
         return real(*arguments)
 
     monkeypatch.setattr(ServedVersion, "call", slow)
-    small.server.slow_until = 0.0
 
     async def ask() -> None:
-        assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
-        second = asyncio.create_task(small.client.post(PREDICT, json=GOOD))
-        while len(called) < 2:
+        first = asyncio.create_task(small.client.post(PREDICT, json=GOOD))
+        while not called:
             await asyncio.sleep(0.01)
         assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
         assert (await small.client.get("/healthz")).status_code == 200
-        assert not second.done()
+        assert not first.done()
         gate.set()
-        assert (await second).status_code == 200
+        assert (await first).status_code == 200
 
     small.run(ask())
 
 
 def test_small_requests_overtake_large(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than four queries, or 500 results, are large, and are answered in parts."""
     users = [100, 101, 102, 103, 104, 105]
     alone = small.predict(**retrieve_user(users, [[]] * 6, 20))["outputs"]
     for i, user in enumerate(users):
@@ -252,18 +215,15 @@ def test_small_requests_overtake_large(small: Running, monkeypatch: pytest.Monke
     monkeypatch.setattr(ServedVersion, "call", watched)
 
     async def ask() -> None:
-        bodies = [retrieve_user(users, [[]] * 6, k) for k in (98, 99, 100) * 3]
+        bodies = [retrieve_user(users, [[]] * 6, 1), retrieve_user(users, [[]] * 6, 100)]
         large = [asyncio.create_task(small.client.post(PREDICT, json=body)) for body in bodies]
         while not asked:
             await asyncio.sleep(0.01)
         for _ in range(3):
             assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
         assert not any(task.done() for task in large)
+        assert sorted(asked) == [1, 5, 5, 5]  # The second waits for the first.
         gate.set()
         assert {(await task).status_code for task in large} == {200}
 
     small.run(ask())
-    large = [k for k in asked if k != 5]
-    # Nine requests of two slices each: all first slices come before any second one.
-    assert sorted(large[:9]) == sorted((98, 99, 100) * 3)
-    assert len(large) == 18

@@ -27,7 +27,6 @@ from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import live as live_module
-from tfrs_pipeline.serving import server as server_module
 from tfrs_pipeline.serving.candidates import MOST_PENDING
 from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.live import _check_kind, _plain
@@ -570,9 +569,10 @@ def test_a_server_of_one_version_takes_in_live_items(films: Path) -> None:
         assert list(versions.statuses()) == [1]
 
 
-def test_notes_are_found_outside_the_lock_of_writes(
+def test_no_other_version_comes_between_the_vectors_of_a_write_and_the_write(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Another version has other vectors, and comes into use with this lock alone."""
     versions, real, held = running.server.versions, live_module.LiveItems.prepare, list[bool]()
 
     def prepare(*arguments: Any) -> Any:
@@ -581,32 +581,4 @@ def test_notes_are_found_outside_the_lock_of_writes(
 
     monkeypatch.setattr(live_module.LiveItems, "prepare", prepare)
     answer = send(running, "PUT", {"items": [item(90_001, ["zydeco"])]})
-    assert (len(answer.json()["notes"]), held) == (1, [False])
-
-
-def test_a_version_that_comes_while_a_write_is_prepared(
-    films: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Running(films) as running:
-        versions, real = running.server.versions, live_module.LiveItems.prepare
-        old, new = versions._current, running.server.versions._load_version(films / "1")
-        assert old is not None
-        # The new version's vectors are others.
-        monkeypatch.setattr(new.retriever.live, "_embed", lambda ids, raw: embedded(ids))
-
-        def embedded(ids: Any) -> Any:
-            return np.full((len(ids), 8), 0.25, np.float32), np.zeros(len(ids), bool)
-
-        def prepare(live: Any, *arguments: Any) -> Any:
-            change = real(live, *arguments)
-            versions._current = new
-            return change
-
-        monkeypatch.setattr(live_module.LiveItems, "prepare", prepare)
-        body = json.dumps({"items": [item(90_001)]}).encode()
-        assert server_module.write_items(versions, body, True)["num_new"] == 1
-        vectors = new.retriever.candidates.vectors_of([90_001])
-        assert (vectors == 0.25).all()
-        old.retriever.catch_up()
-        assert old.retriever.candidates.has([90_001]).all()
-        versions._current = old
+    assert (len(answer.json()["notes"]), held) == (1, [True])

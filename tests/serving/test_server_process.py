@@ -3,6 +3,7 @@
 import builtins
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -107,6 +108,39 @@ def test_a_second_ctrl_c_ends_it_at_once(process: subprocess.Popen[str]) -> None
     late.close()
 
 
+# Its second version never finishes loading.
+LOADS_FOREVER = """
+import sys, threading
+from tfrs_pipeline import cli
+from tfrs_pipeline.serving import versions
+
+def load(folder, real=versions.load):
+    return real(folder) if folder.name == "1" else threading.Event().wait()
+
+versions.load = load
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_for_a_version_that_loads(folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "films"))
+    flags = ["serve", str(model), "--port", "0", "--poll-seconds", "0.05"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADS_FOREVER, *flags], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port_of(process)}", timeout=60) as client:
+            shutil.copytree(model / "1", model / "2")
+            while "LOADING" not in client.get("/v1/models/films").text:
+                time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.nightly
 def test_everything_at_once_and_no_good_request_fails() -> None:
     """Runs a short form of the benchmark, which fails if a good request does.
@@ -126,8 +160,7 @@ def test_a_stop_while_the_first_version_loads_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     before = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
-    # Like the system's default, but without ending the tests.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    monkeypatch.setattr(server.os, "_exit", sys.exit)  # Which does not end the tests.
     monkeypatch.setattr(
         server.ModelVersions, "load_first", lambda self: signal.raise_signal(number)
     )

@@ -205,12 +205,6 @@ def test_another_file_is_noticed(tmp_path: Path, change: Any) -> None:
     assert read(tmp_path)[-1] == ITEMS[3]
 
 
-def test_earlier_forms_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "live.journal").touch()
-    with pytest.raises(ValueError, match=r"live\.journal.*move it away, and write its items again"):
-        Store(tmp_path)
-
-
 WRITER = (
     "import sys; from pathlib import Path; from tfrs_pipeline.serving.store import Store\n"
     "name, first, last = sys.argv[2], *map(int, sys.argv[3:])\n"

@@ -5,18 +5,15 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml  # type: ignore[import-untyped]
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
 from tests.serving.running_server import Running, retrieve_user
 from tfrs_pipeline import load
-from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.serving.watching import NUM_TOP, Watch
+from tfrs_pipeline.serving.watching import NUM_TOP
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "watching.md"
@@ -147,17 +144,6 @@ def test_unknown_values_of_live_items_are_counted(int_folder: Path, tmp_path: Pa
         put = server.client.put("/v1/models/films/items", json={"items": rows}, headers=headers)
         assert len(server.run(put).json()["notes"]) == 2
         assert server.metric("tfrs_live_unknown_values_total") == before + 2
-
-
-def test_an_export_without_clicks_has_no_popularity(server: Running) -> None:
-    encoder, candidates = SimpleNamespace(), SimpleNamespace(corpus=Ids([1, 2]))
-    saved = SimpleNamespace(encoder=encoder)
-    old = SimpleNamespace(folder=Path("7"), candidates=candidates, saved_model=saved)
-    watch = Watch(old)  # type: ignore[arg-type]
-    with Counted(server) as counted:
-        ids, scores = np.array([[1, 2]]), np.zeros((1, 2), np.float32)
-        watch.count({"item_id": ids[0, :1]}, {"candidate_ids": ids, "scores": scores})
-    assert counted.changes == {"answers 7": 1, "slots true": 2}
 
 
 def test_the_guide_names_what_metrics_prints(server: Running) -> None:

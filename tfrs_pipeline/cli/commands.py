@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     is_verbose = False
     try:
-        name, given = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
-        is_verbose = given.pop("verbose", False)
+        name, settings = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
+        is_verbose = settings.pop("verbose", False)
         _log(is_verbose)
         with as_interrupts():
-            code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
+            code = COMMANDS[name](**settings)() if name in COMMANDS else train(name, settings)
         sys.stdout.flush()
         return int(code)
     except (ConfigError, UsageError) as error:

@@ -3,11 +3,8 @@
 import contextlib
 import os
 import shlex
-import shutil
-import signal
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,13 +17,12 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from tfrs_pipeline.data.schema import ASKED
-from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.report.verdict import by_popularity, compared_with_baselines, other_question
 from tfrs_pipeline.run.folder import CONFIG_FILE
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.publish import versions_of
 
 if TYPE_CHECKING:
     from tfrs_pipeline.config import RunConfig
@@ -34,16 +30,6 @@ if TYPE_CHECKING:
     from tfrs_pipeline.run.pipeline import RunResult
 
 PROGRAM = "tfrs-pipeline"
-
-
-def program() -> str:
-    """Names this program as the user has to type it in a command."""
-    called = Path(sys.argv[0])
-    is_script = called.name == PROGRAM and called.exists()
-    on_path = shutil.which(PROGRAM)
-    if not is_script or (on_path and Path(on_path).samefile(called)):
-        return PROGRAM
-    return str(called)
 
 
 @contextlib.contextmanager
@@ -74,15 +60,18 @@ class Shown(Progress):
     def __init__(self, console: Console, bar: Bar, remark: Text) -> None:
         self._console, self._bar, self._remark = console, bar, remark
         self._said = time.monotonic()
+        self.is_interrupted = False
 
     def step(self, report: StepReport) -> None:
         """Prints the step's name, time and notes."""
+        self.raise_if_interrupted()
         say(self._console, f"{report.name:<28}{report.seconds:8.1f} s")
         for note in report.notes:
             say(self._console, f"    {note}")
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
         """Moves the bar, or prints a line if it is time."""
+        self.raise_if_interrupted()
         if not self._console.is_terminal:
             if note or (total and time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
                 self._said = time.monotonic()
@@ -96,6 +85,11 @@ class Shown(Progress):
         bar.update(bar.task_ids[0], completed=done, count=f"{done:,}/{total:,}" if total else "")
         self._remark.plain = f"  {note}" if note else ""
 
+    def raise_if_interrupted(self) -> None:
+        """Raises the Ctrl-C that Python has ignored, if any."""
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+
 
 @contextlib.contextmanager
 def shown(console: Console) -> Iterator[Shown]:
@@ -104,26 +98,22 @@ def shown(console: Console) -> Iterator[Shown]:
     bar = Bar(*columns, TimeElapsedColumn(), console=console)
     bar.add_task("starting", total=None, count="")
     remark = Text(no_wrap=True, overflow="ellipsis")
-    show_ignored, again = sys.unraisablehook, list[threading.Timer]()
+    progress, show_ignored = Shown(console, bar, remark), sys.unraisablehook
 
-    def interrupt_again(ignored: Any) -> None:
-        # Python ignores a Ctrl-C in a weak reference's callback, so it is sent again afterwards.
+    def note_interrupt(ignored: Any) -> None:
+        # Python ignores a Ctrl-C within the callback of a weak reference, of which TensorFlow has
+        # many. The next word of progress raises it again.
         if issubclass(ignored.exc_type, KeyboardInterrupt):
-            main = threading.main_thread().ident
-            again.append(threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)))
-            again[-1].start()
+            progress.is_interrupted = True
         else:
             show_ignored(ignored)
 
-    sys.unraisablehook = interrupt_again
+    sys.unraisablehook = note_interrupt
     try:
         with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
-            yield Shown(console, bar, remark)
-        if any(timer.is_alive() for timer in again):  # Too late to come again in this block.
-            raise KeyboardInterrupt
+            yield progress
+        progress.raise_if_interrupted()
     finally:
-        for timer in again:
-            timer.cancel()
         sys.unraisablehook = show_ignored
 
 
@@ -135,10 +125,11 @@ def native_errors_to(path: Path) -> Iterator[None]:
     except (OSError, ValueError):  # Captured, for instance by a test.
         yield
         return
+    # C++ writes to the descriptor, Python to `sys.stderr`, which gets a copy of the terminal's.
     saved = os.dup(descriptor)
     python_errors = sys.stderr
-    with path.open("ab") as log, os.fdopen(os.dup(saved), "w", buffering=1) as own:
-        sys.stderr = own
+    with path.open("ab") as log, os.fdopen(os.dup(saved), "w", buffering=1) as terminal:
+        sys.stderr = terminal
         os.dup2(log.fileno(), descriptor)
         try:
             yield
@@ -164,11 +155,11 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     monitored = compared_with_baselines(result.metrics, config.training.monitor)
     if monitored.outcome is Outcome.WORSE:
         say(console, f"\na baseline wins: {monitored.why}")
-    asked = ASKED[result.metrics["asked_by"]]
+    question = ASKED[result.metrics["asked_by"]]
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
     say(
         console,
-        f"\nOn the test split, asked {asked}{excluded[config.evaluation.exclude]}:\n{table}",
+        f"\nOn the test split, asked {question}{excluded[config.evaluation.exclude]}:\n{table}",
     )
     _say_filled(console, *explained(table, result.metrics))
     say(console, "")
@@ -180,27 +171,23 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     if result.export_folder is None:
         say(console, "model    not exported")
         if config.export.index == "none":
-            again = [program(), "run", "--run-dir", str(result.folder), "--export.index", "auto"]
+            again = [PROGRAM, "run", "--run-dir", str(result.folder), "--export.index", "auto"]
             is_kept_out = monitored.outcome is Outcome.WORSE and not config.export.if_beaten
             again += ["--export.if_beaten"] if is_kept_out else []
             say(console, f"\nnext:  {shlex.join(again)}")
         return
-    made = result.export_folder
-    if made.is_relative_to(Path.cwd()):
-        made = made.relative_to(Path.cwd())
-    say(console, f"model    {made}")
-    earlier = [number for number in versions_of(made.parent) if number < int(made.name)]
-    if earlier:
-        manifest, maker = made.parent / str(earlier[-1]) / MANIFEST_FILE, ""
-        with contextlib.suppress(Damaged, OSError):  # The run is fine, whatever the old version is.
-            by = read_record(manifest, check_files=False).get("run", "Python")
-            maker = f", made by {by.removeprefix(f'{Path.cwd()}/')}"
-        say(console, f"replaces version {earlier[-1]}{maker}")
+    model = result.export_folder
+    if model.is_relative_to(Path.cwd()):
+        model = model.relative_to(Path.cwd())
+    say(console, f"model    {model}")
+    if earlier := [number for number in versions_of(model.parent) if number < int(model.name)]:
+        say(console, f"replaces version {earlier[-1]}")
+    # A terminal would obey control characters in an id.
     users = (str(example["user_id"]) for example in result.metrics["examples"])
     user = next(filter(str.isprintable, users), None) if config.export.user_data else None
     # With "=", because an id may begin with a hyphen.
     whom = "--history=ITEM" if user is None else f"--user={user}"
-    say(console, f"\nnext:  {shlex.join([program(), 'query', str(made.parent), whom, '-k', '10'])}")
+    say(console, f"\nnext:  {shlex.join([PROGRAM, 'query', str(model.parent), whom, '-k', '10'])}")
 
 
 def _say_filled(console: Console, *lines: str, indent: int = 0) -> None:

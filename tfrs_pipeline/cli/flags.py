@@ -1,34 +1,28 @@
 """Flags from typed settings: a command is a table of settings, and each setting is a flag.
 
 A setting within a table is spelled as in a config file, `--training.batch_size`; a flag without a
-dot has hyphens, `--run-dir`. Both spellings are accepted for both.
+dot has hyphens, `--run-dir`. Both spellings are accepted for both. argparse reads the flags as
+text, which the tables then convert and check, as they do with a config file.
 """
 
 import argparse
-import functools
-import json
-import operator
+import dataclasses
 import re
+import types
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias, Union, get_args, get_origin
 
-import pydantic
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
-from pydantic_settings import (
-    BaseSettings,
-    CliPositionalArg,
-    CliSettingsSource,
-    CliSubCommand,
-    CliToggleFlag,
-)
 
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.settings import Config, tables_in
+from tfrs_pipeline.settings import HIDDEN, Config, tables_in
 
-_NONE = "\0"  # The library reads this as None, since "none" may be a setting's value.
+_POSITIONAL = "positional"
+PositionalPath: TypeAlias = Annotated[Path, _POSITIONAL]
+"""A path that is given without a flag."""
 _WORDS = {"str": "TEXT", "Path": "PATH", "int": "N", "float": "X", "datetime": "TIME"}
 
 
@@ -36,43 +30,67 @@ class UsageError(ValueError):
     """Flags that cannot be read."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage, which may be long."""
-        raise UsageError(message.replace("ignored explicit argument", "takes no value; got"))
-
-
-class _Values(argparse.Action):
-    """Collects the values after a flag as JSON for pydantic: a list, or an object of NAME=VALUE."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None) -> None:
-        # Flags that are not settings of a config file may be repeated, and "none" is a value.
-        if "." not in self.dest.partition(".")[2]:
-            given = json.loads(getattr(namespace, self.dest, None) or "[]")
-            if isinstance(given, dict):
-                given = [f"{name}={value}" for name, value in given.items()]
-            values = [*given, *values]
-        elif values == ["none"]:
-            values = []
-        if str(self.metavar).startswith("NAME="):
-            if wrong := [value for value in values if "=" not in value]:
-                raise UsageError(f"{flag}: got {wrong[0]!r}; write {self.metavar}")
-            values = dict(value.split("=", 1) for value in values)
-        setattr(namespace, self.dest, json.dumps(values))
-
-
 class Command(Config):
     """Flags that every command has."""
 
-    verbose: CliToggleFlag[bool] = False
+    verbose: bool = False
     """Log details of each stage."""
 
 
 class OfModel(Command):
     """Flags of commands that read an exported model."""
 
-    model: CliPositionalArg[Path]
+    model: PositionalPath
     """Folder saved_models/NAME[/VERSION]."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """The parser of a command.
+
+    Attributes:
+        flags: All spellings of its flags, such as `--no-export.gate`.
+        fields: Its settings by dotted name.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.flags: list[str] = []
+        self.fields: dict[str, FieldInfo] = {}
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage, which may be long."""
+        raise UsageError(message.replace("ignored explicit argument", "takes no value; got"))
+
+    def add_table(
+        self, table: type[Config], brief: Collection[str] | None, prefix: str = ""
+    ) -> None:
+        """Adds a flag for each setting; the help shows those that `brief` names, None for all."""
+        about = table.__doc__ if brief is None else None
+        group = self.add_argument_group(f"{prefix[:-1]} options", about) if prefix else self
+        for name, field in table.model_fields.items():
+            setting = f"{prefix}{field.alias or name}"
+            if inner := tables_in(table).get(name):
+                self.add_table(inner, brief, f"{setting}.")
+                continue
+            is_extra = brief is not None and (prefix or HIDDEN in field.metadata)
+            is_shown = not is_extra or setting in (brief or ())
+            # argparse fills in %(default)s and the like.
+            about = explained(field).replace("%", "%%") if is_shown else argparse.SUPPRESS
+            flag, options = _flag(setting, field)
+            self.flags += group.add_argument(flag, help=about, **options).option_strings
+            self.fields[setting] = field
+
+    def value(self, setting: str, value: Any) -> Any:
+        """Converts what was parsed to what a table takes: text, or a list or mapping of it."""
+        annotation = self.fields[setting].annotation
+        # Only a setting of a config file has no other word for an empty list, or for None.
+        if "." in setting and value in ("none", ["none"]):
+            value = [] if isinstance(value, list) else None if _is_optional(annotation) else value
+        if get_origin(_members(annotation)[0]) is not dict:
+            return value
+        if wrong := [text for text in value if "=" not in text]:
+            raise UsageError(f"--{setting}: got {wrong[0]!r}; write NAME=VALUE")
+        return dict(text.split("=", 1) for text in value)
 
 
 @dataclass(frozen=True)
@@ -87,20 +105,16 @@ class CommandLine:
     description: str
     commands: Mapping[str, type[Config]]
     brief: Mapping[str, Collection[str]]
-    _flags: dict[str, list[str]] = field(default_factory=dict)
 
     def read(self, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         """Reads a command and its settings by dotted name; values are not checked yet."""
         command = next((text for text in arguments if not text.startswith("-")), None)
         if command is not None and command not in self.commands:
             raise UsageError(f"unknown command {command!r}; {suggest(command, self.commands)}")
-        parser = _Parser(prog=self.program, description=self.description)
-        parser.add_argument("--version", action="version", version=self.version)
-        source = self._source(parser, "--help-all" in arguments)
+        parser, parsers = self._parsers(shows_all="--help-all" in arguments)
         options, unknown = parser.parse_known_args(
             [_spelled("--help" if text == "--help-all" else text) for text in arguments]
         )
-        command = vars(options)[":subcommand"]
         if command is None:
             raise UsageError(
                 f"no command; known: {', '.join(self.commands)} (see {self.program} --help)"
@@ -113,114 +127,93 @@ class CommandLine:
             raise UsageError(f"unexpected {unknown[0]!r} after {value!r}{takes}; {help_}")
         if unknown:
             flag = unknown[0].partition("=")[0]
-            if flag in self._flags[command]:
+            if flag in parsers[command].flags:
                 raise UsageError(f"{flag} stands before the command: write it after {command!r}")
-            others = " and ".join(name for name, flags in self._flags.items() if flag in flags)
-            hint = f"a flag of {others}" if others else suggest(flag, self._flags[command])
+            others = " and ".join(name for name, other in parsers.items() if flag in other.flags)
+            hint = f"a flag of {others}" if others else suggest(flag, parsers[command].flags)
             raise UsageError(f"unknown flag {flag}; {hint}")
-        paths = [name.split(".") for name in vars(options) if name.startswith(f"{command}.")]
-        given = source(parsed_args=options)()
-        return command, {
-            ".".join(path[1:]): functools.reduce(operator.getitem, path, given) for path in paths
-        }
+        return command, {x: parsers[command].value(x, y) for x, y in vars(options).items()}
 
     def parsers(self) -> Mapping[str, argparse.ArgumentParser]:
         """Returns the parser of each command, by name."""
-        parser = _Parser(prog=self.program)
-        self._source(parser, shows_all=False)
-        (found,) = (action.choices for action in parser._actions if action.dest == ":subcommand")
-        return dict(found or {})
+        return self._parsers(shows_all=False)[1]
 
-    def _source(self, parser: _Parser, shows_all: bool) -> CliSettingsSource[_Parser]:
-        sub_command: Any = CliSubCommand
-        fields: dict[str, Any] = {
-            name.replace("-", "_"): (
-                sub_command[table],
-                pydantic.Field(alias=name, description=str(table.__doc__).split("\n\n")[0]),
-            )
-            for name, table in self.commands.items()
-        }
-
-        groups: dict[str, Any] = {}
-
-        def add_group(parser: Any, title: str, description: str) -> Any:
-            if table := title.rpartition(".")[0]:  # A dataclass is the value of one flag.
-                return groups[f"{table} options"]
-            groups[title] = parser.add_argument_group(title, description if shows_all else None)
-            return groups[title]
-
-        def add_parser(parsers: Any, name: str, **options: Any) -> _Parser:
+    def _parsers(self, *, shows_all: bool) -> tuple[_Parser, dict[str, _Parser]]:
+        parser = _Parser(prog=self.program, description=self.description)
+        parser.add_argument("--version", action="version", version=self.version)
+        subparsers = parser.add_subparsers(title="subcommands")
+        parsers = {}
+        for name, table in self.commands.items():
+            doc = str(table.__doc__)
+            options: dict[str, Any] = {"help": doc.split("\n\n")[0], "description": doc}
+            # Only what is given is parsed: a default would replace a preset or a file.
+            options["argument_default"] = argparse.SUPPRESS
             if name in self.brief:
                 options["usage"] = f"{self.program} {name} [--FLAG VALUE ...]"
                 options["epilog"] = f"{self.program} {name} --help-all shows every setting."
-            self._flags[name] = []
-            return parsers.add_parser(name, **options)
+            parsers[name] = subparsers.add_parser(name, **options)
+            parsers[name].add_table(table, None if shows_all else self.brief.get(name))
+        return parser, parsers
 
-        return CliSettingsSource(
-            pydantic.create_model("Commands", __base__=BaseSettings, **fields),
-            root_parser=parser,
-            cli_implicit_flags=True,
-            cli_avoid_json=True,
-            cli_enforce_required=True,
-            cli_hide_none_type=True,
-            cli_parse_none_str=_NONE,
-            add_argument_method=functools.partial(self._add_argument, shows_all),
-            add_argument_group_method=add_group,
-            add_parser_method=add_parser,
-            formatter_class=argparse.HelpFormatter,
-        )
 
-    def _add_argument(self, shows_all: bool, parser: Any, *names: str, **options: Any) -> None:
-        command, _, setting = str(options.get("dest", names[0])).partition(".")
-        field = _field(self.commands[command], setting)
-        # No flag for a table, whose settings are flags, or for a field of a dataclass.
-        if field is None or setting in tables_in(self.commands[command]):
-            return
-        if options.pop("const", None):
-            del options["nargs"]
-        is_hidden = options["help"] == argparse.SUPPRESS or "." in setting
-        options["help"] = explained(field).replace("%", "%%")
-        if is_hidden and not shows_all and setting not in self.brief.get(command, ()):
-            options["help"] = argparse.SUPPRESS
-        if options.get("action") == "append":
-            options |= {"action": _Values, "nargs": "*"}
-        elif "." in setting and type(None) in get_args(field.annotation):
-            options["type"] = lambda text: _NONE if text == "none" else text
-        if names[0].startswith("-"):
-            names = tuple(_spelled(name) for name in names)
-            self._flags[command] += names
-            if "metavar" in options:
-                has_kinds = setting.endswith("_features")
-                options["metavar"] = "NAME=KIND" if has_kinds else _metavar(options["metavar"])
-        parser.add_argument(*names, **options)
+def _flag(setting: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:
+    """Returns a setting's flag, and what argparse has to know of its values."""
+    if _POSITIONAL in field.metadata:
+        return setting, {"metavar": setting.upper()}
+    # A single letter, such as k, gets a single hyphen.
+    flag = f"-{setting}" if len(setting) == 1 else _spelled(f"--{setting}")
+    options: dict[str, Any] = {"dest": setting}
+    if field.annotation is bool:
+        # A setting of a config file needs --no-NAME too, to replace the file's.
+        is_switch = "." not in setting and field.default is False
+        options["action"] = "store_true" if is_switch else argparse.BooleanOptionalAction
+        return flag, options
+    options |= {"metavar": _metavar(field.annotation), "required": field.is_required()}
+    if get_origin(_members(field.annotation)[0]) in (tuple, dict):
+        # A flag that is no setting of a config file may be repeated; of others, the last counts.
+        options |= {"nargs": "*", "action": "store" if "." in setting else "extend"}
+    return flag, options
 
 
 def _spelled(argument: str) -> str:
-    """Spells a flag with underscores if it has a dot, else with hyphens."""
-    found = re.fullmatch(r"(--(?:no-)?)([^=]+)(.*)", argument, re.DOTALL)
-    if found is None:
+    """Spells a flag with underscores if it has a dot, else with hyphens.
+
+    Example:
+        >>> _spelled("--run_dir"), _spelled("--training.batch-size=512")
+        ('--run-dir', '--training.batch_size=512')
+    """
+    parts = re.fullmatch(r"(--(?:no-)?)([^=]+)(.*)", argument, re.DOTALL)
+    if parts is None:
         return argument
-    dashes, name, value = found.groups()
+    dashes, name, value = parts.groups()
     return dashes + (name.replace("-", "_") if "." in name else name.replace("_", "-")) + value
 
 
-def _metavar(annotation: str) -> str:
-    """Shortens the library's names of types, such as dict[str,float] and tuple[int,...]."""
-    inner = re.sub(r"^tuple\[(.*),\.\.\.\]$", r"\1", annotation)
-    inner = re.sub(r"^dict\[str,(.*)\]$", r"NAME=\1", inner)
-    inner = re.sub(r"^NAME=\{float,.*\}$", "NAME=X", inner)
-    inner = re.sub(r"^NAME=\{.*\}$", "NAME=KIND", inner)
-    inner = re.sub(r"\b(str|Path|int|float|datetime)\b", lambda match: _WORDS[match[0]], inner)
-    return "[KIND:]NAME=VALUE:..." if re.search(r"JSON|[A-Z][a-z]", inner) else inner
+def _members(annotation: Any) -> list[Any]:
+    """Returns the types of a union, or the only one, without their checks."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [type_ for inner in get_args(annotation) for type_ in _members(inner)]
+    return [annotation]
 
 
-def _field(table: Any, setting: str) -> FieldInfo | None:
-    *tables, name = setting.split(".")
-    for inner in tables:
-        if inner not in tables_in(table):
-            return None
-        table = tables_in(table)[inner]
-    return next((f for key, f in table.model_fields.items() if name in (key, f.alias)), None)
+def _is_optional(annotation: Any) -> bool:
+    return type(None) in _members(annotation)
+
+
+def _metavar(annotation: Any) -> str:
+    """Describes the values of a type, such as N, {auto,exact} and NAME=VALUE."""
+    members = [type_ for type_ in _members(annotation) if type_ is not type(None)]
+    origin, inner = get_origin(members[0]), get_args(members[0])
+    if origin is tuple:
+        return _metavar(inner[0])
+    if origin is dict:
+        return "NAME=VALUE"
+    if dataclasses.is_dataclass(members[0]):
+        return "[KIND:]NAME=VALUE:..."
+    words = inner if origin is Literal else [_WORDS[type_.__name__] for type_ in members]
+    return f"{{{','.join(words)}}}" if len(words) > 1 else words[0]
 
 
 def explained(field: FieldInfo) -> str:
@@ -231,7 +224,12 @@ def explained(field: FieldInfo) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """Formats a value as a user types it after its flag."""
+    """Formats a value as a user types it after its flag.
+
+    Example:
+        >>> as_typed((20, 100)), as_typed(None), as_typed({"purchase": 5.0})
+        ('20 100', 'none', 'purchase=5.0')
+    """
     if isinstance(value, tuple | list):
         return " ".join(map(as_typed, value)) or "none"
     plain = to_jsonable_python(value)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt
-from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
-from tfrs_pipeline.cli.flags import OfModel
+from tfrs_pipeline.cli.flags import OfModel, PositionalPath
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
@@ -65,7 +64,7 @@ class RefreshIndex(OfModel):
     keep_versions: PositiveInt | None = None
     """How many versions to keep: the newest two, then the newest of each training, then further
     refreshes; the others are deleted."""
-    allow_all_new: CliToggleFlag[bool] = False
+    allow_all_new: bool = False
     """Accept a file without a known item, or without a known category or any value of a feature."""
 
     def __call__(self) -> int:
@@ -99,7 +98,7 @@ class Vectors(OfModel):
     The metric is the inner product. docs/guides/engines.md loads the file into other engines.
     """
 
-    file: CliPositionalArg[Path]
+    file: PositionalPath
     """Parquet file to write; an earlier one is replaced."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -163,9 +162,9 @@ class Query(OfModel):
     """Ids of more items to exclude."""
     filter: tuple[str, ...] | None = None
     """Print only items with one of these values of the model's filter (export.filter_by)."""
-    exact: CliToggleFlag[bool] = False
+    exact: bool = False
     """Score every item instead of using the index."""
-    as_json: CliToggleFlag[bool] = Field(False, alias="json")
+    as_json: bool = Field(False, alias="json")
     """Print JSON instead of a table; its notes are the lines above the table."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:

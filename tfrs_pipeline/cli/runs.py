@@ -11,19 +11,18 @@ from typing import Any, cast
 
 import pydantic
 from pydantic import Field
-from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 
 from tfrs_pipeline.cli.console import (
+    PROGRAM,
     as_interrupts,
     native_errors_to,
     print_comparison,
     print_result,
-    program,
     say,
     shown,
 )
-from tfrs_pipeline.cli.flags import Command, UsageError
+from tfrs_pipeline.cli.flags import Command, PositionalPath, UsageError
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import (
     RunConfig,
@@ -57,7 +56,7 @@ class Work(Command):
     """TOML file of settings."""
     run_dir: Path | None = None
     """Folder of the run; given alone, resumes the run in it. If not given, a new one in runs/."""
-    check: CliToggleFlag[bool] = False
+    check: bool = False
     """Only read and split data; show settings."""
     preset: str | None = Field(
         None,
@@ -120,7 +119,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
-    again = shlex.join([program(), command, "--run-dir", str(folder)])
+    again = shlex.join([PROGRAM, command, "--run-dir", str(folder)])
     if this_worker().count > 1 and flags.run_dir is None:
         raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
     console = Console()
@@ -289,7 +288,7 @@ class Report(Command):
     `compare` also write it at their end.
     """
 
-    run: CliPositionalArg[Path]
+    run: PositionalPath
     """Folder of the run or comparison."""
     output: Path | None = None
     """File to write, or a folder for report.html; if not given, RUN."""

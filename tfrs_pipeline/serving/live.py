@@ -84,7 +84,7 @@ class LiveItems:
         self._candidates, self._store, self._items_read = candidates, store, items_read
         self._features, self._filter, self._embed = tuple(features), filter_by, embed
         self._num_leaves, self._separator = num_leaves, list_separator
-        self._own: Ids = candidates.corpus  # The version's own items.
+        self._corpus: Ids = candidates.corpus  # The items that the version was exported with.
         self._lock = threading.RLock()
         self._seq = 0  # The last row of the store that the candidates hold.
         self.titles: dict[Any, str | None] = {}
@@ -119,8 +119,8 @@ class LiveItems:
                 self.catch_up()  # To what others have written meanwhile.
                 is_there = self._candidates.has(rows)
                 last = self._store.write_items(rows)
-                own_rows = zip(rows, self._own.rows(rows), strict=True)
-                self._store.mark_listed(id_ for id_, row in own_rows if row)
+                corpus_rows = zip(rows, self._corpus.rows(rows), strict=True)
+                self._store.mark_listed(id_ for id_, row in corpus_rows if row)
             try:
                 self._apply(change.items, change.vectors, change.removed)
                 self._seq = last
@@ -134,8 +134,8 @@ class LiveItems:
         """Takes in what other processes have written."""
         with self._lock:
             if rows := self._store.items_after(self._seq):
-                pairs = zip(rows, self._own.rows([row.item_id for row in rows]), strict=True)
-                listed = {row.seq for row, own_row in pairs if own_row or row.is_listed}
+                pairs = zip(rows, self._corpus.rows([row.item_id for row in rows]), strict=True)
+                listed = {row.seq for row, corpus_row in pairs if corpus_row or row.is_listed}
                 wanted = [
                     row for row in rows if row.time >= self._items_read or row.seq not in listed
                 ]
@@ -268,9 +268,9 @@ class LiveItems:
 
     def _checked_id(self, id_: Any) -> Any:
         if is_id := not isinstance(id_, bool | np.bool_ | None):
-            check_ids([[id_]], are_text=self._own.are_text)
+            check_ids([[id_]], are_text=self._corpus.are_text)
             id_ = _plain("An id", id_)
-        if not is_id or id_ == self._own.empty_id or id_ in NO_ID:
+        if not is_id or id_ == self._corpus.empty_id or id_ in NO_ID:
             raise ValueError(f"An item needs an id. Received: {id_!r}")
         if isinstance(id_, int) and not -(2**63) <= id_ < 2**63:
             raise ValueError(f"An id must be an int64. Received: {id_!r}")

@@ -22,6 +22,7 @@ from tfrs_pipeline.serving.signatures import AsksBy, Retrieval
 from tfrs_pipeline.serving.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")
+# What fits the page; a longer list of choices would be slow to open.
 MAX_FOUND = 20
 MAX_HISTORY_SHOWN = 10
 MAX_CHOICES = 500
@@ -53,6 +54,7 @@ def card(version: ServedVersion) -> dict[str, Any]:
     """Describes the model for the page, with an example query."""
     retriever = version.retriever
     manifest = retriever.manifest
+    # For a query without a history: what the model takes to be popular.
     ids, _ = retriever.retrieve([{}], NUM_EXAMPLE_ITEMS)
     values = retriever.candidates.values
     examples = {x.name: x.example for x in retriever.features["request"]}
@@ -94,6 +96,7 @@ def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     part, retriever = " ".join(words.casefold().split()), version.retriever
     titles = {**version.titles, **retriever.live.titles}
     ids = (x for x, title in titles.items() if part and part in f"{title or ''} {x}".casefold())
+    # A removed item keeps its title until the next version.
     listed = (id_ for id_ in ids if retriever.candidates.has([id_])[0])
     return _shown(version, itertools.islice(listed, MAX_FOUND))
 
@@ -109,21 +112,22 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
         raise bad_request("A query has 'user_id', or 'similar_to', or 'items' or 'features'.")
     try:
         request = to_json(request_of(version.retriever, query), inf_nan_mode="null")
-        asked = parse_predict(request, version.signatures)
+        # The page shows this request as a curl command, so it is read as one, within the limits.
+        call = parse_predict(request, version.signatures)
     except ValueError as error:
         raise bad_request(str(error)) from None
     retriever = version.retriever
-    found = _asked(version, asked)
+    answered = _timed(version, call)
     path = f"/v1/models/{retriever.folder.parent.name}:predict"
-    result: dict[str, Any] = {"version": version.number, "index": found, "exact": None}
+    result: dict[str, Any] = {"version": version.number, "index": answered, "exact": None}
     result["request"] = {"path": path, "body": request.decode()}
     if query.user_id is not None:
         history = retriever.stored_history(retriever.parse_id(str(query.user_id), "user"))
         shown = _shown(version, history[:MAX_HISTORY_SHOWN])
         result["history"] = {"items": shown, "length": len(history)}
     if retriever.manifest["index"]["kind"] == "scann":
-        result["exact"] = reference = _asked(version, asked, exact=True)
-        ids = [{item["item_id"] for item in side["items"]} for side in (found, reference)]
+        result["exact"] = reference = _timed(version, call, exact=True)
+        ids = [{item["item_id"] for item in side["items"]} for side in (answered, reference)]
         result["num_common"] = len(ids[0] & ids[1])
     return result
 
@@ -143,29 +147,29 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         inputs = {"user_id": [empty_id(retriever.user_dtype)], "history": [history]}
     inputs["exclude"] = [history]
     retrieval = Retrieval(asks_by, bool(query.features), bool(query.filter))
-    given: dict[str, tf.Tensor] = {}
+    features_by_input: dict[str, tf.Tensor] = {}
     if query.features:
         known = {feature.name: feature for feature in retriever.features["query"]}
         features = {
             name: known[name].parse(text) if name in known else text
             for name, text in query.features.items()
         }
-        given |= retriever.raw_query_features([{"features": features}])
+        features_by_input |= retriever.raw_query_features([{"features": features}])
     if query.request and asks_by != "item":
         function = retriever.saved_model.signatures[retrieval.embed_name]
         request = retriever.parse_request(query.request)
-        given |= request_inputs(function, retriever.features, [request])
-    inputs |= {name: x.numpy().tolist() for name, x in given.items()}
+        features_by_input |= request_inputs(function, retriever.features, [request])
+    inputs |= {name: x.numpy().tolist() for name, x in features_by_input.items()}
     if query.filter:
         inputs["allowed"] = [query.filter]
     return {"signature_name": retrieval.name, "inputs": {**inputs, "k": query.k}}
 
 
-def _asked(version: ServedVersion, asked: PredictCall, *, exact: bool = False) -> dict[str, Any]:
+def _timed(version: ServedVersion, call: PredictCall, *, exact: bool = False) -> dict[str, Any]:
     # The first call is a warm-up; the second is timed.
     for _ in range(2):
         start = time.perf_counter()
-        outputs = version.call(asked.signature, asked.inputs, exact=exact)
+        outputs = version.call(call.signature, call.inputs, exact=exact)
         milliseconds = 1000 * (time.perf_counter() - start)
     ids = to_jsonable_python(outputs["candidate_ids"][0].tolist())
     return {

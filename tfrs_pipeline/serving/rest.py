@@ -61,16 +61,17 @@ class SignatureInputs:
         rows = _list_of(_object_of(types, optional), limits.max_queries, min_length=1)
         self._rows: TypeAdapter[Any] = TypeAdapter(rows)
 
-    def read(self, given: Any, *, is_row_format: bool) -> dict[str, np.ndarray]:
+    def read(self, content: Any, *, is_row_format: bool) -> dict[str, np.ndarray]:
         """Reads `instances` (an object for each query) or `inputs` (a column for each input).
 
         If the signature has one input, its value or column may stand in place of an object.
         """
         if is_row_format:
-            columns = self._of_rows(given)
+            columns = self._columns_from_rows(content)
         else:
-            columns = _checked(self._columns, self._named(given), "inputs")
+            columns = _checked(self._columns, self._named(content), "inputs")
         arrays = {name: self._array(name, column) for name, column in columns.items()}
+        # An input without an axis, k, holds for all queries.
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise bad_request(f"All inputs must have as many queries. Received: {sizes}")
@@ -82,9 +83,9 @@ class SignatureInputs:
                 f"(--max-results). Received: {num_queries} x {k}"
             )
         inputs = completed(self._specs, arrays, num_queries)
-        return {name: np.asarray(x) for name, x in inputs.items()}
+        return {name: np.asarray(values) for name, values in inputs.items()}
 
-    def _of_rows(self, instances: Any) -> dict[str, Any]:
+    def _columns_from_rows(self, instances: Any) -> dict[str, Any]:
         if scalars := [name for name, spec in self._specs.items() if not spec.shape.rank]:
             raise bad_request(
                 f"Input {scalars[0]!r} is one value for the whole request, so it cannot be in a "
@@ -179,13 +180,13 @@ class PredictCall(NamedTuple):
 
     def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
         """Cuts the inputs into calls up to the given sizes, of at least one query each."""
-        size = min(max_queries, max_results * self.num_queries // self.num_results) or 1
+        size = min(max_queries, max_results // int(self.inputs.get("k", 1))) or 1
         return [
             {
                 name: array[i : i + size] if array.ndim else array
                 for name, array in self.inputs.items()
             }
-            for i in range(0, self.num_queries, size)
+            for i in range(0, self.num_queries or 1, size)  # No query is one call of none.
         ]
 
 
@@ -209,8 +210,8 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     is_row_format = "instances" in document
     if is_row_format == ("inputs" in document):
         raise bad_request("A request has either 'inputs' or 'instances'.")
-    given = document["instances" if is_row_format else "inputs"]
-    inputs = signatures[name].read(given, is_row_format=is_row_format)
+    content = document["instances" if is_row_format else "inputs"]
+    inputs = signatures[name].read(content, is_row_format=is_row_format)
     return PredictCall(name, inputs, is_row_format)
 
 
@@ -259,11 +260,11 @@ def bad_request(message: str) -> HTTPException:
 def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
     """Makes a 400 that describes the first problem of a request."""
     details = error.errors(include_url=False)[0]
-    place = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
+    path = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
     # Pydantic's prefix, before our message, which may quote a value of any length.
     message = f"{details['msg'].removeprefix('Value error, '):.200}"
     problem = "Missing named input" if details["type"] == "missing" else message
-    return bad_request(f"{place}: {problem}. Received: {_shown(details['input'])}")
+    return bad_request(f"{path}: {problem}. Received: {_shown(details['input'])}")
 
 
 def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
@@ -275,6 +276,7 @@ def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
 
 def _list_of(type_: Any, max_length: int | None, min_length: int = 0) -> Any:
     lengths = Field(strict=True, min_length=min_length, max_length=max_length)
+    # A hostile list of 100,000 wrong values would otherwise become as many errors.
     return Annotated[list[type_], FailFast(), lengths]
 
 

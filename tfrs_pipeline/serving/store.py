@@ -55,9 +55,6 @@ class Store:
     Each method raises `Damaged` if the file is not as SQLite wrote it, `StorageError` if it cannot
     be read or written, and `Replaced` if another file is in its place: then the model must be
     loaded again.
-
-    Raises:
-        ValueError: If the folder has live items in the form of earlier versions of this package.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,11 +62,6 @@ class Store:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[Any, ...] | None = None  # Of the file that was read first.
-        if (old := folder / "live.journal").exists():
-            raise ValueError(
-                f"{old} holds live items in a form that is no longer read: move it away, and write "
-                "its items again."
-            )
 
     def __del__(self) -> None:
         if self._connection is not None:  # Else it would stay open for an unknown time.

@@ -1,6 +1,5 @@
 """Serves the newest version of a model on disk, and switches without dropping a request."""
 
-import asyncio
 import contextlib
 import ctypes
 import gc
@@ -88,15 +87,17 @@ class ServedVersion:
             # An item feature may have the name of a user or request feature.
             sides = ("candidate",) if "item_id" in inputs else ("query", "request")
             features = {
-                names[side][x.name]: x for side in sides for x in self.retriever.features[side]
+                names[side][feature.name]: feature
+                for side in sides
+                for feature in self.retriever.features[side]
             }
             optional = names["request"].values() if "request" in sides else ()
             self.signatures[signature] = SignatureInputs(inputs, settings, features, optional)
         # The first call is slow, and would fail for a broken model.
         for name, inputs in specs.items():
-            given = completed(inputs, {}, 1)
+            example = completed(inputs, {}, 1)
             with contextlib.suppress(HTTPException):  # `similar` refuses the missing item.
-                self.call(name, {name: np.asarray(value) for name, value in given.items()})
+                self.call(name, {name: np.asarray(value) for name, value in example.items()})
 
     def call(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
@@ -205,12 +206,11 @@ class ModelVersions:
             with contextlib.suppress(AttributeError):  # Only glibc has it.
                 ctypes.CDLL(None).malloc_trim(0)
 
-    async def watch(self, poll_seconds: float) -> None:
-        """Looks for new versions and live items until it is cancelled."""
-        while True:
-            await asyncio.sleep(poll_seconds)
+    def watch(self, poll_seconds: float, stop: threading.Event) -> None:
+        """Looks for new versions and live items until it is told to stop."""
+        while not stop.wait(poll_seconds):
             try:
-                await asyncio.to_thread(self.refresh)
+                self.refresh()
             except Exception:  # For instance a disk that is offline: the next look may succeed.
                 logger.exception("cannot look for versions of %s", self.name)
 
@@ -230,35 +230,30 @@ class ModelVersions:
             with self._lock:
                 version.num_uses -= 1
 
-    @property
-    def is_loading(self) -> bool:
-        """Whether a version is being loaded now."""
-        return self._loading is not None
-
     def statuses(self) -> dict[int, tuple[State, str]]:
         """Returns the state and error of each version loaded, loading or failed, newest first."""
         with self._lock:
-            found: dict[int, tuple[State, str]] = {
+            states: dict[int, tuple[State, str]] = {
                 identity[0]: ("END", message) for identity, (message, _) in self._failures.items()
             }
             if self._loading is not None:
-                found[self._loading] = ("LOADING", "")
-            found |= {version.number: ("UNLOADING", "") for version in self._retired}
+                states[self._loading] = ("LOADING", "")
+            states |= {version.number: ("UNLOADING", "") for version in self._retired}
             if self._current is not None:
-                found[self._current.number] = ("AVAILABLE", "")
-        return dict(sorted(found.items(), reverse=True))
+                states[self._current.number] = ("AVAILABLE", "")
+        return dict(sorted(states.items(), reverse=True))
 
     def _on_disk(self) -> dict[Identity, Path]:
         folders = [self._path]
         if not self._is_version:
             folders = [self._path / str(number) for number in versions_of(self._path)]
-        found = {}
+        on_disk = {}
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):  # It was deleted meanwhile.
                 stat = (folder / MANIFEST_FILE).stat()
                 number = int(folder.name) if folder.name.isdigit() else 0
-                found[number, stat.st_ino, stat.st_mtime_ns] = folder
-        return found
+                on_disk[number, stat.st_ino, stat.st_mtime_ns] = folder
+        return on_disk
 
     def _load(self, identity: Identity, folder: Path) -> bool:
         self._loading = identity[0]

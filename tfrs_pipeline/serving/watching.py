@@ -30,18 +30,17 @@ class Watch:
     """Counts the answers of a version.
 
     The most clicked items that together have half of the log's clicks are the head, those with the
-    next 30% the torso, those with the rest the tail. An item without a click is new. An export of
-    an earlier version of the package lacks the clicks, so popularity is not counted for it.
+    next 30% the torso, those with the rest the tail. An item without a click is new.
     """
 
     def __init__(self, retriever: LoadedRetriever) -> None:
         self._number, self._items = retriever.folder.name, retriever.candidates.corpus
-        self._part_of: np.ndarray | None = None
-        if (clicks_of := getattr(retriever.saved_model.encoder, "num_clicks", None)) is not None:
-            clicks = clicks_of(id_list(self._items.values.tolist(), retriever.item_dtype)).numpy()
-            slices = popularity_slices(clicks)
-            parts = np.stack([slices[part] for part in _PARTS[1:]]).argmax(axis=0) + 1
-            self._part_of = np.append(0, parts * (clicks > 0))
+        ids = id_list(self._items.values.tolist(), retriever.item_dtype)
+        clicks = retriever.saved_model.encoder.num_clicks(ids).numpy()
+        slices = popularity_slices(clicks)
+        parts = np.stack([slices[part] for part in _PARTS[1:]]).argmax(axis=0) + 1
+        # Row 0 stands for items that came live, after the training.
+        self._part_of = np.append(0, parts * (clicks > 0))
 
     def count(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         """Counts the answers of a call, by the arrays that it was given and those it returned."""
@@ -57,11 +56,10 @@ class Watch:
         if "allowed" in inputs:
             is_filtered = (inputs["allowed"] != b"").any(axis=1)
             _count(FILTERED_QUERIES, _num(is_filtered & ~is_filled[:, 0]), _num(is_filtered))
-        if self._part_of is not None:
-            top = outputs["candidate_ids"][:, :NUM_TOP][is_filled[:, :NUM_TOP]]
-            nums = np.bincount(self._part_of[self._items.rows(top)], minlength=len(_PARTS))
-            for part, num in zip(_PARTS, nums.tolist(), strict=True):
-                TOP_ITEMS.labels(part).inc(num)
+        top = outputs["candidate_ids"][:, :NUM_TOP][is_filled[:, :NUM_TOP]]
+        nums = np.bincount(self._part_of[self._items.rows(top)], minlength=len(_PARTS))
+        for part, num in zip(_PARTS, nums.tolist(), strict=True):
+            TOP_ITEMS.labels(part).inc(num)
 
 
 def _count(counter: Counter, num_true: int, num: int) -> None:
