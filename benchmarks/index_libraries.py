@@ -137,8 +137,9 @@ def measure_scann(task: Task) -> list[dict[str, Any]]:
     start = time.perf_counter()
     Searcher.build(vectors, index.num_leaves)
     build_seconds = time.perf_counter() - start
-    saved, candidates = index.searcher.save(), index.candidates(vectors)
-    num_bytes = vectors.nbytes + sum(memoryview(content).nbytes for content in saved.values())
+    saved, candidates = task.folder / "scann", index.candidates(vectors)
+    index.searcher.save(saved)
+    num_bytes = sum(path.stat().st_size for path in saved.iterdir())  # The vectors too.
     settings = {"num_leaves": index.num_leaves, **asdict(level)}
     own = task.measure(
         "ScaNN, this package",

@@ -21,6 +21,7 @@ from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming, write_record
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import to_text_lists
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.encoder import (
     Encoder,
@@ -34,10 +35,17 @@ from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.graph import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex
-from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS, Auto, Exact, Search, search_of
+from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.index import (
+    SMALLEST_SCANN_CORPUS,
+    Auto,
+    Scann,
+    Search,
+    has_scann,
+    search_of,
+)
 from tfrs_pipeline.serving.saved_model import RetrievalModule, check_operation, prove
-from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
+from tfrs_pipeline.serving.tune import Requests, Tuned, measure_requests, tune_index
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.fitted import FittedTwoTower
@@ -45,8 +53,23 @@ if TYPE_CHECKING:
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # Manifest names that an export or a run writes itself.
 TAKEN = {
-    *("config", "date", "export", "feature_inputs", "features", "filter", "has_item_bias", "index"),
-    *("items_read", "log", "name", "reading", "refreshed", "run", "signatures", "user_data"),
+    "config",
+    "date",
+    "export",
+    "feature_inputs",
+    "features",
+    "filter",
+    "format",
+    "has_item_bias",
+    "index",
+    "items_read",
+    "log",
+    "name",
+    "reading",
+    "refreshed",
+    "run",
+    "signatures",
+    "user_data",
     "versions",
 }
 # Most queries to tune and measure an index on; how many the reloaded model must answer alike.
@@ -205,71 +228,80 @@ def export_index(
     `embeddings` has a row for each of `items`. Returns the new version's folder and its manifest:
     another export may delete the file at any time.
     """
-    queries, item_filter = queries[:NUM_QUERIES], None
+    shown = {"item_id": items["item_id"]}
+    if "title" in items.column_names:  # With titles, people can read the answers.
+        shown["title"] = items["title"].cast(pa.string())
+    item_filter = None
     if (name := options.filter_by) is not None:
         if name not in items.column_names:
             known = ", ".join(items.column_names)
             raise ValueError(
                 f"filter_by must name a column of the items. Received: {name!r}; known: {known}"
             )
-        item_filter = ItemFilter(name, items[name].to_pylist())
-    ids = items["item_id"].to_numpy()
-    features = features_of(manifest)
-    search, description = _built(options.index, embeddings, ids, encoder, queries, features)
-    behind = ids, item_filter, manifest.get("has_item_bias", False)
-    modules = {Path(): RetrievalModule(encoder, search, *behind)}
-    if isinstance(search, ScannIndex):
-        modules[publish.EXACT_FOLDER] = RetrievalModule(encoder, search.exact, *behind)
+        values, lengths = to_text_lists(items[name])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        shown[publish.FILTER_COLUMN] = pa.ListArray.from_arrays(
+            pa.array(offsets, pa.int32()), values
+        )
+        item_filter = {"name": name, "values": sorted(values.unique().to_pylist())}
+    ids, features = items["item_id"].to_numpy(), features_of(manifest)
+    queries, index = queries[:NUM_QUERIES], options.index
+    if isinstance(index, Auto):
+        index = index.choose(len(embeddings))
+    tuned, description = None, {"kind": index.kind}
+    if isinstance(index, Scann):
+        embedded = embed_queries(encoder, queries, features)
+        requests = Requests(embedded, known_rows(encoder, queries, ids))
+        tuned, description = _tuned(index, embeddings, requests)
+    exact, has_bias = ExactIndex(embeddings), manifest.get("has_item_bias", False)
+    module = RetrievalModule(encoder, exact, ids, has_bias)
     full = {
         **manifest,
+        "format": publish.FORMAT,
         "index": description,
-        "filter": item_filter and item_filter.describe(),
+        "filter": item_filter,
         "export": asdict(options),
         "name": Path(path).name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "signatures": sorted(modules[Path()].exported),
-        "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
+        "signatures": sorted(module.exported),
+        "versions": {
+            library: importlib.metadata.version(library)
+            for library in LIBRARIES
+            if library != "scann" or has_scann()
+        },
     }
     with publish.new_version(Path(path), keep=options.keep_versions) as (partial, folder):
-        saved = {partial / place: module for place, module in modules.items()}
-        with_scann = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
-        for place, module in saved.items():
+        modules = {partial: module}
+        if tuned is not None:
+            tuned.searcher.save(partial / publish.INDEX_FOLDER)
+            scann = ScannIndex(exact, partial / publish.INDEX_FOLDER, tuned.levels)
+            check_operation(scann, tuned.searcher, embedded[:NUM_PROBES])
+            with_scann = RetrievalModule(encoder, scann, ids, has_bias)
+            modules[partial / publish.SCANN_FOLDER] = with_scann
+        allowed_ops = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
+        for place, saved in modules.items():
             with naming(place, tf.errors.OpError):
-                tf.saved_model.save(module, str(place), module.exported, with_scann)
+                tf.saved_model.save(saved, str(place), saved.exported, allowed_ops)
         (partial / publish.ITEMS_FILE).parent.mkdir()
-        shown = {"item_id": items["item_id"]}  # With titles, people can read the answers.
-        if "title" in items.column_names:
-            shown["title"] = items["title"].cast(pa.string())
         pq.write_table(pa.table(shown), partial / publish.ITEMS_FILE)
-        read = signature_inputs(encoder.embed_query)
-        asked = query_table(queries, items, features["request"], read)
+        asked = query_table(
+            queries, items, features["request"], signature_inputs(encoder.embed_query)
+        )
         pq.write_table(asked, partial / publish.QUERIES_FILE)
         files = [path for path in partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(partial / publish.MANIFEST_FILE, full, files)
-        prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), full)
+        prove(modules, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), features)
     return folder, full
 
 
-def _built(
-    index: Search,
-    embeddings: np.ndarray,
-    ids: np.ndarray,
-    encoder: Encoder,
-    queries: Sequence[Query],
-    features: Mapping[str, Sequence[Feature]],
-) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
-    if isinstance(index, Auto):
-        index = index.choose(len(embeddings))
-    if isinstance(index, Exact):
-        return ExactIndex(embeddings), {"kind": index.kind}
-    embedded = embed_queries(encoder, queries, features)
-    requests = Requests(embedded, known_rows(encoder, queries, ids))
+def _tuned(
+    index: Scann, embeddings: np.ndarray, requests: Requests
+) -> tuple[Tuned, dict[str, Any]]:
+    """Builds and tunes an index; returns it with its part of the manifest."""
     tuning, measured = requests.for_tuning_and_measuring()
     tuned = tune_index(embeddings, tuning, target_recall=index.recall)
-    scann = ScannIndex(ExactIndex(embeddings), tuned.searcher.save(), tuned.levels)
-    check_operation(scann, tuned.searcher, embedded[:NUM_PROBES])
-    return scann, {
+    return tuned, {
         "kind": index.kind,
         "target_recall": index.recall,
         "num_leaves": tuned.num_leaves,

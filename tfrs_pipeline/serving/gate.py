@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.bootstrap import Interval
@@ -38,8 +38,8 @@ def version_in_service(
     if newest is None:
         return None
     retriever = load(newest, exact=True, live=False)
+    known, embeddings = retriever.candidates.ids_and_vectors()
     # The ids' type may differ from this run's. NumPy would compare each text with every other.
-    known = as_id_array(retriever.candidate_ids())
     is_there = Ids(candidate_ids).rows(known) > 0
     if not is_there.any():
         (theirs, *_), (ours, *_) = known.tolist(), candidate_ids.tolist()
@@ -48,8 +48,8 @@ def version_in_service(
             f"its ids are like {theirs!r}, these like {ours!r}. Set another export.name, or export "
             "without export.gate."
         )
-    known, embeddings = known[is_there], retriever.candidate_embeddings()[is_there]
-    # The new model may find these, so the version may too if it was trained on them.
+    known, embeddings = known[is_there], embeddings[is_there]
+    # Score these items for the old version too, so that both models rank the same candidates.
     left_out = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
     left_out = np.setdiff1d(left_out, known)
     if len(left_out):

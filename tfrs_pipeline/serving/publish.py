@@ -21,8 +21,12 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 ITEMS_FILE = Path("assets.extra") / "items.parquet"
 QUERIES_FILE = Path("assets.extra") / "queries.parquet"
-# The same model with exact search, beside a ScaNN index.
-EXACT_FOLDER = Path("exact") / "1"
+# Column of the items file with the values of the filter, a list for each item.
+FILTER_COLUMN = "filter"
+# A ScaNN index as ScaNN saves it, and the same model with ScaNN's TensorFlow operation.
+INDEX_FOLDER, SCANN_FOLDER = Path("index"), Path("scann") / "1"
+# The layout of a version. A version of another format is refused, with this number in the error.
+FORMAT = 2
 _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
