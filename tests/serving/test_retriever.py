@@ -123,6 +123,7 @@ def test_a_missing_model_is_explained(tmp_path: Path) -> None:
 
 def test_a_version_of_another_format_is_refused_in_one_line(tmp_path: Path) -> None:
     """As before the SavedModel of a ScaNN index moved to a folder of its own."""
+    (tmp_path / "films" / "1").mkdir(parents=True)
     write_record(tmp_path / "films" / "1" / MANIFEST_FILE, {"index": {"kind": "exact"}})
     with pytest.raises(ValueError, match=r"1 was exported by another version .* Export the model"):
         load(tmp_path / "films")

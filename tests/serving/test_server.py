@@ -229,8 +229,8 @@ def test_versions_come_and_go_without_failures(int_folder: Path, tmp_path: Path)
 def test_a_released_version_leaves_nothing_behind(int_folder: Path) -> None:
     version = ServedVersion(int_folder / "1", ServeSettings())
     tables = version.tables()
-    # Tables of users, items, two vocabularies, the index's items and the filter.
-    assert len(tables) == 6
+    # Tables of users, items, two vocabularies and the index's items.
+    assert len(tables) == 5
     assert min(int(tf.raw_ops.LookupTableSizeV2(table_handle=x)) for x in tables) > 0
     version.release()
     for handle in tables:

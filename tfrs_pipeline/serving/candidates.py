@@ -241,7 +241,9 @@ class _Search:
         Exact search answers queries beyond the last level.
         """
         depths = [level.depth for level in self.levels]
+        # One list for each level, and the last for exact search.
         by_level: list[list[int]] = [[] for _ in [*depths, None]]
+        # Whatever is excluded may be among the nearest, so the index has to find as many more.
         for line, rows in enumerate(self.excluded):
             by_level[bisect.bisect_left(depths, self.num_wanted + len(rows))].append(line)
         for lines, level in zip(by_level, self.levels, strict=False):

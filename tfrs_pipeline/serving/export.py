@@ -238,6 +238,7 @@ def export_index(
             raise ValueError(
                 f"filter_by must name a column of the items. Received: {name!r}; known: {known}"
             )
+        # As lists of text, so that one rule reads columns of one value, of several, of booleans.
         values, lengths = to_text_lists(items[name])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         shown[publish.FILTER_COLUMN] = pa.ListArray.from_arrays(
@@ -253,6 +254,7 @@ def export_index(
         embedded = embed_queries(encoder, queries, features)
         requests = Requests(embedded, known_rows(encoder, queries, ids))
         tuned, description = _tuned(index, embeddings, requests)
+    # Both SavedModels share the vectors in memory, but each folder holds them on its own.
     exact, has_bias = ExactIndex(embeddings), manifest.get("has_item_bias", False)
     module = RetrievalModule(encoder, exact, ids, has_bias)
     full = {
@@ -273,6 +275,7 @@ def export_index(
     with publish.new_version(Path(path), keep=options.keep_versions) as (partial, folder):
         modules = {partial: module}
         if tuned is not None:
+            # For the server; the operation reads the same files.
             tuned.searcher.save(partial / publish.INDEX_FOLDER)
             scann = ScannIndex(exact, partial / publish.INDEX_FOLDER, tuned.levels)
             check_operation(scann, tuned.searcher, embedded[:NUM_PROBES])

@@ -106,6 +106,7 @@ def refuse_worse(
     version = _newest(folder, without)
     assert version is not None  # It was measured.
     found = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
+    # The version's mean minus the new model's: above 0, the new one is surely worse.
     lowest = evaluation.differences[IN_SERVICE][metric].low
     if lowest > 0:
         raise NotPublished(f"The new model is worse than the one in service. {found}.")

@@ -66,6 +66,7 @@ class ScannIndex(tf.Module):
     def __init__(self, exact: ExactIndex, folder: Path, levels: Sequence[Level]) -> None:
         super().__init__(name="scann_index")
         self._ops, self.exact, self.levels = load_scann_ops(), exact, tuple(levels)
+        self.embeddings = exact.embeddings
         tokens, hashed = (_part(folder / name) for name in (TOKENS, HASHED))
         config, partitioner, codebook = (
             _part(folder / name) for name in (CONFIG, PARTITIONER, CODEBOOK)
@@ -75,11 +76,6 @@ class ScannIndex(tf.Module):
         parts = config, partitioner, tokens, codebook, hashed, *no_int8, vectors
         self._state = self._ops.ScannState(parts)
         self._state.dataset = exact.embeddings
-
-    @property
-    def embeddings(self) -> tf.Variable:
-        """The vectors, [num_candidates, D] float32."""
-        return self.exact.embeddings
 
     def approximate(
         self,
@@ -105,22 +101,16 @@ class ScannIndex(tf.Module):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds roughly the k best candidates that are not excluded; see `ExactIndex.search`."""
         # All queries of a call are searched as widely as their longest list of exclusions needs.
-        depths = tf.constant([level.depth for level in self.levels])
-        level = tf.searchsorted(depths, [k + tf.shape(excluded)[1]])[0]
-
-        def approximately() -> tuple[tf.Tensor, tf.Tensor]:
-            width = tf.gather(tf.constant([astuple(each) for each in self.levels]), level)
-            rows, scores = self.approximate(queries, *tf.unstack(width))
-            scores = tf.where(is_member(_as_lists(excluded), rows), -np.inf, scores)
-            top_scores, order = tf.math.top_k(scores, k)
-            return _filled_up(tf.gather(rows, order, batch_dims=1), top_scores, k)
-
-        def not_at_all() -> tuple[tf.Tensor, tf.Tensor]:
-            nothing = tf.zeros([tf.shape(queries)[0], 0])
-            return _filled_up(tf.cast(nothing, tf.int32), nothing, k)
-
-        rows, scores = tf.cond(level < len(self.levels), approximately, not_at_all)
-        short = tf.where(rows[:, -1] == 0)
+        needed = k + tf.shape(excluded)[1]
+        widths = tf.constant([astuple(level) for level in self.levels])
+        level = tf.searchsorted(widths[:, 0], [needed])[0]
+        depth, *others = tf.unstack(widths[tf.minimum(level, len(self.levels) - 1)])
+        rows, scores = self.approximate(queries, depth, *others)
+        scores = tf.where(is_member(_as_lists(excluded), rows), -np.inf, scores)
+        top_scores, order = tf.math.top_k(scores, tf.minimum(k, depth))
+        rows, scores = _filled_up(tf.gather(rows, order, batch_dims=1), top_scores, k)
+        # Queries beyond the last level, and those left with too few candidates.
+        short = tf.where((rows[:, -1] == 0) | (needed > depth))
         exact_rows, exact_scores = self.exact.search(
             tf.gather_nd(queries, short), k, tf.gather(excluded, short[:, 0])
         )

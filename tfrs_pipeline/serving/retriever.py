@@ -95,6 +95,7 @@ class LoadedRetriever:
         self.features = features_of(self.manifest)
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         if self.item_filter is not None:
+            # The SavedModel has no filter: these signatures are answered here alone.
             allowed = {"allowed": tf.TensorSpec([None, None], tf.string, "allowed")}
             self.signatures |= {
                 f"{name}{FILTERED}": self.signatures[name] | allowed
@@ -110,6 +111,7 @@ class LoadedRetriever:
             index = {}
         self.candidates = self._candidates(index.get("levels", ()))
         self._live: LiveItems | None = None
+        # The live items of a model lie beside its versions, so a copied version has none.
         if live and folder.name.isdecimal():
             self._live = LiveItems(
                 self.candidates,
@@ -286,6 +288,7 @@ class LoadedRetriever:
             inputs |= request_inputs(function, self.features, [requests[line] for line in lines])
             parts.append({name: x.numpy() for name, x in function(**inputs).items()})
             order.append(lines)
+        # Back into the order of the queries.
         back = np.argsort(np.concatenate(order))
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
@@ -371,8 +374,12 @@ class LoadedRetriever:
 
     def titles(self) -> dict[Any, str]:
         """Reads the titles of items by id, live ones included; empty if they have none."""
-        items = pq.read_table(self.folder / publish.ITEMS_FILE).to_pydict()
-        titles = dict(zip(items["item_id"], items.get("title", ()), strict=False))
+        items = pq.read_table(self.folder / publish.ITEMS_FILE)
+        titles = {}
+        if "title" in items.column_names:
+            titles = dict(
+                zip(*items.select(["item_id", "title"]).to_pydict().values(), strict=True)
+            )
         live = {} if self._live is None else dict(self._live.titles)
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
@@ -403,6 +410,7 @@ class LoadedRetriever:
             given = {"user_id": users, "k": np.int32(DEFAULT_K)}
             full = completed(self.signatures[signature], given, len(users))
             inputs = {name: np.asarray(value) for name, value in full.items()}
+        # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
         embed_name = RETRIEVALS.get(signature.removesuffix(FILTERED), "")
         if not embed_name:
             return ask(self.saved_model.signatures[signature], inputs)
@@ -452,6 +460,8 @@ class LoadedRetriever:
         retrieval.check_one_each("allowed", allowed, num_queries)
         assert self.candidates.values is not None
         known = self.candidates.values.code_of
+        # Here a misspelt value is an error. Over HTTP it finds nothing, because a client may be
+        # ahead of the items.
         for value in itertools.chain.from_iterable(allowed):
             if to_text(value) not in known:
                 hint = suggest(str(value), known)

@@ -84,6 +84,7 @@ class RetrievalModule(tf.Module):
             self._export(DEFAULT_SIGNATURE, self._answer_default, inputs["embed_user"][:1])
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        # Request features and times are missing: this signature takes a user id alone.
         known = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
         specs = graph.signature_inputs(self.retrieve_user)
         return graph.call(self.retrieve_user, completed(specs, known, tf.shape(user_id)[0]))
@@ -146,30 +147,24 @@ def prove(
 ) -> None:
     """Checks that a fresh process can load each folder and answers like its module in memory.
 
-    Asks with `queries` and `item_ids`. `features` have an example value; the timestamp is missing.
+    Asks with `queries` and `item_ids`. `features` have an example value, so that lookups of known
+    values are proved too; the timestamp is missing.
     Exact modules come first, so that they load before ScaNN's operation is there.
     """
-    candidate = _examples(features.get("candidate", ()))
-    query = _examples([*features.get("query", ()), *features.get("request", ())])
+    of_items = _examples(features.get("candidate", ()), len(item_ids))
+    of_queries = _examples([*features.get("query", ()), *features.get("request", ())], len(queries))
     probes: list[tuple[str, bool, _Expected]] = []
     for folder, module in modules.items():
         expected: _Expected = {}
         for name, function in module.exported.items():
-            specs, is_of_items = (
-                graph.signature_inputs(function),
-                name in ("embed_candidate", SIMILAR),
-            )
-            num_rows = len(item_ids) if is_of_items else len(queries)
-            known = {"k": tf.constant(10), **query_inputs(function, queries)}
-            if is_of_items:
-                known["item_id"] = tf.constant(item_ids, specs["item_id"].dtype)
-            for input_name, value in (candidate if is_of_items else query).items():
-                if (spec := specs.get(input_name)) is not None:
-                    shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
-                    known[input_name] = tf.fill(shape, tf.constant(value, spec.dtype))
-            inputs = completed(specs, known, num_rows)
-            outputs = graph.call(function, inputs)
-            expected[name] = _arrays(inputs), _arrays(outputs)
+            specs = graph.signature_inputs(function)
+            if (item_id := specs.get("item_id")) is not None:
+                known = {**of_items, "item_id": tf.constant(item_ids, item_id.dtype)}
+            else:
+                known = {**of_queries, **query_inputs(function, queries)}
+            num_rows = len(queries) if item_id is None else len(item_ids)
+            inputs = completed(specs, {**known, "k": tf.constant(10)}, num_rows)
+            expected[name] = _arrays(inputs), _arrays(graph.call(function, inputs))
         probes.append((str(folder), isinstance(module.index, ScannIndex), expected))
     done = in_fresh_process(f"{__name__}:answer_probes", stdin=pickle.dumps(probes))
     if done.returncode:
@@ -177,13 +172,14 @@ def prove(
         raise ExportError(f"A fresh process could not use the export: {problems}")
 
 
-def _examples(features: Sequence[Feature]) -> dict[str, Any]:
-    """Returns a value that each feature knows, by the name of its input."""
-    specs = raw_signature(features).values()
-    return {
-        spec.name: (*feature.vocabulary, "1")[0] if spec.dtype == tf.string else 1.0
-        for feature, spec in zip(features, specs, strict=True)
-    }
+def _examples(features: Sequence[Feature], num_rows: int) -> dict[str, tf.Tensor]:
+    """Makes inputs of a value that each feature knows, by the name of the input."""
+    inputs = {}
+    for feature, spec in zip(features, raw_signature(features).values(), strict=True):
+        value = (*feature.vocabulary, "1")[0] if spec.dtype == tf.string else 1.0
+        shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
+        inputs[spec.name] = tf.fill(shape, tf.constant(value, spec.dtype))
+    return inputs
 
 
 def _arrays(tensors: Mapping[str, tf.Tensor]) -> _Arrays:

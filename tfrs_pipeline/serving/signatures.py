@@ -25,6 +25,7 @@ DEFAULT_K = 100
 
 def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Asks a signature of a loaded model, with the inputs that it takes."""
+    # With a shape, because an empty array of text has none of its own.
     tensors = {
         name: tf.constant(inputs[name], spec.dtype, inputs[name].shape)
         for name, spec in signature_inputs(signature).items()

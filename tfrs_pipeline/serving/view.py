@@ -64,6 +64,7 @@ class View:
         removed: Sequence[Any],
     ) -> Self:
         """Returns the view after a change: `ids` are added or replaced, and others removed."""
+        # A replaced item's old row is removed, so a search meets each id once.
         gone = list(filter(None, map(self.row_of, [*ids, *removed])))
         first, last = self.num_rows + 1, self.num_rows + len(ids)
         view = self._with_room(len(ids), 0 if codes is None else codes.shape[1])
@@ -79,6 +80,7 @@ class View:
             is_removed[: len(before)] = before
             is_removed[gone] = True
         if view.searcher is not None:
+            # Its rows are those of the view, in order. A search in an older view drops new ones.
             view.searcher.add(vectors)
         return replace(
             view,
