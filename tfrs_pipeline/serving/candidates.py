@@ -46,6 +46,13 @@ class FilterValues:
         """Returns which codes are of one of the values: [num_codes + 1] bool.
 
         Returns None, which allows all candidates, if there are no values.
+
+        Example:
+            >>> genres = FilterValues()
+            >>> genres.encode([["drama"], ["comedy", "drama"]]).tolist()
+            [[1, 0], [2, 1]]
+            >>> genres.choose(["comedy"]).tolist()
+            [False, False, True]
         """
         texts = [value for value in values if value not in ("", b"")]
         if not texts:

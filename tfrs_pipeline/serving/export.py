@@ -142,6 +142,11 @@ def export(
         TypeError: If `model` or `index` has the wrong type.
         ValueError: If the items lack the column `filter_by`, `user_data` is False for a model that
             embeds each user's id, `manifest` uses a reserved name, or a fitted model has no log.
+        ImportError: If `index` is `Scann()` and ScaNN is not installed.
+
+    Example:
+        >>> export(model, "saved_models/videos", filter_by="category")  # doctest: +SKIP
+        PosixPath('saved_models/videos/1')
     """
     if taken := sorted(TAKEN.intersection(manifest or {})):
         raise ValueError(
@@ -238,13 +243,9 @@ def export_index(
             raise ValueError(
                 f"filter_by must name a column of the items. Received: {name!r}; known: {known}"
             )
-        # As lists of text, so that one rule reads columns of one value, of several, of booleans.
-        values, lengths = to_text_lists(items[name])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        shown[publish.FILTER_COLUMN] = pa.ListArray.from_arrays(
-            pa.array(offsets, pa.int32()), values
-        )
-        item_filter = {"name": name, "values": sorted(values.unique().to_pylist())}
+        shown[publish.FILTER_COLUMN] = items[name]
+        values = to_text_lists(items[name])[0].unique().to_pylist()
+        item_filter = {"name": name, "values": sorted(values)}
     ids, features = items["item_id"].to_numpy(), features_of(manifest)
     queries, index = queries[:NUM_QUERIES], options.index
     if isinstance(index, Auto):

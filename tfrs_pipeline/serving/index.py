@@ -87,7 +87,12 @@ class Level:
 
 
 def num_leaves_of(num_candidates: int) -> int:
-    """Returns the number of partitions of an index; 1 means none."""
+    """Returns the number of partitions of an index; 1 means none.
+
+    Example:
+        >>> num_leaves_of(1_000_000)
+        4000
+    """
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         return 1
     # Four times what ScaNN advises: in smaller leaves, fewer candidates have to be searched.

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 ITEMS_FILE = Path("assets.extra") / "items.parquet"
 QUERIES_FILE = Path("assets.extra") / "queries.parquet"
-# Column of the items file with the values of the filter, a list for each item.
+# Column of the items file with the values of the filter, as in the item table.
 FILTER_COLUMN = "filter"
 # A ScaNN index as ScaNN saves it, and the same model with ScaNN's TensorFlow operation.
 INDEX_FOLDER, SCANN_FOLDER = Path("index"), Path("scann") / "1"

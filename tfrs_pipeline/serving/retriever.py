@@ -60,6 +60,10 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
         FileNotFoundError: If there is no complete export at `path`.
         ValueError: If the version has the format of another version of this package.
         Damaged: If a file has changed since the export, or the file of live items is damaged.
+
+    Example:
+        >>> model = load("saved_models/videos")  # doctest: +SKIP
+        >>> ids, scores = model.retrieve([{"history": ["v7", "v31"]}], k=10)  # doctest: +SKIP
     """
     return LoadedRetriever(publish.version_at(path), exact=exact, live=live)
 
@@ -208,11 +212,8 @@ class LoadedRetriever:
         """
         if isinstance(item_ids, str):
             raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")
-        is_text = self.item_dtype == tf.string
-        retrieval.check_ids([item_ids], are_text=is_text)
-        retrieval.check_asked([{}] * len(item_ids), k, exclude, ids_are_text=is_text)
-        if allowed is not None:
-            self._check_allowed(allowed, len(item_ids))
+        retrieval.check_ids([item_ids], are_text=self.item_dtype == tf.string)
+        self._check_asked([{}] * len(item_ids), k, exclude, allowed)
         return self._searched(self._embedded_items(item_ids), k, exclude, allowed)
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
@@ -392,9 +393,7 @@ class LoadedRetriever:
         allowed: Allowed,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Checks the arguments, embeds the queries, and searches."""
-        retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
-        if allowed is not None:
-            self._check_allowed(allowed, len(queries))
+        self._check_asked(queries, k, exclude, allowed)
         embedded = self._embedded(queries, embed_name)
         return *self._searched(embedded, k, exclude, allowed), embedded["is_known_user"]
 
@@ -454,10 +453,15 @@ class LoadedRetriever:
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         return self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
 
-    def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:
+    def _check_asked(
+        self, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
+    ) -> None:
+        retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
+        if allowed is None:
+            return
         if self.item_filter is None:
             raise ValueError("This model has no item filter: export it with filter_by.")
-        retrieval.check_one_each("allowed", allowed, num_queries)
+        retrieval.check_one_each("allowed", allowed, len(queries))
         assert self.candidates.values is not None
         known = self.candidates.values.code_of
         # Here a misspelt value is an error. Over HTTP it finds nothing, because a client may be
@@ -480,6 +484,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if (number := manifest.get("format", 1)) != publish.FORMAT:
         raise ValueError(
             f"{folder} was exported by another version of this package: its format is {number}, "
-            f"and this one reads {publish.FORMAT}. Export the model again."
+            f"and this one reads {publish.FORMAT}. Export the model again; a run that would "
+            "compare its model with this version needs --no-export.gate."
         )
     return manifest

@@ -171,6 +171,10 @@ def share_found(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
     Takes the scores, [num_queries, depth], -inf in empty slots. A candidate is found if it scores
     like the last of the exact answer or better, since candidates of equal scores, such as new items
     with the same features, are interchangeable.
+
+    Example:
+        >>> share_found(np.array([[0.9, 0.5, 0.5]]), np.array([[0.9, 0.5, 0.1]]))
+        array([0.66666667])
     """
     is_wanted = exact > -np.inf
     last = np.where(is_wanted, exact, np.inf).min(axis=1, keepdims=True)
