@@ -14,7 +14,16 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.hard import is_member
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.searcher import CODEBOOK, CONFIG, HASHED, PARTITIONER, TOKENS
+
+# The files of an index as ScaNN saves it, in the order in which its operation takes them. An index
+# without partitions lacks the second and the third.
+_FILES = [
+    "scann_config.pb",
+    "serialized_partitioner.pb",
+    "datapoint_to_token.npy",
+    "ah_codebook.pb",
+    "hashed_dataset.npy",
+]
 
 
 def load_scann_ops() -> Any:
@@ -67,14 +76,10 @@ class ScannIndex(tf.Module):
         super().__init__(name="scann_index")
         self._ops, self.exact, self.levels = load_scann_ops(), exact, tuple(levels)
         self.embeddings = exact.embeddings
-        tokens, hashed = (_part(folder / name) for name in (TOKENS, HASHED))
-        config, partitioner, codebook = (
-            _part(folder / name) for name in (CONFIG, PARTITIONER, CODEBOOK)
-        )
+        parts = [_part(folder / name) for name in _FILES]
         no_int8 = tf.constant(0, tf.int8), tf.constant(0.0), tf.constant(0.0)
         vectors = tf.constant(0.0)  # A placeholder: the vectors are stored once, in `exact`.
-        parts = config, partitioner, tokens, codebook, hashed, *no_int8, vectors
-        self._state = self._ops.ScannState(parts)
+        self._state = self._ops.ScannState((*parts, *no_int8, vectors))
         self._state.dataset = exact.embeddings
 
     def approximate(

@@ -19,14 +19,10 @@ SMALLEST_HASHED_CORPUS = 16
 # With two dimensions per block, a deep search has to rescore several times as many.
 _DIMENSIONS_PER_BLOCK, _ANISOTROPIC_THRESHOLD = 1, 0.2
 _TRAINING_SAMPLE = 100_000
-# The files of a saved index, named by ScaNN, beside its vectors and a list of the files. An index
-# without partitions lacks the third and the fourth.
-CONFIG, CODEBOOK, PARTITIONER = "scann_config.pb", "ah_codebook.pb", "serialized_partitioner.pb"
-TOKENS, HASHED = "datapoint_to_token.npy", "hashed_dataset.npy"
-_FILE_LIST = "scann_assets.pbtxt"
+_FILE_LIST = "scann_assets.pbtxt"  # ScaNN's list of the files of a saved index.
 # An addition waits this long for a moment without a search; then it holds up new searches.
 _PATIENCE_SECONDS = 0.02
-_ADDED_AT_ONCE = 8  # So that searches go on in between.
+_ADDED_AT_ONCE = 16  # So that searches go on in between.
 
 
 def _module(name: str, *place: str) -> ModuleType:
