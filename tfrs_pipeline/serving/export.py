@@ -93,8 +93,8 @@ class ExportOptions:
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> "ExportOptions":
         """Reads the options back from the manifest of an export."""
-        asked = dict(manifest["export"])
-        return cls(search_of(**asked.pop("index")), **asked)
+        options = dict(manifest["export"])
+        return cls(search_of(**options.pop("index")), **options)
 
 
 # In a notebook, TensorFlow logs "Assets written to" for every SavedModel. The folder that it names
@@ -154,8 +154,12 @@ def export(
             "it another name."
         )
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
-    given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
-    return Path(on_chief(lambda: str(export_version(model, path, options, **given)[0])))
+    content: dict[str, Any] = {
+        "user_data": user_data,
+        "queries": queries,
+        "manifest": manifest or {},
+    }
+    return Path(on_chief(lambda: str(export_version(model, path, options, **content)[0])))
 
 
 def export_version(
@@ -178,7 +182,7 @@ def export_version(
         model = model.exportable()
     items = model.items
     is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
-    places = np.flatnonzero(is_retrieved)
+    rows = np.flatnonzero(is_retrieved)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
@@ -188,18 +192,21 @@ def export_version(
         "request": model.request_features,
         "candidate": model.candidate_features,
     }
-    inputs = {side: raw_signature(of_side) for side, of_side in features.items()}
+    inputs = {side: raw_signature(side_features) for side, side_features in features.items()}
     inputs["request"] = request_signature(
         features["request"], features["query"], reads_times=model.history_times is not None
     )
     # Not called as a tf.function, which warns where many models are embedded one after the other.
-    rows = tf.TensorSpec([None], tf.int32)
-    embed = tf.function(model.embed_candidates).get_concrete_function(rows)
+    spec = tf.TensorSpec([None], tf.int32)
+    embed = tf.function(model.embed_candidates).get_concrete_function(spec)
     about = {
-        "features": {side: [f.to_dict() for f in of_side] for side, of_side in features.items()},
+        "features": {
+            side: [feature.to_dict() for feature in side_features]
+            for side, side_features in features.items()
+        },
         "feature_inputs": {
-            side: {name: spec.name for name, spec in of_side.items()}
-            for side, of_side in inputs.items()
+            side: {name: spec.name for name, spec in specs.items()}
+            for side, specs in inputs.items()
         },
         "reading": model.reading.as_json(),
         "user_data": user_data,
@@ -211,8 +218,8 @@ def export_version(
         path,
         options,
         encoder=Encoder(model, user_data=user_data),
-        embeddings=embed_corpus(embed, len(model.candidate_ids))[places],
-        items=items.drop_columns([LISTED] if LISTED in items.column_names else []).take(places),
+        embeddings=embed_corpus(embed, len(model.candidate_ids))[rows],
+        items=items.drop_columns([LISTED] if LISTED in items.column_names else []).take(rows),
         queries=queries,
         manifest={**about, **manifest},
     )
@@ -283,15 +290,14 @@ def export_index(
             with_scann = RetrievalModule(encoder, scann, ids, has_bias)
             modules[partial / publish.SCANN_FOLDER] = with_scann
         allowed_ops = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
-        for place, saved in modules.items():
-            with naming(place, tf.errors.OpError):
-                tf.saved_model.save(saved, str(place), saved.exported, allowed_ops)
+        for saved_to, saved in modules.items():
+            with naming(saved_to, tf.errors.OpError):
+                tf.saved_model.save(saved, str(saved_to), saved.exported, allowed_ops)
         (partial / publish.ITEMS_FILE).parent.mkdir()
         pq.write_table(pa.table(shown), partial / publish.ITEMS_FILE)
-        asked = query_table(
-            queries, items, features["request"], signature_inputs(encoder.embed_query)
-        )
-        pq.write_table(asked, partial / publish.QUERIES_FILE)
+        read = signature_inputs(encoder.embed_query)
+        table = query_table(queries, items, features["request"], read)
+        pq.write_table(table, partial / publish.QUERIES_FILE)
         files = [path for path in partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(partial / publish.MANIFEST_FILE, full, files)
@@ -319,7 +325,7 @@ def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
     if description["kind"] == "exact":
         return f"exact search over {num_candidates:,} candidates"
     levels, requests = description["levels"], description["requests"]
-    lowest = min((x["recall"] for x in requests), default=description["target_recall"])
+    lowest = min((request["recall"] for request in requests), default=description["target_recall"])
     text = (
         f"ScaNN finds at least {lowest:.4f} of the exact answer on average; search is exact if k "
         f"and the number of excluded items add up to more than {levels[-1]['depth']:,}"
@@ -356,14 +362,15 @@ def query_table(
     if HISTORY_TIMESTAMPS in read:
         columns[HISTORY_TIMESTAMPS] = pa.array(item_times(queries), pa.list_(pa.float64()))
     if request or TIMESTAMP in read:
-        asked = [query.get("request") or {} for query in queries]
+        requests = [query.get("request") or {} for query in queries]
         names = [*(feature.name for feature in request), TIMESTAMP]
-        values = {name: [given.get(name) for given in asked] for name in names}
+        values = {name: [request_.get(name) for request_ in requests] for name in names}
         for feature in request:  # Categories of several types become one; "" is a missing one.
             if feature.raw_dtype == "string":
-                raw = feature.to_raw(values[feature.name]).tolist()
-                known = ([x for x in row if x] if isinstance(row, list) else row for row in raw)
-                values[feature.name] = [row or None for row in known]
+                values[feature.name] = [
+                    (list(filter(None, row)) if isinstance(row, list) else row) or None
+                    for row in feature.to_raw(values[feature.name]).tolist()
+                ]
         rows = zip(*values.values(), strict=True)
         columns["request"] = pa.array([dict(zip(values, row, strict=True)) for row in rows])
     return pa.table(columns)

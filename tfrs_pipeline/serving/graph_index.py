@@ -59,8 +59,8 @@ class ExactIndex(tf.Module):
         lowest = tf.fill([tf.shape(cells)[0]], tf.constant(-np.inf, tf.float32))
         cells = tf.stack([cells[:, 0], columns], axis=1)
         scores = tf.tensor_scatter_nd_update(scores, cells, lowest)
-        top_scores, places = tf.math.top_k(scores, tf.minimum(k, tf.shape(scores)[1]))
-        return _filled_up(places + 1, top_scores, k)
+        top_scores, columns = tf.math.top_k(scores, tf.minimum(k, tf.shape(scores)[1]))
+        return _filled_up(columns + 1, top_scores, k)
 
 
 class ScannIndex(tf.Module):
@@ -91,7 +91,7 @@ class ScannIndex(tf.Module):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds roughly the `depth` best candidates: rows and scores as in `ExactIndex.search`."""
         searcher = self._ops.searcher_from_module(self._state)
-        places, scores = searcher.search_batched(
+        indices, scores = searcher.search_batched(
             queries,
             final_num_neighbors=depth,
             pre_reorder_num_neighbors=num_reordered,
@@ -99,7 +99,7 @@ class ScannIndex(tf.Module):
         )
         # ScaNN pads with NaN where the searched leaves hold fewer candidates.
         scores = tf.where(tf.math.is_nan(scores), -np.inf, scores)
-        return _filled_up(tf.cast(places, tf.int32) + 1, scores, depth)
+        return _filled_up(tf.cast(indices, tf.int32) + 1, scores, depth)
 
     def search(
         self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor

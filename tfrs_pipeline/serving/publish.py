@@ -45,7 +45,11 @@ def versions_of(folder: Path) -> list[int]:
 
 def no_model_at(path: Path) -> FileNotFoundError:
     """Makes the error for a path without a complete version; it suggests a model nearby."""
-    within = sorted(str(x) for x in path.iterdir() if versions_of(x)) if path.is_dir() else []
+    within = (
+        sorted(str(child) for child in path.iterdir() if versions_of(child))
+        if path.is_dir()
+        else []
+    )
     hint = f" Did you mean {' or '.join(within)}?" if within else beside(path, versions_of)
     return FileNotFoundError(
         f"No exported model at '{path}': it must hold {MANIFEST_FILE}, or versions that do."

@@ -406,8 +406,8 @@ class LoadedRetriever:
         """
         if signature == DEFAULT_SIGNATURE:
             signature, users = "retrieve_user", inputs["user_id"]
-            given = {"user_id": users, "k": np.int32(DEFAULT_K)}
-            full = completed(self.signatures[signature], given, len(users))
+            request = {"user_id": users, "k": np.int32(DEFAULT_K)}
+            full = completed(self.signatures[signature], request, len(users))
             inputs = {name: np.asarray(value) for name, value in full.items()}
         # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
         embed_name = RETRIEVALS.get(signature.removesuffix(FILTERED), "")

@@ -25,11 +25,11 @@ _PATIENCE_SECONDS = 0.02
 _ADDED_AT_ONCE = 16  # So that searches go on in between.
 
 
-def _module(name: str, *place: str) -> ModuleType:
+def _module(name: str, *path: str) -> ModuleType:
     """Imports one module of ScaNN, because the package itself imports TensorFlow."""
     try:
-        path = importlib.metadata.distribution("scann").locate_file(Path("scann", *place))
-        spec = importlib.util.spec_from_file_location(name, str(path))
+        file = importlib.metadata.distribution("scann").locate_file(Path("scann", *path))
+        spec = importlib.util.spec_from_file_location(name, str(file))
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -96,7 +96,7 @@ class Searcher:
     def save(self, folder: Path) -> None:
         """Saves the index with its vectors, as `scann_ops_pybind.load_searcher` reads it too."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Names without the folder: the index is moved to its place once it is complete.
+        # Names without the folder: the index is moved once it is complete.
         self._scann.serialize(str(folder), True)
 
     @property
@@ -116,7 +116,7 @@ class Searcher:
             self._num_searches += 1
         try:
             num_rows = self._scann.size()
-            places, scores = self._scann.search_batched(
+            indices, scores = self._scann.search_batched(
                 queries, level.depth, level.num_reordered, level.num_leaves_to_search, False, 0
             )
         finally:
@@ -124,7 +124,7 @@ class Searcher:
                 self._num_searches -= 1
                 if not self._num_searches:
                     change.notify_all()
-        rows = places.view(np.int32) + 1
+        rows = indices.view(np.int32) + 1
         is_empty = np.isnan(scores)  # The searched leaves hold fewer than `depth`.
         if is_empty.any():
             rows[is_empty], scores[is_empty] = 0, -np.inf

@@ -148,7 +148,7 @@ def lowest_recall(
     is_real = (num_known > 0) & (num_known < depth)
     if is_real.sum() >= _FEW_QUERIES:
         recalls.append(_recall_without(exact, found, known, num_candidates)[is_real])
-    return min(float(x.mean() - 3 * x.std() / np.sqrt(len(x))) for x in recalls)
+    return min(float(r.mean() - 3 * r.std() / np.sqrt(len(r))) for r in recalls)
 
 
 def _recall_without(
