@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from scann.scann_ops.py import scann_ops_pybind
 
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
@@ -53,6 +54,7 @@ def test_the_operation_and_a_loaded_copy_answer_like_the_searcher(
     # A saved index may be moved, as a new version is once it is complete.
     graph = in_graph(searcher, tmp_path / "partial")
     copy = Searcher.load((tmp_path / "partial").rename(tmp_path / "moved"))
+    plain = scann_ops_pybind.load_searcher(str(tmp_path / "moved"))  # Without this package.
     for options in ((100, 45, 2000), (100, 3, 100), (500, 20, 700)):
         rows, scores, _ = searcher.search(QUERIES, Level(*options))
         for other in (
@@ -61,6 +63,10 @@ def test_the_operation_and_a_loaded_copy_answer_like_the_searcher(
         ):
             np.testing.assert_array_equal(other[0], rows)
             np.testing.assert_array_equal(other[1], scores)
+        depth, leaves, reordered = options
+        np.testing.assert_array_equal(
+            plain.search_batched(QUERIES, depth, reordered, leaves)[0], rows - 1
+        )
 
 
 @pytest.mark.parametrize("num_excluded", [0, 20, 200, 1500])
