@@ -57,17 +57,17 @@ class Searches:
         self._candidates = index.candidates(embeddings)
 
     def compare(
-        self, k: int, excluded: np.ndarray, codes: np.ndarray | None = None
+        self, k: int, excluded: np.ndarray, is_allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Returns found rows, [n, k], of all queries, the exact rows of some, and the CPU times.
 
-        With `codes`, [num_candidates, 1], only candidates with the code 1 are found.
+        With `is_allowed`, [num_candidates] bool, only these candidates are found.
         """
         candidates, allowed = self._candidates, None
-        if codes is not None:
-            rows = np.arange(1, len(codes) + 1)
+        if is_allowed is not None:
+            rows, values = np.arange(1, len(is_allowed) + 1), FilterValues()
             of_index = self._index.searcher, self._index.levels
-            values = FilterValues(["some"], codes)
+            codes = values.encode(np.where(is_allowed, "some", "").astype(object))
             candidates = Candidates(rows, self._embeddings, *of_index, values, codes)
             allowed = ["some"]
         answers, times = [], {}
@@ -138,9 +138,9 @@ def measure_filters(
             value = embeddings @ direction * (-1 if kind == "near" else 1)
         order = np.argsort(value)
         for share in options.shares:
-            codes = np.zeros((len(embeddings), 1), np.int32)
-            codes[order[: round(share * len(embeddings))]] = 1
-            found, exact, times = searches.compare(100, ranking[:, :20], codes)
+            is_allowed = np.zeros(len(embeddings), bool)
+            is_allowed[order[: round(share * len(embeddings))]] = True
+            found, exact, times = searches.compare(100, ranking[:, :20], is_allowed)
             cell = {"share": share, "which": kind}
             yield {**cell, **recall_of(found[: len(exact)], exact), **times}
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.fitted import query_encoder
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export, saved_model
-from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex
+from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.index import Exact, Level, Scann
 from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.saved_model import RetrievalModule
@@ -93,10 +94,10 @@ class Served:
     def module(self, kind: str, num_leaves_to_search: int = 8) -> RetrievalModule:
         index: ExactIndex | ScannIndex = ExactIndex(self.model.embed_corpus())
         if kind == "scann":
-            saved = Searcher.build(self.model.embed_corpus(), 8).save()
-            index = ScannIndex(index, saved, [Level(60, num_leaves_to_search, 60)])
-        genres = ItemFilter("genres", self.genres)
-        return RetrievalModule(Encoder(self.exportable()), index, self.candidate_ids, genres)
+            with tempfile.TemporaryDirectory() as folder:
+                Searcher.build(self.model.embed_corpus(), 8).save(Path(folder))
+                index = ScannIndex(index, Path(folder), [Level(60, num_leaves_to_search, 60)])
+        return RetrievalModule(Encoder(self.exportable()), index, self.candidate_ids)
 
     def queries(self) -> list[dict[str, Any]]:
         """Makes a query for each user, with the stored history."""

@@ -18,9 +18,8 @@ from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, ma
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.export import export, query_table
-from tfrs_pipeline.serving.graph_index import ItemFilter
 from tfrs_pipeline.serving.index import Exact, Scann
-from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import ExportError, RetrievalModule
 
 
@@ -97,7 +96,7 @@ def test_refuses_a_k_below_one(served: Served, module: RetrievalModule) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_filters_match_a_loop(served: Served, module: RetrievalModule, data: st.DataObject) -> None:
+def test_filters_match_a_loop(served: Served, loaded: LoadedRetriever, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, NUM_CANDIDATES + 5))
     ids = served.candidate_ids.tolist()
     some_ids = st.lists(st.sampled_from(ids), max_size=70)
@@ -106,18 +105,21 @@ def test_filters_match_a_loop(served: Served, module: RetrievalModule, data: st.
     excluded = [data.draw(some_ids) for _ in allowed]
     users = served.query_ids[: len(allowed)].tolist()
     width = max(map(len, allowed))
-    padded = tf.constant([[*x, *[""] * (width - len(x))] for x in allowed], tf.string)
-    padded = tf.reshape(padded, [len(allowed), width])
-    asked, nothing = as_users(served, users), as_ids(served, [[]] * len(users))
-    rest = as_ids(served, excluded), k, padded
-    genders = tf.constant(served.genders[: len(users)])
-    answers = [
-        module.retrieve_filtered(asked, nothing, *rest),
-        module.retrieve_user_filtered(asked, *rest),
-        # Giving the stored features is the same as giving none.
-        module.retrieve_with_features_filtered(asked, nothing, genders, *rest),
-    ]
-    for answer, by_user in zip(answers, (False, True, False), strict=True):
+    inputs = {
+        "user_id": as_users(served, users).numpy(),
+        "history": as_ids(served, [[]] * len(users)).numpy(),
+        "exclude": as_ids(served, excluded).numpy(),
+        "allowed": np.array(
+            [[x.encode() for x in [*of_query, *[""] * width][:width]] for of_query in allowed],
+            object,
+        ).reshape(len(allowed), width),
+        "gender": np.array([gender.encode() for gender in served.genders[: len(users)]], object),
+        "k": np.int32(k),
+    }
+    # Giving the stored features is the same as giving none.
+    for name in ("retrieve_filtered", "retrieve_user_filtered", "retrieve_with_features_filtered"):
+        answer = loaded.answer(name, inputs)
+        by_user = name == "retrieve_user_filtered"
         histories = [served.known(i + 1) if by_user else [] for i in range(len(users))]
         pairs = zip(users, histories, strict=True)
         queries = [{"user_id": user, "history": history} for user, history in pairs]
@@ -129,9 +131,9 @@ def test_filters_match_a_loop(served: Served, module: RetrievalModule, data: st.
             if chosen:
                 left = [id_ for id_ in left if chosen & set(served.genres[ids.index(id_)])]
             best = left[:k]
-            got = decoded(answer["candidate_ids"])[i]
-            assert got == best + [empty_of(served)] * (k - len(best))
-            assert np.isneginf(answer["scores"][i].numpy()[len(best) :]).all()
+            found = answer["candidate_ids"][i].tolist()
+            assert found == best + [empty_of(served)] * (k - len(best))
+            assert np.isneginf(answer["scores"][i][len(best) :]).all()
 
 
 @pytest.mark.usefixtures("trusted_exports", "few_signatures")
@@ -142,12 +144,9 @@ def test_filters_take_booleans_however_written(tmp_path: Path) -> None:
     loaded = load(export(told.exportable(), tmp_path / "films", index=Exact(), filter_by="genres"))
     assert loaded.item_filter == {"name": "genres", "values": ["false", "true"]}
     even = {id_ for id_ in served.candidate_ids.tolist() if id_ % 2 == 0}
-    for value in (True, "True", "TRUE", "true"):
+    for value in (True, "True", "TRUE", "true"):  # Also as text, as clients send it.
         ids, _ = loaded.retrieve([{}], len(even), allowed=[[value]])  # type: ignore[list-item]
         assert set(ids[0].tolist()) == even
-    # Also as text, as clients send it.
-    chosen = ItemFilter("is_even", is_even).choose(tf.constant([["True"], ["true"]]))
-    assert chosen.has_all().numpy().tolist() == [is_even, is_even]
 
 
 @pytest.mark.usefixtures("trusted_exports", "few_signatures")
@@ -202,6 +201,9 @@ def test_what_a_fresh_process_answers_is_published(exported: Exported, tmp_path:
     assert load(tmp_path / "films").folder.name == "2"
     found, _ = load(folder, exact=True).retrieve(served.queries(), 15)
     assert found.tolist() == expected_ids.tolist()
+    # The index in ScaNN's own files is that of ScaNN's operation, and of the server.
+    assert sorted(path.name for path in (folder / "scann").iterdir()) == ["1"]
+    assert (folder / "index" / "scann_config.pb").is_file()
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """Search structures against exact scoring."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from scann.scann_ops.py import scann_ops_pybind
 
+from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.index import Auto, Exact, Level, Scann
 from tfrs_pipeline.serving.saved_model import ExportError, check_operation
@@ -31,8 +34,9 @@ def searcher(request: pytest.FixtureRequest) -> Searcher:
     return Searcher.build(EMBEDDINGS, request.param)
 
 
-def in_graph(searcher: Searcher, *levels: Level) -> ScannIndex:
-    return ScannIndex(ExactIndex(EMBEDDINGS), searcher.save(), levels)
+def in_graph(searcher: Searcher, folder: Path, *levels: Level) -> ScannIndex:
+    searcher.save(folder)
+    return ScannIndex(ExactIndex(EMBEDDINGS), folder, levels)
 
 
 def test_scann_that_searches_all_is_exact_search(searcher: Searcher) -> None:
@@ -44,8 +48,13 @@ def test_scann_that_searches_all_is_exact_search(searcher: Searcher) -> None:
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_operation_and_a_loaded_copy_answer_like_the_searcher(searcher: Searcher) -> None:
-    graph, copy = in_graph(searcher), Searcher.load(searcher.save(), EMBEDDINGS)
+def test_the_operation_and_a_loaded_copy_answer_like_the_searcher(
+    searcher: Searcher, tmp_path: Path
+) -> None:
+    # A saved index may be moved, as a new version is once it is complete.
+    graph = in_graph(searcher, tmp_path / "partial")
+    copy = Searcher.load((tmp_path / "partial").rename(tmp_path / "moved"))
+    plain = scann_ops_pybind.load_searcher(str(tmp_path / "moved"))  # Without this package.
     for options in ((100, 45, 2000), (100, 3, 100), (500, 20, 700)):
         rows, scores, _ = searcher.search(QUERIES, Level(*options))
         for other in (
@@ -54,13 +63,36 @@ def test_the_operation_and_a_loaded_copy_answer_like_the_searcher(searcher: Sear
         ):
             np.testing.assert_array_equal(other[0], rows)
             np.testing.assert_array_equal(other[1], scores)
+        depth, leaves, reordered = options
+        indices, _ = plain.search_batched(QUERIES, depth, reordered, leaves)
+        np.testing.assert_array_equal(indices[rows > 0] + 1, rows[rows > 0])
 
 
-def test_an_operation_that_answers_otherwise_is_refused(searcher: Searcher) -> None:
+@pytest.mark.parametrize("num_excluded", [0, 20, 200, 1500])
+def test_a_saved_model_and_the_server_answer_alike(
+    searcher: Searcher, tmp_path: Path, num_excluded: int
+) -> None:
+    """Where both answer: any k and exclusions, without a filter, before items change."""
+    levels = [Level(128, 9, 256), Level(512, 20, 1024)]
+    scann, exact = in_graph(searcher, tmp_path, *levels), ExactIndex(EMBEDDINGS)
+    server = Candidates(np.arange(1, len(EMBEDDINGS) + 1), EMBEDDINGS, searcher, levels)
+    excluded = exact_order(QUERIES, num_excluded).astype(np.int32)
+    for k in (1, 60, 400, 1990):
+        for index, is_exact in ((scann, False), (exact, True)):
+            expected, scores = server.search(QUERIES, k, list(excluded), exact=is_exact)
+            rows, found_scores = index.search(tf.constant(QUERIES), k, tf.constant(excluded))
+            np.testing.assert_allclose(found_scores, scores, rtol=1e-4, atol=1e-5)
+            # The empty id is -1, and equal scores may swap places.
+            is_same = np.maximum(expected, 0) == rows.numpy()
+            assert is_same.mean() > 0.999
+            assert not np.isin(rows[0], excluded[0][excluded[0] > 0]).any()
+
+
+def test_an_operation_that_answers_otherwise_is_refused(searcher: Searcher, tmp_path: Path) -> None:
     other = Searcher.build(EMBEDDINGS[::-1].copy(), 45)
-    check_operation(in_graph(searcher, Level(50, 45, 2000)), searcher, QUERIES)
+    check_operation(in_graph(searcher, tmp_path, Level(50, 45, 2000)), searcher, QUERIES)
     with pytest.raises(ExportError, match="does not answer as its searcher"):
-        check_operation(in_graph(searcher, Level(50, 2, 60)), other, QUERIES)
+        check_operation(in_graph(searcher, tmp_path, Level(50, 2, 60)), other, QUERIES)
 
 
 def test_an_index_built_in_another_process_finds_the_same() -> None:

@@ -1,24 +1,26 @@
 """The recall target of an index, for requests and live writes in any mixture, against plain NumPy.
 
 Each request limits the answer by k, a filter and exclusions. Before it, near items were removed,
-and others were added or moved, of which the index has taken in none or some.
+and others were added or moved.
 """
 
 import itertools
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from tests.serving.test_index import clustered
-from tfrs_pipeline.serving.candidates import MOST_PENDING, Candidates, FilterValues
+from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.tune import Requests, Tuned, tune_index
 
 NUM, DIM, TARGET = 20_000, 32, 0.98
 KS, EXCLUDED = (10, 100, 400), (0, 20, 300)
 FILTERS = ("", "half", "rare", "near", "far")
-REMOVED, ADDED = (0, 300), (0, 20, MOST_PENDING + 400)
+REMOVED, ADDED = (0, 300), (0, 20, 1424)
 VECTORS, NEW = clustered(NUM, DIM), clustered(max(ADDED), DIM, seed=3)
 
 
@@ -62,23 +64,21 @@ def written(
     tuned: Tuned, nearest: np.ndarray, values: dict[str, np.ndarray], num_gone: int, num_added: int
 ) -> State:
     """Removes the nearest and adds others that have all values; a quarter are old ones, moved."""
-    codes = np.stack([code * has for code, has in enumerate(values.values(), 1)], 1).astype(
-        np.int32
-    )
-    searcher = Searcher.load(tuned.searcher.save(), VECTORS)  # Additions change it.
-    filter_values = FilterValues(list(values), codes)
-    candidates = Candidates(
-        *(np.arange(1, NUM + 1), VECTORS, searcher, tuned.levels, filter_values, codes)
-    )
+    column = [[name for name, has in values.items() if has[i]] for i in range(NUM)]
+    filter_values = FilterValues()
+    codes = filter_values.encode(column)
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.searcher.save(Path(folder))
+        searcher = Searcher.load(Path(folder))  # Additions change it.
+    rows = np.arange(1, NUM + 1)
+    candidates = Candidates(rows, VECTORS, searcher, tuned.levels, filter_values, codes)
     gone, moved = np.split(nearest[: num_gone + num_added // 4], [num_gone])
     added = np.concatenate([moved, NUM + 1 + np.arange(num_added - len(moved))])
     first = num_added // 2
     for part in (slice(first), slice(first, num_added)):
         num = len(added[part])
         candidates.change(added[part].tolist(), NEW[part], [[*values]] * num, gone.tolist())
-        if num_added > MOST_PENDING and part.start is None:
-            candidates.take_in()
-    assert candidates.num_pending == (num_added - first if num_added > MOST_PENDING else num_added)
+    assert searcher.num_rows == NUM + num_added
     old = np.setdiff1d(np.arange(NUM), np.concatenate([gone, moved]) - 1)
     has = {name: np.concatenate([x[old], np.ones(num_added, bool)]) for name, x in values.items()}
     vectors = np.concatenate([VECTORS[old], NEW[:num_added]])

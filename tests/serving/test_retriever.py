@@ -1,5 +1,6 @@
 """A loaded model against the one in memory; what loading refuses."""
 
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -7,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.damage import damage
-from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served
-from tfrs_pipeline.durable import Damaged
-from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE
+from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
+from tfrs_pipeline.durable import Damaged, write_record
+from tfrs_pipeline.serving import index
+from tfrs_pipeline.serving.export import export
+from tfrs_pipeline.serving.index import Auto, Scann
+from tfrs_pipeline.serving.publish import INDEX_FOLDER, ITEMS_FILE, MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +94,7 @@ def test_refuses_what_it_cannot_answer(served: Served, loaded: LoadedRetriever) 
 def test_a_version_is_served_as_exported_or_not_at_all(exported: Exported, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported("int", "scann") / "1", tmp_path / "1"))
     variables = Path("variables") / "variables.data-00000-of-00001"
-    for name, exact in ((variables, False), (EXACT_FOLDER / variables, True)):
+    for name, exact in ((variables, True), (INDEX_FOLDER / "hashed_dataset.npy", False)):
         # As with an index over other towers: the same graph, but other numbers.
         whole = (folder / name).read_bytes()
         damage(folder / name, "flipped")
@@ -116,6 +121,75 @@ def test_a_missing_model_is_explained(tmp_path: Path) -> None:
             load(path)
 
 
+def test_a_version_of_another_format_is_refused_in_one_line(tmp_path: Path) -> None:
+    """As before the SavedModel of a ScaNN index moved to a folder of its own."""
+    (tmp_path / "films" / "1").mkdir(parents=True)
+    write_record(tmp_path / "films" / "1" / MANIFEST_FILE, {"index": {"kind": "exact"}})
+    with pytest.raises(
+        ValueError, match=r"1 was exported by another version .* Export the model again"
+    ):
+        load(tmp_path / "films")
+
+
+def test_each_item_has_its_own_values_of_the_filter(
+    served: Served, loaded: LoadedRetriever, folder: Path
+) -> None:
+    """They come from the file of items, which can be read without this package too."""
+    rows = pq.read_table(folder / "1" / ITEMS_FILE).to_pylist()
+    for row, genres in zip(rows, served.genres, strict=True):
+        assert row["filter"] == genres
+    for genre in "abc":
+        (ids,), _ = loaded.retrieve([{}], NUM_CANDIDATES, allowed=[[genre]])
+        pairs = zip(served.candidate_ids.tolist(), served.genres, strict=True)
+        expected = {id_ for id_, genres in pairs if genre in genres}
+        assert set(ids.tolist()) - {-1, ""} == expected
+
+
+def hide_scann(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this process one on a machine for which ScaNN has no package."""
+    find = importlib.metadata.distribution
+
+    def distribution(name: str) -> importlib.metadata.Distribution:
+        if name == "scann":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setitem(sys.modules, "scann", None)
+
+
+@pytest.mark.usefixtures("trusted_exports", "few_signatures")
+def test_without_scann_exports_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hide_scann(monkeypatch)
+    monkeypatch.setattr(index, "SMALLEST_SCANN_CORPUS", 10)
+    served = make_served("int")
+    folder = export(served.exportable(), tmp_path / "films", index=Auto())
+    assert [record.getMessage() for record in caplog.records] == [
+        "ScaNN is not installed here: 60 candidates are searched exactly"
+    ]
+    loaded = load(folder)
+    assert loaded.manifest["index"] == {"kind": "exact"}
+    assert "scann" not in loaded.manifest["versions"]
+    expected, _ = served.in_memory.retrieve(served.queries(), 7)
+    assert loaded.retrieve(served.queries(), 7)[0].tolist() == expected.tolist()
+    with pytest.raises(ImportError, match=r"needs the package scann.* or use exact search"):
+        export(served.exportable(), tmp_path / "films", index=Scann())
+
+
+def test_without_scann_an_index_is_searched_exactly(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hide_scann(monkeypatch)
+    served, folder = make_served("int"), exported("int", "scann")
+    loaded = load(folder)
+    (record,) = caplog.records
+    assert record.getMessage() == f"ScaNN is not installed here: {folder / '1'} is searched exactly"
+    expected, _ = served.in_memory.retrieve(served.queries(), 7)
+    assert loaded.retrieve(served.queries(), 7)[0].tolist() == expected.tolist()
+
+
 WITHOUT_THE_OPERATION = """
 import sys
 import tfrs_pipeline
@@ -125,22 +199,27 @@ def refuse(path):
     raise tf.errors.NotFoundError(None, None, f"{path}: undefined symbol")
 
 tf.load_op_library = refuse
+has_package = sys.argv[2] == "package"
+if not has_package:
+    sys.modules["scann"] = None
 from tests.serving.running_server import GOOD, Running
 from tfrs_pipeline.serving.retriever import load
 
 loaded = load(sys.argv[1])
 ids, _ = loaded.retrieve([{"history": [7]}], 5)
-assert loaded.candidates._view.searcher is not None
+assert (loaded.candidates._view.searcher is not None) == has_package
 with Running(__import__("pathlib").Path(sys.argv[1])) as running:
     answer = running.predict(**GOOD)["outputs"]["candidate_ids"][0]
 heavy = {"ibis", "duckdb", "tensorflow_recommenders", "tensorflow_datasets", "implicit"}
-assert not {"scann", "matplotlib", *heavy} & set(sys.modules)
+imported = {name for name, module in sys.modules.items() if module is not None}
+assert not {"scann", "matplotlib", *heavy} & imported
 assert "_scann_ops" not in open("/proc/self/maps").read()
 print(len(ids[0]), len(answer))
 """
 
 
-def test_a_tensorflow_without_the_operation_loads_and_serves(exported: Exported) -> None:
-    command = [sys.executable, "-c", WITHOUT_THE_OPERATION, str(exported("int", "scann"))]
+@pytest.mark.parametrize("has", ["package", "nothing"])
+def test_a_tensorflow_without_the_operation_loads_and_serves(exported: Exported, has: str) -> None:
+    command = [sys.executable, "-c", WITHOUT_THE_OPERATION, str(exported("int", "scann")), has]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "5 5\n"), done.stderr

@@ -47,4 +47,4 @@ def test_files_around_are_not_imported(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "queue.py").write_text("jobs = []")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    prove({}, [], [], {"filter": None})
+    prove({}, [], [], {})

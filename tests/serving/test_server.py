@@ -70,14 +70,21 @@ def test_every_signature(served: Served, running: Running, loaded: LoadedRetriev
         "item_id": [items[8], nothing],
     }
     signatures = loaded.saved_model.signatures
-    assert {"retrieve_with_features_filtered", "embed_query", "embed_candidate"} <= set(signatures)
-    for name, function in signatures.items():
-        specs = function.structured_input_signature[1]
+    assert {"retrieve_with_features", "similar", "embed_query", "embed_candidate"} <= set(
+        signatures
+    )
+    for name, specs in loaded.signatures.items():
         inputs = {key: columns[key] for key in specs}
         if name.startswith("similar"):  # An empty id is refused here.
             inputs["item_id"] = items[8:10]
         tensors = {key: tf.constant(inputs[key], spec.dtype) for key, spec in specs.items()}
-        expected = function(**tensors)
+        if name in signatures:
+            expected = signatures[name](**tensors)
+        else:  # A SavedModel has no filter.
+            assert name.endswith("_filtered")
+            arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+            outputs = loaded.answer(name, arrays)
+            expected = {key: tf.constant(array) for key, array in outputs.items()}
         answer = running.predict(signature_name=name, inputs=inputs)["outputs"]
         assert set(answer) == set(expected)
         for key, tensor in expected.items():
@@ -114,10 +121,14 @@ def test_tensorflow_servings_own_messages(served: Served, running: Running, fold
     defined, known = metadata["metadata"]["signature_def"], get_model_metadata_pb2.SignatureDefMap()
     signatures = json_format.ParseDict(defined, known).signature_def
     saved = saved_model_pb2.SavedModel()
-    # The fallback has the same signatures: a stock server takes the same requests.
-    fallback = folder / "1" / "exact" / "1"
-    source = fallback if fallback.exists() else folder / "1"
-    saved.ParseFromString((source / "saved_model.pb").read_bytes())
+    # A stock server takes the same requests but those with a filter, and so does one with ScaNN.
+    filtered = {name: signatures.pop(name) for name in list(signatures) if "filtered" in name}
+    assert {len(signature.inputs) for signature in filtered.values()} == {4, 5, 6}
+    assert {signature.inputs["allowed"].dtype for signature in filtered.values()} == {7}  # Text.
+    for source in (folder / "1", folder / "1" / "scann" / "1"):
+        if source.exists():
+            saved.ParseFromString((source / "saved_model.pb").read_bytes())
+            assert kinds_of(signatures) == kinds_of(saved.meta_graphs[0].signature_def)
     expected = saved.meta_graphs[0].signature_def
     assert {"serving_default", "retrieve_with_features", "embed_candidate"} <= set(signatures)
     assert kinds_of(signatures) == kinds_of(expected)
@@ -218,8 +229,8 @@ def test_versions_come_and_go_without_failures(int_folder: Path, tmp_path: Path)
 def test_a_released_version_leaves_nothing_behind(int_folder: Path) -> None:
     version = ServedVersion(int_folder / "1", ServeSettings())
     tables = version.tables()
-    # Tables of users, items, two vocabularies, the index's items and the filter.
-    assert len(tables) == 6
+    # Tables of users, items, two vocabularies and the index's items.
+    assert len(tables) == 5
     assert min(int(tf.raw_ops.LookupTableSizeV2(table_handle=x)) for x in tables) > 0
     version.release()
     for handle in tables:

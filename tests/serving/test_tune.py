@@ -1,5 +1,6 @@
 """How widely an index is set to search, against exact answers to every kind of request."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +14,9 @@ from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.tune import (
     Requests,
-    Size,
-    found_places,
     lowest_recall,
     measure_requests,
+    share_found,
     tune_index,
 )
 
@@ -98,10 +98,12 @@ def test_filters_reach_the_target(tuned: Tuned, kind: str, share: float) -> None
     # "near" and "far" items lie along a direction and against it, as those of a genre do.
     value = rng.random(NUM) if kind == "at random" else embeddings @ queries[0]
     order = np.argsort(value if kind != "near" else -value)
-    codes = np.zeros((NUM, 1), np.int32)
-    codes[order[:num]] = 1
-    given = np.arange(1, NUM + 1), embeddings, index.searcher, index.levels
-    candidates = Candidates(*given, FilterValues(["some"], codes), codes)
+    column = np.full(NUM, "", object)
+    column[order[:num]] = "some"
+    values = FilterValues()
+    codes = values.encode(column)
+    rows = np.arange(1, NUM + 1)
+    candidates = Candidates(rows, embeddings, index.searcher, index.levels, values, codes)
     request = queries, 10, list(exact_order[:, :20]), [["some"]] * len(queries)
     rows, scores = candidates.search(*request)
     exact, exact_scores = candidates.search(*request, exact=True)
@@ -123,76 +125,92 @@ def test_only_unusual_requests_are_searched_exactly(
     exactly: list[int] = []
     score_all = candidates_module._Search.score_all
 
-    def counted(search: Any, lines: np.ndarray) -> None:
+    def counted(search: Any, lines: list[int]) -> None:
         exactly.append(len(lines))
         score_all(search, lines)
 
     monkeypatch.setattr(candidates_module._Search, "score_all", counted)
-    codes = np.random.default_rng(7).integers(1, 1 + max(1, num_values), NUM)[:, np.newaxis]
-    values = FilterValues([str(i) for i in range(num_values)], codes) if num_values else None
-    given = np.arange(1, NUM + 1), embeddings, index.searcher, index.levels, values
-    candidates = Candidates(*given, codes.astype(np.int32) if num_values else None)
+    values, codes = None, None
+    if num_values:
+        values = FilterValues()
+        codes = values.encode(np.random.default_rng(7).integers(0, num_values, NUM))
+    rows = np.arange(1, NUM + 1)
+    candidates = Candidates(rows, embeddings, index.searcher, index.levels, values, codes)
     allowed = [["1"]] * len(queries) if num_values else None
     candidates.search(queries, 10, list(order[:, :num_excluded]), allowed)
     assert exactly == ([len(queries)] if is_exact else [])
 
 
-def test_equal_data_give_an_equal_index() -> None:
+def test_equal_data_give_an_equal_index(tmp_path: Path) -> None:
     first, second = (tuned_on(EMBEDDINGS, QUERIES) for _ in range(2))
     assert first.levels == second.levels
-    one, other = first.searcher.save(), second.searcher.save()
-    assert one.keys() == other.keys() >= {"hashed_dataset.npy"}
-    for name, content in one.items():
-        np.testing.assert_array_equal(content, other[name])
+    first.searcher.save(tmp_path / "first")
+    second.searcher.save(tmp_path / "second")
+    names = {path.name for path in (tmp_path / "first").iterdir()}
+    assert names >= {"hashed_dataset.npy"}
+    for name in names:
+        one, other = (tmp_path / part / name for part in ("first", "second"))
+        assert one.read_bytes() == other.read_bytes()
 
 
-def test_levels_take_the_least_work_up_to_that_of_exact_search(tuned: Tuned) -> None:
-    index = tuned.built
-    size = Size(NUM, 32, index.num_leaves)
-    depths = [level.depth for level in index.levels]
-    assert depths == [128 * 2**i for i in range(len(depths))]
-    works = [size.work(level) for level in index.levels]
-    assert works == sorted(works)
-    assert works[-1] < size.exact_work
-    assert index.levels[0].num_leaves_to_search < index.num_leaves
-    deeper = Level(2 * depths[-1], index.num_leaves, 3 * depths[-1])
-    assert size.work(deeper) >= size.exact_work or depths[-1] == 8192
+def test_levels_double_up_to_a_sixteenth_of_the_candidates(tuned: Tuned) -> None:
+    levels = tuned.built.levels
+    assert [level.depth for level in levels] == [128, 256, 512, 1024]
+    assert levels[0].num_leaves_to_search < tuned.built.num_leaves
+    # Deeper searches are at least as wide.
+    widths = [(level.num_leaves_to_search, level.num_reordered) for level in levels]
+    assert widths == sorted(widths)
+
+
+NUM_LISTED = 200
+# 40 queries have the same exact answer: rows 1 to 128, of falling scores.
+EXACT = (
+    np.tile(np.arange(1, 129, dtype=np.int32), (40, 1)),
+    np.tile(np.arange(128, 0, -1, dtype=np.float32), (40, 1)),
+)
+
+
+def lowest(is_found: np.ndarray, known: Any = ()) -> float:
+    """Returns the lowest recall if a search finds these ranks of `EXACT`, [40, 128] or [128]."""
+    is_found = np.broadcast_to(is_found, EXACT[0].shape)
+    found = np.where(is_found, EXACT[0], 0), np.where(is_found, EXACT[1], -np.inf)
+    return lowest_recall(EXACT, found, [np.array(known, np.int32)] * 40, NUM_LISTED)
 
 
 def test_the_recall_is_that_of_the_worst_kind_of_request() -> None:
-    nothing = np.zeros((40, 128), bool)
+    ranks = np.arange(128)
     # The first are found, half of the last are not: a request without the nearest misses half.
-    is_found = np.tile(np.arange(128) < 123, (40, 1))
-    assert lowest_recall(is_found, nothing) == pytest.approx(0.5)
+    assert lowest(ranks < 123) == pytest.approx(0.5)
     # The last are all found, but only four fifths of what the users do not know.
-    is_found = np.tile(np.arange(128) >= 4, (40, 1))
-    assert lowest_recall(is_found, nothing) == 1
-    knows = np.tile((np.arange(128) >= 16) & (np.arange(128) < 124), (40, 1))
-    assert lowest_recall(is_found, knows) == pytest.approx(0.8)
+    assert lowest(ranks >= 4) == 1
+    assert lowest(ranks >= 4, [*range(17, 125)]) == pytest.approx(0.8)
     # With few queries, a difference may be luck.
+    is_found = np.tile(ranks >= 4, (40, 1))
     is_found[0] = False
-    assert lowest_recall(is_found, nothing) < 0.975 - 3 * 0.15 / np.sqrt(40)
+    assert lowest(is_found) < 0.975 - 3 * 0.15 / np.sqrt(40)
 
 
 def test_a_target_out_of_reach_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "lowest_recall", lambda is_found, is_known: 0.5)
+    monkeypatch.setattr(tune, "lowest_recall", lambda *arguments: 0.5)
     with pytest.raises(RuntimeError, match=r"finds 0.5000. Lower the recall"):
         tuned_on(EMBEDDINGS, QUERIES)
 
 
 @pytest.mark.parametrize(
-    ("rows", "scores", "is_found"),
+    ("scores", "share"),
     [
-        ([1, 2, 4, 5], [9, 8, 7, 7], [1, 1, 1, 1]),  # 5 replaces 3.
-        ([1, 4, 5, 6], [9, 7, 7, 7], [1, 0, 1, 1]),  # None replaces 2: it scores higher.
-        ([1, 2, 4, 5], [9, 8, 7, 6.99], [1, 1, 0, 1]),
-        ([1, 2, 0, 0], [9, 8, -np.inf, -np.inf], [1, 1, 0, 0]),
+        ([9, 8, 7, 7], 1),  # Whichever of those that score 7 they are.
+        ([9, 7, 7, 7], 1),  # None replaces the 8, which is missing, but k are at least as good.
+        ([9, 8, 7, 6.99], 0.75),
+        ([9, 8, -np.inf, -np.inf], 0.5),
     ],
 )
-def test_equal_scores_are_found(rows: list[int], scores: list[float], is_found: list[int]) -> None:
-    exact = np.array([[1, 2, 3, 4]]), np.array([[9, 8, 7, 7]], np.float32)
-    found = np.array([rows]), np.array([scores], np.float32)
-    np.testing.assert_array_equal(found_places(exact, found), [is_found])
+def test_equal_scores_are_found(scores: list[float], share: float) -> None:
+    exact = np.array([[9, 8, 7, 7]], np.float32)
+    np.testing.assert_array_equal(share_found(exact, np.array([scores], np.float32)), [share])
+    # Slots that exclusions emptied are not looked for.
+    exact[0, 0] = -np.inf
+    assert share_found(exact, np.array([[8, 7, 7, 5]], np.float32)) == 1
 
 
 @pytest.mark.parametrize("num_candidates", [16, 40])

@@ -7,78 +7,71 @@ yet, and then makes a new view. Each search keeps the view that it began with.
 import bisect
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import top_k_in_blocks
-from tfrs_pipeline.features.raw import has_booleans, padded, to_text, to_text_lists
+from tfrs_pipeline.features.raw import has_booleans, to_text, to_text_lists
 from tfrs_pipeline.serving.index import Level
-from tfrs_pipeline.serving.searcher import Searcher, View, with_room
+from tfrs_pipeline.serving.searcher import Searcher
+from tfrs_pipeline.serving.view import View
 
 
 class FilterValues:
-    """The values by which requests may choose candidates, and how often each occurs.
+    """The values by which requests may choose candidates.
 
-    `values` have the codes 1, 2, ...; new values get the next ones. `codes` are those of all rows.
+    They have the codes 1, 2, ... in the order in which `encode` first sees them.
     """
 
-    def __init__(self, values: Sequence[str], codes: np.ndarray) -> None:
-        self.code_of = {value: code for code, value in enumerate(values, 1)}
-        self._counts = np.bincount(codes.ravel(), minlength=len(values) + 1)
+    def __init__(self) -> None:
+        self.code_of: dict[str, int] = {}
 
-    def encode(self, column: Sequence[Any]) -> np.ndarray:
+    def encode(self, column: Any) -> np.ndarray:
         """Returns the codes of new rows' values, [n, any] int32 padded with 0; learns new ones."""
-        code_of, lists = self.code_of, padded(*to_text_lists(column)).tolist()
-        codes = [
-            [code_of.setdefault(x, len(code_of) + 1) for x in dict.fromkeys(values) if x]
-            for values in lists
+        values, lengths = to_text_lists(column)
+        encoded = values.dictionary_encode()
+        distinct = [
+            self.code_of.setdefault(value, len(self.code_of) + 1)
+            for value in encoded.dictionary.to_pylist()
         ]
-        rows = np.zeros((len(codes), max([1, *map(len, codes)])), np.int32)
-        for row, of_row in zip(rows, codes, strict=True):
-            row[: len(of_row)] = of_row
-        counts = np.bincount(rows.ravel(), minlength=len(self.code_of) + 1)
-        counts[: len(self._counts)] += self._counts
-        self._counts = counts
+        rows = np.zeros((len(lengths), max(1, lengths.max(initial=0))), np.int32)
+        is_filled = np.arange(rows.shape[1]) < lengths[:, np.newaxis]
+        rows[is_filled] = np.array(distinct, np.int32)[encoded.indices.to_numpy()]
         return rows
 
-    def choose(self, values: Iterable[Any], num_rows: int) -> "Chosen | None":
-        """Chooses candidates with one of the values; None, which allows all, if there are none."""
+    def choose(self, values: Iterable[Any]) -> np.ndarray | None:
+        """Returns which codes are of one of the values: [num_codes + 1] bool.
+
+        Returns None, which allows all candidates, if there are no values.
+
+        Example:
+            >>> genres = FilterValues()
+            >>> genres.encode([["drama"], ["comedy", "drama"]]).tolist()
+            [[1, 0], [2, 1]]
+            >>> genres.choose(["comedy"]).tolist()
+            [False, False, True]
+        """
         texts = [value for value in values if value not in ("", b"")]
         if not texts:
             return None
         lower = has_booleans(self.code_of)
         codes = [self.code_of.get(to_text(text) if lower else text, 0) for text in texts]
-        # After the codes are looked up, because another thread may add values meanwhile.
-        counts, table = self._counts, np.zeros(len(self.code_of) + 1, bool)
-        table[codes] = True
-        table[0] = False  # Padding, and values that no item has.
-        # This counts candidates with two of the values twice.
-        share = counts[table[: len(counts)].nonzero()].sum() / max(1, num_rows)
-        return Chosen(table, min(1.0, float(share)))
+        # Made after the codes are looked up, because another thread may add values meanwhile.
+        is_chosen = np.zeros(len(self.code_of) + 1, bool)
+        is_chosen[codes] = True
+        is_chosen[0] = False  # Padding, and values that no item has.
+        return is_chosen
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Which codes a query allows, [num_codes + 1] bool, and the rough share of their candidates."""
-
-    table: np.ndarray
-    share: float
-
-    def has(self, codes: np.ndarray) -> np.ndarray:
-        """Returns which rows' codes, [n, P], are chosen: [n] bool."""
-        # A column at a time: all at once would take P times the memory.
-        found = self.table[codes[:, 0]]
-        for column in codes.T[1:]:
-            found |= self.table[column]
-        return found
+def _has_chosen(is_chosen: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Returns which rows' codes, [n, P], are chosen: [n] bool."""
+    # A column at a time: all at once would take P times the memory.
+    return np.logical_or.reduce([is_chosen[column] for column in codes.T])
 
 
-# Up to this many of the newest candidates are scored exactly. More are added to the index.
-MOST_PENDING = 1024
-_ADDED_AT_ONCE = 8  # So that searches go on in between.
 # The index is rebuilt after more changes than this number and than this share of its candidates.
 _LEAST_CHANGES, _LEAST_CHANGED_SHARE = 2_000, 0.3
 _NO_ROWS = np.zeros(0, np.int32)
@@ -91,6 +84,12 @@ class Candidates:
     `searcher` is an index of the vectors; without one, searches are exact. `levels` say how widely
     to search it, by ascending depth; deeper requests are answered exactly. If there is a filter,
     requests choose by `values`; `codes`, [n, P] int32 padded with 0, are those of each candidate.
+
+    Example:
+        >>> videos = Candidates(["a", "b", "c"], np.array([[3.0], [2.0], [1.0]], np.float32))
+        >>> ids, scores = videos.search(np.ones((1, 1), np.float32), 2, excluded=[["a"]])
+        >>> ids.tolist(), scores.tolist()
+        ([['b', 'c']], [[2.0, 1.0]])
     """
 
     def __init__(
@@ -102,15 +101,11 @@ class Candidates:
         values: FilterValues | None = None,
         codes: np.ndarray | None = None,
     ) -> None:
-        corpus = Ids(ids)
-        by_row = corpus.take(np.arange(len(corpus) + 1))
-        if codes is not None:
-            codes = np.pad(codes, [[1, 0], [0, 0]])
-        self.values = values
-        self._view = View(
-            *(corpus, by_row, vectors, codes, None, searcher, tuple(levels)), num_rows=len(corpus)
-        )
+        self.values, self._levels = values, tuple(levels)
+        self._view = _first_view(ids, vectors, searcher, codes)
         self._lock = threading.RLock()
+        # The changes made while a rebuild goes on; None if there is none.
+        self._changes: list[tuple[Any, ...]] | None = None
 
     def __len__(self) -> int:
         return self._view.num_candidates
@@ -126,12 +121,6 @@ class Candidates:
         view, num_built = self._view, len(self._view.corpus)
         num_changed = max(view.num_rows - num_built, view.num_removed)
         return num_changed > max(_LEAST_CHANGES, _LEAST_CHANGED_SHARE * num_built)
-
-    @property
-    def num_pending(self) -> int:
-        """Number of candidates that the index has not taken in yet."""
-        view = self._view
-        return 0 if view.searcher is None else view.num_rows - view.searcher.num_rows
 
     def has(self, ids: Collection[Any]) -> np.ndarray:
         """Returns which ids are candidates now, [n] bool."""
@@ -167,22 +156,17 @@ class Candidates:
         [B, k], best first, the empty id in empty slots, and scores [B, k] float32, -inf there.
         """
         view, num = self._view, len(queries)
-        is_plain = num > 0 and allowed is None and (excluded is None or not any(map(len, excluded)))
-        if is_plain and not exact and (found := _found_at_once(view, queries, k)) is not None:
-            return found
         excluded = [()] * num if excluded is None else excluded
-        lists = [view.rows_of(ids) if len(ids) else _NO_ROWS for ids in excluded]
-        chosen: list[Chosen | None] = [None] * num
+        rows_left_out = [view.rows_of(ids) if len(ids) else _NO_ROWS for ids in excluded]
+        chosen: list[np.ndarray | None] = [None] * num
         if allowed is not None and self.values is not None:
-            chosen = [self.values.choose(values, len(self)) for values in allowed]
-        asked = _Search(view, queries, k, lists, chosen)
-        levels = np.full(num, len(view.levels)) if exact else asked.levels()
-        for number, level in enumerate(view.levels):
-            if len(lines := np.flatnonzero(levels == number)):
-                levels[lines] = asked.approximate(level, lines)
-        if len(lines := np.flatnonzero(levels == len(view.levels))):
-            asked.score_all(lines)
-        return view.ids[asked.rows], asked.scores
+            chosen = [self.values.choose(values) for values in allowed]
+        search = _Search(view, self._levels, queries, k, rows_left_out, chosen)
+        if exact or view.searcher is None:
+            search.score_all(list(range(num)))
+        else:
+            search.approximate()
+        return view.ids[search.rows], search.scores
 
     def change(
         self,
@@ -194,144 +178,122 @@ class Candidates:
         """Adds or replaces candidates, and removes others, in one change for all later searches.
 
         Ids are distinct; `vectors` are [n, D] float32, and `column` has the [n] values of a filter.
-        Returns how many of `removed` were candidates; unknown ids are ignored.
+        The index takes them in at once. Returns how many of `removed` were candidates; unknown ids
+        are ignored.
         """
+        removed = list(removed)
         with self._lock:
-            view, num = self._view, len(ids)
-            gone = list(filter(None, map(view.row_of, ids)))
-            num_replaced = len(gone)
-            gone += filter(None, map(view.row_of, removed))
-            codes = None if self.values is None else self.values.encode(column or [None] * num)
-            view = with_room(view, num, 0 if codes is None else codes.shape[1], removes=bool(gone))
-            first, last = view.num_rows + 1, view.num_rows + num
-            view.ids[first : last + 1] = as_id_array(ids) if num else []
-            view.vectors[first - 1 : last] = vectors
-            if codes is not None and view.codes is not None:
-                view.codes[first : last + 1, : codes.shape[1]] = codes
-            for row, id_ in enumerate(ids, first):
-                view.new_rows.setdefault(id_, []).append(row)
-            if view.removed_by is not None:
-                view.removed_by[gone] = view.num_changes + 1
-            self._view = replace(
-                view,
-                num_rows=last,
-                num_removed=view.num_removed + len(gone),
-                num_changes=view.num_changes + 1,
-            )
-            return len(gone) - num_replaced
-
-    def take_in(self) -> None:
-        """Adds new candidates to the index, a few at a time, so that searches go on in between."""
-        while (view := self._view).searcher is not None:
-            first = view.searcher.num_rows
-            last = min(first + _ADDED_AT_ONCE, view.num_rows)
-            if first >= last:
-                return
-            view.searcher.add(view.vectors[first:last])
+            codes = None if self.values is None else self.values.encode(column or [None] * len(ids))
+            num_gone = sum(map(bool, map(self._view.row_of, removed)))
+            change = ids, vectors, codes, removed
+            self._view = self._view.changed(*change)
+            if self._changes is not None:
+                self._changes.append(change)
+            return num_gone
 
     def rebuild(self, build: Callable[[np.ndarray], Searcher] | None) -> None:
         """Drops removed rows, and builds the index of the rest anew; no `build` means no index.
 
-        Changes made meanwhile are kept.
+        Changes made meanwhile are made again in the new view, before a search sees it.
         """
-        view = self._view
-        rows = view.live_rows()
-        ids, vectors = view.ids[rows], view.vectors[rows - 1]
-        corpus, searcher = Ids(ids), None if build is None else build(vectors)
         with self._lock:
-            now, num = self._view, len(rows)
-            later = np.arange(view.num_rows + 1, now.num_rows + 1)
-            all_rows = np.concatenate([[0], rows, later])
-            removed_by = None if now.removed_by is None else now.removed_by[all_rows]
-            new_rows = {
-                id_: [row - view.num_rows + num for row in of_id if row > view.num_rows]
-                for id_, of_id in now.new_rows.items()
-            }
-            self._view = replace(
-                now,
-                corpus=corpus,
-                ids=now.ids[all_rows],
-                vectors=np.concatenate([vectors, now.vectors[later - 1]]),
-                codes=None if now.codes is None else now.codes[all_rows],
-                removed_by=removed_by,
-                searcher=searcher,
-                num_rows=num + len(later),
-                num_removed=0 if removed_by is None else int((removed_by <= now.num_changes).sum()),
-                new_rows={id_: of_id for id_, of_id in new_rows.items() if of_id},
-            )
+            before, self._changes = self._view, []
+        try:
+            rows = before.live_rows()
+            vectors = before.vectors[rows - 1]
+            codes = None if before.codes is None else before.codes[rows]
+            searcher = None if build is None else build(vectors)
+            view = _first_view(before.ids[rows], vectors, searcher, codes)
+            with self._lock:
+                for change in self._changes:
+                    view = view.changed(*change)
+                self._view, self._changes = view, None
+        finally:
+            self._changes = None
+
+
+def _first_view(
+    ids: Collection[Any] | np.ndarray,
+    vectors: np.ndarray,
+    searcher: Searcher | None,
+    codes: np.ndarray | None,
+) -> View:
+    corpus = Ids(ids)
+    by_row = corpus.take(np.arange(len(corpus) + 1))
+    codes = None if codes is None else np.pad(codes, [[1, 0], [0, 0]])
+    return View(corpus, by_row, vectors, codes, searcher, num_rows=len(corpus))
 
 
 @dataclass
 class _Search:
-    """Queries, the rows that each excludes, what it allows (None is all), and what is found."""
+    """Queries, the rows that each excludes, the codes it allows (None is all), and the answers."""
 
     view: View
+    levels: Sequence[Level]
     queries: np.ndarray
     k: int
     excluded: Sequence[np.ndarray]
-    chosen: Sequence[Chosen | None]
+    chosen: Sequence[np.ndarray | None]
 
     def __post_init__(self) -> None:
         shape = len(self.queries), self.k
         self.rows, self.scores = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
-        self.num_excluded = np.array([len(x) for x in self.excluded], np.int64)
-        self.depths = [level.depth for level in self.view.levels]
         # How many candidates an answer of the index must have. If fewer remain, exact search
         # finds all that do.
         self.num_wanted = min(self.k, self.view.num_candidates)
 
-    def levels(self) -> np.ndarray:
-        """Returns each query's level; a number past the last one means exact search."""
-        view = self.view
-        if view.searcher is None:
-            return np.full(len(self.queries), len(view.levels))
-        needed = (self.num_wanted + self.num_excluded).astype(np.float64)
-        share = np.array([1.0 if x is None else x.share for x in self.chosen])
-        share *= view.num_candidates / max(1, view.num_rows)
-        is_part = share < 1
-        needed[is_part] = _depth(needed[is_part], share[is_part])
-        return np.searchsorted(self.depths, needed)
+    def approximate(self) -> None:
+        """Asks the index at the level that each query needs, and at a wider one if that fails.
 
-    def approximate(self, level: Level, lines: np.ndarray) -> np.ndarray:
+        Exact search answers queries beyond the last level.
+        """
+        depths = [level.depth for level in self.levels]
+        # One list for each level, and the last for exact search.
+        by_level: list[list[int]] = [[] for _ in [*depths, None]]
+        # Whatever is excluded may be among the nearest, so the index has to find as many more.
+        for line, rows in enumerate(self.excluded):
+            by_level[bisect.bisect_left(depths, self.num_wanted + len(rows))].append(line)
+        for lines, level in zip(by_level, self.levels, strict=False):
+            if lines:
+                for line, depth in self._ask(level, lines):
+                    by_level[bisect.bisect_left(depths, depth)].append(line)
+        if by_level[-1]:
+            self.score_all(by_level[-1])
+
+    def _ask(self, level: Level, lines: list[int]) -> list[tuple[int, float]]:
         """Asks the index for the best of some queries, and keeps each answer that it can fill.
 
-        Returns [n] the level at which to ask again for each query, -1 if it is answered. The best
-        candidates of a query without an answer lie deeper in the index. Pending candidates do not
-        fill its answer, because they may be farther away than those.
+        A filter or removed candidates may leave an answer short: the best of that query lie deeper
+        in the index. Returns these queries, and how deep to search for each.
         """
-        view, wanted, top = self.view, self.num_wanted, slice(self.num_wanted)
+        view, wanted = self.view, self.num_wanted
         assert view.searcher is not None
-        found, found_scores, num_indexed = view.searcher.search(self.queries[lines], level)
-        is_whole = num_indexed == view.num_rows and view.removed_by is None
-        pending = np.arange(num_indexed + 1, view.num_rows + 1, dtype=np.int32)
-        vectors = view.vectors[num_indexed : view.num_rows]
-        next_levels = np.full(len(lines), -1)
-        for i, line in enumerate(lines):
-            best, best_scores = found[i], found_scores[i]
+        all_rows, all_scores, num_indexed = view.searcher.search(self.queries[lines], level)
+        # The index may hold newer rows than the view.
+        is_whole = num_indexed == view.num_rows and view.is_removed is None
+        short = []
+        for line, rows, scores in zip(lines, all_rows, all_scores, strict=True):
             if not is_whole or len(self.excluded[line]) or self.chosen[line] is not None:
-                is_open = self._open(line, best)
-                best, best_scores = best[is_open], best_scores[is_open]
-            if (num_found := int((best > 0).sum())) < wanted:
-                depth = _depth(wanted, max(num_found, 1) / level.depth)
-                next_levels[i] = np.searchsorted(self.depths, depth)
+                is_open = self._open(line, rows)
+                rows, scores = rows[is_open], scores[is_open]
+            num_open = int(np.count_nonzero(rows))
+            if num_open >= wanted:
+                self.rows[line, :wanted] = rows[:wanted]
+                self.scores[line, :wanted] = scores[:wanted]
                 continue
-            if len(pending):
-                is_open = self._open(line, pending)
-                best = np.concatenate([best, pending[is_open]])
-                new_scores = np.vecdot(vectors, self.queries[line])
-                best_scores = np.concatenate([best_scores, new_scores[is_open]])
-                order = np.argsort(-best_scores, kind="stable")
-                best, best_scores = best[order], best_scores[order]
-            self.rows[line, top], self.scores[line, top] = best[top], best_scores[top]
-        return next_levels
+            # With three standard deviations more than this level's share of open rows promises,
+            # there are nearly always enough.
+            share = max(num_open, 1) / level.depth
+            short.append((line, (wanted + 3 * np.sqrt(wanted)) / share + 1))
+        return short
 
     def _open(self, line: int, rows: np.ndarray) -> np.ndarray:
         """Returns which rows, [n], a query may return: [n] bool."""
-        view, excluded, chosen = self.view, self.excluded[line], self.chosen[line]
+        view, excluded, is_chosen = self.view, self.excluded[line], self.chosen[line]
         rows = rows * (rows <= view.num_rows)  # Newer ones, which the index may have, become 0.
         is_open = rows > 0
-        if view.removed_by is not None:
-            is_open &= ~view.is_removed(rows)
+        if view.is_removed is not None:
+            is_open &= ~view.is_removed[rows]
         if len(excluded):
             marks: np.ndarray = getattr(_of_thread, "marks", _NO_ROWS)
             if len(marks) < len(view.ids):
@@ -339,12 +301,12 @@ class _Search:
             marks[excluded] = True
             is_open &= ~marks[rows]
             marks[excluded] = False
-        if chosen is not None:
+        if is_chosen is not None:
             assert view.codes is not None
-            is_open &= chosen.has(view.codes[rows])
+            is_open &= _has_chosen(is_chosen, view.codes[rows])
         return is_open
 
-    def score_all(self, lines: np.ndarray) -> None:
+    def score_all(self, lines: list[int]) -> None:
         """Scores all candidates for some queries."""
         view, num = self.view, self.view.num_rows
         vectors, excluded = view.vectors[:num], [self.excluded[line] for line in lines]
@@ -354,34 +316,14 @@ class _Search:
             # A single query is scored in one thread: the threads of a matrix product wait for each
             # other, which takes a hundred times as long while other processes work.
             is_one = len(queries) == 1
-            found = np.vecdot(vectors, queries)[np.newaxis] if is_one else (vectors @ queries.T).T
-            if view.removed_by is not None:
-                found[:, view.removed_by[1 : num + 1] <= view.num_changes] = -np.inf
-            for of_line, line in zip(found, lines[block], strict=True):
-                if (chosen := self.chosen[line]) is not None:
+            scores = np.vecdot(vectors, queries)[np.newaxis] if is_one else (vectors @ queries.T).T
+            if view.is_removed is not None:
+                scores[:, view.is_removed[1:]] = -np.inf
+            for row, line in zip(scores, lines[block], strict=True):
+                if (is_chosen := self.chosen[line]) is not None:
                     assert view.codes is not None
-                    of_line[~chosen.has(view.codes[1 : num + 1])] = -np.inf
-            return found
+                    row[~_has_chosen(is_chosen, view.codes[1 : num + 1])] = -np.inf
+            return scores
 
         best = top_k_in_blocks(score, len(lines), num, self.k, excluded)
         self.rows[lines], self.scores[lines] = best
-
-
-def _depth(num_wanted: Any, share: Any) -> Any:
-    """Returns how deep to search to find `num_wanted` candidates if a share of all may be found."""
-    # With three standard deviations more, there are nearly always enough.
-    return (num_wanted + 3 * np.sqrt(num_wanted)) / np.maximum(share, 1e-9)
-
-
-def _found_at_once(view: View, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Answers queries without limits by the index alone if it holds the whole view, else None."""
-    searcher, levels = view.searcher, view.levels
-    if searcher is None or view.removed_by is not None or searcher.num_rows != view.num_rows:
-        return None
-    place = bisect.bisect_left(levels, min(k, view.num_rows), key=lambda level: level.depth)
-    if place == len(levels) or levels[place].depth < k:
-        return None
-    rows, scores, num_rows = searcher.search(queries, levels[place])
-    rows, scores = rows[:, :k], scores[:, :k]
-    is_full = num_rows == view.num_rows and rows[:, -1].all()
-    return (view.ids[rows], scores) if is_full else None

@@ -21,6 +21,7 @@ from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming, write_record
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import to_text_lists
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.encoder import (
     Encoder,
@@ -34,10 +35,17 @@ from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.graph import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex
-from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS, Auto, Exact, Search, search_of
+from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.index import (
+    SMALLEST_SCANN_CORPUS,
+    Auto,
+    Scann,
+    Search,
+    has_scann,
+    search_of,
+)
 from tfrs_pipeline.serving.saved_model import RetrievalModule, check_operation, prove
-from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
+from tfrs_pipeline.serving.tune import Requests, Tuned, measure_requests, tune_index
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.fitted import FittedTwoTower
@@ -45,8 +53,23 @@ if TYPE_CHECKING:
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # Manifest names that an export or a run writes itself.
 TAKEN = {
-    *("config", "date", "export", "feature_inputs", "features", "filter", "has_item_bias", "index"),
-    *("items_read", "log", "name", "reading", "refreshed", "run", "signatures", "user_data"),
+    "config",
+    "date",
+    "export",
+    "feature_inputs",
+    "features",
+    "filter",
+    "format",
+    "has_item_bias",
+    "index",
+    "items_read",
+    "log",
+    "name",
+    "reading",
+    "refreshed",
+    "run",
+    "signatures",
+    "user_data",
     "versions",
 }
 # Most queries to tune and measure an index on; how many the reloaded model must answer alike.
@@ -70,8 +93,8 @@ class ExportOptions:
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> "ExportOptions":
         """Reads the options back from the manifest of an export."""
-        asked = dict(manifest["export"])
-        return cls(search_of(**asked.pop("index")), **asked)
+        options = dict(manifest["export"])
+        return cls(search_of(**options.pop("index")), **options)
 
 
 # In a notebook, TensorFlow logs "Assets written to" for every SavedModel. The folder that it names
@@ -119,6 +142,11 @@ def export(
         TypeError: If `model` or `index` has the wrong type.
         ValueError: If the items lack the column `filter_by`, `user_data` is False for a model that
             embeds each user's id, `manifest` uses a reserved name, or a fitted model has no log.
+        ImportError: If `index` is `Scann()` and ScaNN is not installed.
+
+    Example:
+        >>> export(model, "saved_models/videos", filter_by="category")  # doctest: +SKIP
+        PosixPath('saved_models/videos/1')
     """
     if taken := sorted(TAKEN.intersection(manifest or {})):
         raise ValueError(
@@ -126,8 +154,12 @@ def export(
             "it another name."
         )
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
-    given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
-    return Path(on_chief(lambda: str(export_version(model, path, options, **given)[0])))
+    content: dict[str, Any] = {
+        "user_data": user_data,
+        "queries": queries,
+        "manifest": manifest or {},
+    }
+    return Path(on_chief(lambda: str(export_version(model, path, options, **content)[0])))
 
 
 def export_version(
@@ -150,7 +182,7 @@ def export_version(
         model = model.exportable()
     items = model.items
     is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
-    places = np.flatnonzero(is_retrieved)
+    rows = np.flatnonzero(is_retrieved)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
@@ -160,18 +192,21 @@ def export_version(
         "request": model.request_features,
         "candidate": model.candidate_features,
     }
-    inputs = {side: raw_signature(of_side) for side, of_side in features.items()}
+    inputs = {side: raw_signature(side_features) for side, side_features in features.items()}
     inputs["request"] = request_signature(
         features["request"], features["query"], reads_times=model.history_times is not None
     )
     # Not called as a tf.function, which warns where many models are embedded one after the other.
-    rows = tf.TensorSpec([None], tf.int32)
-    embed = tf.function(model.embed_candidates).get_concrete_function(rows)
+    spec = tf.TensorSpec([None], tf.int32)
+    embed = tf.function(model.embed_candidates).get_concrete_function(spec)
     about = {
-        "features": {side: [f.to_dict() for f in of_side] for side, of_side in features.items()},
+        "features": {
+            side: [feature.to_dict() for feature in side_features]
+            for side, side_features in features.items()
+        },
         "feature_inputs": {
-            side: {name: spec.name for name, spec in of_side.items()}
-            for side, of_side in inputs.items()
+            side: {name: spec.name for name, spec in specs.items()}
+            for side, specs in inputs.items()
         },
         "reading": model.reading.as_json(),
         "user_data": user_data,
@@ -183,8 +218,8 @@ def export_version(
         path,
         options,
         encoder=Encoder(model, user_data=user_data),
-        embeddings=embed_corpus(embed, len(model.candidate_ids))[places],
-        items=items.drop_columns([LISTED] if LISTED in items.column_names else []).take(places),
+        embeddings=embed_corpus(embed, len(model.candidate_ids))[rows],
+        items=items.drop_columns([LISTED] if LISTED in items.column_names else []).take(rows),
         queries=queries,
         manifest={**about, **manifest},
     )
@@ -205,71 +240,78 @@ def export_index(
     `embeddings` has a row for each of `items`. Returns the new version's folder and its manifest:
     another export may delete the file at any time.
     """
-    queries, item_filter = queries[:NUM_QUERIES], None
+    shown = {"item_id": items["item_id"]}
+    if "title" in items.column_names:  # With titles, people can read the answers.
+        shown["title"] = items["title"].cast(pa.string())
+    item_filter = None
     if (name := options.filter_by) is not None:
         if name not in items.column_names:
             known = ", ".join(items.column_names)
             raise ValueError(
                 f"filter_by must name a column of the items. Received: {name!r}; known: {known}"
             )
-        item_filter = ItemFilter(name, items[name].to_pylist())
-    ids = items["item_id"].to_numpy()
-    features = features_of(manifest)
-    search, description = _built(options.index, embeddings, ids, encoder, queries, features)
-    behind = ids, item_filter, manifest.get("has_item_bias", False)
-    modules = {Path(): RetrievalModule(encoder, search, *behind)}
-    if isinstance(search, ScannIndex):
-        modules[publish.EXACT_FOLDER] = RetrievalModule(encoder, search.exact, *behind)
+        shown[publish.FILTER_COLUMN] = items[name]
+        values = to_text_lists(items[name])[0].unique().to_pylist()
+        item_filter = {"name": name, "values": sorted(values)}
+    ids, features = items["item_id"].to_numpy(), features_of(manifest)
+    queries, index = queries[:NUM_QUERIES], options.index
+    if isinstance(index, Auto):
+        index = index.choose(len(embeddings))
+    tuned, description = None, {"kind": index.kind}
+    if isinstance(index, Scann):
+        embedded = embed_queries(encoder, queries, features)
+        requests = Requests(embedded, known_rows(encoder, queries, ids))
+        tuned, description = _tuned(index, embeddings, requests)
+    # Both SavedModels share the vectors in memory, but each folder holds them on its own.
+    exact, has_bias = ExactIndex(embeddings), manifest.get("has_item_bias", False)
+    module = RetrievalModule(encoder, exact, ids, has_bias)
     full = {
         **manifest,
+        "format": publish.FORMAT,
         "index": description,
-        "filter": item_filter and item_filter.describe(),
+        "filter": item_filter,
         "export": asdict(options),
         "name": Path(path).name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "signatures": sorted(modules[Path()].exported),
-        "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
+        "signatures": sorted(module.exported),
+        "versions": {
+            library: importlib.metadata.version(library)
+            for library in LIBRARIES
+            if library != "scann" or has_scann()
+        },
     }
     with publish.new_version(Path(path), keep=options.keep_versions) as (partial, folder):
-        saved = {partial / place: module for place, module in modules.items()}
-        with_scann = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
-        for place, module in saved.items():
-            with naming(place, tf.errors.OpError):
-                tf.saved_model.save(module, str(place), module.exported, with_scann)
+        modules = {partial: module}
+        if tuned is not None:
+            # For the server; the operation reads the same files.
+            tuned.searcher.save(partial / publish.INDEX_FOLDER)
+            scann = ScannIndex(exact, partial / publish.INDEX_FOLDER, tuned.levels)
+            check_operation(scann, tuned.searcher, embedded[:NUM_PROBES])
+            with_scann = RetrievalModule(encoder, scann, ids, has_bias)
+            modules[partial / publish.SCANN_FOLDER] = with_scann
+        allowed_ops = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
+        for saved_to, saved in modules.items():
+            with naming(saved_to, tf.errors.OpError):
+                tf.saved_model.save(saved, str(saved_to), saved.exported, allowed_ops)
         (partial / publish.ITEMS_FILE).parent.mkdir()
-        shown = {"item_id": items["item_id"]}  # With titles, people can read the answers.
-        if "title" in items.column_names:
-            shown["title"] = items["title"].cast(pa.string())
         pq.write_table(pa.table(shown), partial / publish.ITEMS_FILE)
         read = signature_inputs(encoder.embed_query)
-        asked = query_table(queries, items, features["request"], read)
-        pq.write_table(asked, partial / publish.QUERIES_FILE)
+        table = query_table(queries, items, features["request"], read)
+        pq.write_table(table, partial / publish.QUERIES_FILE)
         files = [path for path in partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(partial / publish.MANIFEST_FILE, full, files)
-        prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), full)
+        prove(modules, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), features)
     return folder, full
 
 
-def _built(
-    index: Search,
-    embeddings: np.ndarray,
-    ids: np.ndarray,
-    encoder: Encoder,
-    queries: Sequence[Query],
-    features: Mapping[str, Sequence[Feature]],
-) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
-    if isinstance(index, Auto):
-        index = index.choose(len(embeddings))
-    if isinstance(index, Exact):
-        return ExactIndex(embeddings), {"kind": index.kind}
-    embedded = embed_queries(encoder, queries, features)
-    requests = Requests(embedded, known_rows(encoder, queries, ids))
+def _tuned(
+    index: Scann, embeddings: np.ndarray, requests: Requests
+) -> tuple[Tuned, dict[str, Any]]:
+    """Builds and tunes an index; returns it with its part of the manifest."""
     tuning, measured = requests.for_tuning_and_measuring()
     tuned = tune_index(embeddings, tuning, target_recall=index.recall)
-    scann = ScannIndex(ExactIndex(embeddings), tuned.searcher.save(), tuned.levels)
-    check_operation(scann, tuned.searcher, embedded[:NUM_PROBES])
-    return scann, {
+    return tuned, {
         "kind": index.kind,
         "target_recall": index.recall,
         "num_leaves": tuned.num_leaves,
@@ -283,7 +325,7 @@ def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
     if description["kind"] == "exact":
         return f"exact search over {num_candidates:,} candidates"
     levels, requests = description["levels"], description["requests"]
-    lowest = min((x["recall"] for x in requests), default=description["target_recall"])
+    lowest = min((request["recall"] for request in requests), default=description["target_recall"])
     text = (
         f"ScaNN finds at least {lowest:.4f} of the exact answer on average; search is exact if k "
         f"and the number of excluded items add up to more than {levels[-1]['depth']:,}"
@@ -320,14 +362,15 @@ def query_table(
     if HISTORY_TIMESTAMPS in read:
         columns[HISTORY_TIMESTAMPS] = pa.array(item_times(queries), pa.list_(pa.float64()))
     if request or TIMESTAMP in read:
-        asked = [query.get("request") or {} for query in queries]
+        requests = [query.get("request") or {} for query in queries]
         names = [*(feature.name for feature in request), TIMESTAMP]
-        values = {name: [given.get(name) for given in asked] for name in names}
+        values = {name: [request_.get(name) for request_ in requests] for name in names}
         for feature in request:  # Categories of several types become one; "" is a missing one.
             if feature.raw_dtype == "string":
-                raw = feature.to_raw(values[feature.name]).tolist()
-                known = ([x for x in row if x] if isinstance(row, list) else row for row in raw)
-                values[feature.name] = [row or None for row in known]
+                values[feature.name] = [
+                    (list(filter(None, row)) if isinstance(row, list) else row) or None
+                    for row in feature.to_raw(values[feature.name]).tolist()
+                ]
         rows = zip(*values.values(), strict=True)
         columns["request"] = pa.array([dict(zip(values, row, strict=True)) for row in rows])
     return pa.table(columns)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.bootstrap import Interval
@@ -38,8 +38,8 @@ def version_in_service(
     if newest is None:
         return None
     retriever = load(newest, exact=True, live=False)
+    known, embeddings = retriever.candidates.ids_and_vectors()
     # The ids' type may differ from this run's. NumPy would compare each text with every other.
-    known = as_id_array(retriever.candidate_ids())
     is_there = Ids(candidate_ids).rows(known) > 0
     if not is_there.any():
         (theirs, *_), (ours, *_) = known.tolist(), candidate_ids.tolist()
@@ -48,12 +48,13 @@ def version_in_service(
             f"its ids are like {theirs!r}, these like {ours!r}. Set another export.name, or export "
             "without export.gate."
         )
-    known, embeddings = known[is_there], retriever.candidate_embeddings()[is_there]
-    # The new model may find these, so the version may too if it was trained on them.
+    known, embeddings = known[is_there], embeddings[is_there]
+    # Score these items for the old version too, so that both models rank the same candidates.
     left_out = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
     left_out = np.setdiff1d(left_out, known)
     if len(left_out):
-        nothing = {x.name: [None] * len(left_out) for x in retriever.features["candidate"]}
+        features = retriever.features["candidate"]
+        nothing = {feature.name: [None] * len(left_out) for feature in features}
         embedded, is_trained = retriever.embed_candidates(left_out.tolist(), nothing)
         known = np.concatenate([known, left_out[is_trained]])
         embeddings = np.concatenate([embeddings, embedded[is_trained]])
@@ -64,29 +65,32 @@ def _query_embedder(
     retriever: LoadedRetriever, log: Log | None
 ) -> Callable[[Sequence[Query]], np.ndarray]:
     """Returns a function that embeds a run's queries with a version, by the features both have."""
-    asked_for = retriever.features["request"]
+    request = retriever.features["request"]
     if log is not None:  # A feature whose kind has changed is left out.
-        asked_for = tuple(x for x in asked_for if log.request_features.get(x.name) == x.kind)
-    read = request_signature(asked_for, reads_times=True)
+        kinds = log.request_features
+        request = tuple(feature for feature in request if kinds.get(feature.name) == feature.kind)
+    read = request_signature(request, reads_times=True)
     names: list[str] = []
     if log is not None and not retriever.manifest["user_data"]:
         kinds = log.user_features
-        names = [x.name for x in retriever.features["query"] if kinds.get(x.name) == x.kind]
+        features = retriever.features["query"]
+        names = [feature.name for feature in features if kinds.get(feature.name) == feature.kind]
 
     def embed(queries: Sequence[Query]) -> np.ndarray:
-        of_user: dict[Any, dict[str, Any]] = {}
+        by_user: dict[Any, dict[str, Any]] = {}
         if log is not None and names:
-            users = log.users.filter(log.users["user_id"].isin([x["user_id"] for x in queries]))
+            ids = [query["user_id"] for query in queries]
+            users = log.users.filter(log.users["user_id"].isin(ids))
             rows = users.select("user_id", *names).to_pyarrow().to_pylist()
-            of_user = {row.pop("user_id"): row for row in rows}
-        asked = [dict(query) for query in queries]
-        for query in asked:
+            by_user = {row.pop("user_id"): row for row in rows}
+        readable = [dict(query) for query in queries]
+        for query in readable:
             # The version in service does not read request features that are new in this run.
-            given = (query.get("request") or {}).items()
-            query["request"] = {name: x for name, x in given if name in read}
+            values = (query.get("request") or {}).items()
+            query["request"] = {name: value for name, value in values if name in read}
             if names:
-                query["features"] = of_user.get(query["user_id"], {})
-        return retriever.embed_queries(asked)
+                query["features"] = by_user.get(query["user_id"], {})
+        return retriever.embed_queries(readable)
 
     return embed
 
@@ -105,13 +109,14 @@ def refuse_worse(
     """
     version = _newest(folder, without)
     assert version is not None  # It was measured.
-    found = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
+    comparison = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
+    # The version's mean minus the new model's: above 0, the new one is surely worse.
     lowest = evaluation.differences[IN_SERVICE][metric].low
     if lowest > 0:
-        raise NotPublished(f"The new model is worse than the one in service. {found}.")
+        raise NotPublished(f"The new model is worse than the one in service. {comparison}.")
     if np.isnan(lowest):
-        raise NotPublished(f"One test query cannot tell which model is better. {found}.")
-    return f"not worse than the version in service. {found}"
+        raise NotPublished(f"One test query cannot tell which model is better. {comparison}.")
+    return f"not worse than the version in service. {comparison}"
 
 
 def refuse_beaten(evaluation: Evaluation, metric: str, baselines: Sequence[str]) -> None:
@@ -120,8 +125,8 @@ def refuse_beaten(evaluation: Evaluation, metric: str, baselines: Sequence[str])
     ahead = [name for name, gain in gains.items() if gain.low > 0]
     if ahead:
         best = max(ahead, key=lambda name: gains[name].mean)
-        found = _described(evaluation, metric, best, f"the baseline {best}")
-        raise NotPublished(f"A baseline beats the new model. {found}.")
+        comparison = _described(evaluation, metric, best, f"the baseline {best}")
+        raise NotPublished(f"A baseline beats the new model. {comparison}.")
 
 
 def _described(evaluation: Evaluation, metric: str, other: str, written: str) -> str:

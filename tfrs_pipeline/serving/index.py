@@ -1,8 +1,12 @@
 """The settings of the search, and how widely an index is searched; without TensorFlow."""
 
+import importlib.util
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+logger = logging.getLogger(__name__)
 
 # Below this, exact search is as fast as any index.
 SMALLEST_SCANN_CORPUS = 20_000
@@ -48,8 +52,20 @@ class Auto:
         Scann(self.recall)  # Checks the target, which a small corpus would never use.
 
     def choose(self, num_candidates: int) -> Scann | Exact:
-        """Chooses by the size of a corpus."""
-        return Exact() if num_candidates < SMALLEST_SCANN_CORPUS else Scann(self.recall)
+        """Chooses by the size of a corpus, and exact search where ScaNN is not installed."""
+        if num_candidates < SMALLEST_SCANN_CORPUS:
+            return Exact()
+        if not has_scann():
+            logger.warning(
+                "ScaNN is not installed here: %d candidates are searched exactly", num_candidates
+            )
+            return Exact()
+        return Scann(self.recall)
+
+
+def has_scann() -> bool:
+    """Returns whether ScaNN is installed; it has packages for Linux on x86_64 alone."""
+    return importlib.util.find_spec("scann") is not None
 
 
 Search: TypeAlias = Exact | Scann | Auto
@@ -71,7 +87,12 @@ class Level:
 
 
 def num_leaves_of(num_candidates: int) -> int:
-    """Returns the number of partitions of an index; 1 means none."""
+    """Returns the number of partitions of an index; 1 means none.
+
+    Example:
+        >>> num_leaves_of(1_000_000)
+        4000
+    """
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         return 1
     # Four times what ScaNN advises: in smaller leaves, fewer candidates have to be searched.

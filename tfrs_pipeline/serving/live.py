@@ -31,7 +31,7 @@ from tfrs_pipeline.features.raw import is_missing
 from tfrs_pipeline.messages import plain
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
-from tfrs_pipeline.serving.candidates import MOST_PENDING, Candidates
+from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.searcher import build_in_subprocess
 from tfrs_pipeline.serving.store import LiveRow, Store
 
@@ -166,19 +166,14 @@ class LiveItems:
             self.titles.pop(id_, None)
 
     def _maintain_if_needed(self) -> None:
-        """After many writes, lets the index take in new items or rebuilds it, in the background."""
-        candidates = self._candidates
-        is_needed = candidates.num_pending > MOST_PENDING or candidates.has_drifted
-        if is_needed and self._is_busy.acquire(blocking=False):
+        """After many writes, builds the index anew, in the background."""
+        if self._candidates.has_drifted and self._is_busy.acquire(blocking=False):
             threading.Thread(target=self._maintain, name="live-items", daemon=True).start()
 
     def _maintain(self) -> None:
         try:
-            self._candidates.take_in()
-            if self._candidates.has_drifted:
-                build = functools.partial(build_in_subprocess, num_leaves=self._num_leaves)
-                self._candidates.rebuild(build if self._num_leaves else None)
-                self._candidates.take_in()
+            build = functools.partial(build_in_subprocess, num_leaves=self._num_leaves)
+            self._candidates.rebuild(build if self._num_leaves else None)
         except Exception:  # Searches go on with the old index, and the next write tries again.
             logger.exception("cannot build the index anew")
         finally:

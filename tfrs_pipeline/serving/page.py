@@ -18,7 +18,7 @@ from tfrs_pipeline.model.graph import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, read_json, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import AsksBy, Retrieval
+from tfrs_pipeline.serving.signatures import FILTERED, RETRIEVALS, SIMILAR
 from tfrs_pipeline.serving.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")
@@ -134,19 +134,18 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     """Makes the predict call for a query."""
-    asks_by: AsksBy
     history = [retriever.parse_id(str(item)) for item in query.items]
     if query.similar_to is not None:
-        asks_by, inputs = "item", {"item_id": [retriever.parse_id(str(query.similar_to))]}
+        name, inputs = SIMILAR, {"item_id": [retriever.parse_id(str(query.similar_to))]}
     elif query.user_id is not None:
         if not retriever.manifest["user_data"]:
             raise ValueError("This model was exported without user data: pick items instead.")
-        asks_by, inputs = "user", {"user_id": [retriever.parse_id(str(query.user_id), "user")]}
+        user_id = retriever.parse_id(str(query.user_id), "user")
+        name, inputs = "retrieve_user", {"user_id": [user_id]}
     else:
-        asks_by = "history"
+        name = "retrieve_with_features" if query.features else "retrieve"
         inputs = {"user_id": [empty_id(retriever.user_dtype)], "history": [history]}
     inputs["exclude"] = [history]
-    retrieval = Retrieval(asks_by, bool(query.features), bool(query.filter))
     features_by_input: dict[str, tf.Tensor] = {}
     if query.features:
         known = {feature.name: feature for feature in retriever.features["query"]}
@@ -155,14 +154,15 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
             for name, text in query.features.items()
         }
         features_by_input |= retriever.raw_query_features([{"features": features}])
-    if query.request and asks_by != "item":
-        function = retriever.saved_model.signatures[retrieval.embed_name]
+    if query.request and name != SIMILAR:
+        function = retriever.saved_model.signatures[RETRIEVALS[name]]
         request = retriever.parse_request(query.request)
         features_by_input |= request_inputs(function, retriever.features, [request])
     inputs |= {name: x.numpy().tolist() for name, x in features_by_input.items()}
     if query.filter:
         inputs["allowed"] = [query.filter]
-    return {"signature_name": retrieval.name, "inputs": {**inputs, "k": query.k}}
+        name += FILTERED
+    return {"signature_name": name, "inputs": {**inputs, "k": query.k}}
 
 
 def _timed(version: ServedVersion, call: PredictCall, *, exact: bool = False) -> dict[str, Any]:

@@ -21,8 +21,12 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 ITEMS_FILE = Path("assets.extra") / "items.parquet"
 QUERIES_FILE = Path("assets.extra") / "queries.parquet"
-# The same model with exact search, beside a ScaNN index.
-EXACT_FOLDER = Path("exact") / "1"
+# Column of the items file with the values of the filter, as in the item table.
+FILTER_COLUMN = "filter"
+# A ScaNN index as ScaNN saves it, and the same model with ScaNN's TensorFlow operation.
+INDEX_FOLDER, SCANN_FOLDER = Path("index"), Path("scann") / "1"
+# The layout of a version. A version of another format is refused, with this number in the error.
+FORMAT = 2
 _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
@@ -41,7 +45,11 @@ def versions_of(folder: Path) -> list[int]:
 
 def no_model_at(path: Path) -> FileNotFoundError:
     """Makes the error for a path without a complete version; it suggests a model nearby."""
-    within = sorted(str(x) for x in path.iterdir() if versions_of(x)) if path.is_dir() else []
+    within = (
+        sorted(str(child) for child in path.iterdir() if versions_of(child))
+        if path.is_dir()
+        else []
+    )
     hint = f" Did you mean {' or '.join(within)}?" if within else beside(path, versions_of)
     return FileNotFoundError(
         f"No exported model at '{path}': it must hold {MANIFEST_FILE}, or versions that do."

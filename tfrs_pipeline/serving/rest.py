@@ -24,9 +24,8 @@ from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import completed, missing_value
+from tfrs_pipeline.serving.signatures import DEFAULT_SIGNATURE, completed, missing_value
 
-DEFAULT_SIGNATURE = "serving_default"
 KEYS = ("signature_name", "instances", "inputs")
 # Not a union with None, because Python cannot hash the list types.
 _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))

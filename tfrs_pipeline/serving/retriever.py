@@ -1,10 +1,11 @@
 """Loads an exported model and queries it from Python."""
 
 import itertools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,25 +14,33 @@ import tensorflow as tf
 from tfrs_pipeline import retrieval
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.settings import Reading
+from tfrs_pipeline.durable import Damaged, read_record
+from tfrs_pipeline.features.encoding import raw_columns, raw_signature
+from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.model.graph import signature_inputs
+from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
+from tfrs_pipeline.model.graph import id_list, signature_inputs
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
-from tfrs_pipeline.serving.graph_index import read_saved_codes, read_saved_index
-from tfrs_pipeline.serving.index import Level
+from tfrs_pipeline.serving.index import Level, has_scann
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import (
-    AsksBy,
-    LoadedTowers,
-    Retrieval,
+    DEFAULT_K,
+    DEFAULT_SIGNATURE,
+    FILTERED,
+    RETRIEVALS,
+    SIMILAR,
     as_ids,
     ask,
+    completed,
     id_lists_of,
 )
 from tfrs_pipeline.serving.store import Store
+
+logger = logging.getLogger(__name__)
 
 Allowed: TypeAlias = Sequence[Collection[str]] | None
 """For each query, values of the item filter: items need one of them. An empty list allows all."""
@@ -42,14 +51,19 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
 
     Args:
         path: A version's folder, or a model's folder to load its newest complete version.
-        exact: Whether to score all candidates, also if there is a ScaNN index.
+        exact: Whether to score all candidates, also if there is a ScaNN index. Where ScaNN is not
+            installed, that is done anyway, with a line in the log.
         live: Whether to take in the items written since the export, and to allow `upsert` and
             `remove`.
 
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
-        ImportError: If the index needs the package scann and it is not installed.
+        ValueError: If the version has the format of another version of this package.
         Damaged: If a file has changed since the export, or the file of live items is damaged.
+
+    Example:
+        >>> model = load("saved_models/videos")  # doctest: +SKIP
+        >>> ids, scores = model.retrieve([{"history": ["v7", "v31"]}], k=10)  # doctest: +SKIP
     """
     return LoadedRetriever(publish.version_at(path), exact=exact, live=live)
 
@@ -58,23 +72,50 @@ class UnknownItem(ValueError):
     """The item of a request for similar ones is not among a model's candidates."""
 
 
-class LoadedRetriever(LoadedTowers):
+class LoadedRetriever:
     """A `Retriever` on an exported model; see `load`.
 
-    ScaNN's own searcher, or NumPy, finds the candidates, without ScaNN's TensorFlow operation.
+    TensorFlow embeds queries and items. ScaNN's own searcher, or NumPy, finds the candidates.
 
     Attributes:
         candidates: The items to retrieve, and their search.
+        features: The fitted features that the model reads, by side: "query" (the user's), "request"
+            or "candidate".
+        folder: The version's folder.
         item_filter: "name" and "values" of the column that requests may filter by, or None.
+        manifest: The content of the version's `manifest.json`.
+        saved_model: What `tf.saved_model.load` returned. It searches exactly, without a filter.
+        signatures: The inputs of all signatures that `answer` takes, by name.
+        user_dtype, item_dtype: The types of the ids, int64 or string.
     """
 
     def __init__(self, folder: Path, *, exact: bool, live: bool) -> None:
-        super().__init__(folder)
+        self.folder, self.manifest = folder, _manifest(folder)
+        self.saved_model: Any = tf.saved_model.load(str(folder))
+        functions = self.saved_model.signatures
+        self.signatures = {name: signature_inputs(functions[name]) for name in functions}
+        spec = self.signatures["retrieve"]
+        self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
+        self.features = features_of(self.manifest)
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
+        if self.item_filter is not None:
+            # The SavedModel has no filter: these signatures are answered here alone.
+            allowed = {"allowed": tf.TensorSpec([None, None], tf.string, "allowed")}
+            self.signatures |= {
+                f"{name}{FILTERED}": self.signatures[name] | allowed
+                for name in RETRIEVALS
+                if name in self.signatures
+            }
         self._has_bias: bool = self.manifest.get("has_item_bias", False)
-        index = {} if exact else self.manifest["index"]
+        index = self.manifest["index"]
+        if index["kind"] == "scann" and not exact and not has_scann():
+            logger.warning("ScaNN is not installed here: %s is searched exactly", folder)
+            exact = True
+        if exact:
+            index = {}
         self.candidates = self._candidates(index.get("levels", ()))
         self._live: LiveItems | None = None
+        # The live items of a model lie beside its versions, so a copied version has none.
         if live and folder.name.isdecimal():
             self._live = LiveItems(
                 self.candidates,
@@ -89,16 +130,17 @@ class LoadedRetriever(LoadedTowers):
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
-        ids = pq.read_table(self.folder / publish.ITEMS_FILE, columns=["item_id"])["item_id"]
+        items = pq.read_table(self.folder / publish.ITEMS_FILE)
         # A view, because a copy would double the memory.
-        vectors = np.asarray(memoryview(self.saved_model.exact.embeddings.read_value()))
-        searcher = Searcher.load(read_saved_index(self.folder), vectors) if levels else None
+        vectors = np.asarray(memoryview(self.saved_model.index.embeddings.read_value()))
+        searcher = Searcher.load(self.folder / publish.INDEX_FOLDER) if levels else None
         values, codes = None, None
         if self.item_filter is not None:
-            codes = read_saved_codes(self.folder)
-            values = FilterValues(self.item_filter["values"], codes)
+            values = FilterValues()
+            codes = values.encode(items[publish.FILTER_COLUMN])
         widths = [Level(**level) for level in levels]
-        return Candidates(ids.to_numpy(), vectors, searcher, widths, values, codes)
+        ids = items["item_id"].to_numpy()
+        return Candidates(ids, vectors, searcher, widths, values, codes)
 
     def retrieve(
         self, queries: Sequence[Query], k: int, exclude: Excluded = None, *, allowed: Allowed = None
@@ -124,7 +166,7 @@ class LoadedRetriever(LoadedTowers):
                 a request feature that looks misspelt (others are ignored); if `allowed` is given
                 without an item filter, or holds a value that no item has.
         """
-        ids, scores, _ = self._retrieved("history", queries, k, exclude, allowed)
+        ids, scores, _ = self._retrieved("embed_query", queries, k, exclude, allowed)
         return ids, scores
 
     def retrieve_user(
@@ -154,7 +196,7 @@ class LoadedRetriever(LoadedTowers):
         if requests is not None:
             retrieval.check_one_each("requests", requests, len(queries))
             queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
-        return self._retrieved("user", queries, k, exclude, allowed)
+        return self._retrieved("embed_user", queries, k, exclude, allowed)
 
     def similar(
         self, item_ids: Sequence[Any], k: int, exclude: Excluded = None, *, allowed: Allowed = None
@@ -170,12 +212,102 @@ class LoadedRetriever(LoadedTowers):
         """
         if isinstance(item_ids, str):
             raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")
-        is_text = self.item_dtype == tf.string
-        retrieval.check_ids([item_ids], are_text=is_text)
-        retrieval.check_asked([{}] * len(item_ids), k, exclude, ids_are_text=is_text)
-        if allowed is not None:
-            self._check_allowed(allowed, len(item_ids))
+        retrieval.check_ids([item_ids], are_text=self.item_dtype == tf.string)
+        self._check_asked([{}] * len(item_ids), k, exclude, allowed)
         return self._searched(self._embedded_items(item_ids), k, exclude, allowed)
+
+    def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
+        """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
+        retrieval.check_queries(queries, ids_are_text=self.item_dtype == tf.string)
+        return self._embedded(queries, "embed_query")["embeddings"]
+
+    def embed_candidates(
+        self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds items, which need not be in the index.
+
+        Items new since the training are embedded by their `features`: [n] raw values by name, as
+        in the item table; None is missing. Returns embeddings [n, D] float32, and is_known_item [n]
+        bool: whether the training had the item. Raises a `ValueError` if a feature is missing.
+        """
+        raw = raw_columns(self.features["candidate"], features, len(item_ids))
+        return self.embed_raw(item_ids, raw)
+
+    def embed_raw(
+        self, item_ids: Sequence[Any], raw: Mapping[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds items as `embed_candidates`, by the arrays that `raw_columns` makes."""
+        answer = self.saved_model.signatures["embed_candidate"](
+            item_id=id_list(item_ids, self.item_dtype),
+            **as_inputs(raw_signature(self.features["candidate"]), raw),
+        )
+        return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
+
+    def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
+        """Returns which items the training had, [n] bool; histories ignore all others."""
+        nothing = {feature.name: [None] * len(item_ids) for feature in self.features["candidate"]}
+        return self.embed_candidates(item_ids, nothing)[1]
+
+    def stored_history(self, user_id: Any) -> list[Any]:
+        """Returns the stored history of a user, most recent first; [] for an unknown user."""
+        ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
+        return id_lists_of(ids.numpy())[0]
+
+    def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
+        """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
+        if (self.user_dtype if of == "user" else self.item_dtype) == tf.string:
+            return text
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"This model's {of} ids are integers. Received: {text!r}") from None
+
+    def parse_request(self, texts: Mapping[str, str]) -> dict[str, Any]:
+        """Parses typed request features, and the timestamp.
+
+        Commas separate lists; times are ISO 8601 with a time zone. Raises a `ValueError` if the
+        model does not read a feature, or a value is of the wrong kind.
+        """
+        known = {feature.name: feature for feature in self.features["request"]}
+        retrieval.check_requests([texts], known)
+        return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
+
+    def _embedded(self, queries: Sequence[Query], embed_name: str) -> dict[str, np.ndarray]:
+        """Asks two signatures, one about the queries with features and one about the others."""
+        requests = [query.get("request") for query in queries]
+        known = [feature.name for feature in self.features["request"]]
+        retrieval.check_requests(requests, known, may_have_others=True)
+        has_features = np.array([query.get("features") is not None for query in queries], bool)
+        parts, order = [], []
+        for with_features in np.unique(has_features) if len(queries) else [False]:
+            lines = np.flatnonzero(has_features == with_features).tolist()
+            some = [queries[line] for line in lines]
+            inputs = self.raw_query_features(some) if with_features else {}
+            name = f"{embed_name}_with_features" if with_features else embed_name
+            function = self.saved_model.signatures[name]
+            inputs |= query_inputs(function, some)
+            inputs |= request_inputs(function, self.features, [requests[line] for line in lines])
+            parts.append({name: x.numpy() for name, x in function(**inputs).items()})
+            order.append(lines)
+        # Back into the order of the queries.
+        back = np.argsort(np.concatenate(order))
+        return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+    def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
+        """Makes the inputs for given features, or raises a `ValueError` if one is unknown."""
+        read = self.features["query"]
+        names = [feature.name for feature in read]
+        if not names:
+            raise ValueError(
+                "The model reads no user features: remove `features` from the queries."
+            )
+        if unknown := {name for query in queries for name in query["features"]} - set(names):
+            raise ValueError(
+                f"The model reads no user feature {', '.join(map(repr, sorted(unknown)))}; known: "
+                f"{', '.join(names)}"
+            )
+        columns = {name: [query["features"].get(name) for query in queries] for name in names}
+        return as_inputs(raw_signature(read), raw_columns(read, columns, len(queries)))
 
     def upsert(self, items: Sequence[Item]) -> int:
         """Adds items, or replaces those with the same ids, for all later queries.
@@ -243,32 +375,50 @@ class LoadedRetriever(LoadedTowers):
 
     def titles(self) -> dict[Any, str]:
         """Reads the titles of items by id, live ones included; empty if they have none."""
-        items = pq.read_table(self.folder / publish.ITEMS_FILE).to_pydict()
-        titles = dict(zip(items["item_id"], items.get("title", ()), strict=False))
+        items = pq.read_table(self.folder / publish.ITEMS_FILE)
+        titles = {}
+        if "title" in items.column_names:
+            titles = dict(
+                zip(*items.select(["item_id", "title"]).to_pydict().values(), strict=True)
+            )
         live = {} if self._live is None else dict(self._live.titles)
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
     def _retrieved(
-        self, asks_by: AsksBy, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
+        self,
+        embed_name: str,
+        queries: Sequence[Query],
+        k: int,
+        exclude: Excluded,
+        allowed: Allowed,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Checks the arguments, embeds the queries, and searches."""
-        retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
-        if allowed is not None:
-            self._check_allowed(allowed, len(queries))
-        embedded = self._embedded(queries, asks_by)
+        self._check_asked(queries, k, exclude, allowed)
+        embedded = self._embedded(queries, embed_name)
         return *self._searched(embedded, k, exclude, allowed), embedded["is_known_user"]
 
     def answer(
-        self, asked: Retrieval, inputs: Mapping[str, np.ndarray], *, exact: bool = False
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
     ) -> dict[str, np.ndarray]:
-        """Answers a signature that retrieves as the SavedModel does, with live items too."""
-        lists = (inputs.get(name) for name in ("exclude", "allowed"))
-        exclude, allowed = (None if x is None else id_lists_of(x) for x in lists)
-        if asked.asks_by == "item":
+        """Answers one of `signatures` as the SavedModel does, with live items and filters too.
+
+        With `exact`, every candidate is scored. Raises an `UnknownItem` for `similar`.
+        """
+        if signature == DEFAULT_SIGNATURE:
+            signature, users = "retrieve_user", inputs["user_id"]
+            request = {"user_id": users, "k": np.int32(DEFAULT_K)}
+            full = completed(self.signatures[signature], request, len(users))
+            inputs = {name: np.asarray(value) for name, value in full.items()}
+        # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
+        embed_name = RETRIEVALS.get(signature.removesuffix(FILTERED), "")
+        if not embed_name:
+            return ask(self.saved_model.signatures[signature], inputs)
+        if embed_name == SIMILAR:
             embedded = self._embedded_items(as_ids(inputs["item_id"].tolist()))
         else:
-            function = self.saved_model.signatures[asked.embed_name]
-            embedded = ask(function, {name: inputs[name] for name in signature_inputs(function)})
+            embedded = ask(self.saved_model.signatures[embed_name], inputs)
+        lists = (inputs.get(name) for name in ("exclude", "allowed"))
+        exclude, allowed = (None if x is None else id_lists_of(x) for x in lists)
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
         not_answered = ("embeddings", "known_items")
         known = {name: values for name, values in embedded.items() if name not in not_answered}
@@ -299,17 +449,42 @@ class LoadedRetriever(LoadedTowers):
     ) -> Retrieved:
         if (known := embedded.get("known_items")) is not None:
             lists = id_lists_of(known)
-            given = [()] * len(lists) if exclude is None else exclude
-            exclude = [[*x, *y] for x, y in zip(lists, given, strict=True)]
+            more = [()] * len(lists) if exclude is None else exclude
+            exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         return self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
 
-    def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:
+    def _check_asked(
+        self, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
+    ) -> None:
+        retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
+        if allowed is None:
+            return
         if self.item_filter is None:
             raise ValueError("This model has no item filter: export it with filter_by.")
-        retrieval.check_one_each("allowed", allowed, num_queries)
+        retrieval.check_one_each("allowed", allowed, len(queries))
         assert self.candidates.values is not None
         known = self.candidates.values.code_of
+        # Here a misspelt value is an error. Over HTTP it finds nothing, because a client may be
+        # ahead of the items.
         for value in itertools.chain.from_iterable(allowed):
             if to_text(value) not in known:
                 hint = suggest(str(value), known)
                 raise ValueError(f"No item has {value!r} as its {self.item_filter['name']}; {hint}")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Reads a version's manifest, and refuses a version that is damaged or of another format."""
+    try:
+        manifest = read_record(folder / publish.MANIFEST_FILE)
+    except Damaged as error:
+        raise Damaged(
+            f"{error} A version's towers and index belong together: copy it whole, or export it "
+            "again."
+        ) from None
+    if (number := manifest.get("format", 1)) != publish.FORMAT:
+        raise ValueError(
+            f"{folder} was exported by another version of this package: its format is {number}, "
+            f"and this one reads {publish.FORMAT}. Export the model again; a run that would "
+            "compare its model with this version needs --no-export.gate."
+        )
+    return manifest

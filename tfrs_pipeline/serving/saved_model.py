@@ -12,12 +12,20 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.features.encoding import raw_signature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model import graph
-from tfrs_pipeline.model.encoder import Encoder, features_of, query_inputs
+from tfrs_pipeline.model.encoder import Encoder, query_inputs
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.graph_index import ExactIndex, ItemFilter, ScannIndex, load_scann_ops
+from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex, load_scann_ops
 from tfrs_pipeline.serving.searcher import Searcher, in_fresh_process
-from tfrs_pipeline.serving.signatures import DEFAULT_K, RETRIEVALS, Retrieval, ask, completed
+from tfrs_pipeline.serving.signatures import (
+    DEFAULT_K,
+    DEFAULT_SIGNATURE,
+    RETRIEVALS,
+    SIMILAR,
+    ask,
+    completed,
+)
 
 _EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 
@@ -26,8 +34,8 @@ class RetrievalModule(tf.Module):
     """An encoder, built or loaded, and an index behind raw ids.
 
     Its signatures are attributes too; saved_models/README.md lists them. Those that retrieve take
-    the inputs of the encoder's function for the query, then `exclude`, `k` and `allowed`.
-    `candidate_ids` are in the order of the index's embeddings.
+    the inputs of the encoder's function for the query, then `exclude` and `k`. `candidate_ids` are
+    in the order of the index's embeddings.
     """
 
     def __init__(
@@ -35,14 +43,10 @@ class RetrievalModule(tf.Module):
         encoder: Encoder,
         index: ExactIndex | ScannIndex,
         candidate_ids: np.ndarray,
-        item_filter: ItemFilter | None = None,
         has_item_bias: bool = False,
     ) -> None:
         super().__init__(name="retrieval")
-        self.encoder = encoder
-        self.exact = index.exact if isinstance(index, ScannIndex) else index
-        self._index = index
-        self._item_filter = item_filter
+        self.encoder, self.index = encoder, index
         self._has_item_bias = has_item_bias
         self._candidate_rows = graph.row_table(candidate_ids)
         self._candidate_ids = graph.stored(graph.with_empty(candidate_ids))
@@ -60,61 +64,50 @@ class RetrievalModule(tf.Module):
         self._names += (name,)
 
     def _trace(self) -> None:
-        # An encoder lacks the functions that its model does not support.
-        embeds = {x: f for x in _EMBEDDINGS if (f := getattr(self.encoder, x, None)) is not None}
-        queries = {x: [*graph.signature_inputs(f).values()] for x, f in embeds.items()}
-        for name, embed in embeds.items():
-            self._export(name, functools.partial(_embedded, embed), queries[name])
         item_id = tf.TensorSpec([None], self._candidate_ids.dtype, "item_id")
-        queries[Retrieval("item").embed_name] = [item_id]
         exclude = tf.TensorSpec([None, None], self._candidate_ids.dtype, "exclude")
         k = tf.TensorSpec([], tf.int32, "k")
-        allowed = tf.TensorSpec([None, None], tf.string, "allowed")
-        for retrieval in RETRIEVALS:
-            if retrieval.is_filtered and self._item_filter is None:
-                continue
-            if query := queries.get(retrieval.embed_name):
-                inputs = [*query, exclude, k]
-                inputs += [allowed] if retrieval.is_filtered else []
-                self._export(retrieval.name, functools.partial(self._answer, retrieval), inputs)
+        # How queries become embeddings, and the inputs for it, by the name in RETRIEVALS.
+        embeds: dict[str, Callable[..., Any]] = {SIMILAR: self._item_queries}
+        inputs = {SIMILAR: [item_id]}
+        for name in _EMBEDDINGS:
+            # An encoder lacks the functions that its model does not support.
+            if (function := getattr(self.encoder, name, None)) is not None:
+                embeds[name] = functools.partial(_embedded, function)
+                inputs[name] = [*graph.signature_inputs(function).values()]
+                self._export(name, embeds[name], inputs[name])
+        for name, embed_name in RETRIEVALS.items():
+            if embed_name in embeds:
+                answer = functools.partial(self._answer, embeds[embed_name])
+                self._export(name, answer, [*inputs[embed_name], exclude, k])
         if "embed_user" in embeds:
-            user_id = graph.signature_inputs(embeds["embed_user"])["user_id"]
-            self._export("serving_default", self._answer_default, [user_id])
+            self._export(DEFAULT_SIGNATURE, self._answer_default, inputs["embed_user"][:1])
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-        retrieval = Retrieval("user")
-        specs = graph.signature_inputs(getattr(self, retrieval.name))
-        given = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
-        return self._answer(retrieval, **completed(specs, given, tf.shape(user_id)[0]))
+        # Request features and times are missing: this signature takes a user id alone.
+        known = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
+        specs = graph.signature_inputs(self.retrieve_user)
+        return graph.call(self.retrieve_user, completed(specs, known, tf.shape(user_id)[0]))
 
     def _answer(
-        self,
-        retrieval: Retrieval,
-        /,
-        exclude: tf.Tensor,
-        k: tf.Tensor,
-        allowed: tf.Tensor | None = None,
-        **query: tf.Tensor,
+        self, embed: Callable[..., Any], /, exclude: tf.Tensor, k: tf.Tensor, **query: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """Answers queries; empty ids pad `exclude` [B, E], and "" pads `allowed` [B, F]."""
+        """Answers queries; empty ids pad `exclude` [B, E]."""
         with tf.control_dependencies([tf.debugging.assert_positive(k, "k must be 1 or more")]):
             k = tf.identity(k)
-        if retrieval.asks_by == "item":
-            embedded = self._item_queries(**query)
-        else:
-            embedded = graph.call(getattr(self.encoder, retrieval.embed_name), query)
+        embedded = dict(embed(**query))
         # Items of a given history are not excluded, unless `exclude` holds them.
         if "known_items" in embedded:
             exclude = tf.concat([embedded.pop("known_items"), exclude], axis=1)
         # Row 0 is padding, an unknown item, or one that the index does not have.
         excluded = graph.lookup(self._candidate_rows, exclude)
-        chosen = None
-        if self._item_filter is not None and allowed is not None:
-            chosen = self._item_filter.choose(allowed)
-        rows, scores = self._index.search(embedded.pop("embeddings"), k, excluded, chosen)
+        rows, scores = self.index.search(embedded.pop("embeddings"), k, excluded)
         # The rest says what the encoder knew of the query.
-        answer = {"candidate_ids": tf.gather(self._candidate_ids, rows), "scores": scores}
-        return {**answer, **embedded}
+        return {
+            "candidate_ids": tf.gather(self._candidate_ids, rows),
+            "scores": scores,
+            **embedded,
+        }
 
     def _item_queries(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
         """Makes queries of items as `LoadedRetriever.similar` does."""
@@ -124,7 +117,7 @@ class RetrievalModule(tf.Module):
             tf.size(unknown) == 0, ["Not among the model's items:", unknown]
         )
         with tf.control_dependencies([check]):
-            vectors = tf.gather(self.exact.embeddings, rows - 1)
+            vectors = tf.gather(self.index.embeddings, rows - 1)
         if self._has_item_bias:
             vectors = tf.concat([vectors[:, :-1], tf.ones_like(vectors[:, -1:])], axis=1)
         return {"embeddings": vectors, "known_items": item_id[:, tf.newaxis]}
@@ -150,29 +143,47 @@ def prove(
     modules: Mapping[Path, RetrievalModule],
     queries: Sequence[Query],
     item_ids: Sequence[Any],
-    manifest: Mapping[str, Any],
+    features: Mapping[str, Sequence[Feature]],
 ) -> None:
     """Checks that a fresh process can load each folder and answers like its module in memory.
 
-    Asks with `queries` and `item_ids`; other inputs have an example value, or are missing.
+    Asks with `queries` and `item_ids`. `features` have an example value, so that lookups of known
+    values are proved too; the timestamp is missing.
+    Exact modules come first, so that they load before ScaNN's operation is there.
     """
-    values = _example_values(manifest)
+    of_items = _examples(features.get("candidate", ()), len(item_ids))
+    of_queries = _examples([*features.get("query", ()), *features.get("request", ())], len(queries))
     probes: list[tuple[str, bool, _Expected]] = []
     for folder, module in modules.items():
         expected: _Expected = {}
         for name, function in module.exported.items():
-            inputs = _inputs(function, queries, item_ids, values)
-            sides = inputs, graph.call(function, inputs)
-            given, answer = ({key: x.numpy() for key, x in side.items()} for side in sides)
-            expected[name] = given, answer
-        needs_scann = any(isinstance(part, ScannIndex) for part in module.submodules)
-        probes.append((str(folder), needs_scann, expected))
-    # Exact modules come first, since they must load without ScaNN's operation.
-    probes.sort(key=lambda probe: probe[1])
+            specs = graph.signature_inputs(function)
+            if (item_id := specs.get("item_id")) is not None:
+                known = {**of_items, "item_id": tf.constant(item_ids, item_id.dtype)}
+            else:
+                known = {**of_queries, **query_inputs(function, queries)}
+            num_rows = len(queries) if item_id is None else len(item_ids)
+            inputs = completed(specs, {**known, "k": tf.constant(10)}, num_rows)
+            expected[name] = _arrays(inputs), _arrays(graph.call(function, inputs))
+        probes.append((str(folder), isinstance(module.index, ScannIndex), expected))
     done = in_fresh_process(f"{__name__}:answer_probes", stdin=pickle.dumps(probes))
     if done.returncode:
         problems = done.stderr.decode(errors="replace").strip()[-2000:]
         raise ExportError(f"A fresh process could not use the export: {problems}")
+
+
+def _examples(features: Sequence[Feature], num_rows: int) -> dict[str, tf.Tensor]:
+    """Makes inputs of a value that each feature knows, by the name of the input."""
+    inputs = {}
+    for feature, spec in zip(features, raw_signature(features).values(), strict=True):
+        value = (*feature.vocabulary, "1")[0] if spec.dtype == tf.string else 1.0
+        shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
+        inputs[spec.name] = tf.fill(shape, tf.constant(value, spec.dtype))
+    return inputs
+
+
+def _arrays(tensors: Mapping[str, tf.Tensor]) -> _Arrays:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) -> None:
@@ -184,43 +195,6 @@ def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) 
             raise ExportError(
                 f"ScaNN's TensorFlow operation does not answer as its searcher does: {problem}"
             )
-
-
-def _example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns an example value for every feature and the filter, by side and input name.
-
-    "candidate" and "query" are separate, because both may have a feature of the same name.
-    """
-    query, request, candidate = features_of(manifest).values()
-    values = {
-        side: {
-            spec.name: (*feature.vocabulary, "1")[0] if spec.dtype == tf.string else 1.0
-            for feature, spec in zip(features, raw_signature(features).values(), strict=True)
-        }
-        for side, features in {"candidate": candidate, "query": query + request}.items()
-    }
-    if manifest["filter"] and manifest["filter"]["values"]:
-        values["query"]["allowed"] = manifest["filter"]["values"][0]
-    return values
-
-
-def _inputs(
-    function: Any,
-    queries: Sequence[Query],
-    item_ids: Sequence[Any],
-    values: Mapping[str, Mapping[str, Any]],
-) -> dict[str, tf.Tensor]:
-    specs = graph.signature_inputs(function)
-    inputs = {"k": tf.constant(10), **query_inputs(function, queries)}
-    num_rows, of_side = len(queries), values["query"]
-    if "item_id" in specs:
-        num_rows = len(item_ids)
-        of_side = values["query" if "k" in specs else "candidate"]  # Similar items have a filter.
-        inputs["item_id"] = tf.constant(item_ids, specs["item_id"].dtype)
-    for name in specs.keys() & of_side:
-        shape = [num_rows, *(size or 1 for size in specs[name].shape[1:])]
-        inputs[name] = tf.fill(shape, tf.constant(of_side[name], specs[name].dtype))
-    return completed(specs, inputs, num_rows)
 
 
 def difference(expected: _Arrays, answer: _Arrays) -> str:
@@ -253,7 +227,7 @@ def answer_probes() -> str | None:
         if needs_scann:
             load_scann_ops()
         loaded = tf.saved_model.load(folder)
-        for name, (given, outputs) in expected.items():
-            if problem := difference(outputs, ask(loaded.signatures[name], given)):
+        for name, (inputs, outputs) in expected.items():
+            if problem := difference(outputs, ask(loaded.signatures[name], inputs)):
                 problems.append(f"{folder}: {name}: {problem}")
     return "\n".join(problems) or None

@@ -5,8 +5,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,22 +19,18 @@ logger = logging.getLogger(__name__)
 
 # A level serves depths up to twice that of the level before.
 SMALLEST_DEPTH, LARGEST_DEPTH = 128, 8192
+# Deeper than this share of the candidates, rescoring what the index finds takes as long as scoring
+# all of them.
+LARGEST_DEPTH_SHARE = 1 / 16
 # Requests in the report, besides those that exclude the items that a user knows.
 REPORTED_KS, REPORTED_EXCLUSIONS = (10, 100, 1000), (0, 100, 1000, 5000)
 # A mean over fewer queries is unreliable.
 _FEW_QUERIES = 20
 _REPORTED_QUERIES = 128
-# In units of one hashed candidate, some 4 nanoseconds at 64 dimensions, for a query alone.
-_WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT = 3, 4, 6
-# Scoring a candidate exactly, where the processor's cache holds all vectors and where it does not.
-_WORK_OF_EXACT_SCORE, _CACHED_BYTES = (1.5, 4), 1 << 24
 # Differences below this share of a query's largest score are rounding.
 _EQUAL = 1e-6
 # Candidates rescored exactly, per candidate looked for.
 _REORDERED_OVER_DEPTH = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-
-_Answer: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""Rows from 1, best first, 0 in empty slots, and their scores."""
 
 
 class Requests(NamedTuple):
@@ -74,42 +69,38 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
 
     The depth of a request is its k plus its number of excluded candidates.
     """
-    num_queries = len(requests.queries)
-    if not num_queries:
+    queries, num = requests.queries, len(embeddings)
+    if not len(queries):
         raise ValueError("There must be queries to measure on. Received: 0 queries")
-    if num_queries < _FEW_QUERIES:
-        logger.warning("the index is tuned on no more than %d queries", num_queries)
-    num_leaves = num_leaves_of(len(embeddings))
+    if len(queries) < _FEW_QUERIES:
+        logger.warning("the index is tuned on no more than %d queries", len(queries))
+    num_leaves = num_leaves_of(num)
     searcher = Searcher.build(embeddings, num_leaves)
-    depths = [min(SMALLEST_DEPTH, len(embeddings))]
-    while 2 * depths[-1] <= min(LARGEST_DEPTH, len(embeddings) - 1):
+    depths = [min(SMALLEST_DEPTH, num)]
+    while 2 * depths[-1] <= min(LARGEST_DEPTH, LARGEST_DEPTH_SHARE * num):
         depths.append(2 * depths[-1])
-    ranking, scores = exact_ranking(embeddings, requests.queries, depths[-1])
-    is_known = are_listed(ranking, requests.known, len(embeddings))
+    ranking, scores = exact_ranking(embeddings, queries, depths[-1])
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
-        found = searcher.search(requests.queries, Level(depth, leaves, reordered))[:2]
-        is_found = found_places((ranking[:, :depth], scores[:, :depth]), found)
-        return lowest_recall(is_found, is_known[:, :depth])
+        rows, found_scores, _ = searcher.search(queries, Level(depth, leaves, reordered))
+        exact = ranking[:, :depth], scores[:, :depth]
+        return lowest_recall(exact, (rows, found_scores), requests.known, num)
 
-    size = Size(len(embeddings), embeddings.shape[1], num_leaves)
     # Aims a quarter of the allowed loss higher, so that other queries reach the target too.
     wanted = target_recall + (1 - target_recall) / 4
     levels: list[Level] = []
-    # Work is computed, not timed, so that equal data give an equal index.
     for depth in depths:
-        if levels and size.work(Level(depth, 1, depth)) >= size.exact_work:
-            break
-        level = _least(size, functools.partial(recall, depth), depth, wanted)
-        if level is None and not levels:
-            found = recall(depth, num_leaves, len(embeddings))
+        level = _least(functools.partial(recall, depth), depth, wanted, num, num_leaves)
+        if level is not None:
+            levels.append(level)
+        elif levels:
+            break  # Deeper requests are answered exactly.
+        else:
+            widest = recall(depth, num_leaves, num)
             raise RuntimeError(
                 f"No ScaNN search finds {target_recall} of the best {depth}: the widest finds "
-                f"{found:.4f}. Lower the recall target, or take the exact index."
+                f"{widest:.4f}. Lower the recall target, or take the exact index."
             )
-        if level is None or (levels and size.work(level) >= size.exact_work):
-            break
-        levels.append(level)
     logger.info("index of %d leaves: %s", num_leaves, levels)
     return Tuned(searcher, num_leaves, tuple(levels))
 
@@ -123,71 +114,74 @@ def exact_ranking(
 
 
 def _least(
-    size: "Size", recall: Callable[[int, int], float], depth: int, wanted: float
+    recall: Callable[[int, int], float], depth: int, wanted: float, num: int, num_leaves: int
 ) -> Level | None:
     """Finds the fewest candidates to rescore, then the fewest leaves; None if none suffices."""
     # Half of the allowed loss is left for the leaves. Recall nearly always rises with both.
-    most, half = size.num_candidates, (1 + wanted) / 2
-    options = sorted({min(round(x * depth), most) for x in _REORDERED_OVER_DEPTH} | {most})
-    place = bisect.bisect_left(options, True, key=lambda n: recall(size.num_leaves, n) >= half)
-    reordered = options[min(place, len(options) - 1)]
-    leaves = sorted({max(1, round(size.num_leaves * 2 ** (-step / 2))) for step in range(16)})
-    place = bisect.bisect_left(leaves, True, key=lambda n: recall(n, reordered) >= wanted)
-    return None if place == len(leaves) else Level(depth, leaves[place], reordered)
+    half = (1 + wanted) / 2
+    options = sorted({min(round(factor * depth), num) for factor in _REORDERED_OVER_DEPTH} | {num})
+    position = bisect.bisect_left(options, True, key=lambda n: recall(num_leaves, n) >= half)
+    reordered = options[min(position, len(options) - 1)]
+    leaves = sorted({max(1, round(num_leaves * 2 ** (-step / 2))) for step in range(16)})
+    position = bisect.bisect_left(leaves, True, key=lambda n: recall(n, reordered) >= wanted)
+    return None if position == len(leaves) else Level(depth, leaves[position], reordered)
 
 
-@dataclass(frozen=True)
-class Size:
-    """The size of an index, from which the work of a search is computed."""
-
-    num_candidates: int
-    dim: int
-    num_leaves: int
-
-    def work(self, level: Level) -> float:
-        """Computes the work of a search at a level, in hashed candidates."""
-        return (
-            self.num_candidates * level.num_leaves_to_search / self.num_leaves
-            + _WORK_OF_A_LEAF * self.num_leaves
-            + _WORK_OF_RESCORING * level.num_reordered
-            + _WORK_OF_A_RESULT * level.depth
-        )
-
-    @property
-    def exact_work(self) -> float:
-        """The work of scoring every candidate."""
-        is_large = 4 * self.num_candidates * self.dim > _CACHED_BYTES
-        return _WORK_OF_EXACT_SCORE[is_large] * self.num_candidates
-
-
-def lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
+def lowest_recall(
+    exact: tuple[np.ndarray, np.ndarray],
+    found: tuple[np.ndarray, np.ndarray],
+    known: Sequence[np.ndarray],
+    num_candidates: int,
+) -> float:
     """Returns the lowest mean recall over two kinds of requests, minus three standard errors.
 
-    The arrays, [num_queries, depth], mark the places of the exact ranking found and known.
+    `exact` and `found` are rows and scores, [num_queries, depth]. `known` are the rows that each
+    query's user knows.
     """
-    depth = is_found.shape[1]
+    rows, _ = exact
+    depth = rows.shape[1]
     # If a request excludes the nearest candidates, its answer lies at the end of the depth.
-    kinds = [is_found[:, -max(10, depth // 32) :].mean(axis=1)]
-    num_known = is_known.sum(axis=1)
+    nearest = rows[:, : -max(10, depth // 32)]
+    recalls = [_recall_without(exact, found, nearest, num_candidates)]
     # If a request excludes what its user knows, its answer is the rest of the depth.
+    num_known = are_listed(rows, known, num_candidates).sum(axis=1)
     is_real = (num_known > 0) & (num_known < depth)
     if is_real.sum() >= _FEW_QUERIES:
-        kinds.append((is_found & ~is_known)[is_real].sum(axis=1) / (depth - num_known[is_real]))
-    return min(float(x.mean() - 3 * x.std() / np.sqrt(len(x))) for x in kinds)
+        recalls.append(_recall_without(exact, found, known, num_candidates)[is_real])
+    return min(float(r.mean() - 3 * r.std() / np.sqrt(len(r))) for r in recalls)
 
 
-def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
-    """Returns which entries of the exact answers, [num_queries, depth], a search has found."""
-    # Candidates with equal scores are interchangeable: another candidate with the score of the
-    # last one may replace a missed candidate with that score.
-    (rows, scores), (found_rows, found_scores) = exact, found
-    num = max(rows.max(), found_rows.max())
-    last, rounding = scores[:, -1:], _EQUAL * np.abs(scores).max(axis=1, keepdims=True)
-    is_found = are_listed(rows, found_rows, num)
-    is_other = ~are_listed(found_rows, rows, num) & (found_scores >= last - rounding)
-    is_missed = ~is_found & (scores <= last + rounding)
-    is_replaced = np.cumsum(is_missed, axis=1) <= is_other.sum(axis=1, keepdims=True)
-    return is_found | (is_missed & is_replaced)
+def _recall_without(
+    exact: tuple[np.ndarray, np.ndarray],
+    found: tuple[np.ndarray, np.ndarray],
+    excluded: Sequence[np.ndarray] | np.ndarray,
+    num_candidates: int,
+) -> np.ndarray:
+    """Returns the recall of queries that exclude rows of what was searched: [num_queries]."""
+    exact_scores, found_scores = (
+        np.where(are_listed(rows, excluded, num_candidates), -np.inf, scores)
+        for rows, scores in (exact, found)
+    )
+    return share_found(exact_scores, found_scores)
+
+
+def share_found(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Returns which share of the exact answers a search has found: [num_queries].
+
+    Takes the scores, [num_queries, depth], -inf in empty slots. A candidate is found if it scores
+    like the last of the exact answer or better, since candidates of equal scores, such as new items
+    with the same features, are interchangeable.
+
+    Example:
+        >>> share_found(np.array([[0.9, 0.5, 0.5]]), np.array([[0.9, 0.5, 0.1]]))
+        array([0.66666667])
+    """
+    is_wanted = exact > -np.inf
+    last = np.where(is_wanted, exact, np.inf).min(axis=1, keepdims=True)
+    rounding = _EQUAL * np.where(is_wanted, np.abs(exact), 0).max(axis=1, keepdims=True)
+    num_wanted = is_wanted.sum(axis=1)
+    num_found = np.minimum((found >= last - rounding).sum(axis=1), num_wanted)
+    return num_found / np.maximum(num_wanted, 1)
 
 
 def measure_requests(candidates: Candidates, requests: Requests) -> list[dict[str, Any]]:
@@ -205,9 +199,8 @@ def measure_requests(candidates: Candidates, requests: Requests) -> list[dict[st
         if k + max(map(len, excluded)) >= num:
             continue
         found, exact = (
-            candidates.search(queries, k, excluded, exact=is_exact) for is_exact in (False, True)
+            candidates.search(queries, k, excluded, exact=is_exact)[1] for is_exact in (False, True)
         )
-        rows = [np.maximum(ids, 0) for ids in (found[0], exact[0])]
-        is_found = found_places((rows[1], exact[1]), (rows[0], found[1]))
-        measured.append({"k": k, "excluded": name, "recall": round(float(is_found.mean()), 4)})
+        recall = float(share_found(exact, found).mean())
+        measured.append({"k": k, "excluded": name, "recall": round(recall, 4)})
     return measured

@@ -1,6 +1,7 @@
 """Serves the newest version of a model on disk, and switches without dropping a request."""
 
 import contextlib
+import copy
 import ctypes
 import gc
 import logging
@@ -19,13 +20,12 @@ from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.durable import Damaged, read_record
-from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving.connections import BUCKETS_SECONDS
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
-from tfrs_pipeline.serving.rest import DEFAULT_SIGNATURE, SignatureInputs, bad_request
+from tfrs_pipeline.serving.rest import SignatureInputs, bad_request
 from tfrs_pipeline.serving.retriever import UnknownItem, load
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import DEFAULT_K, RETRIEVALS, Retrieval, ask, completed
+from tfrs_pipeline.serving.signatures import FILTERED, completed
 from tfrs_pipeline.serving.store import Replaced
 from tfrs_pipeline.serving.watching import Watch
 
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Wait before a version that failed to load is tried again: its folder may still be incomplete.
 RETRY_SECONDS = 30.0
-_RETRIEVALS = {retrieval.name: retrieval for retrieval in RETRIEVALS}
 
 CALL_SECONDS = Histogram(
     "tfrs_model_call_seconds", "Seconds of a model call.", buckets=BUCKETS_SECONDS
@@ -78,9 +77,14 @@ class ServedVersion:
             name: json_format.MessageToDict(signature, **options)
             for name, signature in saved.meta_graphs[0].signature_def.items()
         }
+        for name in self.retriever.signatures.keys() - self.signature_def:
+            # The server's own, with a filter: lists of text beside the lists of ids to exclude.
+            definition = copy.deepcopy(self.signature_def[name.removesuffix(FILTERED)])
+            exclude = definition["inputs"]["exclude"]
+            definition["inputs"]["allowed"] = {**exclude, "dtype": "DT_STRING", "name": ""}
+            self.signature_def[name] = definition
         self.watch = Watch(self.retriever)
-        self._functions = dict(self.retriever.saved_model.signatures)
-        specs = {name: signature_inputs(function) for name, function in self._functions.items()}
+        specs = self.retriever.signatures
         names = self.retriever.manifest["feature_inputs"]
         self.signatures = {}
         for signature, inputs in specs.items():
@@ -108,18 +112,10 @@ class ServedVersion:
         """
         CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with CALL_SECONDS.time():
-            if signature == DEFAULT_SIGNATURE:
-                signature, user_id = Retrieval("user").name, inputs["user_id"]
-                given = {"user_id": user_id, "k": np.int32(DEFAULT_K)}
-                specs = signature_inputs(self._functions[signature])
-                full = completed(specs, given, len(user_id))
-                inputs = {name: np.asarray(value) for name, value in full.items()}
-            if (retrieval := _RETRIEVALS.get(signature)) is not None:
-                try:
-                    return self.retriever.answer(retrieval, inputs, exact=exact)
-                except UnknownItem as error:
-                    raise bad_request(str(error)) from None
-            return ask(self._functions[signature], inputs)
+            try:
+                return self.retriever.answer(signature, inputs, exact=exact)
+            except UnknownItem as error:
+                raise bad_request(str(error)) from None
 
     def title_of(self, item_id: Any) -> str | None:
         """Returns the title of an item, as it was last written."""
