@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -29,13 +29,14 @@ def _read_duration(value: Any) -> Any:
     """Converts text such as 90s, 10m or 2h to seconds."""
     if not isinstance(value, str) or value == "none":
         return None if value == "none" else value
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
-    if found is None:
+    duration = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
+    if duration is None:
         raise ValueError("must be seconds, or a number with s, m or h, such as 10m")
-    return float(found[1]) * 60.0 ** "smh".index(found[2] or "s")
+    return float(duration[1]) * 60.0 ** "smh".index(duration[2] or "s")
 
 
 def _or_none(values: Any) -> Any:
+    # The command line cannot give an empty list, so "none" stands for it.
     listed = values if isinstance(values, list | tuple) else [values]
     return () if listed and all(value == "none" for value in listed) else values
 
@@ -263,30 +264,32 @@ def dump_config(config: RunConfig) -> str:
 
 def dump_changes(config: RunConfig) -> str:
     """Writes the settings that are not the defaults, in the form of `dump_config`."""
-    tables = (each.model_dump(mode="json", exclude_none=True) for each in (config, RunConfig()))
+    configs = config, RunConfig()
+    tables = (settings.model_dump(mode="json", exclude_none=True) for settings in configs)
     return tomli_w.dumps(_changed(*tables))
 
 
 def _changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     # `model_dump(exclude_defaults=True)` would drop `kind`, so it could not be read back.
-    changed = {}
-    for name, value in settings.items():
-        before = usual.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            value = _changed(value, before)
-            before = {}
-        if value != before:
-            changed[name] = value
+    changed = {name: value for name, value in settings.items() if value != usual.get(name)}
+    for name, value in changed.items():  # Of a table, only what differs within it.
+        if isinstance(value, Mapping) and isinstance(usual.get(name), Mapping):
+            changed[name] = _changed(value, usual[name])
     return changed
 
 
 def with_settings(
-    config: RunConfig, settings: Mapping[str, Any] | None = None, *, preset: str | None = None
+    config: RunConfig,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    fixed: Collection[str] = (),
 ) -> RunConfig:
     """Returns the settings with some of them replaced, checked as a whole.
 
-    `settings` are new values by dotted name; those of the `preset` are set first. Raises a
-    `ConfigError` if a name is unknown, or a value cannot be used.
+    `settings` are new values by dotted name; those of the `preset` are set first. Those that are
+    `fixed` keep their values, as do all settings of a fixed table. Raises a `ConfigError` if a name
+    is unknown, or a value cannot be used.
 
     Example:
         >>> config = with_settings(RunConfig(), {"training.batch_size": 512, "seed": 7})
@@ -295,8 +298,10 @@ def with_settings(
     """
     if preset is not None and preset not in PRESETS:
         raise ConfigError([("preset", f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")])
+    kept = tuple(f"{name}." for name in fixed)
     settings = {**(PRESETS[preset][1] if preset else {}), **(settings or {})}
-    tree = config.model_dump()
+    settings = {name: value for name, value in settings.items() if not f"{name}.".startswith(kept)}
+    tree = config.model_dump()  # Replaced in a dictionary: two settings may only fit together.
     if settings.get("data.path") and config.data.path is None and "data.source" not in settings:
         del tree["data"]["source"]  # The path decides the source.
     for name, value in settings.items():

@@ -89,11 +89,11 @@ def test_a_recipe_trains_in_a_race_as_it_trains_alone(raced: Raced, tmp_path: Pa
     assert trained["models"]["two_tower"] == result.metrics["models"]["two_tower"]
 
 
-def test_the_next_days_run_does_not_race(raced: Raced, tmp_path: Path) -> None:
+def test_the_next_days_run_does_not_race(raced: Raced) -> None:
     _, result = raced
     settings = load_config(result.folder / "config.toml")
     today = with_settings(settings, {"warm_start": result.folder, "split.test": 0.1})
-    steps = [step.name for step in run_steps(today, RunFolder(tmp_path / "today"))]
+    steps = [step.name for step in run_steps(today)]
     assert "train two_tower" in steps
     assert "race" not in steps
     source = tp.trained_in(result.folder)

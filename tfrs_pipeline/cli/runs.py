@@ -1,6 +1,7 @@
 """The commands that train, `run` and `compare`, and `report`, which describes a run."""
 
 import contextlib
+import itertools
 import shlex
 import tempfile
 import time
@@ -38,7 +39,7 @@ from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import Progress, beside, printable
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import COMPARISON_FILE, CONFIG_FILE, MAY_CHANGE, RunFolder
-from tfrs_pipeline.run.steps import Runner, as_lines
+from tfrs_pipeline.run.steps import RunContext, as_lines
 from tfrs_pipeline.serving.publish import NotPublished
 
 # Settings within tables that the short help shows.
@@ -184,9 +185,9 @@ def _check(command: str, config: RunConfig) -> int:
         from tfrs_pipeline.run.race import trainable_recipes
         from tfrs_pipeline.run.training import check_plan, plan_of, variants
 
-        steps = (run_steps if command == "run" else plan_steps)(config, place)
-        shown_steps = ("log", "split", "samples", "signals", "plans")
-        runner.run(runner.remaining([step for step in steps if step.writes in shown_steps]))
+        steps = (run_steps if command == "run" else plan_steps)(config)
+        # All steps up to the first training, which is what all workers do together.
+        runner.run([*itertools.takewhile(lambda step: step.workers != "all", steps)])
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:
@@ -253,17 +254,17 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
     return with_settings(config, {**fixed, "recipes": RECIPES})
 
 
-def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> Runner:
+def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> RunContext:
     """Makes the log and its split before TensorFlow is imported: a refusal comes at once."""
-    runner = Runner(progress)
+    runner = RunContext(config, place, progress)
     if this_worker().count == 1 and place.metrics() is None:  # Several workers have to join first.
         from tfrs_pipeline.run.data import log_steps
 
-        runner.run(log_steps(config, place))
+        runner.run(log_steps())
     return runner
 
 
-def _do(command: str, config: RunConfig, folder: Path, begun: Runner) -> Any:
+def _do(command: str, config: RunConfig, folder: Path, begun: RunContext) -> Any:
     """Runs or compares, and writes the report; libraries are imported only here."""
     if command == "compare":
         from tfrs_pipeline.run.compare import compare_plans

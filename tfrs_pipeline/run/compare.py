@@ -1,7 +1,6 @@
 """Compares ways of training on the user's own data: models in Python, a config's sampling plans."""
 
 import dataclasses
-import functools
 import hashlib
 import math
 import tempfile
@@ -34,7 +33,7 @@ from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
-from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import check_plan, fit_once, plan_of, training_step
 from tfrs_pipeline.settings import ConfigError
 
@@ -139,7 +138,7 @@ def compare(
 
 
 def compare_plans(
-    config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: Runner | None = None
+    config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: RunContext | None = None
 ) -> Comparison:
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
@@ -155,8 +154,8 @@ def compare_plans(
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
     place = RunFolder(folder)
     with place.claim(config, is_run=False):
-        runner = begun or Runner(progress)
-        plans, notes = runner.run(runner.remaining(plan_steps(config, place)))
+        runner = begun or RunContext(config, place, progress)
+        plans, notes = runner.run(plan_steps(config))
         data: RunData = runner.artifacts["samples"]
         seeds = range(config.seed, config.seed + config.compare.seeds)
 
@@ -164,7 +163,7 @@ def compare_plans(
             # The data is the same for all seeds.
             planned = _planned(config, {**plans[name], "seed": seed}, data)
             label = _label(name, seed, len(seeds))
-            model = runner.run([training_step(label, planned, place, f"plans/{name}/seed-{seed}")])
+            model = runner.run([training_step(label, f"plans/{name}/seed-{seed}", planned)])
             del runner.artifacts[label]  # One network at a time.
             return evaluate_all(config, {name: model}, data, runner.progress.task), model.result
 
@@ -200,24 +199,21 @@ def _measured(
     return by_seed, trainings
 
 
-def plan_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
+def plan_steps(config: RunConfig) -> list[Step]:
     """Returns the steps that make the data and the plans of a comparison; they train nothing."""
-    return [
-        *data_steps(config, folder, every_loser(config)),
-        Step("plans", ("samples",), "plans", functools.partial(_make_plans, config)),
-    ]
+    plans = Step("plans", ("samples",), "plans", _make_plans)
+    return [*data_steps(every_loser(config)), plans]
 
 
-def _make_plans(
-    config: RunConfig, runner: Runner, data: RunData
-) -> tuple[dict[str, Plan], list[str]]:
+def _make_plans(run: RunContext, samples: RunData) -> tuple[dict[str, Plan], list[str]]:
     """Makes the plans, with notes, and refuses those that cannot be trained before any training."""
+    config, data = run.config, samples
     pools = data.final.samples.hard_pools
     logged = [name for name, pool in pools.items() if len(pool.values)]
     plans, notes = sampling_plans(config, logged)
     for plan in plans.values():
         check_plan(plan_of(_planned(config, plan, data), "two_tower"), data.selection)
-    runner.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
+    run.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
     return plans, notes
 
 

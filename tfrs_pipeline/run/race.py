@@ -29,7 +29,7 @@ from tfrs_pipeline.presets import RECIPES, recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.rounds import Curve, most_left, standing, winner
-from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import (
     check_plan,
     fit_once,
@@ -185,25 +185,29 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     return settled
 
 
-def race_step(config: RunConfig, folder: RunFolder) -> Step:
-    """Returns the step that races the recipes of a config."""
+def race_step() -> Step:
+    """Returns the step that races the recipes of a run, and gives it the winner's settings."""
 
-    def make(runner: Runner, data: RunData) -> Race:
-        log, told = data.split.train, runner.progress
-        trainings = _Trainings(config, data.selection, data.validation, log, folder.race, told)
+    def make(run: RunContext, samples: RunData) -> Race:
+        trainings = _Trainings(
+            run.config,
+            samples.selection,
+            samples.validation,
+            samples.split.train,
+            run.folder.race,
+            run.progress,
+        )
         decided = trainings.run()
-        runner.note(*decided.lines())
+        run.note(*decided.lines())
+        run.config = settle(run.config, run.folder, decided)
         return decided
 
-    return Step("race", ("samples",), "race", make, place="race/")
+    return Step("race", ("samples",), "race", make, "race/", workers="all")
 
 
 def planned(config: RunConfig, name: str) -> RunConfig:
     """Returns the config with a recipe's settings, except for those that are fixed."""
-    # A table that is fixed covers its settings.
-    fixed = tuple(f"{setting}." for setting in config.fixed)
-    changed = {key: x for key, x in recipe(name).items() if not f"{key}.".startswith(fixed)}
-    return with_settings(config, changed)
+    return with_settings(config, recipe(name), fixed=config.fixed)
 
 
 def trainable_recipes(
