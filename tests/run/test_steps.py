@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -76,13 +76,25 @@ def test_the_chief_works_first_or_alone_or_with_all(
 ) -> None:
     """This process is the chief of two workers, or the other one."""
     steps = [Step(kind, (), kind, lambda _: "made", workers=kind) for kind in KINDS]
+    waits: list[str] = []
+
+    def chief_first(work: Callable[[], None]) -> None:
+        waits.append("chief first")
+        work()
+
+    def on_chief(work: Callable[[], None]) -> None:
+        waits.append("chief")
+        if number == 0:
+            work()
+
     monkeypatch.setattr("tfrs_pipeline.run.steps.this_worker", lambda: Worker(number, 2))
-    monkeypatch.setattr(distribution, "chief_first", lambda work: work())
-    monkeypatch.setattr(distribution, "on_chief", lambda work: None if number else work())
+    monkeypatch.setattr(distribution, "chief_first", chief_first)
+    monkeypatch.setattr(distribution, "on_chief", on_chief)
     runner = Runner()
     runner.run(steps)
     assert tuple(runner.artifacts) == made
     assert tuple(report.name for report in runner.reports) == made
+    assert waits == ["chief first", "chief"]  # A step that all do at once waits for nobody.
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -103,8 +115,9 @@ def test_what_a_step_holds_is_held_until_all_have_ended(fails: bool) -> None:
             raise OSError
 
     steps = [Step("a", (), "a", lambda runner: runner.hold(lock())), Step("b", (), "b", use)]
+    runner = Runner()
     with pytest.raises(OSError) if fails else contextlib.nullcontext():
-        Runner().run(steps)
+        runner.run(steps)
     assert events == ["locked", "used", "unlocked"]
 
 
