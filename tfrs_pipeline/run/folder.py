@@ -29,7 +29,6 @@ _REPLACED = (
 # Files that show that a run has started; from then on its settings are fixed.
 _BEGUN = ("data/log.json", "checkpoints", METRICS_FILE)
 _HASH_LINE = "# sha256 of the lines above: "
-_MAX_DIFFERENCES = 10
 
 
 class RunFolder:
@@ -186,12 +185,7 @@ class RunFolder:
         if refused:
             # What is fixed are the names of the flags, whose settings are among the others.
             shown = [name for name in refused if name != "fixed"] or refused
-            lines = [
-                f"{name}: {old.get(name)!r}, now {new.get(name)!r}"
-                for name in shown[:_MAX_DIFFERENCES]
-            ]
-            if more := len(shown) - len(lines):
-                lines.append(f"and {more} more")
+            lines = [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in shown]
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(lines)}). Choose another "
                 "folder with --run-dir, or delete this one."
@@ -218,14 +212,14 @@ def trained_by(folder: Path) -> list[str]:
 
 def own_version(config: RunConfig, folder: RunFolder) -> Path | None:
     """Returns the version exported from the training in a run's folder; None if there is none."""
-    written = (folder.metrics() or {}).get("export_folder")
+    written, models = (folder.metrics() or {}).get("export_folder"), config.model_folder
     # It is among the model's versions, or where it was written: the folders may have moved.
-    models = config.model_folder
     versions = [models / str(number) for number in reversed(versions_of(models))]
+    training = trained_by(folder.path)
     for version in [*versions, *([Path(written)] if written else [])]:
         with contextlib.suppress(durable.Damaged, OSError):
             manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
-            if "refreshed" not in manifest and manifest.get("training") == trained_by(folder.path):
+            if "refreshed" not in manifest and manifest.get("training") == training:
                 return version
     return None
 
@@ -241,13 +235,12 @@ def check_model_name(config: RunConfig) -> None:
         return
     for number in versions_of(config.model_folder):
         path = config.model_folder / str(number) / MANIFEST_FILE
-        # A model exported from Python has no config, so its data is not known.
         manifest = durable.read_record(path, check_files=False)
-        theirs = manifest.get("config", {}).get("data")
-        if theirs is None or manifest.get("log") != name_of_log(config.data):
-            made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
+        # A model that was exported from Python does not name its log.
+        log = manifest.get("log", "data that it does not name")
+        if log != name_of_log(config.data):
             anyway = f"or {config.model_name!r} to add a version to it anyway"
-            message = f"{path.parent} is a model of {made_of}: set another name, {anyway}"
+            message = f"{path.parent} is a model of {log}: set another name, {anyway}"
             raise ConfigError([("export.name", message)])
 
 
