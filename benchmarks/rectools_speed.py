@@ -51,7 +51,7 @@ def fit_preset(
 ) -> tuple[list[float], list[float]]:
     """Trains the preset; returns CPU seconds until the end of each epoch, and its NDCG@10."""
     settings = {
-        **PRESETS["sequence"][1],
+        **PRESETS["sequence"].settings,
         "model.history_length": 50,
         "training.max_epochs": max_epochs,
         "evaluation.cutoffs": (10,),

@@ -102,7 +102,7 @@ def by_vectors(ids: np.ndarray, own: np.ndarray, among: np.ndarray) -> ExactRetr
 def fitted(recipe: str, split: Split) -> tuple[dict[str, tp.Retriever], dict[str, Any]]:
     """Fits a recipe; returns a retriever for each way, and how the training went."""
     tf.keras.backend.clear_session()
-    settings = dict(PRESETS[recipe][1]) if recipe in PRESETS else {}
+    settings = dict(PRESETS[recipe].settings) if recipe in PRESETS else {}
     settings.pop("data.is_ordered", None)
     if recipe == "lengths":
         # A score is then not a cosine, for whose range the default temperature was chosen.

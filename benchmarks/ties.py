@@ -37,7 +37,7 @@ def measure(log: str, rule: TieRule, data_dir: Path, seed: int) -> dict[str, Any
     """Measures models of a log with a rule for ties, on all, tied and untied targets."""
     table = UNSEEN[log](data_dir / log)
     split = tp.Log.from_table(table, reading=tp.Reading(ties=rule)).split(**LAST_TWO)
-    config = tp.with_settings(tp.RunConfig(), dict(PRESETS["quick"][1]))
+    config = tp.with_settings(tp.RunConfig(), dict(PRESETS["quick"].settings))
     plan = tp.TwoTower(**dict(config.model), training=config.training, seed=seed)
     models: dict[str, tp.Retriever] = {
         "transitions": tp.Transitions().fit(split.train),

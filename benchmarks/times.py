@@ -49,7 +49,7 @@ def load(data: str, data_dir: Path | None) -> Split:
 def measure(split: Split, data: TrainingSet, name: str, seed: int) -> dict[str, Any]:
     """Fits the preset and evaluates it."""
     settings: dict[str, dict[str, Any]] = {"model": {}, "training": {}}
-    for key, value in PRESETS["sequence"][1].items():
+    for key, value in PRESETS["sequence"].settings.items():
         section, _, field = key.partition(".")
         settings[section][field] = value
     plan = tp.TwoTower(

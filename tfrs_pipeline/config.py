@@ -11,17 +11,13 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic_settings import CliSuppress
 
 from tfrs_pipeline.data.schema import AskedBy, Exclude
-from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
+from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
-from tfrs_pipeline.negatives.kinds import HardShare
-from tfrs_pipeline.presets import PRESETS, Recipe
+from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
-EasyPlan: TypeAlias = Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"]
-# The last one is not a default.
-PlanKind: TypeAlias = Literal[EasyPlan, "hybrid", "hybrid_50_50", "resampled", "exposed"]
 Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "transitions", "ease", "ials"]
 
 
@@ -98,24 +94,26 @@ class ExportConfig(Config):
 class CompareConfig(Config):
     """What `tfrs-pipeline compare` tries."""
 
-    plans: Several[PlanKind] = get_args(PlanKind)[:-1]
-    """Sampling plans to compare. Not among the defaults: exposed, which uses items that were shown
-    and not clicked as negatives."""
-    reference: EasyPlan = "mixed"
-    """Plan with which the others are compared, query by query."""
-    hard_shares: Several[HardShare] = (0.01, 0.05, 0.2)
-    """Hard shares of the plans hybrid and exposed: one plan each."""
-    resampling_exponents: Several[Share] = (0.3, 0.6)
-    """Exponents of the power law in the plan resampled: one plan each."""
+    plans: Several[str] = (
+        "mixed",
+        "in_batch_uncorrected",
+        "in_batch",
+        "uniform",
+        "popularity",
+        "hybrid_0.01",
+        "hybrid_0.05",
+        "hybrid_0.2",
+        "hybrid_0.5",
+        "resampled_0.3",
+        "resampled_0.6",
+    )
+    """Sampling plans to compare, the reference first. The names hold a number: hybrid_0.01 adds
+    hard negatives that have 1% of the negatives' weight, exposed_0.01 takes items for them that
+    were shown and not clicked (not among the defaults), and resampled_0.3 down-samples positives of
+    popular items with exponent .3."""
     seeds: PositiveInt = 1
     """How many times each plan is trained, with the seeds seed, seed + 1 and so on, on the same
     data; plans are compared seed by seed. A finished comparison can be given more."""
-    max_steps: PositiveInt | None = None
-    """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        if self.reference not in self.plans:
-            yield "reference", f"got {self.reference!r}, which is not among compare.plans"
 
 
 class RunConfig(Config):
@@ -139,7 +137,7 @@ class RunConfig(Config):
     """Finished run or exported model whose weights training starts from. On the command line, what
     you do not give of model, training and baselines is taken from there, with a fifth of its
     epochs."""
-    recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
+    recipes: Annotated[Distinct[RecipeName], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
     fixed: CliSuppress[Annotated[Distinct[str], BeforeValidator(_or_none)]] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
@@ -299,7 +297,7 @@ def with_settings(
     if preset is not None and preset not in PRESETS:
         raise ConfigError([("preset", f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")])
     kept = tuple(f"{name}." for name in fixed)
-    settings = {**(PRESETS[preset][1] if preset else {}), **(settings or {})}
+    settings = {**(PRESETS[preset].settings if preset else {}), **(settings or {})}
     settings = {name: value for name, value in settings.items() if not f"{name}.".startswith(kept)}
     tree = config.model_dump()  # Replaced in a dictionary: two settings may only fit together.
     if settings.get("data.path") and config.data.path is None and "data.source" not in settings:

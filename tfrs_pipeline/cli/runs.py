@@ -47,7 +47,7 @@ BRIEF = (
     *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
     *("data.rating_threshold", "data.label", "data.event_weights"),
     *("split.kind", "model.hard", "export.name", "export.filter_by"),
-    *("compare.plans", "compare.reference", "compare.seeds", "compare.max_steps"),
+    *("compare.plans", "compare.seeds"),
 )
 
 
@@ -63,7 +63,7 @@ class Work(Command):
     preset: str | None = Field(
         None,
         description="Settings for a kind of log: "
-        + "; ".join(f"{name}, {good.partition(':')[0]}" for name, (good, _) in PRESETS.items())
+        + "; ".join(f"{name}, {x.words.partition(':')[0]}" for name, x in PRESETS.items())
         + ".",
     )
 
@@ -235,7 +235,7 @@ def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[s
     in_file = set(config.fixed)
     if flags.config:
         in_file = set(flat_settings(tomllib.loads(flags.config.read_text(encoding="utf-8-sig"))))
-    return {*settings, *in_file, *(PRESETS[flags.preset][1] if flags.preset else ())}
+    return {*settings, *in_file, *(PRESETS[flags.preset].settings if flags.preset else ())}
 
 
 def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> RunConfig:

@@ -5,7 +5,9 @@ stopped resumes at the first step without a complete artifact.
 """
 
 import contextlib
+import ctypes
 import functools
+import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -79,6 +81,7 @@ class Runner:
         self.progress.task(step.name, 0, 0)
         inputs = {name: self.artifacts[name] for name in step.reads}
         self.artifacts[step.writes] = step.make(self, **inputs)
+        give_back_memory()
         report.seconds = round(time.monotonic() - start, 3)
         self.progress.step(report)
 
@@ -101,6 +104,17 @@ class RunContext(Runner):
     def __init__(self, config: RunConfig, folder: RunFolder, progress: Progress = SILENT) -> None:
         super().__init__(progress)
         self.config, self.folder = config, folder
+
+
+def give_back_memory() -> None:
+    """Gives the memory of what is gone back to the system.
+
+    After a training, the C library would keep a gigabyte of freed blocks for the next one, beside
+    which the process of the baselines may need as much.
+    """
+    gc.collect()  # A Keras model and its functions hold each other.
+    with contextlib.suppress(AttributeError, OSError):  # Only glibc has it.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def as_lines(steps: Sequence[Step]) -> list[str]:
