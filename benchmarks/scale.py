@@ -14,11 +14,6 @@ negatives, batches of 1,024), validation of sampled users against all items.
 
     python benchmarks/scale.py --events 1e6 1e7 1e8 --json benchmarks/results/scale.json
 
-With --engines the samples of the same log are made by DuckDB and by Spark (local[2], Java from the
-system) instead, each in a separate process; Spark's JVM is measured apart from that process.
-
-    python benchmarks/scale.py --events 1e6 --engines --json benchmarks/results/engines.json
-
 With --protocols the test of the same log is asked by user and by request instead, in turn, at most
 --users queries each, and the CPU seconds of making the queries and of measuring popularity on them
 are compared. Popularity ranks in almost no time, so the cost of the protocol shows.
@@ -50,20 +45,17 @@ import numpy as np
 from figure import draw_scale
 from record import write_json
 
-from tfrs_pipeline.data.engines import connect, connect_spark
+from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted import query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.samples.build import build_samples
 
 NUM_ITEMS, EVENTS_PER_USER = 200_000, 20
 NEGATIVES = (tp.InBatch(), tp.Uniform(256), tp.Popularity(256))
 WARM_UP_STEPS = 30
-ENGINES = ("duckdb", "spark")
 MEMORY = {"rss_anon_gib": "RssAnon", "rss_gib": "VmRSS"}
 
 Stages = dict[str, dict[str, float]]
@@ -180,30 +172,9 @@ def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[
         "num_events": num_events,
         "num_samples": len(data.samples),
         "columns_gib": sum(path.stat().st_size for path in files) / 2**30,
-        "parquet_gib": sum(x.stat().st_size for x in part_files(folder / "clicks.parquet")) / 2**30,
+        "parquet_gib": (folder / "clicks.parquet").stat().st_size / 2**30,
         "stages": stages,
     }
-
-
-def make_samples(engine: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Makes the samples of a log in an engine."""
-    stages: Stages = {}
-    place = folder / f"by-{engine}"
-    print(engine, flush=True)
-    with stage("start", stages):
-        if engine == "duckdb":
-            connection = open_duckdb(folder, options.memory_limit)
-        else:
-            heap = options.memory_limit.lower().removesuffix("b")
-            os.environ["PYSPARK_SUBMIT_ARGS"] = f"--driver-memory {heap} pyspark-shell"
-            connection = connect_spark("local[2]")
-    with stage("split", stages):
-        log = tp.Log.read(folder / "log", connection)
-        log.split("time").write(place / "split.parquet")
-        split = Split.read(log, place / "split.parquet")
-    with stage("samples", stages):
-        report = build_samples(split.train, place, seed=0)
-    return {"report": report, "stages": stages}
 
 
 def compare_protocols(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -236,21 +207,6 @@ def write_log(folder: Path, memory_limit: str) -> None:
     """Makes a log of the clicks."""
     connection = open_duckdb(folder, memory_limit)
     tp.Log.from_files(folder / "clicks.parquet", connection=connection).write(folder / "log")
-
-
-def compare_engines(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Makes the samples of a size in each engine, and checks that they have the same rows."""
-    in_own_process(write_log, folder, options.memory_limit)
-    found: dict[str, Any] = {"load_average": os.getloadavg()[0]}
-    for engine in ENGINES:
-        (folder / f"by-{engine}").mkdir()
-        found[engine] = in_own_process(make_samples, engine, folder, options)
-    paths = (folder / f"by-{engine}" / "samples.parquet" for engine in ENGINES)
-    first, other = (f"FROM read_parquet({list(map(str, part_files(path)))})" for path in paths)
-    (num_other,) = duckdb.sql(f"SELECT count(*) FROM ({first} EXCEPT ALL {other})").fetchall()[0]
-    found["is_same"] = not num_other and len({repr(found[x]["report"]) for x in ENGINES}) == 1
-    print("the same samples" if found["is_same"] else "OTHER SAMPLES", flush=True)
-    return found
 
 
 def measure_in_turn(folders: Sequence[Path], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -294,9 +250,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--events", type=lambda text: int(float(text)), nargs="+", required=True)
-    parser.add_argument("--engines", action="store_true", help="Samples by DuckDB and by Spark.")
     parser.add_argument("--protocols", action="store_true", help="The test by user and request.")
-    parser.add_argument("--memory-limit", default="3GB", help="Of DuckDB, and Spark's heap (3GB).")
+    parser.add_argument("--memory-limit", default="3GB", help="Of DuckDB (3GB).")
     parser.add_argument("--users", type=int, default=10_000, help="Most queries (10,000).")
     parser.add_argument("--steps", type=int, default=200, help="Training steps a round (200).")
     parser.add_argument("--rounds", type=int, default=3, help="Of what is measured in turn (3).")
@@ -319,17 +274,13 @@ def main() -> None:
                 sizes.append({"num_events": num_events, **found})
                 write_figures(options, sizes)
                 continue
-            if options.engines:
-                sizes.append({"num_events": num_events, **compare_engines(folder, options)})
-                write_figures(options, sizes)
-                continue
             load = os.getloadavg()[0]
             sizes.append(in_own_process(measure, num_events, folder, options))
             sizes[-1]["load_average"] = load, os.getloadavg()[0]
             in_turn = in_own_process(measure_in_turn, [folders[0], folder], options)
             sizes[-1]["training_in_turn"] = in_turn[-1]
             write_figures(options, sizes)
-    if options.figure and not options.engines:
+    if options.figure:
         options.figure.write_text(draw_scale(sizes)["scale_seconds"].svg)
 
 

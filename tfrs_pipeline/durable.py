@@ -49,12 +49,6 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def part_files(path: Path) -> list[Path]:
-    """Lists the files of a table in order: the file itself, or the parts in a folder."""
-    # Engines leave other files beside the parts, such as _SUCCESS and .x.crc.
-    return [path] if path.is_file() else sorted(path.glob("[!._]*.parquet"))
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a file to write, which then replaces `path`: readers see the old or the new one."""

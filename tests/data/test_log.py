@@ -87,24 +87,6 @@ def test_a_title_is_shown_under_the_name_that_its_column_is_given() -> None:
     assert log.items.columns == ("item_id", "title", "_listed")
 
 
-def test_tables_of_two_databases_are_refused() -> None:
-    """Tables of the same name would be taken for each other."""
-    log = made()
-    here, there = ibis.duckdb.connect(), ibis.duckdb.connect()
-    events = here.create_table("events", log.events.to_pyarrow())
-    there.create_table("events", log.events.to_pyarrow())
-    items = there.create_table("items", log.items.to_pyarrow())
-    with pytest.raises(DataError, match="must be of one connection"):
-        Log.from_ibis(events, items=items)
-    with pytest.raises(DataError, match="must be of one connection"):
-        Log.from_ibis(events, items=there.sql("SELECT * FROM items"))
-    in_memory = ibis.memtable(log.items.to_pyarrow())
-    assert Log.from_ibis(events, items=in_memory).counts()["items"] == 3
-    for tables in ((EVENTS, None), (events, ITEMS)):
-        with pytest.raises(TypeError, match="takes tables of Ibis"):
-            Log.from_ibis(tables[0], items=tables[1])
-
-
 def test_columns_that_duckdb_does_not_take() -> None:
     """Intervals, which would break the connection; half floats; a column without values."""
     ages, scores = pd.cut(pd.Series([1.0, 2.0, 3.0]), 2), np.array([0.5, 1, 2], np.float16)

@@ -104,7 +104,7 @@ def test_an_order_by_item_is_gone_and_the_draw_is_the_same_again() -> None:
     assert again.ties == "order"
 
 
-def test_the_rule_is_kept_with_the_log_and_asked_of_tables_in_place(tmp_path: Path) -> None:
+def test_the_rule_is_kept_with_the_log_and_asked_of_tables_of_a_log(tmp_path: Path) -> None:
     log = made(by_day("ascending"))
     log.write(tmp_path)
     back = Log.read(tmp_path)
@@ -112,8 +112,8 @@ def test_the_rule_is_kept_with_the_log_and_asked_of_tables_in_place(tmp_path: Pa
     assert back.notes == log.notes
     assert column(back.events, "item_id") == column(log.events, "item_id")
     table = made(by_day("ascending"), "order").events
-    in_place = Log.from_ibis(table)
-    assert in_place.ties == "random"
-    assert column(in_place.events, "item_id") == column(log.events, "item_id")
+    copied = Log.from_ibis(table)
+    assert copied.ties == "random"
+    assert column(copied.events, "item_id") == column(log.events, "item_id")
     assert Log.from_ibis(table, ties="drop").ties == "drop"
     assert log.split().train.ties == "random"

@@ -36,28 +36,18 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     expected = TrainingSet.build(log, tmp_path, seed=0)
     expected = dataclasses.replace(expected, samples=copied(expected.samples))
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert len(files) == 20
-    # What a process leaves if it is killed while it builds.
-    write(event_table("int"), tmp_path / "_work-killed" / "_events.parquet")
-    filled = [path for path in files if path.stat().st_size]  # A lock is empty.
-    for path, how in zip(filled, itertools.cycle(DAMAGES), strict=False):
+    assert len(files) == 18
+    for path, how in zip(files, itertools.cycle(DAMAGES), strict=False):
         damage(path, how)
         built = TrainingSet.build(log, tmp_path, seed=0)
         assert_same_samples(built.samples, expected.samples)
         assert built.report == expected.report
         ids, of_first = (x.corpus.candidate_ids.values.tolist() for x in (built, expected))
         assert ids == of_first
-        left = {path for path in tmp_path.rglob("*") if path.is_file()}
-        assert {path for path in left if "_work-killed" not in path.parts} == set(files)
-    assert not (tmp_path / "_work-killed").exists()
-    times = [path.stat().st_mtime_ns for path in filled]
+        assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(files)
+    times = [path.stat().st_mtime_ns for path in files]
     TrainingSet.build(log, tmp_path, seed=0)
-    assert [path.stat().st_mtime_ns for path in filled] == times
-    # Undamaged samples need no lock, which a read-only disk could not have.
-    (lock,) = tmp_path.glob("*.lock")
-    lock.unlink()
-    TrainingSet.build(log, tmp_path, seed=0)
-    assert not lock.exists()
+    assert [path.stat().st_mtime_ns for path in files] == times
     # As many events and items, but one event has another item.
     changed = event_table("int").drop_columns(["rating"]).to_pylist()
     changed[5]["item_id"] = changed[4]["item_id"]
@@ -67,7 +57,7 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     for other, options in others:
         with pytest.raises(ValueError, match=r"made of something else .* Give another folder"):
             TrainingSet.build(other, str(tmp_path), **options)
-    assert [path.stat().st_mtime_ns for path in filled] == times
+    assert [path.stat().st_mtime_ns for path in files] == times
 
 
 def test_files_that_no_build_wrote_stay_as_they_are(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def run_until(config: RunConfig, folder: Path, stop: Any) -> dict[str, StepRepor
     return watched.reports
 
 
-def split_of(folder: Path) -> Split[Log]:
+def split_of(folder: Path) -> Split:
     return split_in(RunFolder(folder))
 
 
@@ -248,7 +248,7 @@ def test_a_step_is_added_in_one_place_and_is_drawn_listed_and_run(
 ) -> None:
     """As `CONTRIBUTING.md` says; here from outside the package, between two other steps."""
 
-    def longest(run: RunContext, split: Split[Log], samples: RunData) -> int:
+    def longest(run: RunContext, split: Split, samples: RunData) -> int:
         run.note(f"seed {run.config.seed}")
         return max(map(len, split.validation.histories))
 

@@ -1,4 +1,4 @@
-"""Request features of samples: raw values as in the events, encoded once, mapped from files."""
+"""Request features of samples: raw values as in the events, and encoded."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.data.test_requests import FEATURES, expected, made, rows
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.columns import encoded_columns, read_raw
+from tfrs_pipeline.samples.columns import read_raw
 from tfrs_pipeline.samples.store import read_samples
 
 
@@ -45,30 +45,11 @@ def test_request_features_may_be_called_as_columns_of_samples(tmp_path: Path) ->
         assert read_raw(tmp_path, name).to_pylist() == features[name]
 
 
-def test_encoded_columns_are_made_once_for_an_encoder(tmp_path: Path) -> None:
+def test_a_training_set_holds_the_encoded_request_features(tmp_path: Path) -> None:
     log = made(rows(), {"device": "categorical", "speed": "numeric"})
     data = TrainingSet.build(log, tmp_path, seed=0)
     raw = [read_raw(tmp_path, name) for name in ("device", "speed")]
     for feature, column in zip(data.corpus.request_features, raw, strict=True):
         encoded = data.samples.request_columns[feature.name]
         np.testing.assert_array_equal(encoded, feature.encode_column(column))
-        assert not encoded.flags.writeable
-
-    def written() -> list[int]:
-        return [path.stat().st_mtime_ns for path in (tmp_path / "requests").iterdir()]
-
-    files = written()
-    TrainingSet.build(log, tmp_path, seed=0)
-    assert written() == files
-
-    def read(maker: str) -> np.ndarray:
-        asked.append(maker)
-        encoders = {"speed": lambda values: np.full((len(values), 2), len(maker), np.float32)}
-        return encoded_columns(tmp_path, encoders, maker)["speed"]
-
-    asked: list[str] = []
-    assert (read("one") == 3).all()
-    files = written()
-    assert read("one").shape == (len(data.samples), 2)
-    assert written() == files
-    assert (read("other") == 5).all()
+        assert len(encoded) == len(data.samples)

@@ -14,7 +14,7 @@ import pytest
 from tests.damage import damage
 from tests.small_log import event_table
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.durable import read_whole
 from tfrs_pipeline.negatives.kinds import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import RowLists, Samples, read_samples
@@ -43,45 +43,33 @@ def arrays(samples: Samples) -> dict[str, np.ndarray]:
     return found
 
 
-def test_files_and_folders_of_parts_are_mapped_as_they_are(built: Path, tmp_path: Path) -> None:
-    # As Spark writes them.
-    for path in built.glob("*.parquet"):
-        table = pq.read_table(path)
-        (tmp_path / path.name).mkdir()
-        (tmp_path / path.name / "_SUCCESS").touch()
-        for i, rows in enumerate(np.array_split(np.arange(len(table)), 3)):
-            part = tmp_path / path.name / f"part-{i:05d}.parquet"
-            pq.write_table(table.take(rows), part, row_group_size=70)
-    write_record(tmp_path / "report.json", {})
-    found, of_parts = arrays(read_samples(built)), arrays(read_samples(tmp_path))
+def test_columns_are_mapped_as_they_are(built: Path) -> None:
+    found = arrays(read_samples(built))
     table = pq.read_table(built / "samples.parquet")
     np.testing.assert_array_equal(found["query_rows"], table["query_row"])
     np.testing.assert_array_equal(found["weights"], table["weight"].to_numpy().astype(np.float32))
-    assert found.keys() == of_parts.keys() >= {"exposed/values", "sequences/offsets"}
-    for name, array in of_parts.items():
-        np.testing.assert_array_equal(array, found[name])
-        assert array.dtype == found[name].dtype
+    known = pq.read_table(built / "known_positives.parquet")
+    lists = np.split(found["known_positives/values"], found["known_positives/offsets"][1:-1])
+    rows = np.repeat(np.arange(len(lists)), [len(values) for values in lists])
+    np.testing.assert_array_equal(rows, known["query_row"])
+    np.testing.assert_array_equal(np.concatenate(lists), known["candidate_row"])
+    assert found.keys() >= {"exposed/values", "sequences/offsets"}
+    for array in found.values():
         # Each array is a view of the mapped file, and is read-only.
-        for base in (array, found[name]):
-            window: Any = base
-            while isinstance(window, np.ndarray):
-                assert not window.flags.writeable
-                window = window.base
-            assert isinstance(window, mmap.mmap)
+        window: Any = array
+        while isinstance(window, np.ndarray):
+            assert not window.flags.writeable
+            window = window.base
+        assert isinstance(window, mmap.mmap)
 
 
-def test_columns_are_made_again_once_samples_change(built: Path, tmp_path: Path) -> None:
+def test_the_record_of_the_samples_covers_their_columns(built: Path, tmp_path: Path) -> None:
+    """So that whoever checks the record need not read the columns again."""
     folder = Path(shutil.copytree(built, tmp_path / "samples"))
-    weights = read_samples(folder).weights.copy()
-    column = folder / "columns" / "weight.npy"
-    first = column.stat().st_ino, column.read_bytes()
-    read_samples(folder)
-    assert (column.stat().st_ino, column.read_bytes()) == first
-    damage(column, "flipped")
-    np.testing.assert_array_equal(read_samples(folder).weights, weights)
-    table = pq.read_table(folder / "samples.parquet")
-    place = table.column_names.index("weight")
-    other = table.set_column(place, "weight", pa.array(table["weight"].to_numpy()[::-1]))
-    pq.write_table(other, folder / "samples.parquet")
-    write_record(folder / "report.json", {}, folder.glob("*.parquet"))
-    np.testing.assert_array_equal(read_samples(folder).weights, weights[::-1])
+    assert read_whole(folder / "report.json") is not None
+    for column in sorted((folder / "columns").iterdir()):
+        before = column.read_bytes()
+        damage(column, "flipped")
+        assert read_whole(folder / "report.json") is None
+        column.write_bytes(before)
+    assert read_whole(folder / "report.json") is not None

@@ -17,7 +17,7 @@ import numpy as np
 
 from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.ids import NO_ID
-from tfrs_pipeline.data.rules import RawTable, Rule, id_faults
+from tfrs_pipeline.data.rules import RawTable, Rule
 from tfrs_pipeline.data.schema import DataError, TimestampUnit
 from tfrs_pipeline.data.settings import Period, Reading
 from tfrs_pipeline.features.feature import TableColumn
@@ -92,6 +92,7 @@ def to_timestamp(
             )
         zone, clock = ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE)
         time = _in_time_zone(zone, clock)
+        # The offset of such an hour is not in the file, so which of two moments it was is unknown.
         is_odd = _on_clock(zone, time - ibis.interval(hours=1)) == clock  # Shown twice.
         is_odd |= _on_clock(zone, time) != clock  # Skipped.
         if num := raw.aggregate(num=is_odd.sum())["num"]:
@@ -102,6 +103,7 @@ def to_timestamp(
     else:
         raise raw.wrong_type(column, "a timestamp or a number")
     is_within = ((time >= first) & (time < end)).fill_null(False)
+    # A feature may be of any year; an event happened while the log was written.
     rule = rules.TIME_OUTSIDE.filled(first=first, end=end) if period else rules.NO_YEAR
     raw.fault(column, value.notnull() & ~is_within, rule)
     return is_within.ifelse(time, ibis.null(_UTC))
@@ -110,6 +112,8 @@ def to_timestamp(
 def _read_time(raw: RawTable, column: str) -> ir.Value:
     """Reads text in the form of most times: numbers, dates, ISO 8601 with or without offset."""
     value = raw.table[column]
+    # A file is written in one way. So all values are counted, and the usual way is the column's;
+    # a few values in another way are faults, like values that are no times at all.
     number = value.try_cast("float64")
     text = number.isnull().ifelse(value, ibis.null("string"))  # A failing cast is slow.
     zoned = text.try_cast(_UTC)
@@ -142,39 +146,55 @@ def _check_unit(
     unit: TimestampUnit | None,
     period: Period | None,
 ) -> None:
-    """Refuses a column if most numbers are in another unit; notes a fault if only some are."""
-    own = unit or "s"
+    """Refuses a column if most numbers are in another unit; notes a fault if only some are.
+
+    Without a `period` the column is a feature, whose numbers may be years.
+    """
+    expected = unit or "s"
     number = value.cast("float64")
     size = number.abs()
+    finite = (size < math.inf).ifelse(number, ibis.null("float64"))
     sums = {name: ((size >= low) & (size < end)).sum() for name, (low, end) in _SIZES.items()}
-    sums["largest"] = (size < math.inf).ifelse(size, 0.0).max()
+    sums |= {"least": finite.min(), "largest": finite.max()}
     sums["dates"] = size.between(19_000_101, 21_001_231).sum()
     counts = {name: count or 0 for name, count in raw.aggregate(**sums).items()}
-    rows = f"numbers up to {counts.pop('largest'):.0f} ({raw.num_rows} rows)"
-    num_dates = counts.pop("dates")
-    if unit is None and num_dates * 2 > sum(counts.values()):
-        raise DataError(
-            f"{raw.source.column(column)} holds {rows}, which look like dates (YYYYMMDD). Write "
-            "them as 2024-01-31, or set timestamp_unit to s if they are seconds.",
-            setting="timestamp_unit",
+    least, largest, num_dates = (counts.pop(name) for name in ("least", "largest", "dates"))
+    # At a tie, such as a column without a number, the expected unit.
+    usual = max(counts, key=lambda name: (counts[name], name == expected))
+    problem = ""
+    if unit is None and period is None and 1000 <= least <= largest <= 3000:
+        # As seconds, all of them would fall into half an hour of 1970.
+        problem = (
+            "look like years. Make it numeric or bucketized, write dates such as 1999-01-31, or "
+            "set timestamp_unit to s if they are seconds."
         )
-    usual = max(counts, key=lambda name: (counts[name], name == own))
-    if usual != own:
+    elif unit is None and num_dates * 2 > sum(counts.values()):
+        problem = (
+            "look like dates (YYYYMMDD). Write them as 2024-01-31, or set timestamp_unit to s if "
+            "they are seconds."
+        )
+    elif usual != expected:
+        problem = (
+            f"must be UTC in {_UNIT_NAMES[expected]} and look like {_UNIT_NAMES[usual]}. Set "
+            f"timestamp_unit to {usual}."
+        )
+    if problem:
         raise DataError(
-            f"{raw.source.column(column)} holds {rows}, which must be UTC in {_UNIT_NAMES[own]} "
-            f"and look like {_UNIT_NAMES[usual]}. Set timestamp_unit to {usual}.",
-            setting="timestamp_unit",
+            f"{raw.source.column(column)} holds numbers from {least:.0f} to {largest:.0f} "
+            f"({raw.num_rows} rows), which {problem}",
+            "timestamp_unit",
         )
     if period is None:
         return
     first, end = (moment.timestamp() * 1e6 for moment in period)
+    # A number that is a possible time in another unit only is a row from another program.
     is_within = {
         name: (number * factor >= first) & (number * factor < end)
         for name, factor in _MICROSECONDS.items()
     }
-    others = [is_so for name, is_so in is_within.items() if name != own]
-    rule = rules.TIME_IN_ANOTHER_UNIT.filled(unit=_UNIT_NAMES[own])
-    raw.fault(column, ~is_within[own] & ibis.or_(*others), rule)
+    is_other = ibis.or_(*(is_so for name, is_so in is_within.items() if name != expected))
+    rule = rules.TIME_IN_ANOTHER_UNIT.filled(unit=_UNIT_NAMES[expected])
+    raw.fault(column, ~is_within[expected] & is_other, rule)
 
 
 def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:
@@ -188,20 +208,6 @@ def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.Time
     if value.type().is_integer():
         return _from_microseconds(value.cast("int64") * int(factor))
     return _from_microseconds((value.cast("float64") * factor).round().cast("int64"))
-
-
-def refuse_years(raw: RawTable, time: ir.TimestampValue, column: str) -> None:
-    """Refuses years read as seconds, which all fall into half an hour of 1970."""
-    ends = raw.aggregate(first=time.min(), last=time.max()).values()
-    first, last = (int(end.timestamp()) if end is not None else 0 for end in ends)
-    if first >= 1000 and last <= 3000:
-        raise DataError(
-            f"{raw.source.column(column)} holds numbers from {first} to {last} "
-            f"({raw.num_rows} rows), which look like years. Make it numeric or "
-            "bucketized, write dates such as 1999-01-31, or set timestamp_unit to s if they are "
-            "seconds.",
-            setting="timestamp_unit",
-        )
 
 
 def is_integer_text(value: ir.StringValue) -> ir.BooleanValue:
@@ -218,6 +224,7 @@ def is_integer(raw: RawTable, column: str) -> bool:
     dtype = raw.table[column].type()
     if dtype.is_string():
         return raw.is_text and _read_text(raw, column)[1]
+    # An unsigned id may exceed int64; then all of them become text.
     return not dtype.is_uint64() or not raw.has(raw.table[column] > np.iinfo(np.int64).max)
 
 
@@ -242,10 +249,14 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
 
 
 def to_required_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
-    """Converts ids that each row must have to int64 or string; see `id_faults`."""
+    """Converts ids that each row must have to int64 or string.
+
+    A missing id is a fault, and so is the reserved one of empty slots, -1 or "".
+    """
     value = to_id(raw, column, as_integer=as_integer)
-    for fault in id_faults(column, value):
-        raw.fault(*fault[:3])
+    reserved = -1 if value.type().is_int64() else ""
+    raw.fault(column, value.isnull(), rules.NO_ID)
+    raw.fault(column, value == reserved, rules.RESERVED_ID.filled(reserved=reserved))
     if raw.is_text and not as_integer:
         raw.fault(column, value.contains("\n"), rules.ID_OF_LINES)
     return value
@@ -262,6 +273,7 @@ def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "flo
     if to == "int64":  # DuckDB would round 1.5 silently.
         converted = value.try_cast("int64")
         is_number &= (number == converted).fill_null(False)
+    # NaN is how programs that lack a null write one, so it is no fault.
     is_missing = value.isnull() | number.isnan().fill_null(False)
     rule = rules.NOT_INT64 if to == "int64" else rules.NOT_FLOAT32
     raw.fault(column, ~is_missing & ~is_number, rule)
@@ -274,6 +286,7 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
     if value.type().is_boolean():
         return value
     # In a typed table, a column without any value has the type string.
+    # In CSV an outcome may be written as text; in a typed table, text is something else.
     may_be_text = raw.is_text or not raw.has(value.notnull())
     if not (value.type().is_numeric() or (value.type().is_string() and may_be_text)):
         raise raw.wrong_type(
@@ -307,12 +320,7 @@ def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
     def read(what: Literal["id", "number", "time"]) -> ir.Value:
         if what == "id":
             return to_id(raw, name, as_integer=is_integer(raw, name))
-        if what == "number":
-            return to_number(raw, name)
-        moment = to_timestamp(raw, name, reading)
-        if reading.timestamp_unit is None:
-            refuse_years(raw, moment, name)
-        return moment
+        return to_number(raw, name) if what == "number" else to_timestamp(raw, name, reading)
 
     return TableColumn(
         place=raw.source.column(name),
@@ -331,6 +339,7 @@ def type_features(
     raw: RawTable, columns: dict[str, ir.Value], features: Mapping[str, str], reading: Reading
 ) -> None:
     """Types feature columns; unusable values will be missing ones."""
+    # A bad feature costs a value, not the event: faults from here on make it a missing one.
     num_others = len(raw.faults)
     for name, kind in features.items():
         columns[name] = KINDS[kind].read(feature_column(raw, name, reading))
@@ -341,12 +350,13 @@ def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
     """Cleans text ids (white space, ".0", words for none); says whether all are int64."""
     if column not in raw.texts:
         value = raw.table[column]
+        # A column of integers with a missing value is written as floats by pandas: 7.0 is 7.
         text = value.re_replace(WHOLE_FLOAT, r"\1").strip()
         cleaned = text.isin(NO_ID).ifelse(ibis.null("string"), text)
         is_unclean = (value != value.strip()) | value.endswith(".0") | value.isin(NO_ID)
-        found = raw.aggregate(other=(~is_integer_text(value)).any(), unclean=is_unclean.any())
-        is_other = found["other"]
-        if is_other and found["unclean"]:
+        counts = raw.aggregate(other=(~is_integer_text(value)).any(), unclean=is_unclean.any())
+        is_other = counts["other"]
+        if is_other and counts["unclean"]:
             value, is_other = cleaned, raw.has(~is_integer_text(cleaned))
         raw.texts[column] = value, not is_other
     return raw.texts[column]

@@ -1,7 +1,4 @@
-"""The engines of tables: DuckDB in this process, or Spark.
-
-Both take the same Ibis expressions; this module hides their differences.
-"""
+"""DuckDB, in which logs and samples are made; Spark, from which tables of a log may come."""
 
 import contextlib
 import fcntl
@@ -20,13 +17,11 @@ from ibis.backends.duckdb import Backend as DuckDB
 from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.durable import StorageError, naming, part_files
+from tfrs_pipeline.durable import StorageError, naming
 from tfrs_pipeline.messages import printable
 
-_SPARK = "pyspark"
 # Mark temporary folders. A run's folder may have such a name, but has no such lock.
 _PREFIX, _LOCK = "tfrs-pipeline-", "tables.lock"
-ENGINES = ("duckdb", _SPARK)
 
 
 def connect(memory_limit: str | None = None) -> DuckDB:
@@ -42,6 +37,7 @@ def connect(memory_limit: str | None = None) -> DuckDB:
     )
     # Finalizers run in reverse order, so the lock is held until the folder is gone.
     weakref.finalize(connection, os.close, lock)
+    # Not with the process: a notebook may open many logs.
     weakref.finalize(connection, shutil.rmtree, folder, ignore_errors=True)
     shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
     if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and cannot even be set.
@@ -56,6 +52,7 @@ def _own_folder() -> tuple[Path, int]:
         with contextlib.suppress(OSError), left.open("rb+") as opened:  # Held, or another user's.
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent, ignore_errors=True)
+    # A folder of its own for each connection: DuckDB locks its file against other processes.
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     # Renamed once held, so that no other process takes it for an abandoned lock.
     lock = os.open(folder / "new.lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -91,41 +88,15 @@ def connect_spark(master: str | None = None) -> Any:
     return ibis.pyspark.connect(builder.getOrCreate())
 
 
-def open_parquet(backend: Any, path: Path) -> ibis.Table:
-    """Opens a Parquet file, or a folder of part files; the path is never a pattern."""
-    if backend.name == _SPARK:
-        table = backend.read_parquet(path.absolute().as_uri())
-        # Ibis does not see that the times are in UTC.
-        times = [name for name, dtype in table.schema().items() if dtype.is_timestamp()]
-        return table.cast({name: "timestamp('UTC', 6)" for name in times})
-    return backend.read_parquet([glob.escape(str(file)) for file in part_files(path) or [path]])
+def open_parquet(connection: DuckDB, path: Path) -> ibis.Table:
+    """Opens a Parquet file without reading it; the path is never a pattern."""
+    return connection.read_parquet(glob.escape(str(path)))
 
 
 def write_parquet(table: ibis.Table, path: Path) -> None:
-    """Writes a table in its order: DuckDB writes a file, Spark a folder of part files."""
-    remove(path)
-    backend = table.get_backend()
-    if backend.name != _SPARK:
-        with naming(path, duckdb.IOException):
-            table.to_parquet(path)
-        return
-    # Other readers see no time zone in Spark's default type, INT96.
-    backend.raw_sql("SET spark.sql.parquet.outputTimestampType = TIMESTAMP_MICROS")
-    table.to_parquet(path.absolute().as_uri())
-
-
-def replace(new: Path, path: Path) -> None:
-    """Moves what `write_parquet` wrote to a path, replacing what is there."""
-    if new.is_dir() or path.is_dir():  # Spark writes folders. A file is replaced in one step.
-        remove(path)
-    os.replace(new, path)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, or a folder with its contents, if there is one."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    """Writes a table in its order, over a file that may be there."""
+    with naming(path, duckdb.IOException):
+        table.to_parquet(path)
 
 
 def check_stored(error: Exception) -> None:
@@ -148,7 +119,7 @@ def check_stored(error: Exception) -> None:
 
 
 def random_key(*values: ir.Value, seed: int) -> ir.StringValue:
-    """Hashes integers or strings alike in every engine: 12 hexadecimal digits, fast in DuckDB."""
+    """Hashes integers or strings to 12 hexadecimal digits, the same in every version and thread."""
     text = ibis.literal(str(seed))
     for value in values:
         text = text + ":" + value.cast("string")

@@ -4,8 +4,18 @@ import re
 from collections.abc import Iterable
 
 NAMES = (
-    *("event", "event_type", "event_name", "action", "action_type", "behavior", "behavior_type"),
-    *("behaviour", "behaviour_type", "interaction", "interaction_type", "activity"),
+    "event",
+    "event_type",
+    "event_name",
+    "action",
+    "action_type",
+    "behavior",
+    "behavior_type",
+    "behaviour",
+    "behaviour_type",
+    "interaction",
+    "interaction_type",
+    "activity",
 )
 """Usual names of a column of event types."""
 
@@ -35,7 +45,12 @@ def are_types(values: Iterable[str]) -> bool:
 
 
 def suggested(types: Iterable[str]) -> str:
-    """Suggests weights for types by their names; a view is an exposure if there are clicks."""
+    """Suggests weights for types by their names; a view is an exposure if there are clicks.
+
+    Example:
+        >>> suggested(["view", "click", "purchase"])
+        'purchase=5 click=1 view=exposed'
+    """
     meanings = {
         name: next((of for part, of in _USUAL.items() if part in name.lower()), "")
         for name in types

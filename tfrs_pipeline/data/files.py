@@ -7,7 +7,7 @@ import glob
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -49,36 +49,17 @@ class Scan:
     rejects: str = ""
     is_stream: bool = False
 
-    def first_rows(self, columns: Sequence[str], num: int) -> pa.Table:
-        """Reads a few rows, which `load` reads again; reads none of a stream."""
+    def fetch(
+        self,
+        columns: Sequence[str],
+        query: Callable[[duckdb.DuckDBPyRelation], duckdb.DuckDBPyRelation],
+    ) -> list[tuple[Any, ...]]:
+        """Returns the rows of a query on columns, which `load` reads again; none of a stream."""
         if self.is_stream or not columns:
-            return pa.table({})
-        with self._reading():
-            rows = self.open(list(columns)).project(", ".join(map(_name, columns))).limit(num)
-            rows = rows.to_arrow_table()
-        plain = [pa.field(column.name, _plain(column.type)) for column in rows.schema]
-        return rows.cast(pa.schema(plain))
-
-    def holding(self, columns: Sequence[str], words: Collection[str]) -> list[str]:
-        """Names columns that hold one of `words` in any row, ignoring case; null counts as ""."""
-        if not columns:
-            return []
-        listed = ", ".join(map(_quote, words))
-        tests = ", ".join(f"bool_or(lower({_text(x)}) IN ({listed}))" for x in columns)
-        with self._reading():
-            found = self.open(list(columns)).aggregate(tests).fetchone() or ()
-        return [column for column, is_found in zip(columns, found, strict=True) if is_found]
-
-    def values(self, column: str, num: int) -> list[str]:
-        """Returns up to `num` distinct values of a column in any row, as stripped text, sorted.
-
-        Null counts as "". Reads none of a stream, which can be read only once.
-        """
-        if self.is_stream:
             return []
         with self._reading():
-            rows = self.open([column]).project(_text(column)).distinct().limit(num).fetchall()
-        return sorted(value for (value,) in rows)
+            rows = self.open(list(columns)).project(", ".join(map(quoted, columns)))
+            return query(rows).fetchall()
 
     def load(self, names: Mapping[str, str]) -> RawTable:
         """Reads columns, once, and counts broken lines; `names` maps new names to those here."""
@@ -89,7 +70,7 @@ class Scan:
                 "columns",
             )
         table = ibis.util.gen_name("raw")
-        columns = [f"{_name(column)} AS {_name(name)}" for name, column in names.items()]
+        columns = [f"{quoted(column)} AS {quoted(name)}" for name, column in names.items()]
         # A row number without ORDER BY follows the order of the scan, on one thread.
         projection = ", ".join([*columns, "row_number() OVER () - 1 AS _row"])
         with self._reading():
@@ -119,16 +100,17 @@ class Scan:
             f"SELECT line, file_path, error_type, error_message FROM {self.rejects} "
             f"JOIN {self.rejects}_files USING (scan_id, file_id) ORDER BY file_path, line"
         )
-        found = self.connection.con.sql(sql).fetchall() if self.rejects else []
-        for line, path, kind, message in found:
+        faults = self.connection.con.sql(sql).fetchall() if self.rejects else []
+        for line, path, kind, message in faults:
+            # How many rows such a line hides is not known, so it cannot be counted as dropped.
             if kind not in _SEPARATE:
                 reason = f"{message} (line {line})"
                 raise DataError(f"{path} cannot be read: {printable(reason, 300)} {LINES_REMEDY}")
-        if not found:
+        if not faults:
             return []
-        line, path, _, message = found[0]
+        line, path, _, message = faults[0]
         where = f"first: line {line} of {Path(path).name}"
-        num_lines = len({(path, line) for line, path, _, _ in found})
+        num_lines = len({(path, line) for line, path, _, _ in faults})
         return [Dropped(f"unreadable line: {printable(message, 60)} ({where})", num_lines)]
 
 
@@ -155,6 +137,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
                 return connection.con.from_arrow(rows.to_pyarrow_batches())
 
             return Scan(connection, name, source.columns, open_table)
+        # A stream stays one: it may be larger than memory, and can be read only once.
         is_stream = isinstance(source, pa.RecordBatchReader)
         arrow = source if is_stream else _plain_table(pa.table(source))
         _check_names(name, arrow.schema.names)
@@ -192,10 +175,14 @@ def _plain_table(table: pa.Table) -> pa.Table:
 def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens CSV files in the given order, with all columns as text."""
     header, delimiter = _read_header(path, paths)
-    types, rejects = ", ".join(f"{_quote(x)}: 'VARCHAR'" for x in header), ibis.util.gen_name("bad")
+    types, rejects = (
+        ", ".join(f"{_quote(x)}: 'VARCHAR'" for x in header),
+        ibis.util.gen_name("bad"),
+    )
     # With "auto", DuckDB takes a "?" in a file name as its end.
     are_zipped = {_is_zipped(path) for path in paths}
     compression = "auto" if len(are_zipped) > 1 else "gzip" if True in are_zipped else "none"
+    # Without detection: a guess from the first rows would take 007 for 7. The types come later.
     relation = connection.con.sql(
         f"SELECT * FROM read_csv({_quote_all(paths)}, columns={{{types}}}, "
         f"delim={_quote(delimiter)}, header=true, auto_detect=false, quote='\"', escape='\"', "
@@ -217,6 +204,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 "Parquet."
             ) from error
         _check_names(each, schema.names, _folders(path, each))
+        # Dictionaries and large strings are ways to store a type, not other types.
         schema = pa.schema([pa.field(column.name, _plain(column.type)) for column in schema])
         of_all = schema if of_all is None else of_all
         # Otherwise columns that the first file lacks would silently be left out.
@@ -226,6 +214,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 f"{printable(', '.join(odd), 200)}. Give the files of a folder the same columns."
             )
         try:
+            # Permissive: a column without a value, or of integers in some files, is no other type.
             of_all = pa.unify_schemas([of_all, schema], promote_options="permissive")
         except pa.ArrowException as error:
             raise DataError(
@@ -237,7 +226,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
     # By name, a column gets a type that fits the values of all files, not the first file's type.
     rows = f"read_parquet({_quote_all(paths)}, union_by_name=true, {hive})"
     # A column without any value has no type and would become integers; see `_plain_table`.
-    names = [_name(column.name) for column in of_all if pa.types.is_null(column.type)]
+    names = [quoted(column.name) for column in of_all if pa.types.is_null(column.type)]
     as_text = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in names)
     replaced = f"REPLACE ({as_text})" if names else ""
     relation = connection.con.sql(f"SELECT * {replaced} FROM {rows}")
@@ -283,10 +272,11 @@ def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str
 def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = ()) -> DataError:
     check_stored(error)
     # Only the first line: the others name options of DuckDB's reader, which are not settings here.
+    # DuckDB's own reason, shortened: it says what is wrong, and the remedy says what to do.
     reason = printable(str(error).strip().partition("\n")[0], 300)
     if "invalid state" in reason:  # DuckDB's words for mixed line endings, without a line number.
-        found = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
-        reason = f"{next(found, 'a line')} has another line ending than the header."
+        lines = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
+        reason = f"{next(lines, 'a line')} has another line ending than the header."
     remedy = f" {LINES_REMEDY}" if csv_files else ""
     return DataError(f"{name} cannot be read: {reason}{remedy}")
 
@@ -308,6 +298,7 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
             raise denied(each)
     csv = [each for each in paths if each.name.lower().endswith(_CSV_SUFFIXES)]
     parquet = [each for each in paths if each.name.lower().endswith((".parquet", ".pq"))]
+    # The kind of most files is what the folder is meant to hold; the others are named.
     usual = max(csv, parquet, key=len)
     odd = sorted({*paths} - {*usual})
     if odd or not paths:
@@ -341,6 +332,7 @@ def _files_below(path: Path) -> list[Path]:
             seen.add(real)
         folders[:] = [name for name in folders if name in new]
         files += [Path(folder, name) for name in names if name in new]
+    # Here, because DuckDB's message would not say that it is a link.
     for file in files:
         check_exists(file)
     return sorted(files)
@@ -371,6 +363,7 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
                 f"{path} has another header than {paths[0].name}: {other}, not {first}. Give the "
                 "files of a folder the same columns."
             )
+    # Names of columns rarely hold delimiters, as values do, so the header alone decides.
     delimiter = max(",;\t|", key=lines[0].count)
     try:
         header = [name.strip() for name in next(csv.reader([lines[0]], delimiter=delimiter))]
@@ -408,12 +401,14 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     return (gzip.open if _is_zipped(path) else open)(path, "rb")
 
 
-def _name(column: str) -> str:
+def quoted(column: str) -> str:
+    """Returns the name of a column for SQL."""
     return '"' + column.replace('"', '""') + '"'
 
 
-def _text(column: str) -> str:
-    return f"coalesce(trim(CAST({_name(column)} AS VARCHAR)), '')"
+def text_of(column: str) -> str:
+    """Returns the SQL for the stripped text of a column, "" where it is null."""
+    return f"coalesce(trim(CAST({quoted(column)} AS VARCHAR)), '')"
 
 
 def _quote(text: str) -> str:

@@ -1,10 +1,10 @@
 """The queries of an evaluation, and the items that they should find."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import ibis
 import ibis.expr.types as ir
@@ -14,7 +14,12 @@ import pyarrow as pa
 from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.ids import as_id_array
-from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
+from tfrs_pipeline.data.requests import (
+    at_request,
+    query_start,
+    whole_seconds,
+    with_num_before,
+)
 from tfrs_pipeline.data.schema import DataError, Stage, is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
@@ -170,23 +175,27 @@ def make_holdout(
     """
     asked = split.filter((split["part"] == part) & is_positive(split))
     users, num_queries = _draw_users(asked, by, max_queries, seed)
-    rows = _read_events(split.semi_join(users, "user_id"), part, by, log.request_features)
+    rows = _read_events(split.semi_join(users, "user_id"), part, by, log)
     if rows.num_rows == 0:
         without = " In Python, split.train and split.test do not need it."
         raise DataError(
             f"The {part} part has no positive. Give split.{part} a larger share or an earlier "
             f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
+    # Lists of different lengths are cut in NumPy: DuckDB would hold them in memory.
     events = _Events.of(rows)
-    queries = [*(_of_users(events) if by == "users" else _of_requests(events, log.ties, by))]
-    first = np.array([query.targets[0] for query in queries])
-    ids, is_positive_row, is_tied = events.item_ids, events.is_positive, events.is_tied()
-    tied_ids = (ids[query.targets[is_tied[query.targets]]] for query in queries)
+    queries = [*(_by_user(events) if by == "users" else _by_request(events, by))]
+    target_rows, rows_before = zip(*queries, strict=True)
+    history_rows = [events.history(*query) for query in queries]
+    first = np.array([query_rows[0] for query_rows in target_rows])
+    ids, is_tied = events.item_ids, events.is_tied()
+    clicked_before = (before[events.is_positive[before]] for before in rows_before)
     times: dict[str, Any] = {}
     if "timestamp" in split.columns:
         seconds = rows["_seconds"].to_numpy()
-        history_times = [seconds[query.history] for query in queries]
+        history_times = [seconds[history] for history in history_rows]
         times = {"history_times": history_times, "times": seconds[first]}
+    # Popularity as the model could know it: the future is not counted.
     positives = trained_on.events.filter(is_positive)
     candidate_ids, counts = _count_candidates(log.items, positives, count=positives.count())
     shown = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
@@ -197,11 +206,11 @@ def make_holdout(
     requests = rows.select([*log.request_features]).take(first).to_pylist()
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
-        histories=[ids[query.history] for query in queries],
-        relevant=[np.unique(ids[query.targets]) for query in queries],
-        num_tied=[len(np.unique(tied)) for tied in tied_ids],
-        clicked=[np.unique(ids[q.before[is_positive_row[q.before]]]) for q in queries],
-        seen=[np.unique(ids[query.before]) for query in queries],
+        histories=[ids[history] for history in history_rows],
+        relevant=[np.unique(ids[targets]) for targets in target_rows],
+        num_tied=[len(np.unique(ids[targets[is_tied[targets]]])) for targets in target_rows],
+        clicked=[np.unique(ids[before]) for before in clicked_before],
+        seen=[np.unique(ids[before]) for before in rows_before],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
@@ -213,48 +222,52 @@ def make_holdout(
 
 
 def _draw_users(
-    asked: ibis.Table, by: schema.AskedBy, max_queries: int | None, seed: int
+    targets: ibis.Table, by: schema.AskedBy, max_queries: int | None, seed: int
 ) -> tuple[ibis.Table, int | None]:
     """Draws users until they have `max_queries` queries or more; takes all users if too few.
 
     Returns the users, and how many queries there were to draw from; None if all are taken.
     """
-    num: ir.Scalar = asked.count() if by == "requests" else ibis.literal(1)
-    if by == "requests" and "request_id" in asked.columns:
-        num = asked["request_id"].nunique() + asked["request_id"].isnull().sum()
-    users = asked.group_by("user_id").agg(_num=num)
+    num: ir.Scalar = targets.count() if by == "requests" else ibis.literal(1)
+    if by == "requests" and "request_id" in targets.columns:
+        num = targets["request_id"].nunique() + targets["request_id"].isnull().sum()
+    users = targets.group_by("user_id").agg(_num=num)
     num_queries = 0 if max_queries is None else users["_num"].sum().to_pyarrow().as_py() or 0
     if max_queries is None or num_queries <= max_queries:
         return users.select("user_id"), None
+    # Whole users, because a query needs all events of its user.
     drawn = [random_key(users["user_id"], seed=seed), users["user_id"]]
     so_far = users["_num"].sum().over(ibis.cumulative_window(order_by=drawn))
     users = users.mutate(_before=so_far - users["_num"])
     return users.filter(users["_before"] < max_queries).select("user_id"), num_queries
 
 
-def _read_events(
-    split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, request_features: Mapping[str, str]
-) -> pa.Table:
+def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, log: Any) -> pa.Table:
     """Reads the targets, and the events that a query may know, by user and in order."""
     is_target = (split["part"] == part) & is_positive(split)
     was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
     before = (*_PARTS_BEFORE[part], *([] if by == "users" else [part]))
-    known = {"_is_positive": is_positive(split), "_is_target": is_target}
-    time = split["event_number"]
-    if "timestamp" in split.columns:
-        time = split["timestamp"]
-        known["_seconds"] = whole_seconds(time)
-    known["_time"], (known["_start"], known["_first"]) = time, query_start(split, time)
     has_requests = "request_id" in split.columns
-    known["_request"] = split["request_id"] if has_requests else ibis.null("int64")
-    known |= at_request(split, request_features)
-    return (
-        split.mutate(**known)
-        .filter(is_target | (split["part"].isin(before) & was_shown))
-        .order_by(["user_id", *order_keys(split)])
-        .select("user_id", "item_id", "event_number", *known)
-        .to_pyarrow()
-    )
+    known = {
+        "_is_positive": is_positive(split),
+        "_is_target": is_target,
+        "_request": split["request_id"] if has_requests else ibis.null("int64"),
+        **at_request(split, log.request_features),
+    }
+    if "timestamp" in split.columns:
+        known["_seconds"] = whole_seconds(split["timestamp"])
+    time = split[order_keys(split)[0]]
+    start, first = query_start(split, time)
+    rows = split.mutate(**known, _time=time, _start=start, _first=first)
+    rows = rows.filter(is_target | (split["part"].isin(before) & was_shown))
+    rows = rows.select("user_id", "item_id", "event_number", "_time", "_start", "_first", *known)
+    if by != "users":
+        names = {"query_time": "_start", "query_number": "_first"}
+        queries = rows.filter("_is_target").select("user_id", "event_number", **names)
+        events = rows.rename(time="_time")
+        counts = with_num_before(queries, events, "user_id", log.ties, "_num_before")
+        rows = rows.left_join(counts.select("event_number", "_num_before"), "event_number")
+    return rows.order_by(["user_id", "_time", "event_number"]).to_pyarrow()
 
 
 @dataclass(frozen=True)
@@ -266,84 +279,71 @@ class _Events:
     is_positive: np.ndarray
     is_target: np.ndarray
     requests: np.ndarray  # Number of the request; -1 for none.
-    moments: np.ndarray  # [num_events, 2]: time and event number.
-    starts: np.ndarray  # [num_events, 2]: those of the first event of the request.
+    times: np.ndarray  # Or event numbers, in a log without timestamps.
+    num_before: np.ndarray | None  # Of targets: events of the user before their request.
 
     @classmethod
     def of(cls, rows: pa.Table) -> "_Events":
         requests = rows["_request"].combine_chunks().dictionary_encode().indices
-
-        def pairs(*names: str) -> np.ndarray:
-            return np.stack([rows[name].to_numpy().astype(np.int64) for name in names], axis=1)
-
+        has_queries = "_num_before" in rows.column_names
         return cls(
             np.unique(rows["user_id"].to_numpy(), return_inverse=True)[1],
             rows["item_id"].to_numpy(),
             rows["_is_positive"].to_numpy(),
             rows["_is_target"].to_numpy(),
             requests.fill_null(-1).to_numpy(),
-            pairs("_time", "event_number"),
-            pairs("_start", "_first"),
+            rows["_time"].to_numpy(),
+            rows["_num_before"].fill_null(0).to_numpy() if has_queries else None,
         )
+
+    def history(self, targets: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """Returns which rows `before` a query are its history: positives of other requests."""
+        # The clicks of the request itself are not known yet when it is made.
+        request = self.requests[targets[0]]
+        is_same = (self.requests[before] == request) & (request >= 0)
+        return before[self.is_positive[before] & ~is_same]
 
     def is_tied(self) -> np.ndarray:
         """Marks events at whose time their user has two positives or more: [num_events] bool."""
-        times = self.moments[:, 0]
-        is_new = (self.users[1:] != self.users[:-1]) | (times[1:] != times[:-1])
+        is_new = (np.diff(self.users) != 0) | (self.times[1:] != self.times[:-1])
         moment = np.cumsum(np.append(False, is_new))
         return np.bincount(moment, self.is_positive)[moment] > 1
 
 
-class _Asked(NamedTuple):
-    """A query, as places of events: its targets, what was shown before it, and its history."""
-
-    targets: np.ndarray
-    before: np.ndarray
-    history: np.ndarray
-
-
-def _of_users(events: _Events) -> Iterator[_Asked]:
-    """Yields a query for each user: all targets, and what was shown before the cut."""
+def _by_user(events: _Events) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the rows of each user's query: all targets, and what was shown before the cut."""
     ends = np.flatnonzero(np.diff(events.users, append=-1)) + 1
-    for places in np.split(np.arange(ends[-1]), ends[:-1]):
-        is_target = events.is_target[places]
-        targets, before = places[is_target], places[~is_target]
-        own = events.requests[targets[0]]
-        is_own = (events.requests[before] == own) & (own >= 0)
-        yield _Asked(targets, before, before[events.is_positive[before] & ~is_own])
+    for rows in np.split(np.arange(ends[-1]), ends[:-1]):
+        is_target = events.is_target[rows]
+        yield rows[is_target], rows[~is_target]
 
 
-def _of_requests(events: _Events, ties: schema.TieRule, by: schema.AskedBy) -> Iterator[_Asked]:
-    """Yields a query for each request (or each user's first or last one) with targets."""
+def _by_request(events: _Events, by: schema.AskedBy) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the rows of each request's query, or of each user's first or last request alone."""
+    assert events.num_before is not None
     targets = np.flatnonzero(events.is_target)
-    # Events and queries on one timeline; a query comes before events at the same place.
-    moments = np.concatenate([events.starts[targets], events.moments])
-    users = np.concatenate([events.users[targets], events.users])
-    is_event = np.arange(len(users)) >= len(targets)
-    numbers = np.zeros(len(users)) if ties == "drop" else moments[:, 1]
-    line = np.lexsort([is_event, numbers, moments[:, 0], users])
-    num_before = np.empty(len(users), np.int64)
-    num_before[line] = np.cumsum(is_event[line])
+    users, num_before = events.users[targets], events.num_before[targets]
     # A target without a request is a separate query.
-    requests = events.requests[targets]
-    requests = np.where(requests < 0, -1 - targets, requests)
-    keys = np.stack([events.users[targets], num_before[: len(targets)], requests])
+    requests = np.where(events.requests[targets] < 0, -1 - targets, events.requests[targets])
+    keys = np.stack([users, num_before, requests])
     order = np.lexsort([targets, *keys[::-1]])
     is_next = np.any(np.diff(keys[:, order], axis=1), axis=0)
-    is_change = np.diff(events.users[targets]) > 0
-    is_first, is_last = np.append(True, is_change), np.append(is_change, True)
-    for own in np.split(order, np.flatnonzero(is_next) + 1):
-        if not {"first_request": is_first[own[0]], "last_request": is_last[own[-1]]}.get(by, True):
+    is_change = np.diff(users) > 0
+    ends = {"first_request": np.append(True, is_change), "last_request": np.append(is_change, True)}
+    for positions in np.split(order, np.flatnonzero(is_next) + 1):
+        # A user's first request has the user's first target, the last request the last one.
+        if by in ends and not ends[by][positions[0 if by == "first_request" else -1]]:
             continue
-        start = np.searchsorted(events.users, events.users[targets[own[0]]])
-        before = np.arange(start, num_before[own[0]])
-        yield _Asked(targets[own], before, before[events.is_positive[before]])
+        start = np.searchsorted(events.users, users[positions[0]])
+        before = np.arange(start, start + num_before[positions[0]])
+        yield targets[positions], before
 
 
 def _count_candidates(
     items: ibis.Table, table: ibis.Table, **numbers: ir.Scalar
 ) -> Iterator[np.ndarray]:
     """Yields the ids of all items, ascending, and each aggregate of their rows in `table`."""
+    # Every item is a candidate, clicked or not, as in service.
     counts = table.group_by("item_id").agg(**numbers)
     candidates = (
         items.select("item_id")  # An item feature may be called count too.

@@ -46,10 +46,11 @@ class Ids:
         values = values.ravel() if isinstance(values, np.ndarray) else list(values)
         if not self.are_text:
             array = np.asarray(values)
+            # Sorted numbers take a fraction of a dictionary's memory, and are as fast for many ids.
             if array.dtype.kind == "i":
-                places = np.minimum(np.searchsorted(self._sorted, array), len(self) - 1)
-                is_known = self._sorted[places] == array
-                return np.where(is_known, self._sorted_rows[places], np.int32(0))
+                positions = np.minimum(np.searchsorted(self._sorted, array), len(self) - 1)
+                is_known = self._sorted[positions] == array
+                return np.where(is_known, self._sorted_rows[positions], np.int32(0))
         # Strings, or values some of which are not ids at all.
         listed = values.tolist() if isinstance(values, np.ndarray) else values
         return np.fromiter(map(self._row_of.get, listed, itertools.repeat(0)), np.int32)
@@ -112,10 +113,10 @@ def are_listed(rows: np.ndarray, lists: Iterable[np.ndarray], highest: int) -> n
 
     Lists hold rows up to `highest`, in any order.
     """
-    found = np.zeros(rows.shape, bool)
+    marks = np.zeros(rows.shape, bool)
     is_in_list = np.zeros(highest + 1, bool)  # Shared by all lines: lists are short, a corpus long.
-    for found_of_line, of_line, listed in zip(found, rows, lists, strict=True):
+    for line_marks, line_rows, listed in zip(marks, rows, lists, strict=True):
         is_in_list[listed] = True
-        found_of_line[:] = is_in_list[of_line]
+        line_marks[:] = is_in_list[line_rows]
         is_in_list[listed] = False
-    return found
+    return marks

@@ -1,35 +1,59 @@
 """A log: what happened, to which items, for which users."""
 
 import dataclasses
+import functools
+import os
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import ibis
 import numpy as np
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data import requests, schema
-from tfrs_pipeline.data.contract import check_engine, check_entities, check_events
-from tfrs_pipeline.data.engines import connect, open_parquet, replace, write_parquet
+from tfrs_pipeline.data.engines import connect, open_parquet, write_parquet
+from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.requests import check_names, check_request_features
 from tfrs_pipeline.data.schema import is_positive
 from tfrs_pipeline.data.settings import Reading, SplitConfig
-from tfrs_pipeline.data.split import Split, split_events
-from tfrs_pipeline.data.tables import make_tables, settle_ties
-from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
+from tfrs_pipeline.data.split import COLUMN_PARTS, PARTS, split_events
+from tfrs_pipeline.data.tables import make_tables
+from tfrs_pipeline.durable import read_record, refuse_others, write_record
 from tfrs_pipeline.messages import Lines, counted
 from tfrs_pipeline.settings import ConfigError
 
+_MUCH = 0.02  # A part's share that differs by more from what was asked for is mentioned.
 # Table -> the column that its rows are ordered by in a file.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+_NUMBERED = (
+    "It is a distinct int64 for each event, in their order: number the events once, such as by "
+    "row_number() OVER (ORDER BY timestamp), and store it."
+)
+# Column that an event table of `Log.from_ibis` must have -> what to do without it.
+_REQUIRED = {
+    "event_number": _NUMBERED,
+    "stage": f"It is one of {', '.join(schema.Stage)}; in a log of clicks alone, always 'clicked'.",
+}
 # With this many positives, a hundredth with more than this share of the weight is mentioned.
 _MANY, _MUCH_WEIGHT = 200, 0.5
+
+
+class LogOptions(TypedDict, total=False):
+    """The keyword arguments of `Log.from_files`, which explains them."""
+
+    items: Any
+    users: Any
+    item_features: Mapping[str, str] | None
+    user_features: Mapping[str, str] | None
+    request_features: Mapping[str, str] | None
+    reading: Reading | None
+    connection: DuckDB | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,74 +166,68 @@ class Log:
         features = schema.checked_kinds(item_features, user_features, request_features)
         reading = reading or Reading()
         began, connection = datetime.now(UTC), connection or connect()
-        tables, found = make_tables(connection, path, items, users, features, reading)
-        found |= {"is_ordered": reading.is_ordered, "reading": reading, "items_read": began}
-        return cls(*tables, *features, **found)
+        tables, about = make_tables(connection, path, items, users, features, reading)
+        about |= {"is_ordered": reading.is_ordered, "reading": reading, "items_read": began}
+        return cls(*tables, *features, **about)
 
     @classmethod
-    def from_table(
-        cls,
-        events: Any,
-        *,
-        items: Any = None,
-        users: Any = None,
-        item_features: Mapping[str, str] | None = None,
-        user_features: Mapping[str, str] | None = None,
-        request_features: Mapping[str, str] | None = None,
-        reading: Reading | None = None,
-        connection: DuckDB | None = None,
-    ) -> "Log":
+    def from_table(cls, events: Any, **options: Unpack[LogOptions]) -> "Log":
         """Makes a log from tables in memory, or in another engine; see `from_files` for arguments.
 
         `events`, `items` and `users` are pandas DataFrames, pyarrow Tables, Ibis tables of any
-        backend, or other Arrow-compatible tables. Their rows are copied (`from_ibis` does not). The
-        row order becomes `event_number`: order an Ibis table first (`table.order_by("time")`),
+        backend, or other Arrow-compatible tables. Their rows are copied. The row
+        order becomes `event_number`: order an Ibis table first (`table.order_by("time")`),
         since engines keep no order.
         """
         if isinstance(events, str | Path):
             raise TypeError(f"A path is for Log.from_files. Received: {events!r}.")
-        return cls.from_files(
-            events,
-            items=items,
-            users=users,
-            item_features=item_features,
-            user_features=user_features,
-            request_features=request_features,
-            reading=reading,
-            connection=connection,
-        )
+        return cls.from_files(events, **options)
 
     @classmethod
     def from_ibis(
         cls,
         events: ibis.Table,
         *,
-        items: ibis.Table | None = None,
-        users: ibis.Table | None = None,
-        item_features: Mapping[str, str] | None = None,
-        user_features: Mapping[str, str] | None = None,
-        request_features: Mapping[str, str] | None = None,
         is_ordered: bool = True,
         ties: schema.Ties = "auto",
+        **options: Unpack[LogOptions],
     ) -> "Log":
-        """Makes a log from tables in place: in DuckDB, or in Spark for more than one machine.
+        """Makes a log from tables of Ibis that are a log already, such as those of Spark.
 
-        Nothing is copied or cleaned: the engine checks that the tables hold what `Log` says, and
-        later computes splits and samples. A missing item or user table is replaced by the ids;
-        ids that only the events have are added with null features. Spark's timestamps are taken as
-        UTC. A `DataError` names the table, column and rows that break this contract.
+        The events have what `Log` says, and any other column is context. `event_number` gives their
+        order, because engines keep none: number the events once, and store the number. Arrow brings
+        the rows into DuckDB, as in `from_table`, but no row is dropped: a `DataError` names the
+        table, the column and the rows that a log cannot hold. Spark's timestamps are taken as UTC.
         """
-        check_engine(events, items, users)
-        features = schema.checked_kinds(item_features, user_features, request_features)
-        events = check_events(events, schema.Source("event table"), features[2])
-        items = check_entities(items, "item_id", events, features[0])
-        users = check_entities(users, "user_id", events, features[1])
-        events, rule, notes = settle_ties(events, ties)
-        return cls(events, items, users, *features, notes=notes, is_ordered=is_ordered, ties=rule)
+        # Before the engine is asked for anything, which may take minutes.
+        schema.checked_kinds(
+            options.get("item_features"),
+            options.get("user_features"),
+            options.get("request_features"),
+        )
+        for name in ("items", "users"):
+            options[name] = _in_utc(options.get(name))
+        events, items = _in_utc(events), options["items"]
+        schema.require_all(events.columns, _REQUIRED, schema.Source("event table"))
+        num_rows, number = schema.count_rows(events), events["event_number"]
+        if num_rows != (num_distinct := number.nunique().to_pyarrow().as_py()):
+            raise schema.DataError(
+                f"event table: column 'event_number' holds {num_distinct} different numbers in "
+                f"{num_rows} rows. {_NUMBERED}"
+            )
+        if items is not None and schema.LISTED in items.columns:  # The items of another log.
+            options["items"] = items.filter(items[schema.LISTED])
+        columns = {name: name for name in events.columns if name != "event_number"}
+        options["reading"] = Reading(
+            columns=columns, is_ordered=is_ordered, ties=ties, max_bad_share=0
+        )
+        return cls.from_files(events.order_by("event_number").drop("event_number"), **options)
 
     @classmethod
-    def read(cls, folder: Path | str, connection: Any = None, *, check_files: bool = True) -> "Log":
-        """Opens a written log in an Ibis DuckDB (None opens one) or Spark, without loading it.
+    def read(
+        cls, folder: Path | str, connection: DuckDB | None = None, *, check_files: bool = True
+    ) -> "Log":
+        """Opens a written log in an Ibis DuckDB (None opens one), without loading it.
 
         Raises a `DataError` if the folder holds no complete log, and `Damaged` if a file has
         changed. Without `check_files` that is not checked: right for a log that was just written.
@@ -245,16 +263,16 @@ class Log:
         partial.mkdir(parents=True, exist_ok=True)
         for name, key in _KEYS.items():
             write_parquet(getattr(self, name).order_by(key), partial / f"{name}.parquet")
+        # From here on the folder is incomplete until the new record is written.
         record.unlink(missing_ok=True)
         for name in _KEYS:
-            replace(partial / f"{name}.parquet", folder / f"{name}.parquet")
+            os.replace(partial / f"{name}.parquet", folder / f"{name}.parquet")
         kept = ("item_features", "user_features", "request_features", "notes", "is_ordered", "ties")
         about = {name: getattr(self, name) for name in kept}
         about["dropped"] = [dataclasses.asdict(dropped) for dropped in self.dropped]
         about["reading"] = self.reading.as_json()
         about["items_read"] = self.items_read.isoformat()
-        files = [file for name in _KEYS for file in part_files(folder / f"{name}.parquet")]
-        write_record(record, about, files)
+        write_record(record, about, [folder / f"{name}.parquet" for name in _KEYS])
         shutil.rmtree(partial)
 
     @property
@@ -263,11 +281,12 @@ class Log:
         return self if self.part_of is None else self.part_of
 
     def fingerprint(self) -> str:
-        """Returns a text that depends on all rows; it differs by engine, not by process."""
+        """Returns a text that depends on all rows."""
         hashes = []
         for table in (self.events, self.items, self.users):
+            # By name, because a file may give the columns back in another order.
             row = ibis.struct({column: table[column] for column in sorted(table.columns)})
-            # Spark has no aggregate xor; a sum of 31-bit hashes does not overflow there.
+            # A sum does not depend on the order of the rows; 31-bit hashes do not overflow it.
             hashes.append((row.hash() % 2**31).sum().to_pyarrow().as_py())
         return " ".join(f"{int(number or 0):x}" for number in hashes)
 
@@ -294,7 +313,7 @@ class Log:
         target_share: float = 0.2,
         min_positives: int = 5,
         seed: int = 0,
-    ) -> Split["Log"]:
+    ) -> "Split":
         """Splits the log into training, validation and test, as `SplitConfig` says.
 
         Only `time` keeps other users' later clicks out of training. In a log without order, a
@@ -307,22 +326,19 @@ class Log:
         Raises a `DataError` if the log cannot be split in this way, and a `ConfigError` if a share
         or a number is out of range or contradicts the kind.
         """
-        given: dict[str, Any] = {"validation": validation, "test": test}
-        given |= {"target_share": target_share, "min_positives": min_positives}
+        amounts: dict[str, Any] = {"validation": validation, "test": test}
+        amounts |= {"target_share": target_share, "min_positives": min_positives}
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
         try:
-            config = SplitConfig(kind=kind, **given)
+            config = SplitConfig(kind=kind, **amounts)
         except ConfigError as error:
             raise ConfigError([(f"split.{x}".rstrip("."), y) for x, y in error.problems]) from None
         events = split_events(self.events, config, seed=seed, is_ordered=self.order != "none")
         return Split(self, events, kind)
 
     def __repr__(self) -> str:
-        # In Spark, counting may take minutes.
-        backend = self.events.get_backend().name
-        holds = _listed(self.counts()) if backend == "duckdb" else f"tables in {backend}"
         features = ", ".join({**self.item_features, **self.user_features})
-        return f"Log({holds}; order {self.order}; features {features or 'none'})"
+        return f"Log({_listed(self.counts())}; order {self.order}; features {features or 'none'})"
 
     def counts(self) -> dict[str, int]:
         """Counts the events, items and users."""
@@ -333,6 +349,157 @@ class Log:
         return Lines(_described(self))
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Split:
+    """A log in parts; unpacks as train, validation, test.
+
+    `events` are those of `log` without the dropped ones, with the column `part`: "train",
+    "validation", "test" or "fold_in", which is the history of held-out users.
+    """
+
+    log: Log
+    events: ibis.Table
+    kind: schema.SplitKind
+
+    def __repr__(self) -> str:
+        return f"Split(by {self.kind}, of {self.log!r})"
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(3))
+
+    def __getitem__(self, place: int) -> Any:
+        return getattr(self, ("train", "validation", "test")[place])
+
+    @functools.cached_property
+    def train(self) -> Log:
+        """The training events, with the items and users of the whole log."""
+        return self._part("train")
+
+    @functools.cached_property
+    def before_test(self) -> Log:
+        """All events that may train a model for the test; never those of held-out users."""
+        return self.train if self.kind == "held_out_users" else self._part("train", "validation")
+
+    @functools.cached_property
+    def validation(self) -> Holdout:
+        """The queries of the validation part; see `holdout`."""
+        return self.holdout("validation")
+
+    @functools.cached_property
+    def test(self) -> Holdout:
+        """The queries of the test part, for models trained on `before_test`; see `holdout`."""
+        return self.holdout("test")
+
+    def holdout(
+        self,
+        part: EvaluationPart,
+        max_queries: int | None = None,
+        seed: int = 0,
+        *,
+        by: schema.AskedBy = "users",
+        trained_on: Log | None = None,
+    ) -> Holdout:
+        """Makes the queries of a part: all, or at most `max_queries`, of users drawn at random.
+
+        By "users", each user with a positive in the part has one query for all of these positives,
+        with the history before the part. By "requests", each request with a positive in the part
+        (without a request_id, each positive) has a query for its positives, with the history up to
+        it, as in service; "first_request" and "last_request" take the request of each user's first
+        or last positive in the part alone. Rankings exclude what came before the query.
+
+        `trained_on` is the log with the training positives, which define head, torso and tail, and
+        which items are new. None is all that may train a model for the part: `train` for
+        validation, `before_test` for the test. Raises a `DataError` if there is no positive, or
+        if queries by request are asked of a log without an order.
+        """
+        if by != "users" and self.log.order == "none":
+            raise schema.DataError(
+                "Queries by requests need an order: the log does not say what came before a "
+                "request. Use by='users', or give the log timestamps or an order."
+            )
+        if trained_on is None:
+            trained_on = self.train if part == "validation" else self.before_test
+        return make_holdout(self.log, self.events, part, trained_on, by, max_queries, seed)
+
+    def report(self) -> dict[str, Any]:
+        """Counts events, positives and users (with positives) by part, and what was dropped."""
+        events, is_clicked = self.events, is_positive(self.events)
+        counts = events.group_by("part").agg(
+            num_events=events.count(),
+            num_positives=is_clicked.sum(),
+            num_users=events["user_id"].nunique(where=is_clicked),
+        )
+        rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
+        report: dict[str, Any] = {part: rows[part] for part in PARTS if part in rows}
+        before, after = (
+            table.aggregate(users=table["user_id"].nunique(), events=table.count()).to_pyarrow()
+            for table in (self.log.events, events)
+        )
+        for name in ("users", "events"):
+            report[f"num_{name}_dropped"] = before[name][0].as_py() - after[name][0].as_py()
+        return report
+
+    def describe(self, asked: tuple[Any, Any] | None = None) -> Lines:
+        """Describes the parts and what was dropped, in lines for a person.
+
+        `asked` are the shares of validation and test that were asked for. By time, the parts may
+        have other shares of the positives; a line says so if they do.
+        """
+        counts = self.report()
+        notes = [f"by {self.kind}"]
+        for part in PARTS:
+            if part in counts:
+                row = counts[part]
+                notes.append(
+                    f"{part}: {counted(row['num_positives'], 'positive')} of "
+                    f"{counted(row['num_users'], 'user')}, {counted(row['num_events'], 'event')}"
+                )
+        if asked is not None and self.kind == "time" and not isinstance(asked[1], datetime):
+            nums = [counts.get(x, {"num_positives": 0})["num_positives"] for x in COLUMN_PARTS]
+            shares = [x / sum(nums) for x in nums], (1 - sum(asked), *asked)
+            if max(abs(a - b) for a, b in zip(*shares, strict=True)) > _MUCH:
+                actual, expected = (" / ".join(f"{x:.0%}" for x in each) for each in shares)
+                notes.append(
+                    f"{actual} of the positives, not {expected}: those of one moment stay in "
+                    "one part"
+                )
+        if counts["num_events_dropped"]:
+            why = "without a part" if self.kind == "column" else "of users with too few positives"
+            notes.append(
+                f"dropped {counted(counts['num_events_dropped'], 'event')} {why} "
+                f"({counted(counts['num_users_dropped'], 'user')})"
+            )
+        return Lines(notes)
+
+    def write(self, path: Path) -> None:
+        """Writes the events with their parts as Parquet, then a record beside it, as JSON."""
+        partial = path.with_name(f"{path.name}.partial")
+        write_parquet(self.events, partial)  # The events may come from the file to be replaced.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        os.replace(partial, path)
+        write_record(path.with_suffix(".json"), {"kind": self.kind}, [path])
+
+    @classmethod
+    def read(cls, log: Log, path: Path) -> "Split":
+        """Opens a written split of this log without loading it."""
+        kind = read_record(path.with_suffix(".json"), check_files=False)["kind"]
+        return cls(log, open_parquet(log.events.get_backend(), path), kind)
+
+    def _part(self, *parts: str) -> Log:
+        events = self.events.filter(self.events["part"].isin(parts)).drop("part")
+        later = None
+        if "timestamp" in events.columns:
+            # As of the part's end these items did not exist, so they are no one's negatives.
+            last = events["timestamp"].max().as_scalar()
+            items = self.events.group_by("item_id").agg(first=self.events["timestamp"].min())
+            later = items.filter(items["first"] > last).select("item_id")
+            if self.log.later_items is not None:
+                later = later.union(self.log.later_items, distinct=True)
+        # Dropped rows and notes belong to the whole log.
+        of_whole: dict[str, Any] = {"dropped": (), "notes": (), "part_of": self.log.whole}
+        return dataclasses.replace(self.log, events=events, later_items=later, **of_whole)
+
+
 def check_log(train: Any) -> None:
     """Refuses (`TypeError`) anything but a log to fit to, such as a DataFrame or a whole split."""
     if not isinstance(train, Log):
@@ -340,6 +507,21 @@ def check_log(train: Any) -> None:
             "fit takes a Log: make one with Log.from_table or Log.from_files, and split it. "
             f"Received: {type(train).__name__}"
         )
+
+
+def _in_utc(table: Any) -> ibis.Table | None:
+    """Marks the times of Spark, which are in UTC; a `TypeError` for a table that is not Ibis'."""
+    if table is None:
+        return None
+    if not isinstance(table, ibis.Table):
+        raise TypeError(
+            "Log.from_ibis takes tables of Ibis; Log.from_table any others. Received: "
+            f"{type(table).__name__}"
+        )
+    if table.get_backend().name != "pyspark":
+        return table
+    times = [name for name, dtype in table.schema().items() if dtype.is_timestamp()]
+    return table.cast(dict.fromkeys(times, "timestamp('UTC', 6)"))
 
 
 def _described(log: Log) -> Iterator[str]:
@@ -376,11 +558,11 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
     times = events["timestamp"]
     days = events.group_by(day=(times.epoch_seconds() / 86_400).floor().cast("int64"))
     of_days = days.agg(num=is_positive(events).sum(), first=times.min(), last=times.max())
-    found = of_days.order_by("day").to_pyarrow()
-    first, last = found["first"][0].as_py(), found["last"][-1].as_py()
+    rows = of_days.order_by("day").to_pyarrow()
+    first, last = rows["first"][0].as_py(), rows["last"][-1].as_py()
     # A wrong unit shows here.
     yield f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
-    of_day = dict(zip(found["day"].to_pylist(), found["num"].to_pylist(), strict=True))
+    of_day = dict(zip(rows["day"].to_pylist(), rows["num"].to_pylist(), strict=True))
     counts = [of_day.get(day, 0) for day in range(min(of_day), max(of_day) + 1)]
     if len(counts) >= 3:  # A broken day shows here.
         lowest = min(counts)

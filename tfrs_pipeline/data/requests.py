@@ -36,13 +36,13 @@ def check_names(
     meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}
     by_case: dict[str, str] = {}
     for name in features:
-        own = meaning.get(columns.get(name, name), name)
+        meant = meaning.get(columns.get(name, name), name)
         problem = case_problem(name)
         if (other := by_case.setdefault(name.casefold(), name)) != name:
             problem = f"differs from {other} in case alone; rename the column"
-        elif own in (*LOG_COLUMNS, *others, "event_number") or own.startswith("_"):
+        elif meant in (*LOG_COLUMNS, *others, "event_number") or meant.startswith("_"):
             problem = (
-                f"is {'' if own == name else f'read as {own}, which is '}one of the log's own "
+                f"is {'' if meant == name else f'read as {meant}, which is '}one of the log's own "
                 "columns, an outcome or a user feature; give a separate column that is known "
                 f"when the request comes (the timestamp gives {' and '.join(FROM_TIMESTAMP)})"
             )
@@ -80,10 +80,10 @@ def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.
     values: dict[str, ir.Value] = {name: events[name] for name in features if name in events}
     if len(values) < len(features):
         seconds = whole_seconds(query_start(events, events["timestamp"])[0])
-        day = (seconds / 86_400).floor().cast("int64")
-        # 1970 began on a Thursday. The remainder, whose sign differs by engine, is not used.
-        weekday = day + 3 - 7 * ((day + 3) / 7).floor().cast("int64")
-        hour = ((seconds - 86_400 * day) / 3600).floor().cast("int64")
+        # 1970 began on a Thursday. A remainder would be negative before it.
+        day = seconds // 86_400
+        weekday = day + 3 - 7 * ((day + 3) // 7)
+        hour = (seconds - 86_400 * day) // 3600
         values = {"hour": hour, "weekday": weekday} | values
     return {name: values[name] for name in features}
 
@@ -100,6 +100,7 @@ def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) 
         text, is_click = plain.cast("string").fill_null(""), schema.is_positive(events)
         counts = events.filter(~is_click).group_by(text=text).agg(num=ibis._.count())
         most = counts.order_by(ibis.desc("num"), "text").limit(1).to_pyarrow()["text"].to_pylist()
+        # A feature that is known at the request varies with the request, clicked or not.
         usual = most[0] if most else ""
         both = {"clicks": is_click, "others": ~is_click}
         sums = {name: is_so.sum() for name, is_so in both.items()}
@@ -123,18 +124,19 @@ def note_lost_histories(events: ibis.Table, ties: schema.TieRule, source: Source
     began no later than the user's first positive.
     """
     keys = schema.order_keys(events)
-
-    def moment(at: ir.Value, number: ir.Value) -> ir.StructValue:
-        return ibis.struct({"at": at, "number": number * int(ties != "drop")})
-
-    start = moment(*query_start(events, events[keys[0]]))
-    events = events.mutate(_at=moment(events[keys[0]], events["event_number"]), _start=start)
+    start, first = query_start(events, events[keys[0]])
+    events = events.mutate(time=events[keys[0]], query_time=start, query_number=first)
     clicks = events.filter(schema.is_positive)
-    position = ibis.row_number().over(ibis.window(group_by="user_id", order_by=keys))
-    first = clicks["_at"].min().over(ibis.window(group_by="user_id"))
-    clicks = clicks.mutate(_is_later=position > 0, _first=first)
-    by_time = clicks["_is_later"] & (clicks["_at"] <= clicks["_first"])
-    by_request = clicks["_is_later"] & (clicks["_start"] <= clicks["_first"]) & ~by_time
+    clicks = clicks.select("user_id", "time", "event_number", "query_time", "query_number")
+    clicks = with_num_before(clicks, clicks, "user_id", ties, "num_before")
+    in_order = ibis.window(group_by="user_id", order_by=["time", "event_number"])
+    # A user's first positive has no history in any case.
+    clicks = clicks.mutate(
+        is_lost=(clicks["num_before"] == 0) & (ibis.row_number().over(in_order) > 0),
+        is_tied=(clicks["time"] == clicks["time"].first().over(in_order)) & (ties == "drop"),
+    )
+    by_time = clicks["is_lost"] & clicks["is_tied"]
+    by_request = clicks["is_lost"] & ~clicks["is_tied"]
     why = {
         keys[0]: "clicks at one time are not in each other's histories (ties)",
         "request_id": "clicks of one request are not in each other's histories, which is right if "
@@ -162,6 +164,29 @@ def query_start(events: ibis.Table, time: ir.Value) -> tuple[ir.Value, ir.Value]
     if "request_id" not in events.columns:
         return time, number
     in_order = ibis.window(group_by=["user_id", "request_id"], order_by=[time, number])
+    # Null is no request that events share.
     is_alone = events["request_id"].isnull()
     first = [is_alone.ifelse(value, value.first().over(in_order)) for value in (time, number)]
     return first[0], first[1]
+
+
+def with_num_before(
+    queries: ibis.Table, events: ibis.Table, user: str, ties: schema.TieRule, name: str
+) -> ibis.Table:
+    """Adds to each query how many `events` of its user come before its request, as column `name`.
+
+    `user` names the column of the user in both. Events have `time` and `event_number`; queries have
+    those of their request's first event as `query_time` and `query_number` (see `query_start`).
+    """
+    # Puts both on one timeline. A query comes before events at the same place, and with the rule
+    # "drop" the place is the time alone.
+    is_by_number = int(ties != "drop")
+    first, number = queries["query_number"] * is_by_number, events["event_number"] * is_by_number
+    nulls = {column: ibis.null(dtype) for column, dtype in queries.schema().items()}
+    nulls[user] = events[user]
+    line = queries.mutate(at=queries["query_time"], at_number=first, is_event=0).union(
+        events.select(**nulls, at=events["time"], at_number=number, is_event=1)
+    )
+    before = ibis.cumulative_window(group_by=user, order_by=["at", "at_number", "is_event"])
+    line = line.mutate(**{name: line["is_event"].sum().over(before).cast("int32")})
+    return line.filter(line["is_event"] == 0).drop("at", "at_number", "is_event")

@@ -48,7 +48,6 @@ NO_ID = Rule("is null", _ID)
 RESERVED_ID = Rule("is {reserved!r} (reserved for empty slots)", _ID)
 NOT_AN_ID = Rule("must be an integer or a string and is not")
 ID_OF_LINES = Rule("runs over several lines", "Close the quotes before it.")
-NO_EVENT_NUMBER = Rule("is null", "Give these rows one.")
 NO_TIME = Rule("is null", _TIME)
 NOT_A_TIME = Rule(
     "must hold times and does not",
@@ -73,7 +72,6 @@ UNKNOWN_STAGE = Rule(
     "stage_values",
     False,
 )
-NOT_A_STAGE = Rule("holds no stage", _STAGES)
 NO_RATING = Rule("is null or NaN", "Rate these rows.")
 NOT_AN_OUTCOME = Rule(
     "is in the label and no number",
@@ -81,7 +79,6 @@ NOT_AN_OUTCOME = Rule(
     "(such as purchase=5 view=exposed) instead.",
     "label",
 )
-EMPTY_REQUEST = Rule("is ''", "Make it null where there is no request.")
 WEIGHT = Rule(
     f"is not a number from {MIN_WEIGHT:.0e} to {MAX_WEIGHT:.0e}",
     "Give these rows a weight (1 is neutral). A positive of weight 0 would train nothing: leave it "
@@ -120,25 +117,23 @@ class Fault(NamedTuple):
         )
 
 
-def evaluate(
-    table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar
-) -> tuple[list[int], dict[str, Any]]:
-    """Returns the number of bad rows by fault, and aggregates by name, `rows` first; in one pass.
+def count_bad(table: ibis.Table, faults: Sequence[Fault]) -> list[int]:
+    """Counts the bad rows by fault, in one pass.
 
     A dropped row counts only for its first fault; a value that becomes missing counts for each.
     """
+    # Built from the last fault to the first, so that the first one that holds wins.
     first = ibis.null("int64")
     for i, fault in reversed([*enumerate(faults)]):
         if not fault.is_missing:
             first = fault.is_bad.fill_null(False).ifelse(i, first)
     missing = {f"_bad_{i}": fault.is_bad for i, fault in enumerate(faults) if fault.is_missing}
-    counted = table.mutate(_first=first, **missing)
+    rows = table.mutate(_first=first, **missing)
     sums = {
-        f"_num_{i}": (counted[f"_bad_{i}"] if fault.is_missing else counted["_first"] == i).sum()
+        f"_num_{i}": (rows[f"_bad_{i}"] if fault.is_missing else rows["_first"] == i).sum()
         for i, fault in enumerate(faults)
     }
-    found = schema.totals(counted, **sums, rows=counted.count(), **more)
-    return [found.pop(name) or 0 for name in sums], found
+    return [num or 0 for num in schema.totals(rows, **sums).values()] if sums else []
 
 
 @dataclass(frozen=True)
@@ -192,10 +187,11 @@ class RawTable:
 
         Raises a `DataError` if more than `max_bad_share` of the rows, or of a column, is bad.
         """
+        # Rules whose rows may not be dropped come first, so that a row counts for these.
         faults = sorted(self.faults, key=lambda fault: fault.rule.is_droppable)
         num_rows = self.num_rows + sum(each.num_rows for each in self.dropped)
-        found: list[tuple[bool, int, Fault]] = []  # Those that drop rows.
-        for fault, num in zip(faults, evaluate(self.table, faults)[0], strict=True):
+        breaches: list[tuple[bool, int, Fault]] = []  # Those that drop rows.
+        for fault, num in zip(faults, count_bad(self.table, faults), strict=True):
             if fault.is_missing and num > max_bad_share * self.num_rows:
                 raise fault.error(self.table, self.source, max_bad_share)
             if fault.is_missing and num:
@@ -204,9 +200,10 @@ class RawTable:
             elif num:
                 of = printable(repr(self.source.columns.get(fault.column, fault.column)))
                 self.dropped.append(Dropped(f"column {of} {fault.rule.problem}", num))
-                found.append((not fault.rule.is_droppable, num, fault))
+                breaches.append((not fault.rule.is_droppable, num, fault))
         is_too_much = sum(each.num_rows for each in self.dropped) > max_bad_share * num_rows
-        is_refused, _, worst = max(found, key=lambda x: x[:2], default=(False, 0, None))
+        # The message names the fault that explains most rows.
+        is_refused, _, worst = max(breaches, key=lambda x: x[:2], default=(False, 0, None))
         if worst is not None and (is_too_much or is_refused):
             raise worst.error(self.table, self.source, max_bad_share)
         if is_too_much:
@@ -217,7 +214,7 @@ class RawTable:
                 "max_bad_share",
             )
         rows = self.table
-        if found:
+        if breaches:
             rows = rows.filter(*(~f.is_bad.fill_null(False) for f in faults if not f.is_missing))
         return store(rows.select(**columns), self.source)
 
@@ -241,16 +238,3 @@ def store(expression: ibis.Table, source: Source) -> ibis.Table:
     except (duckdb.Error, TableNotFound) as error:
         check_stored(error)
         raise DataError(f"{source.name}: {str(error).strip()}") from error
-
-
-def id_faults(name: str, value: ir.Value) -> list[Fault]:
-    """Returns the faults of a required id: null, or the reserved -1 or "" (empty slots)."""
-    reserved = -1 if value.type().is_int64() else ""
-    is_reserved = (value == reserved).fill_null(False)
-    rule = RESERVED_ID.filled(reserved=reserved)
-    return [Fault(name, value.isnull(), NO_ID), Fault(name, is_reserved, rule)]
-
-
-def is_usable_weight(weight: ir.NumericValue) -> ir.BooleanValue:
-    """Returns which weights may train: those that float32 can hold and add up."""
-    return weight.between(MIN_WEIGHT, MAX_WEIGHT).fill_null(False)

@@ -31,8 +31,16 @@ ASKED: Mapping[AskedBy, str] = {
 # Column of a log's items: True if the item table has the item, False if only the events do.
 LISTED = "_listed"
 LOG_COLUMNS = (
-    *("user_id", "item_id", "timestamp", "stage", "rating"),
-    *("request_id", "rank", "score", "weight", "part"),
+    "user_id",
+    "item_id",
+    "timestamp",
+    "stage",
+    "rating",
+    "request_id",
+    "rank",
+    "score",
+    "weight",
+    "part",
 )
 """Columns of an event table that mean something to a log; any other one is context."""
 
@@ -110,7 +118,12 @@ def case_problem(name: str) -> str:
 
 
 def name_problem(name: str, columns: Collection[str] = ()) -> str:
-    """Says why a log cannot have a column of this name, beside other `columns`; "" if it can."""
+    """Returns why `name` is not allowed as a column next to `columns`, or "".
+
+    Example:
+        >>> name_problem("timestmp")
+        "unknown column; did you mean 'timestamp'?"
+    """
     if name == "event_number":
         return "is reserved for the row order; rename the column"
     if name.startswith("_"):
@@ -156,13 +169,15 @@ def require_all(
     others: Iterable[str] = (),
 ) -> None:
     """Refuses a table that lacks columns, in a line each; `others` are its further problems."""
-    found = []
+    missing = []
     for name in (x for x in remedies if x not in columns):
         usual = [column for column in columns if column.lower() in _USUAL_IDS.get(name, ())]
         near = usual or difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
         hint = ("Nearest: " if near else "It has: ") + printable(", ".join(near or columns), 300)
-        found.append(f"{source.name}: no column {printable(repr(name))}. {hint}. {remedies[name]}")
-    if lines := [*found, *others]:
+        missing.append(
+            f"{source.name}: no column {printable(repr(name))}. {hint}. {remedies[name]}"
+        )
+    if lines := [*missing, *others]:
         raise DataError("\n".join(lines), setting)
 
 

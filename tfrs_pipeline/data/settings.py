@@ -102,6 +102,7 @@ class Reading(Config):
         zone = self.time_zone
         if zone is not None and zone not in (zones := zoneinfo.available_timezones()):
             yield "time_zone", f"unknown time zone {zone!r}; {suggest(zone, zones)}"
+        # These columns say who, what, when and how far; none of them happens or not.
         if taken := sorted({"user_id", "item_id", "timestamp", "stage"} & {*self.label}):
             yield "label", f"takes outcomes, and {', '.join(taken)} is not one"
         ways = ("rating_threshold", "event_weights", "stage_values", "label")
@@ -115,7 +116,9 @@ class Reading(Config):
     def name_problems(self, request_features: Collection[str]) -> Iterator[tuple[str, str]]:
         """Yields columns that a log cannot have, with the reason; request features are exempt."""
         for name in (*self.columns, *self.label):
-            if name not in request_features and (problem := schema.name_problem(name)):
+            if name not in request_features and (
+                problem := schema.name_problem(name, self.columns)
+            ):
                 yield f"columns.{name}", problem
 
     def as_json(self) -> dict[str, Any]:
@@ -221,6 +224,7 @@ class DataConfig(Reading, Tables):
                 yield f"{table}s_path", f"required for {table}_features: the {what} that holds them"
         for name, sources in _HEEDED_BY.items():
             is_set = getattr(self, name) != type(self).model_fields[name].default
+            # A setting that nothing reads is a misunderstanding that only results would show.
             if is_set and self.source not in sources:
                 known = " or ".join(map(repr, sources))
                 is_spark = self.source == "spark"
@@ -251,8 +255,8 @@ class SplitConfig(Config):
     def amounts(self) -> tuple[Any, Any]:
         """Returns the amounts of validation and test: shares, numbers or moments."""
         defaults = (1, 1) if self.kind == "last_n" else (0.05, 0.1)
-        given = zip((self.validation, self.test), defaults, strict=True)
-        validation, test = (default if value is None else value for value, default in given)
+        pairs = zip((self.validation, self.test), defaults, strict=True)
+        validation, test = (default if value is None else value for value, default in pairs)
         return validation, test
 
     def _problems(self) -> Iterator[tuple[str, str]]:

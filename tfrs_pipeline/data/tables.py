@@ -1,6 +1,6 @@
 """The tables of a log: events, items and users, typed, stored and made consistent."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -45,18 +45,19 @@ def make_tables(
     reading = _with_type_columns(reading, scanned)
     outcomes = (*reading.label, *(["event"] if reading.event_weights else []))
     check_names(request_features, outcomes, reading.columns)
-    given = {"item_id": (items, item_features), "user_id": (users, user_features)}
-    raws = {name: _load_raw(connection, *of, name, reading) for name, of in given.items()}
+    sources = {"item_id": (items, item_features), "user_id": (users, user_features)}
+    raws = {name: _load_raw(connection, *of, name, reading) for name, of in sources.items()}
     events, raw = load_events(scanned, reading, request_features, raws)
     tables = {}
     for name, entity in raws.items():
         tables[name] = events.select(name).distinct()
         if entity is not None:
             as_integer = events.schema()[name].is_int64()
-            tables[name] = _type_entities(entity, name, as_integer, given[name][1], reading)
+            tables[name] = _type_entities(entity, name, as_integer, sources[name][1], reading)
             raw.notes.extend(_describe(entity))
             entity.drop()
     num_reasons = len(raw.dropped)
+    # Before the other steps, so that these count the events that stay.
     if reading.event_weights:
         events = _merge_repeats(events, raw)
     for name, entity in raws.items():
@@ -64,17 +65,19 @@ def make_tables(
             events = _settle_unknown(events, raw, name, tables[name], entity.source.name, reading)
     events = _settle_duplicates(events, raw, reading.duplicates)
     if len(raw.dropped) > num_reasons:
+        # Once for all steps above; the ones below read it several times.
         events = store(events, raw.source)
     _check_positives(events, raw.source)
     events, rule, notes = settle_ties(events, reading.ties)
     if rule == "random":
         events = store(events, raw.source)
+    # By id, so that a file of the log does not depend on how many threads made it.
     items, users = (
         store(add_missing(table, events, name).order_by(name), raw.source)
         for name, table in tables.items()
     )
-    found = {"ties": rule, "dropped": tuple(raw.dropped), "notes": (*raw.notes, *notes)}
-    return (events, items, users), found
+    about = {"ties": rule, "dropped": tuple(raw.dropped), "notes": (*raw.notes, *notes)}
+    return (events, items, users), about
 
 
 def _with_type_columns(reading: Reading, scanned: Scan) -> Reading:
@@ -85,21 +88,18 @@ def _with_type_columns(reading: Reading, scanned: Scan) -> Reading:
     if not reading.event_weights:
         return reading
     columns = dict(reading.columns)
-    if "event" not in columns:
-        usual = [name for name in scanned.columns if name.lower() in NAMES]
-        if len(usual) != 1:
-            what = f"{' and '.join(usual)} may be it" if usual else "none has a usual name"
-            listed = printable(", ".join(scanned.columns), 300)
-            raise DataError(
-                f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
-                f"{listed}. Add event=COLUMN to columns.",
-                "columns",
-            )
-        columns["event"] = usual[0]
+    usual = [name for name in scanned.columns if name.lower() in NAMES]
+    if "event" not in columns and len(usual) != 1:
+        what = f"{' and '.join(usual)} may be it" if usual else "none has a usual name"
+        raise DataError(
+            f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
+            f"{printable(', '.join(scanned.columns), 300)}. Add event=COLUMN to columns.",
+            "columns",
+        )
+    columns.setdefault("event", "".join(usual[:1]))
     unnamed = {name.lower(): name for name in scanned.columns if name not in columns.values()}
-    sessions = [unnamed[name] for name in visits.SESSIONS if name in unnamed]
-    if sessions and "session_id" not in columns:
-        columns["session_id"] = sessions[0]
+    for name in filter(unnamed.__contains__, visits.SESSIONS):
+        columns.setdefault("session_id", unnamed[name])
     return reading.model_copy(update={"columns": columns})
 
 
@@ -122,8 +122,7 @@ def _merge_repeats(events: ibis.Table, raw: RawTable) -> ibis.Table:
 
 
 def _check_positives(events: ibis.Table, source: Source) -> None:
-    counted_rows = {"rows": events.count(), "positives": is_positive(events).sum()}
-    num_rows, num_positives = totals(events, **counted_rows).values()
+    num_rows, num_positives = count_rows(events), count_rows(events.filter(is_positive))
     if not num_rows:
         raise DataError(f"{source.name}: 0 rows. Give a log that holds events.")
     if not num_positives:
@@ -150,6 +149,7 @@ def _settle_unknown(
     kind = id_name.removesuffix("_id")
     unknown = reading.unknown_items if kind == "item" else None
     ids = entities[id_name]
+    # Ids that differ in spelling alone are the same to a person, and lost to a join.
     same = entities.group_by(_plain=_plain_id(ids)).agg(_there=ids.min())
     lacking = events.anti_join(entities, id_name)
     lacking = lacking.mutate(_plain=_plain_id(lacking[id_name])).left_join(same, "_plain")
@@ -172,16 +172,16 @@ def _settle_unknown(
     )
     spelled = f". {_spelled(table, *spellings)}" if num_alike else ""
     is_too_much = num_alike > reading.max_bad_share * num_rows
+    # A log has new users every day, but few items that no item table knows.
     is_too_much |= kind == "item" and num > _MOST_UNKNOWN * num_rows
     if unknown == "error" or num == num_rows or (is_too_much and unknown is None):
         other = printable(repr(totals(entities, least=ids.min())["least"]))
-        setting, remedy = f"{kind}_columns", ""
-        if kind == "item" and num < num_rows:
-            setting, remedy = "unknown_items", ", or set unknown_items to keep them or to drop them"
+        is_choice = kind == "item" and num < num_rows
+        remedy = ", or set unknown_items to keep them or to drop them" if is_choice else ""
         raise DataError(
             f"{raw.source.column(id_name)}: {what}{spelled or f', where ids look like {other}'}. "
             f"Add them there, or spell the ids the same in both{remedy}.",
-            setting,
+            "unknown_items" if is_choice else f"{kind}_columns",
         )
     if unknown == "drop":
         raw.dropped.append(Dropped(f"{kind} is not in the {kind} table", num))
@@ -195,16 +195,19 @@ def _plain_id(value: ir.Value) -> ir.StringValue:
     return value.cast("string").lower().re_replace(r"\s+", "").re_replace("^0+", "")
 
 
+# What may differ between two ids that have the same `_plain_id` -> an id without it.
+_SPELLINGS: dict[str, Callable[[str], str]] = {
+    "leading zeros were cut, as spreadsheets do": lambda id_: id_.lstrip("0"),
+    "the letter case differs": str.lower,
+    "spaces differ": lambda id_: "".join(id_.split()),
+    "leading zeros, letter case or spaces differ": lambda id_: "",
+}
+
+
 def _spelled(table: str, here: Any, there: Any) -> str:
     """Says how two ids differ that have the same `_plain_id`."""
     here, there = str(here), str(there)
-    why = "leading zeros, letter case or spaces differ"
-    if here.lstrip("0") == there.lstrip("0"):
-        why = "leading zeros were cut, as spreadsheets do"
-    elif here.lower() == there.lower():
-        why = "the letter case differs"
-    elif "".join(here.split()) == "".join(there.split()):
-        why = "spaces differ"
+    why = next(why for why, plain in _SPELLINGS.items() if plain(here) == plain(there))
     return f"{printable(repr(there))} in {table} is {printable(repr(here))} in the log: {why}"
 
 
@@ -213,6 +216,7 @@ def _settle_duplicates(
 ) -> ibis.Table:
     """Keeps, drops or refuses events that repeat an earlier one; returns those kept."""
     # An event in the test part does not repeat one in the training part.
+    # Context and scores may differ between two reports of one event.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
     keys = [name for name in keys if name in events.columns]
     num_rows, what = count_rows(events), f"in {', '.join(keys)}"
@@ -239,14 +243,14 @@ def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.
 
     For items, the column `LISTED` says whether the table had the item.
     """
+    if id_name == "item_id":
+        entities = entities.mutate(**{schema.LISTED: True})
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
     added: dict[str, Any] = {name: ibis.null(dtype) for name, dtype in entities.schema().items()}
-    added[id_name] = missing[id_name]
-    if id_name == "item_id":
-        if schema.LISTED not in entities.columns:
-            entities = entities.mutate(**{schema.LISTED: True})
+    added |= {id_name: missing[id_name]}
+    if schema.LISTED in added:
         added[schema.LISTED] = ibis.literal(False)
-    return entities.union(missing.select(**{name: added[name] for name in entities.columns}))
+    return entities.union(missing.select(**added))
 
 
 def _load_raw(
@@ -363,21 +367,23 @@ def settle_ties(
     """Decides the rule if it is "auto", redraws numbers for "random", and notes tied positives."""
     if "timestamp" not in events.columns:
         return events, "drop", ()
-    found = _measure(events)
-    step = next((name for name in _STEPS if not found[name]), "finer than seconds")
-    num_pairs = max(1, found["num_up"] + found["num_down"])
-    bias = abs(found["num_up"] - found["num_down"]) / (2 * num_pairs)
+    counts = _measure(events)
+    step = next((name for name in _STEPS if not counts[name]), "finer than seconds")
+    # If the source does not sort by item, ids of neighbours ascend as often as they descend.
+    num_pairs = max(1, counts["num_up"] + counts["num_down"])
+    bias = abs(counts["num_up"] - counts["num_down"]) / (2 * num_pairs)
     is_sorted = bias > max(_MIN_BIAS, _MIN_ERRORS * 0.5 / num_pairs**0.5)
-    why, rule = "", ties if ties != "auto" else "drop"
-    if _STEPS.get(step, 0) >= 60:
-        why = f" (item ids ascend in {found['num_up'] / num_pairs:.0%} of neighbouring pairs)"
-        rule = ties if ties != "auto" else "random" if is_sorted else "order"
+    is_coarse = _STEPS.get(step, 0) >= 60
+    rule = ties if ties != "auto" else "drop"
+    if is_coarse and ties == "auto":
+        rule = "random" if is_sorted else "order"
+    share = f" (item ids ascend in {counts['num_up'] / num_pairs:.0%} of neighbouring pairs)"
     note = (
-        f"times {step}; {in_percent(found['num_tied'], found['num'])} of the positives have the "
-        f"time of another one of their user: {_DONE[rule]}{why}"
+        f"times {step}; {in_percent(counts['num_tied'], counts['num'])} of the positives have the "
+        f"time of another one of their user: {_DONE[rule]}{share if is_coarse else ''}"
     )
     events = _redrawn(events) if rule == "random" else events
-    return events, rule, (note,) if found["num_tied"] else ()
+    return events, rule, (note,) if counts["num_tied"] else ()
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:
@@ -389,6 +395,7 @@ def _measure(events: ibis.Table) -> dict[str, Any]:
         _num=clicks.count().over(ibis.window(group_by=tied)),
         _last=clicks["item_id"].lag().over(ibis.window(group_by=tied, order_by="event_number")),
     )
+    # The coarsest step at which no time is off is the clock of the log.
     is_fraction = clicks["timestamp"].truncate("s") != clicks["timestamp"]
     sums = {name: is_fraction | (clicks["_seconds"] % of != 0) for name, of in _STEPS.items()}
     sums["num_tied"] = clicks["_num"] > 1
@@ -404,10 +411,11 @@ def _redrawn(events: ibis.Table) -> ibis.Table:
     keys = [own := random_key(number, seed=0), number]
     if "request_id" in events.columns:  # Another seed: the two never have the same key.
         keys.insert(0, ibis.coalesce(random_key(events["request_id"], seed=1), own))
-    drawn, place = (
+    drawn, rank = (
         ibis.row_number().over(ibis.window(group_by=tied, order_by=order))
         for order in (keys, number)
     )
-    numbers = events.select(*tied, _place=place, _number=number)
+    # The drawn order takes the numbers that the tied events have, so no other event moves.
+    numbers = events.select(*tied, _place=rank, _number=number)
     joined = events.mutate(_place=drawn).inner_join(numbers, [*tied, "_place"])
     return joined.mutate(event_number=joined["_number"]).select(*events.columns)

@@ -35,6 +35,7 @@ def number_visits(events: ibis.Table) -> ibis.Table:
         return events.mutate(**{VISIT: session})
     by, in_order = ["user_id", *sessions], order_keys(events)
     seconds = whole_seconds(events["timestamp"])
+    # Shops reuse session numbers, so a long pause begins another visit in any case.
     pause = seconds - seconds.lag().over(ibis.window(group_by=by, order_by=in_order))
     is_new = pause > session.isnull().ifelse(PAUSE, _LONGEST_PAUSE)
     events = events.mutate(_starts=is_new.fill_null(False).cast("int64"), **{VISIT: session})

@@ -18,7 +18,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.negatives.kinds import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.columns import encoded_columns, read_raw
+from tfrs_pipeline.samples.columns import read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
 # A file beside samples and checkpoints that says what they were made of.
@@ -133,10 +133,10 @@ class TrainingSet:
         report = read_record(folder / "report.json", check_files=False)
         samples = read_samples(folder)
         corpus = Corpus.read(log, folder, samples)
-        features = corpus.request_features
-        encoders = {feature.name: feature.encode_column for feature in features}
-        made_by = [feature.to_dict() for feature in features]
-        columns = encoded_columns(folder, encoders, made_by) if features else {}
+        columns = {
+            feature.name: feature.encode_column(read_raw(folder, feature.name))
+            for feature in corpus.request_features
+        }
         samples = replace(samples, request_columns=columns, is_later=corpus.is_later)
         return cls(samples, corpus, report)
 

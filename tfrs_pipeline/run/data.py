@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class RunData:
     """The data that the trainings of a run share."""
 
-    split: Split[Log]
+    split: Split
     selection: "TrainingSet"
     final: "TrainingSet"  # All events that the tested models are trained on.
     validation: Holdout  # Chooses the epoch; like the test, sampled if it has too many users.
@@ -78,7 +78,7 @@ def _make_log(run: RunContext) -> Log:
         load_log(config.data).write(folder.data)
     try:
         # What was just written has been hashed already, and a large log takes minutes to hash.
-        log = Log.read(folder.data, connect_engine(config.data), check_files=not is_new)
+        log = Log.read(folder.data, connect(config.data.memory_limit), check_files=not is_new)
     except Damaged as error:
         # If made again, it might hold other events than those that were trained on.
         raise Damaged(
@@ -89,7 +89,7 @@ def _make_log(run: RunContext) -> Log:
     return log
 
 
-def _make_split(run: RunContext, log: Log) -> Split[Log]:
+def _make_split(run: RunContext, log: Log) -> Split:
     """Splits the log, or reads the split back."""
     path, settings = run.folder.split, run.config.split
     if read_whole(path.with_suffix(".json")) is None:
@@ -99,7 +99,7 @@ def _make_split(run: RunContext, log: Log) -> Split[Log]:
     return split
 
 
-def _make_samples(run: RunContext, split: Split[Log], hard: FunnelLosers | None) -> RunData:
+def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> RunData:
     """Makes or reads the samples of both trainings, and the queries of validation and test."""
     from tfrs_pipeline.model.corpus import TrainingSet
 
@@ -125,7 +125,7 @@ def _make_samples(run: RunContext, split: Split[Log], hard: FunnelLosers | None)
     return RunData(split, selection, final, validation, test, other)
 
 
-def _make_tests(config: RunConfig, split: Split[Log], last: Log) -> tuple[Holdout, Holdout | str]:
+def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Holdout | str]:
     """Makes the test by the question that decides, and by the other one or why there is none.
 
     The question is `evaluation.by`. If that is not set, it is the one that service will ask: by
@@ -154,19 +154,13 @@ def _make_tests(config: RunConfig, split: Split[Log], last: Log) -> tuple[Holdou
     return (by_user, by_request) if by == "users" else (by_request, by_user)
 
 
-def final_part(config: RunConfig, split: Split[Log]) -> Log:
+def final_part(config: RunConfig, split: Split) -> Log:
     """Returns the part of the log that the tested models are trained on."""
     return split.before_test if config.training.refit else split.train
 
 
-def connect_engine(config: DataConfig) -> Any:
-    """Opens the engine in which a config's log and samples are made."""
-    return connect_spark() if config.source == "spark" else connect(config.memory_limit)
-
-
 def load_log(config: DataConfig) -> Log:
     """Loads the log that a config names."""
-    connection = connect_engine(config)
     sides = ("item_features", "user_features", "request_features")
     features: dict[str, Any] = {name: getattr(config, name) for name in sides}
     if config.source == "movielens-100k":
@@ -176,8 +170,9 @@ def load_log(config: DataConfig) -> Log:
     assert config.path is not None  # The config has checked it.
     if config.source == "spark":
         paths = {"events": config.path, "items": config.items_path, "users": config.users_path}
+        spark = connect_spark()
         tables = {
-            name: None if path is None else connection.sql(f"SELECT * FROM {path}")
+            name: None if path is None else spark.sql(f"SELECT * FROM {path}")
             for name, path in paths.items()
         }
         return Log.from_ibis(**tables, is_ordered=config.is_ordered, ties=config.ties, **features)
@@ -186,7 +181,7 @@ def load_log(config: DataConfig) -> Log:
         items=config.items_path,
         users=config.users_path,
         reading=config.reading(),
-        connection=connection,
+        connection=connect(config.memory_limit),
         **features,
     )
 

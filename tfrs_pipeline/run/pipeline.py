@@ -14,7 +14,7 @@ from typing import Any
 
 from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.signals import Signals, signals
@@ -113,7 +113,7 @@ def run(
         return RunResult(folder, run.folder.results())
 
 
-def _measure_signals(run: RunContext, split: Split[Log]) -> Signals:
+def _measure_signals(run: RunContext, split: Split) -> Signals:
     measured = signals(split.train, seed=run.config.seed)
     repeats = measured.excluded_repeats(run.config.evaluation.exclude)
     run.note(*str(measured).splitlines(), *repeats)

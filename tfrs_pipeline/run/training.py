@@ -204,7 +204,7 @@ def trained_in(
     return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
 
 
-def split_in(folder: RunFolder) -> Split[Log]:
+def split_in(folder: RunFolder) -> Split:
     """Reads the split of a run's log; raises `Damaged` if a file of either has changed."""
     read_record(folder.split.with_suffix(".json"))  # Checks the file of the split.
     return Split.read(Log.read(folder.data), folder.split)

@@ -1,11 +1,10 @@
 """Turns event tables into samples, Parquet files; and the latest histories, for service.
 
-All tables have flat, ordered rows, since engines would hold lists in memory.
+All tables have flat, ordered rows, since DuckDB would hold lists in memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ibis
@@ -13,18 +12,29 @@ import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
-from tfrs_pipeline.data.engines import open_parquet, random_key, remove, replace, write_parquet
+from tfrs_pipeline.data.engines import random_key, write_parquet
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds
-from tfrs_pipeline.data.schema import DataError, Stage, TieRule, count_rows, is_positive, order_keys
+from tfrs_pipeline.data.requests import (
+    at_request,
+    query_start,
+    whole_seconds,
+    with_num_before,
+)
+from tfrs_pipeline.data.rules import store
+from tfrs_pipeline.data.schema import DataError, Source, Stage, count_rows, is_positive, order_keys
 from tfrs_pipeline.data.split import round_up
-from tfrs_pipeline.durable import part_files, write_record
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.negatives.kinds import FunnelLosers
 from tfrs_pipeline.samples.columns import request_column
-from tfrs_pipeline.samples.store import NO_POSITIVE, RowLists, offsets_of, pool_size_column
+from tfrs_pipeline.samples.store import (
+    NO_POSITIVE,
+    RowLists,
+    offsets_of,
+    pool_size_column,
+    write_columns,
+)
 
-_WORK = "_work-"
 _REQUESTED = "_requested_"
 _PAIR = ["query_row", "candidate_row"]
 # Columns that identify a positive, in the order of the samples, and those that identify a request.
@@ -47,10 +57,9 @@ def build_samples(
     | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples, then random |
     | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
 
-    Each is a file (DuckDB) or a folder of part files in the order of their names (Spark). A query's
-    samples are its sequence; its first num_earlier samples come before the sample. Row 0 is
-    "unknown" on both sides. Counts, histories and masks come only from the given events: give the
-    training part. The same log gives the same samples on either engine.
+    A query's samples are its sequence; its first num_earlier samples come before the sample. Row 0
+    is "unknown" on both sides. Counts, histories and masks come only from the given events: give
+    the training part.
 
     An earlier event comes before the first event of the request: by time, and at equal times by
     event number, unless the log's rule for `ties` is "drop". Without times, it has an earlier
@@ -64,11 +73,9 @@ def build_samples(
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are incomplete.
     (folder / "report.json").unlink(missing_ok=True)
-    for left in folder.glob(f"{_WORK}*"):  # Left by a process that was killed.
-        remove(left)
-    # A new name every time, because DuckDB caches statistics by path.
-    with TemporaryDirectory(prefix=_WORK, dir=folder, ignore_cleanup_errors=True) as name:
-        work = _Work(log.events.get_backend(), Path(name))
+    # In tables of the log's database, not in files: DuckDB caches the statistics of a path.
+    work = _Work(folder)
+    try:
         events = _write_rows(log, work)
         positives = events.filter(is_positive)
         _write_counts(positives, work)
@@ -76,42 +83,46 @@ def build_samples(
         known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
         exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
         work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
-        samples = positives if log.order == "none" else _with_num_earlier(positives, log.ties)
+        samples = positives
+        if log.order != "none":
+            samples = with_num_before(positives, positives, "query_row", log.ties, "num_earlier")
         num_removed = 0
         if hard is not None:
             samples, num_removed = _write_pools(events, positives, samples, work, hard, seed)
         _write_samples(samples, work, log)
         report = _report(work, hard, num_removed)
-        files = work.publish(folder)
-    write_record(folder / "report.json", report, files)
+    finally:
+        work.drop()
+    files = [folder / f"{name}.parquet" for name in work.written]
+    write_record(folder / "report.json", report, [*files, *write_columns(folder)])
     return report
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A folder of tables that are written and read again; names with "_" are not published."""
+    """The tables of a build: kept in the log's database until they are written, and read again."""
 
-    backend: Any
     folder: Path
+    kept: dict[str, ibis.Table] = field(default_factory=dict)
+    written: list[str] = field(default_factory=list)
+
+    def keep(self, name: str, table: ibis.Table) -> ibis.Table:
+        self.kept[name] = store(table, Source("samples"))
+        return self.kept[name]
 
     def write(self, name: str, table: ibis.Table) -> ibis.Table:
-        write_parquet(table, self.folder / f"{name}.parquet")
-        return self.open(name)
+        write_parquet(self.keep(name, table), self.folder / f"{name}.parquet")
+        self.written.append(name)
+        return self.kept[name]
 
-    def open(self, name: str) -> ibis.Table:
-        return open_parquet(self.backend, self.folder / f"{name}.parquet")
-
-    def publish(self, folder: Path) -> list[Path]:
-        """Moves the finished tables into a folder, replacing older ones; returns their files."""
-        moved = [path for path in self.folder.glob("*.parquet") if not path.name.startswith("_")]
-        for path in moved:
-            replace(path, folder / path.name)
-        return [file for path in moved for file in part_files(folder / path.name)]
+    def drop(self) -> None:
+        for table in self.kept.values():
+            table.get_backend().drop_table(table.get_name())
 
 
 def _write_rows(log: Log, work: _Work) -> ibis.Table:
     """Writes the events with rows instead of ids, once, so that no output repeats the joins."""
-    items = work.write("_items", _number_rows(log.items, "item_id", "candidate_row"))
+    items = work.keep("items", _number_rows(log.items, "item_id", "candidate_row"))
     users = work.write("queries", _number_rows(log.users, "user_id", "query_row"))
     names = ["user_id", "item_id", "event_number", "stage", "request_id", "rank", "weight"]
     kept = [name for name in names if name in log.events.columns]
@@ -120,14 +131,15 @@ def _write_rows(log: Log, work: _Work) -> ibis.Table:
     # The prefix avoids clashes with the columns that are made here.
     requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
     events = log.events.select(*kept, time=time, **requests)
+    # Rows are half as wide as ids and need no lookup in training.
     events = events.inner_join(items, "item_id").inner_join(users, "user_id")
     start, first = query_start(events, events["time"])
     events = events.mutate(query_time=start, query_number=first)
-    return work.write("_events", events.drop("user_id", "item_id"))
+    return work.keep("events", events.drop("user_id", "item_id"))
 
 
 def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
-    """Numbers ids in ascending order, from 1. In Spark, a single task sorts the ids."""
+    """Numbers ids in ascending order, from 1."""
     row = ibis.row_number().over(ibis.window(order_by=table[id_column])) + 1
     rows = table.select(id_column, **{row_column: row.cast("int32")})
     return rows.select(row_column, id_column).order_by(row_column)
@@ -135,27 +147,11 @@ def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Tab
 
 def _write_counts(positives: ibis.Table, work: _Work) -> None:
     counts = positives.group_by("candidate_row").agg(count=positives.count())
-    corpus = work.open("_items").left_join(counts, "candidate_row").fill_null({"count": 0})
+    corpus = work.kept["items"].left_join(counts, "candidate_row").fill_null({"count": 0})
     corpus = corpus.select("candidate_row", "item_id", "count").order_by("candidate_row")
     corpus = work.write("corpus", corpus)
     if not corpus["count"].max().to_pyarrow().as_py():
         raise DataError(NO_POSITIVE)
-
-
-def _with_num_earlier(positives: ibis.Table, ties: TieRule) -> ibis.Table:
-    """Adds num_earlier: the number of the user's positives before each positive's request."""
-    # Puts clicks and queries on one timeline; a query comes before clicks at the same place.
-    number, first = positives["event_number"], positives["query_number"]
-    if ties == "drop":
-        number = first = ibis.literal(0)
-    queries = positives.mutate(at=positives["query_time"], at_number=first, is_click=0)
-    nulls = {name: ibis.null(dtype) for name, dtype in positives.schema().items()}
-    nulls["query_row"] = positives["query_row"]
-    clicks = positives.select(**nulls, at=positives["time"], at_number=number, is_click=1)
-    line = queries.union(clicks)
-    before = ibis.cumulative_window(group_by="query_row", order_by=["at", "at_number", "is_click"])
-    line = line.mutate(num_earlier=line["is_click"].sum().over(before).cast("int32"))
-    return line.filter(line["is_click"] == 0).drop("at", "at_number", "is_click")
 
 
 def _write_pools(
@@ -167,8 +163,8 @@ def _write_pools(
     seed: int,
 ) -> tuple[ibis.Table, int]:
     """Writes the pools; returns samples with pool sizes, and how many losers may not be in any."""
-    losers = find_losers(events, hard, work.open("known_positives"), work.open("exposed"))
-    losers = work.write("_losers", losers)
+    losers = find_losers(events, hard, work.kept["known_positives"], work.kept["exposed"])
+    losers = work.keep("losers", losers)
     for stage, pool in draw_pools(positives, losers, hard, seed).items():
         # A batch draws neighbours, so pools are in random order: rows group items of similar age.
         pool = pool.order_by([*_POSITIVE, "place"]).select("event_number", "candidate_row")
@@ -197,7 +193,7 @@ def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
 
 
 def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[str, Any]:
-    samples, corpus, known = map(work.open, ("samples", "corpus", "known_positives"))
+    samples, corpus, known = (work.kept[x] for x in ("samples", "corpus", "known_positives"))
     if "num_earlier" in samples.columns:
         without = samples.filter(samples["num_earlier"] == 0)
     else:  # Without an order only users with a single item have an empty history.
@@ -208,9 +204,9 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
         "num_empty_histories": count_rows(without),
         "num_candidates": count_rows(corpus),
         "num_candidates_without_count": count_rows(corpus.filter(corpus["count"] == 0)),
-        "num_queries": count_rows(work.open("queries")),
+        "num_queries": count_rows(work.kept["queries"]),
         "num_known_positives": count_rows(known),
-        "num_exposed": count_rows(work.open("exposed")),
+        "num_exposed": count_rows(work.kept["exposed"]),
     }
     if hard is not None:
         report |= {"hard_negatives": {}, "num_losers_removed": num_removed}
@@ -237,6 +233,7 @@ def find_losers(
     taken = events.filter(events["stage"].isin(list(hard.stages)))
     if Stage.RANKED in hard.stages:
         taken = _low_part(events, taken, hard)
+    # What the user clicked at any time is liked, even if this request lost it.
     losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, _PAIR)
     # The stage "exposed" is present only if `allow_exposed` is set.
     was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
@@ -258,6 +255,7 @@ def draw_pools(
         of_stage = losers.filter(losers["stage"] == stage)
         pool = keys.inner_join(of_stage.select(*_REQUEST, "candidate_row").distinct(), _REQUEST)
         pool = pool.select(*_POSITIVE, "candidate_row")
+        # A hash, not a random number: the same log gives the same pools with any number of threads.
         key = random_key(pool["candidate_row"], pool["event_number"], seed=seed)
         drawn = ibis.window(group_by="event_number", order_by=[key, pool["candidate_row"]])
         pool = pool.mutate(place=ibis.row_number().over(drawn))
@@ -274,6 +272,7 @@ def _with_request(events: ibis.Table) -> ibis.Table:
 
 def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis.Table:
     """Keeps only the `ranked` items at the low end of their request's ranks."""
+    # Items just below the screen are nearly as good as those on it: only the low end has lost.
     is_ranked = taken["stage"] == Stage.RANKED.value
     others = taken.filter(~is_ranked)
     if "rank" not in events.columns:

