@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import pytest
 
 from tests.serving.running_server import TOKEN, address_of
 from tfrs_pipeline import cli, load_config
+from tfrs_pipeline.evaluation.baselines import BASELINES
+from tfrs_pipeline.evaluation.metrics import METRICS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trusted_exports")]
 
@@ -121,6 +123,16 @@ def plain(line: str) -> str:
     """Replaces every number by 0, and white space and table rules by one space."""
     numbers = re.sub(r"((?<!\w)[-+])?\d[\d,]*(\.\d+)?", "0", line)
     return " ".join(re.sub(r"[┏┓┡┩╇┳━]+", " ", numbers).split())
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """Forgets the metrics and baselines that a page adds, which its readers add to one program."""
+    before = [(registry, dict(registry)) for registry in (METRICS, BASELINES)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.mark.parametrize("page", GUIDES)

@@ -23,9 +23,9 @@ _NAMES = {
     "data.schema": ("DataError",),
     "drawing": ("plot_curves", "plot_intervals", "plot_popularity"),
     "evaluation.bootstrap": ("Interval", "Outcome"),
-    "evaluation.baselines": ("Ease", "Ials", "MostPopular", "Repeats", "Transitions"),
+    "evaluation.baselines": ("Baseline", "Ease", "Ials", "MostPopular", "Repeats", "Transitions"),
     "evaluation.evaluate": ("evaluate",),
-    "evaluation.metrics": ("popularity_slices",),
+    "evaluation.metrics": ("Metric", "Rankings", "metric_of", "popularity_slices"),
     "evaluation.results": ("Evaluation", "EvaluationResult", "SliceResult"),
     "evaluation.signals": ("Signal", "Signals", "signals"),
     "model.corpus": ("TrainingSet",),
@@ -54,9 +54,10 @@ _NAMES = {
     "serving.vectors": ("write_vectors",),
     "settings": ("ConfigError",),
 }
-# Other modules that users may import from: sources of logs, base classes of custom features, and
-# the command line, for a program that adds such features.
+# Other modules that users may import from: sources of logs, base classes and lists of custom
+# features, baselines and metrics, and the command line, for a program that adds such.
 PUBLIC_MODULES = ["cli", "features.kinds", "features.numeric"]
+PUBLIC_MODULES += ["evaluation.baselines", "evaluation.metrics"]
 PUBLIC_MODULES += ["sources.movielens", "sources.simulated"]
 PUBLIC = dict(sorted((name, module) for module, names in _NAMES.items() for name in names))
 

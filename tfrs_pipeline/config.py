@@ -4,21 +4,23 @@ import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 from pydantic_settings import CliSuppress
 
 from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig, SplitConfig
+from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
-Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "transitions", "ease", "ials"]
+BASELINES = ("uncorrected", "popularity", "repeats", "transitions", "ease", "ials")
+"""What every run is compared with, unless it is told otherwise; `uncorrected` is a model."""
 
 
 def _read_duration(value: Any) -> Any:
@@ -37,6 +39,15 @@ def _or_none(values: Any) -> Any:
     return () if listed and all(value == "none" for value in listed) else values
 
 
+def _known_baseline(name: str) -> str:
+    if name not in BASELINES:  # Only then, because the classes import the libraries of logs.
+        from tfrs_pipeline.evaluation.baselines import BASELINES as CLASSES
+
+        if name not in CLASSES:
+            raise ValueError(f"no baseline; {suggest(name, {*BASELINES, *CLASSES})}")
+    return name
+
+
 class EvaluationConfig(Config):
     """What is measured on the test, and the baselines to compare with."""
 
@@ -51,7 +62,7 @@ class EvaluationConfig(Config):
     """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
     max_users: PositiveInt = 100_000
     """Most users to measure, and most requests; sampled if the test has more."""
-    baselines: Distinct[Baseline] = get_args(Baseline)
+    baselines: Distinct[Annotated[str, AfterValidator(_known_baseline)]] = BASELINES
     """What the model is compared with in the same table: itself, trained without the correction;
     the most popular items (in a split by time of the latest clicks, a share that validation
     chooses); the user's own items again, if evaluation.exclude is none; what came next after the
@@ -178,7 +189,7 @@ class RunConfig(Config):
             (data.request_features and training.examples == "sets", "data.request_features",
              f"got {', '.join(data.request_features)} with training.examples 'sets', which "
              "gives a query the positives of many requests: train 'single' or 'sequences'"),
-            (int(training.monitor.partition("@")[2]) not in cutoffs, "training.monitor",
+            (metric_of(training.monitor).k not in cutoffs, "training.monitor",
              f"got {training.monitor!r}; evaluation.cutoffs are {cutoffs}"),
             (export.filter_by is not None and not is_filterable, "export.filter_by",
              f"got {export.filter_by!r}, which is no item feature of kind {' or '.join(kinds)}; "

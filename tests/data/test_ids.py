@@ -61,3 +61,19 @@ def test_refuses_a_matrix_of_ids_and_rows_out_of_range() -> None:
     for row in (-1, 3):
         with pytest.raises(ValueError, match=r"\[0, 2\]"):
             Ids([5, 6]).take(np.array([row]))
+
+
+@given(known=st.one_of(numbers, words), data=st.data())
+def test_lists_are_looked_up_as_each_alone_without_the_unknown(known: list[Any], data: Any) -> None:
+    """Also empty ones, sets, and arrays of another integer type beside lists."""
+    ids = Ids(known)
+    some = st.lists(st.integers(0, 40) if isinstance(known[0], int) else st.sampled_from("abxyz"))
+    unsigned: Any = np.uint64 if isinstance(known[0], int) else object
+    forms = st.sampled_from([list, set, np.array, lambda x: np.array(x, unsigned)])
+    lists = data.draw(st.lists(st.builds(lambda values, form: form(values), some, forms)))
+    found = ids.rows_by_list(lists)
+    assert len(found) == len(lists)
+    for rows, listed in zip(found, lists, strict=True):
+        expected = ids.rows(listed if isinstance(listed, set) else [*np.asarray(listed).tolist()])
+        assert rows.tolist() == expected[expected > 0].tolist()
+        assert rows.dtype == np.int32

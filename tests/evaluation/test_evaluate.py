@@ -168,7 +168,7 @@ ALONE = Scores(np.zeros((2, 12)))
         (ALONE, make_holdout([[102], []], [[102]] * 2), {}, ValueError, "2 queries .*1 were excl"),
         (ALONE, [[100]], {}, TypeError, "needs a Holdout.*Received: list"),
         ({}, HOLDOUT, {}, ValueError, "at least one retriever"),
-        ({"two_tower": Scores}, HOLDOUT, {}, TypeError, "two_tower has no `retrieve`; .*<class"),
+        ({"two_tower": Scores}, HOLDOUT, {}, TypeError, "two_tower has no `retrieve`: .*<class"),
         (Ease(), HOLDOUT, {}, TypeError, "Ease has no `retrieve`: pass what its fit returns"),
     ],
 )

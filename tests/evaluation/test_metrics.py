@@ -1,7 +1,7 @@
 import numpy as np
 from sklearn.metrics import ndcg_score
 
-from tfrs_pipeline.evaluation.metrics import query_metrics
+from tfrs_pipeline.evaluation.metrics import Ndcg, Rankings
 
 
 def test_ndcg_equals_scikit_learn() -> None:
@@ -12,6 +12,7 @@ def test_ndcg_equals_scikit_learn() -> None:
     truth[:, 0] |= ~truth.any(axis=1)
     is_hit = np.take_along_axis(truth, np.argsort(-scores, axis=1), axis=1)
     for k in (1, 5, 60):
-        ours = query_metrics(is_hit, truth.sum(axis=1), k)["ndcg"]
+        nothing = np.zeros(0)
+        ours = Ndcg(k).measure(Rankings(is_hit, is_hit, truth.sum(axis=1), nothing, nothing))
         theirs = [ndcg_score(truth[[i]], scores[[i]], k=k) for i in range(num_queries)]
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)

@@ -87,14 +87,6 @@ def test_counts(histories: Any, name: str, value: float, beside: float | None) -
     assert found.beside == beside
 
 
-def test_ties_are_of_the_same_user_and_the_clock_has_the_step_of_all_times() -> None:
-    day = 86_400
-    times = 10**9 + day * np.array([0, 0, 2, 5, 5, 6, 9])
-    found = signals(log_of([[1, 2, 3, 4], [1, 2, 3]], times=times))
-    assert found["ties"].value == pytest.approx(2 / 7)
-    assert found["clock"].value == day
-
-
 def test_features_with_categories_are_compared_with_chance() -> None:
     """A user stays in one genre; the request's device decides the item, its volume does not."""
     rows = pd.DataFrame({"user_id": np.arange(3000) // 10})
@@ -111,7 +103,7 @@ def test_features_with_categories_are_compared_with_chance() -> None:
     assert genre.beside == pytest.approx(0.5, abs=0.05)
     assert device.beside == pytest.approx(0.25, abs=0.12)
     names = {signal.name for signal in found}
-    assert not names & {"item year", "request volume", "ties", "trend"}
+    assert not names & {"item year", "request volume", "trend"}
 
 
 def test_lists_share_a_value_if_any_is_the_same_and_none_is_not_one() -> None:
@@ -131,7 +123,7 @@ def test_items_of_the_last_request_are_not_what_was_known_before_it() -> None:
 
 def test_shuffling_takes_nothing_from_the_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the last request each user clicks an item and its twin, which reveal each other."""
-    monkeypatch.setattr("tfrs_pipeline.evaluation.signals._MAX_ASKED", 100)
+    monkeypatch.setattr("tfrs_pipeline.evaluation.signals._MAX_HELD_OUT", 100)
     before, item = RNG.integers(0, 60, (2, 400))
     users, requests = np.repeat(np.arange(400), 3), ["a", "b", "b"] * 400
     rows = pd.DataFrame({"user_id": users, "request_id": requests})

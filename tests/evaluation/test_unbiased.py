@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline import Log, MostPopular, evaluate
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.metrics import even_metrics, find_hits, item_weights
+from tfrs_pipeline.evaluation.metrics import (
+    EvenNdcg,
+    EvenRecall,
+    EvenWeights,
+    Rankings,
+    find_hits,
+    item_weights,
+)
 
 NUM_ITEMS = 8
 
@@ -19,12 +26,19 @@ NUM_ITEMS = 8
 def even(
     found: Any, relevant: list[list[int]], users: list[int], exposure: Any, *cutoffs: int
 ) -> tuple[dict[str, np.ndarray], int | None]:
-    """Calls `even_metrics` with lists of candidates from 1."""
+    """Measures even metrics of lists of candidates from 1; also the effective number of items."""
     rows = np.array(found)
     queries = np.repeat(np.arange(len(relevant)), [len(x) for x in relevant])
     pairs = queries, np.array([item for x in relevant for item in x], int)
     shown = np.array(exposure, float)
-    return even_metrics(rows, find_hits(rows, *pairs), pairs, np.array(users), shown, cutoffs)
+    weights = EvenWeights.of(*pairs, np.array(users), shown)
+    if weights is None:
+        return {}, None
+    none = np.zeros(0)
+    rankings = Rankings(rows, find_hits(rows, *pairs), none, none, none, weights)
+    metrics = [kind(k) for k in cutoffs for kind in (EvenRecall, EvenNdcg)]
+    values = ((str(metric), metric.measure(rankings)) for metric in metrics)
+    return {name: value for name, value in values if value is not None}, weights.num
 
 
 def slow(

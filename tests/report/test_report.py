@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from tfrs_pipeline.config import RunConfig, dump_config, movielens_config, with_settings
 from tfrs_pipeline.data.schema import Dropped
 from tfrs_pipeline.drawing import INK, SERIES, SOFT, thinned
-from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
+from tfrs_pipeline.evaluation.metrics import PLAIN
 from tfrs_pipeline.negatives.kinds import FunnelLosers
 from tfrs_pipeline.report.facts import PopularityFacts, RunFacts, report_page
 
 CUTOFFS = (20, 100)
+QUERY_METRICS = [metric.name for metric in PLAIN]
 SET_METRICS = ("coverage", "gini", "average_popularity")
 EVIL = "<script>alert(1)</script>"
 Cell: TypeAlias = tuple[str, float | None, bool]
@@ -115,7 +116,6 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
 def make_facts() -> RunFacts:
     rng = np.random.default_rng(3)
     counts = np.sort(rng.zipf(1.5, 400).clip(max=5000) - 1)[::-1]
-    share = counts / counts.sum()
     return RunFacts(
         folder="runs/films-1",
         config=movielens_config(),
@@ -130,7 +130,8 @@ def make_facts() -> RunFacts:
                  "num_exposed": 3900},
         masked_shares={"accidental hits": 0.001, "known positives": 0.2, "exposed items": 0.05},
         mean_hard_share=0.0,
-        popularity=PopularityFacts(counts, share, share, {"uniform": np.full(400, 1 / 400)}, 0),
+        popularity=PopularityFacts(counts, {"positives, as logged": counts / counts.sum()},
+                                   {"uniform": np.full(400, 1 / 400)}, 0),
         titles={3: "Fargo", 6: "Men in Black"}
     )  # fmt: skip
 
@@ -281,11 +282,13 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     level = {"depth": 128, "num_leaves_to_search": 9, "num_reordered": 256}
     tuned = {"levels": [level], "requests": requests}
     hard = {"retrieved": {"num_samples": 2500, "mean_pool": 12.25}}
+    trained_on = {"positives, as trained on": np.full(400, 1 / 400)}
+    resampled = {**FACTS.popularity.shares, **trained_on}
     page = page_of(
         config=HARD,
         samples={**FACTS.samples, "hard_negatives": hard, "num_losers_removed": 77},
         mean_hard_share=0.0251,
-        popularity=dataclasses.replace(FACTS.popularity, after=np.full(400, 1 / 400)),
+        popularity=dataclasses.replace(FACTS.popularity, shares=resampled),
         metrics={**FACTS.metrics, "index": {**FACTS.metrics["index"], **tuned}},
     )
     assert [text for text, _, _ in page.tables["Pools"]["retrieved"]] == ["2,500", "50.0%", "12.2"]

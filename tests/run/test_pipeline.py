@@ -21,7 +21,7 @@ import tensorflow as tf
 from tests import small_log
 from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
-from tfrs_pipeline import Ease, Holdout, Log, MostPopular, TwoTower, UserSets, durable, signals
+from tfrs_pipeline import Ease, Holdout, MostPopular, TwoTower, UserSets, durable, signals
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.log import Split

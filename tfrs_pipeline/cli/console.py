@@ -24,7 +24,7 @@ from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
 from tfrs_pipeline.report.advice import advice
-from tfrs_pipeline.report.verdict import by_popularity, compared_with_baselines, remarks
+from tfrs_pipeline.report.verdict import by_popularity, compared_with_baselines, other_question
 from tfrs_pipeline.run.folder import CONFIG_FILE
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 
@@ -215,7 +215,8 @@ def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple
     metric, recall = (f"{name}@{max(config.evaluation.cutoffs)}" for name in ("ndcg", "recall"))
     better = compared_with_baselines(metrics, metric)
     yield "better?", f"{better.answer}: {better.why}"
-    yield from remarks(metrics, metric, recall).items()
+    if (otherwise := other_question(metrics, metric)) is not None:
+        yield "but", otherwise
     yield "for whom", by_popularity(metrics, recall).why
     for line in advice(metrics, metric, config):
         yield "try", line

@@ -1,7 +1,7 @@
 """The only map between ids and rows."""
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,18 @@ class Ids:
         # Strings, or values some of which are not ids at all.
         listed = values.tolist() if isinstance(values, np.ndarray) else values
         return np.fromiter(map(self._row_of.get, listed, itertools.repeat(0)), np.int32)
+
+    def rows_by_list(self, lists: Sequence[Collection[Any]]) -> list[np.ndarray]:
+        """Looks up the known rows of each list of ids, in their order: int32.
+
+        All in one look-up, because one for each list takes ten times longer.
+        """
+        # An empty list may be a float array, which would turn all ids into floats.
+        values = [self.values[:0], *(as_id_array(ids) for ids in lists if len(ids))]
+        parts = np.split(
+            self.rows(np.concatenate(values)), np.cumsum([len(ids) for ids in lists], dtype=int)
+        )
+        return [rows[rows > 0] for rows in parts[: len(lists)]]  # After the last, nothing is left.
 
     def known_rows(self, values: Iterable[Any] | np.ndarray) -> np.ndarray:
         """Looks up the distinct rows of the known ids: int32, ascending."""

@@ -1,10 +1,13 @@
-"""Baselines that a model has to beat: popularity, own items, transitions, EASE, implicit ALS.
+"""Baselines that a model has to beat: popularity, repeats, transitions, EASE, implicit ALS.
 
-A baseline holds settings; its `fit` returns a fitted retriever and does not change the baseline.
+A baseline is one class: settings, a `fit` that returns a retriever and does not change the
+baseline, and what a run, its verdict and its advice need to know. `BASELINES` lists those that
+settings can name.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Self
 
 import ibis
 import numpy as np
@@ -14,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import is_positive
+from tfrs_pipeline.data.schema import Exclude, is_positive
 from tfrs_pipeline.data.split import in_order, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
@@ -25,11 +28,56 @@ from tfrs_pipeline.evaluation.interactions import (
     items_of,
 )
 from tfrs_pipeline.evaluation.topk import ScoreRetriever
-from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, Retriever, check_asked
 
 
 @dataclass(frozen=True)
-class MostPopular:
+class Baseline:
+    """What a model has to beat: a subclass has a label and the method `fit`.
+
+    A run fits it in another process, to which it is sent by pickling. A `ValueError` says why it
+    cannot be fitted to a log; the run leaves it out then.
+
+    Attributes:
+        label: Its name in sentences.
+        learns_from: What a model should learn if this baseline beats it; the advice follows.
+
+    Example:
+        A baseline of your own, in a run with `--evaluation.baselines ... alphabet`::
+
+            class Alphabet(Baseline):
+                label = "the first letters"
+
+                def fit(self, train):
+                    return MyRetriever(sorted(train.items["item_id"].to_list()))
+
+
+            BASELINES["alphabet"] = Alphabet
+    """
+
+    label: ClassVar[str]
+    learns_from: ClassVar[Literal["popularity", "repeats", "order", "items"]] = "items"
+
+    @classmethod
+    def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
+        """Returns the forms from which validation chooses; none if nothing is left to find.
+
+        `by_time` says that the test is later in time, `exclude` what rankings leave out.
+        """
+        return [cls()]
+
+    def fit(self, train: Log) -> Retriever:
+        """Fits it to the positives of a log."""
+        raise NotImplementedError
+
+
+# Shares of the latest positives by which popularity is counted in a split by time: for a test on
+# later days, recent popularity may be a better guess.
+_LATEST = (1.0, 0.2, 0.05, 0.01)
+
+
+@dataclass(frozen=True)
+class MostPopular(Baseline):
     """Retrieves the same candidates for everyone: those with the most users in training.
 
     `latest` in (0, 1] is the share of the latest positives, by timestamp, whose users are counted;
@@ -44,6 +92,14 @@ class MostPopular:
     """
 
     latest: float = 1.0
+
+    label = "popularity"
+    learns_from = "popularity"
+
+    @classmethod
+    def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
+        """Returns several shares of the latest positives for a test on later days."""
+        return [cls(latest) for latest in (_LATEST if by_time else (1.0,))]
 
     def __post_init__(self) -> None:
         if not 0 < self.latest <= 1:
@@ -77,19 +133,22 @@ class FittedPopularity:
         """Retrieves the k most popular; see `Retriever.retrieve`. Queries may lack a history."""
         check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
         rows = np.zeros((len(queries), k), np.int32)
-        for i in range(len(queries)):
-            excluded = self.items.known_rows(() if exclude is None else exclude[i])
+        is_excluded = np.zeros(1 + len(self.items), bool)  # Shared, because a corpus is long.
+        lists = self.items.rows_by_list([()] * len(queries) if exclude is None else exclude)
+        for row, excluded in zip(rows, lists, strict=True):
+            is_excluded[excluded] = True
             # At least k of the k + |excluded| most popular are not excluded.
             top = self._order[: k + len(excluded)]
-            top = top[~np.isin(top, excluded)][:k]
-            rows[i, : len(top)] = top
+            top = top[~is_excluded[top]][:k]
+            row[: len(top)] = top
+            is_excluded[excluded] = False
         scores = np.where(rows > 0, self.counts[rows - 1], -np.inf)
         return self.items.take(rows), scores.astype(np.float32)
 
 
 @dataclass(frozen=True)
-class Repeats:
-    """Retrieves the user's own items, the most frequent first, then the latest; then popular ones.
+class Repeats(Baseline):
+    """Retrieves the user's history, the most frequent items first, then the latest, then others.
 
     For services whose users return to the same items. If rankings exclude these, it equals
     `MostPopular`.
@@ -101,6 +160,14 @@ class Repeats:
         array([['b', 'c']], dtype=object)
     """
 
+    label = "the user's own items again"
+    learns_from = "repeats"
+
+    @classmethod
+    def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
+        """Returns none if rankings exclude what their user had: nothing is left to repeat."""
+        return [cls()] if exclude == "none" else []
+
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Counts the users of each candidate of a log, or of interactions."""
         train = Interactions.of(train)
@@ -108,23 +175,23 @@ class Repeats:
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             scores = np.tile(popular, (len(queries), 1))
-            for own, columns in zip(scores, history_columns(queries, train.items), strict=True):
-                # Reversed, so that `place` is the item's last one.
-                found, place, num = np.unique(columns[::-1], return_index=True, return_counts=True)
-                own[found] = 1 + num - (1 + place) / (1 + len(columns))
+            for line, history in zip(scores, history_columns(queries, train.items), strict=True):
+                # Reversed, so that `since` counts the items after its last occurrence.
+                items, since, num = np.unique(history[::-1], return_index=True, return_counts=True)
+                line[items] = 1 + num - (1 + since) / (1 + len(history))
             return scores
 
         return ScoreRetriever(train.items, score)
 
 
-# Among an item's successors, each further one counts this much of the one before it.
+# Weight decay per position after the item.
 _DECAY = 0.8
 # What followed the item before the last one counts this much: docs/explanation/tried.md.
 _BEFORE = 0.3
 
 
 @dataclass(frozen=True)
-class Transitions:
+class Transitions(Baseline):
     """Retrieves what came next after the last two items of the history; then popular items.
 
     score(j) = (n_ij + .3 n_hj + m p_j) / (n_i + .3 n_h + m), the mean of a Dirichlet posterior: i
@@ -151,6 +218,9 @@ class Transitions:
     prior: float = 100.0
     window: int = 3
 
+    label = "item-to-item transitions"
+    learns_from = "order"
+
     def __post_init__(self) -> None:
         if self.prior <= 0 or self.window < 1:
             raise ValueError(f"prior must be above 0, window 1 or more. Received: {self}.")
@@ -160,18 +230,19 @@ class Transitions:
         if not isinstance(train, Sequences):
             train = Sequences.from_log(train)
         items, rows = train.items, train.item_rows
+        # The prior: popular items are likely to come next after anything.
         popular = Interactions.from_rows(items, train.users, rows).counts
         popular = self.prior * popular / max(1, popular.sum())
         # Row 0, which is empty, is for histories without a known item.
         shape = (1 + len(items), len(items))
         num = scipy.sparse.csr_matrix(shape, dtype=np.float32)
         for i in range(self.window):
-            place = train.earlier(1 + i)
-            is_there = place >= 0
-            pair = rows[place[is_there]], rows[is_there] - 1
+            position = train.earlier(1 + i)
+            is_there = position >= 0  # False for the first positives of a user.
+            pair = rows[position[is_there]], rows[is_there] - 1
             weight = np.full(len(pair[0]), _DECAY**i, np.float32)
             num += scipy.sparse.csr_matrix((weight, pair), shape)
-        num_all = num.sum(axis=1).A1
+        num_all = num.sum(axis=1).A1  # n_i of each item, 0 for the empty row.
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             histories = history_columns(queries, items)
@@ -187,7 +258,7 @@ class Transitions:
 
 
 @dataclass(frozen=True)
-class Ease:
+class Ease(Baseline):
     """EASE: a linear autoencoder of histories, solved in closed form; strong if it fits in memory.
 
     B = argmin ||X - X B||^2 + l2 ||B||^2 with a zero diagonal, from P = (X'X + l2 I)^-1 as
@@ -200,6 +271,8 @@ class Ease:
 
     l2: float = 200.0
     max_candidates: int = field(default=20_000, kw_only=True, repr=False)
+
+    label = "EASE"
 
     def __post_init__(self) -> None:
         if self.l2 <= 0:
@@ -220,7 +293,7 @@ class Ease:
 
 
 @dataclass(frozen=True)
-class Ials:
+class Ials(Baseline):
     """Implicit ALS: matrix factorization of all cells, with clicked ones weighted by `alpha`.
 
     The user's factors are computed from the query's history, so that new users and new clicks need
@@ -239,6 +312,13 @@ class Ials:
     num_iterations: int = field(default=15, kw_only=True, repr=False)
     seed: int = field(default=0, kw_only=True, repr=False)
     num_threads: int = field(default=0, kw_only=True, repr=False)
+
+    label = "iALS"
+
+    @classmethod
+    def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
+        """Returns one form, which starts from the run's seed."""
+        return [cls(seed=seed)]
 
     def __post_init__(self) -> None:
         is_whole = min(self.num_factors, self.num_iterations) >= 1
@@ -274,6 +354,16 @@ class Ials:
         return _by_product(train, score)
 
 
+BASELINES: dict[str, type[Baseline]] = {
+    "popularity": MostPopular,
+    "repeats": Repeats,
+    "transitions": Transitions,
+    "ease": Ease,
+    "ials": Ials,
+}
+"""The baselines that settings can name. Add your own before you use it."""
+
+
 def _by_product(
     train: Interactions, score: Callable[[scipy.sparse.csr_matrix], np.ndarray]
 ) -> ScoreRetriever:
@@ -282,6 +372,7 @@ def _by_product(
     def or_popular(queries: Sequence[Query]) -> np.ndarray:
         histories = history_matrix(queries, train.items)
         scores = score(histories)
+        # Their own scores are all equal, and would rank items by their ids.
         scores[histories @ (train.counts > 0) == 0] = train.counts
         return scores
 
@@ -295,6 +386,7 @@ def _latest(positives: ibis.Table, share: float) -> ibis.Table:
             f"latest={share:g} chooses positives by their timestamps, and the log has none. "
             "Count all: latest=1."
         )
+    # By number, not by time: a share of the positives is what the user asked for.
     num, time_of = in_order(positives.select("timestamp"))
     if not num:
         return positives

@@ -1,7 +1,9 @@
 """Bootstrap intervals of means over queries."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +75,7 @@ def bootstrap_intervals(
     # Each resample divides by its own number of measured queries.
     both = np.concatenate([filled, is_measured.astype(np.float64)], axis=1)
     means = _divide(both.sum(axis=0)[None])[0]
+    # After the means: a mean counts queries, and only the resamples draw users.
     if users is not None:
         both = _sums_by_user(both, users)
     resampled = _divide(_resampled_sums(both, num_bootstrap, np.random.default_rng(seed)))
@@ -81,10 +84,22 @@ def bootstrap_intervals(
         # A single value has no spread.
         num_measured = np.count_nonzero(both[:, len(means) + column])
         draws = resampled[:, column] if num_measured > 1 else np.empty(0)
-        draws = draws[~np.isnan(draws)]
+        draws = draws[~np.isnan(draws)]  # A resample may miss all queries of a rare slice.
         low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
         intervals.append(Interval(float(mean), float(low), float(high)))
     return intervals
+
+
+def table_intervals(
+    tables: Mapping[str, Mapping[str, np.ndarray]], **options: Any
+) -> dict[str, dict[str, Interval]]:
+    """Computes the intervals of the columns, [num_queries] each, of several tables by name.
+
+    All have the same resamples, which take most of the time; `options` are as above.
+    """
+    columns = [values for table in tables.values() for values in table.values()]
+    intervals = iter(bootstrap_intervals(np.stack(columns, axis=1), **options) if columns else ())
+    return {name: {x: next(intervals) for x in table} for name, table in tables.items()}
 
 
 def _sums_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
@@ -102,6 +117,7 @@ def _resampled_sums(values: np.ndarray, num_bootstrap: int, rng: np.random.Gener
     sums = np.zeros((num_bootstrap, values.shape[1]))
     block_size = max(1, _DRAWS_PER_BLOCK // max(1, num))
     for start in range(0, num_bootstrap if num else 0, block_size):
+        # How often each row is drawn, so that sums are one product of matrices.
         copies = np.empty((min(block_size, num_bootstrap - start), num))
         for row in copies:
             row[:] = np.bincount(rng.integers(num, size=num), minlength=num)

@@ -4,22 +4,26 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
-from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.data.ids import Ids, are_listed
 from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import (
-    even_metrics,
+    METRICS,
+    EvenWeights,
+    Metric,
+    Rankings,
     find_hits,
     popularity_slices,
-    query_metrics,
-    set_metrics,
 )
-from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, SliceResult
+from tfrs_pipeline.evaluation.results import (
+    Evaluation,
+    EvaluationResult,
+    SliceResult,
+    with_intervals,
+)
 from tfrs_pipeline.retrieval import Query, Retriever
 
 QUERIES_PER_CALL = 1024
@@ -29,6 +33,7 @@ def evaluate(
     retrievers: Retriever | Mapping[str, Retriever],
     holdout: Holdout,
     *,
+    metrics: Iterable[Metric] | None = None,
     exclude: Exclude = "clicked",
     cutoffs: Sequence[int] = (20, 100),
     num_bootstrap: int = 1000,
@@ -45,6 +50,8 @@ def evaluate(
         retrievers: One, named by its class, or several by name, compared with the first.
         holdout: The queries and their relevant items, from `Log.split`. For very many users, a
             `Holdout.sample` gives nearly the same means in less time.
+        metrics: What is measured, such as `[metric_of("recall@20"), Mine(10)]`; None means all of
+            `METRICS` at each of `cutoffs`.
         exclude: What is excluded from a user's ranking; see `Holdout.excluded`.
         cutoffs: Values of k, 1 or more.
         num_bootstrap: Resamples for the intervals; 0 computes means only.
@@ -56,9 +63,9 @@ def evaluate(
         overall and by slice; its `differences` are from the first.
 
     Raises:
-        TypeError: If an argument is not a retriever, a holdout or a list of cutoffs.
-        ValueError: If nothing is left to find, or a retriever breaks its contract: wrong shape, a
-            candidate twice, an excluded or unknown candidate.
+        TypeError: If an argument is not a retriever, a metric, a holdout or a list of cutoffs.
+        ValueError: If nothing is left to find, a metric leaves its range, or a retriever breaks its
+            contract: wrong shape, a candidate twice, an excluded or unknown candidate.
 
     Example:
         >>> import pyarrow as pa
@@ -75,15 +82,19 @@ def evaluate(
 items to find are 0.0
         2 of 2 items to find have no positive in training
     """
-    named, cutoffs = _named(retrievers), _checked_cutoffs(cutoffs)
+    named = _named(retrievers)
+    # A metric that is given twice would be two equal columns.
+    measured = _at_cutoffs(cutoffs) if metrics is None else tuple(dict.fromkeys(metrics))
+    if not measured or not all(isinstance(metric, Metric) for metric in measured):
+        raise TypeError(f"metrics must be like [tp.metric_of('recall@20')]. Received: {metrics!r}.")
     check_holdout(holdout)
     truth = Truth.of(holdout, exclude)
     results = {}
     for name, retriever in named.items():
         report = functools.partial(on_progress, name) if on_progress else None
-        rows = _retrieve_rows(retriever, truth, cutoffs[-1], report)
-        results[name] = _measure(rows, truth, cutoffs, num_bootstrap, seed)
-    return Evaluation(results, cutoffs, num_bootstrap, seed, holdout.by)
+        rows = _retrieve_rows(retriever, truth, max(metric.k for metric in measured), report)
+        results[name] = _measure(rows, truth, measured, num_bootstrap, seed)
+    return Evaluation(results, measured, num_bootstrap, seed, holdout.by)
 
 
 def _named(retrievers: Retriever | Mapping[str, Retriever]) -> Mapping[str, Retriever]:
@@ -93,42 +104,40 @@ def _named(retrievers: Retriever | Mapping[str, Retriever]) -> Mapping[str, Retr
         raise ValueError("Needs at least one retriever. Received: none.")
     for name, retriever in retrievers.items():
         if isinstance(retriever, type) or not hasattr(retriever, "retrieve"):
-            has_fit = hasattr(retriever, "fit") and not isinstance(retriever, type)
-            hint = ": pass what its fit returns" if has_fit else "; see `Retriever`"
-            raise TypeError(f"{name} has no `retrieve`{hint}. Received: {retriever!r}.")
+            hint = "pass what its fit returns; see `Retriever`"
+            raise TypeError(f"{name} has no `retrieve`: {hint}. Received: {retriever!r}.")
     return retrievers
 
 
-def _checked_cutoffs(cutoffs: Sequence[int]) -> tuple[int, ...]:
+def _at_cutoffs(cutoffs: Sequence[int]) -> tuple[Metric, ...]:
+    """Returns all metrics that settings can name, at each cutoff."""
     if not isinstance(cutoffs, Iterable):
         raise TypeError(f"cutoffs must be a list, such as [20, 100]. Received: {cutoffs!r}.")
-    cutoffs = tuple(cutoffs)
-    if not cutoffs or not all(isinstance(k, int | np.integer) and k >= 1 for k in cutoffs):
-        raise ValueError(
-            f"cutoffs must be integers of 1 or more, at least one. Received: {list(cutoffs)}."
-        )
-    return tuple(sorted(set(cutoffs)))
-
-
-Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""[num_pairs] query numbers, ascending, and [num_pairs] candidate rows."""
+    ks = list(cutoffs)
+    if not ks or not all(isinstance(k, int | np.integer) and k >= 1 for k in ks):
+        raise ValueError(f"cutoffs must be integers of 1 or more, at least one. Received: {ks}.")
+    return tuple(metric(int(k)) for k in sorted(set(ks)) for metric in METRICS.values())
 
 
 @dataclass(frozen=True)
 class Truth:
     """The queries of a holdout that can be measured, at `places`, and their relevant items.
 
-    Pairs leave out candidates outside the corpus, but `num_relevant`, [num_queries], counts them.
-    `num_excluded` counts the relevant items that were excluded, over all queries.
+    Attributes:
+        places: [num_queries] numbers of the measured queries among all.
+        excluded: For each of them, the ids that its ranking leaves out; None excludes nothing.
+        relevant: [num_pairs] numbers of queries, ascending, and [num_pairs] candidate rows. They
+            leave out candidates outside the corpus.
+        num_relevant: [num_queries] items to find, those outside the corpus included.
+        num_excluded: Relevant items that were excluded, over all queries.
     """
 
     holdout: Holdout
     exclude: Exclude
     items: Ids
-    places: np.ndarray
+    places: list[int]
     excluded: list[np.ndarray] | None
-    excluded_pairs: Pairs
-    relevant: Pairs
+    relevant: tuple[np.ndarray, np.ndarray]
     num_relevant: np.ndarray
     num_excluded: int
 
@@ -138,57 +147,57 @@ class Truth:
         all_queries = self.holdout.as_queries()
         return [all_queries[i] for i in self.places]
 
+    @cached_property
+    def excluded_rows(self) -> list[np.ndarray]:
+        """The rows of the excluded candidates of each query."""
+        nothing = [self.items.values[:0]] * len(self.places)
+        return self.items.rows_by_list(self.excluded or nothing)
+
+    @cached_property
+    def even(self) -> EvenWeights | None:
+        """What each item to find weighs, for all retrievers alike."""
+        return EvenWeights.of(*self.relevant, self.user_ids, self.holdout.exposure)
+
+    @property
+    def user_ids(self) -> np.ndarray:
+        """[num_queries] users of the measured queries."""
+        return self.holdout.user_ids[self.places]
+
     @classmethod
     def of(cls, holdout: Holdout, exclude: Exclude) -> "Truth":
         """Looks up ids once for all retrievers; a `ValueError` if nothing is left to find."""
         items, excluded = Ids(holdout.candidate_ids), holdout.excluded(exclude)
-        num_queries = len(holdout)
-        lists = [*holdout.relevant, *(excluded or ())]
-        # Empty lists are left out, because an empty float array would turn all ids into floats, as
-        # unsigned integers beside signed ones would without `as_id_array`.
-        given = [as_id_array(ids) for ids in lists if len(ids)]
-        ids = np.concatenate([items.values[:0], *given])
-        if len(ids) and isinstance(ids[0], str) != isinstance(items.empty_id, str):
+        # As Python's sets: lists are short, and ids of any type compare as they are.
+        wanted = [{*np.asarray(ids).tolist()} for ids in holdout.relevant]
+        left = wanted
+        if excluded is not None:
+            pairs = zip(wanted, excluded, strict=True)
+            left = [ids.difference(np.asarray(gone).tolist()) for ids, gone in pairs]
+        places = [i for i, ids in enumerate(left) if ids]
+        num_excluded = sum(map(len, wanted)) - sum(map(len, left))
+        if not places:
             raise ValueError(
-                "Relevant ids and candidate ids must be of one type: load both the same way. "
-                f"Received: relevant {ids.tolist()[0]!r}, candidate {items.values.tolist()[0]!r}."
-            )
-        rows = items.rows(ids).astype(np.int64)
-        # Unknown ids get distinct numbers above the corpus.
-        is_unknown = rows == 0
-        rows[is_unknown] = len(items) + 1 + np.unique(ids[is_unknown], return_inverse=True)[1]
-        query = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
-        stride = rows.max(initial=0) + 1
-        is_relevant = query < num_queries
-        relevant = np.unique(query[is_relevant] * stride + rows[is_relevant])
-        excluded_keys = np.unique((query[~is_relevant] - num_queries) * stride + rows[~is_relevant])
-        left = np.setdiff1d(relevant, excluded_keys, assume_unique=True)
-        num_relevant = np.bincount(left // stride, minlength=num_queries)
-        measured = np.flatnonzero(num_relevant)
-        num_excluded = len(relevant) - len(left)
-        if not len(measured):
-            raise ValueError(
-                f"Nothing to measure: none of {num_queries} queries has a relevant item that "
+                f"Nothing to measure: none of {len(holdout)} queries has a relevant item that "
                 f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). "
                 "Exclude less (evaluation.exclude), or test on a larger part."
             )
-        place = np.full(num_queries, -1)
-        place[measured] = np.arange(len(measured))
-
-        def pairs(keys: np.ndarray) -> Pairs:
-            queries, rows = place[keys // stride], keys % stride
-            is_kept = (queries >= 0) & (rows <= len(items))
-            return queries[is_kept], rows[is_kept]
-
+        # Sorted, because sums of weights depend on their order in the last digit.
+        ids = [id_ for i in places for id_ in sorted(left[i])]
+        if isinstance(ids[0], str) != items.are_text:
+            raise ValueError(
+                "Relevant ids and candidate ids must be of one type: load both the same way. "
+                f"Received: relevant {ids[0]!r}, candidate {items.values.tolist()[0]!r}."
+            )
+        rows, num_relevant = items.rows(ids), np.array([len(left[i]) for i in places])
+        queries, is_known = np.repeat(np.arange(len(places)), num_relevant), rows > 0
         return cls(
             holdout=holdout,
             exclude=exclude,
             items=items,
-            places=measured,
-            excluded=None if excluded is None else [excluded[i] for i in measured],
-            excluded_pairs=pairs(excluded_keys),
-            relevant=pairs(left),
-            num_relevant=num_relevant[measured],
+            places=places,
+            excluded=None if excluded is None else [excluded[i] for i in places],
+            relevant=(queries[is_known], rows[is_known]),
+            num_relevant=num_relevant,
             num_excluded=num_excluded,
         )
 
@@ -204,7 +213,6 @@ def _retrieve_rows(
     """Retrieves for all queries, and checks the retriever's contract: [num_queries, k] rows."""
     num_queries = len(truth.queries)
     rows = np.empty((num_queries, k), np.int32)
-    excluded_queries, excluded_rows = truth.excluded_pairs
     for start in range(0, num_queries, QUERIES_PER_CALL):
         batch = slice(start, min(start + QUERIES_PER_CALL, num_queries))
         excluded = None if truth.excluded is None else truth.excluded[batch]
@@ -216,9 +224,9 @@ def _retrieve_rows(
         ids, scores = map(np.asarray, answer)
         if ids.shape != shape or scores.shape != shape:
             raise _broken(retriever, returns, _described(ids, scores))
+        # Ids that are no candidates get row 0, like empty slots, and are told apart below.
         rows[batch] = truth.items.rows(ids).reshape(shape)
-        mine = slice(*np.searchsorted(excluded_queries, [batch.start, batch.stop]))
-        is_excluded = find_hits(rows[batch], excluded_queries[mine] - start, excluded_rows[mine])
+        is_excluded = are_listed(rows[batch], truth.excluded_rows[batch], len(truth.items))
         for fault in _faults(rows[batch], ids, scores, truth.items, is_excluded):
             raise _broken(retriever, fault, _described(ids, scores))
         if report is not None:
@@ -235,7 +243,7 @@ def _faults(
         yield "must return numbers as scores"
     if np.isnan(scores).any() or np.any(scores[:, 1:] > scores[:, :-1]):
         yield "must return the best first, without NaN"
-    in_order = np.sort(rows, axis=1)
+    in_order = np.sort(rows, axis=1)  # A candidate that comes twice is next to itself.
     if np.any((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] > 0)):
         yield "returned a candidate twice for a query"
     if is_excluded.any():
@@ -253,77 +261,69 @@ def _described(ids: np.ndarray, scores: np.ndarray) -> str:
 
 
 def _measure(
-    rows: np.ndarray, truth: Truth, cutoffs: Sequence[int], num_bootstrap: int, seed: int
+    rows: np.ndarray, truth: Truth, metrics: Sequence[Metric], num_bootstrap: int, seed: int
 ) -> EvaluationResult:
-    """Measures the ranking `rows`, [num_queries, k], over the whole corpus and in each part."""
-    counts = truth.holdout.candidate_counts
-    parts = {part.name: part for part in _parts(rows, truth)}
-    per_query = [
-        {
-            f"{metric}@{k}": values
-            for k in cutoffs
-            for metric, values in query_metrics(part.is_hit, part.num_relevant, k).items()
-        }
-        for part in parts.values()
-    ]
-    user_ids, exposure = np.asarray(truth.holdout.user_ids)[truth.places], truth.holdout.exposure
-    is_hit = parts["all"].is_hit
-    even, num_even = even_metrics(rows, is_hit, truth.relevant, user_ids, exposure, cutoffs)
-    per_query[0] |= even
-    columns = np.stack([values for of_part in per_query for values in of_part.values()], axis=1)
-    found = bootstrap_intervals(columns, users=user_ids, num_bootstrap=num_bootstrap, seed=seed)
-    intervals = iter(found)
-    results = {
-        part.name: SliceResult(
-            per_query=values,
-            intervals={name: next(intervals) for name in values},
-            set_metrics={
-                f"{metric}@{k}": value
-                for k in cutoffs
-                for metric, value in set_metrics(rows, counts, part.candidates, k).items()
-            },
-            num_candidates=int(part.candidates.sum()),
-            num_queries=int(np.count_nonzero(part.num_relevant)),
-            num_relevant=int(part.num_relevant.sum()),
-        )
-        for values, part in zip(per_query, parts.values(), strict=True)
-    }
-    num_unknown = int(truth.num_relevant.sum()) - len(truth.relevant[1])
+    """Measures the ranking `rows`, [num_queries, k], over the whole corpus and in each slice."""
+    counts, user_ids = truth.holdout.candidate_counts, truth.user_ids
+    parts = {part: _measure_part(rankings, metrics) for part, rankings in _rankings(rows, truth)}
+    parts = with_intervals(parts, user_ids, num_bootstrap=num_bootstrap, seed=seed)
+    # Items outside the corpus are in no list: they are unclicked, and were never found.
+    to_find = truth.relevant[1] - 1
+    num_unknown = int(truth.num_relevant.sum()) - len(to_find)
     return EvaluationResult(
         user_ids=user_ids,
-        overall=results.pop("all"),
-        slices=results,
+        overall=parts.pop("all"),
+        slices=parts,
         exclude=truth.exclude,
         num_skipped=len(truth.holdout) - len(rows),
         num_relevant_excluded=truth.num_excluded,
         num_relevant_unknown=num_unknown,
-        num_relevant_unclicked=num_unknown + int((counts[truth.relevant[1] - 1] == 0).sum()),
+        num_relevant_unclicked=num_unknown + int((counts[to_find] == 0).sum()),
         num_empty_histories=sum(not len(query.get("history", ())) for query in truth.queries),
-        relevant_popularity=float(counts[truth.relevant[1] - 1].sum() / truth.num_relevant.sum()),
+        relevant_popularity=float(counts[to_find].sum() / truth.num_relevant.sum()),
         num_sampled_from=truth.holdout.num_sampled_from,
-        num_even=num_even,
+        num_even=None if truth.even is None else truth.even.num,
         num_tied=sum(truth.holdout.num_tied or ()),
     )
 
 
-class _Part(NamedTuple):
-    """Some of the relevant items: their hits, [num_queries, k], and numbers, [num_queries].
-
-    `candidates`, [num_candidates] bool, marks the part's candidates.
-    """
-
-    name: str
-    candidates: np.ndarray
-    is_hit: np.ndarray
-    num_relevant: np.ndarray
-
-
-def _parts(rows: np.ndarray, truth: Truth) -> Iterator[_Part]:
-    """Yields all relevant items, and those in each slice."""
+def _rankings(rows: np.ndarray, truth: Truth) -> Iterator[tuple[str, Rankings]]:
+    """Yields what a metric reads for all relevant items, and for those in each slice."""
     queries, relevant_rows = truth.relevant
-    is_hit = find_hits(rows, *truth.relevant)
-    yield _Part("all", np.ones(len(truth.items), bool), is_hit, truth.num_relevant)
-    for name, is_in in popularity_slices(truth.holdout.candidate_counts).items():
+    counts, is_hit = truth.holdout.candidate_counts, find_hits(rows, *truth.relevant)
+    every = np.ones(len(counts), bool)
+    yield "all", Rankings(rows, is_hit, truth.num_relevant, counts, every, truth.even)
+    for name, is_in in popularity_slices(counts).items():
         # Relevant items outside the corpus are in no slice.
         num = np.bincount(queries[is_in[relevant_rows - 1]], minlength=len(rows))
-        yield _Part(name, is_in, is_hit & is_in[rows - 1], num)
+        yield name, Rankings(rows, is_hit & is_in[rows - 1], num, counts, is_in)
+
+
+def _measure_part(rankings: Rankings, metrics: Sequence[Metric]) -> SliceResult:
+    """Measures what can be measured in a part, without intervals."""
+    per_query: dict[str, np.ndarray] = {}
+    of_all_lists: dict[str, float] = {}
+    for metric in metrics:
+        if (measured := metric.measure(rankings)) is None:
+            continue
+        values = np.asarray(measured, np.float64)
+        if values.shape == ():
+            of_all_lists[str(metric)] = float(values)
+        elif values.shape == rankings.num_relevant.shape:
+            values = per_query[str(metric)] = np.where(rankings.num_relevant > 0, values, np.nan)
+        least, most = metric.range
+        # A sum of rounded numbers may be off by a little.
+        is_outside = (values < least - 1e-9) | (values > most + 1e-9)
+        if values.shape not in ((), rankings.num_relevant.shape) or is_outside.any():
+            raise ValueError(
+                f"{metric} must measure a number, or one for each of the "
+                f"{len(rankings.rows)} queries, from {least:g} to {most:g}. Received: {measured!r}."
+            )
+    return SliceResult(
+        per_query=per_query,
+        intervals={},
+        set_metrics=of_all_lists,
+        num_candidates=int(rankings.is_in.sum()),
+        num_queries=int(np.count_nonzero(rankings.num_relevant)),
+        num_relevant=int(rankings.num_relevant.sum()),
+    )

@@ -32,6 +32,7 @@ class Interactions:
         """Makes a matrix from user numbers, from 0, and item rows, from 1; drops empty users."""
         shape = (int(user_rows.max(initial=-1)) + 1, len(items))
         matrix = _zero_one_matrix(user_rows, item_rows, shape)
+        # A baseline learns nothing from a user without a positive.
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
 
     @classmethod
@@ -82,6 +83,7 @@ class Sequences:
     @classmethod
     def from_table(cls, table: pa.Table, items: Ids) -> "Sequences":
         """Collects the rows of `positives_in_order`."""
+        # The table is sorted by user, so that numbers in order of appearance ascend.
         users = table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
         moments = table[_MOMENT].cast(pa.int64()).to_numpy()
         is_new = (users[1:] != users[:-1]) | (moments[1:] != moments[:-1])
@@ -89,16 +91,18 @@ class Sequences:
 
     def earlier(self, num: int) -> np.ndarray:
         """Finds the `num`-th positive before each moment (0: its first): [n] places, -1 if none."""
-        place = np.arange(len(self.users))
-        place = np.maximum.accumulate(np.where(self.is_new_moment, place, 0))
-        place = np.maximum(place - num, -1)
-        return np.where((place >= 0) & (self.users[place] == self.users), place, -1)
+        position = np.arange(len(self.users))
+        # The first positive of each moment, then as many back, if these are the same user's.
+        position = np.maximum.accumulate(np.where(self.is_new_moment, position, 0))
+        position = np.maximum(position - num, -1)
+        return np.where((position >= 0) & (self.users[position] == self.users), position, -1)
 
 
 def positives_in_order(log: Log, events: ibis.Table, *others: str) -> ibis.Table:
     """Selects the positives among a log's events, user by user, with other columns of them."""
     keys = order_keys(events)
     start, first = query_start(events, events[keys[0]])
+    # By the rule "drop", all at one time are a moment; else each request, or each event alone.
     moment = start if log.ties == "drop" else first
     positives = events.mutate(**{_MOMENT: moment}).filter(is_positive)
     return positives.order_by(["user_id", *keys]).select("user_id", "item_id", _MOMENT, *others)
@@ -112,14 +116,15 @@ def items_of(log: Log) -> Ids:
 
 def count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
     """Counts the users of each item in a table of positives: [num_items] int64."""
-    found = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
+    rows = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
     counts = np.zeros(len(items), np.int64)
-    counts[clicked_rows(found, items) - 1] = found["num"].to_numpy()
+    counts[clicked_rows(rows, items) - 1] = rows["num"].to_numpy()
     return counts
 
 
 def clicked_rows(clicked: pa.Table, items: Ids) -> np.ndarray:
     """Looks up the rows of clicked items; raises a `ValueError` if the log's items lack one."""
+    # Each distinct id is looked up once, since a log repeats its items.
     ids = clicked["item_id"].combine_chunks().dictionary_encode()
     rows = items.rows(ids.dictionary.to_numpy(zero_copy_only=False))[ids.indices.to_numpy()]
     if num_unknown := np.count_nonzero(rows < 1):
@@ -145,14 +150,13 @@ def history_columns(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
                 "This retriever works from query['history']: pass [] for a user without one. "
                 f"Received a query with: {', '.join(map(repr, query)) or 'nothing'}."
             )
-    histories = [items.rows(query["history"]) for query in queries]
-    return [rows[rows > 0] - 1 for rows in histories]
+    return [rows - 1 for rows in items.rows_by_list([query["history"] for query in queries])]
 
 
 def _zero_one_matrix(
     rows: np.ndarray, item_rows: np.ndarray, shape: tuple[int, int]
 ) -> scipy.sparse.csr_matrix:
     matrix = scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, item_rows - 1)), shape)
-    matrix.sum_duplicates()
+    matrix.sum_duplicates()  # An item that comes again counts once.
     matrix.data[:] = 1.0
     return matrix

@@ -1,7 +1,9 @@
-"""Retrieval metrics, per query and over all retrieved lists together.
+"""Metrics of ranked lists, one class each, and what they read.
 
-Candidates are rows from 1, best first; row 0 is an empty slot. To measure a part of the relevant
-items, such as a popularity slice, clear the other hits and count only that part in `num_relevant`.
+Candidates are rows from 1, best first; row 0 is an empty slot. A metric is a class with a name, a
+range and one method, so that evaluation, reports and the check before an export know nothing of any
+single one. `METRICS` lists those that settings can name; your own is measured like them
+(`docs/guides/pieces.md` has an example).
 
 Even metrics estimate what metrics would be if the log had shown every item equally often. A log has
 clicks on what was shown, so plain metrics reward finding what its funnel favours. Each item to find
@@ -21,14 +23,17 @@ be estimated, because a log of positives alone cannot tell what was shown often 
 Weights compare items of one user only: a user with one item to find counts as in plain metrics.
 """
 
-from collections.abc import Sequence
+import re
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from tfrs_pipeline.data.ids import are_listed
+from tfrs_pipeline.messages import suggest
 
-QUERY_METRICS = ("recall", "hit_rate", "ndcg", "mrr")
-SET_METRICS = ("coverage", "average_popularity", "gini")
+# With fewer items to find per user, weights within users change little.
+_MIN_ITEMS_PER_USER = 1.5
 
 
 def find_hits(
@@ -46,62 +51,6 @@ def find_hits(
     return are_listed(retrieved_rows, np.split(relevant_rows[order], starts), highest)
 
 
-def query_metrics(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    """Computes the metrics of each query at a cutoff, with places counted from 1.
-
-        recall@k = hits in the top k / num_relevant; not capped, so below 1 if more are relevant
-        hit_rate@k = 1 if there is a hit in the top k, or 0
-        ndcg@k = sum over the hits of 1 / log2(1 + place), divided by the sum for the ideal list,
-            which has min(num_relevant, k) hits first (Järvelin and Kekäläinen 2002, binary gains)
-        mrr@k = 1 / place of the first hit, or 0 without one
-
-    `is_hit` is [num_queries, max_k] bool, k at most max_k; `num_relevant` is [num_queries]. Returns
-    name of `QUERY_METRICS` -> [num_queries] float64 in [0, 1], NaN where nothing is relevant.
-    """
-    top = is_hit[:, :k]
-    has_hit = np.any(top, axis=1).astype(float)
-    discounts = 1.0 / np.log2(np.arange(2, k + 2))
-    ideal = np.cumsum(discounts)[np.clip(num_relevant, 1, k) - 1]
-    values = {
-        "recall": top.sum(axis=1) / np.maximum(num_relevant, 1).astype(np.float64),
-        "hit_rate": has_hit,
-        "ndcg": top @ discounts / ideal,
-        "mrr": has_hit / (1.0 + np.argmax(top, axis=1)),
-    }
-    return {name: np.where(num_relevant > 0, x, np.nan) for name, x in values.items()}
-
-
-def set_metrics(
-    retrieved_rows: np.ndarray, candidate_counts: np.ndarray, in_part: np.ndarray, k: int
-) -> dict[str, float]:
-    """Computes metrics of the top k of all queries together, for a part of the candidates.
-
-        coverage = share of the candidates that were retrieved for at least one query
-        average_popularity = mean training count over the filled slots
-        gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x)), where x_i is how often candidate i
-            was retrieved: 0 if all are equally often, (n - 1) / n if only one ever is
-
-    `candidate_counts` and `in_part`, bool, are [num_candidates]. Returns name of `SET_METRICS` -> a
-    number: NaN without candidates or, but for coverage, if nothing was retrieved.
-    """
-    rows = retrieved_rows[:, :k].ravel()
-    times = np.bincount(rows, minlength=len(candidate_counts) + 1)[1:][in_part]
-    total, n = times.sum(), len(times)
-    found = dict.fromkeys(SET_METRICS, float("nan"))
-    if n:
-        found["coverage"] = float(np.mean(times > 0))
-    if total:
-        found["average_popularity"] = float(times @ candidate_counts[in_part] / total)
-        # After sorting, the double sum is a single one: the i-th smallest has weight 2 i - n - 1.
-        weights = 2 * np.arange(1, n + 1) - n - 1
-        found["gini"] = float(weights @ np.sort(times).astype(np.float64) / (n * total))
-    return found
-
-
-# With fewer items to find per user, weights within users change little.
-_MIN_ITEMS_PER_USER = 1.5
-
-
 def item_weights(exposure: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Returns w of each candidate, [num_candidates]; `wanted`: items to find, from 0."""
     weights = 1.0 / np.maximum(exposure, 1.0)
@@ -109,55 +58,322 @@ def item_weights(exposure: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.minimum(weights, limit)
 
 
-def even_metrics(
-    rows: np.ndarray,
-    is_hit: np.ndarray,
-    relevant: tuple[np.ndarray, np.ndarray],
-    user_ids: np.ndarray,
-    exposure: np.ndarray | None,
-    cutoffs: Sequence[int],
-) -> tuple[dict[str, np.ndarray], int | None]:
-    """Computes the weighted metrics of each query, and how many items to find they rest on.
+@dataclass(frozen=True, eq=False)
+class EvenWeights:
+    """Weights of the items to find with which each would count as if all had been shown equally.
 
-    The number is Kish's: (sum of v)^2 / sum of v^2, where v(u, i) = w(i) / W(u). A user has one
-    value, however many queries: it stands at the first of them with an item of the corpus to find,
-    and all others have NaN. So means over queries, and those of a bootstrap, are means over users.
-
-    `rows`, [num_queries, max_k], are the candidates found, and `is_hit` says which are relevant;
-    `relevant` has query numbers, ascending, and candidates; `exposure` is p, up to a factor.
-    Nothing is computed if it is None, or users have fewer than 1.5 items to find on average.
+    Attributes:
+        by_item: [1 + num_candidates] w(i) by row, 0 for the empty slot.
+        queries: [num_pairs] numbers of the queries, ascending, of the items to find.
+        wanted: [num_pairs] their weights.
+        users: [num_queries] number of each query's user.
+        num: Effective number of items to find (Kish): (sum of v)^2 / sum of v^2, where v is the
+            weight of an item over the sum of its user's.
     """
-    queries, wanted = relevant
-    measured = np.unique(queries)  # Ascending, as are the numbers of users below.
-    users = np.unique(user_ids, return_inverse=True)[1]
-    by = users[measured]
-    is_user, first = np.unique(by, return_index=True)
-    num_users = len(is_user)
-    if exposure is None or len(wanted) < max(1, _MIN_ITEMS_PER_USER * num_users):
-        return {}, None
-    weights = np.append(0.0, item_weights(exposure, wanted - 1))
-    of_query = np.bincount(queries, weights[wanted], len(rows))
-    of_user = np.bincount(users, of_query)
-    v = weights[wanted] / of_user[users[queries]]
-    share = of_query[measured] / of_user[by]  # A query's part of W(u).
-    gains = np.where(is_hit, weights[rows], 0.0)
-    discounts = 1.0 / np.log2(np.arange(2, max(cutoffs) + 2))
-    order = np.lexsort([-weights[wanted], queries])
-    place = np.arange(len(order)) - np.searchsorted(queries, queries)
-    values = {}
-    for k in cutoffs:
-        top = gains[:, :k]
-        is_in = place < k
-        ideal = weights[wanted][order][is_in] * discounts[place[is_in]]
-        of_ideal = np.bincount(queries[is_in], ideal, len(rows))
-        for name, found, best in (
-            ("recall", top.sum(axis=1), of_query),
-            ("ndcg", top @ discounts[:k], of_ideal),
-        ):
-            of_users = np.bincount(by, share * found[measured] / best[measured])
-            values[f"even_{name}@{k}"] = column = np.full(len(rows), np.nan)
-            column[measured[first]] = of_users[is_user]
-    return values, round(num_users**2 / np.sum(v**2))
+
+    by_item: np.ndarray
+    queries: np.ndarray
+    wanted: np.ndarray
+    users: np.ndarray
+    num: int
+
+    @classmethod
+    def of(
+        cls,
+        queries: np.ndarray,
+        wanted_rows: np.ndarray,
+        user_ids: np.ndarray,
+        exposure: np.ndarray | None,
+    ) -> "EvenWeights | None":
+        """Weights pairs of a query, ascending, and an item to find by `exposure`, p up to a factor.
+
+        None if the exposure is unknown, or users have fewer than 1.5 items to find on average.
+        """
+        users = np.unique(user_ids, return_inverse=True)[1]
+        num_users = len(np.unique(users[queries]))
+        if exposure is None or len(wanted_rows) < max(1, _MIN_ITEMS_PER_USER * num_users):
+            return None
+        by_item = np.append(0.0, item_weights(exposure, wanted_rows - 1))
+        wanted = by_item[wanted_rows]
+        # v(u, i) = w(i) / W(u), which sums to 1 over a user's items to find.
+        v = wanted / np.bincount(users[queries], wanted)[users[queries]]
+        return cls(by_item, queries, wanted, users, round(num_users**2 / np.sum(v**2)))
+
+    @property
+    def by_query(self) -> np.ndarray:
+        """[num_queries] sum of the weights of each query's items to find."""
+        return np.bincount(self.queries, self.wanted, len(self.users))
+
+    def gains(self, rankings: "Rankings", k: int) -> np.ndarray:
+        """Returns the weights of the hits in the top k: [num_queries, k], 0 elsewhere."""
+        return np.where(rankings.is_hit, self.by_item[rankings.rows], 0.0)[:, :k]
+
+    def best_dcg(self, k: int) -> np.ndarray:
+        """Returns the DCG of each query's ideal list, the heaviest items first: [num_queries]."""
+        # Sorted by query, heaviest first; the rank counts from each query's first pair.
+        order = np.lexsort([-self.wanted, self.queries])
+        rank = np.arange(len(order)) - np.searchsorted(self.queries, self.queries)
+        is_in = rank < k
+        gains = self.wanted[order][is_in] * discounts(k)[rank[is_in]]
+        return np.bincount(self.queries[is_in], gains, len(self.users))
+
+    def by_user(self, reached: np.ndarray, best: np.ndarray) -> np.ndarray:
+        """Averages reached / best over the queries of each user, by their weights: [num_queries].
+
+        A user has one value, however many queries: it stands at the first of them with an item of
+        the corpus to find, and all others have NaN. So means over queries, and those of a
+        bootstrap, are means over users.
+        """
+        measured = np.flatnonzero(self.by_query)  # Weights are above 0.
+        users, weights = self.users[measured], self.by_query[measured]
+        shares = weights / np.bincount(users, weights)[users]
+        sums = np.bincount(users, shares * reached[measured] / best[measured])
+        # Users' numbers ascend in `sums`, which has a place for each, measured or not.
+        numbers, first = np.unique(users, return_index=True)
+        values = np.full(len(reached), np.nan)
+        values[measured[first]] = sums[numbers]
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class Rankings:
+    """What a metric reads: the lists of all queries, and the hits among a part of the items.
+
+    To measure a part, such as a popularity slice, the other hits are cleared, and only that part
+    counts in `num_relevant`; the lists stay those of the whole corpus.
+
+    Attributes:
+        rows: [num_queries, max_k] candidates retrieved, best first; 0 is an empty slot.
+        is_hit: [num_queries, max_k] bool, which of them are to be found.
+        num_relevant: [num_queries] items to find, those outside the corpus included.
+        counts: [num_candidates] training positives.
+        is_in: [num_candidates] bool, the part's candidates.
+        even: Weights for even metrics; None in a slice, or if they are unknown.
+    """
+
+    rows: np.ndarray
+    is_hit: np.ndarray
+    num_relevant: np.ndarray
+    counts: np.ndarray
+    is_in: np.ndarray
+    even: EvenWeights | None = None
+
+    def times_retrieved(self, k: int) -> np.ndarray:
+        """Counts the lists with each of the part's candidates in the top k: [num_in_part]."""
+        rows = self.rows[:, :k].ravel()  # Empty slots are counted first, and left out.
+        return np.bincount(rows, minlength=len(self.counts) + 1)[1:][self.is_in]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of queries at a cutoff; a subclass has a name and the method `measure`.
+
+    The first paragraph of its docstring says in reports what it means.
+
+    Attributes:
+        name: Its name in settings and tables, which add the cutoff: `str(Recall(20))` is recall@20.
+        note: A line below tables that have it, if its name does not explain it. Names in braces
+            stand for numbers of an `EvaluationResult`.
+        range: Least and largest value; others are refused.
+        more_is_better: Whether a larger value is better. Only such a metric may choose an epoch.
+        is_by_slice: Whether models are also compared by it among popular and among rare items.
+
+    Example:
+        >>> class Precision(Metric):
+        ...     "Share of the top k that is relevant."
+        ...
+        ...     name = "precision"
+        ...
+        ...     def measure(self, rankings):
+        ...         return rankings.is_hit[:, : self.k].mean(axis=1)
+        >>> str(Precision(20)), Precision.meaning()
+        ('precision@20', 'Share of the top k that is relevant.')
+    """
+
+    k: int
+
+    name: ClassVar[str]
+    note: ClassVar[str] = ""
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    more_is_better: ClassVar[bool] = True
+    is_by_slice: ClassVar[bool] = False
+
+    def measure(self, rankings: Rankings) -> np.ndarray | float | None:
+        """Returns [num_queries] float64; None if it cannot be measured here.
+
+        Queries with nothing to find become NaN afterwards, and means skip NaN.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def meaning(cls) -> str:
+        """Says what it measures: the first paragraph of its docstring."""
+        return " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.k}"
+
+
+class ListMetric(Metric):
+    """A metric of all lists together, which has no interval: `measure` returns one number."""
+
+    more_is_better = False
+
+
+def discounts(k: int) -> np.ndarray:
+    """Returns 1 / log2(1 + rank) of the ranks 1 to k."""
+    return 1.0 / np.log2(np.arange(2, k + 2))
+
+
+class Recall(Metric):
+    """Share of a query's relevant items that are in its top k."""
+
+    name = "recall"
+    is_by_slice = True
+
+    def measure(self, rankings: Rankings) -> np.ndarray:
+        """Divides by all relevant items, not at most k: below 1 if there are more."""
+        return rankings.is_hit[:, : self.k].sum(axis=1) / np.maximum(rankings.num_relevant, 1)
+
+
+class HitRate(Metric):
+    """Share of the queries with a relevant item in the top k."""
+
+    name = "hit_rate"
+
+    def measure(self, rankings: Rankings) -> np.ndarray:
+        """Returns 1 for a query with a hit, or 0."""
+        return np.asarray(rankings.is_hit[:, : self.k].any(axis=1), np.float64)
+
+
+class Ndcg(Metric):
+    """Sum of 1 / log2(1 + rank) over the hits in the top k, over that of the best possible list.
+
+    Reference: Järvelin and Kekäläinen 2002, with binary gains.
+    """
+
+    name = "ndcg"
+
+    def measure(self, rankings: Rankings) -> np.ndarray:
+        """Divides the DCG by that of a list with min(num_relevant, k) hits first."""
+        ideal = np.cumsum(discounts(self.k))[np.clip(rankings.num_relevant, 1, self.k) - 1]
+        return rankings.is_hit[:, : self.k] @ discounts(self.k) / ideal
+
+
+class Mrr(Metric):
+    """1 / rank of the first relevant item; 0 if none is in the top k."""
+
+    name = "mrr"
+
+    def measure(self, rankings: Rankings) -> np.ndarray:
+        """Finds the first hit of each query."""
+        top = rankings.is_hit[:, : self.k]
+        return top.any(axis=1) / (1.0 + np.argmax(top, axis=1))
+
+
+class EvenRecall(Metric):
+    """recall@k as if the log had shown every item equally often."""
+
+    name = "even_recall"
+    note = (
+        "even_: as if the log had shown every item equally often; rests on {num_even:,} of "
+        "{num_relevant:,} items to find, by their weights"
+    )
+
+    def measure(self, rankings: Rankings) -> np.ndarray | None:
+        """Divides the weights of what was found by those of all that was to be found."""
+        if (even := rankings.even) is None:
+            return None
+        return even.by_user(even.gains(rankings, self.k).sum(axis=1), even.by_query)
+
+
+class EvenNdcg(Metric):
+    """ndcg@k as if the log had shown every item equally often."""
+
+    name = "even_ndcg"
+    note = EvenRecall.note
+
+    def measure(self, rankings: Rankings) -> np.ndarray | None:
+        """Divides the DCG with weights as gains by that of the best list."""
+        if (even := rankings.even) is None:
+            return None
+        dcg = even.gains(rankings, self.k) @ discounts(self.k)
+        return even.by_user(dcg, even.best_dcg(self.k))
+
+
+class Coverage(ListMetric):
+    """Share of the items that are in at least one top k."""
+
+    name = "coverage"
+
+    def measure(self, rankings: Rankings) -> float:
+        """Returns NaN without items."""
+        times = rankings.times_retrieved(self.k)
+        return float(np.mean(times > 0)) if len(times) else np.nan
+
+
+class AveragePopularity(ListMetric):
+    """Mean number of training positives of the items in the top k."""
+
+    name = "average_popularity"
+    range = (0.0, np.inf)
+    note = (
+        "average_popularity: mean training positives of the items that are retrieved; those of the "
+        "items to find are {relevant_popularity:.1f}"
+    )
+
+    def measure(self, rankings: Rankings) -> float:
+        """Averages over the filled slots; NaN if there are none."""
+        times = rankings.times_retrieved(self.k)
+        total = times.sum()
+        return float(times @ rankings.counts[rankings.is_in] / total) if total else np.nan
+
+
+class Gini(ListMetric):
+    """How unevenly items are recommended: 0 if all equally often, near 1 if always the same few.
+
+    gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x)), where x_i is how often i was retrieved
+    """
+
+    name = "gini"
+
+    def measure(self, rankings: Rankings) -> float:
+        """Returns (n - 1) / n if only one of n items ever is retrieved; NaN if none is."""
+        times = rankings.times_retrieved(self.k)
+        total, n = times.sum(), len(times)
+        # After sorting, the double sum is a single one: the i-th smallest has weight 2 i - n - 1.
+        weights = 2 * np.arange(1, n + 1) - n - 1
+        return float(weights @ np.sort(times).astype(np.float64) / (n * total)) if total else np.nan
+
+
+PLAIN = (Recall, HitRate, Ndcg, Mrr)
+"""Metrics that validation measures after each epoch, beside the one that chooses it."""
+
+METRICS: dict[str, type[Metric]] = {
+    metric.name: metric
+    # In tables and reports they come in this order.
+    for metric in (*PLAIN, EvenRecall, EvenNdcg, Coverage, AveragePopularity, Gini)
+}
+"""The metrics that settings can name, and that an evaluation measures unless it is given others.
+
+Add your own before you use it, in every process: `METRICS["precision"] = Precision`.
+"""
+
+BUILT_IN = frozenset(METRICS)
+
+
+def metric_of(text: str) -> Metric:
+    """Returns the metric of a name, such as "ndcg@100"; a `ValueError` if there is none.
+
+    Example:
+        >>> metric_of("ndcg@100")
+        Ndcg(k=100)
+    """
+    name, _, k = text.partition("@")
+    if name not in METRICS or not re.fullmatch(r"[1-9]\d*", k):
+        hint = "" if name in METRICS else f"; {suggest(name, METRICS)}"
+        raise ValueError(f"must be a metric at a cutoff, such as 'ndcg@100'{hint}")
+    return METRICS[name](int(k))
 
 
 def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:

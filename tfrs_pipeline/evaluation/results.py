@@ -1,6 +1,7 @@
 """The results of `evaluate`: one per retriever, a comparison of several, and their tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.data.schema import ASKED, AskedBy, Exclude
-from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
+from tfrs_pipeline.evaluation.bootstrap import Interval, table_intervals
+from tfrs_pipeline.evaluation.metrics import BUILT_IN, METRICS, Metric
 from tfrs_pipeline.messages import counted
 
 
@@ -21,7 +23,7 @@ class SliceResult:
             nothing relevant in this part. An "even_" metric has one value per user, at the first
             of the user's queries, and NaN at the others.
         intervals: The same names -> mean and interval over the queries.
-        set_metrics: "coverage@20", "average_popularity@20" and "gini@20" of all lists together.
+        set_metrics: Metrics of all lists together, such as "coverage@20" and "gini@20".
         num_candidates: Size of this part.
         num_queries: Queries with something relevant in this part.
         num_relevant: Relevant items in this part, over all queries.
@@ -68,8 +70,8 @@ class EvaluationResult:
         relevant_popularity: Mean training positives of the relevant items, to compare a model's
             "average_popularity@k" with; an item outside the corpus has none.
         num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
-        num_even: Relevant items that the metrics "even_recall@k" and "even_ndcg@k" rest on, as if
-            they had equal weights; None without these. See `tfrs_pipeline.evaluation.metrics`.
+        num_even: Effective number of relevant items (Kish) that "even_recall@k" and "even_ndcg@k"
+            rest on; None without these. See `tfrs_pipeline.evaluation.metrics`.
         num_tied: Relevant items, excluded ones included, that were clicked at the time of another
             positive of their user; 0 if that is not known.
     """
@@ -93,52 +95,29 @@ class EvaluationResult:
         """Metric name -> [num_queries] float64, for the whole corpus."""
         return self.overall.per_query
 
-    @property
-    def per_query_and_slice(self) -> Mapping[str, np.ndarray]:
-        """Returns `per_query` and the recalls of slices, as "tail/recall@20"."""
-        of_slices = {
-            f"{part}/{name}": values
-            for part, result in self.slices.items()
-            for name, values in result.per_query.items()
-            if name.startswith("recall@")
-        }
-        return {**self.per_query, **of_slices}
-
     def describe(self) -> list[str]:
         """Describes, in lines for a person, what was left out, is hard to find or is tied."""
-        num_measured = len(self.user_ids)
-        lines = []
-        if self.num_sampled_from is not None:
-            of = counted(self.num_sampled_from, "query")
-            lines.append(f"measured on {num_measured:,} of {of}, sampled")
-        if self.num_skipped:
-            of = counted(num_measured + self.num_skipped, "query")
-            lines.append(f"{self.num_skipped:,} of {of} skipped, with nothing to find")
-        if self.num_relevant_excluded:
-            lines.append(
-                f"{counted(self.num_relevant_excluded, 'relevant item')} not counted: the ranking "
-                f"excludes what its user had {self.exclude} before (exclude)"
-            )
-        num_relevant = self.overall.num_relevant
-        num_to_find = num_relevant + self.num_relevant_excluded
-        for number, total, of, what in (
-            (self.num_empty_histories, num_measured, "queries", "an empty history"),
-            (self.num_relevant_unclicked, num_relevant, "items to find", "no positive in training"),
-            (
-                self.num_tied,
-                num_to_find,
-                "items to find",
-                "the time of another click of their user",
-            ),
-        ):
-            if number > 0.1 * total:
-                lines.append(f"{number:,} of {total:,} {of} have {what}")
-        if self.num_even is not None:
-            lines.append(
-                f"even_: as if the log had shown every item equally often; rests on "
-                f"{self.num_even:,} of {num_relevant:,} items to find, by their weights"
-            )
-        return lines
+        num, num_relevant = len(self.user_ids), self.overall.num_relevant
+        num_before = num_relevant + self.num_relevant_excluded
+        sampled_from = counted(self.num_sampled_from or 0, "query")
+        lines = [
+            (self.num_sampled_from, f"measured on {num:,} of {sampled_from}, sampled"),
+            (self.num_skipped,
+             f"{self.num_skipped:,} of {counted(num + self.num_skipped, 'query')} skipped, with "
+             "nothing to find"),
+            (self.num_relevant_excluded,
+             f"{counted(self.num_relevant_excluded, 'relevant item')} not counted: the ranking "
+             f"excludes what its user had {self.exclude} before (exclude)"),
+            (self.num_empty_histories > 0.1 * num,
+             f"{self.num_empty_histories:,} of {num:,} queries have an empty history"),
+            (self.num_relevant_unclicked > 0.1 * num_relevant,
+             f"{self.num_relevant_unclicked:,} of {num_relevant:,} items to find have no positive "
+             "in training"),
+            (self.num_tied > 0.1 * num_before,
+             f"{self.num_tied:,} of {num_before:,} items to find have the time of another click of "
+             "their user"),
+        ]  # fmt: skip
+        return [line for is_told, line in lines if is_told]
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers for JSON, slices under "slices"; NaN becomes None."""
@@ -154,14 +133,14 @@ class EvaluationResult:
 class Evaluation:
     """Retrievers measured on the same queries, by name; prints as a table.
 
-    `cutoffs` are ascending values of k; `num_bootstrap` and `seed` make the intervals of the
+    `metrics` are those that were measured; `num_bootstrap` and `seed` make the intervals of the
     differences. `asked_by` says what had a query: a user or a request (see `Split.holdout`). In a
     run, which decides by this evaluation, `other` has the results by the other question, or why
     there are none.
     """
 
     results: Mapping[str, EvaluationResult]
-    cutoffs: tuple[int, ...]
+    metrics: tuple[Metric, ...]
     num_bootstrap: int
     seed: int
     asked_by: AskedBy = "users"
@@ -172,25 +151,38 @@ class Evaluation:
         """The result that the others are compared with, or the only one."""
         return next(iter(self.results.values()))
 
+    @property
+    def cutoffs(self) -> tuple[int, ...]:
+        """The values of k, ascending."""
+        return tuple(sorted({metric.k for metric in self.metrics}))
+
+    def _compared(self, result: EvaluationResult) -> dict[str, np.ndarray]:
+        """Returns the values that models are compared by: overall and, by few metrics, in slices.
+
+        All metrics in all slices would be many columns that nobody reads.
+        """
+        by_slice = [str(metric) for metric in self.metrics if metric.is_by_slice]
+        in_slices = {
+            f"{part}/{name}": measured.per_query[name]
+            for part, measured in result.slices.items()
+            for name in by_slice
+        }
+        return {**result.per_query, **in_slices}
+
     @cached_property
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
         """Name of another retriever -> metric -> the other minus the first, paired by query.
 
         Slices have names such as "tail/recall@20".
         """
-        reference, *others = self.results
-        values = {name: result.per_query_and_slice for name, result in self.results.items()}
-        keys = [(name, metric) for name in others for metric in values[reference]]
-        if not keys:
-            return {}
-        gaps = np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1)
-        # One bootstrap for all, since one for each would take most of an evaluation's time.
+        first, *others = ((name, self._compared(x)) for name, x in self.results.items())
+        gaps = {
+            name: {metric: values[metric] - reference for metric, reference in first[1].items()}
+            for name, values in others
+        }
+        # With the seed of the models' own intervals, the same users are drawn.
         drawn = {"num_bootstrap": self.num_bootstrap, "seed": self.seed}
-        intervals = bootstrap_intervals(gaps, users=self.first.user_ids, **drawn)
-        found: dict[str, dict[str, Interval]] = {name: {} for name in others}
-        for (name, metric), interval in zip(keys, intervals, strict=True):
-            found[name][metric] = interval
-        return found
+        return table_intervals(gaps, users=self.first.user_ids, **drawn)
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers for JSON: "asked_by", and "models" and "differences" by name.
@@ -213,23 +205,37 @@ class Evaluation:
 
     def __repr__(self) -> str:
         shortest, longest = self.cutoffs[0], self.cutoffs[-1]
-        columns = [f"ndcg@{longest}", f"recall@{shortest}", f"recall@{longest}"]
-        columns += [f"even_recall@{longest}"] if self.first.num_even is not None else []
-        columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
+        # What was chosen by hand is all shown, and so is what the package does not know.
+        is_chosen = len(self.metrics) < len(METRICS)
+        brought = [str(x) for x in self.metrics if is_chosen or x.name not in BUILT_IN]
+        columns = [f"ndcg@{longest}", *brought, f"recall@{shortest}", f"recall@{longest}"]
+        columns += [f"even_recall@{longest}", f"tail/recall@{longest}", f"coverage@{shortest}"]
         columns += [f"average_popularity@{shortest}"]
         summary = self.summary()
-        gaps = {x: {columns[0]: of[columns[0]]} for x, of in summary["differences"].items()}
+        gaps = {
+            name: {metric: gap[metric] for metric in [columns[0], *brought] if metric in gap}
+            for name, gap in summary["differences"].items()
+        }
         table = format_table(summary["models"], list(dict.fromkeys(columns)), gaps)
-        beside = _about_popularity(self.first.relevant_popularity)
-        return "\n".join([table, beside, *self.first.describe()])
+        notes = _notes(table, next(iter(summary["models"].values())))
+        # Notes explain the columns; the other lines are about the queries.
+        return "\n".join([table, *notes, *self.first.describe()])
+
+
+def with_intervals(
+    parts: Mapping[str, SliceResult], users: np.ndarray, *, num_bootstrap: int, seed: int
+) -> dict[str, SliceResult]:
+    """Computes the intervals of all parts from one set of resamples, so that all stay paired."""
+    tables = {name: part.per_query for name, part in parts.items()}
+    intervals = table_intervals(tables, users=users, num_bootstrap=num_bootstrap, seed=seed)
+    return {name: replace(part, intervals=intervals[name]) for name, part in parts.items()}
 
 
 def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Joins evaluations of different retrievers on the same queries; the first stays the first."""
     first = evaluations[0]
-    results = {name: result for each in evaluations for name, result in each.results.items()}
-    others = [each.other for each in evaluations if isinstance(each.other, Evaluation)]
-    return replace(first, results=results, other=joined(others) if others else first.other)
+    results = {name: result for x in evaluations for name, result in x.results.items()}
+    return replace(first, results=results, other=_others(evaluations, joined))
 
 
 def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -241,28 +247,36 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
     if len(evaluations) == 1:
         return evaluations[0]
     first = evaluations[0]
-    drawn: dict[str, Any] = {"num_bootstrap": first.num_bootstrap, "seed": first.seed}
 
-    def mean(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
+    def average(results: Sequence[EvaluationResult]) -> EvaluationResult:
+        parts = [{"all": result.overall, **result.slices} for result in results]
+        # Sizes and users are those of the first: all were measured on the same queries.
+        means = {
+            name: replace(
+                part,
+                per_query=_mean([x[name].per_query for x in parts]),
+                set_metrics=_mean([x[name].set_metrics for x in parts]),
+            )
+            for name, part in parts[0].items()
+        }
+        users, drawn = results[0].user_ids, {"num_bootstrap": first.num_bootstrap}
+        slices = with_intervals(means, users, seed=first.seed, **drawn)
+        return replace(results[0], overall=slices.pop("all"), slices=slices)
 
-    def average(parts: Sequence[SliceResult], users: np.ndarray) -> SliceResult:
-        per_query, set_metrics = (
-            mean([x.per_query for x in parts]),
-            mean([x.set_metrics for x in parts]),
-        )
-        values = np.stack([*per_query.values()], axis=1)
-        found = dict(zip(per_query, bootstrap_intervals(values, users=users, **drawn), strict=True))
-        return replace(parts[0], per_query=per_query, intervals=found, set_metrics=set_metrics)
+    results = {name: average([x.results[name] for x in evaluations]) for name in first.results}
+    return replace(first, results=results, other=_others(evaluations, averaged))
 
-    results = {}
-    for name, result in first.results.items():
-        every, users = [x.results[name] for x in evaluations], result.user_ids
-        overall = average([x.overall for x in every], users)
-        slices = {x: average([y.slices[x] for y in every], users) for x in result.slices}
-        results[name] = replace(result, overall=overall, slices=slices)
-    others = [each.other for each in evaluations if isinstance(each.other, Evaluation)]
-    return replace(first, results=results, other=averaged(others) if others else first.other)
+
+def _mean(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
+
+
+def _others(
+    evaluations: Sequence[Evaluation], combine: Callable[[Sequence[Evaluation]], Evaluation]
+) -> Evaluation | str:
+    """Combines the evaluations by the other question, too; or why there are none."""
+    others = [x.other for x in evaluations if isinstance(x.other, Evaluation)]
+    return combine(others) if others else evaluations[0].other
 
 
 def other_prefix(metrics: Mapping[str, Any]) -> str:
@@ -286,19 +300,19 @@ def format_table(
     Columns that no model has are left out. So are the last columns, but never the first, if they do
     not fit in `width` characters.
     """
-    columns = [x for x in columns if any(find_metric(of, x) is not None for of in models.values())]
+    # An older run, or one with other metrics, may lack some.
+    columns = [
+        x for x in columns if any(find_metric(model, x) is not None for model in models.values())
+    ]
     differences = differences or {}
-    compared = {metric for of_model in differences.values() for metric in of_model}
     reference = next((name for name in models if name not in differences), "")
-    lines: list[list[str]] = [["model"], *([name] for name in models)]
+    cells = [["model", *models]]
     for column in columns:
-        lines[0].append(column)
-        for line, summary in zip(lines[1:], models.values(), strict=True):
-            line.append(_cell(find_metric(summary, column)))
-        if column in compared:
-            lines[0].append(f"from {reference}")
-            for line in lines[1:]:
-                line.append(_difference(differences.get(line[0], {}).get(column)))
+        cells.append([column, *(_cell(find_metric(model, column)) for model in models.values())])
+        gaps = [differences.get(name, {}).get(column) for name in models]
+        if any(gaps):
+            cells.append([f"from {reference}", *map(_difference, gaps)])
+    lines = list(zip(*cells, strict=True))
     table = (format_markdown_cells if markdown else format_cells)(lines)
     if width is None or len(table.partition("\n")[0]) <= width or len(columns) <= 1:
         return table
@@ -307,12 +321,9 @@ def format_table(
 
 def with_other(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the models of `Evaluation.summary()` with columns such as "by_user/ndcg@20"."""
-    prefix = other_prefix(metrics)
-    if not prefix:
-        return dict(metrics["models"])
-    others = metrics["other"]["models"]
+    others = {other_prefix(metrics): metrics["other"]["models"]} if other_prefix(metrics) else {}
     return {
-        name: {**model, "slices": {**model["slices"], prefix: others[name]}}
+        name: {**model, "slices": model["slices"] | {x: of[name] for x, of in others.items()}}
         for name, model in metrics["models"].items()
     }
 
@@ -343,22 +354,20 @@ def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"measured {ASKED[metrics['asked_by']]} alone: {other['left_out']}"
     if "±" in table:
         yield "±: half of the 95% interval over users"
-    if "even_" in table:
-        yield "even_: as if the log had shown every item equally often"
+    first: Mapping[str, Any] = next(iter(metrics["models"].values()), {})
+    yield from _notes(table, first)
     if "tail/" in table:
         yield "tail: the least popular items, which together have a fifth of the training clicks"
-    first: Mapping[str, Any] = next(iter(metrics["models"].values()), {})
-    if "average_popularity" in table and "relevant_popularity" in first:  # Older runs lack it.
-        yield _about_popularity(first["relevant_popularity"])
     for name, why in metrics.get("left_out", {}).items():
         yield f"{name} is left out: {why}"
 
 
-def _about_popularity(relevant: float) -> str:
-    return (
-        "average_popularity: mean training positives of the items that are retrieved; those of the "
-        f"items to find are {relevant:.1f}"
-    )
+def _notes(table: str, first: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the notes of the metrics in a table, with the numbers of its first model."""
+    notes = [metric.note for name, metric in METRICS.items() if f"{name}@" in table]
+    for note in filter(None, dict.fromkeys(notes)):
+        with contextlib.suppress(KeyError):  # Older runs lack some numbers.
+            yield note.format(**first)
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:
@@ -393,7 +402,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, int):
         return str(value)
-    return f"{value:.4f}" if value <= 1 else f"{value:.1f}"
+    return f"{value:.4f}" if value <= 1 else f"{value:.1f}"  # A share, or a mean count.
 
 
 def _difference(value: Mapping[str, Any] | None) -> str:

@@ -20,7 +20,7 @@ from tfrs_pipeline.features.feature import Column
 from tfrs_pipeline.features.kinds import KINDS
 
 _NUM_FOUND, _FAR = 10, 5
-_MAX_ASKED, _MAX_PAIRS, _MAX_VALUES = 5000, 20_000, 16
+_MAX_HELD_OUT, _MAX_PAIRS, _MAX_VALUES = 5000, 20_000, 16
 # Queries at a time, since popular items have many successors.
 _BLOCK = 500
 _REQUESTED = "_requested_"
@@ -64,20 +64,20 @@ class Signals:
             )
 
     def __repr__(self) -> str:
-        numbers = [(x.name, _written(x.value), _written(x.beside)) for x in self]
-        table = format_cells([("signal", "value", "beside"), *numbers]).splitlines()
+        rows = [(x.name, _written(x.value), _written(x.beside)) for x in self]
+        table = format_cells([("signal", "value", "beside"), *rows]).splitlines()
         meanings = ["meaning", *(x.meaning for x in self)]
-        return "\n".join(f"{x}  {meaning}" for x, meaning in zip(table, meanings, strict=True))
+        return "\n".join(f"{row}  {meaning}" for row, meaning in zip(table, meanings, strict=True))
 
 
 def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signals:
     """Measures what a log rewards, from the positives of its training part alone.
 
-    For a hit rate, the last positive of each of at most 5,000 users is held out. It is a hit if it
-    is among the ten items that came most often with what is known (the last item, or the value of a
-    request feature), backed off to popularity. Beside it is the hit rate with less information,
-    such as shuffled histories. The gap is what a model can learn from the signal. If there are more
-    than `max_positives`, about as many are read, of users drawn at random.
+    For a hit rate, the last positive of each of at most 5,000 users is held out. A hit: it is in
+    the top ten items given the known value (the last item, or the value of a request feature), by
+    counts backed off to popularity. Beside it is the hit rate with less information, such as
+    shuffled histories. The gap is what a model can learn from the signal. If there are more than
+    `max_positives`, about as many are read, of users drawn at random.
 
     Example:
         >>> import pyarrow as pa
@@ -86,24 +86,25 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
         >>> found.value, found.meaning
         (0.2, 'share of positives on an item that the user had before')
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # All draws, so that a seed gives the same signals.
     table = _read(train, max_positives, seed)
     sequences = Sequences.from_table(table, items_of(train))
     if not len(table):
         return Signals(())
-    before = sequences.earlier(1)
     is_last = np.append(sequences.users[1:] != sequences.users[:-1], True)
-    asked = rng.permutation(np.flatnonzero(is_last & (before >= 0)))[:_MAX_ASKED]
-    found: list[Signal] = []
-    if train.order != "none" and len(asked):
-        found += _of_order(sequences, asked, rng)
+    # Without anything before it, there is nothing that a hit could be known by.
+    last_ones = np.flatnonzero(is_last & (sequences.earlier(1) >= 0))
+    held_out = rng.permutation(last_ones)[:_MAX_HELD_OUT]
+    measured: list[Signal] = []
+    if len(held_out) and train.order != "none":
+        measured += _order(sequences, held_out, rng)
     if "timestamp" in table.column_names:
-        found += _of_times(sequences, table["timestamp"])
-    found += _of_counts(sequences)
-    found += _of_items(train, sequences, rng)
-    if len(asked):
-        found += _of_requests(train, table, sequences, asked)
-    return Signals(tuple(found))
+        measured += _trend(sequences, table["timestamp"])
+    measured += _counts(sequences)
+    measured += _item_features(train, sequences, rng)
+    if len(held_out):
+        measured += _request_features(train, table, sequences, held_out)
+    return Signals(tuple(measured))
 
 
 def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
@@ -112,6 +113,7 @@ def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
     events = train.events.mutate(**requests)
     positives = events.filter(is_positive)
     if (num := count_rows(positives)) > max_positives:
+        # Whole users, because a history with gaps has other orders and repeats.
         users = positives.select("user_id").distinct()
         drawn = users.order_by([random_key(users["user_id"], seed=seed), "user_id"])
         events = events.semi_join(drawn.limit(count_rows(users) * max_positives // num), "user_id")
@@ -123,129 +125,131 @@ def _categories(features: Mapping[str, str]) -> dict[str, str]:
     return {name: kind for name, kind in features.items() if KINDS[kind].holds_categories}
 
 
-def _hit_rate(known: np.ndarray, sequences: Sequences, asked: np.ndarray) -> float:
-    """Returns the hit rate of the positives at `asked` by what is known: [n] codes, 0 if none."""
+def _hit_rate(known: np.ndarray, sequences: Sequences, held_out: np.ndarray) -> float:
+    """Returns the hit rate of the held-out positives by what is known: [n] codes, 0 if none."""
     rows, num_items = sequences.item_rows, len(sequences.items)
+    # Neither counts nor popularity may know what is to be found.
     is_counted = np.ones(len(rows), bool)
-    is_counted[asked] = False
+    is_counted[held_out] = False
     popular = np.bincount(rows[is_counted], minlength=1 + num_items)
     prior = Transitions.prior * popular / max(1, popular.sum())
     is_counted &= known > 0
     pairs = known[is_counted], rows[is_counted]
     shape = 1 + int(known.max()), 1 + num_items
     num = scipy.sparse.csr_matrix((np.ones(len(pairs[0])), pairs), shape)
-    blocks = (asked[i : i + _BLOCK] for i in range(0, len(asked), _BLOCK))
-    return sum(_num_hits(num[known[x]], prior, rows[x]) for x in blocks) / len(asked)
+    blocks = (held_out[i : i + _BLOCK] for i in range(0, len(held_out), _BLOCK))
+    return sum(_num_hits(num[known[x]], prior, rows[x]) for x in blocks) / len(held_out)
 
 
 def _num_hits(num: scipy.sparse.csr_matrix, prior: np.ndarray, target: np.ndarray) -> float:
     """Counts targets found by `num`, [num_queries, 1 + num_items], and prior; ties are random."""
     query = np.repeat(np.arange(len(target)), np.diff(num.indptr))
-    own_num = np.bincount(query, num.data * (num.indices == target[query]), len(target))
-    own = prior[target] + own_num
-    alone, score, bound = prior[num.indices], num.data + prior[num.indices], own[query]
+    num_of_target = np.bincount(query, num.data * (num.indices == target[query]), len(target))
+    target_score = prior[target] + num_of_target
+    alone, score, bound = prior[num.indices], num.data + prior[num.indices], target_score[query]
     # Counts over all items by the prior alone, then corrects them for the items in `num`.
     ascending = np.sort(prior[1:])
-    above = len(ascending) - np.searchsorted(ascending, own, "right")
-    level = len(ascending) - np.searchsorted(ascending, own, "left")
+    above = len(ascending) - np.searchsorted(ascending, target_score, "right")
+    level = len(ascending) - np.searchsorted(ascending, target_score, "left")
     above = above + np.bincount(query, 1.0 * (score > bound) - (alone > bound), len(target))
     level = level + np.bincount(query, 1.0 * (score >= bound) - (alone >= bound), len(target))
+    # Of the places that are left, a target at a level with others has its share.
     return float(np.clip((_NUM_FOUND - above) / (level - above), 0, 1).sum())
 
 
-def _of_order(
-    sequences: Sequences, asked: np.ndarray, rng: np.random.Generator
+def _order(
+    sequences: Sequences, held_out: np.ndarray, rng: np.random.Generator
 ) -> Iterator[Signal]:
     key, moment = rng.random(len(sequences.users)), sequences.earlier(0)
-    key[np.isin(moment, moment[asked])] = 1  # Positives of the held-out moment stay last.
+    key[np.isin(moment, moment[held_out])] = 1  # Positives of the held-out moment stay last.
     order = np.lexsort((key, sequences.users))
     shuffled = dataclasses.replace(sequences, item_rows=sequences.item_rows[order])
     last, far = _earlier_rows(sequences, 1), _earlier_rows(sequences, _FAR)
     yield Signal(
         "order",
-        _hit_rate(last, sequences, asked),
-        _hit_rate(_earlier_rows(shuffled, 1), shuffled, asked),
+        _hit_rate(last, sequences, held_out),
+        _hit_rate(_earlier_rows(shuffled, 1), shuffled, held_out),
         "hit rate by what followed the last item; beside: with shuffled histories",
     )
-    if len(asked := asked[far[asked] > 0]):
+    if len(held_out := held_out[far[held_out] > 0]):
         yield Signal(
             "recency",
-            _hit_rate(np.where(far > 0, last, 0), sequences, asked),
-            _hit_rate(far, sequences, asked),
+            _hit_rate(np.where(far > 0, last, 0), sequences, held_out),
+            _hit_rate(far, sequences, held_out),
             "the same for histories of 5 items and more; beside: by the fifth item from the end",
         )
 
 
 def _earlier_rows(sequences: Sequences, num: int) -> np.ndarray:
-    place = sequences.earlier(num)
-    return np.where(place < 0, 0, sequences.item_rows[place])
+    position = sequences.earlier(num)
+    return np.where(position < 0, 0, sequences.item_rows[position])
 
 
-def _of_times(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]:
+def _trend(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]:
     times = column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
-    users, num_items = sequences.users, len(sequences.items)
-    rows = sequences.item_rows[np.argsort(times, kind="stable")]
+    num_items = len(sequences.items)
+    rows = sequences.item_rows[np.argsort(times, kind="stable")]  # Of all users, by time.
     if tenth := len(rows) // 10:
         before, recent, target = rows[:-tenth], rows[-2 * tenth : -tenth], rows[-tenth:]
         all_time, latest = (np.bincount(x, minlength=1 + num_items) for x in (before, recent))
         orders = np.lexsort((-all_time, -latest)), np.argsort(-all_time, kind="stable")
         now, ever = (float(np.isin(target, x[: -(-num_items // 100)]).mean()) for x in orders)
-        of = "share of the latest 10% on the 1% most popular just before; beside: ever before"
-        yield Signal("trend", now, ever, of)
-    is_tied = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
-    is_tied = np.append(is_tied, False) | np.append(False, is_tied)
-    of = "share of positives at the same time as another of their user"
-    yield Signal("ties", float(is_tied.mean()), None, of)
-    step = int(np.gcd.reduce(np.diff(np.sort(times)))) / 10**6
-    yield Signal("clock", step, None, "step of the timestamps, in seconds")
+        meaning = "share of the latest 10% on the 1% most popular just before; beside: ever before"
+        yield Signal("trend", now, ever, meaning)
 
 
-def _of_counts(sequences: Sequences) -> Iterator[Signal]:
+def _counts(sequences: Sequences) -> Iterator[Signal]:
     users, rows = sequences.users, sequences.item_rows
+    # A pair of user and item in one number, which sorts faster than two columns.
     num_again = len(rows) - len(np.unique(users.astype(np.int64) << 32 | rows))
-    of = "share of positives on an item that the user had before"
-    yield Signal("repeats", num_again / len(rows), None, of)
+    meaning = "share of positives on an item that the user had before"
+    yield Signal("repeats", num_again / len(rows), None, meaning)
     counts = np.sort(np.bincount(rows, minlength=1 + len(sequences.items))[1:])[::-1]
     for percent in (1, 10):
         share = counts[: -(-len(counts) * percent // 100)].sum() / len(rows)
-        of = f"share of positives on the {percent}% most popular items; beside: if all were equal"
-        yield Signal(f"top {percent}%", float(share), percent / 100, of)
+        meaning = (
+            f"share of positives on the {percent}% most popular items; beside: if all were equal"
+        )
+        yield Signal(f"top {percent}%", float(share), percent / 100, meaning)
     lengths = np.bincount(users)
     median, long = (float(x) for x in np.quantile(lengths, (0.5, 0.9), method="lower"))
-    of = "positives of the median user; beside: of the 90th percentile"
-    yield Signal("history", median, long, of)
-    of = "share of users with fewer than 5 positives"
-    yield Signal("short", float((lengths < 5).mean()), None, of)
+    meaning = "positives of the median user; beside: of the 90th percentile"
+    yield Signal("history", median, long, meaning)
+    meaning = "share of users with fewer than 5 positives"
+    yield Signal("short", float((lengths < 5).mean()), None, meaning)
 
 
-def _of_items(train: Log, sequences: Sequences, rng: np.random.Generator) -> Iterator[Signal]:
+def _item_features(train: Log, sequences: Sequences, rng: np.random.Generator) -> Iterator[Signal]:
     kinds, last = _categories(train.item_features), _earlier_rows(sequences, 1)
     places = rng.permutation(np.flatnonzero((last > 0) & (last != sequences.item_rows)))
     places = places[:_MAX_PAIRS]
     if not kinds or not len(places):
         return
+    # Features are read of the items that are compared, which may be few of millions.
     used, pairs = np.unique([last[places], sequences.item_rows[places]], return_inverse=True)
     one, following = pairs.reshape(2, -1)
     table = train.items.order_by("item_id").select(*kinds).to_pyarrow().take(used - 1)
-    of = "share of next items with a value of the item before; beside: of random items"
+    meaning = "share of next items with a value of the item before; beside: of random items"
     for name, kind in kinds.items():
         codes = _codes(name, kind, table[name])[:, :_MAX_VALUES]
-        own = codes[one][:, :, np.newaxis]
+        values = codes[one][:, :, np.newaxis]
         real, chance = (
-            float(np.any((own == codes[x][:, np.newaxis]) & (own > 0), axis=(1, 2)).mean())
+            float(np.any((values == codes[x][:, np.newaxis]) & (values > 0), axis=(1, 2)).mean())
+            # Permuted items are as popular as the real ones.
             for x in (following, rng.permutation(following))
         )
-        yield Signal(f"item {name}", real, chance, of)
+        yield Signal(f"item {name}", real, chance, meaning)
 
 
-def _of_requests(
-    train: Log, table: pa.Table, sequences: Sequences, asked: np.ndarray
+def _request_features(
+    train: Log, table: pa.Table, sequences: Sequences, held_out: np.ndarray
 ) -> Iterator[Signal]:
-    of = "hit rate by popularity at the request's value; beside: by popularity overall"
+    meaning = "hit rate by popularity at the request's value; beside: by popularity overall"
     for name, kind in _categories(train.request_features).items():
+        # Of a list of values, the first stands for the request.
         known = _codes(name, kind, table[f"{_REQUESTED}{name}"])[:, 0]
-        rate, without = (_hit_rate(x, sequences, asked) for x in (known, np.zeros_like(known)))
-        yield Signal(f"request {name}", rate, without, of)
+        rate, without = (_hit_rate(x, sequences, held_out) for x in (known, np.zeros_like(known)))
+        yield Signal(f"request {name}", rate, without, meaning)
 
 
 def _codes(name: str, kind: str, column: pa.ChunkedArray) -> np.ndarray:

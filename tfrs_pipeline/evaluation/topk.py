@@ -32,7 +32,7 @@ def top_k_in_blocks(
     array of rows for each query. Returns [num_queries, k] int32 rows and float32 scores. A
     `ValueError` if a score is NaN.
     """
-    rows = np.zeros((num_queries, k), np.int32)
+    rows = np.zeros((num_queries, k), np.int32)  # Row 0 and -inf are an empty slot.
     scores = np.full((num_queries, k), -np.inf, np.float32)
     block_size = max(1, _SCORES_PER_BLOCK // max(1, num_candidates))
     for start in range(0, num_queries, block_size):
@@ -41,12 +41,12 @@ def top_k_in_blocks(
         block_scores = _checked_scores(score_block(block), shape)
         if exclude_rows is not None:
             excluded = exclude_rows[block]
-            queries = np.repeat(np.arange(shape[0]), [len(of_query) for of_query in excluded])
+            queries = np.repeat(np.arange(shape[0]), [len(listed) for listed in excluded])
             block_scores[queries, np.concatenate(excluded) - 1] = -np.inf
-        for line, of_line in enumerate(block_scores, start):
-            places = best_places(of_line, k)
+        for line, line_scores in enumerate(block_scores, start):
+            places = best_places(line_scores, k)
             rows[line, : len(places)] = places + 1
-            scores[line, : len(places)] = of_line[places]
+            scores[line, : len(places)] = line_scores[places]
     return rows, scores
 
 
@@ -68,6 +68,7 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 def best_places(scores: np.ndarray, k: int) -> np.ndarray:
     """Returns the places of the k best of [n] scores above -inf, best first, ties in order."""
+    # The k-th best score. All at its level are kept until ties are broken by their order.
     lowest = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
     places = np.flatnonzero(scores >= lowest)
     places = places[np.argsort(-scores[places], kind="stable")][:k]
@@ -87,7 +88,7 @@ class ScoreRetriever:
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
         check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
-        excluded = None if exclude is None else [self.items.known_rows(ids) for ids in exclude]
+        excluded = None if exclude is None else self.items.rows_by_list(exclude)
         rows, scores = top_k_in_blocks(
             lambda block: self.score(queries[block]), len(queries), len(self.items), k, excluded
         )

@@ -1,11 +1,11 @@
 """Settings of the two-tower model and of its training."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
+from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.negatives.kinds import FunnelLosers, InBatch, Popularity, Uniform
 from tfrs_pipeline.settings import Config, Distinct, Listed, from_text
 
@@ -136,7 +136,8 @@ class TrainingSettings(Config):
     patience: PositiveInt = 5
     """Training stops after this many epochs without a better validation metric."""
     monitor: str = "ndcg@100"
-    """Validation metric that chooses the epoch: recall or ndcg, at one of evaluation.cutoffs."""
+    """Validation metric that chooses the epoch: recall, hit_rate, ndcg, mrr, even_recall, even_ndcg
+    or your own (`METRICS`), at one of evaluation.cutoffs."""
     validation_users: PositiveInt = 10_000
     """Most queries that validation ranks after each epoch; sampled if there are more."""
     refit: bool = True
@@ -144,9 +145,11 @@ class TrainingSettings(Config):
     epochs; never on held-out users."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        if not re.fullmatch(r"(recall|ndcg)@[1-9]\d*", self.monitor):
-            message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
-            yield "monitor", f"got {self.monitor!r}; {message}"
+        try:
+            if not metric_of(self.monitor).more_is_better:
+                yield "monitor", f"got {self.monitor!r}, of which more is not better"
+        except ValueError as error:
+            yield "monitor", f"got {self.monitor!r}; {error}"
 
     def fitting(self, num_positives: int) -> "TrainingSettings":
         """Returns the settings, with about eight smaller batches an epoch if none would be full."""

@@ -18,6 +18,7 @@ from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to, refuse_others
 from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
+from tfrs_pipeline.evaluation.metrics import PLAIN, Metric, metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model import distribution
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
@@ -219,8 +220,10 @@ class TwoTower(TwoTowerSettings):
             if validation is not None:
                 ranked = validation.sample(self.training.validation_users, self.seed)
                 check_measurable(ranked, exclude)
-                cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
-                measured = network, corpus, encoder, ranked, exclude, cutoffs
+                monitor = metric_of(self.training.monitor)
+                cutoffs = sorted({*cutoffs, monitor.k})
+                metrics = [*(metric(k) for k in cutoffs for metric in PLAIN), monitor]
+                measured = network, corpus, encoder, ranked, exclude, metrics
                 validate = functools.partial(validation_metrics, *measured)
             # Even if no step is left to train, because a checkpoint is read into them.
             for tower in (network.query_tower, network.candidate_tower):
@@ -333,17 +336,15 @@ def validation_metrics(
     encoder: QueryEncoder,
     holdout: Holdout,
     exclude: Exclude,
-    cutoffs: Sequence[int],
+    metrics: Sequence[Metric],
 ) -> dict[str, float]:
     """Measures a network's current weights: means by name, and the recall of the tail."""
     retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder)
-    holdout = dataclasses.replace(holdout, exposure=None)  # Plain metrics alone are monitored.
-    result = evaluate(retriever, holdout, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
-    measured = result.first
-    tail = measured.slices["tail"].intervals
+    result = evaluate(retriever, holdout, metrics=metrics, exclude=exclude, num_bootstrap=0).first
+    tail = result.slices["tail"].intervals
     return {
-        **{name: interval.mean for name, interval in measured.overall.intervals.items()},
-        **{f"tail/{name}": x.mean for name, x in tail.items() if name.startswith("recall")},
+        **{name: interval.mean for name, interval in result.overall.intervals.items()},
+        **{f"tail/{metric}": tail[str(metric)].mean for metric in metrics if metric.is_by_slice},
     }
 
 

@@ -1,11 +1,15 @@
-"""Says what to try if a run's numbers are not good, from `metrics.json` and the settings."""
+"""Says what to try if a run's numbers are not good, from `metrics.json` and the settings.
+
+Advice is a table: each row has what was measured, and the sentence that is said if it holds. A row
+never suggests what the settings already have.
+"""
 
 from collections.abc import Iterator
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.report.verdict import WRITTEN, Metrics, compared_with_baselines, listed
+from tfrs_pipeline.report.verdict import Metrics, baselines_in, compared, listed
 
 # Fewer steps without a gain do not mean that training has converged.
 _PATIENT = 50
@@ -28,43 +32,59 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     A model that is clearly better in `metric` gets only advice on longer training, the correction
     and what the test measures.
     """
-    models = metrics["models"]
-    first = next(iter(models))
-    yield from (measures := list(_beside_the_question(models[first], config)))
-    num_positives = metrics["split"]["train"]["num_positives"]
-    training = metrics["training"][first]
-    values = training["history"].get(f"val_{config.training.monitor}", [])
+    name, model = next(iter(metrics["models"].items()))
+    yield from (about_test := [*_about_test(model, config)])
     if config.warm_start is None:  # A warm start has few epochs on purpose.
-        yield from _stopped(training["best_epoch"], len(values), num_positives, config)
-    if measures:  # Then the other numbers answer another question.
+        num_positives = metrics["split"]["train"]["num_positives"]
+        yield from _about_training(metrics["training"][name], num_positives, config)
+    if about_test:  # Then the other numbers answer another question.
         return
-    if _is_better("two_tower_uncorrected", metrics, metric):
+    if "two_tower_uncorrected" in ahead_of(metrics, metric):
         yield "the correction costs here: without it the model is better. Set model.correction none"
-    if compared_with_baselines(metrics, metric).outcome in (None, Outcome.BETTER):
-        return
-    slices = models[first]["slices"].values()
-    num_items = max(sum(part["num_candidates"] for part in slices), 1)
-    if num_positives < _FEW_POSITIVES * num_items:
-        yield (
-            f"too few positives: {num_positives:,} in training for {num_items:,} items, "
-            f"{num_positives / num_items:.1f} each; a longer log may help"
-        )
-    if _is_better("repeats", metrics, metric):
-        yield (
-            "behind the user's own items again, which a service can show without a model: to "
-            "measure what else a user clicks, set evaluation.exclude to clicked"
-        )
-    if _is_better("popularity", metrics, metric):
-        yield from _behind_popularity(metrics, config)
-    else:
-        yield from _behind_item_models(metrics, metric, config)
+    if any(x.outcome is not Outcome.BETTER for x in baselines_in(metrics, metric)):
+        yield from _about_baselines(metrics, metric, config)
 
 
-def _stopped(best: int, num_epochs: int, num_positives: int, config: RunConfig) -> Iterator[str]:
+def ahead_of(metrics: Metrics, metric: str) -> dict[str, str]:
+    """Returns the models that are clearly better than the first, by name, with their labels."""
+    pairs = compared(metrics, metric).items()
+    return {name: x.name for name, x in pairs if x.outcome is Outcome.WORSE}
+
+
+def _about_test(model: Metrics, config: RunConfig) -> Iterator[str]:
+    """Says where the test measures something other than a user's next items."""
+    num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
+    num_left, num_excluded = model["num_relevant"], model["num_relevant_excluded"]
+    num_all, num_new = num_left + num_excluded, model.get("num_relevant_unclicked", 0)
+    exclude = config.evaluation.exclude
+    lacking = "" if config.data.item_features else ", of which data.item_features has none"
+    remedy = ". To test users with a history, set split.kind to last_share"
+    remedy = "" if config.split.kind == "last_share" else remedy
+    rows = [
+        (num_queries < _FEW_QUERIES,
+         f"{counted(num_queries, 'test query')} cannot tell models apart: take a longer log, or a "
+         "larger split.test"),
+        (num_empty > num_queries / 2,
+         f"{num_empty:,} of {num_queries:,} test queries have an empty history: the test is of new "
+         f"users{remedy}"),
+        (num_excluded > _MANY_EXCLUDED * num_all and exclude != "none",
+         f"{num_excluded:,} of {num_all:,} items to find are excluded, because their users had "
+         f"{exclude} them before. If they may come again, set evaluation.exclude to none "
+         "(docs/guides/seen.md)"),
+        (num_new > _MANY_NEW * num_left,
+         f"{num_new:,} of {num_left:,} items to find have no positive in training: only their "
+         f"features can find them{lacking} "
+         "(docs/guides/new_items.md)"),
+    ]  # fmt: skip
+    yield from (line for holds, line in rows if holds)
+
+
+def _about_training(result: Metrics, num_positives: int, config: RunConfig) -> Iterator[str]:
     """Says whether training stopped at its best epoch, or too few steps after it."""
-    training, waited = config.training, num_epochs - best
-    batch_size = training.fitting(num_positives).batch_size
-    num_steps = waited * -(-num_positives // batch_size)
+    training = config.training
+    num_epochs = len(result["history"].get(f"val_{training.monitor}", []))
+    waited = num_epochs - result["best_epoch"]
+    num_steps = waited * -(-num_positives // training.fitting(num_positives).batch_size)
     if not waited:
         yield (
             f"training stopped too early: validation {training.monitor} was best after the last of "
@@ -78,68 +98,64 @@ def _stopped(best: int, num_epochs: int, num_positives: int, config: RunConfig) 
         )
 
 
-def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
-    """Says where the test measures something other than a user's next items."""
-    num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
-    if num_queries < _FEW_QUERIES:
-        few = counted(num_queries, "test query")
-        yield f"{few} cannot tell models apart: take a longer log, or a larger split.test"
-    if num_empty > num_queries / 2:
-        remedy = ". To test users with a history, set split.kind to last_share"
-        yield (
-            f"{num_empty:,} of {num_queries:,} test queries have an empty history: the test is of "
-            f"new users{remedy if config.split.kind != 'last_share' else ''}"
-        )
-    num_left, num_excluded = model["num_relevant"], model["num_relevant_excluded"]
-    are_many = num_excluded > _MANY_EXCLUDED * (num_left + num_excluded)
-    if are_many and config.evaluation.exclude != "none":
-        yield (
-            f"{num_excluded:,} of {num_left + num_excluded:,} items to find are excluded, because "
-            f"their users had {config.evaluation.exclude} them before. If they may come again, set "
-            "evaluation.exclude to none (docs/guides/seen.md)"
-        )
-    if (num_new := model.get("num_relevant_unclicked", 0)) > _MANY_NEW * num_left:
-        features = "" if config.data.item_features else ", of which data.item_features has none"
-        yield (
-            f"{num_new:,} of {num_left:,} items to find have no positive in training: only their "
-            f"features can find them{features} (docs/guides/new_items.md)"
-        )
+def _about_baselines(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
+    """Says what to try if the model does not beat every baseline.
 
+    What the baselines that are ahead learn from (`Baseline.learns_from`) is what the model lacks.
+    """
+    from tfrs_pipeline.evaluation.baselines import BASELINES  # Imports the libraries of logs.
 
-def _behind_popularity(metrics: Metrics, config: RunConfig) -> Iterator[str]:
-    remedies, trend = [], metrics.get("signals", {}).get("trend", {"value": 0.0, "beside": 0.0})
-    has_trend = trend["value"] - trend["beside"] > _TREND and config.model.correction != "recent"
-    if config.model.use_candidate_id and (has_trend or not config.model.candidate_bias):
-        more = " and model.correction recent, since what is popular changes" if has_trend else ""
-        remedies.append(f"set model.candidate_bias{more}")
-    if config.split.kind in (None, "time"):
-        remedies.append("check with split.kind last_share whether popularity has changed over time")
+    num_positives = metrics["split"]["train"]["num_positives"]
+    slices = next(iter(metrics["models"].values()))["slices"].values()
+    num_items = max(sum(part["num_candidates"] for part in slices), 1)  # Slices part the corpus.
+    if num_positives < _FEW_POSITIVES * num_items:
+        yield (
+            f"too few positives: {num_positives:,} in training for {num_items:,} items, "
+            f"{num_positives / num_items:.1f} each; a longer log may help"
+        )
+    behind: dict[str, list[str]] = {}
+    for name, label in ahead_of(metrics, metric).items():
+        if name in BASELINES:
+            behind.setdefault(BASELINES[name].learns_from, []).append(label)
+    if "repeats" in behind:
+        yield (
+            "behind the user's own items again, which a service can show without a model: to "
+            "measure what else a user clicks, set evaluation.exclude to clicked"
+        )
+    # Who is behind popularity has to follow it first.
+    lacks = {"popularity"} if "popularity" in behind else {"order", "items"}
+    labels = [label for kind in ("popularity", "order", "items") if kind in lacks
+              for label in behind.get(kind, ())]  # fmt: skip
+    remedies = [
+        remedy
+        for kinds, suits, remedy in _remedies(metrics, config)
+        if suits and lacks & behind.keys() & kinds
+    ]
     if remedies:
-        yield f"behind popularity: {', or '.join(remedies)}"
+        yield f"behind {listed(labels)}: {', or '.join(remedies)}"
 
 
-def _behind_item_models(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
-    """Says what to try if transitions, EASE or iALS are better than the model."""
-    names = [x for x in ("transitions", "ease", "ials") if _is_better(x, metrics, metric)]
-    if not names:
-        return
-    model, remedies = config.model, []
+def _remedies(metrics: Metrics, config: RunConfig) -> list[tuple[set[str], bool, str]]:
+    """Lists what a model may lack, whether a remedy suits the settings, and the remedy."""
+    model, data, examples = config.model, config.data, config.training.examples
+    trend = metrics.get("signals", {}).get("trend", {"value": 0.0, "beside": 0.0})
+    changes = trend["value"] - trend["beside"] > _TREND and model.correction != "recent"
+    more = " and model.correction recent, since what is popular changes" if changes else ""
     # A recipe that raced has lost, or is the model.
     untried = {"sequence", "sets"} - metrics.get("race", {}).get("recipes", {}).keys()
-    of_sequences, of_sets = (config.training.examples == x for x in ("sequences", "sets"))
-    if "transitions" in names and not of_sequences and "sequence" in untried:
-        remedies.append("take --preset sequence, which learns from the order")
-    if not config.data.is_ordered and not of_sets and "sets" in untried:
-        remedies.append("take --preset sets")
-    reads_ids = model.use_candidate_id or model.history_pooling
-    if reads_ids and model.item_init == "random" and config.warm_start is None:
-        remedies.append("set model.item_init svd")
-    if not config.data.item_features:
-        remedies.append("give features of the items (data.item_features)")
-    remedies.append("more model.negatives")
-    yield f"behind {listed([WRITTEN[x] for x in names])}: {', or '.join(remedies)}"
-
-
-def _is_better(name: str, metrics: Metrics, metric: str) -> bool:
-    above = metrics["differences"].get(name, {}).get(metric)
-    return bool(above) and (above["low"] or 0) > 0
+    reads_ids = bool(model.use_candidate_id or model.history_pooling)
+    is_random = model.item_init == "random" and config.warm_start is None
+    learner = {"order", "items"}
+    return [
+        ({"popularity"}, model.use_candidate_id and (changes or not model.candidate_bias),
+         f"set model.candidate_bias{more}"),
+        ({"popularity"}, config.split.kind in (None, "time"),
+         "check with split.kind last_share whether popularity has changed over time"),
+        ({"order"}, examples != "sequences" and "sequence" in untried,
+         "take --preset sequence, which learns from the order"),
+        (learner, not data.is_ordered and examples != "sets" and "sets" in untried,
+         "take --preset sets"),
+        (learner, reads_ids and is_random, "set model.item_init svd"),
+        (learner, not data.item_features, "give features of the items (data.item_features)"),
+        (learner, True, "more model.negatives"),
+    ]  # fmt: skip

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import ASKED, Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS, popularity_slices
+from tfrs_pipeline.evaluation.metrics import METRICS, popularity_slices
 from tfrs_pipeline.evaluation.results import QUESTIONS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import later_rows
@@ -36,23 +36,14 @@ DROPPED = "dropped"
 class PopularityFacts:
     """How often each candidate is a positive or drawn as a negative; arrays are [num_candidates].
 
-    `before` and `after` are shares of the positives as logged and as trained on. `negatives` has
-    the distribution of each kind's draws.
+    `shares` are those of the positives: as logged and, if they differ, as trained on. `negatives`
+    has the distribution of each kind's draws.
     """
 
     counts: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
+    shares: Mapping[str, np.ndarray]
     negatives: Mapping[str, np.ndarray]
     num_unreachable: int
-
-    @property
-    def shares(self) -> Mapping[str, np.ndarray]:
-        """Shares of the positives: as logged and, if they differ, as trained on."""
-        shares = {"positives, as logged": self.before}
-        if not np.allclose(self.before, self.after, rtol=1e-6, atol=0):
-            shares["positives, as trained on"] = self.after
-        return shares
 
 
 @dataclass(frozen=True)
@@ -80,13 +71,13 @@ class RunFacts:
     @property
     def funnel(self) -> list[dict[str, Any]]:
         """The stages from the first: how many events ended there, and how many reached them."""
-        sizes = [sum(of_stage.values()) for of_stage in self.events_by_stage.values()]
+        sizes = [sum(num_by_part.values()) for num_by_part in self.events_by_stage.values()]
+        # An event is counted at its last stage, and has passed all before it.
         reached = np.cumsum(sizes[::-1])[::-1].tolist()
+        columns = zip(self.events_by_stage, sizes, reached, [*reached[:1], *reached], strict=False)
         return [
             {"stage": stage, "ended": size, "reached": num, "of_before": num / before}
-            for stage, size, num, before in zip(
-                self.events_by_stage, sizes, reached, [reached[0], *reached], strict=False
-            )
+            for stage, size, num, before in columns
         ]
 
     @property
@@ -94,13 +85,13 @@ class RunFacts:
         """Number of events in each part of the split, merged into others, and dropped."""
         split = self.metrics["split"]
         counts = {part: int(split[part]["num_events"]) for part in PARTS if part in split}
-        merged = [each.num_rows for each in self.dropped if each.is_merged]
+        merged = [x.num_rows for x in self.dropped if x.is_merged]
         return counts | ({"merged": sum(merged)} if merged else {}) | {DROPPED: self.num_dropped}
 
     @property
     def num_dropped(self) -> int:
         """Number of events dropped at reading and by the split."""
-        at_reading = sum(each.num_rows for each in self.dropped if not each.is_merged)
+        at_reading = sum(x.num_rows for x in self.dropped if not x.is_merged)
         return at_reading + int(self.metrics["split"]["num_events_dropped"])
 
 
@@ -122,7 +113,6 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> Path:
 def report_page(facts: RunFacts) -> str:
     """Renders the page as an HTML document; the same facts give the same text."""
     metric, recall = (f"{x}@{max(facts.config.evaluation.cutoffs)}" for x in ("ndcg", "recall"))
-    names = (*QUERY_METRICS, "even_recall", "even_ndcg", *SET_METRICS)
     main = (metric, recall, f"even_{recall}", f"coverage@{min(facts.config.evaluation.cutoffs)}")
     template = pages().get_template("template.html")
     return template.render(
@@ -133,15 +123,16 @@ def report_page(facts: RunFacts) -> str:
         figures=_figures(facts, metric, recall),
         counted=counted,
         better=verdict.compared_with_baselines(facts.metrics, metric),
-        remarks=verdict.remarks(facts.metrics, metric, recall),
+        otherwise=verdict.other_question(facts.metrics, metric),
         advice=list(advice(facts.metrics, metric, facts.config)),
         for_whom=verdict.by_popularity(facts.metrics, recall),
         exported=verdict.exported(facts.metrics),
+        metrics_by_name=METRICS,
         asked=ASKED,
         questions=QUESTIONS,
         main_metrics=main,
         index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
-        metric_names=[f"{name}@{k}" for name in names for k in facts.config.evaluation.cutoffs],
+        metric_names=[f"{name}@{k}" for name in METRICS for k in facts.config.evaluation.cutoffs],
         parts=[x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())],
         settings=dump_config(facts.config),
     )
@@ -155,7 +146,10 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         for part in next(iter(models.values()))["slices"]
     }
     overall = {metric: {name: model[metric] for name, model in models.items()}}
-    results, gains = [drawing.plot_intervals(overall, metric)], verdict.gains(facts.metrics, metric)
+    # In the first panel means, in the second what decides: differences query by query.
+    results = [drawing.plot_intervals(overall, metric)]
+    pairs = verdict.compared(facts.metrics, metric)
+    gains = {name: x.gain.as_dict() for name, x in pairs.items()}
     if gains:
         panel = {f"{metric}: {next(iter(models))} minus": gains}
         results.append(drawing.plot_intervals(panel, metric, are_differences=True))
@@ -166,7 +160,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         "training": _training_figures(facts),
         "popularity": _popularity_figures(facts.popularity),
     }
-    return {place: [Markup(x.svg) for x in of_place] for place, of_place in drawings.items()}
+    return {section: [Markup(x.svg) for x in figures] for section, figures in drawings.items()}
 
 
 def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
@@ -175,19 +169,22 @@ def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
     histories = {name: result["history"] for name, result in training.items()}
     chosen = {name: result["best_epoch"] for name, result in training.items()}
     monitor = f"val_{facts.config.training.monitor}"
+    # A dict keeps the order: what decides comes first, and the others are folded away.
     logged = dict.fromkeys(["loss", monitor, *(name for h in histories.values() for name in h)])
-    drawings = []
-    for name in logged:
-        # Validation may have no positive in a part of the items: nothing was measured there.
-        of_models = {
+    curves = {
+        name: {
             model: history[name]
             for model, history in histories.items()
+            # Validation may have no positive in a part of the items: nothing was measured there.
             if any(value is not None for value in history.get(name, []))
         }
-        if of_models:
-            what = name.replace("val_", "validation ")
-            drawings.append(drawing.plot_curves(of_models, chosen, what))
-    return drawings
+        for name in logged
+    }
+    return [
+        drawing.plot_curves(lines, chosen, name.replace("val_", "validation "))
+        for name, lines in curves.items()
+        if lines
+    ]
 
 
 def _race_figures(facts: RunFacts) -> list[drawing.Drawing]:
@@ -196,7 +193,7 @@ def _race_figures(facts: RunFacts) -> list[drawing.Drawing]:
         return []
     values = {name: curve["values"] for name, curve in race["recipes"].items() if curve["values"]}
     seconds = {name: race["recipes"][name]["seconds"] for name in values}
-    chosen = {name: of_lane.index(max(of_lane)) + 1 for name, of_lane in values.items()}
+    chosen = {name: curve.index(max(curve)) + 1 for name, curve in values.items()}
     what = f"validation {race['metric']} of the recipes"
     return [drawing.plot_curves(values, chosen, what, seconds=seconds)]
 
@@ -226,9 +223,14 @@ def gather_facts(folder: Path) -> RunFacts:
     is_later = later_rows(trained_on, read_ids(samples_folder)[0])
     samples = dataclasses.replace(read_samples(samples_folder), is_later=is_later)
     model = TwoTower(**dict(config.model), training=config.training, seed=config.seed)
+    # Batches know what is drawn and masked. They are described here, and none is trained on.
     batches, by_part = model.batches(samples), split.events.group_by("part")
     frame = batches.frame
     expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
+    logged, trained = positive_probability(frame.counts)[1:], batches.positive_share[1:]
+    shares = {"positives, as logged": logged}
+    if not np.allclose(logged, trained, rtol=1e-6, atol=0):  # Resampling is what makes them differ.
+        shares["positives, as trained on"] = trained
     counts = by_part.agg(num=split.events["item_id"].nunique()).to_pyarrow().to_pylist()
     num_items = {row["part"]: row["num"] for row in counts}
     return RunFacts(
@@ -245,8 +247,7 @@ def gather_facts(folder: Path) -> RunFacts:
         mean_hard_share=batches.mean_hard_share,
         popularity=PopularityFacts(
             counts=frame.counts[1:],
-            before=positive_probability(frame.counts)[1:],
-            after=batches.positive_share[1:],
+            shares=shares,
             negatives={name: count[1:] / count.sum() for name, count in expected.items()},
             num_unreachable=batches.num_unreachable,
         ),
@@ -261,9 +262,10 @@ def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[st
     counts: dict[str, dict[str, int]] = {s.value: {} for s in Stage if s.value in totals}
     for row in in_parts:
         counts[row["stage"]][row["part"]] = row["num"]
-    for stage, of_stage in counts.items():
-        if num_dropped := totals[stage] - sum(of_stage.values()):
-            of_stage[DROPPED] = num_dropped
+    for stage, num_by_part in counts.items():
+        # What is in no part was left out by the split.
+        if num_dropped := totals[stage] - sum(num_by_part.values()):
+            num_by_part[DROPPED] = num_dropped
     return counts
 
 
@@ -282,5 +284,5 @@ def _titles(log: Log, metrics: dict[str, Any]) -> dict[Any, str]:
     if "title" not in log.items.columns or not shown:
         return {}
     items = log.items.filter(log.items["item_id"].isin(list(shown)))
-    found = items.select("item_id", "title").to_pyarrow().to_pylist()
-    return {row["item_id"]: row["title"] for row in found if row["title"]}
+    rows = items.select("item_id", "title").to_pyarrow().to_pylist()
+    return {row["item_id"]: row["title"] for row in rows if row["title"]}

@@ -9,8 +9,6 @@ with the rest.
 import contextlib
 import dataclasses
 import multiprocessing
-import re
-import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -21,11 +19,12 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_whole, write_record
+from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
+from tfrs_pipeline.evaluation.metrics import BUILT_IN, METRICS, Metric
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import (
-    Baseline,
     MeasuredBaselines,
     baselines_of,
     evaluate_all,
@@ -60,6 +59,8 @@ def measure_baselines(
             evaluations.append(answer[0])
             runner.note(*answer[1])
     runner.note(*(f"{name} is left out: {why}" for name, why in left_out.items()))
+    unnamed = [name for name in BASELINES if name not in config.evaluation.baselines]
+    runner.note(*(f"{x}: left out by the preset or by evaluation.baselines" for x in unnamed))
     return MeasuredBaselines(evaluations, left_out)
 
 
@@ -69,11 +70,12 @@ def answers_from_process(
     """Yields what `answers` does, from a process that is begun anew if it dies."""
     # The log stays on disk, and the samples of the training are not needed.
     unused = dict.fromkeys(("split", "selection", "final"))
-    task = config, folder, dataclasses.replace(data, **unused)  # type: ignore[arg-type]
+    data = dataclasses.replace(data, **unused)  # type: ignore[arg-type]
+    brought = {name: metric for name, metric in METRICS.items() if name not in BUILT_IN}
     pending, spawn = dict(choices), multiprocessing.get_context("spawn")
     while pending:
         ours, theirs = spawn.Pipe(duplex=False)
-        arguments = theirs, memory_left(), *task, pending
+        arguments = theirs, brought, config, folder, data, pending
         process = spawn.Process(target=_send_answers, args=arguments, daemon=True)
         process.start()
         theirs.close()  # From now on, it is closed when the process ends.
@@ -85,6 +87,7 @@ def answers_from_process(
                     process.join(timeout=10)  # It ends by itself, and gives back what it holds.
                 yield answer
         except (EOFError, OSError):
+            # Answers come in order, so that the first one pending was at work.
             process.join()
             del pending[next(iter(pending))]
             yield _cause_of_death(process.exitcode or 0)
@@ -92,9 +95,11 @@ def answers_from_process(
             process.kill()
 
 
-def _send_answers(to: Connection, num_bytes: int, *task: Any) -> None:
+def _send_answers(to: Connection, metrics: Mapping[str, type[Metric]], *task: Any) -> None:
+    METRICS.update(metrics)  # Those that users have added.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The run ends this process.
-    _limit_memory(num_bytes)
+    with contextlib.suppress(OSError):  # Where memory runs out, the system ends this process first.
+        Path("/proc/self/oom_score_adj").write_text("1000")
     for answer in answers(*task):
         to.send(answer)
 
@@ -115,30 +120,6 @@ def answers(config: RunConfig, folder: Path, data: RunData, choices: Choices) ->
             return f"{type(error).__name__}: {error}"
 
     yield from map(answer, choices)  # Each is freed before the next one is fitted.
-
-
-def memory_left(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns how many bytes processes may still take, of the machine's or the container's."""
-    left = 1024 * _number("MemAvailable: *", proc / "meminfo")
-    with contextlib.suppress(OSError, IndexError):  # No container, or one without a limit.
-        cached = _number("^inactive_file ", group / "memory.stat")  # Given back when needed.
-        used = _number("", group / "memory.current") - cached
-        left = min(left, _number("^", group / "memory.max") - used)
-    return left
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Lets allocations fail beyond what is left, and the system end this process first."""
-    # A lower limit may be set already, or a sandbox may refuse both.
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-        most = num_bytes + 1024 * _number(r"VmData:\s*", Path("/proc/self/status"))
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def _number(before: str, path: Path) -> int:
-    """Finds the number after a pattern in a file of the system; an `IndexError` without one."""
-    return int(re.findall(rf"{before}(\d+)", path.read_text(), re.MULTILINE)[0])
 
 
 def _cause_of_death(code: int) -> str:

@@ -12,8 +12,9 @@ import numpy as np
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.schema import ASKED
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
+from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
 from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import Retriever
@@ -24,29 +25,19 @@ from tfrs_pipeline.run.steps import Runner
 if TYPE_CHECKING:
     from tfrs_pipeline.model.fitted import FittedTwoTower
 
-Baseline: TypeAlias = MostPopular | Repeats | Transitions | Ease | Ials
-
 OnProgress: TypeAlias = Callable[..., None]
 """Called during long work with a task's name, steps done and in all, and sometimes a note."""
 
-# Shares of the latest positives by which popularity is counted in a split by time: for a test on
-# later days, recent popularity may be a better guess.
-_LATEST = (1.0, 0.2, 0.05, 0.01)
 
-
-def baselines_of(config: RunConfig, data: RunData) -> dict[str, list[Baseline]]:
+def baselines_of(config: RunConfig, data: RunData) -> dict[str, Sequence[Baseline]]:
     """Returns the baselines of a config by name, each in the forms to choose from on validation."""
-    latest = _LATEST if data.split.kind == "time" else (1.0,)
-    found: dict[str, list[Baseline]] = {
-        "popularity": [MostPopular(latest=share) for share in latest],
-        "repeats": [Repeats()],
-        "transitions": [Transitions()],
-        "ease": [Ease()],
-        "ials": [Ials(seed=config.seed)],
+    by_time, exclude = data.split.kind == "time", config.evaluation.exclude
+    forms = {
+        name: BASELINES[name].forms(seed=config.seed, by_time=by_time, exclude=exclude)
+        for name in config.evaluation.baselines
+        if name in BASELINES  # "uncorrected" is a model that the run trains.
     }
-    # "uncorrected" is trained like the model; "repeats" would have nothing left to find.
-    unused = {"uncorrected", *(["repeats"] if config.evaluation.exclude != "none" else [])}
-    return {name: found[name] for name in config.evaluation.baselines if name not in unused}
+    return {name: choices for name, choices in forms.items() if choices}
 
 
 class MeasuredBaselines(NamedTuple):
@@ -62,14 +53,14 @@ def fit_best(
     """Fits the form of a baseline that is best on validation; notes which, if there are several."""
 
     def score(baseline: Baseline) -> float:
-        # The same number of users as for the model's epoch.
-        validation = data.validation.sample(config.training.validation_users, config.seed)
-        exclude, cutoffs = config.evaluation.exclude, config.evaluation.cutoffs
+        # The same queries and metric as for the model's epoch.
+        monitor, exclude = metric_of(config.training.monitor), config.evaluation.exclude
         fitted = baseline.fit(data.split.train)
-        found = evaluate(fitted, validation, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
-        return found.first.overall.intervals[config.training.monitor].mean
+        options: dict[str, Any] = {"metrics": [monitor], "exclude": exclude, "num_bootstrap": 0}
+        measured = evaluate(fitted, data.validation, **options).first
+        return measured.overall.intervals[str(monitor)].mean
 
-    best, notes = forms[0], []
+    best, notes = forms[0], []  # A single form needs no validation.
     if len(forms) > 1:
         best = max(forms, key=score)
         notes.append(f"{name}: {best!r}, best of {len(forms)} on validation")
@@ -91,10 +82,11 @@ def measure(
     """Evaluates a run's models and, if it is compared, the version in service, beside baselines."""
     from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 
-    own: dict[str, Retriever] = {model.network.name: model for model in models}
-    measured = [evaluate_all(config, own, data, runner.progress.task), *baselines.evaluations]
+    trained: dict[str, Retriever] = {model.network.name: model for model in models}
+    measured = [evaluate_all(config, trained, data, runner.progress.task), *baselines.evaluations]
     if is_compared(config, folder):
         log = data.split.log
+        # Never the run's own export, which a resumed run finds in service.
         in_service = version_in_service(
             config.model_folder,
             data.test.candidate_ids,
@@ -107,13 +99,13 @@ def measure(
             measured.append(evaluate_all(config, compared, data, runner.progress.task))
     evaluation = joined(measured)
     lines = []
-    for asked in (evaluation, evaluation.other):
-        if isinstance(asked, Evaluation):
-            first = asked.first
+    for question in (evaluation, evaluation.other):
+        if isinstance(question, Evaluation):
+            first = question.first
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
-            queries = f"{ASKED[asked.asked_by]}: {counted(num_queries, 'query')}"
+            queries = f"{ASKED[question.asked_by]}: {counted(num_queries, 'query')}"
             lines += [f"{queries}, {num_relevant:,} items to find", *first.describe()]
-    runner.note(*dict.fromkeys(lines))
+    runner.note(*dict.fromkeys(lines))  # Both questions may have the same remarks.
     return evaluation
 
 
@@ -149,6 +141,7 @@ def evaluate_all(
 
 def examples_of(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
     """Gathers the answers to a few test queries, with short to long histories."""
+    # Spread over the lengths of histories, not chosen by what was found; ends are odd cases.
     order = np.argsort([len(history) for history in holdout.histories], kind="stable")
     places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
     numbers = list(dict.fromkeys(order[places].tolist()))

