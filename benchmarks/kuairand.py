@@ -44,7 +44,19 @@ SETTINGS = {
         "dim": 32,
         "negatives": ("in_batch", "uniform:num=128", "popularity:num=128"),
     },
-    "compare": {"hard_shares": (0.01, 0.2), "resampling_exponents": (0.5,)},
+    "compare": {
+        "plans": (
+            "mixed",
+            "in_batch_uncorrected",
+            "in_batch",
+            "uniform",
+            "popularity",
+            "hybrid_0.01",
+            "hybrid_0.2",
+            "hybrid_0.5",
+            "resampled_0.5",
+        )
+    },
 }
 
 EVENTS = """

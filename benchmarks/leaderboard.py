@@ -150,7 +150,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "user_sets": {"gowalla": _USER_SETS},
     # The preset unchanged: only the number of epochs is chosen on this data.
-    "preset_sets": {"gowalla": PRESETS["sets"][1]},
+    "preset_sets": {"gowalla": PRESETS["sets"].settings},
 }
 
 # Values to choose from on validation; without any, the default run's own.

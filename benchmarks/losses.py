@@ -54,7 +54,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "gowalla": (
         "gowalla",
         {
-            **PRESETS["sets"][1],
+            **PRESETS["sets"].settings,
             "model.dim": 64,
             "model.id_dropout": 0.0,
             "model.temperature": 0.07,
@@ -62,7 +62,10 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
             "training.validation_users": 3000,
         },
     ),
-    **{name: ("ml-1m", {**PRESETS["sequence"][1], "training.max_epochs": 30}) for name in CUTS},
+    **{
+        name: ("ml-1m", {**PRESETS["sequence"].settings, "training.max_epochs": 30})
+        for name in CUTS
+    },
 }
 # Changes the model, given the training clicks of each row.
 Change = Callable[[TwoTowerNetwork, np.ndarray], None]

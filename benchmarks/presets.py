@@ -49,7 +49,7 @@ def raced(split: Split, seed: int, exclude: Exclude) -> tuple[Any, dict[str, Any
 
 def preset(name: str, split: Split, seed: int, exclude: Exclude) -> tuple[Any, dict[str, Any]]:
     """Fits a preset, or the default; the log itself says whether it has an order."""
-    settings = dict(PRESETS[name][1]) if name in PRESETS else {}
+    settings = dict(PRESETS[name].settings) if name in PRESETS else {}
     settings.pop("data.is_ordered", None)
     config = tp.with_settings(tp.RunConfig(), settings)
     plan = tp.TwoTower(**dict(config.model), training=config.training, seed=seed)

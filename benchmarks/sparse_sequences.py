@@ -117,7 +117,7 @@ def measure(folder: Path, name: str, seed: int) -> dict[str, Any]:
     """Fits one plan and evaluates it."""
     features, changes = PLANS[name]
     settings: dict[str, dict[str, Any]] = {"model": {}, "training": {}}
-    for key, value in {**PRESETS["sequence"][1], **changes}.items():
+    for key, value in {**PRESETS["sequence"].settings, **changes}.items():
         section, _, field = key.partition(".")
         settings[section][field] = value
     log = tp.Log.from_files(

@@ -96,7 +96,7 @@ OURS: dict[str, dict[str, Any]] = {
 TO_TARGET: dict[str, dict[str, Any]] = {
     "default": {},
     "histories": OUR_MODELS["histories"]["ml-100k"],
-    **{name: PRESETS[name][1] for name in ("quick", "ids", "sequence")},
+    **{name: PRESETS[name].settings for name in ("quick", "ids", "sequence")},
 }
 
 

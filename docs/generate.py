@@ -15,13 +15,13 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tfrs_pipeline
 from tfrs_pipeline.cli.commands import COMMAND_LINE
 from tfrs_pipeline.cli.flags import as_typed
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.presets import PRESETS, Recipe
+from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.settings import Config, tables_in
 
 ROOT = Path(__file__).parents[1]
@@ -234,12 +234,11 @@ def _table(table: type[Config], prefix: str) -> Iterator[str]:
 
 def presets() -> Iterator[str]:
     """Yields the presets, what each sets, and whether it is a recipe of the race."""
-    for name, (good_for, changed) in PRESETS.items():
-        recipe = (
-            " A recipe of the [race](../guides/recipes.md)." if name in get_args(Recipe) else ""
-        )
-        yield from (f"### `{name}`", "", f"For {good_for}.{recipe}", "")
-        yield from (f"- `{setting}`: `{as_typed(value)}`" for setting, value in changed.items())
+    for name, preset in PRESETS.items():
+        races = " A recipe of the [race](../guides/recipes.md)." if preset.races else ""
+        yield from (f"### `{name}`", "", f"For {preset.words}.{races}", "")
+        for setting, value in preset.settings.items():
+            yield f"- `{setting}`: `{as_typed(value)}`"
         yield ""
 
 

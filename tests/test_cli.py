@@ -281,7 +281,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
     ("run --run-dir cut", r"cut/config.toml:\s+is not as the run wrote it: .* --config FILE"),
     ("run --run-dir lost", r"lost/config.toml:\s+is not as the run wrote it: lost, cut or ch"),
-    ("run --data.path b/log.csv", "export.name: saved_models/log/1 is a model of a/log.csv"),
+    ("run --data.path b/log.csv", "export.name: saved_models/log/1 is a model of /a/log.csv"),
     ("query", "the following arguments are required: MODEL\n"),
     ("query model", "user: required, or --history ITEM ... for someone without an id"),
     ("query model --user 3 --history_timestamps 2024-05-01T08:00Z", "without --history ITEM"),
@@ -298,8 +298,7 @@ def test_a_wrong_word_is_told_in_a_line(command: Any, arguments: str, message: s
     files = {"broken": "seed == 3", "unknown": "[training]\nbatch_sise = 3"}
     for name, text in {**files, "cut/config": "seed = 3\n[train"}.items():
         Path(f"{name}.toml").write_text(text)
-    data = {"source": "files", "path": "a/log.csv"}
-    write_record(Path("saved_models/log/1/manifest.json"), {"config": {"data": data}})
+    write_record(Path("saved_models/log/1/manifest.json"), {"log": "/a/log.csv"})
     answer = command(*shlex.split(arguments))
     assert (answer.code, answer.out) == (2, "")
     assert re.search(f"error: .*{message}", answer.err, re.DOTALL)

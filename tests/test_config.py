@@ -177,7 +177,7 @@ FILES = {"data.path": "x.csv"}
 SPARK = {"data.source": "spark", "data.path": "shop.events"}
 FIRST, SECOND = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 2, 1, tzinfo=UTC)
 STARTS = {"split.validation": FIRST, "split.test": SECOND}
-SEQUENCES = PRESETS["sequence"][1]
+SEQUENCES = PRESETS["sequence"].settings
 FEATURES = {"data.item_features": {"title": "text", "year": "categorical"}}
 FEATURES |= {"data.user_features": {"age": "numeric"}}
 BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
@@ -259,11 +259,21 @@ def test_replaced_settings_are_checked() -> None:
             with_settings(base, {name: 2})
 
 
+@pytest.mark.parametrize(("fixed", "dim", "max_epochs"), [
+    ([], 16, 3), (["model.dim"], 64, 3), (["training"], 16, 30), (["model.di", "train"], 16, 3),
+])  # fmt: skip
+def test_a_setting_that_is_fixed_keeps_its_value_and_so_does_its_table(
+    fixed: list[str], dim: int, max_epochs: int
+) -> None:
+    changed = with_settings(RunConfig(), {"model.dim": 16, "training.max_epochs": 3}, fixed=fixed)
+    assert (changed.model.dim, changed.training.max_epochs) == (dim, max_epochs)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_goes_with_the_main_job_and_with_clicks(tmp_path: Path, name: str) -> None:
     for base in (movielens_config(), with_settings(RunConfig(), FILES)):
         config = with_settings(base, preset=name)
-        assert config != base
+        assert (config != base) == (name != "default")  # It stands for the settings as they are.
         assert load(tmp_path, dump_config(config)) == config
         assert with_settings(config, preset=name) == config
         assert config.data.path == base.data.path

@@ -12,7 +12,7 @@ import pytest
 import tfrs_pipeline.drawing as style
 from tfrs_pipeline import Log, MostPopular, Race, Repeats, evaluate
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.run.rounds import Curve
+from tfrs_pipeline.run.race import Curve
 
 CLICKS = {"user_id": [1] * 4 + [2] * 4 + [3] * 3, "item_id": [*"abcd", *"bacd", *"cab"]}
 TRAIN, _, TEST = Log.from_table(pa.table(CLICKS)).split("last_n", min_positives=3)
@@ -85,8 +85,8 @@ def test_curves_take_fitted_models_and_races() -> None:
     assert style.plot_curves(models, what="loss") == style.plot_curves(loss, chosen, "loss")
     alone = style.plot_curves({"model": values["a"]}, {"model": 2}, "val_ndcg@2")
     assert style.plot_curves(models["a"]) == alone
-    lanes = [Curve(name, seconds[name], tuple(curve)) for name, curve in values.items()]
-    race = Race((*lanes, Curve("not begun")), "ndcg@2", {}, {})
+    lanes = [Curve(name, curve, seconds[name][0]) for name, curve in values.items()]
+    race = Race([*lanes, Curve("not begun")], "ndcg@2")
     by_hand = style.plot_curves(values, chosen, "validation ndcg@2", seconds=seconds)
     assert style.plot_curves(race) == by_hand
 

@@ -43,7 +43,7 @@ SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # Flags that make a command short; if a flag is given twice, the last one counts.
 TWO = ["--training.max_epochs", "2", "--no-training.refit"]
 ONE = ["--evaluation.baselines", "popularity"]
-SHORT = {"run": [*TWO, "--export.if_beaten"], "compare": [*TWO, "--compare.max_steps", "2"]}
+SHORT = {"run": [*TWO, "--export.if_beaten"], "compare": [*TWO, "--training.max_epochs", "1"]}
 SHORTER = {"run": [*ONE, "--recipes", "none"], "compare": ONE}
 SCI_FI = 15  # Its place among GroupLens's genres.
 BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)

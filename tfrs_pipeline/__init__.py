@@ -39,6 +39,7 @@ _NAMES = {
         *("FunnelLosers", "InBatch", "Negatives", "Popularity", "SamplingFrame", "Uniform"),
     ),
     "negatives.mixture": ("Mixture",),
+    "presets": ("Recipe",),
     "report.facts": ("write_report",),
     "retrieval": ("Query", "Retriever"),
     "run.compare": ("compare",),

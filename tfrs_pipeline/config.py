@@ -2,21 +2,21 @@
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.data.schema import AskedBy, Exclude
-from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
+from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.kinds import HardShare
-from tfrs_pipeline.presets import PRESETS, Recipe
+from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import (
     HIDDEN,
     Config,
@@ -27,9 +27,6 @@ from tfrs_pipeline.settings import (
     setting_names,
 )
 
-EasyPlan: TypeAlias = Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"]
-# The last one is not a default.
-PlanKind: TypeAlias = Literal[EasyPlan, "hybrid", "hybrid_50_50", "resampled", "exposed"]
 BASELINES = ("uncorrected", "popularity", "repeats", "transitions", "ease", "ials")
 """What every run is compared with, unless it is told otherwise; `uncorrected` is a model."""
 
@@ -38,13 +35,14 @@ def _read_duration(value: Any) -> Any:
     """Converts text such as 90s, 10m or 2h to seconds."""
     if not isinstance(value, str) or value == "none":
         return None if value == "none" else value
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
-    if found is None:
+    duration = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
+    if duration is None:
         raise ValueError("must be seconds, or a number with s, m or h, such as 10m")
-    return float(found[1]) * 60.0 ** "smh".index(found[2] or "s")
+    return float(duration[1]) * 60.0 ** "smh".index(duration[2] or "s")
 
 
 def _or_none(values: Any) -> Any:
+    # The command line cannot give an empty list, so "none" stands for it.
     listed = values if isinstance(values, list | tuple) else [values]
     return () if listed and all(value == "none" for value in listed) else values
 
@@ -115,24 +113,26 @@ class ExportConfig(Config):
 class CompareConfig(Config):
     """What `tfrs-pipeline compare` tries."""
 
-    plans: Several[PlanKind] = get_args(PlanKind)[:-1]
-    """Sampling plans to compare. Not among the defaults: exposed, which uses items that were shown
-    and not clicked as negatives."""
-    reference: EasyPlan = "mixed"
-    """Plan with which the others are compared, query by query."""
-    hard_shares: Several[HardShare] = (0.01, 0.05, 0.2)
-    """Hard shares of the plans hybrid and exposed: one plan each."""
-    resampling_exponents: Several[Share] = (0.3, 0.6)
-    """Exponents of the power law in the plan resampled: one plan each."""
+    plans: Several[str] = (
+        "mixed",
+        "in_batch_uncorrected",
+        "in_batch",
+        "uniform",
+        "popularity",
+        "hybrid_0.01",
+        "hybrid_0.05",
+        "hybrid_0.2",
+        "hybrid_0.5",
+        "resampled_0.3",
+        "resampled_0.6",
+    )
+    """Sampling plans to compare, the reference first. The names hold a number: hybrid_0.01 adds
+    hard negatives that have 1% of the negatives' weight, exposed_0.01 takes items for them that
+    were shown and not clicked (not among the defaults), and resampled_0.3 down-samples positives of
+    popular items with exponent .3."""
     seeds: PositiveInt = 1
     """How many times each plan is trained, with the seeds seed, seed + 1 and so on, on the same
     data; plans are compared seed by seed. A finished comparison can be given more."""
-    max_steps: PositiveInt | None = None
-    """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        if self.reference not in self.plans:
-            yield "reference", f"got {self.reference!r}, which is not among compare.plans"
 
 
 class RunConfig(Config):
@@ -156,7 +156,7 @@ class RunConfig(Config):
     """Finished run or exported model whose weights training starts from. On the command line, what
     you do not give of model, training and baselines is taken from there, with a fifth of its
     epochs."""
-    recipes: Annotated[Distinct[Recipe], BeforeValidator(_or_none)] = ()
+    recipes: Annotated[Distinct[RecipeName], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
     fixed: Annotated[Distinct[str], BeforeValidator(_or_none), HIDDEN] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
@@ -281,30 +281,32 @@ def dump_config(config: RunConfig) -> str:
 
 def dump_changes(config: RunConfig) -> str:
     """Writes the settings that are not the defaults, in the form of `dump_config`."""
-    tables = (each.model_dump(mode="json", exclude_none=True) for each in (config, RunConfig()))
+    configs = config, RunConfig()
+    tables = (settings.model_dump(mode="json", exclude_none=True) for settings in configs)
     return tomli_w.dumps(_changed(*tables))
 
 
 def _changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     # `model_dump(exclude_defaults=True)` would drop `kind`, so it could not be read back.
-    changed = {}
-    for name, value in settings.items():
-        before = usual.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            value = _changed(value, before)
-            before = {}
-        if value != before:
-            changed[name] = value
+    changed = {name: value for name, value in settings.items() if value != usual.get(name)}
+    for name, value in changed.items():  # Of a table, only what differs within it.
+        if isinstance(value, Mapping) and isinstance(usual.get(name), Mapping):
+            changed[name] = _changed(value, usual[name])
     return changed
 
 
 def with_settings(
-    config: RunConfig, settings: Mapping[str, Any] | None = None, *, preset: str | None = None
+    config: RunConfig,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    fixed: Collection[str] = (),
 ) -> RunConfig:
     """Returns the settings with some of them replaced, checked as a whole.
 
-    `settings` are new values by dotted name; those of the `preset` are set first. Raises a
-    `ConfigError` if a name is unknown, or a value cannot be used.
+    `settings` are new values by dotted name; those of the `preset` are set first. Those that are
+    `fixed` keep their values, as do all settings of a fixed table. Raises a `ConfigError` if a name
+    is unknown, or a value cannot be used.
 
     Example:
         >>> config = with_settings(RunConfig(), {"training.batch_size": 512, "seed": 7})
@@ -313,8 +315,10 @@ def with_settings(
     """
     if preset is not None and preset not in PRESETS:
         raise ConfigError([("preset", f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")])
-    settings = {**(PRESETS[preset][1] if preset else {}), **(settings or {})}
-    tree = config.model_dump()
+    kept = tuple(f"{name}." for name in fixed)
+    settings = {**(PRESETS[preset].settings if preset else {}), **(settings or {})}
+    settings = {name: value for name, value in settings.items() if not f"{name}.".startswith(kept)}
+    tree = config.model_dump()  # Replaced in a dictionary: two settings may only fit together.
     if settings.get("data.path") and config.data.path is None and "data.source" not in settings:
         del tree["data"]["source"]  # The path decides the source.
     for name, value in settings.items():

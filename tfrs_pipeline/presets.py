@@ -1,8 +1,47 @@
-"""Presets: settings for a kind of log, which flags may replace."""
+"""Recipes: settings that suit a kind of log. Each is a preset; those that suit any log race.
 
-from typing import Any, Literal, TypeAlias, get_args
+A new recipe is an entry of `PRESETS`. Nothing else has to change: the race, the flags, their help
+and the reference read it from here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tfrs_pipeline.negatives.kinds import FunnelLosers, Popularity, Uniform
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that suit a kind of log, such as an entrant of `tp.race`.
+
+    Attributes:
+        name: Its name in a race, in flags and in the report.
+        settings: New values by dotted name, such as `{"model.dim": 32}`.
+        words: What it is good for.
+        races: Whether it races unless other recipes are named. Those that need something of the log
+            (a funnel, a fixed set of users) do not.
+
+    Example:
+        >>> small = Recipe("small", {"model.dim": 16, "data.is_ordered": False})
+        >>> small.of_training()
+        {'model.dim': 16}
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    words: str = ""
+    races: bool = True
+
+    def of_training(self) -> dict[str, Any]:
+        """Returns the settings that a race reads.
+
+        Settings of the data, the evaluation and the export are left out, because all recipes are
+        compared on the same validation.
+        """
+        shared = ("data.", "split.", "evaluation.", "export.")
+        return {name: x for name, x in self.settings.items() if not name.startswith(shared)}
+
 
 _SEQUENCE: dict[str, Any] = {
     "model.negatives": (Uniform(512), Popularity(512)),
@@ -19,11 +58,14 @@ _SEQUENCE: dict[str, Any] = {
     "training.patience": 20,
 }
 
-# Name -> its purpose, and the settings that it changes, by dotted name.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "quick": (
-        "a first look at a log with an order: small embeddings, sequence-level training, ten "
-        "epochs at most, compared with popularity, transitions and EASE",
+_ALL = (
+    Recipe(
+        "default",
+        words="any log: two means of the history, one of them weighted by recency; one positive at "
+        "a time",
+    ),
+    Recipe(
+        "quick",
         {
             "model.negatives": (Uniform(256), Popularity(256)),
             "model.dim": 32,
@@ -33,22 +75,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.learning_rate": 0.004,
             "evaluation.baselines": ("popularity", "repeats", "transitions", "ease"),
         },
+        "a first look at a log with an order: small embeddings, sequence-level training, ten "
+        "epochs at most, compared with popularity, transitions and EASE",
     ),
-    "ids": (
-        "a fixed set of users without an order in their events: an embedding for each user and "
-        "item, no history, no features; users not in the log get the answer for an unknown user",
-        {
-            "data.item_features": {},
-            "export.filter_by": None,
-            "data.user_features": {},
-            "model.use_user_id": True,
-            "model.history_pooling": (),
-            "model.id_dropout": 0.01,
-        },
-    ),
-    "sets": (
-        "a log without an order: the mean of the history; a random half of a user's items is the "
-        "input, the other half the target; users who come later are answered by their history",
+    Recipe(
+        "sets",
         {
             "data.is_ordered": False,
             "model.negatives": (Popularity(2048, 0.5),),
@@ -69,15 +100,17 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             # No early stop: as the rate falls, a model may improve again after ten epochs.
             "training.patience": 40,
         },
+        "a log without an order: the mean of the history; a random half of a user's items is the "
+        "input, the other half the target; users who come later are answered by their history",
     ),
-    "sequence": (
+    Recipe(
+        "sequence",
+        _SEQUENCE,
         "logs in which the order of the events tells what comes next: causal self-attention over "
         "the history, sequence-level training",
-        _SEQUENCE,
     ),
-    "sparse": (
-        "ordered logs with few events per item: `sequence` with larger embeddings, and scores that "
-        "follow what is popular at the end of the training",
+    Recipe(
+        "sparse",
         {
             **_SEQUENCE,
             "model.dim": 128,
@@ -86,26 +119,43 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.batch_size": 2048,
             "training.learning_rate": 0.004,
         },
+        "ordered logs with few events per item: `sequence` with larger embeddings, and scores that "
+        "follow what is popular at the end of the training",
     ),
-    "hybrid_1_100": (
-        "funnel logs: losers of pre-rank and rank have 1% of the negatives' weight",
+    Recipe(
+        "ids",
+        {
+            "data.item_features": {},
+            "export.filter_by": None,
+            "data.user_features": {},
+            "model.use_user_id": True,
+            "model.history_pooling": (),
+            "model.id_dropout": 0.01,
+        },
+        "a fixed set of users without an order in their events: an embedding for each user and "
+        "item, no history, no features; users not in the log get the answer for an unknown user",
+        races=False,
+    ),
+    Recipe(
+        "hybrid_1_100",
         {"model.hard": FunnelLosers(share=0.01)},
+        "funnel logs: losers of pre-rank and rank have 1% of the negatives' weight",
+        races=False,
     ),
-    "hybrid_50_50": (
-        "funnel logs, by the rule of thumb: losers have half of the negatives' weight",
+    Recipe(
+        "hybrid_50_50",
         {"model.hard": FunnelLosers(share=0.5)},
+        "funnel logs, by the rule of thumb: losers have half of the negatives' weight",
+        races=False,
     ),
-}
+)
+PRESETS = {recipe.name: recipe for recipe in _ALL}
+"""The recipes by name."""
 
-Recipe: TypeAlias = Literal["default", "quick", "sequence", "sparse", "sets"]
-RECIPES: tuple[Recipe, ...] = get_args(Recipe)
-"""The recipes of a race, in the order in which they train; "default" changes no setting."""
+RECIPES = tuple(name for name, recipe in PRESETS.items() if recipe.races)
+"""Names of the recipes of a race, in the order in which they train: the fast ones first."""
 
-
-def recipe(name: str) -> dict[str, Any]:
-    """Returns a recipe's settings of the model and its training, by dotted name.
-
-    Settings of data, split and evaluation are left out, so that all recipes have one validation.
-    """
-    settings = {} if name == "default" else PRESETS[name][1]
-    return {name: x for name, x in settings.items() if name.startswith(("model.", "training."))}
+if TYPE_CHECKING:
+    RecipeName: TypeAlias = str
+else:
+    RecipeName: TypeAlias = Literal[RECIPES]

@@ -17,34 +17,33 @@ import scipy.stats
 
 import tfrs_pipeline as tp
 from tests.small_log import Stopped, Watched, small_config
-from tfrs_pipeline import FunnelLosers, Popularity, Uniform
+from tfrs_pipeline import FunnelLosers, Popularity, SamplingFrame, Uniform
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation, averaged
-from tfrs_pipeline.run.compare import compare_plans, every_loser, sampling_plans
-from tfrs_pipeline.run.comparison import (
-    WIDTH,
-    Comparison,
-    OverSeeds,
-    compared_in_words,
-    comparison_figure,
+from tfrs_pipeline.run.compare import (
+    PLANS,
+    compare_plans,
+    every_loser,
+    num_columns,
+    sampling_plans,
 )
+from tfrs_pipeline.run.comparison import WIDTH, Comparison, OverSeeds, compared_in_words
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
 METRIC = "ndcg@20"
-PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid")
-NUM_EPOCHS, MAX_STEPS = 2, 20  # An epoch has twelve steps.
+EASY = ("mixed", "in_batch_uncorrected", "in_batch", "uniform", "popularity")
+NUM_EPOCHS = 2
 
 
 def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
     settings: dict[str, Any] = {"split": {"kind": "last_share"}}
-    # Two epochs are more than a plan's budget.
-    settings["training"] = {"max_epochs": 9, "patience": 9, "refit": False}
-    settings["compare"] = {"hard_shares": [0.1], "resampling_exponents": [0.5], **compare_settings}
+    settings["training"] = {"max_epochs": NUM_EPOCHS, "patience": 9, "refit": False}
+    settings["compare"] = compare_settings
     return small_config(folder, {"path": folder / "funnel.parquet"}, **settings)
 
 
@@ -55,8 +54,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     options = FunnelOptions(**stages, click_bias=-2.0)
     made = simulate_funnel(num_users=150, num_items=400, num_requests=1500, seed=1, options=options)
     made.log.events.to_parquet(folder / "funnel.parquet")
-    plans = ["in_batch_uncorrected", "mixed", "hybrid"]
-    return funnel_config(folder, plans=plans, max_steps=MAX_STEPS, seeds=2)
+    return funnel_config(folder, plans=["mixed", "in_batch_uncorrected", "hybrid_0.1"], seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +77,18 @@ def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
     Path("compare.toml").write_text(dump_config(config))
     code, shown, _ = command("compare", "--config", "compare.toml", "--check")
     assert code == 0
-    # The config has no hard negatives: losers are counted because the plan "hybrid" wants them.
+    # The config has no hard negatives: losers are counted because a plan wants them.
     samples = read_record(folder / "samples" / "selection" / "report.json")
     for stage, pool in samples["hard_negatives"].items():
         assert f"hard negatives, {stage}: {pool['num_samples']:,} positives have some (" in shown
-    assert "3 plans: in_batch_uncorrected, mixed, hybrid_0.1\n" in shown
+    assert "3 plans: mixed, in_batch_uncorrected, hybrid_0.1\n" in shown
     assert [path.name for path in here.iterdir()] == ["compare.toml"]
 
 
 def test_what_a_plan_cannot_train_on_is_refused_before_the_first_one_is_trained(
     config: RunConfig, here: Path, command: Any
 ) -> None:
-    plans = {"compare.plans": ["mixed", "hybrid"], "compare.max_steps": None}
+    plans = {"compare.plans": ["mixed", "hybrid_0.1"]}
     warm_up = {"training.warmup_steps": 1000, "training.decay": "cosine"}
     Path("compare.toml").write_text(dump_config(with_settings(config, plans | warm_up)))
     for more in (["--check"], ["--run-dir", "run"]):
@@ -113,55 +111,73 @@ def test_positives_trained_together_are_single_in_every_plan(
 
 
 def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
-    config = funnel_config(tmp_path, plans=[*PLANS, "hybrid_50_50", "resampled", "exposed"])
+    names = [*EASY, "hybrid_0.1", "hybrid_0.5", "resampled_0.5", "exposed_0.1"]
+    config = funnel_config(tmp_path, plans=names)
     plans, notes = sampling_plans(config, ["retrieved", "pre_ranked", "exposed"])
     assert notes == []
-    of = {name: with_settings(config, plan) for name, plan in plans.items()}
-    easy = "in_batch_uncorrected in_batch uniform popularity mixed"
-    assert list(of) == f"{easy} hybrid_0.1 hybrid_50_50 resampled_0.5 exposed_0.1".split()
+    configs = {name: with_settings(config, plan) for name, plan in plans.items()}
+    assert list(configs) == names
     sampling = ("negatives", "hard", "resampling_exponent")
     same = {"correction": "mixture"} | {x: getattr(config.model, x) for x in sampling}
-    for name, plan in of.items():
+    for name, plan in configs.items():
         assert plan.model_copy(update={"model": config.model}) == config, name
         assert plan.model.model_copy(update=same) == config.model, name
         assert (plan.model.correction == "none") == (name == "in_batch_uncorrected")
-    kinds = {name: plan.model.negatives for name, plan in of.items()}
-    num_columns = {name: sum(getattr(x, "num", 255) for x in kinds[name]) for name in kinds}
+    kinds = {name: plan.model.negatives for name, plan in configs.items()}
+    in_batch = {name: config.training.batch_size - 1 for name in kinds if name.startswith("in_")}
     # In-batch plans cannot have more columns; all others have equally many.
-    assert num_columns.pop("in_batch") == num_columns.pop("in_batch_uncorrected") == 255
-    assert set(num_columns.values()) == {255 + 32}
+    assert {name: num_columns(plan) for name, plan in configs.items()} == {
+        **dict.fromkeys(names, 255 + 32),
+        **in_batch,
+    }
     assert (kinds["popularity"], kinds["uniform"]) == ((Popularity(287, 0.75),), (Uniform(287),))
-    hard = {name: plan.model.hard for name, plan in of.items() if plan.model.hard is not None}
+    hard = {name: x.model.hard for name, x in configs.items() if x.model.hard is not None}
     assert {name: (kind.share, kind.stages) for name, kind in hard.items()} == {
         "hybrid_0.1": (0.1, ("retrieved", "pre_ranked")),
-        "hybrid_50_50": (0.5, ("retrieved", "pre_ranked")),
+        "hybrid_0.5": (0.5, ("retrieved", "pre_ranked")),
         "exposed_0.1": (0.1, ("exposed",)),
     }
-    assert {n for n, plan in of.items() if plan.model.resampling_exponent} == {"resampled_0.5"}
+    assert {n for n, x in configs.items() if x.model.resampling_exponent} == {"resampled_0.5"}
+
+
+def test_a_plan_counts_the_columns_of_any_kind(tmp_path: Path) -> None:
+    """A kind has no `num` in common with others, but says how often it draws each item."""
+
+    class Twice:
+        def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+            return np.append(0.0, np.full(frame.num_candidates, 40 / frame.num_candidates))
+
+    config = funnel_config(tmp_path)
+    kinds = [Twice(), Uniform(8), Popularity(5)]
+    model = config.model.model_construct(**{**dict(config.model), "negatives": kinds})
+    config = config.model_construct(**{**dict(config), "model": model})
+    assert num_columns(config) == 40 + 8 + 5
+    assert PLANS["uniform"](config, 0.0) == {"model.negatives": (Uniform(53),)}
 
 
 def test_without_losers_hybrids_are_missing(tmp_path: Path) -> None:
-    config = funnel_config(tmp_path, plans=["mixed", "hybrid", "hybrid_50_50", "exposed"])
+    config = funnel_config(tmp_path, plans=["mixed", "hybrid_0.1", "exposed_0.1"])
     plans, notes = sampling_plans(config, ["ranked"])
     assert list(plans) == ["mixed"]
     said = " is missing: no positive has an item of "
     assert [note.partition(said)[::2] for note in notes] == [
-        ("plan hybrid", "retrieved or pre_ranked in its request"),
-        ("plan hybrid_50_50", "retrieved or pre_ranked in its request"),
-        ("plan exposed", "exposed in its request"),
+        ("plan hybrid_0.1", "retrieved or pre_ranked in its request"),
+        ("plan exposed_0.1", "exposed in its request"),
     ]
 
 
 def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path) -> None:
     own = FunnelLosers(stages=("ranked", "pre_ranked"), bottom_share=0.1, num=2, share=0.2)
-    config = funnel_config(tmp_path, plans=["mixed", "hybrid", "exposed"])
+    config = funnel_config(tmp_path, plans=["mixed", "hybrid_0.1", "exposed_0.1"])
     config = with_settings(config, {"model.hard": own})
     # Exposed items are negatives only if the user asks for them and the log has some.
-    assert "exposed" not in RunConfig().compare.plans
-    asked = every_loser(config)
-    assert asked == replace(own, stages=(*own.stages, "exposed"), allow_exposed=True)
+    assert not any(name.startswith("exposed") for name in RunConfig().compare.plans)
+    losers = every_loser(config)
+    assert losers == replace(own, stages=(*own.stages, "exposed"), allow_exposed=True)
     plans, notes = sampling_plans(config, ["ranked", "retrieved"])
-    assert notes == ["plan exposed is missing: no positive has an item of exposed in its request"]
+    assert notes == [
+        "plan exposed_0.1 is missing: no positive has an item of exposed in its request"
+    ]
     assert plans["hybrid_0.1"]["model.hard"] == replace(own, stages=("ranked",), share=0.1)
     # `bottom_share` is only about ranked items.
     plans, _ = sampling_plans(config, ["pre_ranked"])
@@ -171,12 +187,24 @@ def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path)
     assert "no positive has an item of ranked or pre_ranked" in note
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("uniforn", "compare.plans: got 'uniforn'; did you mean 'uniform'"),
+    ("hybrid", "compare.plans: got 'hybrid'; did you mean 'hybrid_0.1'"),
+    ("mixed0.1", "compare.plans: got 'mixed0.1'; did you mean 'mixed'"),
+    ("hybrid_0", "share: got 0.0; must be above 0: .* the plan mixed"),
+])  # fmt: skip
+def test_a_plan_that_there_is_not(name: str, message: str, tmp_path: Path) -> None:
+    """It is refused before the log is read."""
+    config = funnel_config(tmp_path, plans=["mixed", name])
+    with pytest.raises(ConfigError, match=message):
+        compare_plans(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"plans": ["in_batch"]}, "reference: got 'mixed', which is not among"),
         ({"plans": []}, "plans: .*must list at least one"),
-        ({"hard_shares": [0.1, 0.1]}, "hard_shares.*twice"),
-        ({"hard_shares": [0.0, 0.1]}, "hard_shares: got 0.0; must be above 0: .* the plan mixed"),
+        ({"plans": ["mixed", "mixed"]}, "plans.*twice"),
         ({"seeds": 0}, "seeds: got 0"),
     )
     for settings, message in wrong:
@@ -271,15 +299,12 @@ def test_files_hold_the_plans(compared: Comparison, folder: Path) -> None:
     training = saved["trainings"]["mixed"]["1"]
     assert training["best_epoch"] == compared.trainings["mixed"][1].best_epoch
     assert saved["over_seeds"]["hybrid_0.1"][METRIC]["by_seed"].keys() == {"0", "1"}
-    # Two epochs are the budget in steps.
     epochs = [*folder.glob("plans/mixed/seed-1/selection/epoch-*.json")]
     assert max(path.stem for path in epochs) == f"epoch-{NUM_EPOCHS}"
     text = (folder / "comparison.md").read_text()
     assert all(name in text for name in evaluation.results)
     assert (folder / "comparison.svg").read_text().startswith("<svg role=")
-    (cut_off,) = compared.notes
-    assert cut_off.startswith("compare.max_steps ended every plan after 2 epochs")
-    assert f"\n- {cut_off}\n" in text
+    assert all(f"\n- {line}\n" in text for line in compared.lines(None))
 
 
 def test_what_is_printed_is_narrow(
@@ -333,7 +358,7 @@ def test_the_report_shows_every_plan(compared: Comparison, folder: Path, tmp_pat
 def test_mixed_equals_a_run(config: RunConfig, compared: Comparison, tmp_path: Path) -> None:
     """The data is that of the config's seed, whatever the seed of the training."""
     seed, data = 1, prepare(config, tmp_path)
-    plain = with_settings(config, {"model.hard": None, "training.max_epochs": NUM_EPOCHS})
+    plain = with_settings(config, {"model.hard": None})
     trained = train_and_refit(with_settings(plain, {"seed": seed}), data)
     result = evaluate_all(plain, {"model": trained}, data)
     found = compared.by_seed[seed]
@@ -344,16 +369,17 @@ def test_mixed_equals_a_run(config: RunConfig, compared: Comparison, tmp_path: P
         assert mixed.slices["tail"].intervals == again.first.slices["tail"].intervals
 
 
-def test_figure_shows_the_plans(compared: Comparison) -> None:
-    results = compared.evaluation.results
-    gains, slices = comparison_figure(compared).axes
-    assert [label.get_text() for label in gains.get_yticklabels()] == list(results)
-    (tail,) = (line for line in slices.lines if line.get_label() == "tail")
-    expected = [x.slices["tail"].intervals["recall@20"].mean for x in results.values()]
-    assert np.asarray(tail.get_xdata()).tolist() == expected
-    seeds = [line for line in gains.lines if line.get_marker() == "|"]
-    over = [x[METRIC].by_seed for x in compared.over_seeds.values()]
-    assert [np.asarray(x.get_xdata()).tolist() for x in seeds] == [[*x.values()] for x in over]
+def test_the_figure_shows_what_each_plan_gains(compared: Comparison) -> None:
+    figure = compared.plot()
+    assert f"{METRIC} minus that of mixed" in figure.label
+    for name, differences in compared.evaluation.differences.items():
+        assert name.partition("_uncorr")[0] in figure.svg
+        assert f"{differences[METRIC].mean:+.3f}".replace("0.", ".") in figure.svg
+    # A plan alone has nothing to be above.
+    first = compared.by_seed[0]
+    results = {"mixed": first.results["mixed"]}
+    alone = replace(compared, by_seed={0: replace(first, results=results, other="")})
+    assert f"{METRIC} of each model" in alone.plot().label
 
 
 # How it runs

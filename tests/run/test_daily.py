@@ -144,7 +144,7 @@ def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
     assert gap["mean"] == pytest.approx(old - new, abs=1e-9)
     told = rf"ndcg@20 {new:.4f}, and {old:.4f} of version 1 in service: \{new - old:+.4f} \["
     assert re.match(rf"not worse than the version in service. Asked by request, {told}", note)
-    assert warm.alone == ["evaluate", "export"]
+    assert warm.alone == ["evaluate", "export", "metrics"]
 
 
 def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm: Warm) -> None:

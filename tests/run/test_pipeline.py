@@ -33,11 +33,11 @@ from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run import pipeline
-from tfrs_pipeline.run.data import final_part, prepare
+from tfrs_pipeline.run.data import RunData, final_part, prepare
 from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
-from tfrs_pipeline.run.steps import Step
+from tfrs_pipeline.run.steps import RunContext, Step, as_diagram
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
@@ -48,7 +48,7 @@ from tfrs_pipeline.serving.retriever import load
 PROVE = export.prove
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 STAGES = ["data", "split", "samples", "signals", "train two_tower", "baselines", "evaluate",
-          "export"]  # fmt: skip
+          "export", "metrics"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -235,31 +235,40 @@ def test_metrics_have_the_documented_form(finished: Finished) -> None:
     metrics = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert set(metrics.pop("sha256")) == {"metrics.json"}
     assert metrics == json.loads(json.dumps(finished.metrics))
-    assert list(metrics["seconds"]) == list(finished.reports)
+    assert [*metrics["seconds"], "metrics"] == list(finished.reports)
 
 
 def test_the_list_of_a_run_is_what_runs(finished: Finished) -> None:
-    steps = pipeline.run_steps(finished.config, RunFolder(finished.folder))
+    steps = pipeline.run_steps(finished.config)
     assert [step.name for step in steps] == list(finished.reports)
 
 
-def test_a_step_that_is_added_to_a_list_is_shown_and_runs(
-    of_stages: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_step_is_added_in_one_place_and_is_drawn_listed_and_run(
+    of_stages: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
-    def with_one_more(part: str, whole: Any) -> Any:
-        step = Step(part, ("samples",), part, lambda *_: part)
-        return lambda *given: [*whole(*given), step]
+    """As `CONTRIBUTING.md` says; here from outside the package, between two other steps."""
 
-    added = ["_first_steps", "_model_steps", "_closing_steps"]
-    for part in added:
-        monkeypatch.setattr(pipeline, part, with_one_more(part, getattr(pipeline, part)))
+    def longest(run: RunContext, split: Split, samples: RunData) -> int:
+        run.note(f"seed {run.config.seed}")
+        return max(map(len, split.validation.histories))
+
+    added = Step("longest", ("samples", "split"), "longest_history", longest, workers="chief")
+    steps_before = pipeline.run_steps
+
+    def run_steps(config: RunConfig) -> list[Step]:
+        steps = steps_before(config)
+        return [*steps[:4], added, *steps[4:]]
+
+    monkeypatch.setattr(pipeline, "run_steps", run_steps)
     short = {"training.max_epochs": 1, "training.refit": False, "evaluation.baselines": ()}
     config = with_settings(of_stages.config, {**short, "export.index": "none"})
-    watched = Watched()
-    result = run(config, tmp_path / "run", progress=watched)
-    steps = pipeline.run_steps(config, RunFolder(tmp_path / "run"))
-    assert [step.name for step in steps] == list(watched.reports)
-    assert [name for name in watched.reports if name in added] == added
+    assert "samples --> longest_history" in as_diagram(pipeline.run_steps(config))
+    (tmp_path / "short.toml").write_text(dump_config(config))
+    checked = command("run", "--config", tmp_path / "short.toml", "--check").out
+    assert "# longest: samples, split -> longest_history\n" in checked
+    result = run(config, tmp_path / "run", progress=(watched := Watched()))
+    assert list(watched.reports) == [step.name for step in pipeline.run_steps(config)]
+    assert result.metrics["notes"]["longest"] == ["seed 0"]
     assert result.export_folder is None
 
 

@@ -1,34 +1,39 @@
 """Steps: what is whole is read, and the rest is made; the page shows their drawing."""
 
+import contextlib
 import itertools
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from tfrs_pipeline.cluster import Worker
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.model import distribution
 from tfrs_pipeline.run.pipeline import run_steps
 from tfrs_pipeline.run.refresh import refresh_steps
 from tfrs_pipeline.run.steps import Runner, Step, as_diagram, as_lines
 
 ROOT = Path(__file__).parents[2]
+KINDS: tuple[Literal["all", "chief first", "chief"], ...] = ("all", "chief first", "chief")
 
 
 def counted_step(name: str, reads: tuple[str, ...], done: list[str], folder: Path) -> Step:
     """Makes a step that writes into a file the names of all that it was made from."""
     path = folder / name
 
-    def make(runner: Runner, *given: str) -> str:
+    def make(runner: Runner, **inputs: str) -> str:
         if path.is_file():
             return path.read_text()
         done.append(name)
         runner.note(f"made {name}")
-        text = " ".join([*given, name])
+        text = " ".join([*inputs.values(), name])
         path.write_text(text)
         return text
 
-    return Step(name, reads, name, make, place=name)
+    return Step(name, reads, name, make, path=name)
 
 
 @pytest.mark.parametrize("lost", ["", "c", "b", "bc", "a"])
@@ -48,16 +53,75 @@ def test_what_is_whole_is_read_and_the_rest_is_made(tmp_path: Path, lost: str) -
     assert [(report.name, report.notes) for report in again.reports] == [
         (name, [f"made {name}"] if name in lost else []) for name in "abc"
     ]
-    # An artifact in memory is made each time.
+    # What a runner has made, it does not make again; another one makes what is only in memory.
     numbers = itertools.count(1)
     count = Step("count", (), "number", lambda runner: next(numbers))
-    assert [again.run([count]) for _ in range(2)] == [1, 2]
+    assert [runner.run([count]) for runner in (again, again, Runner())] == [1, 1, 2]
 
 
-STEPS = {
-    "a run": run_steps(RunConfig(), RunFolder(Path("run"))),
-    "a refresh": refresh_steps(Path("model"), Path("items.csv"), {}, allow_all_new=False),
-}
+def test_inputs_are_told_apart_by_name() -> None:
+    """So the order in which a step lists them does not matter, and a wrong name is an error."""
+    made = {"whole": 7, "part": 2}
+    steps = [Step(name, (), name, lambda _, x=x: x) for name, x in made.items()]
+    for reads in (("whole", "part"), ("part", "whole")):
+        left = Step("left", reads, "left", lambda _, part, whole: whole - part)
+        assert Runner().run([*steps, left]) == 5
+    with pytest.raises(TypeError, match="unexpected keyword argument 'whole'"):
+        Runner().run([*steps, Step("left", ("whole",), "left", lambda _, part: part)])
+
+
+@pytest.mark.parametrize(("number", "made"), [(0, KINDS), (1, KINDS[:2])])
+def test_the_chief_works_first_or_alone_or_with_all(
+    number: int, made: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process is the chief of two workers, or the other one."""
+    steps = [Step(kind, (), kind, lambda _: "made", workers=kind) for kind in KINDS]
+    waits: list[str] = []
+
+    def chief_first(work: Callable[[], None]) -> None:
+        waits.append("chief first")
+        work()
+
+    def on_chief(work: Callable[[], None]) -> None:
+        waits.append("chief")
+        if number == 0:
+            work()
+
+    monkeypatch.setattr("tfrs_pipeline.run.steps.this_worker", lambda: Worker(number, 2))
+    monkeypatch.setattr(distribution, "chief_first", chief_first)
+    monkeypatch.setattr(distribution, "on_chief", on_chief)
+    runner = Runner()
+    runner.run(steps)
+    assert tuple(runner.artifacts) == made
+    assert tuple(report.name for report in runner.reports) == made
+    assert waits == ["chief first", "chief"]  # A step that all do at once waits for nobody.
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_step_holds_is_held_until_all_have_ended(fails: bool) -> None:
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def lock() -> Iterator[None]:
+        events.append("locked")
+        try:
+            yield
+        finally:
+            events.append("unlocked")
+
+    def use(runner: Runner) -> None:
+        events.append("used")
+        if fails:
+            raise OSError
+
+    steps = [Step("a", (), "a", lambda runner: runner.hold(lock())), Step("b", (), "b", use)]
+    runner = Runner()
+    with pytest.raises(OSError) if fails else contextlib.nullcontext():
+        runner.run(steps)
+    assert events == ["locked", "used", "unlocked"]
+
+
+STEPS = {"a run": run_steps(RunConfig()), "a refresh": refresh_steps()}
 
 
 @pytest.mark.parametrize("work", STEPS)

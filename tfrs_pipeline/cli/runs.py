@@ -1,6 +1,7 @@
 """The commands that train, `run` and `compare`, and `report`, which describes a run."""
 
 import contextlib
+import itertools
 import shlex
 import tempfile
 import time
@@ -37,7 +38,7 @@ from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import Progress, beside, printable
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import COMPARISON_FILE, CONFIG_FILE, MAY_CHANGE, RunFolder
-from tfrs_pipeline.run.steps import Runner, as_lines
+from tfrs_pipeline.run.steps import RunContext, as_lines
 from tfrs_pipeline.serving.publish import NotPublished
 
 # Settings within tables that the short help shows.
@@ -45,7 +46,7 @@ BRIEF = (
     *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
     *("data.rating_threshold", "data.label", "data.event_weights"),
     *("split.kind", "model.hard", "export.name", "export.filter_by"),
-    *("compare.plans", "compare.reference", "compare.seeds", "compare.max_steps"),
+    *("compare.plans", "compare.seeds"),
 )
 
 
@@ -61,7 +62,7 @@ class Work(Command):
     preset: str | None = Field(
         None,
         description="Settings for a kind of log: "
-        + "; ".join(f"{name}, {good.partition(':')[0]}" for name, (good, _) in PRESETS.items())
+        + "; ".join(f"{name}, {x.words.partition(':')[0]}" for name, x in PRESETS.items())
         + ".",
     )
 
@@ -183,9 +184,9 @@ def _check(command: str, config: RunConfig) -> int:
         from tfrs_pipeline.run.race import trainable_recipes
         from tfrs_pipeline.run.training import check_plan, plan_of, variants
 
-        steps = (run_steps if command == "run" else plan_steps)(config, place)
-        shown_steps = ("log", "split", "samples", "signals", "plans")
-        runner.run(runner.remaining([step for step in steps if step.writes in shown_steps]))
+        steps = (run_steps if command == "run" else plan_steps)(config)
+        # All steps up to the first training, which is what all workers do together.
+        runner.run([*itertools.takewhile(lambda step: step.workers != "all", steps)])
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:
@@ -233,7 +234,7 @@ def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[s
     in_file = set(config.fixed)
     if flags.config:
         in_file = set(flat_settings(tomllib.loads(flags.config.read_text(encoding="utf-8-sig"))))
-    return {*settings, *in_file, *(PRESETS[flags.preset][1] if flags.preset else ())}
+    return {*settings, *in_file, *(PRESETS[flags.preset].settings if flags.preset else ())}
 
 
 def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> RunConfig:
@@ -252,17 +253,17 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
     return with_settings(config, {**fixed, "recipes": RECIPES})
 
 
-def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> Runner:
+def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> RunContext:
     """Makes the log and its split before TensorFlow is imported: a refusal comes at once."""
-    runner = Runner(progress)
+    runner = RunContext(config, place, progress)
     if this_worker().count == 1 and place.metrics() is None:  # Several workers have to join first.
         from tfrs_pipeline.run.data import log_steps
 
-        runner.run(log_steps(config, place))
+        runner.run(log_steps())
     return runner
 
 
-def _do(command: str, config: RunConfig, folder: Path, begun: Runner) -> Any:
+def _do(command: str, config: RunConfig, folder: Path, begun: RunContext) -> Any:
     """Runs or compares, and writes the report; libraries are imported only here."""
     if command == "compare":
         from tfrs_pipeline.run.compare import compare_plans

@@ -1,15 +1,16 @@
 """Compares ways of training on the user's own data: models in Python, a config's sampling plans."""
 
 import dataclasses
-import functools
 import hashlib
-import math
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
+
+import numpy as np
 
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import EvaluationConfig, RunConfig, with_settings
@@ -19,34 +20,55 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, joined
-from tfrs_pipeline.messages import (
-    SILENT,
-    Progress,
-    check_integer,
-    counted,
-    written,
-)
+from tfrs_pipeline.messages import SILENT, Progress, check_integer, counted, suggest, written
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.kinds import FunnelLosers, InBatch, Popularity, Uniform
+from tfrs_pipeline.negatives.kinds import (
+    FunnelLosers,
+    InBatch,
+    Popularity,
+    SamplingFrame,
+    Uniform,
+)
 from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
-from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.run.race import in_rungs
+from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import check_plan, fit_once, plan_of, training_step
 from tfrs_pipeline.settings import ConfigError
 
 Plan: TypeAlias = Mapping[str, Any]
 """A way of choosing negatives: the settings that it changes in the config, by dotted name."""
 
-# Hard negatives that a row draws, in plans of one stage and of several.
-NUM_HARD = 8
-
-
-Measured: TypeAlias = tuple[Evaluation, TrainingResult]
-"""What a training of a plan comes to."""
+# Plans differ in these settings alone.
+_COMMON: Plan = {
+    "model.correction": "mixture",
+    "model.hard": None,
+    "model.resampling_exponent": 0.0,
+    "training.examples": "single",  # In-batch negatives need single examples.
+}
+# Plan -> the settings that it changes, made of a config and the number at the end of its name.
+PLANS: Mapping[str, Callable[[RunConfig, float], Plan]] = {
+    "mixed": lambda config, _: {},
+    "in_batch_uncorrected": lambda config, _: {
+        "model.negatives": (InBatch(),),
+        "model.correction": "none",
+    },
+    "in_batch": lambda config, _: {"model.negatives": (InBatch(),)},
+    "uniform": lambda config, _: {"model.negatives": (Uniform(num_columns(config)),)},
+    "popularity": lambda config, _: {"model.negatives": (Popularity(num_columns(config)),)},
+    "hybrid_": lambda config, share: {
+        "model.hard": dataclasses.replace(config.model.hard or FunnelLosers(), share=share)
+    },
+    # As many hard negatives as two stages of the plan hybrid have together.
+    "exposed_": lambda config, share: {
+        "model.hard": FunnelLosers(share, ("exposed",), num=8, allow_exposed=True)
+    },
+    "resampled_": lambda config, exponent: {"model.resampling_exponent": exponent},
+}
 
 
 def compare(
@@ -97,49 +119,49 @@ def compare(
     check_integer(1, seeds=seeds)
     if not plans or not all(isinstance(plan, TwoTower) for plan in plans.values()):
         raise TypeError(f"plans must be models by name, one or more TwoTower. Received: {plans!r}")
-    asked = EvaluationConfig(exclude=exclude, cutoffs=tuple(cutoffs))
+    measured = EvaluationConfig(exclude=exclude, cutoffs=tuple(cutoffs))
+    progress = progress or written()
     with ExitStack() as stack:
-        place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        told, data = progress or written(), dict[FunnelLosers | None, TrainingSet]()
+        path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        data = dict[FunnelLosers | None, TrainingSet]()
         for hard in dict.fromkeys(plan.hard for plan in plans.values()):
             name = f"samples-{hashlib.sha256(repr(hard).encode()).hexdigest()[:8]}"
-            data[hard] = TrainingSet.build(train, place / name, seed=seed, hard=hard)
+            data[hard] = TrainingSet.build(train, path / name, seed=seed, hard=hard)
         for plan in plans.values():  # All can train, before the first one does.
             check_plan(plan, data[plan.hard])
 
-        def one(name: str, number: int) -> Measured:
-            plan, kept = plans[name], place / "plans" / quote(name, safe=" ") / f"seed-{number}"
-            plan, samples = plan.model_copy(update={"seed": number}), data[plan.hard]
+        def measure(name: str, number: int) -> tuple[Evaluation, TrainingResult]:
+            plan = plans[name].model_copy(update={"seed": number})
+            kept = path / "plans" / quote(name, safe=" ") / f"seed-{number}"
             kept.mkdir(parents=True, exist_ok=True)
             hold_to(kept / MADE_OF_FILE, plan.made_of(train, validation, exclude))
             model = fit_once(
                 plan,
-                asked,
-                samples,
+                measured,
+                data[plan.hard],
                 validation,
                 train,
                 task=lambda: _label(name, number, seeds),
                 max_epochs=plan.training.max_epochs,
                 folder=kept,
-                progress=told,
+                progress=progress,
             )
-            found = evaluate({name: model}, test, exclude=exclude, cutoffs=asked.cutoffs)
-            return found, model.result
+            result = evaluate({name: model}, test, exclude=exclude, cutoffs=measured.cutoffs)
+            return result, model.result
 
-        by_seed, trainings = _measured(plans, range(seed, seed + seeds), one)
         settings = {
             name: {x: getattr(plan, x) for x in sorted(plan.model_fields_set - {"name", "seed"})}
             for name, plan in plans.items()
         }
         monitor = next(iter(plans.values())).training.monitor
-        comparison = Comparison(by_seed, trainings, settings, monitor)
+        comparison = _compared(settings, range(seed, seed + seeds), measure, monitor)
         if folder is not None:
-            comparison.write(place)
+            comparison.write(path)
         return comparison
 
 
 def compare_plans(
-    config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: Runner | None = None
+    config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: RunContext | None = None
 ) -> Comparison:
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
@@ -153,30 +175,22 @@ def compare_plans(
         raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
     if this_worker().count > 1:
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
-    place = RunFolder(folder)
-    with place.claim(config, is_run=False):
-        runner = begun or Runner(progress)
-        plans, notes = runner.run(runner.remaining(plan_steps(config, place)))
+    run_folder = RunFolder(folder)
+    with run_folder.claim(config, is_run=False):
+        runner = begun or RunContext(config, run_folder, progress)
+        plans, notes = runner.run(plan_steps(config))
         data: RunData = runner.artifacts["samples"]
         seeds = range(config.seed, config.seed + config.compare.seeds)
 
-        def one(name: str, seed: int) -> Measured:
+        def measure(name: str, seed: int) -> tuple[Evaluation, TrainingResult]:
             # The data is the same for all seeds.
-            planned = _planned(config, {**plans[name], "seed": seed}, data)
+            planned = with_settings(config, {**plans[name], "seed": seed})
             label = _label(name, seed, len(seeds))
-            model = runner.run([training_step(label, planned, place, f"plans/{name}/seed-{seed}")])
+            model = runner.run([training_step(label, f"plans/{name}/seed-{seed}", planned)])
             del runner.artifacts[label]  # One network at a time.
             return evaluate_all(config, {name: model}, data, runner.progress.task), model.result
 
-        by_seed, trainings = _measured(
-            dict.fromkeys([config.compare.reference, *plans]), seeds, one
-        )
-        most = _max_epochs(config, data)
-        done = {x.num_epochs for by_plan in trainings.values() for x in by_plan.values()}
-        if done == {most} and most < config.training.max_epochs:
-            ended = f"compare.max_steps ended every plan after {counted(most, 'epoch')}"
-            notes.append(f"{ended}: each might still have gained")
-        comparison = Comparison(by_seed, trainings, plans, config.training.monitor, notes)
+        comparison = _compared(plans, seeds, measure, config.training.monitor, notes)
         comparison.write(folder)
         return comparison
 
@@ -186,124 +200,96 @@ def _label(name: str, seed: int, num_seeds: int) -> str:
     return name if num_seeds == 1 else f"{name}/seed_{seed}"
 
 
-def _measured(
-    names: Iterable[str], seeds: Iterable[int], one: Callable[[str, int], Measured]
-) -> tuple[dict[int, Evaluation], dict[str, dict[int, TrainingResult]]]:
-    """Trains and measures each plan with each seed: all plans with the first one, and so on."""
-    by_seed, trainings = {}, {name: dict[int, TrainingResult]() for name in names}
-    for seed in seeds:
-        found = []
-        for name, by_plan in trainings.items():
-            evaluation, by_plan[seed] = one(name, seed)
-            found.append(evaluation)
-        by_seed[seed] = joined(found)
-    return by_seed, trainings
+def _compared(
+    plans: Mapping[str, Plan],
+    seeds: Sequence[int],
+    measure: Callable[[str, int], tuple[Evaluation, TrainingResult]],
+    monitor: str,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Trains and measures all plans with the first seed, then all with the next one, and so on."""
+    by_seed = in_rungs(((plans, seed) for seed in seeds), measure)
+    return Comparison(
+        {seed: joined([x for x, _ in by_plan.values()]) for seed, by_plan in by_seed.items()},
+        {name: {seed: by_seed[seed][name][1] for seed in seeds} for name in plans},
+        plans,
+        monitor,
+        notes,
+    )
 
 
-def plan_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
+def plan_steps(config: RunConfig) -> list[Step]:
     """Returns the steps that make the data and the plans of a comparison; they train nothing."""
-    return [
-        *data_steps(config, folder, every_loser(config)),
-        Step("plans", ("samples",), "plans", functools.partial(_make_plans, config)),
-    ]
+    plans = Step("plans", ("samples",), "plans", _make_plans)
+    return [*data_steps(every_loser(config)), plans]
 
 
-def _make_plans(
-    config: RunConfig, runner: Runner, data: RunData
-) -> tuple[dict[str, Plan], list[str]]:
+def _make_plans(run: RunContext, samples: RunData) -> tuple[dict[str, Plan], list[str]]:
     """Makes the plans, with notes, and refuses those that cannot be trained before any training."""
+    config, data = run.config, samples
     pools = data.final.samples.hard_pools
-    logged = [name for name, pool in pools.items() if len(pool.values)]
-    plans, notes = sampling_plans(config, logged)
+    plans, notes = sampling_plans(config, {x for x, pool in pools.items() if len(pool.values)})
     for plan in plans.values():
-        check_plan(plan_of(_planned(config, plan, data), "two_tower"), data.selection)
-    runner.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
+        check_plan(plan_of(with_settings(config, plan), "two_tower"), data.selection)
+    run.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
     return plans, notes
 
 
-def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
-    return with_settings(config, {**plan, "training.max_epochs": _max_epochs(config, data)})
+def sampling_plans(
+    config: RunConfig, logged: Iterable[str] | None = None
+) -> tuple[dict[str, Plan], list[str]]:
+    """Turns the plans of a config into settings by name, with notes on those that are missing.
 
+    Args:
+        config: `compare.plans` names the plans.
+        logged: Stages whose losers the samples hold; None stands for all.
 
-def _max_epochs(config: RunConfig, data: RunData) -> int:
-    if config.compare.max_steps is None:
-        return config.training.max_epochs
-    num = len(data.selection.samples)
-    steps_per_epoch = max(1, round(num / config.training.fitting(num).batch_size))
-    return math.ceil(config.compare.max_steps / steps_per_epoch)
+    Raises:
+        ConfigError: If there is no such plan, or the number in its name is out of range.
+
+    Example:
+        >>> plans, _ = sampling_plans(RunConfig(compare={"plans": ["mixed", "resampled_0.3"]}))
+        >>> {name: plan["model.resampling_exponent"] for name, plan in plans.items()}
+        {'mixed': 0.0, 'resampled_0.3': 0.3}
+    """
+    plans: dict[str, Plan] = {}
+    notes = []
+    if config.training.examples != "single":
+        notes.append("every plan is trained with training.examples 'single'")
+    for name in config.compare.plans:
+        match = re.fullmatch(r"(\D+?)(\d*\.?\d+)?", name)
+        kind, number = match.groups() if match else (name, None)
+        if kind not in PLANS or kind.endswith("_") != (number is not None):
+            known = [f"{x}0.1" if x.endswith("_") else x for x in PLANS]
+            raise ConfigError([("compare.plans", f"got {name!r}; {suggest(name, known)}")])
+        plan = {**_COMMON, **PLANS[kind](config, float(number or 0))}
+        losers: FunnelLosers | None = plan["model.hard"]
+        if losers is not None and logged is not None:
+            stages = tuple(stage for stage in losers.stages if stage in logged)
+            if not stages:
+                wanted = " or ".join(losers.stages)
+                notes.append(
+                    f"plan {name} is missing: no positive has an item of {wanted} in its request"
+                )
+                continue
+            plan["model.hard"] = losers.of_stages(stages)
+        plans[name] = plan
+    return plans, notes
 
 
 def every_loser(config: RunConfig) -> FunnelLosers:
     """Returns losers of every stage that any plan may need; each plan draws from its own."""
     losers = config.model.hard or FunnelLosers()
-    stages = losers.stages
-    if "exposed" in config.compare.plans and "exposed" not in stages:
-        stages = (*stages, "exposed")
-    return dataclasses.replace(losers, stages=stages, allow_exposed="exposed" in stages)
+    planned = [plan["model.hard"] for plan in sampling_plans(config)[0].values()]
+    stages = dict.fromkeys(x for hard in (losers, *planned) if hard for x in hard.stages)
+    return dataclasses.replace(losers, stages=tuple(stages), allow_exposed="exposed" in stages)
 
 
-def sampling_plans(config: RunConfig, logged: Sequence[str]) -> tuple[dict[str, Plan], list[str]]:
-    """Turns the plans of a config into settings by name, with notes on those that are missing.
+def num_columns(config: RunConfig) -> int:
+    """Returns how many shared columns a row of the config's mixture meets, whatever its kinds are.
 
-    `logged` are the stages whose losers the samples hold.
+    That is the sum of their expected counts, which is the same for every corpus.
     """
-    common: dict[str, Any] = {
-        "model.correction": "mixture",
-        "model.hard": None,
-        "model.resampling_exponent": 0.0,
-    }
-    notes: list[str] = []
-    if config.training.examples != "single":
-        # The same for every plan, because in-batch negatives need single examples.
-        common["training.examples"] = "single"
-        notes.append("every plan is trained with training.examples 'single'")
-    plans: dict[str, Plan] = {}
-    for kind in config.compare.plans:
-        found, note = _plans_of_kind(kind, config, logged)
-        made = {name: {**common, **plan} for name, plan in found.items()}
-        plans |= {name: plan for name, plan in made.items() if plan not in plans.values()}
-        notes += [note] if note else []
-    return plans, notes
-
-
-def _plans_of_kind(
-    kind: str, config: RunConfig, logged: Sequence[str]
-) -> tuple[dict[str, Plan], str]:
-    """Returns the plans of a kind, one for each of its values, and a note if it is missing."""
-    # Every plan but in-batch has as many shared columns as the config's mixture.
-    num = sum(
-        config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
-        for shared in config.model.negatives
-    )
-    in_batch = {"model.negatives": (InBatch(),)}
-    simple: dict[str, Plan] = {
-        "in_batch_uncorrected": {**in_batch, "model.correction": "none"},
-        "in_batch": in_batch,
-        "uniform": {"model.negatives": (Uniform(num),)},
-        "popularity": {"model.negatives": (Popularity(num),)},
-        "mixed": {},
-    }
-    if kind in simple:
-        return {kind: simple[kind]}, ""
-    if kind == "resampled":
-        return {
-            f"resampled_{exponent:g}": {"model.resampling_exponent": exponent}
-            for exponent in config.compare.resampling_exponents
-        }, ""
-    hard, name = config.model.hard, "hybrid"
-    if kind == "exposed":
-        hard, name = FunnelLosers(stages=("exposed",), allow_exposed=True, num=NUM_HARD), kind
-    losers = hard or FunnelLosers()
-    if not (stages := tuple(stage for stage in losers.stages if stage in logged)):
-        asked = " or ".join(losers.stages)
-        return {}, f"plan {kind} is missing: no positive has an item of {asked} in its request"
-    losers = losers.of_stages(stages)
-    if hard is None:
-        losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
-    shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
-    return {
-        kind if kind == "hybrid_50_50" else f"{name}_{share:g}": {
-            "model.hard": dataclasses.replace(losers, share=share)
-        }
-        for share in shares
-    }, ""
+    frame = SamplingFrame.of_counts([0, 1], config.training.batch_size)
+    counts = [np.sum(kind.expected_count(frame)) for kind in config.model.negatives]
+    return round(float(np.sum(counts)))

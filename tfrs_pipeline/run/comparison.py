@@ -5,14 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic_core import to_json
 
 from tfrs_pipeline.data.schema import ASKED
-from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, Drawing, finish, new_figure
-from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
+from tfrs_pipeline.drawing import Drawing, plot_intervals
+from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.evaluation.results import (
     Evaluation,
     averaged,
@@ -23,9 +23,6 @@ from tfrs_pipeline.evaluation.results import (
 )
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.run.folder import COMPARISON_FILE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # A wider line is cut or wrapped on many screens.
 WIDTH = 110
@@ -151,10 +148,13 @@ class Comparison:
         }
 
     def plot(self) -> Drawing:
-        """Draws what each plan gains over the first one, and its recall by popularity."""
-        first = next(iter(self.trainings))
-        label = f"What each plan gains over {first}, and what it finds by popularity"
-        return finish(comparison_figure(self), label)
+        """Draws what each plan gains over the first one; of a single plan, its metric."""
+        metric = f"ndcg@{self.evaluation.cutoffs[-1]}"
+        gains = {name: x[metric].as_dict() for name, x in self.evaluation.differences.items()}
+        if not gains:
+            return plot_intervals(self.evaluation, metric)
+        panel = {f"{metric} minus that of {next(iter(self.trainings))}": gains}
+        return plot_intervals(panel, metric, are_differences=True)
 
     def write(self, folder: Path) -> None:
         """Writes comparison.json, comparison.md and comparison.svg."""
@@ -198,45 +198,3 @@ def compared_in_words(
     best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
     parts = [f"{outcome.value}: {', '.join(found)}" for outcome, found in names.items() if found]
     return f"in {metric} {best} is highest; against {next(iter(results))}, {'; '.join(parts)}"
-
-
-def comparison_figure(comparison: Comparison) -> "Figure":
-    """Draws two panels with a row for each plan: gains over the first, recall by popularity.
-
-    Thin marks below an interval are the gains of single seeds, if there are several.
-    """
-    evaluation = comparison.evaluation
-    names, longest = list(evaluation.results), evaluation.cutoffs[-1]
-    figure, (gains, slices) = new_figure(9, 1.6 + 0.36 * len(names), 2, sharey=True)
-    metric, first = f"ndcg@{longest}", evaluation.first
-    above = [Interval(0.0, 0.0, 0.0), *(x[metric] for x in evaluation.differences.values())]
-    for place, (name, gain) in enumerate(zip(names, above, strict=True)):
-        colour = SOFT if gain.outcome is Outcome.LEVEL else SERIES[0]
-        gains.plot([gain.low, gain.high], [place, place], color=colour, linewidth=2)
-        gains.plot(gain.mean, place, "o", color=colour)
-        if place and len(comparison.by_seed) > 1:
-            seeds = [*comparison.over_seeds[name][metric].by_seed.values()]
-            gains.plot(seeds, [place + 0.3] * len(seeds), "|", color=colour, markersize=5)
-    gains.axvline(0, color=SOFT, linewidth=1, zorder=0)
-    gains.locator_params(axis="x", nbins=6)  # More labels would overlap.
-    base = first.overall.intervals[metric].mean
-    gains.set_xlabel(f"{metric} above that of {names[0]} ({base:.4f}), 95% interval")
-    for colour, marker, part in zip(SERIES, MARKERS, first.slices, strict=False):
-        of_part = [x.slices[part].intervals for x in evaluation.results.values()]
-        recalls = [intervals[f"recall@{longest}"].mean for intervals in of_part]
-        slices.plot(recalls, range(len(names)), marker, color=colour, label=part)
-    slices.legend(  # Above: crossing lines leave no room at the side.
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(first.slices),
-        frameon=False,
-        labelcolor="linecolor",
-        handletextpad=0.2,
-        columnspacing=1.2,
-    )
-    slices.set_xlabel(f"recall@{longest} by popularity of the item")
-    for axes in (gains, slices):
-        axes.grid(axis="y", color=GRID)
-    gains.set_yticks(range(len(names)), names)
-    gains.set_ylim(len(names) - 0.5, -0.5)
-    return figure

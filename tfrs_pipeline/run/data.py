@@ -18,7 +18,7 @@ from tfrs_pipeline.evaluation.evaluate import check_measurable
 from tfrs_pipeline.messages import counted, in_percent
 from tfrs_pipeline.negatives.kinds import FunnelLosers
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 
 if TYPE_CHECKING:
@@ -50,35 +50,34 @@ class RunData:
         return self.final is not self.selection
 
 
-def log_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
-    """Returns the steps that make the log and its split."""
-    log, split = (functools.partial(make, config, folder) for make in (_log, _split))
+def log_steps() -> list[Step]:
+    """Returns the steps that make the log and its split; they import no TensorFlow."""
     return [
-        Step("data", (), "log", log, "data/"),
-        Step("split", ("log",), "split", split, "data/split.parquet"),
+        Step("data", (), "log", _make_log, "data/"),
+        Step("split", ("log",), "split", _make_split, "data/split.parquet"),
     ]
 
 
-def data_steps(
-    config: RunConfig, folder: RunFolder, hard: FunnelLosers | None = None
-) -> list[Step]:
-    """Returns the steps that make the samples; `hard` replaces the config's losers."""
-    samples = functools.partial(_samples, config, folder, hard or config.model.hard)
-    return [*log_steps(config, folder), Step("samples", ("split",), "samples", samples, "samples/")]
+def data_steps(hard: FunnelLosers | None = None) -> list[Step]:
+    """Returns the steps that make the samples; `hard` replaces the losers of the settings."""
+    make = functools.partial(_make_samples, hard=hard)
+    return [*log_steps(), Step("samples", ("split",), "samples", make, "samples/")]
 
 
 def prepare(config: RunConfig, folder: Path) -> RunData:
     """Makes the samples of a config in a folder, or reads those there."""
-    return Runner().run(data_steps(config, RunFolder(folder)))
+    return RunContext(config, RunFolder(folder)).run(data_steps())
 
 
-def _log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log:
-    """Makes the log of a config, or reads it back."""
+def _make_log(run: RunContext) -> Log:
+    """Makes the log of the settings, or reads it back."""
+    config, folder = run.config, run.folder
     is_new = not (folder.data / "log.json").exists()
     if is_new:
         folder.data.mkdir(parents=True, exist_ok=True)
         load_log(config.data).write(folder.data)
     try:
+        # What was just written has been hashed already, and a large log takes minutes to hash.
         log = Log.read(folder.data, connect(config.data.memory_limit), check_files=not is_new)
     except Damaged as error:
         # If made again, it might hold other events than those that were trained on.
@@ -86,41 +85,39 @@ def _log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log:
             f"{error} Everything in {folder.path} depends on it: train in another folder, with "
             f"--config {folder.config_file} --run-dir NEW, and delete this one."
         ) from error
-    runner.note(*log.describe())
+    run.note(*log.describe())
     return log
 
 
-def _split(config: RunConfig, folder: RunFolder, runner: Runner, log: Log) -> Split:
+def _make_split(run: RunContext, log: Log) -> Split:
     """Splits the log, or reads the split back."""
-    if read_whole(folder.split.with_suffix(".json")) is None:
-        log.split(**dict(config.split), seed=config.seed).write(folder.split)
-    split = Split.read(log, folder.split)
-    runner.note(*split.describe(config.split.amounts()))
+    path, settings = run.folder.split, run.config.split
+    if read_whole(path.with_suffix(".json")) is None:
+        log.split(**dict(settings), seed=run.config.seed).write(path)
+    split = Split.read(log, path)
+    run.note(*split.describe(settings.amounts()))
     return split
 
 
-def _samples(
-    config: RunConfig,
-    folder: RunFolder,
-    hard: FunnelLosers | None,
-    runner: Runner,
-    split: Split,
-) -> RunData:
+def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> RunData:
     """Makes or reads the samples of both trainings, and the queries of validation and test."""
     from tfrs_pipeline.model.corpus import TrainingSet
 
-    build = functools.partial(TrainingSet.build, seed=config.seed, hard=hard)
+    config, folder = run.config, run.folder.samples
+    # A `hard` of the caller, such as of a comparison, has the losers that any of its plans needs.
+    build = functools.partial(TrainingSet.build, seed=config.seed, hard=hard or config.model.hard)
     last = final_part(config, split)
-    selection = final = build(split.train, folder.samples / "selection")
+    selection = final = build(split.train, folder / "selection")
     if last is not split.train:
-        final = build(last, folder.samples / "final")
-    runner.note(*describe_samples(final.report))
-    test, other = _tests(config, split, last)
-    asked = ASKED[test.by]
+        final = build(last, folder / "final")
+    run.note(*describe_samples(final.report))
+    test, other = _make_tests(config, split, last)
+    question = ASKED[test.by]
     if isinstance(other, str):
-        runner.note(f"asked {asked} alone: {other}")
+        run.note(f"asked {question} alone: {other}")
     else:
-        runner.note(f"the model is judged {asked}; {ASKED[other.by]} it is measured too")
+        run.note(f"the model is judged {question}; {ASKED[other.by]} it is measured too")
+    # The same question as the test's: a model chosen by another one may be worse at this one.
     most = config.training.validation_users
     validation = split.holdout("validation", most, config.seed, by=test.by)
     for holdout in (validation, test):
@@ -128,25 +125,28 @@ def _samples(
     return RunData(split, selection, final, validation, test, other)
 
 
-def _tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Holdout | str]:
+def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Holdout | str]:
     """Makes the test by the question that decides, and by the other one or why there is none.
 
     The question is `evaluation.by`. If that is not set, it is the one that service will ask: by
     request where the log's order tells what a user had clicked before each request. Where both
     questions are the same, it is by user.
     """
-    exclude, most = config.evaluation.exclude, config.evaluation.max_users
+    by, exclude = config.evaluation.by, config.evaluation.exclude
+    may_be_by_user = by in (None, "users")
 
     def ask(by: AskedBy) -> Holdout:
+        most = config.evaluation.max_users
         return split.holdout("test", most, config.seed, by=by, trained_on=last)
 
-    by, by_user = config.evaluation.by, ask("users")
-    if split.log.order == "none" and by in (None, "users"):
+    by_user = ask("users")
+    if split.log.order == "none" and may_be_by_user:
         return by_user, "the log has no order, so no history up to a request"
-    by_request = ask("requests" if by in (None, "users") else by)
+    by_request = ask("requests" if by is None or by == "users" else by)
+    # Measured twice, the same question would only take time.
     if by_request.asks_like(by_user, exclude):
         return by_user, "by request is the same, one request per user with the history before it"
-    if by in (None, "users"):
+    if may_be_by_user:
         try:
             check_measurable(by_request, exclude)
         except ValueError:
@@ -161,10 +161,11 @@ def final_part(config: RunConfig, split: Split) -> Log:
 
 def load_log(config: DataConfig) -> Log:
     """Loads the log that a config names."""
-    of_kinds = ("item_features", "user_features", "request_features")
-    features: dict[str, Any] = {name: getattr(config, name) for name in of_kinds}
+    sides = ("item_features", "user_features", "request_features")
+    features: dict[str, Any] = {name: getattr(config, name) for name in sides}
     if config.source == "movielens-100k":
         log = load_movielens_100k(config.path, ties=config.ties, **features)
+        # It has times, but a user may want to try what a log without an order is worth.
         return dataclasses.replace(log, is_ordered=config.is_ordered)
     assert config.path is not None  # The config has checked it.
     if config.source == "spark":

@@ -14,7 +14,7 @@ from tfrs_pipeline.config import RunConfig, dump_config, flat_settings, load_con
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.messages import beside
 from tfrs_pipeline.model.settings import shape_problems
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at, versions_of
 from tfrs_pipeline.settings import ConfigError, refuse
 
 CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"
@@ -29,7 +29,6 @@ _REPLACED = (
 # Files that show that a run has started; from then on its settings are fixed.
 _BEGUN = ("data/log.json", "checkpoints", METRICS_FILE)
 _HASH_LINE = "# sha256 of the lines above: "
-_MAX_DIFFERENCES = 10
 
 
 class RunFolder:
@@ -38,7 +37,7 @@ class RunFolder:
     `config_file` has the settings with their hash, `metrics_file` is the record of a finished run.
     `samples` has a folder each for "selection" and "final", `checkpoints` one for each model.
     `race` has the curves of a race, and its trainings until it is decided; `race_file` is the
-    record of a decided one, with the settings that were asked for. `left_out_file` records the
+    record of a decided one, with the settings that it began with. `left_out_file` records the
     baselines that failed.
     """
 
@@ -81,6 +80,7 @@ class RunFolder:
     def settings(self) -> RunConfig:
         """Reads the settings that the run started with; refuses a lost, cut or changed file."""
         path = self.config_file  # A cut file might hold the settings of another run.
+        # The hash would not match bytes that are not UTF-8 either.
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
         settings, _, written = text.rpartition(_HASH_LINE)
         if written and written.strip() == _hash(settings):
@@ -92,25 +92,28 @@ class RunFolder:
         )
         raise ConfigError([("", message)], str(path))
 
-    def settle(self, asked: RunConfig, settled: RunConfig, race: Mapping[str, Any]) -> None:
+    def settle(self, config: RunConfig, winner: RunConfig, race: Mapping[str, Any]) -> None:
         """Replaces the settings by those of a race's winner, and records the race."""
-        content = {"asked": asked.model_dump(mode="json"), "race": dict(race)}
+        content = {"asked": config.model_dump(mode="json"), "race": dict(race)}
         durable.write_record(self.race_file, content)
-        self._write_settings(settled)
+        self._write_settings(winner)
 
-    def settled(self, config: RunConfig, given: Collection[str] | None = None) -> RunConfig:
+    def settled(self, config: RunConfig, fixed: Collection[str] | None = None) -> RunConfig:
         """Returns the settings of a run in this folder; refuses an unusable model name or source.
 
-        If a race of these settings was decided here, they are the winner's. `given` are as in
+        If a race of these settings was decided here, they are the winner's. `fixed` are as in
         `with_source`.
         """
         check_model_name(config)
-        config = with_source(config, self, given)
+        config = with_source(config, self, fixed)
         record = durable.read_whole(self.race_file) if config.recipes else None
-        changed = {name: getattr(config.export, name.rpartition(".")[2]) for name in MAY_CHANGE}
-        if record is None or with_settings(RunConfig(**record["asked"]), changed) != config:
+        if record is None:
             return config
-        return with_settings(self.settings(), changed)
+        # How to export may change, and `claim` refuses what may not.
+        export = {"export": config.export.model_dump()}
+        if with_settings(RunConfig(**record["asked"]), export) != config:
+            return config
+        return with_settings(self.settings(), export)
 
     @contextlib.contextmanager
     def claim(self, config: RunConfig, *, is_run: bool) -> Iterator[None]:
@@ -143,50 +146,51 @@ class RunFolder:
                 if self._has(*left):
                     held = f"{self.path} holds a {'comparison' if is_run else 'run'}"
                     raise ValueError(f"{held}. Choose another folder with --run-dir.")
-                self._settle_settings(config)
+                self._check_settings(config)
                 try:
                     yield
-                except ValueError:
+                except ValueError:  # Refused input. After Ctrl-C or a crash, the run is resumed.
                     if is_new and not self._has("checkpoints", "plans"):
                         shutil.rmtree(self.path, ignore_errors=True)
                         if was_there:
                             self.path.mkdir(exist_ok=True)
                     raise
 
-    def _settle_settings(self, config: RunConfig) -> None:
+    def _check_settings(self, config: RunConfig) -> None:
         """Writes the settings, or checks that they are those of the existing run.
 
         A comparison may get more seeds: the trainings of the others stay.
         """
         # A run whose data was refused leaves nothing behind, so its settings may be corrected.
         if not self.has_begun():
-            if found := [name for name in _REPLACED if self._has(name)]:
+            if existing := [name for name in _REPLACED if self._has(name)]:
                 try:
                     self.settings()
                 except ConfigError:
+                    names = ", ".join(existing)
                     raise ValueError(
-                        f"{self.path} holds {', '.join(found)}, which a run would replace, but no "
+                        f"{self.path} holds {names}, which a run would replace, but no "
                         f"{CONFIG_FILE} as a run writes it: they may be your own. Choose another "
                         "folder with --run-dir."
                     ) from None
             self._write_settings(config)
             return
-        old, new = (flat_settings(x.model_dump(mode="json")) for x in (self.settings(), config))
-        every_change = [name for name in old | new if old.get(name) != new.get(name)]
+        configs = self.settings(), config
+        old, new = (flat_settings(settings.model_dump(mode="json")) for settings in configs)
+        changes = [name for name in old | new if old.get(name) != new.get(name)]
         metrics = self.metrics()
         is_exported = metrics is not None and own_version(config, self)
-        may_change = MAY_CHANGE[:1] if is_exported else MAY_CHANGE
-        changed = [name for name in every_change if name not in (*may_change, "compare.seeds")]
-        if changed:
-            shown = [x for x in changed if x != "fixed"] or changed  # These are the flags given.
-            lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in shown[:_MAX_DIFFERENCES]]
-            if more := len(shown) - len(lines):
-                lines.append(f"and {more} more")
+        allowed = (*(MAY_CHANGE[:1] if is_exported else MAY_CHANGE), "compare.seeds")
+        refused = [name for name in changes if name not in allowed]
+        if refused:
+            # What is fixed are the names of the flags, whose settings are among the others.
+            shown = [name for name in refused if name != "fixed"] or refused
+            lines = [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in shown]
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(lines)}). Choose another "
                 "folder with --run-dir, or delete this one."
             )
-        if every_change:
+        if changes:
             self._write_settings(config)
 
     def _write_settings(self, config: RunConfig) -> None:
@@ -208,13 +212,14 @@ def trained_by(folder: Path) -> list[str]:
 
 def own_version(config: RunConfig, folder: RunFolder) -> Path | None:
     """Returns the version exported from the training in a run's folder; None if there is none."""
-    written = (folder.metrics() or {}).get("export_folder")
+    written, models = (folder.metrics() or {}).get("export_folder"), config.model_folder
     # It is among the model's versions, or where it was written: the folders may have moved.
-    versions = [config.model_folder / str(x) for x in reversed(versions_of(config.model_folder))]
+    versions = [models / str(number) for number in reversed(versions_of(models))]
+    training = trained_by(folder.path)
     for version in [*versions, *([Path(written)] if written else [])]:
         with contextlib.suppress(durable.Damaged, OSError):
             manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
-            if "refreshed" not in manifest and manifest.get("training") == trained_by(folder.path):
+            if "refreshed" not in manifest and manifest.get("training") == training:
                 return version
     return None
 
@@ -230,13 +235,12 @@ def check_model_name(config: RunConfig) -> None:
         return
     for number in versions_of(config.model_folder):
         path = config.model_folder / str(number) / MANIFEST_FILE
-        # A model exported from Python has no config, so its data is not known.
         manifest = durable.read_record(path, check_files=False)
-        theirs = manifest.get("config", {}).get("data")
-        if theirs is None or manifest.get("log") != name_of_log(config.data):
-            made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
+        # A model that was exported from Python does not name its log.
+        log = manifest.get("log", "data that it does not name")
+        if log != name_of_log(config.data):
             anyway = f"or {config.model_name!r} to add a version to it anyway"
-            message = f"{path.parent} is a model of {made_of}: set another name, {anyway}"
+            message = f"{path.parent} is a model of {log}: set another name, {anyway}"
             raise ConfigError([("export.name", message)])
 
 
@@ -250,11 +254,11 @@ def name_of_log(data: DataConfig) -> str:
 
 
 def with_source(
-    config: RunConfig, folder: RunFolder, given: Collection[str] | None = None
+    config: RunConfig, folder: RunFolder, fixed: Collection[str] | None = None
 ) -> RunConfig:
     """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
 
-    If the names of the `given` settings are known, other settings of the model, its training and
+    If the names of the `fixed` settings are known, other settings of the model, its training and
     the baselines come from the source, such as those of a recipe that won there. If the source
     began from random weights, `training.max_epochs` becomes a fifth of the epochs that it needed,
     2 or more: a warm start needs no more (docs/guides/daily.md). A started run keeps its own.
@@ -263,18 +267,16 @@ def with_source(
         return config
     source = _source(config.warm_start, folder)
     run = RunFolder(source)
-    if given is not None:
+    if fixed is not None:
         theirs = (folder if folder.has_begun() else run).settings()
-        tables = {"model": theirs.model, "training": theirs.training}
-        every = {f"{name}.{x}": y for name, table in tables.items() for x, y in table}
+        changes: dict[str, Any] = {f"model.{name}": value for name, value in theirs.model}
+        changes |= {f"training.{name}": value for name, value in theirs.training}
         if theirs.warm_start is None:  # Else that run's number is already a fifth.
             best = run.results()["training"]["two_tower"]["best_epoch"]
-            every["training.max_epochs"] = max(2, -(-best // 5))
+            changes["training.max_epochs"] = max(2, -(-best // 5))
         # An uncorrected model that the source did not train would begin from random weights.
-        every["evaluation.baselines"] = theirs.evaluation.baselines
-        kept = tuple(f"{name}." for name in given)
-        left = {x: y for x, y in every.items() if not f"{x}.".startswith(kept)}
-        config = with_settings(config, left)
+        changes["evaluation.baselines"] = theirs.evaluation.baselines
+        config = with_settings(config, changes, fixed=fixed)
     if folder.metrics() is None:  # A finished run needs no source any more.
         run.results()  # Refuses one that is not finished.
         refuse(shape_problems(run.settings().model, config.model))
@@ -288,24 +290,24 @@ def _source(path: Path, folder: RunFolder) -> Path:
     # A started run keeps its source: by now the model has other versions, or the source is gone.
     if folder.has_begun() and (source := folder.settings().warm_start) is not None:
         return source
-    versions = versions_of(path)
-    version = path / str(versions[-1]) if versions else path
-    if not (version / MANIFEST_FILE).is_file():
-        near = beside(path)
+    try:
+        version = version_at(path)
+    except FileNotFoundError as error:
         what = "which is neither a run's folder nor an exported model's"
-        raise _refused(f"got {str(path)!r}, {what}{near and f'.{near}'}")
+        raise _refused(f"got {str(path)!r}, {what}. {error}") from None
     manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
-    if (made_by := manifest.get("run")) is None:
+    if "run" not in manifest:
         raise _refused(
             f"{version} was exported from Python: no run holds its optimizer state. Use "
             "TwoTower.fit(warm_start=...) there"
         )
-    if trained_by(Path(made_by)) != manifest["training"]:
+    source = Path(manifest["run"])
+    if trained_by(source) != manifest["training"]:
         raise _refused(
-            f"{version} was made by a run in {made_by}, which is gone with its optimizer state, or "
+            f"{version} was made by a run in {source}, which is gone with its optimizer state, or "
             "another run is there now. Give a run's folder, or none to train from random weights"
         )
-    return Path(made_by)
+    return source
 
 
 def _refused(message: str) -> ConfigError:

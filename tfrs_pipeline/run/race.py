@@ -1,115 +1,247 @@
-"""Races recipes on validation, and continues with the winner.
+"""Trains several models side by side, in rungs, and races recipes: the best on validation wins.
 
-The race trains each as a run would, so the winner's training just continues.
+`in_rungs` is the loop of races and comparisons. In a comparison, a rung is the next seed. In a
+race, it is more epochs for the recipes that are left.
 """
 
 import dataclasses
+import itertools
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
+import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import read_whole, write_record
-from tfrs_pipeline.messages import Progress, counted, written
+from tfrs_pipeline.messages import Progress, counted, suggest, written
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
-from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.presets import RECIPES, recipe
+from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.rounds import Curve, most_left, standing, winner
-from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.run.training import (
-    check_plan,
-    fit_once,
-    plan_of,
-    trains_winner_alone,
-)
-from tfrs_pipeline.settings import refuse
+from tfrs_pipeline.run.steps import RunContext, Step, give_back_memory
+from tfrs_pipeline.run.training import check_plan, fit_once, plan_of, trains_winner_alone
+from tfrs_pipeline.settings import ConfigError, refuse
 
+# Recipes are compared for the first time at the CPU time that this many epochs of the slowest take.
+# With 5, noise in the first epochs decides: docs/explanation/tried.md has replays of both numbers.
+FIRST_EPOCHS = 8
+# Who trails is dropped, unless this many times what it gained in the second half of its time would
+# bring it to the leader's best. Self-attention rises late: it may be a quarter behind after nine
+# epochs, and win.
+STILL_TO_GAIN = 2.5
+# With a budget, a recipe first trains for this many epochs: the second one, in which no network is
+# built, says how many more the budget allows.
+TIMED_EPOCHS = 2
 # The curves so far, in the folder of the trainings.
 CURVES_FILE = "curves.json"
-# Two seeds of one recipe differ by about as much.
-CLOSE = 0.003
+
+Rung = TypeVar("Rung", bound=Hashable)
+Result = TypeVar("Result")
+
+
+def in_rungs(
+    rungs: Iterable[tuple[Iterable[str], Rung]], train: Callable[[str, Rung], Result]
+) -> dict[Rung, dict[str, Result]]:
+    """Trains the names of each rung, one after another; returns the results by rung and name.
+
+    `rungs` yields the names and what `train` gets beside a name. A rule that drops some on the way
+    is a generator: it sees what the last rung came to before it yields the next.
+
+    Example:
+        >>> rungs = [(["a", "b"], 1), (["b"], 2)]
+        >>> in_rungs(rungs, lambda name, rung: rung * name)
+        {1: {'a': 'a', 'b': 'b'}, 2: {'b': 'bb'}}
+    """
+    results: dict[Rung, dict[str, Result]] = {}
+    for names, rung in rungs:
+        results[rung] = {}
+        for name in names:
+            forget_networks()
+            results[rung][name] = train(name, rung)
+    return results
+
+
+def forget_networks() -> None:
+    """Frees the memory of earlier trainings, so that only one network is in memory at a time."""
+    tf.keras.backend.clear_session()
+    give_back_memory()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a recipe has reached so far.
+
+    `values` has the validation metric after each epoch. An epoch takes `epoch_seconds` of CPU time,
+    without the building of the network, which each turn repeats. At most `num_left` more follow:
+    none if its patience or its epochs are over.
+    """
+
+    name: str
+    values: Sequence[float] = ()
+    epoch_seconds: float = 0.0
+    num_left: int = 0
+
+    @property
+    def seconds(self) -> list[float]:
+        """CPU seconds up to the end of each epoch."""
+        return [self.epoch_seconds * epoch for epoch in range(1, len(self.values) + 1)]
+
+    @property
+    def spent(self) -> float:
+        """CPU seconds so far."""
+        return self.epoch_seconds * len(self.values)
+
+    @property
+    def best(self) -> float:
+        """Best value so far; minus infinity before the first epoch."""
+        return max(self.values, default=-math.inf)
+
+    @property
+    def best_epoch(self) -> int:
+        """Epoch, from 1, of the best value; 0 before the first."""
+        return self.values.index(self.best) + 1 if self.values else 0
+
+    def epochs_by(self, seconds: float) -> int:
+        """Returns how many epochs end within a number of CPU seconds."""
+        # The term is for rounding: ten epochs take ten times the seconds of one.
+        return math.floor(seconds / self.epoch_seconds + 1e-6) if self.epoch_seconds else 0
+
+    def best_by(self, seconds: float) -> float:
+        """Returns the best value within a number of CPU seconds, or of the first epoch."""
+        return max(self.values[: max(1, self.epochs_by(seconds))], default=-math.inf)
 
 
 @dataclass(frozen=True)
 class Race:
     """A decided race: the curves of the recipes, and the validation metric that decided.
 
-    `dropped` has the CPU seconds of a recipe when it was dropped, and how far it was behind by
-    then; `not_begun` has why a recipe did not race.
+    `not_begun` has why a recipe did not race.
     """
 
-    curves: tuple[Curve, ...]
+    curves: Sequence[Curve]
     metric: str
-    dropped: Mapping[str, tuple[float, float]]
-    not_begun: Mapping[str, str]
+    not_begun: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def winner(self) -> str:
-        """Name of the recipe that won."""
-        return winner(self.curves).name
+        """Name of the recipe that won: the first of those with the best value."""
+        return max(self.curves, key=lambda curve: curve.best).name
 
     def lines(self) -> list[str]:
         """Describes the race in a line for each recipe, the winner first."""
-        first = winner(self.curves)
-        ranked = sorted(self.curves, key=lambda curve: -curve.best)
+        first, *others = sorted(self.curves, key=lambda curve: -curve.best)
         spent = sum(curve.spent for curve in self.curves)
         return [
             f"{first.name} won: validation {self.metric} {first.best:.4f} after epoch "
             f"{first.best_epoch}; its epochs took {first.spent:.0f} of all {spent:.0f} CPU seconds",
-            *(self._line(curve) for curve in ranked if curve is not first),
+            *(
+                f"{curve.name}: best {curve.best:.4f} after epoch {curve.best_epoch} of "
+                f"{len(curve.values)}, in {curve.spent:.0f} CPU seconds"
+                if curve.values
+                else f"{curve.name}: not trained before the budget ended"
+                for curve in others
+            ),
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
         ]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def _line(self, curve: Curve) -> str:
-        if not curve.values:
-            return f"{curve.name}: not trained before the budget ended"
-        best = f"{curve.name}: best {curve.best:.4f} after epoch {curve.best_epoch}"
-        if winner(self.curves).best - curve.best < CLOSE:
-            best += ", close to the winner"
-        if curve.name in self.dropped and not curve.has_ended:
-            seconds, behind = self.dropped[curve.name]
-            return (
-                f"{best}; dropped after {seconds:.0f} CPU seconds, {behind:.4f} behind the leader"
-            )
-        how = "trained to its end in" if curve.has_ended else "stopped by the budget after"
-        return f"{best}; {how} {curve.spent:.0f} CPU seconds"
-
     def as_metrics(self) -> dict[str, Any]:
         """Returns the race as an entry of metrics.json."""
+        curves = {x.name: {"values": x.values, "seconds": x.seconds} for x in self.curves}
         return {
             "winner": self.winner,
             "metric": self.metric,
-            "recipes": {curve.name: dataclasses.asdict(curve) for curve in self.curves},
+            "recipes": curves,
             "lines": self.lines(),
         }
 
 
-class _Paused(Exception):
-    """Ends a turn, from within a training whose last epoch is saved."""
+def race_in_rungs(
+    curves: dict[str, Curve],
+    train: Callable[[str, int, str], object],
+    budget: float | None = None,
+) -> None:
+    """Trains recipes until one is left, or all that are left have ended; updates their `curves`.
+
+    In the first round, each recipe trains for `FIRST_EPOCHS`, which times it. In each further one,
+    those that are left train up to the same CPU time t, which doubles from round to round. A recipe
+    stays if its best value by t, plus what it can still gain, reaches the leader's best by t:
+
+        best(t) + STILL_TO_GAIN * (best(t) - best(t / 2)) >= best of the leader(t).
+
+    This is successive halving (Jamieson and Talwalkar 2016), except that a recipe's own curve drops
+    it, and not that half of the others are better: a slow starter that still rises may continue.
+
+    Args:
+        curves: Recipe -> its curve so far: without an epoch, or as an earlier process left it.
+        train: Called with a recipe, the number of epochs to have in the end, and the name of the
+            turn; replaces its curve.
+        budget: CPU seconds of all recipes together. No recipe has more than an equal share of what
+            is left when a round begins, so that a small budget is for all.
+    """
+    total = math.inf if budget is None else budget
+
+    def unspent() -> float:
+        return total - sum(curve.spent for curve in curves.values())
+
+    def rounds() -> Iterator[tuple[Sequence[str], tuple[int, float]]]:
+        yield racing, (1, 0.0)
+        first = FIRST_EPOCHS * max(curve.epoch_seconds for curve in curves.values())
+        seconds = min(first, total / len(curves))
+        for number in itertools.count(2):
+            yield racing, (number, seconds)
+            best = {name: curves[name].best_by(seconds) for name in racing}
+            gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
+            reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
+            racing[:] = [name for name in racing if reach[name] >= max(best.values())]
+            share = unspent() / len(racing)  # So that the last round, too, is for all.
+            can_train = [curves[name].num_left and curves[name].epoch_seconds for name in racing]
+            if len(racing) == 1 or not any(0 < epoch <= share for epoch in can_train):
+                return
+            seconds = min(2 * seconds, seconds + share)
+
+    def turn(name: str, rung: tuple[int, float]) -> None:
+        number, seconds = rung
+        curve, left = curves[name], [curves[name] for name in racing]
+        num_epochs = curve.epochs_by(seconds)
+        if number == 1:
+            num_epochs = FIRST_EPOCHS if budget is None else TIMED_EPOCHS
+        num_epochs = min(num_epochs, len(curve.values) + curve.num_left)
+        if num_epochs <= len(curve.values) or unspent() <= 0:
+            return
+        task = f"race, round {number}, {counted(len(racing), 'recipe')} left"
+        if all(curve.values for curve in left):  # All are timed.
+            most = min(unspent(), sum(curve.num_left * curve.epoch_seconds for curve in left))
+            task += f", at most about {counted(math.ceil(most / 60), 'CPU minute')}"
+        leader = max(left, key=lambda curve: curve.best)
+        leading = f" (leading: {leader.name}, {leader.best:.4f})" if leader.values else ""
+        train(name, num_epochs, f"{task}: {name}{leading}")
+
+    racing = list(curves)
+    if len(curves) > 1:
+        in_rungs(rounds(), turn)
 
 
 def race(
     train: Log,
     validation: Holdout,
     *,
-    recipes: Sequence[str] = RECIPES,
+    recipes: Sequence[str | Recipe] = RECIPES,
     settings: Mapping[str, Any] | None = None,
     budget: float | None = None,
     seed: int = 0,
@@ -122,7 +254,7 @@ def race(
         train: The training part.
         validation: Decides the race, and chooses the winner's epoch. In a split by time, a run asks
             by request: `split.holdout("validation", by="requests")`.
-        recipes: Names among "default", "quick", "sequence", "sparse" and "sets".
+        recipes: Names of the package's recipes, and your own.
         settings: Settings of the model, its training, `evaluation.exclude` and
             `evaluation.cutoffs`, by dotted name, for all recipes.
         budget: CPU seconds of all recipes together, after which the leader wins and is trained to
@@ -137,28 +269,102 @@ def race(
         ValueError: If no recipe can train, or there is no positive (`DataError`).
 
     Example:
-        The model of the best recipe::
+        A recipe of your own against two of the package's::
 
             train, validation, test = log.split("time")
-            model, race = tp.race(train, validation)
+            wide = tp.Recipe("wide", {"model.dim": 256, "training.examples": "sequences"})
+            model, race = tp.race(train, validation, recipes=["default", "sequence", wide])
             print(race)
     """
-    if not recipes:
-        refuse([("recipes", f"got none; name one or more of {', '.join(RECIPES)}")])
-    asked = {"recipes": recipes, "fixed": tuple(settings or ()), "budget": budget}
-    base = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
+    entrants = [x if isinstance(x, Recipe) else _recipe_named(x) for x in recipes]
+    if len({recipe.name for recipe in entrants}) < max(1, len(entrants)):
+        names = [recipe.name for recipe in entrants]
+        refuse([("recipes", f"got {names}; name one or more, each once: {', '.join(RECIPES)}")])
+    asked = {"fixed": tuple(settings or ()), "budget": budget}
+    config = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
     message = "a race reads only model, training, evaluation.exclude and evaluation.cutoffs"
-    refuse((x, message) for x in settings or () if not f"{x}.".startswith(read))
+    refuse((name, message) for name in settings or () if not f"{name}.".startswith(read))
     with ExitStack() as stack:
-        place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        data = TrainingSet.build(train, place / "samples", seed=seed, hard=base.model.hard)
-        told = progress or written()
-        trainings = _Trainings(base, data, validation, train, place / "race", told)
-        decided = trainings.run()
-        model = trainings.train(decided.winner)
-        assert model is not None
-        return model, decided
+        path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
+        progress = progress or written()
+        return _race(config, entrants, data, validation, train, path / "race", progress)
+
+
+def _race(
+    config: RunConfig,
+    entrants: Iterable[Recipe],
+    data: TrainingSet,
+    validation: Holdout,
+    log: Log,
+    folder: Path,
+    progress: Progress,
+) -> tuple[FittedTwoTower, Race]:
+    """Races in a folder, where each training resumes; trains the winner to its end."""
+    configs, not_begun = trainable_recipes(config, data, entrants)
+    curves = {x: Curve(x, num_left=of.training.max_epochs) for x, of in configs.items()}
+    record = on_chief(lambda: read_whole(folder / CURVES_FILE)) or {"curves": []}
+    curves |= {x["name"]: Curve(**x) for x in record["curves"] if x["name"] in configs}
+
+    def train(name: str, num_epochs: int, task: str) -> FittedTwoTower:
+        settings, clock = configs[name], list[float]()
+        model = fit_once(
+            plan_of(settings, "two_tower"),
+            settings.evaluation,
+            data,
+            validation,
+            log,
+            task=lambda: task,
+            max_epochs=num_epochs,
+            folder=folder / quote(name, safe=" "),
+            progress=progress,
+            on_epoch=lambda so_far: clock.append(time.process_time()),
+        )
+        result, seconds = model.result, curves[name].epoch_seconds
+        if not seconds:  # Timed once, so that a resumed race decides as it would have done.
+            timed = np.diff(clock)  # The first epoch, in which the network is built, is left out.
+            seconds = float(np.median(timed)) if len(timed) else result.seconds / result.num_epochs
+        is_over = result.num_waited >= settings.training.patience
+        num_left = 0 if is_over else settings.training.max_epochs - result.num_epochs
+        values = result.history[f"val_{settings.training.monitor}"]
+        curves[name] = Curve(name, values, seconds, num_left)
+
+        def keep() -> list[dict[str, Any]]:
+            content = [dataclasses.asdict(curve) for curve in curves.values()]
+            write_record(folder / CURVES_FILE, {"curves": content})
+            return content
+
+        # The chief's clock decides for all workers.
+        curves.update({content["name"]: Curve(**content) for content in on_chief(keep)})
+        return model
+
+    race_in_rungs(curves, train, config.budget)
+    decided = Race([*curves.values()], config.training.monitor, not_begun)
+    forget_networks()
+    last = configs[decided.winner].training.max_epochs
+    model = train(decided.winner, last, f"the winner trains on: {decided.winner}")
+    return model, dataclasses.replace(decided, curves=[*curves.values()])
+
+
+def _recipe_named(name: str) -> Recipe:
+    if name not in PRESETS:
+        raise ConfigError([("recipes", f"got {name!r}; {suggest(name, PRESETS)}")])
+    return PRESETS[name]
+
+
+def race_step() -> Step:
+    """Returns the step that races the recipes of a run, and gives it the winner's settings."""
+
+    def make(run: RunContext, samples: RunData) -> Race:
+        entrants, log = [PRESETS[name] for name in run.config.recipes], samples.split.train
+        shared = samples.selection, samples.validation, log, run.folder.race, run.progress
+        _, decided = _race(run.config, entrants, *shared)  # The model's step reads its training.
+        run.note(*decided.lines())
+        run.config = settle(run.config, run.folder, decided)
+        return decided
+
+    return Step("race", ("samples",), "race", make, "race/", workers="all")
 
 
 def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
@@ -170,13 +376,13 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     if trains_winner_alone(config):
         named = config.evaluation.baselines
         changed["evaluation.baselines"] = tuple(x for x in named if x != "uncorrected")
-    settled = with_settings(planned(config, decided.winner), changed)
+    settled = with_settings(planned(config, PRESETS[decided.winner]), changed)
 
     def move() -> None:
-        won, place = folder.race / decided.winner, folder.checkpoints / "two_tower" / "selection"
-        if won.is_dir() and not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            won.rename(place)
+        won, path = folder.race / decided.winner, folder.checkpoints / "two_tower" / "selection"
+        if won.is_dir() and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            won.rename(path)
         for curve in decided.curves:
             shutil.rmtree(folder.race / curve.name, ignore_errors=True)
         folder.settle(config, settled, decided.as_metrics())
@@ -185,157 +391,30 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     return settled
 
 
-def race_step(config: RunConfig, folder: RunFolder) -> Step:
-    """Returns the step that races the recipes of a config."""
-
-    def make(runner: Runner, data: RunData) -> Race:
-        log, told = data.split.train, runner.progress
-        trainings = _Trainings(config, data.selection, data.validation, log, folder.race, told)
-        decided = trainings.run()
-        runner.note(*decided.lines())
-        return decided
-
-    return Step("race", ("samples",), "race", make, place="race/")
-
-
-def planned(config: RunConfig, name: str) -> RunConfig:
+def planned(config: RunConfig, recipe: Recipe) -> RunConfig:
     """Returns the config with a recipe's settings, except for those that are fixed."""
-    # A table that is fixed covers its settings.
-    fixed = tuple(f"{setting}." for setting in config.fixed)
-    changed = {key: x for key, x in recipe(name).items() if not f"{key}.".startswith(fixed)}
-    return with_settings(config, changed)
+    return with_settings(config, recipe.of_training(), fixed=config.fixed)
 
 
 def trainable_recipes(
-    config: RunConfig, data: TrainingSet
+    config: RunConfig, data: TrainingSet, entrants: Iterable[Recipe] | None = None
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:
     """Returns the settings of each recipe that can train, and why the others are not begun.
 
-    Raises the error of the first recipe if none can: the others may fail by their own settings.
+    The `entrants` are those that the config names, if they are not given. Raises the error of the
+    first one if none can train: the others may fail by their own settings.
     """
-    found: dict[str, RunConfig] = {}
-    not_begun, refused = dict[str, str](), list[ValueError]()
-    for name in config.recipes:
+    configs: dict[str, RunConfig] = {}
+    refused: dict[str, ValueError] = {}
+    for recipe in entrants or [PRESETS[name] for name in config.recipes]:
         try:
-            each = planned(config, name)
-            check_plan(plan_of(each, "two_tower"), data)
+            settings = planned(config, recipe)
+            check_plan(plan_of(settings, "two_tower"), data)
+            if same := [name for name, other in configs.items() if other == settings]:
+                raise ValueError(f"your settings make it equal to {same[0]}")
+            configs[recipe.name] = settings
         except ValueError as error:
-            not_begun[name] = str(error)
-            refused.append(error)
-            continue
-        if same := [other for other, config in found.items() if config == each]:
-            not_begun[name] = f"your settings make it equal to {same[0]}"
-        else:
-            found[name] = each
-    if not found:
-        raise refused[0]
-    return found, not_begun
-
-
-class _Trainings:
-    """The trainings of a race, which take turns. A folder keeps their curves and checkpoints."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        data: TrainingSet,
-        validation: Holdout,
-        log: Log,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        self.config, self.data, self.validation, self.log = config, data, validation, log
-        self.folder, self.progress = folder, progress
-        self.configs, self.not_begun = trainable_recipes(config, data)
-        self.curves = {name: Curve(name) for name in self.configs}
-        for name, (seconds, values, has_ended) in on_chief(self._read).items():
-            if name in self.configs:
-                self.curves[name] = Curve(name, tuple(seconds), tuple(values), has_ended)
-
-    def run(self) -> Race:
-        """Trains in turns until the race is decided; resumes after the last whole epoch."""
-        while (name := self._next()[0]) is not None:
-            self.train(name)
-        curves = tuple(self.curves.values())
-        dropped = standing(curves, self.config.budget).dropped
-        return Race(curves, self.config.training.monitor, dropped, self.not_begun)
-
-    def _next(self) -> Sequence[Any]:
-        """Returns the recipe of the next epoch, None if there is none, and a name for the round."""
-
-        def decide() -> tuple[str | None, str]:
-            now = standing(tuple(self.curves.values()), self.config.budget)
-            return now.next, now.within
-
-        return on_chief(decide)  # The chief's clock decides for all.
-
-    def train(self, name: str) -> FittedTwoTower | None:
-        """Trains a recipe while it is next; once the race is decided, to its end.
-
-        Returns the model if the training has ended.
-        """
-        tf.keras.backend.clear_session()  # One network at a time.
-        config, before = self.configs[name], self.curves[name]
-        coming, within = self._next()
-        task = self._describe(name, within)
-        clock, durations = [time.process_time()], list[float]()
-
-        def keep(so_far: TrainingResult, has_ended: bool) -> None:
-            values = so_far.history[f"val_{config.training.monitor}"]
-            self.curves[name] = before.after(values, durations, has_ended)
-            on_chief(self._write)
-
-        def on_epoch(so_far: TrainingResult) -> None:
-            nonlocal within, task
-            clock.append(time.process_time())
-            durations.append(clock[-1] - clock[-2])
-            keep(so_far, has_ended=False)
-            ends = so_far.num_waited >= config.training.patience
-            if coming is None or ends or so_far.num_epochs == config.training.max_epochs:
-                return
-            now, within = self._next()
-            if now != name:
-                raise _Paused
-            task = self._describe(name, within)
-
-        try:
-            model = fit_once(
-                plan_of(config, "two_tower"),
-                config.evaluation,
-                self.data,
-                self.validation,
-                self.log,
-                task=lambda: task,
-                max_epochs=config.training.max_epochs,
-                folder=self.folder / name,
-                progress=self.progress,
-                on_epoch=on_epoch,
-            )
-        except _Paused:
-            return None
-        keep(model.result, has_ended=True)
-        return model
-
-    def _describe(self, name: str, within: str) -> str:
-        """Describes a turn: its round, how long all may still take, its recipe, and who leads."""
-        curves, budget = tuple(self.curves.values()), self.config.budget
-        epochs = {name: each.training.max_epochs for name, each in self.configs.items()}
-        left, num_untimed = most_left(curves if within else [self.curves[name]], epochs)
-        if within and budget is not None:
-            unspent = budget - sum(curve.spent for curve in curves)
-            left, num_untimed = unspent if num_untimed else min(left, unspent), 0
-        bounds = [f"at most about {counted(math.ceil(left / 60), 'CPU minute')}"] if left else []
-        bounds += [f"{counted(num_untimed, 'recipe')} not timed yet"] if num_untimed else []
-        told = ", ".join([f"race, {within}" if within else "the winner trains on", *bounds])
-        first = winner(curves)
-        leading = f" (leading: {first.name}, {first.best:.4f})" if within and first.values else ""
-        return f"{told}: {name}{leading}"
-
-    def _read(self) -> dict[str, Any]:
-        record = read_whole(self.folder / CURVES_FILE)
-        return {} if record is None else dict(record["curves"])
-
-    def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        curves = {x.name: (x.seconds, x.values, x.has_ended) for x in self.curves.values()}
-        write_record(self.folder / CURVES_FILE, {"curves": curves})
+            refused[recipe.name] = error
+    if not configs:
+        raise next(iter(refused.values()))
+    return configs, {name: str(error) for name, error in refused.items()}

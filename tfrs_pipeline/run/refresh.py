@@ -4,8 +4,7 @@ TensorFlow is imported after the items are read, so that bad ones are refused at
 """
 
 import contextlib
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,31 +57,41 @@ def refresh_index(
     """
     # Locked, because the new version would hide a newly trained one behind older towers.
     with publish.publishing(publish.version_at(model).parent):
-        asked = {"index": index, "keep_versions": keep_versions}
-        asked = {name: value for name, value in asked.items() if value is not None}
-        steps = refresh_steps(Path(model), Path(items), asked, allow_all_new=allow_all_new)
-        return Runner(progress).run(steps)
+        options = {"index": index, "keep_versions": keep_versions}
+        options = {name: value for name, value in options.items() if value is not None}
+        refresh = _Refresh(Path(model), Path(items), options, allow_all_new, progress)
+        return refresh.run(refresh_steps())
 
 
-def refresh_steps(
-    model: Path, items: Path, options: dict[str, Any], *, allow_all_new: bool
-) -> list[Step]:
-    """Returns the steps of a refresh; `options` replace those of the version's export."""
-    check = functools.partial(_check, items, allow_all=allow_all_new)
-    embed = functools.partial(_embed, items, allow_all=allow_all_new)
-    export, read = functools.partial(_export, items, options, datetime.now(UTC)), ("model", "items")
+@dataclass
+class _Refresh(Runner):
+    """Runs the steps of a refresh; `options` replace those of the version's export."""
+
+    model: Path
+    path: Path
+    options: dict[str, Any]
+    allow_all_new: bool
+    progress: Progress
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        super().__init__(self.progress)
+
+
+def refresh_steps() -> list[Step]:
+    """Returns the steps of a refresh, in order."""
     return [
-        Step("items", (), "items", functools.partial(_read_items, model, items)),
-        Step("model", (), "model", functools.partial(_load, model)),
-        # Checked before the items are embedded, which takes long.
-        Step("check", read, "unknown", check),
-        Step("embed", read, "embedded", embed),
-        Step("export", ("model", "embedded"), "version", export, place="NAME/VERSION/"),
+        Step("items", (), "items", _read_items),
+        Step("model", (), "model", _load),
+        # Before the items are embedded, which takes long.
+        Step("check", ("model", "items"), "unknown", _check),
+        Step("embed", ("model", "items"), "embedded", _embed),
+        Step("export", ("model", "embedded"), "version", _export, "NAME/VERSION/"),
     ]
 
 
-def _read_items(model: Path, path: Path, runner: Runner) -> pa.Table:
-    version = publish.version_at(model)
+def _read_items(refresh: _Refresh) -> pa.Table:
+    version = publish.version_at(refresh.model)
     if not version.name.isdecimal():
         raise ValueError(
             "A version's folder is named by its number, such as saved_models/NAME/3: the new "
@@ -91,41 +100,36 @@ def _read_items(model: Path, path: Path, runner: Runner) -> pa.Table:
     manifest = read_record(version / publish.MANIFEST_FILE, check_files=False)
     id_type = pq.read_schema(version / publish.ITEMS_FILE).field("item_id").type
     items, notes = load_items(
-        path,
+        refresh.path,
         is_integer_id=pa.types.is_integer(id_type),
-        item_features={x["name"]: x["kind"] for x in manifest["features"]["candidate"]},
+        item_features={item["name"]: item["kind"] for item in manifest["features"]["candidate"]},
         reading=Reading(**manifest.get("reading", {})),
     )
     table = items.to_pyarrow()
     if not table.num_rows:
-        raise DataError(f"{path} holds no row. List all items to retrieve in it.")
-    runner.note(*notes)
+        raise DataError(f"{refresh.path} holds no row. List all items to retrieve in it.")
+    refresh.note(*notes)
     return table
 
 
-def _load(model: Path, runner: Runner) -> "LoadedRetriever":
+def _load(refresh: _Refresh) -> "LoadedRetriever":
     from tfrs_pipeline.serving.retriever import load
 
     # The towers and the version's own items are needed, not its index.
-    return load(model, exact=True, live=False)
+    return load(refresh.model, exact=True, live=False)
 
 
-def _check(
-    path: Path, runner: Runner, retriever: "LoadedRetriever", items: pa.Table, *, allow_all: bool
-) -> dict[str, int]:
-    """Counts the items with only unknown values, by categorical feature."""
-    num_unknown = {}
-    for feature in retriever.features["candidate"]:
-        if not allow_all:
-            refuse_lost(feature, path, items)
-        if feature.holds_categories:
-            num_unknown[feature.name] = num = _num_unknown(path, items, feature, allow_all)
-            if num:
-                runner.note(
-                    f"{feature.name}: {num:,} of {items.num_rows:,} items have no value that the "
-                    "training had: taken as missing"
-                )
-    return num_unknown
+def _check(refresh: _Refresh, model: "LoadedRetriever", items: pa.Table) -> None:
+    """Counts the items with only unknown values; refuses features that the file has lost."""
+    for feature in model.features["candidate"]:
+        # An item table of today may lack what a join or an export lost: better said than served.
+        if not refresh.allow_all_new:
+            refuse_lost(feature, refresh.path, items)
+        if feature.holds_categories and (num := _num_unknown(refresh, items, feature)):
+            refresh.note(
+                f"{feature.name}: {num:,} of {items.num_rows:,} items have no value that the "
+                "training had: taken as missing"
+            )
 
 
 def refuse_lost(feature: Feature, path: Path, items: pa.Table) -> None:
@@ -140,7 +144,7 @@ def refuse_lost(feature: Feature, path: Path, items: pa.Table) -> None:
         )
 
 
-def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool) -> int:
+def _num_unknown(refresh: _Refresh, items: pa.Table, feature: Feature) -> int:
     """Counts the items with only unknown values.
 
     Refuses if none is known, and several are unknown or all items have the same one.
@@ -148,17 +152,18 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
     num_known, num_unknown, unknown = 0, 0, set[str]()
     for block in in_blocks(items[feature.name]):
         raw = feature.to_raw(block)
-        is_unknown, is_given = feature.unknown(raw), raw != ""
+        is_unknown, has_value = feature.unknown(raw), raw != ""
         num_unknown += int(is_unknown.sum())
-        num_known += int((is_given.any(axis=tuple(range(1, raw.ndim))) & ~is_unknown).sum())
-        if len(unknown) < 2:
-            unknown.update(raw[is_unknown][is_given[is_unknown]])
+        num_known += int((has_value.any(axis=tuple(range(1, raw.ndim))) & ~is_unknown).sum())
+        if len(unknown) < 2:  # Two are enough for the rule below.
+            unknown.update(raw[is_unknown][has_value[is_unknown]])
+    # One new category among items without any is news; several, or one for all, are a mistake.
     are_all_one = num_unknown == items.num_rows > 1 and len(feature.vocabulary) > 1
     is_lost = len(unknown) > 1 or are_all_one
-    if feature.vocabulary and is_lost and not (num_known or allow_all):
+    if feature.vocabulary and is_lost and not (num_known or refresh.allow_all_new):
         raise DataError(
-            f"{path}: no value of '{feature.name}', such as {min(unknown)!r}, is known to the "
-            f"model, whose values are like {feature.vocabulary[0]!r}. Write them as in the log "
+            f"{refresh.path}: no value of '{feature.name}', such as {min(unknown)!r}, is known to "
+            f"the model, whose values are like {feature.vocabulary[0]!r}. Write them as in the log "
             "that it was trained on; if all are meant to be new, set allow_all_new "
             "(--allow-all-new)."
         )
@@ -166,7 +171,7 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
 
 
 def _embed(
-    path: Path, runner: Runner, retriever: "LoadedRetriever", items: pa.Table, *, allow_all: bool
+    refresh: _Refresh, model: "LoadedRetriever", items: pa.Table
 ) -> tuple[pa.Table, np.ndarray, int]:
     """Embeds the items that the model can embed; refuses a file of only unknown ids.
 
@@ -174,12 +179,13 @@ def _embed(
     """
     from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 
-    features, blocks = [x.name for x in retriever.features["candidate"]], []
+    path = refresh.path
+    features, blocks = [feature.name for feature in model.features["candidate"]], []
     for start in range(0, items.num_rows, ITEMS_PER_CALL):
-        runner.progress.task("embed items", start, items.num_rows)
+        refresh.progress.task("embed items", start, items.num_rows)
         block = items.slice(start, ITEMS_PER_CALL)
         columns = {name: block[name] for name in features}
-        blocks.append(retriever.embed_candidates(block["item_id"].to_pylist(), columns))
+        blocks.append(model.embed_candidates(block["item_id"].to_pylist(), columns))
     embeddings, is_trained = map(np.concatenate, zip(*blocks, strict=True))
     if not features:  # Without features, unknown items cannot be embedded.
         if not is_trained.any():
@@ -190,22 +196,23 @@ def _embed(
             )
         if num_skipped := int((~is_trained).sum()):
             why = "the model reads no item features, and its training did not have them"
-            runner.note(f"skipped {num_skipped:,} of the file: {why}")
+            refresh.note(f"skipped {num_skipped:,} of the file: {why}")
         items, embeddings = items.filter(pa.array(is_trained)), embeddings[is_trained]
         is_trained = is_trained[is_trained]
-    ids, before = items["item_id"].to_pylist(), set(retriever.candidate_ids())
-    if not (allow_all or is_trained.any()) and before.isdisjoint(ids):
+    ids, ids_before = items["item_id"].to_pylist(), set(model.candidate_ids())
+    # Ids of another kind, such as row numbers, would all pass as new items.
+    if not (refresh.allow_all_new or is_trained.any()) and ids_before.isdisjoint(ids):
         raise DataError(
             f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
-            f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
+            f"whose ids are like {min(ids_before)!r}. Give the ids of the log that it was trained "
             "on; if all are meant to be new, set allow_all_new (--allow-all-new)."
         )
     if num_untrained := int((~is_trained).sum()):
-        runner.note(f"{num_untrained:,} are new since the training: embedded by features only")
-        model = retriever.manifest.get("config", {}).get("model")
-        if model is None or (model["use_candidate_id"] and not model["id_dropout"]):
-            how = "was not trained, so" if model else "may be untrained; then"
-            runner.note(
+        refresh.note(f"{num_untrained:,} are new since the training: embedded by features only")
+        settings = model.manifest.get("config", {}).get("model")
+        if settings is None or (settings["use_candidate_id"] and not settings["id_dropout"]):
+            how = "was not trained, so" if settings else "may be untrained; then"
+            refresh.note(
                 f"    the embedding of unknown ids {how} they will seldom be found. Train "
                 "with model.id_dropout above 0, such as 0.1"
             )
@@ -213,42 +220,38 @@ def _embed(
 
 
 def _export(
-    path: Path,
-    options: dict[str, Any],
-    began: datetime,
-    runner: Runner,
-    retriever: "LoadedRetriever",
-    embedded: tuple[pa.Table, np.ndarray, int],
+    refresh: _Refresh, model: "LoadedRetriever", embedded: tuple[pa.Table, np.ndarray, int]
 ) -> Refreshed:
     from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
 
-    runner.progress.task("export", 0, 0, WRITING)
+    refresh.progress.task("export", 0, 0, WRITING)
     items, embeddings, num_untrained = embedded
-    number = int(retriever.folder.name)
-    ids, before = set(items["item_id"].to_pylist()), set(retriever.candidate_ids())
+    number = int(model.folder.name)
+    ids, ids_before = set(items["item_id"].to_pylist()), set(model.candidate_ids())
     refreshed = {
         "from_version": number,
         # The version as which its training was exported.
-        "trained_as": retriever.manifest.get("refreshed", {}).get("trained_as", number),
-        "items": {path.name: file_hash(path)},
+        "trained_as": model.manifest.get("refreshed", {}).get("trained_as", number),
+        "items": {refresh.path.name: file_hash(refresh.path)},
         "num_items": len(ids),
         "num_untrained": num_untrained,
     }
+    about = {"refreshed": refreshed, "items_read": refresh.began.isoformat()}
     folder, manifest = export_index(
-        retriever.folder.parent,
-        replace(ExportOptions.of(retriever.manifest), **options),
-        encoder=retriever.saved_model.encoder,
+        model.folder.parent,
+        replace(ExportOptions.of(model.manifest), **refresh.options),
+        encoder=model.saved_model.encoder,
         embeddings=embeddings,
         items=items,
-        queries=retriever.held_out_queries(),
-        manifest=retriever.manifest | {"refreshed": refreshed, "items_read": began.isoformat()},
+        queries=model.held_out_queries(),
+        manifest=model.manifest | about,
     )
-    num_new, num_gone = len(ids - before), len(before - ids)
-    runner.note(
+    num_new, num_gone = len(ids - ids_before), len(ids_before - ids)
+    refresh.note(
         f"{len(ids):,} items: {num_new:,} new, {num_gone:,} gone since the previous version",
         describe_index(manifest["index"], len(ids)),
     )
-    notes = [note for report in runner.reports for note in report.notes]
+    notes = [note for report in refresh.reports for note in report.notes]
     return Refreshed(folder, len(ids), num_new, notes)
 
 

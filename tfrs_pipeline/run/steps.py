@@ -1,63 +1,127 @@
-"""Work as a list of steps, each of which reads what is complete on disk and makes the rest."""
+"""Work as a list of steps, and the one loop that runs it.
 
+A step reads its artifact back if it is complete on disk, and makes it if not. So work that was
+stopped resumes at the first step without a complete artifact.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from tfrs_pipeline.cluster import this_worker
+from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.messages import SILENT, Progress, StepReport
+from tfrs_pipeline.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Step:
     """One step of a run, a comparison or a refresh.
 
-    `make` makes an artifact, or reads it back if it is complete on disk. It is called with the
-    runner and the artifacts that the step reads, in order.
+    `make` is called with the runner, and with the artifacts that the step reads as keyword
+    arguments. It returns the artifact that the step writes.
     """
 
     name: str
     reads: tuple[str, ...]
     writes: str
     make: Callable[..., Any]
-    place: str = ""  # Where the artifact is stored; empty if in memory.
+    path: str = ""  # Where the artifact is stored; empty if in memory.
+    # If several workers train together: "all" do the step at once, as in a training; or the chief
+    # does it first, and the others then read its files; or only the chief does it.
+    workers: Literal["all", "chief first", "chief"] = "chief first"
 
 
 class Runner:
-    """Runs steps, and shows each as it begins and ends."""
+    """Runs steps, and shows each as it begins and ends.
+
+    Attributes:
+        artifacts: What the steps have made or read back, by name.
+        reports: A report of each step that has begun, the current one last.
+    """
 
     def __init__(self, progress: Progress = SILENT) -> None:
         self.progress = progress
-        self.artifacts: dict[str, Any] = {}  # What the steps have made or read back, by name.
-        self.reports: list[StepReport] = []  # The last one belongs to the current step.
+        self.artifacts: dict[str, Any] = {}
+        self.reports: list[StepReport] = []
+        self._held = contextlib.ExitStack()
 
     def run(self, steps: Sequence[Step]) -> Any:
-        """Runs steps in order; returns the artifact of the last one."""
-        made = None
-        for step in steps:
-            report, start = StepReport(step.name), time.monotonic()
-            self.reports.append(report)
-            self.progress.task(step.name, 0, 0)
-            given = [self.artifacts[name] for name in step.reads]
-            made = self.artifacts[step.writes] = step.make(self, *given)
-            report.seconds = round(time.monotonic() - start, 3)
-            self.progress.step(report)
-        return made
+        """Runs the steps whose artifacts are missing, in order; returns the last artifact.
 
-    def remaining(self, steps: Sequence[Step]) -> list[Step]:
-        """Lists the steps whose artifacts are not there yet."""
-        return [step for step in steps if step.writes not in self.artifacts]
+        Example:
+            >>> one = Step("first", (), "number", lambda runner: 1)
+            >>> two = Step("second", ("number",), "sum", lambda runner, number: number + 1)
+            >>> Runner().run([one, two])
+            2
+        """
+        with self._held:
+            for step in steps:
+                if step.writes in self.artifacts:
+                    continue
+                if step.workers == "all" or this_worker().count == 1:
+                    self._make(step)
+                    continue
+                # Imported here, because reading a log needs no TensorFlow.
+                from tfrs_pipeline.model.distribution import chief_first, on_chief
+
+                call = on_chief if step.workers == "chief" else chief_first
+                call(functools.partial(self._make, step))
+        return self.artifacts.get(steps[-1].writes)
+
+    def _make(self, step: Step) -> None:
+        report, start = StepReport(step.name), time.monotonic()
+        self.reports.append(report)
+        self.progress.task(step.name, 0, 0)
+        inputs = {name: self.artifacts[name] for name in step.reads}
+        self.artifacts[step.writes] = step.make(self, **inputs)
+        give_back_memory()
+        report.seconds = round(time.monotonic() - start, 3)
+        self.progress.step(report)
 
     def note(self, *lines: str) -> None:
         """Adds lines for the user to the report of the current step."""
         self.reports[-1].notes += lines
+
+    def hold(self, context: AbstractContextManager[Any]) -> None:
+        """Enters a context, such as a lock, which is left when all steps have ended."""
+        self._held.enter_context(context)
+
+
+class RunContext(Runner):
+    """Runs the steps of a run or a comparison, which share its settings and its folder.
+
+    A race replaces `config` by the winner's settings. So a step reads it when it begins, not when
+    the list is made.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, progress: Progress = SILENT) -> None:
+        super().__init__(progress)
+        self.config, self.folder = config, folder
+
+
+def give_back_memory() -> None:
+    """Gives the memory of what is gone back to the system.
+
+    After a training, the C library would keep a gigabyte of freed blocks for the next one, beside
+    which the process of the baselines may need as much.
+    """
+    gc.collect()  # A Keras model and its functions hold each other.
+    with contextlib.suppress(AttributeError, OSError):  # Only glibc has it.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def as_lines(steps: Sequence[Step]) -> list[str]:
     """Lists steps, one per line: what each reads, and what it writes where."""
     return [
         f"{step.name}: {', '.join(step.reads) or 'settings'} -> {step.writes}"
-        f"{f' ({step.place})' if step.place else ''}"
+        f"{f' ({step.path})' if step.path else ''}"
         for step in steps
     ]
 
@@ -66,7 +130,7 @@ def as_diagram(steps: Sequence[Step]) -> str:
     """Draws steps as a Mermaid flowchart, with an arrow to each step that reads an artifact.
 
     Example:
-        >>> split = Step("split", ("log",), "split", make=print, place="data/split.parquet")
+        >>> split = Step("split", ("log",), "split", make=print, path="data/split.parquet")
         >>> print(as_diagram([Step("data", (), "log", make=print), split]))
         flowchart TD
             log["data"]
@@ -75,7 +139,7 @@ def as_diagram(steps: Sequence[Step]) -> str:
     """
     lines = ["flowchart TD"]
     for step in steps:
-        place = f"<br>{step.place}" if step.place else ""
-        lines.append(f'    {step.writes}["{step.name}{place}"]')
+        path = f"<br>{step.path}" if step.path else ""
+        lines.append(f'    {step.writes}["{step.name}{path}"]')
         lines += [f"    {name} --> {step.writes}" for name in step.reads]
     return "\n".join(lines)

@@ -18,25 +18,27 @@ from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.samples.store import read_samples
 
 Training: TypeAlias = Literal["selection", "refit"]
 
 
-def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -> Step:
-    """Returns the step that trains a model with these settings, kept in the run's folder.
+def training_step(name: str, path: str, config: RunConfig | None = None) -> Step:
+    """Returns the step that trains a model, kept at a path in the folder of the run.
 
-    It resumes after the last whole epoch there, which may be that of the refit.
+    The settings are `config`, or else those of the run's variant of this name. The training resumes
+    after the last whole epoch there, which may be that of the refit.
     """
-    kept = folder.path / place
 
-    def make(runner: Runner, data: RunData) -> FittedTwoTower:
-        model = train_and_refit(config, data, name=name, folder=kept, progress=runner.progress)
-        runner.note(*model.notes)
+    def make(run: RunContext, samples: RunData) -> FittedTwoTower:
+        settings = config or variants(run.config)[name]
+        folder = run.folder.path / path
+        model = train_and_refit(settings, samples, name=name, folder=folder, progress=run.progress)
+        run.note(*model.notes)
         return model
 
-    return Step(f"train {name}", ("samples",), name, make, place=place)
+    return Step(f"train {name}", ("samples",), name, make, path, workers="all")
 
 
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
@@ -80,7 +82,7 @@ def train_and_refit(
         )
 
     model = fit("selection", config.training.max_epochs)
-    chosen = model.result
+    chosen = model.result  # The second training has no validation, so this one's curves are kept.
     if data.has_refit:
         del model  # One network at a time.
         model = fit("refit", chosen.best_epoch)
@@ -90,7 +92,7 @@ def train_and_refit(
 
 def fit_once(
     plan: TwoTower,
-    asked: EvaluationConfig,
+    evaluation: EvaluationConfig,
     data: TrainingSet,
     validation: Holdout | None,
     log: Log,
@@ -102,9 +104,9 @@ def fit_once(
     progress: Progress = SILENT,
     on_epoch: OnEpoch = lambda so_far: None,
 ) -> FittedTwoTower:
-    """Trains a model, validated as is `asked`, and reports its epochs as a task's progress."""
+    """Trains a model, validated as `evaluation` says, and shows its epochs as a task's progress."""
 
-    def tell_epoch(so_far: TrainingResult) -> None:
+    def show_epoch(so_far: TrainingResult) -> None:
         note = describe_epoch(so_far, plan.training.monitor, max_epochs)
         progress.task(task(), so_far.num_epochs, max_epochs, note)
         on_epoch(so_far)
@@ -115,9 +117,9 @@ def fit_once(
         max_epochs=max_epochs,
         warm_start=warm_start,
         folder=folder,
-        exclude=asked.exclude,
-        cutoffs=asked.cutoffs,
-        on_epoch=tell_epoch,
+        exclude=evaluation.exclude,
+        cutoffs=evaluation.cutoffs,
+        on_epoch=show_epoch,
         on_steps=lambda epoch, line: progress.task(task(), epoch - 1, max_epochs, line),
         log=log,
     )
@@ -142,11 +144,12 @@ def _about_trainings(
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
     """Returns the settings of each model that a run trains, by name."""
-    found = {"two_tower": config}
-    named = set() if trains_winner_alone(config) else {*config.evaluation.baselines}
-    if "uncorrected" in named and config.model.correction != "none":
-        found["two_tower_uncorrected"] = with_settings(config, {"model.correction": "none"})
-    return found
+    models = {"two_tower": config}
+    # The same model without the correction shows what the correction is worth on this log.
+    is_compared = "uncorrected" in config.evaluation.baselines and not trains_winner_alone(config)
+    if is_compared and config.model.correction != "none":
+        models["two_tower_uncorrected"] = with_settings(config, {"model.correction": "none"})
+    return models
 
 
 def trains_winner_alone(config: RunConfig) -> bool:
@@ -157,19 +160,6 @@ def trains_winner_alone(config: RunConfig) -> bool:
 def plan_of(config: RunConfig, name: str) -> TwoTower:
     """Returns the unfitted model of a config."""
     return TwoTower(**dict(config.model), training=config.training, seed=config.seed, name=name)
-
-
-def read_training(
-    config: RunConfig, name: str, corpus: Corpus, log: Log, folder: Path, epoch: int
-) -> FittedTwoTower:
-    """Reads a model from the checkpoints of a training, as of an epoch."""
-    if config.warm_start is not None:  # As in its training.
-        corpus = dataclasses.replace(corpus, is_later=None)
-    with training_strategy().scope():
-        network = plan_of(config, name).build(corpus)
-    result = read_epoch(network, config.training, folder, epoch)
-    encoder = query_encoder(network, corpus)
-    return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
 
 
 def trained_in(
@@ -193,43 +183,50 @@ def trained_in(
             plan.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
     run = RunFolder(Path(folder))
-    trained, models = run.results()["training"], variants(run.settings())
-    if name not in trained:
+    training, config = run.results()["training"], variants(run.settings()).get(name)
+    if name not in training or config is None:
         return None
     checkpoints = run.checkpoints / name
-    if not (checkpoints / step).is_dir():
+    if not (checkpoints / step).is_dir():  # Without a second training, the first is the last.
         step = "selection"
     split = split_in(run)
     log, part = (split.train, "selection") if step == "selection" else (split.before_test, "final")
-    read_record(run.samples / part / "report.json")  # Checks the files that ids are read from.
-    corpus = Corpus.read(log, run.samples / part, read_samples(run.samples / part))
-    best_epoch = trained[name]["best_epoch"]
-    return read_training(models[name], name, corpus, log, checkpoints / step, best_epoch)
+    samples = run.samples / part
+    read_record(samples / "report.json")  # Checks the files that ids are read from.
+    corpus = Corpus.read(log, samples, read_samples(samples))
+    if config.warm_start is not None:  # As in its training.
+        corpus = dataclasses.replace(corpus, is_later=None)
+    with training_strategy().scope():
+        network = plan_of(config, name).build(corpus)
+    best_epoch = training[name]["best_epoch"]
+    result = read_epoch(network, config.training, checkpoints / step, best_epoch)
+    encoder = query_encoder(network, corpus)
+    return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
 
 
 def split_in(folder: RunFolder) -> Split:
     """Reads the split of a run's log; raises `Damaged` if a file of either has changed."""
-    read_record(folder.split.with_suffix(".json"))
+    read_record(folder.split.with_suffix(".json"))  # Checks the file of the split.
     return Split.read(Log.read(folder.data), folder.split)
 
 
 def _about_source(path: Path, name: str, data: RunData) -> Iterator[str]:
     """Describes where a model started, and warns if its source has seen held-out events."""
-    folder = RunFolder(path)
-    if not (folder.checkpoints / name).is_dir():
+    folder, trained = RunFolder(path), RunFolder(path).checkpoints / name
+    if not trained.is_dir():
         yield f"started from random weights: {path} has no {name}"
         return
     yield f"started from {path}"
     source = split_in(folder)
     if not data.split.kind == source.kind == "time":
         return
-    final = "before_test" if (folder.checkpoints / name / "refit").is_dir() else "train"
-    for part, held_out in (("train", "validation"), (final, "test")):
-        last = getattr(source, part).events["timestamp"].max().to_pyarrow().as_py()
-        held = data.split.events.filter(data.split.events["part"] == held_out)
-        first = held["timestamp"].min().to_pyarrow().as_py()
+    final = source.before_test if (trained / "refit").is_dir() else source.train
+    for log, part in ((source.train, "validation"), (final, "test")):
+        last = log.events["timestamp"].max().to_pyarrow().as_py()
+        held_out = data.split.events.filter(data.split.events["part"] == part)
+        first = held_out["timestamp"].min().to_pyarrow().as_py()
         if first is not None and last >= first:
             yield (
-                f"    which was trained on events up to {last:%Y-%m-%d %H:%M}, but {held_out} "
+                f"    which was trained on events up to {last:%Y-%m-%d %H:%M}, but {part} "
                 f"begins {first:%Y-%m-%d %H:%M}: its metrics are too good"
             )
