@@ -19,7 +19,7 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 
 ITEMS_PER_CALL = 8192
 # Self-attention over 200 items takes about 1.3 MB a query: four times as many would be most of the
-# memory of a training, at the same speed.
+# memory of a training.
 QUERIES_PER_CALL = 256
 
 
