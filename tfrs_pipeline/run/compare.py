@@ -260,8 +260,8 @@ def sampling_plans(
         match = re.fullmatch(r"(\D+?)(\d*\.?\d+)?", name)
         kind, number = match.groups() if match else (name, None)
         if kind not in PLANS or kind.endswith("_") != (number is not None):
-            known = [f"{x}0.1" if x.endswith("_") else x for x in PLANS]
-            raise ConfigError([("compare.plans", f"got {name!r}; {suggest(name, known)}")])
+            message = f"got {name!r}; {suggest(kind, PLANS)} (a number follows _: hybrid_0.01)"
+            raise ConfigError([("compare.plans", message)])
         plan = {**_COMMON, **PLANS[kind](config, float(number or 0))}
         losers: FunnelLosers | None = plan["model.hard"]
         if losers is not None and logged is not None:
