@@ -29,7 +29,13 @@ from tfrs_pipeline.messages import (
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.kinds import FunnelLosers, InBatch, Popularity, Uniform
+from tfrs_pipeline.negatives.kinds import (
+    FunnelLosers,
+    InBatch,
+    Popularity,
+    SamplingFrame,
+    Uniform,
+)
 from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
@@ -101,15 +107,15 @@ def compare(
     with ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         told, data = progress or written(), dict[FunnelLosers | None, TrainingSet]()
-        for hard in dict.fromkeys(plan.hard for plan in plans.values()):
+        for hard in dict.fromkeys(plan.losers for plan in plans.values()):
             name = f"samples-{hashlib.sha256(repr(hard).encode()).hexdigest()[:8]}"
             data[hard] = TrainingSet.build(train, place / name, seed=seed, hard=hard)
         for plan in plans.values():  # All can train, before the first one does.
-            check_plan(plan, data[plan.hard])
+            check_plan(plan, data[plan.losers])
 
         def one(name: str, number: int) -> Measured:
             plan, kept = plans[name], place / "plans" / quote(name, safe=" ") / f"seed-{number}"
-            plan, samples = plan.model_copy(update={"seed": number}), data[plan.hard]
+            plan, samples = plan.model_copy(update={"seed": number}), data[plan.losers]
             kept.mkdir(parents=True, exist_ok=True)
             hold_to(kept / MADE_OF_FILE, plan.made_of(train, validation, exclude))
             model = fit_once(
@@ -117,7 +123,6 @@ def compare(
                 asked,
                 samples,
                 validation,
-                train,
                 task=lambda: _label(name, number, seeds),
                 max_epochs=plan.training.max_epochs,
                 folder=kept,
@@ -271,10 +276,8 @@ def _plans_of_kind(
 ) -> tuple[dict[str, Plan], str]:
     """Returns the plans of a kind, one for each of its values, and a note if it is missing."""
     # Every plan but in-batch has as many shared columns as the config's mixture.
-    num = sum(
-        config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
-        for shared in config.model.negatives
-    )
+    frame = SamplingFrame.of_counts([0, 1], config.training.batch_size)
+    num = round(sum(shared.expected_count(frame).sum() for shared in config.model.negatives))
     in_batch = {"model.negatives": (InBatch(),)}
     simple: dict[str, Plan] = {
         "in_batch_uncorrected": {**in_batch, "model.correction": "none"},

@@ -154,7 +154,7 @@ def race(
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, place / "samples", seed=seed, hard=base.model.hard)
         told = progress or written()
-        trainings = _Trainings(base, data, validation, train, place / "race", told)
+        trainings = _Trainings(base, data, validation, place / "race", told)
         decided = trainings.run()
         model = trainings.train(decided.winner)
         assert model is not None
@@ -189,8 +189,8 @@ def race_step(config: RunConfig, folder: RunFolder) -> Step:
     """Returns the step that races the recipes of a config."""
 
     def make(runner: Runner, data: RunData) -> Race:
-        log, told = data.split.train, runner.progress
-        trainings = _Trainings(config, data.selection, data.validation, log, folder.race, told)
+        selection, validation = data.selection, data.validation
+        trainings = _Trainings(config, selection, validation, folder.race, runner.progress)
         decided = trainings.run()
         runner.note(*decided.lines())
         return decided
@@ -240,11 +240,10 @@ class _Trainings:
         config: RunConfig,
         data: TrainingSet,
         validation: Holdout,
-        log: Log,
         folder: Path,
         progress: Progress,
     ) -> None:
-        self.config, self.data, self.validation, self.log = config, data, validation, log
+        self.config, self.data, self.validation = config, data, validation
         self.folder, self.progress = folder, progress
         self.configs, self.not_begun = trainable_recipes(config, data)
         self.curves = {name: Curve(name) for name in self.configs}
@@ -304,7 +303,6 @@ class _Trainings:
                 config.evaluation,
                 self.data,
                 self.validation,
-                self.log,
                 task=lambda: task,
                 max_epochs=config.training.max_epochs,
                 folder=self.folder / name,

@@ -12,7 +12,7 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
-from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, describe_epoch, read_epoch
+from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -61,7 +61,7 @@ def train_and_refit(
 
     The model's `result` is that of the first training; its `notes` describe both.
     """
-    source, log = config.warm_start, data.split.train
+    source = config.warm_start
 
     def fit(step: Training, max_epochs: int) -> FittedTwoTower:
         is_first = step == "selection"
@@ -70,7 +70,6 @@ def train_and_refit(
             config.evaluation,
             data.selection if is_first else data.final,
             data.validation if is_first else None,
-            log,
             task=lambda: f"{name}, {step}",
             max_epochs=max_epochs,
             # The source's first training has seen nothing that validates here.
@@ -93,22 +92,15 @@ def fit_once(
     asked: EvaluationConfig,
     data: TrainingSet,
     validation: Holdout | None,
-    log: Log,
     *,
     task: Callable[[], str],
     max_epochs: int,
     warm_start: FittedTwoTower | None = None,
     folder: Path | None = None,
     progress: Progress = SILENT,
-    on_epoch: OnEpoch = lambda so_far: None,
+    on_epoch: OnEpoch | None = None,
 ) -> FittedTwoTower:
     """Trains a model, validated as is `asked`, and reports its epochs as a task's progress."""
-
-    def tell_epoch(so_far: TrainingResult) -> None:
-        note = describe_epoch(so_far, plan.training.monitor, max_epochs)
-        progress.task(task(), so_far.num_epochs, max_epochs, note)
-        on_epoch(so_far)
-
     return plan.fit_samples(
         data,
         validation,
@@ -117,9 +109,8 @@ def fit_once(
         folder=folder,
         exclude=asked.exclude,
         cutoffs=asked.cutoffs,
-        on_epoch=tell_epoch,
-        on_steps=lambda epoch, line: progress.task(task(), epoch - 1, max_epochs, line),
-        log=log,
+        on_epoch=on_epoch,
+        tell=lambda done, line: progress.task(task(), done, max_epochs, line),
     )
 
 
