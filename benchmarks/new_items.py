@@ -114,7 +114,7 @@ def fit(config: tp.RunConfig, split: Split) -> tp.FittedTwoTower:
     before_test = dataclasses.replace(split.before_test, part_of=None)
     with tempfile.TemporaryDirectory() as folder:
         data = TrainingSet.build(before_test, Path(folder), seed=config.seed)
-        return plan.fit_samples(data, max_epochs=num_epochs, log=before_test)
+        return plan.fit_samples(data, max_epochs=num_epochs)
 
 
 def score(model: Path, all_ids: np.ndarray, queries: tp.Holdout, asked: list[int]) -> np.ndarray:

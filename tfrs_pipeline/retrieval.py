@@ -77,6 +77,11 @@ def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
     """Refuses (`ValueError`) queries that would be silently misread.
 
     Each model checks user ids and names of features itself.
+
+    Example:
+        >>> check_queries([{"histroy": [1]}], ids_are_text=False)
+        Traceback (most recent call last):
+        ValueError: Unknown key 'histroy' in a query; did you mean 'history'?
     """
     if isinstance(queries, Mapping):
         raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
@@ -110,11 +115,11 @@ def check_requests(
     With `may_have_others`, as in a holdout, a name is refused only if it looks misspelt.
     """
     known = {*known, "timestamp"}
-    given = {name for request in requests for name in request or ()}
-    unknown = sorted(map(str, given.difference(known)))
+    names = {name for request in requests for name in request or ()}
+    unknown = sorted(map(str, names.difference(known)))
     if may_have_others:
-        missing = [name for name in known if name not in given]
-        unknown = [x for x in unknown if difflib.get_close_matches(x, missing, cutoff=0.8)]
+        missing = [name for name in known if name not in names]
+        unknown = [name for name in unknown if difflib.get_close_matches(name, missing, cutoff=0.8)]
     if unknown:
         hint = suggest(unknown[0], known)
         raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")

@@ -126,7 +126,7 @@ def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPa
             return np.where(q > 0, self.num * q, is_item)
 
     negatives: list[Negatives] = [InBatch(), AsInBatch(20)]
-    with pytest.raises(ValueError, match="log_q would belong to another draw"):
+    with pytest.raises(ValueError, match="its log_q would be wrong"):
         small_batches.make_batches(negatives=negatives)
     monkeypatch.setattr(mixture, "_check_draws", lambda *arguments: None)
     samples, sums = denominators(small_batches.make_batches(negatives=negatives), 50)

@@ -236,27 +236,32 @@ def test_shares_of_the_positives_and_of_f() -> None:
     assert by_draw.mean_hard_share == pytest.approx(F * mean)
 
 
-@pytest.mark.parametrize("order", ["single", "sets"])
-def test_masked_shares_are_those_of_a_loop(order: str) -> None:
-    reasons = {"accidental hits": 0, "known positives": 0, "exposed items": 0}
-    num_cells = 0
-    batches = make_batches(order)
-    for batch in batch_list(batches, 3):
-        owners = np.arange(len(batch.query_row))
-        if batch.positive_query is not None:
-            owners = batch.positive_query
-        for i, (own, owner) in enumerate(zip(batch.candidate_row, owners, strict=True)):
-            query = batch.query_row[owner]
-            for j, column in enumerate(batch.shared_row):
-                if order == "sets" or i != j:
-                    num_cells += 1
-                    is_known = column in SAMPLES.known_positives[query]
-                    reasons["accidental hits"] += column == own
-                    reasons["known positives"] += column != own and is_known
-                    reasons["exposed items"] += column in SAMPLES.exposed[query]
-    assert min(reasons.values()) > 0
-    shares = {name: count / num_cells for name, count in reasons.items()}
-    assert batches.masked_shares(num_steps=3) == pytest.approx(shares)
+@pytest.mark.parametrize("options", [{}, {"examples": {"rate": RATE}}], ids=["once", "by rate"])
+def test_masked_shares_are_those_of_a_loop(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybrid, "LISTS_PER_BLOCK", 7)
+    is_later = np.arange(NUM_CANDIDATES + 1) > 37
+    batches = make_batches(samples=dataclasses.replace(SAMPLES, is_later=is_later), **options)
+    masked: Counter[str] = Counter()
+    for query, positive in zip(SAMPLES.query_rows, SAMPLES.candidate_rows, strict=True):
+        rate = batches.frame.q_positive[positive] / SAMPLES.counts[positive]
+        for candidate, count in enumerate(batches.expected_count):
+            if candidate == positive:
+                masked["accidental hits"] += rate * count
+            elif candidate in SAMPLES.known_positives[query]:
+                masked["known positives"] += rate * count
+            masked["exposed items"] += rate * count * (candidate in SAMPLES.exposed[query])
+            masked["items that came later"] += rate * count * is_later[candidate]
+    shares = {name: num / batches.expected_count.sum() for name, num in masked.items()}
+    assert min(shares.values()) > 0
+    assert batches.masked_shares() == pytest.approx(shares)
+    # What batches mask, too: other positives of a batch are not drawn with replacement, a little.
+    own = 1 / (BATCH_SIZE + 22)
+    left_out = [1 - (x.is_counted.mean() / (1 - own)) for x in batch_list(make_batches(), 200)]
+    error = np.std(left_out) / np.sqrt(200)
+    expected = sum(make_batches().masked_shares().values())
+    assert abs(np.mean(left_out) - expected) < 5 * error + 0.005 < 0.02
 
 
 class OwnInBatch(InBatch):

@@ -209,7 +209,7 @@ def test_keras_does_not_fetch_each_steps_loss(run: Run, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(TwoTowerNetwork, "fit", of_training)
     with pytest.raises(Stopped):
-        run(on_steps=lambda *step: None)
+        run(tell=lambda done, line: None)
     assert len(given) == 1
     assert tf.keras.callbacks.CallbackList(given)._batch_hooks_support_tf_logs
 

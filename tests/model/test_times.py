@@ -53,7 +53,7 @@ def timed(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet
 def model(timed: TrainingSet, split: Split) -> FittedTwoTower:
     training = {"examples": "sequences", "max_epochs": 45, "patience": 45}
     plan = tiny(**ATTENTION, history_length=5, training=training)
-    return plan.fit_samples(timed, split.validation, log=split.train)
+    return plan.fit_samples(timed, split.validation)
 
 
 def test_a_requests_time_decides_what_is_retrieved(model: FittedTwoTower, split: Split) -> None:

@@ -47,7 +47,7 @@ def test_unclicked_items_and_logs_that_tell_nothing() -> None:
 @pytest.mark.usefixtures("in_eager_steps", "trusted_exports", "few_signatures")
 def test_it_counts_in_answers_alone(split: Split, data: TrainingSet, tmp_path: Path) -> None:
     plans = (tiny(correction=x, candidate_bias=True) for x in ("mixture", "recent"))
-    plain, recent = (plan.fit_samples(data, max_epochs=2, log=split.train) for plan in plans)
+    plain, recent = (plan.fit_samples(data, max_epochs=2) for plan in plans)
     assert_same(*([x.numpy() for x in m.network.trainable_variables] for m in (plain, recent)))
     shift = popularity_shift(data.samples)
     assert np.ptp(shift) > 0.05

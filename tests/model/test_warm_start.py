@@ -20,7 +20,7 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
-from tfrs_pipeline.model.settings import ATTENTION_SHAPE, SHAPE, TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, shape_settings
 from tfrs_pipeline.model.start import WarmStart
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.settings import ConfigError
@@ -204,23 +204,27 @@ OTHERS |= {"candidate_bias": True, "history_pooling": ("mean", "attention")}
 OTHERS |= {"history_length": 4, "attention_blocks": 1}
 
 
-@pytest.mark.parametrize("name", [*SHAPE, *ATTENTION_SHAPE])
+@pytest.mark.parametrize("name", OTHERS)
 def test_another_shape_is_refused_by_name(name: str, sets: Sets) -> None:
-    base = tiny(history_pooling=("attention",) if name in ATTENTION_SHAPE else ("mean",))
+    assert {*OTHERS} == {*shape_settings(has_attention=True)}
+    has_attention = name not in shape_settings(has_attention=False)
+    base = tiny(history_pooling=("attention",) if has_attention else ("mean",))
     other = TwoTowerSettings(**{**dict(base.settings), name: OTHERS[name]})
     with pytest.raises(ConfigError, match=rf"model\.{name}: got .*, where the model to start from"):
         WarmStart(untrained(base, sets[0].corpus), other, base.training, sets[1].corpus)
 
 
 def test_other_settings_keep_the_weights_their_size(sets: Sets) -> None:
-    """SHAPE is complete: no other setting changes the shape of a tower's variable."""
+    """The marks are complete: no other setting changes the shape of a tower's variable."""
     base = tiny().settings
     halves = "resampling_exponent id_dropout feature_dropout recency_decay attention_dropout"
     others: dict[str, Any] = dict.fromkeys(halves.split(), 0.5)
     others |= {"temperature": 1.0, "item_init": "svd", "correction": "none"}
     others |= {"history_length": 7, "history_dropout": 0.1, "attention_blocks": 5}
     loss_alone = {"negatives", "hard"}
-    assert others.keys() | loss_alone | set(SHAPE) == set(TwoTowerSettings.model_fields)
+    assert others.keys() | loss_alone | set(shape_settings(has_attention=False)) == set(
+        TwoTowerSettings.model_fields
+    )
     changed = TwoTowerSettings(**{**base.model_dump(), **others})
     networks = [TwoTower(**dict(x)).build(sets[0].corpus) for x in (base, changed)]
     shapes = [[tuple(variable.shape) for variable in x.trainable_variables] for x in networks]

@@ -217,7 +217,7 @@ KINDS = {
 @pytest.mark.parametrize("expected", [Uniform(64), Uniform(16), Popularity(32, 1.0)])
 def test_a_count_that_does_not_fit_the_draws_is_noticed(expected: Any) -> None:
     frame = frame_of([0, *range(1, 51)], 64)
-    with pytest.raises(ValueError, match=r"a batch draws .* copies of .* log_q would belong"):
+    with pytest.raises(ValueError, match=r"a batch draws .* copies of .* its log_q would be"):
         Mixture([Own(Uniform(32).draw, expected.expected_count)], frame)
 
 

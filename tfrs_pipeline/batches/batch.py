@@ -106,6 +106,7 @@ class Slices:
 
     def each(self, chosen: tf.data.Dataset) -> tf.data.Dataset:
         """Repeats each element for every slice, with the slice's number after it."""
+        # A worker draws the whole batch and builds its slices: drawing is the cheap part.
         numbers = tf.data.Dataset.range(self.first, self.first + self.count)
         return chosen.flat_map(lambda *element: numbers.map(lambda number: (*element, number)))
 
@@ -129,11 +130,11 @@ class Slices:
         first, last = tf.unstack(tf.searchsorted(unit, [begin, end]))  # Units are ascending.
         units, positives = slice(begin, end), slice(first, last)
         queries = positives if batch.positive_query is None else units
-        places = {Axis.QUERY: queries, Axis.POSITIVE: positives, Axis.SEQUENCE: units}
+        ranges = {Axis.QUERY: queries, Axis.POSITIVE: positives, Axis.SEQUENCE: units}
         cut = {
-            name: tf.nest.map_structure(lambda x, at=places[_AXES[name]]: x[at], field)
+            name: tf.nest.map_structure(lambda x, at=ranges[_AXES[name]]: x[at], field)
             for name, field in batch._asdict().items()
-            if field is not None and _AXES[name] in places
+            if field is not None and _AXES[name] in ranges
         }
         part = batch._replace(**cut)
         if batch.positive_query is not None:
@@ -219,12 +220,13 @@ class EpochExamples:
 
     def choose(self, step: int) -> Any:
         """Returns the contents of a step's batch; see `Examples`."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, number = divmod(step, self.steps_per_epoch)
         drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
         if drawn is None or drawn[0] != epoch:
+            # By epoch: resuming in an epoch draws it again, and no earlier one.
             rng = np.random.default_rng([self._seed, Use.ORDER, epoch])
             drawn = self._drawn = epoch, self.draw_epoch(rng)
-        return drawn[1][place]
+        return drawn[1][number]
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
         """Returns pairs of a step and its batch's contents; see `Examples`."""

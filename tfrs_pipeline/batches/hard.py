@@ -1,18 +1,20 @@
 """The rows' own hard negatives, and the candidates that are never negatives of a row."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.messages import check_integer
+from tfrs_pipeline.negatives.kinds import HardNegatives, Pool
 from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.samples.store import RowLists, Samples
 
-# A user who passes over an exposed item among a few says nothing about retrieval among millions;
-# that is for ranking. Building samples removes such items from pools; a batch masks them too.
+# Skipping one of a few shown items says little about retrieval from millions (it is for ranking),
+# so shown items are never negatives. Building samples removes them from pools; a batch masks them.
 KNOWN, EXPOSED = REASONS = "known positives", "exposed items"
 
 Never = Mapping[str, tf.RaggedTensor]
@@ -23,8 +25,8 @@ def never_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
     """Finds which shared columns, [C] int32, are never a row's negative: [n, C] bool."""
     parts = [part for lists in never.values() for part in (lists.values, lists.row_splits)]
     # In NumPy, because TensorFlow's search and scatter take four times as long.
-    found = tf.numpy_function(contains, [columns, *parts], tf.bool, stateful=False)
-    return tf.ensure_shape(found, [never[KNOWN].shape[0], columns.shape[0]])
+    is_never = tf.numpy_function(contains, [columns, *parts], tf.bool, stateful=False)
+    return tf.ensure_shape(is_never, [never[KNOWN].shape[0], columns.shape[0]])
 
 
 def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
@@ -33,52 +35,132 @@ def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
     pairs = lists.value_rowids() * 2**32 + tf.cast(lists.values, tf.int64)
     line = tf.range(tf.shape(rows, tf.int64)[0])[:, tf.newaxis]
     keys = tf.reshape(line * 2**32 + tf.cast(rows, tf.int64), [-1])
-    place = tf.searchsorted(pairs, keys)
+    position = tf.searchsorted(pairs, keys)
     padded = tf.concat([pairs, [-1]], axis=0)
-    return tf.ensure_shape(tf.reshape(tf.gather(padded, place) == keys, tf.shape(rows)), rows.shape)
+    return tf.ensure_shape(
+        tf.reshape(tf.gather(padded, position) == keys, tf.shape(rows)), rows.shape
+    )
 
 
 def contains(columns: np.ndarray, *parts: np.ndarray) -> np.ndarray:
     """Marks the columns whose candidate is in a list of the row: [num_rows, num_columns] bool.
 
     `parts` are the values and the offsets of one or more `RowLists` of `num_rows` lists.
+
+    Example:
+        Two rows, whose lists are [3] and [7, 9]:
+
+        >>> contains(np.array([7, 3, 7]), np.array([3, 7, 9]), np.array([0, 1, 3]))
+        array([[False,  True, False],
+               [ True, False,  True]])
     """
-    distinct, place = np.unique(columns, return_inverse=True)
+    distinct, column = np.unique(columns, return_inverse=True)
     largest = max(rows.max(initial=0) for rows in (columns, *parts[::2]))
     # The table's column for each candidate, from 1; 0 if the candidate is in no column.
-    line_of = np.zeros(largest + 1, np.int32)
-    line_of[distinct] = np.arange(1, len(distinct) + 1, dtype=np.int32)
+    table_column = np.zeros(largest + 1, np.int32)
+    table_column[distinct] = np.arange(1, len(distinct) + 1, dtype=np.int32)
     num_rows, width = len(parts[1]) - 1, len(distinct) + 1
     table = np.zeros(num_rows * width, bool)
     for values, splits in zip(parts[::2], parts[1::2], strict=True):
         first = np.repeat(np.arange(num_rows) * width, np.diff(splits))
-        table[first + line_of[values]] = True
-    return table.reshape(num_rows, width).take(place + 1, axis=1)
+        table[first + table_column[values]] = True
+    return table.reshape(num_rows, width).take(column + 1, axis=1)
+
+
+class HardPool(NamedTuple):
+    """The candidates of each sample's hard negatives: list number `key` of a kind's lists.
+
+    Without a key, each sample has a list of its own among the samples' files, from which what is
+    never its negative was removed when it was built.
+    """
+
+    lists: RowLists
+    key: np.ndarray | None
+
+    @classmethod
+    def checked(
+        cls, name: str, pool: Pool, samples: Samples, rng: np.random.Generator
+    ) -> "HardPool":
+        """Packs a pool that a kind returned; refuses (`ValueError`) one that does not fit."""
+        lists, key = pool
+        if isinstance(lists, RowLists) and key is None:
+            return cls(lists, None)
+        # In random order, since a row draws neighbours of a list together.
+        packed = RowLists.from_lists([rng.permutation(np.asarray(rows, int)) for rows in lists])
+        numbers = np.arange(len(packed)) if key is None else np.asarray(key)
+        rows, last = packed.values, len(samples.counts) - 1
+        is_list = (numbers >= 0) & (numbers < len(packed))
+        if numbers.shape != (len(samples),) or not is_list.all():
+            raise ValueError(
+                f"Hard negatives {name!r} need the number of a list for each of {len(samples)} "
+                f"samples, below the {len(packed)} lists. Received: {numbers}"
+            )
+        if rows.size and not 1 <= rows.min() <= rows.max() <= last:
+            raise ValueError(
+                f"Hard negatives {name!r} must be candidate rows in 1 .. {last}: row 0 is "
+                f"'unknown'. Received: {rows.min()} to {rows.max()}"
+            )
+        return cls(packed, numbers)
+
+    def take(self, index: np.ndarray) -> RowLists:
+        """Gathers the candidates of samples, [n] int."""
+        return self.lists.take(index if self.key is None else self.key[index])
+
+    def has_any(self, samples: slice) -> np.ndarray:
+        """Marks the samples whose list is not empty: [n] bool."""
+        index = np.arange(samples.start, samples.stop) if self.key is None else self.key[samples]
+        return self.lists.offsets[index + 1] > self.lists.offsets[index]
 
 
 class HardDraws:
-    """Draws each row's hard negatives, `num` columns from each stage's pool of its sample.
+    """Draws each row's hard negatives, `num` columns from each pool of its sample.
 
-    The stages have equal weight. A `DataError` if no sample has a loser of these stages.
+    The pools have equal weight. A `DataError` if no sample has a candidate, a `ValueError` if the
+    kind is not as `HardNegatives` says.
     """
 
-    def __init__(self, samples: Samples, hard: FunnelLosers, *, seed: int) -> None:
-        self.share = hard.share
-        self._hard = hard
-        self._seed = seed
-        self._num_possible = samples.num_possible_negatives
-        nothing = RowLists.empty(len(samples))
-        self.pools: dict[str, RowLists] = {
-            stage: samples.hard_pools.get(stage, nothing) for stage in hard.stages
+    def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
+        check_integer(1, num=hard.num)
+        if not 0 < hard.share < 1:
+            raise ValueError(f"The share of hard negatives is in (0, 1). Received: {hard.share}")
+        self.share, self._num = hard.share, hard.num
+        self._allows_exposed = getattr(hard, "allow_exposed", False)
+        self._samples, self._seed = samples, seed
+        rng = np.random.default_rng([seed, Use.HARD])
+        self.pools = {
+            name: HardPool.checked(name, pool, samples, rng)
+            for name, pool in hard.pools(samples).items()
         }
-        if not any(len(pool.values) for pool in self.pools.values()):
-            ranked = "; a ranked one also needs a rank" if "ranked" in hard.stages else ""
-            raise DataError(
-                f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
-                f"{len(samples):,} positives has one. A loser has the positive's user and its "
-                f"request_id, or without a request_id exactly its time{ranked}. If a click is "
-                "logged later than its request, give request_id; or set model.hard to none."
-            )
+        if not any(len(pool.lists.values) for pool in self.pools.values()):
+            raise DataError(f"{hard}: none of {len(samples):,} positives has a hard negative.")
+
+    def read(self, index: np.ndarray) -> dict[str, RowLists]:
+        """Gathers the candidates of samples, [n] int, in each pool."""
+        pools = {name: pool.take(index) for name, pool in self.pools.items()}
+        for name, lists in pools.items():
+            if self.pools[name].key is not None:
+                pools[name] = lists.where(~self._is_never(name, lists, index))
+        return pools
+
+    def _is_never(self, name: str, lists: RowLists, index: np.ndarray) -> np.ndarray:
+        """Marks the candidates that are never negatives of their sample: [total] bool."""
+        # Left out before the draw: if they were drawn and masked, the few columns left in a row
+        # would each weigh more, and so would a masked candidate's neighbours in the list.
+        samples, candidates = self._samples, lists.values
+        kinds = [samples.known_positives]
+        if not self._may_hold_exposed(name):
+            kinds.append(samples.exposed)
+        pairs = _pairs(lists)
+        is_never = candidates == np.repeat(samples.candidate_rows[index], np.diff(lists.offsets))
+        for kind in kinds:
+            never = np.append(_pairs(kind.take(samples.query_rows[index])), -1)
+            is_never |= never[np.searchsorted(never[:-1], pairs)] == pairs  # Pairs are ascending.
+        if samples.is_later is not None:
+            is_never |= samples.is_later[candidates]
+        return is_never
+
+    def _may_hold_exposed(self, name: str) -> bool:
+        return self._allows_exposed and name == "exposed"
 
     def draw(
         self,
@@ -92,34 +174,46 @@ class HardDraws:
         for i, (name, pool) in enumerate(pools.items()):
             seed = seed_of(self._seed, Use.HARD, step)
             seed = tf.random.experimental.stateless_fold_in(seed, i)
-            drawn = draw_from_lists(pool, self._hard.num, seed)
+            drawn = draw_from_lists(pool, self._num, seed)
             # A graph loses the static shape on the way, and the loss needs the rank.
-            drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._hard.num])
+            drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
-            # A pool of exposed items exists only if `allow_exposed` is set.
-            for reason in (KNOWN,) if name == "exposed" else REASONS:
+            for reason in (KNOWN,) if self._may_hold_exposed(name) else REASONS:
                 is_good &= ~is_member(never[reason], drawn)
             rows.append(drawn)
             is_counted.append(is_good)
             num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))
         left = tf.stack(num_left, axis=1)
-        log_q = hard_log_q(left, self.share, self._num_possible)
+        log_q = hard_log_q(left, self.share, self._samples.num_possible_negatives)
         return HardColumns(
             candidate_row=tf.concat(rows, axis=1),
-            log_q=tf.repeat(log_q, self._hard.num, axis=1),
+            log_q=tf.repeat(log_q, self._num, axis=1),
             is_counted=tf.concat(is_counted, axis=1),
             share=tf.where(tf.reduce_any(left > 0, axis=1), self.share, 0.0),
         )
 
 
 def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
-    """Draws `num` entries of each list, which is in random order; 0s if empty: [n, num] int32."""
+    """Draws `num` entries of each list, which is in random order; 0s if empty: [n, num] int32.
+
+    Example:
+        >>> lists = RowLists.from_lists([np.array([4, 5, 6]), np.array([], int)])
+        >>> ragged = tf.RaggedTensor.from_row_splits(lists.values, lists.offsets)
+        >>> draw_from_lists(ragged, 4, tf.constant([0, 1])).numpy()
+        array([[4, 5, 6, 4],
+               [0, 0, 0, 0]], dtype=int32)
+    """
     # Takes consecutive entries from a random start, wrapping around. Each column is a uniform draw.
     # Entries repeat only after all have come: their mean varies less than with independent draws.
     lengths = lists.row_lengths()[:, tf.newaxis]
     drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], 1], seed)
     start = tf.cast(drawn * tf.cast(lengths, tf.float32), tf.int64)
-    place = (start + tf.range(num, dtype=tf.int64)) % tf.maximum(lengths, 1)
-    place += lists.row_starts()[:, tf.newaxis]
+    position = (start + tf.range(num, dtype=tf.int64)) % tf.maximum(lengths, 1)
+    position += lists.row_starts()[:, tf.newaxis]
     padded = tf.concat([lists.values, [0]], axis=0)
-    return tf.where(lengths > 0, tf.gather(padded, place), 0)
+    return tf.where(lengths > 0, tf.gather(padded, position), 0)
+
+
+def _pairs(lists: RowLists) -> np.ndarray:
+    """Returns a number for each pair of a list's number and a value in it: [total] int64."""
+    return np.repeat(np.arange(len(lists)), np.diff(lists.offsets)) << 32 | lists.values

@@ -11,23 +11,17 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
-from tfrs_pipeline.batches.hard import EXPOSED, KNOWN, HardDraws, Never, contains, never_shared
+from tfrs_pipeline.batches.hard import EXPOSED, KNOWN, HardDraws, Never, never_shared
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.negatives.kinds import (
-    FunnelLosers,
-    InBatch,
-    Negatives,
-    SamplingFrame,
-    counts_as_in_batch,
-)
+from tfrs_pipeline.negatives.kinds import HardNegatives, InBatch, Negatives, SamplingFrame
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 
 SAMPLES_PER_BLOCK = 1 << 20
-_LATER = "items that came later"
+LISTS_PER_BLOCK = 1 << 16
 
 
-class _Found(NamedTuple):
+class _Parts(NamedTuple):
     """The parts of a batch that are read from the samples, or their types.
 
     `never` has a list for each distinct query; `slot` says which of them is a query's own.
@@ -46,7 +40,7 @@ class HybridBatches:
         samples: The training samples.
         examples: Which positives are batched: `SinglePositives`, `WholeSequences` or `UserSets`.
         negatives: Kinds of negatives that the rows of a batch share, one or more.
-        hard: Each row's own hard negatives; None draws none.
+        hard: The kind of each row's own hard negatives; None draws none.
         seed: Seed of the draws.
         positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
             scaled to a mean of 1 over the samples.
@@ -57,7 +51,7 @@ class HybridBatches:
         expected_count: [num_candidates + 1] float64, n(c).
 
     Raises a `ValueError` if the examples conflict with in-batch or hard negatives, or as `Mixture`
-    does, and a `DataError` if `hard` asks for losers of the funnel and no positive has any.
+    does, and a `DataError` if no positive has a hard negative of the kind.
 
     Example:
         >>> from tfrs_pipeline.batches.kinds import SinglePositives
@@ -76,7 +70,7 @@ class HybridBatches:
         examples: Examples,
         negatives: Sequence[Negatives],
         *,
-        hard: FunnelLosers | None = None,
+        hard: HardNegatives | None = None,
         seed: int,
         positive_weight: np.ndarray | None = None,
     ) -> None:
@@ -98,6 +92,7 @@ class HybridBatches:
         self.negatives = tuple(negatives)
         self._seed = seed
         q_positive = positive_probability(samples.counts, examples.rate)
+        # n(c) follows from how positives are drawn, not from their weights.
         self.frame = SamplingFrame(samples.counts, q_positive, examples.batch_size)
         self._mixture = Mixture(self.negatives, self.frame)
         self.expected_count = self._mixture.expected_count
@@ -107,7 +102,6 @@ class HybridBatches:
         self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
-        self._pools: Mapping[str, RowLists] = {} if self._hard is None else self._hard.pools
 
     @property
     def num_unreachable(self) -> int:
@@ -123,12 +117,10 @@ class HybridBatches:
         if self._hard is None:
             return 0.0
         share = 0.0
-        of_one = self.frame.q_positive / np.maximum(self.samples.counts, 1)
-        for place in _blocks(len(self.samples)):
-            ends = slice(place.start, place.stop + 1)
-            num_in = [np.diff(pool.offsets[ends]) for pool in self._pools.values()]
-            has_any = np.any(num_in, axis=0)
-            share += of_one[self.samples.candidate_rows[place][has_any]].sum()
+        sample_rate = self.frame.q_positive / np.maximum(self.samples.counts, 1)
+        for block in _blocks(len(self.samples)):
+            has_any = np.any([pool.has_any(block) for pool in self._hard.pools.values()], axis=0)
+            share += sample_rate[self.samples.candidate_rows[block][has_any]].sum()
         return self._hard.share * share
 
     def dataset(
@@ -142,6 +134,7 @@ class HybridBatches:
         if slices is not None:
             chosen = slices.each(chosen)
         build = functools.partial(self._build, slices=slices)
+        # Deterministic: a batch is a function of its step, so parallel work may not reorder them.
         batches = chosen.map(build, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         return batches.prefetch(tf.data.AUTOTUNE)
 
@@ -159,6 +152,7 @@ class HybridBatches:
         slices: Slices | None = None,
     ) -> Batch:
         batch, slot, never, pools = look_up(self._read, chosen, self._signature)
+        # Each use has a seed of its own, so that one more draw does not change the others.
         shared = self._mixture.draw(batch.candidate_row, seed_of(self._seed, Use.SHARED, step))
         dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
         batch = batch._replace(shared_row=shared, dropout_seed=dropout_seed)
@@ -180,33 +174,33 @@ class HybridBatches:
         log_q = self._mixture.log_q(columns[tf.newaxis, :], share)
         return batch._replace(log_q=log_q, is_counted=is_counted)
 
-    def _read(self, chosen: Any) -> _Found:
+    def _read(self, chosen: Any) -> _Parts:
         batch = self.examples.read(chosen)
         index = batch.index
         columns = self.samples.request_columns
         requests: Any = {name: column[index] for name, column in columns.items()} or None
         # Each query is looked up once: one with very many events may fill much of a batch.
         distinct, slot = np.unique(batch.query_row, return_inverse=True)
-        return _Found(
+        return _Parts(
             batch._replace(weight=self._weights(index), requests=requests),
             slot,
-            _take(self._never, distinct),
-            _take(self._pools, index),
+            {reason: lists.take(distinct) for reason, lists in self._never.items()},
+            {} if self._hard is None else self._hard.read(index),
         )
 
     @functools.cached_property
-    def _signature(self) -> _Found:
+    def _signature(self) -> _Parts:
         batch = self.examples.signature
         num = batch.index.shape[0]
         requests: Any = {
             name: tf.TensorSpec([num, *x.shape[1:]], x.dtype)
             for name, x in self.samples.request_columns.items()
         } or None
-        return _Found(
+        return _Parts(
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
             dict.fromkeys(self._never, _lists_spec(None)),
-            dict.fromkeys(self._pools, _lists_spec(num)),
+            {} if self._hard is None else dict.fromkeys(self._hard.pools, _lists_spec(num)),
         )
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:
@@ -217,66 +211,74 @@ class HybridBatches:
 
     @functools.cached_property
     def positive_share(self) -> np.ndarray:
-        """[num_candidates + 1] float64, each candidate's share of the positives' weight.
+        """[num_candidates + 1] float64, each candidate's share of the training weight.
 
-        That is its rate of draws times its weights.
+        That is the rate at which its samples are drawn, times their weights.
         """
         share = np.zeros(len(self.samples.counts))
-        for place in _blocks(len(self.samples)):
-            rows = self.samples.candidate_rows[place]
-            share += np.bincount(rows, self._weights(place), len(share))
+        for block in _blocks(len(self.samples)):
+            rows = self.samples.candidate_rows[block]
+            share += np.bincount(rows, self._weights(block), len(share))
         if self.examples.rate is not None:
             share *= self.examples.rate
         return share / share.sum()
 
-    def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
-        """Computes the share of the shared columns that each reason masks, over the first batches.
+    def masked_shares(self) -> dict[str, float]:
+        """Computes the share of the shared columns that each reason is expected to mask.
 
-        A row's own in-batch column does not count.
+        It is a mean over the positives that batches draw: a column holds c with n(c) / sum of n. A
+        row's own in-batch column does not count, and a known positive's accidental hits count once.
+
+        Example:
+            >>> from tfrs_pipeline import SinglePositives, Uniform
+            >>> samples = Samples.from_pairs(
+            ...     [1, 1, 1, 2], [5, 6, 7, 5], num_queries=2, num_candidates=9
+            ... )
+            >>> examples = SinglePositives(samples, batch_size=2, history_length=3, seed=0)
+            >>> shares = HybridBatches(samples, examples, [Uniform(3)], seed=0).masked_shares()
+            >>> round(shares["known positives"], 4)  # Three of four have two others of nine items.
+            0.1667
         """
-        masked = dict.fromkeys(("accidental hits", *self._never), 0)
-        if self.samples.is_later is not None:
-            masked[_LATER] = 0
-        num_cells = 0
-        for step in range(num_steps):
-            batch = self.batch(step)
-            columns, query_row = batch.shared_row.numpy(), batch.query_row.numpy()
-            if batch.positive_query is not None:  # Counted per positive, as for other examples.
-                query_row = query_row[batch.positive_query]
-            never = _take(self._never, query_row)
-            found = [columns == batch.candidate_row.numpy()[:, np.newaxis]]
-            found += [contains(columns, x.values, x.offsets) for x in never.values()]
-            if self.samples.is_later is not None:
-                found.append(self.samples.is_later[columns][np.newaxis, :])
-            is_left = np.ones_like(found[0])
-            for name, is_masked in zip(masked, found, strict=True):
-                masked[name] += int(np.count_nonzero(is_masked & is_left))
-                is_left &= ~is_masked
-            num_own = len(query_row) * sum(map(counts_as_in_batch, self.negatives))
-            masked["accidental hits"] -= num_own
-            num_cells += is_left.size - num_own
-        return {name: count / num_cells for name, count in masked.items()}
+        samples, n = self.samples, self.expected_count
+        sample_rate = self.frame.q_positive / np.maximum(samples.counts, 1)
+        query_rate = np.zeros(len(samples.known_positives))
+        for block in _blocks(len(samples)):
+            rates = sample_rate[samples.candidate_rows[block]]
+            query_rate += np.bincount(samples.query_rows[block], rates, len(query_rate))
+        masked = {"accidental hits": float(self.frame.q_positive @ n)}
+        masked |= {name: _sum_of_pairs(lists, query_rate, n) for name, lists in self._never.items()}
+        masked[KNOWN] -= masked["accidental hits"]
+        if samples.is_later is not None:
+            masked["items that came later"] = float(n[samples.is_later].sum())
+        return {reason: num / float(n.sum()) for reason, num in masked.items()}
+
+
+def _sum_of_pairs(lists: RowLists, key_weights: np.ndarray, value_weights: np.ndarray) -> float:
+    """Sums the products of both weights over all pairs of a key and a value in its list."""
+    total = 0.0
+    for keys in _blocks(len(lists), LISTS_PER_BLOCK):
+        offsets = lists.offsets[keys.start : keys.stop + 1]
+        weights = np.repeat(key_weights[keys], np.diff(offsets))
+        total += float(weights @ value_weights[lists.values[offsets[0] : offsets[-1]]])
+    return total
 
 
 def _of_rows(never: Never, slot: tf.Tensor) -> Never:
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
 
 
-def _take(lists: Mapping[str, RowLists], keys: np.ndarray) -> dict[str, RowLists]:
-    return {name: each.take(keys) for name, each in lists.items()}
-
-
-def _blocks(num_samples: int) -> Iterator[slice]:
-    """Cuts samples into blocks that are small enough to be copied into memory."""
-    for start in range(0, num_samples, SAMPLES_PER_BLOCK):
-        yield slice(start, min(start + SAMPLES_PER_BLOCK, num_samples))
+def _blocks(num: int, size: int | None = None) -> Iterator[slice]:
+    """Cuts samples, or lists of some size, into blocks that fit into memory."""
+    size = SAMPLES_PER_BLOCK if size is None else size
+    for start in range(0, num, size):
+        yield slice(start, min(start + size, num))
 
 
 def _lists_spec(num_lists: int | None) -> tf.RaggedTensorSpec:
     return tf.RaggedTensorSpec([num_lists, None], tf.int32, row_splits_dtype=tf.int64)
 
 
-def look_up(read: Callable[[Any], _Found], chosen: Any, signature: _Found) -> _Found:
+def look_up(read: Callable[[Any], _Parts], chosen: Any, signature: _Parts) -> _Parts:
     """Reads the chosen contents in NumPy, which does not copy mapped files; returns tensors."""
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:

@@ -23,9 +23,16 @@ class SinglePositives:
     """Every sample once an epoch, in a random order that the graph computes.
 
     A batch may span two epochs, so every batch is full. `history_length` is N, the most recent
-    history rows per query. With a `rate` by candidate, [num_candidates + 1], an epoch has as many
-    draws with replacement: first of a candidate, then of one of its samples. A `ValueError` if
+    history rows per query. With a `rate` by candidate, [num_candidates + 1], an epoch draws as many
+    samples with replacement: a candidate by its rate, then one of its samples. A `ValueError` if
     there are fewer than `batch_size` samples, or 2^31 or more.
+
+    Example:
+        >>> samples = Samples.from_pairs([1, 1, 1], [5, 6, 7], num_queries=1, num_candidates=9)
+        >>> examples = SinglePositives(samples, batch_size=2, history_length=3, seed=0)
+        >>> examples.read(np.array([2, 0])).history_rows
+        array([[6, 5, 0],
+               [0, 0, 0]], dtype=int32)
     """
 
     is_fair_draw = True
@@ -68,6 +75,7 @@ class SinglePositives:
             self._sampler = AliasSampler(positive_probability(samples.counts, rate))
             self._counts = tf.constant(samples.counts, tf.int64)
             self._first = tf.cumsum(self._counts, exclusive=True)
+            # The samples of a candidate lie together, so that a draw within it is an addition.
             by_candidate = np.argsort(samples.candidate_rows, kind="stable")
             self._by_candidate = by_candidate.astype(np.int32)
 
@@ -98,11 +106,11 @@ class SinglePositives:
     def _samples_of(self, step: tf.Tensor) -> tf.Tensor:
         if self._sampler is not None:
             return self._drawn(self._sampler, seed_of(self._seed, Use.ORDER, step))
-        place = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
-        index = tf.cast(place % self._num_samples, tf.int32)
+        position = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
+        index = tf.cast(position % self._num_samples, tf.int32)
         first_epoch = step * self.batch_size // self._num_samples
         # A batch is not larger than an epoch, so it ends in the next epoch at the latest.
-        is_next = place // self._num_samples > first_epoch
+        is_next = position // self._num_samples > first_epoch
         this, following = (
             tf.random.experimental.index_shuffle(
                 index, seed_of(self._seed, Use.ORDER, epoch), self._num_samples - 1
@@ -151,12 +159,14 @@ class UserSets(EpochExamples):
         self._num_samples = len(samples)
         self._rows = samples.candidate_rows
         # The distinct pairs of a query and a candidate; each has one coin.
+        # Rows are int32, so a pair of them is one int64, which sorts by query, then candidate.
         pairs = samples.query_rows.astype(np.int64) << 32 | samples.candidate_rows
         distinct, self._pair = np.unique(pairs, return_inverse=True)
         self._queries, query_of_pair = np.unique(distinct >> 32, return_inverse=True)
         self._query_of_sample = query_of_pair[self._pair]
         # At least half of all draws leave the mean number of users, rounded down, or more.
         mean_left = np.sum(1 - 0.5 ** np.bincount(query_of_pair))
+        # Half of the positives are targets, on average.
         steps = max(1, min(round(len(samples) * 0.5 / batch_size), int(mean_left)))
         drawn = dict.fromkeys(("query_row", "target", "num_targets", "input", "num_inputs"), row)
         super().__init__(batch_size=batch_size, steps_per_epoch=steps, seed=seed, drawn=drawn)
@@ -203,6 +213,7 @@ class UserSets(EpochExamples):
     def read(self, chosen: dict[str, np.ndarray]) -> Batch:
         """Reads a step's draws; see the class."""
         num_inputs = chosen["num_inputs"]
+        # As wide as this batch needs: sets differ much in size.
         width = min(num_inputs.max(), self._history_length)
         first = np.cumsum(num_inputs) - num_inputs
         queries = np.arange(len(num_inputs), dtype=np.int32)
@@ -229,6 +240,13 @@ class WholeSequences(EpochExamples):
     Batches have P = W positives (about B). Instead of history_rows they have sequence_rows, state
     and, for a log with timestamps, sequence_times (see `Batch`). A `ValueError` if the samples have
     no order, or a batch would be too small for its windows; twice a window's maximum suffices.
+
+    Example:
+        >>> samples = Samples.from_pairs([1, 1, 1], [5, 6, 7], num_queries=1, num_candidates=9)
+        >>> examples = WholeSequences(samples, batch_size=3, history_length=3, seed=0)
+        >>> batch = examples.read(examples.choose(0))
+        >>> batch.sequence_rows.tolist(), batch.state.tolist(), batch.candidate_row.tolist()
+        ([[5, 6]], [0, 1, 2], [5, 6, 7])
     """
 
     has_one_positive = True
@@ -269,6 +287,7 @@ class WholeSequences(EpochExamples):
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         pool = done * self.steps_per_epoch // (self._num_samples * BATCHES_PER_POOL)
         # Sorted by length within a pool, so that a batch has windows of similar length.
+        # Padding is work: without pools, one long window would pad every batch.
         order = order[np.lexsort([self._num_positives[order], pool])]
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         batch = (done * self.steps_per_epoch / self._num_samples).astype(np.int64)
@@ -280,12 +299,12 @@ class WholeSequences(EpochExamples):
         """Reads windows; see the class."""
         samples, windows = self._samples, self._windows
         assert samples.num_earlier is not None
-        of_windows = windows.samples.take(chosen)
-        index = of_windows.values
+        trained = windows.samples.take(chosen)
+        index = trained.values
         starts, lengths = windows.starts[chosen], windows.lengths[chosen]
         width = lengths.max()
         first = samples.sequences.offsets[windows.query_rows[chosen]] + starts
-        window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(of_windows.offsets))
+        window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(trained.offsets))
         num_read = samples.num_earlier[index] - starts[window]
         if (times := samples.sequence_times) is not None:
             # A window ends with its last history; the next event is the query with that history.

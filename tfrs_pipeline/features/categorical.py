@@ -109,7 +109,12 @@ class Categorical(Category, Vocabulary):
 
 @dataclass(frozen=True)
 class Hashed(Category):
-    """A value's bucket by its hash (FarmHash), the same in every process."""
+    """A value's bucket by its hash (FarmHash), the same in every process.
+
+    Example:
+        >>> Hashed.fit("sku", ["a", "b"]).encode_column(["a", "b", "new", None])
+        array([ 4,  7, 16,  0], dtype=int32)
+    """
 
     num_buckets: int  # A power of two.
 
@@ -121,6 +126,7 @@ class Hashed(Category):
 
         Below this limit, at most 4 in 10 values share a bucket with another.
         """
+        # A power of two, so that a larger table of a later training splits buckets cleanly.
         wanted = 2 ** (2 * len(count_rows(column)[0]) - 1).bit_length()
         return cls(name, min(max(wanted, MIN_BUCKETS), MAX_BUCKETS))
 
@@ -132,6 +138,7 @@ class Hashed(Category):
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32 buckets from 1, 0 where missing."""
         # Keras keeps bucket 0 for the mask.
+        # FarmHash is part of the graph, so a server needs no table.
         hashing = tf.keras.layers.Hashing(self.num_buckets + 1, mask_value="", dtype="int32")
         return hashing(cleaned(raw))
 
@@ -155,6 +162,7 @@ def count_rows(
         counts.append(pairs.group_by("value").aggregate([("row", "count")]))
         longest = max(longest, int(lengths.max(initial=0)))
     total = pa.concat_tables(counts).group_by("value").aggregate([("row_count", "sum")])
+    # Counted in Arrow by block, because a column of titles has millions of words.
     values, numbers = total["value"].to_pylist(), total["row_count_sum"].to_pylist()
     return {v: n for v, n in zip(values, numbers, strict=True) if v}, longest
 
@@ -172,7 +180,7 @@ def cleaned(texts: tf.Tensor, vocabulary: Collection[str] = ()) -> tf.Tensor:
 def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
     """Rewrites spellings such as True and FALSE in lower case, like `to_text`."""
     for word in ("true", "false"):
-        spellings = "|".join(x for x in BOOLEANS if x.lower() == word)
+        spellings = "|".join(spelling for spelling in BOOLEANS if spelling.lower() == word)
         texts = tf.strings.regex_replace(texts, f"^({spellings})$", word)
     return texts
 
@@ -214,11 +222,12 @@ class ValueLists(Vocabulary):
     def known_lists(self, lists: tf.RaggedTensor) -> tf.Tensor:
         """Encodes lists: [B, num_values] int32, the known values first, padded with 0."""
         # Lists are cut before they are padded, because one row may have very many values.
+        # Unknown values must not take the places of known ones.
         codes = self.codes(lists.values)
-        place = tf.where(codes > 0)[:, 0]
-        rows = tf.gather(lists.value_rowids(), place)
+        position = tf.where(codes > 0)[:, 0]
+        rows = tf.gather(lists.value_rowids(), position)
         known = tf.RaggedTensor.from_value_rowids(
-            tf.gather(codes, place), rows, lists.nrows(), validate=False
+            tf.gather(codes, position), rows, lists.nrows(), validate=False
         )
         return known[:, : self.num_values].to_tensor(shape=[None, self.num_values])
 
@@ -296,15 +305,15 @@ def _check_texts(column: TableColumn, lists: ir.ArrayValue) -> None:
     """Refuses text with lists in brackets; notes it if no text has two values."""
     text = column.value.strip()
     is_list = text.re_search(r"^\[[^\]]*\]$")
-    found = column.aggregate(
+    totals = column.aggregate(
         num=(text != "").sum(),
         num_lists=is_list.sum(),
         is_parted=(lists.length() > 1).any(),
         example=column.value.max(),
         list_example=column.value.max(where=is_list),
     )
-    num, num_lists, is_parted, *examples = found.values()
-    shown, list_shown = (printable(repr(x)) for x in examples)
+    num, num_lists, is_parted, *examples = totals.values()
+    shown, list_shown = (printable(repr(example)) for example in examples)
     if num and 2 * num_lists > num:
         raise column.refusal(
             f"{column.place} holds lists written as text in {counted(num_lists, 'row')}, such as "
@@ -326,6 +335,11 @@ class Text(ValueLists):
 
     In scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each
     character with its marks is a word.
+
+    Example:
+        >>> title = Text.fit("title", ["The Matrix", "Matrix Reloaded", "The end"])
+        >>> title.vocabulary, title.encode_column(["the  MATRIX!"])[:, :3]
+        (('matrix', 'the'), array([[2, 1, 0]], dtype=int32))
     """
 
     kind: ClassVar[str] = "text"

@@ -17,15 +17,20 @@ TIMESTAMP = "timestamp"
 """The time of a request, from which hour and weekday come; seconds since 1970 in the graph."""
 
 # Inputs that a signature may have besides features.
-_OTHER_INPUTS = (
-    *("user_id", "item_id", "history", HISTORY_TIMESTAMPS),
-    *(TIMESTAMP, "exclude", "allowed", "k"),
-)
+_OTHER_INPUTS = "user_id", "item_id", "history", HISTORY_TIMESTAMPS, TIMESTAMP
+# Those of a SavedModel that retrieves.
+_SEARCH_INPUTS = "exclude", "allowed", "k"
 
 
 def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
-    """Returns the inputs of `encode_raw` by feature, each with a name that a signature allows."""
-    taken = set(_OTHER_INPUTS)
+    """Returns the inputs of `encode_raw` by feature, each with a name that a signature allows.
+
+    Example:
+        >>> from tfrs_pipeline.features.numeric import Numeric
+        >>> raw_signature([Numeric("unit price")])
+        {'unit price': TensorSpec(shape=(None,), dtype=tf.float64, name='unit_price')}
+    """
+    taken = {*_OTHER_INPUTS, *_SEARCH_INPUTS}
     signature = {}
     for feature in features:
         name = re.sub(r"[^A-Za-z0-9_]", "_", feature.name)
@@ -86,7 +91,13 @@ def raw_requests(
     """Converts requests to the arrays of `request_signature`; absent values are missing.
 
     The timestamp is a `datetime` with a time zone; other keys are ignored.
+
+    Example:
+        >>> from tfrs_pipeline.features.numeric import Numeric
+        >>> raw_requests([Numeric("hour")], [{"hour": 3, "device": "app"}, None])
+        {'hour': array([ 3., nan])}
     """
+    # A request may lack any feature: it is then missing, as in training's dropout.
     names = request_signature(features, reads_times=reads_times)
     columns = {name: [(request or {}).get(name) for request in requests] for name in names}
     raw = raw_columns(features, columns, len(requests))
@@ -99,14 +110,16 @@ def encode_requests(
     features: Sequence[Feature], raw: Mapping[str, tf.Tensor]
 ) -> dict[str, tf.Tensor]:
     """Encodes request features; a missing hour or weekday is taken from the timestamp."""
-    made = [feature for feature in features if feature.is_from_timestamp]
-    filled = {x.name: _filled(x, raw[x.name], raw[TIMESTAMP]) for x in made}
-    return encode_raw(features, {**raw, **filled})
+    filled = dict(raw)
+    for feature in features:
+        if feature.is_from_timestamp:
+            filled[feature.name] = _filled(feature, raw[feature.name], raw[TIMESTAMP])
+    return encode_raw(features, filled)
 
 
-def _filled(feature: Feature, given: tf.Tensor, timestamp: tf.Tensor) -> tf.Tensor:
+def _filled(feature: Feature, values: tf.Tensor, timestamp: tf.Tensor) -> tf.Tensor:
     """Fills missing values with the hour or weekday of the timestamp."""
-    given = tf.convert_to_tensor(given, feature.raw_spec.dtype)
+    values = tf.convert_to_tensor(values, feature.raw_spec.dtype)
     timestamp = tf.convert_to_tensor(timestamp, tf.float64)
     is_known = tf.math.is_finite(timestamp)
     seconds = tf.where(is_known, timestamp, tf.zeros_like(timestamp))
@@ -115,7 +128,7 @@ def _filled(feature: Feature, given: tf.Tensor, timestamp: tf.Tensor) -> tf.Tens
     number = tf.math.floormod(day + 3, 7)
     if feature.name == "hour":
         number = tf.floor((seconds - day * DAY_SECONDS) / 3600)
-    if given.dtype == tf.string:
+    if values.dtype == tf.string:
         text = tf.strings.as_string(tf.cast(number, tf.int32))
-        return tf.where((given == "") & is_known, text, given)
-    return tf.where(~tf.math.is_finite(given) & is_known, number, given)
+        return tf.where((values == "") & is_known, text, values)
+    return tf.where(~tf.math.is_finite(values) & is_known, number, values)

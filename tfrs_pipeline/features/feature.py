@@ -124,6 +124,7 @@ class Feature(ABC):
 
     def encode_column(self, column: Column) -> np.ndarray:
         """Encodes a column with `to_raw` and `encode`, in blocks of rows."""
+        # In blocks, because text takes many times its size while it is encoded.
         blocks = [self.encode(self.to_raw(block)).numpy() for block in in_blocks(column)]
         return np.concatenate(blocks)
 
@@ -134,6 +135,7 @@ class Feature(ABC):
         """
         if self.num_codes is None or self.raw_dtype != "string":
             return np.zeros(len(raw), bool)
+        # Code 0 is both missing and unknown; the raw value tells which.
         codes = self.encode(raw).numpy()
         has_value, is_known = (
             values.any(axis=tuple(range(1, values.ndim))) for values in (raw != "", codes)

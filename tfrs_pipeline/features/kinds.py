@@ -11,8 +11,14 @@ from tfrs_pipeline.messages import suggest
 KINDS: dict[str, type[Feature]] = {
     cls.kind: cls
     for cls in (
-        *(Categorical, Hashed, MultiCategorical, Text),
-        *(Numeric, Bucketized, Timestamp, Vector),
+        Categorical,
+        Hashed,
+        MultiCategorical,
+        Text,
+        Numeric,
+        Bucketized,
+        Timestamp,
+        Vector,
     )
 }
 """The kinds that settings can name. Add your own before you use it, in every process."""
@@ -37,7 +43,7 @@ def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
             f"Received: {settings.get('kind')!r}. Add a kind of your own to KINDS first."
         )
     values: dict[str, Any] = {
-        name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }
     del values["kind"]
     return known(**values)

@@ -52,6 +52,11 @@ class Numeric(Number):
 
     Keras's `Normalization` computes in float32, too coarse for counts above 16 million, and raises
     deviations below 1e-7 to 1e-7.
+
+    Example:
+        >>> price = Numeric.fit("price", [1.0, 3.0, None])
+        >>> price.encode_column([1.0, 3.0, 5.0, None])
+        array([-1.,  1.,  3., nan], dtype=float32)
     """
 
     mean: float = 0.0
@@ -74,7 +79,12 @@ class Numeric(Number):
 
 @dataclass(frozen=True)
 class Bucketized(Number):
-    """A number's bucket between quantiles of the column, in float64."""
+    """A number's bucket between quantiles of the column, in float64.
+
+    Example:
+        >>> Bucketized.fit("price", [1, 2, 3, 1000]).encode_column([0, 2, 2.5, 10**6, None])
+        array([1, 2, 2, 4, 0], dtype=int32)
+    """
 
     boundaries: tuple[float, ...] = ()  # Lowest value of each bucket but the first, ascending.
 
@@ -150,11 +160,12 @@ class Timestamp(Feature):
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, 5] float32: age, sine and cosine of the hour, then of the weekday."""
         age = tf.math.log1p(tf.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
+        # The logarithm makes a day matter more for new items than for old ones.
         values = [standardised(age - self.mean, self.scale)]
-        of_day = tf.math.floormod(raw, DAY_SECONDS)
+        in_day = tf.math.floormod(raw, DAY_SECONDS)
         # 1970 began on a Thursday. A weekday is one point on its circle at any hour.
-        of_week = tf.math.floormod(raw - of_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
-        for angle in (of_day * (2 * np.pi / DAY_SECONDS), of_week * (2 * np.pi / 7 / DAY_SECONDS)):
+        in_week = tf.math.floormod(raw - in_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
+        for angle in (in_day * (2 * np.pi / DAY_SECONDS), in_week * (2 * np.pi / 7 / DAY_SECONDS)):
             values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]
         is_finite = tf.math.is_finite(raw[:, tf.newaxis])
         return tf.where(is_finite, tf.stack(values, axis=1), np.float32(np.nan))
@@ -196,6 +207,12 @@ class Vector(Feature):
     """A list of numbers, divided by one scale so that the root mean square length is 1.
 
     Numbers are clipped to 10 typical lengths.
+
+    Example:
+        >>> image = Vector.fit("image", [[3.0, 4.0], None, [0.0, 5.0]])
+        >>> image.encode_column([[3.0, 4.0], None])
+        array([[0.6, 0.8],
+               [nan, nan]], dtype=float32)
     """
 
     num_values: int
@@ -228,13 +245,13 @@ class Vector(Feature):
             numbers = value.cast("array<float64>")
         else:
             raise column.wrong_type("a list of numbers or a string")
-        is_finite = numbers.map(lambda x: (x.abs() <= LARGEST_FLOAT32).fill_null(False)).alls()
+        is_finite = numbers.map(lambda n: (n.abs() <= LARGEST_FLOAT32).fill_null(False)).alls()
         mend = {"remedy": "Correct them, or leave them null where there is none.", "setting": ""}
         column.fault(~is_finite, "does not hold finite numbers that float32 can hold", **mend)
         length = is_finite.ifelse(numbers.length(), ibis.null("int64")).nullif(0)
-        found = column.aggregate(usual=length.mode(), is_faulty=(~is_finite).any())
-        usual = found["usual"]
-        if usual is None and not found["is_faulty"]:
+        lengths = column.aggregate(usual=length.mode(), is_faulty=(~is_finite).any())
+        usual = lengths["usual"]
+        if usual is None and not lengths["is_faulty"]:
             raise column.refusal(
                 f"{column.place}: no row holds a vector. Name another column, or drop the feature."
             )
@@ -245,6 +262,7 @@ class Vector(Feature):
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
         """Takes the most common length of lists, and the root mean square of their norms."""
+        # One scale for all entries keeps the angles between vectors.
         vectors = to_vectors(name, column)
         squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
         return cls(name, vectors.shape[1], float(np.sqrt(np.nanmean(squares))) or 1.0)

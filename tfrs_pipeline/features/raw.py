@@ -42,7 +42,12 @@ def to_text(value: Any) -> str:
 
 
 def to_texts(column: Column) -> Any:
-    """Returns an Arrow array of the `to_text` of each value, "" where it is missing."""
+    """Returns an Arrow array of the `to_text` of each value, "" where it is missing.
+
+    Example:
+        >>> to_texts([True, 7, None, "x"]).to_pylist()
+        ['true', '7', '', 'x']
+    """
     column = typed(column)
     if not isinstance(column, pa.Array):
         return pa.array(["" if is_missing(v) else to_text(v) for v in column], pa.string())
@@ -88,7 +93,12 @@ def padded(values: Any, lengths: np.ndarray) -> np.ndarray:
 
 
 def to_numbers(name: str, column: Column) -> np.ndarray:
-    """Returns [n] float64, NaN where missing; a `ValueError` if an entry is not a number."""
+    """Returns [n] float64, NaN where missing; a `ValueError` if an entry is not a number.
+
+    Example:
+        >>> to_numbers("price", ["1.5", None, 2])
+        array([1.5, nan, 2. ])
+    """
     column = typed(column)
     if isinstance(column, pa.Array):
         try:
@@ -129,14 +139,20 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
 
 
 def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
-    """Returns [n, length] float32, NaN in missing rows; the default length is the most common."""
+    """Returns [n, length] float32, NaN in missing rows; the default length is the most common.
+
+    Example:
+        >>> to_vectors("image", [[1, 2], None])
+        array([[ 1.,  2.],
+               [nan, nan]], dtype=float32)
+    """
     must_hold, num_rows = f"Feature '{name}' must hold", len(column)
-    column, of_numbers = typed(column), pa.list_(pa.float32())
+    column, number_lists = typed(column), pa.list_(pa.float32())
     try:
         if isinstance(column, pa.Array):
-            lists = column.cast(of_numbers, safe=False)
+            lists = column.cast(number_lists, safe=False)
         else:
-            lists = pa.array([None if is_missing(row) else row for row in column], of_numbers)
+            lists = pa.array([None if is_missing(row) else row for row in column], number_lists)
     except pa.ArrowException as error:
         raise ValueError(f"{must_hold} lists of numbers, or None: {error}.") from None
     is_given, lengths = lists.is_valid().to_numpy(zero_copy_only=False), list_lengths(lists)
@@ -164,6 +180,7 @@ def typed(column: Column) -> Any:
         return column.combine_chunks()
     if not isinstance(column, np.ndarray) or column.dtype == object:
         return column
+    # One route for all typed data: NumPy, Arrow and pandas become Arrow.
     values = pa.array(column.ravel(), from_pandas=True)
     if column.ndim == 1:
         return values

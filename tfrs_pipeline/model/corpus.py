@@ -16,7 +16,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import hold_to, read_record, read_whole, refuse_others, write_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.negatives.kinds import FunnelLosers, HardNegatives
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.columns import read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
@@ -51,6 +51,7 @@ class Corpus:
         has_times = "timestamp" in log.events.columns
         end = log.events["timestamp"].max().to_pyarrow().as_py() if has_times else None
         items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
+        # Features are fitted without later items: training cannot have known their values.
         is_later = later_rows(log, candidate_ids)
         is_there = None if is_later is None else ~is_later[1:]
         candidate_features, candidate_columns = _encode(items, log.item_features, end, is_there)
@@ -74,6 +75,11 @@ class Corpus:
             np.isin(np.arange(len(query_ids) + 1), samples.query_rows),
             is_later,
         )
+
+    def features(self, side: str) -> tuple[Feature, ...]:
+        """Returns the features of a side: candidate, query or request."""
+        features: tuple[Feature, ...] = getattr(self, f"{side}_features")
+        return features
 
 
 def later_rows(log: Log, candidate_ids: Ids) -> np.ndarray | None:
@@ -110,6 +116,7 @@ class TrainingSet:
     samples: Samples
     corpus: Corpus
     report: Mapping[str, Any]
+    log: Log | None = None  # An export needs it; None for samples of other origin.
 
     @classmethod
     def build(
@@ -130,6 +137,7 @@ class TrainingSet:
             # Written first: without it, samples could be of any log.
             write_record(made_of, _made_of(log, seed, hard))
             build_samples(log, folder, seed=seed, hard=hard)
+        # The files were hashed when the samples were built or held to their record.
         report = read_record(folder / "report.json", check_files=False)
         samples = read_samples(folder)
         corpus = Corpus.read(log, folder, samples)
@@ -138,9 +146,9 @@ class TrainingSet:
             for feature in corpus.request_features
         }
         samples = replace(samples, request_columns=columns, is_later=corpus.is_later)
-        return cls(samples, corpus, report)
+        return cls(samples, corpus, report, log)
 
-    def check_negatives_left(self, hard: FunnelLosers | None) -> None:
+    def check_negatives_left(self, hard: HardNegatives | None) -> None:
         """Refuses (`DataError`) a log in which every user clicked or saw every item.
 
         The masks leave no negatives there, unless exposed items are hard negatives (`hard`).
@@ -148,7 +156,7 @@ class TrainingSet:
         samples = self.samples
         users = np.unique(samples.query_rows)
         never = np.diff(samples.known_positives.offsets)[users]
-        if hard is None or "exposed" not in hard.stages:
+        if not getattr(hard, "allow_exposed", False):
             never = never + np.diff(samples.exposed.offsets)[users]
         if (never >= samples.num_possible_negatives).all():
             raise DataError(

@@ -35,6 +35,7 @@ def training_strategy() -> tf.distribute.Strategy:
                 f"Received: {type(strategy).__name__}"
             )
         return strategy
+    # A worker's own GPUs are part of its cluster's strategy, so workers come first.
     if this_worker().count > 1:
         return _of_workers()
     if len(tf.config.list_physical_devices("GPU")) > 1:
@@ -79,7 +80,7 @@ def dataset_of(
     if strategy.num_replicas_in_sync == 1:
         return batches.dataset(start_step, num_steps)
 
-    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+    def worker_slices(context: tf.distribute.InputContext) -> tf.data.Dataset:
         count = context.num_replicas_in_sync // context.num_input_pipelines
         first = context.input_pipeline_id * count
         slices = Slices(first, count, context.num_replicas_in_sync)
@@ -87,7 +88,7 @@ def dataset_of(
         # Without this, TensorFlow asks all replicas before each step whether they have a batch.
         return endless.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
-    return strategy.distribute_datasets_from_function(of_worker)
+    return strategy.distribute_datasets_from_function(worker_slices)
 
 
 def on_chief(work: Callable[[], Any]) -> Any:
@@ -107,6 +108,7 @@ def on_chief(work: Callable[[], Any]) -> Any:
     try:
         result = work()
     except BaseException as error:
+        # The others would wait forever for an answer.
         with contextlib.suppress(WorkerLost):
             _from_chief(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         raise
@@ -116,6 +118,7 @@ def on_chief(work: Callable[[], Any]) -> Any:
 
 def chief_first(work: Callable[[], T]) -> T:
     """Does work on the chief, then on the other workers, which find the chief's files."""
+    # A local object, such as mapped samples, cannot travel: the others make theirs from the files.
     done: list[T] = []
     on_chief(lambda: done.append(work()))
     return done[0] if done else work()
@@ -130,7 +133,8 @@ def naming_lost_workers() -> Iterator[None]:
         worker = this_worker()
         if worker.count == 1:
             raise
-        reason = next((x for x in str(error).splitlines() if "aborted by" in x), str(error)[:300])
+        causes = [line for line in str(error).splitlines() if "aborted by" in line]
+        reason = causes[0] if causes else str(error)[:300]
         raise WorkerLost(
             f"Another of the {worker.count} workers does not answer (this is worker "
             f"{worker.number}): it was killed, has failed, or the network is down; its own output "
@@ -141,6 +145,7 @@ def naming_lost_workers() -> Iterator[None]:
 
 def _from_chief(message: bytes) -> bytes:
     """Sends bytes from the chief to all workers; the others' bytes are ignored."""
+    # An all-reduce needs equal shapes, so the length goes first. Only the chief adds anything.
     (length,) = _sum_of_workers(np.array([len(message)]))
     codes = np.zeros(length, np.int64)
     if message:
@@ -160,13 +165,13 @@ def _sum_of_workers(numbers: np.ndarray) -> np.ndarray:
 def _summing(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], Any]:
     num_devices = strategy.num_replicas_in_sync // this_worker().count
 
-    def of_replica(numbers: tf.Tensor) -> tf.Tensor:
+    def sum_on_replica(numbers: tf.Tensor) -> tf.Tensor:
         context = tf.distribute.get_replica_context()
         is_first = tf.equal(context.replica_id_in_sync_group % num_devices, 0)
-        given = tf.where(is_first, numbers, tf.zeros_like(numbers))
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, given)
+        counted = tf.where(is_first, numbers, tf.zeros_like(numbers))
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, counted)
 
     return tf.function(
-        lambda numbers: strategy.run(of_replica, args=(numbers,)),
+        lambda numbers: strategy.run(sum_on_replica, args=(numbers,)),
         input_signature=[tf.TensorSpec([None], tf.int64)],
     )

@@ -16,6 +16,7 @@ from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.graph import lookup, signature_inputs, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
+from tfrs_pipeline.samples.store import RowLists
 
 ITEMS_PER_CALL = 8192
 # Self-attention over 200 items takes about 1.3 MB a query: four times as many would be most of the
@@ -29,9 +30,9 @@ class Encoder(tf.Module):
     Ids are int64 or strings; -1 or "" is an empty slot. Without `user_data` it holds no
     user ids, histories or features; a `ValueError` if the model embeds each user's id.
 
-    Functions of queries take the raw values of request features last (`request_signature`). Those
-    of a model that reads times take the request's timestamp, and after a history the times of its
-    items: history_timestamps [B, L], seconds since 1970, NaN or absent where unknown.
+    Functions of queries take the raw values of request features last (`request_signature`). If the
+    model reads times, they also take the request's timestamp and, after a history, its
+    history_timestamps [B, L]: seconds since 1970, NaN or absent where unknown.
 
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
@@ -50,50 +51,49 @@ class Encoder(tf.Module):
     def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
         super().__init__(name="encoder")
         self._model = lambda: model  # A function keeps the model out of the exported objects.
-        self._holds_users = user_data
-        self._query_rows = graph.row_table(model.query_ids if user_data else model.query_ids[:0])
-        self._candidate_rows = graph.row_table(model.candidate_ids)
-        # Place 0 holds the empty id, since an empty slot has row 0.
-        self._candidate_ids = stored(graph.with_empty(model.candidate_ids))
-        nobody = np.zeros(0, np.int32), np.zeros(2, np.int64)
-        self._histories, self._known = (
-            [stored(x) for x in ((lists.values, lists.offsets) if user_data else nobody)]
-            for lists in (model.histories, model.known_positives)
-        )
-        # Kept without user data too, because the server counts how popular its answers are.
+        self._holds_users, self._reads_times = user_data, model.history_times is not None
+        # The server counts how popular its answers are, so this is kept without user data too.
         known, num_rows = model.known_positives.values, len(model.candidate_ids) + 1
         self._num_clicks = stored(np.bincount(known, minlength=num_rows).astype(np.int32))
-        self._history_times: tf.Variable | None = None
-        if model.history_times is not None:
-            times = model.history_times if user_data else nobody[0]
-            self._history_times = stored(times.astype(np.float64))
+        user_dtype, item_dtype = map(graph.id_dtype, (model.query_ids, model.candidate_ids))
+        query_ids, times = model.query_ids, model.history_times
+        histories, known_positives = model.histories, model.known_positives
+        if not user_data:
+            query_ids, times = query_ids[:0], np.zeros(0)
+            histories = known_positives = RowLists.empty(1)
+        self._query_rows = graph.row_table(query_ids)
+        self._candidate_rows = graph.row_table(model.candidate_ids)
+        # Entry 0 holds the empty id, since an empty slot has row 0.
+        self._candidate_ids = stored(graph.with_empty(model.candidate_ids))
+        self._histories, self._known = (
+            [stored(lists.values), stored(lists.offsets)] for lists in (histories, known_positives)
+        )
+        self._history_times = stored(np.asarray(times, float)) if self._reads_times else None
         self._query_features = tuple(model.query_features)
         self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
         # An attribute is saved with the module.
         features = *self._query_features, *self._request_features, *self._candidate_features
         self._resources = [feature.graph_resource for feature in features]
-        user_id = tf.TensorSpec([None], graph.id_dtype(model.query_ids), "user_id")
-        item_dtype = graph.id_dtype(model.candidate_ids)
+        user_id = tf.TensorSpec([None], user_dtype, "user_id")
         item_id = tf.TensorSpec([None], item_dtype, "item_id")
-        history = tf.TensorSpec([None, None], item_dtype, "history")
-        query_features = raw_signature(self._query_features).values()
-        timed = [history]
+        query = [user_id, tf.TensorSpec([None, None], item_dtype, "history")]
         if self._reads_times:
-            timed.append(tf.TensorSpec([None, None], tf.float64, HISTORY_TIMESTAMPS))
+            query.append(tf.TensorSpec([None, None], tf.float64, HISTORY_TIMESTAMPS))
+        query_features = raw_signature(self._query_features).values()
+        candidate_features = raw_signature(self._candidate_features).values()
         self._request_signature = request_signature(
             self._request_features, self._query_features, reads_times=self._reads_times
         )
         request = self._request_signature.values()
-        candidate_features = raw_signature(self._candidate_features).values()
         self.embed_user: Any = None
         if user_data:
             self.embed_user = traced(self._embed_user, [user_id, *request])
-        self.embed_query = traced(self._embed_query, [user_id, *timed, *request])
+        self.embed_query = traced(self._embed_query, [*query, *request])
         self.embed_query_with_features = None
         if query_features:
             self.embed_query_with_features = traced(
-                self._embed_query, [user_id, *timed, *query_features, *request]
+                self._embed_query, [*query, *query_features, *request]
             )
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
         self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
@@ -102,13 +102,8 @@ class Encoder(tf.Module):
         # Only variables: tracking the layers would export their Keras machinery too.
         self._variables = list(model.variables) if user_data else self._variables_without_users()
 
-    @property
-    def _reads_times(self) -> bool:
-        return self._history_times is not None
-
     def _embed_user(self, user_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
-        query_rows = lookup(self._query_rows, user_id)
-        times = None
+        query_rows, times = lookup(self._query_rows, user_id), None
         if self._history_times is not None:
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
@@ -122,10 +117,10 @@ class Encoder(tf.Module):
         known, times = tf.ragged.boolean_mask(rows, rows > 0), None
         if self._reads_times:
             # Cut or padded to the width of the history.
-            given, width = raw[HISTORY_TIMESTAMPS], tf.shape(history)[1]
-            missing = [[0, 0], [0, tf.maximum(width - tf.shape(given)[1], 0)]]
-            given = tf.pad(given, missing, constant_values=np.nan)[:, :width]
-            times = tf.ragged.boolean_mask(tf.reverse(given, axis=[1]), rows > 0)
+            item_times, width = raw[HISTORY_TIMESTAMPS], tf.shape(history)[1]
+            missing = [[0, 0], [0, tf.maximum(width - tf.shape(item_times)[1], 0)]]
+            item_times = tf.pad(item_times, missing, constant_values=np.nan)[:, :width]
+            times = tf.ragged.boolean_mask(tf.reverse(item_times, axis=[1]), rows > 0)
         return self._embed(lookup(self._query_rows, user_id), known, times, raw)
 
     def _embed(
@@ -139,23 +134,27 @@ class Encoder(tf.Module):
         features = self._encoded_features(raw)
         if not self._holds_users:
             features = self._missing_features(tf.shape(query_rows)[0]) | features
+        # Padded to the length of training, so that the graph has one shape.
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
-        given: dict[str, Any] = _given(features)
+        arguments: dict[str, Any] = _given(features)
         if times is not None:
-            of_items = times[:, :length].to_tensor(np.nan, shape=[None, length])
-            given["history_times"] = tf.concat([raw[TIMESTAMP][:, tf.newaxis], of_items], axis=1)
+            item_times = times[:, :length].to_tensor(np.nan, shape=[None, length])
+            arguments["history_times"] = tf.concat(
+                [raw[TIMESTAMP][:, tf.newaxis], item_times], axis=1
+            )
         # Counted in dense rows, because summing a ragged tensor would take 5% of a query's time.
         return {
-            "embeddings": model.embed_queries(query_rows, recent, **given),
+            "embeddings": model.embed_queries(query_rows, recent, **arguments),
             "is_known_user": query_rows > 0,
             "num_known_items": tf.math.count_nonzero(histories.to_tensor(), axis=1, dtype=tf.int32),
         }
 
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Encodes the features of the request and, where the signature has them, of the user."""
-        given = {name: raw[spec.name] for name, spec in self._request_signature.items()}
-        features = encoding.encode_requests(self._request_features, given)
+        values = {name: raw[spec.name] for name, spec in self._request_signature.items()}
+        features = encoding.encode_requests(self._request_features, values)
+        # Without the user's features in the signature, the model takes those that it holds.
         if all(spec.name in raw for spec in raw_signature(self._query_features).values()):
             features |= _encoded(self._query_features, raw)
         return features
@@ -186,9 +185,13 @@ class Encoder(tf.Module):
         # The model's variables also hold the features of all users, which no function reads now.
         functions = (self.embed_query, self.embed_query_with_features, self.embed_candidate)
         graphs = [f.get_concrete_function().graph for f in functions if f is not None]
-        read = {id(resource) for each in graphs for resource, _ in each.captures}
-        handles = (x.handle if hasattr(x, "handle") else x.resource_handle for x in model.variables)
-        return [x for x, handle in zip(model.variables, handles, strict=True) if id(handle) in read]
+        read = {id(resource) for graph_ in graphs for resource, _ in graph_.captures}
+        # Variables and lookup tables name their resource differently.
+        return [
+            held
+            for held in model.variables
+            if id(held.handle if hasattr(held, "handle") else held.resource_handle) in read
+        ]
 
     def _embed_candidate(self, item_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = lookup(self._candidate_rows, item_id)
@@ -207,8 +210,8 @@ class Encoder(tf.Module):
 
 
 def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    given = {name: raw[spec.name] for name, spec in raw_signature(features).items()}
-    return encoding.encode_raw(features, given)
+    values = {name: raw[spec.name] for name, spec in raw_signature(features).items()}
+    return encoding.encode_raw(features, values)
 
 
 def _given(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
@@ -279,22 +282,28 @@ def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
     """Returns the times of each query's history: float64 seconds since 1970, NaN if unknown.
 
     A query's `history_timestamps` are datetimes with a time zone or None, or seconds since 1970.
+
+    Example:
+        >>> item_times(
+        ...     [{"history": [7, 8], "history_timestamps": [86400, 172800]}, {"history": [9]}]
+        ... )
+        [array([ 86400., 172800.]), array([nan])]
     """
     times = []
     for query in queries:
         num_items = len(history_of(query))
-        given = query.get(HISTORY_TIMESTAMPS)
-        if given is None:
+        stamps = query.get(HISTORY_TIMESTAMPS)
+        if stamps is None:
             times.append(np.full(num_items, np.nan))
             continue
-        if len(given) != num_items:
+        if len(stamps) != num_items:
             raise ValueError(
                 f"{HISTORY_TIMESTAMPS} must be one time for each item of the history, None where "
-                f"unknown. Received: {len(given)} times for {num_items} items."
+                f"unknown. Received: {len(stamps)} times for {num_items} items."
             )
-        seconds = np.asarray(given)
+        seconds = np.asarray(stamps)
         if seconds.dtype.kind not in "iuf":
-            seconds = to_seconds(HISTORY_TIMESTAMPS, list(given))
+            seconds = to_seconds(HISTORY_TIMESTAMPS, list(stamps))
         elif (seconds > MAX_SECONDS).any():
             raise ValueError(
                 f"{HISTORY_TIMESTAMPS} must be seconds since 1970; divide milliseconds by 1,000. "
@@ -315,13 +324,13 @@ def known_rows(
 ) -> list[np.ndarray]:
     """Returns the known positives of each query's user, as rows among `item_ids`."""
     table = graph.row_table(item_ids)
-    found: list[np.ndarray] = []
+    known: list[np.ndarray] = []
     for start in range(0, len(queries), QUERIES_PER_CALL):
         users = [query.get("user_id") for query in queries[start : start + QUERIES_PER_CALL]]
         (spec,) = signature_inputs(encoder.known_items).values()
         rows = lookup(table, encoder.known_items(graph.id_list(users, spec.dtype))).numpy()
-        found += [np.unique(line[line > 0]) for line in rows]
-    return found
+        known += [np.unique(line[line > 0]) for line in rows]
+    return known
 
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:

@@ -84,6 +84,7 @@ class Exportable:
                 )
         if len(self.query_ids):
             object.__setattr__(self, "query_ids", Ids(self.query_ids).values)
+        # Lists have an entry for row 0 as well, so that a row is its own index.
         num_rows = len(self.query_ids) + 1
         for name in ("histories", "known_positives"):
             num_lists = len(getattr(self, name))

@@ -24,6 +24,7 @@ from tfrs_pipeline.model.distribution import dataset_of, on_chief
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.negatives.kinds import FunnelLosers
 
 Validate = Callable[[], dict[str, float]]
 
@@ -54,8 +55,8 @@ class TrainingResult:
 
 OnEpoch: TypeAlias = Callable[[TrainingResult], None]
 
-OnSteps: TypeAlias = Callable[[int, str], None]
-"""Called during a long epoch with its number from 1, and how far it is in words."""
+Tell: TypeAlias = Callable[[int, str], None]
+"""Called after each epoch, and during a long one: with the number of epochs done, and a line."""
 
 
 def train(
@@ -70,7 +71,7 @@ def train(
     folder: Path | None = None,
     callbacks: Sequence[tf.keras.callbacks.Callback] = (),
     on_epoch: OnEpoch | None = None,
-    on_steps: OnSteps | None = None,
+    tell: Tell | None = None,
 ) -> TrainingResult:
     """Trains a network and leaves it with its best weights.
 
@@ -80,20 +81,19 @@ def train(
     `validate` returns metrics by name; without it all epochs are trained, and the last is kept.
     `max_epochs` replaces the settings' number. `start` sets the weights of an untrained network; if
     they were trained before, steps count on from `first_step`. `folder` keeps the best and the last
-    epoch, to resume from.
+    epoch, to resume from. `tell` gets lines for people, `on_epoch` the result so far.
     """
+    steps = batches.steps_per_epoch
+    last = settings.max_epochs if max_epochs is None else max_epochs
     # The decay spans all epochs of the settings, so that a refit for fewer epochs has the same
     # learning rates as the training that was validated.
-    _compile(network, settings, settings.max_epochs * batches.steps_per_epoch, first_step)
+    _compile(network, settings, settings.max_epochs * steps, first_step)
     with contextlib.ExitStack() as stack:
-        saves_all = folder is not None
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        keeper = _BestEpoch(settings, validate, kept, saves_all, on_epoch, on_steps)
+        keeper = _BestEpoch(settings, last, validate, kept, folder is not None, on_epoch, tell)
         epoch = keeper.restore(network)
-        steps = batches.steps_per_epoch
         if not epoch and start is not None:
             start(network)
-        last = settings.max_epochs if max_epochs is None else max_epochs
         if epoch < last and not keeper.is_over:
             network.fit(
                 dataset_of(network, batches, epoch * steps, (last - epoch) * steps),
@@ -126,6 +126,7 @@ def _compile(
     """Gives a network its optimizer and every variable of the optimizer."""
     with network.distribute_strategy.scope():
         network.compile(optimizer=make_optimizer(settings, num_steps, first_step))
+        # A checkpoint is read before the first step, which would otherwise make these variables.
         network.optimizer.build(network.trainable_variables)
 
 
@@ -135,19 +136,20 @@ class _BestEpoch(tf.keras.callbacks.Callback):
     def __init__(
         self,
         settings: TrainingSettings,
+        max_epochs: int,
         validate: Validate | None,
         folder: Path,
         saves_all: bool,
         on_epoch: OnEpoch | None,
-        on_steps: OnSteps | None,
+        tell: Tell | None,
     ) -> None:
         super().__init__()
         # Keras's default, False, would fetch the loss of each step, which is not read.
         self._supports_tf_logs = True
-        self._settings, self._validate = settings, validate
+        self._settings, self._max_epochs, self._validate = settings, max_epochs, validate
         self._folder, self._saves_all = folder, saves_all
-        self._on_epoch, self._on_steps = on_epoch, on_steps
-        self._started = self._told = self._seconds_before = 0.0
+        self._on_epoch, self._tell = on_epoch, tell
+        self._started = self._last_line = self._seconds_before = 0.0
         self._resumed_after = 0
         self.history: dict[str, list[float]] = {}
 
@@ -174,27 +176,32 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         now = time.monotonic()
         self._started = self._started or now
         if not batch:
-            self._told = now
-        if self._on_steps is not None and now - self._told >= messages.SECONDS_BETWEEN_LINES:
-            self._told, epoch = now, self.result.num_epochs + 1
-            steps = self.params["steps"]
-            self._on_steps(epoch, f"epoch {epoch}: {batch + 1:,}/{steps:,} steps")
+            self._last_line = now
+        if self._tell is not None and now - self._last_line >= messages.SECONDS_BETWEEN_LINES:
+            self._last_line, done = now, self.result.num_epochs
+            self._tell(done, f"epoch {done + 1}: {batch + 1:,}/{self.params['steps']:,} steps")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        # Fetched once an epoch, because a fetch waits for all steps before it.
         logs = {name: float(value) for name, value in (logs or {}).items()}
         if not math.isfinite(logs["loss"]):
             raise ValueError(
                 f"The loss is {logs['loss']} after epoch {epoch + 1}: training has diverged. Lower "
                 "training.learning_rate, and look for weights and features of extreme size."
             )
+        # All replicas take the chief's numbers, or they might stop at different epochs.
         logs = dict(on_chief(functools.partial(self._validated, logs)))
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
+        # Without a folder to resume from, only an epoch to return to is saved.
         is_best = self._validate is not None and self.best_epoch == epoch + 1
         if self._saves_all or is_best:
             on_chief(lambda: self._save(self.model, epoch + 1))
         if self.is_over:
             self.model.stop_training = True
+        if self._tell is not None:
+            line = describe_epoch(self.result, self._settings.monitor, self._max_epochs)
+            self._tell(epoch + 1, line)
         if self._on_epoch is not None:
             self._on_epoch(self.result)
 
@@ -226,6 +233,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         return epoch
 
     def _last_whole(self) -> tuple[int, dict[str, Any]]:
+        # An epoch counts if the best one so far is whole too, since training may end with it.
         saved = self._folder.glob("epoch-*.json")
         for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
             if (state := read_whole(self._path(epoch, ".json"))) is not None:
@@ -244,6 +252,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             _checkpoint(network).write(str(self._path(epoch)))
         files = [x for x in record.parent.glob(f"{record.stem}.*") if ".json" not in x.name]
         so_far = self.result
+        # Written last, with the hashes of the files: an epoch without it does not count.
         write_record(record, {"history": so_far.history, "seconds": so_far.seconds}, files)
         keep = {record.stem, f"epoch-{so_far.best_epoch}"}
         for path in record.parent.glob("epoch-*"):
@@ -283,13 +292,15 @@ def describe_data(
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None and settings.correction == "none":
-        told = "without the correction hard negatives count like all others"
-        notes.append(f"{told}: their share has no effect")
+        notes.append(
+            "without the correction hard negatives count like all others: their share has no effect"
+        )
     elif settings.hard is not None:
         note = f"effective mean hard share {batches.mean_hard_share:.4f}"
         if batches.mean_hard_share < settings.hard.share / 2:
-            note += f" for the {settings.hard.share:g} asked for: few positives have losers in "
-            note += "their request (docs/guides/funnel.md)"
+            is_funnel = isinstance(settings.hard, FunnelLosers)
+            what = "losers in their request (docs/guides/funnel.md)" if is_funnel else "any"
+            note += f" for the {settings.hard.share:g} asked for: few positives have {what}"
         notes.append(note)
     if (size := batches.frame.batch_size) < training.batch_size:
         notes.append(
@@ -312,18 +323,3 @@ def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str
     if so_far.num_epochs == so_far.resumed_after + 1 > 1:
         parts.append(f"resumed after epoch {so_far.resumed_after}")
     return ", ".join(parts)
-
-
-def writers(
-    training: TrainingSettings, verbose: bool | None
-) -> tuple[OnEpoch | None, OnSteps | None]:
-    """Makes writers of epochs and of their steps (see `line_writer`); None if nothing is shown."""
-    if (write := messages.line_writer(verbose)) is None:
-        return None, None
-
-    def write_epoch(so_far: TrainingResult) -> None:
-        epoch, all_epochs = so_far.num_epochs, training.max_epochs
-        line = describe_epoch(so_far, training.monitor, all_epochs)
-        write(f"epoch {epoch}/{all_epochs}: {line}")
-
-    return write_epoch, lambda epoch, line: write(line)

@@ -28,6 +28,7 @@ QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
 def query_encoder(network: TwoTowerNetwork, corpus: Corpus) -> QueryEncoder:
     """Makes a function that embeds with the current network, by the same `Encoder` as an export."""
     features = {"query": corpus.query_features, "request": corpus.request_features}
+    # Only what queries need: no user's history, as queries bring their own.
     encoder = Encoder(
         Exportable(
             embed_queries=network.embed_queries,
@@ -115,7 +116,10 @@ class FittedTwoTower:
         Raises a `ValueError` if the model was fitted to samples without their log.
         """
         if self.log is None:
-            raise ValueError("The model was fitted to samples alone: give fit_samples their log.")
+            raise ValueError(
+                "The model was fitted to samples that name no log, so it knows no items."
+            )
+        # The whole log: service should know all clicks, even those that tested the model.
         network, corpus, log = self.network, self.corpus, self.log.whole
         histories, known, times = latest_histories(log, corpus.query_ids, corpus.candidate_ids)
         towers = network.query_tower, network.candidate_tower

@@ -30,7 +30,14 @@ def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
 
 
 def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
-    """Makes a tensor [n, longest] of lists of ids, padded with the empty id."""
+    """Makes a tensor [n, longest] of lists of ids, padded with the empty id.
+
+    Example:
+        >>> id_lists([[7, 8], [], [9]], tf.int64).numpy()
+        array([[ 7,  8],
+               [-1, -1],
+               [ 9, -1]])
+    """
     check_ids(lists, are_text=dtype == tf.string)
     values = _ids_in_graph(list(itertools.chain.from_iterable(lists)), dtype)
     return padded(values, lists, empty_id(dtype))
@@ -66,7 +73,12 @@ def stored(values: Any) -> tf.Variable:
 
 
 def row_table(ids: np.ndarray) -> tf.lookup.experimental.MutableHashTable:
-    """Makes the table of rows 1, 2, ... by id; all other ids have row 0."""
+    """Makes the table of rows 1, 2, ... by id; all other ids have row 0.
+
+    Example:
+        >>> row_table(np.array([30, 10])).lookup(tf.constant([10, 99], tf.int64)).numpy()
+        array([2, 0])
+    """
     # It never changes, but only a mutable table is saved with the variables, not in the graph.
     dtype = id_dtype(ids)
     table = tf.lookup.experimental.MutableHashTable(dtype, tf.int64, default_value=0)
@@ -104,6 +116,7 @@ def call(function: Any, inputs: Mapping[str, tf.Tensor]) -> Any:
 
 def embed_corpus(embed: Callable[[tf.Tensor], tf.Tensor], num_candidates: int) -> np.ndarray:
     """Embeds candidate rows 1, 2, ... by a function of [n] int32 rows: [num_candidates, D]."""
+    # In blocks: the inner layers of a tower need many times the memory of its output.
     rows = np.arange(1, num_candidates + 1, dtype=np.int32)
     starts = range(0, num_candidates, CORPUS_BLOCK)
     blocks = [embed(tf.constant(rows[start : start + CORPUS_BLOCK])).numpy() for start in starts]

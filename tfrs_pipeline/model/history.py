@@ -54,6 +54,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         )
         self._is_shared = item_embedding is not None
         self.num_vectors = len(settings.history_pooling)
+        # All pooled means share one look-up of the items' vectors.
         self._means = tuple(name for name in settings.history_pooling if name != "attention")
         self._recency_decay, self._dropout = settings.recency_decay, settings.history_dropout
         self._reads_times = reads_times
@@ -82,6 +83,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
         parts = []
         if self._means:
+            # Ages count from the latest item, so training and any later request see the same ones.
             ages = None if times is None else times[:, 1:2] - times[:, 1:]
             parts.append(self._pooled(history_rows, kept, self._age_weights(ages, dropout)))
         if self._has_attention:
@@ -150,7 +152,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         return tf.where(is_kept, weights, 1.0)
 
     def _pooled_states(
-        self, sequence_rows: tf.Tensor, kept: tf.Tensor, of_age: tf.Tensor | float
+        self, sequence_rows: tf.Tensor, kept: tf.Tensor, age_weights: tf.Tensor | float
     ) -> tf.Tensor:
         """Pools every prefix of sequences: [W, L] -> [W, L + 1, num_pooled * dim]."""
         vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
@@ -159,33 +161,34 @@ class HistoryEncoder(tf.keras.layers.Layer):
         steps_ago = tf.range(length + 1)[:, tf.newaxis] - 1 - tf.range(length)[tf.newaxis, :]
         is_before = tf.cast(steps_ago >= 0, tf.float32)
         decay = self._recency_decay ** tf.cast(tf.maximum(steps_ago, 0), tf.float32)
-        by_pooling = {"mean": is_before, "recency": is_before * decay * of_age}
+        by_pooling = {"mean": is_before, "recency": is_before * decay * age_weights}
         pooled = []
         for pooling in self._means:
             weights = by_pooling[pooling]
-            of = "wji" if weights.shape.rank == 3 else "ji"  # Ages differ from line to line.
-            sums = tf.einsum(f"{of},wid->wjd", weights, vectors)
-            of_kept = tf.einsum(f"{of},wi->wj", weights, kept)[:, :, tf.newaxis]
-            pooled.append(tf.math.divide_no_nan(sums, of_kept))
+            axes = "wji" if weights.shape.rank == 3 else "ji"  # Ages differ from line to line.
+            sums = tf.einsum(f"{axes},wid->wjd", weights, vectors)
+            num_weighted = tf.einsum(f"{axes},wi->wj", weights, kept)[:, :, tf.newaxis]
+            # If dropout leaves nothing, the empty history's vector replaces the 0.
+            pooled.append(tf.math.divide_no_nan(sums, num_weighted))
         num_kept = tf.einsum("ji,wi->wj", is_before, kept)
         is_empty = (num_kept == 0)[:, :, tf.newaxis]
         return tf.where(is_empty, self._empty, tf.concat(pooled, axis=2))
 
     def _pooled(
-        self, history_rows: tf.Tensor, kept: tf.Tensor, of_age: tf.Tensor | float
+        self, history_rows: tf.Tensor, kept: tf.Tensor, age_weights: tf.Tensor | float
     ) -> tf.Tensor:
         """Pools [B, N] histories, where `kept` is 1: [B, num_pooled * dim]."""
         steps_ago = tf.range(tf.shape(history_rows)[1], dtype=tf.float32)
-        weights = {"mean": kept, "recency": kept * self._recency_decay**steps_ago * of_age}
+        weights = {"mean": kept, "recency": kept * self._recency_decay**steps_ago * age_weights}
         # Looks up only items that count: most places of long histories are padding or dropped.
-        place = tf.where(kept > 0)
-        vectors = self._embedding(tf.gather_nd(history_rows, place))
+        kept_cells = tf.where(kept > 0)
+        vectors = self._embedding(tf.gather_nd(history_rows, kept_cells))
         num_rows = tf.shape(history_rows)[0]
         pooled = []
         for pooling in self._means:
-            weighted = vectors * tf.gather_nd(weights[pooling], place)[:, tf.newaxis]
+            weighted = vectors * tf.gather_nd(weights[pooling], kept_cells)[:, tf.newaxis]
             # Places are sorted, so this is several times faster, gradient included.
-            total = tf.math.segment_sum(weighted, place[:, 0])
+            total = tf.math.segment_sum(weighted, kept_cells[:, 0])
             total = tf.pad(total, [[0, num_rows - tf.shape(total)[0]], [0, 0]])
             share = tf.reduce_sum(weights[pooling], axis=1, keepdims=True)
             pooled.append(tf.math.divide_no_nan(total, share))
@@ -272,8 +275,8 @@ class SelfAttention(tf.keras.layers.Layer):
                 gaps = tf.zeros_like(hidden[:, :, 0], tf.int32)
             hidden += tf.gather(self.gap_vectors, gaps)
         # One stream for each place where something is dropped; None outside training.
-        own = None if dropout is None else dropout.of(Stream.ATTENTION)
-        dropouts = (None if own is None else own.of(i) for i in itertools.count())
+        draws = None if dropout is None else dropout.of(Stream.ATTENTION)
+        dropouts = (None if draws is None else draws.of(i) for i in itertools.count())
         hidden = self._dropped(hidden, dropouts)
         steps = tf.range(shape[1] + 1)
         steps_ago = steps[:, tf.newaxis] - steps
@@ -296,6 +299,7 @@ class SelfAttention(tf.keras.layers.Layer):
             [shape[0], shape[1], 3, ATTENTION_HEADS, hidden.shape[2] // ATTENTION_HEADS],
         )
         query, key, value = tf.unstack(tf.transpose(projected, [2, 0, 3, 1, 4]))
+        # Queries and keys have unit variance, so their products grow with the dimension.
         scores = tf.matmul(query, key, transpose_b=True) / (query.shape[-1] ** 0.5)
         weights = tf.nn.softmax(scores + bias)
         attended = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])

@@ -16,14 +16,12 @@ from tfrs_pipeline.model.towers import FeatureTable, drop_features
 
 # Share of the request features that training drops, so that a request may come without them.
 REQUEST_DROPOUT = 0.05
-_READ_BY_QUERIES = (
-    *("history_rows", "history_times", "sequence_rows", "sequence_times", "state"),
-    *("dropout_seed", "dropout_slice"),
-)
+_HISTORY_INPUTS = "history_rows", "history_times", "sequence_rows", "sequence_times", "state"
+_DROPOUT_INPUTS = "dropout_seed", "dropout_slice"
 
 
 class TwoTowerNetwork(tfrs.Model):
-    """A query tower and a candidate tower, for `fit` and `evaluate` on `HybridBatches`.
+    """A query tower and a candidate tower, for `fit` on `HybridBatches`.
 
     A tower is any Keras layer that returns [n, D] float32. It is called with a dict:
 
@@ -50,6 +48,7 @@ class TwoTowerNetwork(tfrs.Model):
         candidate_table: FeatureTable,
         name: str,
     ) -> None:
+        # Embeddings in half precision would be exported, and index and evaluation would differ.
         policy = tf.keras.mixed_precision.global_policy().name
         if policy != "float32":
             raise ValueError(
@@ -116,25 +115,29 @@ class TwoTowerNetwork(tfrs.Model):
         self, batch: Batch, features: Mapping[str, tf.Tensor] | None = None, training: bool = False
     ) -> tf.Tensor:
         rows = batch.query_row
-        given = dict(features or {})
-        if not self.query_table.names <= given.keys():
-            given = self.query_table(rows) | given
-        inputs = {"row": rows, "features": given | self._of_request(batch, given, training)}
-        read = {name: getattr(batch, name) for name in _READ_BY_QUERIES}
+        # An export brings the features of new users; training reads those of the corpus by row.
+        encoded = dict(features or {})
+        if not self.query_table.names <= encoded.keys():
+            encoded = self.query_table(rows) | encoded
+        inputs = {"row": rows, "features": encoded | self._of_request(batch, encoded, training)}
+        read = {name: getattr(batch, name) for name in (*_HISTORY_INPUTS, *_DROPOUT_INPUTS)}
         inputs |= {name: value for name, value in read.items() if value is not None}
         return self.query_tower(inputs, training=training)
 
     def _of_request(
-        self, batch: Batch, given: Mapping[str, tf.Tensor], training: bool
+        self, batch: Batch, encoded: Mapping[str, tf.Tensor], training: bool
     ) -> dict[str, tf.Tensor]:
         """Returns the request features: the given ones, else the batch's, else missing."""
-        rows, known = batch.query_row, {**(batch.requests or {}), **given}
+        rows, known = batch.query_row, {**(batch.requests or {}), **encoded}
         features = {
-            x.name: known.get(x.name, tf.repeat(x.missing, tf.shape(rows)[0], axis=0))
-            for x in self._request_features
+            feature.name: known.get(
+                feature.name, tf.repeat(feature.missing, tf.shape(rows)[0], axis=0)
+            )
+            for feature in self._request_features
         }
         if not features or not training:
             return features
+        # Unlike features of users, those of a request may be absent in service at any time.
         seed = fold(pass_seed(training, batch.dropout_seed), Stream.REQUESTS)
         return drop_features(features, self._request_features, REQUEST_DROPOUT, seed, rows)
 
@@ -144,6 +147,7 @@ class TwoTowerNetwork(tfrs.Model):
         The losses of a batch's slices (`Slices.take`) add up to the mean loss of the whole. Raises
         a `ValueError` if several replicas train on something other than a slice.
         """
+        # Slices carry their batch's total weight; a cut by tf.distribute does not.
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         if inputs.total_weight is None and replicas > 1:
             raise ValueError(
@@ -159,9 +163,9 @@ class TwoTowerNetwork(tfrs.Model):
         loss = self.task(
             queries,
             positives,
+            shared,
             sample_weight=inputs.weight,
             score_mask=inputs.is_counted,
-            negative_embeddings=shared,
             log_q=self.log_q(inputs),
             positive_query=inputs.positive_query,
             hard_embeddings=hard,
@@ -222,13 +226,9 @@ class TwoTowerNetwork(tfrs.Model):
         super().train_step(inputs)
         return {"loss": self._loss_metric.result()}
 
-    def test_step(self, inputs: Batch) -> dict[str, tf.Tensor]:
-        """Computes the loss of one batch, without dropout."""
-        self.compute_loss(inputs, training=False)
-        return {"loss": self._loss_metric.result()}
-
     def _build_variables(self) -> None:
         """Creates every variable, so that weights can be loaded before the first step."""
+        # Keras makes variables at the first call; a row of unknown ids is enough.
         row = tf.zeros([1], tf.int32)
         history = tf.zeros([1, self.history_length], tf.int32)
         query = self._queries(Batch(row, history_rows=history))

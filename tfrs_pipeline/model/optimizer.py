@@ -107,6 +107,7 @@ def make_optimizer(
             f"A warm-up of {warmup_steps} steps leaves nothing of {num_steps} steps for the decay "
             f"{settings.decay!r}. Lower training.warmup_steps, or raise training.max_epochs."
         )
+    # With alpha 1 the cosine is constant: a warm-up alone.
     schedule = tf.keras.optimizers.schedules.CosineDecay(
         0.0 if warmup_steps else rate,
         decay_steps=max(num_steps - warmup_steps, 1),

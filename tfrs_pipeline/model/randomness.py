@@ -58,6 +58,7 @@ class Dropout(NamedTuple):
         """Draws numbers in [0, 1), with lines along the first dimension of `shape`."""
         if self.part is None:
             return tf.random.stateless_uniform(shape, self.seed)
+        # Draws the whole and cuts it: a slice alone cannot know the position of its draws.
         first, num_lines = self.part[0], self.part[1]
         whole = tf.random.stateless_uniform(tf.concat([[num_lines], shape[1:]], axis=0), self.seed)
         return whole[first : first + shape[0]]

@@ -1,51 +1,34 @@
 """Settings of the two-tower model and of its training."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from enum import Enum
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.evaluation.metrics import metric_of
-from tfrs_pipeline.negatives.kinds import FunnelLosers, InBatch, Popularity, Uniform
-from tfrs_pipeline.settings import Config, Distinct, Listed, from_text
+from tfrs_pipeline.negatives.kinds import HardKind, InBatch, Popularity, SharedKind, Uniform
+from tfrs_pipeline.settings import Config, Distinct, Listed
 
 DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 OptimizerName: TypeAlias = Literal["adagrad", "adam", "lazy_adam"]
 
-_Kind = TypeVar("_Kind")
+Pooling: TypeAlias = Literal["mean", "recency", "attention"]
 
 ATTENTION_HEADS = 2  # In each block of the self-attention.
-# The settings that decide what weights mean.
-SHAPE = (
-    *("dim", "normalize", "hidden_layers"),
-    *("use_user_id", "use_candidate_id", "candidate_bias", "share_item_embedding"),
-    *("feature_dim", "history_pooling"),
-)
-ATTENTION_SHAPE = ("history_length", "attention_blocks")
-
-EASY_KINDS = InBatch, Uniform, Popularity
 
 
-def _refuse_subclass(kind: _Kind) -> _Kind:
-    """Refuses a subclass, which would be read back from a file as the class itself."""
-    if type(kind) not in (*EASY_KINDS, FunnelLosers):
-        raise ValueError(
-            "is a subclass, which cannot be a setting; give your own kinds of easy negatives to "
-            "TwoTower(negatives=[...])"
-        )
-    return kind
+class Meaning(Enum):
+    """Marks a setting that decides what weights mean; a warm start must not change it."""
 
-
-_READ = BeforeValidator(from_text), AfterValidator(_refuse_subclass)
-_ByKind = Field(discriminator="kind")
-SharedKind: TypeAlias = Annotated[InBatch | Uniform | Popularity, _ByKind, *_READ]
-HardKind: TypeAlias = Annotated[FunnelLosers, *_READ]
+    ALWAYS = "always"
+    WITH_ATTENTION = "with attention in history_pooling"
 
 
 class TwoTowerSettings(Config):
     """The two towers, their score, and their negatives."""
 
-    dim: PositiveInt = 64
+    dim: Annotated[PositiveInt, Meaning.ALWAYS] = 64
     """Length of the query and candidate embeddings."""
     negatives: Listed[SharedKind] = (InBatch(), Uniform(256), Popularity(256, 0.75))
     """Easy negatives, shared by the rows of a batch; all kinds given are used together."""
@@ -60,13 +43,13 @@ class TwoTowerSettings(Config):
     their share of all, and lowers the others, in a log with timestamps; or none."""
     temperature: PositiveFloat = 0.15
     """Divisor of the scores in the loss."""
-    normalize: bool = True
+    normalize: Annotated[bool, Meaning.ALWAYS] = True
     """Whether embeddings have length 1, so that scores are cosines, plus an item's bias, if any."""
-    hidden_layers: Listed[PositiveInt] = ()
+    hidden_layers: Annotated[Listed[PositiveInt], Meaning.ALWAYS] = ()
     """Sizes of the hidden layers of each tower."""
-    use_user_id: bool = False
+    use_user_id: Annotated[bool, Meaning.ALWAYS] = False
     """Whether the query tower has an embedding for each user id."""
-    use_candidate_id: bool = True
+    use_candidate_id: Annotated[bool, Meaning.ALWAYS] = True
     """Whether the candidate tower has an embedding for each item id."""
     item_init: Literal["random", "svd"] = "random"
     """What the embeddings of item ids begin with: random, or svd, which adds the singular vectors
@@ -75,26 +58,26 @@ class TwoTowerSettings(Config):
     id_dropout: DropoutShare = 0.05
     """ID dropout: share of the ids that training replaces by the unknown id, at random. It trains
     the embedding that new users and items get, besides their features."""
-    candidate_bias: bool = False
+    candidate_bias: Annotated[bool, Meaning.ALWAYS] = False
     """Whether each item has a learned bias that is added to its scores."""
-    feature_dim: PositiveInt = 16
+    feature_dim: Annotated[PositiveInt, Meaning.ALWAYS] = 16
     """Length of the embedding of each feature."""
     feature_dropout: DropoutShare = 0.0
     """Feature dropout: share of the features that training makes missing, at random."""
-    history_length: PositiveInt = 50
+    history_length: Annotated[PositiveInt, Meaning.WITH_ATTENTION] = 50
     """Number of the latest positives before the event that the query holds."""
-    history_pooling: Distinct[Literal["mean", "recency", "attention"]] = ("mean", "recency")
+    history_pooling: Annotated[Distinct[Pooling], Meaning.ALWAYS] = ("mean", "recency")
     """How the history becomes a vector: its mean, a mean weighted by recency, causal
     self-attention, or several of them."""
     history_dropout: DropoutShare = 0.5
     """Share of the history's items that training drops, at random."""
-    share_item_embedding: bool = True
+    share_item_embedding: Annotated[bool, Meaning.ALWAYS] = True
     """Whether the history's items use the candidates' vectors, features included, where the
     candidate tower is the built-in one and knows ids; else their ids have a separate embedding."""
     recency_decay: float = Field(0.85, gt=0, le=1)
     """With history_pooling recency: weight of an item relative to the item after it. In a log with
     timestamps, a learned weight of the item's age multiplies it."""
-    attention_blocks: PositiveInt = 2
+    attention_blocks: Annotated[PositiveInt, Meaning.WITH_ATTENTION] = 2
     """Blocks of the self-attention, with history_pooling attention."""
     attention_dropout: DropoutShare = 0.2
     """Share of the self-attention's activations that training drops, at random."""
@@ -152,7 +135,12 @@ class TrainingSettings(Config):
             yield "monitor", f"got {self.monitor!r}; {error}"
 
     def fitting(self, num_positives: int) -> "TrainingSettings":
-        """Returns the settings, with about eight smaller batches an epoch if none would be full."""
+        """Returns the settings, with about eight smaller batches an epoch if none would be full.
+
+        Example:
+            >>> TrainingSettings(batch_size=1024).fitting(500).batch_size
+            32
+        """
         if self.examples != "single" or num_positives >= self.batch_size:
             return self
         # A power of two, which workers can share.
@@ -166,10 +154,21 @@ def reads_times(model: TwoTowerSettings, training: TrainingSettings) -> bool:
     return bool({"attention", "recency"} & {*model.history_pooling}) and training.examples != "sets"
 
 
+def shape_settings(*, has_attention: bool) -> list[str]:
+    """Lists the settings that decide what a model's weights mean."""
+    meanings = set(Meaning) if has_attention else {Meaning.ALWAYS}
+    fields = TwoTowerSettings.model_fields.items()
+    return [name for name, field in fields if any(x in meanings for x in field.metadata)]
+
+
 def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[tuple[str, str]]:
-    """Yields (setting, message) for each setting that makes weights mean something else."""
-    has_attention = "attention" in here.history_pooling
-    for name in (*SHAPE, *(ATTENTION_SHAPE if has_attention else ())):
+    """Yields (setting, message) for each setting that makes weights mean something else.
+
+    Example:
+        >>> list(shape_problems(TwoTowerSettings(dim=8), TwoTowerSettings(dim=16, temperature=0.2)))
+        [('model.dim', 'got 16, where the model to start from has 8')]
+    """
+    for name in shape_settings(has_attention="attention" in here.history_pooling):
         old, new = getattr(there, name), getattr(here, name)
         if old != new:
             yield f"model.{name}", f"got {new!r}, where the model to start from has {old!r}"
@@ -193,8 +192,8 @@ def check_examples(
     if training.examples == "sets" and model.hard is not None:
         yield (
             "model.hard",
-            f"got {model.hard.kind!r} {reason}: hard negatives belong to one positive, and a query "
-            "has many",
+            f"got {model.hard} {reason}: hard negatives belong to one positive, and a query has "
+            "many",
         )
     shortest = 2 * (model.history_length + 1)
     if training.examples == "sequences" and training.batch_size < shortest:

@@ -1,9 +1,7 @@
 """What a training starts from: factors of the clicks, or what a fitted model has learned, by id."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -12,6 +10,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.cluster import this_worker
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import kept_new_gone
 from tfrs_pipeline.model.corpus import Corpus
@@ -31,6 +30,8 @@ from tfrs_pipeline.settings import refuse
 
 # Chosen on validation: docs/explanation/tried.md.
 _EXPONENT = 0.4
+# Whose features a corpus holds, and the settings' word for them.
+SIDES = {"candidate": "item", "query": "user", "request": "request"}
 
 
 def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
@@ -60,13 +61,16 @@ def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
     cells = (np.repeat(per_user, per_user) * per_item[items]) ** -_EXPONENT
     clicks = scipy.sparse.csr_matrix((cells, items, clicked.offsets), (len(clicked), num_items))
     transposed = clicks.T.tocsr()
-    gram = LinearOperator((num_items, num_items), matvec=lambda x: transposed @ (clicks @ x))
+    # Its eigenvectors are the right singular vectors; the dense matrix is never made.
+    gram = LinearOperator(
+        (num_items, num_items), matvec=lambda vector: transposed @ (clicks @ vector)
+    )
     rng = np.random.default_rng(0)
     # Not `svds`: it has no seed for the restarts that equal items need. One thread adds in order.
     with threadpool_limits(1, "blas"):
         values, vectors = eigsh(gram, num_vectors, v0=rng.random(num_items), rng=rng)
-    found = vectors * values
-    factors[1:, :num_vectors] = found / np.linalg.norm(found[per_item > 0], axis=1).mean()
+    scaled = vectors * values  # The values of the Gram matrix are S^2.
+    factors[1:, :num_vectors] = scaled / np.linalg.norm(scaled[per_item > 0], axis=1).mean()
     return factors
 
 
@@ -82,30 +86,26 @@ def add_item_factors(network: TwoTowerNetwork, clicked: RowLists, folder: Path |
         tables.append(candidate.id_embedding.embeddings)
     if isinstance(query, Tower) and query.history is not None:
         tables.append(query.history.item_table)
-    own = [table for table in tables if table is not None]
-    if not own:
+    item_tables = [table for table in tables if table is not None]
+    if not item_tables:
         refuse([("model.item_init", "got 'svd', and no built-in tower embeds item ids")])
-    factors = _factors_of_chief(clicked, network.num_candidates, own[0].shape[1], folder)
-    for table in own:
+    num_items, dim = network.num_candidates, item_tables[0].shape[1]
+    if folder is None or this_worker().count == 1:
+        factors = item_factors(clicked, num_items, dim)
+    else:
+        # Other processors may round differently, and replicas must begin with the same bits.
+        path = folder / "item_factors.npy"
+        on_chief(lambda: _save(path, item_factors(clicked, num_items, dim)))
+        factors = np.load(path)
+        on_chief(lambda: None)  # Waits until every worker has read it.
+        on_chief(lambda: path.unlink(missing_ok=True))
+    for table in item_tables:
         table.assign_add(factors)
 
 
-def _factors_of_chief(
-    clicked: RowLists, num_items: int, dim: int, folder: Path | None
-) -> np.ndarray:
-    if folder is None or this_worker().count == 1:
-        return item_factors(clicked, num_items, dim)
-    path = folder / "item_factors.npy"
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, item_factors(clicked, num_items, dim))
-
-    on_chief(write)
-    factors = np.load(path)
-    on_chief(lambda: None)  # Waits until every worker has read it.
-    on_chief(lambda: path.unlink(missing_ok=True))
-    return factors
+def _save(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, values)
 
 
 class WarmStart:
@@ -113,9 +113,9 @@ class WarmStart:
 
     Items, users and feature values that are still there keep their embeddings and optimizer state.
     New ones start from the embedding of row 0, which stands for unknown ids, if it was trained,
-    else at random. Their optimizer state is that of a row without a gradient. Other weights, their
-    state and the count of steps (`first_step`) are carried over; a learning rate's warm-up and
-    decay start again. If the optimizer has changed, its state and step count start again too.
+    else at random. Their optimizer state starts at its initial value. Other weights, their state
+    and the count of steps (`first_step`) are carried over; a learning rate's warm-up and decay
+    start again. If the optimizer has changed, its state and step count start again too.
 
     Raises a `ConfigError` if weights of the two models mean different things, or no item is known.
     """
@@ -128,17 +128,11 @@ class WarmStart:
         corpus: Corpus,
     ) -> None:
         refuse(_problems(source, settings, training, corpus))
-        self._source = source.network
-        self._corpora = source.corpus, corpus
+        self._source, self._corpora = source.network, (source.corpus, corpus)
         self._optimizers = source.training.optimizer, training.optimizer
         # The source's row for each row here; 0 is new.
-        self._candidate_rows, self._query_rows = (
-            np.concatenate([[0], there.rows(here.values)])
-            for there, here in (
-                (source.corpus.candidate_ids, corpus.candidate_ids),
-                (source.corpus.query_ids, corpus.query_ids),
-            )
-        )
+        self._candidate_rows = _rows_there(source.corpus.candidate_ids, corpus.candidate_ids)
+        self._query_rows = _rows_there(source.corpus.query_ids, corpus.query_ids)
         self._num_trained = len(source.corpus.candidate_ids)
         if (is_later := source.corpus.is_later) is not None:  # They were new to it, too.
             self._num_trained -= int(is_later.sum())
@@ -147,12 +141,13 @@ class WarmStart:
             here, there = (c.candidate_ids.values[0] for c in (corpus, source.corpus))
             message = f"no item is known there: ids are like {here!r} here and {there!r} there"
             refuse([("warm_start", f"{message}. Start from a model of this log's items")])
-        is_same = len(set(self._optimizers)) == 1
+        is_same = source.training.optimizer == training.optimizer
         self.first_step = int(self._source.optimizer.iterations) if is_same else 0
 
     def apply(self, network: TwoTowerNetwork) -> None:
         """Sets the weights and the optimizer state of an untrained network, compiled and built."""
-        rows = {table.ref(): own for table, own in self._tables(network)}
+        rows = {table.ref(): rows for table, rows in self._tables(network)}
+        # Both networks have the same settings, so their variables come in the same order.
         pairs = zip(network.trainable_variables, self._source.trainable_variables, strict=True)
         for variable, source in pairs:
             self._carry(network, variable, source, rows.get(variable.ref()))
@@ -160,38 +155,34 @@ class WarmStart:
 
     def describe(self) -> list[str]:
         """Describes what is carried over, what is new and what is gone."""
-        there, here = self._corpora
-        items, users = (
+        counts = [
             kept_new_gone(what, int(np.count_nonzero(rows)), len(rows) - 1, num_there)
             for what, rows, num_there in (
                 ("items", self._candidate_rows, self._num_trained),
-                ("users", self._query_rows, len(there.query_ids)),
+                ("users", self._query_rows, len(self._corpora[0].query_ids)),
             )
-        )
-        notes = [f"warm start: {items}; {users}"]
-        sides = (_features(there, here, side) for side in ("candidate", "query", "request"))
-        for old, new in itertools.chain.from_iterable(zip(*side, strict=True) for side in sides):
+        ]
+        notes = [f"warm start: {'; '.join(counts)}"]
+        for old, new in _feature_pairs(*self._corpora, *SIDES):
             if change := _change(old, new):
                 notes.append(f"    {new.name}: {change}")
-        if len(set(self._optimizers)) > 1:
-            before, now = self._optimizers
+        before, now = self._optimizers
+        if before != now:
             notes.append(f"    the optimizer's state starts again: it was {before}, now {now}")
         return notes
 
     def _tables(self, network: TwoTowerNetwork) -> Iterator[tuple[tf.Variable, np.ndarray]]:
         """Yields the tables of a network with the source's row for each of their rows."""
-        there, here = self._corpora
-        for tower, own_rows, sides in (
-            (network.candidate_tower, self._candidate_rows, ("candidate",)),
-            (network.query_tower, self._query_rows, ("query", "request")),
-        ):
-            yield from ((table, own_rows) for table in tower.id_tables)
-            if tower.history is not None and (table := tower.history.item_table) is not None:
-                yield table, self._candidate_rows
-            for side in sides:
-                for before, now in zip(*_features(there, here, side), strict=True):
-                    if (codes := tower.feature_table(now.name)) is not None:
-                        yield codes, now.codes_of(before)
+        query, candidate = network.query_tower, network.candidate_tower
+        yield from ((table, self._candidate_rows) for table in candidate.id_tables)
+        yield from ((table, self._query_rows) for table in query.id_tables)
+        if query.history is not None and (table := query.history.item_table) is not None:
+            yield table, self._candidate_rows
+        for side in SIDES:
+            tower = candidate if side == "candidate" else query
+            for old, new in _feature_pairs(*self._corpora, side):
+                if (codes := tower.feature_table(new.name)) is not None:
+                    yield codes, new.codes_of(old)
 
     def _carry(
         self,
@@ -203,18 +194,24 @@ class WarmStart:
         """Carries over a weight and its optimizer state; a table row by row."""
         old_slots = slots_of(self._source.optimizer, source)
         new_slots = slots_of(network.optimizer, variable) if self.first_step else []
+        # Another optimizer starts with an empty state.
         slots = list(zip(new_slots, old_slots, strict=bool(new_slots)))
         if rows is None:
             for new, old in [(variable, source), *slots]:
                 new.assign(old)
             return
         is_new = (rows == 0) & (np.arange(len(rows)) > 0)
-        # The optimizer state of a weight that has had no gradient.
+        # Row 0 was trained if its optimizer state is not what it was at first.
         at_first = getattr(self._source.optimizer, "initial_accumulator_value", 0.0)
         has_stand_in = any((slot[0].numpy() != at_first).any() for slot in old_slots)
-        keeps_own = is_new & (not has_stand_in)
-        for new, old, is_kept in [(variable, source, keeps_own), *((*x, is_new) for x in slots)]:
+        keeps_random = is_new & (not has_stand_in)
+        tables = [(variable, source, keeps_random), *((*pair, is_new) for pair in slots)]
+        for new, old, is_kept in tables:
             new.assign(tf.where(is_kept[:, np.newaxis], new, tf.gather(old, rows)))
+
+
+def _rows_there(there: Ids, here: Ids) -> np.ndarray:
+    return np.concatenate([[0], there.rows(here.values)])
 
 
 def _problems(
@@ -226,15 +223,16 @@ def _problems(
     if not all(isinstance(tower, Tower) for tower in towers):
         message = "own towers cannot be carried over: what their rows stand for is not known"
         yield "warm_start", message
+    # The learned weights of ages and gaps exist only in a model that reads times.
     has_times = corpus.has_times and reads_times(settings, training)
     if has_times != source.network.reads_times:
         one, other = ("this", "that") if has_times else ("that", "this")
         message = f"{one} model reads times and {other} one does not"
         yield "warm_start", f"{message}: give both logs timestamps, or neither"
-    for side, name in (("candidate", "item"), ("query", "user"), ("request", "request")):
+    for side, name in SIDES.items():
         old, new = (
-            " ".join(map(_specification, of_side)) or "none"
-            for of_side in _features(source.corpus, corpus, side)
+            " ".join(map(_specification, features)) or "none"
+            for features in (source.corpus.features(side), corpus.features(side))
         )
         if old != new:
             message = f"got {new}, where the model to start from has {old}"
@@ -243,8 +241,8 @@ def _problems(
         ("item", source.corpus.candidate_ids, corpus.candidate_ids),
         ("user", source.corpus.query_ids, corpus.query_ids),
     ):
-        if there.values.dtype != here.values.dtype:
-            kinds = ["strings" if x.values.dtype == object else "integers" for x in (here, there)]
+        if there.are_text != here.are_text:
+            kinds = ["strings" if ids.are_text else "integers" for ids in (here, there)]
             yield "warm_start", f"{name} ids are {kinds[0]} here and {kinds[1]} there"
 
 
@@ -263,5 +261,6 @@ def _change(old: Feature, new: Feature) -> str:
     return f"on another scale than its weights: {old.scale:.4g} there, {new.scale:.4g} here"
 
 
-def _features(there: Corpus, here: Corpus, side: str) -> Any:
-    return (getattr(corpus, f"{side}_features") for corpus in (there, here))
+def _feature_pairs(there: Corpus, here: Corpus, *sides: str) -> Iterator[tuple[Feature, Feature]]:
+    for side in sides:
+        yield from zip(there.features(side), here.features(side), strict=True)

@@ -22,6 +22,7 @@ class FeatureTable(tf.keras.layers.Layer):
         num_rows, columns = len(getattr(corpus, f"{side}_ids")) + 1, f"{side}_columns"
         self._columns = {}
         for feature in getattr(corpus, f"{side}_features"):
+            # Not constants of the graph, which must not exceed 2 GB.
             missing = feature.missing
             self._columns[feature.name] = variable = self.add_weight(
                 name=layer_name(feature.name),
@@ -51,9 +52,10 @@ def drop_features(
     int32; `rows`, [n] int32, are the rows that have these features.
     """
     dropped = dict(encoded)
-    own_seed = fold(seed, Stream.FEATURES)
+    feature_seed = fold(seed, Stream.FEATURES)
     for i, feature in enumerate(features):
-        is_dropped = uniform_of_rows(rows, fold(own_seed, i)) < rate
+        # Each feature has draws of its own; a slice of a batch has those of the whole.
+        is_dropped = uniform_of_rows(rows, fold(feature_seed, i)) < rate
         if feature.missing.ndim == 2:
             is_dropped = is_dropped[:, tf.newaxis]
         dropped[feature.name] = tf.where(is_dropped, feature.missing, encoded[feature.name])
@@ -71,11 +73,12 @@ class Tower(tf.keras.layers.Layer):
     and a history of several vectors, are projected to the size of the output; all are added up. If
     there are hidden layers, an MLP follows, whose last layer is linear.
 
-    There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that are False
-    in `are_trained`, [num_ids + 1] bool, use that of row 0, which is trained in place of dropped
-    ids. With the `bias` "id", an output's last entry is a learned number of the id. If the
-    correction is "recent", the id's `shift` is added to it outside training. With "ones", for the
-    other tower, the last entry is 1.
+    There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Untrained ids,
+    False in `are_trained` [num_ids + 1], use row 0's embedding, which ID dropout trains.
+
+    With the `bias` "id", an output's last entry is a learned number of the id. If the correction is
+    "recent", the id's `shift` is added to it outside training. With "ones", for the other tower,
+    the last entry is 1.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Tower(tf.keras.layers.Layer):
         self.history = history
         self._droppable = tuple(features)
         self._feature_dropout = settings.feature_dropout
-        self._features = {x.name: x.layer(settings.feature_dim) for x in features}
+        self._features = {feature.name: feature.layer(settings.feature_dim) for feature in features}
         # A history of one vector already has the size of the output.
         projected = [*self._features, *([_HISTORY] if history and history.num_vectors > 1 else [])]
         self._projections = {
@@ -155,7 +158,9 @@ class Tower(tf.keras.layers.Layer):
         if seed is not None and self._id_dropout:
             drawn = uniform_of_rows(rows, fold(seed, Stream.UNKNOWN_IDS))
             rows = tf.where(drawn < self._id_dropout, 0, rows)
+        # Rows are replaced by 0 only after features and history, which keep the item's own values.
         output = self._joined(rows, parts)
+        # The bias stays outside of the cosine: it is how popular an item is for everyone.
         if self._normalize:
             output = tf.math.l2_normalize(output, axis=1)
         if self._appends_one:
@@ -171,7 +176,7 @@ class Tower(tf.keras.layers.Layer):
     @property
     def id_tables(self) -> list[tf.Variable]:
         """The tower's own tables, with one row per id and row 0."""
-        return [x.embeddings for x in (self.id_embedding, self._bias) if x is not None]
+        return [layer.embeddings for layer in (self.id_embedding, self._bias) if layer is not None]
 
     def feature_table(self, name: str) -> tf.Variable | None:
         """The table with a row per code of a feature; None if the feature has no codes."""
@@ -214,6 +219,7 @@ class ItemVectors(tf.keras.layers.Layer):
 
     def call(self, rows: tf.Tensor) -> tf.Tensor:
         """Embeds candidate rows of any shape: [..., dim] float32."""
+        # A batch's histories repeat popular items, and features make an item's vector expensive.
         distinct, slot = tf.unique(tf.reshape(rows, [-1]))
         vectors = self._tower.vectors(distinct, self._table(distinct))
         return tf.gather(vectors, tf.reshape(slot, tf.shape(rows)))

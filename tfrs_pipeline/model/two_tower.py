@@ -20,15 +20,15 @@ from tfrs_pipeline.durable import hold_to, refuse_others
 from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
 from tfrs_pipeline.evaluation.metrics import PLAIN, Metric, metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.messages import line_writer
 from tfrs_pipeline.model import distribution
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
-from tfrs_pipeline.model.fit import OnEpoch, OnSteps, describe_data, train, writers
+from tfrs_pipeline.model.fit import OnEpoch, Tell, describe_data, train
 from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder, query_encoder
 from tfrs_pipeline.model.loss import popularity_shift
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.own import describe_own, is_own, own_layer, own_or_setting
+from tfrs_pipeline.model.own import custom_or_setting, is_custom, name_of, own_layer
 from tfrs_pipeline.model.settings import (
-    SharedKind,
     TrainingSettings,
     TwoTowerSettings,
     check_examples,
@@ -36,6 +36,7 @@ from tfrs_pipeline.model.settings import (
 )
 from tfrs_pipeline.model.start import WarmStart, add_item_factors
 from tfrs_pipeline.model.towers import FeatureTable, Tower, candidate_tower, query_tower
+from tfrs_pipeline.negatives.kinds import FunnelLosers, HardKind, SharedKind
 from tfrs_pipeline.samples.store import Samples, resampling_rate
 from tfrs_pipeline.settings import Listed, refuse
 
@@ -43,15 +44,22 @@ TowerLike: TypeAlias = Callable[..., Any]
 """A Keras layer, or a function that makes one from the corpus, whose sizes it may need."""
 
 if TYPE_CHECKING:
-    AnyKind: TypeAlias = Any
+    AnyEasy: TypeAlias = Any
+    AnyHard: TypeAlias = Any
 else:
-    AnyKind: TypeAlias = Annotated[SharedKind, WrapValidator(own_or_setting)]
+    _EASY, _HARD = (
+        custom_or_setting("draw", "expected_count"),
+        custom_or_setting("pools", "share", "num"),
+    )
+    AnyEasy: TypeAlias = Annotated[SharedKind, WrapValidator(_EASY)]
+    AnyHard: TypeAlias = Annotated[HardKind | None, WrapValidator(_HARD)]
 
 
-def _own_last(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+# Custom kinds come last: a kind's draws depend on its position, so adding one changes no other.
+def _custom_last(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if not kinds:
         raise ValueError("needs one kind or more, such as uniform:num=256")
-    return tuple(sorted(kinds, key=is_own))
+    return tuple(sorted(kinds, key=is_custom))
 
 
 class TwoTower(TwoTowerSettings):
@@ -76,8 +84,12 @@ class TwoTower(TwoTowerSettings):
         array([[8]])
     """
 
-    negatives: Annotated[Listed[AnyKind], AfterValidator(_own_last)] = TwoTowerSettings().negatives
-    """Easy negatives, as in the settings; also own kinds (`Negatives`), which come last."""
+    negatives: Annotated[Listed[AnyEasy], AfterValidator(_custom_last)] = (
+        TwoTowerSettings().negatives
+    )
+    """Easy negatives, as in the settings; also your own kinds (`Negatives`), which come last."""
+    hard: AnyHard = None
+    """Hard negatives for each row: losers of the funnel, or your own kind (`HardNegatives`)."""
     training: TrainingSettings = TrainingSettings()
     """How it is fitted."""
     query_tower: TowerLike | None = None
@@ -92,13 +104,13 @@ class TwoTower(TwoTowerSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_settings_of_training(cls, given: Any) -> Any:
+    def _refuse_settings_of_training(cls, settings: Any) -> Any:
         refuse(
             (name, f"is a setting of the training: training=tp.TrainingSettings({name}={value!r})")
-            for name, value in given.items()
+            for name, value in settings.items()
             if name in TrainingSettings.model_fields
         )
-        return given
+        return settings
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         yield from super()._problems()
@@ -114,9 +126,15 @@ class TwoTower(TwoTowerSettings):
     @property
     def settings(self) -> TwoTowerSettings:
         """The settings without own parts, which can be written into a file."""
-        given = {name: getattr(self, name) for name in TwoTowerSettings.model_fields}
-        given["negatives"] = [kind for kind in self.negatives if not is_own(kind)]
-        return TwoTowerSettings(**given)
+        values = {name: getattr(self, name) for name in TwoTowerSettings.model_fields}
+        values["negatives"] = [kind for kind in self.negatives if not is_custom(kind)]
+        values["hard"] = None if is_custom(self.hard) else self.hard
+        return TwoTowerSettings(**values)
+
+    @property
+    def losers(self) -> FunnelLosers | None:
+        """The losers that samples must hold for the hard negatives; None if they need none."""
+        return self.hard if isinstance(self.hard, FunnelLosers) else None
 
     def fit(
         self,
@@ -137,8 +155,8 @@ class TwoTower(TwoTowerSettings):
             warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
                 It has the same shape, and was not trained on events that validate or test here.
             folder: Keeps samples and checkpoints, so that a stopped training can resume, with the
-                same log, settings and own parts. Own parts are compared by name and plain settings.
-                Their code is not compared, nor is the model to start from: do not change these.
+                same log, settings and own parts. Own parts are compared by name alone, and the
+                model to start from is not compared: do not change these.
                 The training then ends like an uninterrupted one, bit for bit, unless an own tower
                 has a random state, as `tf.keras.layers.Dropout` does. None is temporary. Several
                 workers need a shared folder (`docs/guides/scale.md`).
@@ -162,27 +180,28 @@ class TwoTower(TwoTowerSettings):
         distribution.training_strategy()  # Joins any other workers, which must come first.
         distribution.check_shared(folder)
         with tempfile.TemporaryDirectory() as temporary:
-            place = Path(temporary if folder is None else folder)
+            path = Path(temporary if folder is None else folder)
             is_warm = warm_start is not None
             made_of = self.made_of(train, validation, exclude, is_warm=is_warm)
 
             def build() -> TrainingSet:
-                refuse_others((place / "checkpoints").glob("[!.]*"), place / MADE_OF_FILE)
-                data = TrainingSet.build(train, place / "samples", seed=self.seed, hard=self.hard)
-                hold_to(place / MADE_OF_FILE, made_of)
+                # Checkpoints without a record of what made them could be those of any training.
+                refuse_others((path / "checkpoints").glob("[!.]*"), path / MADE_OF_FILE)
+                data = TrainingSet.build(train, path / "samples", seed=self.seed, hard=self.losers)
+                hold_to(path / MADE_OF_FILE, made_of)
                 return data
 
             data = distribution.chief_first(build)
-            write_epoch, write_steps = writers(self.training, verbose)
+            write = line_writer(verbose) or (lambda line: None)
+            last = self.training.max_epochs
             return self.fit_samples(
                 data,
                 validation,
                 warm_start=warm_start,
-                folder=None if folder is None else place / "checkpoints",
+                folder=None if folder is None else path / "checkpoints",
                 exclude=exclude,
-                on_epoch=on_epoch or write_epoch,
-                on_steps=write_steps,
-                log=train,
+                on_epoch=on_epoch,
+                tell=lambda done, line: write(f"epoch {done}/{last}: {line}"),
             )
 
     def fit_samples(
@@ -196,21 +215,21 @@ class TwoTower(TwoTowerSettings):
         exclude: Exclude = "clicked",
         cutoffs: Sequence[int] = (20, 100),
         on_epoch: OnEpoch | None = None,
-        on_steps: OnSteps | None = None,
-        log: Log | None = None,
+        tell: Tell | None = None,
     ) -> FittedTwoTower:
         """Fits the model to samples that are built already; see also `fit`.
 
-        `max_epochs` replaces the settings' number. `folder` keeps checkpoints. A long epoch calls
-        `on_steps`. An export needs the samples' `log`.
+        `max_epochs` replaces the settings' number. `folder` keeps checkpoints.
         """
         strategy = distribution.training_strategy()
         distribution.check_shared(folder)
         data.check_negatives_left(self.hard)
+        # A warm start may know items that this log has only later.
         source, corpus = _checked(warm_start), data.corpus
         if source:  # Items that come later in this log may be known from an earlier log.
             corpus = dataclasses.replace(corpus, is_later=None)
         with distribution.naming_lost_workers():
+            # Initial weights come from Keras's global generators.
             tf.keras.utils.set_random_seed(self.seed)
             with strategy.scope():
                 network = self.build(corpus)
@@ -220,6 +239,7 @@ class TwoTower(TwoTowerSettings):
             if validation is not None:
                 ranked = validation.sample(self.training.validation_users, self.seed)
                 check_measurable(ranked, exclude)
+                # The monitored metric is measured even if nobody asked for its cutoff.
                 monitor = metric_of(self.training.monitor)
                 cutoffs = sorted({*cutoffs, monitor.k})
                 metrics = [*(metric(k) for k in cutoffs for metric in PLAIN), monitor]
@@ -238,14 +258,14 @@ class TwoTower(TwoTowerSettings):
                 first_step=warm.first_step if warm else 0,
                 folder=folder,
                 on_epoch=on_epoch,
-                on_steps=on_steps,
+                tell=tell,
             )
             notes = [
                 *(warm.describe() if warm else ()),
                 *describe_data(data, batches, self, self.training),
             ]
         return FittedTwoTower(
-            self.settings, self.training, corpus, network, encoder, result, notes, log
+            self.settings, self.training, corpus, network, encoder, result, notes, data.log
         )
 
     def _begin(
@@ -260,6 +280,7 @@ class TwoTower(TwoTowerSettings):
             warm.apply(network)
         elif self.item_init == "svd":
             add_item_factors(network, samples.known_positives, folder)
+        # Known before training, and no weight: it is added to biases only when items are retrieved.
         tower = network.candidate_tower
         if isinstance(tower, Tower) and tower.shift is not None:
             tower.shift.assign(self.temperature * popularity_shift(samples))
@@ -267,10 +288,11 @@ class TwoTower(TwoTowerSettings):
     def batches(self, samples: Samples) -> HybridBatches:
         """Makes the training batches of samples; their `dataset()` is a plain `tf.data.Dataset`.
 
-        Raises a `DataError` if `hard` asks for losers of the funnel and no positive has any.
+        Raises a `DataError` if no positive has a hard negative of the kind `hard`.
         """
         if not reads_times(self, self.training):
             samples = dataclasses.replace(samples, sequence_times=None)
+        # Single positives are drawn by the rate. Whole users come whole, so theirs are weighted.
         rate = resampling_rate(samples.counts, self.resampling_exponent)
         common: dict[str, Any] = {
             "batch_size": self.training.fitting(len(samples)).batch_size,
@@ -297,9 +319,10 @@ class TwoTower(TwoTowerSettings):
         if not reads_times(self, self.training):
             corpus = dataclasses.replace(corpus, has_times=False)
         query, candidate = (
-            None if own is None else own_layer(name, own, corpus)
-            for name, own in self._own_towers.items()
+            None if tower is None else own_layer(name, tower, corpus)
+            for name, tower in self._own_towers.items()
         )
+        # First, because the history may be embedded by it.
         candidate = candidate or candidate_tower(self, corpus)
         table = FeatureTable(corpus, "candidate")
         query = query or query_tower(self, corpus, candidate, table)
@@ -322,8 +345,9 @@ class TwoTower(TwoTowerSettings):
             "seed": self.seed,
             "item_features": dict(log.item_features),
             "user_features": dict(log.user_features),
-            "own_negatives": [describe_own(kind) for kind in self.negatives if is_own(kind)],
-            **{name: describe_own(tower) for name, tower in self._own_towers.items()},
+            "own_negatives": [name_of(kind) for kind in self.negatives if is_custom(kind)],
+            "own_hard": name_of(self.hard) if is_custom(self.hard) else None,
+            **{name: name_of(tower) for name, tower in self._own_towers.items()},
             "validation": validation and validation.fingerprint(),
             "exclude": exclude,
             "warm_start": is_warm,

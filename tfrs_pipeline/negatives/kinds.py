@@ -1,19 +1,25 @@
-"""Kinds of negatives: easy ones, with their protocol, and hard ones from the funnel."""
+"""Kinds of negatives, easy and hard: the two protocols, and the package's own kinds.
+
+Easy negatives are columns that all rows of a batch share; each hard negative is a column of one row
+alone. A kind is a class; what it has to say for log_q to be right is in its protocol.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import pydantic.dataclasses
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.libraries import tf
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.settings import CHECKED, Several, refused_by_name
+from tfrs_pipeline.settings import CHECKED, Several, from_text, refused_by_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +40,12 @@ class SamplingFrame:
 
         Unknown items may be in the batch but are never negatives: their columns have a log_q of
         -inf. A `ValueError` if the counts or the size are impossible.
+
+        Example:
+            One positive of an unknown item, three of item 1 and four of item 3:
+
+            >>> SamplingFrame.of_counts([1, 3, 0, 4], batch_size=16).q_positive
+            array([0.125, 0.375, 0.   , 0.5  ])
         """
         counts = np.asarray(counts)
         is_count = np.isfinite(counts) & (counts >= 0)
@@ -72,6 +84,23 @@ class Negatives(Protocol):
 
     Your own kind needs only these two methods: log_q of every column is then right, whatever other
     kinds are in the mixture (see `mixture`).
+
+    Example:
+        The newest items, each with the same chance. Rows follow the ids, and ids the time here:
+
+        >>> class Newest:
+        ...     def draw(self, frame, positive_rows, seed):
+        ...         last = frame.num_candidates
+        ...         return tf.random.stateless_uniform([64], seed, last - 9, last + 1, tf.int32)
+        ...
+        ...     def expected_count(self, frame):
+        ...         rows = np.arange(frame.num_candidates + 1)
+        ...         return np.where(rows > frame.num_candidates - 10, 6.4, 0.0)
+        >>> from tfrs_pipeline.negatives.mixture import Mixture
+        >>> frame = SamplingFrame.of_counts(np.arange(31), batch_size=8)
+        >>> log_q = Mixture([InBatch(), Newest()], frame).log_q
+        >>> np.exp(log_q(tf.constant([20, 30]))).round(3)  # 7 * 20 / 465, and 7 * 30 / 465 + 6.4
+        array([0.301, 6.852], dtype=float32)
     """
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -179,9 +208,9 @@ class InBatch:
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Returns the batch's positives, [B]; a row's own is masked as an accidental hit.
 
-        An unknown item, row 0, fills a column that does not count. A smaller batch, such as a
-        dataset's last, is filled up with draws from q_positive, so that its rows expect as many
-        copies as others. A larger one raises a `ValueError`, or a `tf.errors.InvalidArgumentError`.
+        An unknown item, row 0, fills a column that does not count. A short batch, such as a
+        dataset's last, is padded with draws from q_positive, which keeps n(c) unchanged. A larger
+        one raises a `ValueError`, or a `tf.errors.InvalidArgumentError`.
         """
         num_rows = positive_rows.shape[0]
         if num_rows == frame.batch_size:
@@ -263,6 +292,76 @@ def counts_as_in_batch(kind: object) -> bool:
     return getattr(type(kind), "expected_count", None) is InBatch.expected_count
 
 
+Pool: TypeAlias = tuple[Any, np.ndarray | None]
+"""Lists of candidate rows, and the number of the list that each sample draws from, [num_samples].
+
+None in place of the numbers means that there is one list for each sample, in their order.
+"""
+
+
+class HardNegatives(Protocol):
+    """A kind of hard negatives: the candidates that a row's own columns are drawn from.
+
+    Your own kind says which candidates a positive's hard negatives come from (`pools`) and how many
+    columns of a row are drawn from each pool (`num`). Batches draw them, each candidate of a list
+    with the same chance, mask what is never a negative of the row, and correct them (see
+    `mixture`): log_q is right without any arithmetic of yours.
+
+    What is never a negative: known positives, items that came after the training, and items that
+    the user was shown and did not click. Only a kind with the attribute `allow_exposed`, True, may
+    have the last ones, in a pool of the name "exposed".
+
+    Attributes:
+        share: f in (0, 1), the share of the negatives' weight that hard negatives hold, in rows
+            that have any.
+        num: Columns drawn for each row from each pool, 1 or more.
+
+    Example:
+        Other items of the positive's category. Row 1 is the first item by id, and so on:
+
+        >>> class SameCategory:
+        ...     share, num = 0.05, 2
+        ...
+        ...     def __init__(self, categories):  # By candidate row; row 0 is in none.
+        ...         self.categories = np.array([0, *categories])
+        ...
+        ...     def pools(self, samples):
+        ...         lists = [[], *(np.flatnonzero(self.categories == c) for c in (1, 2))]
+        ...         return {"category": (lists, self.categories[samples.candidate_rows])}
+        >>> from tfrs_pipeline import HybridBatches, Samples, SinglePositives
+        >>> samples = Samples.from_pairs([1, 2], [1, 4], num_queries=2, num_candidates=6)
+        >>> examples = SinglePositives(samples, batch_size=2, history_length=4, seed=0)
+        >>> hard = SameCategory([1, 1, 1, 2, 2, 2])
+        >>> batch = HybridBatches(samples, examples, [Uniform(5)], hard=hard, seed=0).batch(0)
+        >>> rows = zip(batch.candidate_row.numpy(), batch.hard.candidate_row.numpy())
+        >>> all(set((own - 1) // 3) == {(positive - 1) // 3} for positive, own in rows)
+        True
+    """
+
+    @property
+    def share(self) -> float: ...  # noqa: D102
+
+    @property
+    def num(self) -> int: ...  # noqa: D102
+
+    def pools(self, samples: Any) -> Mapping[str, Pool]:
+        """Returns the candidates of each sample's hard negatives: one pool or more, by name.
+
+        Called once. Pools of a row that have any negative left share f equally; a sample whose list
+        is empty has no hard negatives. A batch copies its samples' lists, so keep them short: a
+        hundred candidates are enough.
+
+        Args:
+            samples: The training samples (`tp.Samples`): `query_rows` and `candidate_rows` say
+                whose positive each of them is. Row r is the r-th id in ascending order.
+
+        Returns:
+            Name -> the lists, a sequence of vectors of candidate rows, and the number of each
+            sample's list (see `Pool`).
+        """
+        ...
+
+
 HardStage: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
 
 
@@ -326,7 +425,49 @@ class FunnelLosers:
                 f"bottom_share out. Received: {self.bottom_share}, stages {self.stages!r}"
             )
 
+    def pools(self, samples: Any) -> dict[str, Pool]:
+        """Returns the losers of each stage that the samples hold, one list for each sample.
+
+        Raises a `DataError` if no sample has one.
+        """
+        pools: dict[str, Pool] = {
+            stage: (samples.hard_pools[stage], None)
+            for stage in self.stages
+            if stage in samples.hard_pools
+        }
+        if not any(len(losers.values) for losers, _ in pools.values()):
+            ranked = "; a ranked one also needs a rank" if "ranked" in self.stages else ""
+            raise DataError(
+                f"model.hard asks for losers of the stages {', '.join(self.stages)}, and none of "
+                f"{len(samples):,} positives has one. A loser has the positive's user and its "
+                f"request_id, or without a request_id exactly its time{ranked}. If a click is "
+                "logged later than its request, give request_id; or set model.hard to none."
+            )
+        return pools
+
     def of_stages(self, stages: Sequence[HardStage]) -> FunnelLosers:
         """Returns a copy with other stages; without "ranked", `bottom_share` is the default."""
         share = self.bottom_share if "ranked" in stages else FunnelLosers.bottom_share
         return replace(self, stages=stages, bottom_share=share)
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _refuse_subclass(kind: _Kind) -> _Kind:
+    """Refuses a subclass, which would be read back from a file as the class itself."""
+    if type(kind) not in SETTING_KINDS:
+        raise ValueError(
+            "is a subclass, which cannot be a setting; give your own kinds of negatives to "
+            "TwoTower(negatives=[...], hard=...)"
+        )
+    return kind
+
+
+# The kinds that settings, files and flags can name, each by its `kind`: a new one is added here.
+_Easy = InBatch | Uniform | Popularity
+_Hard = FunnelLosers
+_READ = BeforeValidator(from_text), AfterValidator(_refuse_subclass)
+SharedKind: TypeAlias = Annotated[_Easy, Field(discriminator="kind"), *_READ]
+HardKind: TypeAlias = Annotated[_Hard, *_READ]
+SETTING_KINDS: tuple[type, ...] = (*typing.get_args(_Easy), _Hard)

@@ -91,8 +91,8 @@ class Mixture:
         positive_rows = tf.cast(positive_rows, tf.int32)
         drawn = []
         for i, kind in enumerate(self._negatives):
-            own_seed = tf.cast(tf.random.experimental.stateless_fold_in(seed, i), tf.int32)
-            drawn.append(tf.cast(kind.draw(self._frame, positive_rows, own_seed), tf.int32))
+            kind_seed = tf.cast(tf.random.experimental.stateless_fold_in(seed, i), tf.int32)
+            drawn.append(tf.cast(kind.draw(self._frame, positive_rows, kind_seed), tf.int32))
         return tf.concat(drawn, axis=0)
 
     def log_q(self, candidate_rows: tf.Tensor, hard_share: tf.Tensor | None = None) -> tf.Tensor:
@@ -108,6 +108,13 @@ def hard_log_q(num_left: tf.Tensor, share: float, num_candidates: int) -> tf.Ten
     """Computes log( H_k / (V * f * w_k) ) of a row's pools of H_k, 0 if empty: [W, num_pools].
 
     Pools with something left have equal weight w_k.
+
+    Example:
+        A row with 2 columns of one pool, and one with 4 columns of each of two, for f = .5:
+
+        >>> hard_log_q(tf.constant([[2.0, 0.0], [4.0, 4.0]]), 0.5, 1000).numpy().round(3)
+        array([[-5.521,  0.   ],
+               [-4.135, -4.135]], dtype=float32)
     """
     is_left = tf.cast(num_left > 0, tf.float32)
     pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))
@@ -149,11 +156,11 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
             kind.draw(frame, tf.constant(rows, tf.int32), tf.constant([0, i]))
             for i, rows in enumerate(positives)
         ]
-    for each in map(np.asarray, drawn):
-        if not np.issubdtype(each.dtype, np.integer) or each.ndim != 1:
+    for vector in map(np.asarray, drawn):
+        if not np.issubdtype(vector.dtype, np.integer) or vector.ndim != 1:
             raise ValueError(
-                f"{kind}: draw must return a vector of whole numbers. Received: {each.dtype} of "
-                f"shape {each.shape}"
+                f"{kind}: draw must return a vector of whole numbers. Received: {vector.dtype} of "
+                f"shape {vector.shape}"
             )
     rows = np.concatenate(drawn)
     if rows.size and not 1 <= rows.min() <= rows.max() <= frame.num_candidates:
@@ -166,21 +173,21 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
     if not count[rows].all():
         never = rows[count[rows] == 0][0]
         raise ValueError(
-            f"{kind}: draw returned candidate {never}, whose expected_count is 0: log_q would "
-            "belong to another draw"
+            f"{kind}: draw returned candidate {never}, whose expected_count is 0: its log_q "
+            "would be wrong"
         )
     # Compared with the count over all candidates, and over groups of similar count.
-    copies = [np.bincount(each, minlength=len(count)) for each in drawn]
+    copies = [np.bincount(vector, minlength=len(count)) for vector in drawn]
     order = 1 + np.argsort(count[1:])
     so_far = np.cumsum(count[order]) - count[order] / 2
     group = (so_far / count.sum() * _NUM_GROUPS).astype(np.int64)
     for members in (order, *(order[group == i] for i in range(_NUM_GROUPS))):
-        found, expected = [each[members].sum() for each in copies], count[members].sum()
+        num_drawn, expected = [vector[members].sum() for vector in copies], count[members].sum()
         # Draws may depend on each other within a batch, not between batches.
-        error = max(np.std(found, ddof=1), np.sqrt(expected)) / np.sqrt(len(drawn))
-        if abs(np.mean(found) - expected) > 6 * error:
+        error = max(np.std(num_drawn, ddof=1), np.sqrt(expected)) / np.sqrt(len(drawn))
+        if abs(np.mean(num_drawn) - expected) > 6 * error:
             raise ValueError(
                 f"{kind}: expected_count says that a batch draws {expected:.4g} copies of "
                 f"{counted(len(members), 'candidate')}, and {len(drawn)} batches drew "
-                f"{np.mean(found):.4g} on average: log_q would belong to another draw"
+                f"{np.mean(num_drawn):.4g} on average: its log_q would be wrong"
             )

@@ -37,7 +37,7 @@ from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.race import in_rungs
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.run.training import check_plan, fit_once, plan_of, training_step
+from tfrs_pipeline.run.training import check_plan, plan_of, training_step
 from tfrs_pipeline.settings import ConfigError
 
 Plan: TypeAlias = Mapping[str, Any]
@@ -124,27 +124,25 @@ def compare(
     with ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = dict[FunnelLosers | None, TrainingSet]()
-        for hard in dict.fromkeys(plan.hard for plan in plans.values()):
+        for hard in dict.fromkeys(plan.losers for plan in plans.values()):
             name = f"samples-{hashlib.sha256(repr(hard).encode()).hexdigest()[:8]}"
             data[hard] = TrainingSet.build(train, path / name, seed=seed, hard=hard)
         for plan in plans.values():  # All can train, before the first one does.
-            check_plan(plan, data[plan.hard])
+            check_plan(plan, data[plan.losers])
 
         def measure(name: str, number: int) -> tuple[Evaluation, TrainingResult]:
             plan = plans[name].model_copy(update={"seed": number})
             kept = path / "plans" / quote(name, safe=" ") / f"seed-{number}"
             kept.mkdir(parents=True, exist_ok=True)
             hold_to(kept / MADE_OF_FILE, plan.made_of(train, validation, exclude))
-            model = fit_once(
-                plan,
-                measured,
-                data[plan.hard],
+            task, most = _label(name, number, seeds), plan.training.max_epochs
+            model = plan.fit_samples(
+                data[plan.losers],
                 validation,
-                train,
-                task=lambda: _label(name, number, seeds),
-                max_epochs=plan.training.max_epochs,
                 folder=kept,
-                progress=progress,
+                exclude=exclude,
+                cutoffs=measured.cutoffs,
+                tell=lambda done, line: progress.task(task, done, most, line),
             )
             result = evaluate({name: model}, test, exclude=exclude, cutoffs=measured.cutoffs)
             return result, model.result

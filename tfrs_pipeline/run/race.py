@@ -32,7 +32,7 @@ from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step, give_back_memory
-from tfrs_pipeline.run.training import check_plan, fit_once, plan_of, trains_winner_alone
+from tfrs_pipeline.run.training import check_plan, plan_of, trains_winner_alone
 from tfrs_pipeline.settings import ConfigError, refuse
 
 # Recipes are compared for the first time at the CPU time that this many epochs of the slowest take.
@@ -289,7 +289,7 @@ def race(
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
         progress = progress or written()
-        return _race(config, entrants, data, validation, train, path / "race", progress)
+        return _race(config, entrants, data, validation, path / "race", progress)
 
 
 def _race(
@@ -297,7 +297,6 @@ def _race(
     entrants: Iterable[Recipe],
     data: TrainingSet,
     validation: Holdout,
-    log: Log,
     folder: Path,
     progress: Progress,
 ) -> tuple[FittedTwoTower, Race]:
@@ -309,17 +308,15 @@ def _race(
 
     def train(name: str, num_epochs: int, task: str) -> FittedTwoTower:
         settings, clock = configs[name], list[float]()
-        model = fit_once(
-            plan_of(settings, "two_tower"),
-            settings.evaluation,
+        model = plan_of(settings, "two_tower").fit_samples(
             data,
             validation,
-            log,
-            task=lambda: task,
             max_epochs=num_epochs,
             folder=folder / quote(name, safe=" "),
-            progress=progress,
+            exclude=settings.evaluation.exclude,
+            cutoffs=settings.evaluation.cutoffs,
             on_epoch=lambda so_far: clock.append(time.process_time()),
+            tell=lambda done, line: progress.task(task, done, num_epochs, line),
         )
         result, seconds = model.result, curves[name].epoch_seconds
         if not seconds:  # Timed once, so that a resumed race decides as it would have done.
@@ -357,8 +354,8 @@ def race_step() -> Step:
     """Returns the step that races the recipes of a run, and gives it the winner's settings."""
 
     def make(run: RunContext, samples: RunData) -> Race:
-        entrants, log = [PRESETS[name] for name in run.config.recipes], samples.split.train
-        shared = samples.selection, samples.validation, log, run.folder.race, run.progress
+        entrants = [PRESETS[name] for name in run.config.recipes]
+        shared = samples.selection, samples.validation, run.folder.race, run.progress
         _, decided = _race(run.config, entrants, *shared)  # The model's step reads its training.
         run.note(*decided.lines())
         run.config = settle(run.config, run.folder, decided)

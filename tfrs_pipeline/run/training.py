@@ -12,7 +12,7 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
-from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, describe_epoch, read_epoch
+from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -63,22 +63,21 @@ def train_and_refit(
 
     The model's `result` is that of the first training; its `notes` describe both.
     """
-    source, log = config.warm_start, data.split.train
+    source = config.warm_start
 
     def fit(step: Training, max_epochs: int) -> FittedTwoTower:
         is_first = step == "selection"
-        return fit_once(
-            plan_of(config, name),
-            config.evaluation,
+        task = f"{name}, {step}"
+        return plan_of(config, name).fit_samples(
             data.selection if is_first else data.final,
             data.validation if is_first else None,
-            log,
-            task=lambda: f"{name}, {step}",
             max_epochs=max_epochs,
             # The source's first training has seen nothing that validates here.
             warm_start=None if source is None else trained_in(source, step, name),
             folder=None if folder is None else folder / step,
-            progress=progress,
+            exclude=config.evaluation.exclude,
+            cutoffs=config.evaluation.cutoffs,
+            tell=lambda done, line: progress.task(task, done, max_epochs, line),
         )
 
     model = fit("selection", config.training.max_epochs)
@@ -88,41 +87,6 @@ def train_and_refit(
         model = fit("refit", chosen.best_epoch)
     notes = [*_about_trainings(config, name, data, chosen), *model.notes]
     return dataclasses.replace(model, result=chosen, notes=notes)
-
-
-def fit_once(
-    plan: TwoTower,
-    evaluation: EvaluationConfig,
-    data: TrainingSet,
-    validation: Holdout | None,
-    log: Log,
-    *,
-    task: Callable[[], str],
-    max_epochs: int,
-    warm_start: FittedTwoTower | None = None,
-    folder: Path | None = None,
-    progress: Progress = SILENT,
-    on_epoch: OnEpoch = lambda so_far: None,
-) -> FittedTwoTower:
-    """Trains a model, validated as `evaluation` says, and shows its epochs as a task's progress."""
-
-    def show_epoch(so_far: TrainingResult) -> None:
-        note = describe_epoch(so_far, plan.training.monitor, max_epochs)
-        progress.task(task(), so_far.num_epochs, max_epochs, note)
-        on_epoch(so_far)
-
-    return plan.fit_samples(
-        data,
-        validation,
-        max_epochs=max_epochs,
-        warm_start=warm_start,
-        folder=folder,
-        exclude=evaluation.exclude,
-        cutoffs=evaluation.cutoffs,
-        on_epoch=show_epoch,
-        on_steps=lambda epoch, line: progress.task(task(), epoch - 1, max_epochs, line),
-        log=log,
-    )
 
 
 def _about_trainings(

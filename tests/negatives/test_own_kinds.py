@@ -1,0 +1,216 @@
+"""Kinds of negatives defined outside the package, easy and hard, against slow loops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfrs_pipeline as tp
+from tests import small_batches as small
+from tests.model.conftest import NUM_ITEMS, eagerly, make_log, tiny
+from tfrs_pipeline import ConfigError, DataError, TwoTowerSettings
+from tfrs_pipeline.negatives.kinds import SETTING_KINDS, Pool
+from tfrs_pipeline.samples.store import Samples
+
+F, NUM, STEPS = 0.3, 3, 200
+# The small batches' items are in four categories; nobody's positives are in the last one's lists.
+CATEGORIES = np.arange(small.NUM_CANDIDATES + 1) % 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SameCategory:
+    """Other items of the positive's category, from a rule; those of category 3 have none."""
+
+    categories: np.ndarray
+    share: float = F
+    num: int = NUM
+
+    def pools(self, samples: Samples) -> Mapping[str, Pool]:
+        lists = [np.flatnonzero(self.categories == c) for c in range(3)] + [np.zeros(0, int)]
+        lists[0] = lists[0][1:]  # Row 0 is the unknown item.
+        return {"category": (lists, self.categories[samples.candidate_rows])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """Hard negatives of each user from a file, here its even and its odd items in two pools."""
+
+    by_user: tuple[tuple[int, ...], ...]
+    share: float = F
+    num: int = NUM
+
+    def pools(self, samples: Samples) -> Mapping[str, Pool]:
+        return {
+            name: ([[x for x in rows if x % 2 == odd] for rows in self.by_user], samples.query_rows)
+            for odd, name in enumerate(("even", "odd"))
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Newest:
+    """An easy kind: the items of the last rows, each with the same chance."""
+
+    num: int
+
+    def draw(self, frame: tp.SamplingFrame, positive_rows: Any, seed: Any) -> tf.Tensor:
+        last = frame.num_candidates
+        return tf.random.stateless_uniform([self.num], seed, last - 4, last + 1, tf.int32)
+
+    def expected_count(self, frame: tp.SamplingFrame) -> np.ndarray:
+        rows = np.arange(frame.num_candidates + 1)
+        return np.where(rows > frame.num_candidates - 5, self.num / 5, 0.0)
+
+
+FILE = Listed(tuple(tuple(range(1 + user % 9, 40, 1 + user % 7)) for user in range(21)))
+RULE = SameCategory(CATEGORIES)
+LATER = np.arange(small.NUM_CANDIDATES + 1) > 36
+KINDS: dict[str, Any] = {"rule": RULE, "file": FILE}
+
+
+def allowed(kind: Any, samples: Samples) -> list[list[list[int]]]:
+    """Returns the candidates of each sample in each pool, by a loop."""
+    by_sample = []
+    for query, positive in zip(samples.query_rows, samples.candidate_rows, strict=True):
+        never = {*small.forbidden(samples, query), positive}
+        if samples.is_later is not None:
+            never |= {*np.flatnonzero(samples.is_later)}
+        if kind is RULE:
+            pools = [[c for c in range(1, 41) if c % 4 == positive % 4 != 3]]
+        else:
+            rows = FILE.by_user[query]
+            pools = [[c for c in rows if c % 2 == 0], [c for c in rows if c % 2 == 1]]
+        by_sample.append([[c for c in pool if c not in never] for pool in pools])
+    return by_sample
+
+
+@pytest.mark.parametrize(
+    ("name", "later", "order"),
+    [("rule", None, "single"), ("rule", LATER, "sequences"), ("file", LATER, "single")],
+)
+def test_own_hard_negatives_are_drawn_masked_and_corrected(
+    name: str, later: Any, order: str
+) -> None:
+    """Each candidate of a row comes as often as the others, and log_q is that of the formula."""
+    kind, samples = KINDS[name], dataclasses.replace(small.SAMPLES, is_later=later)
+    batches = small.make_batches(order, samples, [tp.Uniform(9)], hard=kind)
+    pools, num_visits = allowed(kind, samples), Counter[int]()
+    drawn = [[Counter[int]() for _ in sample_pools] for sample_pools in pools]
+    possible, cases = small.NUM_CANDIDATES - 4 * (later is not None), Counter[int]()
+    for batch in small.batch_list(batches, STEPS):
+        for i, sample in enumerate(small.samples_of(batch)):
+            num_visits[sample] += 1
+            left = [bool(pool) for pool in pools[sample]]
+            cases[sum(left)] += 1
+            f = F if any(left) else 0.0
+            assert batch.hard.share[i] == pytest.approx(f)
+            easy = np.log(9 / small.NUM_CANDIDATES / (1 - f))
+            np.testing.assert_allclose(batch.log_q[i], easy, rtol=1e-4, atol=1e-5)
+            for p, pool in enumerate(pools[sample]):
+                columns = slice(NUM * p, NUM * (p + 1))
+                assert batch.hard.is_counted[i, columns].tolist() == [bool(pool)] * NUM
+                if pool:
+                    rows = batch.hard.candidate_row[i, columns].tolist()
+                    assert {*rows} <= {*pool}
+                    drawn[sample][p].update(rows)
+                    expected = np.log(NUM / (possible * F / sum(left)))
+                    np.testing.assert_allclose(batch.hard.log_q[i, columns], expected, rtol=1e-5)
+    assert cases[0] > 0 or name == "file"  # The rule gives some positives no hard negative.
+    # A visit draws each candidate NUM / size times in expectation, and visits are independent. A
+    # candidate's copies in a visit are all but a multiple, so their variance is at most binomial.
+    z_scores = []
+    for sample, pool_counts in enumerate(drawn):
+        for pool, counts in zip(pools[sample], pool_counts, strict=True):
+            for candidate in pool:
+                rate = NUM / len(pool)
+                variance = num_visits[sample] * (rate % 1) * (1 - rate % 1)
+                excess = counts[candidate] - num_visits[sample] * rate
+                z_scores.append(excess / variance**0.5 if variance else excess)
+    assert len(z_scores) > 500
+    assert np.abs(z_scores).max() < 5.5
+
+
+def test_exposed_items_are_hard_negatives_only_if_allowed() -> None:
+    shown = [small.SAMPLES.exposed[user].tolist() for user in range(21)]
+
+    @dataclasses.dataclass
+    class Shown:
+        allow_exposed: bool
+        share: float = F
+        num: int = NUM
+        name: str = "exposed"
+
+        def pools(self, samples: Samples) -> Mapping[str, Pool]:
+            return {self.name: (shown, samples.query_rows)}
+
+    for kind, is_allowed in (
+        (Shown(True), True),
+        (Shown(False), False),
+        (Shown(True, name="x"), False),
+    ):
+        batches = small.make_batches(hard=kind)
+        counted = [batch.hard.is_counted.any() for batch in small.batch_list(batches, 4)]
+        assert counted == [is_allowed] * 4
+
+
+def test_a_model_trains_with_own_hard_negatives_and_is_compared(tmp_path: Path) -> None:
+    log = make_log()
+    split = log.split("last_n", validation=1, test=1)
+    genre = np.append(3, np.arange(NUM_ITEMS) % 3)  # By row: the unknown item has none.
+    hard = SameCategory(genre)
+    training: dict[str, Any] = {"training": {"max_epochs": 2}}
+    own_kinds: dict[str, Any] = {"hard": hard, "negatives": [*tiny().negatives, Newest(6)]}
+    plans = {"own": tiny(**own_kinds, **training), "mixed": tiny(**training)}
+    assert plans["own"].settings == plans["mixed"].settings
+    assert plans["own"].losers is None
+    with eagerly():
+        fitted = plans["own"].fit(split.train, split.validation)
+        compared = tp.compare(*split, plans=plans, folder=tmp_path, cutoffs=(5, 20))
+    assert "effective mean hard share 0.3000" in fitted.notes
+    assert set(compared.trainings) == {"own", "mixed"}
+    losses = [compared.trainings[name][0].history["loss"][0] for name in plans]
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match=r"own_hard: 'SameCategory', now None"):
+        tp.compare(*split, plans={"own": tiny(**training)}, folder=tmp_path, cutoffs=(5,))
+
+
+def test_wrong_kinds_are_refused() -> None:
+    wrong: tuple[tuple[Any, str], ...] = (
+        (SameCategory, "is a class: give an object of it"),
+        (tp.Uniform(3), "hard: got Uniform"),
+        (object(), "it has no pools. A kind here has pools, share, num"),
+    )
+    for kind, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            tp.TwoTower(hard=kind)
+    with pytest.raises(ConfigError, match="hard: got SameCategory"):
+        TwoTowerSettings(hard=RULE)
+
+    def made(**changes: Any) -> None:
+        small.make_batches(hard=dataclasses.replace(FILE, **changes))
+
+    with pytest.raises(ValueError, match=r"share of hard negatives is in \(0, 1\). Received: 1"):
+        made(share=1)
+    with pytest.raises(ValueError, match="num must be a whole number, 1 or more"):
+        made(num=0)
+    with pytest.raises(ValueError, match=r"'even' must be candidate rows in 1 .. 40.* 0 to 38"):
+        made(by_user=((0, 2), *FILE.by_user[1:]))
+    with pytest.raises(ValueError, match=r"'even' need the number of a list for each of 150"):
+        made(by_user=FILE.by_user[:9])
+    with pytest.raises(DataError, match="none of 150 positives has a hard negative"):
+        made(by_user=((),) * 21)
+
+
+def test_a_kind_becomes_a_setting_in_one_file() -> None:
+    """The unions beside the kinds are all that settings, files and flags know them by."""
+    names = {kind().kind for kind in SETTING_KINDS}
+    assert names == {"in_batch", "uniform", "popularity", "funnel"}
+    root = Path(tp.__file__).parent
+    naming = [path for path in root.rglob("*.py") if "InBatch | Uniform" in path.read_text()]
+    assert naming == [root / "negatives" / "kinds.py"]
