@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,10 @@ def plain(line: str) -> str:
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """Forgets the metrics and baselines that a page adds, which its readers add to one program."""
-    before = [(registry, dict(registry)) for registry in (METRICS, BASELINES)]
+    registries: list[MutableMapping[str, Any]] = [METRICS, BASELINES]
+    before = [dict(registry) for registry in registries]
     yield
-    for registry, entries in before:
+    for registry, entries in zip(registries, before, strict=True):
         registry.clear()
         registry.update(entries)
 

@@ -15,7 +15,6 @@ from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
-from tfrs_pipeline.negatives.kinds import HardShare
 from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import (
     HIDDEN,

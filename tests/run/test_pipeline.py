@@ -169,7 +169,6 @@ def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -
     in_order = sorted(item_id(number, "str") for number in range(NUM_ITEMS))
     assert facts.popularity.counts.tolist() == [counts[id_] for id_ in in_order]
     share = facts.popularity.counts / len(clicks)
-    np.testing.assert_allclose(facts.popularity.after, share)
     np.testing.assert_allclose(facts.popularity.negatives["in-batch"], share)
     np.testing.assert_allclose(facts.popularity.negatives["uniform"], 1 / NUM_ITEMS)
     titles = {row["item_id"]: row["title"] for row in small_log.item_table("str").to_pylist()}

@@ -1,18 +1,17 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from tfrs_pipeline.config import EvaluationConfig, RunConfig, with_settings
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
-from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, read_epoch
+from tfrs_pipeline.model.fit import TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTower
