@@ -35,6 +35,7 @@ ROOMS = {
     "samples": "Samples",
     "batches": "Batches",
     "evaluation": "Evaluation and baselines",
+    "presets": "Recipes",
     "run": "Races, comparisons and runs",
     "report": "Reports",
     "drawing": "Figures",

@@ -26,7 +26,7 @@ POSITIVE_QUERY = np.array([0, 0, 1, 2, 2, 2, 5, 4])
 
 
 def loss_of(**options: Any) -> tf.Tensor:
-    return HybridRetrieval()(QUERIES, POSITIVES[:W], COLUMNS, **options)
+    return HybridRetrieval()(QUERIES, POSITIVES[:W], negative_embeddings=COLUMNS, **options)
 
 
 def value_and_gradients(loss: Any, *arrays: np.ndarray) -> list[np.ndarray]:
@@ -89,7 +89,9 @@ def test_equals_the_task_of_tfrs(weight_shape: tuple[int, ...]) -> None:
 
     def ours(queries: Any, columns: Any) -> tf.Tensor:
         mask = {"score_mask": MASK & ~is_own}
-        return HybridRetrieval(0.7)(queries, columns[:W], columns, **weights, **mask)
+        return HybridRetrieval(0.7)(
+            queries, columns[:W], negative_embeddings=columns, **weights, **mask
+        )
 
     def of_tfrs(queries: Any, columns: Any) -> tf.Tensor:
         task = tfrs.tasks.Retrieval(temperature=0.7)
@@ -100,13 +102,32 @@ def test_equals_the_task_of_tfrs(weight_shape: tuple[int, ...]) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("with_probability", [False, True])
+def test_without_columns_of_its_own_a_call_is_the_parents(with_probability: bool) -> None:
+    """A model of TFRS keeps its calls, custom candidate sampling probability included."""
+    options: dict[str, Any] = {"sample_weight": WEIGHTS[:W], "compute_metrics": False}
+    options["score_mask"] = MASK | np.eye(W, C, dtype=bool)
+    if with_probability:
+        probability = np.linspace(1e-6, 1, C).astype(np.float32)
+        options["candidate_sampling_probability"] = tf.constant(probability)
+    assert issubclass(HybridRetrieval, tfrs.tasks.Retrieval)
+    ours, parents = (
+        value_and_gradients(lambda q, c, task=task: task(q, c, **options), QUERIES, COLUMNS)
+        for task in (HybridRetrieval(0.7), tfrs.tasks.Retrieval(temperature=0.7))
+    )
+    for got, expected in zip(ours, parents, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_every_candidate_once_is_the_full_softmax() -> None:
     """n(c) = 1, so log_q = 0 and nothing is estimated."""
     logits = QUERIES @ COLUMNS.T / 0.5
     log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     task, mask = HybridRetrieval(0.5), ~np.eye(W, C, dtype=bool)
     for correction in ({}, {"log_q": tf.zeros([C])}):
-        loss = task(QUERIES, COLUMNS[:W], COLUMNS, score_mask=mask, **correction)
+        loss = task(
+            QUERIES, COLUMNS[:W], negative_embeddings=COLUMNS, score_mask=mask, **correction
+        )
         np.testing.assert_allclose(loss, -np.trace(log_softmax[:, :W]), rtol=1e-5)
 
 
@@ -182,7 +203,7 @@ def test_a_log_q_that_would_be_broadcast_over_columns_is_refused(shape: tuple[in
     @tf.function(input_signature=[tf.TensorSpec(None), tf.TensorSpec([None, D])])
     def loss(log_q: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
         log_q = tf.ensure_shape(log_q, [None] * len(shape))
-        return HybridRetrieval()(QUERIES, POSITIVES[:W], columns, log_q=log_q)
+        return HybridRetrieval()(QUERIES, POSITIVES[:W], negative_embeddings=columns, log_q=log_q)
 
     if shape in ((W,), (W, 1), (C, W), (2, C)):
         with pytest.raises(tf.errors.InvalidArgumentError, match="log_q must be"):
@@ -200,6 +221,11 @@ def test_refusals() -> None:
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             loss_of(**options)
+    with pytest.raises(ValueError, match="with negative_embeddings, pass log_q"):
+        loss_of(candidate_sampling_probability=tf.ones([C]))
+    for needs in ({"log_q": LOG_Q}, {"positive_query": tf.range(W)}, {"hard_embeddings": HARD}):
+        with pytest.raises(ValueError, match="need negative_embeddings"):
+            HybridRetrieval()(QUERIES, POSITIVES[:W], **needs)
     for temperature in (0.0, -0.1, np.nan):
         with pytest.raises(ValueError, match=f"above 0. Received: {temperature}"):
             HybridRetrieval(temperature)
@@ -220,7 +246,10 @@ def test_embeddings_that_would_be_broadcast_are_refused(forms: dict[str, Any]) -
         options = {"hard_embeddings": given["hard"], "hard_log_q": HARD_LOG_Q}
         options["positive_query"] = given.get("positive_query")
         return HybridRetrieval()(
-            given["queries"], given["positives"], given["negatives"], **options
+            given["queries"],
+            given["positives"],
+            negative_embeddings=given["negatives"],
+            **options,
         )
 
     given = {name: tf.constant(x) for name, x in {**fitting, **forms}.items()}

@@ -163,8 +163,8 @@ class TwoTowerNetwork(tfrs.Model):
         loss = self.task(
             queries,
             positives,
-            shared,
             sample_weight=inputs.weight,
+            negative_embeddings=shared,
             score_mask=inputs.is_counted,
             log_q=self.log_q(inputs),
             positive_query=inputs.positive_query,
