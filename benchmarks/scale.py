@@ -49,7 +49,7 @@ from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fitted import query_encoder
+from tfrs_pipeline.model.fitted_model import query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 

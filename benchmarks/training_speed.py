@@ -59,7 +59,7 @@ from tutorial import (
 from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fitted import query_encoder
+from tfrs_pipeline.model.fitted_model import query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.presets import PRESETS

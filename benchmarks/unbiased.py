@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from record import parser_with_json, write_json
 
-from tfrs_pipeline.negatives.kinds import InBatch, Negatives, Popularity, SamplingFrame, Uniform
 from tfrs_pipeline.negatives.mixture import Mixture
+from tfrs_pipeline.negatives.samplers import InBatch, Negatives, Popularity, SamplingFrame, Uniform
 
 NUM_CANDIDATES = 300
 NUM_QUERIES = 4

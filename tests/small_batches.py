@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfrs_pipeline import HybridBatches, InBatch, Negatives, Popularity, Uniform, UserSets
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.kinds import SinglePositives, WholeSequences
+from tfrs_pipeline.batches.examples import SinglePositives, WholeSequences
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 NUM_QUERIES, NUM_CANDIDATES, NUM_SAMPLES = 20, 40, 150

@@ -18,7 +18,7 @@ ROOMS = f"{FIRST} {LAST}".split()
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 LIGHT_ROOMS = "messages settings retrieval durable cluster drawing data sources samples evaluation"
 LIGHT_FEATURES = "features.categorical features.feature features.kinds features.raw"
-LIGHT_MODULES = f"{LIGHT_FEATURES} negatives.kinds serving.settings"
+LIGHT_MODULES = f"{LIGHT_FEATURES} negatives.samplers serving.settings"
 LIGHT_STARTS = (*LIGHT_ROOMS.split(), *LIGHT_MODULES.split())
 
 

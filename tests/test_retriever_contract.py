@@ -20,7 +20,7 @@ from tfrs_pipeline.evaluation.interactions import Interactions, Sequences
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted import query_encoder
+from tfrs_pipeline.model.fitted_model import query_encoder
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 NUM_USERS, NUM_CANDIDATES = 300, 24

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "batches.batch": ("Batch", "Examples"),
     "batches.hybrid": ("HybridBatches",),
-    "batches.kinds": ("SinglePositives", "UserSets", "WholeSequences"),
+    "batches.examples": ("SinglePositives", "UserSets", "WholeSequences"),
     "config": ("RunConfig", "dump_config", "load_config", "movielens_config", "with_settings"),
     "data.holdout": ("Holdout",),
     "data.log": ("Log", "Split"),
@@ -30,12 +30,12 @@ _NAMES = {
     "evaluation.signals": ("Signal", "Signals", "signals"),
     "model.corpus": ("TrainingSet",),
     "model.exportable": ("Exportable",),
-    "model.fitted": ("FittedTwoTower",),
+    "model.fitted_model": ("FittedTwoTower",),
     "model.loss": ("HybridRetrieval",),
     "model.network": ("TwoTowerNetwork",),
     "model.settings": ("TrainingSettings", "TwoTowerSettings"),
     "model.two_tower": ("TwoTower",),
-    "negatives.kinds": (
+    "negatives.samplers": (
         "FunnelLosers",
         "HardNegatives",
         "InBatch",

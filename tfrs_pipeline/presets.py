@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tfrs_pipeline.negatives.kinds import FunnelLosers, Popularity, Uniform
+from tfrs_pipeline.negatives.samplers import FunnelLosers, Popularity, Uniform
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 
 from tests.small_batches import REQUESTED, UNORDERED, batch_list, flat, make_batches
 from tfrs_pipeline.batches.batch import Batch, Slices
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.negatives.samplers import FunnelLosers
 
 HARD = FunnelLosers(share=0.3, num=2)
 # Fields that a slice renumbers; they are checked by what they point at.

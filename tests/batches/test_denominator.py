@@ -17,7 +17,7 @@ from tfrs_pipeline import FunnelLosers, HybridBatches, InBatch, Popularity, Unif
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.negatives import mixture
-from tfrs_pipeline.negatives.kinds import Negatives, SamplingFrame
+from tfrs_pipeline.negatives.samplers import Negatives, SamplingFrame
 from tfrs_pipeline.samples.store import resampling_rate
 
 NUM_EPOCHS = 300

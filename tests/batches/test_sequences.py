@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small_batches import LENGTH, SAMPLES, batch_list, make_batches, samples_of
-from tfrs_pipeline.batches.kinds import WholeSequences
+from tfrs_pipeline.batches.examples import WholeSequences
 from tfrs_pipeline.samples.store import Samples
 
 

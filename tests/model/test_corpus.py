@@ -15,7 +15,7 @@ from tests.small_log import event_table, write
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 

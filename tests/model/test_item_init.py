@@ -10,7 +10,7 @@ from tests.model.conftest import NUM_ITEMS, NUM_TASTES, assert_same, tiny, weigh
 from tests.model.test_two_tower import OwnCandidates
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.start import item_factors
+from tfrs_pipeline.model.warm_start import item_factors
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.settings import ConfigError
 

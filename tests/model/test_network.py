@@ -15,7 +15,7 @@ from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, scores_of, tiny
 from tests.small_batches import as_arrays
 from tfrs_pipeline import Popularity, Samples, SamplingFrame, Uniform
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.model import graph
+from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.towers import FeatureTable, candidate_tower, query_tower
@@ -147,7 +147,7 @@ def test_corpus_is_embedded_in_blocks(data: TrainingSet, monkeypatch: pytest.Mon
     network = tiny().build(data.corpus)
     at_once = network.embed_candidates(tf.range(1, NUM_ITEMS + 1)).numpy()
     np.testing.assert_allclose(network.embed_corpus(), at_once, rtol=1e-6)
-    monkeypatch.setattr(graph, "CORPUS_BLOCK", 7)
+    monkeypatch.setattr(tf_tables, "CORPUS_BLOCK", 7)
     np.testing.assert_allclose(network.embed_corpus(), at_once, rtol=1e-6)
 
 

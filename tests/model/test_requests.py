@@ -23,7 +23,7 @@ from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.raw import to_seconds
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.encoder import item_times
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.two_tower import TwoTower
 
 HOUR = Categorical("hour", tuple(map(str, range(24))), is_from_timestamp=True)

@@ -18,8 +18,8 @@ from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.model.start import WarmStart
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
+from tfrs_pipeline.model.warm_start import WarmStart
 
 NUM_ITEMS = 12
 HOUR, WEEK = timedelta(hours=1), timedelta(weeks=1)

@@ -23,9 +23,9 @@ from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model import fit
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.negatives.kinds import Popularity, Uniform
+from tfrs_pipeline.negatives.samplers import Popularity, Uniform
 
 EASY = [Uniform(16), Popularity(16, 1.0)]
 

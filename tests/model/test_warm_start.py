@@ -18,11 +18,11 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, shape_settings
-from tfrs_pipeline.model.start import WarmStart
 from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.settings import ConfigError
 
 NUM_USERS = 20

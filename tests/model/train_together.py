@@ -16,7 +16,7 @@ from tfrs_pipeline import InBatch, Popularity, Uniform
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import chief_first
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
 
 # The cases cover what replicas could get wrong: negatives, dropout, examples and optimizers.
 DROPOUT: dict[str, Any] = {"use_user_id": True, "feature_dropout": 0.2, "hard": LOSERS}

@@ -15,7 +15,7 @@ from tfrs_pipeline.config import RunConfig, dump_config, movielens_config, with_
 from tfrs_pipeline.data.schema import Dropped
 from tfrs_pipeline.drawing import INK, SERIES, SOFT, thinned
 from tfrs_pipeline.evaluation.metrics import PLAIN
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.report.facts import PopularityFacts, RunFacts, report_page
 
 CUTOFFS = (20, 100)

@@ -15,7 +15,7 @@ from tests.damage import damage
 from tests.small_log import event_table
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import read_whole
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import RowLists, Samples, read_samples
 

@@ -24,7 +24,7 @@ from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.encoder import Encoder
-from tfrs_pipeline.model.fitted import query_encoder
+from tfrs_pipeline.model.fitted_model import query_encoder
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export, saved_model
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tests.serving.conftest import NUM_CANDIDATES, Served
 from tests.serving.running_server import PREDICT, Running, in_json
 from tfrs_pipeline import LoadedRetriever, Log, TrainingSettings, TwoTower, export, load
-from tfrs_pipeline.model.graph import id_list, id_lists
+from tfrs_pipeline.model.tf_tables import id_list, id_lists
 from tfrs_pipeline.run.refresh import refresh_index
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")

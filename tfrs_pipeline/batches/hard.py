@@ -9,8 +9,8 @@ import tensorflow as tf
 from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.negatives.kinds import HardNegatives, Pool
 from tfrs_pipeline.negatives.mixture import hard_log_q
+from tfrs_pipeline.negatives.samplers import HardNegatives, Pool
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 # Skipping one of a few shown items says little about retrieval from millions (it is for ranking),

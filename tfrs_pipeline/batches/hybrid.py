@@ -13,8 +13,8 @@ import tensorflow as tf
 from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
 from tfrs_pipeline.batches.hard import EXPOSED, KNOWN, HardDraws, Never, never_shared
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.negatives.kinds import HardNegatives, InBatch, Negatives, SamplingFrame
 from tfrs_pipeline.negatives.mixture import Mixture
+from tfrs_pipeline.negatives.samplers import HardNegatives, InBatch, Negatives, SamplingFrame
 from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 
 SAMPLES_PER_BLOCK = 1 << 20
@@ -54,8 +54,8 @@ class HybridBatches:
     does, and a `DataError` if no positive has a hard negative of the kind.
 
     Example:
-        >>> from tfrs_pipeline.batches.kinds import SinglePositives
-        >>> from tfrs_pipeline.negatives.kinds import Uniform
+        >>> from tfrs_pipeline.batches.examples import SinglePositives
+        >>> from tfrs_pipeline.negatives.samplers import Uniform
         >>> samples = Samples.from_pairs([1, 1, 2], [1, 2, 3], num_queries=2, num_candidates=9)
         >>> examples = SinglePositives(samples, batch_size=2, history_length=4, seed=0)
         >>> batches = HybridBatches(samples, examples, [InBatch(), Uniform(5)], seed=0)

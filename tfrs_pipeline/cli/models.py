@@ -275,7 +275,7 @@ def _history_notes(
     retriever: "LoadedRetriever", query: Mapping[str, Any], unknown: Sequence[Any]
 ) -> Iterator[str]:
     """Describes what the model ignores in a query's history, given its unknown items."""
-    from tfrs_pipeline.model.graph import signature_inputs
+    from tfrs_pipeline.model.tf_tables import signature_inputs
 
     history = query["history"]
     without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}

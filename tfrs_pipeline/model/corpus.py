@@ -16,7 +16,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import hold_to, read_record, read_whole, refuse_others, write_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.negatives.kinds import FunnelLosers, HardNegatives
+from tfrs_pipeline.negatives.samplers import FunnelLosers, HardNegatives
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.columns import read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples

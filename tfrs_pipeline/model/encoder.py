@@ -12,9 +12,9 @@ from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_si
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
-from tfrs_pipeline.model import graph
+from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.graph import lookup, signature_inputs, stored, traced
+from tfrs_pipeline.model.tf_tables import lookup, signature_inputs, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.samples.store import RowLists
 
@@ -55,16 +55,16 @@ class Encoder(tf.Module):
         # The server counts how popular its answers are, so this is kept without user data too.
         known, num_rows = model.known_positives.values, len(model.candidate_ids) + 1
         self._num_clicks = stored(np.bincount(known, minlength=num_rows).astype(np.int32))
-        user_dtype, item_dtype = map(graph.id_dtype, (model.query_ids, model.candidate_ids))
+        user_dtype, item_dtype = map(tf_tables.id_dtype, (model.query_ids, model.candidate_ids))
         query_ids, times = model.query_ids, model.history_times
         histories, known_positives = model.histories, model.known_positives
         if not user_data:
             query_ids, times = query_ids[:0], np.zeros(0)
             histories = known_positives = RowLists.empty(1)
-        self._query_rows = graph.row_table(query_ids)
-        self._candidate_rows = graph.row_table(model.candidate_ids)
+        self._query_rows = tf_tables.row_table(query_ids)
+        self._candidate_rows = tf_tables.row_table(model.candidate_ids)
         # Entry 0 holds the empty id, since an empty slot has row 0.
-        self._candidate_ids = stored(graph.with_empty(model.candidate_ids))
+        self._candidate_ids = stored(tf_tables.with_empty(model.candidate_ids))
         self._histories, self._known = (
             [stored(lists.values), stored(lists.offsets)] for lists in (histories, known_positives)
         )
@@ -229,7 +229,7 @@ def embed_queries(
         inputs = query_inputs(encoder.embed_query, block)
         requests = [query.get("request") for query in block]
         inputs |= request_inputs(encoder.embed_query, features, requests)
-        blocks.append(graph.call(encoder.embed_query, inputs)["embeddings"].numpy())
+        blocks.append(tf_tables.call(encoder.embed_query, inputs)["embeddings"].numpy())
     return np.concatenate(blocks)
 
 
@@ -268,13 +268,15 @@ def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor
     inputs = {}
     if "user_id" in specs:
         users = [query.get("user_id") for query in queries]
-        inputs["user_id"] = graph.id_list(users, specs["user_id"].dtype)
+        inputs["user_id"] = tf_tables.id_list(users, specs["user_id"].dtype)
     if "history" in specs:
-        inputs["history"] = graph.id_lists(list(map(history_of, queries)), specs["history"].dtype)
+        inputs["history"] = tf_tables.id_lists(
+            list(map(history_of, queries)), specs["history"].dtype
+        )
     if HISTORY_TIMESTAMPS in specs:
         times = item_times(queries)
         values = tf.constant(np.concatenate([np.zeros(0), *times]))
-        inputs[HISTORY_TIMESTAMPS] = graph.padded(values, times, np.nan)
+        inputs[HISTORY_TIMESTAMPS] = tf_tables.padded(values, times, np.nan)
     return inputs
 
 
@@ -323,12 +325,12 @@ def known_rows(
     encoder: Encoder, queries: Sequence[Query], item_ids: np.ndarray
 ) -> list[np.ndarray]:
     """Returns the known positives of each query's user, as rows among `item_ids`."""
-    table = graph.row_table(item_ids)
+    table = tf_tables.row_table(item_ids)
     known: list[np.ndarray] = []
     for start in range(0, len(queries), QUERIES_PER_CALL):
         users = [query.get("user_id") for query in queries[start : start + QUERIES_PER_CALL]]
         (spec,) = signature_inputs(encoder.known_items).values()
-        rows = lookup(table, encoder.known_items(graph.id_list(users, spec.dtype))).numpy()
+        rows = lookup(table, encoder.known_items(tf_tables.id_list(users, spec.dtype))).numpy()
         known += [np.unique(line[line > 0]) for line in rows]
     return known
 

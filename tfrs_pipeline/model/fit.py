@@ -24,7 +24,7 @@ from tfrs_pipeline.model.distribution import dataset_of, on_chief
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.negatives.samplers import FunnelLosers
 
 Validate = Callable[[], dict[str, float]]
 

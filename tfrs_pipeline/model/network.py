@@ -8,10 +8,10 @@ import tensorflow_recommenders as tfrs
 
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.graph import embed_corpus
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
+from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.model.towers import FeatureTable, drop_features
 
 # Share of the request features that training drops, so that a request may come without them.

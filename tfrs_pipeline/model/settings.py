@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.evaluation.metrics import metric_of
-from tfrs_pipeline.negatives.kinds import HardKind, InBatch, Popularity, SharedKind, Uniform
+from tfrs_pipeline.negatives.samplers import HardKind, InBatch, Popularity, SharedKind, Uniform
 from tfrs_pipeline.settings import Config, Distinct, Listed
 
 DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]

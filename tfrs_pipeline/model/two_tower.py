@@ -11,8 +11,8 @@ import tensorflow as tf
 from pydantic import AfterValidator, Field, WrapValidator, model_validator
 
 from tfrs_pipeline.batches.batch import Examples
+from tfrs_pipeline.batches.examples import SinglePositives, UserSets, WholeSequences
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.batches.kinds import SinglePositives, UserSets, WholeSequences
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.schema import Exclude
@@ -23,20 +23,20 @@ from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.messages import line_writer
 from tfrs_pipeline.model import distribution
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
+from tfrs_pipeline.model.custom_parts import custom_or_setting, is_custom, name_of, own_layer
 from tfrs_pipeline.model.fit import OnEpoch, Tell, describe_data, train
-from tfrs_pipeline.model.fitted import FittedTwoTower, QueryEncoder, query_encoder
+from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, query_encoder
 from tfrs_pipeline.model.loss import popularity_shift
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.own import custom_or_setting, is_custom, name_of, own_layer
 from tfrs_pipeline.model.settings import (
     TrainingSettings,
     TwoTowerSettings,
     check_examples,
     reads_times,
 )
-from tfrs_pipeline.model.start import WarmStart, add_item_factors
 from tfrs_pipeline.model.towers import FeatureTable, Tower, candidate_tower, query_tower
-from tfrs_pipeline.negatives.kinds import FunnelLosers, HardKind, SharedKind
+from tfrs_pipeline.model.warm_start import WarmStart, add_item_factors
+from tfrs_pipeline.negatives.samplers import FunnelLosers, HardKind, SharedKind
 from tfrs_pipeline.samples.store import Samples, resampling_rate
 from tfrs_pipeline.settings import Listed, refuse
 
@@ -73,7 +73,7 @@ class TwoTower(TwoTowerSettings):
 
     Example:
         >>> import pandas as pd
-        >>> from tfrs_pipeline.negatives.kinds import InBatch
+        >>> from tfrs_pipeline.negatives.samplers import InBatch
         >>> clicks = pd.DataFrame({"user_id": [1, 1, 2, 2, 3], "item_id": [7, 8, 7, 8, 7]})
         >>> model = TwoTower(
         ...     dim=4,

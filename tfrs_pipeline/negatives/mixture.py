@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.negatives.kinds import Negatives, SamplingFrame, counts_as_in_batch
+from tfrs_pipeline.negatives.samplers import Negatives, SamplingFrame, counts_as_in_batch
 
 _NUM_GROUPS = 8
 _NUM_TRIES = 16  # Draws before training; enough to find a mistake that shows in most batches.
@@ -44,7 +44,7 @@ class Mixture:
     Example:
         The negatives of a batch for your own loss, with items that have 3 and 1 positives:
 
-        >>> from tfrs_pipeline.negatives.kinds import InBatch, Uniform
+        >>> from tfrs_pipeline.negatives.samplers import InBatch, Uniform
         >>> mixture = Mixture([InBatch(), Uniform(2)], SamplingFrame.of_counts([0, 3, 1], 5))
         >>> rows = mixture.draw(tf.constant([1, 1, 2, 1, 1]), seed=[7, 0])
         >>> rows.shape, mixture.log_q(tf.constant([1, 2])).numpy().round(3)

@@ -21,7 +21,7 @@ from tfrs_pipeline.evaluation.results import QUESTIONS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.kinds import Negatives, Popularity
+from tfrs_pipeline.negatives.samplers import Negatives, Popularity
 from tfrs_pipeline.report import verdict
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.report.comparison import comparison_page, pages

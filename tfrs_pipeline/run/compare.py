@@ -24,7 +24,7 @@ from tfrs_pipeline.messages import SILENT, Progress, check_integer, counted, sug
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.kinds import (
+from tfrs_pipeline.negatives.samplers import (
     FunnelLosers,
     InBatch,
     Popularity,

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import Damaged, read_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
 from tfrs_pipeline.messages import counted, in_percent
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.sources.movielens import load_movielens_100k

@@ -23,7 +23,7 @@ from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.steps import Runner
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.model.fitted import FittedTwoTower
+    from tfrs_pipeline.model.fitted_model import FittedTwoTower
 
 OnProgress: TypeAlias = Callable[..., None]
 """Called during long work with a task's name, steps done and in all, and sometimes a note."""

@@ -21,7 +21,7 @@ from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder, name_of_log, own_version, trained_by

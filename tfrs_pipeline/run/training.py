@@ -12,7 +12,7 @@ from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
 from tfrs_pipeline.model.fit import TrainingResult, read_epoch
-from tfrs_pipeline.model.fitted import FittedTwoTower, query_encoder
+from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData

@@ -25,7 +25,7 @@ from tfrs_pipeline.data.rules import store
 from tfrs_pipeline.data.schema import DataError, Source, Stage, count_rows, is_positive, order_keys
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import write_record
-from tfrs_pipeline.negatives.kinds import FunnelLosers
+from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.samples.columns import request_column
 from tfrs_pipeline.samples.store import (
     NO_POSITIVE,

@@ -32,7 +32,7 @@ from tfrs_pipeline.model.encoder import (
     known_rows,
 )
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.graph import embed_corpus, signature_inputs
+from tfrs_pipeline.model.tf_tables import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
@@ -48,7 +48,7 @@ from tfrs_pipeline.serving.saved_model import RetrievalModule, check_operation, 
 from tfrs_pipeline.serving.tune import Requests, Tuned, measure_requests, tune_index
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.model.fitted import FittedTwoTower
+    from tfrs_pipeline.model.fitted_model import FittedTwoTower
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # Manifest names that an export or a run writes itself.

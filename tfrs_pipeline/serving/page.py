@@ -14,7 +14,7 @@ from pydantic_core import to_json, to_jsonable_python
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.model.encoder import request_inputs
-from tfrs_pipeline.model.graph import empty_id
+from tfrs_pipeline.model.tf_tables import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, read_json, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings

@@ -20,7 +20,7 @@ from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
-from tfrs_pipeline.model.graph import id_list, signature_inputs
+from tfrs_pipeline.model.tf_tables import id_list, signature_inputs
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues

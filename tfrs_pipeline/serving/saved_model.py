@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.model import graph
+from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.encoder import Encoder, query_inputs
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex, load_scann_ops
@@ -48,8 +48,8 @@ class RetrievalModule(tf.Module):
         super().__init__(name="retrieval")
         self.encoder, self.index = encoder, index
         self._has_item_bias = has_item_bias
-        self._candidate_rows = graph.row_table(candidate_ids)
-        self._candidate_ids = graph.stored(graph.with_empty(candidate_ids))
+        self._candidate_rows = tf_tables.row_table(candidate_ids)
+        self._candidate_ids = tf_tables.stored(tf_tables.with_empty(candidate_ids))
         self._names: tuple[str, ...] = ()
         self._trace()
 
@@ -60,7 +60,7 @@ class RetrievalModule(tf.Module):
 
     def _export(self, name: str, function: Any, inputs: Sequence[tf.TensorSpec]) -> None:
         # An attribute can be called on the loaded object too.
-        setattr(self, name, graph.traced(function, inputs))
+        setattr(self, name, tf_tables.traced(function, inputs))
         self._names += (name,)
 
     def _trace(self) -> None:
@@ -74,7 +74,7 @@ class RetrievalModule(tf.Module):
             # An encoder lacks the functions that its model does not support.
             if (function := getattr(self.encoder, name, None)) is not None:
                 embeds[name] = functools.partial(_embedded, function)
-                inputs[name] = [*graph.signature_inputs(function).values()]
+                inputs[name] = [*tf_tables.signature_inputs(function).values()]
                 self._export(name, embeds[name], inputs[name])
         for name, embed_name in RETRIEVALS.items():
             if embed_name in embeds:
@@ -86,8 +86,8 @@ class RetrievalModule(tf.Module):
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
         # Request features and times are missing: this signature takes a user id alone.
         known = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
-        specs = graph.signature_inputs(self.retrieve_user)
-        return graph.call(self.retrieve_user, completed(specs, known, tf.shape(user_id)[0]))
+        specs = tf_tables.signature_inputs(self.retrieve_user)
+        return tf_tables.call(self.retrieve_user, completed(specs, known, tf.shape(user_id)[0]))
 
     def _answer(
         self, embed: Callable[..., Any], /, exclude: tf.Tensor, k: tf.Tensor, **query: tf.Tensor
@@ -100,7 +100,7 @@ class RetrievalModule(tf.Module):
         if "known_items" in embedded:
             exclude = tf.concat([embedded.pop("known_items"), exclude], axis=1)
         # Row 0 is padding, an unknown item, or one that the index does not have.
-        excluded = graph.lookup(self._candidate_rows, exclude)
+        excluded = tf_tables.lookup(self._candidate_rows, exclude)
         rows, scores = self.index.search(embedded.pop("embeddings"), k, excluded)
         # The rest says what the encoder knew of the query.
         return {
@@ -111,7 +111,7 @@ class RetrievalModule(tf.Module):
 
     def _item_queries(self, item_id: tf.Tensor) -> dict[str, tf.Tensor]:
         """Makes queries of items as `LoadedRetriever.similar` does."""
-        rows = graph.lookup(self._candidate_rows, item_id)
+        rows = tf_tables.lookup(self._candidate_rows, item_id)
         unknown = tf.boolean_mask(item_id, rows == 0)
         check = tf.debugging.Assert(
             tf.size(unknown) == 0, ["Not among the model's items:", unknown]
@@ -124,7 +124,7 @@ class RetrievalModule(tf.Module):
 
 
 def _embedded(embed: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:
-    return graph.call(embed, inputs)
+    return tf_tables.call(embed, inputs)
 
 
 # A reloaded model may run other kernels, so that scores differ in their last bits.
@@ -157,14 +157,14 @@ def prove(
     for folder, module in modules.items():
         expected: _Expected = {}
         for name, function in module.exported.items():
-            specs = graph.signature_inputs(function)
+            specs = tf_tables.signature_inputs(function)
             if (item_id := specs.get("item_id")) is not None:
                 known = {**of_items, "item_id": tf.constant(item_ids, item_id.dtype)}
             else:
                 known = {**of_queries, **query_inputs(function, queries)}
             num_rows = len(queries) if item_id is None else len(item_ids)
             inputs = completed(specs, {**known, "k": tf.constant(10)}, num_rows)
-            expected[name] = _arrays(inputs), _arrays(graph.call(function, inputs))
+            expected[name] = _arrays(inputs), _arrays(tf_tables.call(function, inputs))
         probes.append((str(folder), isinstance(module.index, ScannIndex), expected))
     done = in_fresh_process(f"{__name__}:answer_probes", stdin=pickle.dumps(probes))
     if done.returncode:

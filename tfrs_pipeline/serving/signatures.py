@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.graph import empty_id, signature_inputs
+from tfrs_pipeline.model.tf_tables import empty_id, signature_inputs
 
 SIMILAR = "similar"
 # Signatures that retrieve, and those that embed their queries; saved_models/README.md lists the

@@ -10,7 +10,7 @@ import numpy as np
 from prometheus_client import Counter
 
 from tfrs_pipeline.evaluation.metrics import popularity_slices
-from tfrs_pipeline.model.graph import id_list
+from tfrs_pipeline.model.tf_tables import id_list
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 # Popularity is counted for the first items of an answer alone: a long answer would take too long.

@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.negatives.kinds import SETTING_KINDS
+from tfrs_pipeline.negatives.samplers import SETTING_KINDS
 
 
 def is_custom(kind: object) -> bool:

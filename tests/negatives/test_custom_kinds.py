@@ -16,7 +16,7 @@ import tfrs_pipeline as tp
 from tests import small_batches as small
 from tests.model.conftest import NUM_ITEMS, eagerly, make_log, tiny
 from tfrs_pipeline import ConfigError, DataError, TwoTowerSettings
-from tfrs_pipeline.negatives.kinds import SETTING_KINDS, Pool
+from tfrs_pipeline.negatives.samplers import SETTING_KINDS, Pool
 from tfrs_pipeline.samples.store import Samples
 
 F, NUM, STEPS = 0.3, 3, 200
@@ -213,4 +213,4 @@ def test_a_kind_becomes_a_setting_in_one_file() -> None:
     assert names == {"in_batch", "uniform", "popularity", "funnel"}
     root = Path(tp.__file__).parent
     naming = [path for path in root.rglob("*.py") if "InBatch | Uniform" in path.read_text()]
-    assert naming == [root / "negatives" / "kinds.py"]
+    assert naming == [root / "negatives" / "samplers.py"]

@@ -11,11 +11,11 @@ import pyarrow as pa
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.custom_parts import tables_in
 from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.own import tables_in
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests

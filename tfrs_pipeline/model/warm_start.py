@@ -15,7 +15,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import kept_new_gone
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.distribution import on_chief
-from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import slots_of
 from tfrs_pipeline.model.settings import (

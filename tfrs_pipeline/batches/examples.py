@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, EpochExamples, Use, seed_of
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.negatives.kinds import AliasSampler
+from tfrs_pipeline.negatives.samplers import AliasSampler
 from tfrs_pipeline.samples.store import (
     RowLists,
     Samples,

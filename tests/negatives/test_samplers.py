@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tfrs_pipeline import DataError, FunnelLosers, InBatch, Mixture, Uniform
-from tfrs_pipeline.negatives.kinds import (
+from tfrs_pipeline.negatives.samplers import (
     Negatives,
     Popularity,
     SamplingFrame,
