@@ -39,6 +39,7 @@ from tfrs_pipeline.report import facts
 from tfrs_pipeline.run import data as run_data
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
@@ -783,8 +784,8 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
 ) -> None:
     configs = []
 
-    def interrupt(config: RunConfig, folder: RunFolder) -> None:
-        configs.append(config)
+    def interrupt(run: RunContext) -> None:
+        configs.append(run.config)
         if not in_duckdb:
             raise KeyboardInterrupt
         # Shells start background jobs with SIGINT ignored, so that it may be ignored here.
@@ -798,7 +799,8 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
         finally:
             signal.signal(signal.SIGINT, before)
 
-    monkeypatch.setattr(run_data, "log_steps", interrupt)
+    steps = [Step("data", (), "log", interrupt)]
+    monkeypatch.setattr(run_data, "log_steps", lambda: steps)
     (log := tmp_path / "clicks.csv").touch()
     own = ("--data.path", log, "--run-dir", tmp_path / "a run")
     answer = command("run", *own)

@@ -241,7 +241,7 @@ def test_a_recipe_of_the_users_own_races(tmp_path: Path) -> None:
         train, validation, recipes=["default", mine, broken], settings=settings, folder=tmp_path
     )
     assert [curve.name for curve in race.curves] == ["default", "mine / wide"]
-    assert "did you mean 'model.dim'" in race.not_begun["broken"]
+    assert "did you mean 'dim'" in race.not_begun["broken"]
     won = {"default": 64, "mine / wide": 12}[race.winner]
     assert model.query_embeddings([{"history": [10]}]).shape == (1, won)
     # It trains as the same settings do alone.
@@ -414,7 +414,9 @@ CURVES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=60)
 
 
 @given(
-    st.lists(CURVES, min_size=1, max_size=4), st.integers(0, 10**6), st.none() | st.floats(0, 99)
+    st.lists(CURVES, min_size=1, max_size=4),
+    st.integers(0, 10**6),
+    st.none() | st.floats(0, 99, exclude_min=True),
 )
 @example([[1.0, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0], [0.0, 0.0, 1.0, 2.0]], 2, None)
 def test_a_race_ends_with_a_winner(

@@ -61,19 +61,24 @@ class Runner:
             >>> Runner().run([one, two])
             2
         """
+        artifact = None
         with self._held:
             for step in steps:
-                if step.writes in self.artifacts:
-                    continue
-                if step.workers == "all" or this_worker().count == 1:
-                    self._make(step)
-                    continue
-                # Imported here, because reading a log needs no TensorFlow.
-                from tfrs_pipeline.model.distribution import chief_first, on_chief
+                if step.writes not in self.artifacts:
+                    self._make_together(step)
+                artifact = self.artifacts.get(step.writes)
+        return artifact
 
-                call = on_chief if step.workers == "chief" else chief_first
-                call(functools.partial(self._make, step))
-        return self.artifacts.get(steps[-1].writes)
+    def _make_together(self, step: Step) -> None:
+        """Makes a step's artifact on the workers that it is for."""
+        if step.workers == "all" or this_worker().count == 1:
+            self._make(step)
+            return
+        # Imported here, because reading a log needs no TensorFlow.
+        from tfrs_pipeline.model.distribution import chief_first, on_chief
+
+        call = on_chief if step.workers == "chief" else chief_first
+        call(functools.partial(self._make, step))
 
     def _make(self, step: Step) -> None:
         report, start = StepReport(step.name), time.monotonic()
