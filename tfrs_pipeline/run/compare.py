@@ -35,7 +35,7 @@ from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
-from tfrs_pipeline.run.race import in_rungs
+from tfrs_pipeline.run.race import forget_networks, in_rungs
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import check_plan, plan_of, training_step
 from tfrs_pipeline.settings import ConfigError
@@ -131,6 +131,7 @@ def compare(
             check_plan(plan, data[plan.losers])
 
         def measure(name: str, number: int) -> tuple[Evaluation, TrainingResult]:
+            forget_networks()
             plan = plans[name].model_copy(update={"seed": number})
             kept = path / "plans" / quote(name, safe=" ") / f"seed-{number}"
             kept.mkdir(parents=True, exist_ok=True)
@@ -181,6 +182,7 @@ def compare_plans(
         seeds = range(config.seed, config.seed + config.compare.seeds)
 
         def measure(name: str, seed: int) -> tuple[Evaluation, TrainingResult]:
+            forget_networks()
             # The data is the same for all seeds.
             planned = with_settings(config, {**plans[name], "seed": seed})
             label = _label(name, seed, len(seeds))

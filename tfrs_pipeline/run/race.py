@@ -69,7 +69,6 @@ def in_rungs(
     for names, rung in rungs:
         results[rung] = {}
         for name in names:
-            forget_networks()
             results[rung][name] = train(name, rung)
     return results
 
@@ -307,6 +306,7 @@ def _race(
     curves |= {x["name"]: Curve(**x) for x in record["curves"] if x["name"] in configs}
 
     def train(name: str, num_epochs: int, task: str) -> FittedTwoTower:
+        forget_networks()
         settings, clock = configs[name], list[float]()
         model = plan_of(settings, "two_tower").fit_samples(
             data,
@@ -338,7 +338,6 @@ def _race(
 
     race_in_rungs(curves, train, config.budget)
     decided = Race([*curves.values()], config.training.monitor, not_begun)
-    forget_networks()
     last = configs[decided.winner].training.max_epochs
     model = train(decided.winner, last, f"the winner trains on: {decided.winner}")
     return model, dataclasses.replace(decided, curves=[*curves.values()])
