@@ -107,6 +107,7 @@ def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> R
     # A `hard` of the caller, such as of a comparison, has the losers that any of its plans needs.
     build = functools.partial(TrainingSet.build, seed=config.seed, hard=hard or config.model.hard)
     last = final_part(config, split)
+    # The first training must not see validation; the last one sees all events before the test.
     selection = final = build(split.train, folder / "selection")
     if last is not split.train:
         final = build(last, folder / "final")

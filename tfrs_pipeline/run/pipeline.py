@@ -102,7 +102,8 @@ def run(
     """
     training_strategy()  # Joins the other workers, if there are any.
     run = begun or RunContext(config, RunFolder(folder), progress)
-    # The others take the chief's settings: files that settle them may not be there for all yet.
+    # The other workers take the chief's settings: a shared file system may show the files on which
+    # these depend to some workers before others.
     chiefs = on_chief(lambda: run.folder.settled(config).model_dump(mode="json"))
     run.config = RunConfig(**chiefs)
     with run.folder.claim(run.config, is_run=True):
@@ -280,8 +281,10 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
-    baselines = [x for x in evaluation.results if x not in (*variants(config), IN_SERVICE)]
-    refusals: dict[str, str] = {}  # By the flag that overrules each: all are told at once.
+    others = (*variants(config), IN_SERVICE)
+    baselines = [name for name in evaluation.results if name not in others]
+    # By the flag that overrules each. All are collected, so that one error names every flag.
+    refusals: dict[str, str] = {}
     try:
         refuse_beaten(evaluation, monitor, baselines)
     except NotPublished as error:

@@ -53,11 +53,11 @@ class SignatureInputs:
         self._max_results = limits.max_results
         types = {name: self._value_type(name, spec, limits) for name, spec in specs.items()}
         columns = {
-            name: _list_of(types[name], limits.max_queries) if spec.shape.rank else types[name]
+            name: _list_type(types[name], limits.max_queries) if spec.shape.rank else types[name]
             for name, spec in specs.items()
         }
-        self._columns: TypeAdapter[Any] = TypeAdapter(_object_of(columns, optional))
-        rows = _list_of(_object_of(types, optional), limits.max_queries, min_length=1)
+        self._columns: TypeAdapter[Any] = TypeAdapter(_object_type(columns, optional))
+        rows = _list_type(_object_type(types, optional), limits.max_queries, min_length=1)
         self._rows: TypeAdapter[Any] = TypeAdapter(rows)
 
     def read(self, content: Any, *, is_row_format: bool) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ class SignatureInputs:
             HISTORY_TIMESTAMPS: limits.max_history,
         }
         width = spec.shape[1]
-        values = _list_of(value, width or lengths.get(name), min_length=width or 0)
+        values = _list_type(value, width or lengths.get(name), min_length=width or 0)
         return Annotated[values, _OR_NULL] if name in self._nullable else values
 
     def _array(self, name: str, column: Any) -> np.ndarray:
@@ -273,13 +273,13 @@ def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
         raise refusal(error, where) from None
 
 
-def _list_of(type_: Any, max_length: int | None, min_length: int = 0) -> Any:
+def _list_type(type_: Any, max_length: int | None, min_length: int = 0) -> Any:
     lengths = Field(strict=True, min_length=min_length, max_length=max_length)
     # A hostile list of 100,000 wrong values would otherwise become as many errors.
     return Annotated[list[type_], FailFast(), lengths]
 
 
-def _object_of(types: dict[str, Any], optional: Collection[str]) -> Any:
+def _object_type(types: dict[str, Any], optional: Collection[str]) -> Any:
     fields = {n: NotRequired[type_] if n in optional else type_ for n, type_ in types.items()}
     return TypedDict("Inputs", fields)  # type: ignore[operator]
 

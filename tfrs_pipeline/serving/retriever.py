@@ -51,8 +51,8 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
 
     Args:
         path: A version's folder, or a model's folder to load its newest complete version.
-        exact: Whether to score all candidates, also if there is a ScaNN index. Where ScaNN is not
-            installed, that is done anyway, with a line in the log.
+        exact: Whether to score every candidate, even if the version has a ScaNN index. Without
+            ScaNN installed, every candidate is scored anyway, with a warning in the log.
         live: Whether to take in the items written since the export, and to allow `upsert` and
             `remove`.
 
@@ -69,7 +69,7 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
 
 
 class UnknownItem(ValueError):
-    """The item of a request for similar ones is not among a model's candidates."""
+    """A request asks for items similar to one that is not among the model's candidates."""
 
 
 class LoadedRetriever:
@@ -99,7 +99,7 @@ class LoadedRetriever:
         self.features = features_of(self.manifest)
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         if self.item_filter is not None:
-            # The SavedModel has no filter: these signatures are answered here alone.
+            # The SavedModel has no filter, so only this class answers these signatures.
             allowed = {"allowed": tf.TensorSpec([None, None], tf.string, "allowed")}
             self.signatures |= {
                 f"{name}{FILTERED}": self.signatures[name] | allowed
@@ -195,7 +195,8 @@ class LoadedRetriever:
         queries = [{"user_id": id_} for id_ in user_ids]
         if requests is not None:
             retrieval.check_one_each("requests", requests, len(queries))
-            queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
+            pairs = zip(queries, requests, strict=True)
+            queries = [{**query, "request": request} for query, request in pairs]
         return self._retrieved("embed_user", queries, k, exclude, allowed)
 
     def similar(
@@ -213,7 +214,7 @@ class LoadedRetriever:
         if isinstance(item_ids, str):
             raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")
         retrieval.check_ids([item_ids], are_text=self.item_dtype == tf.string)
-        self._check_asked([{}] * len(item_ids), k, exclude, allowed)
+        self._check_request([{}] * len(item_ids), k, exclude, allowed)
         return self._searched(self._embedded_items(item_ids), k, exclude, allowed)
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
@@ -273,12 +274,14 @@ class LoadedRetriever:
         return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
     def _embedded(self, queries: Sequence[Query], embed_name: str) -> dict[str, np.ndarray]:
-        """Asks two signatures, one about the queries with features and one about the others."""
+        """Embeds queries: those with features by one signature, the others by another."""
         requests = [query.get("request") for query in queries]
         known = [feature.name for feature in self.features["request"]]
         retrieval.check_requests(requests, known, may_have_others=True)
         has_features = np.array([query.get("features") is not None for query in queries], bool)
         parts, order = [], []
+        # Each signature is called once, because a call costs more than a query in it. An empty
+        # batch still needs a call: its answer has the shapes and the names.
         for with_features in np.unique(has_features) if len(queries) else [False]:
             lines = np.flatnonzero(has_features == with_features).tolist()
             some = [queries[line] for line in lines]
@@ -287,14 +290,14 @@ class LoadedRetriever:
             function = self.saved_model.signatures[name]
             inputs |= query_inputs(function, some)
             inputs |= request_inputs(function, self.features, [requests[line] for line in lines])
-            parts.append({name: x.numpy() for name, x in function(**inputs).items()})
+            parts.append({name: tensor.numpy() for name, tensor in function(**inputs).items()})
             order.append(lines)
         # Back into the order of the queries.
         back = np.argsort(np.concatenate(order))
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-        """Makes the inputs for given features, or raises a `ValueError` if one is unknown."""
+        """Makes the inputs for the queries' features; a `ValueError` if one is unknown."""
         read = self.features["query"]
         names = [feature.name for feature in read]
         if not names:
@@ -393,7 +396,7 @@ class LoadedRetriever:
         allowed: Allowed,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Checks the arguments, embeds the queries, and searches."""
-        self._check_asked(queries, k, exclude, allowed)
+        self._check_request(queries, k, exclude, allowed)
         embedded = self._embedded(queries, embed_name)
         return *self._searched(embedded, k, exclude, allowed), embedded["is_known_user"]
 
@@ -417,8 +420,8 @@ class LoadedRetriever:
             embedded = self._embedded_items(as_ids(inputs["item_id"].tolist()))
         else:
             embedded = ask(self.saved_model.signatures[embed_name], inputs)
-        lists = (inputs.get(name) for name in ("exclude", "allowed"))
-        exclude, allowed = (None if x is None else id_lists_of(x) for x in lists)
+        padded = (inputs.get(name) for name in ("exclude", "allowed"))
+        exclude, allowed = (None if rows is None else id_lists_of(rows) for rows in padded)
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
         not_answered = ("embeddings", "known_items")
         known = {name: values for name, values in embedded.items() if name not in not_answered}
@@ -453,7 +456,7 @@ class LoadedRetriever:
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         return self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
 
-    def _check_asked(
+    def _check_request(
         self, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
     ) -> None:
         retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
