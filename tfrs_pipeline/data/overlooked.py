@@ -83,7 +83,9 @@ def refuse(scanned: Scan, unread: Sequence[str], absent: Collection[str]) -> Non
 
 def _look(scanned: Scan, names: Sequence[str]) -> list[Unread]:
     """Looks at the first rows of columns, and in all rows for stages; leaves out nested columns."""
-    tests = ", ".join(f"any_value(typeof({quoted(x)})), list(DISTINCT {text_of(x)})" for x in names)
+    tests = ", ".join(
+        f"any_value(typeof({quoted(name)})), list(DISTINCT {text_of(name)})" for name in names
+    )
     rows = scanned.fetch(names, lambda rows: rows.limit(_NUM_LOOKED_AT).aggregate(tests))
     values = iter(rows[0] if rows else ())  # Type and texts in turn; nothing from a stream.
     columns = [
@@ -91,7 +93,12 @@ def _look(scanned: Scan, names: Sequence[str]) -> list[Unread]:
         for name, type_, texts in zip(names, values, values, strict=False)
         if not (type_ or "").startswith(("STRUCT", "MAP", "UNION")) and "[" not in (type_ or "")
     ]
-    few = [x.name for x in columns if x.is_text and len(x.first - {""}) <= _MOST_STAGES]
+    # Only columns that may hold stages are read to their end: one query over few columns.
+    few = [
+        column.name
+        for column in columns
+        if column.is_text and len(column.first - {""}) <= _MOST_STAGES
+    ]
     listed = ", ".join(f"'{stage}'" for stage in _STAGES)
     tests = ", ".join(f"bool_or(lower({text_of(name)}) IN ({listed}))" for name in few)
     rows = scanned.fetch(few, lambda rows: rows.aggregate(tests))
@@ -123,7 +130,8 @@ def _times(_: Scan, column: Unread) -> Guess:
 
 def _outcome(scanned: Scan, column: Unread) -> Guess:
     """A usual name, and both outcomes; the first rows hold nothing else, later ones may."""
-    if column.name.lower() not in _OUTCOMES or not {x.lower() for x in column.first} <= _NO | _YES:
+    first = {text.lower() for text in column.first}
+    if column.name.lower() not in _OUTCOMES or not first <= _NO | _YES:
         return None
     values = {value.lower() for value in _values(scanned, column)}
     holds = (

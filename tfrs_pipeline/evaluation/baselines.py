@@ -406,7 +406,7 @@ def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarra
     num_candidates = interactions.shape[1]
     gram = np.empty((num_candidates, num_candidates), order="F")
     columns = interactions.tocsc()
-    # In blocks of columns: a sparse product has 12 bytes a cell, and most of its cells are filled.
+    # In blocks of columns, because the sparse product of all would take as much memory again.
     for start in range(0, num_candidates, 1024):
         block = slice(start, start + 1024)
         gram[:, block] = (columns.T @ columns[:, block]).toarray()

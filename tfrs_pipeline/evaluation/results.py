@@ -283,6 +283,7 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def _mean(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # A query without a relevant item is NaN in all tables, so no mean mixes NaN and numbers.
     return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
 
 
@@ -323,6 +324,7 @@ def format_table(
         if any(find_metric(model, column) is not None for model in models.values())
     ]
     differences = differences or {}
+    # Differences are from the one model that has none.
     reference = next((name for name in models if name not in differences), "")
     cells = [["model", *models]]
     for column in columns:
@@ -334,6 +336,7 @@ def format_table(
     table = (format_markdown_cells if markdown else format_cells)(lines)
     if width is None or len(table.partition("\n")[0]) <= width or len(columns) <= 1:
         return table
+    # Columns come in the order of their importance, so the last one goes first.
     return format_table(models, columns[:-1], differences, markdown=markdown, width=width)
 
 
@@ -417,7 +420,7 @@ def find_metric(summary: Mapping[str, Any], column: str) -> Any:
 def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         mean, low, high = value["mean"], value["low"], value["high"]
-        if mean is None or low is None:
+        if mean is None or low is None:  # Without resamples there is no interval.
             return _cell(mean)
         return f"{mean:.4f} ±{(high - low) / 2:.4f}"
     if value is None:

@@ -19,7 +19,9 @@ from tfrs_pipeline.evaluation.results import format_cells
 from tfrs_pipeline.features.feature import Column
 from tfrs_pipeline.features.kinds import KINDS
 
+# A hit is in the top ten. Recency compares the last item with the fifth from the end.
 _TOP_K, _FAR = 10, 5
+# With 5,000 queries, the standard error of a hit rate is .007 at most.
 _MAX_HELD_OUT, _MAX_PAIRS, _MAX_VALUES = 5000, 20_000, 16
 # Queries at a time, since popular items have many successors.
 _BLOCK = 500

@@ -42,7 +42,7 @@ def top_k_in_blocks(
         if exclude_rows is not None:
             excluded = exclude_rows[block]
             queries = np.repeat(np.arange(shape[0]), [len(listed) for listed in excluded])
-            # Marked before the search for the best: no k + |excluded| has to be found and cut.
+            # Excluded before the top k is taken, so k candidates remain if the corpus has them.
             block_scores[queries, np.concatenate(excluded) - 1] = -np.inf
         for line, line_scores in enumerate(block_scores, start):
             positions = best_places(line_scores, k)

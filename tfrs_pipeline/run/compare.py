@@ -125,6 +125,7 @@ def compare(
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = dict[FunnelLosers | None, TrainingSet]()
         for hard in dict.fromkeys(plan.losers for plan in plans.values()):
+            # Plans with the same losers share their samples.
             name = f"samples-{hashlib.sha256(repr(hard).encode()).hexdigest()[:8]}"
             data[hard] = TrainingSet.build(train, path / name, seed=seed, hard=hard)
         for plan in plans.values():  # All are checked before the first one trains for hours.
@@ -135,6 +136,7 @@ def compare(
             plan = plans[name].model_copy(update={"seed": number})
             kept = path / "plans" / quote(name, safe=" ") / f"seed-{number}"
             kept.mkdir(parents=True, exist_ok=True)
+            # Refuses checkpoints of another model, which a changed plan would go on with.
             hold_to(kept / MADE_OF_FILE, plan.made_of(train, validation, exclude))
             task, most = _label(name, number, seeds), plan.training.max_epochs
             model = plan.fit_samples(

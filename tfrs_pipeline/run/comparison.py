@@ -51,9 +51,10 @@ class OverSeeds:
     @classmethod
     def of(cls, by_seed: Mapping[int, float]) -> "OverSeeds":
         """Computes the numbers from the difference of each seed."""
-        from scipy.special import stdtrit
+        from scipy.special import stdtrit  # Slow to import, and only comparisons need it.
 
         num, values = len(by_seed), np.array([*by_seed.values()])
+        # Student's t, because the deviation of two or three seeds is itself uncertain.
         mean = float(values.mean())
         error = float(values.std(ddof=1)) / math.sqrt(num) if num > 1 else math.nan
         half = error * float(stdtrit(num - 1, 0.975))
@@ -102,6 +103,7 @@ class Comparison:
             plans[name]["epochs"] = sum(result.best_epoch for result in results) / len(results)
             plans[name]["seconds"] = round(sum(result.seconds for result in results))
             plans[name][error] = seeds.standard_error if seeds and len(results) > 1 else None
+        # A line of limited width has room for the differences of one metric; None slices all.
         differences = {
             name: {metric: gaps[metric] for metric in metrics[: width and 1] if metric in gaps}
             for name, gaps in summary["differences"].items()
@@ -165,6 +167,7 @@ class Comparison:
         lines = (f"- {line}\n" for line in self.lines(None))
         (folder / "comparison.md").write_text(f"{table}\n\n{''.join(lines)}")
         (folder / "comparison.svg").write_text(self.plot().svg)
+        # Settings may hold a user's own parts, which JSON cannot: these are written as text.
         written = to_json(self.summary(), indent=2, inf_nan_mode="null", fallback=repr)
         (folder / COMPARISON_FILE).write_bytes(written)
 
@@ -204,7 +207,7 @@ def compared_in_words(
     for name, differences in evaluation.differences.items():
         outcome, seeds = differences[metric].outcome, over_seeds[name][metric]
         if len(seeds.by_seed) > 1 and seeds.low <= 0 <= seeds.high:
-            outcome = Outcome.LEVEL
+            outcome = Outcome.LEVEL  # Another seed could undo the gain.
         names[outcome].append(name)
     best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
     parts = [f"{outcome.value}: {', '.join(plans)}" for outcome, plans in names.items() if plans]

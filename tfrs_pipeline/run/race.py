@@ -325,7 +325,7 @@ def _race(
             data,
             validation,
             max_epochs=num_epochs,
-            folder=folder / quote(name, safe=" "),
+            folder=folder / quote(name, safe=" "),  # A user's recipe may have any name.
             exclude=settings.evaluation.exclude,
             cutoffs=settings.evaluation.cutoffs,
             on_epoch=lambda so_far: clock.append(time.process_time()),

@@ -267,6 +267,7 @@ class LiveItems:
         return checked
 
     def _checked_id(self, id_: Any) -> Any:
+        # Python counts True as the integer 1, so booleans are refused before the check of types.
         if is_id := not isinstance(id_, bool | np.bool_ | None):
             check_ids([[id_]], are_text=self._corpus.are_text)
             id_ = _plain("An id", id_)

@@ -97,6 +97,7 @@ class SignatureInputs:
 
     def _named(self, value: Any) -> Any:
         """Gives a plain value the name of the only input; refuses unknown inputs."""
+        # {"b64": ...} is a value, not an object of inputs.
         if not isinstance(value, dict) or "b64" in value:
             return value if len(self._specs) > 1 else dict.fromkeys(self._specs, value)
         if unknown := value.keys() - self._specs:
@@ -207,6 +208,7 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
             f"The model has {', '.join(sorted(signatures))}.{why}"
         )
     is_row_format = "instances" in document
+    # Equal if both are there, or neither.
     if is_row_format == ("inputs" in document):
         raise bad_request("A request has either 'inputs' or 'instances'.")
     content = document["instances" if is_row_format else "inputs"]
@@ -316,4 +318,5 @@ def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _shown(value: Any) -> str:
+    # Shortened, because an error must not send a long request back.
     return reprlib.repr(value)[:80]

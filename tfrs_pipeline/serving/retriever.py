@@ -190,6 +190,7 @@ class LoadedRetriever:
                 "This model was exported without user data and knows no users. Ask by history: "
                 "`retrieve`, or --history on the command line."
             )
+        # A text is a sequence too, and each of its letters would pass for an id.
         if isinstance(user_ids, str):
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
         queries = [{"user_id": id_} for id_ in user_ids]
@@ -246,6 +247,7 @@ class LoadedRetriever:
 
     def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Returns which items the training had, [n] bool; histories ignore all others."""
+        # Whether an id is known does not depend on features, so all of them are missing.
         nothing = {feature.name: [None] * len(item_ids) for feature in self.features["candidate"]}
         return self.embed_candidates(item_ids, nothing)[1]
 
@@ -270,6 +272,7 @@ class LoadedRetriever:
         model does not read a feature, or a value is of the wrong kind.
         """
         known = {feature.name: feature for feature in self.features["request"]}
+        # After this check, only the timestamp can be absent from `known`.
         retrieval.check_requests([texts], known)
         return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
@@ -384,6 +387,7 @@ class LoadedRetriever:
             titles = dict(
                 zip(*items.select(["item_id", "title"]).to_pydict().values(), strict=True)
             )
+        # A live write without a title keeps the title of the version.
         live = {} if self._live is None else dict(self._live.titles)
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
@@ -423,6 +427,7 @@ class LoadedRetriever:
         padded = (inputs.get(name) for name in ("exclude", "allowed"))
         exclude, allowed = (None if rows is None else id_lists_of(rows) for rows in padded)
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
+        # These are for the search alone; the SavedModel does not return them either.
         not_answered = ("embeddings", "known_items")
         known = {name: values for name, values in embedded.items() if name not in not_answered}
         return {"candidate_ids": ids, "scores": scores, **known}

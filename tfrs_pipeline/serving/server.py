@@ -119,6 +119,7 @@ class ModelServer:
 
 def _answer(version: ServedVersion, call: rest.PredictCall) -> bytes:
     # A large call is split, so that small ones get their turn of the cores between its parts.
+    # The outputs are joined again, so the client sees one answer.
     slices = call.slices(SMALL_QUERIES, SMALL_RESULTS)
     parts = [version.call(call.signature, inputs) for inputs in slices]
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -82,6 +82,7 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
     ranking, scores = exact_ranking(embeddings, queries, depths[-1])
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
+        # By the last level's exact ranking, whose first rows are that of any smaller depth.
         rows, index_scores, _ = searcher.search(queries, Level(depth, leaves, reordered))
         exact = ranking[:, :depth], scores[:, :depth]
         return lowest_recall(exact, (rows, index_scores), requests.known, num)

@@ -197,6 +197,7 @@ class ModelVersions:
             except Replaced as error:
                 logger.warning("%s The server does so at its next look.", error)
                 self._identity = None
+        # Released here and not by the last request, so that no request waits for it.
         if self._release_idle():
             # TensorFlow's objects have reference cycles, which only the collector frees.
             gc.collect()
