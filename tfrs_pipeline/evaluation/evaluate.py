@@ -91,8 +91,8 @@ items to find are 0.0
     truth = Truth.of(holdout, exclude)
     results = {}
     for name, retriever in named.items():
-        # One ranking as deep as the largest cutoff serves all metrics.
         report = functools.partial(on_progress, name) if on_progress else None
+        # One ranking as deep as the largest cutoff serves all metrics.
         rows = _retrieve_rows(retriever, truth, max(metric.k for metric in measured), report)
         results[name] = _measure(rows, truth, measured, num_bootstrap, seed)
     return Evaluation(results, measured, num_bootstrap, seed, holdout.by)

@@ -142,9 +142,9 @@ class Evaluation:
     """Retrievers measured on the same queries, by name; prints as a table.
 
     `metrics` are those that were measured; `num_bootstrap` and `seed` make the intervals of the
-    differences. `asked_by` says what had a query: a user or a request (see `Split.holdout`). In a
-    run, which decides by this evaluation, `other` has the results by the other question, or why
-    there are none.
+    differences. `asked_by` says what has a query: a user or a request (see `Split.holdout`). A run
+    decides by this evaluation; there `other` has the results by the other question, or why there
+    are none.
     """
 
     results: Mapping[str, EvaluationResult]

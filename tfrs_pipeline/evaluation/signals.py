@@ -57,7 +57,7 @@ class Signals:
         return {row.pop("name"): row for row in map(dataclasses.asdict, self)}
 
     def excluded_repeats(self, exclude: Exclude) -> Iterator[str]:
-        """Says what a ranking without a user's own items leaves out, if it is much."""
+        """Notes the share of repeats, if it is large and rankings leave a user's own items out."""
         share = next((signal.value for signal in self if signal.name == "repeats"), 0.0)
         if share > _MANY_REPEATS and exclude != "none":
             yield (
@@ -75,11 +75,11 @@ class Signals:
 def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signals:
     """Measures what a log rewards, from the positives of its training part alone.
 
-    For a hit rate, the last positive of each of at most 5,000 users is held out. A hit: it is in
-    the top ten items given the known value (the last item, or the value of a request feature), by
-    counts backed off to popularity. Beside it is the hit rate with less information, such as
-    shuffled histories. The gap is what a model can learn from the signal. If there are more than
-    `max_positives`, about as many are read, of users drawn at random.
+    For a hit rate, the last positive of each of at most 5,000 users is held out. It is a hit if it
+    is among the top ten items for the known value (the last item, or the value of a request
+    feature), by counts backed off to popularity. Beside it is the hit rate with less information,
+    such as shuffled histories. The gap is what a model can learn from the signal. If there are more
+    than `max_positives`, about as many are read, of users drawn at random.
 
     Example:
         >>> import pyarrow as pa

@@ -1,4 +1,4 @@
-"""A user's own kinds of negatives and towers: how they are recognized, checked and named."""
+"""Custom kinds of negatives and towers, a user's own: recognizes, checks and names them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,7 +37,7 @@ def custom_or_setting(*attributes: str) -> Callable[[Any, Callable[[Any], Any]],
 
 
 def name_of(part: Any) -> str | None:
-    """Names a user's own part, or its class: a folder's trainings are compared by it.
+    """Names a custom part, or its class: a folder's trainings are compared by this name.
 
     Example:
         >>> name_of(tf.keras.layers.Dense(3)), name_of(Corpus.read), name_of(None)
@@ -47,7 +47,7 @@ def name_of(part: Any) -> str | None:
 
 
 def own_layer(name: str, tower: Any, corpus: Corpus) -> tf.keras.layers.Layer:
-    """Returns a user's own tower, or the layer that its function makes from the corpus.
+    """Returns a custom tower, or the layer that its function makes from the corpus.
 
     A layer that a training has marked is refused. Layers within it are not marked: not to share
     those between models is up to the user.

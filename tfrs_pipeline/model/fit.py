@@ -279,7 +279,7 @@ def describe_data(
     settings: TwoTowerSettings,
     training: TrainingSettings,
 ) -> list[str]:
-    """Says what histories lack, what batches never draw, what they mask, and if they are small."""
+    """Describes what histories lack, what batches never draw and mask, and batches too small."""
     notes = []
     reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
     if reading and data.samples.num_earlier is None:

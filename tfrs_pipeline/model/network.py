@@ -220,7 +220,7 @@ class TwoTowerNetwork(tfrs.Model):
 
     @property
     def losses(self) -> list[tf.Tensor]:
-        """A replica's share of own towers' regularization losses, since gradients add up."""
+        """A replica's share of custom towers' regularization losses, since gradients add up."""
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return [loss / replicas for loss in super().losses]
 

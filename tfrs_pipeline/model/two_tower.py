@@ -125,7 +125,7 @@ class TwoTower(TwoTowerSettings):
 
     @property
     def settings(self) -> TwoTowerSettings:
-        """The settings without own parts, which can be written into a file."""
+        """The settings without custom parts, which can be written into a file."""
         values = {name: getattr(self, name) for name in TwoTowerSettings.model_fields}
         values["negatives"] = [kind for kind in self.negatives if not is_custom(kind)]
         values["hard"] = None if is_custom(self.hard) else self.hard
@@ -155,22 +155,22 @@ class TwoTower(TwoTowerSettings):
             warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
                 It has the same shape, and was not trained on events that validate or test here.
             folder: Keeps samples and checkpoints, so that a stopped training can resume, with the
-                same log, settings and own parts. Own parts are compared by name alone, and the
-                model to start from is not compared: do not change these.
-                The training then ends like an uninterrupted one, bit for bit, unless an own tower
-                has a random state, as `tf.keras.layers.Dropout` does. None is temporary. Several
-                workers need a shared folder (`docs/guides/scale.md`).
+                same log, settings and custom parts. It then ends like an uninterrupted one, bit for
+                bit, unless a custom tower has a random state, as `tf.keras.layers.Dropout` does.
+                Custom parts are compared by name alone, and the model to start from is not compared
+                at all, so do not change these in between. None is temporary. Several workers need a
+                shared folder (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with the result so far.
             verbose: Whether to write a line for each epoch: in a notebook to its cell, elsewhere to
                 standard error. None writes in a notebook or a terminal.
 
         Raises:
-            TypeError: If an argument or an own tower has the wrong type.
+            TypeError: If an argument or a custom tower has the wrong type.
             DataError: If there is no positive, no negative for anyone, or no loser for `hard`.
             ConfigError: If `warm_start` has another shape.
             ValueError: If there is only one positive, training diverges, several workers
-                have no folder, the folder belongs to another or no training, an own layer was
+                have no folder, the folder belongs to another or no training, a custom layer was
                 trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
         """
@@ -314,7 +314,7 @@ class TwoTower(TwoTowerSettings):
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it.
 
-        Raises a `ValueError` if the towers' widths differ, or an own tower does not read what
+        Raises a `ValueError` if the towers' widths differ, or a custom tower does not read what
         `training.examples` gives it or was trained before.
         """
         distribution.training_strategy()  # As in `fit`, because variables are made here.

@@ -50,7 +50,7 @@ _COMMON: Plan = {
     "model.resampling_exponent": 0.0,
     "training.examples": "single",  # In-batch negatives need single examples.
 }
-# Plan -> the settings that it changes, made of a config and the number at the end of its name.
+# Plan -> the settings that it changes, computed from a config and the number that ends its name.
 PLANS: Mapping[str, Callable[[RunConfig, float], Plan]] = {
     "mixed": lambda config, _: {},
     "in_batch_uncorrected": lambda config, _: {
@@ -299,7 +299,7 @@ def num_columns(config: RunConfig) -> int:
 
     That is the sum of the samplers' expected counts, which is the same for every corpus.
     """
-    # Two candidates, one of them clicked, are enough for a frame.
+    # One candidate is enough, because the sum does not depend on the corpus.
     frame = SamplingFrame.of_counts([0, 1], config.training.batch_size)
     counts = [np.sum(kind.expected_count(frame)) for kind in config.model.negatives]
     return round(float(np.sum(counts)))

@@ -51,7 +51,7 @@ class OverSeeds:
     @classmethod
     def of(cls, by_seed: Mapping[int, float]) -> "OverSeeds":
         """Computes the numbers from the difference of each seed."""
-        from scipy.special import stdtrit  # Slow to import, and only comparisons need it.
+        from scipy.special import stdtrit
 
         num, values = len(by_seed), np.array([*by_seed.values()])
         # Student's t, because the deviation of two or three seeds is itself uncertain.
@@ -114,7 +114,7 @@ class Comparison:
         return format_table(plans, columns, differences, markdown=markdown, width=width)
 
     def lines(self, width: int | None = WIDTH) -> Iterator[str]:
-        """Yields what the comparison comes to, and how to read its table of a width, in lines."""
+        """Yields lines: the result of the comparison, and how to read its table at a width."""
         evaluation, num_seeds = self.evaluation, len(self.by_seed)
         first, longest = evaluation.first, evaluation.cutoffs[-1]
         yield compared_in_words(evaluation, f"ndcg@{longest}", self.over_seeds)

@@ -141,7 +141,7 @@ def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Ho
         return split.holdout("test", most, config.seed, by=by, trained_on=last)
 
     by_user = ask("users")
-    # If users are asked for, or nothing is, a log without requests to ask by is no error.
+    # A log without an order is an error only if the settings ask by request.
     if split.log.order == "none" and may_be_by_user:
         return by_user, "the log has no order, so no history up to a request"
     by_request = ask("requests" if by is None or by == "users" else by)

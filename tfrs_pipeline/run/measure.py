@@ -67,7 +67,6 @@ def fit_best(
     return best.fit(final_part(config, data.split)), notes
 
 
-# As many as fit a page of the report.
 NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
 

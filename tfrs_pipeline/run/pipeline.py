@@ -64,7 +64,7 @@ class RunResult:
 
 
 def run_steps(config: RunConfig) -> list[Step]:
-    """Returns the steps of a run, in order: all that `run` does, `--check` lists and the docs draw.
+    """Returns the steps of a run, in order: `run` runs them, `--check` lists them, docs draw them.
 
     The last step's file, metrics.json, marks a finished run.
     """
@@ -203,7 +203,7 @@ def _read_result(run: RunContext) -> RunResult | None:
 
 
 def _read_exported(run: RunContext) -> dict[str, Any] | None:
-    """Reads what `_export_best` made of this training, unless the index settings have changed."""
+    """Reads the version that this training was exported as, unless the index settings changed."""
     if (version := own_version(run.config, run.folder)) is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)

@@ -58,7 +58,7 @@ def in_rungs(
     """Trains the names of each rung, one after another; returns the results by rung and name.
 
     `rungs` yields the names and what `train` gets beside a name. A rule that drops some on the way
-    is a generator: it sees what the last rung came to before it yields the next.
+    is a generator: it sees the results of the last rung before it yields the next.
 
     Example:
         >>> rungs = [(["a", "b"], 1), (["b"], 2)]
@@ -127,7 +127,7 @@ class Curve:
 class Race:
     """A decided race: the curves of the recipes, and the validation metric that decided.
 
-    `not_begun` has why a recipe did not race.
+    `not_begun` says, by recipe, why it did not race.
     """
 
     curves: Sequence[Curve]
@@ -192,8 +192,8 @@ def race_in_rungs(
         curves: Recipe -> its curve so far: without an epoch, or as an earlier process left it.
         train: Called with a recipe, the number of epochs to have in the end, and the name of the
             turn; replaces its curve.
-        budget: CPU seconds of all recipes together. No recipe has more than an equal share of what
-            is left when a round begins, so that a small budget is for all.
+        budget: CPU seconds of all recipes together. In a round, no recipe takes more than an equal
+            share of what is left when the round begins, so that a small budget serves all.
     """
     total = math.inf if budget is None else budget
 

@@ -314,7 +314,8 @@ def _check_kind(feature: Feature, item_id: Any, value: Any) -> None:
     elif feature.raw_spec.dtype.is_floating:
         wrong, needs = (str, bool, list), "numbers"
     is_list, is_one = isinstance(value, list), feature.raw_shape == ()
-    if (is_list and is_one) or any(isinstance(x, wrong) for x in (value if is_list else [value])):
+    entries = value if is_list else [value]
+    if (is_list and is_one) or any(isinstance(entry, wrong) for entry in entries):
         one = "one value" if is_one else "a list"
         raise ValueError(
             f"{feature.name!r} of item {item_id!r} takes {one} of {needs}. Received: {value!r:.200}"

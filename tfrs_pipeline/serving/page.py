@@ -66,18 +66,18 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "has_titles": any(version.titles.values()),
         "has_users": manifest["user_data"],
         "example_user": manifest["example_user"],
-        "example_items": _shown(version, [x for x in ids[0].tolist() if x not in (-1, "")]),
+        "example_items": _shown(version, [id_ for id_ in ids[0].tolist() if id_ not in (-1, "")]),
         "filter": {
             "name": retriever.item_filter and retriever.item_filter["name"],
             "values": [] if values is None else sorted(values.code_of)[:MAX_CHOICES],
         },
         "inputs": [
-            {"name": x.name, "example": x.example, "values": _choices(x)}
-            for x in retriever.features["query"]
+            {"name": feature.name, "example": feature.example, "values": _choices(feature)}
+            for feature in retriever.features["query"]
         ],
         "request": [
-            {"name": x, "example": examples.get(x, Timestamp.example), "values": []}
-            for x in manifest["feature_inputs"]["request"]
+            {"name": name, "example": examples.get(name, Timestamp.example), "values": []}
+            for name in manifest["feature_inputs"]["request"]
         ],
     }
 

@@ -87,7 +87,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[tuple[Path
             shutil.rmtree(left, ignore_errors=True)
         partial = parent / f"{_PARTIAL}{uuid.uuid4().hex}"
         partial.mkdir()
-        # A folder without a manifest keeps its number too: a server may have seen it.
+        # An incomplete version keeps its number too, because its folder is never written over.
         taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
         folder = parent / str(max(taken, default=0) + 1)
         try:

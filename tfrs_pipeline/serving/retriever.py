@@ -205,12 +205,12 @@ class LoadedRetriever:
     ) -> Retrieved:
         """Finds the k items most similar to each item, leaving out the item itself.
 
-        They answer the same queries; they need not be clicked or bought together. An item's vector
-        is used like a query's. The score is the dot product of both vectors, plus the bias of the
-        found item if the model has one. The product is their cosine, as vectors have length 1,
-        unless `model.normalize` is off or the tower is your own. `exclude` and `allowed` have one
-        entry for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if an item
-        is not a candidate.
+        Similar items answer the same queries; they need not be clicked or bought together. An
+        item's vector is used like a query's. The score is the dot product of both vectors, plus the
+        bias of the similar item if the model has one. The product is their cosine, as vectors have
+        length 1, unless `model.normalize` is off or the tower is your own. `exclude` and `allowed`
+        have one entry for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if
+        an item is not a candidate.
         """
         if isinstance(item_ids, str):
             raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")

@@ -207,7 +207,7 @@ def difference(expected: _Arrays, answer: _Arrays) -> str:
     if shapes != others:
         return f"shapes {others} instead of {shapes}"
     for key, array in expected.items():
-        # Numbers and booleans. Ids follow below, where ties are allowed.
+        # Floats and booleans. Ids follow below, where ties are allowed.
         if array.dtype.kind not in "fb":
             continue
         array, other = array.astype(float), answer[key].astype(float)

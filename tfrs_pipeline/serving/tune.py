@@ -82,7 +82,7 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
     ranking, scores = exact_ranking(embeddings, queries, depths[-1])
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
-        # By the last level's exact ranking, whose first rows are that of any smaller depth.
+        # The exact ranking of the largest depth begins with that of every smaller one.
         rows, index_scores, _ = searcher.search(queries, Level(depth, leaves, reordered))
         exact = ranking[:, :depth], scores[:, :depth]
         return lowest_recall(exact, (rows, index_scores), requests.known, num)
@@ -143,7 +143,7 @@ def lowest_recall(
     depth = rows.shape[1]
     # If a request excludes the nearest candidates, its answer lies at the end of the depth.
     nearest = rows[:, : -max(10, depth // 32)]
-    # An index may find the nearest and miss those, so this is the harder of the two.
+    # An index may find the nearest and miss those that follow.
     recalls = [_recall_without(exact, found, nearest, num_candidates)]
     # If a request excludes what its user knows, its answer is the rest of the depth.
     num_known = are_listed(rows, known, num_candidates).sum(axis=1)

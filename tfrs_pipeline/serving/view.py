@@ -94,8 +94,8 @@ class View:
     def _with_room(self, num: int, width: int) -> Self:
         """Makes room for `num` new rows with `width` codes each; copies arrays that must grow."""
         capacity = len(self.ids) - 1
-        # Room grows by a factor, so that adding items one by one copies each row a few times at
-        # most. Vectors that TensorFlow owns cannot be written to: the first change copies them.
+        # Room grows by a factor, so that adding items one by one copies each row only a few times
+        # on average. Read-only vectors, such as TensorFlow's, are copied by the first change.
         if self.num_rows + num > capacity or not self.vectors.flags.writeable:
             capacity = round(_GROWTH * (self.num_rows + num)) + _LEAST_ROOM
         shapes: dict[str, tuple[int, ...]] = {
