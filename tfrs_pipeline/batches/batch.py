@@ -126,18 +126,20 @@ class Slices:
             num_units, num_states = tf.shape(batch.query_row)[0], None
             unit = tf.range(num_units) if batch.positive_query is None else batch.positive_query
         number = tf.cast(number, tf.int32)
+        # Slices differ by one unit at most, and together have each unit once.
         begin, end = number * num_units // self.total, (number + 1) * num_units // self.total
         first, last = tf.unstack(tf.searchsorted(unit, [begin, end]))  # Units are ascending.
         units, positives = slice(begin, end), slice(first, last)
         queries = positives if batch.positive_query is None else units
         ranges = {Axis.QUERY: queries, Axis.POSITIVE: positives, Axis.SEQUENCE: units}
         cut = {
-            name: tf.nest.map_structure(lambda x, at=ranges[_AXES[name]]: x[at], field)
+            name: tf.nest.map_structure(lambda values, at=ranges[_AXES[name]]: values[at], field)
             for name, field in batch._asdict().items()
             if field is not None and _AXES[name] in ranges
         }
         part = batch._replace(**cut)
         if batch.positive_query is not None:
+            # Numbers of queries and states count from the slice's first unit.
             part = part._replace(positive_query=part.positive_query - begin)
         if batch.state is not None:
             part = part._replace(state=part.state - begin * num_states)

@@ -80,14 +80,14 @@ class SinglePositives:
             self._by_candidate = by_candidate.astype(np.int32)
 
     def choose(self, step: int) -> np.ndarray:
-        """Returns [B] int32: samples, or with rates their places in the order of candidates."""
-        return self._samples_of(tf.constant(step, tf.int64)).numpy()
+        """Returns [B] int32: samples, or with rates their positions in the order of candidates."""
+        return self._step_samples(tf.constant(step, tf.int64)).numpy()
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
         """Returns pairs of a step and its samples."""
         stop = np.iinfo(np.int64).max if num_steps is None else start_step + num_steps
         steps = tf.data.Dataset.range(start_step, stop)
-        return steps.map(lambda step: (step, self._samples_of(step)))
+        return steps.map(lambda step: (step, self._step_samples(step)))
 
     def read(self, chosen: np.ndarray) -> Batch:
         """Reads the chosen samples; see `Examples`."""
@@ -103,7 +103,7 @@ class SinglePositives:
             history_times=times,
         )
 
-    def _samples_of(self, step: tf.Tensor) -> tf.Tensor:
+    def _step_samples(self, step: tf.Tensor) -> tf.Tensor:
         if self._sampler is not None:
             return self._drawn(self._sampler, seed_of(self._seed, Use.ORDER, step))
         position = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
@@ -120,7 +120,7 @@ class SinglePositives:
         return tf.where(is_next, following, this)
 
     def _drawn(self, sampler: AliasSampler, seed: tf.Tensor) -> tf.Tensor:
-        """Draws candidates, and a sample of each: [B] int32 places in the order of candidates."""
+        """Draws candidates, and a sample of each: [B] int32 positions in the candidates' order."""
         seed, within_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
         candidate = sampler.sample(self.batch_size, seed)
         # With 63 bits the remainder is fair to within one in 2^31.
@@ -158,14 +158,14 @@ class UserSets(EpochExamples):
         self._history_length = history_length
         self._num_samples = len(samples)
         self._rows = samples.candidate_rows
-        # The distinct pairs of a query and a candidate; each has one coin.
-        # Rows are int32, so a pair of them is one int64, which sorts by query, then candidate.
+        # Each distinct pair of a query and a candidate has one coin. Rows are int32, so a pair of
+        # them is one int64, which sorts by query, then candidate.
         pairs = samples.query_rows.astype(np.int64) << 32 | samples.candidate_rows
         distinct, self._pair = np.unique(pairs, return_inverse=True)
-        self._queries, query_of_pair = np.unique(distinct >> 32, return_inverse=True)
-        self._query_of_sample = query_of_pair[self._pair]
+        self._queries, pair_queries = np.unique(distinct >> 32, return_inverse=True)
+        self._sample_queries = pair_queries[self._pair]
         # At least half of all draws leave the mean number of users, rounded down, or more.
-        mean_left = np.sum(1 - 0.5 ** np.bincount(query_of_pair))
+        mean_left = np.sum(1 - 0.5 ** np.bincount(pair_queries))
         # Half of the positives are targets, on average.
         steps = max(1, min(round(len(samples) * 0.5 / batch_size), int(mean_left)))
         drawn = dict.fromkeys(("query_row", "target", "num_targets", "input", "num_inputs"), row)
@@ -179,7 +179,7 @@ class UserSets(EpochExamples):
         turn[order] = np.arange(len(order))
         # One sort by the user's turn, in random order within, which also samples longer histories.
         # Users without targets have turn -1 and come first.
-        turns = turn[self._query_of_sample]
+        turns = turn[self._sample_queries]
         visited = np.argsort(turns + rng.random(self._num_samples))[np.count_nonzero(turns < 0) :]
         is_input = is_input[visited]
         target = visited[~is_input].astype(np.int32)
@@ -206,7 +206,7 @@ class UserSets(EpochExamples):
         """Draws which samples are input, and counts the targets of each query."""
         while True:
             is_input = (rng.random(int(self._pair.max()) + 1) < 0.5)[self._pair]
-            num = np.bincount(self._query_of_sample[~is_input], minlength=len(self._queries))
+            num = np.bincount(self._sample_queries[~is_input], minlength=len(self._queries))
             if np.count_nonzero(num) >= self.steps_per_epoch:
                 return is_input, num
 
@@ -286,8 +286,8 @@ class WholeSequences(EpochExamples):
         order = rng.permutation(len(self._num_positives))
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         pool = done * self.steps_per_epoch // (self._num_samples * BATCHES_PER_POOL)
-        # Sorted by length within a pool, so that a batch has windows of similar length.
-        # Padding is work: without pools, one long window would pad every batch.
+        # Sorted by length within a pool, so that a batch has windows of similar length: padding
+        # takes time, and one long window pads its whole batch. Pools keep the order random.
         order = order[np.lexsort([self._num_positives[order], pool])]
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         batch = (done * self.steps_per_epoch / self._num_samples).astype(np.int64)
@@ -324,7 +324,7 @@ class _Windows:
     """Windows of sequences, and the samples that each trains; arrays are [num_windows] int32."""
 
     query_rows: np.ndarray
-    starts: np.ndarray  # Place of each one's first item in the query's sequence.
+    starts: np.ndarray  # Position of each one's first item in the query's sequence.
     lengths: np.ndarray  # Number of items that each reads.
     samples: RowLists
 

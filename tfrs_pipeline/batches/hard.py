@@ -13,8 +13,9 @@ from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.negatives.samplers import HardNegatives, Pool
 from tfrs_pipeline.samples.store import RowLists, Samples
 
-# Skipping one of a few shown items says little about retrieval from millions (it is for ranking),
-# so shown items are never negatives. Building samples removes them from pools; a batch masks them.
+# A user who skips one of a few shown items says little about retrieval from millions: ranking
+# learns from that. So shown items are never negatives here. Building samples removes them from
+# pools, and a batch masks them.
 KNOWN, EXPOSED = REASONS = "known positives", "exposed items"
 
 Never = Mapping[str, tf.RaggedTensor]
@@ -70,8 +71,8 @@ def contains(columns: np.ndarray, *parts: np.ndarray) -> np.ndarray:
 class HardPool(NamedTuple):
     """The candidates of each sample's hard negatives: list number `key` of a kind's lists.
 
-    Without a key, each sample has a list of its own among the samples' files, from which what is
-    never its negative was removed when it was built.
+    Without a key, each sample has its own list in the samples' files. Candidates that are never its
+    negatives were removed when the list was built.
     """
 
     lists: RowLists

@@ -117,6 +117,7 @@ class HybridBatches:
         if self._hard is None:
             return 0.0
         share = 0.0
+        # A candidate's rate is divided evenly among its samples.
         sample_rate = self.frame.q_positive / np.maximum(self.samples.counts, 1)
         for block in _blocks(len(self.samples)):
             has_any = np.any([pool.has_any(block) for pool in self._hard.pools.values()], axis=0)
@@ -157,13 +158,14 @@ class HybridBatches:
         dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
         batch = batch._replace(shared_row=shared, dropout_seed=dropout_seed)
         if self._hard is not None:
-            hard = self._hard.draw(step, pools, batch.candidate_row, _of_rows(never, slot))
+            hard = self._hard.draw(step, pools, batch.candidate_row, _never_by_row(never, slot))
             batch = batch._replace(hard=hard)
         if slices is not None:
             # Cut before the masks are made, which are much of the work.
             batch, queries = slices.take(number, batch)
+            # Only the slice's queries need lists, so `slot` numbers these anew.
             kept, slot = tf.unique(slot[queries])
-            never = _of_rows(never, kept)
+            never = _never_by_row(never, kept)
         share = None if batch.hard is None else batch.hard.share[:, tf.newaxis]
         columns = batch.shared_row
         is_counted = tf.gather(~never_shared(never, columns), slot)
@@ -193,8 +195,8 @@ class HybridBatches:
         batch = self.examples.signature
         num = batch.index.shape[0]
         requests: Any = {
-            name: tf.TensorSpec([num, *x.shape[1:]], x.dtype)
-            for name, x in self.samples.request_columns.items()
+            name: tf.TensorSpec([num, *column.shape[1:]], column.dtype)
+            for name, column in self.samples.request_columns.items()
         } or None
         return _Parts(
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
@@ -246,14 +248,15 @@ class HybridBatches:
             rates = sample_rate[samples.candidate_rows[block]]
             query_rate += np.bincount(samples.query_rows[block], rates, len(query_rate))
         masked = {"accidental hits": float(self.frame.q_positive @ n)}
-        masked |= {name: _sum_of_pairs(lists, query_rate, n) for name, lists in self._never.items()}
+        masked |= {name: _pair_sum(lists, query_rate, n) for name, lists in self._never.items()}
+        # A positive is one of its user's known ones, so its accidental hits were counted there too.
         masked[KNOWN] -= masked["accidental hits"]
         if samples.is_later is not None:
             masked["items that came later"] = float(n[samples.is_later].sum())
         return {reason: num / float(n.sum()) for reason, num in masked.items()}
 
 
-def _sum_of_pairs(lists: RowLists, key_weights: np.ndarray, value_weights: np.ndarray) -> float:
+def _pair_sum(lists: RowLists, key_weights: np.ndarray, value_weights: np.ndarray) -> float:
     """Sums the products of both weights over all pairs of a key and a value in its list."""
     total = 0.0
     for keys in _blocks(len(lists), LISTS_PER_BLOCK):
@@ -263,7 +266,7 @@ def _sum_of_pairs(lists: RowLists, key_weights: np.ndarray, value_weights: np.nd
     return total
 
 
-def _of_rows(never: Never, slot: tf.Tensor) -> Never:
+def _never_by_row(never: Never, slot: tf.Tensor) -> Never:
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
 
 
@@ -283,11 +286,17 @@ def look_up(read: Callable[[Any], _Parts], chosen: Any, signature: _Parts) -> _P
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
         parts = tf.nest.flatten(read(tf.nest.pack_sequence_as(chosen, arrays)))
-        pairs = ([x.values, x.offsets] if isinstance(x, RowLists) else [x] for x in parts)
+        # A ragged tensor travels as its values and its offsets, in the order of the signature.
+        pairs = (
+            [part.values, part.offsets] if isinstance(part, RowLists) else [part] for part in parts
+        )
         return [array for pair in pairs for array in pair if array is not None]
 
     specs = tf.nest.flatten(signature, expand_composites=True)
     dtypes = [spec.dtype for spec in specs if spec is not None]
     tensors = iter(tf.numpy_function(call, tf.nest.flatten(chosen), dtypes))
-    shaped = [None if x is None else tf.ensure_shape(next(tensors), x.shape) for x in specs]
+    # `numpy_function` loses the shapes, which the loss checks.
+    shaped = [
+        None if spec is None else tf.ensure_shape(next(tensors), spec.shape) for spec in specs
+    ]
     return tf.nest.pack_sequence_as(signature, shaped, expand_composites=True)

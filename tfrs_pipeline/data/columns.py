@@ -285,8 +285,8 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
     value = raw.table[column]
     if value.type().is_boolean():
         return value
-    # In a typed table, a column without any value has the type string.
-    # In CSV an outcome may be written as text; in a typed table, text is something else.
+    # In CSV an outcome may be written as text; in a typed table, text is something else. There a
+    # column without any value has the type string, though.
     may_be_text = raw.is_text or not raw.has(value.notnull())
     if not (value.type().is_numeric() or (value.type().is_string() and may_be_text)):
         raise raw.wrong_type(

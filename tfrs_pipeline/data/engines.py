@@ -30,14 +30,14 @@ def connect(memory_limit: str | None = None) -> DuckDB:
     Results beyond `memory_limit`, such as "4GB", go to disk too; None is four fifths of the memory.
     Both are in the system's temporary folder, and take about as much as the uncompressed events.
     """
-    folder, lock = _own_folder()
+    folder, lock = _locked_folder()
     options = {} if memory_limit is None else {"memory_limit": memory_limit}
     connection = ibis.duckdb.connect(
         folder / "tables.duckdb", temp_directory=str(folder / "spilled"), **options
     )
     # Finalizers run in reverse order, so the lock is held until the folder is gone.
     weakref.finalize(connection, os.close, lock)
-    # Not with the process: a notebook may open many logs.
+    # The folder goes with its connection, not with the process: a notebook may open many logs.
     weakref.finalize(connection, shutil.rmtree, folder, ignore_errors=True)
     shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
     if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and cannot even be set.
@@ -45,7 +45,7 @@ def connect(memory_limit: str | None = None) -> DuckDB:
     return connection
 
 
-def _own_folder() -> tuple[Path, int]:
+def _locked_folder() -> tuple[Path, int]:
     """Removes the folders of killed processes; makes and locks one for this process."""
     temporary = Path(tempfile.gettempdir())
     for left in temporary.glob(f"{_PREFIX}*/{_LOCK}"):

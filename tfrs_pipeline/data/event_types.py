@@ -52,11 +52,17 @@ def suggested(types: Iterable[str]) -> str:
         'purchase=5 click=1 view=exposed'
     """
     meanings = {
-        name: next((of for part, of in _USUAL.items() if part in name.lower()), "")
+        name: next((weight for part, weight in _USUAL.items() if part in name.lower()), "")
         for name in types
     }
+    # In a log without clicks, a view is the weakest sign of interest that there is.
     if "1" not in meanings.values():
-        meanings = {name: of.replace("exposed", "1") for name, of in meanings.items()}
+        meanings = {name: weight.replace("exposed", "1") for name, weight in meanings.items()}
     strongest_first = filter(None, dict.fromkeys(_USUAL.values()))
-    known = [f"{x}={of}" for of in strongest_first for x in meanings if meanings[x] == of]
+    known = [
+        f"{name}={weight}"
+        for weight in strongest_first
+        for name in meanings
+        if meanings[name] == weight
+    ]
     return " ".join(known) or "purchase=5 click=1"

@@ -25,7 +25,7 @@ from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.visits import STRENGTH
 from tfrs_pipeline.messages import printable
 
-_MOST_TOLD = 10
+_MOST_LISTED = 10
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
@@ -60,9 +60,9 @@ def load_events(
     """
     stages_in = stage_column(reading, scanned)
     names, unread = _event_columns(scanned, stages_in, reading, request_features)
-    raw, of_other_types = scanned.load(names), list[Dropped]()
+    raw, dropped_types = scanned.load(names), list[Dropped]()
     if stages_in == "event":
-        raw, of_other_types = _keep_weighted(raw, reading.event_weights)
+        raw, dropped_types = _keep_weighted(raw, reading.event_weights)
     if unread:
         hint = "" if "request_id" in names else overlooked.request_hint(unread)
         listed = printable(", ".join(unread), 300)
@@ -101,8 +101,8 @@ def load_events(
         weight = _weight(raw, typed["stage"], reading.max_weight)
         typed["weight"] = weight * typed["weight"] if "weight" in typed else weight
     events = raw.store_sound(typed, reading.max_bad_share)
-    # Only now, because types without a weight do not count towards max_bad_share.
-    raw.dropped.extend(of_other_types)
+    # Added only now, because types without a weight do not count towards max_bad_share.
+    raw.dropped.extend(dropped_types)
     raw.note_missing(events, requests)
     raw.drop()
     return events, raw
@@ -119,7 +119,7 @@ def _event_columns(
     used = dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested])
     names = {name: reading.columns.get(name, name) for name in used}
     unread = [column for column in scanned.columns if column not in names.values()]
-    # What the log has nowhere: only such a column can be meant by another name.
+    # The log's columns that this table has nowhere. Only they can be meant by another name.
     absent = {*schema.LOG_COLUMNS} - {*names} - {*scanned.columns}
     if stages_in or reading.label:
         absent -= {"stage", "rating"}
@@ -162,7 +162,7 @@ def _name_problem(
 
 def _is_mistyped(name: str, column: str) -> bool:
     """Returns whether a name is nearly another; other case or punctuation alone is fine."""
-    plain, other = ("".join(filter(str.isalnum, each.casefold())) for each in (name, column))
+    plain, other = ("".join(filter(str.isalnum, text.casefold())) for text in (name, column))
     return plain != other and bool(difflib.get_close_matches(plain, [other], cutoff=0.85))
 
 
@@ -202,12 +202,12 @@ def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTab
     column = printable(repr(raw.source.columns.get("event", "event")))
     weighted = {name.casefold(): name for name in weights}
     dropped = []
-    for name, num in itertools.islice(others.items(), _MOST_TOLD):
+    for name, num in itertools.islice(others.items(), _MOST_LISTED):
         same = weighted.get(name.casefold())
         but = "" if same is None else f" ({printable(repr(same))} has, so write both the same)"
         what = f"column {column} is {printable(repr(name))}, which has no weight{but}"
         dropped.append(Dropped(what, num))
-    if num_rest := sum(itertools.islice(others.values(), _MOST_TOLD, None)):
+    if num_rest := sum(itertools.islice(others.values(), _MOST_LISTED, None)):
         dropped.append(Dropped(f"column {column} is of another type without a weight", num_rest))
     # A row without a type is a fault of the table, which is counted later.
     kept = rules.store(raw.table.filter(types.isin([*weights]) | types.isnull()), raw.source)

@@ -156,18 +156,18 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
 def _plain_table(table: pa.Table) -> pa.Table:
     """Casts columns that DuckDB cannot take to types with the same values."""
     for i, column in enumerate(table.schema):
-        values, of = table[i], column.type
-        if pa.types.is_dictionary(of) and isinstance(of.value_type, pa.BaseExtensionType):
+        values, dtype = table[i], column.type
+        if pa.types.is_dictionary(dtype) and isinstance(dtype.value_type, pa.BaseExtensionType):
             # For example the intervals of `pandas.cut`, on which DuckDB would crash.
             chunks = [chunk.dictionary_decode().storage for chunk in values.chunks]
-            values = pa.chunked_array(chunks, of.value_type.storage_type)
-        elif pa.types.is_float16(of):
+            values = pa.chunked_array(chunks, dtype.value_type.storage_type)
+        elif pa.types.is_float16(dtype):
             values = values.cast(pa.float32())
-        elif pa.types.is_list(of) and pa.types.is_float16(of.value_type):
+        elif pa.types.is_list(dtype) and pa.types.is_float16(dtype.value_type):
             values = values.cast(pa.list_(pa.float32()))
-        elif pa.types.is_null(of):
+        elif pa.types.is_null(dtype):
             values = values.cast(pa.string())
-        if values.type != of:
+        if values.type != dtype:
             table = table.set_column(i, column.name, values)
     return table
 
@@ -176,7 +176,7 @@ def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens CSV files in the given order, with all columns as text."""
     header, delimiter = _read_header(path, paths)
     types, rejects = (
-        ", ".join(f"{_quote(x)}: 'VARCHAR'" for x in header),
+        ", ".join(f"{_quote(column)}: 'VARCHAR'" for column in header),
         ibis.util.gen_name("bad"),
     )
     # With "auto", DuckDB takes a "?" in a file name as its end.
@@ -194,50 +194,50 @@ def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens Parquet files; reads their footers, and refuses files with different columns."""
-    of_all: pa.Schema | None = None
-    for each in paths:
+    common: pa.Schema | None = None
+    for file in paths:
         try:
-            schema = pyarrow.parquet.read_schema(each)
+            schema = pyarrow.parquet.read_schema(file)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{each} cannot be read: {sentence(printable(str(error), 200))} Write it again as "
+                f"{file} cannot be read: {sentence(printable(str(error), 200))} Write it again as "
                 "Parquet."
             ) from error
-        _check_names(each, schema.names, _folders(path, each))
+        _check_names(file, schema.names, _folders(path, file))
         # Dictionaries and large strings are ways to store a type, not other types.
         schema = pa.schema([pa.field(column.name, _plain(column.type)) for column in schema])
-        of_all = schema if of_all is None else of_all
+        common = schema if common is None else common
         # Otherwise columns that the first file lacks would silently be left out.
-        if odd := sorted({*of_all.names} ^ {*schema.names}):
+        if odd := sorted({*common.names} ^ {*schema.names}):
             raise DataError(
-                f"{each} has other columns than {paths[0].name}: only one of them has "
+                f"{file} has other columns than {paths[0].name}: only one of them has "
                 f"{printable(', '.join(odd), 200)}. Give the files of a folder the same columns."
             )
         try:
             # Permissive: a column without a value, or of integers in some files, is no other type.
-            of_all = pa.unify_schemas([of_all, schema], promote_options="permissive")
+            common = pa.unify_schemas([common, schema], promote_options="permissive")
         except pa.ArrowException as error:
             raise DataError(
-                f"{each} has other types than the files before it: "
+                f"{file} has other types than the files before it: "
                 f"{sentence(printable(str(error), 200))} Give the files of a folder the same types."
             ) from error
-    assert of_all is not None
+    assert common is not None
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
     # By name, a column gets a type that fits the values of all files, not the first file's type.
     rows = f"read_parquet({_quote_all(paths)}, union_by_name=true, {hive})"
     # A column without any value has no type and would become integers; see `_plain_table`.
-    names = [quoted(column.name) for column in of_all if pa.types.is_null(column.type)]
+    names = [quoted(column.name) for column in common if pa.types.is_null(column.type)]
     as_text = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in names)
     replaced = f"REPLACE ({as_text})" if names else ""
     relation = connection.con.sql(f"SELECT * {replaced} FROM {rows}")
     return Scan(connection, str(path), relation.columns, lambda columns: relation)
 
 
-def _plain(of: pa.DataType) -> pa.DataType:
+def _plain(dtype: pa.DataType) -> pa.DataType:
     """Returns the logical type of a column's values, however they are stored."""
-    if pa.types.is_dictionary(of):
-        return _plain(of.value_type)
-    return pa.string() if pa.types.is_large_string(of) else of
+    if pa.types.is_dictionary(dtype):
+        return _plain(dtype.value_type)
+    return pa.string() if pa.types.is_large_string(dtype) else dtype
 
 
 def _folders(path: Path, file: Path) -> list[str]:
@@ -262,7 +262,7 @@ def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str
     """Refuses column names that are equal but for case, which a database treats as one."""
     named = [*columns, *{part.partition("=")[0] for part in folders}]
     counts = collections.Counter(column.casefold() for column in named)
-    if repeated := sorted({each for each in named if counts[each.casefold()] > 1 or not each}):
+    if repeated := sorted({part for part in named if counts[part.casefold()] > 1 or not part}):
         raise DataError(
             f"{name} must name each column once, in its folders' names too. Repeated or empty: "
             f"{printable(', '.join(repeated) or 'a column without a name', 200)}. Rename them."
@@ -293,16 +293,16 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
     """Returns the files of a path, by name, and whether they are CSV."""
     check_exists(path)
     paths = _files_below(path) if path.is_dir() else [path]
-    for each in (path, *paths):
-        if not os.access(each, os.R_OK):
-            raise denied(each)
-    csv = [each for each in paths if each.name.lower().endswith(_CSV_SUFFIXES)]
-    parquet = [each for each in paths if each.name.lower().endswith((".parquet", ".pq"))]
+    for file in (path, *paths):
+        if not os.access(file, os.R_OK):
+            raise denied(file)
+    csv = [file for file in paths if file.name.lower().endswith(_CSV_SUFFIXES)]
+    parquet = [file for file in paths if file.name.lower().endswith((".parquet", ".pq"))]
     # The kind of most files is what the folder is meant to hold; the others are named.
     usual = max(csv, parquet, key=len)
     odd = sorted({*paths} - {*usual})
     if odd or not paths:
-        listed = ", ".join(each.name for each in odd[:5])
+        listed = ", ".join(file.name for file in odd[:5])
         names = f", {len(odd)} of another kind: {listed}" if odd else ""
         raise DataError(
             f"{path} must be, or hold, files of one kind: {', '.join(_CSV_SUFFIXES)}, or .parquet. "
@@ -332,13 +332,13 @@ def _files_below(path: Path) -> list[Path]:
             seen.add(real)
         folders[:] = [name for name in folders if name in new]
         files += [Path(folder, name) for name in names if name in new]
-    # Here, because DuckDB's message would not say that it is a link.
+    # Checked here, because DuckDB's message would not say that it is a link.
     for file in files:
         check_exists(file)
     return sorted(files)
 
 
-def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
+def _read_header(source: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
     """Reads the column names, and the delimiter, from the first lines of CSV files."""
     lines = []
     for path in paths:
@@ -371,7 +371,7 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
         reason = "its lines end in \\r alone" if "\r" in lines[0] else f"its header has a {error}"
         raise DataError(f"{paths[0]} cannot be read: {reason}. {LINES_REMEDY}") from error
     for path in paths:
-        _check_names(path, header, _folders(place, path))
+        _check_names(path, header, _folders(source, path))
     return header, delimiter
 
 

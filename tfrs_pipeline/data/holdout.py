@@ -86,12 +86,12 @@ class Holdout:
                 is_array = name in ("candidate_counts", "exposure", "times")
                 values = np.asarray(values) if is_array else [*values]
             object.__setattr__(self, name, values)
-            of_candidates = name.startswith("candidate") or name == "exposure"
-            of = "candidate_ids" if of_candidates else "user_ids"
-            if len(values) != len(getattr(self, of)):
+            is_by_candidate = name.startswith("candidate") or name == "exposure"
+            axis = "candidate_ids" if is_by_candidate else "user_ids"
+            if len(values) != len(getattr(self, axis)):
                 raise ValueError(
-                    f"{name} must hold one entry for each of the {len(getattr(self, of))} {of}. "
-                    f"Received: {len(values)}"
+                    f"{name} must hold one entry for each of the {len(getattr(self, axis))} "
+                    f"{axis}. Received: {len(values)}"
                 )
 
     def __len__(self) -> int:
@@ -109,7 +109,9 @@ class Holdout:
 
     def asks_like(self, other: "Holdout", exclude: schema.Exclude) -> bool:
         """Returns whether both have the same queries, histories and exclusions."""
-        mine, others = ([*x.histories, *(x.excluded(exclude) or ())] for x in (self, other))
+        mine, others = (
+            [*holdout.histories, *(holdout.excluded(exclude) or ())] for holdout in (self, other)
+        )
         return self.fingerprint() == other.fingerprint() and all(map(np.array_equal, mine, others))
 
     def sample(self, num_queries: int, seed: int = 0) -> "Holdout":
@@ -117,11 +119,11 @@ class Holdout:
         if len(self) <= num_queries:
             return self
         drawn = np.random.default_rng(seed).choice(len(self), num_queries, replace=False)
-        drawn.sort()
+        drawn.sort()  # Keeps the order of users, by which the lists are aligned.
         chosen: dict[str, Any] = {
-            name: [of_queries[i] for i in drawn]
-            for name, of_queries in vars(self).items()
-            if isinstance(of_queries, list) or (name == "times" and of_queries is not None)
+            name: [values[i] for i in drawn]
+            for name, values in vars(self).items()
+            if isinstance(values, list) or (name == "times" and values is not None)
         }
         chosen["num_sampled_from"] = self.num_sampled_from or len(self)
         return replace(self, user_ids=self.user_ids[drawn], **chosen)
@@ -133,7 +135,10 @@ class Holdout:
         if self.history_times is not None and self.times is not None:
             columns["history_timestamps"] = self.history_times
             pairs = zip(requests or [{}] * len(self), self.times.tolist(), strict=True)
-            requests = [{**x, "timestamp": datetime.fromtimestamp(time, UTC)} for x, time in pairs]
+            requests = [
+                {**request, "timestamp": datetime.fromtimestamp(time, UTC)}
+                for request, time in pairs
+            ]
         if requests is not None:
             columns["request"] = requests
         rows = zip(*columns.values(), strict=True)
@@ -173,8 +178,8 @@ def make_holdout(
     When a request is made, its own clicks are unknown, so histories leave them out. By "users", the
     ranking still excludes such clicks from before the cut, because training had them.
     """
-    asked = split.filter((split["part"] == part) & is_positive(split))
-    users, num_queries = _draw_users(asked, by, max_queries, seed)
+    targets = split.filter((split["part"] == part) & is_positive(split))
+    users, num_queries = _draw_users(targets, by, max_queries, seed)
     rows = _read_events(split.semi_join(users, "user_id"), part, by, log)
     if rows.num_rows == 0:
         without = " In Python, split.train and split.test do not need it."
@@ -199,8 +204,8 @@ def make_holdout(
     positives = trained_on.events.filter(is_positive)
     candidate_ids, counts = _count_candidates(log.items, positives, count=positives.count())
     shown = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
-    of_shown = {"events": shown.count(), "positives": is_positive(shown).sum()}
-    _, num_events, num_clicks = _count_candidates(log.items, shown, **of_shown)
+    shown_counts = {"events": shown.count(), "positives": is_positive(shown).sum()}
+    _, num_events, num_clicks = _count_candidates(log.items, shown, **shown_counts)
     # How readily the log showed each item, up to a factor; see `evaluation/metrics`.
     exposure = num_events.astype(float) if np.any(num_events > num_clicks) else np.sqrt(num_clicks)
     requests = rows.select([*log.request_features]).take(first).to_pylist()

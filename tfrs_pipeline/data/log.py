@@ -165,6 +165,7 @@ class Log:
         """
         features = schema.checked_kinds(item_features, user_features, request_features)
         reading = reading or Reading()
+        # Taken before the reading: a live write during it is later than these tables.
         began, connection = datetime.now(UTC), connection or connect()
         tables, about = make_tables(connection, path, items, users, features, reading)
         about |= {"is_ordered": reading.is_ordered, "reading": reading, "items_read": began}
@@ -328,11 +329,13 @@ class Log:
         """
         amounts: dict[str, Any] = {"validation": validation, "test": test}
         amounts |= {"target_share": target_share, "min_positives": min_positives}
+        # By time wherever it is known: no other split keeps the future out of training.
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
         try:
             config = SplitConfig(kind=kind, **amounts)
         except ConfigError as error:
-            raise ConfigError([(f"split.{x}".rstrip("."), y) for x, y in error.problems]) from None
+            problems = [(f"split.{name}".rstrip("."), problem) for name, problem in error.problems]
+            raise ConfigError(problems) from None
         events = split_events(self.events, config, seed=seed, is_ordered=self.order != "none")
         return Split(self, events, kind)
 
@@ -367,8 +370,8 @@ class Split:
     def __iter__(self) -> Iterator[Any]:
         return map(self.__getitem__, range(3))
 
-    def __getitem__(self, place: int) -> Any:
-        return getattr(self, ("train", "validation", "test")[place])
+    def __getitem__(self, position: int) -> Any:
+        return getattr(self, ("train", "validation", "test")[position])
 
     @functools.cached_property
     def train(self) -> Log:
@@ -378,6 +381,7 @@ class Split:
     @functools.cached_property
     def before_test(self) -> Log:
         """All events that may train a model for the test; never those of held-out users."""
+        # Validation users are held out as the test's are, so their events never train.
         return self.train if self.kind == "held_out_users" else self._part("train", "validation")
 
     @functools.cached_property
@@ -455,10 +459,15 @@ class Split:
                     f"{counted(row['num_users'], 'user')}, {counted(row['num_events'], 'event')}"
                 )
         if asked is not None and self.kind == "time" and not isinstance(asked[1], datetime):
-            nums = [counts.get(x, {"num_positives": 0})["num_positives"] for x in COLUMN_PARTS]
-            shares = [x / sum(nums) for x in nums], (1 - sum(asked), *asked)
+            # Positives of one moment stay together, so a coarse clock moves the cuts.
+            nums = [
+                counts.get(part, {"num_positives": 0})["num_positives"] for part in COLUMN_PARTS
+            ]
+            shares = [num / sum(nums) for num in nums], (1 - sum(asked), *asked)
             if max(abs(a - b) for a, b in zip(*shares, strict=True)) > _MUCH:
-                actual, expected = (" / ".join(f"{x:.0%}" for x in each) for each in shares)
+                actual, expected = (
+                    " / ".join(f"{share:.0%}" for share in part_shares) for part_shares in shares
+                )
                 notes.append(
                     f"{actual} of the positives, not {expected}: those of one moment stay in "
                     "one part"
@@ -496,8 +505,8 @@ class Split:
             if self.log.later_items is not None:
                 later = later.union(self.log.later_items, distinct=True)
         # Dropped rows and notes belong to the whole log.
-        of_whole: dict[str, Any] = {"dropped": (), "notes": (), "part_of": self.log.whole}
-        return dataclasses.replace(self.log, events=events, later_items=later, **of_whole)
+        whole_fields: dict[str, Any] = {"dropped": (), "notes": (), "part_of": self.log.whole}
+        return dataclasses.replace(self.log, events=events, later_items=later, **whole_fields)
 
 
 def check_log(train: Any) -> None:
@@ -536,13 +545,14 @@ def _described(log: Log) -> Iterator[str]:
     if log.part_of is not None:
         yield "a part of a log: the whole log's description says what was dropped"
         return
-    num_dropped = sum(each.num_rows for each in log.dropped if not each.is_merged)
-    num_read = counts["events"] + sum(each.num_rows for each in log.dropped)
+    num_dropped = sum(entry.num_rows for entry in log.dropped if not entry.is_merged)
+    num_read = counts["events"] + sum(entry.num_rows for entry in log.dropped)
     dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"
     yield f"dropped {dropped}"
-    for each in log.dropped:
-        rows = counted(each.num_rows, "row")
-        yield f"merged {rows} {each.reason}" if each.is_merged else f"dropped {rows}: {each.reason}"
+    for entry in log.dropped:
+        rows = counted(entry.num_rows, "row")
+        merged, dropped = f"merged {rows} {entry.reason}", f"dropped {rows}: {entry.reason}"
+        yield merged if entry.is_merged else dropped
     yield from log.notes
     source = schema.Source("event table", log.reading.columns)
     if log.order != "none":
@@ -557,16 +567,17 @@ def _listed(counts: Mapping[str, int]) -> str:
 def _describe_times(events: ibis.Table) -> Iterator[str]:
     times = events["timestamp"]
     days = events.group_by(day=(times.epoch_seconds() / 86_400).floor().cast("int64"))
-    of_days = days.agg(num=is_positive(events).sum(), first=times.min(), last=times.max())
-    rows = of_days.order_by("day").to_pyarrow()
+    by_day = days.agg(num=is_positive(events).sum(), first=times.min(), last=times.max())
+    rows = by_day.order_by("day").to_pyarrow()
     first, last = rows["first"][0].as_py(), rows["last"][-1].as_py()
-    # A wrong unit shows here.
+    # Shown first, because a wrong time zone or unit is seen at once here.
     yield f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
-    of_day = dict(zip(rows["day"].to_pylist(), rows["num"].to_pylist(), strict=True))
-    counts = [of_day.get(day, 0) for day in range(min(of_day), max(of_day) + 1)]
-    if len(counts) >= 3:  # A broken day shows here.
+    num_by_day = dict(zip(rows["day"].to_pylist(), rows["num"].to_pylist(), strict=True))
+    counts = [num_by_day.get(day, 0) for day in range(min(num_by_day), max(num_by_day) + 1)]
+    # A day on which logging failed shows as the lowest. Of one or two days, neither says anything.
+    if len(counts) >= 3:
         lowest = min(counts)
-        when = date(1970, 1, 1) + timedelta(min(of_day) + counts.index(lowest))
+        when = date(1970, 1, 1) + timedelta(min(num_by_day) + counts.index(lowest))
         yield (
             f"positives a day: median {statistics.median_low(counts):,}, lowest {lowest:,} on "
             f"{when}, {counts[-1]:,} on the last day"

@@ -1,8 +1,8 @@
-"""Columns that nobody named, although the log seems to need them: a table of guesses.
+"""Refuses unread columns that look like ones that the log lacks: a table of guesses.
 
-A log whose stage, time or label is overlooked would silently become another kind of log. So a
-column is refused if it looks like one that is missing, with the setting that reads it, and with the
-one that keeps it as a column like others.
+If a stage, time or label is overlooked, the log silently becomes another kind of log. So a column
+that looks like a missing one is refused. The error names the setting that reads the column, and the
+setting that keeps it as an ordinary one.
 """
 
 import difflib
@@ -82,8 +82,13 @@ def refuse(scanned: Scan, unread: Sequence[str], absent: Collection[str]) -> Non
 
 
 def _look(scanned: Scan, names: Sequence[str]) -> list[Unread]:
-    """Looks at the first rows of columns, and in all rows for stages; leaves out nested columns."""
-    tests = ", ".join(f"any_value(typeof({quoted(x)})), list(DISTINCT {text_of(x)})" for x in names)
+    """Reads the types and first values of columns, and looks for stages in all rows of some.
+
+    Nested columns are left out.
+    """
+    tests = ", ".join(
+        f"any_value(typeof({quoted(name)})), list(DISTINCT {text_of(name)})" for name in names
+    )
     rows = scanned.fetch(names, lambda rows: rows.limit(_NUM_LOOKED_AT).aggregate(tests))
     values = iter(rows[0] if rows else ())  # Type and texts in turn; nothing from a stream.
     columns = [
@@ -91,7 +96,12 @@ def _look(scanned: Scan, names: Sequence[str]) -> list[Unread]:
         for name, type_, texts in zip(names, values, values, strict=False)
         if not (type_ or "").startswith(("STRUCT", "MAP", "UNION")) and "[" not in (type_ or "")
     ]
-    few = [x.name for x in columns if x.is_text and len(x.first - {""}) <= _MOST_STAGES]
+    # Only columns that may hold stages are read to their end: one query over few columns.
+    few = [
+        column.name
+        for column in columns
+        if column.is_text and len(column.first - {""}) <= _MOST_STAGES
+    ]
     listed = ", ".join(f"'{stage}'" for stage in _STAGES)
     tests = ", ".join(f"bool_or(lower({text_of(name)}) IN ({listed}))" for name in few)
     rows = scanned.fetch(few, lambda rows: rows.aggregate(tests))
@@ -100,7 +110,7 @@ def _look(scanned: Scan, names: Sequence[str]) -> list[Unread]:
 
 
 def _stages(_: Scan, column: Unread) -> Guess:
-    """Any row has a known stage, and the first rows have few distinct values.
+    """Guesses stages if any row has a known stage, and the first rows have few distinct values.
 
     Unknown stages may be among them, because teams add their own.
     """
@@ -112,7 +122,7 @@ def _stages(_: Scan, column: Unread) -> Guess:
 
 
 def _times(_: Scan, column: Unread) -> Guess:
-    """The type is one of times, or over .9 of the first values are times."""
+    """Guesses times by the column's type, or if over .9 of its first values are times."""
     texts = column.first - {""} if column.is_text else set()
     has_type = column.type.startswith(("TIMESTAMP", "DATE"))
     if has_type or sum(map(bool, map(_ISO_TIME.match, texts))) > 0.9 * len(texts):
@@ -122,8 +132,9 @@ def _times(_: Scan, column: Unread) -> Guess:
 
 
 def _outcome(scanned: Scan, column: Unread) -> Guess:
-    """A usual name, and both outcomes; the first rows hold nothing else, later ones may."""
-    if column.name.lower() not in _OUTCOMES or not {x.lower() for x in column.first} <= _NO | _YES:
+    """Guesses an outcome by a usual name and both values; later rows may hold others too."""
+    first = {text.lower() for text in column.first}
+    if column.name.lower() not in _OUTCOMES or not first <= _NO | _YES:
         return None
     values = {value.lower() for value in _values(scanned, column)}
     holds = (
@@ -135,7 +146,7 @@ def _outcome(scanned: Scan, column: Unread) -> Guess:
 
 
 def _types(scanned: Scan, column: Unread) -> Guess:
-    """A few values, and a usual name or values that name a view and a purchase."""
+    """Guesses types if there are few, and their column's name or a view and a purchase tell."""
     is_usual = column.name.lower() in event_types.NAMES
     if not is_usual and not (column.is_text and event_types.are_types(column.first)):
         return None

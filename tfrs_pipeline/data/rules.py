@@ -99,20 +99,21 @@ class Fault(NamedTuple):
     def error(self, table: ibis.Table, source: Source, max_bad_share: float = 0) -> DataError:
         """Makes the error: column, problem, number of rows, a few values, the first row, remedy."""
         bad, value = table.filter(self.is_bad), table[self.column]
+        # Three short values show the kind of mistake; a bad file may hold values of any length.
         text = bad.select(text=value.cast("string").left(100)).distinct().limit(3).to_pyarrow()
         values = sorted(value for value in text["text"].to_pylist() if value is not None)
         shown = map(repr, values) if value.type().is_string() else values
         examples = f", such as {', '.join(map(printable, shown))}" if values else ""
-        place = instead = ""
+        first_row = instead = ""
         if "_row" in table.columns:
-            place = f" (first: row {bad['_row'].min().to_pyarrow().as_py() + 1})"
-        num_bad, num_rows = (x.count().to_pyarrow().as_py() for x in (bad, table))
+            first_row = f" (first: row {bad['_row'].min().to_pyarrow().as_py() + 1})"
+        num_bad, num_rows = (rows.count().to_pyarrow().as_py() for rows in (bad, table))
         if max_bad_share and self.rule.is_droppable:
             becomes = "values are taken as missing" if self.is_missing else "rows are dropped"
             instead = f" Up to max_bad_share ({max_bad_share:g}) of the {becomes} instead."
         return DataError(
             f"{source.column(self.column)} {self.rule.problem} in {num_bad} of {num_rows} rows"
-            f"{examples}{place}. {self.rule.remedy}{instead}",
+            f"{examples}{first_row}. {self.rule.remedy}{instead}",
             self.rule.setting or "",
         )
 
@@ -189,7 +190,8 @@ class RawTable:
         """
         # Rules whose rows may not be dropped come first, so that a row counts for these.
         faults = sorted(self.faults, key=lambda fault: fault.rule.is_droppable)
-        num_rows = self.num_rows + sum(each.num_rows for each in self.dropped)
+        # Lines that could not be read are rows too: the limit is for all that is dropped.
+        num_rows = self.num_rows + sum(entry.num_rows for entry in self.dropped)
         breaches: list[tuple[bool, int, Fault]] = []  # Those that drop rows.
         for fault, num in zip(faults, count_bad(self.table, faults), strict=True):
             if fault.is_missing and num > max_bad_share * self.num_rows:
@@ -198,12 +200,14 @@ class RawTable:
                 where = self.source.column(fault.column)
                 self.notes.append(f"{where} {fault.rule.problem} in {num:,} rows: taken as missing")
             elif num:
-                of = printable(repr(self.source.columns.get(fault.column, fault.column)))
-                self.dropped.append(Dropped(f"column {of} {fault.rule.problem}", num))
+                column = printable(repr(self.source.columns.get(fault.column, fault.column)))
+                self.dropped.append(Dropped(f"column {column} {fault.rule.problem}", num))
                 breaches.append((not fault.rule.is_droppable, num, fault))
-        is_too_much = sum(each.num_rows for each in self.dropped) > max_bad_share * num_rows
+        is_too_much = sum(entry.num_rows for entry in self.dropped) > max_bad_share * num_rows
         # The message names the fault that explains most rows.
-        is_refused, _, worst = max(breaches, key=lambda x: x[:2], default=(False, 0, None))
+        is_refused, _, worst = max(
+            breaches, key=lambda breach: breach[:2], default=(False, 0, None)
+        )
         if worst is not None and (is_too_much or is_refused):
             raise worst.error(self.table, self.source, max_bad_share)
         if is_too_much:

@@ -86,7 +86,7 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def column(self, name: str) -> str:
-        """Returns the place of a column, for the start of a message."""
+        """Names a column and its table, for the start of a message."""
         return f"{self.name}: column {printable(repr(self.columns.get(name, name)))}"
 
 
@@ -97,10 +97,10 @@ def checked_kinds(
 ) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """Returns the features of items, users and requests; a `ValueError` if one is invalid."""
     tables = dict(items or {}), dict(users or {}), dict(requests or {})
-    for own_id, features in zip(("item_id", "user_id"), tables, strict=False):
-        if own_id in features:
+    for id_name, features in zip(("item_id", "user_id"), tables, strict=False):
+        if id_name in features:
             raise ValueError(
-                f"{own_id!r} cannot be a feature of its own table: a setting (use_candidate_id, "
+                f"{id_name!r} cannot be a feature of its own table: a setting (use_candidate_id, "
                 "use_user_id) decides whether a model learns ids. To use it anyway, copy it."
             )
     for name, kind in (pair for table in tables for pair in table.items()):
@@ -170,7 +170,7 @@ def require_all(
 ) -> None:
     """Refuses a table that lacks columns, in a line each; `others` are its further problems."""
     missing = []
-    for name in (x for x in remedies if x not in columns):
+    for name in (name for name in remedies if name not in columns):
         usual = [column for column in columns if column.lower() in _USUAL_IDS.get(name, ())]
         near = usual or difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
         hint = ("Nearest: " if near else "It has: ") + printable(", ".join(near or columns), 300)

@@ -106,10 +106,11 @@ class Reading(Config):
         if taken := sorted({"user_id", "item_id", "timestamp", "stage"} & {*self.label}):
             yield "label", f"takes outcomes, and {', '.join(taken)} is not one"
         ways = ("rating_threshold", "event_weights", "stage_values", "label")
-        given = [name for name in ways if getattr(self, name) not in (None, {})]
-        # A label may judge what a funnel exposed.
-        if len(given) > 1 and given != ["stage_values", "label"]:
-            yield given[0], f"defines what a positive is, and so does {given[1]}: set one"
+        # Two definitions of a positive would contradict each other. Only a label goes with stages:
+        # it judges what a funnel exposed.
+        used = [name for name in ways if getattr(self, name) not in (None, {})]
+        if len(used) > 1 and used != ["stage_values", "label"]:
+            yield used[0], f"defines what a positive is, and so does {used[1]}: set one"
         if self.event_weights and "stage" in self.columns:
             yield "event_weights", "decides the stages; leave stage out of columns"
 

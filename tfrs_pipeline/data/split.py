@@ -52,8 +52,8 @@ def split_by_time(
     if not (isinstance(validation, datetime) and isinstance(test, datetime)):
         validation, test = _time_cuts(events, validation, test)
     is_train, is_before_test = (
-        events["timestamp"] < ibis.literal(x.astimezone(UTC), type="timestamp('UTC', 6)")
-        for x in (validation, test)
+        events["timestamp"] < ibis.literal(moment.astimezone(UTC), type="timestamp('UTC', 6)")
+        for moment in (validation, test)
     )
     part = ibis.cases((is_train, "train"), (is_before_test, "validation"), else_="test")
     return events.mutate(part=part)
@@ -183,7 +183,7 @@ def in_order(times: ibis.Table) -> tuple[int, Callable[[int], datetime]]:
 def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -> ibis.Table:
     """Adds the user's _num_positives, and _num_so_far up to and including the event."""
     positives = is_positive(events).cast("int64")
-    # By range, so that events at the same place in the order count each other: no cut splits them.
+    # By range, so that events at the same position count each other: no cut splits them.
     so_far = ibis.range_window(preceding=None, following=0, group_by="user_id", order_by=order)
     counted = events.mutate(
         _num_positives=positives.sum().over(ibis.window(group_by="user_id")),

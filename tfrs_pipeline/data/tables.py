@@ -46,7 +46,10 @@ def make_tables(
     outcomes = (*reading.label, *(["event"] if reading.event_weights else []))
     check_names(request_features, outcomes, reading.columns)
     sources = {"item_id": (items, item_features), "user_id": (users, user_features)}
-    raws = {name: _load_raw(connection, *of, name, reading) for name, of in sources.items()}
+    raws = {
+        name: _load_raw(connection, table, table_features, name, reading)
+        for name, (table, table_features) in sources.items()
+    }
     events, raw = load_events(scanned, reading, request_features, raws)
     tables = {}
     for name, entity in raws.items():
@@ -57,13 +60,13 @@ def make_tables(
             raw.notes.extend(_describe(entity))
             entity.drop()
     num_reasons = len(raw.dropped)
-    # Before the other steps, so that these count the events that stay.
+    # Merged before the other steps, so that these count the events that stay.
     if reading.event_weights:
         events = _merge_repeats(events, raw)
     for name, entity in raws.items():
         if entity is not None:
-            events = _settle_unknown(events, raw, name, tables[name], entity.source.name, reading)
-    events = _settle_duplicates(events, raw, reading.duplicates)
+            events = _resolve_unknown(events, raw, name, tables[name], entity.source.name, reading)
+    events = _resolve_duplicates(events, raw, reading.duplicates)
     if len(raw.dropped) > num_reasons:
         # Once for all steps above; the ones below read it several times.
         events = store(events, raw.source)
@@ -132,7 +135,7 @@ def _check_positives(events: ibis.Table, source: Source) -> None:
         )
 
 
-def _settle_unknown(
+def _resolve_unknown(
     events: ibis.Table,
     raw: RawTable,
     id_name: str,
@@ -211,12 +214,12 @@ def _spelled(table: str, here: Any, there: Any) -> str:
     return f"{printable(repr(there))} in {table} is {printable(repr(here))} in the log: {why}"
 
 
-def _settle_duplicates(
+def _resolve_duplicates(
     events: ibis.Table, raw: RawTable, duplicates: schema.Duplicates
 ) -> ibis.Table:
     """Keeps, drops or refuses events that repeat an earlier one; returns those kept."""
-    # An event in the test part does not repeat one in the training part.
-    # Context and scores may differ between two reports of one event.
+    # By part too: an event in the test part does not repeat one in the training part. Context and
+    # scores are left out, because they may differ between two reports of one event.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
     keys = [name for name in keys if name in events.columns]
     num_rows, what = count_rows(events), f"in {', '.join(keys)}"
@@ -286,14 +289,14 @@ def _load_raw(
         )
     # A title is read if there is one; all else is required.
     there = {*scanned.columns, *columns, *features}
-    names = {x: columns.get(x, x) for x in used if x in there or x not in shown}
+    names = {name: columns.get(name, name) for name in used if name in there or name not in shown}
     remedies = {
         column: remedy or f"Set {setting} to say which column is {name}."
         for name, column in names.items()
     }
-    id_of_events = reading.columns.get(id_name, "")
-    if id_of_events in scanned.columns and not remedy:
-        mend = f"Add {id_name}={printable(id_of_events)} to {setting}, as in columns."
+    events_column = reading.columns.get(id_name, "")
+    if events_column in scanned.columns and not remedy:
+        mend = f"Add {id_name}={printable(events_column)} to {setting}, as in columns."
         remedies[names[id_name]] = mend
     schema.require_all(scanned.columns, remedies, Source(scanned.name), setting)
     return replace(scanned.load(names), renaming=setting)
@@ -314,8 +317,8 @@ def _type_entities(
         entities = store(entities.distinct(), raw.source)
         num_left = count_rows(entities)
         if num_left != num_ids:
-            counts_of = entities.group_by(id_name).agg(num=entities.count())
-            repeated = counts_of.filter(counts_of["num"] > 1)[id_name].min().to_pyarrow().as_py()
+            id_counts = entities.group_by(id_name).agg(num=entities.count())
+            repeated = id_counts.filter(id_counts["num"] > 1)[id_name].min().to_pyarrow().as_py()
             raise DataError(
                 f"{raw.source.column(id_name)} holds {num_ids} different ids in {num_left} rows "
                 f"that differ, such as those of {printable(repr(repeated))}. One row an id: remove "
@@ -327,8 +330,8 @@ def _type_entities(
 
 def _describe(raw: RawTable) -> list[str]:
     """Describes what was dropped from an item or user table and what else was found, in lines."""
-    dropped = (f"{counted(each.num_rows, 'row')}: {each.reason}" for each in raw.dropped)
-    return [*(f"{raw.source.name}: dropped {each}" for each in dropped), *raw.notes]
+    dropped = (f"{counted(entry.num_rows, 'row')}: {entry.reason}" for entry in raw.dropped)
+    return [*(f"{raw.source.name}: dropped {rows}" for rows in dropped), *raw.notes]
 
 
 def load_items(
@@ -397,7 +400,7 @@ def _measure(events: ibis.Table) -> dict[str, Any]:
     )
     # The coarsest step at which no time is off is the clock of the log.
     is_fraction = clicks["timestamp"].truncate("s") != clicks["timestamp"]
-    sums = {name: is_fraction | (clicks["_seconds"] % of != 0) for name, of in _STEPS.items()}
+    sums = {name: is_fraction | (clicks["_seconds"] % step != 0) for name, step in _STEPS.items()}
     sums["num_tied"] = clicks["_num"] > 1
     sums["num_up"] = (clicks["item_id"] > clicks["_last"]).fill_null(False)
     sums["num_down"] = (clicks["item_id"] < clicks["_last"]).fill_null(False)
@@ -408,14 +411,14 @@ def _measure(events: ibis.Table) -> dict[str, Any]:
 def _redrawn(events: ibis.Table) -> ibis.Table:
     """Permutes the event numbers of a user's events at equal times; requests stay together."""
     tied, number = ["user_id", "timestamp"], events["event_number"]
-    keys = [own := random_key(number, seed=0), number]
+    keys = [event_key := random_key(number, seed=0), number]
     if "request_id" in events.columns:  # Another seed: the two never have the same key.
-        keys.insert(0, ibis.coalesce(random_key(events["request_id"], seed=1), own))
+        keys.insert(0, ibis.coalesce(random_key(events["request_id"], seed=1), event_key))
     drawn, rank = (
         ibis.row_number().over(ibis.window(group_by=tied, order_by=order))
         for order in (keys, number)
     )
     # The drawn order takes the numbers that the tied events have, so no other event moves.
-    numbers = events.select(*tied, _place=rank, _number=number)
-    joined = events.mutate(_place=drawn).inner_join(numbers, [*tied, "_place"])
+    numbers = events.select(*tied, _position=rank, _number=number)
+    joined = events.mutate(_position=drawn).inner_join(numbers, [*tied, "_position"])
     return joined.mutate(event_number=joined["_number"]).select(*events.columns)

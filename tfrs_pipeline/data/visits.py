@@ -75,7 +75,7 @@ def _merge(
     of `group` are kept.
     """
     # An event of the test is never merged into one of the training.
-    keys = [x for x in ("user_id", "item_id", group, "part") if x in events.columns]
+    keys = [name for name in ("user_id", "item_id", group, "part") if name in events.columns]
     position = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
     is_merged = (position > 0) & is_mergeable & events[group].notnull()
     events = events.mutate(_is_merged=is_merged, _is_first=position == 0)

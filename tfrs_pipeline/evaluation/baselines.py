@@ -247,7 +247,9 @@ class Transitions(Baseline):
         def score(queries: Sequence[Query]) -> np.ndarray:
             histories = history_columns(queries, items)
             last, before = (
-                np.array([1 + x[-i] if len(x) >= i else 0 for x in histories], np.int64)
+                np.array(
+                    [1 + history[-i] if len(history) >= i else 0 for history in histories], np.int64
+                )
                 for i in (1, 2)
             )
             total = num_all[last] + _BEFORE * num_all[before] + popular.sum()
@@ -404,6 +406,7 @@ def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarra
     num_candidates = interactions.shape[1]
     gram = np.empty((num_candidates, num_candidates), order="F")
     columns = interactions.tocsc()
+    # In blocks of columns, because the sparse product of all would take as much memory again.
     for start in range(0, num_candidates, 1024):
         block = slice(start, start + 1024)
         gram[:, block] = (columns.T @ columns[:, block]).toarray()
@@ -417,6 +420,7 @@ def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarra
     if factor_failed or inverse_failed:
         raise ValueError(f"EASE's matrix is not positive definite with l2={l2}: use a larger l2.")
     weights = precision.T.astype(np.float32)
+    # Copied a column at a time: a transposed copy would be a third matrix of this size.
     for i in range(num_candidates):
         weights[i + 1 :, i] = weights[i, i + 1 :]
     weights /= -np.diag(precision).astype(np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 
 # Random draws in memory at a time: 64 MB as float64.
 _DRAWS_PER_BLOCK = 1 << 23
-# A difference below this is one of rounding.
+# Digits of a difference that are read. What lies beyond them is rounding.
 _MOST_DIGITS = 9
 
 
@@ -49,15 +49,16 @@ class Interval:
         """
         digits = 4
         while digits < _MOST_DIGITS and any(
-            x and not round(x, digits) for x in (self.low, self.high)
+            end and not round(end, digits) for end in (self.low, self.high)
         ):
             digits += 1
-        mean, low, high = (f"{x:{sign}.{digits}f}" for x in (self.mean, self.low, self.high))
+        numbers = self.mean, self.low, self.high
+        mean, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
         return f"{mean} [{low}, {high}]"
 
     def as_dict(self) -> dict[str, float | None]:
         """Returns the numbers for JSON, with None for NaN."""
-        return {name: None if np.isnan(x) else x for name, x in asdict(self).items()}
+        return {name: None if np.isnan(value) else value for name, value in asdict(self).items()}
 
 
 def bootstrap_intervals(
@@ -75,7 +76,7 @@ def bootstrap_intervals(
     # Each resample divides by its own number of measured queries.
     both = np.concatenate([filled, is_measured.astype(np.float64)], axis=1)
     means = _divide(both.sum(axis=0)[None])[0]
-    # After the means: a mean counts queries, and only the resamples draw users.
+    # Only the resamples draw users. The mean above weighs every query alike.
     if users is not None:
         both = _sums_by_user(both, users)
     resampled = _divide(_resampled_sums(both, num_bootstrap, np.random.default_rng(seed)))
@@ -99,16 +100,16 @@ def table_intervals(
     """
     columns = [values for table in tables.values() for values in table.values()]
     intervals = iter(bootstrap_intervals(np.stack(columns, axis=1), **options) if columns else ())
-    return {name: {x: next(intervals) for x in table} for name, table in tables.items()}
+    return {name: {column: next(intervals) for column in table} for name, table in tables.items()}
 
 
 def _sums_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
     """Sums the rows of each user; returns the values unchanged if each has one."""
-    places, num = np.unique(users, return_inverse=True, return_counts=True)[1:]
+    numbers, num = np.unique(users, return_inverse=True, return_counts=True)[1:]
     if len(num) == len(users):
         return values
     starts = np.cumsum(num) - num
-    return np.add.reduceat(values[np.argsort(places, kind="stable")], starts, axis=0)
+    return np.add.reduceat(values[np.argsort(numbers, kind="stable")], starts, axis=0)
 
 
 def _resampled_sums(values: np.ndarray, num_bootstrap: int, rng: np.random.Generator) -> np.ndarray:

@@ -83,7 +83,7 @@ items to find are 0.0
         2 of 2 items to find have no positive in training
     """
     named = _named(retrievers)
-    # A metric that is given twice would be two equal columns.
+    # A metric that is listed twice would make two equal columns.
     measured = _at_cutoffs(cutoffs) if metrics is None else tuple(dict.fromkeys(metrics))
     if not measured or not all(isinstance(metric, Metric) for metric in measured):
         raise TypeError(f"metrics must be like [tp.metric_of('recall@20')]. Received: {metrics!r}.")
@@ -92,6 +92,7 @@ items to find are 0.0
     results = {}
     for name, retriever in named.items():
         report = functools.partial(on_progress, name) if on_progress else None
+        # One ranking as deep as the largest cutoff serves all metrics.
         rows = _retrieve_rows(retriever, truth, max(metric.k for metric in measured), report)
         results[name] = _measure(rows, truth, measured, num_bootstrap, seed)
     return Evaluation(results, measured, num_bootstrap, seed, holdout.by)
@@ -121,10 +122,10 @@ def _at_cutoffs(cutoffs: Sequence[int]) -> tuple[Metric, ...]:
 
 @dataclass(frozen=True)
 class Truth:
-    """The queries of a holdout that can be measured, at `places`, and their relevant items.
+    """The queries of a holdout that can be measured, at `positions`, and their relevant items.
 
     Attributes:
-        places: [num_queries] numbers of the measured queries among all.
+        positions: [num_queries] numbers of the measured queries among all.
         excluded: For each of them, the ids that its ranking leaves out; None excludes nothing.
         relevant: [num_pairs] numbers of queries, ascending, and [num_pairs] candidate rows. They
             leave out candidates outside the corpus.
@@ -135,7 +136,7 @@ class Truth:
     holdout: Holdout
     exclude: Exclude
     items: Ids
-    places: list[int]
+    positions: list[int]
     excluded: list[np.ndarray] | None
     relevant: tuple[np.ndarray, np.ndarray]
     num_relevant: np.ndarray
@@ -145,12 +146,12 @@ class Truth:
     def queries(self) -> list[Query]:
         """The measured queries."""
         all_queries = self.holdout.as_queries()
-        return [all_queries[i] for i in self.places]
+        return [all_queries[i] for i in self.positions]
 
     @cached_property
     def excluded_rows(self) -> list[np.ndarray]:
         """The rows of the excluded candidates of each query."""
-        nothing = [self.items.values[:0]] * len(self.places)
+        nothing = [self.items.values[:0]] * len(self.positions)
         return self.items.rows_by_list(self.excluded or nothing)
 
     @cached_property
@@ -161,7 +162,7 @@ class Truth:
     @property
     def user_ids(self) -> np.ndarray:
         """[num_queries] users of the measured queries."""
-        return self.holdout.user_ids[self.places]
+        return self.holdout.user_ids[self.positions]
 
     @classmethod
     def of(cls, holdout: Holdout, exclude: Exclude) -> "Truth":
@@ -173,29 +174,29 @@ class Truth:
         if excluded is not None:
             pairs = zip(wanted, excluded, strict=True)
             left = [ids.difference(np.asarray(gone).tolist()) for ids, gone in pairs]
-        places = [i for i, ids in enumerate(left) if ids]
+        positions = [i for i, ids in enumerate(left) if ids]
         num_excluded = sum(map(len, wanted)) - sum(map(len, left))
-        if not places:
+        if not positions:
             raise ValueError(
                 f"Nothing to measure: none of {len(holdout)} queries has a relevant item that "
                 f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). "
                 "Exclude less (evaluation.exclude), or test on a larger part."
             )
         # Sorted, because sums of weights depend on their order in the last digit.
-        ids = [id_ for i in places for id_ in sorted(left[i])]
+        ids = [id_ for i in positions for id_ in sorted(left[i])]
         if isinstance(ids[0], str) != items.are_text:
             raise ValueError(
                 "Relevant ids and candidate ids must be of one type: load both the same way. "
                 f"Received: relevant {ids[0]!r}, candidate {items.values.tolist()[0]!r}."
             )
-        rows, num_relevant = items.rows(ids), np.array([len(left[i]) for i in places])
-        queries, is_known = np.repeat(np.arange(len(places)), num_relevant), rows > 0
+        rows, num_relevant = items.rows(ids), np.array([len(left[i]) for i in positions])
+        queries, is_known = np.repeat(np.arange(len(positions)), num_relevant), rows > 0
         return cls(
             holdout=holdout,
             exclude=exclude,
             items=items,
-            places=places,
-            excluded=None if excluded is None else [excluded[i] for i in places],
+            positions=positions,
+            excluded=None if excluded is None else [excluded[i] for i in positions],
             relevant=(queries[is_known], rows[is_known]),
             num_relevant=num_relevant,
             num_excluded=num_excluded,
@@ -237,6 +238,7 @@ def _retrieve_rows(
 def _faults(
     rows: np.ndarray, ids: np.ndarray, scores: np.ndarray, items: Ids, is_excluded: np.ndarray
 ) -> Iterator[str]:
+    # Row 0 is right for the empty id alone; any other id there is unknown.
     if np.any((rows == 0) & (ids != items.empty_id)):
         yield "returned ids that are not candidates"
     if scores.dtype.kind not in "biuf":
@@ -296,20 +298,22 @@ def _rankings(rows: np.ndarray, truth: Truth) -> Iterator[tuple[str, Rankings]]:
     for name, is_in in popularity_slices(counts).items():
         # Relevant items outside the corpus are in no slice.
         num = np.bincount(queries[is_in[relevant_rows - 1]], minlength=len(rows))
+        # At an empty slot, `rows - 1` reads the last candidate, but that slot is never a hit.
         yield name, Rankings(rows, is_hit & is_in[rows - 1], num, counts, is_in)
 
 
 def _measure_part(rankings: Rankings, metrics: Sequence[Metric]) -> SliceResult:
     """Measures what can be measured in a part, without intervals."""
     per_query: dict[str, np.ndarray] = {}
-    of_all_lists: dict[str, float] = {}
+    set_metrics: dict[str, float] = {}
     for metric in metrics:
         if (measured := metric.measure(rankings)) is None:
             continue
         values = np.asarray(measured, np.float64)
         if values.shape == ():
-            of_all_lists[str(metric)] = float(values)
+            set_metrics[str(metric)] = float(values)
         elif values.shape == rankings.num_relevant.shape:
+            # NaN, not 0: a query without a relevant item in this part says nothing about it.
             values = per_query[str(metric)] = np.where(rankings.num_relevant > 0, values, np.nan)
         least, most = metric.range
         # A sum of rounded numbers may be off by a little.
@@ -322,7 +326,7 @@ def _measure_part(rankings: Rankings, metrics: Sequence[Metric]) -> SliceResult:
     return SliceResult(
         per_query=per_query,
         intervals={},
-        set_metrics=of_all_lists,
+        set_metrics=set_metrics,
         num_candidates=int(rankings.is_in.sum()),
         num_queries=int(np.count_nonzero(rankings.num_relevant)),
         num_relevant=int(rankings.num_relevant.sum()),

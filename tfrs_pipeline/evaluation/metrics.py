@@ -45,6 +45,7 @@ def find_hits(
     """
     if not len(relevant_rows) or not retrieved_rows.size:
         return np.zeros(retrieved_rows.shape, bool)
+    # One list for each query, empty ones included, because `are_listed` walks both line by line.
     order = np.argsort(relevant_queries, kind="stable")
     starts = np.searchsorted(relevant_queries[order], np.arange(1, len(retrieved_rows)))
     highest = max(relevant_rows.max(), retrieved_rows.max())
@@ -53,6 +54,7 @@ def find_hits(
 
 def item_weights(exposure: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Returns w of each candidate, [num_candidates]; `wanted`: items to find, from 0."""
+    # An item that the log never showed counts as if it had been shown once.
     weights = 1.0 / np.maximum(exposure, 1.0)
     limit = np.sqrt(len(wanted)) * weights[wanted].mean() if len(wanted) else np.inf
     return np.minimum(weights, limit)
@@ -233,6 +235,7 @@ class Recall(Metric):
 
     def measure(self, rankings: Rankings) -> np.ndarray:
         """Divides by all relevant items, not at most k: below 1 if there are more."""
+        # The maximum avoids a division by 0. Such queries become NaN afterwards.
         return rankings.is_hit[:, : self.k].sum(axis=1) / np.maximum(rankings.num_relevant, 1)
 
 
@@ -268,6 +271,7 @@ class Mrr(Metric):
     def measure(self, rankings: Rankings) -> np.ndarray:
         """Finds the first hit of each query."""
         top = rankings.is_hit[:, : self.k]
+        # Without a hit, argmax is 0 too, which would be rank 1: `any` makes the value 0.
         return top.any(axis=1) / (1.0 + np.argmax(top, axis=1))
 
 

@@ -40,14 +40,17 @@ class SliceResult:
         """Returns the numbers for JSON: a dict of mean, low and high, or one number; no arrays."""
         return {
             **{name: interval.as_dict() for name, interval in self.intervals.items()},
-            **{name: None if np.isnan(x) else x for name, x in self.set_metrics.items()},
+            **{
+                name: None if np.isnan(value) else value for name, value in self.set_metrics.items()
+            },
             "num_candidates": self.num_candidates,
             "num_queries": self.num_queries,
             "num_relevant": self.num_relevant,
         }
 
     def __repr__(self) -> str:
-        means = ", ".join(f"{name} {x.mean:.4f}" for name, x in self.intervals.items())
+        intervals = self.intervals.items()
+        means = ", ".join(f"{name} {interval.mean:.4f}" for name, interval in intervals)
         return f"SliceResult({counted(self.num_queries, 'query')}; {means})"
 
 
@@ -117,11 +120,16 @@ class EvaluationResult:
              f"{self.num_tied:,} of {num_before:,} items to find have the time of another click of "
              "their user"),
         ]  # fmt: skip
-        return [line for is_told, line in lines if is_told]
+        # A remark on a tenth of the queries or less would only distract.
+        return [line for is_needed, line in lines if is_needed]
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers for JSON, slices under "slices"; NaN becomes None."""
-        names = [x.name for x in fields(self) if x.name.startswith(("num_", "relevant_"))]
+        names = [
+            attribute.name
+            for attribute in fields(self)
+            if attribute.name.startswith(("num_", "relevant_"))
+        ]
         return {
             **self.overall.summary(),
             **{name: getattr(self, name) for name in names},
@@ -134,9 +142,9 @@ class Evaluation:
     """Retrievers measured on the same queries, by name; prints as a table.
 
     `metrics` are those that were measured; `num_bootstrap` and `seed` make the intervals of the
-    differences. `asked_by` says what had a query: a user or a request (see `Split.holdout`). In a
-    run, which decides by this evaluation, `other` has the results by the other question, or why
-    there are none.
+    differences. `asked_by` says what has a query: a user or a request (see `Split.holdout`). A run
+    decides by this evaluation; there `other` has the results by the other question, or why there
+    are none.
     """
 
     results: Mapping[str, EvaluationResult]
@@ -175,7 +183,7 @@ class Evaluation:
 
         Slices have names such as "tail/recall@20".
         """
-        first, *others = ((name, self._compared(x)) for name, x in self.results.items())
+        first, *others = ((name, self._compared(result)) for name, result in self.results.items())
         gaps = {
             name: {metric: values[metric] - reference for metric, reference in first[1].items()}
             for name, values in others
@@ -205,15 +213,17 @@ class Evaluation:
 
     def __repr__(self) -> str:
         shortest, longest = self.cutoffs[0], self.cutoffs[-1]
-        # What was chosen by hand is all shown, and so is what the package does not know.
+        # Shows every metric that the caller chose, and every metric of the user's own.
         is_chosen = len(self.metrics) < len(METRICS)
-        brought = [str(x) for x in self.metrics if is_chosen or x.name not in BUILT_IN]
-        columns = [f"ndcg@{longest}", *brought, f"recall@{shortest}", f"recall@{longest}"]
+        custom = [
+            str(metric) for metric in self.metrics if is_chosen or metric.name not in BUILT_IN
+        ]
+        columns = [f"ndcg@{longest}", *custom, f"recall@{shortest}", f"recall@{longest}"]
         columns += [f"even_recall@{longest}", f"tail/recall@{longest}", f"coverage@{shortest}"]
         columns += [f"average_popularity@{shortest}"]
         summary = self.summary()
         gaps = {
-            name: {metric: gap[metric] for metric in [columns[0], *brought] if metric in gap}
+            name: {metric: gap[metric] for metric in [columns[0], *custom] if metric in gap}
             for name, gap in summary["differences"].items()
         }
         table = format_table(summary["models"], list(dict.fromkeys(columns)), gaps)
@@ -234,7 +244,9 @@ def with_intervals(
 def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Joins evaluations of different retrievers on the same queries; the first stays the first."""
     first = evaluations[0]
-    results = {name: result for x in evaluations for name, result in x.results.items()}
+    results = {
+        name: result for evaluation in evaluations for name, result in evaluation.results.items()
+    }
     return replace(first, results=results, other=_others(evaluations, joined))
 
 
@@ -254,8 +266,8 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
         means = {
             name: replace(
                 part,
-                per_query=_mean([x[name].per_query for x in parts]),
-                set_metrics=_mean([x[name].set_metrics for x in parts]),
+                per_query=_mean([by_name[name].per_query for by_name in parts]),
+                set_metrics=_mean([by_name[name].set_metrics for by_name in parts]),
             )
             for name, part in parts[0].items()
         }
@@ -263,11 +275,15 @@ def averaged(evaluations: Sequence[Evaluation]) -> Evaluation:
         slices = with_intervals(means, users, seed=first.seed, **drawn)
         return replace(results[0], overall=slices.pop("all"), slices=slices)
 
-    results = {name: average([x.results[name] for x in evaluations]) for name in first.results}
+    results = {
+        name: average([evaluation.results[name] for evaluation in evaluations])
+        for name in first.results
+    }
     return replace(first, results=results, other=_others(evaluations, averaged))
 
 
 def _mean(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # A query without a relevant item is NaN in all tables, so no mean mixes NaN and numbers.
     return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
 
 
@@ -275,7 +291,8 @@ def _others(
     evaluations: Sequence[Evaluation], combine: Callable[[Sequence[Evaluation]], Evaluation]
 ) -> Evaluation | str:
     """Combines the evaluations by the other question, too; or why there are none."""
-    others = [x.other for x in evaluations if isinstance(x.other, Evaluation)]
+    all_others = [evaluation.other for evaluation in evaluations]
+    others = [other for other in all_others if isinstance(other, Evaluation)]
     return combine(others) if others else evaluations[0].other
 
 
@@ -302,9 +319,12 @@ def format_table(
     """
     # An older run, or one with other metrics, may lack some.
     columns = [
-        x for x in columns if any(find_metric(model, x) is not None for model in models.values())
+        column
+        for column in columns
+        if any(find_metric(model, column) is not None for model in models.values())
     ]
     differences = differences or {}
+    # Differences are from the one model that has none.
     reference = next((name for name in models if name not in differences), "")
     cells = [["model", *models]]
     for column in columns:
@@ -316,6 +336,7 @@ def format_table(
     table = (format_markdown_cells if markdown else format_cells)(lines)
     if width is None or len(table.partition("\n")[0]) <= width or len(columns) <= 1:
         return table
+    # Columns come in the order of their importance, so the last one goes first.
     return format_table(models, columns[:-1], differences, markdown=markdown, width=width)
 
 
@@ -323,7 +344,11 @@ def with_other(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the models of `Evaluation.summary()` with columns such as "by_user/ndcg@20"."""
     others = {other_prefix(metrics): metrics["other"]["models"]} if other_prefix(metrics) else {}
     return {
-        name: {**model, "slices": model["slices"] | {x: of[name] for x, of in others.items()}}
+        name: {
+            **model,
+            "slices": model["slices"]
+            | {prefix: by_name[name] for prefix, by_name in others.items()},
+        }
         for name, model in metrics["models"].items()
     }
 
@@ -395,7 +420,7 @@ def find_metric(summary: Mapping[str, Any], column: str) -> Any:
 def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         mean, low, high = value["mean"], value["low"], value["high"]
-        if mean is None or low is None:
+        if mean is None or low is None:  # Without resamples there is no interval.
             return _cell(mean)
         return f"{mean:.4f} ±{(high - low) / 2:.4f}"
     if value is None:

@@ -42,11 +42,12 @@ def top_k_in_blocks(
         if exclude_rows is not None:
             excluded = exclude_rows[block]
             queries = np.repeat(np.arange(shape[0]), [len(listed) for listed in excluded])
+            # Excluded before the top k is taken, so k candidates remain if the corpus has them.
             block_scores[queries, np.concatenate(excluded) - 1] = -np.inf
         for line, line_scores in enumerate(block_scores, start):
-            places = best_places(line_scores, k)
-            rows[line, : len(places)] = places + 1
-            scores[line, : len(places)] = line_scores[places]
+            positions = best_places(line_scores, k)
+            rows[line, : len(positions)] = positions + 1
+            scores[line, : len(positions)] = line_scores[positions]
     return rows, scores
 
 
@@ -67,12 +68,12 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def best_places(scores: np.ndarray, k: int) -> np.ndarray:
-    """Returns the places of the k best of [n] scores above -inf, best first, ties in order."""
+    """Returns the positions of the k best of [n] scores above -inf, best first, ties in order."""
     # The k-th best score. All at its level are kept until ties are broken by their order.
     lowest = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
-    places = np.flatnonzero(scores >= lowest)
-    places = places[np.argsort(-scores[places], kind="stable")][:k]
-    return places[scores[places] > -np.inf]
+    positions = np.flatnonzero(scores >= lowest)
+    positions = positions[np.argsort(-scores[positions], kind="stable")][:k]
+    return positions[scores[positions] > -np.inf]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""A user's own kinds of negatives and towers: how they are recognized, checked and named."""
+"""Custom kinds of negatives and towers, a user's own: recognizes, checks and names them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,7 +37,7 @@ def custom_or_setting(*attributes: str) -> Callable[[Any, Callable[[Any], Any]],
 
 
 def name_of(part: Any) -> str | None:
-    """Names a user's own part, or its class: a folder's trainings are compared by it.
+    """Names a custom part, or its class: a folder's trainings are compared by this name.
 
     Example:
         >>> name_of(tf.keras.layers.Dense(3)), name_of(Corpus.read), name_of(None)
@@ -47,18 +47,19 @@ def name_of(part: Any) -> str | None:
 
 
 def own_layer(name: str, tower: Any, corpus: Corpus) -> tf.keras.layers.Layer:
-    """Returns an own tower, or what its function makes from the corpus.
+    """Returns a custom tower, or the layer that its function makes from the corpus.
 
     A layer that a training has marked is refused. Layers within it are not marked: not to share
     those between models is up to the user.
     """
     # A layer of another Keras is callable too, but it has a `call`.
-    is_made = not isinstance(tower, type) and hasattr(tower, "call")
-    layer = tower if is_made else tower(corpus)
+    is_layer = not isinstance(tower, type) and hasattr(tower, "call")
+    layer = tower if is_layer else tower(corpus)
     if not isinstance(layer, tf.keras.layers.Layer):
         raise TypeError(
             f"{name} must be a layer of tf.keras, which is Keras 2 here, or a function of the "
-            f"corpus that returns one. Received: {layer!r}{'' if is_made else f', from {tower!r}'}."
+            f"corpus that returns one. Received: {layer!r}"
+            f"{'' if is_layer else f', from {tower!r}'}."
         )
     if getattr(layer, "was_in_training", False) and layer.trainable_variables:
         raise ValueError(

@@ -37,17 +37,17 @@ def training_strategy() -> tf.distribute.Strategy:
         return strategy
     # A worker's own GPUs are part of its cluster's strategy, so workers come first.
     if this_worker().count > 1:
-        return _of_workers()
+        return _worker_strategy()
     if len(tf.config.list_physical_devices("GPU")) > 1:
-        return _of_gpus()
+        return _gpu_strategy()
     return tf.distribute.get_strategy()  # The default strategy, with one replica.
 
 
-_of_gpus = functools.cache(tf.distribute.MirroredStrategy)
+_gpu_strategy = functools.cache(tf.distribute.MirroredStrategy)
 
 
 @functools.cache
-def _of_workers() -> tf.distribute.Strategy:
+def _worker_strategy() -> tf.distribute.Strategy:
     """Joins the other workers, once per process and before TensorFlow does anything else."""
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -146,14 +146,14 @@ def naming_lost_workers() -> Iterator[None]:
 def _from_chief(message: bytes) -> bytes:
     """Sends bytes from the chief to all workers; the others' bytes are ignored."""
     # An all-reduce needs equal shapes, so the length goes first. Only the chief adds anything.
-    (length,) = _sum_of_workers(np.array([len(message)]))
+    (length,) = _sum_over_workers(np.array([len(message)]))
     codes = np.zeros(length, np.int64)
     if message:
         codes[:] = np.frombuffer(message, np.uint8)
-    return bytes(_sum_of_workers(codes).astype(np.uint8))
+    return bytes(_sum_over_workers(codes).astype(np.uint8))
 
 
-def _sum_of_workers(numbers: np.ndarray) -> np.ndarray:
+def _sum_over_workers(numbers: np.ndarray) -> np.ndarray:
     """Sums [n] int64 over the workers, each counted once."""
     strategy = training_strategy()
     with naming_lost_workers():

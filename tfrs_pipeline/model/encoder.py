@@ -72,7 +72,7 @@ class Encoder(tf.Module):
         self._query_features = tuple(model.query_features)
         self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
-        # An attribute is saved with the module.
+        # As an attribute, each table is saved with the module.
         features = *self._query_features, *self._request_features, *self._candidate_features
         self._resources = [feature.graph_resource for feature in features]
         user_id = tf.TensorSpec([None], user_dtype, "user_id")
@@ -98,7 +98,7 @@ class Encoder(tf.Module):
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
         self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
         self.stored_history = traced(functools.partial(self._items_in, self._histories), [user_id])
-        self.num_clicks = traced(self._num_clicks_of, [item_id])
+        self.num_clicks = traced(self._click_counts, [item_id])
         # Only variables: tracking the layers would export their Keras machinery too.
         self._variables = list(model.variables) if user_data else self._variables_without_users()
 
@@ -134,10 +134,10 @@ class Encoder(tf.Module):
         features = self._encoded_features(raw)
         if not self._holds_users:
             features = self._missing_features(tf.shape(query_rows)[0]) | features
-        # Padded to the length of training, so that the graph has one shape.
+        # Cut and padded to the length of training, so that the graph has one shape.
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
-        arguments: dict[str, Any] = _given(features)
+        arguments: dict[str, Any] = _feature_argument(features)
         if times is not None:
             item_times = times[:, :length].to_tensor(np.nan, shape=[None, length])
             arguments["history_times"] = tf.concat(
@@ -174,7 +174,7 @@ class Encoder(tf.Module):
         # Spread over all rows: users without a positive in training have no embedding.
         rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
         history = tf.zeros([len(rows), model.history_length], tf.int32)
-        missing = _given(self._missing_features(len(rows)))
+        missing = _feature_argument(self._missing_features(len(rows)))
         embedded = model.embed_queries(rows, history, **missing).numpy()
         # Rows of one matrix product may differ in their last bits.
         if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
@@ -197,11 +197,11 @@ class Encoder(tf.Module):
         rows = lookup(self._candidate_rows, item_id)
         features = _encoded(self._candidate_features, raw)
         return {
-            "embeddings": self._model().embed_candidates(rows, **_given(features)),
+            "embeddings": self._model().embed_candidates(rows, **_feature_argument(features)),
             "is_known_item": rows > 0,
         }
 
-    def _num_clicks_of(self, item_id: tf.Tensor) -> tf.Tensor:
+    def _click_counts(self, item_id: tf.Tensor) -> tf.Tensor:
         return tf.gather(self._num_clicks, lookup(self._candidate_rows, item_id))
 
     def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
@@ -214,7 +214,7 @@ def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[
     return encoding.encode_raw(features, values)
 
 
-def _given(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
+def _feature_argument(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
     """Returns the argument `features`, or none: without features, functions do not take it."""
     return {"features": features} if features else {}
 
@@ -224,6 +224,7 @@ def embed_queries(
 ) -> np.ndarray:
     """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32."""
     blocks = []
+    # At least one call: without a query, it still gives the number of dimensions.
     for start in range(0, max(len(queries), 1), QUERIES_PER_CALL):
         block = queries[start : start + QUERIES_PER_CALL]
         inputs = query_inputs(encoder.embed_query, block)

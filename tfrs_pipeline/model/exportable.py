@@ -101,7 +101,7 @@ class Exportable:
                 f"history_times must be {total}, one for each value of histories. Received: "
                 f"{len(times)}"
             )
-        _ = self.candidate_ids
+        _ = self.candidate_ids  # Read now, so that wrong items are refused here.
 
     @cached_property
     def candidate_ids(self) -> np.ndarray:

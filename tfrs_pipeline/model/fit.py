@@ -115,6 +115,7 @@ def read_epoch(
     Returns the result as it was after that epoch. The folder keeps the best epoch and the last one.
     """
     state = read_record(folder / f"epoch-{epoch}.json")
+    # Nothing is trained here, so any number of steps that the schedule accepts will do.
     _compile(network, settings, settings.warmup_steps + 1)
     _read_checkpoint(network, folder / f"epoch-{epoch}")
     return TrainingResult(state["history"], epoch, state["seconds"])
@@ -165,6 +166,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         if self._validate is None:
             return len(self.history.get("loss", []))
         values = self.history.get(f"val_{self._settings.monitor}", [])
+        # Of equal values the earliest: more epochs that gain nothing only overfit.
         return int(np.argmax(values)) + 1 if values else 0
 
     @property
@@ -250,7 +252,9 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         with naming(record.parent, tf.errors.OpError):
             record.parent.mkdir(parents=True, exist_ok=True)
             _checkpoint(network).write(str(self._path(epoch)))
-        files = [x for x in record.parent.glob(f"{record.stem}.*") if ".json" not in x.name]
+        files = [
+            file for file in record.parent.glob(f"{record.stem}.*") if ".json" not in file.name
+        ]
         so_far = self.result
         # Written last, with the hashes of the files: an epoch without it does not count.
         write_record(record, {"history": so_far.history, "seconds": so_far.seconds}, files)
@@ -275,7 +279,7 @@ def describe_data(
     settings: TwoTowerSettings,
     training: TrainingSettings,
 ) -> list[str]:
-    """Says what histories lack, what batches never draw, what they mask, and if they are small."""
+    """Describes what histories lack, what batches never draw and mask, and batches too small."""
     notes = []
     reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
     if reading and data.samples.num_earlier is None:

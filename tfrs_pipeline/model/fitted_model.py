@@ -33,7 +33,7 @@ def query_encoder(network: TwoTowerNetwork, corpus: Corpus) -> QueryEncoder:
         Exportable(
             embed_queries=network.embed_queries,
             embed_candidates=network.embed_candidates,
-            variables=(),
+            variables=(),  # Nothing is saved, so no variable has to be named.
             items=pa.table({"item_id": corpus.candidate_ids.values}),
             query_ids=corpus.query_ids.values,
             history_length=network.history_length,
@@ -57,7 +57,7 @@ class FittedTwoTower:
     """What `TwoTower.fit` returns: a retriever to evaluate, export, or start another training from.
 
     Attributes:
-        settings: Settings of the model, without its own negatives and towers.
+        settings: Settings of the model, without the user's own negatives and towers.
         training: How it was fitted.
         corpus: Ids and features behind the rows of the network.
         network: The Keras model, with its best weights.
@@ -142,5 +142,6 @@ class FittedTwoTower:
             candidate_features=corpus.candidate_features,
             reading=log.reading,
             items_read=log.items_read,
+            # A user's own candidate tower has no bias, whatever the setting says.
             has_item_bias=self.settings.candidate_bias and isinstance(towers[1], Tower),
         )

@@ -23,7 +23,7 @@ _EMBEDDING_SCALE = 0.03
 
 
 class HistoryEncoder(tf.keras.layers.Layer):
-    """Encodes the items of a query's history, by itself or at every place of a sequence.
+    """Encodes the items of a query's history, by itself or at every position of a sequence.
 
     Each pooling gives one vector:
 
@@ -180,14 +180,15 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """Pools [B, N] histories, where `kept` is 1: [B, num_pooled * dim]."""
         steps_ago = tf.range(tf.shape(history_rows)[1], dtype=tf.float32)
         weights = {"mean": kept, "recency": kept * self._recency_decay**steps_ago * age_weights}
-        # Looks up only items that count: most places of long histories are padding or dropped.
+        # Looks up only items that count: most cells of long histories are padding or dropped.
         kept_cells = tf.where(kept > 0)
         vectors = self._embedding(tf.gather_nd(history_rows, kept_cells))
         num_rows = tf.shape(history_rows)[0]
         pooled = []
         for pooling in self._means:
             weighted = vectors * tf.gather_nd(weights[pooling], kept_cells)[:, tf.newaxis]
-            # Places are sorted, so this is several times faster, gradient included.
+            # The cells are sorted by row. For sorted rows this sum is several times faster,
+            # gradient included.
             total = tf.math.segment_sum(weighted, kept_cells[:, 0])
             total = tf.pad(total, [[0, num_rows - tf.shape(total)[0]], [0, 0]])
             share = tf.reduce_sum(weights[pooling], axis=1, keepdims=True)
@@ -203,7 +204,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         dropout: Dropout | None,
     ) -> tf.Tensor:
         """Runs the Transformer: [W, L] rows, oldest first -> [W, L + 1, dim]."""
-        # A dropped item keeps its place, with a vector of zeros.
+        # A dropped item keeps its position, with a vector of zeros.
         vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
         gaps = None
         if self._reads_times and times is not None:
@@ -320,7 +321,7 @@ def _normal() -> tf.keras.initializers.Initializer:
 def gap_buckets(times: tf.Tensor) -> tf.Tensor:
     """Buckets the time since the previous entry, given [W, L + 1] float64 seconds: int32.
 
-    The bucket is 0 at the first place and where a time is unknown (NaN), else
+    The bucket is 0 at the first position and where a time is unknown (NaN), else
     1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
 
     Example:

@@ -133,12 +133,16 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         _check_embeddings(queries, positives, positive_query, negatives, hard)
         if self._temperature is not None:  # Dividing [W, D] is cheaper than dividing [W, C].
             queries = tf.divide(queries, self._temperature)
-        own = tf.reduce_sum(_of_positives(queries, positive_query) * positives, axis=1)
+        positive_logits = tf.reduce_sum(
+            _rows_by_positive(queries, positive_query) * positives, axis=1
+        )
         scores = tf.matmul(queries, negatives, transpose_b=True)
         blocks = [_logits(scores, log_q=log_q, score_mask=score_mask)]
         blocks += _hard_logits(queries, hard, hard_log_q, hard_mask)
-        # log(exp(own) + exp(others)) - own.
-        losses = tf.nn.softplus(_of_positives(_log_sum_exp(blocks), positive_query) - own)
+        # softplus(n - p) = log(exp(p) + exp(n)) - p for the positive's logit p and the negatives'
+        # logsumexp n; it neither overflows nor loses small losses to rounding.
+        negative_logits = _rows_by_positive(_log_sum_exp(blocks), positive_query)
+        losses = tf.nn.softplus(negative_logits - positive_logits)
         if sample_weight is not None:
             losses *= tf.reshape(sample_weight, tf.shape(losses))
         return tf.reduce_sum(losses)
@@ -203,7 +207,7 @@ def _check_columns(
     tf.debugging.assert_shapes([(scores, "WC"), (values, axes)], message=message)
 
 
-def _of_positives(rows: tf.Tensor, positive_query: tf.Tensor | None) -> tf.Tensor:
+def _rows_by_positive(rows: tf.Tensor, positive_query: tf.Tensor | None) -> tf.Tensor:
     """Returns the row of each positive's query: all rows in order, or those of `positive_query`."""
     return rows if positive_query is None else tf.gather(rows, positive_query)
 
@@ -212,6 +216,7 @@ def _log_sum_exp(blocks: Sequence[tf.Tensor]) -> tf.Tensor:
     """Computes the logsumexp of each row over [W, any] blocks: [W]."""
     # The blocks are not joined: a copy of the scores would cost half as much again as the rest.
     highest = functools.reduce(tf.maximum, [tf.reduce_max(block, axis=1) for block in blocks])
+    # The highest logit cancels out, so no gradient needs to pass through it.
     highest = tf.stop_gradient(highest)
     total = tf.add_n(
         [tf.reduce_sum(tf.exp(block - highest[:, tf.newaxis]), axis=1) for block in blocks]
@@ -256,6 +261,7 @@ def popularity_shift(samples: Samples) -> np.ndarray:
         joint = mixture[:, np.newaxis] * likelihoods
         mixture = (joint / joint.sum(axis=0)).mean(axis=1)
     now = shares(num_clicks)
+    # The last row is uniform, and the one before it counts all clicks alike.
     overall = (1 - mixture[-1]) * now[-2] + mixture[-1] * now[-1]
     shift = np.log(mixture @ now / overall)
     shift[0] = 0.0

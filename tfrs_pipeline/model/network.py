@@ -119,15 +119,18 @@ class TwoTowerNetwork(tfrs.Model):
         encoded = dict(features or {})
         if not self.query_table.names <= encoded.keys():
             encoded = self.query_table(rows) | encoded
-        inputs = {"row": rows, "features": encoded | self._of_request(batch, encoded, training)}
+        inputs = {
+            "row": rows,
+            "features": encoded | self._encoded_request(batch, encoded, training),
+        }
         read = {name: getattr(batch, name) for name in (*_HISTORY_INPUTS, *_DROPOUT_INPUTS)}
         inputs |= {name: value for name, value in read.items() if value is not None}
         return self.query_tower(inputs, training=training)
 
-    def _of_request(
+    def _encoded_request(
         self, batch: Batch, encoded: Mapping[str, tf.Tensor], training: bool
     ) -> dict[str, tf.Tensor]:
-        """Returns the request features: the given ones, else the batch's, else missing."""
+        """Returns the request features: those in `encoded`, else the batch's, else missing ones."""
         rows, known = batch.query_row, {**(batch.requests or {}), **encoded}
         features = {
             feature.name: known.get(
@@ -217,7 +220,7 @@ class TwoTowerNetwork(tfrs.Model):
 
     @property
     def losses(self) -> list[tf.Tensor]:
-        """A replica's share of own towers' regularization losses, since gradients add up."""
+        """A replica's share of custom towers' regularization losses, since gradients add up."""
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return [loss / replicas for loss in super().losses]
 

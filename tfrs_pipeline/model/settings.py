@@ -158,7 +158,7 @@ def shape_settings(*, has_attention: bool) -> list[str]:
     """Lists the settings that decide what a model's weights mean."""
     meanings = set(Meaning) if has_attention else {Meaning.ALWAYS}
     fields = TwoTowerSettings.model_fields.items()
-    return [name for name, field in fields if any(x in meanings for x in field.metadata)]
+    return [name for name, field in fields if any(mark in meanings for mark in field.metadata)]
 
 
 def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[tuple[str, str]]:

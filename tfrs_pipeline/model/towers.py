@@ -108,9 +108,9 @@ class Tower(tf.keras.layers.Layer):
                 self.shift = self.add_weight(
                     "shift", [num_ids + 1], initializer="zeros", trainable=False
                 )
-        self._row_of_id = None
+        self._id_rows = None
         if are_trained is not None:
-            self._row_of_id = tf.constant(np.arange(len(are_trained)) * are_trained, tf.int32)
+            self._id_rows = tf.constant(np.arange(len(are_trained)) * are_trained, tf.int32)
         self._id_dropout = settings.id_dropout
         self.history = history
         self._droppable = tuple(features)
@@ -121,7 +121,7 @@ class Tower(tf.keras.layers.Layer):
         self._projections = {
             name: tf.keras.layers.Dense(
                 dim,
-                kernel_initializer=_mean_of_vectors if name == _HISTORY else "glorot_uniform",
+                kernel_initializer=_averaging_kernel if name == _HISTORY else "glorot_uniform",
                 name=f"{layer_name(name.removeprefix('_'))}_projection",
             )
             for name in projected
@@ -153,12 +153,12 @@ class Tower(tf.keras.layers.Layer):
                 times = inputs.get("history_times")
                 parts[_HISTORY] = self.history(inputs["history_rows"], times, dropout)
         rows = inputs["row"]
-        if self._row_of_id is not None:
-            rows = tf.gather(self._row_of_id, rows)
+        if self._id_rows is not None:
+            rows = tf.gather(self._id_rows, rows)
         if seed is not None and self._id_dropout:
             drawn = uniform_of_rows(rows, fold(seed, Stream.UNKNOWN_IDS))
             rows = tf.where(drawn < self._id_dropout, 0, rows)
-        # Rows are replaced by 0 only after features and history, which keep the item's own values.
+        # Only the id is dropped: features and history have been read by the item's own row above.
         output = self._joined(rows, parts)
         # The bias stays outside of the cosine: it is how popular an item is for everyone.
         if self._normalize:
@@ -184,8 +184,8 @@ class Tower(tf.keras.layers.Layer):
 
     def vectors(self, rows: tf.Tensor, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Embeds candidates as `call` does, without normalisation and dropout: [n, dim]."""
-        if self._row_of_id is not None:
-            rows = tf.gather(self._row_of_id, rows)
+        if self._id_rows is not None:
+            rows = tf.gather(self._id_rows, rows)
         return self._joined(rows, self._embedded(features))
 
     def _embedded(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -203,7 +203,7 @@ class Tower(tf.keras.layers.Layer):
         return hidden if self._output is None else self._output(hidden)
 
 
-def _mean_of_vectors(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
+def _averaging_kernel(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
     """Initialises a projection of joined vectors with their mean: [num_vectors * dim, dim]."""
     # So a history that uses the candidates' vectors starts near its items.
     num_vectors = shape[0] // shape[1]

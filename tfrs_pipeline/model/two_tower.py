@@ -125,7 +125,7 @@ class TwoTower(TwoTowerSettings):
 
     @property
     def settings(self) -> TwoTowerSettings:
-        """The settings without own parts, which can be written into a file."""
+        """The settings without custom parts, which can be written into a file."""
         values = {name: getattr(self, name) for name in TwoTowerSettings.model_fields}
         values["negatives"] = [kind for kind in self.negatives if not is_custom(kind)]
         values["hard"] = None if is_custom(self.hard) else self.hard
@@ -155,22 +155,22 @@ class TwoTower(TwoTowerSettings):
             warm_start: The fitted model to start from (see `WarmStart`), such as from `trained_in`.
                 It has the same shape, and was not trained on events that validate or test here.
             folder: Keeps samples and checkpoints, so that a stopped training can resume, with the
-                same log, settings and own parts. Own parts are compared by name alone, and the
-                model to start from is not compared: do not change these.
-                The training then ends like an uninterrupted one, bit for bit, unless an own tower
-                has a random state, as `tf.keras.layers.Dropout` does. None is temporary. Several
-                workers need a shared folder (`docs/guides/scale.md`).
+                same log, settings and custom parts. It then ends like an uninterrupted one, bit for
+                bit, unless a custom tower has a random state, as `tf.keras.layers.Dropout` does.
+                Custom parts are compared by name alone, and the model to start from is not compared
+                at all, so do not change these in between. None is temporary. Several workers need a
+                shared folder (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with the result so far.
             verbose: Whether to write a line for each epoch: in a notebook to its cell, elsewhere to
                 standard error. None writes in a notebook or a terminal.
 
         Raises:
-            TypeError: If an argument or an own tower has the wrong type.
+            TypeError: If an argument or a custom tower has the wrong type.
             DataError: If there is no positive, no negative for anyone, or no loser for `hard`.
             ConfigError: If `warm_start` has another shape.
             ValueError: If there is only one positive, training diverges, several workers
-                have no folder, the folder belongs to another or no training, an own layer was
+                have no folder, the folder belongs to another or no training, a custom layer was
                 trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
         """
@@ -180,6 +180,7 @@ class TwoTower(TwoTowerSettings):
         distribution.training_strategy()  # Joins any other workers, which must come first.
         distribution.check_shared(folder)
         with tempfile.TemporaryDirectory() as temporary:
+            # Samples are mapped files, so they need a folder even if nothing is kept.
             path = Path(temporary if folder is None else folder)
             is_warm = warm_start is not None
             made_of = self.made_of(train, validation, exclude, is_warm=is_warm)
@@ -224,9 +225,8 @@ class TwoTower(TwoTowerSettings):
         strategy = distribution.training_strategy()
         distribution.check_shared(folder)
         data.check_negatives_left(self.hard)
-        # A warm start may know items that this log has only later.
         source, corpus = _checked(warm_start), data.corpus
-        if source:  # Items that come later in this log may be known from an earlier log.
+        if source:  # The source may have been trained on items that come later in this log.
             corpus = dataclasses.replace(corpus, is_later=None)
         with distribution.naming_lost_workers():
             # Initial weights come from Keras's global generators.
@@ -245,7 +245,7 @@ class TwoTower(TwoTowerSettings):
                 metrics = [*(metric(k) for k in cutoffs for metric in PLAIN), monitor]
                 measured = network, corpus, encoder, ranked, exclude, metrics
                 validate = functools.partial(validation_metrics, *measured)
-            # Even if no step is left to train, because a checkpoint is read into them.
+            # Marked even if no step is left to train: a checkpoint is read into the towers.
             for tower in (network.query_tower, network.candidate_tower):
                 tower.was_in_training = True
             result = train(
@@ -280,7 +280,8 @@ class TwoTower(TwoTowerSettings):
             warm.apply(network)
         elif self.item_init == "svd":
             add_item_factors(network, samples.known_positives, folder)
-        # Known before training, and no weight: it is added to biases only when items are retrieved.
+        # The shift is known before training and is not a weight: it is added to the biases only
+        # when items are retrieved.
         tower = network.candidate_tower
         if isinstance(tower, Tower) and tower.shift is not None:
             tower.shift.assign(self.temperature * popularity_shift(samples))
@@ -292,7 +293,8 @@ class TwoTower(TwoTowerSettings):
         """
         if not reads_times(self, self.training):
             samples = dataclasses.replace(samples, sequence_times=None)
-        # Single positives are drawn by the rate. Whole users come whole, so theirs are weighted.
+        # The rate draws single positives more or less often. Whole users come whole, so it weights
+        # their positives instead.
         rate = resampling_rate(samples.counts, self.resampling_exponent)
         common: dict[str, Any] = {
             "batch_size": self.training.fitting(len(samples)).batch_size,
@@ -312,7 +314,7 @@ class TwoTower(TwoTowerSettings):
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it.
 
-        Raises a `ValueError` if the towers' widths differ, or an own tower does not read what
+        Raises a `ValueError` if the towers' widths differ, or a custom tower does not read what
         `training.examples` gives it or was trained before.
         """
         distribution.training_strategy()  # As in `fit`, because variables are made here.
@@ -320,9 +322,9 @@ class TwoTower(TwoTowerSettings):
             corpus = dataclasses.replace(corpus, has_times=False)
         query, candidate = (
             None if tower is None else own_layer(name, tower, corpus)
-            for name, tower in self._own_towers.items()
+            for name, tower in self._custom_towers.items()
         )
-        # First, because the history may be embedded by it.
+        # The candidate tower comes first, because it may embed the history's items.
         candidate = candidate or candidate_tower(self, corpus)
         table = FeatureTable(corpus, "candidate")
         query = query or query_tower(self, corpus, candidate, table)
@@ -332,7 +334,7 @@ class TwoTower(TwoTowerSettings):
         return network
 
     @property
-    def _own_towers(self) -> dict[str, TowerLike | None]:
+    def _custom_towers(self) -> dict[str, TowerLike | None]:
         return {"query_tower": self.query_tower, "candidate_tower": self.candidate_tower}
 
     def made_of(
@@ -347,7 +349,7 @@ class TwoTower(TwoTowerSettings):
             "user_features": dict(log.user_features),
             "own_negatives": [name_of(kind) for kind in self.negatives if is_custom(kind)],
             "own_hard": name_of(self.hard) if is_custom(self.hard) else None,
-            **{name: name_of(tower) for name, tower in self._own_towers.items()},
+            **{name: name_of(tower) for name, tower in self._custom_towers.items()},
             "validation": validation and validation.fingerprint(),
             "exclude": exclude,
             "warm_start": is_warm,

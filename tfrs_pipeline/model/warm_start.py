@@ -61,7 +61,8 @@ def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
     cells = (np.repeat(per_user, per_user) * per_item[items]) ** -_EXPONENT
     clicks = scipy.sparse.csr_matrix((cells, items, clicked.offsets), (len(clicked), num_items))
     transposed = clicks.T.tocsr()
-    # Its eigenvectors are the right singular vectors; the dense matrix is never made.
+    # The Gram matrix's eigenvectors are the right singular vectors. It is dense, so it is never
+    # made: only its products with vectors are computed.
     gram = LinearOperator(
         (num_items, num_items), matvec=lambda vector: transposed @ (clicks @ vector)
     )
@@ -134,7 +135,7 @@ class WarmStart:
         self._candidate_rows = _rows_there(source.corpus.candidate_ids, corpus.candidate_ids)
         self._query_rows = _rows_there(source.corpus.query_ids, corpus.query_ids)
         self._num_trained = len(source.corpus.candidate_ids)
-        if (is_later := source.corpus.is_later) is not None:  # They were new to it, too.
+        if (is_later := source.corpus.is_later) is not None:  # The source did not train these.
             self._num_trained -= int(is_later.sum())
             self._candidate_rows[is_later[self._candidate_rows]] = 0
         if not self._candidate_rows.any():
@@ -203,6 +204,7 @@ class WarmStart:
         is_new = (rows == 0) & (np.arange(len(rows)) > 0)
         # Row 0 was trained if its optimizer state is not what it was at first.
         at_first = getattr(self._source.optimizer, "initial_accumulator_value", 0.0)
+        # SGD-like optimizers without a state would count as untrained; the package has none.
         has_stand_in = any((slot[0].numpy() != at_first).any() for slot in old_slots)
         keeps_random = is_new & (not has_stand_in)
         tables = [(variable, source, keeps_random), *((*pair, is_new) for pair in slots)]

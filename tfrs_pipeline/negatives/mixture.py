@@ -91,6 +91,7 @@ class Mixture:
         positive_rows = tf.cast(positive_rows, tf.int32)
         drawn = []
         for i, kind in enumerate(self._negatives):
+            # By position, so a kind that is added last changes no other kind's draws.
             kind_seed = tf.cast(tf.random.experimental.stateless_fold_in(seed, i), tf.int32)
             drawn.append(tf.cast(kind.draw(self._frame, positive_rows, kind_seed), tf.int32))
         return tf.concat(drawn, axis=0)
@@ -183,8 +184,10 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
     group = (so_far / count.sum() * _NUM_GROUPS).astype(np.int64)
     for members in (order, *(order[group == i] for i in range(_NUM_GROUPS))):
         num_drawn, expected = [vector[members].sum() for vector in copies], count[members].sum()
-        # Draws may depend on each other within a batch, not between batches.
+        # Draws may depend on each other within a batch, not between batches. The error is at least
+        # that of independent draws, because a few batches may agree by chance.
         error = max(np.std(num_drawn, ddof=1), np.sqrt(expected)) / np.sqrt(len(drawn))
+        # Six errors, so that chance does not refuse a right kind in one of the nine comparisons.
         if abs(np.mean(num_drawn) - expected) > 6 * error:
             raise ValueError(
                 f"{kind}: expected_count says that a batch draws {expected:.4g} copies of "

@@ -158,8 +158,8 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     last = np.searchsorted(lacking, spare)  # The row that takes more than the large one has.
     gives_too_much = (last < len(small)) & (np.arange(len(large)) < len(large) - 1)
     accept = np.minimum(mass, 1.0)
-    given = np.append(lacking, np.inf)[last] - spare
-    accept[large] = np.where(gives_too_much, 1 - given, 1.0)
+    overdrawn = np.append(lacking, np.inf)[last] - spare  # Beyond what each large row has.
+    accept[large] = np.where(gives_too_much, 1 - overdrawn, 1.0)
     alias[large[:-1]] = np.where(gives_too_much[:-1], large[1:], large[:-1])
     return accept.astype(np.float32), alias
 
@@ -334,7 +334,7 @@ class HardNegatives(Protocol):
         >>> hard = SameCategory([1, 1, 1, 2, 2, 2])
         >>> batch = HybridBatches(samples, examples, [Uniform(5)], hard=hard, seed=0).batch(0)
         >>> rows = zip(batch.candidate_row.numpy(), batch.hard.candidate_row.numpy())
-        >>> all(set((own - 1) // 3) == {(positive - 1) // 3} for positive, own in rows)
+        >>> all(set((drawn - 1) // 3) == {(positive - 1) // 3} for positive, drawn in rows)
         True
     """
 

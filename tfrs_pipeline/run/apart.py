@@ -47,7 +47,9 @@ def measure_baselines(
     failed = (read_whole(folder.left_out_file) or {"baselines": {}})["baselines"]
     again = f"(it is not tried again; to do so, delete {folder.left_out_file})"
     left_out = {name: f"{why} {again}" for name, why in failed.items()}
-    choices = {x: forms for x, forms in baselines_of(config, data).items() if x not in failed}
+    choices = {
+        name: forms for name, forms in baselines_of(config, data).items() if name not in failed
+    }
     evaluations, answers = [], answers_from_process(config, folder.path, data, choices)
     for number, name in enumerate(choices):
         runner.progress.task(f"baseline {name}", number, len(choices))
@@ -60,7 +62,7 @@ def measure_baselines(
             runner.note(*answer[1])
     runner.note(*(f"{name} is left out: {why}" for name, why in left_out.items()))
     unnamed = [name for name in BASELINES if name not in config.evaluation.baselines]
-    runner.note(*(f"{x}: left out by the preset or by evaluation.baselines" for x in unnamed))
+    runner.note(*(f"{name}: left out by the preset or by evaluation.baselines" for name in unnamed))
     return MeasuredBaselines(evaluations, left_out)
 
 
@@ -71,14 +73,14 @@ def answers_from_process(
     # The log stays on disk, and the samples of the training are not needed.
     unused = dict.fromkeys(("split", "selection", "final"))
     data = dataclasses.replace(data, **unused)  # type: ignore[arg-type]
-    brought = {name: metric for name, metric in METRICS.items() if name not in BUILT_IN}
+    custom_metrics = {name: metric for name, metric in METRICS.items() if name not in BUILT_IN}
     pending, spawn = dict(choices), multiprocessing.get_context("spawn")
     while pending:
         ours, theirs = spawn.Pipe(duplex=False)
-        arguments = theirs, brought, config, folder, data, pending
+        arguments = theirs, custom_metrics, config, folder, data, pending
         process = spawn.Process(target=_send_answers, args=arguments, daemon=True)
         process.start()
-        theirs.close()  # From now on, it is closed when the process ends.
+        theirs.close()  # The process then holds the only copy, so `recv` ends when it does.
         try:
             while pending:
                 answer = ours.recv()
@@ -87,7 +89,7 @@ def answers_from_process(
                     process.join(timeout=10)  # It ends by itself, and gives back what it holds.
                 yield answer
         except (EOFError, OSError):
-            # Answers come in order, so that the first one pending was at work.
+            # Answers come in order, so the process died at the first one that is pending.
             process.join()
             del pending[next(iter(pending))]
             yield _cause_of_death(process.exitcode or 0)

@@ -50,7 +50,7 @@ _COMMON: Plan = {
     "model.resampling_exponent": 0.0,
     "training.examples": "single",  # In-batch negatives need single examples.
 }
-# Plan -> the settings that it changes, made of a config and the number at the end of its name.
+# Plan -> the settings that it changes, computed from a config and the number that ends its name.
 PLANS: Mapping[str, Callable[[RunConfig, float], Plan]] = {
     "mixed": lambda config, _: {},
     "in_batch_uncorrected": lambda config, _: {
@@ -101,7 +101,7 @@ def compare(
         cutoffs: Values of k.
         folder: Keeps samples and trainings, so that a stopped comparison can resume, and gets the
             files that `tfrs-pipeline compare` writes; None is temporary.
-        progress: Told about epochs; None writes them to a notebook's cell, or to standard error if
+        progress: Shows the epochs; None writes them to a notebook's cell, or to standard error if
             it is a terminal.
 
     Raises:
@@ -125,9 +125,10 @@ def compare(
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = dict[FunnelLosers | None, TrainingSet]()
         for hard in dict.fromkeys(plan.losers for plan in plans.values()):
+            # Plans with the same losers share their samples.
             name = f"samples-{hashlib.sha256(repr(hard).encode()).hexdigest()[:8]}"
             data[hard] = TrainingSet.build(train, path / name, seed=seed, hard=hard)
-        for plan in plans.values():  # All can train, before the first one does.
+        for plan in plans.values():  # All are checked before the first one trains for hours.
             check_plan(plan, data[plan.losers])
 
         def measure(name: str, number: int) -> tuple[Evaluation, TrainingResult]:
@@ -135,6 +136,7 @@ def compare(
             plan = plans[name].model_copy(update={"seed": number})
             kept = path / "plans" / quote(name, safe=" ") / f"seed-{number}"
             kept.mkdir(parents=True, exist_ok=True)
+            # Refuses checkpoints of another model, which a changed plan would go on with.
             hold_to(kept / MADE_OF_FILE, plan.made_of(train, validation, exclude))
             task, most = _label(name, number, seeds), plan.training.max_epochs
             model = plan.fit_samples(
@@ -149,7 +151,10 @@ def compare(
             return result, model.result
 
         settings = {
-            name: {x: getattr(plan, x) for x in sorted(plan.model_fields_set - {"name", "seed"})}
+            name: {
+                field: getattr(plan, field)
+                for field in sorted(plan.model_fields_set - {"name", "seed"})
+            }
             for name, plan in plans.items()
         }
         monitor = next(iter(plans.values())).training.monitor
@@ -210,7 +215,10 @@ def _compared(
     """Trains and measures all plans with the first seed, then all with the next one, and so on."""
     by_seed = in_rungs(((plans, seed) for seed in seeds), measure)
     return Comparison(
-        {seed: joined([x for x, _ in by_plan.values()]) for seed, by_plan in by_seed.items()},
+        {
+            seed: joined([evaluation for evaluation, _ in by_plan.values()])
+            for seed, by_plan in by_seed.items()
+        },
         {name: {seed: by_seed[seed][name][1] for seed in seeds} for name in plans},
         plans,
         monitor,
@@ -225,10 +233,11 @@ def plan_steps(config: RunConfig) -> list[Step]:
 
 
 def _make_plans(run: RunContext, samples: RunData) -> tuple[dict[str, Plan], list[str]]:
-    """Makes the plans, with notes, and refuses those that cannot be trained before any training."""
+    """Makes the plans, with notes; refuses those that cannot train before any of them trains."""
     config, data = run.config, samples
     pools = data.final.samples.hard_pools
-    plans, notes = sampling_plans(config, {x for x, pool in pools.items() if len(pool.values)})
+    logged = {stage for stage, pool in pools.items() if len(pool.values)}
+    plans, notes = sampling_plans(config, logged)
     for plan in plans.values():
         check_plan(plan_of(with_settings(config, plan), "two_tower"), data.selection)
     run.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
@@ -281,15 +290,16 @@ def every_loser(config: RunConfig) -> FunnelLosers:
     """Returns losers of every stage that any plan may need; each plan draws from its own."""
     losers = config.model.hard or FunnelLosers()
     planned = [plan["model.hard"] for plan in sampling_plans(config)[0].values()]
-    stages = dict.fromkeys(x for hard in (losers, *planned) if hard for x in hard.stages)
+    stages = dict.fromkeys(stage for hard in (losers, *planned) if hard for stage in hard.stages)
     return dataclasses.replace(losers, stages=tuple(stages), allow_exposed="exposed" in stages)
 
 
 def num_columns(config: RunConfig) -> int:
-    """Returns how many shared columns a row of the config's mixture meets, whatever its kinds are.
+    """Returns how many shared columns the config's mixture gives each row.
 
-    That is the sum of their expected counts, which is the same for every corpus.
+    That is the sum of the samplers' expected counts, which is the same for every corpus.
     """
+    # One candidate is enough, because the sum does not depend on the corpus.
     frame = SamplingFrame.of_counts([0, 1], config.training.batch_size)
     counts = [np.sum(kind.expected_count(frame)) for kind in config.model.negatives]
     return round(float(np.sum(counts)))

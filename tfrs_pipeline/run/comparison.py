@@ -54,6 +54,7 @@ class OverSeeds:
         from scipy.special import stdtrit
 
         num, values = len(by_seed), np.array([*by_seed.values()])
+        # Student's t, because the deviation of two or three seeds is itself uncertain.
         mean = float(values.mean())
         error = float(values.std(ddof=1)) / math.sqrt(num) if num > 1 else math.nan
         half = error * float(stdtrit(num - 1, 0.975))
@@ -94,41 +95,44 @@ class Comparison:
         If the width is None, it has all columns, and differences in three of them.
         """
         summary, cutoffs = self.evaluation.summary(), self.evaluation.cutoffs
-        ndcg, *others = metrics = [f"{x}@{cutoffs[-1]}" for x in ("ndcg", "even_recall", "recall")]
+        names = "ndcg", "even_recall", "recall"
+        ndcg, *others = metrics = [f"{name}@{cutoffs[-1]}" for name in names]
         error, plans = f"se, {len(self.by_seed)} seeds", with_other(summary)
         for name, trainings in self.trainings.items():
             results, seeds = [*trainings.values()], self.over_seeds.get(name, {}).get(ndcg)
-            plans[name]["epochs"] = sum(x.best_epoch for x in results) / len(results)
-            plans[name]["seconds"] = round(sum(x.seconds for x in results))
+            plans[name]["epochs"] = sum(result.best_epoch for result in results) / len(results)
+            plans[name]["seconds"] = round(sum(result.seconds for result in results))
             plans[name][error] = seeds.standard_error if seeds and len(results) > 1 else None
+        # A line of limited width has room for the differences of one metric; None slices all.
         differences = {
-            name: {x: of_plan[x] for x in metrics[: width and 1] if x in of_plan}
-            for name, of_plan in summary["differences"].items()
+            name: {metric: gaps[metric] for metric in metrics[: width and 1] if metric in gaps}
+            for name, gaps in summary["differences"].items()
         }
         columns = [ndcg, error, *other_columns(summary, ndcg), others[0], f"tail/{others[1]}"]
-        columns += [others[1], *(f"{x}@{cutoffs[0]}" for x in ("coverage", "average_popularity"))]
+        columns += [others[1], f"coverage@{cutoffs[0]}", f"average_popularity@{cutoffs[0]}"]
         columns += ["epochs", "seconds"]
         return format_table(plans, columns, differences, markdown=markdown, width=width)
 
     def lines(self, width: int | None = WIDTH) -> Iterator[str]:
-        """Yields what the comparison comes to, and how to read its table of a width, in lines."""
+        """Yields lines: the result of the comparison, and how to read its table at a width."""
         evaluation, num_seeds = self.evaluation, len(self.by_seed)
         first, longest = evaluation.first, evaluation.cutoffs[-1]
         yield compared_in_words(evaluation, f"ndcg@{longest}", self.over_seeds)
         if isinstance(other := evaluation.other, Evaluation):
-            every = {seed: x.other for seed, x in self.by_seed.items()}
-            over = _over_seeds({s: x for s, x in every.items() if isinstance(x, Evaluation)})
+            every = {seed: evaluation.other for seed, evaluation in self.by_seed.items()}
+            by_seed = {seed: x for seed, x in every.items() if isinstance(x, Evaluation)}
+            over = _over_seeds(by_seed)
             yield f"{ASKED[other.asked_by]}, {compared_in_words(other, f'ndcg@{longest}', over)}"
         if first.num_even is not None:
             words = compared_in_words(evaluation, f"even_recall@{longest}", self.over_seeds)
-            of = f"{first.num_even:,} of {first.overall.num_relevant:,} items to find"
-            yield f"{words} (it rests on {of}, by their weights)"
-        said = "differences are query by query, with their 95% interval over users"
+            share = f"{first.num_even:,} of {first.overall.num_relevant:,} items to find"
+            yield f"{words} (it rests on {share}, by their weights)"
+        basis = "differences are query by query, with their 95% interval over users"
         if num_seeds > 1:
-            yield f"{said}, of the mean of {num_seeds} seeds; se: their standard error over seeds"
+            yield f"{basis}, of the mean of {num_seeds} seeds; se: their standard error over seeds"
             yield "better or worse: the intervals over users and seeds (Student's t) both exclude 0"
         else:
-            yield f"{said}, for one seed: with another, near plans can change places (seeds)"
+            yield f"{basis}, for one seed: with another, near plans can change places (seeds)"
         yield from explained(self.table(width=width), evaluation.summary())
         yield from self.notes
 
@@ -150,7 +154,8 @@ class Comparison:
     def plot(self) -> Drawing:
         """Draws what each plan gains over the first one; of a single plan, its metric."""
         metric = f"ndcg@{self.evaluation.cutoffs[-1]}"
-        gains = {name: x[metric].as_dict() for name, x in self.evaluation.differences.items()}
+        differences = self.evaluation.differences
+        gains = {name: gaps[metric].as_dict() for name, gaps in differences.items()}
         if not gains:
             return plot_intervals(self.evaluation, metric)
         panel = {f"{metric} minus that of {next(iter(self.trainings))}": gains}
@@ -162,6 +167,7 @@ class Comparison:
         lines = (f"- {line}\n" for line in self.lines(None))
         (folder / "comparison.md").write_text(f"{table}\n\n{''.join(lines)}")
         (folder / "comparison.svg").write_text(self.plot().svg)
+        # Settings may hold a user's own parts, which JSON cannot: these are written as text.
         written = to_json(self.summary(), indent=2, inf_nan_mode="null", fallback=repr)
         (folder / COMPARISON_FILE).write_bytes(written)
 
@@ -173,11 +179,19 @@ class Comparison:
 
 
 def _over_seeds(by_seed: Mapping[int, Evaluation]) -> dict[str, dict[str, OverSeeds]]:
-    # Without resamples: the means alone.
-    found = {seed: replace(x, num_bootstrap=0).differences for seed, x in by_seed.items()}
+    # Without resamples, which take most of the time: only the means are read.
+    differences = {
+        seed: replace(evaluation, num_bootstrap=0).differences
+        for seed, evaluation in by_seed.items()
+    }
     return {
-        name: {m: OverSeeds.of({seed: x[name][m].mean for seed, x in found.items()}) for m in of}
-        for name, of in next(iter(found.values())).items()
+        name: {
+            metric: OverSeeds.of(
+                {seed: gaps[name][metric].mean for seed, gaps in differences.items()}
+            )
+            for metric in by_metric
+        }
+        for name, by_metric in next(iter(differences.values())).items()
     }
 
 
@@ -193,8 +207,8 @@ def compared_in_words(
     for name, differences in evaluation.differences.items():
         outcome, seeds = differences[metric].outcome, over_seeds[name][metric]
         if len(seeds.by_seed) > 1 and seeds.low <= 0 <= seeds.high:
-            outcome = Outcome.LEVEL
+            outcome = Outcome.LEVEL  # Another seed could undo the gain.
         names[outcome].append(name)
     best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
-    parts = [f"{outcome.value}: {', '.join(found)}" for outcome, found in names.items() if found]
+    parts = [f"{outcome.value}: {', '.join(plans)}" for outcome, plans in names.items() if plans]
     return f"in {metric} {best} is highest; against {next(iter(results))}, {'; '.join(parts)}"

@@ -107,6 +107,7 @@ def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> R
     # A `hard` of the caller, such as of a comparison, has the losers that any of its plans needs.
     build = functools.partial(TrainingSet.build, seed=config.seed, hard=hard or config.model.hard)
     last = final_part(config, split)
+    # The first training must not see validation; the last one sees all events before the test.
     selection = final = build(split.train, folder / "selection")
     if last is not split.train:
         final = build(last, folder / "final")
@@ -140,6 +141,7 @@ def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Ho
         return split.holdout("test", most, config.seed, by=by, trained_on=last)
 
     by_user = ask("users")
+    # A log without an order is an error only if the settings ask by request.
     if split.log.order == "none" and may_be_by_user:
         return by_user, "the log has no order, so no history up to a request"
     by_request = ask("requests" if by is None or by == "users" else by)

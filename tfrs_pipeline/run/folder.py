@@ -23,8 +23,16 @@ MAY_CHANGE = ("export.gate", "export.if_beaten", "export.index", "export.target_
 
 # Files that a run replaces; a user's own files may have the same names.
 _REPLACED = (
-    *(CONFIG_FILE, "data", "samples", "race", "plans", "native.log", "report.html"),
-    *(COMPARISON_FILE, "comparison.md", "comparison.svg"),
+    CONFIG_FILE,
+    "data",
+    "samples",
+    "race",
+    "plans",
+    "native.log",
+    "report.html",
+    COMPARISON_FILE,
+    "comparison.md",
+    "comparison.svg",
 )
 # Files that show that a run has started; from then on its settings are fixed.
 _BEGUN = ("data/log.json", "checkpoints", METRICS_FILE)
@@ -71,7 +79,7 @@ class RunFolder:
                 again = f"tfrs-pipeline run --run-dir {shlex.quote(str(self.path))}"
                 remedy = f" It was stopped: finish it with:  {again}"
             else:
-                remedy = beside(self.path, lambda x: (x / METRICS_FILE).is_file())
+                remedy = beside(self.path, lambda path: (path / METRICS_FILE).is_file())
             raise ValueError(
                 f"{self.path} holds no finished run: it has no {METRICS_FILE}.{remedy}"
             )
@@ -183,7 +191,8 @@ class RunFolder:
         allowed = (*(MAY_CHANGE[:1] if is_exported else MAY_CHANGE), "compare.seeds")
         refused = [name for name in changes if name not in allowed]
         if refused:
-            # What is fixed are the names of the flags, whose settings are among the others.
+            # `fixed` holds the names of settings that are compared themselves, so it is shown only
+            # if nothing else differs.
             shown = [name for name in refused if name != "fixed"] or refused
             lines = [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in shown]
             raise ValueError(

@@ -141,10 +141,11 @@ def evaluate_all(
 
 def examples_of(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
     """Gathers the answers to a few test queries, with short to long histories."""
-    # Spread over the lengths of histories, not chosen by what was found; ends are odd cases.
+    # Spread over the lengths of histories, not chosen by what was found. The shortest and the
+    # longest history are odd cases, so the ends are left out.
     order = np.argsort([len(history) for history in holdout.histories], kind="stable")
-    places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
-    numbers = list(dict.fromkeys(order[places].tolist()))
+    positions = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
+    numbers = list(dict.fromkeys(order[positions].tolist()))
     queries = holdout.as_queries()
     excluded = holdout.excluded(config.evaluation.exclude)
     ids, scores = retriever.retrieve(
@@ -152,7 +153,8 @@ def examples_of(retriever: Retriever, holdout: Holdout, config: RunConfig) -> li
         min(EXAMPLE_LENGTH, len(holdout.candidate_ids)),
         None if excluded is None else [excluded[i] for i in numbers],
     )
-    shown = [ids_of[x > -np.inf].tolist() for ids_of, x in zip(ids, scores, strict=True)]
+    lists = zip(ids, scores, strict=True)
+    shown = [row_ids[row_scores > -np.inf].tolist() for row_ids, row_scores in lists]
     relevant = [set(holdout.relevant[i].tolist()) for i in numbers]
     return [
         {

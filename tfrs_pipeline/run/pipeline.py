@@ -64,7 +64,7 @@ class RunResult:
 
 
 def run_steps(config: RunConfig) -> list[Step]:
-    """Returns the steps of a run, in order: all that `run` does, `--check` lists and the docs draw.
+    """Returns the steps of a run, in order: `run` runs them, `--check` lists them, docs draw them.
 
     The last step's file, metrics.json, marks a finished run.
     """
@@ -102,7 +102,8 @@ def run(
     """
     training_strategy()  # Joins the other workers, if there are any.
     run = begun or RunContext(config, RunFolder(folder), progress)
-    # The others take the chief's settings: files that settle them may not be there for all yet.
+    # The other workers take the chief's settings: a shared file system may show the files on which
+    # these depend to some workers before others.
     chiefs = on_chief(lambda: run.folder.settled(config).model_dump(mode="json"))
     run.config = RunConfig(**chiefs)
     with run.folder.claim(run.config, is_run=True):
@@ -202,7 +203,7 @@ def _read_result(run: RunContext) -> RunResult | None:
 
 
 def _read_exported(run: RunContext) -> dict[str, Any] | None:
-    """Reads what `_export_best` made of this training, unless the index settings have changed."""
+    """Reads the version that this training was exported as, unless the index settings changed."""
     if (version := own_version(run.config, run.folder)) is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
@@ -280,8 +281,10 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
-    baselines = [x for x in evaluation.results if x not in (*variants(config), IN_SERVICE)]
-    refusals: dict[str, str] = {}  # By the flag that overrules each: all are told at once.
+    others = (*variants(config), IN_SERVICE)
+    baselines = [name for name in evaluation.results if name not in others]
+    # By the flag that overrules each. All are collected, so that one error names every flag.
+    refusals: dict[str, str] = {}
     try:
         refuse_beaten(evaluation, monitor, baselines)
     except NotPublished as error:

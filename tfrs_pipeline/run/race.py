@@ -38,7 +38,7 @@ from tfrs_pipeline.settings import ConfigError, refuse
 # Recipes are compared for the first time at the CPU time that this many epochs of the slowest take.
 # With 5, noise in the first epochs decides: docs/explanation/tried.md has replays of both numbers.
 FIRST_EPOCHS = 8
-# Who trails is dropped, unless this many times what it gained in the second half of its time would
+# A trailing recipe is dropped, unless this many times its gain in the second half of its time would
 # bring it to the leader's best. Self-attention rises late: it may be a quarter behind after nine
 # epochs, and win.
 STILL_TO_GAIN = 2.5
@@ -58,7 +58,7 @@ def in_rungs(
     """Trains the names of each rung, one after another; returns the results by rung and name.
 
     `rungs` yields the names and what `train` gets beside a name. A rule that drops some on the way
-    is a generator: it sees what the last rung came to before it yields the next.
+    is a generator: it sees the results of the last rung before it yields the next.
 
     Example:
         >>> rungs = [(["a", "b"], 1), (["b"], 2)]
@@ -127,7 +127,7 @@ class Curve:
 class Race:
     """A decided race: the curves of the recipes, and the validation metric that decided.
 
-    `not_begun` has why a recipe did not race.
+    `not_begun` says, by recipe, why it did not race.
     """
 
     curves: Sequence[Curve]
@@ -161,7 +161,9 @@ class Race:
 
     def as_metrics(self) -> dict[str, Any]:
         """Returns the race as an entry of metrics.json."""
-        curves = {x.name: {"values": x.values, "seconds": x.seconds} for x in self.curves}
+        curves = {
+            curve.name: {"values": curve.values, "seconds": curve.seconds} for curve in self.curves
+        }
         return {
             "winner": self.winner,
             "metric": self.metric,
@@ -190,8 +192,8 @@ def race_in_rungs(
         curves: Recipe -> its curve so far: without an epoch, or as an earlier process left it.
         train: Called with a recipe, the number of epochs to have in the end, and the name of the
             turn; replaces its curve.
-        budget: CPU seconds of all recipes together. No recipe has more than an equal share of what
-            is left when a round begins, so that a small budget is for all.
+        budget: CPU seconds of all recipes together. In a round, no recipe takes more than an equal
+            share of what is left when the round begins, so that a small budget serves all.
     """
     total = math.inf if budget is None else budget
 
@@ -207,8 +209,9 @@ def race_in_rungs(
             best = {name: curves[name].best_by(seconds) for name in racing}
             gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
             reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
+            # In place, because `turn` reads the list too.
             racing[:] = [name for name in racing if reach[name] >= max(best.values())]
-            share = unspent() / len(racing)  # So that the last round, too, is for all.
+            share = unspent() / len(racing)  # Equal, so that the last round has time for all.
             can_train = [curves[name].num_left and curves[name].epoch_seconds for name in racing]
             if len(racing) == 1 or not any(0 < epoch <= share for epoch in can_train):
                 return
@@ -260,7 +263,7 @@ def race(
             its end. If None, recipes race until their curves decide.
         seed: Seed of everything random.
         folder: Keeps samples and trainings, so that a stopped race can resume; None is temporary.
-        progress: Told about epochs; None writes them to a notebook's cell, or to standard error
+        progress: Shows the epochs; None writes them to a notebook's cell, or to standard error
             if it is a terminal.
 
     Raises:
@@ -275,12 +278,14 @@ def race(
             model, race = tp.race(train, validation, recipes=["default", "sequence", wide])
             print(race)
     """
-    entrants = [x if isinstance(x, Recipe) else _recipe_named(x) for x in recipes]
+    entrants = [
+        recipe if isinstance(recipe, Recipe) else _recipe_named(recipe) for recipe in recipes
+    ]
     if len({recipe.name for recipe in entrants}) < max(1, len(entrants)):
         names = [recipe.name for recipe in entrants]
         refuse([("recipes", f"got {names}; name one or more, each once: {', '.join(RECIPES)}")])
-    asked = {"fixed": tuple(settings or ()), "budget": budget}
-    config = with_settings(RunConfig(seed=seed), {**(settings or {}), **asked})
+    options = {"fixed": tuple(settings or ()), "budget": budget}
+    config = with_settings(RunConfig(seed=seed), {**(settings or {}), **options})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
     message = "a race reads only model, training, evaluation.exclude and evaluation.cutoffs"
     refuse((name, message) for name in settings or () if not f"{name}.".startswith(read))
@@ -301,9 +306,17 @@ def _race(
 ) -> tuple[FittedTwoTower, Race]:
     """Races in a folder, where each training resumes; trains the winner to its end."""
     configs, not_begun = trainable_recipes(config, data, entrants)
-    curves = {x: Curve(x, num_left=of.training.max_epochs) for x, of in configs.items()}
+    curves = {
+        name: Curve(name, num_left=settings.training.max_epochs)
+        for name, settings in configs.items()
+    }
     record = on_chief(lambda: read_whole(folder / CURVES_FILE)) or {"curves": []}
-    curves |= {x["name"]: Curve(**x) for x in record["curves"] if x["name"] in configs}
+    # A resumed race takes the recorded curves; a recipe that can no longer train is left out.
+    curves |= {
+        content["name"]: Curve(**content)
+        for content in record["curves"]
+        if content["name"] in configs
+    }
 
     def train(name: str, num_epochs: int, task: str) -> FittedTwoTower:
         forget_networks()
@@ -312,7 +325,7 @@ def _race(
             data,
             validation,
             max_epochs=num_epochs,
-            folder=folder / quote(name, safe=" "),
+            folder=folder / quote(name, safe=" "),  # A user's recipe may have any name.
             exclude=settings.evaluation.exclude,
             cutoffs=settings.evaluation.cutoffs,
             on_epoch=lambda so_far: clock.append(time.process_time()),
@@ -371,8 +384,8 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": None}
     if trains_winner_alone(config):
         named = config.evaluation.baselines
-        changed["evaluation.baselines"] = tuple(x for x in named if x != "uncorrected")
-    settled = with_settings(planned(config, PRESETS[decided.winner]), changed)
+        changed["evaluation.baselines"] = tuple(name for name in named if name != "uncorrected")
+    winner_config = with_settings(planned(config, PRESETS[decided.winner]), changed)
 
     def move() -> None:
         won, path = folder.race / decided.winner, folder.checkpoints / "two_tower" / "selection"
@@ -381,10 +394,11 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
             won.rename(path)
         for curve in decided.curves:
             shutil.rmtree(folder.race / curve.name, ignore_errors=True)
-        folder.settle(config, settled, decided.as_metrics())
+        # Last, because its record makes a resumed run skip the race.
+        folder.settle(config, winner_config, decided.as_metrics())
 
     on_chief(move)
-    return settled
+    return winner_config
 
 
 def planned(config: RunConfig, recipe: Recipe) -> RunConfig:

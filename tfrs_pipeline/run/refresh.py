@@ -83,7 +83,7 @@ def refresh_steps() -> list[Step]:
     return [
         Step("items", (), "items", _read_items),
         Step("model", (), "model", _load),
-        # Before the items are embedded, which takes long.
+        # Before the items are embedded, because that takes long.
         Step("check", ("model", "items"), "unknown", _check),
         Step("embed", ("model", "items"), "embedded", _embed),
         Step("export", ("model", "embedded"), "version", _export, "NAME/VERSION/"),
@@ -122,7 +122,8 @@ def _load(refresh: _Refresh) -> "LoadedRetriever":
 def _check(refresh: _Refresh, model: "LoadedRetriever", items: pa.Table) -> None:
     """Counts the items with only unknown values; refuses features that the file has lost."""
     for feature in model.features["candidate"]:
-        # An item table of today may lack what a join or an export lost: better said than served.
+        # A failed join or export may have emptied a column. An error is better than a model that
+        # serves without it.
         if not refresh.allow_all_new:
             refuse_lost(feature, refresh.path, items)
         if feature.holds_categories and (num := _num_unknown(refresh, items, feature)):

@@ -64,6 +64,7 @@ class Runner:
         artifact = None
         with self._held:
             for step in steps:
+                # A runner that goes on from another list of steps has the first artifacts already.
                 if step.writes not in self.artifacts:
                     self._make_together(step)
                 artifact = self.artifacts.get(step.writes)
@@ -113,10 +114,10 @@ class RunContext(Runner):
 
 
 def give_back_memory() -> None:
-    """Gives the memory of what is gone back to the system.
+    """Returns freed memory to the system.
 
-    After a training, the C library would keep a gigabyte of freed blocks for the next one, beside
-    which the process of the baselines may need as much.
+    After a training, the C library would keep a gigabyte of freed blocks for itself, while the
+    process of the baselines may need as much.
     """
     gc.collect()  # A Keras model and its functions hold each other.
     with contextlib.suppress(AttributeError, OSError):  # Only glibc has it.

@@ -79,6 +79,7 @@ def train_and_refit(
             tell=lambda done, line: progress.task(task, done, max_epochs, line),
         )
 
+    # The refit has no validation to stop it, so it trains for as many epochs as were best here.
     model = fit("selection", config.training.max_epochs)
     chosen = model.result  # The second training has no validation, so this one's curves are kept.
     if data.has_refit:

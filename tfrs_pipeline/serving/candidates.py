@@ -68,14 +68,14 @@ class FilterValues:
 
 def _has_chosen(is_chosen: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Returns which rows' codes, [n, P], are chosen: [n] bool."""
-    # A column at a time: all at once would take P times the memory.
+    # Looks at a column at a time: all columns at once would take P times the memory.
     return np.logical_or.reduce([is_chosen[column] for column in codes.T])
 
 
 # The index is rebuilt after more changes than this number and than this share of its candidates.
 _LEAST_CHANGES, _LEAST_CHANGED_SHARE = 2_000, 0.3
 _NO_ROWS = np.zeros(0, np.int32)
-_of_thread = threading.local()  # Each thread marks what a query excludes.
+_thread_local = threading.local()  # Each thread marks what a query excludes.
 
 
 class Candidates:
@@ -186,6 +186,7 @@ class Candidates:
             codes = None if self.values is None else self.values.encode(column or [None] * len(ids))
             num_gone = sum(map(bool, map(self._view.row_of, removed)))
             change = ids, vectors, codes, removed
+            # One assignment: a search sees the view before the change or the one after it.
             self._view = self._view.changed(*change)
             if self._changes is not None:
                 self._changes.append(change)
@@ -209,6 +210,7 @@ class Candidates:
                     view = view.changed(*change)
                 self._view, self._changes = view, None
         finally:
+            # If the build failed, the old view has all changes, so none needs to be kept.
             self._changes = None
 
 
@@ -256,6 +258,7 @@ class _Search:
         for lines, level in zip(by_level, self.levels, strict=False):
             if lines:
                 for line, depth in self._ask(level, lines):
+                    # A deeper level comes later in this loop, and asks again.
                     by_level[bisect.bisect_left(depths, depth)].append(line)
         if by_level[-1]:
             self.score_all(by_level[-1])
@@ -295,11 +298,13 @@ class _Search:
         if view.is_removed is not None:
             is_open &= ~view.is_removed[rows]
         if len(excluded):
-            marks: np.ndarray = getattr(_of_thread, "marks", _NO_ROWS)
+            marks: np.ndarray = getattr(_thread_local, "marks", _NO_ROWS)
             if len(marks) < len(view.ids):
-                marks = _of_thread.marks = np.zeros(len(view.ids), bool)
+                marks = _thread_local.marks = np.zeros(len(view.ids), bool)
             marks[excluded] = True
             is_open &= ~marks[rows]
+            # Only these marks are cleared: the array is as long as the corpus, and a new one for
+            # each query would cost as much as a pass over all candidates.
             marks[excluded] = False
         if is_chosen is not None:
             assert view.codes is not None

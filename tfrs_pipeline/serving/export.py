@@ -265,6 +265,7 @@ def export_index(
     # Both SavedModels share the vectors in memory, but each folder holds them on its own.
     exact, has_bias = ExactIndex(embeddings), manifest.get("has_item_bias", False)
     module = RetrievalModule(encoder, exact, ids, has_bias)
+    # What the export writes itself comes last: a refresh brings the manifest of the version before.
     full = {
         **manifest,
         "format": publish.FORMAT,
@@ -299,8 +300,10 @@ def export_index(
         table = query_table(queries, items, features["request"], read)
         pq.write_table(table, partial / publish.QUERIES_FILE)
         files = [path for path in partial.rglob("*") if path.is_file()]
+        # As a reader of the file gets it: tuples are lists, and dates are text.
         full = json.loads(json.dumps(full, default=str))
         write_record(partial / publish.MANIFEST_FILE, full, files)
+        # The last thing before the rename, so that no version is published without this proof.
         prove(modules, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), features)
     return folder, full
 

@@ -33,10 +33,10 @@ def version_in_service(
     `candidate_ids` are the new model's items, and `exported` those that its export retrieves (None
     means all). If the version holds no user data, users' features come from `log`.
     """
-    # Both models are searched exactly, so that they differ only in what they have learned.
     newest = _newest(folder, without)
     if newest is None:
         return None
+    # Both models are searched exactly, so that they differ only in what they have learned.
     retriever = load(newest, exact=True, live=False)
     known, embeddings = retriever.candidates.ids_and_vectors()
     # The ids' type may differ from this run's. NumPy would compare each text with every other.
@@ -110,7 +110,8 @@ def refuse_worse(
     version = _newest(folder, without)
     assert version is not None  # It was measured.
     comparison = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
-    # The version's mean minus the new model's: above 0, the new one is surely worse.
+    # The interval is of the version's mean minus the new model's. If all of it is above 0, the new
+    # model is significantly worse.
     lowest = evaluation.differences[IN_SERVICE][metric].low
     if lowest > 0:
         raise NotPublished(f"The new model is worse than the one in service. {comparison}.")
@@ -136,7 +137,7 @@ def _described(evaluation: Evaluation, metric: str, other: str, written: str) ->
         for result in (evaluation.first, evaluation.results[other])
     )
     better = evaluation.differences[other][metric]  # The other minus the first.
-    # Taken from 0: the negative of 0.0 would be shown as -0.0000.
+    # 0 - x instead of -x: the negative of 0.0 would be shown as -0.0000. The ends swap places.
     gain = Interval(0 - better.mean, 0 - better.high, 0 - better.low).written("+")
     return (
         f"Asked {ASKED[evaluation.asked_by]}, {metric} {new:.4f}, and {old:.4f} of {written}: "

@@ -77,6 +77,7 @@ class ScannIndex(tf.Module):
         self._ops, self.exact, self.levels = load_scann_ops(), exact, tuple(levels)
         self.embeddings = exact.embeddings
         parts = [_part(folder / name) for name in _FILES]
+        # The operation takes an int8 copy of the vectors too, which this index does not have.
         no_int8 = tf.constant(0, tf.int8), tf.constant(0.0), tf.constant(0.0)
         vectors = tf.constant(0.0)  # A placeholder: the vectors are stored once, in `exact`.
         self._state = self._ops.ScannState((*parts, *no_int8, vectors))

@@ -136,6 +136,7 @@ class LiveItems:
             if rows := self._store.items_after(self._seq):
                 pairs = zip(rows, self._corpus.rows([row.item_id for row in rows]), strict=True)
                 listed = {row.seq for row, corpus_row in pairs if corpus_row or row.is_listed}
+                # Of the writes before the reading, only those count whose item no version had.
                 wanted = [
                     row for row in rows if row.time >= self._items_read or row.seq not in listed
                 ]
@@ -184,7 +185,9 @@ class LiveItems:
         for feature in self._features:
             column = [item.get(feature.name) for item in items]
             if feature.is_time:
-                column = [feature.parse(x) if isinstance(x, str) else x for x in column]
+                column = [
+                    feature.parse(value) if isinstance(value, str) else value for value in column
+                ]
             columns[feature.name] = column
         return raw_columns(self._features, columns, len(items))
 
@@ -225,6 +228,7 @@ class LiveItems:
         """Embeds items of the store, and leaves out those that only another version can embed."""
         with contextlib.suppress(ValueError):
             return items, self._embedded(items, self._raw(items))
+        # One item of the block was refused. Each alone is slow, but shows which one.
         fine, vectors = [], [self._embedded([], {})]
         for item in items:
             try:
@@ -256,12 +260,14 @@ class LiveItems:
             if (feature := kinds.get(name)) is not None:
                 if isinstance(value, str) and feature.raw_dtype == "string" and feature.raw_shape:
                     # Several values in one text are split as in the log's files.
-                    value = [x.strip() for x in value.split(self._separator) if x.strip()]
+                    parts = map(str.strip, value.split(self._separator))
+                    value = [part for part in parts if part]
                 _check_kind(feature, checked["item_id"], value)
             checked[name] = value
         return checked
 
     def _checked_id(self, id_: Any) -> Any:
+        # Python counts True as the integer 1, so booleans are refused before the check of types.
         if is_id := not isinstance(id_, bool | np.bool_ | None):
             check_ids([[id_]], are_text=self._corpus.are_text)
             id_ = _plain("An id", id_)
@@ -277,10 +283,10 @@ def _plain(what: str, value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        if any(isinstance(x, list | tuple | Mapping) for x in value):
+        if any(isinstance(entry, list | tuple | Mapping) for entry in value):
             raise ValueError(f"{what} is a list of lists. Received: {value!r:.200}")
-        return [_plain(what, x) for x in value]
-    if is_missing(value):  # As a log's: None, or NaN in a table.
+        return [_plain(what, entry) for entry in value]
+    if is_missing(value):  # As in a log: None, or NaN from a table.
         return None
     if isinstance(value, datetime):
         if value.tzinfo is None:
@@ -308,7 +314,8 @@ def _check_kind(feature: Feature, item_id: Any, value: Any) -> None:
     elif feature.raw_spec.dtype.is_floating:
         wrong, needs = (str, bool, list), "numbers"
     is_list, is_one = isinstance(value, list), feature.raw_shape == ()
-    if (is_list and is_one) or any(isinstance(x, wrong) for x in (value if is_list else [value])):
+    entries = value if is_list else [value]
+    if (is_list and is_one) or any(isinstance(entry, wrong) for entry in entries):
         one = "one value" if is_one else "a list"
         raise ValueError(
             f"{feature.name!r} of item {item_id!r} takes {one} of {needs}. Received: {value!r:.200}"

@@ -57,7 +57,7 @@ def card(version: ServedVersion) -> dict[str, Any]:
     # For a query without a history: what the model takes to be popular.
     ids, _ = retriever.retrieve([{}], NUM_EXAMPLE_ITEMS)
     values = retriever.candidates.values
-    examples = {x.name: x.example for x in retriever.features["request"]}
+    examples = {feature.name: feature.example for feature in retriever.features["request"]}
     return {
         "name": retriever.folder.parent.name,
         "version": version.number,
@@ -66,25 +66,25 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "has_titles": any(version.titles.values()),
         "has_users": manifest["user_data"],
         "example_user": manifest["example_user"],
-        "example_items": _shown(version, [x for x in ids[0].tolist() if x not in (-1, "")]),
+        "example_items": _shown(version, [id_ for id_ in ids[0].tolist() if id_ not in (-1, "")]),
         "filter": {
             "name": retriever.item_filter and retriever.item_filter["name"],
             "values": [] if values is None else sorted(values.code_of)[:MAX_CHOICES],
         },
         "inputs": [
-            {"name": x.name, "example": x.example, "values": _choices(x)}
-            for x in retriever.features["query"]
+            {"name": feature.name, "example": feature.example, "values": _choices(feature)}
+            for feature in retriever.features["query"]
         ],
         "request": [
-            {"name": x, "example": examples.get(x, Timestamp.example), "values": []}
-            for x in manifest["feature_inputs"]["request"]
+            {"name": name, "example": examples.get(name, Timestamp.example), "values": []}
+            for name in manifest["feature_inputs"]["request"]
         ],
     }
 
 
 def _choices(feature: Feature) -> list[str]:
-    is_one_of_few = feature.raw_shape == () and len(feature.vocabulary) <= MAX_CHOICES
-    return list(feature.vocabulary) if is_one_of_few and feature.holds_categories else []
+    has_few_choices = feature.raw_shape == () and len(feature.vocabulary) <= MAX_CHOICES
+    return list(feature.vocabulary) if has_few_choices and feature.holds_categories else []
 
 
 def _shown(version: ServedVersion, ids: Iterable[Any]) -> list[dict[str, Any]]:
@@ -95,7 +95,9 @@ def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     """Finds the first items, in the order of the corpus, whose title or id contains `words`."""
     part, retriever = " ".join(words.casefold().split()), version.retriever
     titles = {**version.titles, **retriever.live.titles}
-    ids = (x for x, title in titles.items() if part and part in f"{title or ''} {x}".casefold())
+    ids = (
+        id_ for id_, title in titles.items() if part and part in f"{title or ''} {id_}".casefold()
+    )
     # A removed item keeps its title until the next version.
     listed = (id_ for id_ in ids if retriever.candidates.has([id_])[0])
     return _shown(version, itertools.islice(listed, MAX_FOUND))
@@ -107,8 +109,9 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
         query = PageQuery.model_validate(read_json(body))
     except ValidationError as error:
         raise refusal(error) from None
-    asked_by = query.user_id, query.similar_to, query.items or query.features or None
-    if sum(by is not None for by in asked_by) != 1:
+    # Items and features go together, and are absent if both are empty.
+    subjects = query.user_id, query.similar_to, query.items or query.features or None
+    if sum(subject is not None for subject in subjects) != 1:
         raise bad_request("A query has 'user_id', or 'similar_to', or 'items' or 'features'.")
     try:
         request = to_json(request_of(version.retriever, query), inf_nan_mode="null")
@@ -158,7 +161,7 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         function = retriever.saved_model.signatures[RETRIEVALS[name]]
         request = retriever.parse_request(query.request)
         features_by_input |= request_inputs(function, retriever.features, [request])
-    inputs |= {name: x.numpy().tolist() for name, x in features_by_input.items()}
+    inputs |= {name: tensor.numpy().tolist() for name, tensor in features_by_input.items()}
     if query.filter:
         inputs["allowed"] = [query.filter]
         name += FILTERED

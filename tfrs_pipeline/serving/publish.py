@@ -87,13 +87,14 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[tuple[Path
             shutil.rmtree(left, ignore_errors=True)
         partial = parent / f"{_PARTIAL}{uuid.uuid4().hex}"
         partial.mkdir()
-        # Incomplete versions take a number too.
+        # An incomplete version keeps its number too, because its folder is never written over.
         taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
         folder = parent / str(max(taken, default=0) + 1)
         try:
             yield partial, folder
             if not (partial / MANIFEST_FILE).is_file():
                 raise ValueError(f"A version needs a {MANIFEST_FILE}. Received: none in {parent}")
+            # Flushed before the rename and after it: a power cut leaves a whole version or none.
             flush([*partial.rglob("*"), partial])
             os.rename(partial, folder)
             flush([parent])
@@ -109,12 +110,13 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[tuple[Path
 
 def _least_needed_first(parent: Path) -> list[int]:
     """Lists the complete versions in the order in which to delete them."""
-    numbers, training_of = versions_of(parent), dict[int, int]()
+    numbers, trainings = versions_of(parent), dict[int, int]()
     for number in numbers:
-        training_of[number] = number  # Also if its manifest is damaged.
+        trainings[number] = number  # Also if its manifest is damaged.
         with contextlib.suppress(Damaged, OSError):
             manifest = read_record(parent / str(number) / MANIFEST_FILE, check_files=False)
-            training_of[number] = manifest.get("refreshed", {}).get("trained_as", number)
+            trainings[number] = manifest.get("refreshed", {}).get("trained_as", number)
     # Servers may still load the newest two. Other refreshes of a training have the same towers.
-    newest = {training: number for number, training in training_of.items()}.values()
+    # Numbers ascend, so the last version of each training overwrites the earlier ones.
+    newest = {training: number for number, training in trainings.items()}.values()
     return sorted(numbers, key=lambda number: (number in numbers[-2:], number in newest, number))

@@ -53,11 +53,11 @@ class SignatureInputs:
         self._max_results = limits.max_results
         types = {name: self._value_type(name, spec, limits) for name, spec in specs.items()}
         columns = {
-            name: _list_of(types[name], limits.max_queries) if spec.shape.rank else types[name]
+            name: _list_type(types[name], limits.max_queries) if spec.shape.rank else types[name]
             for name, spec in specs.items()
         }
-        self._columns: TypeAdapter[Any] = TypeAdapter(_object_of(columns, optional))
-        rows = _list_of(_object_of(types, optional), limits.max_queries, min_length=1)
+        self._columns: TypeAdapter[Any] = TypeAdapter(_object_type(columns, optional))
+        rows = _list_type(_object_type(types, optional), limits.max_queries, min_length=1)
         self._rows: TypeAdapter[Any] = TypeAdapter(rows)
 
     def read(self, content: Any, *, is_row_format: bool) -> dict[str, np.ndarray]:
@@ -97,6 +97,7 @@ class SignatureInputs:
 
     def _named(self, value: Any) -> Any:
         """Gives a plain value the name of the only input; refuses unknown inputs."""
+        # {"b64": ...} is a value, not an object of inputs.
         if not isinstance(value, dict) or "b64" in value:
             return value if len(self._specs) > 1 else dict.fromkeys(self._specs, value)
         if unknown := value.keys() - self._specs:
@@ -127,7 +128,7 @@ class SignatureInputs:
             HISTORY_TIMESTAMPS: limits.max_history,
         }
         width = spec.shape[1]
-        values = _list_of(value, width or lengths.get(name), min_length=width or 0)
+        values = _list_type(value, width or lengths.get(name), min_length=width or 0)
         return Annotated[values, _OR_NULL] if name in self._nullable else values
 
     def _array(self, name: str, column: Any) -> np.ndarray:
@@ -207,6 +208,7 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
             f"The model has {', '.join(sorted(signatures))}.{why}"
         )
     is_row_format = "instances" in document
+    # Equal if both are there, or neither.
     if is_row_format == ("inputs" in document):
         raise bad_request("A request has either 'inputs' or 'instances'.")
     content = document["instances" if is_row_format else "inputs"]
@@ -273,13 +275,13 @@ def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
         raise refusal(error, where) from None
 
 
-def _list_of(type_: Any, max_length: int | None, min_length: int = 0) -> Any:
+def _list_type(type_: Any, max_length: int | None, min_length: int = 0) -> Any:
     lengths = Field(strict=True, min_length=min_length, max_length=max_length)
     # A hostile list of 100,000 wrong values would otherwise become as many errors.
     return Annotated[list[type_], FailFast(), lengths]
 
 
-def _object_of(types: dict[str, Any], optional: Collection[str]) -> Any:
+def _object_type(types: dict[str, Any], optional: Collection[str]) -> Any:
     fields = {n: NotRequired[type_] if n in optional else type_ for n, type_ in types.items()}
     return TypedDict("Inputs", fields)  # type: ignore[operator]
 
@@ -316,4 +318,5 @@ def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _shown(value: Any) -> str:
+    # Shortened, because an error must not send a long request back.
     return reprlib.repr(value)[:80]

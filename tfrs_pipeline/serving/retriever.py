@@ -51,8 +51,8 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
 
     Args:
         path: A version's folder, or a model's folder to load its newest complete version.
-        exact: Whether to score all candidates, also if there is a ScaNN index. Where ScaNN is not
-            installed, that is done anyway, with a line in the log.
+        exact: Whether to score every candidate, even if the version has a ScaNN index. Without
+            ScaNN installed, every candidate is scored anyway, with a warning in the log.
         live: Whether to take in the items written since the export, and to allow `upsert` and
             `remove`.
 
@@ -69,7 +69,7 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
 
 
 class UnknownItem(ValueError):
-    """The item of a request for similar ones is not among a model's candidates."""
+    """A request asks for items similar to one that is not among the model's candidates."""
 
 
 class LoadedRetriever:
@@ -99,7 +99,7 @@ class LoadedRetriever:
         self.features = features_of(self.manifest)
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         if self.item_filter is not None:
-            # The SavedModel has no filter: these signatures are answered here alone.
+            # The SavedModel has no filter, so only this class answers these signatures.
             allowed = {"allowed": tf.TensorSpec([None, None], tf.string, "allowed")}
             self.signatures |= {
                 f"{name}{FILTERED}": self.signatures[name] | allowed
@@ -190,12 +190,14 @@ class LoadedRetriever:
                 "This model was exported without user data and knows no users. Ask by history: "
                 "`retrieve`, or --history on the command line."
             )
+        # A text is a sequence too, and each of its letters would pass for an id.
         if isinstance(user_ids, str):
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
         queries = [{"user_id": id_} for id_ in user_ids]
         if requests is not None:
             retrieval.check_one_each("requests", requests, len(queries))
-            queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
+            pairs = zip(queries, requests, strict=True)
+            queries = [{**query, "request": request} for query, request in pairs]
         return self._retrieved("embed_user", queries, k, exclude, allowed)
 
     def similar(
@@ -203,17 +205,17 @@ class LoadedRetriever:
     ) -> Retrieved:
         """Finds the k items most similar to each item, leaving out the item itself.
 
-        They answer the same queries; they need not be clicked or bought together. An item's vector
-        is used like a query's. The score is the dot product of both vectors, plus the bias of the
-        found item if the model has one. The product is their cosine, as vectors have length 1,
-        unless `model.normalize` is off or the tower is your own. `exclude` and `allowed` have one
-        entry for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if an item
-        is not a candidate.
+        Similar items answer the same queries; they need not be clicked or bought together. An
+        item's vector is used like a query's. The score is the dot product of both vectors, plus the
+        bias of the similar item if the model has one. The product is their cosine, as vectors have
+        length 1, unless `model.normalize` is off or the tower is your own. `exclude` and `allowed`
+        have one entry for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if
+        an item is not a candidate.
         """
         if isinstance(item_ids, str):
             raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")
         retrieval.check_ids([item_ids], are_text=self.item_dtype == tf.string)
-        self._check_asked([{}] * len(item_ids), k, exclude, allowed)
+        self._check_request([{}] * len(item_ids), k, exclude, allowed)
         return self._searched(self._embedded_items(item_ids), k, exclude, allowed)
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
@@ -245,6 +247,7 @@ class LoadedRetriever:
 
     def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Returns which items the training had, [n] bool; histories ignore all others."""
+        # Whether an id is known does not depend on features, so all of them are missing.
         nothing = {feature.name: [None] * len(item_ids) for feature in self.features["candidate"]}
         return self.embed_candidates(item_ids, nothing)[1]
 
@@ -269,16 +272,19 @@ class LoadedRetriever:
         model does not read a feature, or a value is of the wrong kind.
         """
         known = {feature.name: feature for feature in self.features["request"]}
+        # After this check, only the timestamp can be absent from `known`.
         retrieval.check_requests([texts], known)
         return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
     def _embedded(self, queries: Sequence[Query], embed_name: str) -> dict[str, np.ndarray]:
-        """Asks two signatures, one about the queries with features and one about the others."""
+        """Embeds queries: those with features by one signature, the others by another."""
         requests = [query.get("request") for query in queries]
         known = [feature.name for feature in self.features["request"]]
         retrieval.check_requests(requests, known, may_have_others=True)
         has_features = np.array([query.get("features") is not None for query in queries], bool)
         parts, order = [], []
+        # Each signature is called once, because a call costs more than a query in it. An empty
+        # batch still needs a call: its answer has the shapes and the names.
         for with_features in np.unique(has_features) if len(queries) else [False]:
             lines = np.flatnonzero(has_features == with_features).tolist()
             some = [queries[line] for line in lines]
@@ -287,14 +293,14 @@ class LoadedRetriever:
             function = self.saved_model.signatures[name]
             inputs |= query_inputs(function, some)
             inputs |= request_inputs(function, self.features, [requests[line] for line in lines])
-            parts.append({name: x.numpy() for name, x in function(**inputs).items()})
+            parts.append({name: tensor.numpy() for name, tensor in function(**inputs).items()})
             order.append(lines)
         # Back into the order of the queries.
         back = np.argsort(np.concatenate(order))
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-        """Makes the inputs for given features, or raises a `ValueError` if one is unknown."""
+        """Makes the inputs for the queries' features; a `ValueError` if one is unknown."""
         read = self.features["query"]
         names = [feature.name for feature in read]
         if not names:
@@ -381,6 +387,7 @@ class LoadedRetriever:
             titles = dict(
                 zip(*items.select(["item_id", "title"]).to_pydict().values(), strict=True)
             )
+        # A live write without a title keeps the title of the version.
         live = {} if self._live is None else dict(self._live.titles)
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
@@ -393,7 +400,7 @@ class LoadedRetriever:
         allowed: Allowed,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Checks the arguments, embeds the queries, and searches."""
-        self._check_asked(queries, k, exclude, allowed)
+        self._check_request(queries, k, exclude, allowed)
         embedded = self._embedded(queries, embed_name)
         return *self._searched(embedded, k, exclude, allowed), embedded["is_known_user"]
 
@@ -417,9 +424,10 @@ class LoadedRetriever:
             embedded = self._embedded_items(as_ids(inputs["item_id"].tolist()))
         else:
             embedded = ask(self.saved_model.signatures[embed_name], inputs)
-        lists = (inputs.get(name) for name in ("exclude", "allowed"))
-        exclude, allowed = (None if x is None else id_lists_of(x) for x in lists)
+        padded = (inputs.get(name) for name in ("exclude", "allowed"))
+        exclude, allowed = (None if rows is None else id_lists_of(rows) for rows in padded)
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
+        # These are for the search alone; the SavedModel does not return them either.
         not_answered = ("embeddings", "known_items")
         known = {name: values for name, values in embedded.items() if name not in not_answered}
         return {"candidate_ids": ids, "scores": scores, **known}
@@ -453,7 +461,7 @@ class LoadedRetriever:
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         return self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
 
-    def _check_asked(
+    def _check_request(
         self, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
     ) -> None:
         retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)

@@ -147,21 +147,23 @@ def prove(
 ) -> None:
     """Checks that a fresh process can load each folder and answers like its module in memory.
 
-    Asks with `queries` and `item_ids`. `features` have an example value, so that lookups of known
-    values are proved too; the timestamp is missing.
-    Exact modules come first, so that they load before ScaNN's operation is there.
+    The probes are `queries` and `item_ids`. Each of `features` has a value that it knows, so that
+    lookups are checked too; the timestamp is missing. Exact modules must come first: the process
+    then shows that they load without ScaNN's operation.
     """
-    of_items = _examples(features.get("candidate", ()), len(item_ids))
-    of_queries = _examples([*features.get("query", ()), *features.get("request", ())], len(queries))
+    item_examples = _examples(features.get("candidate", ()), len(item_ids))
+    query_examples = _examples(
+        [*features.get("query", ()), *features.get("request", ())], len(queries)
+    )
     probes: list[tuple[str, bool, _Expected]] = []
     for folder, module in modules.items():
         expected: _Expected = {}
         for name, function in module.exported.items():
             specs = tf_tables.signature_inputs(function)
             if (item_id := specs.get("item_id")) is not None:
-                known = {**of_items, "item_id": tf.constant(item_ids, item_id.dtype)}
+                known = {**item_examples, "item_id": tf.constant(item_ids, item_id.dtype)}
             else:
-                known = {**of_queries, **query_inputs(function, queries)}
+                known = {**query_examples, **query_inputs(function, queries)}
             num_rows = len(queries) if item_id is None else len(item_ids)
             inputs = completed(specs, {**known, "k": tf.constant(10)}, num_rows)
             expected[name] = _arrays(inputs), _arrays(tf_tables.call(function, inputs))
@@ -199,10 +201,13 @@ def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) 
 
 def difference(expected: _Arrays, answer: _Arrays) -> str:
     """Describes how an answer differs, or returns ""; ids with equal scores may swap places."""
-    shapes, others = ({key: x.shape for key, x in side.items()} for side in (expected, answer))
+    shapes, others = (
+        {key: array.shape for key, array in arrays.items()} for arrays in (expected, answer)
+    )
     if shapes != others:
         return f"shapes {others} instead of {shapes}"
     for key, array in expected.items():
+        # Floats and booleans. Ids follow below, where ties are allowed.
         if array.dtype.kind not in "fb":
             continue
         array, other = array.astype(float), answer[key].astype(float)
@@ -213,7 +218,8 @@ def difference(expected: _Arrays, answer: _Arrays) -> str:
     if "candidate_ids" not in expected:
         return ""
     scores, is_other = expected["scores"], answer["candidate_ids"] != expected["candidate_ids"]
-    # Ids are compared only where neither neighbour has the same score.
+    # Ids are compared only where neither neighbour has the same score. The tolerance is twice that
+    # of a score, because both of them may be off.
     is_close = np.pad(np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE, [[0, 0], [1, 1]])
     is_tied = is_close[:, 1:] | is_close[:, :-1]
     num_other = int((is_other & ~is_tied & np.isfinite(scores)).sum())

@@ -22,7 +22,7 @@ _TRAINING_SAMPLE = 100_000
 _FILE_LIST = "scann_assets.pbtxt"  # ScaNN's list of the files of a saved index.
 # An addition waits this long for a moment without a search; then it holds up new searches.
 _PATIENCE_SECONDS = 0.02
-_ADDED_AT_ONCE = 16  # So that searches go on in between.
+_ADDED_AT_ONCE = 16  # A small block, so that searches go on between two of them.
 
 
 def _module(name: str, *path: str) -> ModuleType:
@@ -112,6 +112,7 @@ class Searcher:
         """
         change = self._change
         with change:
+            # A waiting addition goes first. A steady stream of searches would starve it.
             change.wait_for(lambda: not self._is_held_up)
             self._num_searches += 1
         try:
@@ -124,6 +125,7 @@ class Searcher:
                 self._num_searches -= 1
                 if not self._num_searches:
                     change.notify_all()
+        # ScaNN's rows are uint32 and count from 0. A corpus is far below the 2**31 of int32.
         rows = indices.view(np.int32) + 1
         is_empty = np.isnan(scores)  # The searched leaves hold fewer than `depth`.
         if is_empty.any():

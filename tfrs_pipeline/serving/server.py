@@ -118,7 +118,8 @@ class ModelServer:
 
 
 def _answer(version: ServedVersion, call: rest.PredictCall) -> bytes:
-    # A large call in parts, between which small ones get their turn of the cores.
+    # A large call is split, so that small ones get their turn of the cores between its parts.
+    # The outputs are joined again, so the client sees one answer.
     slices = call.slices(SMALL_QUERIES, SMALL_RESULTS)
     parts = [version.call(call.signature, inputs) for inputs in slices]
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -130,7 +131,7 @@ def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str,
     """Adds or removes the items in a body, to and from the version in use."""
     values = rest.parse_items(body, "items" if is_put else "item_ids")
     try:
-        # A new version, whose vectors are others, waits until this one has the write.
+        # A new version has other vectors, so it takes over only after this write.
         with versions.writing, versions.use() as version:
             live = version.retriever.live
             change = live.prepare(values) if is_put else live.prepare(removed=values)
@@ -235,7 +236,8 @@ def _model_routes(server: ModelServer) -> list[Route]:
     ]
     for address in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
         routes += [
-            # Of every method, and first: the last one would read ":predict" as a part of the name.
+            # For every method, and first: the last route would take ":predict" for a part of the
+            # name.
             Route(f"{address}:predict", server.predict, methods=every_method),
             Route(f"{address}/metadata", model_metadata),
             Route(address, model_status),
@@ -281,7 +283,8 @@ async def read_body(request: Request, settings: ServeSettings) -> bytes:
                 size += len(chunk)
                 if size <= most:
                     body += chunk
-                # What is too long is read all the same: a client that sends reads no answer.
+                # A body that is too long is read to its end: a client that is still sending does
+                # not read an answer.
     except TimeoutError:
         if size <= most:
             message = f"The body did not arrive within {settings.body_timeout_seconds:g} s."

@@ -65,4 +65,4 @@ def id_lists_of(ids: np.ndarray) -> list[list[Any]]:
 
 def as_ids(values: Iterable[Any]) -> list[Any]:
     """Returns the ids of a graph as Python's: text is text, not bytes."""
-    return [x.decode(errors="replace") if isinstance(x, bytes) else x for x in values]
+    return [id_.decode(errors="replace") if isinstance(id_, bytes) else id_ for id_ in values]

@@ -82,7 +82,7 @@ class Store:
         """
         with self._opened(is_writer=True) as connection:
             assert connection is not None
-            if connection.in_transaction:  # This thread's, in a block around this one.
+            if connection.in_transaction:  # Begun by a block around this one, in this thread.
                 yield connection
                 return
             with connection:  # Commits, or rolls back.
@@ -160,7 +160,7 @@ class Store:
         with locked(self.path.with_name(f"{STORE_FILE}.lock"), wait=True):
             if self.path.exists():
                 return
-            for end in ("-wal", "-shm"):  # A deleted file's would be applied to the new one.
+            for end in ("-wal", "-shm"):  # SQLite would apply a deleted file's to the new one.
                 self.path.with_name(f"{STORE_FILE}{end}").unlink(missing_ok=True)
             # The connection is closed first, then the file is flushed and renamed.
             with replacing(self.path) as new, contextlib.closing(sqlite3.connect(new)) as sql:

@@ -82,9 +82,10 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
     ranking, scores = exact_ranking(embeddings, queries, depths[-1])
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
-        rows, found_scores, _ = searcher.search(queries, Level(depth, leaves, reordered))
+        # The exact ranking of the largest depth begins with that of every smaller one.
+        rows, index_scores, _ = searcher.search(queries, Level(depth, leaves, reordered))
         exact = ranking[:, :depth], scores[:, :depth]
-        return lowest_recall(exact, (rows, found_scores), requests.known, num)
+        return lowest_recall(exact, (rows, index_scores), requests.known, num)
 
     # Aims a quarter of the allowed loss higher, so that other queries reach the target too.
     wanted = target_recall + (1 - target_recall) / 4
@@ -142,6 +143,7 @@ def lowest_recall(
     depth = rows.shape[1]
     # If a request excludes the nearest candidates, its answer lies at the end of the depth.
     nearest = rows[:, : -max(10, depth // 32)]
+    # An index may find the nearest and miss those that follow.
     recalls = [_recall_without(exact, found, nearest, num_candidates)]
     # If a request excludes what its user knows, its answer is the rest of the depth.
     num_known = are_listed(rows, known, num_candidates).sum(axis=1)
@@ -158,11 +160,11 @@ def _recall_without(
     num_candidates: int,
 ) -> np.ndarray:
     """Returns the recall of queries that exclude rows of what was searched: [num_queries]."""
-    exact_scores, found_scores = (
+    exact_scores, approximate_scores = (
         np.where(are_listed(rows, excluded, num_candidates), -np.inf, scores)
         for rows, scores in (exact, found)
     )
-    return share_found(exact_scores, found_scores)
+    return share_found(exact_scores, approximate_scores)
 
 
 def share_found(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -180,8 +182,8 @@ def share_found(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
     last = np.where(is_wanted, exact, np.inf).min(axis=1, keepdims=True)
     rounding = _EQUAL * np.where(is_wanted, np.abs(exact), 0).max(axis=1, keepdims=True)
     num_wanted = is_wanted.sum(axis=1)
-    num_found = np.minimum((found >= last - rounding).sum(axis=1), num_wanted)
-    return num_found / np.maximum(num_wanted, 1)
+    num_hits = np.minimum((found >= last - rounding).sum(axis=1), num_wanted)
+    return num_hits / np.maximum(num_wanted, 1)
 
 
 def measure_requests(candidates: Candidates, requests: Requests) -> list[dict[str, Any]]:
@@ -196,11 +198,12 @@ def measure_requests(candidates: Candidates, requests: Requests) -> list[dict[st
     cases["known"] = requests.known[: len(queries)]
     measured = []
     for k, (name, excluded) in itertools.product(REPORTED_KS, cases.items()):
+        # The answer would be every candidate that is left, which says nothing about the search.
         if k + max(map(len, excluded)) >= num:
             continue
-        found, exact = (
+        approximate, exact = (
             candidates.search(queries, k, excluded, exact=is_exact)[1] for is_exact in (False, True)
         )
-        recall = float(share_found(exact, found).mean())
+        recall = float(share_found(exact, approximate).mean())
         measured.append({"k": k, "excluded": name, "recall": round(recall, 4)})
     return measured

@@ -61,7 +61,10 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         "max_norm": float(norms.max()),
         "unit_length": bool(np.abs(norms - 1).max() < _ROUNDING),
     }
-    metadata = {x: v if isinstance(v, str) else json.dumps(v) for x, v in about.items()}
+    metadata = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in about.items()
+    }
     columns = {"item_id": pa.array(ids)}
     if titles:
         columns["title"] = pa.array([titles.get(id_) for id_ in ids.tolist()], pa.string())

@@ -78,7 +78,7 @@ class ServedVersion:
             for name, signature in saved.meta_graphs[0].signature_def.items()
         }
         for name in self.retriever.signatures.keys() - self.signature_def:
-            # The server's own, with a filter: lists of text beside the lists of ids to exclude.
+            # The server adds these, with a filter: lists of text beside lists of ids to exclude.
             definition = copy.deepcopy(self.signature_def[name.removesuffix(FILTERED)])
             exclude = definition["inputs"]["exclude"]
             definition["inputs"]["allowed"] = {**exclude, "dtype": "DT_STRING", "name": ""}
@@ -138,7 +138,8 @@ class ServedVersion:
 
 def _problem(error: Exception, folder: Path) -> str:
     """Describes in a line why a version cannot be loaded."""
-    try:  # TensorFlow's error does not say that a file was deleted while it was read.
+    # TensorFlow's error does not say that a file was deleted while it was read.
+    try:
         read_record(folder / MANIFEST_FILE)
     except FileNotFoundError:
         return "its folder was deleted in the meantime."
@@ -182,6 +183,7 @@ class ModelVersions:
     def refresh(self) -> None:
         """Loads and switches to the newest version, takes in live items, frees unused versions."""
         on_disk = self._on_disk()
+        # A failure is forgotten with its folder: a new one of this number gets a first try.
         self._failures = {i: failure for i, failure in self._failures.items() if i in on_disk}
         for identity in sorted(on_disk, reverse=True):
             if identity == self._identity:
@@ -195,6 +197,7 @@ class ModelVersions:
             except Replaced as error:
                 logger.warning("%s The server does so at its next look.", error)
                 self._identity = None
+        # Released here and not by the last request, so that no request waits for it.
         if self._release_idle():
             # TensorFlow's objects have reference cycles, which only the collector frees.
             gc.collect()

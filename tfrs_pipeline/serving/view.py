@@ -48,6 +48,7 @@ class View:
 
     def row_of(self, id_: Any) -> int:
         """Returns the row that an id has now, 0 if it is not a candidate."""
+        # A replaced item of the corpus has a row in both; the newer one counts.
         row = self.new_rows.get(id_) or int(self.corpus.rows([id_])[0])
         return 0 if self.is_removed is not None and self.is_removed[row] else row
 
@@ -93,6 +94,8 @@ class View:
     def _with_room(self, num: int, width: int) -> Self:
         """Makes room for `num` new rows with `width` codes each; copies arrays that must grow."""
         capacity = len(self.ids) - 1
+        # Room grows by a factor, so that adding items one by one copies each row only a few times
+        # on average. Read-only vectors, such as TensorFlow's, are copied by the first change.
         if self.num_rows + num > capacity or not self.vectors.flags.writeable:
             capacity = round(_GROWTH * (self.num_rows + num)) + _LEAST_ROOM
         shapes: dict[str, tuple[int, ...]] = {

@@ -40,7 +40,7 @@ class Watch:
         slices = popularity_slices(clicks)
         parts = np.stack([slices[part] for part in _PARTS[1:]]).argmax(axis=0) + 1
         # Row 0 stands for items that came live, after the training.
-        self._part_of = np.append(0, parts * (clicks > 0))
+        self._part_by_row = np.append(0, parts * (clicks > 0))
 
     def count(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         """Counts the answers of a call, by the arrays that it was given and those it returned."""
@@ -57,7 +57,7 @@ class Watch:
             is_filtered = (inputs["allowed"] != b"").any(axis=1)
             _count(FILTERED_QUERIES, _num(is_filtered & ~is_filled[:, 0]), _num(is_filtered))
         top = outputs["candidate_ids"][:, :NUM_TOP][is_filled[:, :NUM_TOP]]
-        nums = np.bincount(self._part_of[self._items.rows(top)], minlength=len(_PARTS))
+        nums = np.bincount(self._part_by_row[self._items.rows(top)], minlength=len(_PARTS))
         for part, num in zip(_PARTS, nums.tolist(), strict=True):
             TOP_ITEMS.labels(part).inc(num)
 
