@@ -197,7 +197,8 @@ class RunConfig(Config):
              f"got {', '.join(data.request_features)} with training.examples 'sets', which "
              "gives a query the positives of many requests: train 'single' or 'sequences'"),
             (metric_of(training.monitor).k not in cutoffs, "training.monitor",
-             f"got {training.monitor!r}; evaluation.cutoffs are {cutoffs}"),
+             f"got {training.monitor!r}; evaluation.cutoffs are {cutoffs}: add its cutoff, or take "
+             "one of these"),
             (export.filter_by is not None and not is_filterable, "export.filter_by",
              f"got {export.filter_by!r}, which is no item feature of kind {' or '.join(kinds)}; "
              f"data.item_features has {', '.join(data.item_features) or 'none'}"),

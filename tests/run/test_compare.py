@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 
 import tfrs_pipeline as tp
-from tests.small_log import Stopped, Watched, small_config
+from tests.small_log import Stopped, Watched, event_table, small_config, write
 from tfrs_pipeline import FunnelLosers, Popularity, SamplingFrame, Uniform
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
@@ -197,6 +197,17 @@ def test_a_plan_that_there_is_not(name: str, message: str, tmp_path: Path) -> No
     """It is refused before the log is read."""
     config = funnel_config(tmp_path, plans=["mixed", name])
     with pytest.raises(ConfigError, match=message):
+        compare_plans(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_plans_of_which_none_is_left_are_refused(tmp_path: Path) -> None:
+    """A log of clicks alone has no losers."""
+    path = write(event_table("int"), tmp_path / "clicks.parquet")
+    config = with_settings(
+        small_config(tmp_path, {"path": path}), {"compare.plans": ("hybrid_0.1", "hybrid_0.5")}
+    )
+    with pytest.raises(ConfigError, match=r"compare.plans: none is left: plan hybrid_0\.1 is miss"):
         compare_plans(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

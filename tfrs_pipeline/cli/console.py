@@ -144,7 +144,8 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     from tfrs_pipeline.evaluation.results import explained, format_table, other_columns, with_other
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
-    columns = [f"ndcg@{longest}", *other_columns(result.metrics, f"ndcg@{longest}")]
+    monitor = config.training.monitor
+    columns = [monitor, *other_columns(result.metrics, monitor), f"ndcg@{longest}"]
     columns += [f"recall@{longest}", f"even_recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
     columns += [f"average_popularity@{shortest}", f"mrr@{shortest}"]
@@ -152,7 +153,7 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     width = console.width if console.is_terminal else None
     columns = list(dict.fromkeys(columns))
     table = format_table(with_other(result.metrics), columns, width=width)
-    monitored = compared_with_baselines(result.metrics, config.training.monitor)
+    monitored = compared_with_baselines(result.metrics, monitor)
     if monitored.outcome is Outcome.WORSE:
         say(console, f"\na baseline wins: {monitored.why}")
     question = ASKED[result.metrics["asked_by"]]
@@ -199,12 +200,14 @@ def _say_filled(console: Console, *lines: str, indent: int = 0) -> None:
 
 def _findings(config: "RunConfig", metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields what the numbers mean and, if they are not good, what to try."""
-    metric, recall = (f"{name}@{max(config.evaluation.cutoffs)}" for name in ("ndcg", "recall"))
+    metric, recall = config.training.monitor, f"recall@{max(config.evaluation.cutoffs)}"
     better = compared_with_baselines(metrics, metric)
     yield "better?", f"{better.answer}: {better.why}"
     if (otherwise := other_question(metrics, metric)) is not None:
         yield "but", otherwise
-    yield "for whom", by_popularity(metrics, recall).why
+    for_whom = by_popularity(metrics, recall)
+    unknown = "" if for_whom.outcome else f"{for_whom.answer}: "
+    yield "for whom", f"{unknown}{for_whom.why}"
     for line in advice(metrics, metric, config):
         yield "try", line
     if better.outcome in (Outcome.LEVEL, Outcome.WORSE):

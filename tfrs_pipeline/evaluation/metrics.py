@@ -375,8 +375,10 @@ def metric_of(text: str) -> Metric:
     """
     name, _, k = text.partition("@")
     if name not in METRICS or not re.fullmatch(r"[1-9]\d*", k):
-        hint = "" if name in METRICS else f"; {suggest(name, METRICS)}"
-        raise ValueError(f"must be a metric at a cutoff, such as 'ndcg@100'{hint}")
+        hint = "its cutoff is not an integer of 1 or more"
+        if name not in METRICS:
+            hint = suggest(name, METRICS)
+        raise ValueError(f"must be a metric at a cutoff, such as 'ndcg@100'; {hint}")
     return METRICS[name](int(k))
 
 

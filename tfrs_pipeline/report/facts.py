@@ -112,12 +112,15 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> Path:
 
 def report_page(facts: RunFacts) -> str:
     """Renders the page as an HTML document; the same facts give the same text."""
-    metric, recall = (f"{x}@{max(facts.config.evaluation.cutoffs)}" for x in ("ndcg", "recall"))
-    main = (metric, recall, f"even_{recall}", f"coverage@{min(facts.config.evaluation.cutoffs)}")
+    # The metric that has chosen the epoch and decides the export decides the verdict too.
+    metric, cutoffs = facts.config.training.monitor, facts.config.evaluation.cutoffs
+    recall, ndcg = f"recall@{max(cutoffs)}", f"ndcg@{max(cutoffs)}"
+    shown = metric, ndcg, recall, f"even_{recall}", f"coverage@{min(cutoffs)}"
+    main = tuple(dict.fromkeys(shown))
     template = pages().get_template("template.html")
     return template.render(
         facts=facts,
-        ndcg=metric,
+        ndcg=ndcg,
         recall=recall,
         slices=popularity_slices(facts.popularity.counts),
         figures=_figures(facts, metric, recall),
@@ -132,7 +135,7 @@ def report_page(facts: RunFacts) -> str:
         questions=QUESTIONS,
         main_metrics=main,
         index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
-        metric_names=[f"{name}@{k}" for name in METRICS for k in facts.config.evaluation.cutoffs],
+        metric_names=[f"{name}@{k}" for name in METRICS for k in cutoffs],
         parts=[x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())],
         settings=dump_config(facts.config),
     )

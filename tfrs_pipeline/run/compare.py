@@ -238,6 +238,8 @@ def _make_plans(run: RunContext, samples: RunData) -> tuple[dict[str, Plan], lis
     pools = data.final.samples.hard_pools
     logged = {stage for stage, pool in pools.items() if len(pool.values)}
     plans, notes = sampling_plans(config, logged)
+    if not plans:
+        raise ConfigError([("compare.plans", f"none is left: {'; '.join(notes)}")])
     for plan in plans.values():
         check_plan(plan_of(with_settings(config, plan), "two_tower"), data.selection)
     run.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)

@@ -131,8 +131,11 @@ class Comparison:
         if num_seeds > 1:
             yield f"{basis}, of the mean of {num_seeds} seeds; se: their standard error over seeds"
             yield "better or worse: the intervals over users and seeds (Student's t) both exclude 0"
-        else:
-            yield f"{basis}, for one seed: with another, near plans can change places (seeds)"
+        elif len(self.trainings) > 1:
+            yield (
+                f"{basis}, for one seed: with another, near plans can change places; try "
+                "--compare.seeds 3, in Python seeds=3"
+            )
         yield from explained(self.table(width=width), evaluation.summary())
         yield from self.notes
 
@@ -211,4 +214,5 @@ def compared_in_words(
         names[outcome].append(name)
     best = max(results, key=lambda name: results[name].overall.intervals[metric].mean)
     parts = [f"{outcome.value}: {', '.join(plans)}" for outcome, plans in names.items() if plans]
-    return f"in {metric} {best} is highest; against {next(iter(results))}, {'; '.join(parts)}"
+    against = f"; against {next(iter(results))}, {'; '.join(parts)}" if parts else ""
+    return f"in {metric} {best} is highest{against}"
