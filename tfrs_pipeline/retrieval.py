@@ -94,7 +94,7 @@ def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
             if query.get(name) is not None:
                 _check_mapping(f"{name!r} of a query", query[name])
         if query.get("history") is not None:
-            _check_collection("the history of a query", query["history"])
+            check_collection("the history of a query", query["history"])
             histories.append(query["history"])
     check_ids(histories, are_text=ids_are_text)
 
@@ -133,11 +133,14 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
             f"Received: {len(values)} for {num_queries} queries."
         )
     for value in values:
-        _check_collection(f"{name} for a query", value)
+        check_collection(f"{name} for a query", value)
 
 
-def _check_collection(name: str, values: Any) -> None:
-    """Refuses (`ValueError`) an id in place of a list, and iterators, which a check exhausts."""
+def check_collection(name: str, values: Any) -> None:
+    """Refuses (`ValueError`) an id in place of a list, and iterators, which a check exhausts.
+
+    A text is a sequence too, each of whose letters would pass for an id.
+    """
     if isinstance(values, str | int | np.integer):
         raise ValueError(
             f"{name} must be a list. Received: {plain(values)}; did you mean [{plain(values)}]?"

@@ -82,7 +82,8 @@ def test_refuses_what_it_cannot_answer(served: Served, loaded: LoadedRetriever) 
         "feature 'age'; known: gender": lambda: loaded.retrieve([{"features": {"age": 3}}], 2),
         r"did you mean \['b'\]\?": lambda: loaded.retrieve([{}], 3, allowed=["b"]),
         "No item has 'B' as its genres": lambda: loaded.retrieve([{}], 3, allowed=[["B"]]),
-        "User ids come in a list": lambda: loaded.retrieve_user("u0", 3),
+        r"user_ids must be a list.*\['u0'\]": lambda: loaded.retrieve_user("u0", 3),
+        r"user_ids must be a list.*\[3\]": lambda: loaded.retrieve_user(3, 3),  # type: ignore[arg-type]
         "k must be": lambda: loaded.retrieve_user([user], 0),
         f"ids are .* Received: {other!r}": lambda: loaded.retrieve_user([other], 3),
     }

@@ -99,7 +99,7 @@ def test_refuses_what_is_not_there(
     unknown = UNKNOWN[served.ids]
     for message, asked in (
         (rf"Item {unknown!r} is not among the 60 items", ([items[0], unknown], K)),
-        ("Item ids come in a list", ("film", K)),
+        ("item_ids must be a list", ("film", K)),
         ("This model's ids are", ([UNKNOWN["str" if served.ids == "int" else "int"]], K)),
         ("k must be", (items, 0)),
         ("exclude must hold one collection", (items, K, [[]])),

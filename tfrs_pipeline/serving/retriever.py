@@ -190,9 +190,7 @@ class LoadedRetriever:
                 "This model was exported without user data and knows no users. Ask by history: "
                 "`retrieve`, or --history on the command line."
             )
-        # A text is a sequence too, and each of its letters would pass for an id.
-        if isinstance(user_ids, str):
-            raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
+        retrieval.check_collection("user_ids", user_ids)
         queries = [{"user_id": id_} for id_ in user_ids]
         if requests is not None:
             retrieval.check_one_each("requests", requests, len(queries))
@@ -212,8 +210,7 @@ class LoadedRetriever:
         have one entry for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if
         an item is not a candidate.
         """
-        if isinstance(item_ids, str):
-            raise ValueError(f"Item ids come in a list, also a single one: [{item_ids!r}]")
+        retrieval.check_collection("item_ids", item_ids)
         retrieval.check_ids([item_ids], are_text=self.item_dtype == tf.string)
         self._check_request([{}] * len(item_ids), k, exclude, allowed)
         return self._searched(self._embedded_items(item_ids), k, exclude, allowed)
