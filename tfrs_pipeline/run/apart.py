@@ -9,6 +9,8 @@ with the rest.
 import contextlib
 import dataclasses
 import multiprocessing
+import re
+import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -77,7 +79,7 @@ def answers_from_process(
     pending, spawn = dict(choices), multiprocessing.get_context("spawn")
     while pending:
         ours, theirs = spawn.Pipe(duplex=False)
-        arguments = theirs, custom_metrics, config, folder, data, pending
+        arguments = theirs, custom_metrics, memory_left(), config, folder, data, pending
         process = spawn.Process(target=_send_answers, args=arguments, daemon=True)
         process.start()
         theirs.close()  # The process then holds the only copy, so `recv` ends when it does.
@@ -97,11 +99,12 @@ def answers_from_process(
             process.kill()
 
 
-def _send_answers(to: Connection, metrics: Mapping[str, type[Metric]], *task: Any) -> None:
+def _send_answers(
+    to: Connection, metrics: Mapping[str, type[Metric]], num_bytes: int, *task: Any
+) -> None:
     METRICS.update(metrics)  # Those that users have added.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The run ends this process.
-    with contextlib.suppress(OSError):  # Where memory runs out, the system ends this process first.
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    _limit_memory(num_bytes)
     for answer in answers(*task):
         to.send(answer)
 
@@ -109,7 +112,9 @@ def _send_answers(to: Connection, metrics: Mapping[str, type[Metric]], *task: An
 def answers(config: RunConfig, folder: Path, data: RunData, choices: Choices) -> Iterator[Answer]:
     """Fits and measures baselines in order, on the log in a run's folder."""
     run = RunFolder(folder)
-    split = Split.read(Log.read(run.data, connect(config.data.memory_limit)), run.split)
+    # The run itself has checked these files.
+    log = Log.read(run.data, connect(config.data.memory_limit), check_files=False)
+    split = Split.read(log, run.split)
     data = dataclasses.replace(data, split=split)
 
     def answer(name: str) -> Answer:
@@ -122,6 +127,30 @@ def answers(config: RunConfig, folder: Path, data: RunData, choices: Choices) ->
             return f"{type(error).__name__}: {error}"
 
     yield from map(answer, choices)  # Each is freed before the next one is fitted.
+
+
+def memory_left(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns how many bytes processes may still take, of the machine's or the container's."""
+    left = 1024 * _number("MemAvailable: *", proc / "meminfo")
+    with contextlib.suppress(OSError, IndexError):  # No container, or one without a limit.
+        cached = _number("^inactive_file ", group / "memory.stat")  # Given back when needed.
+        used = _number("", group / "memory.current") - cached
+        left = min(left, _number("^", group / "memory.max") - used)
+    return left
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Lets allocations fail beyond what is left, and the system end this process first."""
+    # A lower limit may be set already, or a sandbox may refuse both.
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        most = num_bytes + 1024 * _number(r"VmData:\s*", Path("/proc/self/status"))
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def _number(before: str, path: Path) -> int:
+    """Finds the number after a pattern in a file of the system; an `IndexError` without one."""
+    return int(re.findall(rf"{before}(\d+)", path.read_text(), re.MULTILINE)[0])
 
 
 def _cause_of_death(code: int) -> str:

@@ -54,10 +54,11 @@ def fit_best(
 
     def score(baseline: Baseline) -> float:
         # The same queries and metric as for the model's epoch.
+        validation = data.validation.sample(config.training.validation_users, config.seed)
         monitor, exclude = metric_of(config.training.monitor), config.evaluation.exclude
         fitted = baseline.fit(data.split.train)
         options: dict[str, Any] = {"metrics": [monitor], "exclude": exclude, "num_bootstrap": 0}
-        measured = evaluate(fitted, data.validation, **options).first
+        measured = evaluate(fitted, validation, **options).first
         return measured.overall.intervals[str(monitor)].mean
 
     best, notes = forms[0], []  # A single form needs no validation.

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,15 +113,26 @@ class ModelServer:
                 call = parse(body, version.signatures)  # Takes less than a change of threads.
                 if call.num_queries <= SMALL_QUERIES and call.num_results <= SMALL_RESULTS:
                     threads = self.threads
-            answer = await _run(threads, _answer, version, call)
+            if threads is self.threads:
+                answer = await _run(threads, _answer, version, call)
+            else:
+                # Part by part, so that a large request need not wait for a larger one to end.
+                slices = call.slices(SMALL_QUERIES, SMALL_RESULTS)
+                parts = [
+                    await _run(threads, version.call, call.signature, inputs) for inputs in slices
+                ]
+                answer = await _run(threads, _joined, version, call, parts)
         return Response(answer, media_type="application/json")
 
 
 def _answer(version: ServedVersion, call: rest.PredictCall) -> bytes:
-    # A large call is split, so that small ones get their turn of the cores between its parts.
-    # The outputs are joined again, so the client sees one answer.
-    slices = call.slices(SMALL_QUERIES, SMALL_RESULTS)
-    parts = [version.call(call.signature, inputs) for inputs in slices]
+    return _joined(version, call, [version.call(call.signature, call.inputs)])
+
+
+def _joined(
+    version: ServedVersion, call: rest.PredictCall, parts: Sequence[dict[str, Any]]
+) -> bytes:
+    """Joins the outputs of a call's parts, so the client sees one answer."""
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     version.watch.count(call.inputs, outputs)
     return rest.format_outputs(outputs, call.is_row_format)
