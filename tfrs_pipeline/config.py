@@ -159,6 +159,10 @@ class RunConfig(Config):
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
     fixed: Annotated[Distinct[str], BeforeValidator(_or_none), HIDDEN] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
+    members: int = Field(5, ge=1)
+    """Most recipes of a race whose models are summed if validation says so; 1 keeps the winner."""
+    summed: Annotated[dict[RecipeName, PositiveFloat], HIDDEN] = {}
+    """Recipes whose models are summed, with the weight of each: those that a race has chosen."""
     budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
     """CPU time of a race, such as 10m, after which the leader wins. If not given, curves decide."""
     seed: int = Field(0, ge=0, lt=2**31)

@@ -24,6 +24,7 @@ from tfrs_pipeline.evaluation.results import (
     SliceResult,
     with_intervals,
 )
+from tfrs_pipeline.evaluation.topk import top_k_in_blocks
 from tfrs_pipeline.retrieval import Query, Retriever
 
 QUERIES_PER_CALL = 1024
@@ -260,6 +261,25 @@ def _broken(retriever: Retriever, what: str, received: str) -> ValueError:
 def _described(ids: np.ndarray, scores: np.ndarray) -> str:
     first = (ids[0, :5], scores[0, :5]) if ids.ndim == scores.ndim == 2 and len(ids) else ()
     return f"ids {ids.shape} {ids.dtype}, scores {scores.shape} {scores.dtype}, first {first}"
+
+
+def measure_vectors(
+    queries: np.ndarray, candidates: np.ndarray, truth: Truth, metric: Metric
+) -> np.ndarray:
+    """Measures a metric of dot products, as `evaluate` does, for each query of `truth`.
+
+    `queries` are [num_queries, D] embeddings of `truth.queries`, `candidates` [num_candidates, D]
+    those of `truth.items`, both float32. Returns [num_queries] float64, NaN where there is nothing
+    to measure; or a single value, if the metric measures all lists together.
+    """
+    shape = len(queries), len(candidates)
+    rows, _ = top_k_in_blocks(
+        lambda block: queries[block] @ candidates.T, *shape, metric.k, truth.excluded_rows
+    )
+    (_, rankings), *_ = _rankings(rows, truth)
+    measured = _measure_part(rankings, [metric])
+    name = str(metric)
+    return measured.per_query.get(name, np.asarray([measured.set_metrics.get(name, np.nan)]))
 
 
 def _measure(

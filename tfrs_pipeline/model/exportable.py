@@ -103,6 +103,15 @@ class Exportable:
             )
         _ = self.candidate_ids  # Read now, so that wrong items are refused here.
 
+    @property
+    def towers(self) -> "Exportable":
+        """The model itself, as a member of a sum."""
+        return self
+
+    def exportable(self) -> "Exportable":
+        """Returns the model itself, as a fitted model returns its `Exportable`."""
+        return self
+
     @cached_property
     def candidate_ids(self) -> np.ndarray:
         """[num_candidates] int64, or object array of `str`: the items' ids, in their order."""

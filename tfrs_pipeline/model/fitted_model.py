@@ -1,5 +1,6 @@
 """A fitted two-tower model: it retrieves, can be exported, and can start another training."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,31 +26,42 @@ QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
 """Embeds queries that `check_queries` has passed: [n, D] float32."""
 
 
-def query_encoder(network: TwoTowerNetwork, corpus: Corpus) -> QueryEncoder:
-    """Makes a function that embeds with the current network, by the same `Encoder` as an export."""
-    features = {"query": corpus.query_features, "request": corpus.request_features}
-    # Only what queries need: no user's history, as queries bring their own.
-    encoder = Encoder(
-        Exportable(
-            embed_queries=network.embed_queries,
-            embed_candidates=network.embed_candidates,
-            variables=(),  # Nothing is saved, so no variable has to be named.
-            items=pa.table({"item_id": corpus.candidate_ids.values}),
-            query_ids=corpus.query_ids.values,
-            history_length=network.history_length,
-            history_times=np.zeros(0) if network.reads_times else None,
-            query_features=corpus.query_features,
-            request_features=corpus.request_features,
-        )
+def towers_of(network: TwoTowerNetwork, corpus: Corpus) -> Exportable:
+    """Describes a network as an export does, but without what users did, and variables to save."""
+    candidate = network.candidate_tower
+    return Exportable(
+        embed_queries=network.embed_queries,
+        embed_candidates=network.embed_candidates,
+        variables=(),
+        items=pa.table({"item_id": corpus.candidate_ids.values}),
+        query_ids=corpus.query_ids.values,
+        history_length=network.history_length,
+        history_times=np.zeros(0) if network.reads_times else None,
+        query_features=corpus.query_features,
+        request_features=corpus.request_features,
+        candidate_features=corpus.candidate_features,
+        # A user's own candidate tower has no bias, whatever the setting says.
+        has_item_bias=isinstance(candidate, Tower) and candidate.has_item_bias,
     )
 
+
+def encoder_of(towers: Exportable) -> QueryEncoder:
+    """Makes a function that embeds queries, which bring their history, by an export's `Encoder`."""
+    features = {"query": towers.query_features, "request": towers.request_features}
+    known = [feature.name for feature in towers.request_features]
+    encoder = Encoder(towers)
+
     def embed(queries: Sequence[Query]) -> np.ndarray:
-        known = [feature.name for feature in corpus.request_features]
         requests = [query.get("request") for query in queries]
         check_requests(requests, known, may_have_others=True)
         return embed_queries(encoder, queries, features)
 
     return embed
+
+
+def query_encoder(network: TwoTowerNetwork, corpus: Corpus) -> QueryEncoder:
+    """Makes a function that embeds with the current network."""
+    return encoder_of(towers_of(network, corpus))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,6 +118,11 @@ class FittedTwoTower:
         check_queries(queries, ids_are_text=self.corpus.candidate_ids.are_text)
         return self.encoder(queries)
 
+    @property
+    def towers(self) -> Exportable:
+        """The towers as an export has them; see `towers_of`."""
+        return towers_of(self.network, self.corpus)
+
     @functools.cached_property
     def _retriever(self) -> ExactRetriever:
         return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder)
@@ -123,25 +140,17 @@ class FittedTwoTower:
         network, corpus, log = self.network, self.corpus, self.log.whole
         histories, known, times = latest_histories(log, corpus.query_ids, corpus.candidate_ids)
         towers = network.query_tower, network.candidate_tower
-        return Exportable(
-            embed_queries=network.embed_queries,
-            embed_candidates=network.embed_candidates,
+        return dataclasses.replace(
+            self.towers,
             variables=[
                 *network.query_table.variables,
                 *(variable for tower in towers for variable in tower.variables),
                 *tables_in(*towers),
             ],
             items=log.items.order_by("item_id").to_pyarrow(),
-            query_ids=self.query_ids,
-            history_length=network.history_length,
             histories=histories,
             known_positives=known,
             history_times=times if network.reads_times else None,
-            query_features=corpus.query_features,
-            request_features=corpus.request_features,
-            candidate_features=corpus.candidate_features,
             reading=log.reading,
             items_read=log.items_read,
-            # A user's own candidate tower has no bias, whatever the setting says.
-            has_item_bias=self.settings.candidate_bias and isinstance(towers[1], Tower),
         )

@@ -174,6 +174,11 @@ class Tower(tf.keras.layers.Layer):
         return tf.concat([output, bias], axis=1)
 
     @property
+    def has_item_bias(self) -> bool:
+        """Whether the last entry of an output is a learned number of the id."""
+        return self._bias is not None
+
+    @property
     def id_tables(self) -> list[tf.Variable]:
         """The tower's own tables, with one row per id and row 0."""
         return [layer.embeddings for layer in (self.id_embedding, self._bias) if layer is not None]

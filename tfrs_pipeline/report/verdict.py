@@ -21,6 +21,7 @@ VERBS = {Outcome.WORSE: "is behind", Outcome.LEVEL: "ties with", Outcome.BETTER:
 _VARIANTS = {
     "two_tower_uncorrected": "the model trained without the correction",
     "in_service": "the model in service",
+    "best_member": "the best recipe alone",
 }
 # What the slices hold, for a reader who does not know their names.
 _ITEMS = {"head": "popular", "torso": "middling", "tail": "rare"}

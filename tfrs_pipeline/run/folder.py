@@ -57,6 +57,11 @@ class RunFolder:
         self.left_out_file = path / "left_out.json"
         self.samples, self.checkpoints = path / "samples", path / "checkpoints"
 
+    def training_folder(self, name: str) -> Path:
+        """Returns the folder of a model's trainings; that of a sum holds those of its members."""
+        member = self.checkpoints / "two_tower" / name
+        return member if member.is_dir() else self.checkpoints / name
+
     def holds_run(self) -> bool:
         """Returns whether there is a run or a comparison, or a remainder of one."""
         return self._has(CONFIG_FILE, "plans", *_BEGUN)
@@ -105,6 +110,11 @@ class RunFolder:
         content = {"asked": config.model_dump(mode="json"), "race": dict(race)}
         durable.write_record(self.race_file, content)
         self._write_settings(winner)
+
+    def raced_epochs(self) -> dict[str, int]:
+        """Returns how many epochs each recipe of a decided race had; nothing without a race."""
+        race = (durable.read_whole(self.race_file) or {"race": {"recipes": {}}})["race"]
+        return {name: len(curve["values"]) for name, curve in race["recipes"].items()}
 
     def settled(self, config: RunConfig, fixed: Collection[str] | None = None) -> RunConfig:
         """Returns the settings of a run in this folder; refuses an unusable model name or source.
@@ -285,6 +295,8 @@ def with_source(
             changes["training.max_epochs"] = max(2, -(-best // 5))
         # An uncorrected model that the source did not train would begin from random weights.
         changes["evaluation.baselines"] = theirs.evaluation.baselines
+        if theirs.summed:  # Its members are planned by their recipes, but for these.
+            changes |= {"summed": theirs.summed, "fixed": sorted({*theirs.fixed, *fixed})}
         config = with_settings(config, changes, fixed=fixed)
     if folder.metrics() is None:  # A finished run needs no source any more.
         run.results()  # Refuses one that is not finished.

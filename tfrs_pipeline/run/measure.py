@@ -23,7 +23,7 @@ from tfrs_pipeline.run.folder import RunFolder, own_version
 from tfrs_pipeline.run.steps import Runner
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.model.fitted_model import FittedTwoTower
+    from tfrs_pipeline.model.sums import Model
 
 OnProgress: TypeAlias = Callable[..., None]
 """Called during long work with a task's name, steps done and in all, and sometimes a note."""
@@ -78,12 +78,16 @@ def measure(
     runner: Runner,
     data: RunData,
     baselines: MeasuredBaselines,
-    *models: "FittedTwoTower",
+    models: Mapping[str, "Model"],
 ) -> Evaluation:
     """Evaluates a run's models and, if it is compared, the version in service, beside baselines."""
-    from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
+    from tfrs_pipeline.model.sums import FittedSum
+    from tfrs_pipeline.serving.gate import BEST_MEMBER, IN_SERVICE, version_in_service
 
-    trained: dict[str, Retriever] = {model.network.name: model for model in models}
+    trained: dict[str, Retriever] = {**models}
+    for model in models.values():
+        if isinstance(model, FittedSum):
+            trained[BEST_MEMBER] = model.first
     measured = [evaluate_all(config, trained, data, runner.progress.task), *baselines.evaluations]
     if is_compared(config, folder):
         log = data.split.log

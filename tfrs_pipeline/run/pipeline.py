@@ -21,7 +21,7 @@ from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
+from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder, name_of_log, own_version, trained_by
@@ -29,7 +29,7 @@ from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, is_compare
 from tfrs_pipeline.run.race import race_step
 from tfrs_pipeline.run.refresh import WRITING, describe_undone
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.run.training import training_step, variants
+from tfrs_pipeline.run.training import training_step, trainings_of, variants
 from tfrs_pipeline.serving.export import (
     LIBRARIES,
     NUM_QUERIES,
@@ -37,7 +37,7 @@ from tfrs_pipeline.serving.export import (
     describe_index,
     export_version,
 )
-from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_beaten, refuse_worse
+from tfrs_pipeline.serving.gate import BEST_MEMBER, IN_SERVICE, refuse_beaten, refuse_worse
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
 
@@ -126,12 +126,12 @@ def _measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
 
 
 def _evaluate(
-    run: RunContext, samples: RunData, baselines: MeasuredBaselines, **models: FittedTwoTower
+    run: RunContext, samples: RunData, baselines: MeasuredBaselines, **models: Model
 ) -> Evaluation:
     if is_compared(run.config, run.folder):
         # The version that the model is compared with must stay in service until the export.
         run.hold(publishing(run.config.model_folder))
-    return measure(run.config, run.folder, run, samples, baselines, *models.values())
+    return measure(run.config, run.folder, run, samples, baselines, models)
 
 
 def _write_metrics(
@@ -141,7 +141,7 @@ def _write_metrics(
     baselines: MeasuredBaselines,
     measured: Evaluation,
     version: dict[str, Any],
-    **models: FittedTwoTower,
+    **models: Model,
 ) -> dict[str, Any]:
     """Writes metrics.json, which marks a finished run."""
     race = read_whole(run.folder.race_file)  # This process may have resumed after the race.
@@ -150,7 +150,11 @@ def _write_metrics(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": samples.split.report(),
         **measured.summary(),
-        "training": {name: _describe_training(model.result) for name, model in models.items()},
+        "training": {
+            name: _describe_training(model.result)
+            for trained in models.items()
+            for name, model in trainings_of(*trained).items()
+        },
         "examples": examples_of(models["two_tower"], samples.by_user, run.config),
         "versions": {
             "tfrs-pipeline": __version__,
@@ -216,7 +220,7 @@ def _read_exported(run: RunContext) -> dict[str, Any] | None:
 
 
 def _export_best(
-    run: RunContext, samples: RunData, two_tower: FittedTwoTower, measured: Evaluation
+    run: RunContext, samples: RunData, two_tower: Model, measured: Evaluation
 ) -> dict[str, Any]:
     """Exports the two-tower model, unless a baseline or the version in service is better.
 
@@ -281,7 +285,7 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
-    others = (*variants(config), IN_SERVICE)
+    others = (*variants(config), BEST_MEMBER, IN_SERVICE)
     baselines = [name for name in evaluation.results if name not in others]
     # By the flag that overrules each. All are collected, so that one error names every flag.
     refusals: dict[str, str] = {}

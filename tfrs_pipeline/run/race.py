@@ -5,6 +5,7 @@ race, it is more epochs for the recipes that are left.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import shutil
@@ -24,15 +25,23 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import read_whole, write_record
+from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.messages import Progress, counted, suggest, written
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
+from tfrs_pipeline.model.sums import Choice, FittedSum, Model, choose, vectors_of
 from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step, give_back_memory
-from tfrs_pipeline.run.training import check_plan, plan_of, trains_winner_alone
+from tfrs_pipeline.run.training import (
+    check_plan,
+    plan_of,
+    planned,
+    queries_of,
+    trains_winner_alone,
+)
 from tfrs_pipeline.settings import ConfigError, refuse
 
 # Recipes are compared for the first time at the CPU time that this many epochs of the slowest take.
@@ -127,17 +136,24 @@ class Curve:
 class Race:
     """A decided race: the curves of the recipes, and the validation metric that decided.
 
-    `not_begun` says, by recipe, why it did not race.
+    `not_begun` says, by recipe, why it did not race. `choice` says which of the models are summed;
+    it is None if only one could be.
     """
 
     curves: Sequence[Curve]
     metric: str
     not_begun: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    choice: Choice | None = None
 
     @property
     def winner(self) -> str:
         """Name of the recipe that won: the first of those with the best value."""
         return max(self.curves, key=lambda curve: curve.best).name
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weights of the recipes whose models are summed, the winner first; or its own, 1."""
+        return {self.winner: 1.0} if self.choice is None else self.choice.weights
 
     def lines(self) -> list[str]:
         """Describes the race in a line for each recipe, the winner first."""
@@ -154,6 +170,7 @@ class Race:
                 for curve in others
             ),
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
+            *(self.choice.lines() if self.choice else ()),
         ]
 
     def __str__(self) -> str:
@@ -168,6 +185,7 @@ class Race:
             "winner": self.winner,
             "metric": self.metric,
             "recipes": curves,
+            "sum": None if self.choice is None else self.choice.as_dict(),
             "lines": self.lines(),
         }
 
@@ -246,11 +264,15 @@ def race(
     recipes: Sequence[str | Recipe] = RECIPES,
     settings: Mapping[str, Any] | None = None,
     budget: float | None = None,
+    members: int = 5,
     seed: int = 0,
     folder: Path | str | None = None,
     progress: Progress | None = None,
-) -> tuple[FittedTwoTower, Race]:
-    """Races recipes on validation; returns the winner's model, trained to its end, and the race.
+) -> tuple[Model, Race]:
+    """Races recipes on validation; returns the sum of the best models, or the winner, and the race.
+
+    The winner is trained to its end. If its sum with models of other recipes holds its own on
+    validation, that is returned, rotated to the winner's dimensions (see `FittedSum`).
 
     Args:
         train: The training part.
@@ -261,6 +283,7 @@ def race(
             `evaluation.cutoffs`, by dotted name, for all recipes.
         budget: CPU seconds of all recipes together, after which the leader wins and is trained to
             its end. If None, recipes race until their curves decide.
+        members: Most models in the sum; 1 returns the winner alone.
         seed: Seed of everything random.
         folder: Keeps samples and trainings, so that a stopped race can resume; None is temporary.
         progress: Shows the epochs; None writes them to a notebook's cell, or to standard error
@@ -284,7 +307,7 @@ def race(
     if len({recipe.name for recipe in entrants}) < max(1, len(entrants)):
         names = [recipe.name for recipe in entrants]
         refuse([("recipes", f"got {names}; name one or more, each once: {', '.join(RECIPES)}")])
-    options = {"fixed": tuple(settings or ()), "budget": budget}
+    options = {"fixed": tuple(settings or ()), "budget": budget, "members": members}
     config = with_settings(RunConfig(seed=seed), {**(settings or {}), **options})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
     message = "a race reads only model, training, evaluation.exclude and evaluation.cutoffs"
@@ -293,7 +316,12 @@ def race(
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
         progress = progress or written()
-        return _race(config, entrants, data, validation, path / "race", progress)
+        decided, fitted = _race(config, entrants, data, validation, path / "race", progress)
+        models = {name: fitted(name) for name in decided.weights}
+        if len(models) == 1:
+            return models[decided.winner], decided
+        queries = queries_of(config, validation).queries
+        return FittedSum.of(models, decided.weights, queries), decided
 
 
 def _race(
@@ -303,8 +331,11 @@ def _race(
     validation: Holdout,
     folder: Path,
     progress: Progress,
-) -> tuple[FittedTwoTower, Race]:
-    """Races in a folder, where each training resumes; trains the winner to its end."""
+) -> tuple[Race, Callable[[str], FittedTwoTower]]:
+    """Races in a folder, where each training resumes; trains the winner to its end.
+
+    Returns the race, and what reads back the model of a recipe.
+    """
     configs, not_begun = trainable_recipes(config, data, entrants)
     curves = {
         name: Curve(name, num_left=settings.training.max_epochs)
@@ -352,8 +383,24 @@ def _race(
     race_in_rungs(curves, train, config.budget)
     decided = Race([*curves.values()], config.training.monitor, not_begun)
     last = configs[decided.winner].training.max_epochs
-    model = train(decided.winner, last, f"the winner trains on: {decided.winner}")
-    return model, dataclasses.replace(decided, curves=[*curves.values()])
+    train(decided.winner, last, f"the winner trains on: {decided.winner}")
+
+    def fitted(name: str) -> FittedTwoTower:
+        return train(name, len(curves[name].values), f"reads {name}")
+
+    choice = None
+    trained = [name for name, curve in curves.items() if curve.values]
+    if min(config.members, len(trained)) > 1:
+        truth = queries_of(config, validation)
+        vectors = {name: vectors_of(fitted(name), truth.queries) for name in trained}
+        progress.task("chooses the sum", 0, 0)
+        metric = metric_of(config.training.monitor)
+        chosen = functools.partial(
+            choose, vectors, truth, metric, winner=decided.winner, max_members=config.members
+        )
+        # One process decides, because others may round differently.
+        choice = Choice.read(on_chief(lambda: chosen().as_dict()))
+    return dataclasses.replace(decided, curves=[*curves.values()], choice=choice), fitted
 
 
 def _recipe_named(name: str) -> Recipe:
@@ -368,7 +415,7 @@ def race_step() -> Step:
     def make(run: RunContext, samples: RunData) -> Race:
         entrants = [PRESETS[name] for name in run.config.recipes]
         shared = samples.selection, samples.validation, run.folder.race, run.progress
-        _, decided = _race(run.config, entrants, *shared)  # The model's step reads its training.
+        decided, _ = _race(run.config, entrants, *shared)  # The model's step reads the trainings.
         run.note(*decided.lines())
         run.config = settle(run.config, run.folder, decided)
         return decided
@@ -377,21 +424,26 @@ def race_step() -> Step:
 
 
 def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
-    """Makes the winner's training the first one of the run; returns the winner's settings.
+    """Makes the chosen trainings the first ones of the run; returns the winner's settings.
 
     These have no recipes, so they do not race again. The other recipes' checkpoints are removed.
     """
-    changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": None}
+    names = [*decided.weights]
+    summed = dict(decided.weights) if len(names) > 1 else {}
+    changed: dict[str, Any] = {"recipes": (), "budget": None, "summed": summed}
+    if not summed:
+        changed["fixed"] = ()  # The members of a sum are still planned by recipes.
     if trains_winner_alone(config):
         named = config.evaluation.baselines
         changed["evaluation.baselines"] = tuple(name for name in named if name != "uncorrected")
     winner_config = with_settings(planned(config, PRESETS[decided.winner]), changed)
 
     def move() -> None:
-        won, path = folder.race / decided.winner, folder.checkpoints / "two_tower" / "selection"
-        if won.is_dir() and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            won.rename(path)
+        for name in names:
+            path = folder.checkpoints / "two_tower" / (name if summed else "") / "selection"
+            if (folder.race / name).is_dir() and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (folder.race / name).rename(path)
         for curve in decided.curves:
             shutil.rmtree(folder.race / curve.name, ignore_errors=True)
         # Last, because its record makes a resumed run skip the race.
@@ -399,11 +451,6 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
 
     on_chief(move)
     return winner_config
-
-
-def planned(config: RunConfig, recipe: Recipe) -> RunConfig:
-    """Returns the config with a recipe's settings, except for those that are fixed."""
-    return with_settings(config, recipe.of_training(), fixed=config.fixed)
 
 
 def trainable_recipes(

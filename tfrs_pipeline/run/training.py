@@ -1,20 +1,24 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
+from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
 from tfrs_pipeline.model.fit import TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
+from tfrs_pipeline.model.sums import FittedSum, Model
 from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.presets import PRESETS, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
@@ -30,10 +34,17 @@ def training_step(name: str, path: str, config: RunConfig | None = None) -> Step
     after the last whole epoch there, which may be that of the refit.
     """
 
-    def make(run: RunContext, samples: RunData) -> FittedTwoTower:
+    def make(run: RunContext, samples: RunData) -> Model:
         settings = config or variants(run.config)[name]
         folder = run.folder.path / path
-        model = train_and_refit(settings, samples, name=name, folder=folder, progress=run.progress)
+        model: Model
+        if settings.summed:
+            epochs = run.folder.raced_epochs()
+            model = train_sum(settings, samples, epochs, folder=folder, progress=run.progress)
+        else:
+            model = train_and_refit(
+                settings, samples, name=name, folder=folder, progress=run.progress
+            )
         run.note(*model.notes)
         return model
 
@@ -57,8 +68,11 @@ def train_and_refit(
     name: str = "two_tower",
     folder: Path | None = None,
     progress: Progress = SILENT,
+    max_epochs: int | None = None,
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all events before the test.
+
+    `max_epochs` of the first training replaces the settings' number.
 
     The model's `result` is that of the first training; its `notes` describe both.
     """
@@ -80,13 +94,64 @@ def train_and_refit(
         )
 
     # The refit has no validation to stop it, so it trains for as many epochs as were best here.
-    model = fit("selection", config.training.max_epochs)
+    model = fit("selection", max_epochs or config.training.max_epochs)
     chosen = model.result  # The second training has no validation, so this one's curves are kept.
     if data.has_refit:
         del model  # One network at a time.
         model = fit("refit", chosen.best_epoch)
     notes = [*_about_trainings(config, name, data, chosen), *model.notes]
     return dataclasses.replace(model, result=chosen, notes=notes)
+
+
+def train_sum(
+    config: RunConfig,
+    data: RunData,
+    raced_epochs: Mapping[str, int],
+    *,
+    folder: Path,
+    progress: Progress,
+) -> FittedSum:
+    """Trains the members of a sum like `train_and_refit`, and sums them.
+
+    A member of a race keeps the epochs that it had there, by which its weight was chosen.
+    """
+    members = {
+        member: train_and_refit(
+            member_config(config, member),
+            data,
+            name=member,
+            folder=folder / member,
+            progress=progress,
+            max_epochs=raced_epochs.get(member),
+        )
+        for member in config.summed
+    }
+    queries = queries_of(config, data.validation).queries
+    notes = [f"{name}: {note}" for name, model in members.items() for note in model.notes]
+    return dataclasses.replace(FittedSum.of(members, config.summed, queries), notes=notes)
+
+
+def queries_of(config: RunConfig, validation: Holdout) -> Truth:
+    """Returns the queries by which epochs, and sums, are chosen."""
+    sample = validation.sample(config.training.validation_users, config.seed)
+    return Truth.of(sample, config.evaluation.exclude)
+
+
+def planned(config: RunConfig, recipe: Recipe) -> RunConfig:
+    """Returns the config with a recipe's settings, except for those that are fixed."""
+    return with_settings(config, recipe.of_training(), fixed=config.fixed)
+
+
+def member_config(config: RunConfig, name: str) -> RunConfig:
+    """Returns the settings of a member of a sum: its recipe's, except for those that are fixed."""
+    if config.warm_start is not None:  # As few epochs as the first member, which begins there too.
+        config = config.model_copy(update={"fixed": (*config.fixed, "training.max_epochs")})
+    return with_settings(planned(config, PRESETS[name]), {"summed": {}})
+
+
+def trainings_of(name: str, model: Model) -> dict[str, Any]:
+    """Returns the trainings behind a model by name: its own, and those of the members of a sum."""
+    return {name: model, **(model.members if isinstance(model, FittedSum) else {})}
 
 
 def _about_trainings(
@@ -138,7 +203,7 @@ def trained_in(
         name: Name of the model; None is returned if the run trained no model of this name.
 
     Raises:
-        ValueError: If the run is unfinished.
+        ValueError: If the run is unfinished, or its model is a sum and no member is named.
         Damaged: If a file has changed since the run wrote it.
 
     Example:
@@ -147,10 +212,17 @@ def trained_in(
             plan.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
     run = RunFolder(Path(folder))
-    training, config = run.results()["training"], variants(run.settings()).get(name)
+    training, settings = run.results()["training"], run.settings()
+    if name in settings.summed:
+        config: RunConfig | None = member_config(settings, name)
+    elif (config := variants(settings).get(name)) is not None and config.summed:
+        raise ValueError(
+            f"The model of {run.path} is a sum, of which each member starts a training by itself: "
+            f"give name, one of {', '.join(config.summed)}"
+        )
     if name not in training or config is None:
         return None
-    checkpoints = run.checkpoints / name
+    checkpoints = run.training_folder(name)
     if not (checkpoints / step).is_dir():  # Without a second training, the first is the last.
         step = "selection"
     split = split_in(run)
@@ -176,7 +248,7 @@ def split_in(folder: RunFolder) -> Split:
 
 def _about_source(path: Path, name: str, data: RunData) -> Iterator[str]:
     """Describes where a model started, and warns if its source has seen held-out events."""
-    folder, trained = RunFolder(path), RunFolder(path).checkpoints / name
+    folder, trained = RunFolder(path), RunFolder(path).training_folder(name)
     if not trained.is_dir():
         yield f"started from random weights: {path} has no {name}"
         return

@@ -48,7 +48,7 @@ from tfrs_pipeline.serving.saved_model import RetrievalModule, check_operation, 
 from tfrs_pipeline.serving.tune import Requests, Tuned, measure_requests, tune_index
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.model.fitted_model import FittedTwoTower
+    from tfrs_pipeline.model.sums import Model
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # Manifest names that an export or a run writes itself.
@@ -103,7 +103,7 @@ logging.getLogger("tensorflow").addFilter(lambda log: "Assets written to" not in
 
 
 def export(
-    model: "Exportable | FittedTwoTower",
+    model: "Exportable | Model",
     path: str | Path,
     *,
     index: Search | None = None,
@@ -118,8 +118,9 @@ def export(
     If several workers train, all must call this: the chief writes, and the others wait.
 
     Args:
-        model: A `FittedTwoTower`, or an `Exportable` of another model. The items of the log's item
-            table are retrieved, or all if there is none; histories may hold the others too.
+        model: A `FittedTwoTower`, a `FittedSum`, or an `Exportable` of another model. The items of
+            the log's item table are retrieved, or all if there is none; histories may hold the
+            others too.
         path: The model's folder, such as "saved_models/videos", whose name becomes the model's.
         index: `Exact()`, `Scann()` or `Auto()`; None is `Auto()`.
         filter_by: Item column by whose values requests may filter.
@@ -163,7 +164,7 @@ def export(
 
 
 def export_version(
-    model: "Exportable | FittedTwoTower",
+    model: "Exportable | Model",
     path: str | Path,
     options: ExportOptions,
     *,
@@ -172,14 +173,13 @@ def export_version(
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model within one process, and returns the manifest too (see `export_index`)."""
-    if not isinstance(model, Exportable):
-        # Importing its class would load code that only training needs.
-        if not hasattr(model, "exportable"):
-            raise TypeError(
-                "Exports what TwoTower.fit returns, or a tp.Exportable of another model that "
-                f"embeds queries and candidates. Received: {model!r:.200}."
-            )
-        model = model.exportable()
+    # Importing the classes would load code that only training needs.
+    if not hasattr(model, "exportable"):
+        raise TypeError(
+            "Exports what TwoTower.fit returns, or a tp.Exportable of another model that "
+            f"embeds queries and candidates. Received: {model!r:.200}."
+        )
+    model = model.exportable()
     items = model.items
     is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
     rows = np.flatnonzero(is_retrieved)

@@ -18,6 +18,7 @@ from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 IN_SERVICE = "in_service"  # The version's name in an evaluation.
+BEST_MEMBER = "best_member"  # The name of the first member of a sum.
 
 
 def version_in_service(

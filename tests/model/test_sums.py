@@ -1,0 +1,175 @@
+"""The sum of models: its scores are the weighted sum of the members' scores, in every form."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tfrs_pipeline as tp
+from tests.model.conftest import make_log, untrained
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
+from tfrs_pipeline.model.sums import FittedSum, Vectors, projection
+
+RNG = np.random.default_rng(0)
+
+
+def vectors(num_queries: int, num_items: int, dim: int, *, has_bias: bool = False) -> Vectors:
+    queries, candidates = (
+        RNG.normal(size=(num, dim + has_bias)).astype(np.float32)
+        for num in (num_queries, num_items)
+    )
+    if has_bias:
+        queries[:, -1] = 1
+    return Vectors(queries, candidates, has_bias)
+
+
+def scores(x: Vectors) -> np.ndarray:
+    return x.queries.astype(float) @ x.candidates.T.astype(float)
+
+
+def test_a_projection_sums_the_weighted_scores_and_the_biases() -> None:
+    members = [
+        vectors(20, 30, 4),
+        vectors(20, 30, 6, has_bias=True),
+        vectors(20, 30, 3, has_bias=True),
+    ]
+    weights = [1.0, 0.3, 2.0]
+    joined = projection(members, weights)(members)
+    expected = sum(weight * scores(x) for weight, x in zip(weights, members, strict=True))
+    np.testing.assert_allclose(scores(joined), expected, atol=1e-5)
+    assert joined.queries.shape == (20, 4 + 6 + 3 + 1)
+    # The biases of both members are one bias, the last entry.
+    assert joined.has_bias
+    np.testing.assert_allclose(joined.queries[:, -1], 1)
+    biases = 0.3 * members[1].candidates[:, -1] + 2 * members[2].candidates[:, -1]
+    np.testing.assert_allclose(joined.candidates[:, -1], biases, rtol=1e-5)
+
+
+def test_a_rotation_is_the_best_approximation_of_its_rank() -> None:
+    members = [vectors(200, 50, 8), vectors(200, 50, 5)]
+    weights = [1.0, 0.6]
+    expected = scores(projection(members, weights)(members))
+    rotated = projection(members, weights, dim=6)(members)
+    assert rotated.queries.shape == (200, 6)
+    # Eckart and Young: no matrix of rank 6 is nearer than the truncated decomposition.
+    left, values, right = np.linalg.svd(expected)
+    best = (left[:, :6] * values[:6]) @ right[:6]
+    np.testing.assert_allclose(scores(rotated), best, atol=1e-2 * np.abs(best).max())
+    error = np.linalg.norm(expected - scores(rotated))
+    assert error <= np.linalg.norm(expected - best) * 1.001
+
+
+def test_a_rotation_to_all_dimensions_or_more_changes_nothing() -> None:
+    members = [vectors(40, 30, 4), vectors(40, 30, 3, has_bias=True)]
+    for dim in (8, 99):
+        joined = projection(members, [1, 1], dim)(members)
+        assert joined.queries.shape == (40, 8)
+        np.testing.assert_allclose(scores(joined), sum(map(scores, members)), atol=1e-5)
+
+
+def test_a_rotation_keeps_the_biases() -> None:
+    members = [vectors(99, 30, 8), vectors(99, 30, 8, has_bias=True)]
+    rotated = projection(members, [1, 0.5], dim=5)(members)
+    assert rotated.queries.shape == (99, 5)
+    np.testing.assert_allclose(rotated.queries[:, -1], 1)
+    np.testing.assert_allclose(rotated.candidates[:, -1], 0.5 * members[1].candidates[:, -1])
+
+
+def test_a_rotation_stands_dimensions_that_no_query_uses() -> None:
+    first = vectors(10, 30, 4)
+    first.queries[:, 2:] = 0
+    rotated = projection([first, first], [1, 1], dim=2)([first, first])
+    np.testing.assert_allclose(scores(rotated), 2 * scores(first), atol=1e-3)
+
+
+def test_the_spread_is_that_of_a_querys_scores() -> None:
+    x = vectors(30, 40, 5)
+    assert x.spread == pytest.approx(np.sqrt(scores(x).var(axis=1).mean()), rel=1e-5)
+
+
+LOG = make_log({"device": "categorical"})
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FittedTwoTower]:
+    """Models that read different lengths of the history, times and features; one has biases."""
+    data = TrainingSet.build(LOG, tmp_path_factory.mktemp("samples"), seed=0)
+    plans = {
+        "means": tp.TwoTower(dim=4, history_length=3, seed=1),
+        "recent": tp.TwoTower(
+            dim=6, history_length=2, history_pooling=["recency"], seed=2, candidate_bias=True
+        ),
+    }
+    built = {name: untrained(plan, data.corpus) for name, plan in plans.items()}
+    tower = built["recent"].network.candidate_tower
+    tower._bias.embeddings.assign(RNG.normal(size=tower._bias.embeddings.shape))
+    return {name: dataclasses.replace(model, log=LOG) for name, model in built.items()}
+
+
+QUERIES = [
+    {
+        "user_id": 101,
+        "history": [10, 40],
+        "history_timestamps": [1_700_000_000, 1_700_000_001],
+        "request": {"device": "app", "timestamp": datetime.fromtimestamp(1_700_000_009, UTC)},
+    },
+    {"user_id": 7, "history": [20, 50, 80]},
+    {"history": []},
+    {"user_id": 103, "request": {"device": "web"}},
+]
+
+
+def member_scores(model: FittedTwoTower) -> np.ndarray:
+    return model.query_embeddings(QUERIES) @ model.network.embed_corpus().T
+
+
+def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members) -> None:
+    weights = {"means": 1.0, "recent": 0.6}
+    summed = FittedSum.of(members, weights, QUERIES, dim=99)
+    spread = {name: member_scores(model).std(axis=1) for name, model in members.items()}
+    expected = sum(
+        weights[name] / np.sqrt((spread[name] ** 2).mean()) * member_scores(model)
+        for name, model in members.items()
+    )
+    ids, found = summed.retrieve(QUERIES, k=24)
+    for query, line, line_ids in zip(expected, found, ids, strict=True):
+        best = np.argsort(-query, kind="stable")
+        assert line_ids.tolist() == summed.candidate_ids[best].tolist()
+        np.testing.assert_allclose(line, query[best], rtol=1e-3, atol=1e-4)
+
+
+def test_a_sum_of_one_model_ranks_as_the_model(members) -> None:
+    alone = FittedSum.of({"recent": members["recent"]}, {"recent": 1.0}, QUERIES)
+    ids, _ = alone.retrieve(QUERIES, k=24)
+    np.testing.assert_array_equal(ids, members["recent"].retrieve(QUERIES, k=24)[0])
+
+
+@pytest.mark.parametrize("dim", [None, 5])
+def test_an_exported_sum_answers_as_in_memory(members, tmp_path: Path, dim: int | None) -> None:
+    summed = FittedSum.of(members, {"means": 1.0, "recent": 0.3}, QUERIES, dim)
+    folder = tp.export(summed, tmp_path / "sum", index=tp.Exact(), queries=QUERIES)
+    model = tp.load(folder)
+    expected = summed.retrieve(QUERIES, k=7)
+    ids, found = model.retrieve(QUERIES, k=7)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_allclose(found, expected[1], rtol=1e-4, atol=1e-5)
+    assert model.manifest["has_item_bias"]
+    # A new item gets a vector from its features, by the towers of all members.
+    vector, is_trained = model.embed_candidates([999], {"genre": ["war"]})
+    known, _ = model.embed_candidates([10], {"genre": ["war"]})
+    assert vector.shape == known.shape and not is_trained.any()
+    assert not np.allclose(vector, known)
+
+
+def test_models_of_another_log_are_refused(members, tmp_path: Path) -> None:
+    other = tp.TwoTower(dim=2)
+    log = Log.from_ibis(LOG.events.filter(LOG.events["item_id"] > 100))
+    data = TrainingSet.build(log, tmp_path / "samples", seed=0)
+    with pytest.raises(ValueError, match=r"the same items: fit other to the log of means.*24"):
+        FittedSum.of({**members, "other": untrained(other, data.corpus)}, {}, QUERIES)

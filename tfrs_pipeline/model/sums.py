@@ -1,0 +1,418 @@
+"""The sum of several models, as one: vectors joined with weights, and rotated to fewer dimensions.
+
+The sum of dot products is a dot product. So one index serves all members of a sum, and everything
+that takes a fitted model (evaluation, export, service) takes their sum.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import scipy.linalg
+import tensorflow as tf
+
+from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome, bootstrap_intervals
+from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
+from tfrs_pipeline.evaluation.metrics import Metric
+from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
+from tfrs_pipeline.model.tf_tables import embed_corpus
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries
+
+# What a further member's score may weigh, in units of its spread; the first has 1.
+WEIGHTS = (0.3, 0.6, 1.0)
+# On fewer queries every member weighs 1, since noise would choose among the weights.
+MIN_QUERIES = 500
+# Added to the second moments of queries, as a share of their mean: a model may have dimensions that
+# no query uses.
+_RIDGE = 1e-6
+
+
+_SIDES = "query_features", "request_features", "candidate_features"
+
+
+class Vectors(NamedTuple):
+    """A model's embeddings: of some queries [n, D] and of all candidates [m, D], float32.
+
+    With `has_bias`, the last entry is 1 in a query's, and a bias in a candidate's.
+    """
+
+    queries: np.ndarray
+    candidates: np.ndarray
+    has_bias: bool = False
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the scores of a query, in the root mean square of all queries."""
+        # From moments of the embeddings, since the scores of all pairs may not fit in memory.
+        centered = self.candidates - self.candidates.mean(axis=0)
+        covariance = centered.T @ centered / len(centered)
+        variances = np.einsum("nd,de,ne->n", self.queries, covariance, self.queries)
+        return float(np.sqrt(variances.mean()))
+
+
+class Projection(NamedTuple):
+    """How members' vectors become those of their sum: sum over i of x_i A_i, where A_i is [D_i, D].
+
+    There is a matrix for each member's `queries`, and one for its `candidates`. With `has_bias`,
+    the last entries are as in `Vectors`.
+    """
+
+    queries: Sequence[np.ndarray]
+    candidates: Sequence[np.ndarray]
+    has_bias: bool
+
+    def __call__(self, members: Sequence[Vectors]) -> Vectors:
+        """Returns the sum's vectors, whose dot products are the weighted sums of the members'."""
+        queries = sum(x.queries @ a for x, a in zip(members, self.queries, strict=True))
+        candidates = sum(x.candidates @ a for x, a in zip(members, self.candidates, strict=True))
+        return Vectors(np.asarray(queries), np.asarray(candidates), self.has_bias)
+
+
+def projection(
+    members: Sequence[Vectors], weights: Sequence[float], dim: int | None = None
+) -> Projection:
+    """Joins members end to end, each score times its weight; rotates them to `dim` dimensions.
+
+    Biases of items add up to one, the last entry, which counts in `dim`. The rest of the `dim`
+    entries are the best approximation of the weighted sums S = Q C' by a matrix of this rank, in
+    the mean square over the members' queries and all candidates: with the Cholesky factor L of
+    Q'Q / n and the first right singular vectors V of C L, candidates are C L V, queries Q L^-T V.
+    Without `dim`, or with more than there are, nothing is rotated.
+
+    Example:
+        >>> a = Vectors(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]))
+        >>> b = Vectors(np.array([[2.0]]), np.array([[5.0]]))
+        >>> joined = projection([a, b], weights=[1, 0.5])([a, b])
+        >>> (joined.queries @ joined.candidates.T).round(6).tolist()  # 1 * 11 + .5 * 10
+        [[16.0]]
+    """
+    num_biases = int(any(member.has_bias for member in members))
+    widths = [member.queries.shape[1] - member.has_bias for member in members]
+    starts, width = np.cumsum([0, *widths[:-1]]), sum(widths)
+    of_queries, of_candidates, is_first_bias = [], [], True
+    for member, weight, start, size in zip(members, weights, starts, widths, strict=True):
+        # The root on both sides, so that products of two candidates, which similar items are found
+        # by, are weighted alike.
+        matrix = np.zeros((member.queries.shape[1], width + num_biases))
+        matrix[range(size), range(start, start + size)] = np.sqrt(weight)
+        of_queries.append(matrix)
+        of_candidates.append(matrix.copy())
+        if member.has_bias:
+            of_queries[-1][-1, -1], of_candidates[-1][-1, -1] = is_first_bias, weight
+            is_first_bias = False
+    joined = Projection(of_queries, of_candidates, bool(num_biases))
+    if dim is None or dim >= width + num_biases:
+        return _as_float32(joined)
+    vectors = joined(members)
+    queries, candidates = vectors.queries[:, :width], vectors.candidates[:, :width]
+    moments = queries.T @ queries / len(queries)
+    moments += _RIDGE * max(np.trace(moments) / width, np.finfo(np.float32).tiny) * np.eye(width)
+    factor = np.linalg.cholesky(moments)
+    # The eigenvectors of (C L)'(C L), which is small, are the right singular vectors of C L.
+    values, vectors_ = np.linalg.eigh(factor.T @ (candidates.T @ candidates) @ factor)
+    kept = vectors_[:, np.argsort(-values)[: dim - num_biases]]
+    rotate_queries = scipy.linalg.solve_triangular(factor, kept, lower=True, trans="T")
+    rotations = [
+        scipy.linalg.block_diag(x, np.eye(num_biases)) for x in (rotate_queries, factor @ kept)
+    ]
+    return _as_float32(
+        Projection(
+            [matrix @ rotations[0] for matrix in of_queries],
+            [matrix @ rotations[1] for matrix in of_candidates],
+            bool(num_biases),
+        )
+    )
+
+
+def _as_float32(whole: Projection) -> Projection:
+    queries, candidates = (
+        [np.asarray(matrix, np.float32) for matrix in matrices] for matrices in whole[:2]
+    )
+    return Projection(queries, candidates, whole.has_bias)
+
+
+class Member(Protocol):
+    """What can be summed: a `FittedTwoTower`, or the `Exportable` of another model."""
+
+    @property
+    def towers(self) -> Exportable:
+        """The towers, without what users did."""
+
+    def exportable(self) -> Exportable:
+        """Everything that an export holds."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FittedSum:
+    """The weighted sum of fitted models: a retriever to evaluate, to export, and to serve.
+
+    Its vectors are the members', joined and perhaps rotated, so it is searched like one model. A
+    query costs the towers of all members.
+
+    Attributes:
+        members: The fitted models by name, of the same items and users.
+        weights: What each member's score is multiplied by, in units of its `Vectors.spread`.
+        projection: Makes the sum's vectors from the members'.
+        notes: Lines for the user.
+    """
+
+    members: Mapping[str, Member]
+    weights: Mapping[str, float]
+    projection: Projection
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        members: Mapping[str, Member],
+        weights: Mapping[str, float],
+        queries: Sequence[Query],
+        dim: int | None = None,
+    ) -> "FittedSum":
+        """Sums fitted models; `queries` give the scales of their scores, and the rotation.
+
+        The sum has at most `dim` dimensions; if that is None, as many as the first member.
+
+        Raises a `ValueError` if the members have other items, users or features.
+        """
+        check_members(members)
+        vectors = [vectors_of(member, queries) for member in members.values()]
+        scaled = [weights[name] / x.spread for name, x in zip(members, vectors, strict=True)]
+        dim = dim or vectors[0].candidates.shape[1]
+        return cls(members, weights, projection(vectors, scaled, dim))
+
+    @property
+    def first(self) -> Any:
+        """The first member: in a run, the best alone."""
+        return next(iter(self.members.values()))
+
+    @property
+    def result(self) -> TrainingResult:
+        """How the training of the first member went."""
+        return self.first.result
+
+    def __repr__(self) -> str:
+        parts = (f"{weight:g} {name}" for name, weight in self.weights.items())
+        return f"FittedSum({' + '.join(parts)})"
+
+    @property
+    def query_ids(self) -> np.ndarray:
+        """[num_queries] user ids, in the order of the rows from 1."""
+        return self.towers.query_ids
+
+    @property
+    def candidate_ids(self) -> np.ndarray:
+        """[num_candidates] item ids, in the order of the rows from 1."""
+        return self.towers.candidate_ids
+
+    @functools.cached_property
+    def towers(self) -> Exportable:
+        """The towers of all members as one, without what users did."""
+        return self._summed([member.towers for member in self.members.values()])
+
+    @functools.cached_property
+    def encoder(self) -> QueryEncoder:
+        """Embeds raw queries with all members."""
+        return encoder_of(self.towers)
+
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
+        """Retrieves the k best candidates, exactly; see `Retriever` and `query_embeddings`."""
+        return self._retriever.retrieve(queries, k, exclude)
+
+    def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
+        """Embeds queries: [num_queries, D] float32; see `FittedTwoTower.query_embeddings`."""
+        check_queries(queries, ids_are_text=self.candidate_ids.dtype == object)
+        return self.encoder(queries)
+
+    @functools.cached_property
+    def _retriever(self) -> ExactRetriever:
+        embeddings = embed_corpus(self.towers.embed_candidates, len(self.candidate_ids))
+        return ExactRetriever(self.candidate_ids, embeddings, self.encoder)
+
+    def exportable(self) -> Exportable:
+        """Gathers what an export holds: all members' towers, and the whole log."""
+        return self._summed([member.exportable() for member in self.members.values()])
+
+    def _summed(self, members: Sequence[Exportable]) -> Exportable:
+        """Makes one model of the members: each reads its part of the inputs."""
+
+        # Without defaults, which AutoGraph loses where functions are nested.
+        def embed_queries(
+            query_rows: tf.Tensor, history_rows: tf.Tensor, **inputs: Any
+        ) -> tf.Tensor:
+            parts = []
+            for member, matrix in zip(members, self.projection.queries, strict=True):
+                length = member.history_length
+                own = _features_of((*member.query_features, *member.request_features), inputs)
+                if member.history_times is not None and "history_times" in inputs:
+                    # The time of the query comes before those of the history.
+                    own["history_times"] = inputs["history_times"][:, : length + 1]
+                embedded = member.embed_queries(query_rows, history_rows[:, :length], **own)
+                parts.append(embedded @ matrix)
+            return tf.add_n(parts)
+
+        def embed_candidates(rows: tf.Tensor, **inputs: Any) -> tf.Tensor:
+            parts = [
+                member.embed_candidates(rows, **_features_of(member.candidate_features, inputs))
+                @ matrix
+                for member, matrix in zip(members, self.projection.candidates, strict=True)
+            ]
+            return tf.add_n(parts)
+
+        # The longest history, and times if any member reads them.
+        longest = max(members, key=lambda member: member.history_length)
+        timed = next((x.history_times for x in members if x.history_times is not None), None)
+        sides: dict[str, Any] = {
+            side: tuple({x.name: x for member in members for x in getattr(member, side)}.values())
+            for side in _SIDES
+        }
+        return dataclasses.replace(
+            longest,
+            embed_queries=embed_queries,
+            embed_candidates=embed_candidates,
+            variables=[variable for member in members for variable in member.variables],
+            history_times=timed,
+            has_item_bias=self.projection.has_bias,
+            **sides,
+        )
+
+
+def _features_of(features: Iterable[Feature], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the argument `features` of a member: those that it reads, or no argument."""
+    encoded = inputs.get("features") or {}
+    read = {feature.name: encoded[feature.name] for feature in features if feature.name in encoded}
+    return {"features": read} if read else {}
+
+
+def vectors_of(member: Member, queries: Sequence[Query]) -> Vectors:
+    """Embeds queries and all candidates with a model."""
+    towers = member.towers
+    candidates = embed_corpus(towers.embed_candidates, len(towers.candidate_ids))
+    return Vectors(encoder_of(towers)(queries), candidates, towers.has_item_bias)
+
+
+def check_members(members: Mapping[str, Member]) -> None:
+    """Refuses (`ValueError`) models that cannot be summed: of other items, users or features."""
+    if not members:
+        raise ValueError("A sum needs one model or more. Received: none.")
+    towers = {name: member.towers for name, member in members.items()}
+    first, *others = towers.items()
+    for name, other in others:
+        for what, ids, others_ids in (
+            ("items", first[1].candidate_ids, other.candidate_ids),
+            ("users", first[1].query_ids, other.query_ids),
+        ):
+            if ids.dtype != others_ids.dtype or not np.array_equal(ids, others_ids):
+                raise ValueError(
+                    f"A sum needs models of the same {what}: fit {name} to the log of {first[0]}. "
+                    f"Received: {len(others_ids):,} and {len(ids):,} {what}."
+                )
+        for side in _SIDES:
+            here, there = ({x.name: x for x in getattr(y, side)} for y in (first[1], other))
+            if wrong := [key for key in here.keys() & there if here[key] != there[key]]:
+                raise ValueError(
+                    f"A sum encodes each feature once, but {first[0]} and {name} have fitted "
+                    f"{wrong[0]!r} differently: fit both to one log."
+                )
+
+
+Model: TypeAlias = FittedTwoTower | FittedSum
+"""What a run trains and exports."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sum that validation has chosen from several models, or the best of them alone.
+
+    Attributes:
+        weights: Weights of the members by name, the best alone first, with 1; no other if no sum
+            was found to hold its own.
+        metric: The name of the metric that decided.
+        alone: Its mean for the best model alone.
+        summed: Its mean for the sum, rotated.
+        unrotated: Its mean for the sum before it is rotated.
+        difference: The sum, rotated, minus the best model alone, paired by query.
+        without: Its mean for the sum without each member, unrotated.
+    """
+
+    weights: Mapping[str, float]
+    metric: str
+    alone: float
+    summed: float
+    unrotated: float
+    difference: Interval
+    without: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the choice for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "Choice":
+        """Reads what `as_dict` returned."""
+        return cls(**{**record, "difference": Interval(**record["difference"])})
+
+    def lines(self) -> list[str]:
+        """Describes the sum for a person: who is in it, and what each gives."""
+        first, *others = self.weights
+        if not others:
+            return [f"{first} alone: no sum with another recipe is better on validation"]
+        parts = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+        what, gained = f"validation {self.metric}", self.difference.written("+")
+        yields = [f"    without {name}: {mean:.4f}" for name, mean in self.without.items()]
+        return [
+            f"the sum {parts}: {what} {self.summed:.4f}, where {first} alone has {self.alone:.4f} "
+            f"({gained})",
+            f"    before its rotation to the dimensions of {first}: {self.unrotated:.4f}",
+            *yields,
+        ]
+
+
+def choose(
+    members: Mapping[str, Vectors], truth: Truth, metric: Metric, *, winner: str, max_members: int
+) -> Choice:
+    """Chooses the weights of a sum by a metric of the queries of `truth`, which members embed.
+
+    The winner, which is the best model alone, comes first. As long as one more member makes the sum
+    better, the best one joins with the best of a few weights; on few queries, with 1. The sum is
+    kept unless it is worse than the winner, by the paired interval, after its rotation to the
+    winner's dimensions.
+    """
+    dim = members[winner].candidates.shape[1]
+
+    def measured(weights: Mapping[str, float], dim: int | None = None) -> np.ndarray:
+        chosen = [members[name] for name in weights]
+        scaled = [weights[name] / members[name].spread for name in weights]
+        queries, candidates, _ = projection(chosen, scaled, dim)(chosen)
+        return measure_vectors(queries, candidates, truth, metric)
+
+    def mean(weights: Mapping[str, float]) -> float:
+        return float(np.nanmean(measured(weights)))
+
+    alone = measured({winner: 1.0})
+    weights, so_far = {winner: 1.0}, float(np.nanmean(alone))
+    grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)
+    while len(weights) < min(max_members, len(members)):
+        steps = [{**weights, name: w} for name in members if name not in weights for w in grid]
+        means = [mean(step) for step in steps]
+        if max(means) <= so_far:
+            break
+        so_far = max(means)
+        weights = steps[means.index(so_far)]
+    rotated = measured(weights, dim)
+    difference = bootstrap_intervals((rotated - alone)[:, np.newaxis], users=truth.user_ids)[0]
+    if difference.outcome is Outcome.WORSE:
+        weights = {winner: 1.0}
+    without = {
+        name: mean({other: weights[other] for other in weights if other != name})
+        for name in (weights if len(weights) > 1 else ())
+    }
+    before, after = (float(np.nanmean(values)) for values in (alone, rotated))
+    return Choice(weights, str(metric), before, after, so_far, difference, without)
