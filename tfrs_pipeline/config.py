@@ -32,8 +32,8 @@ BASELINES = ("uncorrected", "popularity", "repeats", "transitions", "ease", "ial
 
 def _read_duration(value: Any) -> Any:
     """Converts text such as 90s, 10m or 2h to seconds."""
-    if not isinstance(value, str) or value == "none":
-        return None if value == "none" else value
+    if not isinstance(value, str):
+        return value
     duration = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
     if duration is None:
         raise ValueError("must be seconds, or a number with s, m or h, such as 10m")
@@ -134,6 +134,25 @@ class CompareConfig(Config):
     data; plans are compared seed by seed. A finished comparison can be given more."""
 
 
+class MemberConfig(Config):
+    """A model of a sum: its weight and its settings, by which it was trained in a race."""
+
+    weight: PositiveFloat
+    """What its score is multiplied by, in units of its spread over items."""
+    epochs: PositiveInt | None = None
+    """Epochs that it had in the race, by which its weight was chosen; None trains to its end."""
+    model: TwoTowerSettings
+    """Its settings, in place of the run's."""
+    training: TrainingSettings
+    """How it is trained."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings of model and training, by dotted name."""
+        tables = {"model": self.model, "training": self.training}
+        return {f"{table}.{name}": x for table, values in tables.items() for name, x in values}
+
+
 class RunConfig(Config):
     """All settings of a run."""
 
@@ -161,10 +180,10 @@ class RunConfig(Config):
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
     members: int = Field(5, ge=1)
     """Most recipes of a race whose models are summed if validation says so; 1 keeps the winner."""
-    summed: Annotated[dict[RecipeName, PositiveFloat], HIDDEN] = {}
-    """Recipes whose models are summed, with the weight of each: those that a race has chosen."""
-    budget: Annotated[PositiveFloat | None, BeforeValidator(_read_duration)] = None
-    """CPU time of a race, such as 10m, after which the leader wins. If not given, curves decide."""
+    summed: Annotated[dict[str, MemberConfig], HIDDEN] = {}
+    """The models whose sum is exported, by recipe: those that a race has chosen."""
+    budget: Annotated[PositiveFloat, BeforeValidator(_read_duration)] = 600.0
+    """CPU time of a race, such as 2h or the seconds. The winner then trains on to its end."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 

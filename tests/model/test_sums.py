@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tfrs_pipeline as tp
 from tests.model.conftest import make_log, untrained
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.evaluation.evaluate import Truth
+from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
-from tfrs_pipeline.model.sums import FittedSum, Vectors, projection
+from tfrs_pipeline.model.sums import (
+    MIN_QUERIES,
+    WEIGHTS,
+    Choice,
+    FittedSum,
+    Vectors,
+    choose,
+    projection,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -163,7 +176,8 @@ def test_an_exported_sum_answers_as_in_memory(members, tmp_path: Path, dim: int 
     # A new item gets a vector from its features, by the towers of all members.
     vector, is_trained = model.embed_candidates([999], {"genre": ["war"]})
     known, _ = model.embed_candidates([10], {"genre": ["war"]})
-    assert vector.shape == known.shape and not is_trained.any()
+    assert vector.shape == known.shape
+    assert not is_trained.any()
     assert not np.allclose(vector, known)
 
 
@@ -173,3 +187,122 @@ def test_models_of_another_log_are_refused(members, tmp_path: Path) -> None:
     data = TrainingSet.build(log, tmp_path / "samples", seed=0)
     with pytest.raises(ValueError, match=r"the same items: fit other to the log of means.*24"):
         FittedSum.of({**members, "other": untrained(other, data.corpus)}, {}, QUERIES)
+
+
+# Choosing the weights.
+NUM_QUERIES = 600
+
+
+def chosen(
+    members: Mapping[str, Vectors], winner: str, num_queries: int = NUM_QUERIES, **options: Any
+) -> Choice:
+    """Chooses among members where the relevant item of query i is item i % 50."""
+    counts, nothing = np.ones(50, np.int64), [np.zeros(0, np.int64)] * num_queries
+    holdout = Holdout(
+        user_ids=np.arange(num_queries),
+        histories=nothing,
+        clicked=nothing,
+        seen=nothing,
+        relevant=[np.array([i % 50]) for i in range(num_queries)],
+        candidate_ids=np.arange(50),
+        candidate_counts=counts,
+    )
+    truth = Truth.of(holdout, "none")
+    return choose(
+        members,
+        truth,
+        metric_of("ndcg@10"),
+        winner=winner,
+        max_members=options.get("max_members", 5),
+    )
+
+
+def guess(seed: int, noise: float, num_queries: int = NUM_QUERIES) -> Vectors:
+    """Makes a model that ranks the relevant item high, but for noise of its own."""
+    rng = np.random.default_rng(seed)
+    truth = np.eye(50)[np.arange(num_queries) % 50]
+    scores_ = truth + noise * rng.normal(size=truth.shape)
+    # Any matrix of scores is a product of embeddings: its own rows, and the unit vectors.
+    return Vectors(scores_.astype(np.float32), np.eye(50, dtype=np.float32))
+
+
+def test_models_that_err_independently_are_summed() -> None:
+    members = {"a": guess(1, 0.6), "b": guess(2, 0.6), "noise": guess(3, 50.0)}
+    choice = chosen(members, winner="a")
+    assert list(choice.weights) == ["a", "b"]
+    assert choice.weights["b"] in WEIGHTS
+    assert choice.summed > choice.alone
+    assert choice.difference.low > 0
+    # What each gives: the sum without it is the other alone.
+    assert choice.without["b"] == pytest.approx(choice.alone)
+    assert choice.without["a"] < choice.unrotated
+    assert choice.lines()[0].startswith(
+        f"the sum 1 a + {choice.weights['b']:g} b: validation ndcg@10"
+    )
+
+
+def test_a_model_is_not_summed_with_noise() -> None:
+    choice = chosen({"a": guess(1, 0.3), "noise": guess(3, 50.0)}, winner="a")
+    assert choice.weights == {"a": 1.0}
+    assert choice.lines() == ["a alone: no sum with another recipe is better on validation"]
+
+
+def test_few_queries_choose_no_weight() -> None:
+    num = MIN_QUERIES - 1
+    choice = chosen({"a": guess(1, 0.6, num), "b": guess(2, 0.6, num)}, "a", num)
+    assert choice.weights == {"a": 1.0, "b": 1.0}
+
+
+def test_a_sum_has_at_most_so_many_members() -> None:
+    members = {str(seed): guess(seed, 0.6) for seed in range(4)}
+    assert len(chosen(members, winner="0").weights) > 2
+    assert len(chosen(members, winner="0", max_members=2).weights) == 2
+
+
+def test_a_sum_that_its_rotation_ruins_is_not_kept() -> None:
+    """The winner has two dimensions, which cannot hold what both know."""
+    rng = np.random.default_rng(0)
+    small = Vectors(
+        rng.normal(size=(600, 2)).astype(np.float32), rng.normal(size=(50, 2)).astype(np.float32)
+    )
+    members = {"small": small, "large": guess(1, 0.01)}
+    choice = chosen(members, winner="small")
+    assert choice.unrotated > 0.9
+    assert list(choice.weights) == (["small", "large"] if choice.difference.low >= 0 else ["small"])
+
+
+def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
+    train, validation, test = LOG.split("last_n", validation=1, test=1)
+    training = tp.TrainingSettings(batch_size=32, max_epochs=2, monitor="ndcg@5")
+    plans = [
+        tp.TwoTower(dim=4, seed=seed, training=training, negatives=[tp.Uniform(8)])
+        for seed in (0, 1)
+    ]
+    model = tp.Sum(plans, weights=[1, 0.5], dim=6).fit(train, validation, folder=tmp_path / "fit")
+    assert model.weights == {"model 1": 1, "model 2": 0.5}
+    assert model.query_embeddings([{}]).shape == (1, 6)
+    assert tp.evaluate(model, test, cutoffs=[5]).first.overall.intervals["recall@5"].mean >= 0
+    # Fitted members are not fitted again, and an Exportable is summed as the model itself.
+    again = tp.Sum(
+        [model.members["model 1"], model.members["model 2"].exportable()], [1, 0.5], dim=6
+    )
+    both = [x.fit(None, validation).retrieve(QUERIES, k=5) for x in (again,)] + [
+        model.retrieve(QUERIES, k=5)
+    ]
+    np.testing.assert_array_equal(both[0][0], both[1][0])
+    free = tp.Sum(list(model.members.values()), metric="ndcg@5").fit(None, validation)
+    assert set(free.weights) <= {"model 1", "model 2"}
+    assert free.notes
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "message"),
+    [
+        ([3], {}, "adds up tp.TwoTower.*model 1: 3"),
+        ([tp.TwoTower()], {"weights": [1, 2]}, "one number above 0 for each of the 1 models"),
+        ([tp.TwoTower()], {"weights": [-1]}, "one number above 0"),
+    ],
+)
+def test_wrong_sums_are_refused(members: Any, options: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        tp.Sum(members, **options)

@@ -78,7 +78,7 @@ def _with_settings_but(excluded: Collection[str], doc: str) -> type[Command]:
 
 
 Run = _with_settings_but(
-    ["compare"],
+    ["compare", "summed"],
     """Train, evaluate and export a model.
 
     Trains a two-tower model, compares it with baselines and exports it with its index. Without an
@@ -90,7 +90,7 @@ Run = _with_settings_but(
 )
 
 Compare = _with_settings_but(
-    ["export", "warm_start", "recipes", "fixed", "budget"],
+    ["export", "warm_start", "recipes", "fixed", "members", "summed", "budget"],
     """Compare ways of choosing negatives on your data.
 
     Trains the same towers with one sampling plan after another, within the same budget, and shows
@@ -240,14 +240,14 @@ def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[s
 def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> RunConfig:
     """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
     # Without what may change in a started run: given again, it would change these settings.
-    fixed = {"fixed": sorted({*named} - {"recipes", "fixed", "budget", *MAY_CHANGE})}
+    fixed = {"fixed": sorted({*named} - {"recipes", "fixed", "members", "budget", *MAY_CHANGE})}
     if config.recipes and "fixed" not in named:
         return with_settings(config, fixed)
     is_demo = config.data.source == "movielens-100k"
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
     is_settled = "recipes" in named or (is_begun and not flags.config)
     if is_settled or is_demo or flags.preset or config.warm_start is not None:
-        if config.budget is not None and not config.recipes:
+        if "budget" in named and not config.recipes:
             raise UsageError("--budget: nothing races here; name --recipes, or leave it out")
         return config
     return with_settings(config, {**fixed, "recipes": RECIPES})

@@ -8,21 +8,27 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
+from urllib.parse import quote
 
 import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
+from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome, bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
-from tfrs_pipeline.evaluation.metrics import Metric
+from tfrs_pipeline.evaluation.metrics import Metric, metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
 from tfrs_pipeline.model.tf_tables import embed_corpus
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries
 
 # What a further member's score may weigh, in units of its spread; the first has 1.
@@ -291,10 +297,13 @@ def _features_of(features: Iterable[Feature], inputs: Mapping[str, Any]) -> dict
     return {"features": read} if read else {}
 
 
-def vectors_of(member: Member, queries: Sequence[Query]) -> Vectors:
-    """Embeds queries and all candidates with a model."""
+def vectors_of(member: Member, queries: Sequence[Query], items: Ids | None = None) -> Vectors:
+    """Embeds queries, and the model's candidates, or `items`; those that it lacks get zeros."""
     towers = member.towers
     candidates = embed_corpus(towers.embed_candidates, len(towers.candidate_ids))
+    if items is not None:
+        rows = Ids(towers.candidate_ids).rows(items.values)
+        candidates = np.concatenate([np.zeros_like(candidates[:1]), candidates])[rows]
     return Vectors(encoder_of(towers)(queries), candidates, towers.has_item_bias)
 
 
@@ -416,3 +425,93 @@ def choose(
     }
     before, after = (float(np.nanmean(values)) for values in (alone, rotated))
     return Choice(weights, str(metric), before, after, so_far, difference, without)
+
+
+class Sum:
+    """The weighted sum of several models, before it is fitted.
+
+    Args:
+        members: Models by name, or in a list: each a `TwoTower`, which `fit` fits, or fitted
+            already, or the `Exportable` of another model.
+        weights: What each member's score is multiplied by, in units of its spread over items; None
+            chooses on validation which are summed and with which weights.
+        dim: Most dimensions of the sum's vectors; None takes those of the first member.
+        metric: The metric that chooses weights.
+
+    Example:
+        The sum of two models, at the index size of one::
+
+            two_tower = tp.TwoTower(**sequence_settings)
+            model = tp.Sum([two_tower, other_model], weights=[1, 0.3]).fit(train, validation)
+            tp.evaluate({"sum": model, "other": other_model}, test)
+            tp.export(model, "saved_models/videos")
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, TwoTower | Member] | Sequence[TwoTower | Member],
+        weights: Sequence[float] | None = None,
+        *,
+        dim: int | None = None,
+        metric: str = "ndcg@100",
+    ) -> None:
+        if not isinstance(members, Mapping):
+            members = {f"model {number}": member for number, member in enumerate(members, 1)}
+        for name, member in members.items():
+            if not isinstance(member, TwoTower) and not hasattr(member, "towers"):
+                raise TypeError(
+                    f"A sum adds up tp.TwoTower, what its fit returns, or tp.Exportable. Received "
+                    f"as {name}: {member!r:.200}"
+                )
+        if weights is not None and (len(weights) != len(members) or min(weights, default=0) <= 0):
+            raise ValueError(
+                f"weights must be one number above 0 for each of the {len(members)} models. "
+                f"Received: {weights!r}"
+            )
+        self.members, self.weights, self.dim = dict(members), weights, dim
+        self.metric = metric_of(metric)
+
+    def fit(
+        self,
+        train: Any,
+        validation: Holdout,
+        *,
+        exclude: Exclude = "clicked",
+        folder: Path | str | None = None,
+        verbose: bool | None = None,
+    ) -> FittedSum:
+        """Fits the members that are not fitted yet, and sums all; see `TwoTower.fit`.
+
+        The queries of `validation` give the scale of each member's scores and the rotation, and
+        choose the weights unless they are given. A `ValueError` if a member is to be fitted without
+        `train`, or the members have other items, users or features.
+        """
+        fitted: dict[str, Member] = {}
+        for name, member in self.members.items():
+            if isinstance(member, TwoTower):
+                fitted[name] = member.fit(
+                    train,  # `fit` refuses what is no log.
+                    validation,
+                    exclude=exclude,
+                    folder=None if folder is None else Path(folder) / quote(name, safe=" "),
+                    verbose=verbose,
+                )
+            else:
+                fitted[name] = member
+        truth = Truth.of(validation, exclude)
+        if self.weights is not None:
+            weights = dict(zip(fitted, self.weights, strict=True))
+            return FittedSum.of(fitted, weights, truth.queries, self.dim)
+        check_members(fitted)
+        vectors = {
+            name: vectors_of(member, truth.queries, truth.items) for name, member in fitted.items()
+        }
+        means = {
+            name: np.nanmean(measure_vectors(x.queries, x.candidates, truth, self.metric))
+            for name, x in vectors.items()
+        }
+        best = max(means, key=lambda name: means[name])
+        choice = choose(vectors, truth, self.metric, winner=best, max_members=len(fitted))
+        chosen = {name: fitted[name] for name in choice.weights}
+        summed = FittedSum.of(chosen, choice.weights, truth.queries, self.dim)
+        return dataclasses.replace(summed, notes=choice.lines())

@@ -10,7 +10,14 @@ from typing import Any
 
 from tfrs_pipeline import durable
 from tfrs_pipeline.cluster import this_worker
-from tfrs_pipeline.config import RunConfig, dump_config, flat_settings, load_config, with_settings
+from tfrs_pipeline.config import (
+    MemberConfig,
+    RunConfig,
+    dump_config,
+    flat_settings,
+    load_config,
+    with_settings,
+)
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.messages import beside
 from tfrs_pipeline.model.settings import shape_problems
@@ -110,11 +117,6 @@ class RunFolder:
         content = {"asked": config.model_dump(mode="json"), "race": dict(race)}
         durable.write_record(self.race_file, content)
         self._write_settings(winner)
-
-    def raced_epochs(self) -> dict[str, int]:
-        """Returns how many epochs each recipe of a decided race had; nothing without a race."""
-        race = (durable.read_whole(self.race_file) or {"race": {"recipes": {}}})["race"]
-        return {name: len(curve["values"]) for name, curve in race["recipes"].items()}
 
     def settled(self, config: RunConfig, fixed: Collection[str] | None = None) -> RunConfig:
         """Returns the settings of a run in this folder; refuses an unusable model name or source.
@@ -290,18 +292,33 @@ def with_source(
         theirs = (folder if folder.has_begun() else run).settings()
         changes: dict[str, Any] = {f"model.{name}": value for name, value in theirs.model}
         changes |= {f"training.{name}": value for name, value in theirs.training}
-        if theirs.warm_start is None:  # Else that run's number is already a fifth.
-            best = run.results()["training"]["two_tower"]["best_epoch"]
-            changes["training.max_epochs"] = max(2, -(-best // 5))
+        changes |= _fewer_epochs(run, theirs, "two_tower")
         # An uncorrected model that the source did not train would begin from random weights.
         changes["evaluation.baselines"] = theirs.evaluation.baselines
-        if theirs.summed:  # Its members are planned by their recipes, but for these.
-            changes |= {"summed": theirs.summed, "fixed": sorted({*theirs.fixed, *fixed})}
         config = with_settings(config, changes, fixed=fixed)
+        summed = {name: _begun_from(run, theirs, name, config, fixed) for name in theirs.summed}
+        config = with_settings(config, {"summed": summed})
     if folder.metrics() is None:  # A finished run needs no source any more.
         run.results()  # Refuses one that is not finished.
         refuse(shape_problems(run.settings().model, config.model))
     return config.model_copy(update={"warm_start": source})
+
+
+def _fewer_epochs(source: RunFolder, theirs: RunConfig, name: str) -> dict[str, int]:
+    if theirs.warm_start is not None:  # That run's number is already a fifth.
+        return {}
+    best = source.results()["training"][name]["best_epoch"]
+    return {"training.max_epochs": max(2, -(-best // 5))}
+
+
+def _begun_from(
+    source: RunFolder, theirs: RunConfig, name: str, config: RunConfig, fixed: Collection[str]
+) -> MemberConfig:
+    """Returns the settings of a member of a sum that starts from the same member of the source."""
+    member = theirs.summed[name]
+    changes = {"summed": {}, **member.changes, **_fewer_epochs(source, theirs, name)}
+    own = with_settings(config, changes, fixed=fixed)
+    return MemberConfig(weight=member.weight, model=own.model, training=own.training)
 
 
 def _source(path: Path, folder: RunFolder) -> Path:

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.config import MemberConfig, RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import read_whole, write_record
@@ -38,7 +38,6 @@ from tfrs_pipeline.run.steps import RunContext, Step, give_back_memory
 from tfrs_pipeline.run.training import (
     check_plan,
     plan_of,
-    planned,
     queries_of,
     trains_winner_alone,
 )
@@ -48,9 +47,12 @@ from tfrs_pipeline.settings import ConfigError, refuse
 # With 5, noise in the first epochs decides: docs/explanation/tried.md has replays of both numbers.
 FIRST_EPOCHS = 8
 # A trailing recipe is dropped, unless this many times its gain in the second half of its time would
-# bring it to the leader's best. Self-attention rises late: it may be a quarter behind after nine
+# bring it near the leader's best. Self-attention rises late: it may be a quarter behind after nine
 # epochs, and win.
 STILL_TO_GAIN = 2.5
+# Near is this share of the leader's best: a model that ranks otherwise adds to a sum even if it is
+# behind by a fifth, alone.
+NEAR = 0.75
 # With a budget, a recipe first trains for this many epochs: the second one, in which no network is
 # built, says how many more the budget allows.
 TIMED_EPOCHS = 2
@@ -193,15 +195,15 @@ class Race:
 def race_in_rungs(
     curves: dict[str, Curve],
     train: Callable[[str, int, str], object],
-    budget: float | None = None,
+    budget: float = math.inf,
 ) -> None:
     """Trains recipes until one is left, or all that are left have ended; updates their `curves`.
 
     In the first round, each recipe trains for `FIRST_EPOCHS`, which times it. In each further one,
     those that are left train up to the same CPU time t, which doubles from round to round. A recipe
-    stays if its best value by t, plus what it can still gain, reaches the leader's best by t:
+    stays if its best value by t, plus what it can still gain, comes near the leader's best by t:
 
-        best(t) + STILL_TO_GAIN * (best(t) - best(t / 2)) >= best of the leader(t).
+        best(t) + STILL_TO_GAIN * (best(t) - best(t / 2)) >= NEAR * best of the leader(t).
 
     This is successive halving (Jamieson and Talwalkar 2016), except that a recipe's own curve drops
     it, and not that half of the others are better: a slow starter that still rises may continue.
@@ -213,22 +215,21 @@ def race_in_rungs(
         budget: CPU seconds of all recipes together. In a round, no recipe takes more than an equal
             share of what is left when the round begins, so that a small budget serves all.
     """
-    total = math.inf if budget is None else budget
 
     def unspent() -> float:
-        return total - sum(curve.spent for curve in curves.values())
+        return budget - sum(curve.spent for curve in curves.values())
 
     def rounds() -> Iterator[tuple[Sequence[str], tuple[int, float]]]:
         yield racing, (1, 0.0)
         first = FIRST_EPOCHS * max(curve.epoch_seconds for curve in curves.values())
-        seconds = min(first, total / len(curves))
+        seconds = min(first, budget / len(curves))
         for number in itertools.count(2):
             yield racing, (number, seconds)
             best = {name: curves[name].best_by(seconds) for name in racing}
             gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
             reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
             # In place, because `turn` reads the list too.
-            racing[:] = [name for name in racing if reach[name] >= max(best.values())]
+            racing[:] = [name for name in racing if reach[name] >= NEAR * max(best.values())]
             share = unspent() / len(racing)  # Equal, so that the last round has time for all.
             can_train = [curves[name].num_left and curves[name].epoch_seconds for name in racing]
             if len(racing) == 1 or not any(0 < epoch <= share for epoch in can_train):
@@ -240,7 +241,7 @@ def race_in_rungs(
         curve, left = curves[name], [curves[name] for name in racing]
         num_epochs = curve.epochs_by(seconds)
         if number == 1:
-            num_epochs = FIRST_EPOCHS if budget is None else TIMED_EPOCHS
+            num_epochs = TIMED_EPOCHS if math.isfinite(budget) else FIRST_EPOCHS
         num_epochs = min(num_epochs, len(curve.values) + curve.num_left)
         if num_epochs <= len(curve.values) or unspent() <= 0:
             return
@@ -307,7 +308,7 @@ def race(
     if len({recipe.name for recipe in entrants}) < max(1, len(entrants)):
         names = [recipe.name for recipe in entrants]
         refuse([("recipes", f"got {names}; name one or more, each once: {', '.join(RECIPES)}")])
-    options = {"fixed": tuple(settings or ()), "budget": budget, "members": members}
+    options = {"fixed": tuple(settings or ()), "budget": budget or math.inf, "members": members}
     config = with_settings(RunConfig(seed=seed), {**(settings or {}), **options})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
     message = "a race reads only model, training, evaluation.exclude and evaluation.cutoffs"
@@ -392,7 +393,7 @@ def _race(
     trained = [name for name, curve in curves.items() if curve.values]
     if min(config.members, len(trained)) > 1:
         truth = queries_of(config, validation)
-        vectors = {name: vectors_of(fitted(name), truth.queries) for name in trained}
+        vectors = {name: vectors_of(fitted(name), truth.queries, truth.items) for name in trained}
         progress.task("chooses the sum", 0, 0)
         metric = metric_of(config.training.monitor)
         chosen = functools.partial(
@@ -428,18 +429,23 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
 
     These have no recipes, so they do not race again. The other recipes' checkpoints are removed.
     """
-    names = [*decided.weights]
-    summed = dict(decided.weights) if len(names) > 1 else {}
-    changed: dict[str, Any] = {"recipes": (), "budget": None, "summed": summed}
-    if not summed:
-        changed["fixed"] = ()  # The members of a sum are still planned by recipes.
+    changed: dict[str, Any] = {"recipes": (), "fixed": ()}
+    summed: dict[str, MemberConfig] = {}
+    if len(decided.weights) > 1:
+        epochs = {curve.name: len(curve.values) for curve in decided.curves}
+        for name, weight in decided.weights.items():
+            own = planned(config, PRESETS[name])
+            summed[name] = MemberConfig(
+                weight=weight, epochs=epochs[name], model=own.model, training=own.training
+            )
+    changed["summed"] = summed
     if trains_winner_alone(config):
         named = config.evaluation.baselines
         changed["evaluation.baselines"] = tuple(name for name in named if name != "uncorrected")
     winner_config = with_settings(planned(config, PRESETS[decided.winner]), changed)
 
     def move() -> None:
-        for name in names:
+        for name in decided.weights:
             path = folder.checkpoints / "two_tower" / (name if summed else "") / "selection"
             if (folder.race / name).is_dir() and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -451,6 +457,11 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
 
     on_chief(move)
     return winner_config
+
+
+def planned(config: RunConfig, recipe: Recipe) -> RunConfig:
+    """Returns the config with a recipe's settings, except for those that are fixed."""
+    return with_settings(config, recipe.of_training(), fixed=config.fixed)
 
 
 def trainable_recipes(

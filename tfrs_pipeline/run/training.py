@@ -1,7 +1,7 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +18,6 @@ from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.sums import FittedSum, Model
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.presets import PRESETS, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
@@ -39,8 +38,7 @@ def training_step(name: str, path: str, config: RunConfig | None = None) -> Step
         folder = run.folder.path / path
         model: Model
         if settings.summed:
-            epochs = run.folder.raced_epochs()
-            model = train_sum(settings, samples, epochs, folder=folder, progress=run.progress)
+            model = train_sum(settings, samples, folder=folder, progress=run.progress)
         else:
             model = train_and_refit(
                 settings, samples, name=name, folder=folder, progress=run.progress
@@ -104,31 +102,27 @@ def train_and_refit(
 
 
 def train_sum(
-    config: RunConfig,
-    data: RunData,
-    raced_epochs: Mapping[str, int],
-    *,
-    folder: Path,
-    progress: Progress,
+    config: RunConfig, data: RunData, *, folder: Path, progress: Progress = SILENT
 ) -> FittedSum:
     """Trains the members of a sum like `train_and_refit`, and sums them.
 
     A member of a race keeps the epochs that it had there, by which its weight was chosen.
     """
     members = {
-        member: train_and_refit(
-            member_config(config, member),
+        name: train_and_refit(
+            member_config(config, name),
             data,
-            name=member,
-            folder=folder / member,
+            name=name,
+            folder=folder / name,
             progress=progress,
-            max_epochs=raced_epochs.get(member),
+            max_epochs=member.epochs,
         )
-        for member in config.summed
+        for name, member in config.summed.items()
     }
-    queries = queries_of(config, data.validation).queries
+    weights = {name: member.weight for name, member in config.summed.items()}
+    summed = FittedSum.of(members, weights, queries_of(config, data.validation).queries)
     notes = [f"{name}: {note}" for name, model in members.items() for note in model.notes]
-    return dataclasses.replace(FittedSum.of(members, config.summed, queries), notes=notes)
+    return dataclasses.replace(summed, notes=notes)
 
 
 def queries_of(config: RunConfig, validation: Holdout) -> Truth:
@@ -137,16 +131,9 @@ def queries_of(config: RunConfig, validation: Holdout) -> Truth:
     return Truth.of(sample, config.evaluation.exclude)
 
 
-def planned(config: RunConfig, recipe: Recipe) -> RunConfig:
-    """Returns the config with a recipe's settings, except for those that are fixed."""
-    return with_settings(config, recipe.of_training(), fixed=config.fixed)
-
-
 def member_config(config: RunConfig, name: str) -> RunConfig:
-    """Returns the settings of a member of a sum: its recipe's, except for those that are fixed."""
-    if config.warm_start is not None:  # As few epochs as the first member, which begins there too.
-        config = config.model_copy(update={"fixed": (*config.fixed, "training.max_epochs")})
-    return with_settings(planned(config, PRESETS[name]), {"summed": {}})
+    """Returns the settings of a run that trains a member of the sum alone."""
+    return with_settings(config, {"summed": {}, **config.summed[name].changes})
 
 
 def trainings_of(name: str, model: Model) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""A run whose race ends in a sum: its trainings, its export, the next day, and how it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tfrs_pipeline as tp
+from tests.run.test_race import GIVEN, config_in
+from tests.small_log import Stopped, Watched
+from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.evaluation.bootstrap import Interval
+from tfrs_pipeline.model.sums import Choice, FittedSum, Vectors
+from tfrs_pipeline.presets import PRESETS
+from tfrs_pipeline.run import race
+from tfrs_pipeline.run.data import prepare
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.pipeline import RunResult, run
+from tfrs_pipeline.run.race import planned
+from tfrs_pipeline.run.training import queries_of
+
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+
+
+def choose(members: Mapping[str, Vectors], *_: Any, winner: str, **__: Any) -> Choice:
+    """Sums the winner and the next recipe, whatever validation says."""
+    other = next(name for name in members if name != winner)
+    nothing = Interval(0.0, 0.0, 0.0)
+    return Choice({winner: 1.0, other: 0.3}, "ndcg@20", 0.1, 0.2, 0.2, nothing, {})
+
+
+@pytest.fixture(scope="module")
+def summing() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(race, "choose", choose)
+        yield
+
+
+@pytest.fixture(scope="module")
+def summed(tmp_path_factory: pytest.TempPathFactory, summing: None) -> tuple[RunConfig, RunResult]:
+    folder = tmp_path_factory.mktemp("sum")
+    config = config_in(folder, recipes=["quick", "sets"], members=5)
+    return config, run(config, folder / "run")
+
+
+def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) -> None:
+    config, result = summed
+    folder = RunFolder(result.folder)
+    settings = folder.settings()
+    first, other = settings.summed
+    assert [member.weight for member in settings.summed.values()] == [1.0, 0.3]
+    for name, member in settings.summed.items():
+        own = planned(config, PRESETS[name])
+        assert (member.model, member.training) == (own.model, own.training)
+    assert (settings.model, settings.training) == (
+        (winner := planned(config, PRESETS[first])).model,
+        winner.training,
+    )
+    # Both were trained in the race, and again on validation's part; no epoch was trained twice.
+    for name in (first, other):
+        trained = folder.training_folder(name)
+        assert sorted(path.name for path in trained.iterdir()) == ["refit", "selection"]
+        history = result.metrics["training"][name]["history"]["val_ndcg@20"]
+        assert history == result.metrics["race"]["recipes"][name]["values"]
+    # The export answers as the sum of the members, read back one by one.
+    members = {name: tp.trained_in(result.folder, "refit", name) for name in (first, other)}
+    queries = queries_of(settings, prepare(settings, result.folder).validation).queries
+    again = FittedSum.of(members, {first: 1.0, other: 0.3}, queries)
+    asked = [{"history": [10, 20, 30]}, {"history": [400]}, {}]
+    ids, scores = tp.load(result.export_folder).retrieve(asked, k=9)
+    expected = again.retrieve(asked, k=9)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_allclose(scores, expected[1], rtol=1e-4, atol=1e-5)
+    # The best member alone is measured beside the sum, and is no baseline.
+    assert {"two_tower", "best_member"} <= result.metrics["models"].keys()
+    assert result.metrics["models"]["two_tower"] != result.metrics["models"]["best_member"]
+    lines = result.metrics["race"]["lines"]
+    assert any(line.startswith(f"the sum 1 {first} + 0.3 {other}") for line in lines)
+
+
+def test_the_model_of_a_sum_is_asked_by_member(summed: tuple[RunConfig, RunResult]) -> None:
+    _, result = summed
+    with pytest.raises(ValueError, match=r"is a sum.*give name, one of \w+, \w+"):
+        tp.trained_in(result.folder)
+
+
+def test_the_next_days_sum_starts_from_each_member(
+    summed: tuple[RunConfig, RunResult], tmp_path: Path
+) -> None:
+    config, result = summed
+    today = with_settings(
+        config,
+        {"recipes": (), "warm_start": result.folder, "split.test": 0.1, "export.gate": False},
+    )
+    folder = RunFolder(tmp_path / "today")
+    settled = folder.settled(today, fixed=list(GIVEN))
+    names = list(RunFolder(result.folder).settings().summed)
+    assert list(settled.summed) == names
+    trained = run(settled, folder.path)
+    for name in names:
+        notes = [x for x in trained.metrics["notes"]["train two_tower"] if x.startswith(name)]
+        assert f"{name}: started from {result.folder}" in notes
+        epochs = len(trained.metrics["training"][name]["history"]["val_ndcg@20"])
+        assert epochs <= settled.training.max_epochs
+    model = tp.load(trained.export_folder)
+    assert model.manifest["run"] == str(folder.path.resolve())
+
+
+def test_a_killed_sum_goes_on_and_ends_the_same(
+    summed: tuple[RunConfig, RunResult], tmp_path: Path
+) -> None:
+    _, result = summed
+    config = config_in(tmp_path, recipes=["quick", "sets"], members=5, **{"export.index": "none"})
+    first, other = RunFolder(result.folder).settings().summed
+    for stop in ("chooses the sum", f"{first}, refit", f"{other}, refit"):
+        with pytest.raises(Stopped):
+            run(config, tmp_path / "run", progress=StoppedAt(stop))
+    again = run(config, tmp_path / "run")
+    assert again.metrics["models"] == result.metrics["models"]
+
+
+class StoppedAt(Watched):
+    """Stops when a task begins."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__()
+        self.stop = task
+
+    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        super().task(name, done, total, note)
+        if name == self.stop:
+            raise Stopped
