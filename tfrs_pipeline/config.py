@@ -179,11 +179,11 @@ class RunConfig(Config):
     fixed: Annotated[Distinct[str], BeforeValidator(_or_none), HIDDEN] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
     members: int = Field(5, ge=1)
-    """Most recipes of a race whose models are summed if validation says so; 1 keeps the winner."""
+    """Most recipes summed; 1 keeps the winner."""
     summed: Annotated[dict[str, MemberConfig], HIDDEN] = {}
     """The models whose sum is exported, by recipe: those that a race has chosen."""
     budget: Annotated[PositiveFloat, BeforeValidator(_read_duration)] = 600.0
-    """CPU time of a race, such as 2h or the seconds. The winner then trains on to its end."""
+    """CPU time of a race, such as 2h."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 
