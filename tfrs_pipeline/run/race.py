@@ -308,7 +308,7 @@ def race(
     if len({recipe.name for recipe in entrants}) < max(1, len(entrants)):
         names = [recipe.name for recipe in entrants]
         refuse([("recipes", f"got {names}; name one or more, each once: {', '.join(RECIPES)}")])
-    options = {"fixed": tuple(settings or ()), "budget": budget or math.inf, "members": members}
+    options = {"fixed": tuple(settings or ()), "members": members}
     config = with_settings(RunConfig(seed=seed), {**(settings or {}), **options})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
     message = "a race reads only model, training, evaluation.exclude and evaluation.cutoffs"
@@ -317,7 +317,10 @@ def race(
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
         progress = progress or written()
-        decided, fitted = _race(config, entrants, data, validation, path / "race", progress)
+        limit = budget or math.inf
+        decided, fitted = _race(
+            config, entrants, data, validation, path / "race", progress, budget=limit
+        )
         models = {name: fitted(name) for name in decided.weights}
         if len(models) == 1:
             return models[decided.winner], decided
@@ -332,6 +335,8 @@ def _race(
     validation: Holdout,
     folder: Path,
     progress: Progress,
+    *,
+    budget: float,
 ) -> tuple[Race, Callable[[str], FittedTwoTower]]:
     """Races in a folder, where each training resumes; trains the winner to its end.
 
@@ -381,7 +386,7 @@ def _race(
         curves.update({content["name"]: Curve(**content) for content in on_chief(keep)})
         return model
 
-    race_in_rungs(curves, train, config.budget)
+    race_in_rungs(curves, train, budget)
     decided = Race([*curves.values()], config.training.monitor, not_begun)
     last = configs[decided.winner].training.max_epochs
     train(decided.winner, last, f"the winner trains on: {decided.winner}")
@@ -416,7 +421,8 @@ def race_step() -> Step:
     def make(run: RunContext, samples: RunData) -> Race:
         entrants = [PRESETS[name] for name in run.config.recipes]
         shared = samples.selection, samples.validation, run.folder.race, run.progress
-        decided, _ = _race(run.config, entrants, *shared)  # The model's step reads the trainings.
+        # The step of the model reads the trainings back.
+        decided, _ = _race(run.config, entrants, *shared, budget=run.config.budget)
         run.note(*decided.lines())
         run.config = settle(run.config, run.folder, decided)
         return decided
