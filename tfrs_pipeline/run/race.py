@@ -46,13 +46,13 @@ from tfrs_pipeline.settings import ConfigError, refuse
 # Recipes are compared for the first time at the CPU time that this many epochs of the slowest take.
 # With 5, noise in the first epochs decides: docs/explanation/tried.md has replays of both numbers.
 FIRST_EPOCHS = 8
-# A trailing recipe is dropped, unless this many times its gain in the second half of its time would
-# bring it near the leader's best. Self-attention rises late: it may be a quarter behind after nine
-# epochs, and win.
+# A trailing recipe trains on if this many times its gain in the second half of its time would bring
+# it to the leader's best. Self-attention rises late: it may be a quarter behind after nine epochs,
+# and win.
 STILL_TO_GAIN = 2.5
-# Near is this share of the leader's best: a model that ranks otherwise adds to a sum even if it is
-# behind by a fifth, alone.
-NEAR = 0.75
+# It also trains on if it would come to this share of the leader's best, since a model that is a
+# fifth behind alone still adds to a sum, as long as it gained this share in the second half.
+NEAR, RISES = 0.75, 0.01
 # With a budget, a recipe first trains for this many epochs: the second one, in which no network is
 # built, says how many more the budget allows.
 TIMED_EPOCHS = 2
@@ -201,9 +201,11 @@ def race_in_rungs(
 
     In the first round, each recipe trains for `FIRST_EPOCHS`, which times it. In each further one,
     those that are left train up to the same CPU time t, which doubles from round to round. A recipe
-    stays if its best value by t, plus what it can still gain, comes near the leader's best by t:
+    trains on if its best value by t, plus what it can still gain, reaches the leader's best by t:
 
-        best(t) + STILL_TO_GAIN * (best(t) - best(t / 2)) >= NEAR * best of the leader(t).
+        best(t) + STILL_TO_GAIN * (best(t) - best(t / 2)) >= best of the leader(t);
+
+    or if it comes near (`NEAR`) and still rises (`RISES`), for the sum.
 
     This is successive halving (Jamieson and Talwalkar 2016), except that a recipe's own curve drops
     it, and not that half of the others are better: a slow starter that still rises may continue.
@@ -228,8 +230,10 @@ def race_in_rungs(
             best = {name: curves[name].best_by(seconds) for name in racing}
             gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
             reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
+            needed = {name: NEAR if gain[name] >= RISES * best[name] else 1.0 for name in racing}
+            leading = max(best.values())
             # In place, because `turn` reads the list too.
-            racing[:] = [name for name in racing if reach[name] >= NEAR * max(best.values())]
+            racing[:] = [name for name in racing if reach[name] >= needed[name] * leading]
             share = unspent() / len(racing)  # Equal, so that the last round has time for all.
             can_train = [curves[name].num_left and curves[name].epoch_seconds for name in racing]
             if len(racing) == 1 or not any(0 < epoch <= share for epoch in can_train):
