@@ -34,7 +34,7 @@ from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries
 # What a further member's score may weigh, in units of its spread; the first has 1.
 WEIGHTS = (0.3, 0.6, 1.0)
 # On fewer queries every member weighs 1, since noise would choose among the weights.
-MIN_QUERIES = 500
+MIN_QUERIES = 100
 # Added to the second moments of queries, as a share of their mean: a model may have dimensions that
 # no query uses.
 _RIDGE = 1e-6
