@@ -74,6 +74,15 @@ def few_signatures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Makes the trainings of a module share traces; its tests read no model after the next one."""
+    from tests.tracing import tracing_once
+
+    with tracing_once():
+        yield
+
+
+@pytest.fixture(scope="module")
 def baselines_here() -> Iterator[None]:
     """Measures a run's baselines in this process; `run/test_apart.py` tests the other one."""
     from tfrs_pipeline.run import apart

@@ -17,7 +17,8 @@ import pytest
 import tensorflow as tf
 
 import tfrs_pipeline as tp
-from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny, tracing_once
+from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny
+from tests.tracing import tracing_once
 from tfrs_pipeline import ConfigError, DataError, FunnelLosers, InBatch, Log, TwoTower, messages
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.evaluate import evaluate

@@ -36,7 +36,9 @@ from tfrs_pipeline.run.race import (
     trainable_recipes,
 )
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures(
+    "trusted_exports", "few_signatures", "baselines_here", "traced_once"
+)
 # Small settings, so that a race takes seconds; no recipe changes them.
 GIVEN = {"model.dim": 8, "model.negatives": ["uniform:num=32"], "model.history_length": 10}
 GIVEN |= {"training.max_epochs": 3, "training.batch_size": 256, "training.monitor": "ndcg@20"}
