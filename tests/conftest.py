@@ -1,5 +1,6 @@
 """Shared by every test: Keras 2 is chosen before any test imports TensorFlow."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ import tfrs_pipeline  # noqa: F401
 # No deadline, because the first example of a test may build a graph or open a database.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of garbage collections, which would search it each time."""
+    gc.freeze()
 
 
 class Answer(NamedTuple):
