@@ -80,6 +80,16 @@ def few_signatures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def figures_undrawn() -> Iterator[None]:
+    """Leaves the figures of reports empty: drawing them takes seconds, and has tests of its own."""
+    from tfrs_pipeline import drawing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "finish", lambda figure, label: drawing.Drawing(label, "<svg/>"))
+        yield
+
+
+@pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
     """Makes the trainings of a module share traces; its tests read no model after the next one."""
     from tests.tracing import tracing_once

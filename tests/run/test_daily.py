@@ -32,7 +32,9 @@ from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures(
+    "trusted_exports", "few_signatures", "baselines_here", "figures_undrawn"
+)
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.
 WITHDRAWN = [5, 6]  # Items of today's events that today's item table lacks.
 

@@ -47,7 +47,7 @@ from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
 pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "traced_once"
+    "trusted_exports", "few_signatures", "baselines_here", "traced_once", "figures_undrawn"
 )
 STAGES = ["data", "split", "samples", "signals", "train two_tower", "baselines", "evaluate",
           "export", "metrics"]  # fmt: skip
