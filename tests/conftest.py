@@ -1,5 +1,6 @@
 """Shared by every test: Keras 2 is chosen before any test imports TensorFlow."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ import tfrs_pipeline  # noqa: F401
 # No deadline, because the first example of a test may build a graph or open a database.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of garbage collections, which would search it each time."""
+    gc.freeze()
 
 
 class Answer(NamedTuple):
@@ -70,6 +76,25 @@ def few_signatures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         few = {"retrieve_user": "embed_user", "retrieve": "embed_query"}
         patch.setattr(saved_model, "RETRIEVALS", few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def figures_undrawn() -> Iterator[None]:
+    """Leaves the figures of reports empty: drawing them takes seconds, and has tests of its own."""
+    from tfrs_pipeline import drawing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "finish", lambda figure, label: drawing.Drawing(label, "<svg/>"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Makes the trainings of a module share traces; its tests read no model after the next one."""
+    from tests.tracing import tracing_once
+
+    with tracing_once():
         yield
 
 

@@ -124,48 +124,6 @@ def in_eager_steps() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def tracing_once() -> Iterator[None]:
-    """Makes trainings with the same settings share one network, so that its step is traced once.
-
-    Each starts as with a new network: from the weights of its seed, with an empty optimizer state.
-    """
-    built: dict[Any, tuple[TwoTowerNetwork, Corpus]] = {}
-    starts: dict[Any, list[np.ndarray]] = {}
-    compiled: dict[int, tuple[Any, list[np.ndarray]]] = {}
-    build, compile_ = TwoTower.build, TwoTowerNetwork.compile
-
-    def build_once(self: TwoTower, corpus: Corpus) -> TwoTowerNetwork:
-        key = repr(self.settings), self.training.examples, id(corpus)
-        if (key, self.seed) not in starts:
-            network = build(self, corpus)
-            built.setdefault(key, (network, corpus))
-            starts[key, self.seed] = weights_of(network)
-        network, _ = built[key]
-        network.set_weights(starts[key, self.seed])
-        return network
-
-    def compile_once(self: TwoTowerNetwork, optimizer: Any) -> None:
-        settings = tf.keras.optimizers.serialize(optimizer)
-        if id(self) not in compiled or compiled[id(self)][0] != settings:
-            compile_(self, optimizer=optimizer)
-            optimizer.build(self.trainable_variables)
-            compiled[id(self)] = settings, [x.numpy() for x in optimizer.variables]
-        for variable, value in zip(self.optimizer.variables, compiled[id(self)][1], strict=True):
-            variable.assign(value)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TwoTower, "build", build_once)
-        patch.setattr(TwoTowerNetwork, "compile", compile_once)
-        yield
-
-
-@pytest.fixture(scope="module")
-def traced_once() -> Iterator[None]:
-    with tracing_once():
-        yield
-
-
 def untrained(plan: TwoTower, corpus: Corpus) -> FittedTwoTower:
     """Returns a fitted model that has not trained a single step."""
     network = plan.build(corpus)

@@ -14,8 +14,9 @@ import pytest
 import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
-from tests.model.conftest import assert_same, tiny, tracing_once, weights_of
+from tests.model.conftest import assert_same, tiny, weights_of
 from tests.small_log import Stopped
+from tests.tracing import tracing_once
 from tfrs_pipeline.model import fit
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult, describe_epoch, train

@@ -17,7 +17,8 @@ import pytest
 import tensorflow as tf
 
 import tfrs_pipeline as tp
-from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny, tracing_once
+from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny
+from tests.tracing import tracing_once
 from tfrs_pipeline import ConfigError, DataError, FunnelLosers, InBatch, Log, TwoTower, messages
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
@@ -68,8 +69,14 @@ class OwnQueries(tf.keras.layers.Layer):
         self.table = tf.keras.layers.Embedding(64, 6)
 
     def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
-        is_item = tf.cast(inputs["history_rows"] > 0, tf.float32)[:, :, tf.newaxis]
-        return tf.reduce_sum(self.table(inputs["history_rows"] % 64) * is_item, axis=1)
+        vectors = self.table(inputs["history_rows"] % 64)
+        is_item = (inputs["history_rows"] > 0)[:, :, tf.newaxis]
+        # AutoGraph converts custom towers, so they may branch on tensors.
+        if tf.reduce_any(is_item):
+            vectors = tf.where(is_item, vectors, 0.0)
+        else:
+            vectors = tf.zeros_like(vectors)
+        return tf.reduce_sum(vectors, axis=1)
 
 
 def share_of_own_taste(model: FittedTwoTower) -> float:

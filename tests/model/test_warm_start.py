@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import assert_same, tiny, tracing_once, untrained, weights_of
+from tests.model.conftest import assert_same, tiny, untrained, weights_of
 from tests.small_log import Stopped
+from tests.tracing import tracing_once
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.model.corpus import TrainingSet

@@ -164,7 +164,7 @@ def test_a_model_trains_with_own_hard_negatives_and_is_compared(tmp_path: Path) 
     split = log.split("last_n", validation=1, test=1)
     genre = np.append(3, np.arange(NUM_ITEMS) % 3)  # By row: the unknown item has none.
     hard = SameCategory(genre)
-    training: dict[str, Any] = {"training": {"max_epochs": 2}}
+    training: dict[str, Any] = {"training": {"max_epochs": 1}}
     own_kinds: dict[str, Any] = {"hard": hard, "negatives": [*tiny().negatives, Newest(6)]}
     plans = {"own": tiny(**own_kinds, **training), "mixed": tiny(**training)}
     assert plans["own"].settings == plans["mixed"].settings

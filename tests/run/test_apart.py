@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ def test_each_failure_costs_its_row_alone_and_is_not_tried_again(
     assert [x.summary() for x in again.evaluations] == [x.summary() for x in found.evaluations]
     for name, why in found.left_out.items():
         assert again.left_out[name].startswith(f"{why} (it is not tried again; to do so, delete ")
+
+
+def test_a_process_that_dies_at_its_start_costs_its_row(
+    prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a program without `if __name__ == "__main__"`, which the process imports first."""
+    config, folder, data = prepared
+    script = tmp_path / "unguarded.py"
+    script.write_text("raise SystemExit(7)")
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__spec__", None, raising=False)
+    monkeypatch.setattr(main, "__file__", str(script), raising=False)
+    # More than a pipe holds, so that sending it takes a process that reads.
+    choices: Any = {"large": [bytes(1_000_000)], "larger": [bytes(2_000_000)]}
+    answers = apart.answers_from_process(config, folder.path, data, choices)
+    assert [*answers] == ["its process ended with exit code 7"] * 2
 
 
 @pytest.mark.nightly

@@ -35,6 +35,7 @@ from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 METRIC = "ndcg@20"
 EASY = ("mixed", "in_batch_uncorrected", "in_batch", "uniform", "popularity")
 NUM_EPOCHS = 2

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,14 @@ from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run import training
 from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder, with_source
 from tfrs_pipeline.run.pipeline import RunResult, run
-from tfrs_pipeline.run.refresh import describe_undone, refresh_index
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures(
+    "trusted_exports", "few_signatures", "baselines_here", "figures_undrawn"
+)
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.
 WITHDRAWN = [5, 6]  # Items of today's events that today's item table lacks.
 
@@ -233,28 +233,6 @@ def test_a_new_training_in_a_folder_is_its_own(place: Path, warm: Warm, tmp_path
     shutil.rmtree(folder / "checkpoints")
     for name in ("metrics.json", "checkpoints"):
         shutil.move(tmp_path / name, folder / name)
-
-
-@pytest.mark.nightly
-def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) -> None:
-    """The model is refreshed while today's run trains, after that run has read its items."""
-    quick = {"training.max_epochs": 1, "training.refit": False, "export.name": "hourly"}
-    folder, items = place / "saved_models" / "hourly", place / "hourly.parquet"
-    write(filtered(item_table("str"), range(3, 75)), items)
-    shutil.copytree(model_folder(place) / "1", folder / "1")
-    watched = Watched(on_step=lambda x: x.name == "split" and refresh_index(folder, items))
-    result = run(today(place, **quick), place / "runs" / "hourly", progress=watched)
-    (note,) = [x for x in watched.reports["export"].notes if "version 2 was made by refresh" in x]
-    assert note.endswith("to have the newer items in service, run refresh-index again")
-    # A run that read its items after the refresh undoes nothing, nor does one after another run.
-    now, read = datetime.now(UTC), load(str(result.export_folder)).manifest["items_read"]
-    assert describe_undone(folder, datetime.fromisoformat(read)) == []
-    shutil.rmtree(folder / "3")
-    assert describe_undone(folder, datetime.fromisoformat(read)) == [note]
-    assert describe_undone(folder, now) == []
-    assert describe_undone(place / "none", now) == []
-    damage(folder / "2" / MANIFEST_FILE, next(iter(DAMAGES)))
-    assert describe_undone(folder, datetime.fromisoformat(read)) == []
 
 
 def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> None:

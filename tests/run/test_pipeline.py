@@ -46,7 +46,9 @@ from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures(
+    "trusted_exports", "few_signatures", "baselines_here", "traced_once", "figures_undrawn"
+)
 STAGES = ["data", "split", "samples", "signals", "train two_tower", "baselines", "evaluate",
           "export", "metrics"]  # fmt: skip
 
@@ -672,8 +674,10 @@ def test_nothing_of_the_validation_is_known_before(of_stages: Finished, tmp_path
 # Other logs and splits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("split", "ids"), [("time", "int"), ("held_out_users", "str")])
+@pytest.mark.parametrize(("split", "ids"), [
+    pytest.param("time", "int", marks=pytest.mark.nightly),  # As the first page of the guides.
+    pytest.param("held_out_users", "str", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_clicks_alone_with_every_split(tmp_path: Path, split: str, ids: Ids) -> None:
     events = event_table(ids)
     clicks = events.filter(pa.compute.equal(events["stage"], "clicked"))

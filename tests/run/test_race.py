@@ -36,7 +36,9 @@ from tfrs_pipeline.run.race import (
     trainable_recipes,
 )
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures(
+    "trusted_exports", "few_signatures", "baselines_here", "traced_once"
+)
 # Small settings, so that a race takes seconds; no recipe changes them.
 GIVEN = {"model.dim": 8, "model.negatives": ["uniform:num=32"], "model.history_length": 10}
 GIVEN |= {"training.max_epochs": 3, "training.batch_size": 256, "training.monitor": "ndcg@20"}
@@ -47,7 +49,7 @@ Raced: TypeAlias = tuple[RunConfig, RunResult]
 def config_in(folder: Path, **changes: Any) -> RunConfig:
     path = write(event_table("int"), folder / "events.parquet")
     config = small_config(folder, {"path": path}, split={"kind": "last_share", "test": 0.2})
-    asked = {"recipes": ["default", "quick", "sets"], "fixed": list(GIVEN), "members": 1}
+    asked = {"recipes": ["default", "sets"], "fixed": list(GIVEN), "members": 1}
     return with_settings(config, {**GIVEN, **asked, **changes})
 
 
@@ -116,7 +118,7 @@ def test_a_killed_race_goes_on_and_ends_the_same(raced: Raced, tmp_path: Path) -
     """It is killed in a round and after the race."""
     _, result = raced
     config = config_in(tmp_path, **UNEXPORTED)
-    stops: list[Any] = [("race: quick", 2), "race", ""]
+    stops: list[Any] = [("race: sets", 2), "race", ""]
     *stopped, last = told = [StoppedIn(stop) for stop in stops]
     for watched in stopped:
         with pytest.raises(Stopped):
@@ -143,9 +145,9 @@ def test_a_race_tells_in_each_round_what_all_may_still_take(raced: Raced, watche
     """Once every recipe is timed."""
     tasks = [name for name, done in watched.tasks if done and "race" in name]
     leading = r": \w+ \(leading: \w+, 0\.\d{4}\)"
-    assert tasks[0] == "race, round 1, 3 recipes left: default"
+    assert tasks[0] == "race, round 1, 2 recipes left: default"
     for name in tasks[3:]:
-        text = rf"race, round \d+, 3 recipes left(, at most about \d+ CPU minutes?)?{leading}"
+        text = rf"race, round \d+, 2 recipes left(, at most about \d+ CPU minutes?)?{leading}"
         assert re.fullmatch(text, name)
     last = max(map(len, curves_of(raced[1]).values()))
     assert last <= len(tasks) <= sum(map(len, curves_of(raced[1]).values()))
@@ -156,9 +158,9 @@ def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     result = run(config_in(tmp_path, **short), tmp_path / "run")
     trained = {name: len(values) for name, values in curves_of(result).items()}
     # The winner is still trained to its end.
-    assert trained == {"default": 3, "quick": 0, "sets": 0}
+    assert trained == {"default": 3, "sets": 0}
     assert result.metrics["race"]["winner"] == "default"
-    assert "quick: not trained before the budget ended" in result.metrics["race"]["lines"]
+    assert "sets: not trained before the budget ended" in result.metrics["race"]["lines"]
     assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
 
 
@@ -230,71 +232,66 @@ def test_recipes_that_the_given_settings_make_equal_race_once(tmp_path: Path) ->
         assert all(x.startswith(("data.", "evaluation.")) for x in left_out), name
 
 
-def test_a_recipe_of_the_users_own_races(tmp_path: Path) -> None:
-    """As CONTRIBUTING.md says: it is one object, made outside the package."""
-    log = Log.from_table(event_table("int"))
-    train, validation, _ = log.split("last_share", validation=0.1, test=0.2)
-    mine = tp.Recipe("mine / wide", {"model.dim": 12, "data.ties": "drop"}, "a test")
-    broken = tp.Recipe("broken", {"model.dimm": 12})
-    settings = {name: x for name, x in GIVEN.items() if name != "model.dim"}
-    model, race = tp.race(
-        train, validation, recipes=["default", mine, broken], settings=settings, folder=tmp_path
-    )
-    assert [curve.name for curve in race.curves] == ["default", "mine / wide"]
-    assert "did you mean 'dim'" in race.not_begun["broken"]
-    won = {"default": 64, "mine / wide": 12}[race.winner]
-    assert model.query_embeddings([{"history": [10]}]).shape == (1, won)
-    # It trains as the same settings do alone.
-    config = with_settings(RunConfig(), {**settings, **mine.of_training()})
-    plan = tp.TwoTower(**dict(config.model), training=config.training)
-    alone = plan.fit(train, validation).result.history["val_ndcg@20"]
-    assert next(curve.values for curve in race.curves if curve.name == mine.name) == alone
-    with pytest.raises(ConfigError, match="each once"):
-        tp.race(train, validation, recipes=[mine, mine])
-
-
 def test_a_race_in_python_is_one_call(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A recipe of the user's own is one object, made outside the package (CONTRIBUTING.md)."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    log = Log.from_table(event_table("int"))
-    train, validation, _ = log.split("last_share", validation=0.1, test=0.2)
+    train, validation, _ = Log.from_table(event_table("int")).split(
+        "last_share", validation=0.1, test=0.2
+    )
+    mine = tp.Recipe("mine / wide", {"model.dim": 12, "data.ties": "drop"}, "a test")
+    broken = tp.Recipe("broken", {"model.dimm": 12})
     settings = {**GIVEN, "training.max_epochs": 4}
-    names = ("default", "sets")
-    model, race = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
+    del settings["model.dim"]
+    recipes = ["default", mine, broken]
+    model, race = tp.race(train, validation, recipes=recipes, settings=settings, folder=tmp_path)
     assert isinstance(race, Race)
-    assert [curve.name for curve in race.curves] == ["default", "sets"]
-    won = next(curve for curve in race.curves if curve.name == race.winner)
-    assert model.result.history["val_ndcg@20"] == won.values
+    assert [curve.name for curve in race.curves] == ["default", "mine / wide"]
+    assert "did you mean 'dim'" in race.not_begun["broken"]
+    curves = {curve.name: curve.values for curve in race.curves}
+    assert model.result.history["val_ndcg@20"] == curves[race.winner]
+    won = {"default": 64, "mine / wide": 12}[race.winner]
+    assert model.query_embeddings([{"history": [10]}]).shape == (1, won)
     assert str(race).splitlines() == race.lines()
-    # Of each recipe, and of the sum.
-    assert len(race.lines()) == 3
+    # Of each recipe, and of the sum, which is looked for after the epochs.
+    assert len(race.lines()) == 4
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 + sum(len(curve.values) for curve in race.curves)
+    assert len(told) == 1 + sum(map(len, curves.values()))
     assert told[0].startswith("race, round 1, 2 recipes left: default, 1/4 epochs: loss")
     ids, _ = model.retrieve([{"history": [10, 20]}], k=5)
     assert ids.shape == (1, 5)
     # The folder keeps the race: the second call trains nothing.
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")}
-    again, same = tp.race(train, validation, recipes=names, settings=settings, folder=tmp_path)
-    for wrong, message in (
-        ({"data.ties": "drop"}, r"data\.ties: a race reads only model, training"),
-        ({"evaluation.baselines": ["ease"]}, "a race reads only"),
-        ({"trainng.max_epochs": 3}, "did you mean 'training"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            tp.race(train, validation, settings=wrong)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingSet, "build", lambda *_, **__: pytest.fail("Samples were built."))
-        for recipes, message in (
-            (["sequences"], "did you mean 'sequence'"),
-            ([], "recipes: got \\[\\]; name one or more"),
-        ):
-            with pytest.raises(ConfigError, match=message):
-                tp.race(train, validation, recipes=recipes)
+    again, same = tp.race(train, validation, recipes=recipes, settings=settings, folder=tmp_path)
     assert same.curves == race.curves
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")} == files
     assert again.retrieve([{"history": [10, 20]}], k=5)[0].tolist() == ids.tolist()
+    # A recipe trains as the same settings do alone.
+    config = with_settings(RunConfig(), {**settings, **mine.of_training()})
+    plan = tp.TwoTower(**dict(config.model), training=config.training)
+    alone = plan.fit(train, validation).result.history["val_ndcg@20"]
+    assert curves[mine.name] == alone[: len(curves[mine.name])]
+
+
+def test_what_a_race_in_python_refuses_before_samples_are_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TrainingSet, "build", lambda *_, **__: pytest.fail("Samples were built."))
+    train, validation, _ = Log.from_table(event_table("int")).split("last_share")
+    mine = tp.Recipe("mine", {"model.dim": 12})
+    wrong: list[tuple[Any, Any, str]] = [
+        (["default"], {"data.ties": "drop"}, r"data\.ties: a race reads only model, training"),
+        (["default"], {"evaluation.baselines": ["ease"]}, "a race reads only"),
+        (["default"], {"trainng.max_epochs": 3}, "did you mean 'training"),
+        (["sequences"], {}, "did you mean 'sequence'"),
+        ([], {}, r"recipes: got \[\]; name one or more"),
+        ([mine, mine], {}, "each once"),
+        ([tp.Recipe("default", {"model.dim": 12})], {}, "named 'default', as one of the package"),
+    ]
+    for recipes, settings, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            tp.race(train, validation, recipes=recipes, settings=settings)
 
 
 def test_the_record_of_a_race_reads_back(raced: Raced) -> None:

@@ -4,19 +4,31 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "resuming.py"
 
 
-@pytest.mark.slow
-def test_killed_and_damaged_runs_end_as_an_undisturbed_one(tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    few = ["--kills", "2", "--damage", "2", "--json", str(figures)]
-    done = subprocess.run([sys.executable, str(BENCHMARK), *few], capture_output=True, text=True)
+def figures_of(folder: Path, *flags: str) -> dict[str, Any]:
+    """Runs the benchmark; returns its figures, and what it wrote to stderr under "told"."""
+    command = [sys.executable, str(BENCHMARK), *flags, "--json", str(folder / "figures.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(figures.read_text())
-    assert found["kills"]["num_kills"] == found["damage"]["num_damages"] == 2
-    assert (found["kills"]["num_failed"], found["kills"]["num_other"]) == (0, 0), done.stderr
-    assert found["damage"]["wrong"] == []
+    return json.loads((folder / "figures.json").read_text()) | {"told": done.stderr}
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    figures = figures_of(tmp_path, "--kills", "2")
+    kills = figures["kills"]
+    assert kills["num_kills"] == 2
+    assert (kills["num_failed"], kills["num_other"]) == (0, 0), figures["told"]
+
+
+# Each kind of file is damaged in fast tests: samples, checkpoints, versions, what a day reads.
+@pytest.mark.nightly
+def test_a_damaged_run_ends_as_an_undisturbed_one_or_names_the_file(tmp_path: Path) -> None:
+    damage = figures_of(tmp_path, "--damage", "4")["damage"]
+    assert (damage["num_damages"], damage["wrong"]) == (4, [])

@@ -144,6 +144,7 @@ class HybridBatches:
         check_integer(0, step=step)
         return self._build(tf.constant(step, tf.int64), self.examples.choose(step))
 
+    @tf.autograph.experimental.do_not_convert
     def _build(
         self,
         step: tf.Tensor,

@@ -107,7 +107,7 @@ class TwoTowerNetwork(tfrs.Model):
         """Embeds every candidate, rows 1, 2, ... : [num_candidates, D] float32."""
         return embed_corpus(self._embed_block, self.num_candidates)
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)], autograph=False)
     def _embed_block(self, candidate_rows: tf.Tensor) -> tf.Tensor:
         return self.embed_candidates(candidate_rows)
 
@@ -224,6 +224,8 @@ class TwoTowerNetwork(tfrs.Model):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return [loss / replicas for loss in super().losses]
 
+    # Nothing here branches on tensors; `own_layer` lets AutoGraph convert custom towers.
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, inputs: Batch) -> dict[str, tf.Tensor]:
         """Runs one step; returns the epoch's mean loss so far."""
         super().train_step(inputs)

@@ -96,8 +96,11 @@ def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.f
     """Makes a graph of a function of named inputs, for `call`."""
     # By position: the name of a feature may not be a Python name.
     names = [spec.name for spec in specs]
+    # AutoGraph would rewrite the source of all that is called, which takes seconds of a process.
     return tf.function(
-        lambda *values: function(**dict(zip(names, values, strict=True))), input_signature=specs
+        lambda *values: function(**dict(zip(names, values, strict=True))),
+        input_signature=specs,
+        autograph=False,
     )
 
 

@@ -15,7 +15,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect
@@ -78,12 +78,13 @@ def answers_from_process(
     custom_metrics = {name: metric for name, metric in METRICS.items() if name not in BUILT_IN}
     pending, spawn = dict(choices), multiprocessing.get_context("spawn")
     while pending:
-        ours, theirs = spawn.Pipe(duplex=False)
-        arguments = theirs, custom_metrics, memory_left(), config, folder, data, pending
-        process = spawn.Process(target=_send_answers, args=arguments, daemon=True)
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_send_answers, args=(theirs,), daemon=True)
         process.start()
         theirs.close()  # The process then holds the only copy, so `recv` ends when it does.
         try:
+            # Not an argument: `start` would wait forever for a process that dies before it reads.
+            ours.send((custom_metrics, memory_left(), config, folder, data, pending))
             while pending:
                 answer = ours.recv()
                 del pending[next(iter(pending))]
@@ -99,9 +100,9 @@ def answers_from_process(
             process.kill()
 
 
-def _send_answers(
-    to: Connection, metrics: Mapping[str, type[Metric]], num_bytes: int, *task: Any
-) -> None:
+def _send_answers(to: Connection) -> None:
+    metrics: Mapping[str, type[Metric]]
+    metrics, num_bytes, *task = to.recv()
     METRICS.update(metrics)  # Those that users have added.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The run ends this process.
     _limit_memory(num_bytes)

@@ -27,7 +27,7 @@ from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder, name_of_log, own_version, trained_by
 from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, is_compared, measure
 from tfrs_pipeline.run.race import race_step
-from tfrs_pipeline.run.refresh import WRITING, describe_undone
+from tfrs_pipeline.run.refresh import WRITING
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import training_step, trainings_of, variants
 from tfrs_pipeline.serving.export import (
@@ -238,7 +238,6 @@ def _export_best(
     except NotPublished as error:
         run.note(f"not exported: {str(error).partition('. ')[0]}")
         return {**_NOT_EXPORTED, "refusal": str(error)}
-    run.note(*describe_undone(config.model_folder, log.items_read))
     # Said before the long work, since notes are shown only when a step has ended.
     run.progress.task("export", 0, 0, WRITING)
     search = search_of(export.index, export.target_recall)

@@ -312,6 +312,11 @@ def race(
     if len({recipe.name for recipe in entrants}) < max(1, len(entrants)):
         names = [recipe.name for recipe in entrants]
         refuse([("recipes", f"got {names}; name one or more, each once: {', '.join(RECIPES)}")])
+    refuse(
+        ("recipes", f"got a recipe named {recipe.name!r}, as one of the package: rename yours")
+        for recipe in entrants
+        if PRESETS.get(recipe.name, recipe) != recipe
+    )
     options = {"fixed": tuple(settings or ()), "members": members}
     config = with_settings(RunConfig(seed=seed), {**(settings or {}), **options})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."

@@ -3,7 +3,6 @@
 TensorFlow is imported after the items are read, so that bad ones are refused at once.
 """
 
-import contextlib
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.tables import load_items
-from tfrs_pipeline.durable import Damaged, file_hash, read_record
+from tfrs_pipeline.durable import file_hash, read_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import in_blocks
 from tfrs_pipeline.messages import SILENT, Progress
@@ -254,22 +253,3 @@ def _export(
     )
     notes = [note for report in refresh.reports for note in report.notes]
     return Refreshed(folder, len(ids), num_new, notes)
-
-
-def describe_undone(model: Path, read: datetime) -> list[str]:
-    """Describes a refresh in service, if it read its items later than a run that will replace it.
-
-    Returns no line or one. `read` is the moment at which the run began to read its items.
-    """
-    for number in publish.versions_of(model)[-1:]:
-        with contextlib.suppress(Damaged, OSError):  # The run is fine, whatever that version is.
-            path = model / str(number) / publish.MANIFEST_FILE
-            manifest = read_record(path, check_files=False)
-            refreshed = datetime.fromisoformat(manifest["items_read"])
-            if "refreshed" in manifest and refreshed > read:
-                return [
-                    f"version {number} was made by refresh-index, whose items were read at "
-                    f"{refreshed.isoformat()[:16]} UTC, and this run's at {read.isoformat()[:16]}: "
-                    "to have the newer items in service, run refresh-index again"
-                ]
-    return []

@@ -198,7 +198,7 @@ def export_version(
     )
     # Not called as a tf.function, which warns where many models are embedded one after the other.
     spec = tf.TensorSpec([None], tf.int32)
-    embed = tf.function(model.embed_candidates).get_concrete_function(spec)
+    embed = tf.function(model.embed_candidates, autograph=False).get_concrete_function(spec)
     about = {
         "features": {
             side: [feature.to_dict() for feature in side_features]
