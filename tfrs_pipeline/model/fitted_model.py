@@ -1,21 +1,27 @@
 """A fitted two-tower model: it retrieves, can be exported, and can start another training."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.evaluation.metrics import metric_of
+from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.custom_parts import tables_in
+from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.repeats import RepeatBonus, choose_bonus
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
@@ -65,6 +71,8 @@ class FittedTwoTower:
         result: How training went.
         notes: Lines for the user: what was masked, and what is never drawn.
         log: The log that it was fitted to, which an export needs; None for samples alone.
+        repeat_bonus: What is added to the scores of the items in a query's history; None is
+            nothing.
     """
 
     settings: TwoTowerSettings
@@ -75,6 +83,7 @@ class FittedTwoTower:
     result: TrainingResult
     notes: list[str] = field(default_factory=list)
     log: Log | None = None
+    repeat_bonus: RepeatBonus | None = None
 
     def __repr__(self) -> str:
         num_items, num_users = len(self.candidate_ids), len(self.query_ids)
@@ -107,8 +116,28 @@ class FittedTwoTower:
         return self.encoder(queries)
 
     @functools.cached_property
-    def _retriever(self) -> ExactRetriever:
-        return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder)
+    def _retriever(self) -> ScoreRetriever:
+        exact = ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder)
+        return exact if self.repeat_bonus is None else self.repeat_bonus.added_to(exact)
+
+    def with_repeat_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> Self:
+        """Returns the model with the repeat bonus that validation chooses, which may be none.
+
+        None is chosen if rankings exclude the user's items, or `training.repeat_bonus` is off.
+        """
+        training = self.training
+        if exclude != "none" or not training.repeat_bonus:
+            return self
+        sample = validation.sample(training.validation_users, seed)  # As after each epoch.
+
+        def choose() -> dict[str, float] | None:
+            queries = self.query_embeddings(sample.as_queries())
+            vectors = self.candidate_ids, self.network.embed_corpus(), queries
+            bonus = choose_bonus(*vectors, sample, metric_of(training.monitor), seed)
+            return None if bonus is None else dataclasses.asdict(bonus)
+
+        chosen = on_chief(choose)
+        return dataclasses.replace(self, repeat_bonus=chosen and RepeatBonus(**chosen))
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: the towers and the whole log, test part included.
@@ -144,4 +173,5 @@ class FittedTwoTower:
             items_read=log.items_read,
             # A user's own candidate tower has no bias, whatever the setting says.
             has_item_bias=self.settings.candidate_bias and isinstance(towers[1], Tower),
+            repeat_bonus=self.repeat_bonus,
         )

@@ -293,7 +293,8 @@ def race(
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
         progress = progress or written()
-        return _race(config, entrants, data, validation, path / "race", progress)
+        model, decided = _race(config, entrants, data, validation, path / "race", progress)
+        return model.with_repeat_bonus(validation, config.evaluation.exclude, seed), decided
 
 
 def _race(

@@ -14,6 +14,7 @@ from tfrs_pipeline.model.distribution import training_strategy
 from tfrs_pipeline.model.fit import TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
+from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
@@ -81,12 +82,16 @@ def train_and_refit(
 
     # The refit has no validation to stop it, so it trains for as many epochs as were best here.
     model = fit("selection", config.training.max_epochs)
-    chosen = model.result  # The second training has no validation, so this one's curves are kept.
+    model = model.with_repeat_bonus(data.validation, config.evaluation.exclude, config.seed)
+    # The second training has no validation, so this one's curves and its bonus are kept.
+    chosen, bonus = model.result, model.repeat_bonus
     if data.has_refit:
         del model  # One network at a time.
         model = fit("refit", chosen.best_epoch)
     notes = [*_about_trainings(config, name, data, chosen), *model.notes]
-    return dataclasses.replace(model, result=chosen, notes=notes)
+    if bonus is not None:
+        notes.append(f"items of the query's history score {bonus}, chosen on validation")
+    return dataclasses.replace(model, result=chosen, notes=notes, repeat_bonus=bonus)
 
 
 def _about_trainings(
@@ -165,7 +170,9 @@ def trained_in(
     best_epoch = training[name]["best_epoch"]
     result = read_epoch(network, config.training, checkpoints / step, best_epoch)
     encoder = query_encoder(network, corpus)
-    return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
+    model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
+    bonus = training[name].get("repeat_bonus")
+    return dataclasses.replace(model, repeat_bonus=bonus and RepeatBonus(**bonus))
 
 
 def split_in(folder: RunFolder) -> Split:
