@@ -5,8 +5,7 @@ likely, and how often it came is lost in the mean. The bonus is added to their s
 so they are scored exactly and merged with the best of the others, whatever index finds these.
 """
 
-import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,8 @@ from tfrs_pipeline.retrieval import Query
 
 # What validation chooses from. Weights count in standard deviations of a query's scores. Items that
 # people do not return to get a negative one: their own vectors make them look likely.
-_WEIGHTS, _POWERS, _FORGETTING = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 8.0), (0.0, 0.5), (0.0, 0.5)
+_WEIGHTS = -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 8.0
+_FORMS = (0.0, 0.0), (0.5, 0.0), (0.5, 0.5)  # Pairs of power and forgetting.
 # The spread of the scores is measured on this many queries.
 _SPREAD_QUERIES = 256
 # A pair of a line and a candidate row is one number: candidate rows are int32.
@@ -92,6 +92,9 @@ class RepeatBonus:
         return ScoreRetriever(exact.items, score)
 
 
+_NONE = RepeatBonus(0.0, 0.0, 0.0)
+
+
 def _history(query: Query) -> Collection[Any]:
     history = query.get("history")
     return () if history is None else history
@@ -123,22 +126,20 @@ def choose_bonus(
         return None  # Nobody returns to an item.
     truth, items = Truth.of(holdout, "none"), Ids(candidate_ids)
     vectors, k = query_embeddings[truth.positions], metric.k
-    spread = float((vectors[:_SPREAD_QUERIES] @ candidate_embeddings.T).std(axis=1).mean())
     # The best of all other items stay the same, and so do the dot products of the user's own.
-    lines, rows, _ = RepeatBonus(0.0, 0.0, 0.0).cells(items, truth.queries)
+    lines, rows, _ = _NONE.cells(items, truth.queries)
     ends = np.cumsum(np.bincount(lines, minlength=len(vectors)))[:-1]
     repeats = np.split(rows, ends)
     dots = [
         candidate_embeddings[line - 1] @ vector
         for line, vector in zip(repeats, vectors, strict=True)
     ]
-    others = top_k_in_blocks(
-        lambda block: vectors[block] @ candidate_embeddings.T,
-        len(vectors),
-        len(items),
-        k,
-        repeats,
-    )
+
+    def score(block: slice) -> np.ndarray:
+        return vectors[block] @ candidate_embeddings.T
+
+    spread = float(score(slice(_SPREAD_QUERIES)).std(axis=1).mean())
+    others = top_k_in_blocks(score, len(vectors), len(items), k, repeats)
 
     def measure(bonus: RepeatBonus) -> np.ndarray:
         bonuses = np.split(bonus.cells(items, truth.queries)[2], ends)
@@ -151,13 +152,8 @@ def choose_bonus(
         ranked = truth.items.rows(items.take(np.stack(best))).reshape(len(best), k)
         return np.asarray(metric.measure(rankings_of(ranked, truth)))
 
-    def best_of(grid: Iterable[tuple[float, float, float]]) -> RepeatBonus:
-        bonuses = [RepeatBonus(spread * weight, *others) for weight, *others in grid]
-        return max(bonuses, key=lambda bonus: float(measure(bonus).mean()))
-
-    # The weight and the power first, since forgetting alone changes little.
-    first = best_of(itertools.product(_WEIGHTS, _POWERS, _FORGETTING[:1]))
-    chosen = best_of((first.weight / spread, first.power, faded) for faded in _FORGETTING)
-    gain = measure(chosen) - measure(RepeatBonus(0.0, 0.0, 0.0))
+    bonuses = [RepeatBonus(spread * weight, *form) for weight in _WEIGHTS for form in _FORMS]
+    chosen = max(bonuses, key=lambda bonus: float(measure(bonus).mean()))
+    gain = measure(chosen) - measure(_NONE)
     (interval,) = bootstrap_intervals(gain[:, np.newaxis], users=truth.user_ids, seed=seed)
     return chosen if interval.outcome is Outcome.BETTER else None

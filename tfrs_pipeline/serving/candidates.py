@@ -148,14 +148,15 @@ class Candidates:
         allowed: Sequence[Iterable[Any]] | None = None,
         *,
         exact: bool = False,
-        bonuses: Sequence[tuple[Sequence[Any], np.ndarray]] | None = None,
+        bonuses: Iterable[tuple[Sequence[Any], np.ndarray]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
         A query never gets its `excluded` ids, only candidates with one of its `allowed` values; an
-        empty list allows all. `bonuses` are added to scores: for each query, distinct ids and a
-        number for each. Exact search returns the first of equal candidates. Returns ids [B, k],
-        best first, the empty id in empty slots, and scores [B, k] float32, -inf there.
+        empty list allows all. `bonuses` are added to scores: for each query, distinct ids and as
+        many numbers or more, whose rest is padding. Exact search returns the first of equal
+        candidates. Returns ids [B, k], best first, the empty id in empty slots, and scores [B, k]
+        float32, -inf there.
         """
         view, num = self._view, len(queries)
         excluded = [()] * num if excluded is None else excluded
@@ -250,7 +251,7 @@ class _Search:
         self.num_wanted = min(self.k, self.view.num_candidates)
 
     def take_out(
-        self, bonuses: Sequence[tuple[Sequence[Any], np.ndarray]]
+        self, bonuses: Iterable[tuple[Sequence[Any], np.ndarray]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Leaves candidates with a bonus out of the search; returns their rows and scores.
 
@@ -262,7 +263,7 @@ class _Search:
             is_open = self._open(line, rows)
             self.excluded[line] = np.union1d(self.excluded[line], rows[rows > 0])
             rows = rows[is_open]
-            scores = self.view.vectors[rows - 1] @ self.queries[line] + of_ids[is_open]
+            scores = self.view.vectors[rows - 1] @ self.queries[line] + of_ids[: len(ids)][is_open]
             repeats.append((rows, scores))
         return repeats
 

@@ -463,11 +463,7 @@ class LoadedRetriever:
         bonuses = None
         if "bonuses" in embedded:
             repeated = id_lists_of(embedded["repeated_items"])
-            # Padding is at the end.
-            bonuses = [
-                (ids, row[: len(ids)])
-                for ids, row in zip(repeated, embedded["bonuses"], strict=True)
-            ]
+            bonuses = zip(repeated, embedded["bonuses"], strict=True)
         return self.candidates.search(
             embedded["embeddings"], k, exclude, allowed, exact=exact, bonuses=bonuses
         )
