@@ -276,8 +276,7 @@ def measure_vectors(
     rows, _ = top_k_in_blocks(
         lambda block: queries[block] @ candidates.T, *shape, metric.k, truth.excluded_rows
     )
-    (_, rankings), *_ = _rankings(rows, truth)
-    measured = _measure_part(rankings, [metric])
+    measured = _measure_part(rankings_of(rows, truth), [metric])
     name = str(metric)
     return measured.per_query.get(name, np.asarray([measured.set_metrics.get(name, np.nan)]))
 
@@ -309,12 +308,19 @@ def _measure(
     )
 
 
+def rankings_of(rows: np.ndarray, truth: Truth) -> Rankings:
+    """Returns what a metric reads of the rankings `rows`, [num_queries, k], of all candidates."""
+    counts, is_hit = truth.holdout.candidate_counts, find_hits(rows, *truth.relevant)
+    every = np.ones(len(counts), bool)
+    return Rankings(rows, is_hit, truth.num_relevant, counts, every, truth.even)
+
+
 def _rankings(rows: np.ndarray, truth: Truth) -> Iterator[tuple[str, Rankings]]:
     """Yields what a metric reads for all relevant items, and for those in each slice."""
     queries, relevant_rows = truth.relevant
-    counts, is_hit = truth.holdout.candidate_counts, find_hits(rows, *truth.relevant)
-    every = np.ones(len(counts), bool)
-    yield "all", Rankings(rows, is_hit, truth.num_relevant, counts, every, truth.even)
+    whole = rankings_of(rows, truth)
+    yield "all", whole
+    counts, is_hit = whole.counts, whole.is_hit
     for name, is_in in popularity_slices(counts).items():
         # Relevant items outside the corpus are in no slice.
         num = np.bincount(queries[is_in[relevant_rows - 1]], minlength=len(rows))

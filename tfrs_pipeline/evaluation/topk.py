@@ -76,6 +76,22 @@ def best_places(scores: np.ndarray, k: int) -> np.ndarray:
     return positions[scores[positions] > -np.inf]
 
 
+def merge(
+    rows: np.ndarray, scores: np.ndarray, other_rows: np.ndarray, other_scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merges a query's k best candidates, [k], with others, [any], of which it has none.
+
+    Returns the rows and the scores of the k best of both, in the order of the rule above.
+
+    Example:
+        >>> merge(np.array([4, 2]), np.array([0.5, 0.1]), np.array([3, 1]), np.array([0.5, 0.3]))
+        (array([3, 4]), array([0.5, 0.5]))
+    """
+    rows, scores = np.append(rows, other_rows), np.append(scores, other_scores)
+    best = np.lexsort((rows, -scores))[: len(rows) - len(other_rows)]
+    return rows[best], scores[best]
+
+
 @dataclass(frozen=True, eq=False)
 class ScoreRetriever:
     """Retrieves by a score of every item for each query: `score` returns [num_queries, num_items].

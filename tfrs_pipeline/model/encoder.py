@@ -38,6 +38,8 @@ class Encoder(tf.Module):
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
             num_known_items [B] int32, how many items of the history the training had; all by the
             user's stored history and features. Also `known_items`. None without user data.
+            If the model has a repeat bonus, not `known_items`, but of the history, also in the next
+            two functions, `repeated_items` [B, any], distinct ids, and `bonuses` [B, any] float32.
         embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
         embed_query_with_features: user_id, history, raw query features -> the same, from these
             features in place of the stored ones; None without query features.
@@ -107,6 +109,8 @@ class Encoder(tf.Module):
         if self._history_times is not None:
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
+        if self._model().repeat_bonus is not None:
+            return embedded  # The bonus was chosen for rankings with the items that the user knows.
         return {**embedded, "known_items": self._items_in(self._known, user_id)}
 
     def _embed_query(
@@ -143,11 +147,17 @@ class Encoder(tf.Module):
             arguments["history_times"] = tf.concat(
                 [raw[TIMESTAMP][:, tf.newaxis], item_times], axis=1
             )
+        repeats = {}
+        if model.repeat_bonus is not None:
+            rows, bonuses = (ragged.to_tensor() for ragged in model.repeat_bonus.of(histories))
+            repeated_items = tf.gather(self._candidate_ids, rows)
+            repeats = {"repeated_items": repeated_items, "bonuses": bonuses}
         # Counted in dense rows, because summing a ragged tensor would take 5% of a query's time.
         return {
             "embeddings": model.embed_queries(query_rows, recent, **arguments),
             "is_known_user": query_rows > 0,
             "num_known_items": tf.math.count_nonzero(histories.to_tensor(), axis=1, dtype=tf.int32),
+            **repeats,
         }
 
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

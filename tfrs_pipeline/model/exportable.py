@@ -13,6 +13,7 @@ import tensorflow as tf
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.samples.store import RowLists
 
 
@@ -50,6 +51,8 @@ class Exportable:
         reading: How the item table was read (see `Log`).
         has_item_bias: Whether the last entry of a candidate's embedding is a bias and that of a
             query's is 1. To find similar items, an item's last entry is set to 1 too.
+        repeat_bonus: What is added to the scores of the items in a query's history, given or
+            stored; None is nothing. With it, `retrieve_user` also retrieves known positives.
         items_read: When the reading of the items began, with a time zone. Earlier live writes of
             these items do not count. The default is now.
 
@@ -73,6 +76,7 @@ class Exportable:
     candidate_features: Sequence[Feature] = ()
     reading: Reading = field(default_factory=Reading)
     has_item_bias: bool = False
+    repeat_bonus: RepeatBonus | None = None
     items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:

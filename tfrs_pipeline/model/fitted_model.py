@@ -4,19 +4,24 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.evaluation.metrics import metric_of
+from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.custom_parts import tables_in
+from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.repeats import RepeatBonus, choose_bonus
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
@@ -77,6 +82,8 @@ class FittedTwoTower:
         result: How training went.
         notes: Lines for the user: what was masked, and what is never drawn.
         log: The log that it was fitted to, which an export needs; None for samples alone.
+        repeat_bonus: What is added to the scores of the items in a query's history; None is
+            nothing.
     """
 
     settings: TwoTowerSettings
@@ -87,6 +94,7 @@ class FittedTwoTower:
     result: TrainingResult
     notes: list[str] = field(default_factory=list)
     log: Log | None = None
+    repeat_bonus: RepeatBonus | None = None
 
     def __repr__(self) -> str:
         num_items, num_users = len(self.candidate_ids), len(self.query_ids)
@@ -124,8 +132,21 @@ class FittedTwoTower:
         return towers_of(self.network, self.corpus)
 
     @functools.cached_property
-    def _retriever(self) -> ExactRetriever:
-        return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder)
+    def _retriever(self) -> ScoreRetriever:
+        exact = ExactRetriever(self.candidate_ids, self.corpus_embeddings(), self.encoder)
+        return exact if self.repeat_bonus is None else self.repeat_bonus.added_to(exact)
+
+    def corpus_embeddings(self) -> np.ndarray:
+        """Embeds all candidates: [num_candidates, D] float32."""
+        return self.network.embed_corpus()
+
+    def with_repeat_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> Self:
+        """Returns the model with the repeat bonus that validation chooses, which may be none.
+
+        None is chosen if rankings exclude the user's items, or `training.repeat_bonus` is off.
+        """
+        bonus = bonus_for(self, self.training, validation, exclude, seed)
+        return dataclasses.replace(self, repeat_bonus=bonus)
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: the towers and the whole log, test part included.
@@ -153,4 +174,23 @@ class FittedTwoTower:
             history_times=times if network.reads_times else None,
             reading=log.reading,
             items_read=log.items_read,
+            repeat_bonus=self.repeat_bonus,
         )
+
+
+def bonus_for(
+    model: Any, training: TrainingSettings, validation: Holdout, exclude: Exclude, seed: int
+) -> RepeatBonus | None:
+    """Chooses a model's repeat bonus on the validation's queries, as after each epoch."""
+    if exclude != "none" or not training.repeat_bonus:
+        return None
+    sample = validation.sample(training.validation_users, seed)
+
+    def choose() -> dict[str, float] | None:
+        queries = model.query_embeddings(sample.as_queries())
+        vectors = model.candidate_ids, model.corpus_embeddings(), queries
+        bonus = choose_bonus(*vectors, sample, metric_of(training.monitor), seed)
+        return None if bonus is None else dataclasses.asdict(bonus)
+
+    chosen = on_chief(choose)
+    return chosen and RepeatBonus(**chosen)

@@ -123,6 +123,9 @@ class TrainingSettings(Config):
     or your own (`METRICS`), at one of evaluation.cutoffs."""
     validation_users: PositiveInt = 10_000
     """Most queries that validation ranks after each epoch; sampled if there are more."""
+    repeat_bonus: bool = True
+    """Whether validation may choose a number that is added to the scores of the items in a query's
+    history, by how often they occur, where rankings exclude nothing (evaluation.exclude)."""
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs; never on held-out users."""

@@ -22,11 +22,12 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome, bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
-from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
+from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, bonus_for, encoder_of
+from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries
@@ -167,12 +168,15 @@ class FittedSum:
         weights: What each member's score is multiplied by, in units of its `Vectors.spread`.
         projection: Makes the sum's vectors from the members'.
         notes: Lines for the user.
+        repeat_bonus: What is added to the scores of the items in a query's history; None is
+            nothing.
     """
 
     members: Mapping[str, Member]
     weights: Mapping[str, float]
     projection: Projection
     notes: list[str] = dataclasses.field(default_factory=list)
+    repeat_bonus: RepeatBonus | None = None
 
     @classmethod
     def of(
@@ -238,9 +242,18 @@ class FittedSum:
         return self.encoder(queries)
 
     @functools.cached_property
-    def _retriever(self) -> ExactRetriever:
-        embeddings = embed_corpus(self.towers.embed_candidates, len(self.candidate_ids))
-        return ExactRetriever(self.candidate_ids, embeddings, self.encoder)
+    def _retriever(self) -> ScoreRetriever:
+        exact = ExactRetriever(self.candidate_ids, self.corpus_embeddings(), self.encoder)
+        return exact if self.repeat_bonus is None else self.repeat_bonus.added_to(exact)
+
+    def corpus_embeddings(self) -> np.ndarray:
+        """Embeds all candidates with all members: [num_candidates, D] float32."""
+        return embed_corpus(self.towers.embed_candidates, len(self.candidate_ids))
+
+    def with_repeat_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> "FittedSum":
+        """Does what `FittedTwoTower.with_repeat_bonus` does, by the first member's settings."""
+        bonus = bonus_for(self, self.first.training, validation, exclude, seed)
+        return dataclasses.replace(self, repeat_bonus=bonus)
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: all members' towers, and the whole log."""
@@ -286,6 +299,7 @@ class FittedSum:
             variables=[variable for member in members for variable in member.variables],
             history_times=timed,
             has_item_bias=self.projection.has_bias,
+            repeat_bonus=self.repeat_bonus,
             **sides,
         )
 

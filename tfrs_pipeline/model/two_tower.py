@@ -160,7 +160,8 @@ class TwoTower(TwoTowerSettings):
                 Custom parts are compared by name alone, and the model to start from is not compared
                 at all, so do not change these in between. None is temporary. Several workers need a
                 shared folder (`docs/guides/scale.md`).
-            exclude: What validation excludes from a user's ranking.
+            exclude: What validation excludes from a user's ranking. If nothing, it also chooses the
+                model's `repeat_bonus`.
             on_epoch: Called after each epoch with the result so far.
             verbose: Whether to write a line for each epoch: in a notebook to its cell, elsewhere to
                 standard error. None writes in a notebook or a terminal.
@@ -195,7 +196,7 @@ class TwoTower(TwoTowerSettings):
             data = distribution.chief_first(build)
             write = line_writer(verbose) or (lambda line: None)
             last = self.training.max_epochs
-            return self.fit_samples(
+            model = self.fit_samples(
                 data,
                 validation,
                 warm_start=warm_start,
@@ -204,6 +205,9 @@ class TwoTower(TwoTowerSettings):
                 on_epoch=on_epoch,
                 tell=lambda done, line: write(f"epoch {done}/{last}: {line}"),
             )
+        if validation is None:
+            return model
+        return model.with_repeat_bonus(validation, exclude, self.seed)
 
     def fit_samples(
         self,

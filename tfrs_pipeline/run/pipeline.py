@@ -7,7 +7,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
-from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
@@ -151,7 +150,7 @@ def _write_metrics(
         "split": samples.split.report(),
         **measured.summary(),
         "training": {
-            name: _describe_training(model.result)
+            name: _describe_training(model)
             for trained in models.items()
             for name, model in trainings_of(*trained).items()
         },
@@ -173,13 +172,18 @@ def _write_metrics(
     return metrics
 
 
-def _describe_training(result: TrainingResult) -> dict[str, Any]:
+def _describe_training(model: Model) -> dict[str, Any]:
     # A slice of validation without a relevant item has NaN, which JSON lacks.
     history = {
         metric: [None if math.isnan(value) else value for value in values]
-        for metric, values in result.history.items()
+        for metric, values in model.result.history.items()
     }
-    return {"best_epoch": result.best_epoch, "history": history}
+    bonus = model.repeat_bonus
+    return {
+        "best_epoch": model.result.best_epoch,
+        "history": history,
+        "repeat_bonus": bonus and asdict(bonus),
+    }
 
 
 def _read_result(run: RunContext) -> RunResult | None:
@@ -262,7 +266,8 @@ def _export_best(
             "metrics": measured.summary()["models"]["two_tower"],
         },
     )
-    if config.evaluation.exclude == "none" and export.user_data:
+    is_left_out = two_tower.repeat_bonus is None and export.user_data
+    if config.evaluation.exclude == "none" and is_left_out:
         run.note(
             "asked by user id, the model leaves out the user's known items, which the test ranks "
             "(evaluation.exclude none): ask by history, with `retrieve`, to get them too"

@@ -331,10 +331,11 @@ def race(
             config, entrants, data, validation, path / "race", progress, budget=limit
         )
         models = {name: fitted(name) for name in decided.weights}
-        if len(models) == 1:
-            return models[decided.winner], decided
-        queries = queries_of(config, validation).queries
-        return FittedSum.of(models, decided.weights, queries), decided
+        model: Model = models[decided.winner]
+        if len(models) > 1:
+            queries = queries_of(config, validation).queries
+            model = FittedSum.of(models, decided.weights, queries)
+        return model.with_repeat_bonus(validation, config.evaluation.exclude, seed), decided
 
 
 def _race(

@@ -16,6 +16,7 @@ from tfrs_pipeline.model.distribution import training_strategy
 from tfrs_pipeline.model.fit import TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
+from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.sums import FittedSum, Model
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
@@ -93,12 +94,19 @@ def train_and_refit(
 
     # The refit has no validation to stop it, so it trains for as many epochs as were best here.
     model = fit("selection", max_epochs or config.training.max_epochs)
-    chosen = model.result  # The second training has no validation, so this one's curves are kept.
+    model = model.with_repeat_bonus(data.validation, config.evaluation.exclude, config.seed)
+    # The second training has no validation, so this one's curves and its bonus are kept.
+    chosen, bonus = model.result, model.repeat_bonus
     if data.has_refit:
         del model  # One network at a time.
         model = fit("refit", chosen.best_epoch)
     notes = [*_about_trainings(config, name, data, chosen), *model.notes]
-    return dataclasses.replace(model, result=chosen, notes=notes)
+    notes += _about_bonus(bonus)
+    return dataclasses.replace(model, result=chosen, notes=notes, repeat_bonus=bonus)
+
+
+def _about_bonus(bonus: RepeatBonus | None) -> list[str]:
+    return [f"items of the query's history score {bonus}, chosen on validation"] if bonus else []
 
 
 def train_sum(
@@ -108,21 +116,33 @@ def train_sum(
 
     A member of a race keeps the epochs that it had there, by which its weight was chosen.
     """
-    members = {
-        name: train_and_refit(
-            member_config(config, name),
-            data,
-            name=name,
-            folder=folder / name,
-            progress=progress,
-            max_epochs=member.epochs,
-        )
-        for name, member in config.summed.items()
-    }
     weights = {name: member.weight for name, member in config.summed.items()}
-    summed = FittedSum.of(members, weights, queries_of(config, data.validation).queries)
-    notes = [f"{name}: {note}" for name, model in members.items() for note in model.notes]
-    return dataclasses.replace(summed, notes=notes)
+    queries = queries_of(config, data.validation).queries
+
+    def fit(data: RunData) -> FittedSum:
+        members = {
+            name: train_and_refit(
+                member_config(config, name),
+                data,
+                name=name,
+                folder=folder / name,
+                progress=progress,
+                max_epochs=member.epochs,
+            )
+            for name, member in config.summed.items()
+        }
+        notes = [f"{name}: {note}" for name, model in members.items() for note in model.notes]
+        return dataclasses.replace(FittedSum.of(members, weights, queries), notes=notes)
+
+    exclude = config.evaluation.exclude
+    if exclude != "none":  # Nothing is chosen on validation any more.
+        return fit(data)
+    # The sum of the first trainings, which have not seen validation, chooses the bonus.
+    first = fit(dataclasses.replace(data, final=data.selection))
+    first = first.with_repeat_bonus(data.validation, exclude, config.seed)
+    summed, bonus = fit(data) if data.has_refit else first, first.repeat_bonus
+    notes = [*summed.notes, *_about_bonus(bonus)]
+    return dataclasses.replace(summed, notes=notes, repeat_bonus=bonus)
 
 
 def queries_of(config: RunConfig, validation: Holdout) -> Truth:
@@ -224,7 +244,9 @@ def trained_in(
     best_epoch = training[name]["best_epoch"]
     result = read_epoch(network, config.training, checkpoints / step, best_epoch)
     encoder = query_encoder(network, corpus)
-    return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
+    model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
+    bonus = training[name].get("repeat_bonus")
+    return dataclasses.replace(model, repeat_bonus=bonus and RepeatBonus(**bonus))
 
 
 def split_in(folder: RunFolder) -> Split:

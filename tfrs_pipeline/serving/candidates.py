@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.topk import top_k_in_blocks
+from tfrs_pipeline.evaluation.topk import merge, top_k_in_blocks
 from tfrs_pipeline.features.raw import has_booleans, to_text, to_text_lists
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.searcher import Searcher
@@ -148,12 +148,15 @@ class Candidates:
         allowed: Sequence[Iterable[Any]] | None = None,
         *,
         exact: bool = False,
+        bonuses: Iterable[tuple[Sequence[Any], np.ndarray]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
         A query never gets its `excluded` ids, only candidates with one of its `allowed` values; an
-        empty list allows all. Exact search returns the first of equal candidates. Returns ids
-        [B, k], best first, the empty id in empty slots, and scores [B, k] float32, -inf there.
+        empty list allows all. `bonuses` are added to scores: for each query, distinct ids and as
+        many numbers or more, whose rest is padding. Exact search returns the first of equal
+        candidates. Returns ids [B, k], best first, the empty id in empty slots, and scores [B, k]
+        float32, -inf there.
         """
         view, num = self._view, len(queries)
         excluded = [()] * num if excluded is None else excluded
@@ -162,10 +165,13 @@ class Candidates:
         if allowed is not None and self.values is not None:
             chosen = [self.values.choose(values) for values in allowed]
         search = _Search(view, self._levels, queries, k, rows_left_out, chosen)
+        # Scored exactly, and merged with the best of the others.
+        repeats = [] if bonuses is None else search.take_out(bonuses)
         if exact or view.searcher is None:
             search.score_all(list(range(num)))
         else:
             search.approximate()
+        search.merge(repeats)
         return view.ids[search.rows], search.scores
 
     def change(
@@ -234,7 +240,7 @@ class _Search:
     levels: Sequence[Level]
     queries: np.ndarray
     k: int
-    excluded: Sequence[np.ndarray]
+    excluded: list[np.ndarray]
     chosen: Sequence[np.ndarray | None]
 
     def __post_init__(self) -> None:
@@ -243,6 +249,29 @@ class _Search:
         # How many candidates an answer of the index must have. If fewer remain, exact search
         # finds all that do.
         self.num_wanted = min(self.k, self.view.num_candidates)
+
+    def take_out(
+        self, bonuses: Iterable[tuple[Sequence[Any], np.ndarray]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Leaves candidates with a bonus out of the search; returns their rows and scores.
+
+        Those that their query may not return are left out of these too.
+        """
+        repeats = []
+        for line, (ids, of_ids) in enumerate(bonuses):
+            rows = self.view.rows_now(ids)
+            is_open = self._open(line, rows)
+            self.excluded[line] = np.union1d(self.excluded[line], rows[rows > 0])
+            rows = rows[is_open]
+            scores = self.view.vectors[rows - 1] @ self.queries[line] + of_ids[: len(ids)][is_open]
+            repeats.append((rows, scores))
+        return repeats
+
+    def merge(self, repeats: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Merges what `take_out` returned into the answers."""
+        for line, (rows, scores) in enumerate(repeats):
+            merged = merge(self.rows[line], self.scores[line], rows, scores)
+            self.rows[line], self.scores[line] = merged
 
     def approximate(self) -> None:
         """Asks the index at the level that each query needs, and at a wider one if that fails.

@@ -126,6 +126,32 @@ class ScannIndex(tf.Module):
         )
 
 
+def search_with_bonuses(
+    index: ExactIndex | ScannIndex,
+    queries: tf.Tensor,
+    k: tf.Tensor,
+    excluded: tf.Tensor,
+    rows: tf.Tensor,
+    bonuses: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Searches as `ExactIndex.search`, with bonuses [B, R] on the scores of some candidates.
+
+    These are `rows` [B, R], distinct, 0 in padding. They are scored exactly, and merged with the
+    best of the others.
+    """
+    others = index.search(queries, k, tf.concat([excluded, rows], axis=1))
+    vectors = tf.gather(index.embeddings, tf.maximum(rows - 1, 0))
+    scores = tf.linalg.matvec(vectors, queries) + bonuses
+    is_open = (rows > 0) & ~is_member(_as_lists(excluded), rows)
+    rows = tf.concat([others[0], rows], axis=1)
+    scores = tf.concat([others[1], tf.where(is_open, scores, -np.inf)], axis=1)
+    # Of equal scores, the smaller row comes first.
+    order = tf.argsort(rows, axis=1)
+    rows, scores = (tf.gather(values, order, batch_dims=1) for values in (rows, scores))
+    top_scores, best = tf.math.top_k(scores, k)
+    return _filled_up(tf.gather(rows, best, batch_dims=1), top_scores, k)
+
+
 def _part(path: Path) -> tf.Tensor:
     """Reads a part of an index; to the operation, an empty scalar means that there is none."""
     is_array = path.suffix == ".npy"

@@ -149,7 +149,8 @@ class LoadedRetriever:
 
         Excludes only `exclude`: items of the history, and those that a user is known to have
         clicked, are retrieved too. Reads only the history in the query; `retrieve_user` reads the
-        stored history of a known user, and excludes its items. Items of a history that the training
+        stored history of a known user, and excludes its items, unless the model has a repeat bonus.
+        Items of a history that the training
         did not have are ignored; `knows` says which ones it had.
 
         Args:
@@ -179,6 +180,9 @@ class LoadedRetriever:
         requests: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Retrieves by users' stored histories, and excludes their known positives.
+
+        If the model has a repeat bonus, which people have who return to the same items, these are
+        retrieved too.
 
         Unknown users get the answer for an empty history. `exclude` adds ids to exclude. `allowed`
         and `requests` have one entry for each user, as in `retrieve`. Returns candidate_ids [n, k],
@@ -425,7 +429,7 @@ class LoadedRetriever:
         exclude, allowed = (None if rows is None else id_lists_of(rows) for rows in padded)
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
         # These are for the search alone; the SavedModel does not return them either.
-        not_answered = ("embeddings", "known_items")
+        not_answered = ("embeddings", "known_items", "repeated_items", "bonuses")
         known = {name: values for name, values in embedded.items() if name not in not_answered}
         return {"candidate_ids": ids, "scores": scores, **known}
 
@@ -456,7 +460,13 @@ class LoadedRetriever:
             lists = id_lists_of(known)
             more = [()] * len(lists) if exclude is None else exclude
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
-        return self.candidates.search(embedded["embeddings"], k, exclude, allowed, exact=exact)
+        bonuses = None
+        if "bonuses" in embedded:
+            repeated = id_lists_of(embedded["repeated_items"])
+            bonuses = zip(repeated, embedded["bonuses"], strict=True)
+        return self.candidates.search(
+            embedded["embeddings"], k, exclude, allowed, exact=exact, bonuses=bonuses
+        )
 
     def _check_request(
         self, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed

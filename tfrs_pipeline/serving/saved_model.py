@@ -16,7 +16,12 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.encoder import Encoder, query_inputs
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex, load_scann_ops
+from tfrs_pipeline.serving.graph_index import (
+    ExactIndex,
+    ScannIndex,
+    load_scann_ops,
+    search_with_bonuses,
+)
 from tfrs_pipeline.serving.searcher import Searcher, in_fresh_process
 from tfrs_pipeline.serving.signatures import (
     DEFAULT_K,
@@ -101,7 +106,14 @@ class RetrievalModule(tf.Module):
             exclude = tf.concat([embedded.pop("known_items"), exclude], axis=1)
         # Row 0 is padding, an unknown item, or one that the index does not have.
         excluded = tf_tables.lookup(self._candidate_rows, exclude)
-        rows, scores = self.index.search(embedded.pop("embeddings"), k, excluded)
+        vectors = embedded.pop("embeddings")
+        if "bonuses" in embedded:
+            repeated = tf_tables.lookup(self._candidate_rows, embedded.pop("repeated_items"))
+            rows, scores = search_with_bonuses(
+                self.index, vectors, k, excluded, repeated, embedded.pop("bonuses")
+            )
+        else:
+            rows, scores = self.index.search(vectors, k, excluded)
         # The rest says what the encoder knew of the query.
         return {
             "candidate_ids": tf.gather(self._candidate_ids, rows),

@@ -48,9 +48,16 @@ class View:
 
     def row_of(self, id_: Any) -> int:
         """Returns the row that an id has now, 0 if it is not a candidate."""
-        # A replaced item of the corpus has a row in both; the newer one counts.
-        row = self.new_rows.get(id_) or int(self.corpus.rows([id_])[0])
-        return 0 if self.is_removed is not None and self.is_removed[row] else row
+        return int(self.rows_now([id_])[0])
+
+    def rows_now(self, ids: Sequence[Any]) -> np.ndarray:
+        """Returns the row that each of [n] ids has now, [n] int32; 0 if it is not a candidate."""
+        rows = self.corpus.rows(ids)
+        if self.new_rows:
+            # A replaced item of the corpus has a row in both; the newer one counts.
+            now = (self.new_rows.get(id_) or row for id_, row in zip(ids, rows, strict=True))
+            rows = np.fromiter(now, np.int32)
+        return rows if self.is_removed is None else np.where(self.is_removed[rows], 0, rows)
 
     def live_rows(self) -> np.ndarray:
         """Returns the rows that are not removed: [any] int, ascending."""

@@ -1,0 +1,74 @@
+"""A run on a log whose users come back to the same items."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.small_log import Stopped, Watched, small_config, write
+from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.pipeline import run
+from tfrs_pipeline.run.training import split_in, trained_in
+from tfrs_pipeline.serving.retriever import load
+
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+NUM_USERS, NUM_ITEMS = 120, 50
+
+
+def config_of(folder: Path) -> RunConfig:
+    """Makes a log in which most clicks are on the four favourites of a user."""
+    rng = np.random.default_rng(4)
+    favourites = np.array([rng.choice(NUM_ITEMS, 4, replace=False) for _ in range(NUM_USERS)])
+    users = np.repeat(np.arange(NUM_USERS), 20)
+    items = rng.integers(0, NUM_ITEMS, len(users))
+    is_again = rng.random(len(users)) < 0.7
+    items[is_again] = favourites[users[is_again], rng.integers(0, 4, is_again.sum())]
+    events = pa.table({"user_id": users, "item_id": items})
+    path = write(events, folder / "events.parquet")
+    evaluation = {"exclude": "none", "cutoffs": [5, 20], "baselines": ["repeats"]}
+    return small_config(
+        folder,
+        {"path": path},
+        split={"kind": "last_share"},
+        evaluation=evaluation,
+        training={"max_epochs": 1},
+        export={"index": "exact"},
+    )
+
+
+def test_a_run_chooses_a_bonus_keeps_it_in_the_refit_and_serves_it(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(Stopped):  # After both trainings, so that they are read back.
+        run(config, tmp_path / "run", progress=Watched(stop="train two_tower"))
+    result = run(config, tmp_path / "run", progress=(watched := Watched()))
+    model = trained_in(result.folder)
+    assert model is not None
+    assert model.repeat_bonus is not None
+    assert model.repeat_bonus.weight > 0
+    bonus = result.metrics["training"]["two_tower"]["repeat_bonus"]
+    assert vars(model.repeat_bonus) == bonus
+    # Chosen by the first training alone, whose model never saw validation.
+    first = trained_in(result.folder, "selection")
+    assert first is not None
+    split: Split = split_in(RunFolder(result.folder))
+    chosen = first.with_repeat_bonus(split.validation, "none", config.seed)
+    assert chosen.repeat_bonus == model.repeat_bonus
+    notes = watched.reports["train two_tower"].notes
+    assert f"items of the query's history score {model.repeat_bonus}, chosen on validation" in notes
+    # What the run measured is the model with the bonus, and so is what it serves.
+    assert result.metrics["models"]["two_tower"]["recall@5"]["mean"] > 0.5
+    loaded = load(config.model_folder)
+    queries = split.test.as_queries()
+    found, scores = loaded.retrieve(queries, 10)
+    expected, expected_scores = model.retrieve(queries, 10)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
+    # Users get their favourites again, also those whose history is stored.
+    (ids,), _, _ = loaded.retrieve_user([7], 4)
+    assert set(ids.tolist()) & set(loaded.stored_history(7))
+    assert not any(
+        "leaves out the user's known items" in x for x in watched.reports["export"].notes
+    )
