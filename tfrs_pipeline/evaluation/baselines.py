@@ -262,7 +262,7 @@ class Transitions(Baseline):
 
 # Pairs of items to count at a time, and in all: a user with n items has n * n.
 _PAIRS_PER_BLOCK = 1 << 23
-_MAX_PAIRS = 1 << 30
+_MAX_PAIRS = 1 << 28
 # Neighbors that all items together keep: 400 MB while they are collected.
 _MAX_NEIGHBORS = 1 << 25
 
@@ -282,7 +282,7 @@ class ItemKnn(Baseline):
     its own neighbor only with `own_items`, for rankings that do not exclude clicked items.
 
     Time and memory are bounded. The longest users are left out while the squares of the users'
-    numbers of items sum to more than 2^30, and a corpus of n items keeps at most 2^25 / n neighbors
+    numbers of items sum to more than 2^28, and a corpus of n items keeps at most 2^25 / n neighbors
     a candidate: no other limit is felt below 335,000 items.
 
     `alpha` in [0, 1], `shrinkage` 0 or more, `decay` in (0, 1], `num_neighbors` 1 or more; a
