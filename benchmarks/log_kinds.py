@@ -21,11 +21,18 @@ Logs without an order, of ids alone, with a random share of each user's clicks h
     gowalla          6,000 users of Gowalla's training items in LightGCN's split, --data-dir
 
 --data-dir holds the folders ml-1m, kuairand-pure and gowalla. Without it only the logs that need no
-folder are made.
+folder are made. For `regret.py`,
+
+    python benchmarks/log_kinds.py --data-dir DIR --to LOGS
+
+writes LOGS/NAME.parquet for each of them, and "NAME, no order" for each without an order. The
+events have their part of the split; features are left out.
 """
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,9 +56,11 @@ from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.sources.simulated import simulate_funnel
 
 # Where users return to the same items, nothing is excluded from a ranking.
-EXCLUDE: dict[str, Exclude] = dict.fromkeys(("sessions", "views", "plays", "baskets"), "none")
+EXCLUDE: dict[str, Exclude] = dict.fromkeys(
+    ("sessions", "views", "plays", "baskets", "tafeng", "tagged"), "none"
+)
 LAST_TWO: dict[str, Any] = {"kind": "last_n", "validation": 1, "test": 1, "min_positives": 3}
-BY_TIME = ("cosmetics", "sports", "reviews", "baskets")
+BY_TIME = ("cosmetics", "sports", "reviews", "baskets", "grocery", "tagged")
 
 
 def ratings(kind: str, num_users: int | None = None) -> Split:
@@ -150,3 +159,26 @@ def unordered_logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[]
         "ml-1m": lambda: without_order(converted(convert_ml_1m, "ml-1m"), 2000),
         "gowalla": lambda: without_order(converted(convert_gowalla, "gowalla"), 6000),
     }
+
+
+def main() -> None:
+    """Writes the logs as event files; those that are there are not made again."""
+    parser = argparse.ArgumentParser(description="Writes logs as event files, with their splits.")
+    parser.add_argument("--data-dir", type=Path, help="Folder of the data sets.")
+    parser.add_argument("--to", type=Path, required=True, help="Where to write the files.")
+    options = parser.parse_args()
+    options.to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        made = logs(options.data_dir, Path(folder))
+        unordered = unordered_logs(options.data_dir, Path(folder))
+        made |= {f"{name}, no order": make for name, make in unordered.items()}
+        for name, make in made.items():
+            if (path := options.to / f"{name}.parquet").exists():
+                continue
+            events = make().events.order_by("event_number")
+            columns = ("user_id", "item_id", "timestamp", "stage", "request_id", "part")
+            events.select(*(x for x in columns if x in events.columns)).to_parquet(path)
+
+
+if __name__ == "__main__":
+    main()

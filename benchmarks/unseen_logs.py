@@ -11,6 +11,11 @@ parts of cosmetics, toys, reviews and plays. The rule of the race was chosen on 
     views      views of a shop's items (Diginetica), order alone; a user is a session
     plays      tracks that were played (#nowplaying), order alone; a user is a session
     baskets    what households bought at a grocer (Dunnhumby); all of a basket has one time
+    lastfm     artists that 1,090 users of LastFM heard, order alone
+    grocery    reviews of Amazon's Grocery, users and items with 5 or more; times are days
+    tafeng     what 3,000 customers of a supermarket bought (Ta-Feng), order alone
+    tagged     artists to which users of LastFM gave tags (HetRec 2011); times are days
+    filmtrust  ratings of 3 or more in FilmTrust, ids alone
 
 Each function reads a folder with the files that it names, and says where they are published. The
 files stay out of this repository. `python benchmarks/unseen_logs.py --data-dir DIR --to FOLDER`
@@ -20,6 +25,7 @@ writes FOLDER/NAME.parquet for every log whose folder DIR/NAME is there.
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +88,45 @@ def baskets(folder: Path) -> pa.Table:
     return pa.Table.from_pandas(bought, preserve_index=False)
 
 
+def grocery(folder: Path) -> pa.Table:
+    """Reads `train.csv`: repository THUwangcy/ReChorus, folder data/Grocery_and_Gourmet_Food."""
+    bought = pd.read_csv(folder / "train.csv", sep="\t").rename(columns={"time": "timestamp"})
+    bought = bought.sort_values(["user_id", "timestamp"], kind="stable")
+    return pa.Table.from_pandas(bought, preserve_index=False)
+
+
+def tafeng(folder: Path) -> pa.Table:
+    """Reads `tafeng_merged.json` and draws 3,000 customers.
+
+    From the repository liming-7/A-Next-Basket-Recommendation-Reality-Check, folder mergeddataset:
+    the baskets of each customer, in order.
+    """
+    baskets = json.loads((folder / "tafeng_merged.json").read_text())
+    users = np.random.default_rng(0).choice(sorted(map(int, baskets)), 3000, replace=False)
+    items = {user: [item for basket in baskets[str(user)] for item in basket] for user in users}
+    return _events(items)
+
+
+def tagged(folder: Path) -> pa.Table:
+    """Reads `user_taggedartists.dat`: GroupLens's hetrec2011-lastfm-2k; artists of 3 or more."""
+    tags = pd.read_csv(folder / "user_taggedartists.dat", sep="\t")
+    tags["timestamp"] = pd.to_datetime(tags[["year", "month", "day"]]).astype("datetime64[s]")
+    tags = tags.rename(columns={"userID": "user_id", "artistID": "item_id"})
+    tags = tags[tags["year"] >= 2005][["user_id", "item_id", "timestamp"]].drop_duplicates()
+    tags = tags[tags.groupby("item_id")["user_id"].transform("nunique") >= 3]
+    tags = tags.sort_values(["user_id", "timestamp"], kind="stable")
+    return pa.Table.from_pandas(tags.astype({"timestamp": np.int64}), preserve_index=False)
+
+
+def filmtrust(folder: Path) -> pa.Table:
+    """Reads `ratings_0.txt` to `ratings_3.txt`: guoguibing/librec, folder data/filmtrust/rating."""
+    names = ["user_id", "item_id", "rating"]
+    files = (folder / f"ratings_{part}.txt" for part in range(4))
+    ratings = pd.concat(pd.read_csv(file, sep=r"\s+", names=names) for file in files)
+    liked = ratings[ratings["rating"] >= 3][names[:2]].drop_duplicates()
+    return pa.Table.from_pandas(liked, preserve_index=False)
+
+
 # Name of the log and of its folder -> how it is read.
 UNSEEN: dict[str, Callable[[Path], pa.Table]] = {
     "cosmetics": lambda folder: amazon_days(folder, "Beauty"),
@@ -93,6 +138,12 @@ UNSEEN: dict[str, Callable[[Path], pa.Table]] = {
     "views": lambda folder: sampled_sessions(folder, 30_000),
     "plays": lambda folder: sampled_sessions(folder, 25_000),
     "baskets": baskets,
+    # Repository RUCAIBox/CIKM2020-S3Rec, folder data.
+    "lastfm": lambda folder: _events(_sequences((folder / "LastFM.txt").read_text())),
+    "grocery": grocery,
+    "tafeng": tafeng,
+    "tagged": tagged,
+    "filmtrust": filmtrust,
 }
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 import tfrs_pipeline as tp
-from tfrs_pipeline import Ease, Ials, MostPopular, Query, Retriever, Transitions
+from tfrs_pipeline import Ease, Ials, ItemKnn, MostPopular, Query, Retriever, Transitions
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.interactions import Interactions, Sequences
 from tfrs_pipeline.evaluation.topk import ExactRetriever
@@ -112,13 +112,14 @@ FACTORIES: dict[str, Factory] = {
     "exact": exact,
     "popularity": lambda problem: MostPopular().fit(problem.interactions),
     "transitions": transitions,
+    "itemknn": lambda problem: ItemKnn().fit(problem.interactions),
     "ease": lambda problem: Ease(l2=10.0).fit(problem.interactions),
     "ials": lambda problem: Ials(2, regularization=1.0, alpha=5.0).fit(problem.interactions),
     "two_tower": two_tower,
     "exported": lambda problem: tp.load(problem.exported),
     "fallback": fallback,
 }
-NEEDS_HISTORY = {"transitions", "ease", "ials"}
+NEEDS_HISTORY = {"transitions", "itemknn", "ease", "ials"}
 KNOWS_USERS = {"two_tower", "exported", "fallback"}  # And request features.
 HAS_TIES = {"exact", "popularity", *KNOWS_USERS}
 

@@ -26,7 +26,7 @@ from tfrs_pipeline.settings import (
     setting_names,
 )
 
-BASELINES = ("uncorrected", "popularity", "repeats", "transitions", "ease", "ials")
+BASELINES = ("uncorrected", "popularity", "repeats", "transitions", "itemknn", "ease", "ials")
 """What every run is compared with, unless it is told otherwise; `uncorrected` is a model."""
 
 
@@ -73,7 +73,7 @@ class EvaluationConfig(Config):
     """What the model is compared with in the same table: itself, trained without the correction;
     the most popular items (in a split by time of the latest clicks, a share that validation
     chooses); the user's own items again, if evaluation.exclude is none; what came next after the
-    user's last two items, if the log has an order; EASE; iALS."""
+    user's last two items, if the log has an order; ItemKNN; EASE; iALS."""
 
 
 class ExportConfig(Config):

@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +16,14 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Ties
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.evaluation import baselines
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats, Transitions
+from tfrs_pipeline.evaluation.baselines import (
+    Ease,
+    Ials,
+    ItemKnn,
+    MostPopular,
+    Repeats,
+    Transitions,
+)
 from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.retrieval import Query, Retriever
 
@@ -162,6 +170,120 @@ def test_transitions_need_an_order_and_no_more_positives_than_the_window() -> No
         Transitions().fit(log)
 
 
+def slow_neighbors(train: Interactions, plan: ItemKnn, num_kept: int) -> np.ndarray:
+    """Computes every s_ij by its formula, [num_items, num_items]; 0 where i is no neighbor of j."""
+    clicks = train.matrix.toarray().astype(np.float64)
+    weights = 1 / np.sqrt(clicks.sum(axis=1))
+    num = np.einsum("u,ui,uj->ij", weights, clicks, clicks)
+    num_users = np.maximum(np.diag(num), 1e-12)
+    similar = np.zeros_like(num)
+    for j in range(len(num)):
+        alone = num_users**plan.alpha * num_users[j] ** (1 - plan.alpha)
+        of_j = num[:, j] / (alone + plan.shrinkage)
+        if not plan.own_items:
+            of_j[j] = 0
+        best = np.argsort(-of_j.astype(np.float32), kind="stable")[:num_kept]
+        similar[best, j] = of_j[best]
+    return similar
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ItemKnn(0.5, 0.0, 1.0),
+        ItemKnn(0.8, 2.0, 0.7, own_items=True),
+        ItemKnn(0.2, 1.0, 0.7, 3),
+    ],
+)
+def test_itemknn_equals_its_formula(plan: ItemKnn) -> None:
+    """Candidates without a neighbor in the history follow by popularity, below 0."""
+    train = random_interactions(40, 30, first_id=100, density=0.05)
+    similar = slow_neighbors(train, plan, plan.num_neighbors)
+    popular = train.counts / (1 + train.counts.max()) - 1
+    rng = np.random.default_rng(1)
+    # 98, 99 and 131 are not in the corpus; a long history has items again.
+    histories = [rng.integers(98, 132, n).tolist() for n in (0, 1, 2, 9, 50)]
+    queries: list[Query] = [{"history": history} for history in histories]
+    ids, scores = plan.fit(train).retrieve(queries, 30)
+    num_ranked = []
+    for row_ids, row_scores, history in zip(ids, scores, histories, strict=True):
+        known = [item - 100 for item in history if 100 <= item < 130]
+        expected = np.zeros(30)
+        for steps, column in enumerate(reversed(known)):
+            expected += plan.decay**steps * similar[column]
+        num_ranked.append(np.count_nonzero(expected))
+        expected = np.where(expected > 0, expected, popular)
+        np.testing.assert_allclose(row_scores, expected[row_ids - 100], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(np.sort(row_scores)[::-1], row_scores)
+        assert sorted(row_ids) == list(range(100, 130))
+    assert num_ranked[0] == 0
+    assert any(0 < num < 30 for num in num_ranked)
+
+
+def test_itemknn_breaks_ties_by_order_among_neighbors_and_candidates() -> None:
+    """All of four items have the same two users; each candidate keeps its first two neighbors."""
+    users, columns = np.nonzero(np.ones((2, 4)))
+    train = Interactions.from_rows(Ids(["d", "c", "b", "a"]), users, columns + 1)
+    fitted = ItemKnn(num_neighbors=2).fit(train)
+    queries: list[Query] = [{"history": [item]} for item in "dcba"]
+    ids, scores = fitted.retrieve(queries, 4)
+    # The neighbors of d are c and b, those of c are d and b, those of b and a are d and c.
+    assert ids.tolist() == [[*"cbad"], [*"dbac"], [*"dcba"], [*"dcba"]]
+    assert (scores > 0).sum(axis=1).tolist() == [3, 3, 2, 0]
+    excluded = fitted.retrieve(queries[:1], 4, [["b", "c", "d", "unheard of"]])
+    assert excluded[0].tolist() == [["a", "", "", ""]]
+    assert excluded[1][0, 1:].tolist() == [-np.inf] * 3
+
+
+def test_itemknn_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = random_interactions(60, 40)
+    queries: list[Query] = [{"history": [i, 2 * i, 7]} for i in range(20)]
+    whole = ItemKnn(num_neighbors=5).fit(train).retrieve(queries, 40)
+    for size in (1, 300):
+        monkeypatch.setattr(baselines, "_PAIRS_PER_BLOCK", size)
+        parts = ItemKnn(num_neighbors=5).fit(train).retrieve(queries, 40)
+        np.testing.assert_array_equal(parts, whole)
+
+
+def test_itemknn_leaves_out_the_longest_users_beyond_its_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clicks = np.zeros((4, 9))
+    clicks[0, :] = clicks[1, :2] = clicks[2, 2:5] = clicks[3, [0, 1]] = 1
+    users, columns = np.nonzero(clicks)
+    train = Interactions.from_rows(Ids(np.arange(9)), users, columns + 1)
+    without = Interactions.from_rows(train.items, *(x[users > 0] for x in (users, columns + 1)))
+    queries: list[Query] = [{"history": [i]} for i in range(9)]
+    everything, expected = (ItemKnn().fit(x).retrieve(queries, 9)[1] for x in (train, without))
+    monkeypatch.setattr(baselines, "_MAX_PAIRS", 2 * 2 + 2 * 2 + 3 * 3)
+    bounded = ItemKnn().fit(train).retrieve(queries, 9)[1]
+    np.testing.assert_array_equal(np.maximum(bounded, 0), np.maximum(expected, 0))
+    assert (everything > 0).sum() == 9 * 8
+    assert (bounded > 0).sum() == 2 + 3 * 2
+    monkeypatch.setattr(baselines, "_MAX_PAIRS", 1)
+    popular = MostPopular().fit(train).retrieve(queries, 9)[0]
+    assert ItemKnn().fit(train).retrieve(queries, 9)[0].tolist() == popular.tolist()
+
+
+def test_itemknn_needs_no_matrix_of_a_wide_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of all pairs would take 256 MB; the neighbors of all items together are bounded."""
+    rng, num_items = np.random.default_rng(0), 8_000
+    users, rows = np.arange(9_000) // 5, rng.integers(1, num_items + 1, 9_000)
+    train = Interactions.from_rows(Ids(np.arange(num_items)), users, rows)
+    monkeypatch.setattr(baselines, "_MAX_NEIGHBORS", 2 * num_items)
+    monkeypatch.setattr(baselines, "_PAIRS_PER_BLOCK", 1 << 14)
+    tracemalloc.start()
+    try:
+        fitted = ItemKnn().fit(train)
+        _, scores = fitted.retrieve([{"history": (rows - 1).tolist()}] * 3, 50)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (scores > 0).all()
+    assert peak < 10e6
+    assert max(np.diff(fitted._similar.tocsc().indptr)) == 2
+
+
 def test_ease_equals_a_ridge_regression_of_each_column_on_the_others() -> None:
     train = random_interactions(60, 9, first_id=100)
     retriever = Ease(l2=3.0).fit(train)
@@ -233,7 +355,7 @@ def test_ials_depends_on_its_seed_not_on_the_number_of_threads() -> None:
     assert [np.array_equal(first, other) for other in others] == [True, False]
 
 
-@pytest.mark.parametrize("plan", [MostPopular(), Repeats(), Ease(), Ials(2)])
+@pytest.mark.parametrize("plan", [MostPopular(), Repeats(), ItemKnn(), Ease(), Ials(2)])
 def test_a_fit_returns_a_retriever_and_leaves_earlier_ones_as_they_were(plan: Any) -> None:
     assert not isinstance(plan, Retriever)
     query: Query = {"history": [1, 2]}
@@ -246,7 +368,7 @@ def test_a_fit_returns_a_retriever_and_leaves_earlier_ones_as_they_were(plan: An
         np.testing.assert_array_equal(kept, again)
 
 
-@pytest.mark.parametrize("kind", [MostPopular, Transitions, Ease, Ials])
+@pytest.mark.parametrize("kind", [MostPopular, Transitions, ItemKnn, Ease, Ials])
 def test_refuses_to_fit_to_what_is_no_log(kind: Any) -> None:
     with pytest.raises(TypeError, match=r"fit takes a Log.* Received: dict"):
         kind().fit({})
@@ -258,6 +380,8 @@ def test_refuses_to_fit_to_what_is_no_log(kind: Any) -> None:
         (Ease, "l2", "l2 must be above 0"),
         (MostPopular, "latest", r"\(0, 1\]. Received: 0"),
         (Ials, "alpha", "alpha=0"),
+        (ItemKnn, "decay", "decay=0"),
+        (ItemKnn, "num_neighbors", "num_neighbors=0"),
         (Transitions, "window", "window=0"),
     ],
 )

@@ -21,7 +21,7 @@ import tensorflow as tf
 from tests import small_log
 from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
-from tfrs_pipeline import Ease, Holdout, MostPopular, TwoTower, UserSets, durable, signals
+from tfrs_pipeline import Ease, Holdout, ItemKnn, MostPopular, TwoTower, UserSets, durable, signals
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.log import Split
@@ -399,6 +399,15 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
     choices = [Ease(1.0), Ease(50.0)]
     (note,) = fit_best("ease", choices, config, data)[1]
     assert note in [f"ease: {ease!r}, best of 2 on validation" for ease in choices]
+    named = with_settings(config, {"evaluation.baselines": ("itemknn",)})
+    neighbors = baselines_of(named, data)["itemknn"]
+    # A user's own items are candidates only where rankings do not exclude them.
+    assert {form.own_items for form in neighbors if isinstance(form, ItemKnn)} == {False, True}
+    others = ItemKnn.forms(seed=0, by_time=True, exclude="clicked")
+    assert {form.own_items for form in others} == {False}
+    (note,) = fit_best("itemknn", neighbors, config, data)[1]
+    num = len(neighbors)
+    assert note in [f"itemknn: {form!r}, best of {num} on validation" for form in neighbors]
 
 
 def test_a_beaten_model_is_exported_only_if_asked_for(tmp_path: Path, command: Any) -> None:
@@ -722,7 +731,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(
 @pytest.mark.nightly
 def test_a_whole_run_proves_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "prove", PROVE)
-    baselines = ("popularity", "transitions", "ease", "ials")
+    baselines = ("popularity", "transitions", "itemknn", "ease", "ials")
     config = with_settings(ratings_config(tmp_path), {"evaluation.baselines": baselines})
     finished = go(config, tmp_path / "run", "int")
     assert tuple(finished.metrics["models"]) == ("two_tower", *baselines)
