@@ -58,7 +58,8 @@ class _Written(Progress):
         self._write = write
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
-        self._write(f"{name}, {done}/{total} epochs: {note}")
+        if total:  # Other work has no number of epochs.
+            self._write(f"{name}, {done}/{total} epochs: {note}")
 
 
 def written() -> Progress:

@@ -146,7 +146,7 @@ class FittedTwoTower:
         None is chosen if rankings exclude the user's items, or `training.repeat_bonus` is off.
         """
         bonus = bonus_for(self, self.training, validation, exclude, seed)
-        return dataclasses.replace(self, repeat_bonus=bonus)
+        return self if bonus is None else dataclasses.replace(self, repeat_bonus=bonus)
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: the towers and the whole log, test part included.
