@@ -32,12 +32,16 @@ QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
 
 
 def towers_of(network: TwoTowerNetwork, corpus: Corpus) -> Exportable:
-    """Describes a network as an export does, but without what users did, and variables to save."""
-    candidate = network.candidate_tower
+    """Describes a network as an export does, but without what users did."""
+    towers = network.query_tower, network.candidate_tower
     return Exportable(
         embed_queries=network.embed_queries,
         embed_candidates=network.embed_candidates,
-        variables=(),
+        variables=[
+            *network.query_table.variables,
+            *(variable for tower in towers for variable in tower.variables),
+            *tables_in(*towers),
+        ],
         items=pa.table({"item_id": corpus.candidate_ids.values}),
         query_ids=corpus.query_ids.values,
         history_length=network.history_length,
@@ -46,7 +50,7 @@ def towers_of(network: TwoTowerNetwork, corpus: Corpus) -> Exportable:
         request_features=corpus.request_features,
         candidate_features=corpus.candidate_features,
         # A user's own candidate tower has no bias, whatever the setting says.
-        has_item_bias=isinstance(candidate, Tower) and candidate.has_item_bias,
+        has_item_bias=isinstance(towers[1], Tower) and towers[1].has_item_bias,
     )
 
 
@@ -160,14 +164,8 @@ class FittedTwoTower:
         # The whole log: service should know all clicks, even those that tested the model.
         network, corpus, log = self.network, self.corpus, self.log.whole
         histories, known, times = latest_histories(log, corpus.query_ids, corpus.candidate_ids)
-        towers = network.query_tower, network.candidate_tower
         return dataclasses.replace(
             self.towers,
-            variables=[
-                *network.query_table.variables,
-                *(variable for tower in towers for variable in tower.variables),
-                *tables_in(*towers),
-            ],
             items=log.items.order_by("item_id").to_pyarrow(),
             histories=histories,
             known_positives=known,

@@ -39,8 +39,6 @@ MIN_QUERIES = 100
 # Added to the second moments of queries, as a share of their mean: a model may have dimensions that
 # no query uses.
 _RIDGE = 1e-6
-
-
 _SIDES = "query_features", "request_features", "candidate_features"
 
 
@@ -223,11 +221,6 @@ class FittedSum:
         return self.towers.candidate_ids
 
     @functools.cached_property
-    def towers(self) -> Exportable:
-        """The towers of all members as one, without what users did."""
-        return self._summed([member.towers for member in self.members.values()])
-
-    @functools.cached_property
     def encoder(self) -> QueryEncoder:
         """Embeds raw queries with all members."""
         return encoder_of(self.towers)
@@ -257,10 +250,21 @@ class FittedSum:
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: all members' towers, and the whole log."""
-        return self._summed([member.exportable() for member in self.members.values()])
+        # All members have the same log, which is read once, with times if any member reads them.
+        is_timed = self.towers.history_times is not None
+        whole = next(
+            member.exportable()
+            for member in self.members.values()
+            if not is_timed or member.towers.history_times is not None
+        )
+        names = "items", "histories", "known_positives", "history_times", "reading", "items_read"
+        of_log: dict[str, Any] = {name: getattr(whole, name) for name in names}
+        return dataclasses.replace(self.towers, repeat_bonus=self.repeat_bonus, **of_log)
 
-    def _summed(self, members: Sequence[Exportable]) -> Exportable:
-        """Makes one model of the members: each reads its part of the inputs."""
+    @functools.cached_property
+    def towers(self) -> Exportable:
+        """The towers of all members as one, each of which reads its part of the inputs."""
+        members = [member.towers for member in self.members.values()]
 
         # Without defaults, which AutoGraph loses where functions are nested.
         def embed_queries(
@@ -299,7 +303,6 @@ class FittedSum:
             variables=[variable for member in members for variable in member.variables],
             history_times=timed,
             has_item_bias=self.projection.has_bias,
-            repeat_bonus=self.repeat_bonus,
             **sides,
         )
 
