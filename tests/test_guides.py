@@ -46,7 +46,7 @@ TWO = ["--training.max_epochs", "2", "--no-training.refit"]
 ONE = ["--evaluation.baselines", "popularity"]
 SHORT = {"run": [*TWO, "--export.if_beaten"], "compare": [*TWO, "--training.max_epochs", "1"]}
 # The first page shows a race and a row for each baseline.
-RACING = {"run": ["--recipes", "default", "sets"]}
+RACING = {"run": ["--recipes", "default", "quick"]}
 SHORTER = {"run": [*ONE, "--recipes", "none"], "compare": ONE}
 SCI_FI = 15  # Its place among GroupLens's genres.
 BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
