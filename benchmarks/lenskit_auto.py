@@ -45,15 +45,17 @@ def main(folder: Path, seconds: int) -> None:
     )
     print(settings)
     model.train(dataset)
-    items = ItemList(item_ids=dataset.items.ids())
+    known = dataset.items.ids()
+    items = ItemList(item_ids=known)
     ranked = []
     for query in pd.read_parquet(folder / "queries.parquet").itertuples():
-        history = pd.unique(pd.Series(query.history, dtype=train["item_id"].dtype))
+        # An item of the history that training lacks would end the program.
+        history = np.intersect1d(query.history, known)
         had = ItemList(item_ids=history, rating=np.ones(len(history)))
         asked = RecQuery(user_id=query.user_id, user_items=had)
         scores = model.run("scorer", query=asked, items=items).scores()
         scores = np.nan_to_num(scores, nan=-np.inf)
-        ranked.append(items.ids()[np.argsort(-scores, kind="stable")[:NUM_RANKED]])
+        ranked.append(known[np.argsort(-scores, kind="stable")[:NUM_RANKED]])
     pd.DataFrame({"ranked": ranked}).to_parquet(folder / "ranked.parquet")
 
 

@@ -383,8 +383,8 @@ class FittedItemKnn:
         weights = self._weights(queries)
         # The products of a query: its history's items have so many candidates each.
         queries_of = np.repeat(np.arange(len(queries)), np.diff(weights.indptr))
-        num = np.diff(self._similar.indptr)[weights.indices]
-        work = np.bincount(queries_of, num, minlength=len(queries))
+        num_similar = np.diff(self._similar.indptr)[weights.indices]
+        work = np.bincount(queries_of, num_similar, minlength=len(queries))
         for start, stop in _blocks(work, _PAIRS_PER_BLOCK):
             found = weights[start:stop] @ self._similar
             found.sort_indices()  # So that the smaller row wins a tie.
