@@ -182,11 +182,14 @@ def test_candidates_that_change_get_the_bonus_of_their_id(kind: str) -> None:
     candidates.change([7, 300, 301], new, removed=[8])
     now = dict(enumerate(vectors)) | dict(zip([7, 300, 301], new, strict=True))
     del now[8]
-    bonuses = [([7, 8, 301, 999, 20, 21], np.array([5, 6, -5, 7, 0, 1], np.float32))] * 4
+    # The best item of each query too, which a search without the bonus would find.
+    best_ids = np.argsort(-(queries @ vectors.T), axis=1)[:, 0].tolist()
+    numbers = np.array([5, 6, -5, 7, 0, 0.1, 9], np.float32)  # The last one is padding.
+    bonuses = [([7, 8, 301, 999, 20, best], numbers) for best in best_ids]
     for exclude in ([], [20, 7, 55]):
         ids, scores = candidates.search(queries, 40, [exclude] * 4, bonuses=bonuses)
-        added = dict(zip(bonuses[0][0], bonuses[0][1].tolist(), strict=True))
         for line, query in enumerate(queries):
+            added = dict(zip(bonuses[line][0], numbers.tolist(), strict=False))
             expected = {i: float(v @ query) + added.get(i, 0) for i, v in now.items()}
             left = expected.keys() - {*exclude}
             best = sorted(left, key=expected.__getitem__, reverse=True)[:40]
