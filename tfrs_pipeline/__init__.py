@@ -56,6 +56,7 @@ _NAMES = {
     "samples.store": ("Samples",),
     "serving.export": ("export",),
     "serving.index": ("Auto", "Exact", "Scann"),
+    "serving.recommend": ("recommend",),
     "serving.retriever": ("LoadedRetriever", "load"),
     "serving.vectors": ("write_vectors",),
     "settings": ("ConfigError",),
