@@ -83,7 +83,7 @@ def destination_problem(path: Path) -> str:
     if path.is_dir():
         return f"'{path}' is a folder; give a file in it, such as {path / 'all.parquet'}"
     if path.suffix != ".parquet":
-        return f"got '{path}'; the file is Parquet: end its name with .parquet"
+        return f"got '{path}'; the file is Parquet: end the name with .parquet"
     if not path.parent.is_dir():
         return f"there is no folder '{path.parent}': make it, or choose another"
     return ""
