@@ -123,6 +123,7 @@ class FittedTwoTower:
         network, corpus, log = self.network, self.corpus, self.log.whole
         histories, known, times = latest_histories(log, corpus.query_ids, corpus.candidate_ids)
         towers = network.query_tower, network.candidate_tower
+        last = log.events["timestamp"].max() if "timestamp" in log.events.columns else None
         return Exportable(
             embed_queries=network.embed_queries,
             embed_candidates=network.embed_candidates,
@@ -142,6 +143,7 @@ class FittedTwoTower:
             candidate_features=corpus.candidate_features,
             reading=log.reading,
             items_read=log.items_read,
+            histories_until=None if last is None else last.to_pyarrow().as_py(),
             # A user's own candidate tower has no bias, whatever the setting says.
             has_item_bias=self.settings.candidate_bias and isinstance(towers[1], Tower),
         )

@@ -217,9 +217,9 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
 
 
 def parse_items(body: bytes, key: str) -> list[Any]:
-    """Reads the body of a write: {key: [...]}, or one item alone; else refuses it (400)."""
+    """Reads the body of a write: {key: [...]}, or one entry alone; else refuses it (400)."""
     document = read_json(body)
-    if key == "items" and isinstance(document, dict) and "item_id" in document:
+    if key != "item_ids" and isinstance(document, dict) and "item_id" in document:
         return [document]
     values = document.get(key) if isinstance(document, dict) and len(document) == 1 else None
     if not isinstance(values, list) or not values:

@@ -41,6 +41,7 @@ except ImportError as missing:
 
 from tfrs_pipeline.durable import Damaged, try_writing
 from tfrs_pipeline.serving import page, rest
+from tfrs_pipeline.serving.journal import Event, Journal, Recorder
 from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
@@ -70,6 +71,7 @@ class ModelServer:
         self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
         self.large = ThreadPoolExecutor(1, "large-requests")
+        self.recorder = Recorder(Journal(version_at(model).parent))
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
         self._token = None if settings.token_file is None else read_token(settings.token_file)
@@ -87,7 +89,7 @@ class ModelServer:
     def authorize(self, header: str) -> None:
         """Refuses a write without the token, and all writes if there is none."""
         if self._token is None:
-            message = "This server takes no items: it was started without --token-file."
+            message = "This server takes no writes: it was started without --token-file."
             raise HTTPException(403, message)
         kind, _, token = header.partition(" ")
         # In constant time, which does not tell how much of the token is right.
@@ -153,14 +155,30 @@ def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str,
     except ValueError as error:
         raise rest.bad_request(str(error)) from None
     except OSError:
-        logger.exception("a write of items was not confirmed")
-        message = "The items could not be put on disk, and nothing has changed"
-        more = f"{message}; the server's log has more."
-        raise HTTPException(503, more, {"Retry-After": "1"}) from None
+        raise _unconfirmed("items") from None
     counts: dict[str, Any] = {"num_new": num_new} if is_put else {"num_removed": num_removed}
     LIVE_UNKNOWN_VALUES.inc(len(change.notes))
     notes = {"notes": change.notes} if change.notes else {}
     return {**counts, **notes, "num_items": num_items}
+
+
+def _unconfirmed(what: str) -> HTTPException:
+    """Makes a 503, and logs the error under way."""
+    logger.exception("a write of %s was not confirmed", what)
+    message = f"The {what} could not be put on disk, and nothing has changed"
+    return HTTPException(503, f"{message}; the server's log has more.", {"Retry-After": "1"})
+
+
+def read_events(versions: ModelVersions, body: bytes) -> tuple[list[Event], int]:
+    """Reads the events in a body, and counts those of items that are not candidates."""
+    values = rest.parse_items(body, "events")
+    with versions.use() as version:
+        try:
+            events = version.retriever.checked_events(values)
+        except ValueError as error:
+            raise rest.bad_request(str(error)) from None
+        is_there = version.retriever.candidates.has([event.item_id for event in events])
+    return events, int((~is_there).sum())
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
@@ -206,6 +224,34 @@ def _model_routes(server: ModelServer) -> list[Route]:
         is_put = request.method == "PUT"
         return JSONResponse(await _run(server.writes, write_items, versions, body, is_put))
 
+    async def events(request: Request) -> Response:
+        _check_method(request, "POST")
+        body = await read_body(request, server.settings)
+        server.authorize(request.headers.get("authorization", ""))
+        if len(body) > SMALL_BODY_BYTES:
+            read, num_unknown = await _run(server.large, read_events, versions, body)
+        else:
+            read, num_unknown = read_events(versions, body)
+        try:
+            num_new = await asyncio.wrap_future(server.recorder.submit(read))
+        except OSError:
+            raise _unconfirmed("events") from None
+        return JSONResponse({"num_new": num_new, "num_unknown_items": num_unknown})
+
+    async def user(request: Request) -> Response:
+        _check_method(request, "DELETE")
+        server.authorize(request.headers.get("authorization", ""))
+        with versions.use() as version:
+            try:
+                user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
+            except ValueError as error:
+                raise rest.bad_request(str(error)) from None
+        try:
+            num_deleted = await _run(server.writes, server.recorder.journal.forget, user_id)
+        except OSError:
+            raise _unconfirmed("deletion") from None
+        return JSONResponse({"num_deleted": num_deleted})
+
     async def model_metadata(request: Request) -> Response:
         with versions.use(server.number(request)) as version:
             spec = {"name": versions.name, "signature_name": "", "version": str(version.number)}
@@ -241,6 +287,8 @@ def _model_routes(server: ModelServer) -> list[Route]:
     every_method = list(http.HTTPMethod)
     routes = [
         Route("/v1/models/{name}/items", items, methods=every_method),
+        Route("/v1/events", events, methods=every_method),
+        Route("/v1/users/{user_id:path}", user, methods=every_method),
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", prometheus),
