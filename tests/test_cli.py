@@ -291,7 +291,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
     ("server", "unknown command 'server'; did you mean 'serve'?"),
     ("", "no command; known: run, compare, report, query, serve, refresh-index, "
-        "recommend, vectors"),
+        "recommend, log, vectors"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("here")
 def test_a_wrong_word_is_told_in_a_line(command: Any, arguments: str, message: str) -> None:

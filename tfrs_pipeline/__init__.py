@@ -54,6 +54,7 @@ _NAMES = {
     "run.refresh": ("Refreshed", "refresh_index"),
     "run.training": ("trained_in",),
     "samples.store": ("Samples",),
+    "serving.event_log": ("write_log",),
     "serving.export": ("export",),
     "serving.index": ("Auto", "Exact", "Scann"),
     "serving.recommend": ("recommend",),

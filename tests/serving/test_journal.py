@@ -250,6 +250,7 @@ def test_times_are_exact_to_a_millisecond() -> None:
     types = {"users_are_text": True, "items_are_text": False}
     when = datetime(2026, 5, 1, 12, 30, 15, 123_000, UTC)
     times = [when, when.isoformat(), when.timestamp(), np.float64(when.timestamp())]
+    times += [np.int64(int(when.timestamp())) + 0.123]
     events = check_events([event(" a ", np.int64(2), time=x) for x in times], **types)
     assert {x.time for x in events} == {1_777_638_615_123}
     assert events[0][:1] == ("a",)
@@ -291,10 +292,10 @@ def test_what_comes_together_is_written_together(
 ) -> None:
     recorder, real, sizes = Recorder(Journal(tmp_path)), Journal.write, list[int]()
 
-    def write(self: Journal, groups: Any) -> list[int]:
+    def write(self: Journal, groups: Any, answers: Any) -> list[int]:
         sizes.append(len(groups))
         time.sleep(0.1)
-        return real(self, groups)
+        return real(self, groups, answers)
 
     monkeypatch.setattr(Journal, "write", write)
     events = [Event("u", n // 2, 7, "clicked", None, None) for n in range(41)]
@@ -306,7 +307,11 @@ def test_what_comes_together_is_written_together(
     with pytest.raises(OSError, match="full"):
         recorder.submit(events).result(5)
     monkeypatch.undo()
+    # A client that leaves does not take the thread with it.
+    left = recorder.submit([events[0]._replace(time=98)])
+    assert not left.cancel()
     assert recorder.submit([events[0]._replace(time=99)]).result(5) == 1
+    assert left.result() == 1
 
 
 @pytest.fixture

@@ -132,6 +132,24 @@ class Recommend(OfModel):
         return 0
 
 
+class WriteLog(OfModel):
+    """Write what users did and were served as the log of the next training.
+
+    The file is an event table, which `run --data.path` reads as it is: items that the server
+    recorded as served are retrieved, those shown exposed, those clicked clicked.
+    """
+
+    out: Path
+    """Parquet file to write; an earlier one is replaced once the new one is complete."""
+
+    def __call__(self) -> int:
+        """Writes the file and says how many rows it has."""
+        from tfrs_pipeline.serving.event_log import write_log
+
+        say(Console(), f"log  {self.out}: {counted(write_log(self.model, self.out), 'row')}")
+        return 0
+
+
 class Vectors(OfModel):
     """Write the vectors of an exported model's items, for another engine.
 

@@ -1,4 +1,4 @@
-"""What users did in service: an SQLite file beside a model's versions.
+"""What users did in service, and what they were served: an SQLite file beside a model's versions.
 
 It belongs to the model's name: every version reads it, and takes the events after the end of the
 log that it was trained on.
@@ -6,10 +6,13 @@ log that it was trained on.
 
 import contextlib
 import functools
+import itertools
+import json
+import logging
 import queue
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -23,6 +26,8 @@ from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.serving.store import Database
+
+logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "events.sqlite"
 DISLIKED = "disliked"
@@ -46,11 +51,35 @@ CREATE TABLE IF NOT EXISTS events (
     event_id TEXT UNIQUE,    -- The client's own.
     PRIMARY KEY (user_id, time, item_id, type)
 ) WITHOUT ROWID;             -- The events of a user lie together, so that reading them is fast.
+CREATE TABLE IF NOT EXISTS served (
+    request_id TEXT PRIMARY KEY,
+    user_id NOT NULL,
+    time INTEGER NOT NULL,
+    version INTEGER NOT NULL,  -- That answered.
+    items TEXT NOT NULL        -- JSON: the ids, best first.
+) WITHOUT ROWID;
+"""
+# The level of a type is its stage's place in the funnel.
+_STAGES = [stage.value for stage in Stage]
+_LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
+_STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in enumerate(_STAGES))
+# Columns without an aggregate come from the row with the largest level. Events without a request
+# are rows of their own: no text equals a negative number.
+_LOG = f"""
+SELECT user_id, item_id, time, CASE max(level) {_STAGE_OF_LEVEL} END, request_id, sum(rank) FROM (
+    SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id, item.key AS rank
+    FROM served, json_each(served.items) AS item
+    UNION ALL
+    SELECT user_id, item_id, time, CASE type {_LEVELS} ELSE {_STAGES.index(Stage.EXPOSED)} END,
+    request_id, NULL FROM events
+) GROUP BY user_id, item_id, coalesce(request_id, -time) ORDER BY time, request_id, 6, user_id
 """
 # The newest events of a user that a request reads: a bound for what is not a person.
 _MAX_EVENTS = 10_000
 _DAY_MS = 86_400_000
-_MAX_GROUPS = 500  # Requests that are written in one transaction.
+_MAX_TAKEN = 500  # Requests that are written in one transaction.
+# Answers wait so long for others, and are dropped if more wait: nobody waits for them.
+_ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
 
 
 class Event(NamedTuple):
@@ -64,20 +93,50 @@ class Event(NamedTuple):
     event_id: str | None
 
 
+class Answer(NamedTuple):
+    """What a request was served: users [n] and items [n, k], best first, as a graph returns them.
+
+    Query i of several has the request_id "ID.i".
+    """
+
+    request_id: str
+    time: int
+    version: int
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        """Yields a row of the table for each query of a user with an id."""
+        pairs = zip(self.user_ids.tolist(), self.item_ids.tolist(), strict=True)
+        for number, (user_id, items) in enumerate(pairs):
+            if user_id not in (-1, b""):
+                id_ = self.request_id if len(self.user_ids) == 1 else f"{self.request_id}.{number}"
+                ids = json.dumps([_as_text(item) for item in items if item not in (-1, b"")])
+                yield id_, _as_text(user_id), self.time, self.version, ids
+
+
+def _as_text(id_: Any) -> Any:
+    return id_.decode(errors="replace") if isinstance(id_, bytes) else id_
+
+
 class Journal(Database):
     """The events of all users; see `Database` for what its methods raise."""
 
     file_name, schema = JOURNAL_FILE, _SCHEMA
     what_is_lost = "; its events are then lost"
 
-    def write(self, groups: Sequence[Sequence[Event]]) -> list[int]:
-        """Writes groups of events in one transaction; returns how many of each were new.
+    def write(self, groups: Sequence[Sequence[Event]], answers: Iterable[Answer] = ()) -> list[int]:
+        """Writes groups of events, and answers, in one transaction.
+
+        Returns how many events of each group were new.
 
         An event is not new if its event_id is there, or the same type of event of the same user,
         item and millisecond.
         """
         insert = f"INSERT OR IGNORE INTO events VALUES ({', '.join('?' * len(Event._fields))})"
         with self.writing() as connection:
+            served = itertools.chain.from_iterable(answer.rows() for answer in answers)
+            connection.executemany("INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?)", served)
             return [connection.executemany(insert, events).rowcount for events in groups]
 
     def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
@@ -87,20 +146,38 @@ class Journal(Database):
             if connection is None:
                 return {}
             read = {
-                id_: connection.execute(query, (id_, _MAX_EVENTS)).fetchall()
+                id_: connection.execute(query, (_plain(id_), _MAX_EVENTS)).fetchall()
                 for id_ in dict.fromkeys(user_ids)
             }
         return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
 
+    def log(self, num_rows: int) -> Iterator[list[tuple[Any, ...]]]:
+        """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
+
+        A row is user_id, item_id, milliseconds, stage, request_id, rank: for each item of a
+        request, the furthest stage that it reached, with the time of that. Items that were served
+        are retrieved, those with a dislike exposed. Later writes do not show.
+        """
+        with self._opened() as connection:
+            if connection is None:
+                return
+            rows = connection.execute(_LOG)
+            while block := rows.fetchmany(num_rows):
+                yield block
+
     def forget(self, user_id: Any) -> int:
-        """Deletes a user's events, also from the file; returns how many there were.
+        """Deletes a user's events and answers, also from the file; returns how many there were.
 
         The file is written anew, in time proportional to its size; other writers wait meanwhile.
         """
+        user_id = _plain(user_id)
         if isinstance(user_id, int) and not -(2**63) <= user_id < 2**63:
             return 0  # No event has it.
         with self.writing() as connection:
-            deleted = connection.execute("DELETE FROM events WHERE user_id = ?", [user_id])
+            num_deleted = sum(
+                connection.execute(f"DELETE FROM {table} WHERE user_id = ?", [user_id]).rowcount
+                for table in ("events", "served")
+            )
         with self._opened() as connection:
             assert connection is not None
             # Free space in the file may hold old copies of rows, also with `secure_delete`.
@@ -109,42 +186,99 @@ class Journal(Database):
             is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if is_busy:
             raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
-        return int(deleted.rowcount)
+        return num_deleted
+
+
+class _Group(NamedTuple):
+    events: Sequence[Event]
+    done: "Future[int]"
+
+
+class _Deletion(NamedTuple):
+    user_id: Any
+    done: "Future[int]"
+
+
+_Entry: TypeAlias = _Group | _Deletion | Answer | None
 
 
 class Recorder:
-    """Writes events in a thread: all that came during a write go into the next one together.
+    """Writes events and answers, and deletes those of a user, in a thread.
 
-    One write waits for the disk once, however many clients it confirms.
+    All that came during a write go into the next one, which waits for the disk once, however many
+    clients it confirms.
     """
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self._groups: queue.SimpleQueue[tuple[Sequence[Event], Future[int]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="events", daemon=True).start()
+        self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
 
     def submit(self, events: Sequence[Event]) -> "Future[int]":
         """Returns the number of new events, once all are on disk."""
-        done: Future[int] = Future()
+        return self._queued(_Group(events, Future()))
+
+    def forget(self, user_id: Any) -> "Future[int]":
+        """Deletes what is recorded of a user, also what still waits; see `Journal.forget`."""
+        return self._queued(_Deletion(user_id, Future()))
+
+    def _queued(self, entry: _Group | _Deletion) -> "Future[int]":
         # From now on it cannot be cancelled: a client that leaves changes nothing.
-        done.set_running_or_notify_cancel()
-        self._groups.put((events, done))
-        return done
+        entry.done.set_running_or_notify_cancel()
+        self._queue.put(entry)
+        return entry.done
+
+    def keep(self, answer: Answer) -> bool:
+        """Keeps what was served, within a second or so; returns False if too much waits for it."""
+        if has_room := self._queue.qsize() < _MAX_WAITING:
+            self._queue.put(answer)
+        return has_room
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._queue.put(None)
+        self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            taken = [self._groups.get()]
+        answers: list[Answer] = []
+        is_open, deadline = True, 0.0
+        while is_open:
+            taken: list[_Entry] = []
+            wait = max(deadline - time.monotonic(), 0) if answers else None
             with contextlib.suppress(queue.Empty):
-                while len(taken) < _MAX_GROUPS:
-                    taken.append(self._groups.get_nowait())
-            try:
-                counts = self.journal.write([events for events, _ in taken])
-            except Exception as error:  # For those who wait; the next write may succeed.
-                for _, done in taken:
+                taken.append(self._queue.get(timeout=wait))
+                while len(taken) < _MAX_TAKEN:
+                    taken.append(self._queue.get_nowait())
+            is_open = None not in taken
+            if not answers:
+                deadline = time.monotonic() + _ANSWER_SECONDS
+            answers += [entry for entry in taken if isinstance(entry, Answer)]
+            groups = [entry for entry in taken if isinstance(entry, _Group)]
+            deletions = [entry for entry in taken if isinstance(entry, _Deletion)]
+            is_due = time.monotonic() >= deadline or len(answers) >= _MAX_TAKEN
+            if groups or deletions or is_due or not is_open:
+                self._write(groups, answers)
+                answers = []
+            for user_id, done in deletions:
+                try:
+                    done.set_result(self.journal.forget(user_id))
+                except Exception as error:
                     done.set_exception(error)
-            else:
-                for (_, done), count in zip(taken, counts, strict=True):
-                    done.set_result(count)
+
+    def _write(self, groups: Sequence[_Group], answers: Sequence[Answer]) -> None:
+        if not groups and not answers:
+            return
+        try:
+            counts = self.journal.write([group.events for group in groups], answers)
+        except Exception as error:  # For those who wait; the next write may succeed.
+            if answers:
+                logger.warning("%s answers were not recorded: %s", len(answers), error)
+            for group in groups:
+                group.done.set_exception(error)
+        else:
+            for group, count in zip(groups, counts, strict=True):
+                group.done.set_result(count)
 
 
 def check_events(
@@ -173,7 +307,13 @@ def check_events(
     return [Event(**{**vars(x), "time": now if x.time is None else x.time}) for x in checked]
 
 
+def _plain(value: Any) -> Any:
+    """Returns Python's own value in place of NumPy's, which SQLite does not take."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _milliseconds(value: Any) -> int:
+    value = _plain(value)
     if isinstance(value, str):
         value = Timestamp.from_text(value)
     if isinstance(value, datetime):
@@ -194,7 +334,7 @@ def _type(value: Any) -> str:
 
 
 def _id(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
+    value = _plain(value)
     value = value.strip() if isinstance(value, str) else value
     if value in ("", -1, *NO_ID):
         raise ValueError("is not an id")

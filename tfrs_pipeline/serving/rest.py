@@ -6,6 +6,7 @@ docs/guides/serving.md describes it, and where it is stricter than TensorFlow Se
 import base64
 import contextlib
 import reprlib
+import uuid
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, NamedTuple, NotRequired
 
@@ -226,6 +227,13 @@ def parse_items(body: bytes, key: str) -> list[Any]:
         wanted = f"The body must be {{{key!r}: [...]}}, with one or more."
         raise bad_request(f"{wanted} Received: {_shown(document)}")
     return values
+
+
+def request_id(header: str | None) -> str:
+    """Returns the id of a request, a new one if it brings none; else refuses it (400)."""
+    if header is not None and not 0 < len(header) <= 200:
+        raise bad_request(f"X-Request-ID takes 1 to 200 characters. Received: {_shown(header)}")
+    return header or uuid.uuid4().hex
 
 
 def read_json(body: bytes) -> Any:

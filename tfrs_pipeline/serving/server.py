@@ -11,9 +11,11 @@ import http
 import ipaddress
 import logging
 import os
+import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,11 +43,11 @@ except ImportError as missing:
 
 from tfrs_pipeline.durable import Damaged, try_writing
 from tfrs_pipeline.serving import page, rest
-from tfrs_pipeline.serving.journal import Event, Journal, Recorder
+from tfrs_pipeline.serving.journal import Answer, Event, Journal, Recorder
 from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
-from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES
+from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES, UNRECORDED
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class ModelServer:
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
         self._token = None if settings.token_file is None else read_token(settings.token_file)
-        if self._token is not None:
+        if self._token is not None or settings.record_share:
             try_writing(version_at(model).parent)
 
     def number(self, request: Request) -> str | None:
@@ -107,6 +109,7 @@ class ModelServer:
         """Answers a predict call, off the event loop; large calls take turns."""
         _check_method(request, "POST")
         number, body = self.number(request), await read_body(request, self.settings)
+        request_id = rest.request_id(request.headers.get("x-request-id"))
         with self.versions.use(number) as version:
             parse, threads = rest.parse_predict, self.large
             if len(body) > SMALL_BODY_BYTES:
@@ -116,28 +119,38 @@ class ModelServer:
                 if call.num_queries <= SMALL_QUERIES and call.num_results <= SMALL_RESULTS:
                     threads = self.threads
             if threads is self.threads:
-                answer = await _run(threads, _answer, version, call)
+                answer, outputs = await _run(threads, _answer, version, call)
             else:
                 # Part by part, so that a large request need not wait for a larger one to end.
                 slices = call.slices(SMALL_QUERIES, SMALL_RESULTS)
                 parts = [
                     await _run(threads, version.call, call.signature, inputs) for inputs in slices
                 ]
-                answer = await _run(threads, _joined, version, call, parts)
-        return Response(answer, media_type="application/json")
+                answer, outputs = await _run(threads, _joined, version, call, parts)
+        if "user_id" in call.inputs and "candidate_ids" in outputs:
+            self._keep(request_id, version.number, call.inputs["user_id"], outputs["candidate_ids"])
+        headers = {"X-Request-ID": request_id, "X-Model-Version": str(version.number)}
+        return Response(answer, media_type="application/json", headers=headers)
+
+    def _keep(self, request_id: str, number: int, users: np.ndarray, items: np.ndarray) -> None:
+        """Records what was served, or a share of it; nobody waits for that."""
+        if random.random() < self.settings.record_share:
+            milliseconds = time.time_ns() // 1_000_000
+            if not self.recorder.keep(Answer(request_id, milliseconds, number, users, items)):
+                UNRECORDED.inc()
 
 
-def _answer(version: ServedVersion, call: rest.PredictCall) -> bytes:
+def _answer(version: ServedVersion, call: rest.PredictCall) -> tuple[bytes, dict[str, Any]]:
     return _joined(version, call, [version.call(call.signature, call.inputs)])
 
 
 def _joined(
     version: ServedVersion, call: rest.PredictCall, parts: Sequence[dict[str, Any]]
-) -> bytes:
-    """Joins the outputs of a call's parts, so the client sees one answer."""
+) -> tuple[bytes, dict[str, Any]]:
+    """Joins the outputs of a call's parts, so the client sees one answer; returns them too."""
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     version.watch.count(call.inputs, outputs)
-    return rest.format_outputs(outputs, call.is_row_format)
+    return rest.format_outputs(outputs, call.is_row_format), outputs
 
 
 def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str, Any]:
@@ -199,6 +212,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
         stop.set()
         for threads in (server.threads, server.large, server.writes):
             threads.shutdown(wait=False, cancel_futures=True)
+        server.recorder.close()
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     allowed_hosts = (*settings.allowed_hosts, host)
@@ -247,7 +261,7 @@ def _model_routes(server: ModelServer) -> list[Route]:
             except ValueError as error:
                 raise rest.bad_request(str(error)) from None
         try:
-            num_deleted = await _run(server.writes, server.recorder.journal.forget, user_id)
+            num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))
         except OSError:
             raise _unconfirmed("deletion") from None
         return JSONResponse({"num_deleted": num_deleted})
