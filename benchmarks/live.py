@@ -11,14 +11,24 @@ each kill the model is loaded: confirmed writes must be there, and what is there
     python benchmarks/live.py --model saved_models/movielens --json benchmarks/results/live.json
 
 The corpus is that of `index_libraries.py`.
+
+With `--events`, a real server of `--model` is asked instead, and told what users do: milliseconds
+from a confirmed click to the changed answer; times of `--queries` a second, alone and beside
+`--rate` events a second; and, in this process, what a query by user id costs more than one that
+brings the same history.
+
+    python benchmarks/live.py --events --vectors 0 --kills 0 --model saved_models/movielens
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
+import json
 import multiprocessing
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -206,6 +216,129 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return figures
 
 
+class Client:
+    """A connection to a server of one model, that asks for users and posts events."""
+
+    def __init__(self, port: int, name: str, token: str) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port)
+        self._name, self._token = name, token
+
+    def post(self, path: str, body: Any) -> Any:
+        """Posts JSON, and returns the answer's."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
+        self._connection.request("POST", path, json.dumps(body), headers)
+        response = self._connection.getresponse()
+        content = json.loads(response.read())
+        assert response.status == 200, content
+        return content
+
+    def ask(self, user: Any) -> list[Any]:
+        """Returns the items for a user."""
+        inputs = {"user_id": [user], "exclude": [[]], "k": 100}
+        body = {"signature_name": "retrieve_user", "inputs": inputs}
+        answer = self.post(f"/v1/models/{self._name}:predict", body)
+        return list(answer["outputs"]["candidate_ids"][0])
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Returns milliseconds."""
+    p50, p99 = 1e3 * np.percentile(seconds, [50, 99])
+    return {"p50_ms": float(p50), "p99_ms": float(p99), "num": len(seconds)}
+
+
+def at_rate(rate: float, seconds: float, work: Any) -> list[float]:
+    """Calls `work(number)` at moments of a fixed rate; returns how long each call took."""
+    begin, times = time.perf_counter(), []
+    for number in range(round(rate * seconds)):
+        time.sleep(max(0.0, begin + number / rate - time.perf_counter()))
+        start = time.perf_counter()
+        work(number)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def send_events(port: int, name: str, token: str, users: list[Any], items: list[Any], rate: float,
+                seconds: float, sent: Any) -> None:  # fmt: skip
+    """Posts events, ten at a time, on four connections; runs in a process of its own."""
+
+    def send(number: int) -> None:
+        client, rng = Client(port, name, token), np.random.default_rng(number)
+
+        def post(_: int) -> None:
+            pairs = zip(rng.choice(users, 10).tolist(), rng.choice(items, 10).tolist(), strict=True)
+            events = [{"user_id": u, "item_id": i, "type": "view"} for u, i in pairs]
+            client.post("/v1/events", {"events": events})
+
+        begin = time.perf_counter()
+        num = len(at_rate(rate / 40, seconds, post))
+        sent.put(10 * num / (time.perf_counter() - begin))
+
+    threads = [threading.Thread(target=send, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measures a server that is told what users do."""
+    from tfrs_pipeline.serving.recommend import known_users
+
+    model, token = Path(shutil.copytree(options.model, folder / "served")), "0123456789abcdef"
+    (folder / "token").write_text(token)
+    retriever = load(model)
+    users, items = known_users(retriever).to_pylist()[:1000], retriever.candidate_ids()
+    command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(model), "--port", "0"]
+    command += ["--token-file", str(folder / "token"), "--no-page", "--record-share", "1"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    figures: dict[str, Any] = {}
+    try:
+        assert server.stdout is not None
+        port = int(server.stdout.readline().rpartition(":")[2])
+        client, changed, confirmed = Client(port, model.name, token), [], []
+        for number in range(300):
+            user = users[number % len(users)]
+            best = client.ask(user)[0]
+            start = time.perf_counter()
+            client.post("/v1/events", {"user_id": user, "item_id": best, "type": "click"})
+            told = time.perf_counter()
+            assert best not in client.ask(user)
+            changed.append(time.perf_counter() - told)
+            confirmed.append(told - start)
+        figures["click_to_confirmation"] = percentiles(confirmed)
+        figures["confirmation_to_changed_answer"] = percentiles(changed)
+
+        def ask(number: int) -> None:
+            client.ask(users[number % len(users)])
+
+        alone = at_rate(options.queries, options.quiet_seconds, ask)
+        figures["queries_alone"] = percentiles(alone)
+        context, seconds = multiprocessing.get_context("spawn"), options.quiet_seconds
+        sent = context.Queue()
+        arguments = (port, model.name, token, users, items, options.rate, seconds + 4, sent)
+        sender = context.Process(target=send_events, args=arguments)
+        sender.start()
+        time.sleep(4)  # Until it has started.
+        figures["queries_beside_events"] = percentiles(at_rate(options.queries, seconds, ask))
+        figures["events_per_second"] = sum(sent.get() for _ in range(4))
+        sender.join()
+    finally:
+        server.terminate()
+        server.wait()
+    by_user, by_history = [], []
+    for user in users[:300] * 3:
+        history = retriever.stored_history(user)[::-1]
+        start = time.perf_counter()
+        retriever.retrieve_user([user], 100)
+        middle = time.perf_counter()
+        retriever.retrieve([{"user_id": user, "history": history}], 100, [history])
+        by_user.append(middle - start)
+        by_history.append(time.perf_counter() - middle)
+    figures["by_user_id"], figures["by_history"] = map(percentiles, (by_user, by_history))
+    print(json.dumps(figures, indent=2), flush=True)
+    return figures
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = parser_with_json(__doc__)
@@ -217,13 +350,17 @@ def main() -> None:
     parser.add_argument("--target-recall", type=float, default=0.98)
     parser.add_argument("--model", type=Path, help="An export with integer ids; is not changed.")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--events", action="store_true", help="Measure events in service.")
+    parser.add_argument("--queries", type=float, default=200, help="Beside events, a second.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         if options.vectors:
             figures["churn"] = churn(options, Path(name))
-        if options.model:
+        if options.events:
+            figures["events"] = events(options, Path(name))
+        if options.model and options.kills:
             figures["kills"] = kills(options, Path(name))
     if options.json:
         write_json(options.json, figures, seed=options.seed)

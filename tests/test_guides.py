@@ -29,7 +29,7 @@ START = "docs/start/ten_minutes.md"
 # The guides that read the files and the model of the first page; those that look up its items come
 # before the guide that adds one. Those of the second group train for long.
 QUICK = "filters reranking logq seen similar explain nightly personal_data other_servers tracking"
-QUICK += " new_items"
+QUICK += " new_items events_in_service"
 LONG = "pieces clicks recipes negatives exposed events funnel request debugging vectors markets"
 LONG += " tuning"
 GUIDES = {START: [pytest.mark.slow, pytest.mark.nightly]}
@@ -40,7 +40,7 @@ GUIDES |= {f"docs/guides/{name}.md": [pytest.mark.nightly] for name in LONG.spli
 # folder and pins them, as tests/serving/test_versions.py and test_server.py do.
 ELSEWHERE = ("serving", "daily", "scale", "engines", "versions")
 RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ELSEWHERE)
-SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
+SHELL = ("python3", "openssl", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # Flags that make a command short; if a flag is given twice, the last one counts.
 TWO = ["--training.max_epochs", "2", "--no-training.refit"]
 ONE = ["--evaluation.baselines", "popularity"]
@@ -86,13 +86,16 @@ def run_command(words: list[str], more: Mapping[str, list[str]]) -> None:
         assert program in SHELL, f"a command that no test runs: {program}"
 
 
-def ask(url: str, body: str, method: str = "POST", header: str = "X-None: 0") -> str:
+def ask(url: str, body: str | None, method: str = "POST", header: str = "X-None: 0") -> str:
     """Sends a page's request to the server in the thread, instead of the default port."""
     name = re.search(r"/v1/models/([\w-]+)((?:/versions/\d+)?:predict|/items)", url)
-    assert name is not None
-    address = f"{address_of(Path('saved_models', name[1]).absolute())}{name[2]}"
+    if name is not None:
+        address = f"{address_of(Path('saved_models', name[1]).absolute())}{name[2]}"
+    else:  # What belongs to no version is sent to the first page's model.
+        (path,) = re.findall(r"/v1/(?:events|users)\b.*", url)
+        address = address_of(Path("saved_models", "videos").absolute()).partition("/v1")[0] + path
     headers = {"Content-Type": "application/json", **dict([header.split(": ")])}
-    request = urllib.request.Request(address, body.encode(), headers, method=method)
+    request = urllib.request.Request(address, (body or "").encode(), headers, method=method)
     with urllib.request.urlopen(request) as answer:
         return json.dumps(json.load(answer), sort_keys=True, separators=(",", ":"))
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -109,6 +109,9 @@ def test_the_spread_is_that_of_a_querys_scores() -> None:
 LOG = make_log({"device": "categorical"})
 
 
+Members: TypeAlias = dict[str, FittedTwoTower]
+
+
 @pytest.fixture(scope="module")
 def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FittedTwoTower]:
     """Models that read different lengths of the history, times and features; one has biases."""
@@ -125,7 +128,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FittedTwoTowe
     return {name: dataclasses.replace(model, log=LOG) for name, model in built.items()}
 
 
-QUERIES = [
+QUERIES: list[dict[str, Any]] = [
     {
         "user_id": 101,
         "history": [10, 40],
@@ -142,7 +145,7 @@ def member_scores(model: FittedTwoTower) -> np.ndarray:
     return model.query_embeddings(QUERIES) @ model.network.embed_corpus().T
 
 
-def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members) -> None:
+def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members: Members) -> None:
     weights = {"means": 1.0, "recent": 0.6}
     summed = FittedSum.of(members, weights, QUERIES, dim=99)
     spread = {name: member_scores(model).std(axis=1) for name, model in members.items()}
@@ -157,14 +160,16 @@ def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members) -> No
         np.testing.assert_allclose(line, query[best], rtol=1e-3, atol=1e-4)
 
 
-def test_a_sum_of_one_model_ranks_as_the_model(members) -> None:
+def test_a_sum_of_one_model_ranks_as_the_model(members: Members) -> None:
     alone = FittedSum.of({"recent": members["recent"]}, {"recent": 1.0}, QUERIES)
     ids, _ = alone.retrieve(QUERIES, k=24)
     np.testing.assert_array_equal(ids, members["recent"].retrieve(QUERIES, k=24)[0])
 
 
 @pytest.mark.parametrize("dim", [None, 5])
-def test_an_exported_sum_answers_as_in_memory(members, tmp_path: Path, dim: int | None) -> None:
+def test_an_exported_sum_answers_as_in_memory(
+    members: Members, tmp_path: Path, dim: int | None
+) -> None:
     summed = FittedSum.of(members, {"means": 1.0, "recent": 0.3}, QUERIES, dim)
     folder = tp.export(summed, tmp_path / "sum", index=tp.Exact(), queries=QUERIES)
     model = tp.load(folder)
@@ -181,7 +186,7 @@ def test_an_exported_sum_answers_as_in_memory(members, tmp_path: Path, dim: int 
     assert not np.allclose(vector, known)
 
 
-def test_models_of_another_log_are_refused(members, tmp_path: Path) -> None:
+def test_models_of_another_log_are_refused(members: Members, tmp_path: Path) -> None:
     other = tp.TwoTower(dim=2)
     log = Log.from_ibis(LOG.events.filter(LOG.events["item_id"] > 100))
     data = TrainingSet.build(log, tmp_path / "samples", seed=0)

@@ -254,6 +254,7 @@ def test_a_race_in_python_is_one_call(
     won = {"default": 64, "mine / wide": 12}[race.winner]
     assert model.query_embeddings([{"history": [10]}]).shape == (1, won)
     assert str(race).splitlines() == race.lines()
+    assert race.choice is not None
     assert len(race.lines()) == 3 + len(race.choice.lines())
     told = capsys.readouterr().err.splitlines()
     assert len(told) == sum(map(len, curves.values()))

@@ -14,7 +14,7 @@ from typing import Any
 import tfrs_pipeline
 from tfrs_pipeline.cli.console import PROGRAM, as_interrupts
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
-from tfrs_pipeline.cli.models import Query, RefreshIndex, Serve, Vectors
+from tfrs_pipeline.cli.models import Query, Recommend, RefreshIndex, Serve, Vectors, WriteLog
 from tfrs_pipeline.cli.runs import BRIEF, Compare, Report, Run, train
 from tfrs_pipeline.serving.publish import NotPublished
 from tfrs_pipeline.settings import ConfigError
@@ -29,6 +29,8 @@ COMMANDS: dict[str, Any] = {
     "query": Query,
     "serve": Serve,
     "refresh-index": RefreshIndex,
+    "recommend": Recommend,
+    "log": WriteLog,
     "vectors": Vectors,
 }
 COMMAND_LINE = CommandLine(

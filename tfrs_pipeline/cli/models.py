@@ -91,6 +91,65 @@ class RefreshIndex(OfModel):
         return 0
 
 
+class Recommend(OfModel):
+    """Write the best items of all users into a file.
+
+    Each item is a row of the Parquet file: user_id, item_id, rank, score. The answers are those of
+    the server, with the user's known items left out. After a kill, the same command goes on.
+    """
+
+    out: Path
+    """Parquet file to write; an earlier one is replaced once the new one is complete."""
+    users: Path | None = None
+    """CSV or Parquet with user_id and, optionally, history: item ids, oldest first, which are then
+    read and left out in place of the stored ones. If not given, all users of the model."""
+    k: PositiveInt = 100
+    """Number of items for each user."""
+    filter: tuple[str, ...] = ()
+    """Write only items with one of these values of the model's filter (export.filter_by)."""
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        from tfrs_pipeline.serving.vectors import destination_problem
+
+        if problem := destination_problem(self.out):
+            yield "out", problem
+
+    def __call__(self) -> int:
+        """Writes the file and says how fast."""
+        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
+        from tfrs_pipeline.serving.recommend import recommend
+        from tfrs_pipeline.serving.retriever import load
+
+        console, model = Console(), load(version)
+        options: dict[str, Any] = {"users": self.users, "k": self.k, "allowed": self.filter}
+        with shown(console) as progress:
+            about = recommend(model, self.out, **options, progress=progress)
+        say(
+            console,
+            f"recommendations  {self.out}: {counted(about['num_rows'], 'row')} for "
+            f"{counted(about['num_users'], 'user')}, {about['users_per_second']:,.0f} users/s",
+        )
+        return 0
+
+
+class WriteLog(OfModel):
+    """Write what users did and were served as the log of the next training.
+
+    The file is an event table, which `run --data.path` reads as it is: items that the server
+    recorded as served are retrieved, those shown exposed, those clicked clicked.
+    """
+
+    out: Path
+    """Parquet file to write; an earlier one is replaced once the new one is complete."""
+
+    def __call__(self) -> int:
+        """Writes the file and says how many rows it has."""
+        from tfrs_pipeline.serving.event_log import write_log
+
+        say(Console(), f"log  {self.out}: {counted(write_log(self.model, self.out), 'row')}")
+        return 0
+
+
 class Vectors(OfModel):
     """Write the vectors of an exported model's items, for another engine.
 

@@ -55,6 +55,8 @@ class Exportable:
             stored; None is nothing. With it, `retrieve_user` also retrieves known positives.
         items_read: When the reading of the items began, with a time zone. Earlier live writes of
             these items do not count. The default is now.
+        histories_until: The time of the log's last event, with a time zone: events recorded in
+            service count if they are later. None for a log without times: then `items_read` is.
 
     Raises:
         ValueError: If `histories`, `known_positives` or `history_times` have another length, the
@@ -78,6 +80,7 @@ class Exportable:
     has_item_bias: bool = False
     repeat_bonus: RepeatBonus | None = None
     items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
+    histories_until: datetime | None = None
 
     def __post_init__(self) -> None:
         for name in ("query_ids", "histories", "known_positives"):

@@ -164,6 +164,7 @@ class FittedTwoTower:
         # The whole log: service should know all clicks, even those that tested the model.
         network, corpus, log = self.network, self.corpus, self.log.whole
         histories, known, times = latest_histories(log, corpus.query_ids, corpus.candidate_ids)
+        last = log.events["timestamp"].max() if "timestamp" in log.events.columns else None
         return dataclasses.replace(
             self.towers,
             items=log.items.order_by("item_id").to_pyarrow(),
@@ -172,6 +173,7 @@ class FittedTwoTower:
             history_times=times if network.reads_times else None,
             reading=log.reading,
             items_read=log.items_read,
+            histories_until=None if last is None else last.to_pyarrow().as_py(),
             repeat_bonus=self.repeat_bonus,
         )
 

@@ -257,8 +257,10 @@ class FittedSum:
             for member in self.members.values()
             if not is_timed or member.towers.history_times is not None
         )
-        names = "items", "histories", "known_positives", "history_times", "reading", "items_read"
-        of_log: dict[str, Any] = {name: getattr(whole, name) for name in names}
+        names = "items", "histories", "known_positives", "history_times", "histories_until"
+        of_log: dict[str, Any] = {
+            name: getattr(whole, name) for name in (*names, "reading", "items_read")
+        }
         return dataclasses.replace(self.towers, repeat_bonus=self.repeat_bonus, **of_log)
 
     @functools.cached_property

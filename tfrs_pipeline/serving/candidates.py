@@ -349,8 +349,13 @@ class _Search:
             queries = self.queries[lines[block]]
             # A single query is scored in one thread: the threads of a matrix product wait for each
             # other, which takes a hundred times as long while other processes work.
-            is_one = len(queries) == 1
-            scores = np.vecdot(vectors, queries)[np.newaxis] if is_one else (vectors @ queries.T).T
+            if len(queries) == 1:
+                scores = np.vecdot(vectors, queries)[np.newaxis]
+            else:
+                # For few queries this product is faster. For many, the copy of a transposed matrix,
+                # which ends it, takes longer than the product.
+                is_few = len(queries) <= 16
+                scores = (vectors @ queries.T).T if is_few else queries @ vectors.T
             if view.is_removed is not None:
                 scores[:, view.is_removed[1:]] = -np.inf
             for row, line in zip(scores, lines[block], strict=True):

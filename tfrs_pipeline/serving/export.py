@@ -61,6 +61,7 @@ TAKEN = {
     "filter",
     "format",
     "has_item_bias",
+    "histories_until",
     "index",
     "items_read",
     "log",
@@ -212,6 +213,7 @@ def export_version(
         "user_data": user_data,
         "has_item_bias": model.has_item_bias,
         "items_read": model.items_read.isoformat(),
+        "histories_until": (model.histories_until or model.items_read).isoformat(),
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(

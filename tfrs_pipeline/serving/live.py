@@ -68,6 +68,7 @@ class LiveItems:
 
     Attributes:
         titles: The titles of the live items, or None, by id.
+        path: The file of live items.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class LiveItems:
         self._features, self._filter, self._embed = tuple(features), filter_by, embed
         self._num_leaves, self._separator = num_leaves, list_separator
         self._corpus: Ids = candidates.corpus  # The items that the version was exported with.
+        self.path = store.path
         self._lock = threading.RLock()
         self._seq = 0  # The last row of the store that the candidates hold.
         self.titles: dict[Any, str | None] = {}

@@ -6,6 +6,7 @@ docs/guides/serving.md describes it, and where it is stricter than TensorFlow Se
 import base64
 import contextlib
 import reprlib
+import uuid
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, NamedTuple, NotRequired
 
@@ -217,15 +218,22 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
 
 
 def parse_items(body: bytes, key: str) -> list[Any]:
-    """Reads the body of a write: {key: [...]}, or one item alone; else refuses it (400)."""
+    """Reads the body of a write: {key: [...]}, or one entry alone; else refuses it (400)."""
     document = read_json(body)
-    if key == "items" and isinstance(document, dict) and "item_id" in document:
+    if key != "item_ids" and isinstance(document, dict) and "item_id" in document:
         return [document]
     values = document.get(key) if isinstance(document, dict) and len(document) == 1 else None
     if not isinstance(values, list) or not values:
         wanted = f"The body must be {{{key!r}: [...]}}, with one or more."
         raise bad_request(f"{wanted} Received: {_shown(document)}")
     return values
+
+
+def request_id(header: str | None) -> str:
+    """Returns the id of a request, a new one if it brings none; else refuses it (400)."""
+    if header is not None and not 0 < len(header) <= 200:
+        raise bad_request(f"X-Request-ID takes 1 to 200 characters. Received: {_shown(header)}")
+    return header or uuid.uuid4().hex
 
 
 def read_json(body: bytes) -> Any:

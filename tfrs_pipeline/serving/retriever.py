@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline import retrieval
-from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.features.encoding import raw_columns, raw_signature
@@ -21,10 +20,12 @@ from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
 from tfrs_pipeline.model.tf_tables import id_list, signature_inputs
-from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved
 from tfrs_pipeline.serving import publish
+from tfrs_pipeline.serving.activity import Activity
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.index import Level, has_scann
+from tfrs_pipeline.serving.journal import Event, Journal, check_events
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import (
@@ -53,8 +54,8 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
         path: A version's folder, or a model's folder to load its newest complete version.
         exact: Whether to score every candidate, even if the version has a ScaNN index. Without
             ScaNN installed, every candidate is scored anyway, with a warning in the log.
-        live: Whether to take in the items written since the export, and to allow `upsert` and
-            `remove`.
+        live: Whether to take in the items and events written since the export, and to allow
+            `upsert`, `remove`, `record` and `forget`.
 
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
@@ -127,6 +128,10 @@ class LoadedRetriever:
                 self.embed_raw,
                 Reading(**self.manifest.get("reading", {})).list_separator,
             )
+        self._activity: Activity | None = None
+        if self._live is not None and self.manifest["user_data"]:
+            journal = Journal(folder.parent)
+            self._activity = Activity(journal, self.saved_model.encoder, self.manifest)
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
@@ -179,15 +184,16 @@ class LoadedRetriever:
         allowed: Allowed = None,
         requests: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Retrieves by users' stored histories, and excludes their known positives.
+        """Retrieves by what users did until now, and excludes their known positives.
 
-        If the model has a repeat bonus, which people have who return to the same items, these are
-        retrieved too.
-
-        Unknown users get the answer for an empty history. `exclude` adds ids to exclude. `allowed`
-        and `requests` have one entry for each user, as in `retrieve`. Returns candidate_ids [n, k],
-        scores [n, k] float32, is_known_user [n] bool. Raises as `retrieve`, and a `ValueError` if
-        the model was exported without user data.
+        That is the stored history and the events recorded since, in time order. Recorded clicks are
+        excluded too, unless the training's `evaluation.exclude` was none; views if it was seen;
+        dislikes always. If the model has a repeat bonus, which people have who return to the same
+        items, known positives are retrieved too. Users without either get the answer for an empty
+        history. `exclude` adds ids to exclude. `allowed` and `requests` have one entry for each
+        user, as in `retrieve`. Returns candidate_ids [n, k], scores [n, k] float32, is_known_user
+        [n] bool. Raises as `retrieve`, and a `ValueError` if the model was exported without user
+        data.
         """
         if not self.manifest["user_data"]:
             raise ValueError(
@@ -252,8 +258,53 @@ class LoadedRetriever:
         nothing = {feature.name: [None] * len(item_ids) for feature in self.features["candidate"]}
         return self.embed_candidates(item_ids, nothing)[1]
 
+    def record(self, events: Sequence[Mapping[str, Any]]) -> int:
+        """Records what users did; it counts from the next query by user on.
+
+        The events are on disk, beside the versions, when this returns; other processes that serve
+        or load the model read them too. They outlive versions: one reads those that came after the
+        end of its log. An event that is there already changes nothing.
+
+        Args:
+            events: Mappings of `user_id`, `item_id` and `type`: "click", "view" (shown), "dislike"
+                or a stage of a log. Optional are `time` (a datetime with a zone, ISO 8601, or
+                seconds since 1970; default: now), `request_id` (of the answer that it belongs to)
+                and `event_id`, the client's own, which makes a repeat harmless.
+
+        Returns:
+            How many of the events are new.
+
+        Raises:
+            Damaged: If the file of events is damaged.
+            StorageError: If the events cannot be put on disk; then none is recorded.
+            ValueError: If an event has the wrong form; if the model was loaded without `live`, or
+                from a folder that is not one of its versions.
+        """
+        return Journal(self.live_folder).write([self.checked_events(events)])[0]
+
+    def forget(self, user_id: Any) -> int:
+        """Deletes a user's recorded events, also from the file; returns how many there were.
+
+        What a version holds of the user stays. Raises as `record`.
+        """
+        return Journal(self.live_folder).forget(user_id)
+
+    def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
+        """Reads events as `record` does, or raises its `ValueError`."""
+        users_are_text, items_are_text = (
+            x == tf.string for x in (self.user_dtype, self.item_dtype)
+        )
+        return check_events(events, users_are_text=users_are_text, items_are_text=items_are_text)
+
+    @property
+    def live_folder(self) -> Path:
+        """The folder of what is written in service; a `ValueError` if the model takes no writes."""
+        return self.live.path.parent
+
     def stored_history(self, user_id: Any) -> list[Any]:
-        """Returns the stored history of a user, most recent first; [] for an unknown user."""
+        """Returns the history of a user until now, most recent first; [] for an unknown user."""
+        if self._activity is not None and (now := self._activity.until_now([user_id])):
+            return now[0].history[::-1]
         ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
         return id_lists_of(ids.numpy())[0]
 
@@ -277,11 +328,16 @@ class LoadedRetriever:
         retrieval.check_requests([texts], known)
         return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
-    def _embedded(self, queries: Sequence[Query], embed_name: str) -> dict[str, np.ndarray]:
+    def _embedded(self, queries: Sequence[Query], embed_name: str) -> dict[str, Any]:
         """Embeds queries: those with features by one signature, the others by another."""
         requests = [query.get("request") for query in queries]
         known = [feature.name for feature in self.features["request"]]
         retrieval.check_requests(requests, known, may_have_others=True)
+        if embed_name == "embed_user":
+            function = self.saved_model.signatures[embed_name]
+            inputs = query_inputs(function, queries)
+            inputs |= request_inputs(function, self.features, requests)
+            return self._embedded_users({name: x.numpy() for name, x in inputs.items()})
         has_features = np.array([query.get("features") is not None for query in queries], bool)
         parts, order = [], []
         # Each signature is called once, because a call costs more than a query in it. An empty
@@ -299,6 +355,31 @@ class LoadedRetriever:
         # Back into the order of the queries.
         back = np.argsort(np.concatenate(order))
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+    def _embedded_users(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Embeds users by what they did until now, with lists of ids as `known_items`."""
+        users, now = as_ids(inputs["user_id"].tolist()), {}
+        if self._activity is not None:
+            now = self._activity.until_now(users)
+        stored = [line for line in range(len(users)) if line not in now]
+        parts = []
+        if stored or not users:  # By the history that the graph holds.
+            signature = self.saved_model.signatures["embed_user"]
+            parts.append(ask(signature, {name: array[stored] for name, array in inputs.items()}))
+        if now:
+            signature, lists = self.saved_model.signatures["embed_query"], [*now.values()]
+            some = {name: array[[*now]] for name, array in inputs.items()}
+            query = [{"history": x.history, HISTORY_TIMESTAMPS: x.times} for x in lists]
+            read = query_inputs(signature, query)
+            some |= {name: read[name].numpy() for name in read if name != "user_id"}
+            parts.append(ask(signature, some))
+            parts[-1]["is_known_user"][:] = True
+        back = np.argsort(np.array([*stored, *now], int))
+        names = ("embeddings", "is_known_user", "num_known_items")
+        embedded = {name: np.concatenate([part[name] for part in parts])[back] for name in names}
+        known = id_lists_of(parts[0]["known_items"]) if stored or not users else []
+        known += [x.excluded for x in now.values()]
+        return {**embedded, "known_items": [known[line] for line in back]}
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
         """Makes the inputs for the queries' features; a `ValueError` if one is unknown."""
@@ -423,6 +504,10 @@ class LoadedRetriever:
             return ask(self.saved_model.signatures[signature], inputs)
         if embed_name == SIMILAR:
             embedded = self._embedded_items(as_ids(inputs["item_id"].tolist()))
+        elif embed_name == "embed_user":
+            embedded = self._embedded_users(
+                {name: x for name, x in inputs.items() if name not in ("exclude", "allowed", "k")}
+            )
         else:
             embedded = ask(self.saved_model.signatures[embed_name], inputs)
         padded = (inputs.get(name) for name in ("exclude", "allowed"))
@@ -433,7 +518,7 @@ class LoadedRetriever:
         known = {name: values for name, values in embedded.items() if name not in not_answered}
         return {"candidate_ids": ids, "scores": scores, **known}
 
-    def _embedded_items(self, item_ids: Sequence[Any]) -> dict[str, np.ndarray]:
+    def _embedded_items(self, item_ids: Sequence[Any]) -> dict[str, Any]:
         """Makes queries of items, which exclude the item itself."""
         try:
             vectors = self.candidates.vectors_of(item_ids)  # A copy.
@@ -445,19 +530,18 @@ class LoadedRetriever:
             ) from None
         if self._has_bias:
             vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
-        return {"embeddings": vectors, "known_items": as_id_array(item_ids)[:, np.newaxis]}
+        return {"embeddings": vectors, "known_items": [[id_] for id_ in item_ids]}
 
     def _searched(
         self,
-        embedded: Mapping[str, np.ndarray],
+        embedded: Mapping[str, Any],
         k: int,
         exclude: Excluded,
         allowed: Allowed,
         *,
         exact: bool = False,
     ) -> Retrieved:
-        if (known := embedded.get("known_items")) is not None:
-            lists = id_lists_of(known)
+        if (lists := embedded.get("known_items")) is not None:
             more = [()] * len(lists) if exclude is None else exclude
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         bonuses = None

@@ -11,9 +11,11 @@ import http
 import ipaddress
 import logging
 import os
+import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,10 +43,11 @@ except ImportError as missing:
 
 from tfrs_pipeline.durable import Damaged, try_writing
 from tfrs_pipeline.serving import page, rest
+from tfrs_pipeline.serving.journal import Answer, Event, Journal, Recorder
 from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
-from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES
+from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES, UNRECORDED
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +73,11 @@ class ModelServer:
         self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
         self.large = ThreadPoolExecutor(1, "large-requests")
+        self.recorder = Recorder(Journal(version_at(model).parent))
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
         self._token = None if settings.token_file is None else read_token(settings.token_file)
-        if self._token is not None:
+        if self._token is not None or settings.record_share:
             try_writing(version_at(model).parent)
 
     def number(self, request: Request) -> str | None:
@@ -87,7 +91,7 @@ class ModelServer:
     def authorize(self, header: str) -> None:
         """Refuses a write without the token, and all writes if there is none."""
         if self._token is None:
-            message = "This server takes no items: it was started without --token-file."
+            message = "This server takes no writes: it was started without --token-file."
             raise HTTPException(403, message)
         kind, _, token = header.partition(" ")
         # In constant time, which does not tell how much of the token is right.
@@ -105,6 +109,7 @@ class ModelServer:
         """Answers a predict call, off the event loop; large calls take turns."""
         _check_method(request, "POST")
         number, body = self.number(request), await read_body(request, self.settings)
+        request_id = rest.request_id(request.headers.get("x-request-id"))
         with self.versions.use(number) as version:
             parse, threads = rest.parse_predict, self.large
             if len(body) > SMALL_BODY_BYTES:
@@ -114,28 +119,38 @@ class ModelServer:
                 if call.num_queries <= SMALL_QUERIES and call.num_results <= SMALL_RESULTS:
                     threads = self.threads
             if threads is self.threads:
-                answer = await _run(threads, _answer, version, call)
+                answer, outputs = await _run(threads, _answer, version, call)
             else:
                 # Part by part, so that a large request need not wait for a larger one to end.
                 slices = call.slices(SMALL_QUERIES, SMALL_RESULTS)
                 parts = [
                     await _run(threads, version.call, call.signature, inputs) for inputs in slices
                 ]
-                answer = await _run(threads, _joined, version, call, parts)
-        return Response(answer, media_type="application/json")
+                answer, outputs = await _run(threads, _joined, version, call, parts)
+        if "user_id" in call.inputs and "candidate_ids" in outputs:
+            self._keep(request_id, version.number, call.inputs["user_id"], outputs["candidate_ids"])
+        headers = {"X-Request-ID": request_id, "X-Model-Version": str(version.number)}
+        return Response(answer, media_type="application/json", headers=headers)
+
+    def _keep(self, request_id: str, number: int, users: np.ndarray, items: np.ndarray) -> None:
+        """Records what was served, or a share of it; nobody waits for that."""
+        if random.random() < self.settings.record_share:
+            milliseconds = time.time_ns() // 1_000_000
+            if not self.recorder.keep(Answer(request_id, milliseconds, number, users, items)):
+                UNRECORDED.inc()
 
 
-def _answer(version: ServedVersion, call: rest.PredictCall) -> bytes:
+def _answer(version: ServedVersion, call: rest.PredictCall) -> tuple[bytes, dict[str, Any]]:
     return _joined(version, call, [version.call(call.signature, call.inputs)])
 
 
 def _joined(
     version: ServedVersion, call: rest.PredictCall, parts: Sequence[dict[str, Any]]
-) -> bytes:
-    """Joins the outputs of a call's parts, so the client sees one answer."""
+) -> tuple[bytes, dict[str, Any]]:
+    """Joins the outputs of a call's parts, so the client sees one answer; returns them too."""
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     version.watch.count(call.inputs, outputs)
-    return rest.format_outputs(outputs, call.is_row_format)
+    return rest.format_outputs(outputs, call.is_row_format), outputs
 
 
 def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str, Any]:
@@ -153,14 +168,30 @@ def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str,
     except ValueError as error:
         raise rest.bad_request(str(error)) from None
     except OSError:
-        logger.exception("a write of items was not confirmed")
-        message = "The items could not be put on disk, and nothing has changed"
-        more = f"{message}; the server's log has more."
-        raise HTTPException(503, more, {"Retry-After": "1"}) from None
+        raise _unconfirmed("items") from None
     counts: dict[str, Any] = {"num_new": num_new} if is_put else {"num_removed": num_removed}
     LIVE_UNKNOWN_VALUES.inc(len(change.notes))
     notes = {"notes": change.notes} if change.notes else {}
     return {**counts, **notes, "num_items": num_items}
+
+
+def _unconfirmed(what: str) -> HTTPException:
+    """Makes a 503, and logs the error under way."""
+    logger.exception("a write of %s was not confirmed", what)
+    message = f"The {what} could not be put on disk, and nothing has changed"
+    return HTTPException(503, f"{message}; the server's log has more.", {"Retry-After": "1"})
+
+
+def read_events(versions: ModelVersions, body: bytes) -> tuple[list[Event], int]:
+    """Reads the events in a body, and counts those of items that are not candidates."""
+    values = rest.parse_items(body, "events")
+    with versions.use() as version:
+        try:
+            events = version.retriever.checked_events(values)
+        except ValueError as error:
+            raise rest.bad_request(str(error)) from None
+        is_there = version.retriever.candidates.has([event.item_id for event in events])
+    return events, int((~is_there).sum())
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
@@ -181,6 +212,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
         stop.set()
         for threads in (server.threads, server.large, server.writes):
             threads.shutdown(wait=False, cancel_futures=True)
+        server.recorder.close()
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     allowed_hosts = (*settings.allowed_hosts, host)
@@ -205,6 +237,34 @@ def _model_routes(server: ModelServer) -> list[Route]:
         server.authorize(request.headers.get("authorization", ""))
         is_put = request.method == "PUT"
         return JSONResponse(await _run(server.writes, write_items, versions, body, is_put))
+
+    async def events(request: Request) -> Response:
+        _check_method(request, "POST")
+        body = await read_body(request, server.settings)
+        server.authorize(request.headers.get("authorization", ""))
+        if len(body) > SMALL_BODY_BYTES:
+            read, num_unknown = await _run(server.large, read_events, versions, body)
+        else:
+            read, num_unknown = read_events(versions, body)
+        try:
+            num_new = await asyncio.wrap_future(server.recorder.submit(read))
+        except OSError:
+            raise _unconfirmed("events") from None
+        return JSONResponse({"num_new": num_new, "num_unknown_items": num_unknown})
+
+    async def user(request: Request) -> Response:
+        _check_method(request, "DELETE")
+        server.authorize(request.headers.get("authorization", ""))
+        with versions.use() as version:
+            try:
+                user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
+            except ValueError as error:
+                raise rest.bad_request(str(error)) from None
+        try:
+            num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))
+        except OSError:
+            raise _unconfirmed("deletion") from None
+        return JSONResponse({"num_deleted": num_deleted})
 
     async def model_metadata(request: Request) -> Response:
         with versions.use(server.number(request)) as version:
@@ -241,6 +301,8 @@ def _model_routes(server: ModelServer) -> list[Route]:
     every_method = list(http.HTTPMethod)
     routes = [
         Route("/v1/models/{name}/items", items, methods=every_method),
+        Route("/v1/events", events, methods=every_method),
+        Route("/v1/users/{user_id:path}", user, methods=every_method),
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", prometheus),

@@ -31,6 +31,9 @@ class ServeSettings(Config):
     token_file: Path | None = None
     """File with a token, of 16 characters or more, whose holders may add and remove items
     (PUT and DELETE /v1/models/NAME/items). Without it nobody may."""
+    record_share: float = Field(0.0, ge=0, le=1)
+    """Share of the answers to users that is recorded, with items and ranks, for `tfrs-pipeline
+    log`; 0 records none."""
     page: bool = True
     """Whether to serve the page at /, which compares the index with exact search."""
     # More contend for the interpreter's lock: with 4 on two cores, p99 is a fifth higher.

@@ -1,8 +1,7 @@
-"""The store of live items: an SQLite file beside a model's versions.
+"""SQLite files beside a model's versions, and the one of live items.
 
-It has one row for each item that was written live: the last write. Any number of processes on one
-machine may read and write it. A write is a transaction, on disk before it is confirmed, so a killed
-process or a power cut leaves all of it or nothing.
+Any number of processes on one machine may read and write such a file. A write is a transaction, on
+disk before it is confirmed, so a killed process or a power cut leaves all of it or nothing.
 """
 
 import contextlib
@@ -49,16 +48,21 @@ class LiveRow(NamedTuple):
     item: dict[str, Any] | None
 
 
-class Store:
-    """The file in a model's folder, made by the first write; safe from several threads.
+class Database:
+    """A file in a model's folder, made by the first write; safe from several threads.
 
-    Each method raises `Damaged` if the file is not as SQLite wrote it, `StorageError` if it cannot
-    be read or written, and `Replaced` if another file is in its place: then the model must be
-    loaded again.
+    Each method raises `Damaged` if the file is not as SQLite wrote it, and `StorageError` if it
+    cannot be read or written. If another file is in its place, it is read from then on, unless
+    `is_mirrored`: a copy of the content in memory would be wrong, so `Replaced` is raised.
     """
 
+    file_name: str
+    schema: str
+    what_is_lost: str  # Without the file, for the message about a damaged one.
+    is_mirrored = False
+
     def __init__(self, folder: Path) -> None:
-        self.path = folder / STORE_FILE
+        self.path = folder / self.file_name
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[Any, ...] | None = None  # Of the file that was read first.
@@ -66,13 +70,6 @@ class Store:
     def __del__(self) -> None:
         if self._connection is not None:  # Else it would stay open for an unknown time.
             self._connection.close()
-
-    def items_after(self, seq: int) -> list[LiveRow]:
-        """Reads the rows written after row `seq`, in the order of the writes."""
-        query = f"SELECT {', '.join(LiveRow._fields)} FROM live_items WHERE seq > ? ORDER BY seq"
-        with self._opened() as connection:
-            rows = connection.execute(query, [seq]).fetchall() if connection else []
-            return [LiveRow._make([*row[:-1], row[-1] and json.loads(row[-1])]) for row in rows]
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -88,6 +85,85 @@ class Store:
             with connection:  # Commits, or rolls back.
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
+
+    @contextlib.contextmanager
+    def _opened(self, *, is_writer: bool = False) -> Iterator[sqlite3.Connection | None]:
+        """Yields a connection, None if there is no file; a writer makes one."""
+        with self._lock, naming(self.path, sqlite3.OperationalError):
+            try:
+                if is_writer and (self._identity is None or not self.is_mirrored):
+                    self._create_if_missing()
+                yield self._connected()
+            except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
+                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+                if code & 0xFF not in _DAMAGES:  # The other bits hold details.
+                    raise
+                raise Damaged(
+                    f"{self.path} is damaged ({error}). Restore it from a backup, or move it away "
+                    f"with {self.file_name}-wal and {self.file_name}-shm{self.what_is_lost}."
+                ) from error
+
+    def _connected(self) -> sqlite3.Connection | None:
+        file, identity = self.path.stat() if self.path.exists() else None, None
+        # In a folder that this process may only read, SQLite cannot make its -shm file. Without a
+        # -wal file, all rows are in the file itself, which is then opened as immutable. Others may
+        # change it all the same, so each look opens it anew.
+        log = self.path.with_name(f"{self.file_name}-wal")
+        is_read_only = not (os.access(self.path.parent, os.W_OK) or log.exists())
+        if file is not None and (self._connection is None or is_read_only):
+            self.__del__()
+            self._connection = sqlite3.connect(
+                f"{self.path.absolute().as_uri()}?{'immutable=1' if is_read_only else 'mode=rw'}",
+                uri=True,
+                timeout=_BUSY_SECONDS,
+                isolation_level=None,  # Transactions begin and end as written here.
+                check_same_thread=False,  # One at a time, by the lock.
+            )
+            # A commit waits until it is on disk; NORMAL could lose it in a power cut.
+            self._connection.execute("PRAGMA synchronous = FULL")
+        if file is not None and self._connection is not None:
+            # While the file is open, no other file gets its inode number. SQLite raises the version
+            # of the schema if a backup is restored in place.
+            version = self._connection.execute("PRAGMA schema_version").fetchone()
+            identity = file.st_dev, file.st_ino, *version
+        if self._identity not in (None, identity):
+            if self.is_mirrored:
+                raise Replaced(
+                    f"{self.path} was deleted or restored since the model was loaded: load it "
+                    "again."
+                )
+            self.__del__()
+            self._connection = self._identity = None
+            return self._connected()
+        self._identity = identity
+        return self._connection
+
+    def _create_if_missing(self) -> None:
+        """Makes the file under another name, then renames it: an empty file is a damaged one."""
+        if self.path.exists():
+            return
+        with locked(self.path.with_name(f"{self.file_name}.lock"), wait=True):
+            if self.path.exists():
+                return
+            for end in ("-wal", "-shm"):  # SQLite would apply a deleted file's to the new one.
+                self.path.with_name(f"{self.file_name}{end}").unlink(missing_ok=True)
+            # The connection is closed first, then the file is flushed and renamed.
+            with replacing(self.path) as new, contextlib.closing(sqlite3.connect(new)) as sql:
+                sql.executescript(self.schema)
+
+
+class Store(Database):
+    """The last write of each item that was written live; a row each."""
+
+    file_name, schema, is_mirrored = STORE_FILE, _SCHEMA, True
+    what_is_lost = ", and write the live items again"
+
+    def items_after(self, seq: int) -> list[LiveRow]:
+        """Reads the rows written after row `seq`, in the order of the writes."""
+        query = f"SELECT {', '.join(LiveRow._fields)} FROM live_items WHERE seq > ? ORDER BY seq"
+        with self._opened() as connection:
+            rows = connection.execute(query, [seq]).fetchall() if connection else []
+            return [LiveRow._make([*row[:-1], row[-1] and json.loads(row[-1])]) for row in rows]
 
     def write_items(self, items: Mapping[Any, Mapping[str, Any] | None]) -> int:
         """Writes items by id, None for removed ones, in place of earlier writes of them.
@@ -107,61 +183,3 @@ class Store:
             mark = "UPDATE live_items SET is_listed = 1 WHERE item_id = ?"
             connection.executemany(mark, [(id_,) for id_ in item_ids])
             connection.executemany("DELETE FROM live_items WHERE seq = ?", [(seq,) for seq in over])
-
-    @contextlib.contextmanager
-    def _opened(self, *, is_writer: bool = False) -> Iterator[sqlite3.Connection | None]:
-        """Yields a connection, None if there is no file; a writer makes one."""
-        with self._lock, naming(self.path, sqlite3.OperationalError):
-            try:
-                if is_writer and self._identity is None:
-                    self._create_if_missing()
-                yield self._connected()
-            except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
-                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-                if code & 0xFF not in _DAMAGES:  # The other bits hold details.
-                    raise
-                raise Damaged(
-                    f"{self.path} is damaged ({error}). Restore it from a backup, or move it away "
-                    f"with {STORE_FILE}-wal and {STORE_FILE}-shm, and write the live items again."
-                ) from error
-
-    def _connected(self) -> sqlite3.Connection | None:
-        file, identity = self.path.stat() if self.path.exists() else None, None
-        # In a folder that this process may only read, SQLite cannot make its -shm file. Without a
-        # -wal file, all rows are in the file itself, which is then opened as immutable. Others may
-        # change it all the same, so each look opens it anew.
-        log = self.path.with_name(f"{STORE_FILE}-wal")
-        is_read_only = not (os.access(self.path.parent, os.W_OK) or log.exists())
-        if file is not None and (self._connection is None or is_read_only):
-            self.__del__()
-            self._connection = sqlite3.connect(
-                f"{self.path.absolute().as_uri()}?{'immutable=1' if is_read_only else 'mode=rw'}",
-                uri=True,
-                timeout=_BUSY_SECONDS,
-                isolation_level=None,  # Transactions begin and end as written here.
-                check_same_thread=False,  # One at a time, by the lock.
-            )
-            # A commit waits until it is on disk; NORMAL could lose it in a power cut.
-            self._connection.execute("PRAGMA synchronous = FULL")
-        if file is not None and self._connection is not None:
-            # While the file is open, no other file gets its inode number. SQLite raises the version
-            # of the schema if a backup is restored in place.
-            version = self._connection.execute("PRAGMA schema_version").fetchone()
-            identity = file.st_dev, file.st_ino, *version
-        if self._identity not in (None, identity):
-            raise Replaced(
-                f"{self.path} was deleted or restored since the model was loaded: load it again."
-            )
-        self._identity = identity
-        return self._connection
-
-    def _create_if_missing(self) -> None:
-        """Makes the file under another name, then renames it: an empty file is a damaged one."""
-        with locked(self.path.with_name(f"{STORE_FILE}.lock"), wait=True):
-            if self.path.exists():
-                return
-            for end in ("-wal", "-shm"):  # SQLite would apply a deleted file's to the new one.
-                self.path.with_name(f"{STORE_FILE}{end}").unlink(missing_ok=True)
-            # The connection is closed first, then the file is flushed and renamed.
-            with replacing(self.path) as new, contextlib.closing(sqlite3.connect(new)) as sql:
-                sql.executescript(_SCHEMA)

@@ -79,11 +79,11 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
 
 
 def destination_problem(path: Path) -> str:
-    """Says why vectors cannot be written to a path; "" if they can."""
+    """Says why a Parquet file cannot be written to a path; "" if it can."""
     if path.is_dir():
-        return f"'{path}' is a folder; give a file in it, such as {path / 'vectors.parquet'}"
+        return f"'{path}' is a folder; give a file in it, such as {path / 'all.parquet'}"
     if path.suffix != ".parquet":
-        return f"got '{path}'; vectors are written as Parquet: end the name with .parquet"
+        return f"got '{path}'; the file is Parquet: end the name with .parquet"
     if not path.parent.is_dir():
         return f"there is no folder '{path.parent}': make it, or choose another"
     return ""

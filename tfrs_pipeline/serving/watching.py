@@ -23,6 +23,7 @@ HISTORY = Counter("tfrs_history_items", "Items of the histories in queries.", ["
 SLOTS = Counter("tfrs_slots", "Slots of answers: the k of each query.", ["filled"])
 FILTERED_QUERIES = Counter("tfrs_filtered_queries", "Queries with a filter.", ["empty"])
 TOP_ITEMS = Counter("tfrs_top_items", "The first ten items of answers.", ["popularity"])
+UNRECORDED = Counter("tfrs_unrecorded_answers", "Answers that waited too long to be recorded.")
 LIVE_UNKNOWN_VALUES = Counter("tfrs_live_unknown_values", "Unknown values of live items.")
 
 

@@ -1,0 +1,193 @@
+"""Answers that can be traced, and the log that they and the events make."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.serving.conftest import Exported
+from tests.serving.running_server import PREDICT, TOKEN, Running, retrieve_user
+from tests.serving.test_journal import event, send
+from tfrs_pipeline import Log
+from tfrs_pipeline.durable import StorageError
+from tfrs_pipeline.serving import event_log
+from tfrs_pipeline.serving import journal as journal_module
+from tfrs_pipeline.serving.event_log import write_log
+from tfrs_pipeline.serving.journal import JOURNAL_FILE, Answer, Event, Journal, Recorder
+from tfrs_pipeline.serving.retriever import load
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
+
+def answer(id_: str, users: list[Any], items: list[list[Any]], time: int = 5) -> Answer:
+    arrays = (np.array(x, object if isinstance(users[0], bytes) else int) for x in (users, items))
+    return Answer(id_, time, 3, *arrays)
+
+
+def served(journal: Journal) -> list[tuple[Any, ...]]:
+    with journal.writing() as connection:
+        return connection.execute("SELECT * FROM served").fetchall()
+
+
+def test_an_answer_is_kept_as_it_was_served(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    answers = [
+        answer("one", [7], [[30, 10, 20, -1]]),
+        answer("two", [8, -1, 9], [[1, 2], [3, 4], [5, -1]]),
+        answer("text", [b"Zo\xc3\xab"], [[b"f\xc3\xa9", b""]]),
+        answer("one", [8], [[40]]),  # A request_id that is there already.
+    ]
+    assert journal.write([], answers) == []
+    rows = {id_: (user, version, items) for id_, user, _, version, items in served(journal)}
+    assert rows == {
+        "one": (7, 3, "[30, 10, 20]"),
+        "two.0": (8, 3, "[1, 2]"),
+        "two.2": (9, 3, "[5]"),
+        "text": ("Zoë", 3, '["f\\u00e9"]'),
+    }
+    assert journal.forget(7) == 1
+    assert "one" not in {row[0] for row in served(journal)}
+
+
+def test_answers_wait_for_others_and_never_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "_ANSWER_SECONDS", 0.2)
+    recorder = Recorder(Journal(tmp_path))
+    for n in range(20):
+        assert recorder.keep(answer(f"a{n}", [n], [[1]]))
+    assert not (tmp_path / JOURNAL_FILE).exists()
+    end = time.monotonic() + 20
+    while not (tmp_path / JOURNAL_FILE).exists() or len(served(Journal(tmp_path))) < 20:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    # An event takes them along; a stop writes what is left.
+    monkeypatch.setattr(journal_module, "_ANSWER_SECONDS", 60.0)
+    recorder.keep(answer("b", [1], [[1]]))
+    assert recorder.submit([Event(1, 1, 1, "clicked", None, None)]).result(5) == 1
+    assert len(served(Journal(tmp_path))) == 21
+    recorder.keep(answer("c", [1], [[1]]))
+    # A deletion also takes what waits.
+    recorder.keep(answer("d", [77], [[1]]))
+    assert recorder.forget(77).result(5) == 1
+    recorder.close()
+    assert len(served(Journal(tmp_path))) == 22
+    # Too many for the disk are dropped, and a full disk drops them too.
+    recorder = Recorder(Journal(tmp_path))
+    monkeypatch.setattr(journal_module, "_MAX_WAITING", 0)
+    assert not recorder.keep(answer("d", [1], [[1]]))
+    monkeypatch.undo()
+    monkeypatch.setattr(Journal, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+    assert recorder.keep(answer("e", [1], [[1]]))
+    recorder.close()
+    monkeypatch.undo()
+    assert len(served(Journal(tmp_path))) == 22
+
+
+@pytest.fixture
+def running(exported: Exported, tmp_path: Path) -> Iterator[Running]:
+    model = Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
+    (tmp_path / "token").write_text(TOKEN)
+    with Running(model, token_file=tmp_path / "token", record_share=1) as running:
+        yield running
+
+
+def ask(running: Running, body: Any, request_id: str | None = None) -> Any:
+    headers = {} if request_id is None else {"X-Request-ID": request_id}
+    return running.post(PREDICT, json=body, headers=headers)
+
+
+def test_the_log_holds_what_was_served_and_done(running: Running, tmp_path: Path) -> None:
+    asked = ask(running, retrieve_user([102], [[]], 6), "mine")
+    assert asked.headers["x-request-id"] == "mine"
+    assert asked.headers["x-model-version"] == "1"
+    items = asked.json()["outputs"]["candidate_ids"][0]
+    two = ask(running, {"inputs": [103, 104]})
+    made = two.headers["x-request-id"]
+    assert made != ask(running, retrieve_user([-1], [[]], 6)).headers["x-request-id"]
+    assert ask(running, retrieve_user([102], [[]], 6), "x" * 201).status_code == 400
+    ask(running, {"signature_name": "embed_user", "inputs": {"user_id": [102]}}, "embedded")
+    types = {1: ["view", "click"], 2: ["view"], 3: ["pre_ranked"], 4: ["dislike"]}
+    start = time.time()
+    events = [
+        event(102, items[n], type_, request_id="mine", time=start + 10 * place)
+        for n, of_item in types.items()
+        for place, type_ in enumerate(of_item)
+    ]
+    alone = [event(102, items[0], type_, time=start + 60) for type_ in ("view", "click")]
+    assert send(running, {"events": [*events, *alone]}).json()["num_new"] == 7
+    model = running.server.versions._path
+    num_rows = write_log(model, tmp_path / "log.parquet")
+    table = pq.read_table(tmp_path / "log.parquet")
+    rows = table.to_pylist()
+    assert num_rows == len(rows) == 6 + 2 * 60 - 6 - 8 + 1
+    assert [row["timestamp"] for row in rows] == sorted(row["timestamp"] for row in rows)
+    mine = {row["item_id"]: row for row in rows if row["request_id"] == "mine"}
+    stages = ["retrieved", "clicked", "exposed", "pre_ranked", "exposed", "retrieved"]
+    assert [mine[item]["stage"] for item in items] == stages
+    assert [mine[item]["rank"] for item in items] == [0, 1, 2, 3, 4, 5]
+    clicked = mine[items[1]]["timestamp"].timestamp()
+    assert clicked == pytest.approx(start + 10, abs=1e-3)
+    (own,) = (row for row in rows if row["request_id"] is None)
+    assert (own["item_id"], own["stage"], own["rank"]) == (items[0], "clicked", None)
+    others = [row for row in rows if row["request_id"] in (f"{made}.0", f"{made}.1")]
+    assert {row["user_id"] for row in others} == {103, 104}
+    assert {row["stage"] for row in others} == {"retrieved"}
+    # It is a log as it is, without a word about its columns.
+    log = Log.from_files(tmp_path / "log.parquet")
+    counts = log.events.group_by("stage").agg(num=log.events.count()).to_pyarrow().to_pylist()
+    assert {row["stage"]: row["num"] for row in counts}["clicked"] == 2
+    assert log.events.count().to_pyarrow().as_py() == num_rows
+
+
+def test_blocks_do_not_change_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, films: Path
+) -> None:
+    journal = Journal(films)
+    types = ("clicked", "exposed", "ranked", "disliked")
+    events = [Event(n % 3, n, n % 5, types[n % 4], None, None) for n in range(40)]
+    journal.write([events], [answer("a", [1, 2], [[1, 2], [3, 4]])])
+    assert write_log(films, tmp_path / "whole.parquet") == 44
+    monkeypatch.setattr(event_log, "BLOCK", 7)
+    assert write_log(films / "1", tmp_path / "blocks.parquet") == 44
+    whole, blocks = (pq.read_table(tmp_path / f"{x}.parquet") for x in ("whole", "blocks"))
+    assert whole.equals(blocks)
+    assert whole.schema.field("timestamp").type == pa.timestamp("ms", tz="UTC")
+
+
+def test_a_model_of_the_log_does_not_count_its_events_twice(films: Path, tmp_path: Path) -> None:
+    when = datetime(2026, 5, 1, 12, 30, 15, 123_456, UTC)
+    load(films).record([event(100, n, time=when) for n in (3, 10)])
+    write_log(films, tmp_path / "log.parquet")
+    log = Log.from_files(tmp_path / "log.parquet")
+    last = log.events["timestamp"].max().to_pyarrow().as_py()
+    # The time that an export notes as the end of its histories is exactly that of the last event.
+    (newest, *_) = Journal(films).of_users([100])[100][::-1]
+    assert round(1000 * last.timestamp()) == newest.time
+
+
+def test_the_command(films: Path, tmp_path: Path, command: Any) -> None:
+    done = command("log", films, "--out", tmp_path / "log.parquet")
+    assert (done.code, "Nothing has been recorded" in done.err) == (1, True)
+    assert not (tmp_path / "log.parquet").exists()
+    load(films).record([event(100, 3)])
+    done = command("log", films, "--out", tmp_path / "log.parquet")
+    assert (done.code, done.err, done.out.endswith("log.parquet: 1 row\n")) == (0, "", True)
+
+
+def test_what_cannot_be_written_is_refused_at_the_start(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(folder: Path) -> None:
+        raise StorageError(f"{folder}: Permission denied.")
+
+    monkeypatch.setattr("tfrs_pipeline.serving.server.try_writing", closed)
+    with pytest.raises(StorageError, match="denied"):
+        Running(exported("int", "exact"), record_share=0.5)

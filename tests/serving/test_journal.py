@@ -1,0 +1,411 @@
+"""What users do in service: it counts from the next query on, once, and is gone when deleted."""
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.damage import copy_database
+from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
+from tests.serving.running_server import JSON, TOKEN, Running, retrieve_user
+from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
+from tfrs_pipeline.serving import export as export_module
+from tfrs_pipeline.serving.index import Exact
+from tfrs_pipeline.serving.journal import JOURNAL_FILE, Event, Journal, Recorder, check_events
+from tfrs_pipeline.serving.publish import MANIFEST_FILE
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+
+pytestmark = pytest.mark.usefixtures("loaded_once", "few_signatures")
+K = NUM_CANDIDATES
+
+
+@pytest.fixture
+def model(served: Served, folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "films"))
+
+
+def event(user: Any, item: Any, type_: str = "click", **more: Any) -> dict[str, Any]:
+    return {"user_id": user, "item_id": item, "type": type_, **more}
+
+
+def new_user(served: Served) -> Any:
+    return 999 if served.ids == "int" else "newcomer ☂"
+
+
+def ranked(ids: np.ndarray, scores: np.ndarray, *_: Any) -> dict[Any, float]:
+    pairs = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
+    return {id_: score for id_, score in pairs if score > -np.inf}
+
+
+def by_user(retriever: LoadedRetriever, user: Any) -> dict[Any, float]:
+    return ranked(*retriever.retrieve_user([user], K))
+
+
+def by_history(
+    retriever: LoadedRetriever, user: Any, history: list[Any], excluded: Any
+) -> dict[Any, float]:
+    query = {"user_id": user, "history": history}
+    return ranked(*retriever.retrieve([query], K, [list(excluded)]))
+
+
+def test_a_click_changes_the_next_answer(served: Served, model: Path) -> None:
+    retriever, user = load(model, exact=True), served.query_ids[2]
+    known = served.known(3)
+    first, second, third, seen = [x for x in served.candidate_ids.tolist() if x not in known][20:24]
+    before = by_user(retriever, user)
+    assert before == pytest.approx(by_history(retriever, user, known, known), abs=1e-5)
+    # The times count, not the order of arrival; a view and a dislike are no clicks.
+    start = time.time()
+    recorded = [event(user, second, time=start + 9), event(user, first, time=start + 5)]
+    recorded += [event(user, third, "dislike"), event(user, seen, "view")]
+    assert retriever.record(recorded) == 4
+    excluded = {*known, first, second, third}
+    after = by_user(retriever, user)
+    assert after == pytest.approx(
+        by_history(retriever, user, [*known, first, second], excluded), abs=1e-5
+    )
+    assert after != pytest.approx(
+        by_history(retriever, user, [*known, second, first], excluded), abs=1e-5
+    )
+    assert seen in after
+    assert retriever.stored_history(user) == [second, first, *known[::-1]]
+    # In a batch, beside users without events; and over the signatures that a server answers.
+    users = [served.query_ids[4], user, served.query_ids[1]]
+    ids, scores, is_known = retriever.retrieve_user(users, K)
+    assert is_known.all()
+    for line, id_ in enumerate(users):
+        single = by_user(retriever, id_)
+        assert ranked(ids[line : line + 1], scores[line : line + 1]) == pytest.approx(
+            single, abs=1e-5
+        )
+    text = np.array(users, object if served.ids == "str" else np.int64)
+    text = np.array([x.encode() for x in users], object) if served.ids == "str" else text
+    empty = np.zeros((3, 0), text.dtype)
+    asked: dict[str, Any] = {"user_id": text, "exclude": empty, "k": np.int32(K)}
+    answer = retriever.answer("retrieve_user", asked)
+    np.testing.assert_array_equal(answer["candidate_ids"], ids)
+    assert answer["num_known_items"].tolist() == [8, 6, 2]
+    # What the request brings wins.
+    mine = ranked(*retriever.retrieve([{"user_id": user, "history": known}], K))
+    assert third in mine
+    # Another process, and every version of the model, know it.
+    shutil.copytree(model / "1", model / "2")
+    for path in (model, model / "1"):
+        assert by_user(load(path, exact=True), user) == pytest.approx(after, abs=1e-5)
+    assert by_user(load(model, exact=True, live=False), user) == pytest.approx(before, abs=1e-5)
+
+
+def test_a_first_event_makes_a_user_known(served: Served, model: Path) -> None:
+    retriever, user, item = load(model, exact=True), new_user(served), served.candidate_ids[7]
+    assert not retriever.retrieve_user([user], 1)[2][0]
+    assert retriever.record([event(user, item, "view")]) == 1
+    assert retriever.retrieve_user([user], 1)[2][0]
+    assert item in by_user(retriever, user)
+    unknown = 9_999 if served.ids == "int" else "unheard of"
+    retriever.record([event(user, unknown), event(user, item)])
+    assert by_user(retriever, user) == pytest.approx(
+        by_history(retriever, user, [unknown, item], [item]), abs=1e-5
+    )
+
+
+def test_a_repeat_changes_nothing(films: Path) -> None:
+    retriever = load(films)
+    once = [event(100, 3, event_id="a", time=10), event(100, 3, event_id="b", time=20)]
+    assert retriever.record(once) == 2
+    assert retriever.record([*once, event(100, 10, event_id="a"), event(100, 3, time=20)]) == 0
+    assert retriever.record([event(100, 3, "view", time=20)]) == 1
+    assert retriever.record([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left_out"), [("none", {2}), ("clicked", {1, 2}), ("seen", {1, 2, 3})]
+)
+def test_what_is_left_out_is_as_in_the_evaluation(
+    films: Path, exclude: str, left_out: set[int]
+) -> None:
+    path = films / "1" / MANIFEST_FILE
+    manifest = read_record(path)
+    config = {"config": {"evaluation": {"exclude": exclude}}}
+    files = [x for x in (films / "1").rglob("*") if x.is_file() and x != path]
+    write_record(path, manifest | config, files)
+    retriever, items = load(films), {1: 10, 2: 17, 3: 24}
+    types = {1: "clicked", 2: "disliked", 3: "exposed"}
+    retriever.record([event(999, items[n], types[n]) for n in items])
+    assert set(items.values()) - set(by_user(retriever, 999)) == {items[n] for n in left_out}
+
+
+def test_a_log_that_holds_the_events_does_not_count_them_twice(tmp_path: Path) -> None:
+    served, end = make_served("int"), datetime(2026, 5, 1, 12, tzinfo=UTC)
+    exportable = served.exportable()
+    object.__setattr__(exportable, "histories_until", end)
+    folder = export_module.export(exportable, tmp_path / "films", index=Exact())
+    retriever, user, known = load(folder, exact=True), 102, served.known(3)
+    before = by_user(retriever, user)
+    # The last click of the stored history, as the log that was written from the events has it.
+    retriever.record([event(user, known[-1], time=end), event(user, known[-2], time=0)])
+    assert by_user(retriever, user) == pytest.approx(before, abs=1e-5)
+    later = end + timedelta(milliseconds=1)
+    retriever.record([event(user, 3 + 7 * 50, time=later)])
+    assert retriever.stored_history(user) == [353, *known[::-1]]
+
+
+def test_times_are_read_with_the_events(tmp_path: Path) -> None:
+    served = make_served("int", reads_times=True)
+    assert served.history_times is not None
+    model = export_module.export(served.exportable(), tmp_path / "films", index=Exact()).parent
+    retriever, user, now = load(model), served.query_ids[2], 1.9e9 - 1e8
+    retriever._activity._until = 0  # type: ignore[union-attr]
+    items = served.candidate_ids[[20, 21]].tolist()
+    clicks = [event(user, item, time=now + n) for n, item in enumerate(items)]
+    clicks = [{**click, "time": click["time"] - 1e7} for click in clicks]
+    assert retriever.record(clicks) == 2
+    starts = np.cumsum([0, *map(len, served.clicks)])
+    stored = served.history_times[starts[3] : starts[4]][::-1].tolist()
+    times = [*stored, *(click["time"] for click in clicks)]
+    history = [*served.known(3), *items]
+    timed = {"user_id": user, "history": history, "history_timestamps": times}
+    ids, scores = retriever.retrieve([timed], K, [history])
+    assert by_user(retriever, user) == pytest.approx(ranked(ids, scores), abs=1e-5)
+    assert by_user(retriever, user) != pytest.approx(
+        by_history(retriever, user, history, history), rel=1e-3
+    )
+
+
+def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:
+    journal, rng = Journal(tmp_path), np.random.default_rng(0)
+    users = [f"user {n:04} of many" for n in range(400)]
+    for _ in range(40):
+        some = rng.choice(users, 60)
+        events = [Event(x, int(rng.integers(10**9)), 7, "clicked", None, None) for x in some]
+        journal.write([events])
+    reader = Journal(tmp_path)
+    assert reader.of_users(users)
+    deleted = users[::8]
+    num = {user: len(found) for user, found in reader.of_users(deleted).items()}
+    assert sum(num.values()) == sum(map(journal.forget, deleted))
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert [user for user in deleted if user.encode() in content] == []
+    assert reader.of_users(deleted) == {}
+    assert len(reader.of_users(users)) > 300
+    assert journal.forget(10**30) == 0
+
+
+def test_the_file_may_be_deleted_restored_or_damaged(films: Path, tmp_path: Path) -> None:
+    retriever, path = load(films), films / JOURNAL_FILE
+    retriever.record([event(999, 10)])
+    copy_database(path, tmp_path / "backup")
+    retriever.record([event(999, 17)])
+    assert retriever.stored_history(999) == [17, 10]
+    copy_database(tmp_path / "backup", path)
+    assert retriever.stored_history(999) == [10]
+    path.unlink()
+    assert retriever.stored_history(999) == []
+    assert retriever.record([event(999, 24)]) == 1
+    assert retriever.stored_history(999) == [24]
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(Damaged, match=rf"{JOURNAL_FILE} is damaged.* its events are then lost"):
+        load(films).stored_history(999)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"time": 1e12}, "time: is more than a day from now; give seconds"),
+    ({"time": -1}, "time: takes seconds since 1970"),
+    ({"time": float("nan")}, "time: takes seconds"),
+    ({"time": True}, "time: takes seconds"),
+    ({"time": "2026-01-01T00:00"}, "time: it has no zone"),
+    ({"time": datetime(2026, 1, 1)}, "time: needs a time zone"),
+    ({"type": "buy"}, "type: must be one of click, view, dislike"),
+    ({"user_id": "7"}, "user_id: Input should be a valid integer"),
+    ({"user_id": -1}, "user_id: is not an id"),
+    ({"item_id": 2**63}, "item_id: Input should be less than"),
+    ({"item_id": None}, "item_id: Input should be a valid integer"),
+    ({"item": 7}, "unknown 'item'; it has user_id, time, item_id"),
+    ({"event_id": ""}, "event_id: String should have at least 1"),
+    ({"request_id": "x" * 201}, "request_id: String should have at most 200"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_wrong_event_is_refused(change: dict[str, Any], message: str) -> None:
+    types = {"users_are_text": False, "items_are_text": False}
+    with pytest.raises(ValueError, match=f"Event 1: {message}"):
+        check_events([event(1, 2), event(1, 2) | change], **types)
+    with pytest.raises(ValueError, match="Event 0 must be an object"):
+        check_events([[1]], **types)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="in a list, also a single one"):
+        check_events(event(1, 2), **types)  # type: ignore[arg-type]
+
+
+def test_times_are_exact_to_a_millisecond() -> None:
+    types = {"users_are_text": True, "items_are_text": False}
+    when = datetime(2026, 5, 1, 12, 30, 15, 123_000, UTC)
+    times = [when, when.isoformat(), when.timestamp(), np.float64(when.timestamp())]
+    times += [np.int64(int(when.timestamp())) + 0.123]
+    events = check_events([event(" a ", np.int64(2), time=x) for x in times], **types)
+    assert {x.time for x in events} == {1_777_638_615_123}
+    assert events[0][:1] == ("a",)
+    assert check_events([event("a", 2, time=0)], **types)[0].time == 0
+    assert abs(check_events([event("a", 2, time=None)], **types)[0].time - 1000 * time.time()) < 1e4
+
+
+def test_a_killed_writer_loses_no_confirmed_event(films: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from tfrs_pipeline.serving.journal import Event, Journal, Recorder\n"
+        "recorder = Recorder(Journal(Path(sys.argv[1])))\n"
+        "for i in range(10**6):\n"
+        "    events = [Event(7, i, 3 * i + j, 'clicked', None, None) for j in range(3)]\n"
+        "    assert recorder.submit(events).result() == 3\n"
+        "    print(i, flush=True)\n"
+    )
+    for stop_at in (3, 40):
+        shutil.rmtree(films, ignore_errors=True)
+        films.mkdir()
+        command = [sys.executable, "-c", program, str(films)]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        for line in writer.stdout:
+            if int(line) == stop_at:
+                writer.send_signal(signal.SIGKILL)
+                break
+        confirmed = stop_at
+        for line in writer.stdout:
+            confirmed = int(line) if line.endswith("\n") else confirmed
+        writer.wait(30)
+        items = [x.item_id for x in Journal(films).of_users([7]).get(7, [])]
+        # Each confirmed one, once; perhaps the one under way, but only whole.
+        assert items in ([*range(3 * confirmed + 3)], [*range(3 * confirmed + 6)])
+
+
+def test_what_comes_together_is_written_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, real, sizes = Recorder(Journal(tmp_path)), Journal.write, list[int]()
+
+    def write(self: Journal, groups: Any, answers: Any) -> list[int]:
+        sizes.append(len(groups))
+        time.sleep(0.1)
+        return real(self, groups, answers)
+
+    monkeypatch.setattr(Journal, "write", write)
+    events = [Event("u", n // 2, 7, "clicked", None, None) for n in range(41)]
+    waiting = [recorder.submit([x]) for x in events]
+    # Each is told of its own: of two alike, the first is new.
+    assert [x.result(5) for x in waiting] == [1, 0] * 20 + [1]
+    assert len(sizes) <= 3
+    monkeypatch.setattr(Journal, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        recorder.submit(events).result(5)
+    monkeypatch.undo()
+    # A client that leaves does not take the thread with it.
+    left = recorder.submit([events[0]._replace(time=98)])
+    assert not left.cancel()
+    assert recorder.submit([events[0]._replace(time=99)]).result(5) == 1
+    assert left.result() == 1
+
+
+@pytest.fixture
+def running(exported: Exported, tmp_path: Path) -> Iterator[Running]:
+    model = Path(shutil.copytree(exported("int", "scann"), tmp_path / "films"))
+    (tmp_path / "token").write_text(TOKEN)
+    with Running(model, token_file=tmp_path / "token") as running:
+        yield running
+
+
+def send(
+    running: Running, body: Any, path: str = "/v1/events", method: str = "POST", token: str = TOKEN
+) -> Any:
+    headers = {**JSON, **({"authorization": f"Bearer {token}"} if token else {})}
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return running.run(running.client.request(method, path, content=content, headers=headers))
+
+
+def ids_of(running: Running, user: int) -> list[int]:
+    return running.predict(**retrieve_user([user], [[]], 60))["outputs"]["candidate_ids"][0]
+
+
+def test_rest_takes_events_and_deletes_users(running: Running) -> None:
+    before = ids_of(running, 102)
+    items = before[:3]
+    body = {"events": [event(102, items[0]), event(102, items[1], "dislike", event_id="x")]}
+    answer = send(running, body)
+    assert (answer.status_code, answer.json()) == (200, {"num_new": 2, "num_unknown_items": 0})
+    after = ids_of(running, 102)
+    assert set(before) - set(after) - {-1} == set(items[:2])
+    assert send(running, body["events"][1]).json()["num_new"] == 0
+    assert send(running, event(999, 10**6)).json() == {"num_new": 1, "num_unknown_items": 1}
+    rows = running.predict(instances=[102, 999, 998])["predictions"]
+    assert [row["is_known_user"] for row in rows] == [True, True, False]
+    assert not set(rows[0]["candidate_ids"]) & set(items[:2])
+    # The page shows the history until now.
+    page = running.post("/page/query", json={"user_id": 102, "k": 3}).json()
+    assert page["history"]["items"][0]["item_id"] == items[0]
+    # A new version keeps them.
+    model, versions = running.server.versions._path, running.server.versions
+    shutil.copytree(model / "1", model / ".2")
+    (model / ".2").rename(model / "2")
+    end = time.monotonic() + 50
+    while versions.statuses().get(2, ("",))[0] != "AVAILABLE":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert ids_of(running, 102) == after
+    assert send(running, b"", "/v1/users/102", "DELETE").json() == {"num_deleted": 2}
+    assert ids_of(running, 102) == before
+    assert send(running, b"", "/v1/users/102", "DELETE").json() == {"num_deleted": 0}
+
+
+HOSTILE: list[tuple[str, str, Any, str, int]] = [
+    ("POST", "/v1/events", event(1, 3), "", 401),
+    ("POST", "/v1/events", event(1, 3), f"{TOKEN}0", 401),
+    ("DELETE", "/v1/users/102", b"", "", 401),
+    ("GET", "/v1/events", b"", TOKEN, 405),
+    ("POST", "/v1/users/102", b"", TOKEN, 405),
+    ("DELETE", "/v1/users/x", b"", TOKEN, 400),
+    ("DELETE", f"/v1/users/{'9' * 5000}", b"", TOKEN, 400),
+    ("POST", "/v1/events", {"events": []}, TOKEN, 400),
+    ("POST", "/v1/events", {"events": {}}, TOKEN, 400),
+    ("POST", "/v1/events", {"events": [[]] * 1000}, TOKEN, 400),
+    ("POST", "/v1/events", b"[" * 100_000, TOKEN, 400),
+    ("POST", "/v1/events", b'{"events": [{"user_id": 1, "item_id": 2, "time": NaN}]}', TOKEN, 400),
+    ("POST", "/v1/events", event(1, 3, time=10**400), TOKEN, 400),
+    ("POST", "/v1/events", event(1, 3, time="0" * 5000), TOKEN, 400),
+    ("POST", "/v1/events", event(1, 3, request_id=["a"]), TOKEN, 400),
+    ("POST", "/v1/events", {"events": [event(1, 3)] * 5000}, TOKEN, 413),
+]
+
+
+def test_hostile_writes_change_nothing(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    for method, path, body, token, code in HOSTILE:
+        answer = send(running, body, path, method, token)
+        assert answer.status_code == code, (method, path, str(body)[:200], answer.text)
+        assert answer.json()["error"]
+        assert "\n" not in answer.json()["error"]
+    assert not (running.server.versions._path / JOURNAL_FILE).exists()
+    assert not [x for x in caplog.records if x.levelno >= logging.ERROR]
+
+
+def test_without_a_token_nobody_records(exported: Exported) -> None:
+    with Running(exported("int", "exact")) as running:
+        answer = send(running, event(1, 3))
+        assert (answer.status_code, "--token-file" in answer.text) == (403, True)
+
+
+def test_a_full_disk_confirms_nothing(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise StorageError("events.sqlite: No space left on device.")
+
+    monkeypatch.setattr(Journal, "write", full)
+    answer = send(running, event(102, 3))
+    assert (answer.status_code, "nothing has changed" in answer.text) == (503, True)
+    monkeypatch.undo()
+    assert send(running, event(102, 3)).json()["num_new"] == 1

@@ -1,0 +1,80 @@
+"""What each user did until now: the history that a version holds, and the events since."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.serving.journal import DISLIKED, Journal
+from tfrs_pipeline.serving.signatures import as_ids
+
+# Types of events whose items are left out, by the training's evaluation.exclude.
+_LEFT_OUT = {
+    "clicked": {Stage.CLICKED, DISLIKED},
+    "seen": {Stage.CLICKED, Stage.EXPOSED, DISLIKED},
+    "none": {DISLIKED},
+}
+
+
+class Recent(NamedTuple):
+    """A user's history, oldest first, with times in seconds since 1970, and what is left out."""
+
+    history: list[Any]
+    times: list[float]
+    excluded: list[Any]
+
+
+class Activity:
+    """The users with events, as a loaded version should know them."""
+
+    def __init__(self, journal: Journal, encoder: Any, manifest: Mapping[str, Any]) -> None:
+        self._journal, self._users = journal, encoder._query_rows
+        self._ids = _content(encoder._candidate_ids)  # In row 0 is the empty id.
+        (self._rows, self._starts), (self._known, self._known_starts) = (
+            [*map(_content, lists)] for lists in (encoder._histories, encoder._known)
+        )
+        times = getattr(encoder, "_history_times", None)  # Not saved where it is None.
+        self._times = np.full(len(self._rows), np.nan) if times is None else _content(times)
+        # Earlier events are in the log that the version was trained on. In its own export, an
+        # event with its last time was read too.
+        until = manifest.get("histories_until", manifest["items_read"])
+        self._until = round(1000 * datetime.fromisoformat(until).timestamp())
+        exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
+        self._left_out = _LEFT_OUT[exclude]
+
+    def until_now(self, user_ids: Sequence[Any]) -> dict[int, Recent]:
+        """Returns what users with events did, by their place among `user_ids`."""
+        if not (events := self._journal.of_users(user_ids)):
+            return {}
+        places = [place for place, id_ in enumerate(user_ids) if id_ in events]
+        now = {}
+        for place, row in zip(places, self._rows_of([user_ids[i] for i in places]), strict=True):
+            of_user = events[user_ids[place]]
+            clicks = [x for x in of_user if x.type == Stage.CLICKED and x.time > self._until]
+            stored = slice(self._starts[row], self._starts[row + 1])
+            known = self._known[self._known_starts[row] : self._known_starts[row + 1]]
+            now[place] = Recent(
+                # Stored ones come most recent first.
+                as_ids(self._ids[self._rows[stored][::-1]].tolist()) + [x.item_id for x in clicks],
+                self._times[stored][::-1].tolist() + [x.time / 1000 for x in clicks],
+                as_ids(self._ids[known].tolist())
+                + [x.item_id for x in of_user if x.type in self._left_out],
+            )
+        return now
+
+    def _rows_of(self, user_ids: Sequence[Any]) -> list[int]:
+        rows = tf.raw_ops.LookupTableFindV2(
+            table_handle=self._users.resource_handle,
+            keys=tf.constant(user_ids, tf.string if isinstance(user_ids[0], str) else tf.int64),
+            default_value=tf.constant(0, tf.int64),
+        )
+        return list(rows.numpy().tolist())
+
+
+def _content(variable: tf.Variable) -> np.ndarray:
+    """Returns the values of a variable, numbers without a copy."""
+    value = variable.read_value()
+    return value.numpy() if value.dtype == tf.string else np.asarray(memoryview(value))

@@ -1,0 +1,364 @@
+"""What users did in service, and what they were served: an SQLite file beside a model's versions.
+
+It belongs to the model's name: every version reads it, and takes the events after the end of the
+log that it was trained on.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from datetime import datetime
+from typing import Annotated, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, create_model
+
+from tfrs_pipeline.data.ids import NO_ID
+from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.durable import StorageError
+from tfrs_pipeline.features.numeric import Timestamp
+from tfrs_pipeline.serving.store import Database
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "events.sqlite"
+DISLIKED = "disliked"
+# What clients call events -> the stage as in a log, or a dislike.
+TYPES: Mapping[str, str] = {
+    "click": Stage.CLICKED,
+    "view": Stage.EXPOSED,
+    "dislike": DISLIKED,
+    DISLIKED: DISLIKED,
+    **{stage.value: stage.value for stage in Stage},
+}
+
+_SCHEMA = """
+PRAGMA journal_mode = WAL;  -- Readers and the writer do not wait for each other.
+CREATE TABLE IF NOT EXISTS events (
+    user_id NOT NULL,        -- INTEGER or TEXT; without a type, 7 and '7' differ.
+    time INTEGER NOT NULL,   -- Milliseconds since 1970, exact.
+    item_id NOT NULL,
+    type TEXT NOT NULL,      -- A stage of a log, or 'disliked'.
+    request_id TEXT,         -- Of the answer that it belongs to.
+    event_id TEXT UNIQUE,    -- The client's own.
+    PRIMARY KEY (user_id, time, item_id, type)
+) WITHOUT ROWID;             -- The events of a user lie together, so that reading them is fast.
+CREATE TABLE IF NOT EXISTS served (
+    request_id TEXT PRIMARY KEY,
+    user_id NOT NULL,
+    time INTEGER NOT NULL,
+    version INTEGER NOT NULL,  -- That answered.
+    items TEXT NOT NULL        -- JSON: the ids, best first.
+) WITHOUT ROWID;
+"""
+# The level of a type is its stage's place in the funnel.
+_STAGES = [stage.value for stage in Stage]
+_LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
+_STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in enumerate(_STAGES))
+# Columns without an aggregate come from the row with the largest level. Events without a request
+# are rows of their own: no text equals a negative number.
+_LOG = f"""
+SELECT user_id, item_id, time, CASE max(level) {_STAGE_OF_LEVEL} END, request_id, sum(rank) FROM (
+    SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id, item.key AS rank
+    FROM served, json_each(served.items) AS item
+    UNION ALL
+    SELECT user_id, item_id, time, CASE type {_LEVELS} ELSE {_STAGES.index(Stage.EXPOSED)} END,
+    request_id, NULL FROM events
+) GROUP BY user_id, item_id, coalesce(request_id, -time) ORDER BY time, request_id, 6, user_id
+"""
+# The newest events of a user that a request reads: a bound for what is not a person.
+_MAX_EVENTS = 10_000
+_DAY_MS = 86_400_000
+_MAX_TAKEN = 500  # Requests that are written in one transaction.
+# Answers wait so long for others, and are dropped if more wait: nobody waits for them.
+_ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
+
+
+class Event(NamedTuple):
+    """What a user did with an item; see the table. `time` is in milliseconds since 1970."""
+
+    user_id: Any
+    time: int
+    item_id: Any
+    type: str
+    request_id: str | None
+    event_id: str | None
+
+
+class Answer(NamedTuple):
+    """What a request was served: users [n] and items [n, k], best first, as a graph returns them.
+
+    Query i of several has the request_id "ID.i".
+    """
+
+    request_id: str
+    time: int
+    version: int
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        """Yields a row of the table for each query of a user with an id."""
+        pairs = zip(self.user_ids.tolist(), self.item_ids.tolist(), strict=True)
+        for number, (user_id, items) in enumerate(pairs):
+            if user_id not in (-1, b""):
+                id_ = self.request_id if len(self.user_ids) == 1 else f"{self.request_id}.{number}"
+                ids = json.dumps([_as_text(item) for item in items if item not in (-1, b"")])
+                yield id_, _as_text(user_id), self.time, self.version, ids
+
+
+def _as_text(id_: Any) -> Any:
+    return id_.decode(errors="replace") if isinstance(id_, bytes) else id_
+
+
+class Journal(Database):
+    """The events of all users; see `Database` for what its methods raise."""
+
+    file_name, schema = JOURNAL_FILE, _SCHEMA
+    what_is_lost = "; its events are then lost"
+
+    def write(self, groups: Sequence[Sequence[Event]], answers: Iterable[Answer] = ()) -> list[int]:
+        """Writes groups of events, and answers, in one transaction.
+
+        Returns how many events of each group were new.
+
+        An event is not new if its event_id is there, or the same type of event of the same user,
+        item and millisecond.
+        """
+        insert = f"INSERT OR IGNORE INTO events VALUES ({', '.join('?' * len(Event._fields))})"
+        with self.writing() as connection:
+            served = itertools.chain.from_iterable(answer.rows() for answer in answers)
+            connection.executemany("INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?)", served)
+            return [connection.executemany(insert, events).rowcount for events in groups]
+
+    def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
+        """Reads the events of users, oldest first; those without one are left out."""
+        query = "SELECT * FROM events WHERE user_id = ? ORDER BY time DESC, item_id DESC LIMIT ?"
+        with self._opened() as connection:
+            if connection is None:
+                return {}
+            read = {
+                id_: connection.execute(query, (_plain(id_), _MAX_EVENTS)).fetchall()
+                for id_ in dict.fromkeys(user_ids)
+            }
+        return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
+
+    def log(self, num_rows: int) -> Iterator[list[tuple[Any, ...]]]:
+        """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
+
+        A row is user_id, item_id, milliseconds, stage, request_id, rank: for each item of a
+        request, the furthest stage that it reached, with the time of that. Items that were served
+        are retrieved, those with a dislike exposed. Later writes do not show.
+        """
+        with self._opened() as connection:
+            if connection is None:
+                return
+            rows = connection.execute(_LOG)
+            while block := rows.fetchmany(num_rows):
+                yield block
+
+    def forget(self, user_id: Any) -> int:
+        """Deletes a user's events and answers, also from the file; returns how many there were.
+
+        The file is written anew, in time proportional to its size; other writers wait meanwhile.
+        """
+        user_id = _plain(user_id)
+        if isinstance(user_id, int) and not -(2**63) <= user_id < 2**63:
+            return 0  # No event has it.
+        with self.writing() as connection:
+            num_deleted = sum(
+                connection.execute(f"DELETE FROM {table} WHERE user_id = ?", [user_id]).rowcount
+                for table in ("events", "served")
+            )
+        with self._opened() as connection:
+            assert connection is not None
+            # Free space in the file may hold old copies of rows, also with `secure_delete`.
+            connection.execute("VACUUM")
+            # The log holds what was written until it is copied into the file and cut.
+            is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if is_busy:
+            raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
+        return num_deleted
+
+
+class _Group(NamedTuple):
+    events: Sequence[Event]
+    done: "Future[int]"
+
+
+class _Deletion(NamedTuple):
+    user_id: Any
+    done: "Future[int]"
+
+
+_Entry: TypeAlias = _Group | _Deletion | Answer | None
+
+
+class Recorder:
+    """Writes events and answers, and deletes those of a user, in a thread.
+
+    All that came during a write go into the next one, which waits for the disk once, however many
+    clients it confirms.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def submit(self, events: Sequence[Event]) -> "Future[int]":
+        """Returns the number of new events, once all are on disk."""
+        return self._queued(_Group(events, Future()))
+
+    def forget(self, user_id: Any) -> "Future[int]":
+        """Deletes what is recorded of a user, also what still waits; see `Journal.forget`."""
+        return self._queued(_Deletion(user_id, Future()))
+
+    def _queued(self, entry: _Group | _Deletion) -> "Future[int]":
+        # From now on it cannot be cancelled: a client that leaves changes nothing.
+        entry.done.set_running_or_notify_cancel()
+        self._queue.put(entry)
+        return entry.done
+
+    def keep(self, answer: Answer) -> bool:
+        """Keeps what was served, within a second or so; returns False if too much waits for it."""
+        if has_room := self._queue.qsize() < _MAX_WAITING:
+            self._queue.put(answer)
+        return has_room
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        answers: list[Answer] = []
+        is_open, deadline = True, 0.0
+        while is_open:
+            taken: list[_Entry] = []
+            wait = max(deadline - time.monotonic(), 0) if answers else None
+            with contextlib.suppress(queue.Empty):
+                taken.append(self._queue.get(timeout=wait))
+                while len(taken) < _MAX_TAKEN:
+                    taken.append(self._queue.get_nowait())
+            is_open = None not in taken
+            if not answers:
+                deadline = time.monotonic() + _ANSWER_SECONDS
+            answers += [entry for entry in taken if isinstance(entry, Answer)]
+            groups = [entry for entry in taken if isinstance(entry, _Group)]
+            deletions = [entry for entry in taken if isinstance(entry, _Deletion)]
+            is_due = time.monotonic() >= deadline or len(answers) >= _MAX_TAKEN
+            if groups or deletions or is_due or not is_open:
+                self._write(groups, answers)
+                answers = []
+            for user_id, done in deletions:
+                try:
+                    done.set_result(self.journal.forget(user_id))
+                except Exception as error:
+                    done.set_exception(error)
+
+    def _write(self, groups: Sequence[_Group], answers: Sequence[Answer]) -> None:
+        if not groups and not answers:
+            return
+        try:
+            counts = self.journal.write([group.events for group in groups], answers)
+        except Exception as error:  # For those who wait; the next write may succeed.
+            if answers:
+                logger.warning("%s answers were not recorded: %s", len(answers), error)
+            for group in groups:
+                group.done.set_exception(error)
+        else:
+            for group, count in zip(groups, counts, strict=True):
+                group.done.set_result(count)
+
+
+def check_events(
+    events: Sequence[Mapping[str, Any]], *, users_are_text: bool, items_are_text: bool
+) -> list[Event]:
+    """Reads events as clients write them; a `ValueError` names the first that is wrong.
+
+    Each has `user_id`, `item_id` and `type`, a key of `TYPES`; and may have `time`, a datetime with
+    a zone, ISO 8601, or seconds since 1970 (default: now), `request_id` and `event_id`.
+    """
+    if isinstance(events, Mapping):
+        raise ValueError(f"Events come in a list, also a single one: [{dict(events)!r:.200}]")
+    try:
+        checked = _reader(users_are_text, items_are_text).validate_python(list(events))
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        number, *path = problem["loc"]
+        if not path:
+            wanted = f"Event {number} must be an object, with user_id, item_id and type"
+        elif problem["type"] == "extra_forbidden":
+            wanted = f"Event {number}: unknown {path[0]!r}; it has {', '.join(Event._fields)}"
+        else:
+            wanted = f"Event {number}: {path[0]}: {problem['msg'].removeprefix('Value error, ')}"
+        raise ValueError(f"{wanted}. Received: {problem['input']!r:.200}") from None
+    now = time.time_ns() // 1_000_000
+    return [Event(**{**vars(x), "time": now if x.time is None else x.time}) for x in checked]
+
+
+def _plain(value: Any) -> Any:
+    """Returns Python's own value in place of NumPy's, which SQLite does not take."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _milliseconds(value: Any) -> int:
+    value = _plain(value)
+    if isinstance(value, str):
+        value = Timestamp.from_text(value)
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError("needs a time zone")
+        value = value.timestamp()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e14:
+        raise ValueError("takes seconds since 1970, or ISO 8601 with a time zone")
+    if (milliseconds := round(1000 * value)) > time.time_ns() // 1_000_000 + _DAY_MS:
+        raise ValueError("is more than a day from now; give seconds since 1970, not milliseconds")
+    return milliseconds
+
+
+def _type(value: Any) -> str:
+    if not isinstance(value, str) or value not in TYPES:
+        raise ValueError(f"must be one of {', '.join(TYPES)}")
+    return TYPES[value]
+
+
+def _id(value: Any) -> Any:
+    value = _plain(value)
+    value = value.strip() if isinstance(value, str) else value
+    if value in ("", -1, *NO_ID):
+        raise ValueError("is not an id")
+    return value
+
+
+_Text: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
+_TextId: TypeAlias = Annotated[str, Field(strict=True, max_length=1000), BeforeValidator(_id)]
+_IntegerId: TypeAlias = Annotated[
+    int, Field(strict=True, ge=-(2**63), lt=2**63), BeforeValidator(_id)
+]
+
+
+@functools.cache
+def _reader(users_are_text: bool, items_are_text: bool) -> TypeAdapter[Any]:
+    event: Any = create_model(
+        "event",
+        __config__=ConfigDict(extra="forbid"),
+        user_id=_TextId if users_are_text else _IntegerId,
+        item_id=_TextId if items_are_text else _IntegerId,
+        type=Annotated[str, BeforeValidator(_type)],
+        time=(Annotated[int, BeforeValidator(_milliseconds)] | None, None),
+        request_id=(_Text | None, None),
+        event_id=(_Text | None, None),
+    )
+    # A hostile list of wrong events would otherwise become as many errors.
+    return TypeAdapter(Annotated[list[event], FailFast()])
