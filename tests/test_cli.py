@@ -101,7 +101,10 @@ def test_a_command_explains_itself(command: Any, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [("run", "compare."), ("compare", ("export.", "warm_start", "recipes", "fixed", "budget"))],
+    [
+        ("run", ("compare.", "summed")),
+        ("compare", ("export.", "warm_start", "recipes", "fixed", "members", "summed", "budget")),
+    ],
 )
 def test_the_long_help_shows_every_setting_and_the_defaults_for_own_data(
     command: Any, name: str, other: str | tuple[str, ...]
@@ -134,7 +137,7 @@ def as_flags(config: RunConfig) -> list[str]:
     flags = []
     for name, field in settings(RunConfig):
         value: Any = functools.reduce(getattr, name.split("."), config)
-        if name.startswith("compare."):
+        if name.startswith(("compare.", "summed")):
             continue
         if field.annotation is bool:
             flags.append(f"--{name}" if value else f"--no-{name}")

@@ -18,7 +18,8 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.repeats import RepeatBonus, choose_bonus
+from tfrs_pipeline.model.repeat_choice import choose_bonus
+from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings
 
 NUM_USERS, NUM_ITEMS, DIM = 150, 60, 8

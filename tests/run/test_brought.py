@@ -138,5 +138,9 @@ def test_a_metric_says_its_name_and_its_meaning() -> None:
         assert str(metric(20)) == f"{name}@20"
         assert metric.meaning().endswith(".")
         assert metric(20) == metric(20) != metric(10)
+
+    class Unwritten(Metric):
+        name = "unwritten"
+
     with pytest.raises(NotImplementedError):
-        Metric(1).measure(None)  # type: ignore[arg-type]
+        Unwritten(1).measure(None)  # type: ignore[arg-type]

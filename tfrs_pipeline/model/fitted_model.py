@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -12,16 +12,15 @@ import pyarrow as pa
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.custom_parts import tables_in
-from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.repeats import RepeatBonus, choose_bonus
+from tfrs_pipeline.model.repeat_choice import bonus_for
+from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
@@ -176,21 +175,3 @@ class FittedTwoTower:
             histories_until=None if last is None else last.to_pyarrow().as_py(),
             repeat_bonus=self.repeat_bonus,
         )
-
-
-def bonus_for(
-    model: Any, training: TrainingSettings, validation: Holdout, exclude: Exclude, seed: int
-) -> RepeatBonus | None:
-    """Chooses a model's repeat bonus on the validation's queries, as after each epoch."""
-    if exclude != "none" or not training.repeat_bonus:
-        return None
-    sample = validation.sample(training.validation_users, seed)
-
-    def choose() -> dict[str, float] | None:
-        queries = model.query_embeddings(sample.as_queries())
-        vectors = model.candidate_ids, model.corpus_embeddings(), queries
-        bonus = choose_bonus(*vectors, sample, metric_of(training.monitor), seed)
-        return None if bonus is None else dataclasses.asdict(bonus)
-
-    chosen = on_chief(choose)
-    return chosen and RepeatBonus(**chosen)

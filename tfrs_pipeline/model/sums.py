@@ -26,7 +26,8 @@ from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, bonus_for, encoder_of
+from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
+from tfrs_pipeline.model.repeat_choice import bonus_for
 from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.model.two_tower import TwoTower

@@ -357,7 +357,7 @@ class LoadedRetriever:
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
     def _embedded_users(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Embeds users by what they did until now, with lists of ids as `known_items`."""
+        """Embeds users by what they did until now; `known_items` and repeats are lists of ids."""
         users, now = as_ids(inputs["user_id"].tolist()), {}
         if self._activity is not None:
             now = self._activity.until_now(users)
@@ -377,9 +377,14 @@ class LoadedRetriever:
         back = np.argsort(np.array([*stored, *now], int))
         names = ("embeddings", "is_known_user", "num_known_items")
         embedded = {name: np.concatenate([part[name] for part in parts])[back] for name in names}
-        known = id_lists_of(parts[0]["known_items"]) if stored or not users else []
-        known += [x.excluded for x in now.values()]
-        return {**embedded, "known_items": [known[line] for line in back]}
+        # A model with a repeat bonus does not exclude the items that it knows.
+        known = id_lists_of(parts[0].get("known_items", np.zeros((len(stored), 0), np.int64)))
+        per_user = {"known_items": [*known[: len(stored)], *(x.excluded for x in now.values())]}
+        if "bonuses" in parts[0]:
+            repeated = (id_lists_of(part["repeated_items"]) for part in parts)
+            per_user["repeated_items"] = [*itertools.chain.from_iterable(repeated)]
+            per_user["bonuses"] = [line for part in parts for line in part["bonuses"]]
+        return embedded | {name: [values[i] for i in back] for name, values in per_user.items()}
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
         """Makes the inputs for the queries' features; a `ValueError` if one is unknown."""
@@ -546,7 +551,9 @@ class LoadedRetriever:
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         bonuses = None
         if "bonuses" in embedded:
-            repeated = id_lists_of(embedded["repeated_items"])
+            repeated = embedded["repeated_items"]
+            if isinstance(repeated, np.ndarray):
+                repeated = id_lists_of(repeated)
             bonuses = zip(repeated, embedded["bonuses"], strict=True)
         return self.candidates.search(
             embedded["embeddings"], k, exclude, allowed, exact=exact, bonuses=bonuses
