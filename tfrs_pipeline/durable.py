@@ -58,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
         >>> path.read_text()
         '{}'
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     try:
         with naming(path):
             yield partial
@@ -80,6 +80,10 @@ def flush(paths: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
 def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
     """Writes a record of JSON content and of files in the record's folder or below it."""
     files = list(files)
@@ -93,8 +97,11 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
 
 
 def refuse_others(paths: Iterable[Path], written_first: Path) -> None:
-    """Refuses to overwrite files, unless the file that this package writes first exists."""
-    existing = [path for path in paths if path.exists()]
+    """Refuses to overwrite files, unless the file that this package writes first exists.
+
+    A process that was killed may have left a part of that file.
+    """
+    existing = [path for path in paths if path.exists() and path != _partial(written_first)]
     if existing and not written_first.exists():
         raise ValueError(
             f"{existing[0]} may not be this package's: it writes {written_first} first, which is "

@@ -13,7 +13,7 @@ from tests.damage import DAMAGES, damage
 from tests.small_batches import assert_same_samples
 from tests.small_log import event_table, write
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.samples.store import RowLists, Samples
@@ -83,3 +83,11 @@ def test_files_that_no_build_wrote_stay_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"epoch-9\.pt may not be this package's"):
         TwoTower().fit(log, folder=tmp_path)
     assert (tmp_path / "checkpoints" / "epoch-9.pt").exists()
+
+
+def test_a_build_that_was_killed_while_it_wrote_its_first_file_goes_on(tmp_path: Path) -> None:
+    log = Log.from_table(event_table("int").drop_columns(["rating"]))
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    (samples / f"{MADE_OF_FILE}.partial").write_text('{"lo', encoding="utf-8")
+    assert len(TrainingSet.build(log, samples, seed=0).samples) > 0
