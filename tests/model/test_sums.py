@@ -17,6 +17,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.evaluation.metrics import metric_of
+from tfrs_pipeline.model import sums
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.sums import (
@@ -24,6 +25,7 @@ from tfrs_pipeline.model.sums import (
     WEIGHTS,
     Choice,
     FittedSum,
+    Projection,
     Vectors,
     choose,
     projection,
@@ -264,16 +266,19 @@ def test_a_sum_has_at_most_so_many_members() -> None:
     assert len(chosen(members, winner="0", max_members=2).weights) == 2
 
 
-def test_a_sum_that_its_rotation_ruins_is_not_kept() -> None:
-    """The winner has two dimensions, which cannot hold what both know."""
-    rng = np.random.default_rng(0)
-    small = Vectors(
-        rng.normal(size=(600, 2)).astype(np.float32), rng.normal(size=(50, 2)).astype(np.float32)
-    )
-    members = {"small": small, "large": guess(1, 0.01)}
-    choice = chosen(members, winner="small")
-    assert choice.unrotated > 0.9
-    assert list(choice.weights) == (["small", "large"] if choice.difference.low >= 0 else ["small"])
+def test_a_sum_that_its_rotation_ruins_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotation keeps nothing of what the members know."""
+
+    def ruined(members: Any, weights: Any, dim: int | None = None) -> Projection:
+        joined = projection(members, weights)
+        return joined if dim is None else joined._replace(queries=[0 * x for x in joined.queries])
+
+    members = {"a": guess(1, 0.6), "b": guess(2, 0.6)}
+    assert len(chosen(members, winner="a").weights) == 2
+    monkeypatch.setattr(sums, "projection", ruined)
+    choice = chosen(members, winner="a")
+    assert choice.unrotated > choice.alone > choice.summed
+    assert choice.weights == {"a": 1.0}
 
 
 def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
