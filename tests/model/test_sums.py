@@ -218,7 +218,7 @@ def chosen(
     return choose(
         members,
         truth,
-        metric_of("ndcg@10"),
+        metric_of(options.get("metric", "ndcg@10")),
         winner=winner,
         max_members=options.get("max_members", 5),
     )
@@ -316,3 +316,10 @@ def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
 def test_wrong_sums_are_refused(members: Any, options: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         tp.Sum(members, **options)
+
+
+def test_a_metric_of_all_lists_together_chooses_without_an_interval() -> None:
+    members = {"a": guess(1, 0.6), "b": guess(2, 0.6)}
+    choice = chosen(members, winner="a", metric="coverage@5")
+    assert np.isnan(choice.difference.low)
+    assert choice.alone <= 1

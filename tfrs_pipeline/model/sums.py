@@ -19,7 +19,7 @@ import tensorflow as tf
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome, bootstrap_intervals
+from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
@@ -411,8 +411,9 @@ def choose(
 
     The winner, which is the best model alone, comes first. As long as one more member makes the sum
     better, the best one joins with the best of a few weights; on few queries, with 1. The sum is
-    kept unless it is worse than the winner, by the paired interval, after its rotation to the
-    winner's dimensions.
+    kept if it is still better after its rotation to the winner's dimensions. By the mean, not by
+    the interval: the winner's own value is the best of many epochs on the same queries, which
+    flatters it (docs/explanation/tried.md).
     """
     dim = members[winner].candidates.shape[1]
 
@@ -436,14 +437,17 @@ def choose(
         so_far = max(means)
         weights = steps[means.index(so_far)]
     rotated = measured(weights, dim)
-    difference = bootstrap_intervals((rotated - alone)[:, np.newaxis], users=truth.user_ids)[0]
-    if difference.outcome is Outcome.WORSE:
+    gains = (rotated - alone)[:, np.newaxis]
+    # Some metrics have one value for all lists, without an interval.
+    users = truth.user_ids if len(gains) == len(truth.user_ids) else None
+    (difference,) = bootstrap_intervals(gains, users=users)
+    before, after = (float(np.nanmean(values)) for values in (alone, rotated))
+    if after <= before:
         weights = {winner: 1.0}
     without = {
         name: mean({other: weights[other] for other in weights if other != name})
         for name in (weights if len(weights) > 1 else ())
     }
-    before, after = (float(np.nanmean(values)) for values in (alone, rotated))
     return Choice(weights, str(metric), before, after, so_far, difference, without)
 
 
