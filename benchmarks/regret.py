@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="Folder of the event files.")
     parser.add_argument("--to", type=Path, required=True, help="Folder of the runs.")
     parser.add_argument("--logs", nargs="+", metavar="LOG", help="Which; all that are there.")
-    parser.add_argument("--budget", help="Of each race, such as 10m; curves decide without it.")
+    parser.add_argument("--budget", help="Of each race, such as 2m; 10m if not given.")
     parser.add_argument("--lenskit", metavar="PYTHON", help="Interpreter with lenskit-auto.")
     options = parser.parse_args()
     is_there = options.json is not None and options.json.exists()
