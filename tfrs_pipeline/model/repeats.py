@@ -31,8 +31,8 @@ class RepeatBonus:
     The age counts the known items after an occurrence, so n is the number of occurrences without
     forgetting; with it, old ones fade as memories do (Anderson and Schooler 1991, "Reflections of
     the environment in memory"). The power is below 1: the tenth purchase says less than the second.
-    With power 0, the bonus is the weight. The whole history counts, not only the
-    items that the model reads.
+    With power 0, the bonus is the weight. The whole history counts, not only the items that the
+    model reads.
 
     Attributes:
         weight: Factor, in units of scores. A negative one ranks the history's items lower.

@@ -113,7 +113,7 @@ class RunFolder:
         raise ConfigError([("", message)], str(path))
 
     def settle(self, config: RunConfig, winner: RunConfig, race: Mapping[str, Any]) -> None:
-        """Replaces the settings by the `winner`'s, those of a sum's members included; records the race."""
+        """Replaces the settings by those of a race's winner and its sum, and records the race."""
         content = {"asked": config.model_dump(mode="json"), "race": dict(race)}
         durable.write_record(self.race_file, content)
         self._write_settings(winner)
