@@ -6,9 +6,9 @@ later and other libraries than this package:
     PYTHON benchmarks/lenskit_auto.py FOLDER SECONDS
 
 FOLDER holds train.parquet (user_id, item_id) and queries.parquet (user_id, history). LensKit-Auto
-searches for SECONDS, on a part that it holds out itself. The model that it chooses is trained on all
-of train.parquet. Writes ranked.parquet: `ranked`, the ids of a thousand items for each query, best
-first.
+searches for SECONDS, on a part that it holds out itself. The model that it chooses is trained on
+all of train.parquet. Writes ranked.parquet: `ranked`, the ids of a thousand items for each query,
+best first.
 """
 
 from __future__ import annotations
