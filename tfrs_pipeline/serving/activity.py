@@ -50,8 +50,7 @@ class Activity:
         )
         times = getattr(encoder, "_history_times", None)  # Not saved where it is None.
         self._times = np.full(len(self._rows), np.nan) if times is None else _content(times)
-        # Earlier events are in the log that the version was trained on. In its own export, an
-        # event with its last time was read too.
+        # Events up to this time, and at it, are in the log that the version was trained on.
         until = manifest.get("histories_until", manifest["items_read"])
         self._until = round(1000 * datetime.fromisoformat(until).timestamp())
         exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
