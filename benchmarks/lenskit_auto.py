@@ -5,9 +5,10 @@ later and other libraries than this package:
 
     PYTHON benchmarks/lenskit_auto.py FOLDER SECONDS
 
-FOLDER holds train.parquet (user_id, item_id) and queries.parquet (user_id, history). The model is
-searched for so many seconds on a part that LensKit-Auto holds out itself, then trained on all of
-train.parquet. Writes ranked.parquet: `ranked`, ids of a thousand items for each query, best first.
+FOLDER holds train.parquet (user_id, item_id) and queries.parquet (user_id, history). LensKit-Auto
+searches for SECONDS, on a part that it holds out itself. The model that it chooses is trained on
+all of train.parquet. Writes ranked.parquet: `ranked`, the ids of a thousand items for each query,
+best first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-# With several processes, LensKit 2025.8.1 was seen to wait for ever.
+# With several processes, LensKit 2025.8.1 sometimes waits forever.
 os.environ |= {f"LK_NUM_{what}": "1" for what in ("PROCS", "THREADS", "BATCH_JOBS")}
 
 # isort: split
@@ -51,9 +52,9 @@ def main(folder: Path, seconds: int) -> None:
     for query in pd.read_parquet(folder / "queries.parquet").itertuples():
         # An item of the history that training lacks would end the program.
         history = np.intersect1d(query.history, known)
-        had = ItemList(item_ids=history, rating=np.ones(len(history)))
-        asked = RecQuery(user_id=query.user_id, user_items=had)
-        scores = model.run("scorer", query=asked, items=items).scores()
+        user_items = ItemList(item_ids=history, rating=np.ones(len(history)))
+        request = RecQuery(user_id=query.user_id, user_items=user_items)
+        scores = model.run("scorer", query=request, items=items).scores()
         scores = np.nan_to_num(scores, nan=-np.inf)
         ranked.append(known[np.argsort(-scores, kind="stable")[:NUM_RANKED]])
     pd.DataFrame({"ranked": ranked}).to_parquet(folder / "ranked.parquet")

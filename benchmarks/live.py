@@ -12,10 +12,10 @@ each kill the model is loaded: confirmed writes must be there, and what is there
 
 The corpus is that of `index_libraries.py`.
 
-With `--events`, a real server of `--model` is asked instead, and told what users do: milliseconds
-from a confirmed click to the changed answer; times of `--queries` a second, alone and beside
-`--rate` events a second; and, in this process, what a query by user id costs more than one that
-brings the same history.
+With `--events`, a real server of `--model` gets queries and events. Measured are the milliseconds
+from a confirmed click to the changed answer; the times of `--queries` a second, alone and beside
+`--rate` events a second; and, in this process, those of a query by user id and of one that brings
+the same history.
 
     python benchmarks/live.py --events --vectors 0 --kills 0 --model saved_models/movielens
 """
@@ -217,14 +217,14 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 class Client:
-    """A connection to a server of one model, that asks for users and posts events."""
+    """A connection to a server of one model, for queries and events."""
 
     def __init__(self, port: int, name: str, token: str) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port)
         self._name, self._token = name, token
 
     def post(self, path: str, body: Any) -> Any:
-        """Posts JSON, and returns the answer's."""
+        """Posts JSON; returns the JSON of the answer."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
         self._connection.request("POST", path, json.dumps(body), headers)
         response = self._connection.getresponse()
@@ -241,7 +241,7 @@ class Client:
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Returns milliseconds."""
+    """Returns the median and the 99th percentile in milliseconds, and the number of values."""
     p50, p99 = 1e3 * np.percentile(seconds, [50, 99])
     return {"p50_ms": float(p50), "p99_ms": float(p99), "num": len(seconds)}
 
@@ -281,7 +281,7 @@ def send_events(port: int, name: str, token: str, users: list[Any], items: list[
 
 
 def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measures a server that is told what users do."""
+    """Measures a server that gets events."""
     from tfrs_pipeline.serving.recommend import known_users
 
     model, token = Path(shutil.copytree(options.model, folder / "served")), "0123456789abcdef"
@@ -301,10 +301,10 @@ def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             best = client.ask(user)[0]
             start = time.perf_counter()
             client.post("/v1/events", {"user_id": user, "item_id": best, "type": "click"})
-            told = time.perf_counter()
+            confirmation = time.perf_counter()
             assert best not in client.ask(user)
-            changed.append(time.perf_counter() - told)
-            confirmed.append(told - start)
+            changed.append(time.perf_counter() - confirmation)
+            confirmed.append(confirmation - start)
         figures["click_to_confirmation"] = percentiles(confirmed)
         figures["confirmation_to_changed_answer"] = percentiles(changed)
 

@@ -169,15 +169,16 @@ def main() -> None:
     options = parser.parse_args()
     options.to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        made = logs(options.data_dir, Path(folder))
+        makers = logs(options.data_dir, Path(folder))
         unordered = unordered_logs(options.data_dir, Path(folder))
-        made |= {f"{name}, no order": make for name, make in unordered.items()}
-        for name, make in made.items():
+        makers |= {f"{name}, no order": make for name, make in unordered.items()}
+        for name, make in makers.items():
             if (path := options.to / f"{name}.parquet").exists():
                 continue
             events = make().events.order_by("event_number")
             columns = ("user_id", "item_id", "timestamp", "stage", "request_id", "part")
-            events.select(*(x for x in columns if x in events.columns)).to_parquet(path)
+            present = [column for column in columns if column in events.columns]
+            events.select(*present).to_parquet(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measures what a run as it is gives against the best single model: a table of regret.
+"""Compares a run as it is with the best single model: a table of regret.
 
-For each log, on the same test and by the question that decides there, NDCG@100, recall@100 and the
-CPU minutes of
+Measures for each log, on the same test and by the question that decides there, NDCG@100, recall@100
+and the CPU minutes of
 
     run           `tfrs-pipeline run` as it is, without the export
     winner        the same with --members 1: the winner of the race alone
@@ -16,8 +16,8 @@ chosen on the test, which no one can do in practice. Below 0, the run beats them
 
 LOGS holds event files, NAME.parquet, as `log_kinds.py` writes them: with the parts of a split, so
 that these results are on the splits of earlier ones. The runs go to FOLDER. A result in the JSON
-file is not measured again; a run that was stopped is resumed, and its first CPU minutes are not
-counted. What fails is printed, and is tried again next time.
+file is not measured again. A run that was stopped is resumed, and the CPU minutes before that are
+not counted. A failure is printed, and tried again next time.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def fill(
     python: str | None,
     budget: list[str],
 ) -> Iterator[str]:
-    """Measures what is not among a log's cells yet; yields after each, with what to print."""
+    """Measures what a log's cells lack; after each, yields a line to print."""
     alone = ["--evaluation.baselines", "none"]
     ordered = [] if NO_ORDER in flags else ["--data.is_ordered"]
     makers: dict[str, Callable[[], tuple[dict[str, Any], float]]] = {
@@ -140,8 +140,10 @@ def fill(
         "winner": lambda: run([*flags, *budget, *alone, "--members", "1"], folder / "winner"),
     }
     for name in RECIPES:
-        own = [*flags, *alone, *ordered, "--preset", name]
-        makers[name] = lambda own=own, name=name: run(own, folder / name)  # type: ignore[misc]
+        single = [*flags, *alone, *ordered, "--preset", name]
+        makers[name] = lambda single=single, name=name: run(  # type: ignore[misc]
+            single, folder / name
+        )
     if python is not None:
         makers["lenskit-auto"] = lambda: lenskit(
             python, folder / "run", cells["run"]["cpu_minutes"]
@@ -162,31 +164,31 @@ def fill(
         yield f"{name:14} {cells[name]}"
 
 
-def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Returns the table of regret, with its mean and largest value at the end."""
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Returns the table of regret by log, with the mean and the largest regret at the end."""
     lines = [
         "| log | run | winner alone | best single on the test | regret | winner's | LensKit-Auto | "
         "CPU minutes: run, best |",
         "|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     regrets: dict[str, list[float]] = {"run": [], "winner": []}
-    for log, cells in found.items():
+    for log, cells in results.items():
         singles = [name for name in cells if name in BASELINES or name in RECIPES]
         if "run" not in cells or not singles:
             continue
         best = max(singles, key=lambda name: cells[name]["ndcg@100"])
-        shown = {}
+        ndcg = {}
         for name in ("run", "winner", "lenskit-auto", best):
-            shown[name] = f"{cells[name]['ndcg@100']:.4f}" if name in cells else "-"
+            ndcg[name] = f"{cells[name]['ndcg@100']:.4f}" if name in cells else "-"
         for name, values in regrets.items():
             if name in cells:
                 values.append(1 - cells[name]["ndcg@100"] / cells[best]["ndcg@100"])
-        of_winner = f"{regrets['winner'][-1]:+.1%}" if "winner" in cells else "-"
+        winner_regret = f"{regrets['winner'][-1]:+.1%}" if "winner" in cells else "-"
         minutes = [cells[name]["cpu_minutes"] for name in ("run", best)]
         spent = ", ".join("in the run" if m is None else f"{m:.1f}" for m in minutes)
         lines.append(
-            f"| {log} | {shown['run']} | {shown['winner']} | {best} {shown[best]} | "
-            f"{regrets['run'][-1]:+.1%} | {of_winner} | {shown['lenskit-auto']} | {spent} |"
+            f"| {log} | {ndcg['run']} | {ndcg['winner']} | {best} {ndcg[best]} | "
+            f"{regrets['run'][-1]:+.1%} | {winner_regret} | {ndcg['lenskit-auto']} | {spent} |"
         )
     for name, values in regrets.items():
         if values:
@@ -201,21 +203,21 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="Folder of the event files.")
     parser.add_argument("--to", type=Path, required=True, help="Folder of the runs.")
     parser.add_argument("--logs", nargs="+", metavar="LOG", help="Which; all that are there.")
-    parser.add_argument("--budget", help="Of each race, such as 10m; curves decide without it.")
+    parser.add_argument("--budget", help="Of each race, such as 2m; 10m if not given.")
     parser.add_argument("--lenskit", metavar="PYTHON", help="Interpreter with lenskit-auto.")
     options = parser.parse_args()
     is_there = options.json is not None and options.json.exists()
-    found: dict[str, Any] = json.loads(options.json.read_text())["logs"] if is_there else {}
+    results: dict[str, Any] = json.loads(options.json.read_text())["logs"] if is_there else {}
     budget = ["--budget", options.budget] if options.budget else []
     names = options.logs or sorted(path.stem for path in options.data_dir.glob("*.parquet"))
     for log in names:
         flags = flags_of(options.data_dir / f"{log}.parquet")
-        cells = found.setdefault(log, {})
+        cells = results.setdefault(log, {})
         for line in fill(cells, flags, options.to / log, options.lenskit, budget):
             print(f"{log:16} {line}", flush=True)
             if options.json is not None:
-                write_json(options.json, {"logs": found})
-    print(table(found))
+                write_json(options.json, {"logs": results})
+    print(table(results))
 
 
 if __name__ == "__main__":

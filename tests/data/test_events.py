@@ -60,17 +60,19 @@ def test_ids_in_csv_are_integers_if_all_are(load: Any, ids: list[str], expected:
     assert column(tables.events, "user_id") == expected
 
 
-@pytest.mark.parametrize(("others", "told"), [
+@pytest.mark.parametrize(("others", "message"), [
     (["x9", " x9 "], "2 of 20 rows hold no integer, such as 'x9' in row 19, so all ids in it are"),
     ([], None),
     (["a", "b", "c"], None),  # A column with so many texts holds texts.
 ])  # fmt: skip
-def test_a_few_texts_among_integer_ids_are_told(load: Any, others: list[str], told: Any) -> None:
+def test_a_few_texts_among_integer_ids_get_a_note(
+    load: Any, others: list[str], message: Any
+) -> None:
     ids = [*map(str, range(20 - len(others))), *others]
     tables = load("user_id,item_id\n" + "".join(f"{value},1\n" for value in ids))
     notes = [note for note in tables.notes if "hold no integer" in note]
-    assert len(notes) == (told is not None)
-    assert all(told in note and "user_id" in note for note in notes)
+    assert len(notes) == (message is not None)
+    assert all(message in note and "user_id" in note for note in notes)
 
 
 MOMENT = datetime(2024, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)

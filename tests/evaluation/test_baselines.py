@@ -179,11 +179,11 @@ def slow_neighbors(train: Interactions, plan: ItemKnn, num_kept: int) -> np.ndar
     similar = np.zeros_like(num)
     for j in range(len(num)):
         alone = num_users**plan.alpha * num_users[j] ** (1 - plan.alpha)
-        of_j = num[:, j] / (alone + plan.shrinkage)
+        similarities = num[:, j] / (alone + plan.shrinkage)
         if not plan.own_items:
-            of_j[j] = 0
-        best = np.argsort(-of_j.astype(np.float32), kind="stable")[:num_kept]
-        similar[best, j] = of_j[best]
+            similarities[j] = 0
+        best = np.argsort(-similarities.astype(np.float32), kind="stable")[:num_kept]
+        similar[best, j] = similarities[best]
     return similar
 
 
@@ -252,9 +252,12 @@ def test_itemknn_leaves_out_the_longest_users_beyond_its_bound(
     clicks[0, :] = clicks[1, :2] = clicks[2, 2:5] = clicks[3, [0, 1]] = 1
     users, columns = np.nonzero(clicks)
     train = Interactions.from_rows(Ids(np.arange(9)), users, columns + 1)
-    without = Interactions.from_rows(train.items, *(x[users > 0] for x in (users, columns + 1)))
+    is_kept = users > 0
+    without = Interactions.from_rows(train.items, users[is_kept], columns[is_kept] + 1)
     queries: list[Query] = [{"history": [i]} for i in range(9)]
-    everything, expected = (ItemKnn().fit(x).retrieve(queries, 9)[1] for x in (train, without))
+    everything, expected = (
+        ItemKnn().fit(clicked).retrieve(queries, 9)[1] for clicked in (train, without)
+    )
     monkeypatch.setattr(baselines, "_MAX_PAIRS", 2 * 2 + 2 * 2 + 3 * 3)
     bounded = ItemKnn().fit(train).retrieve(queries, 9)[1]
     np.testing.assert_array_equal(np.maximum(bounded, 0), np.maximum(expected, 0))

@@ -32,16 +32,18 @@ def test_the_bonus_is_what_a_loop_adds_up(
 ) -> None:
     """`histories` are most recent first; 0 is an unknown item, and not counted."""
     bonus = RepeatBonus(-1.5, power, forgetting)
-    values = np.array([*itertools.chain.from_iterable(histories)], np.int32)
-    ragged = tf.RaggedTensor.from_row_lengths(values, list(map(len, histories)))
+    flat = np.array([*itertools.chain.from_iterable(histories)], np.int32)
+    ragged = tf.RaggedTensor.from_row_lengths(flat, list(map(len, histories)))
     rows, bonuses = bonus.of(ragged)
-    for history, found, scores in zip(histories, rows.to_list(), bonuses.to_list(), strict=True):
+    lists = zip(histories, rows.to_list(), bonuses.to_list(), strict=True)
+    for history, distinct, values in lists:
         known = [row for row in history if row]
         n: dict[int, float] = defaultdict(float)
         for age, row in enumerate(known):
             n[row] += 1 / (1 + age) ** forgetting
-        assert found == list(dict.fromkeys(known))
-        np.testing.assert_allclose(scores, [-1.5 * n[row] ** power for row in found], rtol=1e-5)
+        assert distinct == list(dict.fromkeys(known))
+        expected = [-1.5 * n[row] ** power for row in distinct]
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
 def log_of(kind: str) -> Log:
@@ -82,8 +84,8 @@ def test_validation_chooses_a_bonus_where_items_come_again(kind: str) -> None:
     exact = ExactRetriever(ids, items, lambda _: queries)
     hits = {}
     for name, retriever in {"with": chosen.added_to(exact), "without": exact}.items():
-        found, _ = retriever.retrieve(split.validation.as_queries(), 10)
-        pairs = zip(found, split.validation.relevant, strict=True)
+        retrieved, _ = retriever.retrieve(split.validation.as_queries(), 10)
+        pairs = zip(retrieved, split.validation.relevant, strict=True)
         hits[name] = np.mean([np.isin(relevant, line).mean() for line, relevant in pairs])
     assert hits["with"] > hits["without"] + 0.3
 
@@ -100,18 +102,17 @@ def test_a_fitted_model_adds_the_bonus_to_its_dot_products(data: TrainingSet) ->
     ]
     scores = model.query_embeddings(queries) @ model.network.embed_corpus().T
     scores[0, [4, 2, 9, 1]] += [1.5, 1.0, 0.5, 0.5]
-    found, found_scores = with_bonus.retrieve(queries, len(ids), [[ids[2]], [], []])
+    top_ids, top_scores = with_bonus.retrieve(queries, len(ids), [[ids[2]], [], []])
     scores[0, 2] = -np.inf
-    np.testing.assert_allclose(found_scores, -np.sort(-scores, axis=1), rtol=1e-5)
-    rows = np.array([Ids(ids).rows(line) for line in found[1:]])
+    np.testing.assert_allclose(top_scores, -np.sort(-scores, axis=1), rtol=1e-5)
+    rows = np.array([Ids(ids).rows(line) for line in top_ids[1:]])
     np.testing.assert_array_equal(rows - 1, np.argsort(-scores[1:], axis=1, kind="stable"))
-    assert ids[2] not in found[0]
+    assert ids[2] not in top_ids[0]
     # Off, the answers are those of the dot products, bit for bit.
     plain = ExactRetriever(ids, model.network.embed_corpus(), model.encoder)
-    for of_model, of_dots in zip(
-        model.retrieve(queries, 9), plain.retrieve(queries, 9), strict=True
-    ):
-        np.testing.assert_array_equal(of_model, of_dots)
+    pairs = zip(model.retrieve(queries, 9), plain.retrieve(queries, 9), strict=True)
+    for model_answer, plain_answer in pairs:
+        np.testing.assert_array_equal(model_answer, plain_answer)
 
 
 def test_nothing_is_chosen_where_rankings_exclude_or_the_user_says_so(tmp_path: Any) -> None:

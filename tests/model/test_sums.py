@@ -44,8 +44,8 @@ def vectors(num_queries: int, num_items: int, dim: int, *, has_bias: bool = Fals
     return Vectors(queries, candidates, has_bias)
 
 
-def scores(x: Vectors) -> np.ndarray:
-    return x.queries.astype(float) @ x.candidates.T.astype(float)
+def scores(model: Vectors) -> np.ndarray:
+    return model.queries.astype(float) @ model.candidates.T.astype(float)
 
 
 def test_a_projection_sums_the_weighted_scores_and_the_biases() -> None:
@@ -56,7 +56,8 @@ def test_a_projection_sums_the_weighted_scores_and_the_biases() -> None:
     ]
     weights = [1.0, 0.3, 2.0]
     joined = projection(members, weights)(members)
-    expected = sum(weight * scores(x) for weight, x in zip(weights, members, strict=True))
+    pairs = zip(weights, members, strict=True)
+    expected = sum(weight * scores(member) for weight, member in pairs)
     np.testing.assert_allclose(scores(joined), expected, atol=1e-5)
     assert joined.queries.shape == (20, 4 + 6 + 3 + 1)
     # The biases of both members are one bias, the last entry.
@@ -104,8 +105,8 @@ def test_a_rotation_stands_dimensions_that_no_query_uses() -> None:
 
 
 def test_the_spread_is_that_of_a_querys_scores() -> None:
-    x = vectors(30, 40, 5)
-    assert x.spread == pytest.approx(np.sqrt(scores(x).var(axis=1).mean()), rel=1e-5)
+    model = vectors(30, 40, 5)
+    assert model.spread == pytest.approx(np.sqrt(scores(model).var(axis=1).mean()), rel=1e-5)
 
 
 LOG = make_log({"device": "categorical"})
@@ -155,11 +156,11 @@ def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members: Membe
         weights[name] / np.sqrt((spread[name] ** 2).mean()) * member_scores(model)
         for name, model in members.items()
     )
-    ids, found = summed.retrieve(QUERIES, k=24)
-    for query, line, line_ids in zip(expected, found, ids, strict=True):
-        best = np.argsort(-query, kind="stable")
+    ids, summed_scores = summed.retrieve(QUERIES, k=24)
+    for query_scores, line, line_ids in zip(expected, summed_scores, ids, strict=True):
+        best = np.argsort(-query_scores, kind="stable")
         assert line_ids.tolist() == summed.candidate_ids[best].tolist()
-        np.testing.assert_allclose(line, query[best], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(line, query_scores[best], rtol=1e-3, atol=1e-4)
 
 
 def test_a_sum_of_one_model_ranks_as_the_model(members: Members) -> None:
@@ -176,9 +177,9 @@ def test_an_exported_sum_answers_as_in_memory(
     folder = tp.export(summed, tmp_path / "sum", index=tp.Exact(), queries=QUERIES)
     model = tp.load(folder)
     expected = summed.retrieve(QUERIES, k=7)
-    ids, found = model.retrieve(QUERIES, k=7)
+    ids, exported_scores = model.retrieve(QUERIES, k=7)
     np.testing.assert_array_equal(ids, expected[0])
-    np.testing.assert_allclose(found, expected[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(exported_scores, expected[1], rtol=1e-4, atol=1e-5)
     assert model.manifest["has_item_bias"]
     # A new item gets a vector from its features, by the towers of all members.
     vector, is_trained = model.embed_candidates([999], {"genre": ["war"]})
@@ -225,12 +226,12 @@ def chosen(
 
 
 def guess(seed: int, noise: float, num_queries: int = NUM_QUERIES) -> Vectors:
-    """Makes a model that ranks the relevant item high, but for noise of its own."""
+    """Makes a model that ranks the relevant item high, apart from noise that no other one has."""
     rng = np.random.default_rng(seed)
     truth = np.eye(50)[np.arange(num_queries) % 50]
-    scores_ = truth + noise * rng.normal(size=truth.shape)
-    # Any matrix of scores is a product of embeddings: its own rows, and the unit vectors.
-    return Vectors(scores_.astype(np.float32), np.eye(50, dtype=np.float32))
+    noisy = truth + noise * rng.normal(size=truth.shape)
+    # Any matrix of scores is a product of embeddings: its rows, and the unit vectors.
+    return Vectors(noisy.astype(np.float32), np.eye(50, dtype=np.float32))
 
 
 def test_models_that_err_independently_are_summed() -> None:
@@ -240,7 +241,7 @@ def test_models_that_err_independently_are_summed() -> None:
     assert choice.weights["b"] in WEIGHTS
     assert choice.summed > choice.alone
     assert choice.difference.low > 0
-    # What each gives: the sum without it is the other alone.
+    # The sum of two without one is the other alone.
     assert choice.without["b"] == pytest.approx(choice.alone)
     assert choice.without["a"] < choice.unrotated
     assert choice.lines()[0].startswith(
@@ -251,7 +252,7 @@ def test_models_that_err_independently_are_summed() -> None:
 def test_a_model_is_not_summed_with_noise() -> None:
     choice = chosen({"a": guess(1, 0.3), "noise": guess(3, 50.0)}, winner="a")
     assert choice.weights == {"a": 1.0}
-    assert choice.lines() == ["a alone: no sum with another recipe is better on validation"]
+    assert choice.lines() == ["a alone: no sum with another model is better on validation"]
 
 
 def test_few_queries_choose_no_weight() -> None:
@@ -296,10 +297,8 @@ def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
     again = tp.Sum(
         [model.members["model 1"], model.members["model 2"].exportable()], [1, 0.5], dim=6
     )
-    both = [x.fit(None, validation).retrieve(QUERIES, k=5) for x in (again,)] + [
-        model.retrieve(QUERIES, k=5)
-    ]
-    np.testing.assert_array_equal(both[0][0], both[1][0])
+    ids, _ = again.fit(None, validation).retrieve(QUERIES, k=5)
+    np.testing.assert_array_equal(ids, model.retrieve(QUERIES, k=5)[0])
     free = tp.Sum(list(model.members.values()), metric="ndcg@5").fit(None, validation)
     assert set(free.weights) <= {"model 1", "model 2"}
     assert free.notes

@@ -62,13 +62,12 @@ def test_a_run_chooses_a_bonus_keeps_it_in_the_refit_and_serves_it(tmp_path: Pat
     assert result.metrics["models"]["two_tower"]["recall@5"]["mean"] > 0.5
     loaded = load(config.model_folder)
     queries = split.test.as_queries()
-    found, scores = loaded.retrieve(queries, 10)
+    ids, scores = loaded.retrieve(queries, 10)
     expected, expected_scores = model.retrieve(queries, 10)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(ids, expected)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
     # Users get their favourites again, also those whose history is stored.
-    (ids,), _, _ = loaded.retrieve_user([7], 4)
-    assert set(ids.tolist()) & set(loaded.stored_history(7))
-    assert not any(
-        "leaves out the user's known items" in x for x in watched.reports["export"].notes
-    )
+    (user_ids,), _, _ = loaded.retrieve_user([7], 4)
+    assert set(user_ids.tolist()) & set(loaded.stored_history(7))
+    notes = watched.reports["export"].notes
+    assert not any("leaves out the user's known items" in note for note in notes)

@@ -54,13 +54,12 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
     first, other = settings.summed
     assert [member.weight for member in settings.summed.values()] == [1.0, 0.3]
     for name, member in settings.summed.items():
-        own = planned(config, PRESETS[name])
-        assert (member.model, member.training) == (own.model, own.training)
-    assert (settings.model, settings.training) == (
-        (winner := planned(config, PRESETS[first])).model,
-        winner.training,
-    )
-    # Both were trained in the race, and again on validation's part; no epoch was trained twice.
+        plan = planned(config, PRESETS[name])
+        assert (member.model, member.training) == (plan.model, plan.training)
+    winner = planned(config, PRESETS[first])
+    assert (settings.model, settings.training) == (winner.model, winner.training)
+    # Both were trained in the race, and again on training and validation; no epoch was trained
+    # twice.
     for name in (first, other):
         trained = folder.training_folder(name)
         assert sorted(path.name for path in trained.iterdir()) == ["refit", "selection"]
@@ -70,9 +69,9 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
     members = {name: tp.trained_in(result.folder, "refit", name) for name in (first, other)}
     queries = queries_of(settings, prepare(settings, result.folder).validation).queries
     again = FittedSum.of(members, {first: 1.0, other: 0.3}, queries)
-    asked = [{"history": [10, 20, 30]}, {"history": [400]}, {}]
-    ids, scores = tp.load(result.export_folder).retrieve(asked, k=9)
-    expected = again.retrieve(asked, k=9)
+    requests = [{"history": [10, 20, 30]}, {"history": [400]}, {}]
+    ids, scores = tp.load(result.export_folder).retrieve(requests, k=9)
+    expected = again.retrieve(requests, k=9)
     np.testing.assert_array_equal(ids, expected[0])
     np.testing.assert_allclose(scores, expected[1], rtol=1e-4, atol=1e-5)
     # The best member alone is measured beside the sum, and is no baseline.
@@ -97,15 +96,15 @@ def test_the_next_days_sum_starts_from_each_member(
         {"recipes": (), "warm_start": result.folder, "split.test": 0.1, "export.gate": False},
     )
     folder = RunFolder(tmp_path / "today")
-    settled = folder.settled(today, fixed=list(GIVEN))
+    settings = folder.settled(today, fixed=list(GIVEN))
     names = list(RunFolder(result.folder).settings().summed)
-    assert list(settled.summed) == names
-    trained = run(settled, folder.path)
+    assert list(settings.summed) == names
+    trained = run(settings, folder.path)
     for name in names:
-        notes = [x for x in trained.metrics["notes"]["train two_tower"] if x.startswith(name)]
+        notes = trained.metrics["notes"]["train two_tower"]
         assert f"{name}: started from {result.folder}" in notes
         epochs = len(trained.metrics["training"][name]["history"]["val_ndcg@20"])
-        assert epochs <= settled.training.max_epochs
+        assert epochs <= settings.training.max_epochs
     model = tp.load(trained.export_folder)
     assert model.manifest["run"] == str(folder.path.resolve())
 

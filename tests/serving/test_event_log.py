@@ -105,21 +105,20 @@ def ask(running: Running, body: Any, request_id: str | None = None) -> Any:
 
 
 def test_the_log_holds_what_was_served_and_done(running: Running, tmp_path: Path) -> None:
-    asked = ask(running, retrieve_user([102], [[]], 6), "mine")
-    assert asked.headers["x-request-id"] == "mine"
-    assert asked.headers["x-model-version"] == "1"
-    items = asked.json()["outputs"]["candidate_ids"][0]
-    two = ask(running, {"inputs": [103, 104]})
-    made = two.headers["x-request-id"]
-    assert made != ask(running, retrieve_user([-1], [[]], 6)).headers["x-request-id"]
+    response = ask(running, retrieve_user([102], [[]], 6), "mine")
+    assert response.headers["x-request-id"] == "mine"
+    assert response.headers["x-model-version"] == "1"
+    items = response.json()["outputs"]["candidate_ids"][0]
+    new_id = ask(running, {"inputs": [103, 104]}).headers["x-request-id"]
+    assert new_id != ask(running, retrieve_user([-1], [[]], 6)).headers["x-request-id"]
     assert ask(running, retrieve_user([102], [[]], 6), "x" * 201).status_code == 400
     ask(running, {"signature_name": "embed_user", "inputs": {"user_id": [102]}}, "embedded")
     types = {1: ["view", "click"], 2: ["view"], 3: ["pre_ranked"], 4: ["dislike"]}
     start = time.time()
     events = [
-        event(102, items[n], type_, request_id="mine", time=start + 10 * place)
-        for n, of_item in types.items()
-        for place, type_ in enumerate(of_item)
+        event(102, items[n], type_, request_id="mine", time=start + 10 * position)
+        for n, item_types in types.items()
+        for position, type_ in enumerate(item_types)
     ]
     alone = [event(102, items[0], type_, time=start + 60) for type_ in ("view", "click")]
     assert send(running, {"events": [*events, *alone]}).json()["num_new"] == 7
@@ -135,12 +134,12 @@ def test_the_log_holds_what_was_served_and_done(running: Running, tmp_path: Path
     assert [mine[item]["rank"] for item in items] == [0, 1, 2, 3, 4, 5]
     clicked = mine[items[1]]["timestamp"].timestamp()
     assert clicked == pytest.approx(start + 10, abs=1e-3)
-    (own,) = (row for row in rows if row["request_id"] is None)
-    assert (own["item_id"], own["stage"], own["rank"]) == (items[0], "clicked", None)
-    others = [row for row in rows if row["request_id"] in (f"{made}.0", f"{made}.1")]
+    (row,) = (row for row in rows if row["request_id"] is None)
+    assert (row["item_id"], row["stage"], row["rank"]) == (items[0], "clicked", None)
+    others = [row for row in rows if row["request_id"] in (f"{new_id}.0", f"{new_id}.1")]
     assert {row["user_id"] for row in others} == {103, 104}
     assert {row["stage"] for row in others} == {"retrieved"}
-    # It is a log as it is, without a word about its columns.
+    # It can be read as a log without any settings.
     log = Log.from_files(tmp_path / "log.parquet")
     counts = log.events.group_by("stage").agg(num=log.events.count()).to_pyarrow().to_pylist()
     assert {row["stage"]: row["num"] for row in counts}["clicked"] == 2
@@ -157,7 +156,7 @@ def test_blocks_do_not_change_the_log(
     assert write_log(films, tmp_path / "whole.parquet") == 44
     monkeypatch.setattr(event_log, "BLOCK", 7)
     assert write_log(films / "1", tmp_path / "blocks.parquet") == 44
-    whole, blocks = (pq.read_table(tmp_path / f"{x}.parquet") for x in ("whole", "blocks"))
+    whole, blocks = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "blocks"))
     assert whole.equals(blocks)
     assert whole.schema.field("timestamp").type == pa.timestamp("ms", tz="UTC")
 

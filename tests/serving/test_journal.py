@@ -61,7 +61,8 @@ def by_history(
 def test_a_click_changes_the_next_answer(served: Served, model: Path) -> None:
     retriever, user = load(model, exact=True), served.query_ids[2]
     known = served.known(3)
-    first, second, third, seen = [x for x in served.candidate_ids.tolist() if x not in known][20:24]
+    unknown = [item for item in served.candidate_ids.tolist() if item not in known]
+    first, second, third, seen = unknown[20:24]
     before = by_user(retriever, user)
     assert before == pytest.approx(by_history(retriever, user, known, known), abs=1e-5)
     # The times count, not the order of arrival; a view and a dislike are no clicks.
@@ -88,11 +89,11 @@ def test_a_click_changes_the_next_answer(served: Served, model: Path) -> None:
         assert ranked(ids[line : line + 1], scores[line : line + 1]) == pytest.approx(
             single, abs=1e-5
         )
-    text = np.array(users, object if served.ids == "str" else np.int64)
-    text = np.array([x.encode() for x in users], object) if served.ids == "str" else text
-    empty = np.zeros((3, 0), text.dtype)
-    asked: dict[str, Any] = {"user_id": text, "exclude": empty, "k": np.int32(K)}
-    answer = retriever.answer("retrieve_user", asked)
+    is_text = served.ids == "str"
+    user_ids = np.array([id_.encode() for id_ in users], object) if is_text else np.array(users)
+    empty = np.zeros((3, 0), user_ids.dtype)
+    request: dict[str, Any] = {"user_id": user_ids, "exclude": empty, "k": np.int32(K)}
+    answer = retriever.answer("retrieve_user", request)
     np.testing.assert_array_equal(answer["candidate_ids"], ids)
     assert answer["num_known_items"].tolist() == [8, 6, 2]
     # What the request brings wins.
@@ -136,7 +137,7 @@ def test_what_is_left_out_is_as_in_the_evaluation(
     path = films / "1" / MANIFEST_FILE
     manifest = read_record(path)
     config = {"config": {"evaluation": {"exclude": exclude}}}
-    files = [x for x in (films / "1").rglob("*") if x.is_file() and x != path]
+    files = [file for file in (films / "1").rglob("*") if file.is_file() and file != path]
     write_record(path, manifest | config, files)
     retriever, items = load(films), {1: 10, 2: 17, 3: 24}
     types = {1: "clicked", 2: "disliked", 3: "exposed"}
@@ -185,14 +186,16 @@ def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:
     journal, rng = Journal(tmp_path), np.random.default_rng(0)
     users = [f"user {n:04} of many" for n in range(400)]
     for _ in range(40):
-        some = rng.choice(users, 60)
-        events = [Event(x, int(rng.integers(10**9)), 7, "clicked", None, None) for x in some]
+        events = [
+            Event(user, int(rng.integers(10**9)), 7, "clicked", None, None)
+            for user in rng.choice(users, 60)
+        ]
         journal.write([events])
     reader = Journal(tmp_path)
     assert reader.of_users(users)
     deleted = users[::8]
-    num = {user: len(found) for user, found in reader.of_users(deleted).items()}
-    assert sum(num.values()) == sum(map(journal.forget, deleted))
+    num_events = sum(map(len, reader.of_users(deleted).values()))
+    assert num_events == sum(map(journal.forget, deleted))
     content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert [user for user in deleted if user.encode() in content] == []
     assert reader.of_users(deleted) == {}
@@ -251,8 +254,8 @@ def test_times_are_exact_to_a_millisecond() -> None:
     when = datetime(2026, 5, 1, 12, 30, 15, 123_000, UTC)
     times = [when, when.isoformat(), when.timestamp(), np.float64(when.timestamp())]
     times += [np.int64(int(when.timestamp())) + 0.123]
-    events = check_events([event(" a ", np.int64(2), time=x) for x in times], **types)
-    assert {x.time for x in events} == {1_777_638_615_123}
+    events = check_events([event(" a ", np.int64(2), time=time_) for time_ in times], **types)
+    assert {checked.time for checked in events} == {1_777_638_615_123}
     assert events[0][:1] == ("a",)
     assert check_events([event("a", 2, time=0)], **types)[0].time == 0
     assert abs(check_events([event("a", 2, time=None)], **types)[0].time - 1000 * time.time()) < 1e4
@@ -282,7 +285,7 @@ def test_a_killed_writer_loses_no_confirmed_event(films: Path) -> None:
         for line in writer.stdout:
             confirmed = int(line) if line.endswith("\n") else confirmed
         writer.wait(30)
-        items = [x.item_id for x in Journal(films).of_users([7]).get(7, [])]
+        items = [kept.item_id for kept in Journal(films).of_users([7]).get(7, [])]
         # Each confirmed one, once; perhaps the one under way, but only whole.
         assert items in ([*range(3 * confirmed + 3)], [*range(3 * confirmed + 6)])
 
@@ -299,9 +302,9 @@ def test_what_comes_together_is_written_together(
 
     monkeypatch.setattr(Journal, "write", write)
     events = [Event("u", n // 2, 7, "clicked", None, None) for n in range(41)]
-    waiting = [recorder.submit([x]) for x in events]
-    # Each is told of its own: of two alike, the first is new.
-    assert [x.result(5) for x in waiting] == [1, 0] * 20 + [1]
+    waiting = [recorder.submit([single]) for single in events]
+    # Each client gets the number of its new events: of two alike, the first is new.
+    assert [future.result(5) for future in waiting] == [1, 0] * 20 + [1]
     assert len(sizes) <= 3
     monkeypatch.setattr(Journal, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
@@ -391,7 +394,7 @@ def test_hostile_writes_change_nothing(running: Running, caplog: pytest.LogCaptu
         assert answer.json()["error"]
         assert "\n" not in answer.json()["error"]
     assert not (running.server.versions._path / JOURNAL_FILE).exists()
-    assert not [x for x in caplog.records if x.levelno >= logging.ERROR]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_without_a_token_nobody_records(exported: Exported) -> None:

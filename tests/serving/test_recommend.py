@@ -60,8 +60,10 @@ def test_a_history_in_the_file_wins(served: Served, folder: Path, tmp_path: Path
     recommend(model, path, users=tmp_path / "users.csv", k=60, allowed=["a"])
     lists = {second: history, new: history[:1]}
     expected = {
-        user: answer(*model.retrieve([{"user_id": user, "history": x}], 60, [x], allowed=[["a"]]))
-        for user, x in lists.items()
+        user: answer(
+            *model.retrieve([{"user_id": user, "history": items}], 60, [items], allowed=[["a"]])
+        )
+        for user, items in lists.items()
     }
     expected[first] = by_user(model, first, 60, allowed=[["a"]])
     assert rows(path) == expected
@@ -97,16 +99,16 @@ def test_a_killed_command_goes_on(
     assert path.read_text() == "yesterday's"
     with pytest.raises(ValueError, match=r"k: 5, now 6\)\. Give another folder, or delete"):
         recommend(model, path, k=6)
-    asked, real = [], model.retrieve_user
+    queried, real = [], model.retrieve_user
 
     def retrieve_user(users: Any, *arguments: Any, **options: Any) -> Any:
-        asked.extend(users)
+        queried.extend(users)
         return real(users, *arguments, **options)
 
     monkeypatch.setattr(model, "retrieve_user", retrieve_user)
     progress = Killed(0)
     recommend(model, path, k=5, progress=progress)
-    assert asked == [104, 105]
+    assert queried == [104, 105]
     assert [note.split()[0] for note in progress.notes] == ["2/6", "4/6", "6/6"]
     assert progress.notes[0] == "2/6 "  # It was there before.
     assert progress.notes[2].endswith("users/s")

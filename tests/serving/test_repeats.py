@@ -1,4 +1,4 @@
-"""The bonus of the items in a history: every way to ask answers as scores that are made by hand."""
+"""The bonus of the items in a history: every kind of query gets the answer computed by hand."""
 
 import dataclasses
 from collections import defaultdict
@@ -83,11 +83,11 @@ def by_hand(
     ):
         known = [item for item in query.get("history", []) if item in ids]
         added = bonuses_by_hand(bonus, known)
-        gone = set(exclude[line]) if exclude else set()
+        excluded = set(exclude[line]) if exclude else set()
         scores = {
             item: dot + added.get(item, 0)
             for item, dot, genres in zip(ids, dots.tolist(), served.genres, strict=True)
-            if item not in gone and (not allowed or allowed in genres)
+            if item not in excluded and (not allowed or allowed in genres)
         }
         best = sorted(scores, key=scores.__getitem__, reverse=True)[:k]
         all_scores[line, : len(best)] = [scores[item] for item in best]
@@ -96,11 +96,11 @@ def by_hand(
 
 
 def check(
-    found: tuple[np.ndarray, np.ndarray], expected: tuple[list[list[Any]], np.ndarray]
+    answer: tuple[np.ndarray, np.ndarray], expected: tuple[list[list[Any]], np.ndarray]
 ) -> None:
-    for ids, best in zip(found[0].tolist(), expected[0], strict=True):
+    for ids, best in zip(answer[0].tolist(), expected[0], strict=True):
         assert as_ids(ids)[: len(best)] == best
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(answer[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_given_history_counts_in_memory_in_the_graph_and_in_service(
@@ -150,10 +150,10 @@ def test_a_stored_history_counts_as_the_same_history_given(
     check((ids, scores), expected)  # With the items that the users know.
     # A request excludes them.
     exclude = [repeating.known(row) for row in range(1, len(users) + 1)]
-    found = loaded.retrieve_user(users, 5, exclude)
-    check(found[:2], by_hand(repeating, bonus, repeating.queries(), 5, exclude))
-    for line, gone in zip(found[0].tolist(), exclude, strict=True):
-        assert not set(line) & set(gone)
+    ids, scores, _ = loaded.retrieve_user(users, 5, exclude)
+    check((ids, scores), by_hand(repeating, bonus, repeating.queries(), 5, exclude))
+    for line, excluded in zip(ids.tolist(), exclude, strict=True):
+        assert not set(line) & set(excluded)
     # The server asks in this way.
     specs = loaded.signatures["retrieve_user"]
     inputs = {"user_id": tf.constant(users, specs["user_id"].dtype), "k": tf.constant(7)}

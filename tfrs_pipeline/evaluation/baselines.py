@@ -260,10 +260,11 @@ class Transitions(Baseline):
         return ScoreRetriever(items, score)
 
 
-# Pairs of items to count at a time, and in all: a user with n items has n * n.
+# Most pairs of items that `ItemKnn` counts at a time, which bounds memory, and in all, which bounds
+# time: a user with n items has n * n.
 _PAIRS_PER_BLOCK = 1 << 23
 _MAX_PAIRS = 1 << 28
-# Neighbors that all items together keep: 400 MB while they are collected.
+# Most neighbors that all items together keep: 400 MB while they are collected.
 _MAX_NEIGHBORS = 1 << 25
 
 
@@ -334,15 +335,15 @@ class ItemKnn(Baseline):
         weighted = clicked.copy()
         weighted.data = np.repeat(lengths**-0.5, lengths).astype(np.float32)
         num_users = np.maximum(weighted.sum(axis=0).A1, 1e-12)  # Not 0, for items without a user.
-        of_history, of_candidate = num_users**self.alpha, num_users ** (1 - self.alpha)
+        history_scale, candidate_scale = num_users**self.alpha, num_users ** (1 - self.alpha)
         num_kept = max(1, min(self.num_neighbors, _MAX_NEIGHBORS // max(1, num_items)))
-        users_of = clicked.T.tocsr()
+        users_by_item = clicked.T.tocsr()
         parts = [(np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.int32))]
-        for start, stop in _blocks(users_of @ lengths, _PAIRS_PER_BLOCK):
-            shared = users_of[start:stop] @ weighted  # [stop - start candidates, num_items] n_ij.
+        for start, stop in _blocks(users_by_item @ lengths, _PAIRS_PER_BLOCK):
+            shared = users_by_item[start:stop] @ weighted  # n_ij: [stop - start, num_items].
             shared.sort_indices()  # So that the smaller row wins a tie.
             candidates = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(shared.indptr))
-            scale = of_candidate[candidates] * of_history[shared.indices] + self.shrinkage
+            scale = candidate_scale[candidates] * history_scale[shared.indices] + self.shrinkage
             similarity = (shared.data / scale).astype(np.float32)
             is_kept = np.full(len(similarity), True)
             if not self.own_items:
@@ -360,10 +361,16 @@ class ItemKnn(Baseline):
 
 
 class FittedItemKnn:
-    """What `ItemKnn.fit` returns; row i of `similar`, [num_items, num_items], has every s_ij.
+    """What `ItemKnn.fit` returns.
 
     Candidates without a neighbor in the history follow by their number of users, with scores from
     -1 to 0. Works from sparse rows, because a corpus is long and neighbors are few.
+
+    Args:
+        items: The corpus.
+        counts: [num_items] number of users of each item.
+        similar: [num_items, num_items] float32; row i has s_ij of every candidate j that keeps i.
+        decay: Factor on an item's weight for each item after it in the history.
     """
 
     def __init__(
@@ -378,25 +385,26 @@ class FittedItemKnn:
         check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
         rows = np.zeros((len(queries), k), np.int32)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        is_out = np.zeros(len(self.items), bool)  # Shared, because a corpus is long.
+        # One array for all queries, because a corpus is long; each query resets what it sets.
+        is_out = np.zeros(len(self.items), bool)
         lists = self.items.rows_by_list([()] * len(queries) if exclude is None else exclude)
         weights = self._weights(queries)
-        # The products of a query: its history's items have so many candidates each.
-        queries_of = np.repeat(np.arange(len(queries)), np.diff(weights.indptr))
+        # The work of a query is its number of products: the candidates of each item of its history.
+        lines = np.repeat(np.arange(len(queries)), np.diff(weights.indptr))
         num_similar = np.diff(self._similar.indptr)[weights.indices]
-        work = np.bincount(queries_of, num_similar, minlength=len(queries))
+        work = np.bincount(lines, num_similar, minlength=len(queries))
         for start, stop in _blocks(work, _PAIRS_PER_BLOCK):
-            found = weights[start:stop] @ self._similar
-            found.sort_indices()  # So that the smaller row wins a tie.
-            for line, (low, high) in enumerate(itertools.pairwise(found.indptr), start):
+            sums = weights[start:stop] @ self._similar
+            sums.sort_indices()  # So that the smaller row wins a tie.
+            for line, (low, high) in enumerate(itertools.pairwise(sums.indptr), start):
                 excluded = lists[line] - 1
                 is_out[excluded] = True
-                is_kept = ~is_out[found.indices[low:high]]
-                columns, values = found.indices[low:high][is_kept], found.data[low:high][is_kept]
+                is_kept = ~is_out[sums.indices[low:high]]
+                columns, values = sums.indices[low:high][is_kept], sums.data[low:high][is_kept]
                 best = best_places(values, k)
                 columns, values = columns[best], values[best]
                 is_out[columns] = True
-                # At least k of so many popular ones are not out.
+                # Of this many popular items, k or more are not out, or all there are.
                 others = self._order[: k + len(excluded) + len(columns)]
                 others = others[~is_out[others]][: k - len(columns)]
                 is_out[excluded] = is_out[columns] = False
@@ -555,14 +563,17 @@ def _latest(positives: ibis.Table, share: float) -> ibis.Table:
 
 
 def _without_longest(matrix: scipy.sparse.csr_matrix, max_pairs: int) -> scipy.sparse.csr_matrix:
-    """Leaves out the users with most items while the squares of these numbers sum to more."""
+    """Leaves out the users (rows) with most items.
+
+    The squares of the others' numbers of items sum to `max_pairs` at most.
+    """
     lengths = np.diff(matrix.indptr).astype(np.int64)
     order = np.argsort(lengths, kind="stable")
     return matrix[np.sort(order[np.cumsum(lengths[order] ** 2) <= max_pairs])]
 
 
 def _blocks(work: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Yields the bounds of blocks of [n] amounts of work, of at most so much or of one alone."""
+    """Yields start and stop of blocks of [n] amounts of work, of `most` in all or one amount."""
     ends, start = np.cumsum(work), 0
     while start < len(work):
         done = ends[start - 1] if start else 0

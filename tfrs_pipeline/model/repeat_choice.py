@@ -17,11 +17,11 @@ from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings
 
-# What validation chooses from. Weights count in standard deviations of a query's scores. Items that
-# people do not return to get a negative one: their own vectors make them look likely.
+# What validation chooses from. Weights are in standard deviations of a query's scores. Where people
+# do not return to items, a negative one wins: an item's vector in the history makes it look likely.
 _WEIGHTS = -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 8.0
 _FORMS = (0.0, 0.0), (0.5, 0.0), (0.5, 0.5)  # Pairs of power and forgetting.
-# The spread of the scores is measured on this many queries.
+# The standard deviation is measured on this many queries: it needs scores of all candidates.
 _SPREAD_QUERIES = 256
 _NONE = RepeatBonus(0.0, 0.0, 0.0)
 
@@ -29,7 +29,11 @@ _NONE = RepeatBonus(0.0, 0.0, 0.0)
 def bonus_for(
     model: Any, training: TrainingSettings, validation: Holdout, exclude: Exclude, seed: int
 ) -> RepeatBonus | None:
-    """Chooses a model's repeat bonus on the validation's queries, as after each epoch."""
+    """Chooses a model's repeat bonus on the queries that validation ranks after each epoch.
+
+    Returns None, for no bonus, if rankings exclude items, if `training.repeat_bonus` is off, or if
+    no bonus is better than none. The chief decides for all workers.
+    """
     if exclude != "none" or not training.repeat_bonus:
         return None
     sample = validation.sample(training.validation_users, seed)
@@ -40,8 +44,8 @@ def bonus_for(
         bonus = choose_bonus(*vectors, sample, metric_of(training.monitor), seed)
         return None if bonus is None else dataclasses.asdict(bonus)
 
-    chosen = on_chief(choose)
-    return chosen and RepeatBonus(**chosen)
+    fields = on_chief(choose)
+    return fields and RepeatBonus(**fields)
 
 
 def choose_bonus(
@@ -62,15 +66,16 @@ def choose_bonus(
         candidate_embeddings: [num_candidates, D] float32, in their order.
         query_embeddings: [num_queries, D] float32, of the queries of the holdout.
         holdout: Its histories hold what may be repeated.
-        metric: Measures rankings, query by query.
-        seed: Seed of the resamples.
+        metric: Measures rankings, query by query; more is better.
+        seed: Seed of the bootstrap's resamples.
     """
     pairs = zip(holdout.histories, holdout.relevant, strict=True)
     if not any(np.isin(relevant, history).any() for history, relevant in pairs):
         return None  # Nobody returns to an item.
     truth, items = Truth.of(holdout, "none"), Ids(candidate_ids)
     vectors, k = query_embeddings[truth.positions], metric.k
-    # The best of all other items stay the same, and so do the dot products of the user's own.
+    # Computed once for all bonuses: the best of the other items, and the dot products of those in
+    # the history.
     lines, rows, _ = _NONE.cells(items, truth.queries)
     ends = np.cumsum(np.bincount(lines, minlength=len(vectors)))[:-1]
     repeats = np.split(rows, ends)

@@ -44,9 +44,9 @@ _SIDES = "query_features", "request_features", "candidate_features"
 
 
 class Vectors(NamedTuple):
-    """A model's embeddings: of some queries [n, D] and of all candidates [m, D], float32.
+    """A model's embeddings, float32: [n, D] of some queries, and [m, D] of all candidates.
 
-    With `has_bias`, the last entry is 1 in a query's, and a bias in a candidate's.
+    With `has_bias`, the last of the D entries is 1 in a query, and a bias in a candidate.
     """
 
     queries: np.ndarray
@@ -55,7 +55,7 @@ class Vectors(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the scores of a query, in the root mean square of all queries."""
+        """Standard deviation of a query's scores over candidates, root mean square over queries."""
         # From moments of the embeddings, since the scores of all pairs may not fit in memory.
         centered = self.candidates - self.candidates.mean(axis=0)
         covariance = centered.T @ centered / len(centered)
@@ -66,8 +66,10 @@ class Vectors(NamedTuple):
 class Projection(NamedTuple):
     """How members' vectors become those of their sum: sum over i of x_i A_i, where A_i is [D_i, D].
 
-    There is a matrix for each member's `queries`, and one for its `candidates`. With `has_bias`,
-    the last entries are as in `Vectors`.
+    Attributes:
+        queries: A_i for the queries of each member i, float32.
+        candidates: A_i for its candidates, float32.
+        has_bias: Whether the last entries of the sum are as in `Vectors` with `has_bias`.
     """
 
     queries: Sequence[np.ndarray]
@@ -75,9 +77,17 @@ class Projection(NamedTuple):
     has_bias: bool
 
     def __call__(self, members: Sequence[Vectors]) -> Vectors:
-        """Returns the sum's vectors, whose dot products are the weighted sums of the members'."""
-        queries = sum(x.queries @ a for x, a in zip(members, self.queries, strict=True))
-        candidates = sum(x.candidates @ a for x, a in zip(members, self.candidates, strict=True))
+        """Returns the sum's vectors: their dot products are the weighted sums of the members'.
+
+        With a rotation, these are approximated.
+        """
+        queries = sum(
+            member.queries @ matrix for member, matrix in zip(members, self.queries, strict=True)
+        )
+        candidates = sum(
+            member.candidates @ matrix
+            for member, matrix in zip(members, self.candidates, strict=True)
+        )
         return Vectors(np.asarray(queries), np.asarray(candidates), self.has_bias)
 
 
@@ -90,7 +100,12 @@ def projection(
     entries are the best approximation of the weighted sums S = Q C' by a matrix of this rank, in
     the mean square over the members' queries and all candidates: with the Cholesky factor L of
     Q'Q / n and the first right singular vectors V of C L, candidates are C L V, queries Q L^-T V.
-    Without `dim`, or with more than there are, nothing is rotated.
+
+    Args:
+        members: The vectors of each member, for the same queries and candidates in one order.
+        weights: What each member's scores are multiplied by, above 0, in units of the scores
+            themselves: a weight in units of the spread is divided by `Vectors.spread` before.
+        dim: Dimensions of the sum. None, or as many as all members have, rotates nothing.
 
     Example:
         >>> a = Vectors(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]))
@@ -102,18 +117,19 @@ def projection(
     num_biases = int(any(member.has_bias for member in members))
     widths = [member.queries.shape[1] - member.has_bias for member in members]
     starts, width = np.cumsum([0, *widths[:-1]]), sum(widths)
-    of_queries, of_candidates, is_first_bias = [], [], True
+    query_matrices, candidate_matrices, is_first_bias = [], [], True
     for member, weight, start, size in zip(members, weights, starts, widths, strict=True):
-        # The root on both sides, so that products of two candidates, which similar items are found
-        # by, are weighted alike.
+        # The root on both sides, so that products of two candidates, by which similar items are
+        # found, are weighted alike.
         matrix = np.zeros((member.queries.shape[1], width + num_biases))
         matrix[range(size), range(start, start + size)] = np.sqrt(weight)
-        of_queries.append(matrix)
-        of_candidates.append(matrix.copy())
+        query_matrices.append(matrix)
+        candidate_matrices.append(matrix.copy())
         if member.has_bias:
-            of_queries[-1][-1, -1], of_candidates[-1][-1, -1] = is_first_bias, weight
+            # A query's last entries, all 1, become one: only the first member's is kept.
+            query_matrices[-1][-1, -1], candidate_matrices[-1][-1, -1] = is_first_bias, weight
             is_first_bias = False
-    joined = Projection(of_queries, of_candidates, bool(num_biases))
+    joined = Projection(query_matrices, candidate_matrices, bool(num_biases))
     if dim is None or dim >= width + num_biases:
         return _as_float32(joined)
     vectors = joined(members)
@@ -122,26 +138,27 @@ def projection(
     moments += _RIDGE * max(np.trace(moments) / width, np.finfo(np.float32).tiny) * np.eye(width)
     factor = np.linalg.cholesky(moments)
     # The eigenvectors of (C L)'(C L), which is small, are the right singular vectors of C L.
-    values, vectors_ = np.linalg.eigh(factor.T @ (candidates.T @ candidates) @ factor)
-    kept = vectors_[:, np.argsort(-values)[: dim - num_biases]]
+    eigenvalues, eigenvectors = np.linalg.eigh(factor.T @ (candidates.T @ candidates) @ factor)
+    kept = eigenvectors[:, np.argsort(-eigenvalues)[: dim - num_biases]]
     rotate_queries = scipy.linalg.solve_triangular(factor, kept, lower=True, trans="T")
-    rotations = [
-        scipy.linalg.block_diag(x, np.eye(num_biases)) for x in (rotate_queries, factor @ kept)
-    ]
+    query_rotation, candidate_rotation = (
+        scipy.linalg.block_diag(rotation, np.eye(num_biases))
+        for rotation in (rotate_queries, factor @ kept)
+    )
     return _as_float32(
         Projection(
-            [matrix @ rotations[0] for matrix in of_queries],
-            [matrix @ rotations[1] for matrix in of_candidates],
+            [matrix @ query_rotation for matrix in query_matrices],
+            [matrix @ candidate_rotation for matrix in candidate_matrices],
             bool(num_biases),
         )
     )
 
 
-def _as_float32(whole: Projection) -> Projection:
+def _as_float32(projection: Projection) -> Projection:
     queries, candidates = (
-        [np.asarray(matrix, np.float32) for matrix in matrices] for matrices in whole[:2]
+        [np.asarray(matrix, np.float32) for matrix in matrices] for matrices in projection[:2]
     )
-    return Projection(queries, candidates, whole.has_bias)
+    return Projection(queries, candidates, projection.has_bias)
 
 
 class Member(Protocol):
@@ -193,7 +210,8 @@ class FittedSum:
         """
         check_members(members)
         vectors = [vectors_of(member, queries) for member in members.values()]
-        scaled = [weights[name] / x.spread for name, x in zip(members, vectors, strict=True)]
+        spreads = [member_vectors.spread for member_vectors in vectors]
+        scaled = [weights[name] / spread for name, spread in zip(members, spreads, strict=True)]
         dim = dim or vectors[0].candidates.shape[1]
         return cls(members, weights, projection(vectors, scaled, dim))
 
@@ -259,10 +277,10 @@ class FittedSum:
             if not is_timed or member.towers.history_times is not None
         )
         names = "items", "histories", "known_positives", "history_times", "histories_until"
-        of_log: dict[str, Any] = {
+        log_fields: dict[str, Any] = {
             name: getattr(whole, name) for name in (*names, "reading", "items_read")
         }
-        return dataclasses.replace(self.towers, repeat_bonus=self.repeat_bonus, **of_log)
+        return dataclasses.replace(self.towers, repeat_bonus=self.repeat_bonus, **log_fields)
 
     @functools.cached_property
     def towers(self) -> Exportable:
@@ -276,17 +294,20 @@ class FittedSum:
             parts = []
             for member, matrix in zip(members, self.projection.queries, strict=True):
                 length = member.history_length
-                own = _features_of((*member.query_features, *member.request_features), inputs)
+                features = *member.query_features, *member.request_features
+                arguments = _features_argument(features, inputs)
                 if member.history_times is not None and "history_times" in inputs:
                     # The time of the query comes before those of the history.
-                    own["history_times"] = inputs["history_times"][:, : length + 1]
-                embedded = member.embed_queries(query_rows, history_rows[:, :length], **own)
+                    arguments["history_times"] = inputs["history_times"][:, : length + 1]
+                embedded = member.embed_queries(query_rows, history_rows[:, :length], **arguments)
                 parts.append(embedded @ matrix)
             return tf.add_n(parts)
 
         def embed_candidates(rows: tf.Tensor, **inputs: Any) -> tf.Tensor:
             parts = [
-                member.embed_candidates(rows, **_features_of(member.candidate_features, inputs))
+                member.embed_candidates(
+                    rows, **_features_argument(member.candidate_features, inputs)
+                )
                 @ matrix
                 for member, matrix in zip(members, self.projection.candidates, strict=True)
             ]
@@ -294,31 +315,37 @@ class FittedSum:
 
         # The longest history, and times if any member reads them.
         longest = max(members, key=lambda member: member.history_length)
-        timed = next((x.history_times for x in members if x.history_times is not None), None)
-        sides: dict[str, Any] = {
-            side: tuple({x.name: x for member in members for x in getattr(member, side)}.values())
-            for side in _SIDES
-        }
+        all_times = (member.history_times for member in members)
+        history_times = next((times for times in all_times if times is not None), None)
+        features: dict[str, Any] = {}
+        for side in _SIDES:
+            by_name = {
+                feature.name: feature for member in members for feature in getattr(member, side)
+            }
+            features[side] = tuple(by_name.values())
         return dataclasses.replace(
             longest,
             embed_queries=embed_queries,
             embed_candidates=embed_candidates,
             variables=[variable for member in members for variable in member.variables],
-            history_times=timed,
+            history_times=history_times,
             has_item_bias=self.projection.has_bias,
-            **sides,
+            **features,
         )
 
 
-def _features_of(features: Iterable[Feature], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the argument `features` of a member: those that it reads, or no argument."""
+def _features_argument(features: Iterable[Feature], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the argument `features` of a member, with those that it reads; {} if it has none."""
     encoded = inputs.get("features") or {}
     read = {feature.name: encoded[feature.name] for feature in features if feature.name in encoded}
     return {"features": read} if read else {}
 
 
 def vectors_of(member: Member, queries: Sequence[Query], items: Ids | None = None) -> Vectors:
-    """Embeds queries, and the model's candidates, or `items`; those that it lacks get zeros."""
+    """Embeds queries with a member, and its candidates, or `items` in their order.
+
+    Items that the member lacks get zeros.
+    """
     towers = member.towers
     candidates = embed_corpus(towers.embed_candidates, len(towers.candidate_ids))
     if items is not None:
@@ -328,26 +355,29 @@ def vectors_of(member: Member, queries: Sequence[Query], items: Ids | None = Non
 
 
 def check_members(members: Mapping[str, Member]) -> None:
-    """Refuses (`ValueError`) models that cannot be summed: of other items, users or features."""
+    """Raises a `ValueError` if members differ in items, users, or a feature of the same name."""
     if not members:
         raise ValueError("A sum needs one model or more. Received: none.")
-    towers = {name: member.towers for name, member in members.items()}
-    first, *others = towers.items()
+    (first_name, first), *others = ((name, member.towers) for name, member in members.items())
     for name, other in others:
-        for what, ids, others_ids in (
-            ("items", first[1].candidate_ids, other.candidate_ids),
-            ("users", first[1].query_ids, other.query_ids),
+        for what, first_ids, other_ids in (
+            ("items", first.candidate_ids, other.candidate_ids),
+            ("users", first.query_ids, other.query_ids),
         ):
-            if ids.dtype != others_ids.dtype or not np.array_equal(ids, others_ids):
+            if first_ids.dtype != other_ids.dtype or not np.array_equal(first_ids, other_ids):
                 raise ValueError(
-                    f"A sum needs models of the same {what}: fit {name} to the log of {first[0]}. "
-                    f"Received: {len(others_ids):,} and {len(ids):,} {what}."
+                    f"A sum needs models of the same {what}: fit {name} to the log of "
+                    f"{first_name}. Received: {len(other_ids):,} and {len(first_ids):,} {what}."
                 )
         for side in _SIDES:
-            here, there = ({x.name: x for x in getattr(y, side)} for y in (first[1], other))
-            if wrong := [key for key in here.keys() & there if here[key] != there[key]]:
+            first_features, other_features = (
+                {feature.name: feature for feature in getattr(towers, side)}
+                for towers in (first, other)
+            )
+            shared = first_features.keys() & other_features
+            if wrong := [key for key in shared if first_features[key] != other_features[key]]:
                 raise ValueError(
-                    f"A sum encodes each feature once, but {first[0]} and {name} have fitted "
+                    f"A sum encodes each feature once, but {first_name} and {name} have fitted "
                     f"{wrong[0]!r} differently: fit both to one log."
                 )
 
@@ -361,14 +391,14 @@ class Choice:
     """A sum that validation has chosen from several models, or the best of them alone.
 
     Attributes:
-        weights: Weights of the members by name, the best alone first, with 1; no other if no sum
-            was found to hold its own.
+        weights: Weights of the members by name. The best model comes first, with 1; it is the only
+            one if no sum improved on it, or the rotated sum was worse.
         metric: The name of the metric that decided.
-        alone: Its mean for the best model alone.
-        summed: Its mean for the sum, rotated.
-        unrotated: Its mean for the sum before it is rotated.
+        alone: Mean of the metric for the best model alone.
+        summed: Mean for the sum, rotated.
+        unrotated: Mean for the sum before it is rotated.
         difference: The sum, rotated, minus the best model alone, paired by query.
-        without: Its mean for the sum without each member, unrotated.
+        without: Mean for the sum without each member, unrotated.
     """
 
     weights: Mapping[str, float]
@@ -389,53 +419,60 @@ class Choice:
         return cls(**{**record, "difference": Interval(**record["difference"])})
 
     def lines(self) -> list[str]:
-        """Describes the sum for a person: who is in it, and what each gives."""
+        """Describes the sum for a person: its members, and the metric without each."""
         first, *others = self.weights
         if not others:
-            return [f"{first} alone: no sum with another recipe is better on validation"]
+            return [f"{first} alone: no sum with another model is better on validation"]
         parts = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
-        what, gained = f"validation {self.metric}", self.difference.written("+")
-        yields = [f"    without {name}: {mean:.4f}" for name, mean in self.without.items()]
+        gain = self.difference.written("+")
         return [
-            f"the sum {parts}: {what} {self.summed:.4f}, where {first} alone has {self.alone:.4f} "
-            f"({gained})",
+            f"the sum {parts}: validation {self.metric} {self.summed:.4f}, where {first} alone has "
+            f"{self.alone:.4f} ({gain})",
             f"    before its rotation to the dimensions of {first}: {self.unrotated:.4f}",
-            *yields,
+            *(f"    without {name}: {mean:.4f}" for name, mean in self.without.items()),
         ]
 
 
 def choose(
     members: Mapping[str, Vectors], truth: Truth, metric: Metric, *, winner: str, max_members: int
 ) -> Choice:
-    """Chooses the weights of a sum by a metric of the queries of `truth`, which members embed.
+    """Chooses the weights of a sum on validation, one member after another.
 
     The winner, which is the best model alone, comes first. As long as one more member makes the sum
-    better, the best one joins with the best of a few weights; on few queries, with 1. The sum is
-    kept if it is still better after its rotation to the winner's dimensions. By the mean, not by
-    the interval: the winner's own value is the best of many epochs on the same queries, which
-    flatters it (docs/explanation/tried.md).
+    better, the best one joins with the best of `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with
+    1. The sum is kept if it is still better after its rotation to the winner's dimensions: by the
+    mean, not by the interval, since the winner's value is the best of many epochs on the same
+    queries, which flatters it (docs/explanation/tried.md).
+
+    Args:
+        members: Vectors by name, for the queries and the items of `truth`, in their order.
+        truth: The queries of validation, and what is relevant to each.
+        metric: The metric that decides; more is better.
+        winner: Name of the best member alone.
+        max_members: Most members of the sum, the winner included.
     """
     dim = members[winner].candidates.shape[1]
 
     def measured(weights: Mapping[str, float], dim: int | None = None) -> np.ndarray:
-        chosen = [members[name] for name in weights]
-        scaled = [weights[name] / members[name].spread for name in weights]
-        queries, candidates, _ = projection(chosen, scaled, dim)(chosen)
+        vectors = [members[name] for name in weights]
+        scaled = [weight / members[name].spread for name, weight in weights.items()]
+        queries, candidates, _ = projection(vectors, scaled, dim)(vectors)
         return measure_vectors(queries, candidates, truth, metric)
 
     def mean(weights: Mapping[str, float]) -> float:
         return float(np.nanmean(measured(weights)))
 
     alone = measured({winner: 1.0})
-    weights, so_far = {winner: 1.0}, float(np.nanmean(alone))
+    weights, best_mean = {winner: 1.0}, float(np.nanmean(alone))
     grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)
     while len(weights) < min(max_members, len(members)):
-        steps = [{**weights, name: w} for name in members if name not in weights for w in grid]
-        means = [mean(step) for step in steps]
-        if max(means) <= so_far:
+        left = [name for name in members if name not in weights]
+        extended = [{**weights, name: weight} for name in left for weight in grid]
+        means = [mean(trial) for trial in extended]
+        if max(means) <= best_mean:
             break
-        so_far = max(means)
-        weights = steps[means.index(so_far)]
+        best_mean = max(means)
+        weights = extended[means.index(best_mean)]
     rotated = measured(weights, dim)
     gains = (rotated - alone)[:, np.newaxis]
     # Some metrics have one value for all lists, without an interval.
@@ -448,7 +485,7 @@ def choose(
         name: mean({other: weights[other] for other in weights if other != name})
         for name in (weights if len(weights) > 1 else ())
     }
-    return Choice(weights, str(metric), before, after, so_far, difference, without)
+    return Choice(weights, str(metric), before, after, best_mean, difference, without)
 
 
 class Sum:
@@ -531,8 +568,8 @@ class Sum:
             name: vectors_of(member, truth.queries, truth.items) for name, member in fitted.items()
         }
         means = {
-            name: np.nanmean(measure_vectors(x.queries, x.candidates, truth, self.metric))
-            for name, x in vectors.items()
+            name: np.nanmean(measure_vectors(queries, candidates, truth, self.metric))
+            for name, (queries, candidates, _) in vectors.items()
         }
         best = max(means, key=lambda name: means[name])
         choice = choose(vectors, truth, self.metric, winner=best, max_members=len(fitted))

@@ -113,7 +113,7 @@ class RunFolder:
         raise ConfigError([("", message)], str(path))
 
     def settle(self, config: RunConfig, winner: RunConfig, race: Mapping[str, Any]) -> None:
-        """Replaces the settings by those of a race's winner, and records the race."""
+        """Replaces the settings by those of a race's winner and its sum, and records the race."""
         content = {"asked": config.model_dump(mode="json"), "race": dict(race)}
         durable.write_record(self.race_file, content)
         self._write_settings(winner)
@@ -305,6 +305,7 @@ def with_source(
 
 
 def _fewer_epochs(source: RunFolder, theirs: RunConfig, name: str) -> dict[str, int]:
+    """Returns `training.max_epochs` of a warm start: a fifth of the source's best epoch, or 2."""
     if theirs.warm_start is not None:  # That run's number is already a fifth.
         return {}
     best = source.results()["training"][name]["best_epoch"]
@@ -314,11 +315,11 @@ def _fewer_epochs(source: RunFolder, theirs: RunConfig, name: str) -> dict[str, 
 def _begun_from(
     source: RunFolder, theirs: RunConfig, name: str, config: RunConfig, fixed: Collection[str]
 ) -> MemberConfig:
-    """Returns the settings of a member of a sum that starts from the same member of the source."""
+    """Returns the settings of a sum's member that starts from the same member in the source."""
     member = theirs.summed[name]
     changes = {"summed": {}, **member.changes, **_fewer_epochs(source, theirs, name)}
-    own = with_settings(config, changes, fixed=fixed)
-    return MemberConfig(weight=member.weight, model=own.model, training=own.training)
+    plan = with_settings(config, changes, fixed=fixed)
+    return MemberConfig(weight=member.weight, model=plan.model, training=plan.training)
 
 
 def _source(path: Path, folder: RunFolder) -> Path:

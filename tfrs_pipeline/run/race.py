@@ -50,8 +50,8 @@ FIRST_EPOCHS = 8
 # it to the leader's best. Self-attention rises late: it may be a quarter behind after nine epochs,
 # and win.
 STILL_TO_GAIN = 2.5
-# It also trains on if it would come to this share of the leader's best, since a model that is a
-# fifth behind alone still adds to a sum, as long as it gained this share in the second half.
+# It also trains on if that would bring it to this share of the leader's best, and this share of its
+# own best is from the second half: a model that is a fifth behind alone may still improve a sum.
 NEAR, RISES = 0.75, 0.01
 # With a budget, a recipe first trains for this many epochs: the second one, in which no network is
 # built, says how many more the budget allows.
@@ -197,15 +197,18 @@ def race_in_rungs(
     train: Callable[[str, int, str], object],
     budget: float = math.inf,
 ) -> None:
-    """Trains recipes until one is left, or all that are left have ended; updates their `curves`.
+    """Trains recipes until one is left, all that are left have ended, or the budget is spent.
 
-    In the first round, each recipe trains for `FIRST_EPOCHS`, which times it. In each further one,
-    those that are left train up to the same CPU time t, which doubles from round to round. A recipe
-    trains on if its best value by t, plus what it can still gain, reaches the leader's best by t:
+    Updates their `curves`. In the first round, each recipe is timed: it trains for `FIRST_EPOCHS`,
+    or for `TIMED_EPOCHS` if there is a budget. In each further round, those that are left train up
+    to the same CPU time t: first the time that `FIRST_EPOCHS` of the slowest take, then twice the
+    time of the round before. A recipe trains on if its best value by t, plus what it can still
+    gain, reaches the leader's best by t:
 
         best(t) + STILL_TO_GAIN * (best(t) - best(t / 2)) >= best of the leader(t);
 
-    or if it comes near (`NEAR`) and still rises (`RISES`), for the sum.
+    or, for the sum, if the left side reaches the share `NEAR` of the right one, and the gain since
+    t / 2 is the share `RISES` of best(t) or more.
 
     This is successive halving (Jamieson and Talwalkar 2016), except that a recipe's own curve drops
     it, and not that half of the others are better: a slow starter that still rises may continue.
@@ -232,7 +235,7 @@ def race_in_rungs(
             reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
             needed = {name: NEAR if gain[name] >= RISES * best[name] else 1.0 for name in racing}
             leading = max(best.values())
-            # In place, because `turn` reads the list too.
+            # Changed in place, because `turn` reads the list too.
             racing[:] = [name for name in racing if reach[name] >= needed[name] * leading]
             share = unspent() / len(racing)  # Equal, so that the last round has time for all.
             can_train = [curves[name].num_left and curves[name].epoch_seconds for name in racing]
@@ -350,7 +353,7 @@ def _race(
 ) -> tuple[Race, Callable[[str], FittedTwoTower]]:
     """Races in a folder, where each training resumes; trains the winner to its end.
 
-    Returns the race, and what reads back the model of a recipe.
+    Returns the race, and a function that reads back the model of a recipe, by its name.
     """
     configs, not_begun = trainable_recipes(config, data, entrants)
     curves = {
@@ -426,7 +429,7 @@ def _recipe_named(name: str) -> Recipe:
 
 
 def race_step() -> Step:
-    """Returns the step that races the recipes of a run, and gives it the winner's settings."""
+    """Returns the step that races a run's recipes, and gives it the settings of winner and sum."""
 
     def make(run: RunContext, samples: RunData) -> Race:
         entrants = [PRESETS[name] for name in run.config.recipes]
@@ -443,16 +446,17 @@ def race_step() -> Step:
 def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     """Makes the chosen trainings the first ones of the run; returns the winner's settings.
 
-    These have no recipes, so they do not race again. The other recipes' checkpoints are removed.
+    These have the members of the sum, if one was chosen, and no recipes, so that they do not race
+    again. The other recipes' checkpoints are removed.
     """
     changed: dict[str, Any] = {"recipes": (), "fixed": ()}
     summed: dict[str, MemberConfig] = {}
     if len(decided.weights) > 1:
         epochs = {curve.name: len(curve.values) for curve in decided.curves}
         for name, weight in decided.weights.items():
-            own = planned(config, PRESETS[name])
+            plan = planned(config, PRESETS[name])
             summed[name] = MemberConfig(
-                weight=weight, epochs=epochs[name], model=own.model, training=own.training
+                weight=weight, epochs=epochs[name], model=plan.model, training=plan.training
             )
     changed["summed"] = summed
     if trains_winner_alone(config):

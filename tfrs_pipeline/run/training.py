@@ -112,9 +112,10 @@ def _about_bonus(bonus: RepeatBonus | None) -> list[str]:
 def train_sum(
     config: RunConfig, data: RunData, *, folder: Path, progress: Progress = SILENT
 ) -> FittedSum:
-    """Trains the members of a sum like `train_and_refit`, and sums them.
+    """Trains each member of a sum as `train_and_refit` does, and sums them.
 
-    A member of a race keeps the epochs that it had there, by which its weight was chosen.
+    A member that comes from a race trains for as many epochs as it had there, because these decided
+    its weight. The queries of validation give the scales and the rotation of the sum.
     """
     weights = {name: member.weight for name, member in config.summed.items()}
     queries = queries_of(config, data.validation).queries
@@ -146,7 +147,7 @@ def train_sum(
 
 
 def queries_of(config: RunConfig, validation: Holdout) -> Truth:
-    """Returns the queries by which epochs, and sums, are chosen."""
+    """Returns the queries of validation by which epochs and sums are chosen."""
     sample = validation.sample(config.training.validation_users, config.seed)
     return Truth.of(sample, config.evaluation.exclude)
 

@@ -11,8 +11,8 @@ from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.serving.journal import DISLIKED, Journal
 from tfrs_pipeline.serving.signatures import as_ids
 
-# Types of events whose items are left out, by the training's evaluation.exclude.
-_LEFT_OUT = {
+# Types of events whose items are excluded from answers, by the training's evaluation.exclude.
+_EXCLUDED_TYPES = {
     "clicked": {Stage.CLICKED, DISLIKED},
     "seen": {Stage.CLICKED, Stage.EXPOSED, DISLIKED},
     "none": {DISLIKED},
@@ -20,7 +20,13 @@ _LEFT_OUT = {
 
 
 class Recent(NamedTuple):
-    """A user's history, oldest first, with times in seconds since 1970, and what is left out."""
+    """What a user did until now.
+
+    Attributes:
+        history: Item ids, oldest first.
+        times: Their times in seconds since 1970; NaN where unknown.
+        excluded: Ids of items that are excluded from answers.
+    """
 
     history: list[Any]
     times: list[float]
@@ -28,7 +34,13 @@ class Recent(NamedTuple):
 
 
 class Activity:
-    """The users with events, as a loaded version should know them."""
+    """The users with events, as a loaded version should know them.
+
+    Args:
+        journal: The recorded events.
+        encoder: The version's `Encoder`, as it was saved, with the stored histories.
+        manifest: The version's manifest.
+    """
 
     def __init__(self, journal: Journal, encoder: Any, manifest: Mapping[str, Any]) -> None:
         self._journal, self._users = journal, encoder._query_rows
@@ -38,34 +50,42 @@ class Activity:
         )
         times = getattr(encoder, "_history_times", None)  # Not saved where it is None.
         self._times = np.full(len(self._rows), np.nan) if times is None else _content(times)
-        # Earlier events are in the log that the version was trained on. In its own export, an
-        # event with its last time was read too.
+        # Events up to this time, and at it, are in the log that the version was trained on.
         until = manifest.get("histories_until", manifest["items_read"])
         self._until = round(1000 * datetime.fromisoformat(until).timestamp())
         exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
-        self._left_out = _LEFT_OUT[exclude]
+        self._excluded_types = _EXCLUDED_TYPES[exclude]
 
     def until_now(self, user_ids: Sequence[Any]) -> dict[int, Recent]:
-        """Returns what users with events did, by their place among `user_ids`."""
-        if not (events := self._journal.of_users(user_ids)):
+        """Returns what users with events did, by their position among `user_ids`.
+
+        Users without an event are left out: the stored history is all that they did.
+        """
+        if not (events_by_user := self._journal.of_users(user_ids)):
             return {}
-        places = [place for place, id_ in enumerate(user_ids) if id_ in events]
-        now = {}
-        for place, row in zip(places, self._rows_of([user_ids[i] for i in places]), strict=True):
-            of_user = events[user_ids[place]]
-            clicks = [x for x in of_user if x.type == Stage.CLICKED and x.time > self._until]
+        positions = [position for position, id_ in enumerate(user_ids) if id_ in events_by_user]
+        rows = self._user_rows([user_ids[position] for position in positions])
+        recent = {}
+        for position, row in zip(positions, rows, strict=True):
+            events = events_by_user[user_ids[position]]
+            clicks = [
+                event
+                for event in events
+                if event.type == Stage.CLICKED and event.time > self._until
+            ]
             stored = slice(self._starts[row], self._starts[row + 1])
             known = self._known[self._known_starts[row] : self._known_starts[row + 1]]
-            now[place] = Recent(
-                # Stored ones come most recent first.
-                as_ids(self._ids[self._rows[stored][::-1]].tolist()) + [x.item_id for x in clicks],
-                self._times[stored][::-1].tolist() + [x.time / 1000 for x in clicks],
+            recent[position] = Recent(
+                # Stored histories are most recent first.
+                as_ids(self._ids[self._rows[stored][::-1]].tolist())
+                + [click.item_id for click in clicks],
+                self._times[stored][::-1].tolist() + [click.time / 1000 for click in clicks],
                 as_ids(self._ids[known].tolist())
-                + [x.item_id for x in of_user if x.type in self._left_out],
+                + [event.item_id for event in events if event.type in self._excluded_types],
             )
-        return now
+        return recent
 
-    def _rows_of(self, user_ids: Sequence[Any]) -> list[int]:
+    def _user_rows(self, user_ids: Sequence[Any]) -> list[int]:
         rows = tf.raw_ops.LookupTableFindV2(
             table_handle=self._users.resource_handle,
             keys=tf.constant(user_ids, tf.string if isinstance(user_ids[0], str) else tf.int64),
@@ -75,6 +95,6 @@ class Activity:
 
 
 def _content(variable: tf.Variable) -> np.ndarray:
-    """Returns the values of a variable, numbers without a copy."""
+    """Returns the values of a variable; numbers are not copied, since histories may be large."""
     value = variable.read_value()
     return value.numpy() if value.dtype == tf.string else np.asarray(memoryview(value))

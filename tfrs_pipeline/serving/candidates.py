@@ -153,10 +153,10 @@ class Candidates:
         """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
         A query never gets its `excluded` ids, only candidates with one of its `allowed` values; an
-        empty list allows all. `bonuses` are added to scores: for each query, distinct ids and as
-        many numbers or more, whose rest is padding. Exact search returns the first of equal
-        candidates. Returns ids [B, k], best first, the empty id in empty slots, and scores [B, k]
-        float32, -inf there.
+        empty list allows all. `bonuses` are added to scores: for each query, [n] distinct ids and
+        [n or more] numbers, of which those after n are padding. Exact search returns the first of
+        equal candidates. Returns ids [B, k], best first, the empty id in empty slots, and scores
+        [B, k] float32, -inf there.
         """
         view, num = self._view, len(queries)
         excluded = [()] * num if excluded is None else excluded
@@ -165,7 +165,7 @@ class Candidates:
         if allowed is not None and self.values is not None:
             chosen = [self.values.choose(values) for values in allowed]
         search = _Search(view, self._levels, queries, k, rows_left_out, chosen)
-        # Scored exactly, and merged with the best of the others.
+        # Candidates with a bonus are scored exactly, and merged with the best of the others.
         repeats = [] if bonuses is None else search.take_out(bonuses)
         if exact or view.searcher is None:
             search.score_all(list(range(num)))
@@ -253,18 +253,18 @@ class _Search:
     def take_out(
         self, bonuses: Iterable[tuple[Sequence[Any], np.ndarray]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Leaves candidates with a bonus out of the search; returns their rows and scores.
+        """Leaves candidates with a bonus out of the search; returns their rows and scores by query.
 
-        Those that their query may not return are left out of these too.
+        These lack the candidates that the query may not return.
         """
         repeats = []
-        for line, (ids, of_ids) in enumerate(bonuses):
+        for line, (ids, id_bonuses) in enumerate(bonuses):
             rows = self.view.rows_now(ids)
             is_open = self._open(line, rows)
             self.excluded[line] = np.union1d(self.excluded[line], rows[rows > 0])
             rows = rows[is_open]
-            scores = self.view.vectors[rows - 1] @ self.queries[line] + of_ids[: len(ids)][is_open]
-            repeats.append((rows, scores))
+            scores = self.view.vectors[rows - 1] @ self.queries[line]
+            repeats.append((rows, scores + id_bonuses[: len(ids)][is_open]))
         return repeats
 
     def merge(self, repeats: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -1,6 +1,6 @@
 """What users did in service, and what they were served: an SQLite file beside a model's versions.
 
-It belongs to the model's name: every version reads it, and takes the events after the end of the
+It belongs to the model's name. Every version reads it, and takes the events after the end of the
 log that it was trained on.
 """
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "events.sqlite"
 DISLIKED = "disliked"
-# What clients call events -> the stage as in a log, or a dislike.
+# Types of events as clients write them -> a stage of a log, or a dislike.
 TYPES: Mapping[str, str] = {
     "click": Stage.CLICKED,
     "view": Stage.EXPOSED,
@@ -59,7 +59,7 @@ CREATE TABLE IF NOT EXISTS served (
     items TEXT NOT NULL        -- JSON: the ids, best first.
 ) WITHOUT ROWID;
 """
-# The level of a type is its stage's place in the funnel.
+# The level of a type is its stage's position in the funnel.
 _STAGES = [stage.value for stage in Stage]
 _LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
 _STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in enumerate(_STAGES))
@@ -74,16 +74,17 @@ SELECT user_id, item_id, time, CASE max(level) {_STAGE_OF_LEVEL} END, request_id
     request_id, NULL FROM events
 ) GROUP BY user_id, item_id, coalesce(request_id, -time) ORDER BY time, request_id, 6, user_id
 """
-# The newest events of a user that a request reads: a bound for what is not a person.
+# A request reads this many of a user's newest events. No person has more; a bot may.
 _MAX_EVENTS = 10_000
 _DAY_MS = 86_400_000
 _MAX_TAKEN = 500  # Requests that are written in one transaction.
-# Answers wait so long for others, and are dropped if more wait: nobody waits for them.
+# No client waits for an answer's record. So a record waits this long for others, to share a write,
+# and is dropped if this many wait.
 _ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
 
 
 class Event(NamedTuple):
-    """What a user did with an item; see the table. `time` is in milliseconds since 1970."""
+    """What a user did with an item: a row of `events`. `time` is in milliseconds since 1970."""
 
     user_id: Any
     time: int
@@ -94,9 +95,14 @@ class Event(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a request was served: users [n] and items [n, k], best first, as a graph returns them.
+    """What a request was served, as a graph returns it.
 
-    Query i of several has the request_id "ID.i".
+    Attributes:
+        request_id: Id of the request; query i of several gets "ID.i".
+        time: Milliseconds since 1970.
+        version: Number of the version that answered.
+        user_ids: [n] int64, or bytes in an object array; the empty id for a query without a user.
+        item_ids: [n, k] ids of the same kinds, best first; the empty id in empty slots.
     """
 
     request_id: str
@@ -106,13 +112,14 @@ class Answer(NamedTuple):
     item_ids: np.ndarray
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
-        """Yields a row of the table for each query of a user with an id."""
+        """Yields a row of `served` for each query of a user with an id."""
         pairs = zip(self.user_ids.tolist(), self.item_ids.tolist(), strict=True)
         for number, (user_id, items) in enumerate(pairs):
             if user_id not in (-1, b""):
-                id_ = self.request_id if len(self.user_ids) == 1 else f"{self.request_id}.{number}"
+                is_single = len(self.user_ids) == 1
+                request_id = self.request_id if is_single else f"{self.request_id}.{number}"
                 ids = json.dumps([_as_text(item) for item in items if item not in (-1, b"")])
-                yield id_, _as_text(user_id), self.time, self.version, ids
+                yield request_id, _as_text(user_id), self.time, self.version, ids
 
 
 def _as_text(id_: Any) -> Any:
@@ -128,10 +135,8 @@ class Journal(Database):
     def write(self, groups: Sequence[Sequence[Event]], answers: Iterable[Answer] = ()) -> list[int]:
         """Writes groups of events, and answers, in one transaction.
 
-        Returns how many events of each group were new.
-
-        An event is not new if its event_id is there, or the same type of event of the same user,
-        item and millisecond.
+        Returns how many events of each group were new. An event is not new if its `event_id` is
+        there already, or an event of the same user, item, type and millisecond.
         """
         insert = f"INSERT OR IGNORE INTO events VALUES ({', '.join('?' * len(Event._fields))})"
         with self.writing() as connection:
@@ -140,7 +145,10 @@ class Journal(Database):
             return [connection.executemany(insert, events).rowcount for events in groups]
 
     def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
-        """Reads the events of users, oldest first; those without one are left out."""
+        """Reads the events of users, by user, oldest first; users without an event are left out.
+
+        Of a user with more than 10,000 events, reads the newest 10,000.
+        """
         query = "SELECT * FROM events WHERE user_id = ? ORDER BY time DESC, item_id DESC LIMIT ?"
         with self._opened() as connection:
             if connection is None:
@@ -154,9 +162,10 @@ class Journal(Database):
     def log(self, num_rows: int) -> Iterator[list[tuple[Any, ...]]]:
         """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
 
-        A row is user_id, item_id, milliseconds, stage, request_id, rank: for each item of a
-        request, the furthest stage that it reached, with the time of that. Items that were served
-        are retrieved, those with a dislike exposed. Later writes do not show.
+        A row is user_id, item_id, milliseconds since 1970, stage, request_id, and rank in the
+        answer, from 0. Each item of a request has one, with the furthest stage that it reached and
+        the time of that. Items that were served are retrieved, those with a dislike exposed. Writes
+        after the first block do not show.
         """
         with self._opened() as connection:
             if connection is None:
@@ -205,8 +214,8 @@ _Entry: TypeAlias = _Group | _Deletion | Answer | None
 class Recorder:
     """Writes events and answers, and deletes those of a user, in a thread.
 
-    All that came during a write go into the next one, which waits for the disk once, however many
-    clients it confirms.
+    All entries that arrive during a write go into the next one. It waits for the disk once, however
+    many clients it confirms.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -216,11 +225,11 @@ class Recorder:
         self._thread.start()
 
     def submit(self, events: Sequence[Event]) -> "Future[int]":
-        """Returns the number of new events, once all are on disk."""
+        """Queues events; the result is the number of new ones, once all are on disk."""
         return self._queued(_Group(events, Future()))
 
     def forget(self, user_id: Any) -> "Future[int]":
-        """Deletes what is recorded of a user, also what still waits; see `Journal.forget`."""
+        """Queues a deletion, also of a user's entries that still wait; see `Journal.forget`."""
         return self._queued(_Deletion(user_id, Future()))
 
     def _queued(self, entry: _Group | _Deletion) -> "Future[int]":
@@ -230,13 +239,16 @@ class Recorder:
         return entry.done
 
     def keep(self, answer: Answer) -> bool:
-        """Keeps what was served, within a second or so; returns False if too much waits for it."""
+        """Queues what was served, to be on disk in a second or so.
+
+        Returns whether there was room: with 10,000 entries waiting, the answer is dropped.
+        """
         if has_room := self._queue.qsize() < _MAX_WAITING:
             self._queue.put(answer)
         return has_room
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is queued, then ends the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -244,22 +256,23 @@ class Recorder:
         answers: list[Answer] = []
         is_open, deadline = True, 0.0
         while is_open:
-            taken: list[_Entry] = []
+            entries: list[_Entry] = []
             wait = max(deadline - time.monotonic(), 0) if answers else None
             with contextlib.suppress(queue.Empty):
-                taken.append(self._queue.get(timeout=wait))
-                while len(taken) < _MAX_TAKEN:
-                    taken.append(self._queue.get_nowait())
-            is_open = None not in taken
+                entries.append(self._queue.get(timeout=wait))
+                while len(entries) < _MAX_TAKEN:
+                    entries.append(self._queue.get_nowait())
+            is_open = None not in entries
             if not answers:
                 deadline = time.monotonic() + _ANSWER_SECONDS
-            answers += [entry for entry in taken if isinstance(entry, Answer)]
-            groups = [entry for entry in taken if isinstance(entry, _Group)]
-            deletions = [entry for entry in taken if isinstance(entry, _Deletion)]
+            answers += [entry for entry in entries if isinstance(entry, Answer)]
+            groups = [entry for entry in entries if isinstance(entry, _Group)]
+            deletions = [entry for entry in entries if isinstance(entry, _Deletion)]
             is_due = time.monotonic() >= deadline or len(answers) >= _MAX_TAKEN
             if groups or deletions or is_due or not is_open:
                 self._write(groups, answers)
                 answers = []
+            # After the write, so that a deletion reaches what was queued before it.
             for user_id, done in deletions:
                 try:
                     done.set_result(self.journal.forget(user_id))
@@ -284,10 +297,17 @@ class Recorder:
 def check_events(
     events: Sequence[Mapping[str, Any]], *, users_are_text: bool, items_are_text: bool
 ) -> list[Event]:
-    """Reads events as clients write them; a `ValueError` names the first that is wrong.
+    """Reads events as clients write them, in their order.
 
-    Each has `user_id`, `item_id` and `type`, a key of `TYPES`; and may have `time`, a datetime with
-    a zone, ISO 8601, or seconds since 1970 (default: now), `request_id` and `event_id`.
+    Args:
+        events: Mappings of `user_id`, `item_id` and `type`, a key of `TYPES`. Optional are `time`
+            (a datetime with a zone, ISO 8601, or seconds since 1970; default: now), `request_id`
+            and `event_id`.
+        users_are_text: Whether user ids are `str`; else they are integers of 64 bits.
+        items_are_text: The same of item ids.
+
+    Raises:
+        ValueError: Names the first event that is wrong, and how.
     """
     if isinstance(events, Mapping):
         raise ValueError(f"Events come in a list, also a single one: [{dict(events)!r:.200}]")
@@ -297,14 +317,17 @@ def check_events(
         problem = error.errors(include_url=False)[0]
         number, *path = problem["loc"]
         if not path:
-            wanted = f"Event {number} must be an object, with user_id, item_id and type"
+            message = f"Event {number} must be an object, with user_id, item_id and type"
         elif problem["type"] == "extra_forbidden":
-            wanted = f"Event {number}: unknown {path[0]!r}; it has {', '.join(Event._fields)}"
+            message = f"Event {number}: unknown {path[0]!r}; it has {', '.join(Event._fields)}"
         else:
-            wanted = f"Event {number}: {path[0]}: {problem['msg'].removeprefix('Value error, ')}"
-        raise ValueError(f"{wanted}. Received: {problem['input']!r:.200}") from None
+            message = f"Event {number}: {path[0]}: {problem['msg'].removeprefix('Value error, ')}"
+        raise ValueError(f"{message}. Received: {problem['input']!r:.200}") from None
     now = time.time_ns() // 1_000_000
-    return [Event(**{**vars(x), "time": now if x.time is None else x.time}) for x in checked]
+    return [
+        Event(**{**vars(event), "time": now if event.time is None else event.time})
+        for event in checked
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -360,5 +383,5 @@ def _reader(users_are_text: bool, items_are_text: bool) -> TypeAdapter[Any]:
         request_id=(_Text | None, None),
         event_id=(_Text | None, None),
     )
-    # A hostile list of wrong events would otherwise become as many errors.
+    # Stops at the first error: a hostile list would otherwise make an error for each event.
     return TypeAdapter(Annotated[list[event], FailFast()])

@@ -82,11 +82,11 @@ def recommend(
     for batch in table.to_batches(max_chunksize=USERS_PER_PART):
         digest.update(batch.serialize())
     parts = path.with_name(f"{path.name}.parts")
-    made_of = {"version": str(model.folder), "k": k, "filter": sorted(allowed)}
-    made_of |= {"manifest": file_hash(model.folder / MANIFEST_FILE), "users": digest.hexdigest()}
+    request = {"version": str(model.folder), "k": k, "filter": sorted(allowed)}
+    request |= {"manifest": file_hash(model.folder / MANIFEST_FILE), "users": digest.hexdigest()}
     with locked(path.with_name(f"{path.name}.lock")):
         parts.mkdir(exist_ok=True)
-        hold_to(parts / "parts.json", made_of)
+        hold_to(parts / "parts.json", request)
         starts = range(0, table.num_rows, USERS_PER_PART)
         files = [parts / f"{number:06}.parquet" for number in range(len(starts))]
         num_done, start_time, rate = 0, time.monotonic(), 0.0
@@ -108,7 +108,10 @@ def recommend(
 
 
 def known_users(model: "LoadedRetriever") -> pa.Array:
-    """Returns the ids of all users that the training had, in the order of their rows."""
+    """Returns the ids of all users that the training had, in the order of their rows.
+
+    Raises a `ValueError` if the model was exported without user data.
+    """
     if not model.manifest["user_data"]:
         raise ValueError(
             "This model was exported without user data and knows no users: give `users`, with "
@@ -131,7 +134,10 @@ def _schema(model: "LoadedRetriever") -> pa.Schema:
 
 
 def _read(model: "LoadedRetriever", users: Any) -> pa.Table:
-    """Reads a table of users, one row each: user_id, and history if it has one."""
+    """Reads a table of users, one row each: user_id, and history if there is one.
+
+    Raises a `DataError` as `recommend` does.
+    """
     scanned = scan(connect(), users, "users")
     remedy = "A row for each user; only user_id and history are read."
     require_all(scanned.columns, {"user_id": remedy}, Source(scanned.name))
@@ -141,18 +147,18 @@ def _read(model: "LoadedRetriever", users: Any) -> pa.Table:
     if raw.dropped:
         raise DataError(f"{scanned.name}: {raw.dropped[0].reason}. Mend the line.")
     types = {"user_id": _id_type(model.user_dtype), "history": pa.list_(_id_type(model.item_dtype))}
-    for place, name in enumerate(names):
+    for position, name in enumerate(names):
         column = table[name].combine_chunks()
         try:
             if name == "history" and pa.types.is_string(column.type):
                 separator = Reading(**model.manifest.get("reading", {})).list_separator
                 texts = [(text or "").split(separator) for text in column.to_pylist()]
                 column = pa.array([[*filter(None, map(str.strip, text))] for text in texts])
-            table = table.set_column(place, name, column.cast(types[name]))
+            table = table.set_column(position, name, column.cast(types[name]))
         except pa.ArrowException as error:
             raise DataError(f"{scanned.name}: column {name!r} holds no ids: {error}") from None
-    if num := table["user_id"].null_count:
-        raise DataError(f"{scanned.name}: {num} rows have no user_id. Remove them.")
+    if num_empty := table["user_id"].null_count:
+        raise DataError(f"{scanned.name}: {num_empty} rows have no user_id. Remove them.")
     table = table.group_by(names[:1], use_threads=False).aggregate([]) if len(names) == 1 else table
     if pc.count_distinct(table["user_id"]).as_py() < table.num_rows:
         raise DataError(f"{scanned.name}: a user comes twice, with a history each. Keep one.")
@@ -160,7 +166,7 @@ def _read(model: "LoadedRetriever", users: Any) -> pa.Table:
 
 
 def _answers(model: "LoadedRetriever", users: pa.Table, k: int, allowed: list[str]) -> pa.Table:
-    """Answers users, a batch in each thread at a time."""
+    """Answers users in threads, each of which takes one batch after another."""
     batches = [
         users.slice(start, QUERIES_PER_CALL) for start in range(0, len(users), QUERIES_PER_CALL)
     ]
@@ -175,21 +181,23 @@ def _answer(model: "LoadedRetriever", users: pa.Table, k: int, allowed: list[str
     histories = (
         users["history"].to_pylist() if "history" in users.column_names else [None] * len(ids)
     )
+    # One call for the users with a history of their own, and one for the others.
     has_history = np.array([bool(history) for history in histories])
     shape = len(ids), min(k, model.num_candidates)
     items = np.zeros(shape, object if model.item_dtype == tf.string else np.int64)
     scores = np.zeros(shape, np.float32)
-    for is_given in np.unique(has_history):
-        lines = np.flatnonzero(has_history == is_given)
+    for by_history in np.unique(has_history):
+        lines = np.flatnonzero(has_history == by_history)
+        user_ids = [ids[line] for line in lines]
         filters = [allowed] * len(lines) if allowed else None
-        if is_given:
-            given = [histories[line] or () for line in lines]
-            pairs = zip(lines, given, strict=True)
-            queries = [{"user_id": ids[line], "history": history} for line, history in pairs]
-            items[lines], scores[lines] = model.retrieve(queries, shape[1], given, allowed=filters)
+        if by_history:
+            exclude = [histories[line] or () for line in lines]
+            pairs = zip(user_ids, exclude, strict=True)
+            queries = [{"user_id": id_, "history": history} for id_, history in pairs]
+            answer = model.retrieve(queries, shape[1], exclude, allowed=filters)
         else:
-            some = [ids[line] for line in lines]
-            items[lines], scores[lines], _ = model.retrieve_user(some, shape[1], allowed=filters)
+            answer = model.retrieve_user(user_ids, shape[1], allowed=filters)[:2]
+        items[lines], scores[lines] = answer
     is_filled = scores > -np.inf
     lines, ranks = np.nonzero(is_filled)
     columns = [users["user_id"].combine_chunks().take(lines), pa.array(items[is_filled])]

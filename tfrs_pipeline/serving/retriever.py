@@ -292,7 +292,7 @@ class LoadedRetriever:
     def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Reads events as `record` does, or raises its `ValueError`."""
         users_are_text, items_are_text = (
-            x == tf.string for x in (self.user_dtype, self.item_dtype)
+            dtype == tf.string for dtype in (self.user_dtype, self.item_dtype)
         )
         return check_events(events, users_are_text=users_are_text, items_are_text=items_are_text)
 
@@ -358,28 +358,32 @@ class LoadedRetriever:
 
     def _embedded_users(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Embeds users by what they did until now; `known_items` and repeats are lists of ids."""
-        users, now = as_ids(inputs["user_id"].tolist()), {}
+        users, recent = as_ids(inputs["user_id"].tolist()), {}
         if self._activity is not None:
-            now = self._activity.until_now(users)
-        stored = [line for line in range(len(users)) if line not in now]
+            recent = self._activity.until_now(users)
+        stored = [line for line in range(len(users)) if line not in recent]
         parts = []
         if stored or not users:  # By the history that the graph holds.
             signature = self.saved_model.signatures["embed_user"]
             parts.append(ask(signature, {name: array[stored] for name, array in inputs.items()}))
-        if now:
-            signature, lists = self.saved_model.signatures["embed_query"], [*now.values()]
-            some = {name: array[[*now]] for name, array in inputs.items()}
-            query = [{"history": x.history, HISTORY_TIMESTAMPS: x.times} for x in lists]
-            read = query_inputs(signature, query)
-            some |= {name: read[name].numpy() for name in read if name != "user_id"}
-            parts.append(ask(signature, some))
+        if recent:  # By the history until now.
+            signature = self.saved_model.signatures["embed_query"]
+            queries = [
+                {"history": user.history, HISTORY_TIMESTAMPS: user.times}
+                for user in recent.values()
+            ]
+            arrays = {name: array[[*recent]] for name, array in inputs.items()}
+            histories = query_inputs(signature, queries)
+            arrays |= {name: histories[name].numpy() for name in histories if name != "user_id"}
+            parts.append(ask(signature, arrays))
             parts[-1]["is_known_user"][:] = True
-        back = np.argsort(np.array([*stored, *now], int))
+        back = np.argsort(np.array([*stored, *recent], int))
         names = ("embeddings", "is_known_user", "num_known_items")
         embedded = {name: np.concatenate([part[name] for part in parts])[back] for name in names}
         # A model with a repeat bonus does not exclude the items that it knows.
         known = id_lists_of(parts[0].get("known_items", np.zeros((len(stored), 0), np.int64)))
-        per_user = {"known_items": [*known[: len(stored)], *(x.excluded for x in now.values())]}
+        excluded = (user.excluded for user in recent.values())
+        per_user = {"known_items": [*known[: len(stored)], *excluded]}
         if "bonuses" in parts[0]:
             repeated = (id_lists_of(part["repeated_items"]) for part in parts)
             per_user["repeated_items"] = [*itertools.chain.from_iterable(repeated)]

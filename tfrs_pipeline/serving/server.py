@@ -62,10 +62,10 @@ T = TypeVar("T")
 
 
 class ModelServer:
-    """A model's versions, and the threads that call them and write its items.
+    """A model's versions, and the threads that call them and write its items and events.
 
-    Raises a `StorageError` if holders of a token could not write to the model's folder, and a
-    `ValueError` if the file holds no good token.
+    Raises a `StorageError` if it is to write (`token_file`, `record_share`) and the model's folder
+    is not writable, and a `ValueError` if the file holds no good token.
     """
 
     def __init__(self, model: Path, settings: ServeSettings) -> None:
@@ -133,7 +133,7 @@ class ModelServer:
         return Response(answer, media_type="application/json", headers=headers)
 
     def _keep(self, request_id: str, number: int, users: np.ndarray, items: np.ndarray) -> None:
-        """Records what was served, or a share of it; nobody waits for that."""
+        """Records what was served, for a share of the requests; the answer does not wait for it."""
         if random.random() < self.settings.record_share:
             milliseconds = time.time_ns() // 1_000_000
             if not self.recorder.keep(Answer(request_id, milliseconds, number, users, items)):
@@ -183,15 +183,15 @@ def _unconfirmed(what: str) -> HTTPException:
 
 
 def read_events(versions: ModelVersions, body: bytes) -> tuple[list[Event], int]:
-    """Reads the events in a body, and counts those of items that are not candidates."""
+    """Reads the events in a body; returns them, and how many have an item that is no candidate."""
     values = rest.parse_items(body, "events")
     with versions.use() as version:
         try:
             events = version.retriever.checked_events(values)
         except ValueError as error:
             raise rest.bad_request(str(error)) from None
-        is_there = version.retriever.candidates.has([event.item_id for event in events])
-    return events, int((~is_there).sum())
+        is_known = version.retriever.candidates.has([event.item_id for event in events])
+    return events, int((~is_known).sum())
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:

@@ -1,4 +1,4 @@
-"""SQLite files beside a model's versions, and the one of live items.
+"""SQLite files beside a model's versions: what they share, and the file of live items.
 
 Any number of processes on one machine may read and write such a file. A write is a transaction, on
 disk before it is confirmed, so a killed process or a power cut leaves all of it or nothing.
@@ -52,13 +52,19 @@ class Database:
     """A file in a model's folder, made by the first write; safe from several threads.
 
     Each method raises `Damaged` if the file is not as SQLite wrote it, and `StorageError` if it
-    cannot be read or written. If another file is in its place, it is read from then on, unless
-    `is_mirrored`: a copy of the content in memory would be wrong, so `Replaced` is raised.
+    cannot be read or written. If another file has taken its place, reads and writes go to that one,
+    unless `is_mirrored`: then `Replaced` is raised, because the copy in memory would be wrong.
+
+    Attributes:
+        file_name: Name of the file in the folder.
+        schema: SQL that creates the tables.
+        what_is_lost: Ends the message about a damaged file: what moving it away loses.
+        is_mirrored: Whether a copy of the content is kept in memory.
     """
 
     file_name: str
     schema: str
-    what_is_lost: str  # Without the file, for the message about a damaged one.
+    what_is_lost: str
     is_mirrored = False
 
     def __init__(self, folder: Path) -> None:
@@ -153,7 +159,7 @@ class Database:
 
 
 class Store(Database):
-    """The last write of each item that was written live; a row each."""
+    """The file of live items: a row for each item that was written, with its last write."""
 
     file_name, schema, is_mirrored = STORE_FILE, _SCHEMA, True
     what_is_lost = ", and write the live items again"
