@@ -20,6 +20,7 @@ from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.model import sums
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
+from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.sums import (
     MIN_QUERIES,
     WEIGHTS,
@@ -304,12 +305,34 @@ def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
     assert free.notes
 
 
+def test_a_sum_has_a_repeat_bonus_of_its_own(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, validation, _ = LOG.split("last_n", validation=1, test=1)
+    bonus = RepeatBonus(3.0, 0.5, 0.0)
+    monkeypatch.setattr(
+        sums, "bonus_for", lambda *arguments: bonus if arguments[3] == "none" else None
+    )
+    weights = {"means": 1.0, "recent": 0.3}
+    model = tp.Sum(members, weights).fit(None, validation, exclude="none")
+    assert model.repeat_bonus == model.exportable().repeat_bonus == bonus
+    assert tp.Sum(members, weights).fit(None, validation).repeat_bonus is None
+    own = model.retrieve([{"history": [10]}], k=1)[0]
+    assert own.tolist() == [[10]]
+
+
 @pytest.mark.parametrize(
     ("members", "options", "message"),
     [
         ([3], {}, "adds up tp.TwoTower.*model 1: 3"),
         ([tp.TwoTower()], {"weights": [1, 2]}, "one number above 0 for each of the 1 models"),
         ([tp.TwoTower()], {"weights": [-1]}, "one number above 0"),
+        ([tp.TwoTower()], {"weights": [np.nan]}, "one number above 0"),
+        ([tp.TwoTower()], {"weights": 1}, "one number above 0"),
+        ({"a": tp.TwoTower()}, {"weights": {"b": 1}}, "one number above 0.*'b'"),
+        ([tp.TwoTower()], {"dim": 0}, "dim must be a whole number, 1 or more"),
+        ([], {}, "needs models in a list, or by name"),
+        (tp.TwoTower(), {}, "needs models in a list, or by name"),
     ],
 )
 def test_wrong_sums_are_refused(members: Any, options: Any, message: str) -> None:

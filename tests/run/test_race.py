@@ -160,6 +160,8 @@ def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     # The winner is still trained to its end.
     assert trained == {"default": 3, "sets": 0}
     assert result.metrics["race"]["winner"] == "default"
+    # The winner's settings do not race, so they have no budget of their own.
+    assert RunFolder(result.folder).settings().budget == RunConfig().budget
     assert "sets: not trained before the budget ended" in result.metrics["race"]["lines"]
     assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
 

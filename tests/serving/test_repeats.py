@@ -163,6 +163,22 @@ def test_a_stored_history_counts_as_the_same_history_given(
     assert set(answer) == {"candidate_ids", "scores", "is_known_user", "num_known_items"}
 
 
+def test_an_event_does_not_take_the_users_items_out(
+    repeating: Served, loaded: LoadedRetriever
+) -> None:
+    """A view changes no history; so the answer stays, for a user among others without events."""
+    users = repeating.query_ids.tolist()
+    before = loaded.retrieve_user(users, 9)
+    item = repeating.candidate_ids[:1].tolist()[0]
+    loaded.record([{"user_id": users[2], "item_id": item, "type": "view"}])
+    try:
+        after = loaded.retrieve_user(users, 9)
+        np.testing.assert_array_equal(after[0], before[0])
+        np.testing.assert_allclose(after[1], before[1], rtol=1e-4)
+    finally:
+        loaded.forget(users[2])
+
+
 def test_similar_items_have_no_bonus(repeating: Served, loaded: LoadedRetriever) -> None:
     item = repeating.candidate_ids[3]
     vectors = repeating.model.embed_corpus()

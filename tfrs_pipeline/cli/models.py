@@ -309,7 +309,8 @@ class Query(OfModel):
             query["request"] = retriever.parse_request(self.request)
             if self.history_timestamps is not None:
                 query[HISTORY_TIMESTAMPS] = list(self.history_timestamps)
-            ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
+            left_out = exclude if retriever.has_repeat_bonus else [*history, *exclude]
+            ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
             are_known = zip(history, retriever.knows(history), strict=True)
             unknown = [id_ for id_, is_known in are_known if not is_known]
             about |= {"history": history, "unknown_items": unknown}

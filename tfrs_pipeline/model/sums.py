@@ -24,11 +24,13 @@ from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
 from tfrs_pipeline.model.repeat_choice import bonus_for
 from tfrs_pipeline.model.repeats import RepeatBonus
+from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries
@@ -264,7 +266,9 @@ class FittedSum:
 
     def with_repeat_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> "FittedSum":
         """Does what `FittedTwoTower.with_repeat_bonus` does, by the first member's settings."""
-        bonus = bonus_for(self, self.first.training, validation, exclude, seed)
+        # The first member may be of another package.
+        training = getattr(self.first, "training", None) or TrainingSettings()
+        bonus = bonus_for(self, training, validation, exclude, seed)
         return dataclasses.replace(self, repeat_bonus=bonus)
 
     def exportable(self) -> Exportable:
@@ -398,7 +402,7 @@ class Choice:
         summed: Mean for the sum, rotated.
         unrotated: Mean for the sum before it is rotated.
         difference: The sum, rotated, minus the best model alone, paired by query.
-        without: Mean for the sum without each member, unrotated.
+        without: Mean for the sum without each member, rotated too.
     """
 
     weights: Mapping[str, float]
@@ -459,8 +463,8 @@ def choose(
         queries, candidates, _ = projection(vectors, scaled, dim)(vectors)
         return measure_vectors(queries, candidates, truth, metric)
 
-    def mean(weights: Mapping[str, float]) -> float:
-        return float(np.nanmean(measured(weights)))
+    def mean(weights: Mapping[str, float], dim: int | None = None) -> float:
+        return float(np.nanmean(measured(weights, dim)))
 
     alone = measured({winner: 1.0})
     weights, best_mean = {winner: 1.0}, float(np.nanmean(alone))
@@ -482,7 +486,7 @@ def choose(
     if after <= before:
         weights = {winner: 1.0}
     without = {
-        name: mean({other: weights[other] for other in weights if other != name})
+        name: mean({other: weights[other] for other in weights if other != name}, dim)
         for name in (weights if len(weights) > 1 else ())
     }
     return Choice(weights, str(metric), before, after, best_mean, difference, without)
@@ -511,11 +515,13 @@ class Sum:
     def __init__(
         self,
         members: Mapping[str, TwoTower | Member] | Sequence[TwoTower | Member],
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | Mapping[str, float] | None = None,
         *,
         dim: int | None = None,
         metric: str = "ndcg@100",
     ) -> None:
+        if not isinstance(members, Mapping | Sequence) or not members:
+            raise TypeError(f"A sum needs models in a list, or by name. Received: {members!r:.200}")
         if not isinstance(members, Mapping):
             members = {f"model {number}": member for number, member in enumerate(members, 1)}
         for name, member in members.items():
@@ -524,12 +530,10 @@ class Sum:
                     f"A sum adds up tp.TwoTower, what its fit returns, or tp.Exportable. Received "
                     f"as {name}: {member!r:.200}"
                 )
-        if weights is not None and (len(weights) != len(members) or min(weights, default=0) <= 0):
-            raise ValueError(
-                f"weights must be one number above 0 for each of the {len(members)} models. "
-                f"Received: {weights!r}"
-            )
-        self.members, self.weights, self.dim = dict(members), weights, dim
+        if dim is not None:
+            check_integer(1, dim=dim)
+        self.members, self.dim = dict(members), dim
+        self.weights = None if weights is None else _checked_weights(members, weights)
         self.metric = metric_of(metric)
 
     def fit(
@@ -561,8 +565,8 @@ class Sum:
                 fitted[name] = member
         truth = Truth.of(validation, exclude)
         if self.weights is not None:
-            weights = dict(zip(fitted, self.weights, strict=True))
-            return FittedSum.of(fitted, weights, truth.queries, self.dim)
+            summed = FittedSum.of(fitted, self.weights, truth.queries, self.dim)
+            return summed.with_repeat_bonus(validation, exclude, seed=0)
         check_members(fitted)
         vectors = {
             name: vectors_of(member, truth.queries, truth.items) for name, member in fitted.items()
@@ -575,4 +579,23 @@ class Sum:
         choice = choose(vectors, truth, self.metric, winner=best, max_members=len(fitted))
         chosen = {name: fitted[name] for name in choice.weights}
         summed = FittedSum.of(chosen, choice.weights, truth.queries, self.dim)
-        return dataclasses.replace(summed, notes=choice.lines())
+        summed = dataclasses.replace(summed, notes=choice.lines())
+        return summed.with_repeat_bonus(validation, exclude, seed=0)
+
+
+def _checked_weights(members: Mapping[str, Any], weights: Any) -> dict[str, float]:
+    """Returns weights by member, which may be listed in the order of the members."""
+    by_name = (
+        dict(zip(members, weights, strict=False)) if isinstance(weights, Sequence) else weights
+    )
+    if (
+        not isinstance(by_name, Mapping)
+        or by_name.keys() != members.keys()
+        or len(weights) != len(members)
+        or not all(isinstance(x, int | float) and 0 < x < np.inf for x in by_name.values())
+    ):
+        raise ValueError(
+            f"weights must be one number above 0 for each of the {len(members)} models. "
+            f"Received: {weights!r}"
+        )
+    return dict(by_name)

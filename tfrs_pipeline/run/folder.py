@@ -305,11 +305,19 @@ def with_source(
 
 
 def _fewer_epochs(source: RunFolder, theirs: RunConfig, name: str) -> dict[str, int]:
-    """Returns `training.max_epochs` of a warm start: a fifth of the source's best epoch, or 2."""
+    """Returns `training.max_epochs` of a warm start: a fifth of the source's best epoch, or 2.
+
+    Where the rate decays over all epochs, the warm-up becomes shorter in proportion.
+    """
     if theirs.warm_start is not None:  # That run's number is already a fifth.
         return {}
-    best = source.results()["training"][name]["best_epoch"]
-    return {"training.max_epochs": max(2, -(-best // 5))}
+    training = (theirs.summed.get(name) or theirs).training
+    num_epochs = max(2, -(-source.results()["training"][name]["best_epoch"] // 5))
+    changes = {"training.max_epochs": num_epochs}
+    if training.decay != "none":
+        num_steps = training.warmup_steps * num_epochs // training.max_epochs
+        changes["training.warmup_steps"] = num_steps
+    return changes
 
 
 def _begun_from(

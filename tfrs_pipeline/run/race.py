@@ -320,7 +320,8 @@ def race(
         for recipe in entrants
         if PRESETS.get(recipe.name, recipe) != recipe
     )
-    options = {"fixed": tuple(settings or ()), "members": members}
+    options: dict[str, Any] = {"fixed": tuple(settings or ()), "members": members}
+    options |= {} if budget is None else {"budget": budget}  # Checked like that of a run.
     config = with_settings(RunConfig(seed=seed), {**(settings or {}), **options})
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
     message = "a race reads only model, training, evaluation.exclude and evaluation.cutoffs"
@@ -329,7 +330,7 @@ def race(
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
         progress = progress or written()
-        limit = budget or math.inf
+        limit = math.inf if budget is None else config.budget
         decided, fitted = _race(
             config, entrants, data, validation, path / "race", progress, budget=limit
         )
@@ -449,7 +450,7 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     These have the members of the sum, if one was chosen, and no recipes, so that they do not race
     again. The other recipes' checkpoints are removed.
     """
-    changed: dict[str, Any] = {"recipes": (), "fixed": ()}
+    changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": RunConfig().budget}
     summed: dict[str, MemberConfig] = {}
     if len(decided.weights) > 1:
         epochs = {curve.name: len(curve.values) for curve in decided.curves}

@@ -132,7 +132,13 @@ def train_sum(
             )
             for name, member in config.summed.items()
         }
-        notes = [f"{name}: {note}" for name, model in members.items() for note in model.notes]
+        # The bonuses of members alone do not count in the sum.
+        notes = [
+            f"{name}: {note}"
+            for name, model in members.items()
+            for note in model.notes
+            if note not in _about_bonus(model.repeat_bonus)
+        ]
         return dataclasses.replace(FittedSum.of(members, weights, queries), notes=notes)
 
     exclude = config.evaluation.exclude
@@ -142,7 +148,7 @@ def train_sum(
     first = fit(dataclasses.replace(data, final=data.selection))
     first = first.with_repeat_bonus(data.validation, exclude, config.seed)
     summed, bonus = fit(data) if data.has_refit else first, first.repeat_bonus
-    notes = [*summed.notes, *_about_bonus(bonus)]
+    notes = [*summed.notes, *(f"the sum: {note}" for note in _about_bonus(bonus))]
     return dataclasses.replace(summed, notes=notes, repeat_bonus=bonus)
 
 

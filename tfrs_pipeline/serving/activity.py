@@ -40,10 +40,19 @@ class Activity:
         journal: The recorded events.
         encoder: The version's `Encoder`, as it was saved, with the stored histories.
         manifest: The version's manifest.
+        excludes_known: Whether answers leave out the items that the training knew of the user.
     """
 
-    def __init__(self, journal: Journal, encoder: Any, manifest: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        encoder: Any,
+        manifest: Mapping[str, Any],
+        *,
+        excludes_known: bool = True,
+    ) -> None:
         self._journal, self._users = journal, encoder._query_rows
+        self._excludes_known = excludes_known
         self._ids = _content(encoder._candidate_ids)  # In row 0 is the empty id.
         (self._rows, self._starts), (self._known, self._known_starts) = (
             [*map(_content, lists)] for lists in (encoder._histories, encoder._known)
@@ -75,6 +84,7 @@ class Activity:
             ]
             stored = slice(self._starts[row], self._starts[row + 1])
             known = self._known[self._known_starts[row] : self._known_starts[row + 1]]
+            known = known if self._excludes_known else known[:0]
             recent[position] = Recent(
                 # Stored histories are most recent first.
                 as_ids(self._ids[self._rows[stored][::-1]].tolist())

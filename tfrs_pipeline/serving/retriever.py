@@ -131,7 +131,17 @@ class LoadedRetriever:
         self._activity: Activity | None = None
         if self._live is not None and self.manifest["user_data"]:
             journal = Journal(folder.parent)
-            self._activity = Activity(journal, self.saved_model.encoder, self.manifest)
+            self._activity = Activity(
+                journal,
+                self.saved_model.encoder,
+                self.manifest,
+                excludes_known=not self.has_repeat_bonus,
+            )
+
+    @property
+    def has_repeat_bonus(self) -> bool:
+        """Whether the items of a history get a bonus, since users return to items."""
+        return "bonuses" in self.saved_model.signatures["embed_query"].structured_outputs
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
