@@ -16,6 +16,7 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.model.sums import Choice, FittedSum, Vectors
 from tfrs_pipeline.presets import PRESETS
+from tfrs_pipeline.report.facts import gather_facts, write_report
 from tfrs_pipeline.run import race
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.folder import RunFolder
@@ -79,6 +80,9 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
     assert result.metrics["models"]["two_tower"] != result.metrics["models"]["best_member"]
     lines = result.metrics["race"]["lines"]
     assert any(line.startswith(f"the sum 1 {first} + 0.3 {other}") for line in lines)
+    page = write_report(result.folder).read_text(encoding="utf-8")
+    assert "two_tower is the sum of models" in page
+    assert list(gather_facts(result.folder).trainings) == [first, other]
 
 
 def test_the_model_of_a_sum_is_asked_by_member(summed: tuple[RunConfig, RunResult]) -> None:

@@ -69,6 +69,13 @@ class RunFacts:
     titles: Mapping[Any, str]
 
     @property
+    def trainings(self) -> dict[str, Any]:
+        """The trainings in metrics.json by model; a sum has those of its members alone."""
+        is_sum = "best_member" in self.metrics["models"]
+        trainings = self.metrics["training"].items()
+        return {name: x for name, x in trainings if not (is_sum and name == "two_tower")}
+
+    @property
     def funnel(self) -> list[dict[str, Any]]:
         """The stages from the first: how many events ended there, and how many reached them."""
         sizes = [sum(num_by_part.values()) for num_by_part in self.events_by_stage.values()]
@@ -168,7 +175,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
 
 def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
     """Draws the logs of each epoch: the loss and the monitored metric first."""
-    training = facts.metrics["training"]
+    training = facts.trainings
     histories = {name: result["history"] for name, result in training.items()}
     chosen = {name: result["best_epoch"] for name, result in training.items()}
     monitor = f"val_{facts.config.training.monitor}"
