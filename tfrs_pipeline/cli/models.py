@@ -95,7 +95,8 @@ class Recommend(OfModel):
     """Write the best items of all users into a file.
 
     Each item is a row of the Parquet file: user_id, item_id, rank, score. The answers are those of
-    the server, with the user's known items left out. After a kill, the same command goes on.
+    the server, which leaves known items out unless the model has a repeat bonus. After a kill, the
+    same command goes on.
     """
 
     out: Path

@@ -284,7 +284,7 @@ class ItemKnn(Baseline):
 
     Time and memory are bounded. The longest users are left out while the squares of the users'
     numbers of items sum to more than 2^28, and a corpus of n items keeps at most 2^25 / n neighbors
-    a candidate: no other limit is felt below 335,000 items.
+    a candidate, which is fewer than `num_neighbors` above 335,000 items.
 
     `alpha` in [0, 1], `shrinkage` 0 or more, `decay` in (0, 1], `num_neighbors` 1 or more; a
     `ValueError` if one is out of range.

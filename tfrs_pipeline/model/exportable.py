@@ -56,7 +56,8 @@ class Exportable:
         items_read: When the reading of the items began, with a time zone. Earlier live writes of
             these items do not count. The default is now.
         histories_until: The time of the log's last event, with a time zone: events recorded in
-            service count if they are later. None for a log without times: then `items_read` is.
+            service count if they are later. None for a log without times, where `items_read` takes
+            its place.
 
     Raises:
         ValueError: If `histories`, `known_positives` or `history_times` have another length, the

@@ -57,12 +57,15 @@ class Vectors(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Standard deviation of a query's scores over candidates, root mean square over queries."""
+        """Standard deviation of a query's scores over candidates, root mean square over queries.
+
+        It is above 0, also for a model that scores all candidates alike.
+        """
         # From moments of the embeddings, since the scores of all pairs may not fit in memory.
         centered = self.candidates - self.candidates.mean(axis=0)
         covariance = centered.T @ centered / len(centered)
         variances = np.einsum("nd,de,ne->n", self.queries, covariance, self.queries)
-        return float(np.sqrt(variances.mean()))
+        return float(np.sqrt(max(variances.mean(), np.finfo(np.float32).tiny)))
 
 
 class Projection(NamedTuple):
@@ -134,13 +137,16 @@ def projection(
     joined = Projection(query_matrices, candidate_matrices, bool(num_biases))
     if dim is None or dim >= width + num_biases:
         return _as_float32(joined)
-    vectors = joined(members)
+    # In float32, since the joined vectors of a long corpus are large; their products are small.
+    vectors = _as_float32(joined)(members)
     queries, candidates = vectors.queries[:, :width], vectors.candidates[:, :width]
-    moments = queries.T @ queries / len(queries)
+    moments = (queries.T @ queries / len(queries)).astype(np.float64)
     moments += _RIDGE * max(np.trace(moments) / width, np.finfo(np.float32).tiny) * np.eye(width)
     factor = np.linalg.cholesky(moments)
     # The eigenvectors of (C L)'(C L), which is small, are the right singular vectors of C L.
-    eigenvalues, eigenvectors = np.linalg.eigh(factor.T @ (candidates.T @ candidates) @ factor)
+    eigenvalues, eigenvectors = np.linalg.eigh(
+        factor.T @ (candidates.T @ candidates).astype(np.float64) @ factor
+    )
     kept = eigenvectors[:, np.argsort(-eigenvalues)[: dim - num_biases]]
     rotate_queries = scipy.linalg.solve_triangular(factor, kept, lower=True, trans="T")
     query_rotation, candidate_rotation = (
@@ -265,11 +271,14 @@ class FittedSum:
         return embed_corpus(self.towers.embed_candidates, len(self.candidate_ids))
 
     def with_repeat_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> "FittedSum":
-        """Does what `FittedTwoTower.with_repeat_bonus` does, by the first member's settings."""
+        """Returns the sum with the repeat bonus that validation chooses, which may be none.
+
+        The settings of the first member's training decide; see `FittedTwoTower.with_repeat_bonus`.
+        """
         # The first member may be of another package.
         training = getattr(self.first, "training", None) or TrainingSettings()
         bonus = bonus_for(self, training, validation, exclude, seed)
-        return dataclasses.replace(self, repeat_bonus=bonus)
+        return self if bonus is None else dataclasses.replace(self, repeat_bonus=bonus)
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: all members' towers, and the whole log."""
@@ -291,7 +300,7 @@ class FittedSum:
         """The towers of all members as one, each of which reads its part of the inputs."""
         members = [member.towers for member in self.members.values()]
 
-        # Without defaults, which AutoGraph loses where functions are nested.
+        # Inputs by name: members differ in which they take.
         def embed_queries(
             query_rows: tf.Tensor, history_rows: tf.Tensor, **inputs: Any
         ) -> tf.Tensor:
@@ -414,13 +423,16 @@ class Choice:
     without: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the choice for JSON."""
-        return dataclasses.asdict(self)
+        """Returns the choice for JSON: an end of an interval that is NaN becomes None."""
+        return {**dataclasses.asdict(self), "difference": self.difference.as_dict()}
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Choice":
         """Reads what `as_dict` returned."""
-        return cls(**{**record, "difference": Interval(**record["difference"])})
+        ends = {
+            end: np.nan if value is None else value for end, value in record["difference"].items()
+        }
+        return cls(**{**record, "difference": Interval(**ends)})
 
     def lines(self) -> list[str]:
         """Describes the sum for a person: its members, and the metric without each."""
@@ -456,10 +468,11 @@ def choose(
         max_members: Most members of the sum, the winner included.
     """
     dim = members[winner].candidates.shape[1]
+    spreads = {name: vectors.spread for name, vectors in members.items()}
 
     def measured(weights: Mapping[str, float], dim: int | None = None) -> np.ndarray:
         vectors = [members[name] for name in weights]
-        scaled = [weight / members[name].spread for name, weight in weights.items()]
+        scaled = [weight / spreads[name] for name, weight in weights.items()]
         queries, candidates, _ = projection(vectors, scaled, dim)(vectors)
         return measure_vectors(queries, candidates, truth, metric)
 

@@ -279,8 +279,8 @@ def race(
 ) -> tuple[Model, Race]:
     """Races recipes on validation; returns the sum of the best models, or the winner, and the race.
 
-    The winner is trained to its end. If its sum with models of other recipes holds its own on
-    validation, that is returned, rotated to the winner's dimensions (see `FittedSum`).
+    The winner is trained to its end. If its sum with models of other recipes is better on
+    validation, the sum is returned, rotated to the winner's dimensions (see `FittedSum`).
 
     Args:
         train: The training part.

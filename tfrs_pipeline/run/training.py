@@ -71,9 +71,8 @@ def train_and_refit(
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all events before the test.
 
-    `max_epochs` of the first training replaces the settings' number.
-
-    The model's `result` is that of the first training; its `notes` describe both.
+    `max_epochs` of the first training replaces the settings' number. The model's `result` is that
+    of the first training; its `notes` describe both.
     """
     source = config.warm_start
 
@@ -92,13 +91,13 @@ def train_and_refit(
             tell=lambda done, line: progress.task(task, done, max_epochs, line),
         )
 
-    # The refit has no validation to stop it, so it trains for as many epochs as were best here.
     model = fit("selection", max_epochs or config.training.max_epochs)
     model = model.with_repeat_bonus(data.validation, config.evaluation.exclude, config.seed)
     # The second training has no validation, so this one's curves and its bonus are kept.
     chosen, bonus = model.result, model.repeat_bonus
     if data.has_refit:
         del model  # One network at a time.
+        # No validation stops it, so it trains for as many epochs as were best above.
         model = fit("refit", chosen.best_epoch)
     notes = [*_about_trainings(config, name, data, chosen), *model.notes]
     notes += _about_bonus(bonus)

@@ -198,8 +198,8 @@ class LoadedRetriever:
 
         That is the stored history and the events recorded since, in time order. Recorded clicks are
         excluded too, unless the training's `evaluation.exclude` was none; views if it was seen;
-        dislikes always. If the model has a repeat bonus, which people have who return to the same
-        items, known positives are retrieved too. Users without either get the answer for an empty
+        dislikes always. If the model has a repeat bonus, because its users return to items, known
+        positives are retrieved too. Users without either get the answer for an empty
         history. `exclude` adds ids to exclude. `allowed` and `requests` have one entry for each
         user, as in `retrieve`. Returns candidate_ids [n, k], scores [n, k] float32, is_known_user
         [n] bool. Raises as `retrieve`, and a `ValueError` if the model was exported without user
