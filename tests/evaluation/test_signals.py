@@ -56,13 +56,6 @@ def test_a_hit_is_among_the_ten_that_followed_most_often_ties_in_random_order() 
     assert signals(log_of(histories))["order"].value == pytest.approx(np.mean(hits))
 
 
-def test_recency_compares_the_last_item_with_the_fifth_last() -> None:
-    """With five streams in turn, the fifth last item predicts the next, and the last does not."""
-    found = signals(log_of(walks(12, num_streams=5)))["recency"]
-    assert found.beside == 1
-    assert found.value < 0.4
-
-
 def test_trend_compares_the_latest_clicks_with_all_before() -> None:
     histories = [[0] * 60 + [1] * 40, range(2, 100)]
     log = log_of(histories, times=10**9 + np.r_[0:100, np.zeros(98)])
@@ -78,39 +71,12 @@ def test_trend_compares_the_latest_clicks_with_all_before() -> None:
         ([[0] * 101, range(100)], "top 1%", 102 / 201, 0.01),
         ([[0] * 101, range(100)], "top 10%", 111 / 201, 0.1),
         ([range(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 30)], "history", 5, 9),
-        ([range(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 30)], "short", 0.4, None),
     ],
 )
 def test_counts(histories: Any, name: str, value: float, beside: float | None) -> None:
     found = signals(log_of(histories))[name]
     assert found.value == pytest.approx(value)
     assert found.beside == beside
-
-
-def test_features_with_categories_are_compared_with_chance() -> None:
-    """A user stays in one genre; the request's device decides the item, its volume does not."""
-    rows = pd.DataFrame({"user_id": np.arange(3000) // 10})
-    rows["device"] = RNG.integers(0, 20, 3000)
-    rows["volume"] = RNG.random(3000)
-    rows["item_id"] = 2 * rows["device"] + rows["user_id"] % 2
-    items = pd.DataFrame({"item_id": range(40), "genre": ["war", "noir"] * 20, "year": range(40)})
-    kinds = {"genre": "categorical", "year": "numeric"}
-    asked = {"device": "categorical", "volume": "numeric"}
-    log = Log.from_table(rows, items=items, item_features=kinds, request_features=asked)
-    found = signals(log)
-    genre, device = found["item genre"], found["request device"]
-    assert genre.value == device.value == 1
-    assert genre.beside == pytest.approx(0.5, abs=0.05)
-    assert device.beside == pytest.approx(0.25, abs=0.12)
-    names = {signal.name for signal in found}
-    assert not names & {"item year", "request volume", "trend"}
-
-
-def test_lists_share_a_value_if_any_is_the_same_and_none_is_not_one() -> None:
-    items = pd.DataFrame({"item_id": [0, 1, 2, 3], "tags": [["a", "b"], ["b", "c"], ["d"], None]})
-    histories = [[0, 1]] * 4 + [[1, 2], [3, 2], [3, 0], [2, 2]]
-    log = log_of(histories, items=items, item_features={"tags": "multi_categorical"})
-    assert signals(log)["item tags"].value == pytest.approx(4 / 7)
 
 
 def test_items_of_the_last_request_are_not_what_was_known_before_it() -> None:
@@ -135,7 +101,7 @@ def test_shuffling_takes_nothing_from_the_last_request(monkeypatch: pytest.Monke
 
 def test_a_log_without_order_has_no_signals_of_order() -> None:
     names = [x.name for x in signals(log_of(walks(8), reading=Reading(is_ordered=False)))]
-    assert names == ["repeats", "top 1%", "top 10%", "history", "short"]
+    assert names == ["repeats", "top 1%", "top 10%", "history"]
 
 
 def test_a_large_log_is_read_for_some_users(monkeypatch: pytest.MonkeyPatch) -> None:
