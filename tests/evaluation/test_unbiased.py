@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tfrs_pipeline import Log, MostPopular, evaluate
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import (
-    EvenNdcg,
     EvenRecall,
     EvenWeights,
     Rankings,
@@ -36,38 +35,32 @@ def even(
         return {}, None
     none = np.zeros(0)
     rankings = Rankings(rows, find_hits(rows, *pairs), none, none, none, weights)
-    metrics = [kind(k) for k in cutoffs for kind in (EvenRecall, EvenNdcg)]
+    metrics = [EvenRecall(k) for k in cutoffs]
     values = ((str(metric), metric.measure(rankings)) for metric in metrics)
     return {name: value for name, value in values if value is not None}, weights.num
 
 
 def slow(
     found: list[list[int]], relevant: list[list[int]], users: list[int], exposure: list[int], k: int
-) -> tuple[list[float], list[float], float]:
-    """Returns recall and NDCG of each user, and the effective number, by plain loops."""
+) -> tuple[list[float], float]:
+    """Returns the recall of each user, and the effective number, by plain loops."""
     wanted = [item for of_query in relevant for item in of_query]
     raw = {item: 1 / max(exposure[item - 1], 1) for item in range(1, NUM_ITEMS + 1)}
     limit = math.sqrt(len(wanted)) * sum(raw[item] for item in wanted) / len(wanted)
     weight = {item: min(value, limit) for item, value in raw.items()}
-    recalls, gains, squares = [], [], 0.0
+    recalls, squares = [], 0.0
     for user in sorted(set(users)):
         own = [q for q, other in enumerate(users) if other == user and relevant[q]]
         if not own:
             continue
         total = sum(weight[item] for q in own for item in relevant[q])
         squares += sum((weight[item] / total) ** 2 for q in own for item in relevant[q])
-        recall = gain = 0.0
+        recall = 0.0
         for q in own:
             top = [item for item in found[q][:k] if item in relevant[q]]
             recall += sum(weight[item] for item in top) / total
-            place = {item: p for p, item in enumerate(found[q][:k])}
-            dcg = sum(weight[item] / math.log2(2 + place[item]) for item in top)
-            best = sorted((weight[item] for item in relevant[q]), reverse=True)[:k]
-            ideal = sum(w / math.log2(2 + p) for p, w in enumerate(best))
-            gain += dcg / ideal * sum(weight[item] for item in relevant[q]) / total
         recalls.append(recall)
-        gains.append(gain)
-    return recalls, gains, len(recalls) ** 2 / squares
+    return recalls, len(recalls) ** 2 / squares
 
 
 @st.composite
@@ -90,10 +83,9 @@ def test_equals_a_slow_loop_over_users(problem: Any) -> None:
     if sum(map(len, relevant)) < max(1, 1.5 * len(with_items)):
         assert (values, num_even) == ({}, None)
         return
-    recalls, gains, effective = slow(found, relevant, users, exposure, k)
-    for name, of_users in (("recall", recalls), ("ndcg", gains)):
-        by_query = values[f"even_{name}@{k}"]  # The users are in order, and have one value each.
-        np.testing.assert_allclose(by_query[~np.isnan(by_query)], of_users, rtol=1e-9)
+    recalls, effective = slow(found, relevant, users, exposure, k)
+    by_query = values[f"even_recall@{k}"]  # The users are in order, and have one value each.
+    np.testing.assert_allclose(by_query[~np.isnan(by_query)], recalls, rtol=1e-9)
     assert num_even == round(effective)
 
 
@@ -177,17 +169,15 @@ def test_intervals_by_request_are_those_of_a_bootstrap_over_users() -> None:
     ]
     exposure = rng.integers(1, 900, NUM_ITEMS).tolist()
     values = even(found, relevant, users, exposure, 2)[0]
-    columns = np.stack([values["even_recall@2"], values["even_ndcg@2"]], axis=1)
+    columns = values["even_recall@2"][:, np.newaxis]
     options: Any = {"users": np.array(users), "num_bootstrap": num_bootstrap}
     drawn = rng.integers(num_users, size=(num_bootstrap, num_users))
-    for interval, of_users in zip(
-        bootstrap_intervals(columns, **options), slow(found, relevant, users, exposure, 2)[:2],
-        strict=True,
-    ):  # fmt: skip
-        means = np.array(of_users)[drawn].mean(axis=1)
-        assert interval.mean == pytest.approx(np.mean(of_users), rel=1e-9)
-        # As in `test_bootstrap.py`, a quantile of 4,000 draws is off by about .042 standard errors.
-        # Both have this error, and four times that of their difference is allowed.
-        tolerance = 4 * math.sqrt(2) * 0.042 * means.std()
-        assert interval.low == pytest.approx(np.quantile(means, 0.025), abs=tolerance)
-        assert interval.high == pytest.approx(np.quantile(means, 0.975), abs=tolerance)
+    (interval,) = bootstrap_intervals(columns, **options)
+    recalls, _ = slow(found, relevant, users, exposure, 2)
+    means = np.array(recalls)[drawn].mean(axis=1)
+    assert interval.mean == pytest.approx(np.mean(recalls), rel=1e-9)
+    # As in `test_bootstrap.py`, a quantile of 4,000 draws is off by about .042 standard errors.
+    # Both have this error, and four times that of their difference is allowed.
+    tolerance = 4 * math.sqrt(2) * 0.042 * means.std()
+    assert interval.low == pytest.approx(np.quantile(means, 0.025), abs=tolerance)
+    assert interval.high == pytest.approx(np.quantile(means, 0.975), abs=tolerance)

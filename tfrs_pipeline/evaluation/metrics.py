@@ -15,7 +15,7 @@ offline recommender evaluation for missing-not-at-random implicit feedback").
            the square root of their number
     w(i) = min(1 / p(i), sqrt(n) * mean of 1 / p over the n items to find)
     even_recall@k = mean over users u of: sum of w over u's items found in the top k / W(u)
-    even_ndcg@k   = the same for NDCG with gains w; W(u): sum of w over all items that u is to find
+    W(u) = sum of w over all items that u is to find
 
 The limit of w follows Ionides 2008, "Truncated importance sampling". The exponent 1/2 follows Saito
 et al. 2020, "Unbiased recommender learning from missing-not-at-random implicit feedback"; it cannot
@@ -106,21 +106,10 @@ class EvenWeights:
         """[num_queries] sum of the weights of each query's items to find."""
         return np.bincount(self.queries, self.wanted, len(self.users))
 
-    def gains(self, rankings: "Rankings", k: int) -> np.ndarray:
-        """Returns the weights of the hits in the top k: [num_queries, k], 0 elsewhere."""
-        return np.where(rankings.is_hit, self.by_item[rankings.rows], 0.0)[:, :k]
+    def by_user(self, reached: np.ndarray) -> np.ndarray:
+        """Averages reached / wanted over the queries of each user, by their weights: [num_queries].
 
-    def best_dcg(self, k: int) -> np.ndarray:
-        """Returns the DCG of each query's ideal list, the heaviest items first: [num_queries]."""
-        # Sorted by query, heaviest first; the rank counts from each query's first pair.
-        order = np.lexsort([-self.wanted, self.queries])
-        rank = np.arange(len(order)) - np.searchsorted(self.queries, self.queries)
-        is_in = rank < k
-        gains = self.wanted[order][is_in] * discounts(k)[rank[is_in]]
-        return np.bincount(self.queries[is_in], gains, len(self.users))
-
-    def by_user(self, reached: np.ndarray, best: np.ndarray) -> np.ndarray:
-        """Averages reached / best over the queries of each user, by their weights: [num_queries].
+        `reached` are [num_queries] sums of the weights of what was found.
 
         A user has one value, however many queries: it stands at the first of them with an item of
         the corpus to find, and all others have NaN. So means over queries, and those of a
@@ -129,7 +118,7 @@ class EvenWeights:
         measured = np.flatnonzero(self.by_query)  # Weights are above 0.
         users, weights = self.users[measured], self.by_query[measured]
         shares = weights / np.bincount(users, weights)[users]
-        sums = np.bincount(users, shares * reached[measured] / best[measured])
+        sums = np.bincount(users, shares * reached[measured] / weights)
         # Users' numbers ascend in `sums`, which has a place for each, measured or not.
         numbers, first = np.unique(users, return_index=True)
         values = np.full(len(reached), np.nan)
@@ -296,21 +285,8 @@ class EvenRecall(Metric):
         """Divides the weights of what was found by those of all that was to be found."""
         if (even := rankings.even) is None:
             return None
-        return even.by_user(even.gains(rankings, self.k).sum(axis=1), even.by_query)
-
-
-class EvenNdcg(Metric):
-    """ndcg@k as if the log had shown every item equally often."""
-
-    name = "even_ndcg"
-    note = EvenRecall.note
-
-    def measure(self, rankings: Rankings) -> np.ndarray | None:
-        """Divides the DCG with weights as gains by that of the best list."""
-        if (even := rankings.even) is None:
-            return None
-        dcg = even.gains(rankings, self.k) @ discounts(self.k)
-        return even.by_user(dcg, even.best_dcg(self.k))
+        gains = np.where(rankings.is_hit, even.by_item[rankings.rows], 0.0)
+        return even.by_user(gains[:, : self.k].sum(axis=1))
 
 
 class Coverage(ListMetric):
@@ -364,7 +340,7 @@ PLAIN = (Recall, HitRate, Ndcg, Mrr)
 METRICS: dict[str, type[Metric]] = {
     metric.name: metric
     # In tables and reports they come in this order.
-    for metric in (*PLAIN, EvenRecall, EvenNdcg, Coverage, AveragePopularity, Gini)
+    for metric in (*PLAIN, EvenRecall, Coverage, AveragePopularity, Gini)
 }
 """The metrics that settings can name, and that an evaluation measures unless it is given others.
 

@@ -73,8 +73,8 @@ class EvaluationResult:
         relevant_popularity: Mean training positives of the relevant items, to compare a model's
             "average_popularity@k" with; an item outside the corpus has none.
         num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
-        num_even: Effective number of relevant items (Kish) that "even_recall@k" and "even_ndcg@k"
-            rest on; None without these. See `tfrs_pipeline.evaluation.metrics`.
+        num_even: Effective number of relevant items (Kish) that "even_recall@k" rests on; None
+            without it. See `tfrs_pipeline.evaluation.metrics`.
         num_tied: Relevant items, excluded ones included, that were clicked at the time of another
             positive of their user; 0 if that is not known.
     """

@@ -119,7 +119,7 @@ class TrainingSettings(Config):
     patience: PositiveInt = 5
     """Training stops after this many epochs without a better validation metric."""
     monitor: str = "ndcg@100"
-    """Validation metric that chooses the epoch: recall, hit_rate, ndcg, mrr, even_recall, even_ndcg
+    """Validation metric that chooses the epoch: recall, hit_rate, ndcg, mrr, even_recall
     or your own (`METRICS`), at one of evaluation.cutoffs."""
     validation_users: PositiveInt = 10_000
     """Most queries that validation ranks after each epoch; sampled if there are more."""
