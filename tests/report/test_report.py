@@ -16,7 +16,7 @@ from tfrs_pipeline.data.schema import Dropped
 from tfrs_pipeline.drawing import INK, SERIES, SOFT, thinned
 from tfrs_pipeline.evaluation.metrics import PLAIN
 from tfrs_pipeline.negatives.samplers import FunnelLosers
-from tfrs_pipeline.report.facts import PopularityFacts, RunFacts, report_page
+from tfrs_pipeline.report.facts import RunFacts, report_page
 
 CUTOFFS = (20, 100)
 QUERY_METRICS = [metric.name for metric in PLAIN]
@@ -123,15 +123,14 @@ def make_facts() -> RunFacts:
         table_sizes={"events": 11_011, "items": 400, "users": 302},
         dropped=(Dropped("item is not in the item table", 17),),
         log_notes=("item table: column 'year' is missing in 1 of 400 rows (0.2%)",),
-        events_by_stage={"exposed": {"train": 4000, "test": 1000},
-                         "clicked": {"train": 5000, "dropped": 11}},
-        items_by_part={"train": 390, "test": 311},
+        events_by_stage={"exposed": 5000, "clicked": 5011},
         samples={"num_samples": 5000, "num_candidates": 400, "num_known_positives": 4900,
                  "num_exposed": 3900},
         masked_shares={"accidental hits": 0.001, "known positives": 0.2, "exposed items": 0.05},
         mean_hard_share=0.0,
-        popularity=PopularityFacts(counts, {"positives, as logged": counts / counts.sum()},
-                                   {"uniform": np.full(400, 1 / 400)}, 0),
+        counts=counts,
+        draws={"uniform": np.full(400, 1 / 400)},
+        num_unreachable=0,
         titles={3: "Fargo", 6: "Men in Black"}
     )  # fmt: skip
 
@@ -203,14 +202,13 @@ def test_a_difference_is_bold_where_its_interval_excludes_zero() -> None:
 def test_training_data_and_times_are_counted_out() -> None:
     assert PAGE.values("Chosen epochs", "two_tower") == [2, 3, 0.3, 4.0]
     assert PAGE.values("Chosen epochs", "two_tower_uncorrected") == [1, 2, 0.3, 5.0]
-    assert PAGE.values("Split", "train") == [9000, 5000, 300, 390]
+    assert PAGE.values("Split", "train") == [9000, 5000, 300]
     assert PAGE.tables["Dropped"]["item is not in the item table"] == [("17", 17, False)]
     assert PAGE.values("Dropped", "by the split last_share: events") == [11]
-    assert PAGE.headers["Events by stage"][4:] == ["train", "test", "dropped"]
     # "exposed" counts all shown events, of which "clicked" is a part.
     assert list(PAGE.tables["Events by stage"]) == ["exposed", "clicked"]
-    assert PAGE.values("Events by stage", "exposed") == [10_011, None, 5000, 4000, 1000, 0]
-    assert PAGE.values("Events by stage", "clicked") == [5011, 5011 / 10_011, 5011, 5000, 0, 11]
+    assert PAGE.values("Events by stage", "exposed") == [10_011, None, 5000]
+    assert PAGE.values("Events by stage", "clicked") == [5011, 5011 / 10_011, 5011]
     assert PAGE.tables["Masked in the shared columns"]["known positives"][0][0] == "20.00%"
     assert PAGE.tables["Times"]["train two_tower"] == [("8.5 s", 8.5, False)]
     assert PAGE.values("Times", "in all") == [9.75]
@@ -222,21 +220,6 @@ def test_training_data_and_times_are_counted_out() -> None:
     for line in ("before (latest 2 of 12)", "Fargo 3", "Men in Black 6 ✓ clicked", "1 of the 9"):
         assert line in text
     assert text.count("✓") == 1
-
-
-def test_shares_by_slice_are_what_a_loop_adds_up() -> None:
-    counts, uniform = FACTS.popularity.counts, FACTS.popularity.negatives["uniform"]
-    sums = {"head": [0, 0.0, 0.0], "torso": [0, 0.0, 0.0], "tail": [0, 0.0, 0.0]}
-    held = 0
-    for count, probability in zip(counts, uniform, strict=True):  # In order of falling counts.
-        share = held / counts.sum()
-        part = sums["head" if share < 0.5 else "torso" if share < 0.8 else "tail"]
-        part[0] += 1
-        part[1] += count / counts.sum()
-        part[2] += probability
-        held += count
-    for name, expected in sums.items():
-        assert PAGE.values("Shares by slice", name) == pytest.approx(expected)
 
 
 def test_the_first_screen_answers_five_questions() -> None:
@@ -276,19 +259,16 @@ def test_the_first_screen_answers_five_questions() -> None:
     assert sum(cells[1][1] or 0 for cells in where.values()) == pytest.approx(1)
 
 
-def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None:
+def test_hard_negatives_and_a_tuned_index_have_their_places() -> None:
     requests: list[Any] = [{"k": 10, "excluded": 100, "recall": 0.98765}]
     requests.append({"k": 1000, "excluded": "known", "recall": 0.99})
     level = {"depth": 128, "num_leaves_to_search": 9, "num_reordered": 256}
     tuned = {"levels": [level], "requests": requests}
     hard = {"retrieved": {"num_samples": 2500, "mean_pool": 12.25}}
-    trained_on = {"positives, as trained on": np.full(400, 1 / 400)}
-    resampled = {**FACTS.popularity.shares, **trained_on}
     page = page_of(
         config=HARD,
         samples={**FACTS.samples, "hard_negatives": hard, "num_losers_removed": 77},
         mean_hard_share=0.0251,
-        popularity=dataclasses.replace(FACTS.popularity, shares=resampled),
         metrics={**FACTS.metrics, "index": {**FACTS.metrics["index"], **tuned}},
     )
     assert [text for text, _, _ in page.tables["Pools"]["retrieved"]] == ["2,500", "50.0%", "12.2"]
@@ -297,20 +277,15 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     _, _, never = page.tables["Masked"]
     assert never.startswith("never a hard negative")
     assert page.values("Masked", never)[0] == 77
-    shares = ["positives, as logged", "positives, as trained on"]
-    assert page.headers["Shares by slice"][2:4] == shares
     assert page.values("Effort by depth", "128") == [9, 256]
     by_request = "Recall by request"
     assert page.values(by_request, "10") == [100, 0.98765]
     assert page.tables[by_request]["1,000"][0][0] == "known"
     assert "It finds at least 98.8% of the exact answer; the target is 98%." in page.text
-    # One more figure: the positives as trained on.
-    assert len(page.of("svg")) == len(PAGE.of("svg")) + 1
     assert PAGE.tables["Kind and settings"]["num_leaves"] == [("41", 41, False)]
     # Without such data, none of this is shown.
     assert "No hard negatives" in PAGE.text
     assert not {"Pools", by_request} & set(PAGE.tables)
-    assert shares[1] not in PAGE.headers["Shares by slice"]
 
 
 def test_what_is_missing_is_a_dash_or_no_section() -> None:
@@ -320,15 +295,8 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
         model["slices"]["tail"] = {**model["slices"]["tail"], "recall@100": nothing}
     models["popularity"]["average_popularity@20"] = None
     models["popularity"]["ndcg@100"] = {"mean": 0.5, "low": None, "high": None}
-    training = {name: {**of, "history": {**of["history"]}} for name, of in TRAINING.items()}
-    for lane in training.values():
-        lane["history"]["val_tail/recall@100"] = [None, None, None]
-    training["two_tower"]["history"]["val_torso/recall@100"] = [0.1, None, None]
-    changed = {"models": models, "training": training, "examples": [], "differences": {}}
+    changed = {"models": models, "examples": [], "differences": {}}
     page = page_of(metrics={**FACTS.metrics, **changed}, config=HARD)
-    drawn = {element.get("aria-label", "").partition(" by ")[0] for element in page.tree.iter()}
-    assert "validation torso/recall@100" in drawn
-    assert "validation tail/recall@100" not in drawn
     assert page.tables["Metrics by slice"]["tail, recall@100"] == [("-", None, False)] * 3
     assert page.tables["All metrics, by request"]["average_popularity@20"][2] == ("-", None, False)
     assert page.tables["Metrics, by request"]["ndcg@100"][2][:2] == ("0.5000", 0.5)

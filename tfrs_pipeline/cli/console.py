@@ -223,5 +223,5 @@ def print_comparison(console: Console, result: "Comparison", folder: Path) -> No
     for line in result.lines(width):
         say(console, textwrap.fill(line, width))
     say(console, "")
-    for name in ("report.html", "comparison.md", "comparison.svg", "comparison.json"):
+    for name in ("comparison.md", "comparison.svg", "comparison.json"):
         say(console, f"{name.rpartition('.')[2]:5} {folder / name}")

@@ -37,7 +37,7 @@ from tfrs_pipeline.data.schema import check_exists
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import Progress, beside, printable
 from tfrs_pipeline.presets import PRESETS, RECIPES
-from tfrs_pipeline.run.folder import COMPARISON_FILE, CONFIG_FILE, MAY_CHANGE, RunFolder
+from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import RunContext, as_lines
 from tfrs_pipeline.serving.publish import NotPublished
 
@@ -264,15 +264,14 @@ def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> RunContex
 
 
 def _do(command: str, config: RunConfig, folder: Path, begun: RunContext) -> Any:
-    """Runs or compares, and writes the report; libraries are imported only here."""
+    """Runs and writes the report, or compares; libraries are imported only here."""
     if command == "compare":
         from tfrs_pipeline.run.compare import compare_plans
 
-        result: Any = compare_plans(config, folder, begun=begun)
-    else:
-        from tfrs_pipeline.run.pipeline import run
+        return compare_plans(config, folder, begun=begun)
+    from tfrs_pipeline.run.pipeline import run
 
-        result = run(config, folder, begun=begun)
+    result = run(config, folder, begun=begun)
     from tfrs_pipeline.report.facts import write_report
 
     begun.progress.task("report", 0, 0)
@@ -282,22 +281,20 @@ def _do(command: str, config: RunConfig, folder: Path, begun: RunContext) -> Any
 
 
 class Report(Command):
-    """Write the report of a run or a comparison as one HTML page.
+    """Write the report of a run as one HTML page.
 
-    The page shows a finished run (data, sampling, training, metrics, index, recommendations for a
-    few users) or the plans of a comparison. It needs no other file and no network. `run` and
-    `compare` also write it at their end.
+    The page shows a finished run: data, sampling, training, metrics, index, recommendations for a
+    few users. It needs no other file and no network. `run` also writes it at its end.
     """
 
     run: PositionalPath
-    """Folder of the run or comparison."""
+    """Folder of the run."""
     output: Path | None = None
     """File to write, or a folder for report.html; if not given, RUN."""
 
     def __call__(self) -> int:
         """Writes the page and prints where."""
-        if not (self.run / COMPARISON_FILE).exists():
-            RunFolder(self.run).results()  # Refuses at once, before libraries are imported.
+        RunFolder(self.run).results()  # Refuses at once, before libraries are imported.
         from tfrs_pipeline.report.facts import write_report
 
         print(write_report(self.run, self.output))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ibis
+import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -16,42 +16,28 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import ASKED, Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.evaluation.metrics import METRICS, popularity_slices
+from tfrs_pipeline.evaluation.metrics import METRICS
 from tfrs_pipeline.evaluation.results import QUESTIONS
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.samplers import Negatives, Popularity
 from tfrs_pipeline.report import verdict
 from tfrs_pipeline.report.advice import advice
-from tfrs_pipeline.report.comparison import comparison_page, pages
-from tfrs_pipeline.run.folder import COMPARISON_FILE, RunFolder
-from tfrs_pipeline.samples.store import positive_probability, read_ids, read_samples
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.samples.store import read_ids, read_samples
 
 REPORT_FILE = "report.html"
 DROPPED = "dropped"
 
 
 @dataclass(frozen=True)
-class PopularityFacts:
-    """How often each candidate is a positive or drawn as a negative; arrays are [num_candidates].
-
-    `shares` are those of the positives: as logged and, if they differ, as trained on. `negatives`
-    has the distribution of each kind's draws.
-    """
-
-    counts: np.ndarray
-    shares: Mapping[str, np.ndarray]
-    negatives: Mapping[str, np.ndarray]
-    num_unreachable: int
-
-
-@dataclass(frozen=True)
 class RunFacts:
     """The facts that the report shows about a run.
 
-    Events are counted by stage, from the funnel's first, and by part of the split or "dropped".
-    Samples, masked shares (by reason) and popularity describe the exported model's training data.
+    Events are counted by stage, from the funnel's first. Samples, masked shares (by reason), counts
+    and draws describe the exported model's training data: `counts` are [num_candidates] positives
+    of each candidate, `draws` the distribution, [num_candidates] too, of each kind's negatives.
     """
 
     folder: str
@@ -60,12 +46,13 @@ class RunFacts:
     table_sizes: Mapping[str, int]
     dropped: Sequence[Dropped]
     log_notes: Sequence[str]
-    events_by_stage: Mapping[str, Mapping[str, int]]
-    items_by_part: Mapping[str, int]
+    events_by_stage: Mapping[str, int]
     samples: Mapping[str, Any]
     masked_shares: Mapping[str, float]
     mean_hard_share: float
-    popularity: PopularityFacts
+    counts: np.ndarray
+    draws: Mapping[str, np.ndarray]
+    num_unreachable: int
     titles: Mapping[Any, str]
 
     @property
@@ -78,7 +65,7 @@ class RunFacts:
     @property
     def funnel(self) -> list[dict[str, Any]]:
         """The stages from the first: how many events ended there, and how many reached them."""
-        sizes = [sum(num_by_part.values()) for num_by_part in self.events_by_stage.values()]
+        sizes = [*self.events_by_stage.values()]
         # An event is counted at its last stage, and has passed all before it.
         reached = np.cumsum(sizes[::-1])[::-1].tolist()
         columns = zip(self.events_by_stage, sizes, reached, [*reached[:1], *reached], strict=False)
@@ -88,10 +75,15 @@ class RunFacts:
         ]
 
     @property
+    def parts(self) -> list[str]:
+        """The parts of the split that have events, in their order."""
+        return [part for part in PARTS if part in self.metrics["split"]]
+
+    @property
     def events_by_part(self) -> dict[str, int]:
         """Number of events in each part of the split, merged into others, and dropped."""
         split = self.metrics["split"]
-        counts = {part: int(split[part]["num_events"]) for part in PARTS if part in split}
+        counts = {part: int(split[part]["num_events"]) for part in self.parts}
         merged = [x.num_rows for x in self.dropped if x.is_merged]
         return counts | ({"merged": sum(merged)} if merged else {}) | {DROPPED: self.num_dropped}
 
@@ -103,7 +95,7 @@ class RunFacts:
 
 
 def write_report(folder: Path | str, output: Path | str | None = None) -> Path:
-    """Writes the report of a finished run or comparison as one HTML page; returns its path.
+    """Writes the report of a finished run as one HTML page; returns its path.
 
     `output` is the file, or a folder for report.html; None is the folder of the run.
     """
@@ -111,9 +103,7 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> Path:
     path = Path(output or folder)
     if path.is_dir():
         path /= REPORT_FILE
-    is_run = not (folder / COMPARISON_FILE).exists()
-    page = report_page(gather_facts(folder)) if is_run else comparison_page(folder)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
     return path
 
 
@@ -124,12 +114,20 @@ def report_page(facts: RunFacts) -> str:
     recall, ndcg = f"recall@{max(cutoffs)}", f"ndcg@{max(cutoffs)}"
     shown = metric, ndcg, recall, f"even_{recall}", f"coverage@{min(cutoffs)}"
     main = tuple(dict.fromkeys(shown))
-    template = pages().get_template("template.html")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tfrs_pipeline", "report"),
+        autoescape=True,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    template = environment.get_template("template.html")
     return template.render(
         facts=facts,
         ndcg=ndcg,
         recall=recall,
-        slices=popularity_slices(facts.popularity.counts),
         figures=_figures(facts, metric, recall),
         counted=counted,
         better=verdict.compared_with_baselines(facts.metrics, metric),
@@ -143,9 +141,15 @@ def report_page(facts: RunFacts) -> str:
         main_metrics=main,
         index=verdict.found_by_index(facts.metrics["index"], facts.samples["num_candidates"]),
         metric_names=[f"{name}@{k}" for name in METRICS for k in cutoffs],
-        parts=[x for x in (*PARTS, DROPPED) if any(x in y for y in facts.events_by_stage.values())],
         settings=dump_config(facts.config),
     )
+
+
+def _visible(value: Any) -> Any:
+    """Escapes the control characters of a text, such as an id's, except for line ends and tabs."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "".join(x if x.isprintable() or x in "\n\t" else printable(x) for x in value)
 
 
 def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup]]:
@@ -168,32 +172,29 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         "slices": [drawing.plot_intervals(slices, recall)],
         "race": _race_figures(facts),
         "training": _training_figures(facts),
-        "popularity": _popularity_figures(facts.popularity),
+        "popularity": [
+            drawing.plot_popularity(curves, facts.counts, what)
+            for what, curves in (
+                ("training positives", {"training positives": facts.counts}),
+                ("probability of a draw", facts.draws),
+            )
+            if curves  # A model may have hard negatives alone.
+        ],
     }
     return {section: [Markup(x.svg) for x in figures] for section, figures in drawings.items()}
 
 
 def _training_figures(facts: RunFacts) -> list[drawing.Drawing]:
-    """Draws the logs of each epoch: the loss and the monitored metric first."""
-    training = facts.trainings
-    histories = {name: result["history"] for name, result in training.items()}
-    chosen = {name: result["best_epoch"] for name, result in training.items()}
-    monitor = f"val_{facts.config.training.monitor}"
-    # A dict keeps the order: what decides comes first, and the others are folded away.
-    logged = dict.fromkeys(["loss", monitor, *(name for h in histories.values() for name in h)])
-    curves = {
-        name: {
-            model: history[name]
-            for model, history in histories.items()
-            # Validation may have no positive in a part of the items: nothing was measured there.
-            if any(value is not None for value in history.get(name, []))
-        }
-        for name in logged
-    }
+    """Draws the loss by epoch, and the validation metric that chooses the epoch."""
+    trainings, monitor = facts.trainings.items(), f"val_{facts.config.training.monitor}"
+    chosen = {name: result["best_epoch"] for name, result in trainings}
     return [
-        drawing.plot_curves(lines, chosen, name.replace("val_", "validation "))
-        for name, lines in curves.items()
-        if lines
+        drawing.plot_curves(
+            {model: result["history"].get(name, []) for model, result in trainings},
+            chosen,
+            name.replace("val_", "validation "),
+        )
+        for name in ("loss", monitor)
     ]
 
 
@@ -206,19 +207,6 @@ def _race_figures(facts: RunFacts) -> list[drawing.Drawing]:
     chosen = {name: curve.index(max(curve)) + 1 for name, curve in values.items()}
     what = f"validation {race['metric']} of the recipes"
     return [drawing.plot_curves(values, chosen, what, seconds=seconds)]
-
-
-def _popularity_figures(popularity: PopularityFacts) -> list[drawing.Drawing]:
-    ranks = {
-        "training positives": {"training positives": popularity.counts},
-        "share of the positives": popularity.shares if len(popularity.shares) > 1 else {},
-        "probability of a draw": popularity.negatives,
-    }
-    return [
-        drawing.plot_popularity(lines, popularity.counts, what)
-        for what, lines in ranks.items()
-        if lines
-    ]
 
 
 def gather_facts(folder: Path) -> RunFacts:
@@ -234,15 +222,10 @@ def gather_facts(folder: Path) -> RunFacts:
     samples = dataclasses.replace(read_samples(samples_folder), is_later=is_later)
     model = TwoTower(**dict(config.model), training=config.training, seed=config.seed)
     # Batches know what is drawn and masked. They are described here, and none is trained on.
-    batches, by_part = model.batches(samples), split.events.group_by("part")
-    frame = batches.frame
-    expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
-    logged, trained = positive_probability(frame.counts)[1:], batches.positive_share[1:]
-    shares = {"positives, as logged": logged}
-    if not np.allclose(logged, trained, rtol=1e-6, atol=0):  # Resampling is what makes them differ.
-        shares["positives, as trained on"] = trained
-    counts = by_part.agg(num=split.events["item_id"].nunique()).to_pyarrow().to_pylist()
-    num_items = {row["part"]: row["num"] for row in counts}
+    batches = model.batches(samples)
+    expected = {_label(kind): kind.expected_count(batches.frame) for kind in batches.negatives}
+    by_stage = log.events.group_by("stage").agg(num=log.events.count()).to_pyarrow().to_pylist()
+    events = {row["stage"]: row["num"] for row in by_stage}
     return RunFacts(
         folder=str(folder),
         config=config,
@@ -250,33 +233,15 @@ def gather_facts(folder: Path) -> RunFacts:
         table_sizes=log.counts(),
         dropped=log.dropped,
         log_notes=log.notes,
-        events_by_stage=_events_by_stage(log.events, split.events),
-        items_by_part={part: num_items[part] for part in PARTS if part in num_items},
+        events_by_stage={stage.value: events[stage] for stage in Stage if stage in events},
         samples=read_record(samples_folder / "report.json"),
         masked_shares=batches.masked_shares(),
         mean_hard_share=batches.mean_hard_share,
-        popularity=PopularityFacts(
-            counts=frame.counts[1:],
-            shares=shares,
-            negatives={name: count[1:] / count.sum() for name, count in expected.items()},
-            num_unreachable=batches.num_unreachable,
-        ),
+        counts=batches.frame.counts[1:],
+        draws={name: count[1:] / count.sum() for name, count in expected.items()},
+        num_unreachable=batches.num_unreachable,
         titles=_titles(log, metrics),
     )
-
-
-def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[str, int]]:
-    in_all = events.group_by("stage").agg(num=events.count()).to_pyarrow().to_pylist()
-    in_parts = split.group_by(["stage", "part"]).agg(num=split.count()).to_pyarrow().to_pylist()
-    totals = {row["stage"]: row["num"] for row in in_all}
-    counts: dict[str, dict[str, int]] = {s.value: {} for s in Stage if s.value in totals}
-    for row in in_parts:
-        counts[row["stage"]][row["part"]] = row["num"]
-    for stage, num_by_part in counts.items():
-        # What is in no part was left out by the split.
-        if num_dropped := totals[stage] - sum(num_by_part.values()):
-            num_by_part[DROPPED] = num_dropped
-    return counts
 
 
 def _label(kind: Negatives) -> str:
