@@ -139,6 +139,7 @@ def as_flags(config: RunConfig) -> list[str]:
         value: Any = functools.reduce(getattr, name.split("."), config)
         if name.startswith(("compare.", "summed")):
             continue
+        name = name if "." in name else name.replace("_", "-")
         if field.annotation is bool:
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, dict):
@@ -179,8 +180,8 @@ def test_a_default_filter_goes_with_the_default_features(config_of: Any, command
     assert "export.filter_by: got 'x'" in command("run", *titles, "--export.filter_by", "x").err
 
 
-def test_a_flag_is_read_in_either_spelling_and_a_sampler_as_json(config_of: Any) -> None:
-    flags = ["--training.batch-size=32", "--no-data.is_ordered", "--model.negatives"]
+def test_a_sampler_is_read_as_json(config_of: Any) -> None:
+    flags = ["--training.batch_size=32", "--no-data.is_ordered", "--model.negatives"]
     config = config_of(*flags, '{"kind": "popularity", "alpha": 0.5, "num": 8}', "uniform")
     assert (config.training.batch_size, config.data.is_ordered) == (32, False)
     assert config.model.negatives == (Popularity(8, 0.5), Uniform())
@@ -249,7 +250,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         "seed = 3\n[training]\nbatch_size = 128\nmax_epochs = 7\n[model]\ndim = 8\n"
         "[data]\nitem_features = {x = 'text'}\n"
     )
-    flags = ["--training.batch-size", "32", "--model.temperature", "1"]
+    flags = ["--training.batch_size", "32", "--model.temperature", "1"]
     config = config_of("--config", path, *flags)
     assert (config.seed, config.training.batch_size, config.model.temperature) == (3, 32, 1.0)
     assert (config.training.max_epochs, config.data.item_features) == (7, {"x": "text"})
@@ -265,6 +266,8 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("run --trainin.batch_size 3", "did you mean '--training.batch_size'"),
+    ("run --training.batch-size 3", "did you mean '--training.batch_size'"),
+    ("run --run_dir x", "did you mean '--run-dir'"),
     ("run --zzz", "unknown flag --zzz; no known one is near"),
     ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
     ("run mine", "unexpected 'mine' after 'run'; see tfrs-pipeline run --help"),
@@ -290,9 +293,8 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --data.path b/log.csv", "export.name: saved_models/log/1 is a model of /a/log.csv"),
     ("query", "the following arguments are required: MODEL\n"),
     ("query model", "user: required, or --history ITEM ... for someone without an id"),
-    ("query model --user 3 --history_timestamps 2024-05-01T08:00Z", "without --history ITEM"),
     ("query model --user 3 -k ten", "k: got 'ten'; must be a whole number"),
-    ("refresh-index model --items x.csv --target-recall 2", "target_recall: got '2'; must be"),
+    ("refresh-index model --items x.csv --keep-versions 0", "keep_versions: got '0'; must be"),
     ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
     ("server", "unknown command 'server'; did you mean 'serve'?"),
     ("", "no command; known: run, compare, report, query, serve, refresh-index, "
@@ -444,7 +446,6 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
         (["report", "nowhere"], "holds no finished run"),
         (["query", "empty", "--user", "3"], "No exported model at 'empty': .*`tfrs-pipeline run`"),
         (["vectors", "empty", "x.parquet"], "No exported model at 'empty'"),
-        (["query", run.model, "--history", "1", "--history-timestamps", "soon"], "is written like"),
         (["serve", "empty"], "No exported model at 'empty'"),
         (["serve", run.model, "--port", taken.getsockname()[1]], "Address already in use"),
         (["compare", "--export.name", "x"], "unknown flag --export.name; a flag of run"),
@@ -535,7 +536,7 @@ def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_pa
 @pytest.mark.parametrize(("flags", "message"), [
     (["--model.hard", "funnel:stages=ranked"], "none of .* positives has one"),
     (["--training.warmup_steps", "1000", "--training.decay", "cosine"], "of 1000 steps leaves"),
-    (["--warm_start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
+    (["--warm-start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
 ], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_a_check_refuses_as_a_run(
     command: Any, run: Run, tmp_path: Path, flags: Any, message: str
@@ -633,8 +634,6 @@ def test_query_excludes_and_filters_as_it_is_told_to(command: Any, run: Run) -> 
     rest = [item["item_id"] for item in answer["items"]]
     assert rest[:8] == [item for item in everything if item not in excluded]
     assert answer["unknown_excluded"] == [999]
-    shown = command("query", run.model, *excluding).out
-    assert "1 of 3 items to exclude are not among this model's items, first 999.\n" in shown
     genres = {row["item_id"]: row["genre"] for row in item_table("int").to_pylist()}
     first, *others = sorted(set(genres.values()))
     for question in (["--user", 7], ["--history", *list(genres)[:2]]):

@@ -52,21 +52,15 @@ def asked(command: Any, *arguments: Any) -> dict[str, Any]:
     return found
 
 
-def test_requests_and_times_are_asked(served: Served, model: LoadedRetriever, command: Any) -> None:
-    query = query_of(served, 3, request=READ)
-    history, times = query["history"], query["history_timestamps"]
-    later = {**query_of(served, 3), "history_timestamps": [None, *times[1:-1], None]}
-    texts = [time.isoformat() for time in times]
-    words = [model.folder, "--history", *history, "-k", K, "--history_timestamps"]
-    for flags, expected in (([*texts, *given(TYPED)], query), (["none", *texts[1:-1], ""], later)):
-        ids, _ = model.retrieve([expected], K, [history])
-        items = asked(command, *words, *flags)["items"]
-        assert [item["item_id"] for item in items] == ids[0].tolist()
+def test_requests_are_asked(served: Served, model: LoadedRetriever, command: Any) -> None:
+    history = query_of(served, 3)["history"]
+    query = {"history": history, "request": READ}
+    ids, _ = model.retrieve([query], K, [history])
+    items = asked(command, model.folder, "--history", *history, "-k", K, *given(TYPED))["items"]
+    assert [item["item_id"] for item in items] == ids[0].tolist()
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--history_timestamps", "soon"], "history_timestamps (timestamp) is written like 20"),
-    (["--history_timestamps", "2024-05-01"], "write 2024-05-01T00:00:00Z if it is UTC"),
     (["--user", "Ann"], "user ids are integers. Received: 'Ann'"),
     (["--exclude", "30", "Alien"], "item ids are integers. Received: 'Alien'"),
     (given({"place": "north"}), "place (vector) is written like 1,2,3"),
@@ -97,8 +91,7 @@ def test_notes_say_what_of_a_history_is_not_read(
     served: Served, model: LoadedRetriever, tmp_path: Path, command: Any
 ) -> None:
     items = served.known(2)[:2]
-    times = ["--history-timestamps", "none", "2024-05-01T07:30Z"]
-    unread, no_times = "This model reads no history", "This model reads no history timestamps"
+    unread = "This model reads no history"
     unknown = "1 of 3 items of the history are ignored"
     ids, histories = (
         export(make_served("int", **options).exportable(), tmp_path / name, index=Exact())
@@ -106,11 +99,8 @@ def test_notes_say_what_of_a_history_is_not_read(
     )
     for at, flags, expected in (
         (ids, ["4"], unread),
-        (ids, times, unread),
         (histories, [], ""),
         (histories, ["4"], unknown),
-        (histories, times, no_times),
-        (model.folder, times, ""),
     ):
         notes = asked(command, at, "--history", *items, *flags)["notes"]
         found = [note for note in notes if "Not given" not in note]

@@ -1,13 +1,12 @@
 """Flags from typed settings: a command is a table of settings, and each setting is a flag.
 
 A setting within a table is spelled as in a config file, `--training.batch_size`; a flag without a
-dot has hyphens, `--run-dir`. Both spellings are accepted for both. argparse reads the flags as
+dot has hyphens, `--run-dir`. argparse reads the flags as
 text, which the tables then convert and check, as they do with a config file.
 """
 
 import argparse
 import dataclasses
-import re
 import types
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,7 +112,7 @@ class CommandLine:
             raise UsageError(f"unknown command {command!r}; {suggest(command, self.commands)}")
         parser, parsers = self._parsers(shows_all="--help-all" in arguments)
         options, unknown = parser.parse_known_args(
-            [_spelled("--help" if text == "--help-all" else text) for text in arguments]
+            ["--help" if text == "--help-all" else text for text in arguments]
         )
         if command is None:
             raise UsageError(
@@ -161,7 +160,9 @@ def _flag(setting: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:
     if _POSITIONAL in field.metadata:
         return setting, {"metavar": setting.upper()}
     # A single letter, such as k, gets a single hyphen.
-    flag = f"-{setting}" if len(setting) == 1 else _spelled(f"--{setting}")
+    flag = f"-{setting}" if len(setting) == 1 else f"--{setting}"
+    if "." not in setting:
+        flag = flag.replace("_", "-")
     options: dict[str, Any] = {"dest": setting}
     if field.annotation is bool:
         # A setting of a config file needs --no-NAME too, to replace the file's.
@@ -173,20 +174,6 @@ def _flag(setting: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:
         # A flag that is no setting of a config file may be repeated; of others, the last counts.
         options |= {"nargs": "*", "action": "store" if "." in setting else "extend"}
     return flag, options
-
-
-def _spelled(argument: str) -> str:
-    """Spells a flag with underscores if it has a dot, else with hyphens.
-
-    Example:
-        >>> _spelled("--run_dir"), _spelled("--training.batch-size=512")
-        ('--run-dir', '--training.batch_size=512')
-    """
-    parts = re.fullmatch(r"(--(?:no-)?)([^=]+)(.*)", argument, re.DOTALL)
-    if parts is None:
-        return argument
-    dashes, name, value = parts.groups()
-    return dashes + (name.replace("-", "_") if "." in name else name.replace("_", "-")) + value
 
 
 def _members(annotation: Any) -> list[Any]:

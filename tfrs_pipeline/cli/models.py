@@ -6,20 +6,17 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel, PositionalPath
-from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import counted, printable
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-from tfrs_pipeline.serving.index import Scann, search_of
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at
+from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
 
 
@@ -56,11 +53,6 @@ class RefreshIndex(OfModel):
 
     items: Path
     """CSV or Parquet of all items to retrieve, with the item features of the model."""
-    index: Literal["auto", "scann", "exact"] | None = None
-    """Search structure; auto chooses by the number of items. If not given, ScaNN where there is a
-    recall target, else as before."""
-    target_recall: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Recall target of a ScaNN index, in (0, 1]."""
     keep_versions: PositiveInt | None = None
     """How many versions to keep: the newest two, then the newest of each training, then further
     refreshes; the others are deleted."""
@@ -69,20 +61,14 @@ class RefreshIndex(OfModel):
 
     def __call__(self) -> int:
         """Writes the new version and says where it is."""
-        version = version_at(self.model)  # Refuses at once, before libraries are imported.
+        version_at(self.model)  # Refuses at once, before libraries are imported.
         from tfrs_pipeline.run.refresh import refresh_index
 
-        index = None
-        if self.index or self.target_recall:
-            before = read_record(version / MANIFEST_FILE, check_files=False)
-            recall = before["export"]["index"].get("recall", Scann.recall)
-            index = search_of(self.index or "scann", self.target_recall or recall)
         console = Console()
         with native_errors_to(Path(os.devnull)), shown(console) as progress:
             done = refresh_index(
                 self.model,
                 self.items,
-                index=index,
                 keep_versions=self.keep_versions,
                 allow_all_new=self.allow_all_new,
                 progress=progress,
@@ -108,12 +94,6 @@ class Recommend(OfModel):
     """Number of items for each user."""
     filter: tuple[str, ...] = ()
     """Write only items with one of these values of the model's filter (export.filter_by)."""
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        from tfrs_pipeline.serving.vectors import destination_problem
-
-        if problem := destination_problem(self.out):
-            yield "out", problem
 
     def __call__(self) -> int:
         """Writes the file and says how fast."""
@@ -161,12 +141,6 @@ class Vectors(OfModel):
     file: PositionalPath
     """Parquet file to write; an earlier one is replaced."""
 
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        from tfrs_pipeline.serving.vectors import destination_problem
-
-        if problem := destination_problem(self.file):
-            yield "file", problem
-
     def __call__(self) -> int:
         """Writes the file and says what is in it."""
         version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
@@ -189,12 +163,6 @@ if TYPE_CHECKING:
     from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 
-def _parse_time(text: str) -> Any:
-    from tfrs_pipeline.features.numeric import Timestamp
-
-    return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
-
-
 class Query(OfModel):
     """Ask an exported model for a user's items, or for items similar to one.
 
@@ -207,8 +175,6 @@ class Query(OfModel):
     history: tuple[str, ...] | None = None
     """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
     or instead of the history that it stores."""
-    history_timestamps: tuple[Annotated[str, AfterValidator(_parse_time)], ...] | None = None
-    """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is unknown."""
     similar_to: str | None = None
     """Id of an item, in place of a user or a history: prints the items similar to it, which answer
     the same queries."""
@@ -229,14 +195,11 @@ class Query(OfModel):
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         if self.similar_to is not None:
-            of_users = ("user", "history", "history_timestamps", "request")
+            of_users = ("user", "history", "request")
             if given := [name for name in of_users if getattr(self, name)]:
                 yield given[0], "given with --similar-to, which asks by an item alone"
         elif self.user is None and self.history is None:
             yield "user", "required, or --history ITEM ... for someone without an id"
-        elif self.history is None and self.history_timestamps is not None:
-            message = "given without --history ITEM ..., whose items they are the times of"
-            yield "history_timestamps", message
 
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
@@ -286,10 +249,7 @@ class Query(OfModel):
         exclude = list(map(retriever.parse_id, self.exclude))
         if exclude:
             known = set(retriever.candidate_ids())
-            about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
-            if unknown:
-                of = f"{len(unknown)} of {len(exclude)} items to exclude"
-                notes.append(f"{of} are not among this model's items, first {unknown[0]!r}.")
+            about["unknown_excluded"] = [id_ for id_ in exclude if id_ not in known]
         k = min(self.k, retriever.num_candidates)
         allowed = None if self.filter is None else [list(self.filter)]
         if self.similar_to is not None:
@@ -308,8 +268,6 @@ class Query(OfModel):
             history = list(map(retriever.parse_id, self.history))
             query = {"user_id": about.get("user_id"), "history": history}
             query["request"] = retriever.parse_request(self.request)
-            if self.history_timestamps is not None:
-                query[HISTORY_TIMESTAMPS] = list(self.history_timestamps)
             left_out = exclude if retriever.has_repeat_bonus else [*history, *exclude]
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
             are_known = zip(history, retriever.knows(history), strict=True)
@@ -336,10 +294,8 @@ def _history_notes(
     retriever: "LoadedRetriever", query: Mapping[str, Any], unknown: Sequence[Any]
 ) -> Iterator[str]:
     """Describes what the model ignores in a query's history, given its unknown items."""
-    from tfrs_pipeline.model.tf_tables import signature_inputs
-
     history = query["history"]
-    without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}
+    without = {name: value for name, value in query.items() if name != "history"}
     if history and len(unknown) == len(history):  # No model reads unknown items.
         yield ("No item of the history was in the model's training: answered for an empty history.")
         return
@@ -347,9 +303,6 @@ def _history_notes(
     if history and (retriever.embed_queries([query]) == retriever.embed_queries([without])).all():
         yield "This model reads no history: the given items are only excluded from the answer."
         return
-    inputs = signature_inputs(retriever.saved_model.signatures["retrieve"])
-    if HISTORY_TIMESTAMPS in query and HISTORY_TIMESTAMPS not in inputs:
-        yield "This model reads no history timestamps: they have no effect."
     if unknown:
         yield (
             f"{len(unknown)} of {len(history)} items of the history are ignored: the model's "
