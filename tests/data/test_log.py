@@ -88,14 +88,12 @@ def test_a_title_is_shown_under_the_name_that_its_column_is_given() -> None:
 
 
 def test_columns_that_duckdb_does_not_take() -> None:
-    """Intervals, which would break the connection; half floats; a column without values."""
-    ages, scores = pd.cut(pd.Series([1.0, 2.0, 3.0]), 2), np.array([0.5, 1, 2], np.float16)
-    events = EVENTS.assign(age=ages, score=scores)
-    items = ITEMS.assign(price=np.array([1, 2, 3], np.float16), text=[None] * 3)
+    """Intervals, which would break the connection; a column without values."""
+    events = EVENTS.assign(age=pd.cut(pd.Series([1.0, 2.0, 3.0]), 2))
+    items = ITEMS.assign(text=[None] * 3)
     options: dict[str, Any] = {"items": items, "connection": ibis.duckdb.connect()}
-    options["item_features"] = {"price": "numeric", "text": "text"}
+    options["item_features"] = {"text": "text"}
     log = made(events, **options)
-    assert column(log.items, "price", "item_id") == [2, 3, 1]
     assert column(log.items, "text", "item_id") == [None] * 3
     with pytest.raises(DataError, match="'age' must be"):
         made(events, **options, request_features={"age": "categorical"})
@@ -246,15 +244,13 @@ def test_a_connection_that_cannot_be_written_is_refused_as_such(tmp_path: Path) 
     assert "CSV" not in str(refused.value)
 
 
-def test_weights_that_differ_are_told_and_few_that_weigh_most() -> None:
+def test_weights_that_differ_are_told() -> None:
     def told(*weights: float) -> str:
         clicks = {"user_id": range(1000), "item_id": 1, "weight": np.resize(weights, 1000)}
         return " ".join(Log.from_table(pd.DataFrame(clicks)).describe())
 
     assert "weights of positives from 0.5 to 3:" in told(0.5, 1, 3)
     assert "weigh" not in told(2)
-    assert "above 1, holds 83% of the weight" in told(1000, *[1] * 199)  # 5,000 of 5,995.
-    assert "max_weight" not in told(100, *[1] * 199)  # 500 of 1,495.
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,11 @@ def folder(
     (folder / "small.toml").write_text(dump_config(config))
     arguments: list[Any] = [
         *("run", "--config", folder / "small.toml", "--run-dir", folder / "run"),
-        *("--data.items-path", write_csv(rich_items(), folder / "items.csv")),
-        *("--data.users-path", write_csv(rich_users(), folder / "users.csv")),
-        *("--data.item-features", *(f"{name}={kind}" for name, kind in ITEM_KINDS.items())),
-        *("--data.user-features", *(f"{name}={kind}" for name, kind in USER_KINDS.items())),
-        *("--data.list-separator", ";", "--data.time-zone", "UTC"),
+        *("--data.items_path", write_csv(rich_items(), folder / "items.csv")),
+        *("--data.users_path", write_csv(rich_users(), folder / "users.csv")),
+        *("--data.item_features", *(f"{name}={kind}" for name, kind in ITEM_KINDS.items())),
+        *("--data.user_features", *(f"{name}={kind}" for name, kind in USER_KINDS.items())),
+        *("--data.list_separator", ";", "--data.time_zone", "UTC"),
     ]
     with pytest.MonkeyPatch.context() as patch:
         # The report takes seconds, and has tests of its own.

@@ -161,10 +161,6 @@ def _plain_table(table: pa.Table) -> pa.Table:
             # For example the intervals of `pandas.cut`, on which DuckDB would crash.
             chunks = [chunk.dictionary_decode().storage for chunk in values.chunks]
             values = pa.chunked_array(chunks, dtype.value_type.storage_type)
-        elif pa.types.is_float16(dtype):
-            values = values.cast(pa.float32())
-        elif pa.types.is_list(dtype) and pa.types.is_float16(dtype.value_type):
-            values = values.cast(pa.list_(pa.float32()))
         elif pa.types.is_null(dtype):
             values = values.cast(pa.string())
         if values.type != dtype:
@@ -275,18 +271,9 @@ def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = 
     # DuckDB's own reason, shortened: it says what is wrong, and the remedy says what to do.
     reason = printable(str(error).strip().partition("\n")[0], 300)
     if "invalid state" in reason:  # DuckDB's words for mixed line endings, without a line number.
-        lines = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
-        reason = f"{next(lines, 'a line')} has another line ending than the header."
+        reason = "a line has another line ending than the header."
     remedy = f" {LINES_REMEDY}" if csv_files else ""
     return DataError(f"{name} cannot be read: {reason}{remedy}")
-
-
-def _odd_line(path: Path) -> int | None:
-    """Finds the first line whose line ending differs from the header's."""
-    with _open(path) as lines:
-        is_windows = next(lines).endswith(b"\r\n")
-        ends = (line.endswith(b"\r\n") for line in lines if line.endswith(b"\n"))
-        return next((number for number, end in enumerate(ends, 2) if end != is_windows), None)
 
 
 def _list_files(path: Path) -> tuple[list[Path], bool]:

@@ -22,13 +22,12 @@ from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.requests import check_names, check_request_features
 from tfrs_pipeline.data.schema import is_positive
 from tfrs_pipeline.data.settings import Reading, SplitConfig
-from tfrs_pipeline.data.split import COLUMN_PARTS, PARTS, split_events
+from tfrs_pipeline.data.split import PARTS, split_events
 from tfrs_pipeline.data.tables import make_tables
 from tfrs_pipeline.durable import read_record, refuse_others, write_record
 from tfrs_pipeline.messages import Lines, counted
 from tfrs_pipeline.settings import ConfigError
 
-_MUCH = 0.02  # A part's share that differs by more from what was asked for is mentioned.
 # Table -> the column that its rows are ordered by in a file.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
 _NUMBERED = (
@@ -40,8 +39,6 @@ _REQUIRED = {
     "event_number": _NUMBERED,
     "stage": f"It is one of {', '.join(schema.Stage)}; in a log of clicks alone, always 'clicked'.",
 }
-# With this many positives, a hundredth with more than this share of the weight is mentioned.
-_MANY, _MUCH_WEIGHT = 200, 0.5
 
 
 class LogOptions(TypedDict, total=False):
@@ -443,12 +440,8 @@ class Split:
             report[f"num_{name}_dropped"] = before[name][0].as_py() - after[name][0].as_py()
         return report
 
-    def describe(self, asked: tuple[Any, Any] | None = None) -> Lines:
-        """Describes the parts and what was dropped, in lines for a person.
-
-        `asked` are the shares of validation and test that were asked for. By time, the parts may
-        have other shares of the positives; a line says so if they do.
-        """
+    def describe(self) -> Lines:
+        """Describes the parts and what was dropped, in lines for a person."""
         counts = self.report()
         notes = [f"by {self.kind}"]
         for part in PARTS:
@@ -457,20 +450,6 @@ class Split:
                 notes.append(
                     f"{part}: {counted(row['num_positives'], 'positive')} of "
                     f"{counted(row['num_users'], 'user')}, {counted(row['num_events'], 'event')}"
-                )
-        if asked is not None and self.kind == "time" and not isinstance(asked[1], datetime):
-            # Positives of one moment stay together, so a coarse clock moves the cuts.
-            nums = [
-                counts.get(part, {"num_positives": 0})["num_positives"] for part in COLUMN_PARTS
-            ]
-            shares = [num / sum(nums) for num in nums], (1 - sum(asked), *asked)
-            if max(abs(a - b) for a, b in zip(*shares, strict=True)) > _MUCH:
-                actual, expected = (
-                    " / ".join(f"{share:.0%}" for share in part_shares) for part_shares in shares
-                )
-                notes.append(
-                    f"{actual} of the positives, not {expected}: those of one moment stay in "
-                    "one part"
                 )
         if counts["num_events_dropped"]:
             why = "without a part" if self.kind == "column" else "of users with too few positives"
@@ -586,17 +565,10 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
 
 def _describe_weights(events: ibis.Table) -> Iterator[str]:
     weight = events.filter(is_positive)["weight"]
-    summary = {"least": weight.min(), "most": weight.max(), "high": weight.quantile(0.99)}
-    least, most, high, num = schema.totals(weight.as_table(), **summary, n=weight.count()).values()
-    if least == most:
-        return
-    yield (
-        f"weights of positives from {least:g} to {most:g}: they weigh the loss; metrics and "
-        "baselines count every positive once"
-    )
-    share = (weight.sum(where=weight > high) / weight.sum()).to_pyarrow().as_py()
-    if num >= _MANY and share is not None and share > _MUCH_WEIGHT:
+    summary = {"least": weight.min(), "most": weight.max()}
+    least, most = schema.totals(weight.as_table(), **summary).values()
+    if least != most:
         yield (
-            f"a hundredth of the positives, those above {high:g}, holds {share:.0%} of the weight: "
-            "max_weight limits each"
+            f"weights of positives from {least:g} to {most:g}: they weigh the loss; metrics and "
+            "baselines count every positive once"
         )

@@ -45,8 +45,6 @@ class Category(Feature):
             if column.aggregate(found=is_fraction.any())["found"]:
                 number = value.cast("float64") if dtype.is_decimal() else value
                 return number.cast("string").re_replace(WHOLE_FLOAT, r"\1").nullif("nan")
-        if dtype.is_string():
-            _note_lists(column)
         return column.read("id")
 
 
@@ -94,7 +92,6 @@ class Categorical(Category, Vocabulary):
     """
 
     kind: ClassVar[str] = "categorical"
-    names_elsewhere = ("category", "string", "str", "object", "enum", "id", "boolean", "bool")
     holds_categories = True
 
     @classmethod
@@ -244,7 +241,6 @@ class MultiCategorical(ValueLists):
     """
 
     kind: ClassVar[str] = "multi_categorical"
-    names_elsewhere = ("list", "array", "set", "tags", "categories")
     column_types = {"array": "array<string>"}
     holds_categories = True
     max_values = 16
@@ -287,18 +283,6 @@ class MultiCategorical(ValueLists):
     def from_text(text: str) -> Any:
         """Splits values at commas."""
         return [part.strip() for part in text.split(",")]
-
-
-def _note_lists(column: TableColumn) -> None:
-    """Notes values with the separator of lists: they are read as one category, not as several."""
-    is_list = column.value.contains(column.list_separator)
-    lists = column.aggregate(num=is_list.sum(), example=column.value.max(where=is_list))
-    if num := lists["num"]:
-        column.notes.append(
-            f"{column.place} holds {column.list_separator!r} in {counted(num, 'row')}, such as "
-            f"{printable(repr(lists['example']))}: each is one value. To read it as several, make "
-            "it multi_categorical"
-        )
 
 
 def _check_texts(column: TableColumn, lists: ir.ArrayValue) -> None:

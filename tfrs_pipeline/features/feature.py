@@ -50,7 +50,6 @@ class Feature(ABC):
     is_from_timestamp: bool = field(default=False, kw_only=True)  # The request's hour or weekday.
 
     kind: ClassVar[str]  # Name of the kind in settings.
-    names_elsewhere: ClassVar[tuple[str, ...]] = ()  # Of the kind, for error messages.
     column_types: ClassVar[Mapping[str, str]]  # Ibis type of a column -> what the log stores.
     raw_dtype: ClassVar[str] = "string"  # TensorFlow dtype: string, float32 or float64.
     example: ClassVar[str] = ""  # A typed value, for error messages and the served page.

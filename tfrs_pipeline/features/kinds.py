@@ -26,12 +26,8 @@ KINDS: dict[str, type[Feature]] = {
 
 def kind_problem(kind: object) -> str:
     """Describes an unknown kind and suggests the meant one; "" if it is known."""
-    if isinstance(kind, str) and kind in KINDS:
-        return ""
-    name = str(kind).lower()
-    meant = [known for known, cls in KINDS.items() if name in cls.names_elsewhere]
-    hint = f"did you mean {meant[0]!r}?" if meant else suggest(str(kind), KINDS)
-    return f"no kind of feature; {hint}"
+    is_known = isinstance(kind, str) and kind in KINDS
+    return "" if is_known else f"no kind of feature; {suggest(str(kind), KINDS)}"
 
 
 def feature_from_dict(settings: Mapping[str, Any]) -> Feature:

@@ -63,7 +63,6 @@ class Numeric(Number):
     scale: float = 1.0
 
     kind: ClassVar[str] = "numeric"
-    names_elsewhere = ("number", "float", "double", "integer", "int", "real")
     is_embedded = False
 
     @classmethod
@@ -130,7 +129,6 @@ class Timestamp(Feature):
     reference: float = 0.0  # In seconds since 1970.
 
     kind: ClassVar[str] = "timestamp"
-    names_elsewhere = ("time", "date", "datetime")
     column_types = TIME_TYPES
     raw_dtype = "float64"
     example = "2026-01-31T08:00Z"
@@ -219,7 +217,6 @@ class Vector(Feature):
     scale: float = 1.0  # Root mean square of the vectors' lengths.
 
     kind: ClassVar[str] = "vector"
-    names_elsewhere = ("embedding", "floats")
     column_types = {"array": "array<float32>"}
     raw_dtype = "float32"
     example = "1,2,3"

@@ -95,7 +95,7 @@ def _make_split(run: RunContext, log: Log) -> Split:
     if read_whole(path.with_suffix(".json")) is None:
         log.split(**dict(settings), seed=run.config.seed).write(path)
     split = Split.read(log, path)
-    run.note(*split.describe(settings.amounts()))
+    run.note(*split.describe())
     return split
 
 
