@@ -212,20 +212,6 @@ class HybridBatches:
             return weights
         return (weights * self._factor[self.samples.candidate_rows[index]]).astype(np.float32)
 
-    @functools.cached_property
-    def positive_share(self) -> np.ndarray:
-        """[num_candidates + 1] float64, each candidate's share of the training weight.
-
-        That is the rate at which its samples are drawn, times their weights.
-        """
-        share = np.zeros(len(self.samples.counts))
-        for block in _blocks(len(self.samples)):
-            rows = self.samples.candidate_rows[block]
-            share += np.bincount(rows, self._weights(block), len(share))
-        if self.examples.rate is not None:
-            share *= self.examples.rate
-        return share / share.sum()
-
     def masked_shares(self) -> dict[str, float]:
         """Computes the share of the shared columns that each reason is expected to mask.
 

@@ -1,26 +1,17 @@
-"""What a log rewards, measured in seconds before any training."""
+"""What a log rewards, counted in seconds before any training."""
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ibis
 import numpy as np
-import pyarrow as pa
-import scipy.sparse
 
-from tfrs_pipeline.data.engines import random_key
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.schema import Exclude, count_rows, is_positive
-from tfrs_pipeline.evaluation.baselines import Transitions
-from tfrs_pipeline.evaluation.interactions import Sequences, items_of, positives_in_order
 from tfrs_pipeline.evaluation.results import format_cells
 
-_TOP_K = 10  # A hit is in the top ten.
-# With 5,000 queries, the standard error of a hit rate is .007 at most.
-_MAX_HELD_OUT = 5000
-# Queries at a time, since popular items have many successors.
-_BLOCK = 500
 # Above this share of repeats, a ranking that leaves them out measures something else.
 _MANY_REPEATS = 0.2
 
@@ -67,14 +58,8 @@ class Signals:
         return "\n".join(f"{row}  {meaning}" for row, meaning in zip(table, meanings, strict=True))
 
 
-def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signals:
-    """Measures what a log rewards, from the positives of its training part alone.
-
-    For a hit rate, the last positive of each of at most 5,000 users is held out. It is a hit if it
-    is among the ten items that most often followed the item before it, by counts backed off to
-    popularity. Beside it is the hit rate with shuffled histories. The gap is what a model can learn
-    from the order. If there are more than `max_positives`, about as many are read, of users drawn
-    at random.
+def signals(train: Log) -> Signals:
+    """Counts what a log rewards, from the positives of its training part alone.
 
     Example:
         >>> import pyarrow as pa
@@ -83,111 +68,64 @@ def signals(train: Log, *, max_positives: int = 500_000, seed: int = 0) -> Signa
         >>> repeats.value, repeats.meaning
         (0.2, 'share of positives on an item that the user had before')
     """
-    rng = np.random.default_rng(seed)  # Makes all draws, so a seed gives the same signals.
-    table = _read(train, max_positives, seed)
-    sequences = Sequences.from_table(table, items_of(train))
-    if not len(table):
+    check_log(train)
+    positives = train.events.filter(is_positive)
+    if not (num := count_rows(positives)):
         return Signals(())
-    is_last = np.append(sequences.users[1:] != sequences.users[:-1], True)
-    # Without anything before it, there is nothing that a hit could be known by.
-    last_ones = np.flatnonzero(is_last & (sequences.earlier(1) >= 0))
-    held_out = rng.permutation(last_ones)[:_MAX_HELD_OUT]
-    measured: list[Signal] = []
-    if len(held_out) and train.order != "none":
-        measured.append(_order(sequences, held_out, rng))
-    if "timestamp" in table.column_names:
-        measured += _trend(sequences, table["timestamp"])
-    measured += _counts(sequences)
-    return Signals(tuple(measured))
-
-
-def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
-    events, positives = train.events, train.events.filter(is_positive)
-    if (num := count_rows(positives)) > max_positives:
-        # Whole users, because a history with gaps has other orders and repeats.
-        users = positives.select("user_id").distinct()
-        drawn = users.order_by([random_key(users["user_id"], seed=seed), "user_id"])
-        events = events.semi_join(drawn.limit(count_rows(users) * max_positives // num), "user_id")
-    times = ["timestamp"] if "timestamp" in events.columns else []
-    return positives_in_order(train, events, *times).to_pyarrow()
-
-
-def _hit_rate(sequences: Sequences, held_out: np.ndarray) -> float:
-    """Returns the hit rate of the held-out positives, [n] positions, by the item before each."""
-    rows, num_items = sequences.item_rows, len(sequences.items)
-    before = sequences.earlier(1)
-    known = np.where(before < 0, 0, rows[before])  # Row 0 stands for none.
-    # Neither counts nor popularity may know what is to be found.
-    is_counted = np.ones(len(rows), bool)
-    is_counted[held_out] = False
-    popular = np.bincount(rows[is_counted], minlength=1 + num_items)
-    prior = Transitions.prior * popular / max(1, popular.sum())
-    is_counted &= known > 0
-    pairs = known[is_counted], rows[is_counted]
-    shape = 1 + int(known.max()), 1 + num_items
-    num = scipy.sparse.csr_matrix((np.ones(len(pairs[0])), pairs), shape)
-    blocks = (held_out[i : i + _BLOCK] for i in range(0, len(held_out), _BLOCK))
-    num_hits = sum(_num_hits(num[known[block]], prior, rows[block]) for block in blocks)
-    return num_hits / len(held_out)
-
-
-def _num_hits(num: scipy.sparse.csr_matrix, prior: np.ndarray, target: np.ndarray) -> float:
-    """Counts targets found by `num`, [num_queries, 1 + num_items], and prior; ties are random."""
-    query = np.repeat(np.arange(len(target)), np.diff(num.indptr))
-    target_counts = np.bincount(query, num.data * (num.indices == target[query]), len(target))
-    target_score = prior[target] + target_counts
-    alone, score, bound = prior[num.indices], num.data + prior[num.indices], target_score[query]
-    # Counts over all items by the prior alone, then corrects them for the items in `num`.
-    ascending = np.sort(prior[1:])
-    above = len(ascending) - np.searchsorted(ascending, target_score, "right")
-    level = len(ascending) - np.searchsorted(ascending, target_score, "left")
-    above = above + np.bincount(query, 1.0 * (score > bound) - (alone > bound), len(target))
-    level = level + np.bincount(query, 1.0 * (score >= bound) - (alone >= bound), len(target))
-    # Of the positions that are left, a target at a level with others has its share.
-    return float(np.clip((_TOP_K - above) / (level - above), 0, 1).sum())
-
-
-def _order(sequences: Sequences, held_out: np.ndarray, rng: np.random.Generator) -> Signal:
-    key, moment = rng.random(len(sequences.users)), sequences.earlier(0)
-    key[np.isin(moment, moment[held_out])] = 1  # Positives of the held-out moment stay last.
-    order = np.lexsort((key, sequences.users))
-    shuffled = dataclasses.replace(sequences, item_rows=sequences.item_rows[order])
-    meaning = "hit rate by what followed the last item; beside: with shuffled histories"
-    rates = _hit_rate(sequences, held_out), _hit_rate(shuffled, held_out)
-    return Signal("order", *rates, meaning)
-
-
-def _trend(sequences: Sequences, column: pa.ChunkedArray) -> Iterator[Signal]:
-    times = column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
-    num_items = len(sequences.items)
-    rows = sequences.item_rows[np.argsort(times, kind="stable")]  # Of all users, by time.
-    if tenth := len(rows) // 10:
-        before, recent, target = rows[:-tenth], rows[-2 * tenth : -tenth], rows[-tenth:]
-        all_time, latest = (np.bincount(part, minlength=1 + num_items) for part in (before, recent))
-        orders = np.lexsort((-all_time, -latest)), np.argsort(-all_time, kind="stable")
-        num_top = -(-num_items // 100)  # One percent of the items, rounded up.
-        now, ever = (float(np.isin(target, order[:num_top]).mean()) for order in orders)
-        meaning = "share of the latest 10% on the 1% most popular just before; beside: ever before"
-        yield Signal("trend", now, ever, meaning)
-
-
-def _counts(sequences: Sequences) -> Iterator[Signal]:
-    users, rows = sequences.users, sequences.item_rows
-    # A pair of user and item in one number, which sorts faster than two columns.
-    num_again = len(rows) - len(np.unique(users.astype(np.int64) << 32 | rows))
-    meaning = "share of positives on an item that the user had before"
-    yield Signal("repeats", num_again / len(rows), None, meaning)
-    counts = np.sort(np.bincount(rows, minlength=1 + len(sequences.items))[1:])[::-1]
-    for percent in (1, 10):
-        share = counts[: -(-len(counts) * percent // 100)].sum() / len(rows)
-        meaning = (
-            f"share of positives on the {percent}% most popular items; beside: if all were equal"
+    num_items = count_rows(train.items)
+    has_trend = "timestamp" in positives.columns and num >= 10
+    by_user = positives.group_by("user_id").agg(
+        num=positives.count(), different=positives["item_id"].nunique()
+    )
+    by_item = positives.group_by("item_id").agg(num=positives.count())
+    users, items = by_user.to_pyarrow(), by_item.to_pyarrow()
+    num_again = num - int(users["different"].to_numpy().sum())
+    counts = np.sort(items["num"].to_numpy())[::-1]
+    median, long = map(float, np.quantile(users["num"].to_numpy(), (0.5, 0.9), method="lower"))
+    histories = "positives of the median user; beside: of the 90th percentile"
+    repeats = "share of positives on an item that the user had before"
+    return Signals(
+        (
+            *([_trend(positives, num, num_items)] if has_trend else []),
+            Signal("repeats", num_again / num, None, repeats),
+            *(
+                Signal(
+                    f"top {percent}%",
+                    float(counts[: _share_of(num_items, percent)].sum() / num),
+                    percent / 100,
+                    f"share of positives on the {percent}% most popular items; beside: if all were "
+                    "equal",
+                )
+                for percent in (1, 10)
+            ),
+            Signal("history", median, long, histories),
         )
-        yield Signal(f"top {percent}%", float(share), percent / 100, meaning)
-    lengths = np.bincount(users)
-    median, long = map(float, np.quantile(lengths, (0.5, 0.9), method="lower"))
-    meaning = "positives of the median user; beside: of the 90th percentile"
-    yield Signal("history", median, long, meaning)
+    )
+
+
+def _share_of(num: int, percent: int) -> int:
+    return -(-num * percent // 100)  # Rounded up, so that it is one item or more.
+
+
+def _trend(positives: ibis.Table, num: int, num_items: int) -> Signal:
+    """Compares recent popularity with that of all time, by what each finds of the latest tenth."""
+    in_order = ibis.row_number().over(order_by=["timestamp", "event_number"])
+    rows, start = positives.mutate(number=in_order), num - num // 10
+    number = rows["number"]
+    by_item = rows.group_by("item_id").agg(
+        ever=(number < start).sum(),
+        just_before=((number < start) & (number >= start - num // 10)).sum(),
+        latest=(number >= start).sum(),
+    )
+    # Ordered by id, so that equally popular items always come in the same order.
+    table = by_item.order_by("item_id").to_pyarrow()
+    ever, just_before, latest = (table[name].to_numpy() for name in table.column_names[1:])
+    orders = np.lexsort((-ever, -just_before)), np.argsort(-ever, kind="stable")
+    now, always = (
+        float(latest[order[: _share_of(num_items, 1)]].sum() / (num // 10)) for order in orders
+    )
+    meaning = "share of the latest 10% on the 1% most popular just before; beside: ever before"
+    return Signal("trend", now, always, meaning)
 
 
 def _written(value: float | None) -> str:

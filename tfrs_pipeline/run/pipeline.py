@@ -114,7 +114,7 @@ def run(
 
 
 def _measure_signals(run: RunContext, split: Split) -> Signals:
-    measured = signals(split.train, seed=run.config.seed)
+    measured = signals(split.train)
     repeats = measured.excluded_repeats(run.config.evaluation.exclude)
     run.note(*str(measured).splitlines(), *repeats)
     return measured
