@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import json
 import re
@@ -138,15 +137,6 @@ def refuse(problems: Iterable[tuple[str, str]]) -> None:
         raise ConfigError(problems)
 
 
-# For these errors, the library's message would describe its parser.
-_NOT_READ = {
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "bool_parsing": "true or false",
-}
-
-
 def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
     """Translates one of pydantic's errors in a table or dataclass into (setting, message) pairs."""
     path, cause = details["loc"], details.get("ctx", {}).get("error")
@@ -172,17 +162,10 @@ def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
         yield setting, f"unknown kind {tag!r}; {suggest(tag, tags)}"
     elif details["type"] in ("model_type", "model_attributes_type"):
         yield setting, f"got {details['input']!r}; must be a table of settings"
-    elif details["type"] == "literal_error" and (
-        near := difflib.get_close_matches(
-            str(details["input"]), re.findall(r"'([^']+)'", details["ctx"]["expected"]), n=1
-        )
-    ):
-        yield setting, f"got {details['input']!r}; did you mean {near[0]!r}?"
-    elif details["type"] in _NOT_READ:
-        yield setting, f"got {details['input']!r}; must be {_NOT_READ[details['type']]}"
     else:
         message = details["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
-        message = message[0].lower() + message[1:]
+        # What follows would describe the library's parser.
+        message = message[0].lower() + message[1:].partition(", unable to")[0]
         yield setting, f"got {details['input']!r}; {message}" if setting else message
 
 

@@ -1,6 +1,6 @@
 """The tables of a log: events, items and users, typed, stored and made consistent."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -198,20 +198,10 @@ def _plain_id(value: ir.Value) -> ir.StringValue:
     return value.cast("string").lower().re_replace(r"\s+", "").re_replace("^0+", "")
 
 
-# What may differ between two ids that have the same `_plain_id` -> an id without it.
-_SPELLINGS: dict[str, Callable[[str], str]] = {
-    "leading zeros were cut, as spreadsheets do": lambda id_: id_.lstrip("0"),
-    "the letter case differs": str.lower,
-    "spaces differ": lambda id_: "".join(id_.split()),
-    "leading zeros, letter case or spaces differ": lambda id_: "",
-}
-
-
 def _spelled(table: str, here: Any, there: Any) -> str:
-    """Says how two ids differ that have the same `_plain_id`."""
-    here, there = str(here), str(there)
-    why = next(why for why, plain in _SPELLINGS.items() if plain(here) == plain(there))
-    return f"{printable(repr(there))} in {table} is {printable(repr(here))} in the log: {why}"
+    """Shows two ids that have the same `_plain_id`."""
+    alike = f"{printable(repr(there))} in {table} is {printable(repr(here))} in the log"
+    return f"{alike}: leading zeros, letter case or spaces differ"
 
 
 def _resolve_duplicates(

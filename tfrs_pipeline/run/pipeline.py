@@ -36,7 +36,12 @@ from tfrs_pipeline.serving.export import (
     describe_index,
     export_version,
 )
-from tfrs_pipeline.serving.gate import BEST_MEMBER, IN_SERVICE, refuse_beaten, refuse_worse
+from tfrs_pipeline.serving.gate import (
+    BEST_MEMBER,
+    IN_SERVICE,
+    beaten_by_baseline,
+    worse_than_version,
+)
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
 
@@ -293,21 +298,20 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     baselines = [name for name in evaluation.results if name not in others]
     # By the flag that overrules each. All are collected, so that one error names every flag.
     refusals: dict[str, str] = {}
-    try:
-        refuse_beaten(evaluation, monitor, baselines)
-    except NotPublished as error:
-        refusals["--export.if_beaten"] = str(error)
+    if beaten := beaten_by_baseline(evaluation, monitor, baselines):
+        if export.if_beaten:
+            yield f"exported anyway, as export.if_beaten allows: {beaten}"
+        else:
+            refusals["--export.if_beaten"] = beaten
     if IN_SERVICE in evaluation.results:
-        try:
-            yield refuse_worse(evaluation, monitor, models, without=own_version(config, folder))
-        except NotPublished as error:
-            refusals["--no-export.gate"] = str(error)
+        own = own_version(config, folder)
+        is_worse, text = worse_than_version(evaluation, monitor, models, without=own)
+        if is_worse and export.gate:
+            refusals["--no-export.gate"] = text
+        else:
+            yield f"exported anyway, without the gate: {text}" if is_worse else text
     elif export.gate:
         yield "no version is in service yet"
-    if export.if_beaten and (refusal := refusals.pop("--export.if_beaten", None)):
-        yield f"exported anyway, as export.if_beaten allows: {refusal}"
-    if not export.gate and (refusal := refusals.pop("--no-export.gate", None)):
-        yield f"exported anyway, without the gate: {refusal}"
     if refusals:
         stays = f"{models} stays as it is. " if versions_of(models) else ""
         kept = f"{stays}The trained run is kept: --run-dir {folder.path} with"

@@ -14,7 +14,7 @@ from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.publish import NotPublished, versions_of
+from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 IN_SERVICE = "in_service"  # The version's name in an evaluation.
@@ -101,12 +101,13 @@ def _newest(folder: Path, without: Path | None) -> Path | None:
     return next((version for version in versions if version != without), None)
 
 
-def refuse_worse(
+def worse_than_version(
     evaluation: Evaluation, metric: str, folder: Path, *, without: Path | None = None
-) -> str:
-    """Raises `NotPublished` if the new model is significantly worse; else describes the result.
+) -> tuple[bool, str]:
+    """Says whether the new model may be worse than the version in service, and both in words.
 
-    The evaluation measures the new model, first, and `IN_SERVICE` on the same queries.
+    The evaluation measures the new model, first, and `IN_SERVICE` on the same queries. The model is
+    worse if its interval says so, or if a single query leaves no interval.
     """
     version = _newest(folder, without)
     assert version is not None  # It was measured.
@@ -115,20 +116,21 @@ def refuse_worse(
     # model is significantly worse.
     lowest = evaluation.differences[IN_SERVICE][metric].low
     if lowest > 0:
-        raise NotPublished(f"The new model is worse than the one in service. {comparison}.")
+        return True, f"The new model is worse than the one in service. {comparison}."
     if np.isnan(lowest):
-        raise NotPublished(f"One test query cannot tell which model is better. {comparison}.")
-    return f"not worse than the version in service. {comparison}"
+        return True, f"One test query cannot tell which model is better. {comparison}."
+    return False, f"not worse than the version in service. {comparison}"
 
 
-def refuse_beaten(evaluation: Evaluation, metric: str, baselines: Sequence[str]) -> None:
-    """Raises `NotPublished` if a baseline is significantly better than the first, the new model."""
+def beaten_by_baseline(evaluation: Evaluation, metric: str, baselines: Sequence[str]) -> str:
+    """Names the best baseline that is significantly better than the first model; "" if none is."""
     gains = {name: evaluation.differences[name][metric] for name in baselines}
     ahead = [name for name, gain in gains.items() if gain.low > 0]
-    if ahead:
-        best = max(ahead, key=lambda name: gains[name].mean)
-        comparison = _described(evaluation, metric, best, f"the baseline {best}")
-        raise NotPublished(f"A baseline beats the new model. {comparison}.")
+    if not ahead:
+        return ""
+    best = max(ahead, key=lambda name: gains[name].mean)
+    comparison = _described(evaluation, metric, best, f"the baseline {best}")
+    return f"A baseline beats the new model. {comparison}."
 
 
 def _described(evaluation: Evaluation, metric: str, other: str, written: str) -> str:
