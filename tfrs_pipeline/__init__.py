@@ -35,7 +35,6 @@ _NAMES = {
     "evaluation.evaluate": ("evaluate",),
     "evaluation.metrics": ("Metric", "Rankings", "metric_of", "popularity_slices"),
     "evaluation.results": ("Evaluation", "EvaluationResult", "SliceResult"),
-    "evaluation.signals": ("Signal", "Signals", "signals"),
     "model.corpus": ("TrainingSet",),
     "model.exportable": ("Exportable",),
     "model.fitted_model": ("FittedTwoTower",),

@@ -13,7 +13,7 @@ from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.messages import beside, suggest
+from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import (
@@ -271,15 +271,11 @@ def load_config(path: Path | str) -> RunConfig:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not settings:  # Usually the disk was full. The defaults would make another run.
             refuse([("", "holds no setting: it is cut, or not a config of a run; write it again")])
-        if "preset" in settings:
-            message = "is no setting; choose a preset where the file is read, as --preset does"
-            refuse([("preset", message)])
         return RunConfig(**settings)
     except ConfigError as error:
         problems = error.problems
     except OSError as error:
-        near = beside(Path(path), lambda x: x.suffix == ".toml" and x.name != Path(path).name)
-        problems = (("", f"cannot be read: {error.strerror}{near and f'.{near}'}"),)
+        problems = (("", f"cannot be read: {error.strerror}"),)
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
         problems = (("", f"is not a TOML file: {error}"),)
     raise ConfigError(problems, str(path))

@@ -256,21 +256,6 @@ def test_other_features_and_ids_are_refused(
         WarmStart(untrained(own, sets[0].corpus), own, own.training, sets[1].corpus)
 
 
-@pytest.mark.usefixtures("in_eager_steps")
-def test_a_number_on_another_scale_is_told(tmp_path: Path) -> None:
-    """Mean and deviation are fitted anew, but the weights were trained with the old ones."""
-    clicks = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 10})
-    model, notes = None, []
-    for name, last in (("first", 19.0), ("same", 19.0), ("far", 1e6)):
-        items = pd.DataFrame({"item_id": range(10), "price": [*range(10, 19), last]})
-        log = Log.from_table(clicks, items=items, item_features={"price": "numeric"})
-        data = TrainingSet.build(log, tmp_path / name, seed=0)
-        model = tiny(training={"max_epochs": 1}).fit_samples(data, warm_start=model)
-        notes.append([note for note in model.notes if "price" in note])
-    assert notes[:2] == [[], []]
-    assert re.fullmatch(r"    price: on another scale .*: 2\.872 there, 3e\+05 here", notes[2][0])
-
-
 @pytest.mark.parametrize("kind", ["hashed", "bucketized", "categorical"])
 def test_codes_are_those_of_the_same_values(kind: Any) -> None:
     rng = np.random.default_rng(0)

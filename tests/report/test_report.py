@@ -105,8 +105,6 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
         "examples": [{"user_id": "ann", "num_history": 12, "history": [3, 4], "found": [6],
                       "recommended": [5, 6], "num_relevant": 9}],
         "versions": {"tensorflow": "2.20.0"},
-        "signals": {"order": {"value": 0.0612, "beside": 0.035, "meaning": "of what followed"},
-                    "clock": {"value": 86_400.0, "beside": None, "meaning": "seconds"}},
         "index": {"kind": "scann", "target_recall": 0.98, "num_leaves": 41},
         "notes": {"data": ["dropped nothing"], "evaluate": []},
         "seconds": {"data": 1.25, "train two_tower": 8.5}
@@ -213,9 +211,6 @@ def test_training_data_and_times_are_counted_out() -> None:
     assert PAGE.tables["Times"]["train two_tower"] == [("8.5 s", 8.5, False)]
     assert PAGE.values("Times", "in all") == [9.75]
     assert dump_config(FACTS.config) in PAGE.text
-    order, clock = (PAGE.tables["Signals"][name] for name in ("order", "clock"))
-    assert order[:2] == [("0.061", 0.0612, False), ("0.035", 0.035, False)]
-    assert [shown for shown, *_ in clock] == ["86,400", "-", "seconds"]
     text = " ".join(PAGE.text.split())
     for line in ("before (latest 2 of 12)", "Fargo 3", "Men in Black 6 ✓ clicked", "1 of the 9"):
         assert line in text

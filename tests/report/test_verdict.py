@@ -222,8 +222,6 @@ def test_advice_follows_what_was_measured(
     [
         ({"num_empty_histories": 51}, "51 of 100 test queries have an empty history"),
         ({"num_empty_histories": 50}, None),
-        ({"num_relevant_excluded": 126}, "126 of 626 items to find are excluded.*exclude to none"),
-        ({"num_relevant_excluded": 125}, None),
         ({"num_relevant_unclicked": 151}, "151 of 500 items to find .*item_features has none"),
         ({"num_relevant_unclicked": 150}, None),
         ({"num_queries": 29}, "29 test queries cannot tell models apart"),
@@ -241,6 +239,6 @@ def test_a_strange_test(means: dict[str, float], changed: dict[str, int], told: 
     (line,) = found
     assert re.match(told, line)
     # Settings that are already set are not suggested.
-    settings = {"evaluation.exclude": "none", "data.item_features": {"year": "numeric"}}
+    settings = {"data.item_features": {"year": "numeric"}}
     again = list(advice(metrics, METRIC, with_settings(RunConfig(), settings)))
-    assert not any("exclude to none" in line or "item_features" in line for line in again)
+    assert not any("item_features" in line for line in again)

@@ -21,7 +21,7 @@ import tensorflow as tf
 from tests import small_log
 from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
-from tfrs_pipeline import Ease, Holdout, ItemKnn, MostPopular, TwoTower, UserSets, durable, signals
+from tfrs_pipeline import Ease, Holdout, ItemKnn, MostPopular, TwoTower, UserSets, durable
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
 from tfrs_pipeline.data.log import Split
@@ -49,7 +49,7 @@ PROVE = export.prove
 pytestmark = pytest.mark.usefixtures(
     "trusted_exports", "few_signatures", "baselines_here", "traced_once", "figures_undrawn"
 )
-STAGES = ["data", "split", "samples", "signals", "train two_tower", "baselines", "evaluate",
+STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate",
           "export", "metrics"]  # fmt: skip
 
 
@@ -271,10 +271,7 @@ def test_models_and_stages_are_those_asked_for(of_stages: Finished, of_ratings: 
     assert list(of_stages.metrics["models"]) == ["two_tower", "popularity", "ease"]
     assert list(of_ratings.metrics["models"]) == ["two_tower", "two_tower_uncorrected"]
     assert list(of_stages.reports) == STAGES
-    found = signals(split_of(of_stages.folder).train)
-    assert of_stages.metrics["signals"] == found.as_dict()
-    assert of_stages.reports["signals"].notes == str(found).splitlines()
-    assert list(of_ratings.reports) == [*STAGES[:5], "train two_tower_uncorrected", *STAGES[5:]]
+    assert list(of_ratings.reports) == [*STAGES[:4], "train two_tower_uncorrected", *STAGES[4:]]
     for name, correction in (("two_tower", "mixture"), ("two_tower_uncorrected", "none")):
         source = trained_in(str(of_ratings.folder), name=name)
         assert source is not None

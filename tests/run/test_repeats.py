@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from tests.small_log import Stopped, Watched, small_config, write
-from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.run.data import describe_samples, prepare
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.training import split_in, trained_in
@@ -18,13 +19,13 @@ pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "basel
 NUM_USERS, NUM_ITEMS = 120, 50
 
 
-def config_of(folder: Path) -> RunConfig:
-    """Makes a log in which most clicks are on the four favourites of a user."""
+def config_of(folder: Path, share: float = 0.7) -> RunConfig:
+    """Makes a log in which a share of the clicks is on four favourites of the user."""
     rng = np.random.default_rng(4)
     favourites = np.array([rng.choice(NUM_ITEMS, 4, replace=False) for _ in range(NUM_USERS)])
     users = np.repeat(np.arange(NUM_USERS), 20)
     items = rng.integers(0, NUM_ITEMS, len(users))
-    is_again = rng.random(len(users)) < 0.7
+    is_again = rng.random(len(users)) < share
     items[is_again] = favourites[users[is_again], rng.integers(0, 4, is_again.sum())]
     events = pa.table({"user_id": users, "item_id": items})
     path = write(events, folder / "events.parquet")
@@ -71,3 +72,18 @@ def test_a_run_chooses_a_bonus_keeps_it_in_the_refit_and_serves_it(tmp_path: Pat
     assert set(user_ids.tolist()) & set(loaded.stored_history(7))
     notes = watched.reports["export"].notes
     assert not any("leaves out the user's known items" in note for note in notes)
+
+
+@pytest.mark.parametrize(("exclude", "favourites", "is_told"), [
+    ("clicked", 0.7, True), ("seen", 0.7, True), ("none", 0.7, False), ("clicked", 0.0, False),
+])  # fmt: skip
+def test_many_repeats_are_told_where_rankings_leave_them_out(
+    tmp_path: Path, exclude: str, favourites: float, is_told: bool
+) -> None:
+    config = with_settings(config_of(tmp_path, favourites), {"evaluation.exclude": exclude})
+    data = prepare(config, tmp_path / "run")
+    before = data.split.before_test.events.to_pandas()
+    repeats = before.duplicated(["user_id", "item_id"]).mean()
+    notes = describe_samples(data.final.report, config.evaluation.exclude)
+    told = f"{repeats:.0%} repeats, which rankings leave out (evaluation.exclude {exclude})"
+    assert any(note.startswith(told) for note in notes) == is_told

@@ -8,7 +8,7 @@ settings can name.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import ibis
 import numpy as np
@@ -41,7 +41,6 @@ class Baseline:
 
     Attributes:
         label: Its name in sentences.
-        learns_from: What a model should learn if this baseline beats it; the advice follows.
 
     Example:
         A baseline of your own, in a run with `--evaluation.baselines ... alphabet`::
@@ -57,7 +56,6 @@ class Baseline:
     """
 
     label: ClassVar[str]
-    learns_from: ClassVar[Literal["popularity", "repeats", "order", "items"]] = "items"
 
     @classmethod
     def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
@@ -95,7 +93,6 @@ class MostPopular(Baseline):
     latest: float = 1.0
 
     label = "popularity"
-    learns_from = "popularity"
 
     @classmethod
     def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
@@ -162,7 +159,6 @@ class Repeats(Baseline):
     """
 
     label = "the user's own items again"
-    learns_from = "repeats"
 
     @classmethod
     def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
@@ -220,7 +216,6 @@ class Transitions(Baseline):
     window: int = 3
 
     label = "item-to-item transitions"
-    learns_from = "order"
 
     def __post_init__(self) -> None:
         if self.prior <= 0 or self.window < 1:

@@ -14,8 +14,6 @@ from tfrs_pipeline.data.requests import query_start
 from tfrs_pipeline.data.schema import is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
-_MOMENT = "_moment"
-
 
 @dataclass(frozen=True)
 class Interactions:
@@ -78,14 +76,16 @@ class Sequences:
                 "The log has no order, so nothing follows anything in it. If its rows are in the "
                 "order of time, set is_ordered; else use Ease or Ials."
             )
-        return cls.from_table(positives_in_order(log, log.events).to_pyarrow(), items)
-
-    @classmethod
-    def from_table(cls, table: pa.Table, items: Ids) -> "Sequences":
-        """Collects the rows of `positives_in_order`."""
+        keys = order_keys(log.events)
+        start, first = query_start(log.events, log.events[keys[0]])
+        # By the rule "drop", all at one time are a moment; else each request, or each event alone.
+        moment = start if log.ties == "drop" else first
+        positives = log.events.mutate(moment=moment).filter(is_positive)
+        positives = positives.order_by(["user_id", *keys]).select("user_id", "item_id", "moment")
+        table = positives.to_pyarrow()
         # The table is sorted by user, so that numbers in order of appearance ascend.
         users = table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-        moments = table[_MOMENT].cast(pa.int64()).to_numpy()
+        moments = table["moment"].cast(pa.int64()).to_numpy()
         is_new = (users[1:] != users[:-1]) | (moments[1:] != moments[:-1])
         return cls(items, users, clicked_rows(table, items), np.append(True, is_new)[: len(users)])
 
@@ -96,16 +96,6 @@ class Sequences:
         position = np.maximum.accumulate(np.where(self.is_new_moment, position, 0))
         position = np.maximum(position - num, -1)
         return np.where((position >= 0) & (self.users[position] == self.users), position, -1)
-
-
-def positives_in_order(log: Log, events: ibis.Table, *others: str) -> ibis.Table:
-    """Selects the positives among a log's events, user by user, with other columns of them."""
-    keys = order_keys(events)
-    start, first = query_start(events, events[keys[0]])
-    # By the rule "drop", all at one time are a moment; else each request, or each event alone.
-    moment = start if log.ties == "drop" else first
-    positives = events.mutate(**{_MOMENT: moment}).filter(is_positive)
-    return positives.order_by(["user_id", *keys]).select("user_id", "item_id", _MOMENT, *others)
 
 
 def items_of(log: Log) -> Ids:

@@ -58,7 +58,6 @@ class Feature(ABC):
     is_embedded: ClassVar[bool] = True  # Whether the layer maps a row to `feature_dim` numbers.
     is_time: ClassVar[bool] = False  # Whether raw values are seconds since 1970.
     vocabulary = tuple[str, ...]()  # The values that have separate codes, in their order.
-    scale = 1.0  # The divisor of numbers.
 
     @classmethod
     @abstractmethod

@@ -254,13 +254,11 @@ def _specification(feature: Feature) -> str:
 
 
 def _change(old: Feature, new: Feature) -> str:
-    """Describes the values that a feature keeps, or a change of scale; "" if neither applies."""
-    if old.vocabulary or new.vocabulary:
-        num_kept = int(np.count_nonzero(new.codes_of(old)))
-        return kept_new_gone("values", num_kept, len(new.vocabulary), len(old.vocabulary))
-    if 0.5 <= new.scale / old.scale <= 2:
+    """Describes the values that a feature keeps; "" if it has no vocabulary."""
+    if not (old.vocabulary or new.vocabulary):
         return ""
-    return f"on another scale than its weights: {old.scale:.4g} there, {new.scale:.4g} here"
+    num_kept = int(np.count_nonzero(new.codes_of(old)))
+    return kept_new_gone("values", num_kept, len(new.vocabulary), len(old.vocabulary))
 
 
 def _feature_pairs(there: Corpus, here: Corpus, *sides: str) -> Iterator[tuple[Feature, Feature]]:

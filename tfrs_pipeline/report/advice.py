@@ -18,8 +18,6 @@ _FEW_POSITIVES = 10
 _FEW_QUERIES = 30
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
-# Excluded items are mentioned if they exceed this share of the items to find.
-_MANY_EXCLUDED = 0.2
 
 
 def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
@@ -60,9 +58,7 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
 def _about_test(model: Metrics, config: RunConfig) -> Iterator[str]:
     """Says where the test measures something other than a user's next items."""
     num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
-    num_left, num_excluded = model["num_relevant"], model["num_relevant_excluded"]
-    num_all, num_new = num_left + num_excluded, model.get("num_relevant_unclicked", 0)
-    exclude = config.evaluation.exclude
+    num_left, num_new = model["num_relevant"], model.get("num_relevant_unclicked", 0)
     lacking = "" if config.data.item_features else ", of which data.item_features has none"
     remedy = ". To test users with a history, set split.kind to last_share"
     remedy = "" if config.split.kind == "last_share" else remedy
@@ -73,10 +69,6 @@ def _about_test(model: Metrics, config: RunConfig) -> Iterator[str]:
         (num_empty > num_queries / 2,
          f"{num_empty:,} of {num_queries:,} test queries have an empty history: the test is of new "
          f"users{remedy}"),
-        (num_excluded > _MANY_EXCLUDED * num_all and exclude != "none",
-         f"{num_excluded:,} of {num_all:,} items to find are excluded, because their users had "
-         f"{exclude} them before. If they may come again, set evaluation.exclude to none "
-         "(docs/guides/seen.md)"),
         (num_new > _MANY_NEW * num_left,
          f"{num_new:,} of {num_left:,} items to find have no positive in training: only their "
          f"features can find them{lacking} "

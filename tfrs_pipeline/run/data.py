@@ -11,7 +11,7 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.schema import ASKED, AskedBy
+from tfrs_pipeline.data.schema import ASKED, AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import Damaged, read_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
@@ -23,6 +23,9 @@ from tfrs_pipeline.sources.movielens import load_movielens_100k
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.corpus import TrainingSet
+
+# Above this share of repeats, a ranking that leaves them out measures something else.
+_MANY_REPEATS = 0.2
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> R
     selection = final = build(split.train, folder / "selection")
     if last is not split.train:
         final = build(last, folder / "final")
-    run.note(*describe_samples(final.report))
+    run.note(*describe_samples(final.report, config.evaluation.exclude))
     test, other = _make_tests(config, split, last)
     question = ASKED[test.by]
     if isinstance(other, str):
@@ -188,8 +191,12 @@ def load_log(config: DataConfig) -> Log:
     )
 
 
-def describe_samples(report: Mapping[str, Any]) -> list[str]:
-    """Describes samples, and which items are never negatives (see `build_samples`)."""
+def describe_samples(report: Mapping[str, Any], exclude: Exclude) -> list[str]:
+    """Describes samples, and which items are never negatives (see `build_samples`).
+
+    Repeats, positives on an item that their user had before, are mentioned if they are many and
+    rankings leave them out.
+    """
     pools = report.get("hard_negatives", {})
     notes = [
         f"{counted(report['num_samples'], 'positive')}, {report['num_empty_histories']:,} of them "
@@ -199,6 +206,12 @@ def describe_samples(report: Mapping[str, Any]) -> list[str]:
         f"masked as negatives of their user: {report['num_known_positives']:,} known positives, "
         f"{report['num_exposed']:,} exposed and not clicked",
     ]
+    repeats = 1 - report["num_known_positives"] / report["num_samples"]
+    if repeats > _MANY_REPEATS and exclude != "none":
+        notes.append(
+            f"{repeats:.0%} repeats, which rankings leave out (evaluation.exclude {exclude}): if a "
+            "user's own items may come again, set it to none (docs/guides/seen.md)"
+        )
     if any(pool["num_samples"] for pool in pools.values()):
         notes += [
             f"hard negatives, {stage}: {pool['num_samples']:,} positives have some "

@@ -14,10 +14,8 @@ from typing import Any
 
 from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.evaluation.signals import Signals, signals
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.sums import Model
@@ -74,10 +72,9 @@ def run_steps(config: RunConfig) -> list[Step]:
     """
     models, version = tuple(variants(config)), "export.directory/NAME/VERSION/"
     judged = "samples", "two_tower", "measured"
-    every = "samples", "signals", "baselines", "measured", "version", *models
+    every = "samples", "baselines", "measured", "version", *models
     return [
         *data_steps(),
-        Step("signals", ("split",), "signals", _measure_signals, workers="chief"),
         *([race_step()] if config.recipes else []),
         *(training_step(name, f"checkpoints/{name}") for name in models),
         Step("baselines", ("samples",), "baselines", _measure_baselines, workers="chief"),
@@ -118,13 +115,6 @@ def run(
         return RunResult(folder, run.folder.results())
 
 
-def _measure_signals(run: RunContext, split: Split) -> Signals:
-    measured = signals(split.train)
-    repeats = measured.excluded_repeats(run.config.evaluation.exclude)
-    run.note(*str(measured).splitlines(), *repeats)
-    return measured
-
-
 def _measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
     return measure_baselines(run.config, run.folder, run, samples)
 
@@ -141,7 +131,6 @@ def _evaluate(
 def _write_metrics(
     run: RunContext,
     samples: RunData,
-    signals: Signals,
     baselines: MeasuredBaselines,
     measured: Evaluation,
     version: dict[str, Any],
@@ -168,7 +157,6 @@ def _write_metrics(
         **({} if race is None else {"race": race["race"]}),
         **version,
         "left_out": baselines.left_out,
-        "signals": signals.as_dict(),
         # Of the steps before this one, which has not ended.
         "notes": {report.name: report.notes for report in run.reports[:-1]},
         "seconds": {report.name: report.seconds for report in run.reports[:-1]},
