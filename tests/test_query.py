@@ -91,14 +91,9 @@ def test_notes_say_what_of_a_history_is_not_read(
     served: Served, model: LoadedRetriever, tmp_path: Path, command: Any
 ) -> None:
     items = served.known(2)[:2]
-    unread = "This model reads no history"
     unknown = "1 of 3 items of the history are ignored"
-    ids, histories = (
-        export(make_served("int", **options).exportable(), tmp_path / name, index=Exact())
-        for name, options in (("1", {"reads_history": False}), ("2", {"use_user_id": False}))
-    )
+    histories = export(make_served("int", use_user_id=False).exportable(), tmp_path, index=Exact())
     for at, flags, expected in (
-        (ids, ["4"], unread),
         (histories, [], ""),
         (histories, ["4"], unknown),
     ):

@@ -52,9 +52,6 @@ def test_the_popularity_of_what_is_found_stands_beside_that_of_what_is_to_find()
     assert about.endswith(f"those of the items to find are {np.mean(to_find):.1f}")
     assert about in explained(repr(found), found.summary())
     assert list(explained("ndcg@1", found.summary())) == []
-    # A run that was finished before the number was kept can still be shown.
-    older = {"models": {name: {} for name in found.results}, "asked_by": "users"}
-    assert list(explained("average_popularity@1", older)) == []
 
 
 def test_a_difference_is_written_so_that_its_sign_is_seen() -> None:

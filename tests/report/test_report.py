@@ -68,6 +68,7 @@ def around(mean: float, half: float = 0.01) -> dict[str, float]:
 def summary(rng: np.random.Generator) -> dict[str, Any]:
     counts = {"num_candidates": 4000, "num_queries": 1234, "num_relevant": 5678, "num_skipped": 7}
     counts |= {"num_relevant_excluded": 1372, "num_sampled_from": 98765}
+    counts |= {"num_empty_histories": 12, "num_relevant_unclicked": 34}
 
     def numbers() -> dict[str, Any]:
         means = {f"{name}@{k}": around(rng.random()) for name in QUERY_METRICS for k in CUTOFFS}

@@ -29,7 +29,8 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
     """Makes metrics of models with given means, and the others' differences from the first."""
     first = next(iter(means))
     slices = {"head": 0.2, "torso": 0.0, "tail": -0.1}
-    counts = {"num_queries": 100, "num_relevant": 500, "num_relevant_excluded": 0}
+    counts = {"num_queries": 100, "num_relevant": 500, "num_empty_histories": 0}
+    counts["num_relevant_unclicked"] = 0
     models: dict[str, Any] = {
         name: {METRIC: interval(mean), **counts} for name, mean in means.items()
     }

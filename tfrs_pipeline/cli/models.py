@@ -273,7 +273,7 @@ class Query(OfModel):
             are_known = zip(history, retriever.knows(history), strict=True)
             unknown = [id_ for id_, is_known in are_known if not is_known]
             about |= {"history": history, "unknown_items": unknown}
-            notes += _history_notes(retriever, query, unknown)
+            notes += _history_notes(history, unknown)
         return ids[0].tolist(), scores[0].tolist()
 
 
@@ -290,18 +290,10 @@ def _request_notes(retriever: "LoadedRetriever", texts: Mapping[str, str]) -> It
         yield f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
 
 
-def _history_notes(
-    retriever: "LoadedRetriever", query: Mapping[str, Any], unknown: Sequence[Any]
-) -> Iterator[str]:
+def _history_notes(history: Sequence[Any], unknown: Sequence[Any]) -> Iterator[str]:
     """Describes what the model ignores in a query's history, given its unknown items."""
-    history = query["history"]
-    without = {name: value for name, value in query.items() if name != "history"}
-    if history and len(unknown) == len(history):  # No model reads unknown items.
-        yield ("No item of the history was in the model's training: answered for an empty history.")
-        return
-    # An own tower does not declare whether it reads the history.
-    if history and (retriever.embed_queries([query]) == retriever.embed_queries([without])).all():
-        yield "This model reads no history: the given items are only excluded from the answer."
+    if unknown and len(unknown) == len(history):  # No model reads unknown items.
+        yield "No item of the history was in the model's training: answered for an empty history."
         return
     if unknown:
         yield (

@@ -35,7 +35,7 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.data.schema import check_exists
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.messages import Progress, beside, printable
+from tfrs_pipeline.messages import Progress, beside
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import RunContext, as_lines
@@ -116,7 +116,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if is_run:
         # Checked before a folder is made.
         config = place.settled(config, None if flags.preset else named)
-    others = _look_around(place, config)
+    _look_around(place, config)
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
@@ -132,7 +132,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             shown(console) as progress,
             as_interrupts(),
         ):
-            say(console, f"run folder: {folder}{others}")
+            say(console, f"run folder: {folder}")
             result = _do(command, config, folder, _begin(config, place, progress))
     except ValueError:
         if not folder.exists():
@@ -157,16 +157,12 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     return 0
 
 
-def _look_around(place: RunFolder, config: RunConfig) -> str:
-    """Refuses missing files before slow imports; names other files in a new run's folder."""
-    if place.holds_run():
-        return ""
+def _look_around(place: RunFolder, config: RunConfig) -> None:
+    """Refuses missing files before slow imports."""
     data = config.data
-    if data.source == "files":
+    if data.source == "files" and not place.holds_run():
         for path in filter(None, (data.path, data.items_path, data.users_path)):
             check_exists(path)
-    others = sorted(path.name for path in place.path.glob("[!.]*"))
-    return f", beside other files: {printable(', '.join(others))}" if others else ""
 
 
 def _check(command: str, config: RunConfig) -> int:

@@ -38,7 +38,7 @@ class Scan:
     """A table whose columns are known but whose rows are not read yet.
 
     `open` returns the rows of some columns, in order. All columns of `csv_files` are strings, and
-    DuckDB puts the lines that it cannot read into `rejects`. A stream can be read only once.
+    DuckDB puts the lines that it cannot read into `rejects`.
     """
 
     connection: DuckDB
@@ -47,15 +47,14 @@ class Scan:
     open: Callable[[list[str]], duckdb.DuckDBPyRelation]
     csv_files: Sequence[Path] = ()
     rejects: str = ""
-    is_stream: bool = False
 
     def fetch(
         self,
         columns: Sequence[str],
         query: Callable[[duckdb.DuckDBPyRelation], duckdb.DuckDBPyRelation],
     ) -> list[tuple[Any, ...]]:
-        """Returns the rows of a query on columns, which `load` reads again; none of a stream."""
-        if self.is_stream or not columns:
+        """Returns the rows of a query on columns, which `load` reads again."""
+        if not columns:
             return []
         with self._reading():
             rows = self.open(list(columns)).project(", ".join(map(quoted, columns)))
@@ -137,9 +136,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
                 return connection.con.from_arrow(rows.to_pyarrow_batches())
 
             return Scan(connection, name, source.columns, open_table)
-        # A stream stays one: it may be larger than memory, and can be read only once.
-        is_stream = isinstance(source, pa.RecordBatchReader)
-        arrow = source if is_stream else _plain_table(pa.table(source))
+        arrow = _plain_table(pa.table(source))
         _check_names(name, arrow.schema.names)
         relation = connection.con.from_arrow(arrow)
     except DataError:
@@ -150,7 +147,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
             f"{sentence(printable(str(error), 300))} Give a path, a pandas DataFrame whose columns "
             "hold one type each, a pyarrow Table or an Ibis table."
         ) from error
-    return Scan(connection, name, relation.columns, lambda columns: relation, is_stream=is_stream)
+    return Scan(connection, name, relation.columns, lambda columns: relation)
 
 
 def _plain_table(table: pa.Table) -> pa.Table:

@@ -86,7 +86,7 @@ def _look(scanned: Scan, names: Sequence[str]) -> list[Unread]:
         f"any_value(typeof({quoted(name)})), list(DISTINCT {text_of(name)})" for name in names
     )
     rows = scanned.fetch(names, lambda rows: rows.limit(_NUM_LOOKED_AT).aggregate(tests))
-    values = iter(rows[0] if rows else ())  # Type and texts in turn; nothing from a stream.
+    values = iter(rows[0] if rows else ())  # Type and texts in turn.
     return [
         Unread(name, type_ or "", {text.strip() for text in texts or ()})
         for name, type_, texts in zip(names, values, values, strict=False)

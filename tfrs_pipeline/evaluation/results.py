@@ -1,6 +1,5 @@
 """The results of `evaluate`: one per retriever, a comparison of several, and their tables."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -317,7 +316,7 @@ def format_table(
     Columns that no model has are left out. So are the last columns, but never the first, if they do
     not fit in `width` characters.
     """
-    # An older run, or one with other metrics, may lack some.
+    # A run with other metrics may lack some.
     columns = [
         column
         for column in columns
@@ -393,8 +392,7 @@ def _notes(table: str, first: Mapping[str, Any]) -> Iterator[str]:
     """Yields the notes of the metrics in a table, with the numbers of its first model."""
     notes = [metric.note for name, metric in METRICS.items() if f"{name}@" in table]
     for note in filter(None, dict.fromkeys(notes)):
-        with contextlib.suppress(KeyError):  # Older runs lack some numbers.
-            yield note.format(**first)
+        yield note.format(**first)
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:

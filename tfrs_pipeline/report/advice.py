@@ -57,8 +57,8 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
 
 def _about_test(model: Metrics, config: RunConfig) -> Iterator[str]:
     """Says where the test measures something other than a user's next items."""
-    num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
-    num_left, num_new = model["num_relevant"], model.get("num_relevant_unclicked", 0)
+    num_queries, num_empty = model["num_queries"], model["num_empty_histories"]
+    num_left, num_new = model["num_relevant"], model["num_relevant_unclicked"]
     lacking = "" if config.data.item_features else ", of which data.item_features has none"
     remedy = ". To test users with a history, set split.kind to last_share"
     remedy = "" if config.split.kind == "last_share" else remedy
