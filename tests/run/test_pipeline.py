@@ -164,33 +164,9 @@ def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -
     # Items are in the order of their ids.
     in_order = sorted(item_id(number, "str") for number in range(NUM_ITEMS))
     assert facts.counts.tolist() == [counts[id_] for id_ in in_order]
-    share = facts.counts / len(clicks)
-    np.testing.assert_allclose(facts.draws["in-batch"], share)
-    np.testing.assert_allclose(facts.draws["uniform"], 1 / NUM_ITEMS)
     titles = {row["item_id"]: row["title"] for row in small_log.item_table("str").to_pylist()}
     for example in of_stages.metrics["examples"]:
         assert all(facts.titles[id_] == titles[id_] for id_ in example["recommended"])
-
-
-def test_the_report_masks_what_the_training_masked(tmp_path: Path) -> None:
-    """Items seen only in the last hours are masked, and do not count as unreachable."""
-    from tfrs_pipeline.report.facts import gather_facts
-
-    events = event_table("int")
-    is_new = pc.greater_equal(events["timestamp"], pc.max(events["timestamp"]).as_py() - 3600)
-    item_ids = pc.if_else(is_new, pc.add(events["item_id"], 5000), events["item_id"])
-    path = write(events.set_column(1, "item_id", item_ids), tmp_path / "events.parquet")
-    settings: Any = {"split": {"kind": "time", "test": 0.1}, "export": {"index": "none"}}
-    config = small_log.small_config(tmp_path, {"path": path}, **settings)
-    short = {"training.max_epochs": 1, "training.refit": False, "evaluation.baselines": ()}
-    run = go(with_settings(config, short), tmp_path / "run", "int")
-    facts = gather_facts(run.folder)
-    masked = ", ".join(f"{share:.2%} {why}" for why, share in facts.masked_shares.items())
-    notes = run.reports["train two_tower"].notes
-    assert f"masked in the columns that rows share: {masked}" in notes
-    assert facts.masked_shares["items that came later"] > 0
-    # Every item but the later ones has a click here.
-    assert facts.num_unreachable == 0
 
 
 def test_popularity_is_counted_where_the_model_was_trained(finished: Finished) -> None:

@@ -1,6 +1,5 @@
 """The report of a run: reads the run's folder and renders one self-contained HTML page."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +11,17 @@ from markupsafe import Markup
 
 from tfrs_pipeline import drawing
 from tfrs_pipeline.config import RunConfig, dump_config
-from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import ASKED, Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.metrics import METRICS
 from tfrs_pipeline.evaluation.results import QUESTIONS
 from tfrs_pipeline.messages import counted, printable
-from tfrs_pipeline.model.corpus import later_rows
-from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.samplers import Negatives, Popularity
 from tfrs_pipeline.report import verdict
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.samples.store import read_ids, read_samples
+from tfrs_pipeline.samples.store import read_samples
 
 REPORT_FILE = "report.html"
 DROPPED = "dropped"
@@ -35,9 +31,8 @@ DROPPED = "dropped"
 class RunFacts:
     """The facts that the report shows about a run.
 
-    Events are counted by stage, from the funnel's first. Samples, masked shares (by reason), counts
-    and draws describe the exported model's training data: `counts` are [num_candidates] positives
-    of each candidate, `draws` the distribution, [num_candidates] too, of each kind's negatives.
+    Events are counted by stage, from the funnel's first. Samples and counts, [num_candidates]
+    positives of each candidate, describe the exported model's training data.
     """
 
     folder: str
@@ -48,11 +43,7 @@ class RunFacts:
     log_notes: Sequence[str]
     events_by_stage: Mapping[str, int]
     samples: Mapping[str, Any]
-    masked_shares: Mapping[str, float]
-    mean_hard_share: float
     counts: np.ndarray
-    draws: Mapping[str, np.ndarray]
-    num_unreachable: int
     titles: Mapping[Any, str]
 
     @property
@@ -172,14 +163,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
         "slices": [drawing.plot_intervals(slices, recall)],
         "race": _race_figures(facts),
         "training": _training_figures(facts),
-        "popularity": [
-            drawing.plot_popularity(curves, facts.counts, what)
-            for what, curves in (
-                ("training positives", {"training positives": facts.counts}),
-                ("probability of a draw", facts.draws),
-            )
-            if curves  # A model may have hard negatives alone.
-        ],
+        "popularity": [drawing.plot_popularity({"training positives": facts.counts}, facts.counts)],
     }
     return {section: [Markup(x.svg) for x in figures] for section, figures in drawings.items()}
 
@@ -213,17 +197,10 @@ def gather_facts(folder: Path) -> RunFacts:
     """Reads all that the report needs from a run's folder."""
     metrics, config = RunFolder(folder).results(), RunFolder(folder).settings()
     log = Log.read(folder / "data")
-    split = Split.read(log, folder / "data" / "split.parquet")
     # If there was no second training, only the first has samples.
-    trained_on, samples_folder = split.before_test, folder / "samples" / "final"
-    if not samples_folder.is_dir():
-        trained_on, samples_folder = split.train, folder / "samples" / "selection"
-    is_later = later_rows(trained_on, read_ids(samples_folder)[0])
-    samples = dataclasses.replace(read_samples(samples_folder), is_later=is_later)
-    model = TwoTower(**dict(config.model), training=config.training, seed=config.seed)
-    # Batches know what is drawn and masked. They are described here, and none is trained on.
-    batches = model.batches(samples)
-    expected = {_label(kind): kind.expected_count(batches.frame) for kind in batches.negatives}
+    samples = folder / "samples" / "final"
+    if not samples.is_dir():
+        samples = folder / "samples" / "selection"
     by_stage = log.events.group_by("stage").agg(num=log.events.count()).to_pyarrow().to_pylist()
     events = {row["stage"]: row["num"] for row in by_stage}
     return RunFacts(
@@ -234,20 +211,10 @@ def gather_facts(folder: Path) -> RunFacts:
         dropped=log.dropped,
         log_notes=log.notes,
         events_by_stage={stage.value: events[stage] for stage in Stage if stage in events},
-        samples=read_record(samples_folder / "report.json"),
-        masked_shares=batches.masked_shares(),
-        mean_hard_share=batches.mean_hard_share,
-        counts=batches.frame.counts[1:],
-        draws={name: count[1:] / count.sum() for name, count in expected.items()},
-        num_unreachable=batches.num_unreachable,
+        samples=read_record(samples / "report.json"),
+        counts=read_samples(samples).counts[1:],
         titles=_titles(log, metrics),
     )
-
-
-def _label(kind: Negatives) -> str:
-    if isinstance(kind, Popularity):
-        return f"clicks^{kind.alpha:g}"
-    return str(getattr(kind, "kind", type(kind).__name__)).replace("_", "-")
 
 
 def _titles(log: Log, metrics: dict[str, Any]) -> dict[Any, str]:
