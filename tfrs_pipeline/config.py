@@ -37,6 +37,7 @@ def _read_duration(value: Any) -> Any:
     duration = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
     if duration is None:
         raise ValueError("must be seconds, or a number with s, m or h, such as 10m")
+    # Each unit is 60 of the one before it.
     return float(duration[1]) * 60.0 ** "smh".index(duration[2] or "s")
 
 

@@ -248,6 +248,7 @@ def plot_popularity(
             "plot_popularity takes a part of a split, such as test; or values by name, and counts. "
             f"Received: {type(curves).__name__}{' without counts' * (counts is None)}."
         )
+    # Equal counts keep the order of the candidates, so that the same log gives the same figure.
     order = np.argsort(-counts, kind="stable")
     figure, (axes,) = new_figure(*_SIZE)
     for number, (label, values) in enumerate(curves.items()):

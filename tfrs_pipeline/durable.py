@@ -90,6 +90,7 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
     with naming(path.parent):
         flush({*files, *(file.parent for file in files)})
         hashes = {file.relative_to(path.parent).as_posix(): file_hash(file) for file in files}
+    # Hashed as it will be read back: JSON has no tuples, and its keys are text.
     record = json.loads(json.dumps({**content, _HASHES: hashes}))
     hashes[path.name] = _own_hash(record)
     with replacing(path) as partial:
@@ -222,6 +223,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     _held.add(key)
     try:
         with naming(path):
+            # For people: what locks is the descriptor.
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield

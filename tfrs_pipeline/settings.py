@@ -114,6 +114,7 @@ def _some(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 def _alone(values: Any) -> Any:
+    # Where numbers are listed, true is a mistake, though Python takes it for 1.
     is_one = isinstance(values, str | int | float | Mapping) and not isinstance(values, bool)
     is_one |= dataclasses.is_dataclass(values)
     return (values,) if is_one else values

@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    # The run is finished and kept; a program that started it learns from the code.
     except NotPublished as error:
         print(f"not published: {error}", file=sys.stderr)
         return NOT_PUBLISHED

@@ -145,6 +145,7 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
     monitor = config.training.monitor
+    # What decides comes first; the others follow in the order in which they may be left out.
     columns = [monitor, *other_columns(result.metrics, monitor), f"ndcg@{longest}"]
     columns += [f"recall@{longest}", f"even_recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
@@ -181,6 +182,7 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     if model.is_relative_to(Path.cwd()):
         model = model.relative_to(Path.cwd())
     say(console, f"model    {model}")
+    # A server loads the newest version, so an earlier one is no longer served.
     if earlier := [number for number in versions_of(model.parent) if number < int(model.name)]:
         say(console, f"replaces version {earlier[-1]}")
     # A terminal would obey control characters in an id.

@@ -111,6 +111,7 @@ class CommandLine:
         if command is not None and command not in self.commands:
             raise UsageError(f"unknown command {command!r}; {suggest(command, self.commands)}")
         parser, parsers = self._parsers(shows_all="--help-all" in arguments)
+        # What argparse does not know is collected, to name the flag that is nearest to it.
         options, unknown = parser.parse_known_args(
             ["--help" if text == "--help-all" else text for text in arguments]
         )
@@ -164,6 +165,7 @@ def _flag(setting: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:
     if "." not in setting:
         flag = flag.replace("_", "-")
     options: dict[str, Any] = {"dest": setting}
+    # Without a value: --no-NAME says no.
     if field.annotation is bool:
         # A setting of a config file needs --no-NAME too, to replace the file's.
         is_switch = "." not in setting and field.default is False

@@ -214,6 +214,7 @@ class Query(OfModel):
         notes = list(_request_notes(retriever, self.request)) if is_request else []
         ids, scores = self._ask(retriever, about, notes)
         titles = retriever.titles()
+        # Slots without an item, which fill an answer up to k, have the score -inf.
         items = [
             {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
             for rank, (id_, score) in enumerate(zip(ids, scores, strict=True), 1)
@@ -250,6 +251,7 @@ class Query(OfModel):
         if exclude:
             known = set(retriever.candidate_ids())
             about["unknown_excluded"] = [id_ for id_ in exclude if id_ not in known]
+        # The index has no more. The table says so if fewer are left.
         k = min(self.k, retriever.num_candidates)
         allowed = None if self.filter is None else [list(self.filter)]
         if self.similar_to is not None:
@@ -268,6 +270,7 @@ class Query(OfModel):
             history = list(map(retriever.parse_id, self.history))
             query = {"user_id": about.get("user_id"), "history": history}
             query["request"] = retriever.parse_request(self.request)
+            # A model with a repeat bonus ranks the items of the history too.
             left_out = exclude if retriever.has_repeat_bonus else [*history, *exclude]
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
             are_known = zip(history, retriever.knows(history), strict=True)

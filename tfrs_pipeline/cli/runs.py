@@ -110,6 +110,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if is_run:
         named = _named(config, flags, settings)
         config = _with_recipes(config, flags, named)
+    # The name says what it is of, and sorts by time.
     name = f"{'' if is_run else 'compare-'}{config.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = flags.run_dir or Path("runs") / name
     place = RunFolder(folder)
@@ -121,6 +122,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         return _check(command, config)
     is_chief = this_worker().is_chief
     again = shlex.join([PROGRAM, command, "--run-dir", str(folder)])
+    # Each worker would make up another name.
     if this_worker().count > 1 and flags.run_dir is None:
         raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
     console = Console()
@@ -183,6 +185,7 @@ def _check(command: str, config: RunConfig) -> int:
         steps = (run_steps if command == "run" else plan_steps)(config)
         # All steps up to the first training, which is what all workers do together.
         runner.run([*itertools.takewhile(lambda step: step.workers != "all", steps)])
+        # A comparison has checked its plans in the step that makes them.
         if command == "run":
             data = runner.artifacts["samples"]
             if config.recipes:

@@ -216,6 +216,7 @@ class Log:
         if items is not None and schema.LISTED in items.columns:  # The items of another log.
             options["items"] = items.filter(items[schema.LISTED])
         columns = {name: name for name in events.columns if name != "event_number"}
+        # A log has no bad rows: the first one is an error.
         options["reading"] = Reading(
             columns=columns, is_ordered=is_ordered, ties=ties, max_bad_share=0
         )
@@ -524,6 +525,7 @@ def _described(log: Log) -> Iterator[str]:
     if log.part_of is not None:
         yield "a part of a log: the whole log's description says what was dropped"
         return
+    # Merged rows were read and have left something.
     num_dropped = sum(entry.num_rows for entry in log.dropped if not entry.is_merged)
     num_read = counts["events"] + sum(entry.num_rows for entry in log.dropped)
     dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"

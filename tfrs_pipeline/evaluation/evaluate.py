@@ -100,6 +100,7 @@ items to find are 0.0
 
 
 def _named(retrievers: Retriever | Mapping[str, Retriever]) -> Mapping[str, Retriever]:
+    # A single one is named by its class.
     if not isinstance(retrievers, Mapping):
         retrievers = {type(retrievers).__name__: retrievers}
     if not retrievers:

@@ -285,6 +285,7 @@ class EvenRecall(Metric):
         """Divides the weights of what was found by those of all that was to be found."""
         if (even := rankings.even) is None:
             return None
+        # The empty slot has weight 0 and is never a hit.
         gains = np.where(rankings.is_hit, even.by_item[rankings.rows], 0.0)
         return even.by_user(gains[:, : self.k].sum(axis=1))
 

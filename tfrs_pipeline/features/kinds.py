@@ -38,6 +38,7 @@ def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
             f"The kind of feature {settings.get('name')!r} must be one of {', '.join(KINDS)}. "
             f"Received: {settings.get('kind')!r}. Add a kind of your own to KINDS first."
         )
+    # JSON has no tuples, and the fields of a frozen dataclass are hashable.
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }

@@ -50,6 +50,7 @@ class RunFacts:
     def trainings(self) -> dict[str, Any]:
         """The trainings in metrics.json by model; a sum has those of its members alone."""
         is_sum = "best_member" in self.metrics["models"]
+        # A sum has no epochs of its own: its model is made of those of its members.
         trainings = self.metrics["training"].items()
         return {name: x for name, x in trainings if not (is_sum and name == "two_tower")}
 
@@ -91,6 +92,7 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> Path:
     `output` is the file, or a folder for report.html; None is the folder of the run.
     """
     folder = Path(folder)
+    # A folder gets the usual name.
     path = Path(output or folder)
     if path.is_dir():
         path /= REPORT_FILE
@@ -113,6 +115,7 @@ def report_page(facts: RunFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # Unlike Jinja's own, it leaves the other letters as they are.
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     template = environment.get_template("template.html")
     return template.render(

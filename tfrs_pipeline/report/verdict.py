@@ -83,6 +83,7 @@ def exported(metrics: Metrics) -> Verdict:
     folder, refusal = metrics.get("export_folder"), metrics.get("refusal")
     if folder is not None:
         return Verdict("exported", f"as {folder}", Outcome.BETTER)
+    # Nothing stood against it: it was not asked for.
     if refusal is None:
         return Verdict("not exported", "export.index is none", None)
     return Verdict("not exported", refusal.removesuffix("."), Outcome.WORSE)
@@ -158,6 +159,7 @@ def found_by_index(index: Metrics, num_items: int) -> Verdict:
     if index["kind"] != "scann":
         return Verdict("there is none", index["kind"], None)
     target = index["target_recall"]
+    # The worst of the measured requests, since any of them may be a user's.
     lowest = min((x["recall"] for x in index.get("requests", [])), default=None)
     if lowest is None:
         return Verdict("not measured", f"tuned to find {target:.0%} of the exact answer", None)

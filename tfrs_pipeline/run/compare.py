@@ -52,6 +52,7 @@ _COMMON: Plan = {
 }
 # Plan -> the settings that it changes, computed from a config and the number that ends its name.
 PLANS: Mapping[str, Callable[[RunConfig, float], Plan]] = {
+    # The reference: the mixture of the settings.
     "mixed": lambda config, _: {},
     "in_batch_uncorrected": lambda config, _: {
         "model.negatives": (InBatch(),),
@@ -268,6 +269,7 @@ def sampling_plans(
     if config.training.examples != "single":
         notes.append("every plan is trained with training.examples 'single'")
     for name in config.compare.plans:
+        # A kind and, after an underscore, a number.
         match = re.fullmatch(r"(\D+?)(\d*\.?\d+)?", name)
         kind, number = match.groups() if match else (name, None)
         if kind not in PLANS or kind.endswith("_") != (number is not None):

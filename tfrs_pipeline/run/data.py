@@ -175,6 +175,7 @@ def load_log(config: DataConfig) -> Log:
     assert config.path is not None  # The config has checked it.
     if config.source == "spark":
         paths = {"events": config.path, "items": config.items_path, "users": config.users_path}
+        # The tables stay in Spark until the log copies their rows.
         spark = connect_spark()
         tables = {
             name: None if path is None else spark.sql(f"SELECT * FROM {path}")

@@ -143,6 +143,7 @@ class RunFolder:
         together, the chief claims the folder for all. If a run exports, this also checks that the
         model's folder can be written.
         """
+        # The others write nothing.
         if not this_worker().is_chief:
             yield
             return
@@ -240,6 +241,7 @@ def own_version(config: RunConfig, folder: RunFolder) -> Path | None:
     for version in [*versions, *([Path(written)] if written else [])]:
         with contextlib.suppress(durable.Damaged, OSError):
             manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
+            # A refresh carries the record of the training over, but another command exported it.
             if "refreshed" not in manifest and manifest.get("training") == training:
                 return version
     return None

@@ -65,6 +65,7 @@ def fit_best(
     if len(forms) > 1:
         best = max(forms, key=score)
         notes.append(f"{name}: {best!r}, best of {len(forms)} on validation")
+    # Fitted again, since the choice was made with models that had not seen validation.
     return best.fit(final_part(config, data.split)), notes
 
 
@@ -159,12 +160,14 @@ def examples_of(retriever: Retriever, holdout: Holdout, config: RunConfig) -> li
         None if excluded is None else [excluded[i] for i in numbers],
     )
     lists = zip(ids, scores, strict=True)
+    # Slots without an item have the score -inf.
     shown = [row_ids[row_scores > -np.inf].tolist() for row_ids, row_scores in lists]
     relevant = [set(holdout.relevant[i].tolist()) for i in numbers]
     return [
         {
             "user_id": holdout.user_ids[i : i + 1].tolist()[0],
             "num_history": len(holdout.histories[i]),
+            # The latest first, as a person remembers them.
             "history": holdout.histories[i][::-1][:EXAMPLE_LENGTH].tolist(),
             "recommended": recommended,
             "num_relevant": len(wanted),

@@ -102,6 +102,7 @@ def run(
         WorkerLost: If another worker fails or does not answer.
     """
     training_strategy()  # Joins the other workers, if there are any.
+    # The command line has made the log already, before TensorFlow was imported.
     run = begun or RunContext(config, RunFolder(folder), progress)
     # The other workers take the chief's settings: a shared file system may show the files on which
     # these depend to some workers before others.
@@ -282,6 +283,7 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
+    # What is measured beside the model and is no baseline.
     others = (*variants(config), BEST_MEMBER, IN_SERVICE)
     baselines = [name for name in evaluation.results if name not in others]
     # By the flag that overrules each. All are collected, so that one error names every flag.

@@ -128,6 +128,7 @@ def beaten_by_baseline(evaluation: Evaluation, metric: str, baselines: Sequence[
     ahead = [name for name, gain in gains.items() if gain.low > 0]
     if not ahead:
         return ""
+    # The one that is furthest ahead says most about what the model lacks.
     best = max(ahead, key=lambda name: gains[name].mean)
     comparison = _described(evaluation, metric, best, f"the baseline {best}")
     return f"A baseline beats the new model. {comparison}."

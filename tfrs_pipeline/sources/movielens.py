@@ -120,6 +120,7 @@ def fetch_archive(folder: Path) -> None:
             content = answer.read()
     except (OSError, ValueError) as error:
         raise FetchError(f"{ARCHIVE_URL} cannot be reached: {error}") from error
+    # Checked before it is opened.
     if hashlib.sha256(content).hexdigest() != ARCHIVE_SHA256:
         raise FetchError(f"{ARCHIVE_URL} is not the known file")
     with zipfile.ZipFile(io.BytesIO(content)) as opened:
@@ -131,6 +132,7 @@ def fetch_from_recbole(folder: Path) -> None:
     """Fetches the recbole wheel with pip and takes the data files out of it."""
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=15"]
+        # Only the data files of the package are wanted, so none of what it needs.
         pip += ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
         command = [*pip, "--dest", scratch, RECBOLE_REQUIREMENT]
         try:
