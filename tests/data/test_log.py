@@ -262,7 +262,7 @@ def test_weights_that_differ_are_told() -> None:
         (ConfigError, {"earliest_time": "soon"}, "earliest_time: got 'soon'; must be a valid date"),
         (ValueError, {"item_columns": {"item_id": "sku", "title": "nme"}}, "no column 'nme'. Nea"),
         (ConfigError, {"unknown_items": "refuse"}, "unknown_items: got 'refuse'; must be"),
-        (ConfigError, {"duplicates": "dropp"}, "duplicates: got 'dropp'; did you mean 'drop'"),
+        (ConfigError, {"duplicates": "dropp"}, "duplicates: got 'dropp'; must be 'keep'"),
         (ConfigError, {"timestamp_unit": "minutes"}, "timestamp_unit: got 'minutes'; must be"),
         # A mistyped column name does not make a second column.
         (ValueError, {"columns": {"user_id": "user", "hourr": "hour"}},
@@ -285,23 +285,18 @@ def test_what_is_refused(error: type[Exception], options: Any, message: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "meant"),
+    ("kind", "hint"),
     [
-        *((kind, "numeric") for kind in ("number", "Float", "int", "numeri")),
-        *((kind, "categorical") for kind in ("string", "str", "category")),
-        *(("list", "multi_categorical"), ("datetime", "timestamp"), ("embedding", "vector")),
-        ("colour", ""),
+        ("numeri", "did you mean 'numeric'\\?"),
+        ("colour", "known: .*, numeric, text, timestamp, vec"),
     ],
 )
-def test_a_kind_of_feature_by_another_name_is_told_its_own(kind: Any, meant: str) -> None:
-    expected = f"did you mean '{meant}'\\?" if meant else r"known: .*, vector\."
-    with pytest.raises(ValueError, match=f"^Feature 'price' has .*{expected} Received: '{kind}'"):
+def test_an_unknown_kind_of_feature_is_told_the_known_ones(kind: Any, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"^Feature 'price' has .*{hint}.* Received: '{kind}'"):
         made(**{"item_features": {"price": kind}})
-    if not meant:
-        return
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=hint):
         Log.from_ibis(ibis.memtable(EVENTS), item_features={"price": kind})
-    with pytest.raises(ConfigError, match=rf"data.user_features.price: got '{kind}'.*{expected}"):
+    with pytest.raises(ConfigError, match=rf"data.user_features.price: got '{kind}'.*{hint}"):
         RunConfig(data={"user_features": {"price": kind}})
 
 

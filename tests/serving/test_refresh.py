@@ -188,8 +188,7 @@ def test_what_a_refresh_asks_for_holds_for_the_next(
 ) -> None:
     """Refreshes from exact search to ScaNN; later refreshes keep the settings of the last one."""
     path = write_all(of_int, tmp_path)
-    words = ["refresh-index", folder, "--items", path, "--keep-versions"]
-    assert command(*words, 1, "--target-recall", 0.9).code == 0
+    refresh_index(folder, path, index=Scann(recall=0.9), keep_versions=1)
     assert versions_of(folder) == [2]
     manifest = json.loads((folder / "2" / MANIFEST_FILE).read_text())
     assert manifest["index"]["target_recall"] == 0.9
@@ -204,10 +203,10 @@ def test_what_a_refresh_asks_for_holds_for_the_next(
         refresh_index(folder, path, index=Exact(), keep_versions=0)
     asked = request.getfixturevalue("asked")
     refresh_index(folder / "2", path)
-    for kind in ("scann", "auto"):
-        assert command(*words, 3, "--index", kind).code == 0
-    assert [x["index"] for x in asked] == [Scann(recall=0.9), Scann(recall=0.9), Auto(recall=0.9)]
-    assert [x["keep_versions"] for x in asked] == [1, 3, 3]
+    assert command("refresh-index", folder, "--items", path, "--keep-versions", 3).code == 0
+    refresh_index(folder, path, index=Auto(recall=0.8))
+    assert [x["index"] for x in asked] == [Scann(recall=0.9), Scann(recall=0.9), Auto(recall=0.8)]
+    assert [x["keep_versions"] for x in asked] == [1, 3, 1]
     assert [(x["path"], x["filter_by"]) for x in asked] == [(folder, "genres")] * 3
 
 
