@@ -40,15 +40,19 @@ def refresh(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     export(model.exportable(), folder / NAME, index=Exact())
     items = folder / "items.parquet"
     pq.write_table(model.items, items)
-    command = [sys.executable, "-m", "tfrs_pipeline.cli", "refresh-index", str(folder / NAME)]
-    command += ["--items", str(items), "--index", "scann"]
-    command += ["--target-recall", str(options.target_recall)]
+    # In Python, because the command keeps the exact search of the version before.
+    script = (
+        "import sys, tfrs_pipeline as tp\n"
+        "tp.refresh_index(sys.argv[1], sys.argv[2], index=tp.Scann(recall=float(sys.argv[3])))"
+    )
+    command = [sys.executable, "-c", script, str(folder / NAME), str(items)]
+    command += [str(options.target_recall)]
     start = time.perf_counter()
     process = subprocess.Popen(command)
     _, code, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(code)
     if process.returncode:
-        raise RuntimeError(f"refresh-index ended with {process.returncode}")
+        raise RuntimeError(f"the refresh ended with {process.returncode}")
     return {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": used.ru_utime + used.ru_stime,
