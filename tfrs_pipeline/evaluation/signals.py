@@ -12,7 +12,7 @@ import scipy.sparse
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request
-from tfrs_pipeline.data.schema import Exclude, count_rows, is_positive
+from tfrs_pipeline.data.schema import Exclude, count_rows
 from tfrs_pipeline.evaluation.baselines import Transitions
 from tfrs_pipeline.evaluation.interactions import Sequences, items_of, positives_in_order
 from tfrs_pipeline.evaluation.results import format_cells
@@ -113,7 +113,7 @@ def _read(train: Log, max_positives: int, seed: int) -> pa.Table:
     requests = at_request(train.events, _categories(train.request_features))
     requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
     events = train.events.mutate(**requests)
-    positives = events.filter(is_positive)
+    positives = train.positives(events)
     if (num := count_rows(positives)) > max_positives:
         # Whole users, because a history with gaps has other orders and repeats.
         users = positives.select("user_id").distinct()

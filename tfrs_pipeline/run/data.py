@@ -199,6 +199,11 @@ def describe_samples(report: Mapping[str, Any]) -> list[str]:
         f"masked as negatives of their user: {report['num_known_positives']:,} known positives, "
         f"{report['num_exposed']:,} exposed and not clicked",
     ]
+    if "num_disliked" in report:
+        notes.append(
+            f"disliked: {report['num_disliked']:,} items of a user, never shown to them again; "
+            f"{counted(report['num_disliked_clicks'], 'click')} on them train nothing"
+        )
     if any(pool["num_samples"] for pool in pools.values()):
         notes += [
             f"hard negatives, {stage}: {pool['num_samples']:,} positives have some "
