@@ -158,9 +158,9 @@ class Holdout:
         if rule not in lists:
             raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
         listed = lists[rule]
-        if self.disliked is None or listed is None:
-            return self.disliked
-        return [*map(np.union1d, listed, self.disliked)]
+        if self.disliked is None:
+            return listed
+        return self.disliked if listed is None else [*map(np.union1d, listed, self.disliked)]
 
 
 def check_holdout(holdout: object) -> None:
