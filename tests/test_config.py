@@ -204,7 +204,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
     ({}, {"data.earliest_time": datetime(2022, 4, 8)}, "data.earliest_time", "no effect"),
     ({}, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect with source 'movie"),
     (FILES, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
-    (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
+    (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'clicked' or"),
     ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "known: .*, categorical"),
     (FILES, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
     ({}, {"split.kind": "column"}, "split.kind", "no column part"),

@@ -46,6 +46,25 @@ def test_types_become_positives_with_weights_and_exposures(load: Any, is_csv: bo
     assert few.counts()["events"] == num["purchase"]
 
 
+@pytest.mark.parametrize("has_request", [False, True])
+def test_a_type_may_say_not_this(load: Any, has_request: bool) -> None:
+    """The dislikes of a visit become one, at its time; the other events merge without them."""
+    events = pd.DataFrame({"event": ["view", "report", "click", "report", "purchase", "view"]})
+    events = events.assign(user_id=1, item_id=[2, 2, 2, 2, 2, 3])
+    events["timestamp"] = pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(
+        range(6), unit="min"
+    )
+    events = events.assign(request_id=7) if has_request else events
+    log = load(pa.Table.from_pandas(events), event_weights=WEIGHTS | {"report": "disliked"})
+    # The first event of a request dates it; of a visit, the first positive stays.
+    number = 0 if has_request else 2
+    names = ("event_number", "stage", "weight")
+    rows = {*zip(*(column(log.events, name) for name in names), strict=True)}
+    assert rows == {(number, "clicked", 5.0), (1, "disliked", 1.0), (5, "exposed", 1.0)}
+    assert log.positives().count().to_pyarrow().as_py() == 0
+    assert "report 2 (disliked)" in log.notes[0]
+
+
 def test_a_type_that_differs_in_case_alone_is_told(load: Any) -> None:
     log = load("user_id,item_id,event\n1,2,click\n1,3,Click\n", event_weights={"click": 1})
     assert "'Click', which has no weight ('click' has" in log.dropped[0].reason
@@ -157,6 +176,7 @@ def test_columns_that_are_lists_or_records_are_left_unread() -> None:
         ({"event_weights": {"purchase": 5, "page_view": 1}}, r"page_view: .* mean 'view'\?"),
         ({"event_weights": {"kauf": 5}}, "no row has a type with a weight. The types are click, p"),
         ({"event_weights": {"view": "exposed"}}, "is a positive"),
+        ({"event_weights": {"view": "hidden"}}, "above 0, exposed or disliked"),
         ({"event_weights": {"view": "shown"}}, "got 'shown'; must be the weight of a positive"),
         ({"event_weights": {"view": 0}}, "got 0; must be the weight"),
         ({"event_weights": WEIGHTS, "label": {"x": 1}}, "and so does label: set one"),
@@ -186,4 +206,7 @@ def test_the_column_of_types_must_be_found(load: Any) -> None:
 def test_a_view_is_a_click_where_there_are_no_clicks() -> None:
     assert suggested(["view", "click"]) == "click=1 view=exposed"
     assert suggested(["addtocart", "transaction", "view"]) == "transaction=5 addtocart=3 view=1"
+    types = ["view", "click", "like", "dislike", "unlike", "not_interested", "user_report"]
+    dislikes = "dislike=disliked not_interested=disliked user_report=disliked"
+    assert suggested(types) == f"like=3 click=1 view=exposed {dislikes}"
     assert suggested(["remove_from_cart", "pv", "buy"]) == "buy=5 pv=1"

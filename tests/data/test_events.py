@@ -27,6 +27,10 @@ def test_a_rating_at_the_threshold_is_positive(load: Any, dtype: pa.DataType | N
     tables = load(events, rating_threshold=4.1)
     assert column(tables.events, "stage") == ["exposed", "clicked", "clicked"]
     assert tables.events.columns == ("user_id", "item_id", "event_number", "stage")
+    tables = load(events, rating_threshold=4.2, dislike_threshold=4.1)
+    assert column(tables.events, "stage") == ["disliked", "exposed", "clicked"]
+    with pytest.raises(ValueError, match=r"got 4.3: needs a rating_threshold that is not below it"):
+        load(events, rating_threshold=4.2, dislike_threshold=4.3)
 
 
 def test_a_funnel_log_with_stages_ranks_and_context(load: Any) -> None:

@@ -35,11 +35,15 @@ class Row(NamedTuple):
     user: int
     item: int
     day: int
-    is_click: bool
+    stage: str
     request: int | None
     part: str
     number: int  # Place in the order of events at the same time.
     line: int
+
+    @property
+    def is_click(self) -> bool:
+        return self.stage == "clicked"
 
 
 class Asked(NamedTuple):
@@ -49,7 +53,12 @@ class Asked(NamedTuple):
     tied: set[int]
     clicked: set[int]
     seen: set[int]
+    disliked: set[int]
     first: int  # The line of the first event to find.
+
+
+def disliked_in(rows: list[Row]) -> set[tuple[int, int]]:
+    return {(row.user, row.item) for row in rows if row.stage == "disliked"}
 
 
 def in_time(row: Row) -> tuple[int, int]:
@@ -61,10 +70,17 @@ def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[A
     for user in sorted({row.user for row in rows}):
         own = sorted((row for row in rows if row.user == user), key=in_time)
         own = [row for row in own if row.part in [*BEFORE[part], part]]
-        targets = [row for row in own if row.part == part and row.is_click]
+        gone = disliked_in(own)
+        targets = [
+            row
+            for row in own
+            if row.part == part and row.is_click and (row.user, row.item) not in gone
+        ]
         if not targets:
             continue
-        days = [row.day for row in own if row.is_click]
+        # By user, the other clicks of the part are neither known nor to be found.
+        others = [row for row in own if row.is_click and (by != "users" or row.part != part)]
+        days = [row.day for row in {*others, *targets}]
         tied = [row for row in targets if days.count(row.day) > 1]
         if by == "users":
             before = [row for row in own if row.part != part]
@@ -96,8 +112,10 @@ def asked(
     user: int, known: list[Row], before: list[Row], to_find: list[Row], tied: list[Row]
 ) -> Asked:
     clicked = [row for row in before if row.is_click]
-    sets: Any = ({row.item for row in rows} for rows in (to_find, tied, clicked, before))
-    history = [row.item for row in known if row.is_click]
+    disliked = [row for row in before if row.stage == "disliked"]
+    sets: Any = ({row.item for row in rows} for rows in (to_find, tied, clicked, before, disliked))
+    gone = {row.item for row in disliked}
+    history = [row.item for row in known if row.is_click and row.item not in gone]
     return Asked._make([user, history, *sets, to_find[0].line])
 
 
@@ -156,6 +174,7 @@ def measure_slowly(
     to_find: list[int] = []
     for query in asked:
         gone = {"clicked": query.clicked, "seen": query.seen, "none": set[int]()}[exclude]
+        gone = gone | query.disliked
         wanted = query.wanted - gone
         num["excluded"] += len(query.wanted & gone)
         num["tied"] += len(query.tied)
@@ -226,9 +245,9 @@ def equal(found: EvaluationResult, slow: dict[str, Any]) -> None:
 
 
 def read(rows: list[Any], ties: Ties, has_time: bool, has_request: bool) -> tuple[Log, list[Row]]:
-    users, items, days, clicks, requests, parts = zip(*rows, strict=True)
+    users, items, days, stages, requests, parts = zip(*rows, strict=True)
     columns: dict[str, Any] = {"user_id": users, "item_id": items, "part": parts}
-    columns["stage"] = ["clicked" if is_click else "exposed" for is_click in clicks]
+    columns["stage"] = stages
     columns["line"] = range(len(rows))
     if has_time:
         moments = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=day) for day in days]
@@ -252,18 +271,26 @@ def read(rows: list[Any], ties: Ties, has_time: bool, has_request: bool) -> tupl
                 assert {drawn[i] for i in tied} == {*tied}
     else:
         drawn = {line: line for line in drawn}
-    read = zip(users, items, days, clicks, requests, parts, strict=True)
+    read = zip(users, items, days, stages, requests, parts, strict=True)
     return log, [Row._make([*row, drawn[line], line]) for line, row in enumerate(read)]
 
 
 def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> None:
     """Compares queries; each has the request features, if any, of its first event to find."""
-    lists = holdout.relevant, holdout.histories, holdout.clicked, holdout.seen
+    nothing = [np.zeros(0, int)] * len(holdout)
+    disliked = holdout.disliked or nothing
+    lists = holdout.relevant, holdout.histories, holdout.clicked, holdout.seen, disliked
     assert holdout.user_ids.tolist() == sorted(query.user for query in queries)
     zipped = zip(holdout.user_ids.tolist(), *lists, strict=True)
     found = [(user, *(ids.tolist() for ids in of_query)) for user, *of_query in zipped]
     asked = sorted(
-        (x.user, sorted(x.wanted), x.history, sorted(x.clicked), sorted(x.seen), x.first)
+        (
+            x.user,
+            sorted(x.wanted),
+            x.history,
+            *map(sorted, (x.clicked, x.seen, x.disliked)),
+            x.first,
+        )
         for x in queries
     )
     if holdout.requests is not None:
@@ -279,12 +306,13 @@ def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> Non
 
 ALL_PARTS = ("train", "validation", "test")
 NUMBERS: Any = map(st.integers, (1, 1, 0), (3, 9, 3))
+STAGES = st.sampled_from(["clicked", "clicked", "exposed", "disliked"])
 REQUESTS: Any = st.sampled_from([None, None, 0, 1])
 ROWS = st.lists(
-    st.tuples(*NUMBERS, st.booleans(), REQUESTS, st.sampled_from(ALL_PARTS)),
+    st.tuples(*NUMBERS, STAGES, REQUESTS, st.sampled_from(ALL_PARTS)),
     min_size=10,
     max_size=40,
-).map(lambda rows: [*rows, *((9, 1, 0, True, None, part) for part in ALL_PARTS)])
+).map(lambda rows: [*rows, *((9, 1, 0, "clicked", None, part) for part in ALL_PARTS)])
 
 
 @pytest.mark.parametrize("by", ["users", "requests", "first_request", "last_request"])
@@ -300,7 +328,7 @@ ROWS = st.lists(
     longest=st.integers(3, 11),
 )
 @example(  # One item to find, clicked twice at one time.
-    rows=[(9, 1, day, True, None, ALL_PARTS[day]) for day in (0, 1, 2, 2)],
+    rows=[(9, 1, day, "clicked", None, ALL_PARTS[day]) for day in (0, 1, 2, 2)],
     ties="order",
     has_time=True,
     has_request=False,
@@ -325,8 +353,10 @@ def test_every_protocol_tie_rule_and_metric_is_what_loops_say(
     queries = [*queries_of(read_rows, part, by, log.ties)]
     check_holdout(holdout, queries, has_time)
     counts = {row.item: 0 for row in read_rows if row.item not in missing}
-    for row in read_rows:
-        if row.is_click and row.part in BEFORE[part] and row.item in counts:
+    trained_on = [row for row in read_rows if row.part in BEFORE[part]]
+    gone = disliked_in(trained_on)
+    for row in trained_on:
+        if row.is_click and row.item in counts and (row.user, row.item) not in gone:
             counts[row.item] += 1
     items = sorted(counts)
     pairs = zip(holdout.candidate_ids.tolist(), holdout.candidate_counts.tolist(), strict=True)

@@ -1,5 +1,7 @@
 """No item that a user clicked, or saw without a click, is ever a negative of that user.
 
+Unless the user disliked it.
+
 Random funnels run all the way from the event table to the gradient of the loss; the tests look for
 a forbidden item that gets through.
 """
@@ -34,6 +36,8 @@ HARD = FunnelLosers(share=0.5, stages=LOST, num=2, bottom_share=0.9)
 def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dict[int, set[int]]]:
     """Returns a log with a random funnel for each user, and by user the forbidden items and losers.
 
+    An item that the user disliked is not forbidden, whatever happened before or after.
+
     An item may be exposed in one request and lose in another, be clicked first and passed over
     later, come twice in a request, or lose at the very time it is shown.
     """
@@ -41,8 +45,9 @@ def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dic
     columns: dict[str, list[Any]] = defaultdict(list)
     forbidden: dict[int, set[int]] = defaultdict(set)
     lost: dict[int, set[int]] = defaultdict(set)
+    disliked: dict[int, set[int]] = defaultdict(set)
     for user in range(1, num_users + 1):
-        chances = rng.dirichlet([1, 1, 1, 1, 0.7])
+        chances = rng.dirichlet([1, 1, 1, 1, 0.7, 0.2])
         num_items = rng.integers(3, NUM_ITEMS + 1)
         for request in range(rng.integers(1, 5)):
             second = int(rng.integers(0, 4))
@@ -57,7 +62,11 @@ def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dic
                 columns["request_id"].append(request if rng.random() < 0.9 else None)
                 columns["rank"].append(int(rng.integers(0, 9)) if rng.random() < 0.8 else None)
                 shown = stage in (Stage.EXPOSED, Stage.CLICKED)
-                (forbidden if shown else lost)[user].add(item)
+                if stage == Stage.DISLIKED:
+                    disliked[user].add(item)
+                else:
+                    (forbidden if shown else lost)[user].add(item)
+        forbidden[user] -= disliked[user]
     columns["event_number"] = list(range(len(columns["user_id"])))
 
     items, users = {"item_id": range(1, NUM_ITEMS + 1)}, {"user_id": range(1, num_users + 1)}

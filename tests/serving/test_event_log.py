@@ -129,7 +129,7 @@ def test_the_log_holds_what_was_served_and_done(running: Running, tmp_path: Path
     assert num_rows == len(rows) == 6 + 2 * 60 - 6 - 8 + 1
     assert [row["timestamp"] for row in rows] == sorted(row["timestamp"] for row in rows)
     mine = {row["item_id"]: row for row in rows if row["request_id"] == "mine"}
-    stages = ["retrieved", "clicked", "exposed", "pre_ranked", "exposed", "retrieved"]
+    stages = ["retrieved", "clicked", "exposed", "pre_ranked", "disliked", "retrieved"]
     assert [mine[item]["stage"] for item in items] == stages
     assert [mine[item]["rank"] for item in items] == [0, 1, 2, 3, 4, 5]
     clicked = mine[items[1]]["timestamp"].timestamp()

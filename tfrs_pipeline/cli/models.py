@@ -117,7 +117,8 @@ class WriteLog(OfModel):
     """Write what users did and were served as the log of the next training.
 
     The file is an event table, which `run --data.path` reads as it is: items that the server
-    recorded as served are retrieved, those shown exposed, those clicked clicked.
+    recorded as served are retrieved, those shown exposed, those clicked clicked, and those
+    disliked disliked.
     """
 
     out: Path

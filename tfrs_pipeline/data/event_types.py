@@ -22,7 +22,8 @@ NAMES = (
 # Parts of usual names, and the suggested weight; the first part that fits counts.
 _USUAL = {
     **dict.fromkeys(("purchase", "buy", "order", "transaction"), "5"),
-    **dict.fromkeys(("remove", "unlike", "dislike"), ""),
+    **dict.fromkeys(("remove", "unlike"), ""),
+    **dict.fromkeys(("dislike", "report", "not_interest", "notinterest"), "disliked"),
     **dict.fromkeys(("cart", "basket", "fav", "wish", "like"), "3"),
     **dict.fromkeys(("click", "play", "open"), "1"),
     **dict.fromkeys(("view", "impression", "show", "expos", "pv"), "exposed"),
@@ -58,10 +59,9 @@ def suggested(types: Iterable[str]) -> str:
     # In a log without clicks, a view is the weakest sign of interest that there is.
     if "1" not in meanings.values():
         meanings = {name: weight.replace("exposed", "1") for name, weight in meanings.items()}
-    strongest_first = filter(None, dict.fromkeys(_USUAL.values()))
     known = [
         f"{name}={weight}"
-        for weight in strongest_first
+        for weight in ("5", "3", "1", "exposed", "disliked")
         for name in meanings
         if meanings[name] == weight
     ]

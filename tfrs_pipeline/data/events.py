@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
@@ -195,7 +196,7 @@ def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTab
         )
     meanings = (
         f"{printable(name)} {counts.get(name, 0):,} "
-        f"({meaning if meaning == 'exposed' else f'positive, weight {meaning:g}'})"
+        f"({meaning if isinstance(meaning, str) else f'positive, weight {meaning:g}'})"
         for name, meaning in weights.items()
     )
     raw.notes.append(f"{raw.source.column('event')}: {', '.join(meanings)}")
@@ -231,12 +232,20 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
     if stages_in == "rating":
         rating = columns.to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), rules.NO_RATING)
-        lowest = ibis.literal(float(reading.rating_threshold or 0))
+        lowest, disliked = (
+            ibis.literal(float(-math.inf if threshold is None else threshold))
+            for threshold in (reading.rating_threshold, reading.dislike_threshold)
+        )
         if raw.table["rating"].type().is_float32():  # 4.1 in float32 is below 4.1 in float64.
-            lowest = lowest.cast("float32").cast("float64")
-        return (rating >= lowest).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+            lowest, disliked = (x.cast("float32").cast("float64") for x in (lowest, disliked))
+        stage = (rating >= lowest).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+        return (rating < disliked).ifelse(Stage.DISLIKED.value, stage)
     if stages_in == "event":
         raw.fault("event", raw.table["event"].isnull(), rules.NO_TYPE)
+    dislikes = [name for name, what in reading.event_weights.items() if what == "disliked"]
+    if dislikes:
+        is_dislike = _event_types(raw).isin(dislikes)
+        return is_dislike.ifelse(Stage.DISLIKED.value, Stage.EXPOSED.value)
     is_decided_later = reading.label or reading.event_weights
     return ibis.literal((Stage.EXPOSED if is_decided_later else Stage.CLICKED).value)
 
@@ -251,7 +260,7 @@ def _conditions(
     if reading.event_weights:
         weights = reading.event_weights.items()
         types = _event_types(raw)
-        return [(types == name, weight) for name, weight in weights if weight != "exposed"]
+        return [(types == name, weight) for name, weight in weights if not isinstance(weight, str)]
     values = {name: typed[name] for name in reading.label}
     return [
         (value if value.type().is_boolean() else value > 0, reading.label[name])

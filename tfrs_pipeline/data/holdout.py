@@ -20,7 +20,7 @@ from tfrs_pipeline.data.requests import (
     whole_seconds,
     with_num_before,
 )
-from tfrs_pipeline.data.schema import DataError, Stage, is_positive, order_keys
+from tfrs_pipeline.data.schema import DataError, Stage, is_dislike, is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
@@ -39,10 +39,11 @@ class Holdout:
     Args:
         user_ids: [num_queries] int64 or object (str).
         histories: Per query, the item ids of the positives before it (before the user's cut, or
-            before the request), oldest first, except those from the first target's own request.
+            before the request), oldest first, except those from the first target's own request,
+            and items disliked before the query.
         relevant: Per query, the distinct item ids of the targets, 1 or more.
         clicked: Per query, the distinct item ids of all positives before it.
-        seen: Per query, the distinct item ids clicked or exposed before it.
+        seen: Per query, the distinct item ids clicked, exposed or disliked before it.
         candidate_ids: [num_candidates] int64 or object (str): all items of the log, ascending.
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
         num_sampled_from: How many queries this sample was drawn from; None if it is not a sample.
@@ -56,6 +57,8 @@ class Holdout:
         history_times: Per query, the time of each item of `histories`, in whole seconds since 1970.
         times: [num_queries] int64, the time of each query's first target, in seconds. Both times
             are None in a log without timestamps.
+        disliked: Per query, the distinct item ids that the user disliked before it: every ranking
+            excludes them. None in a log without dislikes.
 
     Raises:
         ValueError: If a list lacks one entry per query, or the counts one per candidate.
@@ -75,6 +78,7 @@ class Holdout:
     requests: list[dict[str, Any]] | None = None
     history_times: list[np.ndarray] | None = None
     times: np.ndarray | None = None
+    disliked: list[np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         for name, values in [*vars(self).items()]:
@@ -147,12 +151,16 @@ class Holdout:
     def excluded(self, rule: schema.Exclude) -> list[np.ndarray] | None:
         """Returns the items that each ranking excludes: those clicked, or seen, before the query.
 
-        Returns None for "none". Raises a `ValueError` for another rule.
+        Disliked ones are always among them. Returns None for "none" in a log without dislikes.
+        Raises a `ValueError` for another rule.
         """
         lists = {"clicked": self.clicked, "seen": self.seen, "none": None}
         if rule not in lists:
             raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
-        return lists[rule]
+        listed = lists[rule]
+        if self.disliked is None:
+            return listed
+        return self.disliked if listed is None else [*map(np.union1d, listed, self.disliked)]
 
 
 def check_holdout(holdout: object) -> None:
@@ -178,7 +186,12 @@ def make_holdout(
     When a request is made, its own clicks are unknown, so histories leave them out. By "users", the
     ranking still excludes such clicks from before the cut, because training had them.
     """
-    targets = split.filter((split["part"] == part) & is_positive(split))
+    is_target = (split["part"] == part) & is_positive(split)
+    if log.disliked is not None:
+        by_then = is_dislike(split) & split["part"].isin([*_PARTS_BEFORE[part], part])
+        is_target &= ~by_then.any().over(ibis.window(group_by=schema.PAIR))
+    split = split.mutate(_is_target=is_target)
+    targets = split.filter("_is_target")
     users, num_queries = _draw_users(targets, by, max_queries, seed)
     rows = _read_events(split.semi_join(users, "user_id"), part, by, log)
     if rows.num_rows == 0:
@@ -191,9 +204,13 @@ def make_holdout(
     events = _Events.of(rows)
     queries = [*(_by_user(events) if by == "users" else _by_request(events, by))]
     target_rows, rows_before = zip(*queries, strict=True)
-    history_rows = [events.history(*query) for query in queries]
     first = np.array([query_rows[0] for query_rows in target_rows])
     ids, is_tied = events.item_ids, events.is_tied()
+    disliked = None
+    if log.disliked is not None:
+        disliked = [np.unique(ids[before[events.is_dislike[before]]]) for before in rows_before]
+    parts = zip(target_rows, rows_before, disliked or [ids[:0]] * len(first), strict=True)
+    history_rows = [events.history(*query) for query in parts]
     clicked_before = (before[events.is_positive[before]] for before in rows_before)
     times: dict[str, Any] = {}
     if "timestamp" in split.columns:
@@ -201,7 +218,7 @@ def make_holdout(
         history_times = [seconds[history] for history in history_rows]
         times = {"history_times": history_times, "times": seconds[first]}
     # Popularity as the model could know it: the future is not counted.
-    positives = trained_on.events.filter(is_positive)
+    positives = trained_on.positives()
     candidate_ids, counts = _count_candidates(log.items, positives, count=positives.count())
     shown = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
     shown_counts = {"events": shown.count(), "positives": is_positive(shown).sum()}
@@ -222,6 +239,7 @@ def make_holdout(
         by=by,
         exposure=exposure,
         requests=requests if log.request_features else None,
+        disliked=disliked,
         **times,
     ).sample(max_queries or len(queries), seed)
 
@@ -249,13 +267,14 @@ def _draw_users(
 
 def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, log: Any) -> pa.Table:
     """Reads the targets, and the events that a query may know, by user and in order."""
-    is_target = (split["part"] == part) & is_positive(split)
-    was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
+    shown = Stage.CLICKED, Stage.EXPOSED, Stage.DISLIKED
+    was_shown = split["stage"].isin([stage.value for stage in shown])
     before = (*_PARTS_BEFORE[part], *([] if by == "users" else [part]))
     has_requests = "request_id" in split.columns
     known = {
         "_is_positive": is_positive(split),
-        "_is_target": is_target,
+        "_is_dislike": is_dislike(split),
+        "_is_target": split["_is_target"],
         "_request": split["request_id"] if has_requests else ibis.null("int64"),
         **at_request(split, log.request_features),
     }
@@ -264,7 +283,7 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
     time = split[order_keys(split)[0]]
     start, first = query_start(split, time)
     rows = split.mutate(**known, _time=time, _start=start, _first=first)
-    rows = rows.filter(is_target | (split["part"].isin(before) & was_shown))
+    rows = rows.filter(rows["_is_target"] | (split["part"].isin(before) & was_shown))
     rows = rows.select("user_id", "item_id", "event_number", "_time", "_start", "_first", *known)
     if by != "users":
         names = {"query_time": "_start", "query_number": "_first"}
@@ -282,6 +301,7 @@ class _Events:
     users: np.ndarray  # Number of the user, from 0.
     item_ids: np.ndarray
     is_positive: np.ndarray
+    is_dislike: np.ndarray
     is_target: np.ndarray
     requests: np.ndarray  # Number of the request; -1 for none.
     times: np.ndarray  # Or event numbers, in a log without timestamps.
@@ -295,18 +315,25 @@ class _Events:
             np.unique(rows["user_id"].to_numpy(), return_inverse=True)[1],
             rows["item_id"].to_numpy(),
             rows["_is_positive"].to_numpy(),
+            rows["_is_dislike"].to_numpy(),
             rows["_is_target"].to_numpy(),
             requests.fill_null(-1).to_numpy(),
             rows["_time"].to_numpy(),
             rows["_num_before"].fill_null(0).to_numpy() if has_queries else None,
         )
 
-    def history(self, targets: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Returns which rows `before` a query are its history: positives of other requests."""
+    def history(self, targets: np.ndarray, before: np.ndarray, disliked: np.ndarray) -> np.ndarray:
+        """Returns which rows `before` a query are its history: positives of other requests.
+
+        Items that were `disliked` before the query are left out.
+        """
         # The clicks of the request itself are not known yet when it is made.
         request = self.requests[targets[0]]
         is_same = (self.requests[before] == request) & (request >= 0)
-        return before[self.is_positive[before] & ~is_same]
+        history = before[self.is_positive[before] & ~is_same]
+        if len(disliked):
+            history = history[~np.isin(self.item_ids[history], disliked)]
+        return history
 
     def is_tied(self) -> np.ndarray:
         """Marks events at whose time their user has two positives or more: [num_events] bool."""

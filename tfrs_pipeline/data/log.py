@@ -296,6 +296,23 @@ class Log:
         items = self.items.filter(self.items[schema.LISTED]) if is_marked else self.items
         return as_id_array(items.order_by("item_id")["item_id"].to_pyarrow().to_pylist())
 
+    @functools.cached_property
+    def disliked(self) -> ibis.Table | None:
+        """`user_id` and `item_id` of what users disliked, each pair once; None if there is none."""
+        if self.part_of is not None and self.part_of.disliked is None:
+            return None
+        pairs = self.events.filter(schema.is_dislike).select(*schema.PAIR).distinct()
+        return pairs if schema.count_rows(pairs.limit(1)) else None
+
+    def positives(self, events: ibis.Table | None = None) -> ibis.Table:
+        """The clicks, of the log or among some of its events, that train a model.
+
+        Left out are those on items that their user dislikes in this log, before or after the click.
+        A part of a split knows the dislikes of that part alone, never a later one.
+        """
+        clicks = (self.events if events is None else events).filter(is_positive)
+        return clicks if self.disliked is None else clicks.anti_join(self.disliked, schema.PAIR)
+
     @property
     def order(self) -> Literal["timestamp", "event_number", "none"]:
         """The column that orders events in time, if any does."""
@@ -407,7 +424,8 @@ class Split:
         with the history before the part. By "requests", each request with a positive in the part
         (without a request_id, each positive) has a query for its positives, with the history up to
         it, as in service; "first_request" and "last_request" take the request of each user's first
-        or last positive in the part alone. Rankings exclude what came before the query.
+        or last positive in the part alone. Rankings exclude what came before the query. A click on
+        an item that its user dislikes, in the part or an earlier one, is nothing to find.
 
         `trained_on` is the log with the training positives, which define head, torso and tail, and
         which items are new. None is all that may train a model for the part: `train` for
@@ -522,6 +540,14 @@ def _described(log: Log) -> Iterator[str]:
         yield "no timestamps: the row order is taken as the event order"
     if "weight" in log.events.columns:
         yield from _describe_weights(log.events)
+    if log.disliked is not None:
+        clicks, positives = log.events.filter(is_positive), log.positives()
+        num_lost = schema.count_rows(clicks) - schema.count_rows(positives)
+        yield (
+            f"{counted(schema.count_rows(log.disliked), 'pair')} of a user and an item that the "
+            f"user disliked: never shown to them; {counted(num_lost, 'click')} of these pairs "
+            "train nothing"
+        )
     if log.part_of is not None:
         yield "a part of a log: the whole log's description says what was dropped"
         return

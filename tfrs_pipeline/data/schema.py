@@ -43,6 +43,7 @@ LOG_COLUMNS = (
     "part",
 )
 """Columns of an event table that mean something to a log; any other one is context."""
+PAIR = ["user_id", "item_id"]
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 """The range of weights that float32 can hold and add up."""
@@ -67,6 +68,7 @@ class Stage(enum.StrEnum):
     RANKED = "ranked"  # Survived rank, was not shown.
     EXPOSED = "exposed"  # Shown, not clicked: never a negative of that user.
     CLICKED = "clicked"  # Shown and clicked: a positive.
+    DISLIKED = "disliked"  # Its user said "not this": never a positive, never shown to them again.
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,11 @@ def totals(table: "ibis.Table", **values: "ir.Scalar") -> dict[str, Any]:
 def is_positive(events: "ibis.Table") -> "ir.BooleanValue":
     """Marks the events that are positives."""
     return events["stage"] == Stage.CLICKED.value
+
+
+def is_dislike(events: "ibis.Table") -> "ir.BooleanValue":
+    """Marks the events that say "not this"."""
+    return events["stage"] == Stage.DISLIKED.value
 
 
 def order_keys(events: "ibis.Table") -> list[str]:

@@ -17,18 +17,25 @@ from tfrs_pipeline.features.kinds import kind_problem
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.settings import Config
 
-StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
+StageName: TypeAlias = Literal[
+    "retrieved", "pre_ranked", "ranked", "exposed", "clicked", "disliked"
+]
 LabelWeight: TypeAlias = Annotated[float, Field(ge=schema.MIN_WEIGHT, le=schema.MAX_WEIGHT)]
 
 
 def _meaning(value: Any) -> Any:
     with contextlib.suppress(ValueError, TypeError):
-        if value == "exposed" or schema.MIN_WEIGHT <= float(value) <= schema.MAX_WEIGHT:
+        if (
+            value in ("exposed", "disliked")
+            or schema.MIN_WEIGHT <= float(value) <= schema.MAX_WEIGHT
+        ):
             return value
-    raise ValueError("must be the weight of a positive, a number above 0, or exposed")
+    raise ValueError("must be the weight of a positive, a number above 0, exposed or disliked")
 
 
-EventMeaning: TypeAlias = Annotated[float | Literal["exposed"], BeforeValidator(_meaning)]
+EventMeaning: TypeAlias = Annotated[
+    float | Literal["exposed", "disliked"], BeforeValidator(_meaning)
+]
 Period: TypeAlias = tuple[datetime, datetime]
 """The first moment at which an event may have happened, and the first that is too late for one."""
 
@@ -57,6 +64,9 @@ class Reading(Config):
     """Stages by the values in the file's stage column, such as impression=exposed."""
     rating_threshold: float | None = None
     """Ratings at or above this are clicks; lower ones are exposed items, never negatives."""
+    dislike_threshold: float | None = None
+    """Ratings below this are dislikes: the item is never a positive of its user, and never shown to
+    them again; if not given, none is. Not above rating_threshold."""
     timestamp_unit: schema.TimestampUnit | None = None
     """Unit of timestamps that are stored as numbers since 1970, also in features; if not given,
     seconds."""
@@ -65,8 +75,8 @@ class Reading(Config):
     long_view=2. A column counts if it is true or above 0; the weights add up."""
     event_weights: dict[str, EventMeaning] = {}
     """Weights of the types of events (column event, event_type or the like), such as purchase=5
-    click=1 view=exposed; others are dropped. A user's events of an item in one visit become one
-    (column session_id, or 30 minutes)."""
+    click=1 view=exposed report=disliked; others are dropped. A user's events of an item in one
+    visit become one (column session_id, or 30 minutes)."""
     max_weight: LabelWeight | None = None
     """Larger weights in the column weight, such as long watch times, are clipped to this."""
     time_zone: str | None = None
@@ -111,6 +121,9 @@ class Reading(Config):
         used = [name for name in ways if getattr(self, name) not in (None, {})]
         if len(used) > 1 and used != ["stage_values", "label"]:
             yield used[0], f"defines what a positive is, and so does {used[1]}: set one"
+        low, high = self.dislike_threshold, self.rating_threshold
+        if low is not None and (high is None or low > high):
+            yield "dislike_threshold", f"got {low:g}: needs a rating_threshold that is not below it"
         if self.event_weights and "stage" in self.columns:
             yield "event_weights", "decides the stages; leave stage out of columns"
 

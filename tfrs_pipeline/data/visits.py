@@ -11,7 +11,7 @@ import ibis
 import ibis.expr.types as ir
 
 from tfrs_pipeline.data.requests import whole_seconds
-from tfrs_pipeline.data.schema import is_positive, order_keys
+from tfrs_pipeline.data.schema import is_dislike, is_positive, order_keys
 
 SESSIONS = ("session_id", "session", "visit_id", "visit")
 """Usual names of a column that numbers visits, the likeliest first."""
@@ -72,10 +72,13 @@ def _merge(
     `is_mergeable` marks the events that may be merged. The first event in `order` keeps its time,
     number, request and context, and gets stage and weight of the strongest: a positive before an
     exposure, then the strongest type, then the largest amount of that type. Events without a value
-    of `group` are kept.
+    of `group` are kept. Dislikes are merged among themselves alone, so that they keep their time.
     """
     # An event of the test is never merged into one of the training.
-    keys = [name for name in ("user_id", "item_id", group, "part") if name in events.columns]
+    keys: list[Any] = [
+        name for name in ("user_id", "item_id", group, "part") if name in events.columns
+    ]
+    keys.append(is_dislike(ibis._))
     position = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
     is_merged = (position > 0) & is_mergeable & events[group].notnull()
     events = events.mutate(_is_merged=is_merged, _is_first=position == 0)

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import Exclude, is_positive
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.split import in_order, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
@@ -113,7 +113,7 @@ class MostPopular(Baseline):
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
             return FittedPopularity(train.items, train.counts)
         items = items_of(train)
-        positives = train.events.filter(is_positive)
+        positives = train.positives()
         counts = count_users(positives, items)
         if self.latest < 1:
             counts = count_users(_latest(positives, self.latest), items) + _below_one(counts)

@@ -11,7 +11,7 @@ import scipy.sparse
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.requests import query_start
-from tfrs_pipeline.data.schema import is_positive, order_keys
+from tfrs_pipeline.data.schema import order_keys
 from tfrs_pipeline.retrieval import Query
 
 
@@ -42,7 +42,7 @@ class Interactions:
         if isinstance(train, Interactions):
             return train
         items = items_of(train)
-        pairs = train.events.filter(is_positive).select("user_id", "item_id").distinct()
+        pairs = train.positives().select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
         users = pairs["user_id"].combine_chunks().dictionary_encode().indices
         return cls.from_rows(items, users.to_numpy(), clicked_rows(pairs, items))
@@ -80,7 +80,7 @@ class Sequences:
         start, first = query_start(log.events, log.events[keys[0]])
         # By the rule "drop", all at one time are a moment; else each request, or each event alone.
         moment = start if log.ties == "drop" else first
-        positives = log.events.mutate(moment=moment).filter(is_positive)
+        positives = log.positives(log.events.mutate(moment=moment))
         positives = positives.order_by(["user_id", *keys]).select("user_id", "item_id", "moment")
         table = positives.to_pyarrow()
         # The table is sorted by user, so that numbers in order of appearance ascend.

@@ -37,9 +37,11 @@ class Encoder(tf.Module):
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
             num_known_items [B] int32, how many items of the history the training had; all by the
-            user's stored history and features. Also `known_items`. None without user data.
-            If the model has a repeat bonus, not `known_items`, but of the history, also in the next
-            two functions, `repeated_items` [B, any], distinct ids, and `bonuses` [B, any] float32.
+            user's stored history and features. Also `known_items`, the known positives and what
+            the user disliked. None without user data.
+            If the model has a repeat bonus, `known_items` is only what was disliked, and is absent
+            if nobody disliked anything; but of the history, also in the next two functions,
+            `repeated_items` [B, any], distinct ids, and `bonuses` [B, any] float32.
         embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
         embed_query_with_features: user_id, history, raw query features -> the same, from these
             features in place of the stored ones; None without query features.
@@ -48,6 +50,8 @@ class Encoder(tf.Module):
         known_items: user_id [B] -> [B, any] ids of the user's known positives.
         num_clicks: item_id [B] -> [B] int32, how many users have the item as a known positive.
         stored_history: user_id [B] -> [B, any] ids of the user's history, most recent first.
+        disliked_items: user_id [B] -> [B, any] ids of what the user disliked; None if nobody
+            disliked anything.
     """
 
     def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
@@ -60,6 +64,7 @@ class Encoder(tf.Module):
         user_dtype, item_dtype = map(tf_tables.id_dtype, (model.query_ids, model.candidate_ids))
         query_ids, times = model.query_ids, model.history_times
         histories, known_positives = model.histories, model.known_positives
+        disliked = model.disliked if user_data else RowLists.empty(1)
         if not user_data:
             query_ids, times = query_ids[:0], np.zeros(0)
             histories = known_positives = RowLists.empty(1)
@@ -70,6 +75,9 @@ class Encoder(tf.Module):
         self._histories, self._known = (
             [stored(lists.values), stored(lists.offsets)] for lists in (histories, known_positives)
         )
+        self._disliked: list[tf.Variable] | None = None
+        if len(disliked.values):
+            self._disliked = [stored(disliked.values), stored(disliked.offsets)]
         self._history_times = stored(np.asarray(times, float)) if self._reads_times else None
         self._query_features = tuple(model.query_features)
         self._request_features = tuple(model.request_features)
@@ -100,6 +108,10 @@ class Encoder(tf.Module):
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
         self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
         self.stored_history = traced(functools.partial(self._items_in, self._histories), [user_id])
+        self.disliked_items: Any = None
+        if self._disliked is not None:
+            items_in = functools.partial(self._items_in, self._disliked)
+            self.disliked_items = traced(items_in, [user_id])
         self.num_clicks = traced(self._click_counts, [item_id])
         # Only variables: tracking the layers would export their Keras machinery too.
         self._variables = list(model.variables) if user_data else self._variables_without_users()
@@ -109,9 +121,13 @@ class Encoder(tf.Module):
         if self._history_times is not None:
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
-        if self._model().repeat_bonus is not None:
-            return embedded  # The bonus was chosen for rankings with the items that the user knows.
-        return {**embedded, "known_items": self._items_in(self._known, user_id)}
+        # A bonus was chosen for rankings with the items that the user knows.
+        known = self._known if self._model().repeat_bonus is None else None
+        lists = [lists for lists in (known, self._disliked) if lists is not None]
+        if not lists:
+            return embedded
+        items = [self._items_in(of_users, user_id) for of_users in lists]
+        return {**embedded, "known_items": tf.concat(items, axis=1)}
 
     def _embed_query(
         self, user_id: tf.Tensor, history: tf.Tensor, **raw: tf.Tensor

@@ -43,6 +43,8 @@ class Exportable:
             recent first; empty if no history is known.
         known_positives: For each query row from 0, the candidate rows not to retrieve again; empty
             if there are none.
+        disliked: For each query row from 0, the candidate rows that the user disliked, which no
+            answer by user id holds, with a repeat bonus or without; empty if there are none.
         history_times: [total], the times of the values of `histories` in seconds since 1970; None
             if `embed_queries` reads no times.
         query_features: Fitted features of the users, in the order in which requests list them.
@@ -60,9 +62,9 @@ class Exportable:
             its place.
 
     Raises:
-        ValueError: If `histories`, `known_positives` or `history_times` have another length, the
-            items are not an Arrow table or empty, or ids occur twice, are reserved (-1, "") or are
-            neither integers nor strings.
+        ValueError: If `histories`, `known_positives`, `disliked` or `history_times` have another
+            length, the items are not an Arrow table or empty, or ids occur twice, are reserved
+            (-1, "") or are neither integers nor strings.
     """
 
     embed_queries: Callable[..., tf.Tensor]
@@ -82,9 +84,10 @@ class Exportable:
     repeat_bonus: RepeatBonus | None = None
     items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
     histories_until: datetime | None = None
+    disliked: RowLists = field(default_factory=lambda: RowLists.empty(0))
 
     def __post_init__(self) -> None:
-        for name in ("query_ids", "histories", "known_positives"):
+        for name in ("query_ids", "histories", "known_positives", "disliked"):
             if not hasattr(getattr(self, name), "__len__"):
                 raise ValueError(
                     f"{name} must be a list of one entry per user; leave it out if the model knows "
@@ -94,7 +97,7 @@ class Exportable:
             object.__setattr__(self, "query_ids", Ids(self.query_ids).values)
         # Lists have an entry for row 0 as well, so that a row is its own index.
         num_rows = len(self.query_ids) + 1
-        for name in ("histories", "known_positives"):
+        for name in ("histories", "known_positives", "disliked"):
             num_lists = len(getattr(self, name))
             if not num_lists:
                 object.__setattr__(self, name, RowLists.empty(num_rows))

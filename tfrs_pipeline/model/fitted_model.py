@@ -24,7 +24,7 @@ from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
-from tfrs_pipeline.samples.build import latest_histories
+from tfrs_pipeline.samples.build import disliked_rows, latest_histories
 
 QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
 """Embeds queries that `check_queries` has passed: [n, D] float32."""
@@ -169,6 +169,7 @@ class FittedTwoTower:
             items=log.items.order_by("item_id").to_pyarrow(),
             histories=histories,
             known_positives=known,
+            disliked=disliked_rows(log, corpus.query_ids, corpus.candidate_ids),
             history_times=times if network.reads_times else None,
             reading=log.reading,
             items_read=log.items_read,

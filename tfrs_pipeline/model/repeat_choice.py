@@ -88,7 +88,9 @@ def choose_bonus(
         return vectors[block] @ candidate_embeddings.T
 
     spread = float(score(slice(_SPREAD_QUERIES)).std(axis=1).mean())
-    others = top_k_in_blocks(score, len(vectors), len(items), k, repeats)
+    disliked = items.rows_by_list(truth.excluded or [items.values[:0]] * len(vectors))
+    not_others = [*map(np.union1d, repeats, disliked)]
+    others = top_k_in_blocks(score, len(vectors), len(items), k, not_others)
 
     def measure(bonus: RepeatBonus) -> np.ndarray:
         bonuses = np.split(bonus.cells(items, truth.queries)[2], ends)

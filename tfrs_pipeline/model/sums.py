@@ -289,9 +289,10 @@ class FittedSum:
             for member in self.members.values()
             if not is_timed or member.towers.history_times is not None
         )
-        names = "items", "histories", "known_positives", "history_times", "histories_until"
+        names = "items", "histories", "known_positives", "disliked", "history_times"
         log_fields: dict[str, Any] = {
-            name: getattr(whole, name) for name in (*names, "reading", "items_read")
+            name: getattr(whole, name)
+            for name in (*names, "histories_until", "reading", "items_read")
         }
         return dataclasses.replace(self.towers, repeat_bonus=self.repeat_bonus, **log_fields)
 

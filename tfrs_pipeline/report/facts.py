@@ -57,10 +57,12 @@ class RunFacts:
     @property
     def funnel(self) -> list[dict[str, Any]]:
         """The stages from the first: how many events ended there, and how many reached them."""
-        sizes = [*self.events_by_stage.values()]
+        # A dislike is no stage that the next one could follow.
+        stages = [stage for stage in self.events_by_stage if stage != Stage.DISLIKED]
+        sizes = [self.events_by_stage[stage] for stage in stages]
         # An event is counted at its last stage, and has passed all before it.
         reached = np.cumsum(sizes[::-1])[::-1].tolist()
-        columns = zip(self.events_by_stage, sizes, reached, [*reached[:1], *reached], strict=False)
+        columns = zip(stages, sizes, reached, [*reached[:1], *reached], strict=False)
         return [
             {"stage": stage, "ended": size, "reached": num, "of_before": num / before}
             for stage, size, num, before in columns

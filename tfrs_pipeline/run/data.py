@@ -213,6 +213,11 @@ def describe_samples(report: Mapping[str, Any], exclude: Exclude) -> list[str]:
             f"{repeats:.0%} repeats, which rankings leave out (evaluation.exclude {exclude}): if a "
             "user's own items may come again, set it to none (docs/guides/seen.md)"
         )
+    if "num_disliked" in report:
+        notes.append(
+            f"disliked: {report['num_disliked']:,} items of a user, never shown to them again; "
+            f"{counted(report['num_disliked_clicks'], 'click')} on them train nothing"
+        )
     if any(pool["num_samples"] for pool in pools.values()):
         notes += [
             f"hard negatives, {stage}: {pool['num_samples']:,} positives have some "

@@ -55,7 +55,7 @@ def build_samples(
     | `queries.parquet` | query_row from 1, user_id | query_row |
     | `samples.parquet` | query_row, candidate_row, weight; with an order num_earlier; with timestamps time, in seconds since 1970, int64; request_<name> of each request feature; with hard negatives num_hard_<stage> | query_row, then time |
     | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples, then random |
-    | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
+    | `known_positives.parquet`, `exposed.parquet`, with dislikes `disliked.parquet` | query_row, candidate_row, each pair once | both |
 
     A query's samples are its sequence; its first num_earlier samples come before the sample. Row 0
     is "unknown" on both sides. Counts, histories and masks come only from the given events: give
@@ -68,20 +68,30 @@ def build_samples(
     All items and users of the log get rows. The seed draws the hard pools from the losers that
     `hard` asks for. Returns counts by name; with hard negatives also "hard_negatives" by stage
     (num_samples with some, and their mean_pool) and num_losers_removed, the losers that the guard
-    or their rank keeps from being hard negatives. Raises a `DataError` if there is no positive.
+    or their rank keeps from being hard negatives. With dislikes also num_disliked, pairs of a user
+    and an item, and num_disliked_clicks, clicks that are no positives, however early they came: a
+    dislike anywhere in the events beats a click or an exposure of the pair. Raises a `DataError` if
+    there is no positive.
     """  # noqa: E501
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are incomplete.
     (folder / "report.json").unlink(missing_ok=True)
+    (folder / "disliked.parquet").unlink(missing_ok=True)
     # In tables of the log's database, not in files: DuckDB caches the statistics of a path.
     work = _Work(folder)
     try:
         events = _write_rows(log, work)
         positives = events.filter(is_positive)
+        exposed, disliked = (
+            events.filter(events["stage"] == stage.value).select(*_PAIR).distinct()
+            for stage in (Stage.EXPOSED, Stage.DISLIKED)
+        )
+        if log.disliked is not None:
+            disliked = work.write("disliked", disliked.order_by(_PAIR))
+            positives, exposed = (x.anti_join(disliked, _PAIR) for x in (positives, exposed))
         _write_counts(positives, work)
         # The items that are never a user's negatives.
         known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
-        exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
         work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
         samples = positives
         if log.order != "none":
@@ -208,6 +218,10 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
         "num_known_positives": count_rows(known),
         "num_exposed": count_rows(work.kept["exposed"]),
     }
+    if "disliked" in work.kept:
+        num_clicks = count_rows(work.kept["events"].filter(is_positive))
+        report["num_disliked"] = count_rows(work.kept["disliked"])
+        report["num_disliked_clicks"] = num_clicks - report["num_samples"]
     if hard is not None:
         report |= {"hard_negatives": {}, "num_losers_removed": num_removed}
         for stage in hard.stages:
@@ -298,7 +312,7 @@ def latest_histories(
     """
     users = _row_table("user_id", query_ids, "query_row")
     items = _row_table("item_id", candidate_ids, "candidate_row")
-    events = log.events.filter(is_positive).select("user_id", "item_id", *order_keys(log.events))
+    events = log.positives().select("user_id", "item_id", *order_keys(log.events))
     joined = events.inner_join(users, "user_id").left_join(items, "item_id")
     rows = joined.mutate(candidate_row=ibis.coalesce(joined["candidate_row"], 0))
     latest_first = [ibis.desc(key) for key in order_keys(log.events)]
@@ -306,6 +320,16 @@ def latest_histories(
     histories, times = _by_query(rows.order_by(["query_row", *latest_first]), len(query_ids))
     known_positives, _ = _by_query(known.order_by(["query_row", "candidate_row"]), len(query_ids))
     return histories, known_positives, times
+
+
+def disliked_rows(log: Log, query_ids: Ids, candidate_ids: Ids) -> RowLists:
+    """Collects the candidate rows that each user disliked, ascending, per query row from 0."""
+    if log.disliked is None:
+        return RowLists.empty(len(query_ids) + 1)
+    users = _row_table("user_id", query_ids, "query_row")
+    items = _row_table("item_id", candidate_ids, "candidate_row")
+    rows = log.disliked.inner_join(users, "user_id").inner_join(items, "item_id")
+    return _by_query(rows.order_by(["query_row", "candidate_row"]), len(query_ids))[0]
 
 
 def _row_table(id_name: str, ids: Ids, row_name: str) -> ibis.Table:

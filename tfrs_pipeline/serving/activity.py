@@ -8,14 +8,15 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.serving.journal import DISLIKED, Journal
+from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.signatures import as_ids
 
 # Types of events whose items are excluded from answers, by the training's evaluation.exclude.
-_EXCLUDED_TYPES = {
-    "clicked": {Stage.CLICKED, DISLIKED},
-    "seen": {Stage.CLICKED, Stage.EXPOSED, DISLIKED},
-    "none": {DISLIKED},
+# Disliked items always are.
+_EXCLUDED_TYPES: dict[str, set[str]] = {
+    "clicked": {Stage.CLICKED},
+    "seen": {Stage.CLICKED, Stage.EXPOSED},
+    "none": set(),
 }
 
 
@@ -23,14 +24,16 @@ class Recent(NamedTuple):
     """What a user did until now.
 
     Attributes:
-        history: Item ids, oldest first.
+        history: Item ids, oldest first, without disliked ones.
         times: Their times in seconds since 1970; NaN where unknown.
-        excluded: Ids of items that are excluded from answers.
+        excluded: Ids of items that are excluded from answers, the disliked ones included.
+        disliked: Ids of items that the user disliked, before the end of the log or since.
     """
 
     history: list[Any]
     times: list[float]
     excluded: list[Any]
+    disliked: list[Any]
 
 
 class Activity:
@@ -54,11 +57,13 @@ class Activity:
         self._journal, self._users = journal, encoder._query_rows
         self._excludes_known = excludes_known
         self._ids = _content(encoder._candidate_ids)  # In row 0 is the empty id.
-        (self._rows, self._starts), (self._known, self._known_starts) = (
+        self._histories, self._known = (
             [*map(_content, lists)] for lists in (encoder._histories, encoder._known)
         )
+        # Not saved where nobody disliked anything.
+        self._disliked = [*map(_content, getattr(encoder, "_disliked", None) or ())]
         times = getattr(encoder, "_history_times", None)  # Not saved where it is None.
-        self._times = np.full(len(self._rows), np.nan) if times is None else _content(times)
+        self._times = np.full(len(self._histories[0]), np.nan) if times is None else _content(times)
         # Events up to this time, and at it, are in the log that the version was trained on.
         until = manifest.get("histories_until", manifest["items_read"])
         self._until = round(1000 * datetime.fromisoformat(until).timestamp())
@@ -77,23 +82,33 @@ class Activity:
         recent = {}
         for position, row in zip(positions, rows, strict=True):
             events = events_by_user[user_ids[position]]
-            clicks = [
-                event
+            disliked = self._items(self._disliked, row) if self._disliked else []
+            disliked += [event.item_id for event in events if event.type == Stage.DISLIKED]
+            offsets = self._histories[1]
+            times = self._times[offsets[row] : offsets[row + 1]][::-1].tolist()
+            # Stored histories are most recent first.
+            clicks = [*zip(self._items(self._histories, row)[::-1], times, strict=True)]
+            clicks += [
+                (event.item_id, event.time / 1000)
                 for event in events
                 if event.type == Stage.CLICKED and event.time > self._until
             ]
-            stored = slice(self._starts[row], self._starts[row + 1])
-            known = self._known[self._known_starts[row] : self._known_starts[row + 1]]
-            known = known if self._excludes_known else known[:0]
+            if gone := {*disliked}:
+                clicks = [click for click in clicks if click[0] not in gone]
+            known = self._items(self._known, row) if self._excludes_known else []
+            known += [event.item_id for event in events if event.type in self._excluded_types]
             recent[position] = Recent(
-                # Stored histories are most recent first.
-                as_ids(self._ids[self._rows[stored][::-1]].tolist())
-                + [click.item_id for click in clicks],
-                self._times[stored][::-1].tolist() + [click.time / 1000 for click in clicks],
-                as_ids(self._ids[known].tolist())
-                + [event.item_id for event in events if event.type in self._excluded_types],
+                [item_id for item_id, _ in clicks],
+                [time for _, time in clicks],
+                known + disliked,
+                disliked,
             )
         return recent
+
+    def _items(self, lists: Sequence[np.ndarray], row: int) -> list[Any]:
+        """Returns the ids of a user's list, which is stored as rows and offsets."""
+        rows, offsets = lists
+        return as_ids(self._ids[rows[offsets[row] : offsets[row + 1]]].tolist())
 
     def _user_rows(self, user_ids: Sequence[Any]) -> list[int]:
         rows = tf.raw_ops.LookupTableFindV2(

@@ -26,9 +26,9 @@ def write_log(model: str | Path, path: str | Path) -> int:
     """Writes the events and answers recorded for a model as an event table, in order of time.
 
     Each item of a request is a row: `user_id`, `item_id`, `timestamp`, `stage`, `request_id` and
-    its `rank` in the answer, from 0. An item that was served is "retrieved", one that was shown or
-    disliked "exposed", a clicked one "clicked"; other stages are those that were recorded. The
-    furthest one counts. Events without a request have no `request_id`.
+    its `rank` in the answer, from 0. An item that was served is "retrieved", one that was shown
+    "exposed", a clicked one "clicked", a disliked one "disliked"; other stages are those that were
+    recorded. The furthest one counts. Events without a request have no `request_id`.
 
     Args:
         model: The folder of a model or of a version.

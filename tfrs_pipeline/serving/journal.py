@@ -30,13 +30,11 @@ from tfrs_pipeline.serving.store import Database
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "events.sqlite"
-DISLIKED = "disliked"
-# Types of events as clients write them -> a stage of a log, or a dislike.
+# Types of events as clients write them -> a stage of a log.
 TYPES: Mapping[str, str] = {
     "click": Stage.CLICKED,
     "view": Stage.EXPOSED,
-    "dislike": DISLIKED,
-    DISLIKED: DISLIKED,
+    "dislike": Stage.DISLIKED,
     **{stage.value: stage.value for stage in Stage},
 }
 
@@ -46,7 +44,7 @@ CREATE TABLE IF NOT EXISTS events (
     user_id NOT NULL,        -- INTEGER or TEXT; without a type, 7 and '7' differ.
     time INTEGER NOT NULL,   -- Milliseconds since 1970, exact.
     item_id NOT NULL,
-    type TEXT NOT NULL,      -- A stage of a log, or 'disliked'.
+    type TEXT NOT NULL,      -- A stage of a log.
     request_id TEXT,         -- Of the answer that it belongs to.
     event_id TEXT UNIQUE,    -- The client's own.
     PRIMARY KEY (user_id, time, item_id, type)
@@ -70,8 +68,7 @@ SELECT user_id, item_id, time, CASE max(level) {_STAGE_OF_LEVEL} END, request_id
     SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id, item.key AS rank
     FROM served, json_each(served.items) AS item
     UNION ALL
-    SELECT user_id, item_id, time, CASE type {_LEVELS} ELSE {_STAGES.index(Stage.EXPOSED)} END,
-    request_id, NULL FROM events
+    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL FROM events
 ) GROUP BY user_id, item_id, coalesce(request_id, -time) ORDER BY time, request_id, 6, user_id
 """
 # A request reads this many of a user's newest events. No person has more; a bot may.
@@ -164,8 +161,8 @@ class Journal(Database):
 
         A row is user_id, item_id, milliseconds since 1970, stage, request_id, and rank in the
         answer, from 0. Each item of a request has one, with the furthest stage that it reached and
-        the time of that. Items that were served are retrieved, those with a dislike exposed. Writes
-        after the first block do not show.
+        the time of that. Items that were served are retrieved. Writes after the first block do not
+        show.
         """
         with self._opened() as connection:
             if connection is None:

@@ -54,7 +54,8 @@ def recommend(
         path: A `.parquet` file; an earlier one is replaced once the new one is complete.
         users: CSV or Parquet, or a table, with `user_id` and optionally `history`: item ids, oldest
             first, in a list, or in a text that is split as in the log's files. A user with a
-            history is answered by it, and its items are left out. None is all users of the model.
+            history is answered by it, and its items are left out, and those that the user disliked.
+            None is all users of the model.
         k: Number of items for each user.
         allowed: Values of the item filter; items need one of them. An empty list allows all.
         progress: Shows how many users are done, and how many a second.
@@ -191,9 +192,10 @@ def _answer(model: "LoadedRetriever", users: pa.Table, k: int, allowed: list[str
         user_ids = [ids[line] for line in lines]
         filters = [allowed] * len(lines) if allowed else None
         if by_history:
-            exclude = [histories[line] or () for line in lines]
-            pairs = zip(user_ids, exclude, strict=True)
-            queries = [{"user_id": id_, "history": history} for id_, history in pairs]
+            exclude = model.disliked_items(user_ids)
+            for line, excluded in zip(lines, exclude, strict=True):
+                excluded += histories[line] or ()
+            queries = [{"user_id": ids[line], "history": histories[line]} for line in lines]
             answer = model.retrieve(queries, shape[1], exclude, allowed=filters)
         else:
             answer = model.retrieve_user(user_ids, shape[1], allowed=filters)[:2]

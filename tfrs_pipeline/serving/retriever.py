@@ -163,10 +163,10 @@ class LoadedRetriever:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         Excludes only `exclude`: items of the history, and those that a user is known to have
-        clicked, are retrieved too. Reads only the history in the query; `retrieve_user` reads the
-        stored history of a known user, and excludes its items, unless the model has a repeat bonus.
-        Items of a history that the training
-        did not have are ignored; `knows` says which ones it had.
+        clicked or disliked (`disliked_items`), are retrieved too. Reads only the history in the
+        query; `retrieve_user` reads the stored history of a known user, and excludes its items,
+        unless the model has a repeat bonus. Items of a history that the training did not have are
+        ignored; `knows` says which ones it had.
 
         Args:
             queries: See `Query`; all keys are optional. `features` replace all stored ones of the
@@ -198,12 +198,12 @@ class LoadedRetriever:
 
         That is the stored history and the events recorded since, in time order. Recorded clicks are
         excluded too, unless the training's `evaluation.exclude` was none; views if it was seen;
-        dislikes always. If the model has a repeat bonus, because its users return to items, known
-        positives are retrieved too. Users without either get the answer for an empty
-        history. `exclude` adds ids to exclude. `allowed` and `requests` have one entry for each
-        user, as in `retrieve`. Returns candidate_ids [n, k], scores [n, k] float32, is_known_user
-        [n] bool. Raises as `retrieve`, and a `ValueError` if the model was exported without user
-        data.
+        dislikes always, in the training's log and recorded since. If the model has a repeat bonus,
+        because its users return to items, known positives are retrieved too. Users without either
+        get the answer for an empty history. `exclude` adds ids to exclude. `allowed` and `requests`
+        have one entry for each user, as in `retrieve`. Returns candidate_ids [n, k], scores [n, k]
+        float32, is_known_user [n] bool. Raises as `retrieve`, and a `ValueError` if the model was
+        exported without user data.
         """
         if not self.manifest["user_data"]:
             raise ValueError(
@@ -317,6 +317,15 @@ class LoadedRetriever:
             return now[0].history[::-1]
         ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
         return id_lists_of(ids.numpy())[0]
+
+    def disliked_items(self, user_ids: Sequence[Any]) -> list[list[Any]]:
+        """Returns what each user disliked until now, in the training's log and in service."""
+        recent = {} if self._activity is None else self._activity.until_now(user_ids)
+        stored: list[list[Any]] = [[] for _ in user_ids]
+        # Not saved where nobody disliked anything.
+        if function := getattr(self.saved_model.encoder, "disliked_items", None):
+            stored = id_lists_of(function(id_list(user_ids, self.user_dtype)).numpy())
+        return [recent[line].disliked if line in recent else ids for line, ids in enumerate(stored)]
 
     def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
         """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
