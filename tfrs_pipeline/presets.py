@@ -142,6 +142,12 @@ _ALL = (
         "funnel logs: losers of pre-rank and rank have 1% of the negatives' weight",
         races=False,
     ),
+    Recipe(
+        "hybrid_50_50",
+        {"model.hard": FunnelLosers(share=0.5)},
+        "funnel logs, by the rule of thumb: losers have half of the negatives' weight",
+        races=False,
+    ),
 )
 PRESETS = {recipe.name: recipe for recipe in _ALL}
 """The recipes by name."""

@@ -11,7 +11,6 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.sources import movielens
 from tfrs_pipeline.sources.movielens import FetchError, load_movielens_100k, unpack_wheel
 
 RATINGS = ["8\t267\t4\t881250949", "7\t2\t3\t891717742"]
@@ -120,25 +119,6 @@ def test_when_all_routes_are_closed_the_error_says_what_to_do(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"A: the host.*; B: the host .*Download ml-100k\.zip"):
         load_movielens_100k(cache_dir=tmp_path, fetchers={"A": closed, "B": closed})
     assert not list(tmp_path.iterdir())
-
-
-def test_only_the_known_archive_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_grouplens(tmp_path)
-    archive, files = tmp_path / "ml-100k.zip", tmp_path / "files"
-    with zipfile.ZipFile(archive, "w") as opened:
-        for name in movielens.GROUPLENS_FILES:
-            opened.write(tmp_path / name, f"ml-100k/{name}")
-    files.mkdir()
-    monkeypatch.setattr(movielens, "ARCHIVE_URL", archive.as_uri())
-    with pytest.raises(FetchError, match="is not the known file"):
-        movielens.fetch_archive(files)
-    known = hashlib.sha256(archive.read_bytes()).hexdigest()
-    monkeypatch.setattr(movielens, "ARCHIVE_SHA256", known)
-    movielens.fetch_archive(files)
-    assert rows(load_movielens_100k(files)) == rows(load_movielens_100k(tmp_path))
-    monkeypatch.setattr(movielens, "ARCHIVE_URL", (tmp_path / "gone.zip").as_uri())
-    with pytest.raises(FetchError, match="cannot be reached"):
-        movielens.fetch_archive(files)
 
 
 def test_the_wheel_is_opened_only_for_known_files(tmp_path: Path) -> None:

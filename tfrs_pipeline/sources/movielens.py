@@ -5,7 +5,7 @@ Ratings of 4 and 5 are clicks, lower ones exposures. The data are fetched, never
 
 import bisect
 import hashlib
-import io
+import importlib.util
 import itertools
 import logging
 import os
@@ -31,7 +31,6 @@ MIN_CLICKED_RATING = 4
 ITEM_FEATURES = {"title": "text", "year": "categorical", "genres": "multi_categorical"}
 USER_FEATURES = dict.fromkeys(("age_group", "gender", "occupation"), "categorical")
 ARCHIVE_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
-ARCHIVE_SHA256 = "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"
 GROUPLENS_FILES = ("u.data", "u.item", "u.user")
 RECBOLE_REQUIREMENT = "recbole==1.2.1"
 RECBOLE_SHA256 = {
@@ -70,8 +69,9 @@ def load_movielens_100k(
 ) -> Log:
     """Loads MovieLens-100K from `folder`, the cache, or the network.
 
-    Fetches the original archive or, if only a package index can be reached, the copy inside the
-    recbole wheel, which is opened as a zip file, never installed or imported.
+    Fetches the original archive through TensorFlow Datasets' download manager or, if only a package
+    index can be reached, the copy inside the recbole wheel, which is opened as a zip file, never
+    installed or imported.
 
     `folder` holds GroupLens's own files u.data, u.item and u.user. Features are some of
     `ITEM_FEATURES` and `USER_FEATURES`, None means all, and `hour` and `weekday` of the rating.
@@ -109,38 +109,40 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tfrs_pipeline"
 
 
-def fetch_archive(folder: Path) -> None:
-    """Fetches the original archive; a `FetchError` if its host cannot be reached, or has another.
+def fetch_with_tfds(folder: Path) -> None:
+    """Fetches the original archive through TensorFlow Datasets, which checks its registered hash.
 
-    Unlike the dataset that TensorFlow Datasets builds, this keeps the file order, which breaks ties
-    in time.
+    Unlike the dataset that TFDS builds, this keeps the file order, which breaks ties in time. TFDS
+    runs in another process, so that this one needs no TensorFlow and can stop retries of minutes. A
+    `FetchError` if it is not installed, the host cannot be reached, or the download fails.
     """
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise FetchError("tensorflow_datasets is not installed")
     try:
-        with urllib.request.urlopen(ARCHIVE_URL, timeout=10) as answer:
-            content = answer.read()
+        with urllib.request.urlopen(urllib.request.Request(ARCHIVE_URL, method="HEAD"), timeout=5):
+            pass
     except (OSError, ValueError) as error:
         raise FetchError(f"{ARCHIVE_URL} cannot be reached: {error}") from error
-    # Checked before it is opened.
-    if hashlib.sha256(content).hexdigest() != ARCHIVE_SHA256:
-        raise FetchError(f"{ARCHIVE_URL} is not the known file")
-    with zipfile.ZipFile(io.BytesIO(content)) as opened:
-        for name in GROUPLENS_FILES:
-            (folder / name).write_bytes(opened.read(f"ml-100k/{name}"))
+    script = (
+        "import sys, tensorflow_datasets as tfds\n"
+        "manager = tfds.download.DownloadManager(\n"
+        "    download_dir=sys.argv[1], force_checksums_validation=True)\n"
+        "print(manager.download(sys.argv[2]))\n"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-c", script, scratch, ARCHIVE_URL]
+        archive = _run(command, timeout_seconds=120).strip().splitlines()[-1]
+        with zipfile.ZipFile(archive) as opened:
+            for name in GROUPLENS_FILES:
+                (folder / name).write_bytes(opened.read(f"ml-100k/{name}"))
 
 
 def fetch_from_recbole(folder: Path) -> None:
     """Fetches the recbole wheel with pip and takes the data files out of it."""
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=15"]
-        # Only the data files of the package are wanted, so none of what it needs.
         pip += ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-        command = [*pip, "--dest", scratch, RECBOLE_REQUIREMENT]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired as error:
-            raise FetchError("no answer within 300 s") from error
-        if done.returncode:
-            raise FetchError((done.stderr.strip() or "no message").splitlines()[-1])
+        _run([*pip, "--dest", scratch, RECBOLE_REQUIREMENT], timeout_seconds=300)
         unpack_wheel(next(Path(scratch).glob("recbole-*.whl")), folder, RECBOLE_SHA256)
 
 
@@ -159,7 +161,7 @@ def unpack_wheel(wheel: Path, folder: Path, sha256: Mapping[str, str]) -> None:
 
 
 FETCHERS: Mapping[str, Fetcher] = {
-    "archive": fetch_archive,
+    "TensorFlow Datasets": fetch_with_tfds,
     "recbole wheel": fetch_from_recbole,
 }
 
@@ -195,6 +197,17 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
         f"MovieLens-100K could not be fetched ({'; '.join(reasons)}). Download ml-100k.zip where "
         "the network allows it, unpack it, and name the folder that holds u.data, u.item, u.user."
     )
+
+
+def _run(command: list[str], *, timeout_seconds: int) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds)
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(f"no answer within {timeout_seconds} s") from error
+    if done.returncode:
+        last_line = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise FetchError(last_line)
+    return done.stdout
 
 
 _RATING_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
