@@ -15,11 +15,12 @@ whether two kinds of shown items deserve it, since they say more than a missing 
               deviation 1.8 logits) are `disliked` (2%) or `skipped` (24%); `others` are the rest.
 
 Each kind is an own kind of hard negatives: every positive of a user draws four columns from the
-user's list, which share f of the negatives' weight. Shares are compared on validation, with the
-first two seeds; the best one of each kind is then trained with all seeds and measured on the test,
-against the same model without hard negatives. Rankings exclude what the user has seen, so that no
-kind gains from pushing down what is never shown again. On the funnel, `truth` is recall@50 of the
-50 unseen items that the user would most probably click.
+user's list, which share f of the negatives' weight. At f = 0 the list is not drawn from, but its
+items are no longer masked: easy columns that hold them count, as for any other item. Shares are
+compared on validation, with the first two seeds; the best one of each kind is then trained with all
+seeds and measured on the test, against the same model without hard negatives. Rankings exclude what
+the user has seen, so that no kind gains from pushing down what is never shown again. On the funnel,
+`truth` is recall@50 of the 50 unseen items that the user would most probably click.
 
     python benchmarks/dislikes.py ratings --data u.data --json dislikes_ml_100k.json
     python benchmarks/dislikes.py kuairand --data kuairand-pure --json dislikes_kuairand.json
@@ -56,7 +57,8 @@ from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.run.comparison import OverSeeds
 from tfrs_pipeline.sources.simulated import simulate_funnel
 
-SHARES = (0.005, 0.01, 0.02, 0.05)
+# At 0, the pairs are no longer masked: they are negatives of their user like any other item.
+SHARES = (0.0, 0.005, 0.01, 0.02, 0.05)
 NUM_CHOOSING = 2  # Seeds whose validation chooses the share.
 REFERENCE = "none"
 K, MONITOR = 50, "ndcg@100"
@@ -157,9 +159,25 @@ def funnel(options: argparse.Namespace, seed: int) -> Task:
 
     def truth(model: tp.Retriever) -> float:
         found, _ = model.retrieve(test.as_queries(), K, exclude=test.seen)
-        return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, best)]))
+        return float(
+            np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, best, strict=True)])
+        )
 
     return Task(split, kinds, truth)
+
+
+def unmasked(data: TrainingSet, pairs: pd.DataFrame) -> TrainingSet:
+    """Makes samples that no longer know that these pairs of a user and an item were shown."""
+    samples, corpus = data.samples, data.corpus
+    users, items = (
+        corpus.query_ids.rows(pairs["user_id"]),
+        corpus.candidate_ids.rows(pairs["item_id"]),
+    )
+    exposed = samples.exposed
+    keys = np.repeat(np.arange(len(exposed)), np.diff(exposed.offsets)) << 32 | exposed.values
+    is_kept = ~np.isin(keys, users.astype(np.int64) << 32 | items)
+    samples = dataclasses.replace(samples, exposed=exposed.where(is_kept))
+    return dataclasses.replace(data, samples=samples)
 
 
 def train(task: Task, data: TrainingSet, hard: Any, seed: int, options: Any) -> dict[str, float]:
@@ -198,6 +216,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             start = time.monotonic()
             task, data = prepare(seed if options.task == "funnel" else 0)
             hard = OfTheUser(task.kinds[kind], share) if share else None
+            if kind != REFERENCE and not share:
+                data = unmasked(data, task.kinds[kind])
             rows[name] = train(task, data, hard, seed, options)
             print(f"{name}  {rows[name]}  {time.monotonic() - start:.0f} s", flush=True)
             tf.keras.backend.clear_session()

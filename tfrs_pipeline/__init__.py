@@ -38,6 +38,7 @@ _NAMES = {
     "evaluation.signals": ("Signal", "Signals", "signals"),
     "model.corpus": ("TrainingSet",),
     "model.exportable": ("Exportable",),
+    "model.false_negatives": ("FalseNegatives",),
     "model.fitted_model": ("FittedTwoTower",),
     "model.loss": ("HybridRetrieval",),
     "model.network": ("TwoTowerNetwork",),

@@ -91,6 +91,20 @@ def bootstrap_intervals(
     return intervals
 
 
+def ratio_interval(
+    numerators: np.ndarray, denominators: np.ndarray, *, num_bootstrap: int = 1000, seed: int = 0
+) -> Interval:
+    """Computes sum / sum of two columns, [num_users] each, with a 95% percentile interval.
+
+    Whole users are drawn with replacement. All are NaN if the denominators sum to 0.
+    """
+    values = np.stack([numerators, denominators], axis=1).astype(np.float64)
+    draws = _divide(_resampled_sums(values, num_bootstrap, np.random.default_rng(seed)))[:, 0]
+    draws = draws[~np.isnan(draws)]
+    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
+    return Interval(float(_divide(values.sum(axis=0)[None])[0, 0]), float(low), float(high))
+
+
 def table_intervals(
     tables: Mapping[str, Mapping[str, np.ndarray]], **options: Any
 ) -> dict[str, dict[str, Interval]]:

@@ -164,6 +164,9 @@ def _write_metrics(
         **version,
         "left_out": baselines.left_out,
         "signals": signals.as_dict(),
+        "false_negatives": {
+            pool: {**asdict(x), "words": str(x)} for pool, x in samples.false_negatives.items()
+        },
         # Of the steps before this one, which has not ended.
         "notes": {report.name: report.notes for report in run.reports[:-1]},
         "seconds": {report.name: report.seconds for report in run.reports[:-1]},
