@@ -18,9 +18,10 @@ Each kind is an own kind of hard negatives: every positive of a user draws four 
 user's list, which share f of the negatives' weight. At f = 0 the list is not drawn from, but its
 items are no longer masked: easy columns that hold them count, as for any other item. Shares are
 compared on validation, with the first two seeds; the best one of each kind is then trained with all
-seeds and measured on the test, against the same model without hard negatives. Rankings exclude what
-the user has seen, so that no kind gains from pushing down what is never shown again. On the funnel,
-`truth` is recall@50 of the 50 unseen items that the user would most probably click.
+seeds and measured on the test, against the same model without hard negatives. The last kind of each
+log is a control and takes the share of the first. Rankings exclude what the user has seen, so that
+no kind gains from pushing down what is never shown again. On the funnel, `truth` is recall@50 of
+the 50 unseen items that the user would most probably click.
 
     python benchmarks/dislikes.py ratings --data u.data --json dislikes_ml_100k.json
     python benchmarks/dislikes.py kuairand --data kuairand-pure --json dislikes_kuairand.json
@@ -59,6 +60,7 @@ from tfrs_pipeline.sources.simulated import simulate_funnel
 
 # At 0, the pairs are no longer masked: they are negatives of their user like any other item.
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.05)
+CONTROLS = ("indifferent", "watched", "others")
 NUM_CHOOSING = 2  # Seeds whose validation chooses the share.
 REFERENCE = "none"
 K, MONITOR = 50, "ndcg@100"
@@ -82,7 +84,7 @@ class OfTheUser:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A split log, pairs of user and item by kind of negative, and a measure of the truth."""
+    """A split log, pairs of user and item by kind, controls last, and a measure of the truth."""
 
     split: Split
     kinds: Mapping[str, pd.DataFrame]
@@ -233,8 +235,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         seeds, choosing = range(options.seeds), range(min(NUM_CHOOSING, options.seeds))
         result: dict[str, Any] = {REFERENCE: averages([run(REFERENCE, 0, x) for x in seeds])}
-        for kind, pairs in prepare(0)[0].kinds.items():
-            found = {share: gains(kind, share, choosing)["validation"].mean() for share in SHARES}
+        kinds = prepare(0)[0].kinds
+        first = next(iter(kinds))
+        for kind, pairs in kinds.items():
+            # A control has the share of the first kind, since it says what that share does alone.
+            shares = (result[first]["share"],) if kind in CONTROLS else SHARES
+            found = {share: gains(kind, share, choosing)["validation"].mean() for share in shares}
             best = max(found, key=lambda share: found[share])
             result[kind] = {
                 "num_pairs": len(pairs.drop_duplicates(["user_id", "item_id"])),
