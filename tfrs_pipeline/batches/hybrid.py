@@ -50,6 +50,7 @@ class HybridBatches:
         frame: The distributions from which negatives are drawn.
         expected_count: [num_candidates + 1] float64, n(c).
         hard: What hard negatives are drawn from; None without them.
+        never: Reason -> per query row, the candidates that are masked in its columns for it.
 
     Raises a `ValueError` if the examples conflict with in-batch or hard negatives, or as `Mixture`
     does, and a `DataError` if no positive has a hard negative of the kind.
@@ -100,7 +101,7 @@ class HybridBatches:
         self._factor = None
         if positive_weight is not None:
             self._factor = positive_weight / np.average(positive_weight, weights=samples.counts)
-        self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
+        self.never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self.hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
@@ -188,7 +189,7 @@ class HybridBatches:
         return _Parts(
             batch._replace(weight=self._weights(index), requests=requests),
             slot,
-            {reason: lists.take(distinct) for reason, lists in self._never.items()},
+            {reason: lists.take(distinct) for reason, lists in self.never.items()},
             {} if self.hard is None else self.hard.read(index),
         )
 
@@ -203,7 +204,7 @@ class HybridBatches:
         return _Parts(
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
-            dict.fromkeys(self._never, _lists_spec(None)),
+            dict.fromkeys(self.never, _lists_spec(None)),
             {} if self.hard is None else dict.fromkeys(self.hard.pools, _lists_spec(num)),
         )
 
@@ -250,7 +251,7 @@ class HybridBatches:
             rates = sample_rate[samples.candidate_rows[block]]
             query_rate += np.bincount(samples.query_rows[block], rates, len(query_rate))
         masked = {"accidental hits": float(self.frame.q_positive @ n)}
-        masked |= {name: _pair_sum(lists, query_rate, n) for name, lists in self._never.items()}
+        masked |= {name: _pair_sum(lists, query_rate, n) for name, lists in self.never.items()}
         # A positive is one of its user's known ones, so its accidental hits were counted there too.
         masked[KNOWN] -= masked["accidental hits"]
         if samples.is_later is not None:

@@ -69,8 +69,8 @@ def false_negatives(batches: HybridBatches, later: Holdout) -> dict[str, FalseNe
     users, number = np.unique(samples.query_ids.rows(later.user_ids), return_inverse=True)
     rows = RowLists.from_lists(samples.candidate_ids.rows_by_list(later.relevant))
     clicked = np.unique(_keys(number, rows))
-    every, kinds = np.arange(len(users)), (samples.known_positives, samples.exposed)
-    never = np.concatenate([_keys(every, kind.take(users)) for kind in kinds])
+    every = np.arange(len(users))
+    never = np.concatenate([_keys(every, kind.take(users)) for kind in batches.never.values()])
     weights = batches.expected_count.copy()
     if samples.is_later is not None:
         weights[samples.is_later] = 0
