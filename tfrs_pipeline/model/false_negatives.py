@@ -70,7 +70,8 @@ def false_negatives(batches: HybridBatches, later: Holdout) -> dict[str, FalseNe
     rows = RowLists.from_lists(samples.candidate_ids.rows_by_list(later.relevant))
     clicked = np.unique(_keys(number, rows))
     every = np.arange(len(users))
-    never = np.concatenate([_keys(every, kind.take(users)) for kind in batches.never.values()])
+    masked = (kind.take(users) for kind in batches.never.values())
+    never = np.unique(np.concatenate([_keys(every, lists) for lists in masked]))
     weights = batches.expected_count.copy()
     if samples.is_later is not None:
         weights[samples.is_later] = 0
