@@ -157,4 +157,3 @@ def test_a_ratio_has_the_interval_of_resampled_users() -> None:
     low, high = np.quantile(hits[draws].sum(1) / num[draws].sum(1), [0.025, 0.975])
     assert interval.mean == hits.sum() / num.sum()
     np.testing.assert_allclose([interval.low, interval.high], [low, high], rtol=0.03)
-    assert np.isnan(ratio_interval(hits, 0 * num).low)

@@ -96,13 +96,12 @@ def ratio_interval(
 ) -> Interval:
     """Computes sum / sum of two columns, [num_users] each, with a 95% percentile interval.
 
-    Whole users are drawn with replacement. All are NaN if the denominators sum to 0.
+    Whole users are drawn with replacement. The denominators may not all be 0.
     """
     values = np.stack([numerators, denominators], axis=1).astype(np.float64)
-    draws = _divide(_resampled_sums(values, num_bootstrap, np.random.default_rng(seed)))[:, 0]
-    draws = draws[~np.isnan(draws)]
-    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
-    return Interval(float(_divide(values.sum(axis=0)[None])[0, 0]), float(low), float(high))
+    draws = _divide(_resampled_sums(values, num_bootstrap, np.random.default_rng(seed)))
+    low, high = np.nanquantile(draws, [0.025, 0.975])  # A resample may miss all but zeros.
+    return Interval(float(numerators.sum() / denominators.sum()), float(low), float(high))
 
 
 def table_intervals(

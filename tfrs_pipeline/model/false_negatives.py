@@ -69,26 +69,25 @@ def false_negatives(batches: HybridBatches, later: Holdout) -> dict[str, FalseNe
     users, number = np.unique(samples.query_ids.rows(later.user_ids), return_inverse=True)
     rows = RowLists.from_lists(samples.candidate_ids.rows_by_list(later.relevant))
     clicked = np.unique(_keys(number, rows))
-    every = np.arange(len(users))
-    masked = (kind.take(users) for kind in batches.never.values())
-    never = np.unique(np.concatenate([_keys(every, lists) for lists in masked]))
+    numbers = np.arange(len(users))
+    masked = [_keys(numbers, kind.take(users)) for kind in batches.never.values()]
+    never = np.unique(np.concatenate(masked))
     weights = batches.expected_count.copy()
     if samples.is_later is not None:
         weights[samples.is_later] = 0
 
-    def sums(keys: np.ndarray, by_row: np.ndarray) -> np.ndarray:
-        return np.bincount(keys >> 32, by_row[keys & _ROW], len(users))
+    def sums(keys: np.ndarray, by_row: np.ndarray | float = 1.0) -> np.ndarray:
+        values = np.broadcast_to(by_row, weights.shape)
+        return np.bincount(keys >> 32, values[keys & _ROW], len(users))
 
     # A user who had every item in training has no easy negative: 0 / 0.
     easy = sums(np.setdiff1d(clicked, never), weights)
     easy_rate = easy / np.maximum(weights.sum() - sums(never, weights), np.finfo(float).tiny)
-    one = np.ones_like(weights)
     index = np.flatnonzero(np.isin(samples.query_rows, users))
-    owner = np.searchsorted(users, samples.query_rows[index])
-    counts = {}
+    owners, counts = np.searchsorted(users, samples.query_rows[index]), {}
     for name, lists in hard.read(index).items():
-        pairs = np.unique(_keys(owner, lists))
-        num, hits = sums(pairs, one), sums(np.intersect1d(pairs, clicked), one)
+        pairs = np.unique(_keys(owners, lists))
+        num, hits = sums(pairs), sums(np.intersect1d(pairs, clicked))
         expected = num * easy_rate
         if num.any():
             times = ratio_interval(hits, expected) if expected.any() else None

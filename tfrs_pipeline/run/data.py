@@ -132,8 +132,8 @@ def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> R
     if any(len(pool.values) for pool in selection.samples.hard_pools.values()):
         # A comparison's plans all train on single positives, as hard negatives need.
         training = config.training.model_copy(update={"examples": "single"})
-        drawn = config.model.model_copy(update={"hard": hard or config.model.hard})
-        plan = TwoTower(**dict(drawn), training=training, seed=config.seed)
+        drawn = dict(config.model) | {"hard": hard or config.model.hard}
+        plan = TwoTower(**drawn, training=training, seed=config.seed)
         counts = false_negatives(plan.batches(selection.samples), validation)
         run.note(*(f"{pool}: {count}" for pool, count in counts.items()))
     return RunData(split, selection, final, validation, test, other, counts)
