@@ -11,6 +11,10 @@ Differences are paired by seed: mean, standard error, and in how many seeds the 
 
     python benchmarks/funnel.py --seeds 10 --json funnel.json
     python benchmarks/funnel.py --seeds 3 --popularity-weight 0.3 --plans easy in-batch
+    python benchmarks/funnel.py --false-negatives --json funnel_false_negatives.json
+
+The last one trains nothing: it counts the losers of each stage that their users click in the next
+tenth of their clicks, for the first seed.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_
 K = 50
 TRUTHS = ("recall@50 of truth", "recall@50 of clicks")
 EVERY_STAGE = ("retrieved", "pre_ranked", "exposed")
+LOSING: tuple[Any, ...] = ("retrieved", "pre_ranked", "ranked", "exposed")
 
 
 def losers(share: float, *stages: Any, num: int = 4) -> dict[str, Any]:
@@ -89,15 +94,29 @@ def measure(
     }
 
 
-def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Simulates one funnel and trains every plan on it."""
-    simulation = simulate_funnel(
+def simulate(seed: int, options: argparse.Namespace) -> Simulation:
+    """Simulates one funnel."""
+    return simulate_funnel(
         num_users=options.users,
         num_items=options.items,
         num_requests=options.requests,
         seed=seed,
         options=FunnelOptions(popularity_weight=options.popularity_weight),
     )
+
+
+def count_false(options: argparse.Namespace) -> dict[str, Any]:
+    """Counts the losers of each stage that their users click later."""
+    split = simulate(options.first_seed, options).log.split("last_share", validation=0.1, test=0.2)
+    plan = tp.TwoTower(hard=tp.FunnelLosers(stages=LOSING, allow_exposed=True))
+    counts = plan.false_negatives(split.train, split.validation)
+    print("\n".join(f"{stage}: {count}" for stage, count in counts.items()))
+    return {stage: dataclasses.asdict(count) for stage, count in counts.items()}
+
+
+def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Simulates one funnel and trains every plan on it."""
+    simulation = simulate(seed, options)
     split = simulation.log.split("last_share", validation=0, test=0.2)
     rows = []
     every = tp.FunnelLosers(stages=EVERY_STAGE, allow_exposed=True)
@@ -195,10 +214,16 @@ def main() -> None:
         default=FunnelOptions().popularity_weight,
         help="Of popularity in the funnel's retrieval; in the truth it has .3.",
     )
+    parser.add_argument("--false-negatives", action="store_true", help="Only count them.")
     parser.add_argument("--plans", nargs="*", default=[], help="Parts of the names to run.")
     options = parser.parse_args()
     # Hides warnings of retracing: each plan has its own model.
     tf.get_logger().setLevel("ERROR")
+    if options.false_negatives:
+        counts = count_false(options)
+        if options.json:
+            write_json(options.json, {"false_negatives": counts}, seed=options.first_seed)
+        return
     rows: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         rows += run_seed(seed, options)

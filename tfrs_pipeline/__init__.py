@@ -37,6 +37,7 @@ _NAMES = {
     "evaluation.results": ("Evaluation", "EvaluationResult", "SliceResult"),
     "model.corpus": ("TrainingSet",),
     "model.exportable": ("Exportable",),
+    "model.false_negatives": ("FalseNegatives",),
     "model.fitted_model": ("FittedTwoTower",),
     "model.loss": ("HybridRetrieval",),
     "model.network": ("TwoTowerNetwork",),

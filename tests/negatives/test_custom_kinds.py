@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 
 import tfrs_pipeline as tp
 from tests import small_batches as small
 from tests.model.conftest import NUM_ITEMS, eagerly, make_log, tiny
-from tfrs_pipeline import ConfigError, DataError, TwoTowerSettings
+from tfrs_pipeline import ConfigError, DataError, SinglePositives, TwoTowerSettings
 from tfrs_pipeline.negatives.samplers import SETTING_KINDS, Pool
 from tfrs_pipeline.samples.store import Samples
 
@@ -134,6 +136,78 @@ def test_own_hard_negatives_are_drawn_masked_and_corrected(
                 z_scores.append(excess / variance**0.5 if variance else excess)
     assert len(z_scores) > 500
     assert np.abs(z_scores).max() < 5.5
+
+
+# What the guide's two kinds read: items without a row or a category, and ids that the log lacks.
+USERS, ITEMS = [f"user {n}" for n in range(9)], [f"item {n}" for n in range(24)]
+CATEGORY = {item: f"c{n % 3}" for n, item in enumerate(ITEMS) if n > 1} | {"item 99": "c0"}
+LISTED = {user: [ITEMS[(5 * n + i) % 24] for i in range(n % 5)] for n, user in enumerate(USERS)}
+
+
+def kinds_of_the_guide() -> dict[str, Any]:
+    """Runs the classes of the page as they stand there."""
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "negatives.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (code,) = (block for block in blocks if "class SameCategory" in block)
+    names: dict[str, Any] = {}
+    exec(code.partition("\nvideos = ")[0], names)
+    items = pd.DataFrame({"item_id": [*CATEGORY, "item 1"], "category": [*CATEGORY.values(), None]})
+    pairs = [(user, item) for user, items in LISTED.items() for item in items]
+    pairs += [("user 0", "item 98"), ("user 77", "item 3")]
+    listed = pd.DataFrame(pairs, columns=["user_id", "item_id"])
+    return {"category": names["SameCategory"](items), "listed": names["Listed"](listed)}
+
+
+@pytest.mark.parametrize("name", ["category", "listed"])
+def test_the_guides_kinds_are_drawn_masked_and_corrected(name: str, tmp_path: Path) -> None:
+    """By ids, in plain Python: what each positive may draw, how often, and with which log_q."""
+    rng = np.random.default_rng(0)
+    events = [(user, ITEMS[n], "clicked") for user in USERS for n in rng.permutation(24)[:5]]
+    events += [(user, ITEMS[n], "exposed") for user in USERS for n in rng.permutation(24)[:4]]
+    table = pd.DataFrame(events, columns=["user_id", "item_id", "stage"])
+    data = tp.TrainingSet.build(tp.Log.from_table(table), tmp_path, seed=0)
+    later = ITEMS[7]
+    is_later = np.isin(["", *data.corpus.candidate_ids.values], [later])
+    samples = dataclasses.replace(data.samples, is_later=is_later)
+    sizes: dict[str, Any] = {"batch_size": 15, "history_length": 4, "seed": 0}
+    kind, examples = kinds_of_the_guide()[name], SinglePositives(samples, **sizes)
+    batches = tp.HybridBatches(samples, examples, [tp.Uniform(9)], hard=kind, seed=0)
+    seen: dict[str, set[str]] = {user: set() for user in USERS}
+    for user, item, _ in events:
+        seen[user].add(item)
+    items = set.union(*seen.values())  # Others are not in the log.
+    assert later in items
+    assert len(items) < len(ITEMS)
+    drawn = Counter[tuple[str, str, str]]()
+    visits = Counter[tuple[str, str]]()
+    for batch in small.batch_list(batches, STEPS):
+        for i, row in enumerate(batch.candidate_row):
+            item = data.corpus.candidate_ids.take(row)
+            user = data.corpus.query_ids.take(batch.query_row[i])
+            if name == "category":
+                pool = {x for x, c in CATEGORY.items() if c == CATEGORY.get(item)}
+            else:
+                pool = {*LISTED[user]}
+            pool = (pool & items) - {*seen[user], later, item}
+            visits[user, item] += 1
+            assert batch.hard.is_counted[i].tolist() == [bool(pool)] * kind.num
+            assert batch.hard.share[i] == pytest.approx(kind.share if pool else 0)
+            easy = np.log(9 / len(items) / (1 - (kind.share if pool else 0)))
+            np.testing.assert_allclose(batch.log_q[i], easy, rtol=1e-5)
+            if pool:
+                # One of the items came later: it is no possible negative.
+                log_q = np.log(kind.num / ((len(items) - 1) * kind.share))
+                np.testing.assert_allclose(batch.hard.log_q[i], log_q, rtol=1e-5)
+                found = data.corpus.candidate_ids.take(batch.hard.candidate_row[i]).tolist()
+                assert {*found} <= pool
+                drawn.update((user, item, x) for x in found)
+                drawn.update({(user, item, x): 0 for x in pool})
+    assert len(drawn) > 30
+    sizes_of = Counter((user, item) for user, item, _ in drawn)
+    for (user, item, _), count in drawn.items():
+        rate = kind.num / sizes_of[user, item]
+        mean, spread = visits[user, item] * rate, (visits[user, item] * (rate % 1) * (1 - rate % 1))
+        assert abs(count - mean) <= 5 * spread**0.5 + 1e-9
 
 
 def test_exposed_items_are_hard_negatives_only_if_allowed() -> None:

@@ -49,6 +49,8 @@ class HybridBatches:
         steps_per_epoch: Batches per pass over the samples.
         frame: The distributions from which negatives are drawn.
         expected_count: [num_candidates + 1] float64, n(c).
+        hard: What hard negatives are drawn from; None without them.
+        never: Reason -> per query row, the candidates that are masked in its columns for it.
 
     Raises a `ValueError` if the examples conflict with in-batch or hard negatives, or as `Mixture`
     does, and a `DataError` if no positive has a hard negative of the kind.
@@ -99,9 +101,9 @@ class HybridBatches:
         self._factor = None
         if positive_weight is not None:
             self._factor = positive_weight / np.average(positive_weight, weights=samples.counts)
-        self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
+        self.never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
-        self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
+        self.hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
     @property
     def num_unreachable(self) -> int:
@@ -114,15 +116,15 @@ class HybridBatches:
     @property
     def mean_hard_share(self) -> float:
         """Mean of f over the drawn samples; a sample with empty pools has 0."""
-        if self._hard is None:
+        if self.hard is None:
             return 0.0
         share = 0.0
         # A candidate's rate is divided evenly among its samples.
         sample_rate = self.frame.q_positive / np.maximum(self.samples.counts, 1)
         for block in _blocks(len(self.samples)):
-            has_any = np.any([pool.has_any(block) for pool in self._hard.pools.values()], axis=0)
+            has_any = np.any([pool.has_any(block) for pool in self.hard.pools.values()], axis=0)
             share += sample_rate[self.samples.candidate_rows[block][has_any]].sum()
-        return self._hard.share * share
+        return self.hard.share * share
 
     def dataset(
         self, start_step: int = 0, num_steps: int | None = None, slices: Slices | None = None
@@ -158,8 +160,8 @@ class HybridBatches:
         shared = self._mixture.draw(batch.candidate_row, seed_of(self._seed, Use.SHARED, step))
         dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
         batch = batch._replace(shared_row=shared, dropout_seed=dropout_seed)
-        if self._hard is not None:
-            hard = self._hard.draw(step, pools, batch.candidate_row, _never_by_row(never, slot))
+        if self.hard is not None:
+            hard = self.hard.draw(step, pools, batch.candidate_row, _never_by_row(never, slot))
             batch = batch._replace(hard=hard)
         if slices is not None:
             # Cut before the masks are made, which are much of the work.
@@ -187,8 +189,8 @@ class HybridBatches:
         return _Parts(
             batch._replace(weight=self._weights(index), requests=requests),
             slot,
-            {reason: lists.take(distinct) for reason, lists in self._never.items()},
-            {} if self._hard is None else self._hard.read(index),
+            {reason: lists.take(distinct) for reason, lists in self.never.items()},
+            {} if self.hard is None else self.hard.read(index),
         )
 
     @functools.cached_property
@@ -202,8 +204,8 @@ class HybridBatches:
         return _Parts(
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
-            dict.fromkeys(self._never, _lists_spec(None)),
-            {} if self._hard is None else dict.fromkeys(self._hard.pools, _lists_spec(num)),
+            dict.fromkeys(self.never, _lists_spec(None)),
+            {} if self.hard is None else dict.fromkeys(self.hard.pools, _lists_spec(num)),
         )
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:
@@ -235,7 +237,7 @@ class HybridBatches:
             rates = sample_rate[samples.candidate_rows[block]]
             query_rate += np.bincount(samples.query_rows[block], rates, len(query_rate))
         masked = {"accidental hits": float(self.frame.q_positive @ n)}
-        masked |= {name: _pair_sum(lists, query_rate, n) for name, lists in self._never.items()}
+        masked |= {name: _pair_sum(lists, query_rate, n) for name, lists in self.never.items()}
         # A positive is one of its user's known ones, so its accidental hits were counted there too.
         masked[KNOWN] -= masked["accidental hits"]
         if samples.is_later is not None:

@@ -145,7 +145,13 @@ class TrainingSet:
             feature.name: feature.encode_column(read_raw(folder, feature.name))
             for feature in corpus.request_features
         }
-        samples = replace(samples, request_columns=columns, is_later=corpus.is_later)
+        samples = replace(
+            samples,
+            request_columns=columns,
+            is_later=corpus.is_later,
+            query_ids=corpus.query_ids,
+            candidate_ids=corpus.candidate_ids,
+        )
         return cls(samples, corpus, report, log)
 
     def check_negatives_left(self, hard: HardNegatives | None) -> None:

@@ -24,6 +24,7 @@ from tfrs_pipeline.messages import line_writer
 from tfrs_pipeline.model import distribution
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
 from tfrs_pipeline.model.custom_parts import custom_or_setting, is_custom, name_of, own_layer
+from tfrs_pipeline.model.false_negatives import FalseNegatives, false_negatives
 from tfrs_pipeline.model.fit import OnEpoch, Tell, describe_data, train
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, query_encoder
 from tfrs_pipeline.model.loss import popularity_shift
@@ -314,6 +315,36 @@ class TwoTower(TwoTowerSettings):
         return HybridBatches(
             samples, examples, self.negatives, hard=self.hard, seed=self.seed, positive_weight=rate
         )
+
+    def false_negatives(self, train: Log, later: Holdout) -> dict[str, FalseNegatives]:
+        """Counts how many of the hard negatives their users click later, by pool; trains nothing.
+
+        Args:
+            train: The training part.
+            later: What comes after it, such as validation.
+
+        Raises a `ValueError` if `hard` is None, and a `DataError` as `fit`.
+
+        Example:
+            >>> import pandas as pd
+            >>> pairs = {"user_id": [1, 1, 1, 2, 2, 2], "item_id": [7, 8, 9, 8, 9, 6]}
+            >>> log = Log.from_table(pd.DataFrame(pairs))
+            >>> split = log.split("last_n", validation=1, test=0, min_positives=2)
+            >>> class Nine:
+            ...     share, num = 0.01, 1
+            ...
+            ...     def pools(self, samples):
+            ...         rows = samples.candidate_ids.rows([9])
+            ...         return {"nine": ([rows], 0 * samples.query_rows)}
+            >>> counts = TwoTower(hard=Nine()).false_negatives(split.train, split.validation)
+            >>> counts["nine"].num_pairs, counts["nine"].num_clicked  # Only user 1's is one.
+            (1, 1)
+        """
+        check_log(train)
+        check_holdout(later)
+        with tempfile.TemporaryDirectory() as folder:
+            data = TrainingSet.build(train, Path(folder), seed=self.seed, hard=self.losers)
+            return false_negatives(self.batches(data.samples), later)
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it.

@@ -353,7 +353,8 @@ class HardNegatives(Protocol):
 
         Args:
             samples: The training samples (`tp.Samples`): `query_rows` and `candidate_rows` say
-                whose positive each of them is. Row r is the r-th id in ascending order.
+                whose positive each of them is. Samples of a log also have `query_ids` and
+                `candidate_ids`, whose methods `rows` and `rows_by_list` turn ids into rows.
 
         Returns:
             Name -> the lists, a sequence of vectors of candidate rows, and the number of each

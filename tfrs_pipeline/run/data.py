@@ -23,6 +23,7 @@ from tfrs_pipeline.sources.movielens import load_movielens_100k
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.corpus import TrainingSet
+    from tfrs_pipeline.model.false_negatives import FalseNegatives
 
 # Above this share of repeats, a ranking that leaves them out measures something else.
 _MANY_REPEATS = 0.2
@@ -38,6 +39,8 @@ class RunData:
     validation: Holdout  # Chooses the epoch; like the test, sampled if it has too many users.
     test: Holdout  # Asked by the question that decides.
     other_test: Holdout | str  # Asked by the other question, or why there is none.
+    # Of the hard negatives of the first training, in validation; empty without any.
+    false_negatives: "Mapping[str, FalseNegatives]"
 
     @property
     def by_user(self) -> Holdout:
@@ -105,6 +108,8 @@ def _make_split(run: RunContext, log: Log) -> Split:
 def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> RunData:
     """Makes or reads the samples of both trainings, and the queries of validation and test."""
     from tfrs_pipeline.model.corpus import TrainingSet
+    from tfrs_pipeline.model.false_negatives import FalseNegatives, false_negatives
+    from tfrs_pipeline.model.two_tower import TwoTower
 
     config, folder = run.config, run.folder.samples
     # A `hard` of the caller, such as of a comparison, has the losers that any of its plans needs.
@@ -126,7 +131,15 @@ def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> R
     validation = split.holdout("validation", most, config.seed, by=test.by)
     for holdout in (validation, test):
         check_measurable(holdout, config.evaluation.exclude)
-    return RunData(split, selection, final, validation, test, other)
+    counts: dict[str, FalseNegatives] = {}
+    if any(len(pool.values) for pool in selection.samples.hard_pools.values()):
+        # A comparison's plans all train on single positives, as hard negatives need.
+        training = config.training.model_copy(update={"examples": "single"})
+        drawn = dict(config.model) | {"hard": hard or config.model.hard}
+        plan = TwoTower(**drawn, training=training, seed=config.seed)
+        counts = false_negatives(plan.batches(selection.samples), validation)
+        run.note(*(f"{pool}: {count}" for pool, count in counts.items()))
+    return RunData(split, selection, final, validation, test, other, counts)
 
 
 def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Holdout | str]:

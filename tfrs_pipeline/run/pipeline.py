@@ -158,6 +158,9 @@ def _write_metrics(
         **({} if race is None else {"race": race["race"]}),
         **version,
         "left_out": baselines.left_out,
+        "false_negatives": {
+            pool: {**asdict(x), "words": str(x)} for pool, x in samples.false_negatives.items()
+        },
         # Of the steps before this one, which has not ended.
         "notes": {report.name: report.notes for report in run.reports[:-1]},
         "seconds": {report.name: report.seconds for report in run.reports[:-1]},

@@ -126,6 +126,8 @@ class Samples:
             log without timestamps.
         is_later: [num_candidates + 1] bool, items that came after the training: never negatives.
             None if there are none.
+        query_ids: The users of the query rows; None in samples of other origin than a log.
+        candidate_ids: The items of the candidate rows; None likewise.
     """
 
     query_rows: np.ndarray
@@ -141,6 +143,8 @@ class Samples:
     request_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     sequence_times: np.ndarray | None = None
     is_later: np.ndarray | None = None
+    query_ids: Ids | None = None
+    candidate_ids: Ids | None = None
 
     @property
     def num_possible_negatives(self) -> int:
