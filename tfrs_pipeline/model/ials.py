@@ -38,10 +38,9 @@ class FittedIals:
         vectors: [1 + num_items, D] float32, z of each candidate row; row 0 is 0.
 
     Example:
-        The sum of a two-tower model and iALS::
+        `Sum` fits one::
 
-            ials = FittedIals.fit(tp.Ials(), split.train)
-            both = tp.Sum([two_tower, ials]).fit(split.train, split.holdout("validation"))
+            both = tp.Sum([two_tower, tp.Ials()]).fit(train, validation)
     """
 
     settings: Ials

@@ -143,7 +143,7 @@ class Race:
     """A decided race: the curves of the recipes, and the validation metric that decided.
 
     `not_begun` says, by recipe, why it did not race. `choice` says which of the models are summed;
-    it is None if only one could be.
+    it is None if the winner is kept without a look at sums.
     """
 
     curves: Sequence[Curve]
@@ -283,7 +283,7 @@ def race(
 ) -> tuple[Model, Race]:
     """Races recipes on validation; returns the sum of the best models, or the winner, and the race.
 
-    The winner is trained to its end. If its sum with models of other recipes is better on
+    The winner is trained to its end. If its sum with models of other recipes or iALS is better on
     validation, the sum is returned, rotated to the winner's dimensions (see `FittedSum`).
 
     Args:
