@@ -109,7 +109,7 @@ def test_a_rotation_stands_dimensions_that_no_query_uses() -> None:
 def test_a_rotation_stands_fewer_queries_than_dimensions() -> None:
     """Their moments have no full rank: rounded, they would not be positive definite."""
     members = [vectors(50, 60, 200), vectors(50, 60, 200)]
-    members[0].queries[:] *= 30
+    members[0].queries[:] += 30  # All queries point one way, as those of a trained model do.
     rotated = projection(members, [1, 1], dim=120)(members)
     expected = sum(map(scores, members))
     np.testing.assert_allclose(scores(rotated), expected, atol=1e-2 * np.abs(expected).max())
