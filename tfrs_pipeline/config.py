@@ -154,6 +154,19 @@ class MemberConfig(Config):
         return {f"{table}.{name}": x for table, values in tables.items() for name, x in values}
 
 
+class IalsConfig(Config):
+    """iALS in a sum: its weight and its settings. It is fitted anew in seconds, also tomorrow."""
+
+    weight: PositiveFloat
+    """What its score is multiplied by, in units of its spread over items."""
+    num_factors: PositiveInt
+    """Size of its vectors."""
+    regularization: PositiveFloat
+    """L2 on the vectors of both sides."""
+    alpha: PositiveFloat
+    """Weight of a click, where no click has 1."""
+
+
 class RunConfig(Config):
     """All settings of a run."""
 
@@ -180,13 +193,19 @@ class RunConfig(Config):
     fixed: Annotated[Distinct[str], BeforeValidator(_or_none), HIDDEN] = ()
     """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
     members: int = Field(5, ge=1)
-    """Most recipes summed; 1 keeps the winner."""
-    summed: Annotated[dict[str, MemberConfig], HIDDEN] = {}
-    """The models whose sum is exported, by recipe: those that a race has chosen."""
+    """Most models summed; 1 keeps the winner."""
+    summed: Annotated[dict[str, MemberConfig | IalsConfig], HIDDEN] = {}
+    """The models whose sum is exported, by recipe or `ials`: those that a race has chosen."""
     budget: Annotated[PositiveFloat, BeforeValidator(_read_duration)] = 600.0
     """CPU time of a race, such as 2h."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
+
+    @property
+    def trained(self) -> dict[str, MemberConfig]:
+        """The members of the sum that are trained, which iALS is not."""
+        members = self.summed.items()
+        return {name: member for name, member in members if isinstance(member, MemberConfig)}
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         data, model, training, export = self.data, self.model, self.training, self.export

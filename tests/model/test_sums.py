@@ -106,6 +106,15 @@ def test_a_rotation_stands_dimensions_that_no_query_uses() -> None:
     np.testing.assert_allclose(scores(rotated), 2 * scores(first), atol=1e-3)
 
 
+def test_a_rotation_stands_fewer_queries_than_dimensions() -> None:
+    """Their moments have no full rank: rounded, they would not be positive definite."""
+    members = [vectors(50, 60, 200), vectors(50, 60, 200)]
+    members[0].queries[:] += 30  # All queries point one way, as those of a trained model do.
+    rotated = projection(members, [1, 1], dim=120)(members)
+    expected = sum(map(scores, members))
+    np.testing.assert_allclose(scores(rotated), expected, atol=1e-2 * np.abs(expected).max())
+
+
 def test_a_model_that_scores_all_items_alike_can_be_summed() -> None:
     first = vectors(20, 30, 4)
     flat = Vectors(np.zeros((20, 2), np.float32), np.zeros((30, 2), np.float32))

@@ -14,6 +14,7 @@ from tests.run.test_race import GIVEN, config_in
 from tests.small_log import Stopped, Watched
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Interval
+from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.sums import Choice, FittedSum, Vectors
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.report.facts import gather_facts, write_report
@@ -22,16 +23,16 @@ from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.race import planned
-from tfrs_pipeline.run.training import queries_of
+from tfrs_pipeline.run.training import ials_of, queries_of
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 
 
 def choose(members: Mapping[str, Vectors], *_: Any, winner: str, **__: Any) -> Choice:
-    """Sums the winner and the next recipe, whatever validation says."""
+    """Sums the winner, the next recipe and iALS, whatever validation says."""
     other = next(name for name in members if name != winner)
-    nothing = Interval(0.0, 0.0, 0.0)
-    return Choice({winner: 1.0, other: 0.3}, "ndcg@20", 0.1, 0.2, 0.2, nothing, {})
+    weights, nothing = {winner: 1.0, other: 0.3, "ials": 0.6}, Interval(0.0, 0.0, 0.0)
+    return Choice(weights, "ndcg@20", 0.1, 0.2, 0.2, nothing, {})
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,12 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
     config, result = summed
     folder = RunFolder(result.folder)
     settings = folder.settings()
-    first, other = settings.summed
-    assert [member.weight for member in settings.summed.values()] == [1.0, 0.3]
-    for name, member in settings.summed.items():
+    first, other = settings.trained
+    assert list(settings.summed) == [first, other, "ials"]
+    assert [member.weight for member in settings.summed.values()] == [1.0, 0.3, 0.6]
+    baseline = tp.Ials(seed=settings.seed)
+    assert ials_of(settings, settings.summed["ials"]) == baseline
+    for name, member in settings.trained.items():
         plan = planned(config, PRESETS[name])
         assert (member.model, member.training) == (plan.model, plan.training)
     winner = planned(config, PRESETS[first])
@@ -67,9 +71,12 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
         history = result.metrics["training"][name]["history"]["val_ndcg@20"]
         assert history == result.metrics["race"]["recipes"][name]["values"]
     # The export answers as the sum of the members, read back one by one.
+    data = prepare(settings, result.folder)
     members = {name: tp.trained_in(result.folder, "refit", name) for name in (first, other)}
-    queries = queries_of(settings, prepare(settings, result.folder).validation).queries
-    again = FittedSum.of(members, {first: 1.0, other: 0.3}, queries)
+    # iALS too was fitted again to training and validation.
+    members["ials"] = FittedIals.fit(baseline, data.split.before_test)
+    queries = queries_of(settings, data.validation).queries
+    again = FittedSum.of(members, {first: 1.0, other: 0.3, "ials": 0.6}, queries)
     requests = [{"history": [10, 20, 30]}, {"history": [400]}, {}]
     ids, scores = tp.load(result.export_folder).retrieve(requests, k=9)
     expected = again.retrieve(requests, k=9)
@@ -79,7 +86,7 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
     assert {"two_tower", "best_member"} <= result.metrics["models"].keys()
     assert result.metrics["models"]["two_tower"] != result.metrics["models"]["best_member"]
     lines = result.metrics["race"]["lines"]
-    assert any(line.startswith(f"the sum 1 {first} + 0.3 {other}") for line in lines)
+    assert any(line.startswith(f"the sum 1 {first} + 0.3 {other} + 0.6 ials:") for line in lines)
     page = write_report(result.folder).read_text(encoding="utf-8")
     assert "two_tower is the sum of models" in page
     assert list(gather_facts(result.folder).trainings) == [first, other]
@@ -89,6 +96,8 @@ def test_the_model_of_a_sum_is_asked_by_member(summed: tuple[RunConfig, RunResul
     _, result = summed
     with pytest.raises(ValueError, match=r"is a sum.*give name, one of \w+, \w+"):
         tp.trained_in(result.folder)
+    # iALS is no training.
+    assert tp.trained_in(result.folder, name="ials") is None
 
 
 def test_the_next_days_sum_starts_from_each_member(
@@ -101,10 +110,13 @@ def test_the_next_days_sum_starts_from_each_member(
     )
     folder = RunFolder(tmp_path / "today")
     settings = folder.settled(today, fixed=list(GIVEN))
-    names = list(RunFolder(result.folder).settings().summed)
-    assert list(settings.summed) == names
+    yesterday = RunFolder(result.folder).settings()
+    assert list(settings.summed) == list(yesterday.summed)
+    assert settings.summed["ials"] == yesterday.summed["ials"]
     trained = run(settings, folder.path)
-    for name in names:
+    assert list(trained.metrics["training"]) == ["two_tower", *yesterday.trained]
+    assert "ials: fitted anew" in "".join(trained.metrics["notes"]["train two_tower"])
+    for name in yesterday.trained:
         notes = trained.metrics["notes"]["train two_tower"]
         assert f"{name}: started from {result.folder}" in notes
         epochs = len(trained.metrics["training"][name]["history"]["val_ndcg@20"])
@@ -118,8 +130,8 @@ def test_a_killed_sum_goes_on_and_ends_the_same(
 ) -> None:
     _, result = summed
     config = config_in(tmp_path, recipes=["quick", "sets"], members=5, **{"export.index": "none"})
-    first, other = RunFolder(result.folder).settings().summed
-    for stop in ("chooses the sum", f"{first}, refit", f"{other}, refit"):
+    first, other, ials = RunFolder(result.folder).settings().summed
+    for stop in ("chooses the sum", f"{first}, refit", f"{other}, refit", ials):
         with pytest.raises(Stopped):
             run(config, tmp_path / "run", progress=StoppedAt(stop))
     again = run(config, tmp_path / "run")

@@ -8,7 +8,7 @@ settings can name.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import ibis
 import numpy as np
@@ -30,6 +30,9 @@ from tfrs_pipeline.evaluation.interactions import (
 )
 from tfrs_pipeline.evaluation.topk import ScoreRetriever, best_places
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, Retriever, check_asked
+
+if TYPE_CHECKING:
+    from implicit.cpu.als import AlternatingLeastSquares
 
 
 @dataclass(frozen=True)
@@ -492,11 +495,21 @@ class Ials(Baseline):
 
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Factorizes the positives of a log, or interactions."""
+        train = Interactions.of(train)
+        model = self.factorize(train)
+
+        def score(histories: scipy.sparse.csr_matrix) -> np.ndarray:
+            factors = model.recalculate_user(np.arange(histories.shape[0]), histories)
+            return factors @ model.item_factors.T
+
+        return _by_product(train, score)
+
+    def factorize(self, train: Interactions) -> "AlternatingLeastSquares":
+        """Returns the fitted model of the library; `item_factors` is [num_items, D] float32."""
         # The CPU class, because the library's factory would use a GPU if there is one. Imported
         # here because it takes a second, and the other baselines do not need it.
         from implicit.cpu.als import AlternatingLeastSquares
 
-        train = Interactions.of(train)
         # The library warns that its threads and those of BLAS would compete for the cores.
         with threadpool_limits(1, "blas"):
             model = AlternatingLeastSquares(
@@ -508,12 +521,7 @@ class Ials(Baseline):
                 num_threads=self.num_threads,
             )
             model.fit(train.matrix, show_progress=False)
-
-        def score(histories: scipy.sparse.csr_matrix) -> np.ndarray:
-            factors = model.recalculate_user(np.arange(histories.shape[0]), histories)
-            return factors @ model.item_factors.T
-
-        return _by_product(train, score)
+        return model
 
 
 BASELINES: dict[str, type[Baseline]] = {

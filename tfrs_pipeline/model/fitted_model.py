@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
@@ -160,19 +161,24 @@ class FittedTwoTower:
             raise ValueError(
                 "The model was fitted to samples that name no log, so it knows no items."
             )
-        # The whole log: service should know all clicks, even those that tested the model.
-        network, corpus, log = self.network, self.corpus, self.log.whole
-        histories, known, times = latest_histories(log, corpus.query_ids, corpus.candidate_ids)
-        last = log.events["timestamp"].max() if "timestamp" in log.events.columns else None
-        return dataclasses.replace(
-            self.towers,
-            items=log.items.order_by("item_id").to_pyarrow(),
-            histories=histories,
-            known_positives=known,
-            disliked=disliked_rows(log, corpus.query_ids, corpus.candidate_ids),
-            history_times=times if network.reads_times else None,
-            reading=log.reading,
-            items_read=log.items_read,
-            histories_until=None if last is None else last.to_pyarrow().as_py(),
-            repeat_bonus=self.repeat_bonus,
-        )
+        return dataclasses.replace(with_log(self.towers, self.log), repeat_bonus=self.repeat_bonus)
+
+
+def with_log(towers: Exportable, log: Log) -> Exportable:
+    """Adds to towers what an export knows of a whole log, the test part included."""
+    # Service should know all clicks, even those that tested the model.
+    log = log.whole
+    users, candidates = Ids(towers.query_ids), Ids(towers.candidate_ids)
+    histories, known, times = latest_histories(log, users, candidates)
+    last = log.events["timestamp"].max() if "timestamp" in log.events.columns else None
+    return dataclasses.replace(
+        towers,
+        items=log.items.order_by("item_id").to_pyarrow(),
+        histories=histories,
+        known_positives=known,
+        disliked=disliked_rows(log, users, candidates),
+        history_times=None if towers.history_times is None else times,
+        reading=log.reading,
+        items_read=log.items_read,
+        histories_until=None if last is None else last.to_pyarrow().as_py(),
+    )

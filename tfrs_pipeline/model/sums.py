@@ -19,6 +19,7 @@ import tensorflow as tf
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
@@ -28,6 +29,7 @@ from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
+from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.repeat_choice import bonus_for
 from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings
@@ -140,7 +142,9 @@ def projection(
     # In float32, since the joined vectors of a long corpus are large; their products are small.
     vectors = _as_float32(joined)(members)
     queries, candidates = vectors.queries[:, :width], vectors.candidates[:, :width]
-    moments = (queries.T @ queries / len(queries)).astype(np.float64)
+    # In float64: rounding would make the moments of fewer queries than dimensions indefinite.
+    wide = queries.astype(np.float64)
+    moments = wide.T @ wide / len(wide)
     moments += _RIDGE * max(np.trace(moments) / width, np.finfo(np.float32).tiny) * np.eye(width)
     factor = np.linalg.cholesky(moments)
     # The eigenvectors of (C L)'(C L), which is small, are the right singular vectors of C L.
@@ -170,7 +174,7 @@ def _as_float32(projection: Projection) -> Projection:
 
 
 class Member(Protocol):
-    """What can be summed: a `FittedTwoTower`, or the `Exportable` of another model."""
+    """What can be summed: a `FittedTwoTower`, a `FittedIals`, or another model's `Exportable`."""
 
     @property
     def towers(self) -> Exportable:
@@ -510,8 +514,8 @@ class Sum:
     """The weighted sum of several models, before it is fitted.
 
     Args:
-        members: Models by name, or in a list: each a `TwoTower`, which `fit` fits, or fitted
-            already, or the `Exportable` of another model.
+        members: Models by name, or in a list: each a `TwoTower` or `Ials`, which `fit` fits, or
+            fitted already, or the `Exportable` of another model.
         weights: What each member's score is multiplied by, in units of its spread over items; None
             chooses on validation which are summed and with which weights.
         dim: Most dimensions of the sum's vectors; None takes those of the first member.
@@ -528,7 +532,7 @@ class Sum:
 
     def __init__(
         self,
-        members: Mapping[str, TwoTower | Member] | Sequence[TwoTower | Member],
+        members: Mapping[str, TwoTower | Ials | Member] | Sequence[TwoTower | Ials | Member],
         weights: Sequence[float] | Mapping[str, float] | None = None,
         *,
         dim: int | None = None,
@@ -539,10 +543,10 @@ class Sum:
         if not isinstance(members, Mapping):
             members = {f"model {number}": member for number, member in enumerate(members, 1)}
         for name, member in members.items():
-            if not isinstance(member, TwoTower) and not hasattr(member, "towers"):
+            if not isinstance(member, TwoTower | Ials) and not hasattr(member, "towers"):
                 raise TypeError(
-                    f"A sum adds up tp.TwoTower, what its fit returns, or tp.Exportable. Received "
-                    f"as {name}: {member!r:.200}"
+                    f"A sum adds up tp.TwoTower, what its fit returns, tp.Ials, or tp.Exportable. "
+                    f"Received as {name}: {member!r:.200}"
                 )
         if dim is not None:
             check_integer(1, dim=dim)
@@ -575,6 +579,8 @@ class Sum:
                     folder=None if folder is None else Path(folder) / quote(name, safe=" "),
                     verbose=verbose,
                 )
+            elif isinstance(member, Ials):
+                fitted[name] = FittedIals.fit(member, train)
             else:
                 fitted[name] = member
         truth = Truth.of(validation, exclude)

@@ -298,8 +298,8 @@ def with_source(
         # An uncorrected model that the source did not train would begin from random weights.
         changes["evaluation.baselines"] = theirs.evaluation.baselines
         config = with_settings(config, changes, fixed=fixed)
-        summed = {name: _begun_from(run, theirs, name, config, fixed) for name in theirs.summed}
-        config = with_settings(config, {"summed": summed})
+        begun = {name: _begun_from(run, theirs, name, config, fixed) for name in theirs.trained}
+        config = with_settings(config, {"summed": {**theirs.summed, **begun}})
     if folder.metrics() is None:  # A finished run needs no source any more.
         run.results()  # Refuses one that is not finished.
         refuse(shape_problems(run.settings().model, config.model))
@@ -313,7 +313,7 @@ def _fewer_epochs(source: RunFolder, theirs: RunConfig, name: str) -> dict[str, 
     """
     if theirs.warm_start is not None:  # That run's number is already a fifth.
         return {}
-    training = (theirs.summed.get(name) or theirs).training
+    training = (theirs.trained.get(name) or theirs).training
     num_epochs = max(2, -(-source.results()["training"][name]["best_epoch"] // 5))
     changes = {"training.max_epochs": num_epochs}
     if training.decay != "none":
@@ -326,7 +326,7 @@ def _begun_from(
     source: RunFolder, theirs: RunConfig, name: str, config: RunConfig, fixed: Collection[str]
 ) -> MemberConfig:
     """Returns the settings of a sum's member that starts from the same member in the source."""
-    member = theirs.summed[name]
+    member = theirs.trained[name]
     changes = {"summed": {}, **member.changes, **_fewer_epochs(source, theirs, name)}
     plan = with_settings(config, changes, fixed=fixed)
     return MemberConfig(weight=member.weight, model=plan.model, training=plan.training)

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.config import MemberConfig, RunConfig, with_settings
+from tfrs_pipeline.config import IalsConfig, MemberConfig, RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import read_whole, write_record
@@ -30,13 +30,15 @@ from tfrs_pipeline.messages import Progress, counted, suggest, written
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
-from tfrs_pipeline.model.sums import Choice, FittedSum, Model, choose, vectors_of
+from tfrs_pipeline.model.ials import FittedIals
+from tfrs_pipeline.model.sums import Choice, FittedSum, Member, Model, choose, vectors_of
 from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step, give_back_memory
 from tfrs_pipeline.run.training import (
     check_plan,
+    ials_of,
     plan_of,
     queries_of,
     trains_winner_alone,
@@ -56,6 +58,8 @@ NEAR, RISES = 0.75, 0.01
 # With a budget, a recipe first trains for this many epochs: the second one, in which no network is
 # built, says how many more the budget allows.
 TIMED_EPOCHS = 2
+# The name of iALS, which may join the sum although it does not race.
+IALS = "ials"
 # The curves so far, in the folder of the trainings.
 CURVES_FILE = "curves.json"
 
@@ -139,7 +143,7 @@ class Race:
     """A decided race: the curves of the recipes, and the validation metric that decided.
 
     `not_begun` says, by recipe, why it did not race. `choice` says which of the models are summed;
-    it is None if only one could be.
+    it is None if the winner is kept without a look at sums.
     """
 
     curves: Sequence[Curve]
@@ -279,7 +283,7 @@ def race(
 ) -> tuple[Model, Race]:
     """Races recipes on validation; returns the sum of the best models, or the winner, and the race.
 
-    The winner is trained to its end. If its sum with models of other recipes is better on
+    The winner is trained to its end. If its sum with models of other recipes or iALS is better on
     validation, the sum is returned, rotated to the winner's dimensions (see `FittedSum`).
 
     Args:
@@ -318,7 +322,7 @@ def race(
     refuse(
         ("recipes", f"got a recipe named {recipe.name!r}, as one of the package: rename yours")
         for recipe in entrants
-        if PRESETS.get(recipe.name, recipe) != recipe
+        if recipe.name == IALS or PRESETS.get(recipe.name, recipe) != recipe
     )
     options: dict[str, Any] = {"fixed": tuple(settings or ()), "members": members}
     options |= {} if budget is None else {"budget": budget}  # Checked like that of a run.
@@ -351,10 +355,11 @@ def _race(
     progress: Progress,
     *,
     budget: float,
-) -> tuple[Race, Callable[[str], FittedTwoTower]]:
+) -> tuple[Race, Callable[[str], Any]]:
     """Races in a folder, where each training resumes; trains the winner to its end.
 
-    Returns the race, and a function that reads back the model of a recipe, by its name.
+    Returns the race, and a function that returns a model by its name: it reads that of a recipe
+    back, and fits iALS.
     """
     configs, not_begun = trainable_recipes(config, data, entrants)
     curves = {
@@ -405,14 +410,17 @@ def _race(
     last = configs[decided.winner].training.max_epochs
     train(decided.winner, last, f"the winner trains on: {decided.winner}")
 
-    def fitted(name: str) -> FittedTwoTower:
+    def fitted(name: str) -> Member:
+        if name == IALS:
+            progress.task(name, 0, 0)
+            return FittedIals.fit(ials_of(config), data)
         return train(name, len(curves[name].values), f"reads {name}")
 
     choice = None
-    trained = [name for name, curve in curves.items() if curve.values]
-    if min(config.members, len(trained)) > 1:
+    if config.members > 1:
         truth = queries_of(config, validation)
-        vectors = {name: vectors_of(fitted(name), truth.queries, truth.items) for name in trained}
+        names = [*(name for name, curve in curves.items() if curve.values), IALS]
+        vectors = {name: vectors_of(fitted(name), truth.queries, truth.items) for name in names}
         progress.task("chooses the sum", 0, 0)
         metric = metric_of(config.training.monitor)
         chosen = functools.partial(
@@ -451,10 +459,19 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     again. The other recipes' checkpoints are removed.
     """
     changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": RunConfig().budget}
-    summed: dict[str, MemberConfig] = {}
+    summed: dict[str, MemberConfig | IalsConfig] = {}
     if len(decided.weights) > 1:
         epochs = {curve.name: len(curve.values) for curve in decided.curves}
         for name, weight in decided.weights.items():
+            if name == IALS:
+                ials = ials_of(config)
+                summed[name] = IalsConfig(
+                    weight=weight,
+                    num_factors=ials.num_factors,
+                    regularization=ials.regularization,
+                    alpha=ials.alpha,
+                )
+                continue
             plan = planned(config, PRESETS[name])
             summed[name] = MemberConfig(
                 weight=weight, epochs=epochs[name], model=plan.model, training=plan.training

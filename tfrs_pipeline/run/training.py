@@ -5,19 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.config import IalsConfig, RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
+from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
 from tfrs_pipeline.model.fit import TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
+from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.repeats import RepeatBonus
-from tfrs_pipeline.model.sums import FittedSum, Model
+from tfrs_pipeline.model.sums import FittedSum, Member, Model
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
@@ -114,14 +116,22 @@ def train_sum(
     """Trains each member of a sum as `train_and_refit` does, and sums them.
 
     A member that comes from a race trains for as many epochs as it had there, because these decided
-    its weight. The queries of validation give the scales and the rotation of the sum.
+    its weight; iALS is fitted anew. The queries of validation give the scales and the rotation of
+    the sum.
     """
     weights = {name: member.weight for name, member in config.summed.items()}
     queries = queries_of(config, data.validation).queries
 
     def fit(data: RunData) -> FittedSum:
-        members = {
-            name: train_and_refit(
+        members: dict[str, Member] = {}
+        notes: list[str] = []
+        for name, member in config.summed.items():
+            if isinstance(member, IalsConfig):
+                progress.task(name, 0, 0)
+                members[name] = FittedIals.fit(ials_of(config, member), data.final)
+                notes.append(f"{name}: fitted anew; an item without a positive has the vector 0")
+                continue
+            members[name] = model = train_and_refit(
                 member_config(config, name),
                 data,
                 name=name,
@@ -129,15 +139,9 @@ def train_sum(
                 progress=progress,
                 max_epochs=member.epochs,
             )
-            for name, member in config.summed.items()
-        }
-        # The bonuses of members alone do not count in the sum.
-        notes = [
-            f"{name}: {note}"
-            for name, model in members.items()
-            for note in model.notes
-            if note not in _about_bonus(model.repeat_bonus)
-        ]
+            # The bonuses of members alone do not count in the sum.
+            bonus = _about_bonus(model.repeat_bonus)
+            notes += [f"{name}: {note}" for note in model.notes if note not in bonus]
         return dataclasses.replace(FittedSum.of(members, weights, queries), notes=notes)
 
     exclude = config.evaluation.exclude
@@ -157,14 +161,22 @@ def queries_of(config: RunConfig, validation: Holdout) -> Truth:
     return Truth.of(sample, config.evaluation.exclude)
 
 
+def ials_of(config: RunConfig, member: IalsConfig | None = None) -> Ials:
+    """Returns the iALS model of a sum; if it is not a member yet, that of the baseline."""
+    settings = {} if member is None else member.model_dump(exclude={"weight"})
+    return Ials(**settings, seed=config.seed)
+
+
 def member_config(config: RunConfig, name: str) -> RunConfig:
     """Returns the settings of a run that trains a member of the sum alone."""
-    return with_settings(config, {"summed": {}, **config.summed[name].changes})
+    return with_settings(config, {"summed": {}, **config.trained[name].changes})
 
 
 def trainings_of(name: str, model: Model) -> dict[str, Any]:
     """Returns the trainings behind a model by name: its own, and those of the members of a sum."""
-    return {name: model, **(model.members if isinstance(model, FittedSum) else {})}
+    members = model.members.items() if isinstance(model, FittedSum) else ()
+    trained = {member: x for member, x in members if not isinstance(x, FittedIals)}
+    return {name: model, **trained}
 
 
 def _about_trainings(
@@ -226,12 +238,12 @@ def trained_in(
     """
     run = RunFolder(Path(folder))
     training, settings = run.results()["training"], run.settings()
-    if name in settings.summed:
+    if name in settings.trained:
         config: RunConfig | None = member_config(settings, name)
     elif (config := variants(settings).get(name)) is not None and config.summed:
         raise ValueError(
             f"The model of {run.path} is a sum, of which each member starts a training by itself: "
-            f"give name, one of {', '.join(config.summed)}"
+            f"give name, one of {', '.join(config.trained)}"
         )
     if name not in training or config is None:
         return None
