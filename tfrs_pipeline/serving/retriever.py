@@ -514,7 +514,7 @@ class LoadedRetriever:
         """
         if signature == DEFAULT_SIGNATURE:
             signature, users = "retrieve_user", inputs["user_id"]
-            request = {"user_id": users, "k": np.int32(DEFAULT_K)}
+            request = {**inputs, "k": np.int32(DEFAULT_K)}
             full = completed(self.signatures[signature], request, len(users))
             inputs = {name: np.asarray(value) for name, value in full.items()}
         # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
