@@ -1,0 +1,269 @@
+"""Closes the loop: a server answers, users click, and each night the package's commands retrain.
+
+The world is the simulated funnel: users whose taste is known, and a ranker behind the retrieval
+that knows it up to noise and shows ten of the fifty items of an answer. On each of thirty days, 300
+requests go to the real server over HTTP; what the ranker kept, showed, and saw clicked goes back to
+`/v1/events`. At night `tfrs-pipeline log` writes what was served and done, and `tfrs-pipeline run`
+trains on it beside the ten days before the first, starts warm from the version in service, passes
+the gate and publishes. The server then loads the new version.
+
+    as it is                    leaves out what was clicked, and what the user's last answer had
+    served items may come again leaves out what was clicked alone
+    without the correction      as it is, trained without log_q
+    popularity alone            the most clicked items of the log, with the same items left out
+
+The true click rate of a day is the mean, over all items shown, of the probability of a click. The
+arms see the same users in the same order, and the same noise. With `--tires X`, each time that one
+of a user's last five screens had an item, the logit of a click on it falls by X, which neither the
+ranker nor the package is told.
+
+    python benchmarks/loop.py --json benchmarks/results/loop.json
+    python benchmarks/loop.py --tires 1 --arms "as it is" "served items may come again" --days 15
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import tfrs_pipeline  # noqa: F401 Before TensorFlow, since it selects Keras 2.
+
+# isort: split
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from record import parser_with_json, write_json
+from scipy.special import expit
+
+from tfrs_pipeline.cli import commands
+from tfrs_pipeline.serving.publish import versions_of
+from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_funnel
+
+OPTIONS = FunnelOptions(num_retrieved=50, num_pre_ranked=30, num_ranked=20, num_exposed=10)
+NUM_FIRST_DAYS, NUM_SCREENS, TOKEN = 10, 5, "0123456789abcdef"
+EXCLUDING = ("--exclude-served-answers", "1")
+# Arm -> more flags of `serve`, and of the first `run`, whose settings the later ones keep.
+ARMS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "as it is": (EXCLUDING, ()),
+    "served items may come again": ((), ()),
+    "without the correction": (EXCLUDING, ("--model.correction", "none")),
+}
+POPULARITY = "popularity alone"
+
+
+class Package:
+    """The package's server, and its commands at night."""
+
+    def __init__(self, folder: Path, first: pa.Table, serve: Sequence[str], run: Sequence[str]):
+        self.folder, self.model = folder, folder / "models" / "loop"
+        (folder / "logs").mkdir(parents=True)
+        (folder / "token").write_text(TOKEN)
+        pq.write_table(first, folder / "logs" / "first.parquet")
+        self._run(0, "--preset", "quick", "--evaluation.baselines", "none", *run)
+        command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(self.model)]
+        command += ["--port", "0", "--poll-seconds", "0.3", "--token-file", str(folder / "token")]
+        command += ["--record-share", "1", "--no-page", *serve]
+        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._server.stdout is not None
+        self._port = int(self._server.stdout.readline().rpartition(":")[2])
+        self._connection = http.client.HTTPConnection("127.0.0.1", self._port)
+
+    def _run(self, day: int, *flags: str) -> int:
+        names = {"data.path": self.folder / "logs", "run-dir": self.folder / "runs" / str(day)}
+        names |= {"export.directory": self.model.parent, "export.name": self.model.name}
+        names |= {"split.validation": 0.05, "split.test": 0.05, "export.keep_versions": 2}
+        settings = [text for name, value in names.items() for text in (f"--{name}", str(value))]
+        return self._do("run", *settings, *flags)
+
+    def _do(self, *arguments: str) -> int:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            code = commands.main(arguments)
+        assert code in (0, commands.NOT_PUBLISHED), arguments
+        return code
+
+    def _ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
+        headers |= {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+        self._connection.request(method, path, body and json.dumps(body), headers)
+        response = self._connection.getresponse()
+        content = json.loads(response.read())
+        assert response.status == 200, content
+        return content
+
+    def answer(self, user: int, request_id: str) -> list[int]:
+        """Returns the best items for a user."""
+        inputs = {"user_id": [user], "exclude": [[]], "k": OPTIONS.num_retrieved}
+        body = {"signature_name": "retrieve_user", "inputs": inputs}
+        path = f"/v1/models/{self.model.name}:predict"
+        outputs = self._ask("POST", path, body, **{"X-Request-ID": request_id})["outputs"]
+        return [item for item in outputs["candidate_ids"][0] if item != -1]
+
+    def tell(self, events: list[dict[str, Any]]) -> None:
+        """Takes what became of an answer."""
+        assert self._ask("POST", "/v1/events", {"events": events})["num_new"] == len(events)
+
+    def night(self, day: int) -> bool:
+        """Learns from all days until now; returns whether that changes the answers."""
+        time.sleep(1.5)  # Until the last answers are on disk.
+        self._do("log", str(self.model), "--out", str(self.folder / "logs" / "live.parquet"))
+        code = self._run(day, "--warm-start", str(self.model), "--export.gate")
+        newest, served = str(versions_of(self.model)[-1]), {}
+        while served.get(newest) != "AVAILABLE":
+            time.sleep(0.2)
+            statuses = self._ask("GET", f"/v1/models/{self.model.name}")["model_version_status"]
+            served = {status["version"]: status["state"] for status in statuses}
+        return code == 0
+
+    def close(self) -> None:
+        """Ends what it started."""
+        self._server.terminate()
+        self._server.wait()
+
+
+class Popularity:
+    """The most clicked items, without those that the user clicked or was served last."""
+
+    def __init__(self, first: pa.Table) -> None:
+        clicks = first.filter(pc.equal(first["stage"], "clicked"))
+        self._clicks = Counter(clicks["item_id"].to_pylist())
+        self._excluded: dict[int, set[int]] = {}
+        for user, item in zip(
+            *(clicks[x].to_pylist() for x in ("user_id", "item_id")), strict=True
+        ):
+            self._excluded.setdefault(user, set()).add(item)
+        self._last: dict[int, list[int]] = {}
+        self.night(0)
+
+    def answer(self, user: int, request_id: str) -> list[int]:
+        """Returns the best items for a user."""
+        left_out = self._excluded.get(user, set()) | {*self._last.get(user, ())}
+        best = [item for item in self._best if item not in left_out][: OPTIONS.num_retrieved]
+        self._last[user] = best
+        return best
+
+    def tell(self, events: list[dict[str, Any]]) -> None:
+        """Takes what became of an answer."""
+        for event in events:
+            if event["type"] == "click":
+                self._clicks[event["item_id"]] += 1
+                self._excluded.setdefault(event["user_id"], set()).add(event["item_id"])
+
+    def night(self, day: int) -> bool:
+        """Learns from all days until now; returns whether that changes the answers."""
+        self._best = [item for item, _ in self._clicks.most_common()]
+        return True
+
+    def close(self) -> None:
+        """Has started nothing."""
+
+
+class World:
+    """Users with a truth, and the ranker behind the retrieval."""
+
+    def __init__(self, simulation: Simulation, tires: float) -> None:
+        self.preferences, self._tires = simulation.preferences, tires
+        self.num_users = len(simulation.user_ids)
+        self._screens: dict[int, deque[np.ndarray]] = {}
+
+    def show(
+        self, user: int, items: Sequence[int], rng: np.random.Generator
+    ) -> tuple[dict[int, str], np.ndarray]:
+        """Ranks an answer, shows its best and lets the user click.
+
+        Returns the type of event of each item that pre-rank kept, and [num_exposed] probabilities
+        of a click.
+        """
+        taste = self.preferences.tastes(np.array([user - 1]), np.zeros(1, int))
+        rows, noise = np.array(items) - 1, rng.standard_normal((2, OPTIONS.num_retrieved))
+        truth = self.preferences.logits(taste, rows[np.newaxis])[0]
+        scores = truth + OPTIONS.pre_rank_noise * noise[0, : len(rows)]
+        kept = np.argsort(-scores)[: OPTIONS.num_pre_ranked]
+        scores = truth[kept] + OPTIONS.rank_noise * noise[1, : len(kept)]
+        order = kept[np.argsort(-scores)]
+        shown = order[: OPTIONS.num_exposed]
+        screens = self._screens.setdefault(user, deque(maxlen=NUM_SCREENS))
+        num_shown = sum((np.isin(rows[shown], screen) for screen in screens), np.zeros(len(shown)))
+        examination = (1.0 + np.arange(len(shown))) ** -OPTIONS.position_bias
+        rates = expit(truth[shown] - self._tires * num_shown) * examination
+        screens.append(rows[shown])
+        is_clicked = rng.random(OPTIONS.num_exposed)[: len(shown)] < rates
+        types = ["click" if clicked else "view" for clicked in is_clicked]
+        types += ["ranked"] * (OPTIONS.num_ranked - len(types))
+        types += ["pre_ranked"] * (len(order) - len(types))
+        return dict(zip((rows[order] + 1).tolist(), types, strict=False)), rates
+
+
+def first_days(simulation: Simulation) -> pa.Table:
+    """Returns the simulated log as an event table, which ends a minute ago."""
+    names = ("user_id", "item_id", "stage", "timestamp", "request_id", "rank")
+    events = simulation.log.events.order_by("event_number").select(*names).to_pyarrow()
+    columns = {name: events[name] for name in names}
+    past = datetime.now(UTC) - pc.max(events["timestamp"]).as_py()
+    columns["timestamp"] = pc.add(events["timestamp"], past - timedelta(minutes=1))
+    columns["request_id"] = pc.cast(events["request_id"], pa.string())
+    columns["rank"] = pc.cast(events["rank"], pa.int32())
+    return pa.table(columns)
+
+
+def live(name: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Lets an arm live through the days; returns a row for each."""
+    num_first = NUM_FIRST_DAYS * options.requests
+    sizes = {"num_users": options.users, "num_items": options.items, "num_requests": num_first}
+    simulation = simulate_funnel(**sizes, seed=options.seed, options=OPTIONS)
+    world, first = World(simulation, options.tires), first_days(simulation)
+    service: Package | Popularity = (
+        Popularity(first) if name == POPULARITY else Package(folder, first, *ARMS[name])
+    )
+    days = []
+    try:
+        for day in range(1, options.days + 1):
+            rng, rates, num_clicks = np.random.default_rng([options.seed, day]), [], 0
+            for number, user in enumerate(rng.integers(1, world.num_users + 1, options.requests)):
+                request_id = f"{day}-{number}"
+                types, shown = world.show(int(user), service.answer(int(user), request_id), rng)
+                about = {"user_id": int(user), "request_id": request_id}
+                service.tell([{**about, "item_id": id_, "type": x} for id_, x in types.items()])
+                num_clicks += sum(type_ == "click" for type_ in types.values())
+                rates.append(float(shown.mean()))
+            row = {"arm": name, "day": day, "click_rate": float(np.mean(rates))}
+            row |= {"num_clicks": num_clicks, "is_published": service.night(day)}
+            days.append(row)
+            print(*row.values(), f"{time.process_time():.0f} s", flush=True)
+    finally:
+        service.close()
+    return days
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = parser_with_json(__doc__)
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, POPULARITY], metavar="ARM")
+    parser.add_argument("--days", type=int, default=30)
+    parser.add_argument("--users", type=int, default=300)
+    parser.add_argument("--items", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=300, help="A day.")
+    parser.add_argument("--tires", type=float, default=0.0, help="What a showing costs, in logits.")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    days: list[dict[str, Any]] = []
+    for number, name in enumerate(options.arms or [*ARMS, POPULARITY]):
+        with tempfile.TemporaryDirectory() as folder:
+            days += live(name, options, Path(folder) / str(number))
+        if options.json:
+            write_json(options.json, {"tires": options.tires, "days": days}, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()
