@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -217,33 +217,30 @@ def first_days(simulation: Simulation) -> pa.Table:
     return pa.table(columns)
 
 
-def live(name: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Lets an arm live through the days; returns a row for each."""
+def live(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Lets an arm live through the days; yields a row for each."""
     num_first = NUM_FIRST_DAYS * options.requests
     sizes = {"num_users": options.users, "num_items": options.items, "num_requests": num_first}
     simulation = simulate_funnel(**sizes, seed=options.seed, options=OPTIONS)
     world, first = World(simulation, options.tires), first_days(simulation)
-    service: Package | Popularity = (
-        Popularity(first) if name == POPULARITY else Package(folder, first, *ARMS[name])
-    )
-    days = []
+    service = Popularity(first) if name == POPULARITY else Package(folder, first, *ARMS[name])
     try:
         for day in range(1, options.days + 1):
             rng, rates, num_clicks = np.random.default_rng([options.seed, day]), [], 0
-            for number, user in enumerate(rng.integers(1, world.num_users + 1, options.requests)):
+            users = rng.integers(1, world.num_users + 1, options.requests).tolist()
+            for number, user in enumerate(users):
                 request_id = f"{day}-{number}"
-                types, shown = world.show(int(user), service.answer(int(user), request_id), rng)
-                about = {"user_id": int(user), "request_id": request_id}
+                types, shown = world.show(user, service.answer(user, request_id), rng)
+                about = {"user_id": user, "request_id": request_id}
                 service.tell([{**about, "item_id": id_, "type": x} for id_, x in types.items()])
                 num_clicks += sum(type_ == "click" for type_ in types.values())
                 rates.append(float(shown.mean()))
             row = {"arm": name, "day": day, "click_rate": float(np.mean(rates))}
             row |= {"num_clicks": num_clicks, "is_published": service.night(day)}
-            days.append(row)
             print(*row.values(), f"{time.process_time():.0f} s", flush=True)
+            yield row
     finally:
         service.close()
-    return days
 
 
 def main() -> None:
@@ -258,11 +255,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     days: list[dict[str, Any]] = []
-    for number, name in enumerate(options.arms or [*ARMS, POPULARITY]):
-        with tempfile.TemporaryDirectory() as folder:
-            days += live(name, options, Path(folder) / str(number))
-        if options.json:
-            write_json(options.json, {"tires": options.tires, "days": days}, seed=options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        names = options.arms or [*ARMS, POPULARITY]
+        arms = [live(name, options, Path(folder) / str(n)) for n, name in enumerate(names)]
+        for rows in zip(*arms, strict=True):
+            days += rows
+            if options.json:  # Each day, since all of them take an hour.
+                write_json(options.json, {"tires": options.tires, "days": days}, seed=options.seed)
 
 
 if __name__ == "__main__":
