@@ -23,16 +23,12 @@ ranker nor the package is told.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import http.client
-import json
+import itertools
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -45,15 +41,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from live import Client
 from record import parser_with_json, write_json
 from scipy.special import expit
+from serving import served
 
 from tfrs_pipeline.cli import commands
 from tfrs_pipeline.serving.publish import versions_of
-from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_funnel
+from tfrs_pipeline.sources.simulated import FunnelOptions, Preferences, simulate_funnel
 
 OPTIONS = FunnelOptions(num_retrieved=50, num_pre_ranked=30, num_ranked=20, num_exposed=10)
-NUM_FIRST_DAYS, NUM_SCREENS, TOKEN = 10, 5, "0123456789abcdef"
+NUM_USERS, NUM_ITEMS, NUM_REQUESTS, NUM_FIRST_DAYS = 300, 1000, 300, 10
+NUM_SCREENS, TOKEN = 5, "0123456789abcdef"
 EXCLUDING = ("--exclude-served-answers", "1")
 # Arm -> more flags of `serve`, and of the first `run`, whose settings the later ones keep.
 ARMS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -75,20 +74,16 @@ class Package:
         # Once, on all but the newest tenth: training again on all would take half of a night.
         once = ("--no-training.refit", "--preset", "quick", "--evaluation.baselines", "none")
         self._run(0, *once, *run)
-        command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(self.model)]
-        command += ["--port", "0", "--poll-seconds", "0.3", "--token-file", str(folder / "token")]
-        command += ["--record-share", "1", "--no-page", *serve]
-        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._server.stdout is not None
-        self._port = int(self._server.stdout.readline().rpartition(":")[2])
+        self._stack, token = contextlib.ExitStack(), str(folder / "token")
+        flags = ("--poll-seconds", "0.3", "--no-page", "--record-share", "1", "--token-file", token)
+        self._port, _ = self._stack.enter_context(served(self.model, *flags, *serve))
+        self.close = self._stack.close
 
     def _run(self, day: int, *flags: str) -> int:
-        names: dict[str, Any] = {"data.path": self.folder / "logs"}
-        names["run-dir"] = self.folder / "runs" / str(day)
-        names |= {"export.directory": self.model.parent, "export.name": self.model.name}
-        names |= {"split.validation": 0.05, "split.test": 0.05, "export.keep_versions": 2}
-        settings = [text for name, value in names.items() for text in (f"--{name}", str(value))]
-        return self._do("run", *settings, *flags)
+        settings = ["--data.path", self.folder / "logs", "--run-dir", self.folder / f"run {day}"]
+        settings += ["--export.directory", self.model.parent, "--export.name", self.model.name]
+        settings += ["--split.validation", 0.05, "--split.test", 0.05, "--export.keep_versions", 2]
+        return self._do("run", *map(str, settings), *flags)
 
     def _do(self, *arguments: str) -> int:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
@@ -96,76 +91,55 @@ class Package:
         assert code in (0, commands.NOT_PUBLISHED), arguments
         return code
 
-    def _ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
-        headers |= {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
-        # Anew for each request: the server closes connections that are idle during a night.
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port)) as connection:
-            connection.request(method, path, body and json.dumps(body), headers)
-            response = connection.getresponse()
-            content = json.loads(response.read())
-        assert response.status == 200, content
-        return content
+    def _client(self) -> Client:
+        # A new one each time: the server closes connections that are idle during a night.
+        return Client(self._port, self.model.name, TOKEN)
 
     def answer(self, user: int, request_id: str) -> list[int]:
         """Returns the best items for a user."""
-        inputs = {"user_id": [user], "exclude": [[]], "k": OPTIONS.num_retrieved}
-        body = {"signature_name": "retrieve_user", "inputs": inputs}
-        path = f"/v1/models/{self.model.name}:predict"
-        outputs = self._ask("POST", path, body, **{"X-Request-ID": request_id})["outputs"]
-        return [item for item in outputs["candidate_ids"][0] if item != -1]
+        items = self._client().ask(user, OPTIONS.num_retrieved, **{"X-Request-ID": request_id})
+        return [item for item in items if item != -1]
 
     def tell(self, events: list[dict[str, Any]]) -> None:
         """Takes what became of an answer."""
-        assert self._ask("POST", "/v1/events", {"events": events})["num_new"] == len(events)
+        self._client().post("/v1/events", {"events": events})
 
     def night(self, day: int) -> bool:
         """Learns from all days until now; returns whether that changes the answers."""
         time.sleep(1.5)  # Until the last answers are on disk.
         self._do("log", str(self.model), "--out", str(self.folder / "logs" / "live.parquet"))
         code = self._run(day, "--warm-start", str(self.model), "--export.gate")
-        newest, served = str(versions_of(self.model)[-1]), dict[str, str]()
-        while served.get(newest) != "AVAILABLE":
+        while self._client().version() != versions_of(self.model)[-1]:
             time.sleep(0.2)
-            statuses = self._ask("GET", f"/v1/models/{self.model.name}")["model_version_status"]
-            served = {status["version"]: status["state"] for status in statuses}
         return code == 0
-
-    def close(self) -> None:
-        """Ends what it started."""
-        self._server.terminate()
-        self._server.wait()
 
 
 class Popularity:
     """The most clicked items, without those that the user clicked or was served last."""
 
     def __init__(self, first: pa.Table) -> None:
-        clicks = first.filter(pc.equal(first["stage"], "clicked"))
-        self._clicks = Counter(clicks["item_id"].to_pylist())
-        self._excluded: dict[int, set[int]] = {}
-        for user, item in zip(
-            *(clicks[x].to_pylist() for x in ("user_id", "item_id")), strict=True
-        ):
-            self._excluded.setdefault(user, set()).add(item)
-        self._last: dict[int, list[int]] = {}
+        self._clicks, self._last = Counter[int](), dict[int, list[int]]()
+        self._clicked: dict[int, set[int]] = defaultdict(set)
+        rows = first.filter(pc.equal(first["stage"], "clicked")).to_pylist()
+        self.tell([row | {"type": "click"} for row in rows])
         self.night(0)
 
     def answer(self, user: int, request_id: str) -> list[int]:
         """Returns the best items for a user."""
-        left_out = self._excluded.get(user, set()) | {*self._last.get(user, ())}
-        best = [item for item in self._best if item not in left_out][: OPTIONS.num_retrieved]
-        self._last[user] = best
-        return best
+        left_out = {*self._clicked[user], *self._last.get(user, ())}
+        best = (item for item in self._best if item not in left_out)
+        self._last[user] = [*itertools.islice(best, OPTIONS.num_retrieved)]
+        return self._last[user]
 
     def tell(self, events: list[dict[str, Any]]) -> None:
         """Takes what became of an answer."""
         for event in events:
             if event["type"] == "click":
                 self._clicks[event["item_id"]] += 1
-                self._excluded.setdefault(event["user_id"], set()).add(event["item_id"])
+                self._clicked[event["user_id"]].add(event["item_id"])
 
     def night(self, day: int) -> bool:
-        """Learns from all days until now; returns whether that changes the answers."""
+        """Counts all clicks until now."""
         self._best = [item for item, _ in self._clicks.most_common()]
         return True
 
@@ -176,9 +150,8 @@ class Popularity:
 class World:
     """Users with a truth, and the ranker behind the retrieval."""
 
-    def __init__(self, simulation: Simulation, tires: float) -> None:
-        self.preferences, self._tires = simulation.preferences, tires
-        self.num_users = len(simulation.user_ids)
+    def __init__(self, preferences: Preferences, tires: float) -> None:
+        self.preferences, self._tires = preferences, tires
         self._screens: dict[int, deque[np.ndarray]] = {}
 
     def show(
@@ -209,59 +182,46 @@ class World:
         return dict(zip((rows[order] + 1).tolist(), types, strict=False)), rates
 
 
-def first_days(simulation: Simulation) -> pa.Table:
-    """Returns the simulated log as an event table, which ends a minute ago."""
-    names = ("user_id", "item_id", "stage", "timestamp", "request_id", "rank")
-    events = simulation.log.events.order_by("event_number").select(*names).to_pyarrow()
-    columns = {name: events[name] for name in names}
-    past = datetime.now(UTC) - pc.max(events["timestamp"]).as_py()
-    columns["timestamp"] = pc.add(events["timestamp"], past - timedelta(minutes=1))
-    columns["request_id"] = pc.cast(events["request_id"], pa.string())
-    columns["rank"] = pc.cast(events["rank"], pa.int32())
-    return pa.table(columns)
-
-
-def live(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+def live(name: str, options: Any, folder: Path) -> Iterator[dict[str, Any]]:
     """Lets an arm live through the days; yields a row for each."""
-    num_first = NUM_FIRST_DAYS * options.requests
-    sizes = {"num_users": options.users, "num_items": options.items, "num_requests": num_first}
-    simulation = simulate_funnel(**sizes, seed=options.seed, options=OPTIONS)
-    world, first = World(simulation, options.tires), first_days(simulation)
+    sizes = {"num_users": NUM_USERS, "num_items": NUM_ITEMS}
+    simulation = simulate_funnel(
+        **sizes, num_requests=NUM_FIRST_DAYS * NUM_REQUESTS, seed=options.seed, options=OPTIONS
+    )
+    names = ("user_id", "item_id", "stage", "timestamp", "request_id", "rank")
+    first = simulation.log.events.order_by("event_number").select(*names).to_pyarrow()
+    # The first days end a minute ago.
+    past = datetime.now(UTC) - timedelta(minutes=1) - pc.max(first["timestamp"]).as_py()
+    first = first.set_column(3, "timestamp", pc.add(first["timestamp"], past))
+    first = first.set_column(4, "request_id", first["request_id"].cast(pa.string()))
+    first = first.set_column(5, "rank", first["rank"].cast(pa.int32()))
+    world = World(simulation.preferences, options.tires)
     service = Popularity(first) if name == POPULARITY else Package(folder, first, *ARMS[name])
-    try:
+    with contextlib.closing(service):
         for day in range(1, options.days + 1):
             rng, rates, num_clicks = np.random.default_rng([options.seed, day]), [], 0
-            users = rng.integers(1, world.num_users + 1, options.requests).tolist()
-            for number, user in enumerate(users):
-                request_id = f"{day}-{number}"
-                types, shown = world.show(user, service.answer(user, request_id), rng)
-                about = {"user_id": user, "request_id": request_id}
+            for number, user in enumerate(rng.integers(1, NUM_USERS + 1, NUM_REQUESTS).tolist()):
+                about = {"user_id": user, "request_id": f"{day}-{number}"}
+                types, shown = world.show(user, service.answer(user, about["request_id"]), rng)
                 service.tell([{**about, "item_id": id_, "type": x} for id_, x in types.items()])
-                num_clicks += sum(type_ == "click" for type_ in types.values())
+                num_clicks += Counter(types.values())["click"]
                 rates.append(float(shown.mean()))
             row = {"arm": name, "day": day, "click_rate": float(np.mean(rates))}
             row |= {"num_clicks": num_clicks, "is_published": service.night(day)}
             print(*row.values(), f"{time.process_time():.0f} s", flush=True)
             yield row
-    finally:
-        service.close()
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = parser_with_json(__doc__)
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, POPULARITY], metavar="ARM")
+    parser.add_argument("--arms", nargs="+", default=[*ARMS, POPULARITY], metavar="ARM")
     parser.add_argument("--days", type=int, default=30)
-    parser.add_argument("--users", type=int, default=300)
-    parser.add_argument("--items", type=int, default=1000)
-    parser.add_argument("--requests", type=int, default=300, help="A day.")
     parser.add_argument("--tires", type=float, default=0.0, help="What a showing costs, in logits.")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    days: list[dict[str, Any]] = []
+    options, days = parser.parse_args(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
-        names = options.arms or [*ARMS, POPULARITY]
-        arms = [live(name, options, Path(folder) / str(n)) for n, name in enumerate(names)]
+        arms = [live(name, options, Path(folder) / name) for name in options.arms]
         for rows in zip(*arms, strict=True):
             days += rows
             if options.json:  # Each day, since all of them take an hour.

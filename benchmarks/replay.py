@@ -10,13 +10,9 @@ last digit, to that of the fitted model, which is asked with the histories of th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,52 +66,46 @@ def replay(
     """
     rows = split.events.order_by(["timestamp", "event_number"]).to_pyarrow().to_pylist()
     requests: dict[Any, list[dict[str, Any]]] = {}
+    line: list[tuple[Any, ...]] = []
+    # Events at the time of a request are later than it, unless ties keep the log's order.
+    is_in_order = split.log.ties != "drop"
     for row in rows:
-        is_alone = row.get("request_id") is None
-        key = (row["user_id"], is_alone, row["event_number"] if is_alone else row["request_id"])
-        requests.setdefault(key, []).append(row)
-
-    def place(row: Mapping[str, Any], is_event: bool) -> tuple[Any, ...]:
-        # Events at the time of a request are later than it, unless ties keep the log's order.
-        number = row["event_number"]
-        in_order = (is_event, number) if split.log.ties == "drop" else (number, is_event)
-        return row["timestamp"], *in_order
-
-    line: list[tuple[Any, ...]] = [
-        (place(row, True), "tell", row)
-        for row in rows
-        if row["part"] == "test" and row["stage"] in ("clicked", "exposed")
-    ]
-    for of_request in requests.values():
-        is_target = [row["part"] == "test" and row["stage"] == "clicked" for row in of_request]
-        if any(is_target) and of_request[0]["part"] == "test":
-            targets = [row for row, is_one in zip(of_request, is_target, strict=True) if is_one]
-            line.append((place(of_request[0], False), "ask", targets))
-    names = (test.user_ids.tolist(), test.times.tolist(), map(set, test.relevant))
+        number, request_id = row["event_number"], row.get("request_id")
+        row["place"] = row["timestamp"], is_in_order and number
+        requests.setdefault((row["user_id"], request_id or number), []).append(row)
+        if row["part"] == "test" and row["stage"] in ("clicked", "exposed"):
+            line.append((*row["place"], 1, number, row))
+    for first, *others in requests.values():
+        events = (row for row in (first, *others) if row["part"] == "test")
+        if (targets := [row for row in events if row["stage"] == "clicked"]) and (
+            first["part"] == "test"
+        ):
+            line.append((*first["place"], 0, first["event_number"], targets))
     numbers = {
         (user, seconds, frozenset(items)): number
-        for number, (user, seconds, items) in enumerate(zip(*names, strict=True))
+        for number, (user, seconds, items) in enumerate(
+            zip(test.user_ids.tolist(), test.times.tolist(), test.relevant, strict=True)
+        )
     }
     queries, answers = test.as_queries(), {}
-    for _, what, content in sorted(line, key=lambda entry: entry[0]):
-        if what == "tell":
-            columns = {"user_id": "user_id", "item_id": "item_id", "stage": "type"}
-            event = {name: content[column] for column, name in columns.items()}
-            tell([event | {"time": content["timestamp"].isoformat()}])
+    for *_, is_event, _, content in sorted(line, key=lambda entry: entry[:-1]):
+        if is_event:
+            about = {name: content[name] for name in ("user_id", "item_id")}
+            moment = content["timestamp"].isoformat()
+            tell([about | {"type": content["stage"], "time": moment}])
             continue
         user, seconds = content[0]["user_id"], int(content[0]["timestamp"].timestamp() // 1)
         number = numbers[user, seconds, frozenset(row["item_id"] for row in content)]
         answers[number] = ask(user, queries[number]["request"])
-    asked = sorted(answers)
-    lists = {
-        name: [values[number] for number in asked]
+    kept = sorted(answers)
+    parts: dict[str, Any] = {
+        name: [values[number] for number in kept]
         for name, values in vars(test).items()
         if isinstance(values, list)
     }
-    test = dataclasses.replace(
-        test, user_ids=test.user_ids[asked], times=test.times[asked], **lists
-    )
-    return test, Answers(test.as_queries(), [answers[number] for number in asked])
+    parts |= {"user_ids": test.user_ids[kept], "times": test.times[kept]}
+    asked = dataclasses.replace(test, **parts)
+    return asked, Answers(asked.as_queries(), [answers[number] for number in kept])
 
 
 class Alone:
@@ -156,60 +146,32 @@ def compare(model: tp.Retriever, test: tp.Holdout, answers: Answers, k: int) -> 
     }
 
 
-@contextlib.contextmanager
-def serving(model: Path, *flags: str) -> Iterator[Any]:
-    """Serves a model on a free port; yields a client."""
-    from live import Client
-
-    token = model.parent / "token"
-    token.write_text("0123456789abcdef")
-    command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(model), "--port", "0"]
-    command += ["--token-file", str(token), "--no-page", *flags]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        yield Client(
-            int(server.stdout.readline().rpartition(":")[2]), model.name, token.read_text()
-        )
-    finally:
-        server.terminate()
-        server.wait()
-
-
 def main() -> None:
     """Runs the benchmark."""
+    from live import Client
     from record import parser_with_json, write_json
+    from serving import served
 
     parser = parser_with_json(__doc__)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--pooling", nargs="+", default=["mean"], help="model.history_pooling.")
     options = parser.parse_args()
     split = load_movielens_100k().split("time", validation=0, test=0.1)
-    test, training = (
-        split.holdout("test", by="requests"),
-        tp.TrainingSettings(max_epochs=options.epochs),
-    )
-    plan = tp.TwoTower(history_pooling=tuple(options.pooling), training=training)
+    test = split.holdout("test", by="requests")
+    plan = tp.TwoTower(training=tp.TrainingSettings(max_epochs=options.epochs))
     model = plan.fit(split.before_test)
     with tempfile.TemporaryDirectory() as folder:
+        token = Path(folder) / "token"
+        token.write_text("0123456789abcdef")
         path = tp.export(as_of_test(model), Path(folder) / "films", index=tp.Exact()).parent
-        reads_times = "timestamp" in tp.load(path).signatures["retrieve_user"]
-        with serving(path) as client:
-
-            def ask(user: int, request: Mapping[str, Any]) -> list[int]:
-                inputs = {"user_id": [user], "exclude": [[]], "k": K}
-                if reads_times:
-                    inputs["timestamp"] = [request["timestamp"].timestamp()]
-                body = {"signature_name": "retrieve_user", "inputs": inputs}
-                outputs = client.post("/v1/models/films:predict", body)["outputs"]
-                return list(outputs["candidate_ids"][0])
-
-            start = time.monotonic()
+        with served(path, "--no-page", "--token-file", str(token)) as (port, _):
+            client = Client(port, path.name, token.read_text())
             asked, answers = replay(
-                split, test, ask, lambda events: client.post("/v1/events", {"events": events})
+                split,
+                test,
+                lambda user, _: client.ask(user, K),
+                lambda events: client.post("/v1/events", {"events": events}),
             )
-            figures = {"seconds": time.monotonic() - start, "num_not_asked": len(test) - len(asked)}
-    figures |= compare(model, asked, answers, K)
+    figures = compare(model, asked, answers, K) | {"num_not_asked": len(test) - len(asked)}
     print(figures)
     if options.json:
         write_json(options.json, figures)

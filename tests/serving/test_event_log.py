@@ -259,6 +259,30 @@ def test_the_command(films: Path, tmp_path: Path, command: Any) -> None:
     assert (done.code, done.err, done.out.endswith("log.parquet: 1 row\n")) == (0, "", True)
 
 
+def test_the_command_drops_what_is_old(films: Path, tmp_path: Path, command: Any) -> None:
+    now, day = time.time(), 86_400
+    load(films).record([event(100, 3, time=now - day * n) for n in (0, 1, 9, 11, 40)])
+    for n in (1, 30):
+        past = round(1000 * (now - day * n))
+        Journal(films).write([], [answer(f"secret {n}", [100], [[10, 17]], past)])
+    done = command("log", films, "--out", tmp_path / "log.parquet", "--drop-older-days", 10)
+    assert (done.code, done.err) == (0, "")
+    # The file is written first, so that no row is lost between the two.
+    assert pq.read_metadata(tmp_path / "log.parquet").num_rows == 5 + 2 * 2
+    assert "log.parquet: 9 rows\ndropped  2 events and 1 answer from before 20" in done.out
+    assert [round((now - e.time / 1000) / day) for e in Journal(films).of_users([100])[100]] == [
+        9,
+        1,
+        0,
+    ]
+    content = b"".join(path.read_bytes() for path in films.glob(f"{JOURNAL_FILE}*"))
+    assert (b"secret 30" in content, b"secret 1" in content) == (False, True)
+    done = command("log", films, "--drop-older-days", 10)
+    assert (done.code, "dropped  0 events and 0 answers" in done.out) == (0, True)
+    for flags in ([], ["--drop-older-days", 0], ["--drop-older-days", 1e9]):
+        assert command("log", films, *flags).code == 2
+
+
 def test_what_cannot_be_written_is_refused_at_the_start(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ class Activity:
         *,
         excludes_known: bool = True,
     ) -> None:
-        self._journal, self._users = journal, encoder._query_rows
+        self.journal, self._users = journal, encoder._query_rows
         self._excludes_known = excludes_known
         self._ids = _content(encoder._candidate_ids)  # In row 0 is the empty id.
         (self._rows, self._starts), (self._known, self._known_starts) = (
@@ -70,7 +70,7 @@ class Activity:
 
         Users without an event are left out: the stored history is all that they did.
         """
-        if not (events_by_user := self._journal.of_users(user_ids)):
+        if not (events_by_user := self.journal.of_users(user_ids)):
             return {}
         positions = [position for position, id_ in enumerate(user_ids) if id_ in events_by_user]
         rows = self._user_rows([user_ids[position] for position in positions])
@@ -89,7 +89,8 @@ class Activity:
                 # Stored histories are most recent first.
                 as_ids(self._ids[self._rows[stored][::-1]].tolist())
                 + [click.item_id for click in clicks],
-                self._times[stored][::-1].tolist() + [click.time / 1000 for click in clicks],
+                # Whole seconds, as in training.
+                self._times[stored][::-1].tolist() + [click.time // 1000 for click in clicks],
                 as_ids(self._ids[known].tolist())
                 + [event.item_id for event in events if event.type in self._excluded_types],
             )

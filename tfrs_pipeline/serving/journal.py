@@ -186,6 +186,12 @@ class Journal(Database):
             }
         return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
 
+    def user_ids(self) -> list[Any]:
+        """Reads the ids of all users with an event, ascending; integers come before text."""
+        with self._opened() as connection:
+            rows = connection.execute("SELECT DISTINCT user_id FROM events") if connection else ()
+            return [id_ for (id_,) in rows]
+
     def served_to(self, user_id: Any, lately: Lately) -> dict[str, tuple[int, list[Any]]]:
         """Reads a user's answers: request_id -> milliseconds since 1970, and item ids.
 
@@ -223,9 +229,19 @@ class Journal(Database):
         user_id = _plain(user_id)
         if isinstance(user_id, int) and not -(2**63) <= user_id < 2**63:
             return 0  # No event has it.
+        return sum(self._delete("user_id = ?", user_id))
+
+    def drop_older(self, time_: int) -> tuple[int, int]:
+        """Deletes what is older than a time in milliseconds since 1970; see `forget`.
+
+        Returns how many events, and how many answers.
+        """
+        return self._delete("time < ?", time_)
+
+    def _delete(self, condition: str, value: Any) -> tuple[int, int]:
         with self.writing() as connection:
-            num_deleted = sum(
-                connection.execute(f"DELETE FROM {table} WHERE user_id = ?", [user_id]).rowcount
+            num_events, num_answers = (
+                connection.execute(f"DELETE FROM {table} WHERE {condition}", [value]).rowcount
                 for table in ("events", "served")
             )
         with self._opened() as connection:
@@ -236,7 +252,7 @@ class Journal(Database):
             is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if is_busy:
             raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
-        return num_deleted
+        return num_events, num_answers
 
 
 class _Group(NamedTuple):
