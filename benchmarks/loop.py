@@ -13,12 +13,11 @@ the gate and publishes. The server then loads the new version.
     popularity alone            the most clicked items of the log, with the same items left out
 
 The true click rate of a day is the mean, over all items shown, of the probability of a click. The
-arms see the same users in the same order, and the same noise. With `--tires X`, each time that one
-of a user's last five screens had an item, the logit of a click on it falls by X, which neither the
-ranker nor the package is told.
+arms see the same users in the same order, and the same noise. Nobody tires of an item in this
+world, so what leaving out costs shows, and what it is for does not.
 
     python benchmarks/loop.py --json benchmarks/results/loop.json
-    python benchmarks/loop.py --tires 1 --arms "as it is" "served items may come again" --days 15
+    python benchmarks/loop.py --arms "as it is" "popularity alone" --days 3
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,7 +51,7 @@ from tfrs_pipeline.sources.simulated import FunnelOptions, Preferences, simulate
 
 OPTIONS = FunnelOptions(num_retrieved=50, num_pre_ranked=30, num_ranked=20, num_exposed=10)
 NUM_USERS, NUM_ITEMS, NUM_REQUESTS, NUM_FIRST_DAYS = 300, 1000, 300, 10
-NUM_SCREENS, TOKEN = 5, "0123456789abcdef"
+TOKEN = "0123456789abcdef"
 EXCLUDING = ("--exclude-served-answers", "1")
 # Arm -> more flags of `serve`, and of the first `run`, whose settings the later ones keep.
 ARMS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -147,39 +146,25 @@ class Popularity:
         """Has started nothing."""
 
 
-class World:
-    """Users with a truth, and the ranker behind the retrieval."""
+def show(
+    preferences: Preferences, user: int, items: Sequence[int], rng: np.random.Generator
+) -> tuple[dict[int, str], np.ndarray]:
+    """Ranks an answer as the simulated funnel does, shows its best and lets the user click.
 
-    def __init__(self, preferences: Preferences, tires: float) -> None:
-        self.preferences, self._tires = preferences, tires
-        self._screens: dict[int, deque[np.ndarray]] = {}
-
-    def show(
-        self, user: int, items: Sequence[int], rng: np.random.Generator
-    ) -> tuple[dict[int, str], np.ndarray]:
-        """Ranks an answer, shows its best and lets the user click.
-
-        Returns the type of event of each item that pre-rank kept, and [num_exposed] probabilities
-        of a click.
-        """
-        taste = self.preferences.tastes(np.array([user - 1]), np.zeros(1, int))
-        rows, noise = np.array(items) - 1, rng.standard_normal((2, OPTIONS.num_retrieved))
-        truth = self.preferences.logits(taste, rows[np.newaxis])[0]
-        scores = truth + OPTIONS.pre_rank_noise * noise[0, : len(rows)]
-        kept = np.argsort(-scores)[: OPTIONS.num_pre_ranked]
-        scores = truth[kept] + OPTIONS.rank_noise * noise[1, : len(kept)]
-        order = kept[np.argsort(-scores)]
-        shown = order[: OPTIONS.num_exposed]
-        screens = self._screens.setdefault(user, deque(maxlen=NUM_SCREENS))
-        num_shown = sum((np.isin(rows[shown], screen) for screen in screens), np.zeros(len(shown)))
-        examination = (1.0 + np.arange(len(shown))) ** -OPTIONS.position_bias
-        rates = expit(truth[shown] - self._tires * num_shown) * examination
-        screens.append(rows[shown])
-        is_clicked = rng.random(OPTIONS.num_exposed)[: len(shown)] < rates
-        types = ["click" if clicked else "view" for clicked in is_clicked]
-        types += ["ranked"] * (OPTIONS.num_ranked - len(types))
-        types += ["pre_ranked"] * (len(order) - len(types))
-        return dict(zip((rows[order] + 1).tolist(), types, strict=False)), rates
+    Returns the type of event of each item that pre-rank kept, and [num_exposed] probabilities of a
+    click.
+    """
+    taste = preferences.tastes(np.array([user - 1]), np.zeros(1, int))
+    noise = rng.standard_normal((2, OPTIONS.num_retrieved))[:, : len(items)]
+    truth = preferences.logits(taste, np.array([items]) - 1)[0]
+    kept = np.argsort(-(truth + OPTIONS.pre_rank_noise * noise[0]))[: OPTIONS.num_pre_ranked]
+    order = kept[np.argsort(-(truth + OPTIONS.rank_noise * noise[1])[kept])]
+    shown = order[: OPTIONS.num_exposed]
+    rates = expit(truth[shown]) * (1.0 + np.arange(len(shown))) ** -OPTIONS.position_bias
+    is_clicked = rng.random(OPTIONS.num_exposed)[: len(shown)] < rates
+    types = ["click" if clicked else "view" for clicked in is_clicked]
+    types += ["ranked"] * (OPTIONS.num_ranked - len(types)) + ["pre_ranked"] * len(order)
+    return dict(zip(np.array(items)[order].tolist(), types, strict=False)), rates
 
 
 def live(name: str, options: Any, folder: Path) -> Iterator[dict[str, Any]]:
@@ -195,14 +180,15 @@ def live(name: str, options: Any, folder: Path) -> Iterator[dict[str, Any]]:
     first = first.set_column(3, "timestamp", pc.add(first["timestamp"], past))
     first = first.set_column(4, "request_id", first["request_id"].cast(pa.string()))
     first = first.set_column(5, "rank", first["rank"].cast(pa.int32()))
-    world = World(simulation.preferences, options.tires)
     service = Popularity(first) if name == POPULARITY else Package(folder, first, *ARMS[name])
     with contextlib.closing(service):
         for day in range(1, options.days + 1):
             rng, rates, num_clicks = np.random.default_rng([options.seed, day]), [], 0
             for number, user in enumerate(rng.integers(1, NUM_USERS + 1, NUM_REQUESTS).tolist()):
                 about = {"user_id": user, "request_id": f"{day}-{number}"}
-                types, shown = world.show(user, service.answer(user, about["request_id"]), rng)
+                types, shown = show(
+                    simulation.preferences, user, service.answer(user, about["request_id"]), rng
+                )
                 service.tell([{**about, "item_id": id_, "type": x} for id_, x in types.items()])
                 num_clicks += Counter(types.values())["click"]
                 rates.append(float(shown.mean()))
@@ -217,7 +203,6 @@ def main() -> None:
     parser = parser_with_json(__doc__)
     parser.add_argument("--arms", nargs="+", default=[*ARMS, POPULARITY], metavar="ARM")
     parser.add_argument("--days", type=int, default=30)
-    parser.add_argument("--tires", type=float, default=0.0, help="What a showing costs, in logits.")
     parser.add_argument("--seed", type=int, default=0)
     options, days = parser.parse_args(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +210,7 @@ def main() -> None:
         for rows in zip(*arms, strict=True):
             days += rows
             if options.json:  # Each day, since all of them take an hour.
-                write_json(options.json, {"tires": options.tires, "days": days}, seed=options.seed)
+                write_json(options.json, {"days": days}, seed=options.seed)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def replay(
     for row in rows:
         number, request_id = row["event_number"], row.get("request_id")
         row["place"] = row["timestamp"], is_in_order and number
-        requests.setdefault((row["user_id"], request_id or number), []).append(row)
+        alone = number if request_id is None else None
+        requests.setdefault((row["user_id"], request_id, alone), []).append(row)
         if row["part"] == "test" and row["stage"] in ("clicked", "exposed"):
             line.append((*row["place"], 1, number, row))
     for first, *others in requests.values():
@@ -135,10 +136,7 @@ def compare(model: tp.Retriever, test: tp.Holdout, answers: Answers, k: int) -> 
     batches, offline, service = (results[name].per_query for name in models)
     return {
         "num_queries": len(test),
-        "means": {
-            metric: [float(np.nanmean(values[metric])) for values in (offline, service)]
-            for metric in offline
-        },
+        "means": {m: [float(np.nanmean(x[m])) for x in (offline, service)] for m in service},
         **{
             name: {m: int((~np.isclose(of[m], service[m], 0, 0, True)).sum()) for m in service}
             for name, of in (("num_unequal", offline), ("num_unequal_in_batches", batches))

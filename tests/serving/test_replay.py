@@ -30,7 +30,7 @@ def events(*, has_requests: bool) -> pa.Table:
         for item in rng.integers(NUM_ITEMS, size=NUM_EVENTS).tolist():
             if rng.random() < 0.4:
                 request, start = request + 1, start + float(rng.exponential(120))
-            row = {"user_id": f"user {user}", "item_id": f"film {item}"}
+            row: dict[str, Any] = {"user_id": f"user {user}", "item_id": f"film {item}"}
             row["stage"] = "clicked" if rng.random() < 0.6 else "exposed"
             # A click comes up to minutes after the request, perhaps after the next one.
             after = rng.exponential(60) if has_requests else 0

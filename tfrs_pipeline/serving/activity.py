@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.model.tf_tables import loaded_rows
 from tfrs_pipeline.serving.journal import DISLIKED, Journal
 from tfrs_pipeline.serving.signatures import as_ids
 
@@ -73,7 +74,9 @@ class Activity:
         if not (events_by_user := self.journal.of_users(user_ids)):
             return {}
         positions = [position for position, id_ in enumerate(user_ids) if id_ in events_by_user]
-        rows = self._user_rows([user_ids[position] for position in positions])
+        active = [user_ids[position] for position in positions]
+        dtype = tf.string if isinstance(active[0], str) else tf.int64
+        rows = loaded_rows(self._users, active, dtype).tolist()
         recent = {}
         for position, row in zip(positions, rows, strict=True):
             events = events_by_user[user_ids[position]]
@@ -95,14 +98,6 @@ class Activity:
                 + [event.item_id for event in events if event.type in self._excluded_types],
             )
         return recent
-
-    def _user_rows(self, user_ids: Sequence[Any]) -> list[int]:
-        rows = tf.raw_ops.LookupTableFindV2(
-            table_handle=self._users.resource_handle,
-            keys=tf.constant(user_ids, tf.string if isinstance(user_ids[0], str) else tf.int64),
-            default_value=tf.constant(0, tf.int64),
-        )
-        return list(rows.numpy().tolist())
 
 
 def _content(variable: tf.Variable) -> np.ndarray:

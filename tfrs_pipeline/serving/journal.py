@@ -188,9 +188,9 @@ class Journal(Database):
 
     def user_ids(self) -> list[Any]:
         """Reads the ids of all users with an event, ascending; integers come before text."""
+        query = "SELECT DISTINCT user_id FROM events ORDER BY user_id"
         with self._opened() as connection:
-            rows = connection.execute("SELECT DISTINCT user_id FROM events") if connection else ()
-            return [id_ for (id_,) in rows]
+            return [id_ for (id_,) in (connection.execute(query) if connection else ())]
 
     def served_to(self, user_id: Any, lately: Lately) -> dict[str, tuple[int, list[Any]]]:
         """Reads a user's answers: request_id -> milliseconds since 1970, and item ids.
@@ -320,15 +320,9 @@ class Recorder:
                 waiting = [*self._waiting.get(user_id, {}).items()]
             answers = self.journal.served_to(user_id, lately)
             answers |= {id_: (time_, _filled(items)) for id_, (time_, items) in waiting}
-            newest = sorted(answers.values(), key=lambda answer: -answer[0])
-            lists.append(
-                [
-                    item
-                    for number, (time_, items) in enumerate(newest)
-                    if number < lately.answers or time_ > since
-                    for item in items
-                ]
-            )
+            newest = enumerate(sorted(answers.values(), key=lambda answer: -answer[0]))
+            recent = (ids for n, (time_, ids) in newest if n < lately.answers or time_ > since)
+            lists.append([*itertools.chain.from_iterable(recent)])
         return lists
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import file_hash, hold_to, locked, replacing
 from tfrs_pipeline.messages import SILENT, Progress, check_integer
 from tfrs_pipeline.model.encoder import QUERIES_PER_CALL
-from tfrs_pipeline.model.tf_tables import id_list
+from tfrs_pipeline.model.tf_tables import loaded_rows
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.vectors import destination_problem
 
@@ -122,12 +122,8 @@ def _num_unknown(model: "LoadedRetriever", users: pa.Table) -> int:
     if "history" not in users.column_names:
         return 0
     ids = pc.list_flatten(users["history"]).drop_null().to_pylist()
-    rows = tf.raw_ops.LookupTableFindV2(
-        table_handle=model.saved_model.encoder._candidate_rows.resource_handle,
-        keys=id_list(ids, model.item_dtype),
-        default_value=tf.constant(0, tf.int64),
-    )
-    return int((rows.numpy() == 0).sum())
+    rows = loaded_rows(model.saved_model.encoder._candidate_rows, ids, model.item_dtype)
+    return int((rows == 0).sum())
 
 
 def known_users(model: "LoadedRetriever") -> pa.Array:

@@ -28,6 +28,7 @@ from tfrs_pipeline.serving.settings import Lately, ServeSettings
 from tfrs_pipeline.serving.signatures import DEFAULT_SIGNATURE, completed, missing_value
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
+_LATELY = TypeAdapter(Annotated[Lately, Field(strict=True)])
 # Not a union with None, because Python cannot hash the list types.
 _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))
 
@@ -221,9 +222,6 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     served = document.get("exclude_served")
     lately = None if served is None else _checked(_LATELY, served, "exclude_served")
     return PredictCall(name, inputs, is_row_format, lately)
-
-
-_LATELY = TypeAdapter(Annotated[Lately, Field(strict=True)])
 
 
 def parse_items(body: bytes, key: str) -> list[Any]:

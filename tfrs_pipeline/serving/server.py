@@ -46,7 +46,7 @@ from tfrs_pipeline.model.tf_tables import id_lists
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.journal import Answer, Event, Journal, Recorder
 from tfrs_pipeline.serving.publish import version_at
-from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
+from tfrs_pipeline.serving.settings import Lately, ServeSettings, listening, read_token
 from tfrs_pipeline.serving.signatures import as_ids
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES, UNRECORDED
@@ -78,6 +78,8 @@ class ModelServer:
         self.recorder = Recorder(Journal(version_at(model).parent))
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
+        answers, hours = settings.exclude_served_answers, settings.exclude_served_hours
+        self._lately = Lately(answers=answers, hours=hours)
         self._token = None if settings.token_file is None else read_token(settings.token_file)
         if self._token is not None or settings.record_share:
             try_writing(version_at(model).parent)
@@ -139,7 +141,7 @@ class ModelServer:
         self, version: ServedVersion, call: rest.PredictCall
     ) -> rest.PredictCall:
         """Adds what the users were served lately to the items that a call excludes."""
-        lately = call.exclude_served or self.settings.lately
+        lately = call.exclude_served or self._lately
         if not (lately.answers or lately.hours):
             return call
         if "user_id" not in call.inputs:

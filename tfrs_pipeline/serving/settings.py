@@ -86,11 +86,6 @@ class ServeSettings(Config):
                     f"got {getattr(self, name)} with record_share {self.record_share}; {message}",
                 )
 
-    @property
-    def lately(self) -> Lately:
-        """Which answers' items are left out."""
-        return Lately(answers=self.exclude_served_answers, hours=self.exclude_served_hours)
-
 
 def read_token(path: Path) -> bytes:
     """Reads a token, or raises a `ValueError` if it is missing or too easy to guess."""
