@@ -11,19 +11,12 @@ correlation and by regret: the truth of the best model minus that of the chosen 
             2016; Yahoo! R3, Marlin and Zemel 2009). Ratings of 4 and 5 are clicks, the others
             exposures. Models are trained on four fifths of the chosen clicks and measured on the
             last fifth; the truth is recall@k of the clicks among the random items.
-    loop    thirty days of the simulated funnel, with 500 users. Each day a plan's model is trained
-            on the log of the last ten days, except the newest day, which measures it. The next day
-            shows what it retrieves. Its truth is that of `funnel`, and the mean true click
-            probability of what it shows. A gate asks each day whether the new model is clearly
-            worse than yesterday's on the newest day, by the plain metric or by `even_recall@50`;
-            the truth says whether it is, by .005 or more.
 
 Four propensities are compared: events at all logged stages, impressions, the root of the clicks (as
 in a log of clicks alone), and the clicks.
 
     python benchmarks/exposure.py funnel --folder rankings --json exposure_funnel.json
     python benchmarks/exposure.py random --data coat user.txt random.txt --json exposure_coat.json
-    python benchmarks/exposure.py loop --seeds 1 --json exposure_loop.json
 
 The folder keeps the rankings, so that a stopped study continues. The files of `random` have lines
 of user, item and rating, with commas.
@@ -51,7 +44,7 @@ from record import parser_with_json, write_json
 from scipy.stats import spearmanr
 
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_funnel
+from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
 K = 50
 STRENGTHS = (0.3, 1.0, 2.0)
@@ -280,159 +273,17 @@ def run_random(options: argparse.Namespace) -> dict[str, Any]:
     return {"k": options.k, "scores": summarise(logs, "data"), "logs": logs}
 
 
-WINDOW, REQUESTS_PER_DAY = 10, 500
-LOOP_PLANS = ("easy", "easy, uncorrected", "in-batch", "easy, positives^-0.6")
-MARGIN = 0.005
-
-
-def serve_day(
-    simulation: Simulation, retrieved: np.ndarray, day: int, rng: np.random.Generator
-) -> tuple[pa.Table, float]:
-    """Shows a day's requests what a model retrieves: [num_users, n] items of every user.
-
-    Pre-rank and rank are those of the simulated funnel. Returns the log, and the mean true click
-    probability of what was shown, wherever on the screen.
-    """
-    options, liking = FunnelOptions(), simulation.preferences
-    users = rng.integers(len(simulation.user_ids), size=REQUESTS_PER_DAY)
-    items = retrieved[users] - 1
-    logits = liking.logits(liking.tastes(users, np.zeros(len(users), int)), items)
-    stages = np.full(items.shape, "retrieved", object)
-    kept = items
-    for stage, num, noise in (
-        ("pre_ranked", options.num_pre_ranked, options.pre_rank_noise),
-        ("exposed", options.num_exposed, options.rank_noise),
-    ):
-        order = np.argsort(-(logits + noise * rng.standard_normal(logits.shape)), axis=1)
-        lost = np.take_along_axis(stages, order, axis=1)
-        lost[:, :num] = stage
-        stages, kept, logits = (
-            lost,
-            np.take_along_axis(kept, order, axis=1),
-            np.take_along_axis(logits, order, axis=1),
-        )
-        # The next stage ranks what this one drops behind all that it keeps.
-        logits[:, num:] = -np.inf
-    shown = 1 / (1 + np.exp(-logits[:, : options.num_exposed]))
-    seen = (1.0 + np.arange(options.num_exposed)) ** -options.position_bias
-    stages[:, : options.num_exposed] = np.where(
-        rng.random(shown.shape) < shown * seen, "clicked", "exposed"
-    )
-    num = items.shape[1]
-    table = pa.table(
-        {
-            "user_id": 1 + np.repeat(users, num),
-            "item_id": 1 + kept.ravel(),
-            "stage": stages.ravel().astype(str),
-            "request_id": np.repeat(day * REQUESTS_PER_DAY + np.arange(len(users)), num),
-        }
-    )
-    return table, float(shown.mean())
-
-
-def run_loop(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs the closed loop of each plan from the same first days."""
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        simulation = simulate_funnel(
-            num_users=500, num_items=1000, num_requests=WINDOW * REQUESTS_PER_DAY, seed=seed
-        )
-        columns = ["user_id", "item_id", "stage", "request_id"]
-        first = simulation.log.events.order_by("event_number").select(columns).to_pyarrow()
-        num = len(first) // WINDOW
-        first_days = [first.slice(day * num, num) for day in range(WINDOW)]
-        loops = {plan: (np.random.default_rng(seed), [*first_days], None) for plan in LOOP_PLANS}
-        for day in range(options.days):
-            for plan, (rng, days, before) in loops.items():
-                parts = [*["train"] * (WINDOW - 2), "validation", "test"]
-                of_days = zip(days[-WINDOW:], parts, strict=True)
-                events = [x.append_column("part", pa.array([p] * len(x))) for x, p in of_days]
-                log = tp.Log.from_table(pa.concat_tables(events).combine_chunks())
-                split = log.split("column")
-                _, settings = funnel.PLANS[plan]
-                model = tp.TwoTower(seed=day, **TOWER, **settings).fit(split.before_test)
-                row: dict[str, Any] = {"seed": seed, "plan": plan, "day": day}
-                row |= judge(simulation, split.test, model, before)
-                queries = [{"user_id": u, "history": h} for u, h in histories(simulation, log)]
-                retrieved = model.retrieve(queries, FunnelOptions().num_retrieved)[0]
-                table, row["click_probability"] = serve_day(
-                    simulation, retrieved.astype(np.int64), WINDOW + day, rng
-                )
-                row["num_clicks"] = int(np.sum(table["stage"].to_numpy() == "clicked"))
-                loops[plan] = rng, [*days, table.cast(first.schema)], model
-                rows.append(row)
-                print(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()))
-            if options.json:
-                write_json(options.json, {"plans": loop_table(rows), "days": rows})
-    return {"plans": loop_table(rows), "days": rows}
-
-
-def histories(simulation: Simulation, log: tp.Log) -> list[tuple[int, list[int]]]:
-    """Returns each user with what they clicked, oldest first."""
-    events = log.events.filter(log.events.stage == "clicked").order_by("event_number")
-    clicks = events.select("user_id", "item_id").to_pyarrow()
-    of_user: dict[int, list[int]] = {user: [] for user in simulation.user_ids.tolist()}
-    for user, item in zip(*(clicks[name].to_pylist() for name in clicks.column_names), strict=True):
-        of_user[user].append(item)
-    return list(of_user.items())
-
-
-def judge(
-    simulation: Simulation, test: tp.Holdout, model: tp.Retriever, before: tp.Retriever | None
-) -> dict[str, Any]:
-    """Measures a day's model, and yesterday's on the same test, by truth and both metrics."""
-    models = {"new": model, **({} if before is None else {"old": before})}
-    found = tp.evaluate(models, test, cutoffs=(K,), exclude="none")
-    best = simulation.best_items(test.user_ids, K)
-    row: dict[str, Any] = {}
-    for name, x in models.items():
-        ids = x.retrieve(test.as_queries(), K)[0].astype(np.int64)
-        row[f"truth_{name}"] = float(
-            np.mean([np.isin(b, f).mean() for f, b in zip(ids, best, strict=True)])
-        )
-        for metric in (f"recall@{K}", f"even_recall@{K}"):
-            row[f"{metric}_{name}"] = found.results[name].overall.intervals[metric].mean
-    for metric in (f"recall@{K}", f"even_recall@{K}"):
-        # The old model minus the new one.
-        interval = found.differences["old"][metric] if before is not None else None
-        row[f"{metric}_is_worse"] = interval is not None and interval.low > 0
-    return row
-
-
-def loop_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Averages the last ten days of each plan, and counts the gate's mistakes."""
-    table = []
-    for plan in dict.fromkeys(row["plan"] for row in rows):
-        own = [row for row in rows if row["plan"] == plan]
-        first = [row for row in own if row["day"] == 0]
-        last = [row for row in own if row["day"] > own[-1]["day"] - 10]
-        entry: dict[str, Any] = {"plan": plan, "num_days": len(own)}
-        for name in (f"recall@{K}", f"even_recall@{K}", "truth"):
-            entry[f"{name}, first day"] = float(np.mean([x[f"{name}_new"] for x in first]))
-        for name in ("truth_new", "click_probability", "num_clicks"):
-            entry[f"{name}, last ten days"] = float(np.mean([x[name] for x in last]))
-        gated = [row for row in own if "truth_old" in row]
-        gains = np.array([row["truth_new"] - row["truth_old"] for row in gated])
-        for metric in (f"recall@{K}", f"even_recall@{K}"):
-            held = np.array([row[f"{metric}_is_worse"] for row in gated], bool)
-            entry[f"{metric}: published though worse"] = int(np.sum(~held & (gains < -MARGIN)))
-            entry[f"{metric}: held back though better"] = int(np.sum(held & (gains > MARGIN)))
-        table.append(entry)
-    return table
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = parser_with_json(__doc__)
-    parser.add_argument("study", choices=("funnel", "random", "loop"))
+    parser.add_argument("study", choices=("funnel", "random"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="Of the rankings of `funnel`.")
     parser.add_argument("--data", nargs=3, metavar=("NAME", "CHOSEN", "RANDOM"))
     parser.add_argument("--k", type=int, default=50, help="The cutoff of `random`.")
-    parser.add_argument("--days", type=int, default=30, help="Of `loop`.")
     options = parser.parse_args()
     tf.get_logger().setLevel("ERROR")
-    figures = {"funnel": run_funnel, "random": run_random, "loop": run_loop}[options.study](options)
+    figures = {"funnel": run_funnel, "random": run_random}[options.study](options)
     if options.json:
         write_json(options.json, figures)
 

@@ -4,8 +4,9 @@
 
 In `docs/figures`: the way from the log to the service (`way.svg`); the effect of the correction on
 MovieLens-100K (`correction.svg`), and of other log q on three logs (`log_q.svg`); CPU time and
-memory of each stage of a run as its log grows (`scale_seconds.svg`, `scale_memory.svg`). Pages show
-two of the plots side by side, a phone one below the other.
+memory of each stage of a run as its log grows (`scale_seconds.svg`, `scale_memory.svg`); the click
+rate of the closed loop (`loop.svg`). Pages show two of the plots side by side, a phone one below
+the other.
 """
 
 from __future__ import annotations
@@ -230,6 +231,19 @@ def draw_scale(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
     return found
 
 
+def draw_loop(days: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Draws the true click rate of each arm by day, as `loop.py` measured it."""
+    figure, (axes,) = new_figure(*SIZE)
+    for colour, arm in zip(SERIES, dict.fromkeys(row["arm"] for row in days), strict=False):
+        rates = {row["day"]: 100 * row["click_rate"] for row in days if row["arm"] == arm}
+        axes.plot([*rates], [*rates.values()], color=colour, label=arm)
+    axes.set(xlabel="day")
+    title(axes, "true click rate of what was shown, %")
+    axes.grid(color=GRID)
+    name_lines(figure)
+    return finish(figure, "True click rate of each arm by day")
+
+
 def drawings() -> dict[str, Drawing]:
     """Draws the committed result files; name of the figure -> drawing."""
 
@@ -240,6 +254,7 @@ def drawings() -> dict[str, Drawing]:
         "way": draw_way(),
         "correction": draw_models(read("movielens_100k")),
         "log_q": draw_log_q({log: (read(name), metric) for log, (name, metric) in LOGS.items()}),
+        "loop": draw_loop(read("loop")["days"]),
         **draw_scale([*read("scale")["sizes"], read("scale_1e8")["sizes"][-1]]),
     }
 

@@ -28,7 +28,6 @@ import http.client
 import json
 import multiprocessing
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -40,6 +39,7 @@ from typing import Any
 import numpy as np
 from index import synthetic
 from record import parser_with_json, write_json
+from serving import served
 
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.live import LiveItems
@@ -223,21 +223,26 @@ class Client:
         self._connection = http.client.HTTPConnection("127.0.0.1", port)
         self._name, self._token = name, token
 
-    def post(self, path: str, body: Any) -> Any:
+    def post(self, path: str, body: Any, method: str = "POST", **headers: str) -> Any:
         """Posts JSON; returns the JSON of the answer."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
-        self._connection.request("POST", path, json.dumps(body), headers)
+        headers |= {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
+        self._connection.request(method, path, json.dumps(body), headers)
         response = self._connection.getresponse()
         content = json.loads(response.read())
         assert response.status == 200, content
         return content
 
-    def ask(self, user: Any) -> list[Any]:
+    def ask(self, user: Any, k: int = 100, **headers: str) -> list[Any]:
         """Returns the items for a user."""
-        inputs = {"user_id": [user], "exclude": [[]], "k": 100}
+        inputs = {"user_id": [user], "exclude": [[]], "k": k}
         body = {"signature_name": "retrieve_user", "inputs": inputs}
-        answer = self.post(f"/v1/models/{self._name}:predict", body)
+        answer = self.post(f"/v1/models/{self._name}:predict", body, **headers)
         return list(answer["outputs"]["candidate_ids"][0])
+
+    def version(self) -> int:
+        """Returns the version in use."""
+        statuses = self.post(f"/v1/models/{self._name}", None, "GET")["model_version_status"]
+        return next(int(x["version"]) for x in statuses if x["state"] == "AVAILABLE")
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -288,13 +293,9 @@ def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (folder / "token").write_text(token)
     retriever = load(model)
     users, items = known_users(retriever).to_pylist()[:1000], retriever.candidate_ids()
-    command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(model), "--port", "0"]
-    command += ["--token-file", str(folder / "token"), "--no-page", "--record-share", "1"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    flags = ("--token-file", str(folder / "token"), "--no-page", "--record-share", "1")
     figures: dict[str, Any] = {}
-    try:
-        assert server.stdout is not None
-        port = int(server.stdout.readline().rpartition(":")[2])
+    with served(model, *flags) as (port, _):
         client, changed, confirmed = Client(port, model.name, token), [], []
         for number in range(300):
             user = users[number % len(users)]
@@ -322,9 +323,6 @@ def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         figures["queries_beside_events"] = percentiles(at_rate(options.queries, seconds, ask))
         figures["events_per_second"] = sum(sent.get() for _ in range(4))
         sender.join()
-    finally:
-        server.terminate()
-        server.wait()
     by_user, by_history = [], []
     for user in users[:300] * 3:
         history = retriever.stored_history(user)[::-1]

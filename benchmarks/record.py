@@ -73,8 +73,8 @@ def command(arguments: list[str]) -> str:
     """Returns the command line, absolute paths cut to their last part.
 
     Example:
-        >>> command(["/home/me/benchmarks/batches.py", "--json", "/tmp/batches.json"])
-        'python benchmarks/batches.py --json batches.json'
+        >>> command(["/home/me/benchmarks/loop.py", "--json", "/tmp/loop.json"])
+        'python benchmarks/loop.py --json loop.json'
     """
     script, *options = arguments
     names = [Path(option).name if Path(option).is_absolute() else option for option in options]

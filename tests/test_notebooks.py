@@ -16,14 +16,17 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICKSTART = NOTEBOOKS / "01_quickstart.ipynb"
 SAMPLING = NOTEBOOKS / "02_sampling.ipynb"
 SERVING = NOTEBOOKS / "03_serving.ipynb"
-MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000, SERVING: 700_000}
+LOOP = NOTEBOOKS / "04_loop.ipynb"
+MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000, SERVING: 700_000, LOOP: 200_000}
 FIGURES = {
     QUICKSTART: ("popularity", "curve", "slices"),
     SAMPLING: ("positives", "samplers", "correction", "hard", "exposed", "figure"),
     SERVING: ("space",),
+    LOOP: ("rate",),
 }
 OF_ALL = {QUICKSTART: ("data", "100,000 events"), SERVING: ("data", "1,682 films, 40 of them")}
 OF_ALL[SAMPLING] = ("funnel", "in all     1,000,000")
+OF_ALL[LOOP] = ("world", "200 users, 500 items, 2,000 requests until today")
 # The check of an export in a fresh process takes seconds and has its own tests.
 TRUST_EXPORTS = """
 from tfrs_pipeline.serving import export
@@ -131,6 +134,19 @@ def test_serving_runs_on_a_small_log(small: Path, monkeypatch: pytest.MonkeyPatc
     assert re.search(r"('' *){3}\] .*(-inf *){3}\]", outputs(cells["filter"]))
     assert f"the last {num_new}" in outputs(cells["ranks"])
     assert "as exact search from Python: True" in outputs(cells["serve"])
+
+
+@pytest.mark.nightly
+def test_the_loop_runs_in_a_small_world(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = run(LOOP, small, monkeypatch)
+    # The second answer to a user has nothing of the first.
+    assert "; 0 items in both" in outputs(cells["serve"])
+    assert len(re.findall(r"run: exit code [03]\n", outputs(cells["days"]))) == 2
+    stages = dict(re.findall(r"(\w+) +(\d+)\n", outputs(cells["log"])))
+    # Ten of the items of each of 180 requests were shown; two answers were trials.
+    shown = int(stages["exposed"]) + int(stages["clicked"])
+    assert shown == 1800 < int(stages["retrieved"])
+    assert "'num_deleted'" in outputs(cells["end"])
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)

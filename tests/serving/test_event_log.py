@@ -22,6 +22,8 @@ from tfrs_pipeline.serving import journal as journal_module
 from tfrs_pipeline.serving.event_log import write_log
 from tfrs_pipeline.serving.journal import JOURNAL_FILE, Answer, Event, Journal, Recorder
 from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.settings import Lately, ServeSettings
+from tfrs_pipeline.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -146,6 +148,82 @@ def test_the_log_holds_what_was_served_and_done(running: Running, tmp_path: Path
     assert log.events.count().to_pyarrow().as_py() == num_rows
 
 
+def served_ids(running: Running, **more: Any) -> list[int]:
+    response = running.post(PREDICT, json=retrieve_user([102], [[]], 5) | more)
+    assert response.status_code == 200, response.text
+    return response.json()["outputs"]["candidate_ids"][0]
+
+
+def test_what_was_served_lately_is_left_out(exported: Exported, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
+    best = load(model).retrieve_user([102], 60)[0][0].tolist()
+    lately = {"record_share": 1, "exclude_served_answers": 2}
+    with Running(model, **lately) as running:
+        assert [served_ids(running) for _ in range(3)] == [best[:5], best[5:10], best[10:15]]
+        # Two answers are left out, not three; and a request has the last word.
+        assert served_ids(running) == best[:5]
+        assert served_ids(running, exclude_served={"answers": 0}) == best[:5]
+        assert served_ids(running, exclude_served={"hours": 0.5}) == best[15:20]
+        # Several users in a call, each by their own answers, and what the request excludes.
+        body = retrieve_user([103, 102, 999], [[-1], [best[20]], [-1]], 5)
+        other = load(model).retrieve_user([103, 999], 60)[0].tolist()
+        outputs = running.predict(**body, exclude_served={"hours": 1})["outputs"]
+        assert outputs["candidate_ids"] == [other[0][:5], best[21:26], other[1][:5]]
+        # A signature without `exclude` as an input, and a user of no id.
+        body = {"inputs": [103], "exclude_served": {"answers": 1}}
+        rest = [item for item in other[0][5:] if item != -1]
+        assert running.predict(**body)["outputs"]["candidate_ids"][0][: len(rest)] == rest
+        alike = [
+            running.predict(**retrieve_user([-1], [[]], 5), exclude_served={"hours": 1})
+            for _ in range(2)
+        ]
+        assert alike[0] == alike[1]
+        # Answers that are on disk, and are older than an hour, or of another user.
+        journal = Journal(model)
+        past = round(1000 * (time.time() - 5400))
+        journal.write([], [answer("old", [102], [best[30:33]], past)])
+        journal.write([], [answer("of another", [100], [best[26:]], past)])
+        assert served_ids(running, exclude_served={"hours": 1}) == [best[20], *best[26:30]]
+        assert served_ids(running, exclude_served={"hours": 2}) == best[33:38]
+    # A server that starts later, like another one of the folder, reads what this one recorded.
+    with Running(model, **lately) as running:
+        assert served_ids(running, exclude_served={"hours": 2}) == best[38:43]
+        assert served_ids(running, exclude_served={"answers": 1}) == best[:5]
+        wrong = {"answers": -1}, {"answer": 3}, [3], {"answers": 1001}, {"hours": -1}, {"hours": ""}
+        for value in wrong:
+            response = running.post(
+                PREDICT, json=retrieve_user([1], [[]], 5) | {"exclude_served": value}
+            )
+            assert (response.status_code, "exclude_served" in response.text) == (400, True), value
+        body = {"signature_name": "similar", "exclude_served": {"answers": 1}}
+        inputs = {"item_id": [best[0]], "exclude": [[]], "k": 3}
+        response = running.post(PREDICT, json={**body, "inputs": inputs})
+        assert (response.status_code, "no input 'user_id'" in response.text) == (400, True)
+
+
+def test_an_answer_that_waits_to_be_written_counts_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    recorder, lately = Recorder(journal), Lately(answers=2)
+    journal.write([], [answer("a", [7], [[1, 2]], 10), answer("b", [7], [[3]], 20)])
+    recorder.keep(answer("b", [7], [[3]], 20))
+    assert recorder.served_lately([7], lately) == [[3, 1, 2]]
+    recorder.keep(answer("c", [7, 8], [[4, -1], [5, 6]], 30))
+    recorder.keep(answer("c", [7, 8], [[4, -1], [5, 6]], 30))
+    assert recorder.served_lately([7, 8, 9], lately) == [[4, 3], [5, 6], []]
+    recorder.close()
+    assert recorder.served_lately([7, 8, 9], lately) == [[4, 3], [5, 6], []]
+    assert recorder._waiting == {}
+
+
+def test_only_a_server_that_records_all_answers_leaves_them_out(exported: Exported) -> None:
+    with pytest.raises(ConfigError, match=r"exclude_served_hours: got 0\.5 with record_share 0\.9"):
+        ServeSettings(record_share=0.9, exclude_served_hours=0.5)
+    with Running(exported("int", "exact")) as running:
+        body = retrieve_user([102], [[]], 5) | {"exclude_served": {"answers": 1}}
+        response = running.post(PREDICT, json=body)
+        assert (response.status_code, "--record-share 1" in response.text) == (400, True)
+
+
 def test_blocks_do_not_change_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, films: Path
 ) -> None:
@@ -179,6 +257,30 @@ def test_the_command(films: Path, tmp_path: Path, command: Any) -> None:
     load(films).record([event(100, 3)])
     done = command("log", films, "--out", tmp_path / "log.parquet")
     assert (done.code, done.err, done.out.endswith("log.parquet: 1 row\n")) == (0, "", True)
+
+
+def test_the_command_drops_what_is_old(films: Path, tmp_path: Path, command: Any) -> None:
+    now, day = time.time(), 86_400
+    load(films).record([event(100, 3, time=now - day * n) for n in (0, 1, 9, 11, 40)])
+    for n in (1, 30):
+        past = round(1000 * (now - day * n))
+        Journal(films).write([], [answer(f"secret {n}", [100], [[10, 17]], past)])
+    done = command("log", films, "--out", tmp_path / "log.parquet", "--drop-older-days", 10)
+    assert (done.code, done.err) == (0, "")
+    # The file is written first, so that no row is lost between the two.
+    assert pq.read_metadata(tmp_path / "log.parquet").num_rows == 5 + 2 * 2
+    assert "log.parquet: 9 rows\ndropped  2 events and 1 answer from before 20" in done.out
+    assert [round((now - e.time / 1000) / day) for e in Journal(films).of_users([100])[100]] == [
+        9,
+        1,
+        0,
+    ]
+    content = b"".join(path.read_bytes() for path in films.glob(f"{JOURNAL_FILE}*"))
+    assert (b"secret 30" in content, b"secret 1" in content) == (False, True)
+    done = command("log", films, "--drop-older-days", 10)
+    assert (done.code, "dropped  0 events and 0 answers" in done.out) == (0, True)
+    for flags in ([], ["--drop-older-days", 0], ["--drop-older-days", 1e9]):
+        assert command("log", films, *flags).code == 2
 
 
 def test_what_cannot_be_written_is_refused_at_the_start(

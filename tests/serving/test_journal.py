@@ -165,7 +165,7 @@ def test_times_are_read_with_the_events(tmp_path: Path) -> None:
     assert served.history_times is not None
     model = export_module.export(served.exportable(), tmp_path / "films", index=Exact()).parent
     retriever, user, now = load(model), served.query_ids[2], 1.9e9 - 1e8
-    retriever._activity._until = 0  # type: ignore[union-attr]
+    retriever.activity._until = 0  # type: ignore[union-attr]
     items = served.candidate_ids[[20, 21]].tolist()
     clicks = [event(user, item, time=now + n) for n, item in enumerate(items)]
     clicks = [{**click, "time": click["time"] - 1e7} for click in clicks]

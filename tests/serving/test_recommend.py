@@ -1,5 +1,6 @@
 """The file of all users' items: the answers of service, in parts that survive a kill."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.serving.conftest import NUM_QUERIES, Served
 from tfrs_pipeline.durable import InUse, locked
 from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.serving import recommend as module
+from tfrs_pipeline.serving.journal import Event, Journal
 from tfrs_pipeline.serving.recommend import recommend
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
@@ -116,6 +118,45 @@ def test_a_killed_command_goes_on(
     assert pq.read_table(path).equals(pq.read_table(whole))
     with locked(tmp_path / "all.parquet.lock"), pytest.raises(InUse):
         _in_another_thread(lambda: recommend(model, path, k=5))
+
+
+def test_users_known_by_events_alone_are_answered_too(
+    served: Served, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "USERS_PER_PART", 4)
+    copy, path = Path(shutil.copytree(folder, tmp_path / "films")), tmp_path / "all.parquet"
+    model, is_int, items = (
+        load(copy, exact=True),
+        served.ids == "int",
+        served.candidate_ids.tolist(),
+    )
+    known, new = served.query_ids.tolist(), [7, 4242] if is_int else ["Anna", "newcomer"]
+    pairs = [(new[1], items[3]), (known[2], items[4]), (new[0], items[5]), (new[1], items[6])]
+    model.record([{"user_id": u, "item_id": i, "type": "click"} for u, i in pairs])
+    # Of a model that had ids of the other type.
+    other = "7" if is_int else 7
+    Journal(copy).write([[Event(other, 5, items[0], "clicked", None, None)]])
+    with pytest.raises(KeyboardInterrupt):
+        recommend(model, path, k=5, progress=Killed(1))
+    # A user who comes while the command is down does not keep it from going on.
+    model.record([{"user_id": 5 if is_int else "late", "item_id": items[3], "type": "click"}])
+    about = recommend(model, path, k=5)
+    got = rows(path)
+    assert (list(got), about["num_users"]) == ([*known, *new], NUM_QUERIES + 2)
+    assert got == {user: by_user(model, user, 5) for user in got}
+    assert items[3] not in {item for item, _ in got[new[1]]}
+    recommend(model, path, k=5)
+    assert len(rows(path)) == NUM_QUERIES + 3
+
+
+def test_items_of_histories_that_the_training_did_not_have_are_counted(
+    int_folder: Path, tmp_path: Path, command: Any
+) -> None:
+    (tmp_path / "users.csv").write_text("user_id,history\n7,3|999999|10\n8,999999\n9,\n101,-5\n")
+    flags = ["--users", tmp_path / "users.csv", "-k", 4]
+    done = command("recommend", int_folder, "--out", tmp_path / "all.parquet", *flags)
+    assert (done.code, done.err) == (0, "")
+    assert "3 items of the histories left unread: the training did not have them" in done.out
 
 
 def _in_another_thread(work: Any) -> Any:

@@ -37,7 +37,8 @@ SIGNATURES = {
 
 
 def parsed(body: bytes | dict[str, Any]) -> tuple[str, dict[str, np.ndarray], bool]:
-    return parse_predict(body if isinstance(body, bytes) else json.dumps(body).encode(), SIGNATURES)
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return parse_predict(body, SIGNATURES)[:3]
 
 
 def inputs(signature: str, **columns: Any) -> dict[str, Any]:

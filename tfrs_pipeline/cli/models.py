@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,8 @@ class Recommend(OfModel):
     """Parquet file to write; an earlier one is replaced once the new one is complete."""
     users: Path | None = None
     """CSV or Parquet with user_id and, optionally, history: item ids, oldest first, which are then
-    read and left out in place of the stored ones. If not given, all users of the model."""
+    read and left out in place of the stored ones. If not given, all users of the model, and those
+    with recorded events."""
     k: PositiveInt = 100
     """Number of items for each user."""
     filter: tuple[str, ...] = ()
@@ -110,6 +112,9 @@ class Recommend(OfModel):
             f"recommendations  {self.out}: {counted(about['num_rows'], 'row')} for "
             f"{counted(about['num_users'], 'user')}, {about['users_per_second']:,.0f} users/s",
         )
+        if num_unknown := about["num_unknown_items"]:
+            items = counted(num_unknown, "item")
+            say(console, f"{items} of the histories left unread: the training did not have them")
         return 0
 
 
@@ -121,14 +126,28 @@ class WriteLog(OfModel):
     disliked disliked.
     """
 
-    out: Path
+    out: Path | None = None
     """Parquet file to write; an earlier one is replaced once the new one is complete."""
+    drop_older_days: float | None = Field(None, gt=0, le=36_500)
+    """Delete events and answers older than so many days, after the file is written."""
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        if self.out is None and self.drop_older_days is None:
+            yield "out", "required, or --drop-older-days N to delete old rows"
 
     def __call__(self) -> int:
-        """Writes the file and says how many rows it has."""
+        """Writes the file and says how many rows it has; deletes old rows and counts them."""
         from tfrs_pipeline.serving.event_log import write_log
+        from tfrs_pipeline.serving.journal import Journal
 
-        say(Console(), f"log  {self.out}: {counted(write_log(self.model, self.out), 'row')}")
+        console, folder = Console(), version_at(self.model).parent
+        if self.out is not None:
+            say(console, f"log  {self.out}: {counted(write_log(self.model, self.out), 'row')}")
+        if self.drop_older_days is not None:
+            before = datetime.now(UTC) - timedelta(days=self.drop_older_days)
+            numbers = Journal(folder).drop_older(round(1000 * before.timestamp()))
+            rows = " and ".join(map(counted, numbers, ("event", "answer")))
+            say(console, f"dropped  {rows} from before {before:%Y-%m-%d %H:%M} UTC")
         return 0
 
 

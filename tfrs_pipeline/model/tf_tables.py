@@ -92,6 +92,17 @@ def lookup(table: tf.lookup.experimental.MutableHashTable, ids: tf.Tensor) -> tf
     return tf.ensure_shape(tf.cast(table.lookup(ids), tf.int32), ids.shape)
 
 
+def loaded_rows(table: Any, ids: Sequence[Any], dtype: tf.DType) -> np.ndarray:
+    """Looks up rows in a `row_table` of a loaded model: [n] int64."""
+    # A loaded table has a handle and no methods.
+    rows = tf.raw_ops.LookupTableFindV2(
+        table_handle=table.resource_handle,
+        keys=id_list(ids, dtype),
+        default_value=tf.constant(0, tf.int64),
+    )
+    return rows.numpy()
+
+
 def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
     """Makes a graph of a function of named inputs, for `call`."""
     # By position: the name of a feature may not be a Python name.

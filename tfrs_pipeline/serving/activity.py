@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.model.tf_tables import loaded_rows
 from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.signatures import as_ids
 
@@ -54,7 +55,7 @@ class Activity:
         *,
         excludes_known: bool = True,
     ) -> None:
-        self._journal, self._users = journal, encoder._query_rows
+        self.journal, self._users = journal, encoder._query_rows
         self._excludes_known = excludes_known
         self._ids = _content(encoder._candidate_ids)  # In row 0 is the empty id.
         self._histories, self._known = (
@@ -75,10 +76,12 @@ class Activity:
 
         Users without an event are left out: the stored history is all that they did.
         """
-        if not (events_by_user := self._journal.of_users(user_ids)):
+        if not (events_by_user := self.journal.of_users(user_ids)):
             return {}
         positions = [position for position, id_ in enumerate(user_ids) if id_ in events_by_user]
-        rows = self._user_rows([user_ids[position] for position in positions])
+        active = [user_ids[position] for position in positions]
+        dtype = tf.string if isinstance(active[0], str) else tf.int64
+        rows = loaded_rows(self._users, active, dtype).tolist()
         recent = {}
         for position, row in zip(positions, rows, strict=True):
             events = events_by_user[user_ids[position]]
@@ -89,7 +92,8 @@ class Activity:
             # Stored histories are most recent first.
             clicks = [*zip(self._items(self._histories, row)[::-1], times, strict=True)]
             clicks += [
-                (event.item_id, event.time / 1000)
+                # Whole seconds, as in training.
+                (event.item_id, event.time // 1000)
                 for event in events
                 if event.type == Stage.CLICKED and event.time > self._until
             ]
@@ -109,14 +113,6 @@ class Activity:
         """Returns the ids of a user's list, which is stored as rows and offsets."""
         rows, offsets = lists
         return as_ids(self._ids[rows[offsets[row] : offsets[row + 1]]].tolist())
-
-    def _user_rows(self, user_ids: Sequence[Any]) -> list[int]:
-        rows = tf.raw_ops.LookupTableFindV2(
-            table_handle=self._users.resource_handle,
-            keys=tf.constant(user_ids, tf.string if isinstance(user_ids[0], str) else tf.int64),
-            default_value=tf.constant(0, tf.int64),
-        )
-        return list(rows.numpy().tolist())
 
 
 def _content(variable: tf.Variable) -> np.ndarray:

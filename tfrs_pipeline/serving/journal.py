@@ -25,6 +25,7 @@ from tfrs_pipeline.data.ids import NO_ID
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.features.numeric import Timestamp
+from tfrs_pipeline.serving.settings import MAX_ANSWERS, Lately
 from tfrs_pipeline.serving.store import Database
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,12 @@ CREATE TABLE IF NOT EXISTS events (
     item_id NOT NULL,
     type TEXT NOT NULL,      -- A stage of a log.
     request_id TEXT,         -- Of the answer that it belongs to.
-    event_id TEXT UNIQUE,    -- The client's own.
+    event_id TEXT,           -- The client's own.
+    arrival INTEGER NOT NULL,  -- Rises with every event; orders those of one time.
     PRIMARY KEY (user_id, time, item_id, type)
 ) WITHOUT ROWID;             -- The events of a user lie together, so that reading them is fast.
+-- Partial, because entries of events without an id would take a third of the file.
+CREATE UNIQUE INDEX IF NOT EXISTS event_ids ON events (event_id) WHERE event_id IS NOT NULL;
 CREATE TABLE IF NOT EXISTS served (
     request_id TEXT PRIMARY KEY,
     user_id NOT NULL,
@@ -56,6 +60,7 @@ CREATE TABLE IF NOT EXISTS served (
     version INTEGER NOT NULL,  -- That answered.
     items TEXT NOT NULL        -- JSON: the ids, best first.
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS served_to ON served (user_id, time);
 """
 # The level of a type is its stage's position in the funnel.
 _STAGES = [stage.value for stage in Stage]
@@ -65,11 +70,12 @@ _STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in en
 # are rows of their own: no text equals a negative number.
 _LOG = f"""
 SELECT user_id, item_id, time, CASE max(level) {_STAGE_OF_LEVEL} END, request_id, sum(rank) FROM (
-    SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id, item.key AS rank
-    FROM served, json_each(served.items) AS item
+    SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id, item.key AS rank,
+    0 AS arrival FROM served, json_each(served.items) AS item
     UNION ALL
-    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL FROM events
-) GROUP BY user_id, item_id, coalesce(request_id, -time) ORDER BY time, request_id, 6, user_id
+    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival FROM events
+) GROUP BY user_id, item_id, coalesce(request_id, -time)
+ORDER BY time, request_id, 6, arrival, user_id
 """
 # A request reads this many of a user's newest events. No person has more; a bot may.
 _MAX_EVENTS = 10_000
@@ -108,19 +114,28 @@ class Answer(NamedTuple):
     user_ids: np.ndarray
     item_ids: np.ndarray
 
-    def rows(self) -> Iterator[tuple[Any, ...]]:
-        """Yields a row of `served` for each query of a user with an id."""
-        pairs = zip(self.user_ids.tolist(), self.item_ids.tolist(), strict=True)
+    def by_query(self) -> Iterator[tuple[str, Any, np.ndarray]]:
+        """Yields the request's id, the user's, and the items' [k], of users with an id."""
+        pairs = zip(self.user_ids.tolist(), self.item_ids, strict=True)
         for number, (user_id, items) in enumerate(pairs):
             if user_id not in (-1, b""):
                 is_single = len(self.user_ids) == 1
                 request_id = self.request_id if is_single else f"{self.request_id}.{number}"
-                ids = json.dumps([_as_text(item) for item in items if item not in (-1, b"")])
-                yield request_id, _as_text(user_id), self.time, self.version, ids
+                yield request_id, _as_text(user_id), items
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        """Yields a row of `served` for each query of a user with an id."""
+        for request_id, user_id, items in self.by_query():
+            ids = json.dumps(_filled(items))
+            yield request_id, user_id, self.time, self.version, ids
 
 
 def _as_text(id_: Any) -> Any:
     return id_.decode(errors="replace") if isinstance(id_, bytes) else id_
+
+
+def _filled(items: np.ndarray) -> list[Any]:
+    return [_as_text(item) for item in items.tolist() if item not in (-1, b"")]
 
 
 class Journal(Database):
@@ -135,18 +150,30 @@ class Journal(Database):
         Returns how many events of each group were new. An event is not new if its `event_id` is
         there already, or an event of the same user, item, type and millisecond.
         """
-        insert = f"INSERT OR IGNORE INTO events VALUES ({', '.join('?' * len(Event._fields))})"
+        insert = "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
         with self.writing() as connection:
             served = itertools.chain.from_iterable(answer.rows() for answer in answers)
             connection.executemany("INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?)", served)
-            return [connection.executemany(insert, events).rowcount for events in groups]
+            # Microseconds: fewer than a million events a second arrive.
+            arrivals = itertools.count(time.time_ns() // 1000)
+            return [
+                connection.executemany(
+                    insert, ((*event, next(arrivals)) for event in events)
+                ).rowcount
+                for events in groups
+            ]
 
     def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
         """Reads the events of users, by user, oldest first; users without an event are left out.
 
+        Events of one time are in the order of their arrival.
+
         Of a user with more than 10,000 events, reads the newest 10,000.
         """
-        query = "SELECT * FROM events WHERE user_id = ? ORDER BY time DESC, item_id DESC LIMIT ?"
+        query = (
+            f"SELECT {', '.join(Event._fields)} FROM events WHERE user_id = ? "
+            "ORDER BY time DESC, arrival DESC LIMIT ?"
+        )
         with self._opened() as connection:
             if connection is None:
                 return {}
@@ -155,6 +182,26 @@ class Journal(Database):
                 for id_ in dict.fromkeys(user_ids)
             }
         return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
+
+    def user_ids(self) -> list[Any]:
+        """Reads the ids of all users with an event, ascending; integers come before text."""
+        query = "SELECT DISTINCT user_id FROM events ORDER BY user_id"
+        with self._opened() as connection:
+            return [id_ for (id_,) in (connection.execute(query) if connection else ())]
+
+    def served_to(self, user_id: Any, lately: Lately) -> dict[str, tuple[int, list[Any]]]:
+        """Reads a user's answers: request_id -> milliseconds since 1970, and item ids.
+
+        All that `lately` asks for are among them, of at most 1,000.
+        """
+        query = (
+            "SELECT request_id, time, items FROM served WHERE user_id = ? "
+            "ORDER BY time DESC LIMIT ?"
+        )
+        most = MAX_ANSWERS if lately.hours else lately.answers
+        with self._opened() as connection:
+            rows = connection.execute(query, (user_id, most)) if connection else ()
+            return {request_id: (time, json.loads(items)) for request_id, time, items in rows}
 
     def log(self, num_rows: int) -> Iterator[list[tuple[Any, ...]]]:
         """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
@@ -179,9 +226,19 @@ class Journal(Database):
         user_id = _plain(user_id)
         if isinstance(user_id, int) and not -(2**63) <= user_id < 2**63:
             return 0  # No event has it.
+        return sum(self._delete("user_id = ?", user_id))
+
+    def drop_older(self, time_: int) -> tuple[int, int]:
+        """Deletes what is older than a time in milliseconds since 1970; see `forget`.
+
+        Returns how many events, and how many answers.
+        """
+        return self._delete("time < ?", time_)
+
+    def _delete(self, condition: str, value: Any) -> tuple[int, int]:
         with self.writing() as connection:
-            num_deleted = sum(
-                connection.execute(f"DELETE FROM {table} WHERE user_id = ?", [user_id]).rowcount
+            num_events, num_answers = (
+                connection.execute(f"DELETE FROM {table} WHERE {condition}", [value]).rowcount
                 for table in ("events", "served")
             )
         with self._opened() as connection:
@@ -192,7 +249,7 @@ class Journal(Database):
             is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if is_busy:
             raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
-        return num_deleted
+        return num_events, num_answers
 
 
 class _Group(NamedTuple):
@@ -218,6 +275,9 @@ class Recorder:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
+        # By user, the answers in the queue: request_id, time, items.
+        self._waiting: dict[Any, dict[str, tuple[int, np.ndarray]]] = {}
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
 
@@ -241,8 +301,26 @@ class Recorder:
         Returns whether there was room: with 10,000 entries waiting, the answer is dropped.
         """
         if has_room := self._queue.qsize() < _MAX_WAITING:
+            with self._lock:
+                for request_id, user_id, items in answer.by_query():
+                    waiting = self._waiting.setdefault(user_id, {})
+                    waiting.setdefault(request_id, (answer.time, items))
             self._queue.put(answer)
         return has_room
+
+    def served_lately(self, user_ids: Sequence[Any], lately: Lately) -> list[list[Any]]:
+        """Returns the ids of the items that each user was served lately, also a moment ago."""
+        since = time.time() * 1000 - lately.hours * 3_600_000
+        lists = []
+        for user_id in user_ids:
+            with self._lock:  # First, since an answer is written before it stops waiting.
+                waiting = [*self._waiting.get(user_id, {}).items()]
+            answers = self.journal.served_to(user_id, lately)
+            answers |= {id_: (time_, _filled(items)) for id_, (time_, items) in waiting}
+            newest = enumerate(sorted(answers.values(), key=lambda answer: -answer[0]))
+            recent = (ids for n, (time_, ids) in newest if n < lately.answers or time_ > since)
+            lists.append([*itertools.chain.from_iterable(recent)])
+        return lists
 
     def close(self) -> None:
         """Writes what is queued, then ends the thread."""
@@ -289,6 +367,13 @@ class Recorder:
         else:
             for group, count in zip(groups, counts, strict=True):
                 group.done.set_result(count)
+        with self._lock:
+            for answer in answers:
+                for request_id, user_id, _ in answer.by_query():
+                    waiting = self._waiting.get(user_id, {})
+                    waiting.pop(request_id, None)
+                    if not waiting:
+                        self._waiting.pop(user_id, None)
 
 
 def check_events(

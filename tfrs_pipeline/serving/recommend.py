@@ -22,6 +22,7 @@ from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import file_hash, hold_to, locked, replacing
 from tfrs_pipeline.messages import SILENT, Progress, check_integer
 from tfrs_pipeline.model.encoder import QUERIES_PER_CALL
+from tfrs_pipeline.model.tf_tables import loaded_rows
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.vectors import destination_problem
 
@@ -55,13 +56,14 @@ def recommend(
         users: CSV or Parquet, or a table, with `user_id` and optionally `history`: item ids, oldest
             first, in a list, or in a text that is split as in the log's files. A user with a
             history is answered by it, and its items are left out, and those that the user disliked.
-            None is all users of the model.
+            None is all users of the model, and then those of whom only events are known.
         k: Number of items for each user.
         allowed: Values of the item filter; items need one of them. An empty list allows all.
         progress: Shows how many users are done, and how many a second.
 
     Returns:
-        `num_users`, `num_rows`, and `users_per_second`, of the users answered in this call.
+        `num_users`, `num_rows`, `num_unknown_items`, how many items of the histories in `users` the
+        training did not have, and `users_per_second`, of the users answered in this call.
 
     Raises:
         DataError: If `users` has no `user_id`, an empty one, one that is not of the model's type,
@@ -79,14 +81,20 @@ def recommend(
         raise ValueError(f"path: {problem}")
     check_integer(1, k=k)
     table = pa.table({"user_id": known_users(model)}) if users is None else _read(model, users)
-    digest = hashlib.sha256()
-    for batch in table.to_batches(max_chunksize=USERS_PER_PART):
-        digest.update(batch.serialize())
     parts = path.with_name(f"{path.name}.parts")
     request = {"version": str(model.folder), "k": k, "filter": sorted(allowed)}
-    request |= {"manifest": file_hash(model.folder / MANIFEST_FILE), "users": digest.hexdigest()}
+    request |= {"manifest": file_hash(model.folder / MANIFEST_FILE)}
     with locked(path.with_name(f"{path.name}.lock")):
         parts.mkdir(exist_ok=True)
+        if users is None:  # Those at the start: events may bring more before the command goes on.
+            if not (kept := parts / "users.parquet").exists():
+                with replacing(kept) as partial:
+                    pq.write_table(table, partial)
+            table = pq.read_table(kept)
+        digest = hashlib.sha256()
+        for batch in table.combine_chunks().to_batches(max_chunksize=USERS_PER_PART):
+            digest.update(batch.serialize())
+        request["users"] = digest.hexdigest()
         hold_to(parts / "parts.json", request)
         starts = range(0, table.num_rows, USERS_PER_PART)
         files = [parts / f"{number:06}.parquet" for number in range(len(starts))]
@@ -105,11 +113,23 @@ def recommend(
                 writer.write_table(pq.read_table(file))
         shutil.rmtree(parts)
     num_rows = pq.read_metadata(path).num_rows
-    return {"num_users": table.num_rows, "num_rows": num_rows, "users_per_second": rate}
+    about = {"num_users": table.num_rows, "num_rows": num_rows, "users_per_second": rate}
+    return about | {"num_unknown_items": _num_unknown(model, table)}
+
+
+def _num_unknown(model: "LoadedRetriever", users: pa.Table) -> int:
+    """Counts the items of histories that the training did not have."""
+    if "history" not in users.column_names:
+        return 0
+    ids = pc.list_flatten(users["history"]).drop_null().to_pylist()
+    rows = loaded_rows(model.saved_model.encoder._candidate_rows, ids, model.item_dtype)
+    return int((rows == 0).sum())
 
 
 def known_users(model: "LoadedRetriever") -> pa.Array:
     """Returns the ids of all users that the training had, in the order of their rows.
+
+    Users of whom only events are known follow, in the order of their ids.
 
     Raises a `ValueError` if the model was exported without user data.
     """
@@ -122,7 +142,16 @@ def known_users(model: "LoadedRetriever") -> pa.Array:
     ids, rows = tf.raw_ops.LookupTableExportV2(
         table_handle=handle, Tkeys=model.user_dtype, Tvalues=tf.int64
     )
-    return pa.array(ids.numpy()).cast(_id_type(model.user_dtype)).take(np.argsort(rows.numpy()))
+    type_ = _id_type(model.user_dtype)
+    trained = pa.array(ids.numpy()).cast(type_).take(np.argsort(rows.numpy()))
+    active = [
+        id_
+        for id_ in ([] if model.activity is None else model.activity.journal.user_ids())
+        # An earlier model of this name may have had ids of the other type.
+        if isinstance(id_, str) == (model.user_dtype == tf.string)
+    ]
+    active = pa.array(active, type_)
+    return pa.concat_arrays([trained, active.filter(pc.invert(pc.is_in(active, trained)))])
 
 
 def _id_type(dtype: tf.DType) -> pa.DataType:

@@ -24,10 +24,11 @@ from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.serving.settings import Lately, ServeSettings
 from tfrs_pipeline.serving.signatures import DEFAULT_SIGNATURE, completed, missing_value
 
-KEYS = ("signature_name", "instances", "inputs")
+KEYS = ("signature_name", "instances", "inputs", "exclude_served")
+_LATELY = TypeAdapter(Annotated[Lately, Field(strict=True)])
 # Not a union with None, because Python cannot hash the list types.
 _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))
 
@@ -163,11 +164,15 @@ class SignatureInputs:
 
 
 class PredictCall(NamedTuple):
-    """A signature's name and the array of each input: numbers, or `bytes` objects."""
+    """A signature's name and the array of each input: numbers, or `bytes` objects.
+
+    `exclude_served` says which answers' items are left out; None is as the server is set.
+    """
 
     signature: str
     inputs: dict[str, np.ndarray]
     is_row_format: bool
+    exclude_served: Lately | None = None
 
     @property
     def num_queries(self) -> int:
@@ -214,7 +219,9 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
         raise bad_request("A request has either 'inputs' or 'instances'.")
     content = document["instances" if is_row_format else "inputs"]
     inputs = signatures[name].read(content, is_row_format=is_row_format)
-    return PredictCall(name, inputs, is_row_format)
+    served = document.get("exclude_served")
+    lately = None if served is None else _checked(_LATELY, served, "exclude_served")
+    return PredictCall(name, inputs, is_row_format, lately)
 
 
 def parse_items(body: bytes, key: str) -> list[Any]:

@@ -79,6 +79,7 @@ class LoadedRetriever:
     TensorFlow embeds queries and items. ScaNN's own searcher, or NumPy, finds the candidates.
 
     Attributes:
+        activity: What users did since the training; None without user data or live writes.
         candidates: The items to retrieve, and their search.
         features: The fitted features that the model reads, by side: "query" (the user's), "request"
             or "candidate".
@@ -128,10 +129,10 @@ class LoadedRetriever:
                 self.embed_raw,
                 Reading(**self.manifest.get("reading", {})).list_separator,
             )
-        self._activity: Activity | None = None
+        self.activity: Activity | None = None
         if self._live is not None and self.manifest["user_data"]:
             journal = Journal(folder.parent)
-            self._activity = Activity(
+            self.activity = Activity(
                 journal,
                 self.saved_model.encoder,
                 self.manifest,
@@ -313,7 +314,7 @@ class LoadedRetriever:
 
     def stored_history(self, user_id: Any) -> list[Any]:
         """Returns the history of a user until now, most recent first; [] for an unknown user."""
-        if self._activity is not None and (now := self._activity.until_now([user_id])):
+        if self.activity is not None and (now := self.activity.until_now([user_id])):
             return now[0].history[::-1]
         ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
         return id_lists_of(ids.numpy())[0]
@@ -378,8 +379,8 @@ class LoadedRetriever:
     def _embedded_users(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Embeds users by what they did until now; `known_items` and repeats are lists of ids."""
         users, recent = as_ids(inputs["user_id"].tolist()), {}
-        if self._activity is not None:
-            recent = self._activity.until_now(users)
+        if self.activity is not None:
+            recent = self.activity.until_now(users)
         stored = [line for line in range(len(users)) if line not in recent]
         parts = []
         if stored or not users:  # By the history that the graph holds.
@@ -523,7 +524,7 @@ class LoadedRetriever:
         """
         if signature == DEFAULT_SIGNATURE:
             signature, users = "retrieve_user", inputs["user_id"]
-            request = {"user_id": users, "k": np.int32(DEFAULT_K)}
+            request = {**inputs, "k": np.int32(DEFAULT_K)}
             full = completed(self.signatures[signature], request, len(users))
             inputs = {name: np.asarray(value) for name, value in full.items()}
         # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.

@@ -42,10 +42,12 @@ except ImportError as missing:
     ) from missing
 
 from tfrs_pipeline.durable import Damaged, try_writing
+from tfrs_pipeline.model.tf_tables import id_lists
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.journal import Answer, Event, Journal, Recorder
 from tfrs_pipeline.serving.publish import version_at
-from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
+from tfrs_pipeline.serving.settings import Lately, ServeSettings, listening, read_token
+from tfrs_pipeline.serving.signatures import as_ids
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES, UNRECORDED
 
@@ -76,6 +78,8 @@ class ModelServer:
         self.recorder = Recorder(Journal(version_at(model).parent))
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
+        answers, hours = settings.exclude_served_answers, settings.exclude_served_hours
+        self._lately = Lately(answers=answers, hours=hours)
         self._token = None if settings.token_file is None else read_token(settings.token_file)
         if self._token is not None or settings.record_share:
             try_writing(version_at(model).parent)
@@ -118,6 +122,7 @@ class ModelServer:
                 call = parse(body, version.signatures)  # Takes less than a change of threads.
                 if call.num_queries <= SMALL_QUERIES and call.num_results <= SMALL_RESULTS:
                     threads = self.threads
+            call = await self._excluding_served(version, call)
             if threads is self.threads:
                 answer, outputs = await _run(threads, _answer, version, call)
             else:
@@ -131,6 +136,27 @@ class ModelServer:
             self._keep(request_id, version.number, call.inputs["user_id"], outputs["candidate_ids"])
         headers = {"X-Request-ID": request_id, "X-Model-Version": str(version.number)}
         return Response(answer, media_type="application/json", headers=headers)
+
+    async def _excluding_served(
+        self, version: ServedVersion, call: rest.PredictCall
+    ) -> rest.PredictCall:
+        """Adds what the users were served lately to the items that a call excludes."""
+        lately = call.exclude_served or self._lately
+        if not (lately.answers or lately.hours):
+            return call
+        if "user_id" not in call.inputs:
+            if call.exclude_served is None:
+                return call
+            raise rest.bad_request(f"exclude_served: {call.signature!r} has no input 'user_id'.")
+        if self.settings.record_share < 1:
+            message = "exclude_served: this server does not record all answers (--record-share 1)."
+            raise rest.bad_request(message)
+        users = as_ids(call.inputs["user_id"].tolist())
+        lists = await _run(self.threads, self.recorder.served_lately, users, lately)
+        served = id_lists(lists, version.retriever.item_dtype).numpy()
+        given = call.inputs.get("exclude", served[:, :0])
+        exclude = np.concatenate([given, served], axis=1)
+        return call._replace(inputs=call.inputs | {"exclude": exclude})
 
     def _keep(self, request_id: str, number: int, users: np.ndarray, items: np.ndarray) -> None:
         """Records what was served, for a share of the requests; the answer does not wait for it."""

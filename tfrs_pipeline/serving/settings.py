@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -13,6 +14,17 @@ from tfrs_pipeline.settings import Config
 
 Port: TypeAlias = Annotated[int, Field(ge=0, le=65535)]
 HostName: TypeAlias = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^*]+)$")]
+
+
+# Most answers of a user that are read to leave out what was served lately.
+MAX_ANSWERS = 1000
+
+
+class Lately(Config):
+    """Which answers to a user are recent: the last ones, and those of the last hours."""
+
+    answers: int = Field(0, ge=0, le=MAX_ANSWERS)
+    hours: float = Field(0.0, ge=0)
 
 
 class ServeSettings(Config):
@@ -34,6 +46,12 @@ class ServeSettings(Config):
     record_share: float = Field(0.0, ge=0, le=1)
     """Share of the answers to users that is recorded, with items and ranks, for `tfrs-pipeline
     log`; 0 records none."""
+    exclude_served_answers: int = Field(0, ge=0, le=MAX_ANSWERS)
+    """Leaves out of an answer to a user the items of so many answers before it. Needs
+    --record-share 1. `exclude_served` of a request replaces it."""
+    exclude_served_hours: float = Field(0.0, ge=0)
+    """Leaves out of an answer to a user the items of all answers in so many hours before it, in
+    the same way."""
     page: bool = True
     """Whether to serve the page at /, which compares the index with exact search."""
     # More contend for the interpreter's lock: with 4 on two cores, p99 is a fifth higher.
@@ -58,6 +76,15 @@ class ServeSettings(Config):
     """Most open connections; further ones get a 503."""
     shutdown_seconds: PositiveInt = 20
     """Seconds that requests in flight have to finish after a signal to stop."""
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        for name in ("exclude_served_answers", "exclude_served_hours"):
+            if getattr(self, name) and self.record_share < 1:
+                message = "only recorded answers can be left out: set record_share to 1"
+                yield (
+                    name,
+                    f"got {getattr(self, name)} with record_share {self.record_share}; {message}",
+                )
 
 
 def read_token(path: Path) -> bytes:
