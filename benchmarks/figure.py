@@ -3,10 +3,16 @@
     python benchmarks/figure.py
 
 In `docs/figures`: the way from the log to the service (`way.svg`); the effect of the correction on
+<<<<<<< HEAD
 MovieLens-100K (`correction.svg`), and of other log q on three logs (`log_q.svg`); CPU time and
 memory of each stage of a run as its log grows (`scale_seconds.svg`, `scale_memory.svg`); the click
 rate of the closed loop (`loop.svg`). Pages show two of the plots side by side, a phone one below
 the other.
+=======
+MovieLens-100K (`correction.svg`), and of other log q on eight logs (`log_q.svg`); CPU time and
+memory of each stage of a run as its log grows (`scale_seconds.svg`, `scale_memory.svg`). Pages show
+two of the plots side by side, a phone one below the other.
+>>>>>>> corrections
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import tfrs_pipeline  # noqa: F401 Before TensorFlow, since it selects Keras 2.
 from tfrs_pipeline.drawing import (
     GRID,
     INK,
+    MARKERS,
     SERIES,
     SOFT,
     Drawing,
@@ -63,14 +70,8 @@ OTHERS = {
 }
 
 
-# Log -> its result file from `losses.py`, and its metric.
-LOGS = {
-    "KuaiRand": ("losses_kuairand", "ndcg@10"),
-    "MovieLens-100K": ("corrections_ml_100k", "ndcg@100"),
-    "MovieLens-1M": ("losses_ml_1m", "ndcg@10"),
-}
-# Plans of `losses.py` other than the exact log q.
-OTHER_LOG_Q = {"unigram": "share of clicks ", "none": "none "}
+# Corrections of `corrections.py`, other than the exact log q.
+OTHER_LOG_Q = ("none", "share", "share, both", "count", "count x2")
 
 
 def draw_way() -> Drawing:
@@ -109,38 +110,29 @@ def draw_way() -> Drawing:
     )
 
 
-def draw_log_q(corrections: Mapping[str, tuple[Mapping[str, Any], str]]) -> Drawing:
-    """Draws the loss of quality with other log q.
-
-    Args:
-        corrections: Log -> its results from `losses.py`, and its metric.
-    """
-    figure, (axes,) = new_figure(*SIZE)
-    for place, (written, metric) in enumerate(corrections.values()):
-        exact = written["plans"]["package"][f"test/{metric}"]["mean"]
-        for colour, (plan, name) in zip(SERIES[1:], OTHER_LOG_Q.items(), strict=False):
-            x = written["plans"][plan][f"test/{metric}"]
-            mean, error = (100 * x[key] / exact for key in ("difference", "standard_error"))
-            axes.plot([mean - error, mean + error], [place, place], color=colour, linewidth=2)
-            axes.plot(mean, place, "o", color=colour, markersize=6)
-            is_nearer = plan == "unigram"
-            axes.annotate(
-                f"{name if place == 0 else ''}{mean:.1f}%".replace("-", "\N{MINUS SIGN}"),
-                (mean, place) if is_nearer else (mean - error, place),
-                xytext=(5, 6) if is_nearer else (-6, 0),
-                textcoords="offset points",
-                va="bottom" if is_nearer else "center",
-                ha="right",
-                color=colour,
-                fontsize=9,
+def draw_log_q(cells: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Draws the NDCG of other log q by log, relative to the exact one, as `corrections.py` says."""
+    cells = [cell for cell in cells if cell["metric"] == METRIC]
+    figure, all_axes = new_figure(7.8, 3.6, 2, sharex=True, sharey=True)
+    logs = list(dict.fromkeys(cell["log"] for cell in cells))
+    for axes, way in zip(all_axes, ("in-batch", "mixed"), strict=True):
+        for number, name in enumerate(OTHER_LOG_Q):
+            own = [x for x in cells if (x["way"], x["correction"]) == (way, name)]
+            places = [logs.index(x["log"]) + 0.14 * (number - 2) for x in own]
+            exact = [x["mean"] - x["difference"] for x in own]
+            means, margins = (
+                [100 * (x[key] or 0) / base for x, base in zip(own, exact, strict=True)]
+                for key in ("difference", "margin")
             )
-    axes.axvline(0, color=SOFT, linewidth=1)
-    axes.set_xlim(-43, 8)
-    _name_rows(axes, list(corrections))
-    axes.set_xticks([-30, -15, 0])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}%".replace("-", "\N{MINUS SIGN}"))
-    title(axes, "NDCG, relative to the exact log q\n")
-    return finish(figure, "NDCG without the correction, and with another one, on three logs")
+            style: dict[str, Any] = {"fmt": MARKERS[number], "markersize": 4, "elinewidth": 1.5}
+            style |= {"color": SERIES[number], "label": name if way == "mixed" else None}
+            axes.errorbar(means, places, xerr=margins, **style)
+        axes.axvline(0, color=SOFT, linewidth=1)
+        title(axes, way)
+        _name_rows(axes, [log.partition(",")[0] for log in logs])
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}%".replace("-", "\N{MINUS SIGN}"))
+    name_lines(figure)
+    return finish(figure, "NDCG@100 with other corrections, relative to the exact log q, by log")
 
 
 def draw_models(results: Mapping[str, Any]) -> Drawing:
@@ -253,8 +245,12 @@ def drawings() -> dict[str, Drawing]:
     return {
         "way": draw_way(),
         "correction": draw_models(read("movielens_100k")),
+<<<<<<< HEAD
         "log_q": draw_log_q({log: (read(name), metric) for log, (name, metric) in LOGS.items()}),
         "loop": draw_loop(read("loop")["days"]),
+=======
+        "log_q": draw_log_q(read("corrections")["cells"]),
+>>>>>>> corrections
         **draw_scale([*read("scale")["sizes"], read("scale_1e8")["sizes"][-1]]),
     }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
+from scipy import stats
 
 from tfrs_pipeline.model.loss import HybridRetrieval
 
@@ -100,6 +101,67 @@ def test_equals_the_task_of_tfrs(weight_shape: tuple[int, ...]) -> None:
     pairs = zip(*(value_and_gradients(x, QUERIES, COLUMNS) for x in (ours, of_tfrs)), strict=True)
     for got, expected in pairs:
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_corrected_log_q_of_khrylchenko_et_al() -> None:
+    """With s the positive's logit and N the sum of exp over corrected columns, P = e^s / (e^s + N).
+
+    Their loss (2025) has no positive in the denominator, and the weight 1 - P, a constant:
+    (1 - P) (log N - s), whose gradient is N / (e^s + N) (grad log N - grad s). That of
+    log(e^s + N) - s is (e^s grad s + N grad log N) / (e^s + N) - grad s, which is the same.
+    """
+
+    def ours(queries: Any, columns: Any, positives: Any) -> tf.Tensor:
+        options: dict[str, Any] = {"log_q": LOG_Q, "score_mask": MASK}
+        return HybridRetrieval(0.5)(queries, positives, negative_embeddings=columns, **options)
+
+    def theirs(queries: Any, columns: Any, positives: Any) -> tf.Tensor:
+        own = tf.reduce_sum(queries * positives, axis=1) / 0.5
+        logits = tf.matmul(queries, columns, transpose_b=True) / 0.5 - LOG_Q
+        log_sum = tf.reduce_logsumexp(tf.where(MASK, logits, -np.inf), axis=1)
+        not_own = tf.stop_gradient(tf.sigmoid(log_sum - own))
+        return tf.reduce_sum(not_own * (log_sum - own))
+
+    arrays = QUERIES, COLUMNS, POSITIVES[:W]
+    (_, *of_ours), (_, *of_theirs) = (value_and_gradients(x, *arrays) for x in (ours, theirs))
+    for got, expected in zip(of_ours, of_theirs, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("expected_count", "weights"),
+    [(0.1, (0.095, 0.093)), (2.0, (0.865, 0.499)), (100.0, (1, 0.01))],
+)
+def test_the_weight_of_an_item_with_the_counts_of_the_batch_as_log_q(
+    expected_count: float, weights: tuple[float, float]
+) -> None:
+    """c columns of an item with log q = scale log c weigh c^(1 - scale) together.
+
+    For c as Poisson draws the mean is 1 - e^-L at scale 1, and E[1 / c; c >= 1] at scale 2, where L
+    is the expected count. With log q = log L it is 1.
+    """
+    copies = np.arange(1, 200)
+    copies = copies[stats.poisson.pmf(copies, expected_count) > 1e-7]
+    probability = stats.poisson.pmf(copies, expected_count)
+
+    def mean_weight(log_q_of: Any) -> float:
+        """The positive's logit is 0, and so are the scores: the loss is log(1 + weight)."""
+        zeros = np.zeros((1, D), np.float32)
+        losses = [
+            HybridRetrieval()(
+                zeros,
+                zeros,
+                negative_embeddings=np.zeros((c, D), np.float32),
+                log_q=np.full(c, log_q_of(c), np.float32),
+            )
+            for c in copies
+        ]
+        return float(probability @ np.expm1(losses))
+
+    assert mean_weight(lambda c: np.log(expected_count)) == pytest.approx(1, rel=1e-4)
+    for scale, weight in zip((1, 2), weights, strict=True):
+        found = mean_weight(lambda c, scale=scale: scale * np.log(c))
+        assert found == pytest.approx(weight, abs=5e-4)
 
 
 @pytest.mark.parametrize("with_probability", [False, True])
