@@ -3,16 +3,10 @@
     python benchmarks/figure.py
 
 In `docs/figures`: the way from the log to the service (`way.svg`); the effect of the correction on
-<<<<<<< HEAD
-MovieLens-100K (`correction.svg`), and of other log q on three logs (`log_q.svg`); CPU time and
+MovieLens-100K (`correction.svg`), and of other log q on eight logs (`log_q.svg`); CPU time and
 memory of each stage of a run as its log grows (`scale_seconds.svg`, `scale_memory.svg`); the click
 rate of the closed loop (`loop.svg`). Pages show two of the plots side by side, a phone one below
 the other.
-=======
-MovieLens-100K (`correction.svg`), and of other log q on eight logs (`log_q.svg`); CPU time and
-memory of each stage of a run as its log grows (`scale_seconds.svg`, `scale_memory.svg`). Pages show
-two of the plots side by side, a phone one below the other.
->>>>>>> corrections
 """
 
 from __future__ import annotations
@@ -245,12 +239,8 @@ def drawings() -> dict[str, Drawing]:
     return {
         "way": draw_way(),
         "correction": draw_models(read("movielens_100k")),
-<<<<<<< HEAD
-        "log_q": draw_log_q({log: (read(name), metric) for log, (name, metric) in LOGS.items()}),
-        "loop": draw_loop(read("loop")["days"]),
-=======
         "log_q": draw_log_q(read("corrections")["cells"]),
->>>>>>> corrections
+        "loop": draw_loop(read("loop")["days"]),
         **draw_scale([*read("scale")["sizes"], read("scale_1e8")["sizes"][-1]]),
     }
 

@@ -57,7 +57,9 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
     assert list(settings.summed) == [first, other, "ials"]
     assert [member.weight for member in settings.summed.values()] == [1.0, 0.3, 0.6]
     baseline = tp.Ials(seed=settings.seed)
-    assert ials_of(settings, settings.summed["ials"]) == baseline
+    ials = settings.summed["ials"]
+    assert isinstance(ials, IalsConfig)
+    assert ials_of(settings, ials) == baseline
     for name, member in settings.trained.items():
         plan = planned(config, PRESETS[name])
         assert (member.model, member.training) == (plan.model, plan.training)

@@ -321,7 +321,7 @@ class LoadedRetriever:
 
     def disliked_items(self, user_ids: Sequence[Any]) -> list[list[Any]]:
         """Returns what each user disliked until now, in the training's log and in service."""
-        recent = {} if self._activity is None else self._activity.until_now(user_ids)
+        recent = {} if self.activity is None else self.activity.until_now(user_ids)
         stored: list[list[Any]] = [[] for _ in user_ids]
         # Not saved where nobody disliked anything.
         if function := getattr(self.saved_model.encoder, "disliked_items", None):
