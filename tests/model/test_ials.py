@@ -68,7 +68,8 @@ def test_a_sum_with_ials_is_fitted_exported_and_asked(tmp_path: Path) -> None:
     assert model.towers.history_length == HISTORY_LENGTH
     folder = tp.export(model, tmp_path / "sum", index=tp.Exact(), queries=KNOWN)
     loaded = tp.load(folder)
-    for queries in (KNOWN, [{"user_id": 101}], [{"history": []}]):
+    asked: list[list[dict[str, Any]]] = [KNOWN, [{"user_id": 101}], [{"history": []}]]
+    for queries in asked:
         ids, line_scores = loaded.retrieve(queries, k=7)
         np.testing.assert_array_equal(ids, model.retrieve(queries, k=7)[0])
         np.testing.assert_allclose(line_scores, model.retrieve(queries, k=7)[1], rtol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 import tfrs_pipeline as tp
 from tests.run.test_race import GIVEN, config_in
 from tests.small_log import Stopped, Watched
-from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.config import IalsConfig, RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.sums import Choice, FittedSum, Vectors
