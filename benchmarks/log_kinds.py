@@ -6,7 +6,10 @@
     funnel           a simulated funnel of 3,000 users and 2,000 items
     kuairand         KuaiRand's clicks (`request.py` says which), --data-dir
     kuairand, tab    the same with the tab of the app and the hour as request features
-    sparse ...       the logs of `sparse_sequences.py`, --data-dir
+    sparse ml-1m     10,000 ordered stretches of MovieLens-1M's sequences in SASRec's version, of 9
+                     events on average, without times, --data-dir
+    sparse kuairand-pure   the last long views of 10,000 users of a cut of KuaiRand-Pure with 5 or
+                     more, 19 on average, without times, --data-dir
 
 Also the logs of `unseen_logs.py` whose folders are in --data-dir.
 Logs with times are split by time; in others, the last two events of each user are held out:
@@ -47,7 +50,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from leaderboard_data import convert_gowalla, convert_ml_1m
 from request import PLANS, read_events
-from sparse_sequences import CUTS, cut
 from unseen_logs import UNSEEN
 
 from tfrs_pipeline.data.log import Split
@@ -60,6 +62,8 @@ EXCLUDE: dict[str, Exclude] = dict.fromkeys(
     ("sessions", "views", "plays", "baskets", "tafeng", "tagged"), "none"
 )
 LAST_TWO: dict[str, Any] = {"kind": "last_n", "validation": 1, "test": 1, "min_positives": 3}
+# Of the sparse logs.
+NUM_USERS, MIN_EVENTS, MEAN_EVENTS = 10_000, 5, 9
 BY_TIME = ("cosmetics", "sports", "reviews", "baskets", "grocery", "tagged")
 
 
@@ -81,11 +85,45 @@ def kuairand(data_dir: Path, features: dict[str, Any]) -> Split:
     ).split("column")
 
 
+def cut_ml_1m(data_dir: Path, folder: Path) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns users and their sequences of MovieLens-1M."""
+    rng = np.random.default_rng(0)
+    convert_ml_1m(data_dir, folder)
+    events = pq.read_table(folder / "events.parquet")
+    users = events["user_id"].to_numpy()
+    order = np.argsort(users, kind="stable")
+    items = events["item_id"].to_numpy()[order]
+    begins = np.flatnonzero(np.diff(users[order], prepend=-1))
+    stretches = []
+    for begin, end in zip(begins, [*begins[1:], len(items)], strict=True):
+        while end - begin >= MIN_EVENTS:
+            length = min(MIN_EVENTS + rng.geometric(1 / (MEAN_EVENTS - MIN_EVENTS)), end - begin)
+            stretches.append((begin, begin + length))
+            begin += length
+    kept = [stretches[i] for i in rng.choice(len(stretches), NUM_USERS, replace=False)]
+    return np.arange(NUM_USERS), [items[begin:end] for begin, end in kept]
+
+
+def cut_kuairand(data_dir: Path, folder: Path) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns users and their sequences of KuaiRand."""
+    del folder
+    rng = np.random.default_rng(0)
+    sequences = pq.read_table(data_dir / "user_sequences.parquet").sort_by("user_id").to_pandas()
+    long_enough = sequences[sequences["long_watch_seq"].map(len) >= MIN_EVENTS]
+    kept = long_enough.iloc[np.sort(rng.choice(len(long_enough), NUM_USERS, replace=False))]
+    return kept["user_id"].to_numpy(), list(kept["long_watch_seq"])
+
+
+CUTS = {"ml-1m": cut_ml_1m, "kuairand-pure": cut_kuairand}
+
+
 def sparse(data: str, data_dir: Path, folder: Path) -> Split:
     """Splits a sparse log; holds out the last two events of each user."""
-    cut(data, data_dir / data, folder)
-    log = tp.Log.from_files(folder / "sparse.parquet")
-    return log.split(**LAST_TWO)
+    users, sequences = CUTS[data](data_dir / data, folder)
+    of_events = np.repeat(users, [len(sequence) for sequence in sequences])
+    events = pa.table({"user_id": of_events, "item_id": np.concatenate(sequences)})
+    # The order of the rows is that of the events.
+    return tp.Log.from_table(events).split(**LAST_TWO)
 
 
 def unseen(name: str, data_dir: Path) -> Split:
