@@ -223,10 +223,10 @@ def draw_loop(days: Sequence[Mapping[str, Any]]) -> Drawing:
     for colour, arm in zip(SERIES, dict.fromkeys(row["arm"] for row in days), strict=False):
         rates = {row["day"]: 100 * row["click_rate"] for row in days if row["arm"] == arm}
         axes.plot([*rates], [*rates.values()], color=colour, label=arm)
-    axes.set(xlabel="day")
+    axes.set(xlabel="day", ylim=0)
     title(axes, "true click rate of what was shown, %")
     axes.grid(color=GRID)
-    name_lines(figure)
+    axes.legend(loc="lower left", frameon=False, labelcolor="linecolor")
     return finish(figure, "True click rate of each arm by day")
 
 
