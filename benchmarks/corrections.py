@@ -102,7 +102,7 @@ BOTH_WAYS, SHOWN, OTHER_NUMBERS = ("in-batch", "mixed"), "shown", ("clicks 64", 
 # Ways, logs and corrections in the order of training, in case there is no time for all: with one
 # seed, then with three, then with five.
 PHASES: tuple[tuple[Sequence[str], ...], ...] = (
-    ([SHOWN], ("kuairand", "funnel"), CORRECTIONS),
+    ([SHOWN], ("kuairand", "funnel"), (*CORRECTIONS, MASKED)),
     (BOTH_WAYS, list(LOGS)[:4], CORRECTIONS),
     (BOTH_WAYS, list(LOGS), CORRECTIONS),
     (OTHER_NUMBERS, ("ratings", "funnel"), CORRECTIONS),

@@ -122,7 +122,7 @@ def draw_log_q(cells: Sequence[Mapping[str, Any]]) -> Drawing:
             style |= {"color": SERIES[number], "label": name if way == "mixed" else None}
             axes.errorbar(means, places, xerr=margins, **style)
         axes.axvline(0, color=SOFT, linewidth=1)
-        title(axes, way)
+        title(axes, f"NDCG against exact, {way}")
         _name_rows(axes, [log.partition(",")[0] for log in logs])
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}%".replace("-", "\N{MINUS SIGN}"))
     name_lines(figure)
