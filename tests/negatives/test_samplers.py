@@ -274,7 +274,7 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
     (FunnelLosers, {"stages": ("ranked", "ranked")}, "stages.*a value twice"),
     (FunnelLosers, {"stages": ("exposed",)}, "never a negative.*set allow_exposed"),
     (FunnelLosers, {"share": np.nan}, "share.*finite number"),
-    (FunnelLosers, {"num": 2.5}, "num.*whole number"),
+    (FunnelLosers, {"num": 2.5}, "num.*valid integer"),
     (FunnelLosers, {"bottom_share": 0.0}, "bottom_share.*greater than 0"),
     (FunnelLosers, {"bottom_share": 0.3}, "of the stage 'ranked'.*0.3, stages .'retrieved'"),
 ])  # fmt: skip

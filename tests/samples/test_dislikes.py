@@ -28,9 +28,10 @@ class Disliked:
 
     share: float = 0.2
     num: int = 2
+    allow_exposed: bool = True
 
     def pools(self, samples: Samples) -> Mapping[str, Pool]:
-        return {"disliked": (samples.disliked, samples.query_rows)}
+        return {"exposed": (samples.disliked, samples.query_rows)}
 
 
 def random_events(num: int = 1200) -> list[Event]:
@@ -68,7 +69,7 @@ def test_positives_masks_and_log_q_are_those_of_a_loop(tmp_path: Path) -> None:
     positives = [pair for pair in clicks if pair not in gone]
     shown = {(user, item) for user, item, kind in events if kind == "view"}
     known, disliked = sets_of(positives), sets_of(gone)
-    exposed = sets_of(shown - gone - {*positives})
+    exposed = sets_of((shown | gone) - {*positives})
     for lists, expected in (
         (samples.known_positives, known),
         (samples.exposed, exposed),

@@ -19,7 +19,7 @@ from tfrs_pipeline.samples.build import MAX_POOL, build_samples, draw_pools, fin
 from tfrs_pipeline.samples.store import read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-STAGES = [stage.value for stage in Stage]
+STAGES = [stage.value for stage in Stage if stage != Stage.DISLIKED]
 
 
 def random_log(seed: int, *, num_requests: int = 50) -> list[dict[str, Any]]:

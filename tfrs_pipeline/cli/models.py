@@ -97,6 +97,12 @@ class Recommend(OfModel):
     filter: tuple[str, ...] = ()
     """Write only items with one of these values of the model's filter (export.filter_by)."""
 
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        from tfrs_pipeline.serving.vectors import destination_problem
+
+        if problem := destination_problem(self.out):
+            yield "out", problem
+
     def __call__(self) -> int:
         """Writes the file and says how fast."""
         version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
@@ -160,6 +166,12 @@ class Vectors(OfModel):
 
     file: PositionalPath
     """Parquet file to write; an earlier one is replaced."""
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        from tfrs_pipeline.serving.vectors import destination_problem
+
+        if problem := destination_problem(self.file):
+            yield "file", problem
 
     def __call__(self) -> int:
         """Writes the file and says what is in it."""
@@ -290,8 +302,7 @@ class Query(OfModel):
             history = list(map(retriever.parse_id, self.history))
             query = {"user_id": about.get("user_id"), "history": history}
             query["request"] = retriever.parse_request(self.request)
-            # A model with a repeat bonus ranks the items of the history too.
-            left_out = exclude if retriever.has_repeat_bonus else [*history, *exclude]
+            left_out = [*history, *exclude] if retriever.excludes_known else exclude
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
             are_known = zip(history, retriever.knows(history), strict=True)
             unknown = [id_ for id_, is_known in are_known if not is_known]

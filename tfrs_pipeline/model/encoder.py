@@ -122,7 +122,8 @@ class Encoder(tf.Module):
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
         # A bonus was chosen for rankings with the items that the user knows.
-        known = self._known if self._model().repeat_bonus is None else None
+        model = self._model()
+        known = self._known if model.excludes_known and model.repeat_bonus is None else None
         lists = [lists for lists in (known, self._disliked) if lists is not None]
         if not lists:
             return embedded

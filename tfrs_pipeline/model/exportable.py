@@ -55,6 +55,8 @@ class Exportable:
             query's is 1. To find similar items, an item's last entry is set to 1 too.
         repeat_bonus: What is added to the scores of the items in a query's history, given or
             stored; None is nothing. With it, `retrieve_user` also retrieves known positives.
+        excludes_known: Whether `retrieve_user` leaves out known positives, as long as there is no
+            repeat bonus. Disliked items are always left out.
         items_read: When the reading of the items began, with a time zone. Earlier live writes of
             these items do not count. The default is now.
         histories_until: The time of the log's last event, with a time zone: events recorded in
@@ -82,6 +84,7 @@ class Exportable:
     reading: Reading = field(default_factory=Reading)
     has_item_bias: bool = False
     repeat_bonus: RepeatBonus | None = None
+    excludes_known: bool = True
     items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
     histories_until: datetime | None = None
     disliked: RowLists = field(default_factory=lambda: RowLists.empty(0))

@@ -3,6 +3,7 @@
 A model is exported unless it is worse than others, and at most once per training.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -242,8 +243,10 @@ def _export_best(
     # Said before the long work, since notes are shown only when a step has ended.
     run.progress.task("export", 0, 0, WRITING)
     search = search_of(export.index, export.target_recall)
+    # Service leaves out of its answers what the test left out of its rankings.
+    excludes_known = config.evaluation.exclude != "none"
     version, manifest = export_version(
-        two_tower,
+        dataclasses.replace(two_tower.exportable(), excludes_known=excludes_known),
         config.model_folder,
         ExportOptions(search, export.filter_by, export.keep_versions),
         user_data=export.user_data,
@@ -263,12 +266,6 @@ def _export_best(
             "metrics": measured.summary()["models"]["two_tower"],
         },
     )
-    is_left_out = two_tower.repeat_bonus is None and export.user_data
-    if config.evaluation.exclude == "none" and is_left_out:
-        run.note(
-            "asked by user id, the model leaves out the user's known items, which the test ranks "
-            "(evaluation.exclude none): ask by history, with `retrieve`, to get them too"
-        )
     num_listed = len(log.listed_ids)
     if num_left := len(samples.test.candidate_ids) - num_listed:
         lacks = f"the item table lacks {counted(num_left, 'item')} of the log"

@@ -22,7 +22,15 @@ from tfrs_pipeline.data.requests import (
     with_num_before,
 )
 from tfrs_pipeline.data.rules import store
-from tfrs_pipeline.data.schema import DataError, Source, Stage, count_rows, is_positive, order_keys
+from tfrs_pipeline.data.schema import (
+    DataError,
+    Source,
+    Stage,
+    count_rows,
+    is_dislike,
+    is_positive,
+    order_keys,
+)
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.negatives.samplers import FunnelLosers
@@ -70,8 +78,9 @@ def build_samples(
     (num_samples with some, and their mean_pool) and num_losers_removed, the losers that the guard
     or their rank keeps from being hard negatives. With dislikes also num_disliked, pairs of a user
     and an item, and num_disliked_clicks, clicks that are no positives, however early they came: a
-    dislike anywhere in the events beats a click or an exposure of the pair. Raises a `DataError` if
-    there is no positive.
+    dislike anywhere in the events beats a click on the pair. Disliked items are among the exposed
+    ones too, so they are never negatives of their user. Raises a `DataError` if there is no
+    positive.
     """  # noqa: E501
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are incomplete.
@@ -82,13 +91,13 @@ def build_samples(
     try:
         events = _write_rows(log, work)
         positives = events.filter(is_positive)
-        exposed, disliked = (
-            events.filter(events["stage"] == stage.value).select(*_PAIR).distinct()
-            for stage in (Stage.EXPOSED, Stage.DISLIKED)
-        )
         if log.disliked is not None:
+            disliked = events.filter(is_dislike).select(*_PAIR).distinct()
             disliked = work.write("disliked", disliked.order_by(_PAIR))
-            positives, exposed = (x.anti_join(disliked, _PAIR) for x in (positives, exposed))
+            positives = positives.anti_join(disliked, _PAIR)
+        # What was disliked had been shown: a dislike is no reason for a negative either.
+        was_shown = events["stage"].isin([Stage.EXPOSED.value, Stage.DISLIKED.value])
+        exposed = events.filter(was_shown).select(*_PAIR).distinct()
         _write_counts(positives, work)
         # The items that are never a user's negatives.
         known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))

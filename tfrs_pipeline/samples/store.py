@@ -114,10 +114,10 @@ class Samples:
             sample: its history is that prefix, or its latest part. None in a log without order,
             where the history is the rest of the sequence without copies of the positive.
         known_positives: Per query row, the sorted candidate rows that it clicked in training.
-        exposed: Per query row, the sorted candidate rows shown in training, and neither clicked nor
+        exposed: Per query row, the sorted candidate rows shown in training and not clicked, or
             disliked.
-        disliked: Per query row, the sorted candidate rows that it disliked in training. They are in
-            neither of the two lists above, so they may be negatives of the user.
+        disliked: Per query row, the sorted candidate rows that it disliked in training. They are
+            among the exposed ones too, and never among the known positives.
         counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
         hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
         request_columns: Request feature -> [num_samples] or [num_samples, any], encoded: int32, or

@@ -55,6 +55,7 @@ LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "nump
 TAKEN = {
     "config",
     "date",
+    "excludes_known",
     "export",
     "feature_inputs",
     "features",
@@ -211,6 +212,7 @@ def export_version(
         },
         "reading": model.reading.as_json(),
         "user_data": user_data,
+        "excludes_known": model.excludes_known and model.repeat_bonus is None,
         "has_item_bias": model.has_item_bias,
         "items_read": model.items_read.isoformat(),
         "histories_until": (model.histories_until or model.items_read).isoformat(),

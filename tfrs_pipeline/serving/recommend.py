@@ -55,7 +55,7 @@ def recommend(
         path: A `.parquet` file; an earlier one is replaced once the new one is complete.
         users: CSV or Parquet, or a table, with `user_id` and optionally `history`: item ids, oldest
             first, in a list, or in a text that is split as in the log's files. A user with a
-            history is answered by it, and its items are left out, and those that the user disliked.
+            history is answered by it, and its items are left out as in service, and what was disliked.
             None is all users of the model, and then those of whom only events are known.
         k: Number of items for each user.
         allowed: Values of the item filter; items need one of them. An empty list allows all.
@@ -222,8 +222,9 @@ def _answer(model: "LoadedRetriever", users: pa.Table, k: int, allowed: list[str
         filters = [allowed] * len(lines) if allowed else None
         if by_history:
             exclude = model.disliked_items(user_ids)
-            for line, excluded in zip(lines, exclude, strict=True):
-                excluded += histories[line] or ()
+            if model.excludes_known:
+                for line, excluded in zip(lines, exclude, strict=True):
+                    excluded += histories[line] or ()
             queries = [{"user_id": ids[line], "history": histories[line]} for line in lines]
             answer = model.retrieve(queries, shape[1], exclude, allowed=filters)
         else:

@@ -136,13 +136,14 @@ class LoadedRetriever:
                 journal,
                 self.saved_model.encoder,
                 self.manifest,
-                excludes_known=not self.has_repeat_bonus,
+                excludes_known=self.excludes_known,
             )
 
     @property
-    def has_repeat_bonus(self) -> bool:
-        """Whether the items of a history get a bonus, since users return to items."""
-        return "bonuses" in self.saved_model.signatures["embed_query"].structured_outputs
+    def excludes_known(self) -> bool:
+        """Whether answers by user id leave out the items that the user clicked, as tests did."""
+        has_bonus = "bonuses" in self.saved_model.signatures["embed_query"].structured_outputs
+        return bool(self.manifest.get("excludes_known", not has_bonus))
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
