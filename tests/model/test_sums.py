@@ -286,6 +286,24 @@ def test_a_sum_has_at_most_so_many_members() -> None:
     assert len(chosen(members, winner="0", max_members=2).weights) == 2
 
 
+def test_a_member_that_the_rotation_cannot_hold_leaves_the_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rotation of two models keeps all, and that of three nothing."""
+
+    def ruined(members: Any, weights: Any, dim: int | None = None) -> Projection:
+        joined = projection(members, weights)
+        is_kept = dim is None or len(members) < 3
+        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
+
+    members = {str(seed): guess(seed, 0.6) for seed in range(3)}
+    assert len(chosen(members, winner="0").weights) == 3
+    monkeypatch.setattr(sums, "projection", ruined)
+    choice = chosen(members, winner="0")
+    assert len(choice.weights) == 2
+    assert choice.summed > choice.alone
+
+
 def test_a_sum_that_its_rotation_ruins_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rotation keeps nothing of what the members know."""
 

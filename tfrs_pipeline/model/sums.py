@@ -461,9 +461,10 @@ def choose(
 
     The winner, which is the best model alone, comes first. As long as one more member makes the sum
     better, the best one joins with the best of `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with
-    1. The sum is kept if it is still better after its rotation to the winner's dimensions: by the
-    mean, not by the interval, since the winner's value is the best of many epochs on the same
-    queries, which flatters it (docs/explanation/tried.md).
+    1. Of the sums on this way, the one that is best after its rotation to the winner's dimensions
+    is kept, if it is better than the winner: by the mean, not by the interval, since the winner's
+    value is the best of many epochs on the same queries, which flatters it
+    (docs/explanation/tried.md).
 
     Args:
         members: Vectors by name, for the queries and the items of `truth`, in their order.
@@ -486,6 +487,7 @@ def choose(
 
     alone = measured({winner: 1.0})
     weights, best_mean = {winner: 1.0}, float(np.nanmean(alone))
+    grown: list[dict[str, float]] = []
     grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)
     while len(weights) < min(max_members, len(members)):
         left = [name for name in members if name not in weights]
@@ -495,7 +497,10 @@ def choose(
             break
         best_mean = max(means)
         weights = extended[means.index(best_mean)]
-    rotated = measured(weights, dim)
+        grown.append(weights)
+    if grown:  # The last members may cost more in the rotation than they gain.
+        weights = max(grown, key=lambda trial: mean(trial, dim))
+    unrotated, rotated = mean(weights), measured(weights, dim)
     gains = (rotated - alone)[:, np.newaxis]
     # Some metrics have one value for all lists, without an interval.
     users = truth.user_ids if len(gains) == len(truth.user_ids) else None
@@ -507,7 +512,7 @@ def choose(
         name: mean({other: weights[other] for other in weights if other != name}, dim)
         for name in (weights if len(weights) > 1 else ())
     }
-    return Choice(weights, str(metric), before, after, best_mean, difference, without)
+    return Choice(weights, str(metric), before, after, unrotated, difference, without)
 
 
 class Sum:
