@@ -155,7 +155,7 @@ class MemberConfig(Config):
 
 
 class IalsConfig(Config):
-    """iALS in a sum: its weight and its settings. It is fitted anew in seconds, also tomorrow."""
+    """iALS in a sum: its weight and its settings. Each run fits it anew, in seconds."""
 
     weight: PositiveFloat
     """What its score is multiplied by, in units of its spread over items."""

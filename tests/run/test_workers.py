@@ -77,7 +77,5 @@ def test_workers_race_together(tmp_path: Path) -> None:
     for name, curve in alone.metrics["race"]["recipes"].items():
         np.testing.assert_allclose(race["recipes"][name]["values"], curve["values"], rtol=0.02)
     assert f"{race['winner']} won" in printed[0]
-    assert ["\nbaselines " in each for each in printed] == [
-        True,
-        False,
-    ]  # Only the chief's are used.
+    # Only the chief measures the baselines.
+    assert ["\nbaselines " in text for text in printed] == [True, False]

@@ -1,6 +1,4 @@
-"""No item that a user clicked, or saw without a click, is ever a negative of that user.
-
-Unless the user disliked it.
+"""No item that a user clicked, disliked, or saw without a click is ever a negative of that user.
 
 Random funnels run all the way from the event table to the gradient of the loss; the tests look for
 a forbidden item that gets through.
@@ -36,16 +34,13 @@ HARD = FunnelLosers(share=0.5, stages=LOST, num=2, bottom_share=0.9)
 def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dict[int, set[int]]]:
     """Returns a log with a random funnel for each user, and by user the forbidden items and losers.
 
-    An item that the user disliked is not forbidden, whatever happened before or after.
-
-    An item may be exposed in one request and lose in another, be clicked first and passed over
-    later, come twice in a request, or lose at the very time it is shown.
+    An item may be exposed in one request and lose in another, be clicked first and passed over or
+    disliked later, come twice in a request, or lose at the very time it is shown.
     """
     rng = np.random.default_rng(seed)
     columns: dict[str, list[Any]] = defaultdict(list)
     forbidden: dict[int, set[int]] = defaultdict(set)
     lost: dict[int, set[int]] = defaultdict(set)
-    disliked: dict[int, set[int]] = defaultdict(set)
     for user in range(1, num_users + 1):
         chances = rng.dirichlet([1, 1, 1, 1, 0.7, 0.2])
         num_items = rng.integers(3, NUM_ITEMS + 1)
@@ -61,12 +56,8 @@ def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dic
                 columns["timestamp"].append(START + timedelta(seconds=second))
                 columns["request_id"].append(request if rng.random() < 0.9 else None)
                 columns["rank"].append(int(rng.integers(0, 9)) if rng.random() < 0.8 else None)
-                shown = stage in (Stage.EXPOSED, Stage.CLICKED)
-                if stage == Stage.DISLIKED:
-                    disliked[user].add(item)
-                else:
-                    (forbidden if shown else lost)[user].add(item)
-        forbidden[user] -= disliked[user]
+                shown = stage in (Stage.EXPOSED, Stage.CLICKED, Stage.DISLIKED)
+                (forbidden if shown else lost)[user].add(item)
     columns["event_number"] = list(range(len(columns["user_id"])))
 
     items, users = {"item_id": range(1, NUM_ITEMS + 1)}, {"user_id": range(1, num_users + 1)}

@@ -50,7 +50,7 @@ class HybridBatches:
         frame: The distributions from which negatives are drawn.
         expected_count: [num_candidates + 1] float64, n(c).
         hard: What hard negatives are drawn from; None without them.
-        never: Reason -> per query row, the candidates that are masked in its columns for it.
+        never: Reason for a mask -> per query row, the candidates that it masks.
 
     Raises a `ValueError` if the examples conflict with in-batch or hard negatives, or as `Mixture`
     does, and a `DataError` if no positive has a hard negative of the kind.

@@ -1,8 +1,8 @@
 """Flags from typed settings: a command is a table of settings, and each setting is a flag.
 
 A setting within a table is spelled as in a config file, `--training.batch_size`; a flag without a
-dot has hyphens, `--run-dir`. argparse reads the flags as
-text, which the tables then convert and check, as they do with a config file.
+dot has hyphens, `--run-dir`. argparse reads the flags as text, which the tables then convert and
+check, as they do with a config file.
 """
 
 import argparse
@@ -165,7 +165,7 @@ def _flag(setting: str, field: FieldInfo) -> tuple[str, dict[str, Any]]:
     if "." not in setting:
         flag = flag.replace("_", "-")
     options: dict[str, Any] = {"dest": setting}
-    # Without a value: --no-NAME says no.
+    # A flag of a bool takes no value: --NAME says yes, --no-NAME no.
     if field.annotation is bool:
         # A setting of a config file needs --no-NAME too, to replace the file's.
         is_switch = "." not in setting and field.default is False

@@ -82,16 +82,16 @@ class Recommend(OfModel):
     """Write the best items of all users into a file.
 
     Each item is a row of the Parquet file: user_id, item_id, rank, score. The answers are those of
-    the server, which leaves known items out unless the model has a repeat bonus. After a kill, the
-    same command goes on.
+    the server, which leaves known items out, unless the training had evaluation.exclude none. After
+    a kill, the same command goes on.
     """
 
     out: Path
     """Parquet file to write; an earlier one is replaced once the new one is complete."""
     users: Path | None = None
     """CSV or Parquet with user_id and, optionally, history: item ids, oldest first, which are then
-    read and left out in place of the stored ones. If not given, all users of the model, and those
-    with recorded events."""
+    read in place of the stored ones, and left out where those would be. If not given, all users of
+    the model, and those with recorded events."""
     k: PositiveInt = 100
     """Number of items for each user."""
     filter: tuple[str, ...] = ()

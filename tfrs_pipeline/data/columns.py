@@ -136,7 +136,9 @@ def _check_unit(
     unit: TimestampUnit | None,
     period: Period | None,
 ) -> None:
-    """Refuses a column if most numbers are in another unit; a few are times outside the period.
+    """Refuses a column if most numbers are in another unit.
+
+    A few such numbers are not refused here: they lie outside the period, and are dropped as that.
 
     Without a `period` the column is a feature, whose numbers may be years.
     """

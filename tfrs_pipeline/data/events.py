@@ -237,7 +237,9 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
             for threshold in (reading.rating_threshold, reading.dislike_threshold)
         )
         if raw.table["rating"].type().is_float32():  # 4.1 in float32 is below 4.1 in float64.
-            lowest, disliked = (x.cast("float32").cast("float64") for x in (lowest, disliked))
+            lowest, disliked = (
+                limit.cast("float32").cast("float64") for limit in (lowest, disliked)
+            )
         stage = (rating >= lowest).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
         return (rating < disliked).ifelse(Stage.DISLIKED.value, stage)
     if stages_in == "event":

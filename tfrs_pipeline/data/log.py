@@ -551,7 +551,7 @@ def _described(log: Log) -> Iterator[str]:
     if log.part_of is not None:
         yield "a part of a log: the whole log's description says what was dropped"
         return
-    # Merged rows were read and have left something.
+    # Merged rows are not dropped: one event stands for all of them.
     num_dropped = sum(entry.num_rows for entry in log.dropped if not entry.is_merged)
     num_read = counts["events"] + sum(entry.num_rows for entry in log.dropped)
     dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"

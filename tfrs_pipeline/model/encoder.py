@@ -37,11 +37,11 @@ class Encoder(tf.Module):
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
             num_known_items [B] int32, how many items of the history the training had; all by the
-            user's stored history and features. Also `known_items`, the known positives and what
-            the user disliked. None without user data.
-            If the model has a repeat bonus, `known_items` is only what was disliked, and is absent
-            if nobody disliked anything; but of the history, also in the next two functions,
-            `repeated_items` [B, any], distinct ids, and `bonuses` [B, any] float32.
+            user's stored history and features. Also `known_items` [B, any], the ids that
+            `retrieve_user` excludes: the known positives, unless the model retrieves them, and what
+            the user disliked; absent where there is neither. None without user data.
+            With a repeat bonus, this and the next two functions also return `repeated_items`
+            [B, any], the distinct ids of the history, and `bonuses` [B, any] float32.
         embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
         embed_query_with_features: user_id, history, raw query features -> the same, from these
             features in place of the stored ones; None without query features.
@@ -121,13 +121,11 @@ class Encoder(tf.Module):
         if self._history_times is not None:
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
-        # A bonus was chosen for rankings with the items that the user knows.
-        model = self._model()
-        known = self._known if model.excludes_known and model.repeat_bonus is None else None
-        lists = [lists for lists in (known, self._disliked) if lists is not None]
-        if not lists:
+        tables = [self._known] if self._model().leaves_out_known else []
+        tables += [] if self._disliked is None else [self._disliked]
+        if not tables:
             return embedded
-        items = [self._items_in(of_users, user_id) for of_users in lists]
+        items = [self._items_in(table, user_id) for table in tables]
         return {**embedded, "known_items": tf.concat(items, axis=1)}
 
     def _embed_query(

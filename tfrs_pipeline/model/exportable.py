@@ -55,8 +55,8 @@ class Exportable:
             query's is 1. To find similar items, an item's last entry is set to 1 too.
         repeat_bonus: What is added to the scores of the items in a query's history, given or
             stored; None is nothing. With it, `retrieve_user` also retrieves known positives.
-        excludes_known: Whether `retrieve_user` leaves out known positives, as long as there is no
-            repeat bonus. Disliked items are always left out.
+        excludes_known: Whether `retrieve_user` leaves out known positives. With a repeat bonus it
+            never does. Disliked items are always left out.
         items_read: When the reading of the items began, with a time zone. Earlier live writes of
             these items do not count. The default is now.
         histories_until: The time of the log's last event, with a time zone: events recorded in
@@ -125,6 +125,11 @@ class Exportable:
     def exportable(self) -> "Exportable":
         """Returns the model itself, as a fitted model returns its `Exportable`."""
         return self
+
+    @property
+    def leaves_out_known(self) -> bool:
+        """Whether answers by user id leave out known positives: a bonus needs them."""
+        return self.excludes_known and self.repeat_bonus is None
 
     @cached_property
     def candidate_ids(self) -> np.ndarray:

@@ -49,7 +49,10 @@ class FittedIals:
 
     @classmethod
     def fit(cls, settings: Ials, train: Log | TrainingSet) -> "FittedIals":
-        """Factorizes the positives of a log; the same log and settings give the same vectors."""
+        """Factorizes the positives of a log; the same log and settings give the same vectors.
+
+        Raises a `TypeError` if `train` is neither a log nor the training set of one.
+        """
         log: Any = train.log if isinstance(train, TrainingSet) else train
         check_log(log)
         factors = settings.factorize(Interactions.of(log)).item_factors
@@ -69,7 +72,7 @@ class FittedIals:
 
         def embed_queries(query_rows: tf.Tensor, history_rows: tf.Tensor) -> tf.Tensor:
             is_equal = history_rows[:, :, tf.newaxis] == history_rows[:, tf.newaxis, :]
-            # How often an item has come up to a place: in iALS, one that comes again counts once.
+            # [B, L] how often the item of a position occurs up to it: in iALS, an item counts once.
             num = tf.reduce_sum(tf.linalg.band_part(tf.cast(is_equal, tf.int32), -1, 0), axis=2)
             # Row 0, the padding, has the vector 0.
             clicked = tf.gather(vectors, tf.where(num == 1, history_rows, 0))  # [B, L, D]

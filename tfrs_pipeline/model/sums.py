@@ -461,7 +461,7 @@ def choose(
 
     The winner, which is the best model alone, comes first. As long as one more member makes the sum
     better, the best one joins with the best of `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with
-    1. Of the sums on this way, the one that is best after its rotation to the winner's dimensions
+    1. Of the sums along the way, the one that is best after its rotation to the winner's dimensions
     is kept, if it is better than the winner: by the mean, not by the interval, since the winner's
     value is the best of many epochs on the same queries, which flatters it
     (docs/explanation/tried.md).

@@ -257,7 +257,7 @@ def _change(old: Feature, new: Feature) -> str:
     """Describes the values that a feature keeps; "" if it has no vocabulary."""
     if not (old.vocabulary or new.vocabulary):
         return ""
-    # Code 0, for unknown values, is nobody's counterpart.
+    # Code 0 stands for an unknown value, which is not kept.
     num_kept = int(np.count_nonzero(new.codes_of(old)))
     return kept_new_gone("values", num_kept, len(new.vocabulary), len(old.vocabulary))
 

@@ -1,8 +1,8 @@
 """Says what to try if a run's numbers are not good, from `metrics.json` and the settings.
 
 Advice is a table: each row has what was measured, and the sentence that is said if it holds. A row
-never suggests what the settings already have. What a lost comparison may come from is no matter of
-one number, so `docs/guides/debugging.md` has that.
+never suggests what the settings already have. Why a comparison was lost does not follow from one
+number: `docs/guides/debugging.md` has the usual causes.
 """
 
 from collections.abc import Iterator

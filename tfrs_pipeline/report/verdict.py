@@ -83,7 +83,7 @@ def exported(metrics: Metrics) -> Verdict:
     folder, refusal = metrics.get("export_folder"), metrics.get("refusal")
     if folder is not None:
         return Verdict("exported", f"as {folder}", Outcome.BETTER)
-    # Nothing stood against it: it was not asked for.
+    # Without a refusal, an export was not asked for.
     if refusal is None:
         return Verdict("not exported", "export.index is none", None)
     return Verdict("not exported", refusal.removesuffix("."), Outcome.WORSE)

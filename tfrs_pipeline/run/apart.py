@@ -74,7 +74,7 @@ def answers_from_process(
     unused = dict.fromkeys(("split", "selection", "final"))
     data = dataclasses.replace(data, **unused)  # type: ignore[arg-type]
     custom_metrics = {name: metric for name, metric in METRICS.items() if name not in BUILT_IN}
-    # Begun anew, not forked: of threads such as TensorFlow's, a fork would copy the locks alone.
+    # Spawned: a fork copies the locks that TensorFlow's threads hold, but not the threads.
     pending, spawn = dict(choices), multiprocessing.get_context("spawn")
     while pending:
         ours, theirs = spawn.Pipe()

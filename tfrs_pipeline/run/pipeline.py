@@ -283,7 +283,7 @@ def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> 
     It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
-    # What is measured beside the model and is no baseline.
+    # Measured beside the model, but not baselines.
     others = (*variants(config), BEST_MEMBER, IN_SERVICE)
     baselines = [name for name in evaluation.results if name not in others]
     # By the flag that overrules each. All are collected, so that one error names every flag.

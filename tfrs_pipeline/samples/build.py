@@ -246,11 +246,11 @@ def find_losers(
 ) -> ibis.Table:
     """Finds the losers of each request that may be hard negatives.
 
-    Left out are items that the user clicked anywhere in training, or was shown and never clicked,
-    unless `hard` allows exposed ones.
+    Left out are items that the user clicked anywhere in training, disliked, or was shown and never
+    clicked, unless `hard` allows exposed ones.
 
-    `known` and `exposed` are the pairs of query_row and candidate_row clicked in training, and
-    exposed and never clicked. Returns candidate_row, stage, and the request in three columns.
+    `known` and `exposed` are the pairs of query_row and candidate_row of `known_positives.parquet`
+    and `exposed.parquet`. Returns candidate_row, stage, and the request in three columns.
     """
     events = _with_request(events)
     taken = events.filter(events["stage"].isin(list(hard.stages)))

@@ -113,7 +113,8 @@ class Samples:
         num_earlier: [num_samples] int32, how many items of the query's sequence come before the
             sample: its history is that prefix, or its latest part. None in a log without order,
             where the history is the rest of the sequence without copies of the positive.
-        known_positives: Per query row, the sorted candidate rows that it clicked in training.
+        known_positives: Per query row, the sorted candidate rows that it clicked in training and
+            did not dislike there.
         exposed: Per query row, the sorted candidate rows shown in training and not clicked, or
             disliked.
         disliked: Per query row, the sorted candidate rows that it disliked in training. They are

@@ -44,7 +44,8 @@ class Activity:
         journal: The recorded events.
         encoder: The version's `Encoder`, as it was saved, with the stored histories.
         manifest: The version's manifest.
-        excludes_known: Whether answers leave out the items that the training knew of the user.
+        excludes_known: Whether answers leave out the items that the user clicked, in the training
+            or since.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class Activity:
         until = manifest.get("histories_until", manifest["items_read"])
         self._until = round(1000 * datetime.fromisoformat(until).timestamp())
         exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
-        self._excluded_types = _EXCLUDED_TYPES[exclude]
+        # A model that retrieves what the training knew retrieves what was clicked since, too.
+        self._excluded_types = _EXCLUDED_TYPES[exclude if excludes_known else "none"]
 
     def until_now(self, user_ids: Sequence[Any]) -> dict[int, Recent]:
         """Returns what users with events did, by their position among `user_ids`.

@@ -212,7 +212,7 @@ def export_version(
         },
         "reading": model.reading.as_json(),
         "user_data": user_data,
-        "excludes_known": model.excludes_known and model.repeat_bonus is None,
+        "excludes_known": model.leaves_out_known,
         "has_item_bias": model.has_item_bias,
         "items_read": model.items_read.isoformat(),
         "histories_until": (model.histories_until or model.items_read).isoformat(),

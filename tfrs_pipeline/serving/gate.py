@@ -104,10 +104,10 @@ def _newest(folder: Path, without: Path | None) -> Path | None:
 def worse_than_version(
     evaluation: Evaluation, metric: str, folder: Path, *, without: Path | None = None
 ) -> tuple[bool, str]:
-    """Says whether the new model may be worse than the version in service, and both in words.
+    """Returns whether the new model may be worse than the version in service, and why, in words.
 
-    The evaluation measures the new model, first, and `IN_SERVICE` on the same queries. The model is
-    worse if its interval says so, or if a single query leaves no interval.
+    The evaluation measures the new model, first, and `IN_SERVICE` on the same queries. The model
+    may be worse if it is so by the 95% interval, or if a single query leaves no interval.
     """
     version = _newest(folder, without)
     assert version is not None  # It was measured.

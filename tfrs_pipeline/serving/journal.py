@@ -166,9 +166,8 @@ class Journal(Database):
     def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
         """Reads the events of users, by user, oldest first; users without an event are left out.
 
-        Events of one time are in the order of their arrival.
-
-        Of a user with more than 10,000 events, reads the newest 10,000.
+        Events of one time are in the order of their arrival. Of a user with more than 10,000
+        events, reads the newest 10,000.
         """
         query = (
             f"SELECT {', '.join(Event._fields)} FROM events WHERE user_id = ? "
@@ -309,7 +308,10 @@ class Recorder:
         return has_room
 
     def served_lately(self, user_ids: Sequence[Any], lately: Lately) -> list[list[Any]]:
-        """Returns the ids of the items that each user was served lately, also a moment ago."""
+        """Returns the ids of the items that each user was served lately, newest answer first.
+
+        Answers that are not yet written count too.
+        """
         since = time.time() * 1000 - lately.hours * 3_600_000
         lists = []
         for user_id in user_ids:

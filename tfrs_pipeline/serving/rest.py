@@ -166,7 +166,7 @@ class SignatureInputs:
 class PredictCall(NamedTuple):
     """A signature's name and the array of each input: numbers, or `bytes` objects.
 
-    `exclude_served` says which answers' items are left out; None is as the server is set.
+    `exclude_served` says which answers' items are left out; None takes the server's settings.
     """
 
     signature: str

@@ -141,7 +141,11 @@ class LoadedRetriever:
 
     @property
     def excludes_known(self) -> bool:
-        """Whether answers by user id leave out the items that the user clicked, as tests did."""
+        """Whether answers by user id leave out the items that the user clicked.
+
+        They do as the rankings of the test did: not after `evaluation.exclude none`, nor with a
+        repeat bonus.
+        """
         has_bonus = "bonuses" in self.saved_model.signatures["embed_query"].structured_outputs
         return bool(self.manifest.get("excludes_known", not has_bonus))
 
@@ -166,9 +170,9 @@ class LoadedRetriever:
 
         Excludes only `exclude`: items of the history, and those that a user is known to have
         clicked or disliked (`disliked_items`), are retrieved too. Reads only the history in the
-        query; `retrieve_user` reads the stored history of a known user, and excludes its items,
-        unless the model has a repeat bonus. Items of a history that the training did not have are
-        ignored; `knows` says which ones it had.
+        query; `retrieve_user` reads the stored history of a known user, and excludes its items if
+        `excludes_known`. Items of a history that the training did not have are ignored; `knows`
+        says which ones it had.
 
         Args:
             queries: See `Query`; all keys are optional. `features` replace all stored ones of the
@@ -196,16 +200,15 @@ class LoadedRetriever:
         allowed: Allowed = None,
         requests: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Retrieves by what users did until now, and excludes their known positives.
+        """Retrieves by what users did until now, and excludes what they clicked and disliked.
 
-        That is the stored history and the events recorded since, in time order. Recorded clicks are
-        excluded too, unless the training's `evaluation.exclude` was none; views if it was seen;
-        dislikes always, in the training's log and recorded since. If the model has a repeat bonus,
-        because its users return to items, known positives are retrieved too. Users without either
-        get the answer for an empty history. `exclude` adds ids to exclude. `allowed` and `requests`
-        have one entry for each user, as in `retrieve`. Returns candidate_ids [n, k], scores [n, k]
-        float32, is_known_user [n] bool. Raises as `retrieve`, and a `ValueError` if the model was
-        exported without user data.
+        What they did is the stored history and the events recorded since, in time order. Users
+        without either get the answer for an empty history. Clicks, stored and recorded, are
+        excluded if `excludes_known`; recorded views if the training's `evaluation.exclude` was
+        seen; dislikes, in the training's log and recorded since, always. `exclude` adds ids to
+        exclude. `allowed` and `requests` have one entry for each user, as in `retrieve`. Returns
+        candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool. Raises as `retrieve`,
+        and a `ValueError` if the model was exported without user data.
         """
         if not self.manifest["user_data"]:
             raise ValueError(
@@ -401,7 +404,7 @@ class LoadedRetriever:
         back = np.argsort(np.array([*stored, *recent], int))
         names = ("embeddings", "is_known_user", "num_known_items")
         embedded = {name: np.concatenate([part[name] for part in parts])[back] for name in names}
-        # A model with a repeat bonus does not exclude the items that it knows.
+        # Absent where the model excludes neither known nor disliked items.
         known = id_lists_of(parts[0].get("known_items", np.zeros((len(stored), 0), np.int64)))
         excluded = (user.excluded for user in recent.values())
         per_user = {"known_items": [*known[: len(stored)], *excluded]}

@@ -149,8 +149,10 @@ class ModelServer:
                 return call
             raise rest.bad_request(f"exclude_served: {call.signature!r} has no input 'user_id'.")
         if self.settings.record_share < 1:
-            message = "exclude_served: this server does not record all answers (--record-share 1)."
-            raise rest.bad_request(message)
+            raise rest.bad_request(
+                "exclude_served: this server does not record all its answers. Start it with "
+                "--record-share 1."
+            )
         users = as_ids(call.inputs["user_id"].tolist())
         lists = await _run(self.threads, self.recorder.served_lately, users, lately)
         served = id_lists(lists, version.retriever.item_dtype).numpy()
