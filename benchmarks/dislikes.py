@@ -14,7 +14,7 @@ whether two kinds of shown items deserve it, since they say more than a missing 
               and not clicked, those with the lowest true liking plus noise (logistic, standard
               deviation 1.8 logits) are `disliked` (2%) or `skipped` (24%); `others` are the rest.
 
-Each kind is an own kind of hard negatives: every positive of a user draws four columns from the
+Each kind is a custom kind of hard negatives: every positive of a user draws four columns from the
 user's list, which share f of the negatives' weight. At f = 0 the list is not drawn from, but its
 items are no longer masked: easy columns that hold them count, as for any other item. Shares are
 compared on validation, with the first two seeds; the best one of each kind is then trained with all
@@ -67,7 +67,7 @@ K, MONITOR = 50, "ndcg@100"
 
 
 @dataclasses.dataclass(frozen=True)
-class OfTheUser:
+class UserLists:
     """Hard negatives of each user: items that were shown to them, from a table of pairs of ids."""
 
     pairs: pd.DataFrame  # user_id, item_id
@@ -147,11 +147,11 @@ def funnel(options: argparse.Namespace, seed: int) -> Task:
     probability = simulation.click_probability(simulation.user_ids)
     liking = probability[shown["user_id"] - 1, shown["item_id"] - 1]
     noisy = np.log(liking / (1 - liking)) + np.random.default_rng(seed).logistic(size=len(shown))
-    place = noisy.argsort().argsort() / len(shown)
+    rank = noisy.argsort().argsort() / len(shown)  # In [0, 1), the least liked first.
     kinds = {
-        "disliked": shown[place < 0.02],
-        "skipped": shown[place < 0.24],
-        "others": shown[place >= 0.24],
+        "disliked": shown[rank < 0.02],
+        "skipped": shown[rank < 0.24],
+        "others": shown[rank >= 0.24],
     }
     test = split.test
     unseen = probability[test.user_ids - 1].copy()
@@ -190,11 +190,11 @@ def train(task: Task, data: TrainingSet, hard: Any, seed: int, options: Any) -> 
     history = model.result.history[f"val_{MONITOR}"]
     measured = tp.evaluate(model, task.split.test, exclude="seen", cutoffs=(100,), num_bootstrap=0)
     means = measured.first.overall.intervals
-    found = {name: means[name].mean for name in (MONITOR, "recall@100")}
-    found["tail recall@100"] = measured.first.slices["tail"].intervals["recall@100"].mean
+    metrics = {name: means[name].mean for name in (MONITOR, "recall@100")}
+    metrics["tail recall@100"] = measured.first.slices["tail"].intervals["recall@100"].mean
     if task.truth is not None:
-        found["truth"] = task.truth(model)
-    return {"validation": history[model.result.best_epoch - 1], **found}
+        metrics["truth"] = task.truth(model)
+    return {"validation": history[model.result.best_epoch - 1], **metrics}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if name not in rows:
             start = time.monotonic()
             task, data = prepare(seed if options.task == "funnel" else 0)
-            hard = OfTheUser(task.kinds[kind], share) if share else None
+            hard = UserLists(task.kinds[kind], share) if share else None
             if kind != REFERENCE and not share:
                 data = unmasked(data, task.kinds[kind])
             rows[name] = train(task, data, hard, seed, options)
@@ -240,12 +240,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for kind, pairs in kinds.items():
             # A control has the share of the first kind, since it says what that share does alone.
             shares = (result[first]["share"],) if kind in CONTROLS else SHARES
-            found = {share: gains(kind, share, choosing)["validation"].mean() for share in shares}
-            best = max(found, key=lambda share: found[share])
+            by_share = {x: gains(kind, x, choosing)["validation"].mean() for x in shares}
+            best = max(by_share, key=by_share.__getitem__)
             result[kind] = {
                 "num_pairs": len(pairs.drop_duplicates(["user_id", "item_id"])),
                 "num_users": pairs["user_id"].nunique(),
-                "validation_gain_by_share": {share: float(gain) for share, gain in found.items()},
+                "validation_gain_by_share": {
+                    share: float(gain) for share, gain in by_share.items()
+                },
                 "share": best,
                 **averages([run(kind, best, seed) for seed in seeds]),
                 "gain": {

@@ -104,9 +104,8 @@ def cut_ml_1m(data_dir: Path, folder: Path) -> tuple[np.ndarray, list[np.ndarray
     return np.arange(NUM_USERS), [items[begin:end] for begin, end in kept]
 
 
-def cut_kuairand(data_dir: Path, folder: Path) -> tuple[np.ndarray, list[np.ndarray]]:
+def cut_kuairand(data_dir: Path, _: Path) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns users and their sequences of KuaiRand."""
-    del folder
     rng = np.random.default_rng(0)
     sequences = pq.read_table(data_dir / "user_sequences.parquet").sort_by("user_id").to_pandas()
     long_enough = sequences[sequences["long_watch_seq"].map(len) >= MIN_EVENTS]
@@ -120,8 +119,8 @@ CUTS = {"ml-1m": cut_ml_1m, "kuairand-pure": cut_kuairand}
 def sparse(data: str, data_dir: Path, folder: Path) -> Split:
     """Splits a sparse log; holds out the last two events of each user."""
     users, sequences = CUTS[data](data_dir / data, folder)
-    of_events = np.repeat(users, [len(sequence) for sequence in sequences])
-    events = pa.table({"user_id": of_events, "item_id": np.concatenate(sequences)})
+    user_ids = np.repeat(users, [len(sequence) for sequence in sequences])
+    events = pa.table({"user_id": user_ids, "item_id": np.concatenate(sequences)})
     # The order of the rows is that of the events.
     return tp.Log.from_table(events).split(**LAST_TWO)
 

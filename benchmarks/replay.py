@@ -71,17 +71,17 @@ def replay(
     is_in_order = split.log.ties != "drop"
     for row in rows:
         number, request_id = row["event_number"], row.get("request_id")
-        row["place"] = row["timestamp"], is_in_order and number
+        row["position"] = row["timestamp"], is_in_order and number
         alone = number if request_id is None else None
         requests.setdefault((row["user_id"], request_id, alone), []).append(row)
         if row["part"] == "test" and row["stage"] in ("clicked", "exposed"):
-            line.append((*row["place"], 1, number, row))
+            line.append((*row["position"], 1, number, row))
     for first, *others in requests.values():
         events = (row for row in (first, *others) if row["part"] == "test")
         if (targets := [row for row in events if row["stage"] == "clicked"]) and (
             first["part"] == "test"
         ):
-            line.append((*first["place"], 0, first["event_number"], targets))
+            line.append((*first["position"], 0, first["event_number"], targets))
     numbers = {
         (user, seconds, frozenset(items)): number
         for number, (user, seconds, items) in enumerate(

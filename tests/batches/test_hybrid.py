@@ -214,7 +214,7 @@ def test_samples_are_drawn_by_the_rate_of_their_candidate(monkeypatch: pytest.Mo
     assert scipy.stats.chisquare(observed, expected).pvalue > 1e-4
 
 
-def test_shares_of_the_positives_and_of_f() -> None:
+def test_weights_of_positives_change_no_draw_and_no_hard_share() -> None:
     equal = dataclasses.replace(SAMPLES, weights=np.ones(NUM_SAMPLES, np.float32))
     rate = resampling_rate(SAMPLES.counts, 1)
     by_draw = make_batches(samples=equal, hard=HARD, examples={"rate": rate})

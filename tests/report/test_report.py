@@ -277,6 +277,14 @@ def test_hard_negatives_and_a_tuned_index_have_their_places() -> None:
     assert not {"Pools", by_request} & set(PAGE.tables)
 
 
+def test_a_dislike_is_no_stage_that_others_pass() -> None:
+    events, samples = {**FACTS.events_by_stage, "disliked": 7}, {**FACTS.samples, "num_disliked": 7}
+    page = page_of(events_by_stage=events, samples=samples)
+    assert page.tables["Events by stage"] == PAGE.tables["Events by stage"]
+    assert page.values("Masked", "exposed to the user, not clicked, or disliked")[0] == 3900
+    assert PAGE.values("Masked", "exposed to the user, not clicked")[0] == 3900
+
+
 def test_what_is_missing_is_a_dash_or_no_section() -> None:
     nothing = {"mean": None, "low": None, "high": None}
     models = {name: {**model, "slices": {**model["slices"]}} for name, model in MODELS.items()}

@@ -218,7 +218,8 @@ def describe_samples(report: Mapping[str, Any], exclude: Exclude) -> list[str]:
         f"{counted(report['num_candidates'], 'candidate')}, "
         f"{report['num_candidates_without_count']:,} of them never clicked in training",
         f"masked as negatives of their user: {report['num_known_positives']:,} known positives, "
-        f"{report['num_exposed']:,} exposed and not clicked",
+        f"{report['num_exposed']:,} exposed and not clicked"
+        f"{', or disliked' * ('num_disliked' in report)}",
     ]
     repeats = 1 - report["num_known_positives"] / report["num_samples"]
     if repeats > _MANY_REPEATS and exclude != "none":

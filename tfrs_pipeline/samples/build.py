@@ -301,8 +301,9 @@ def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis
     if "rank" not in events.columns:
         return others
     # Only ranks of the last ranked list, because other losers' ranks have another scale.
-    last_stages = [Stage.RANKED.value, Stage.EXPOSED.value, Stage.CLICKED.value]
-    logged = events.filter(events["rank"].notnull() & events["stage"].isin(last_stages))
+    last_stages = Stage.RANKED, Stage.EXPOSED, Stage.CLICKED, Stage.DISLIKED
+    is_last = events["stage"].isin([stage.value for stage in last_stages])
+    logged = events.filter(events["rank"].notnull() & is_last)
     in_order = ibis.window(group_by=_REQUEST, order_by=["rank", "event_number"])
     num = logged.count().over(ibis.window(group_by=_REQUEST))
     # Place among the logged ranks, from 1: share s keeps the last ceil(s * n).
