@@ -25,7 +25,7 @@ the user. Ways of drawing the columns:
 
 A training is 1,000 steps of 256 positives of the package's two-tower (dim 32, the mean of the
 history) with its own batches, loss and optimizer; validation after each quarter chooses the weights
-to keep. For each log, way and correction, the first seed's validation chooses one of three
+to keep. For each log, way and correction, the first seed's validation chooses one of five
 temperatures. The other seeds take it. All corrections train on the same batches from the same
 initial weights, so differences are paired.
 
@@ -72,7 +72,7 @@ from tfrs_pipeline.negatives.samplers import AliasSampler
 from tfrs_pipeline.sources.simulated import Simulation, simulate_funnel
 
 BATCH, NUM_STEPS, CHECKS = 256, 1000, 4
-TEMPERATURES, NUM_SEEDS = (0.08, 0.18, 0.4), (1, 3, 5)
+TEMPERATURES, NUM_SEEDS = (0.035, 0.08, 0.18, 0.4, 0.9), (1, 3, 5)
 MODEL: dict[str, Any] = {
     "dim": 32,
     "history_length": 20,

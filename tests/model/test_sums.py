@@ -309,13 +309,14 @@ def test_a_sum_that_its_rotation_ruins_is_not_kept(monkeypatch: pytest.MonkeyPat
 
     def ruined(members: Any, weights: Any, dim: int | None = None) -> Projection:
         joined = projection(members, weights)
-        return joined if dim is None else joined._replace(queries=[0 * x for x in joined.queries])
+        is_kept = dim is None or len(members) == 1  # A model alone is not rotated.
+        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
 
     members = {"a": guess(1, 0.6), "b": guess(2, 0.6)}
     assert len(chosen(members, winner="a").weights) == 2
     monkeypatch.setattr(sums, "projection", ruined)
     choice = chosen(members, winner="a")
-    assert choice.unrotated > choice.alone > choice.summed
+    assert choice.summed == choice.alone
     assert choice.weights == {"a": 1.0}
 
 

@@ -460,10 +460,9 @@ def choose(
     """Chooses the weights of a sum on validation, one member after another.
 
     The winner, which is the best model alone, comes first. As long as one more member makes the sum
-    better, the best one joins with the best of `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with
-    1. Of the sums along the way, the one that is best after its rotation to the winner's dimensions
-    is kept, if it is better than the winner: by the mean, not by the interval, since the winner's
-    value is the best of many epochs on the same queries, which flatters it
+    better after its rotation to the winner's dimensions, the best one joins with the best of
+    `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with 1. Better is the mean, not the interval,
+    since the winner's value is the best of many epochs on the same queries, which flatters it
     (docs/explanation/tried.md).
 
     Args:
@@ -487,27 +486,22 @@ def choose(
 
     alone = measured({winner: 1.0})
     weights, best_mean = {winner: 1.0}, float(np.nanmean(alone))
-    grown: list[dict[str, float]] = []
     grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)
     while len(weights) < min(max_members, len(members)):
         left = [name for name in members if name not in weights]
         extended = [{**weights, name: weight} for name in left for weight in grid]
-        means = [mean(trial) for trial in extended]
+        # After the rotation, as the sum is served: joined, a member may gain what that loses.
+        means = [mean(trial, dim) for trial in extended]
         if max(means) <= best_mean:
             break
         best_mean = max(means)
         weights = extended[means.index(best_mean)]
-        grown.append(weights)
-    if grown:  # The last members may cost more in the rotation than they gain.
-        weights = max(grown, key=lambda trial: mean(trial, dim))
     unrotated, rotated = mean(weights), measured(weights, dim)
     gains = (rotated - alone)[:, np.newaxis]
     # Some metrics have one value for all lists, without an interval.
     users = truth.user_ids if len(gains) == len(truth.user_ids) else None
     (difference,) = bootstrap_intervals(gains, users=users)
     before, after = (float(np.nanmean(values)) for values in (alone, rotated))
-    if after <= before:
-        weights = {winner: 1.0}
     without = {
         name: mean({other: weights[other] for other in weights if other != name}, dim)
         for name in (weights if len(weights) > 1 else ())
