@@ -107,22 +107,22 @@ class EvenWeights:
         return np.bincount(self.queries, self.wanted, len(self.users))
 
     def by_user(self, reached: np.ndarray) -> np.ndarray:
-        """Averages reached / wanted over the queries of each user, by their weights: [num_queries].
-
-        `reached` are [num_queries] sums of the weights of what was found.
+        """Divides what each user reached by what the user wanted: [num_queries].
 
         A user has one value, however many queries: it stands at the first of them with an item of
         the corpus to find, and all others have NaN. So means over queries, and those of a
         bootstrap, are means over users.
+
+        Args:
+            reached: [num_queries] sums of the weights of what was found.
         """
         measured = np.flatnonzero(self.by_query)  # Weights are above 0.
-        users, weights = self.users[measured], self.by_query[measured]
-        shares = weights / np.bincount(users, weights)[users]
-        sums = np.bincount(users, shares * reached[measured] / weights)
-        # Users' numbers ascend in `sums`, which has a place for each, measured or not.
+        users = self.users[measured]
+        found, wanted = (np.bincount(users, x[measured]) for x in (reached, self.by_query))
+        # Users' numbers ascend in both sums, which have an entry for each, measured or not.
         numbers, first = np.unique(users, return_index=True)
         values = np.full(len(reached), np.nan)
-        values[measured[first]] = sums[numbers]
+        values[measured[first]] = found[numbers] / wanted[numbers]
         return values
 
 
