@@ -195,7 +195,7 @@ def test_the_guides_kinds_are_drawn_masked_and_corrected(name: str, tmp_path: Pa
             easy = np.log(9 / len(items) / (1 - (kind.share if pool else 0)))
             np.testing.assert_allclose(batch.log_q[i], easy, rtol=1e-5)
             if pool:
-                # One of the items came later: it is no possible negative.
+                # One of the items came later: it is not a possible negative.
                 log_q = np.log(kind.num / ((len(items) - 1) * kind.share))
                 np.testing.assert_allclose(batch.hard.log_q[i], log_q, rtol=1e-5)
                 found = data.corpus.candidate_ids.take(batch.hard.candidate_row[i]).tolist()

@@ -277,7 +277,7 @@ def test_hard_negatives_and_a_tuned_index_have_their_places() -> None:
     assert not {"Pools", by_request} & set(PAGE.tables)
 
 
-def test_a_dislike_is_no_stage_that_others_pass() -> None:
+def test_a_dislike_is_not_a_stage_of_the_funnel() -> None:
     events, samples = {**FACTS.events_by_stage, "disliked": 7}, {**FACTS.samples, "num_disliked": 7}
     page = page_of(events_by_stage=events, samples=samples)
     assert page.tables["Events by stage"] == PAGE.tables["Events by stage"]

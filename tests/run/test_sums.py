@@ -98,7 +98,7 @@ def test_the_model_of_a_sum_is_asked_by_member(summed: tuple[RunConfig, RunResul
     _, result = summed
     with pytest.raises(ValueError, match=r"is a sum.*give name, one of \w+, \w+"):
         tp.trained_in(result.folder)
-    # iALS is no training.
+    # iALS is fitted, not trained.
     assert tp.trained_in(result.folder, name="ials") is None
 
 

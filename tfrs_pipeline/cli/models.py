@@ -135,7 +135,7 @@ class WriteLog(OfModel):
     out: Path | None = None
     """Parquet file to write; an earlier one is replaced once the new one is complete."""
     drop_older_days: float | None = Field(None, gt=0, le=36_500)
-    """Delete events and answers older than so many days, after the file is written."""
+    """Delete events and answers that are older than this many days, after the file is written."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         if self.out is None and self.drop_older_days is None:

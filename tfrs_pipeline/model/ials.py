@@ -15,7 +15,7 @@ from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fitted_model import with_log
 from tfrs_pipeline.model.tf_tables import stored
 
-# Of a history, so many of the most recent items count. As a baseline, iALS reads all.
+# How many of the most recent items of a history count. As a baseline, iALS reads all.
 HISTORY_LENGTH = 200
 
 

@@ -57,7 +57,7 @@ class RunFacts:
     @property
     def funnel(self) -> list[dict[str, Any]]:
         """The stages from the first: how many events ended there, and how many reached them."""
-        # A dislike is no stage that the next one could follow.
+        # A dislike is not a stage of the funnel: none comes before or after it.
         stages = [stage for stage in self.events_by_stage if stage != Stage.DISLIKED]
         sizes = [self.events_by_stage[stage] for stage in stages]
         # An event is counted at its last stage, and has passed all before it.

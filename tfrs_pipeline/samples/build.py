@@ -77,7 +77,7 @@ def build_samples(
     `hard` asks for. Returns counts by name; with hard negatives also "hard_negatives" by stage
     (num_samples with some, and their mean_pool) and num_losers_removed, the losers that the guard
     or their rank keeps from being hard negatives. With dislikes also num_disliked, pairs of a user
-    and an item, and num_disliked_clicks, clicks that are no positives, however early they came: a
+    and an item, and num_disliked_clicks, clicks that are not positives, however early they came: a
     dislike anywhere in the events beats a click on the pair. Disliked items are among the exposed
     ones too, so they are never negatives of their user. Raises a `DataError` if there is no
     positive.
@@ -95,7 +95,7 @@ def build_samples(
             disliked = events.filter(is_dislike).select(*_PAIR).distinct()
             disliked = work.write("disliked", disliked.order_by(_PAIR))
             positives = positives.anti_join(disliked, _PAIR)
-        # What was disliked had been shown: a dislike is no reason for a negative either.
+        # A disliked item had been shown, so it is masked like an exposed one.
         was_shown = events["stage"].isin([Stage.EXPOSED.value, Stage.DISLIKED.value])
         exposed = events.filter(was_shown).select(*_PAIR).distinct()
         _write_counts(positives, work)

@@ -21,7 +21,7 @@ MAX_ANSWERS = 1000
 
 
 class Lately(Config):
-    """Which answers to a user are recent: the last ones, and those of the last hours."""
+    """Which answers to a user are recent: the last `answers`, and those of the last `hours`."""
 
     answers: int = Field(0, ge=0, le=MAX_ANSWERS)
     hours: float = Field(0.0, ge=0)
@@ -47,11 +47,11 @@ class ServeSettings(Config):
     """Share of the answers to users that is recorded, with items and ranks, for `tfrs-pipeline
     log`; 0 records none."""
     exclude_served_answers: int = Field(0, ge=0, le=MAX_ANSWERS)
-    """Leaves out of an answer to a user the items of so many answers before it. Needs
+    """Leaves out of an answer to a user the items of this many answers before it. Needs
     --record-share 1. `exclude_served` of a request replaces it."""
     exclude_served_hours: float = Field(0.0, ge=0)
-    """Leaves out of an answer to a user the items of all answers in so many hours before it, in
-    the same way."""
+    """Leaves out of an answer to a user the items of all answers in this many hours before it.
+    Needs --record-share 1. `exclude_served` of a request replaces it."""
     page: bool = True
     """Whether to serve the page at /, which compares the index with exact search."""
     # More contend for the interpreter's lock: with 4 on two cores, p99 is a fifth higher.
