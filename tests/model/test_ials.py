@@ -81,7 +81,9 @@ def test_a_sum_with_ials_is_fitted_exported_and_asked(tmp_path: Path) -> None:
     assert known.all()
 
 
-def test_a_sum_without_a_log_for_ials_is_refused() -> None:
-    _, validation, _ = LOG.split("last_n", validation=1, test=1)
+def test_a_sum_without_a_log_or_a_regularization_for_ials_is_refused() -> None:
+    train, validation, _ = LOG.split("last_n", validation=1, test=1)
+    with pytest.raises(ValueError, match=r"needs a regularization above 0.*regularization=0"):
+        tp.Sum([tp.Ials(regularization=0)]).fit(train, validation)
     with pytest.raises(TypeError, match="takes a Log"):
         tp.Sum([SETTINGS]).fit(None, validation)

@@ -118,11 +118,11 @@ class EvenWeights:
         """
         measured = np.flatnonzero(self.by_query)  # Weights are above 0.
         users = self.users[measured]
-        found, wanted = (np.bincount(users, x[measured]) for x in (reached, self.by_query))
-        # Users' numbers ascend in both sums, which have an entry for each, measured or not.
+        sums, totals = (np.bincount(users, x[measured]) for x in (reached, self.by_query))
+        # Users' numbers ascend in both, which have an entry for each user, measured or not.
         numbers, first = np.unique(users, return_index=True)
         values = np.full(len(reached), np.nan)
-        values[measured[first]] = found[numbers] / wanted[numbers]
+        values[measured[first]] = sums[numbers] / totals[numbers]
         return values
 
 

@@ -51,8 +51,11 @@ class FittedIals:
     def fit(cls, settings: Ials, train: Log | TrainingSet) -> "FittedIals":
         """Factorizes the positives of a log; the same log and settings give the same vectors.
 
-        Raises a `TypeError` if `train` is neither a log nor the training set of one.
+        Raises a `TypeError` if `train` is neither a log nor the training set of one, and a
+        `ValueError` if there is no regularization: then Y'Y may have no inverse.
         """
+        if settings.regularization <= 0:
+            raise ValueError(f"In a sum, iALS needs a regularization above 0. Received: {settings}")
         log: Any = train.log if isinstance(train, TrainingSet) else train
         check_log(log)
         factors = settings.factorize(Interactions.of(log)).item_factors

@@ -230,7 +230,7 @@ def describe_samples(report: Mapping[str, Any], exclude: Exclude) -> list[str]:
     if "num_disliked" in report:
         notes.append(
             f"disliked: {report['num_disliked']:,} items of a user, never shown to them again; "
-            f"{counted(report['num_disliked_clicks'], 'click')} on them train nothing"
+            f"{counted(report['num_disliked_clicks'], 'click')} on them left out of training"
         )
     if any(pool["num_samples"] for pool in pools.values()):
         notes += [
