@@ -19,7 +19,8 @@ from tfrs_pipeline.samples.build import MAX_POOL, build_samples, draw_pools, fin
 from tfrs_pipeline.samples.store import read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-STAGES = [stage.value for stage in Stage if stage != Stage.DISLIKED]
+STAGES = [stage.value for stage in Stage]
+LAST_LIST = ("ranked", "exposed", "clicked", "disliked")
 
 
 def random_log(seed: int, *, num_requests: int = 50) -> list[dict[str, Any]]:
@@ -31,8 +32,8 @@ def random_log(seed: int, *, num_requests: int = 50) -> list[dict[str, Any]]:
         hour += float(rng.choice([0.0, 0.3, 1.0]))
         user = int(rng.integers(1, 4))
         items = rng.permutation(np.arange(1, 31))[: rng.integers(4, 14)]
-        stages = rng.choice(STAGES, len(items), p=[0.3, 0.3, 0.2, 0.1, 0.1])
-        ranked = [i for i, stage in enumerate(stages) if stage in ("ranked", "exposed", "clicked")]
+        stages = rng.choice(STAGES, len(items), p=[0.3, 0.25, 0.2, 0.1, 0.1, 0.05])
+        ranked = [i for i, stage in enumerate(stages) if stage in LAST_LIST]
         ranks: dict[int, int] = dict(zip(rng.permutation(ranked).tolist(), range(99), strict=False))
         for i, (item, stage) in enumerate(zip(items.tolist(), stages.tolist(), strict=True)):
             has_rank = i in ranks and rng.random() < 0.9
@@ -61,7 +62,8 @@ def run(rows: list[dict[str, Any]], hard: FunnelLosers, *, drop: tuple[str, ...]
     events = events.mutate(query_time=query_start(events, events["time"])[0])
     pairs = ("query_row", "candidate_row")
     known = events.filter(events["stage"] == "clicked").select(*pairs).distinct()
-    exposed = events.filter(events["stage"] == "exposed").select(*pairs).distinct()
+    was_shown = events["stage"].isin(["exposed", "disliked"])
+    exposed = events.filter(was_shown).select(*pairs).distinct()
     losers = find_losers(events, hard, known, exposed.anti_join(known, pairs))
     positives = events.filter(events["stage"] == "clicked")
     numbers = positives["event_number"].to_pyarrow().to_pylist()
@@ -82,13 +84,14 @@ def as_sets(pools: Pools) -> dict[int, dict[str, set[int]]]:
 
 
 def slow_pools(rows: list[dict[str, Any]], hard: FunnelLosers) -> dict[int, dict[str, set[int]]]:
-    clicked, exposed = pairs_of(rows, "clicked"), pairs_of(rows, "exposed")
+    clicked = pairs_of(rows, "clicked")
+    exposed = pairs_of(rows, "exposed") | pairs_of(rows, "disliked")
 
     def is_low(row: dict[str, Any]) -> bool:
         if row["rank"] is None:
             return False
         same = [r for r in rows if r["request_id"] == row["request_id"] and r["rank"] is not None]
-        ranks = sorted(r["rank"] for r in same if r["stage"] in ("ranked", "exposed", "clicked"))
+        ranks = sorted(r["rank"] for r in same if r["stage"] in LAST_LIST)
         num_low = int(np.ceil(hard.bottom_share * len(ranks)))
         return row["rank"] in ranks[len(ranks) - num_low :]
 
@@ -122,7 +125,7 @@ LOSERS: dict[str, FunnelLosers] = {
 
 @pytest.mark.parametrize("name", LOSERS)
 def test_pools_match_a_loop(name: str) -> None:
-    rows = random_log(0, num_requests=60)
+    rows = random_log(6, num_requests=30)
     pools = as_sets(run(rows, LOSERS[name]))
     assert pools == slow_pools(rows, LOSERS[name])
     assert sum(len(p) for of_stage in pools.values() for p in of_stage.values()) > 10

@@ -65,6 +65,17 @@ def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
         assert items == {*served.candidate_ids} - gone - (set() if bonus else {*history})
 
 
+def test_clicks_since_the_training_come_back_where_known_items_do(tmp_path: Path) -> None:
+    served = make_served("int")
+    model = dataclasses.replace(served.exportable(), excludes_known=False)
+    export(model, tmp_path / "films", index=Exact())
+    retriever, user, known = load(tmp_path / "films"), served.query_ids[ROW - 1], served.known(ROW)
+    clicked, disliked = (id_ for id_ in served.candidate_ids[-5:].tolist()[:2])
+    assert not {clicked, disliked} & {*known}
+    retriever.record([event(user, clicked), event(user, disliked, "dislike")])
+    assert by_user(retriever, user).keys() == {*served.candidate_ids} - {disliked}
+
+
 def test_an_export_without_dislikes_is_as_it_was(int_folder: Path) -> None:
     """Nothing of them is in the graph, so versions of earlier releases load in the same way."""
     retriever = load(int_folder)
