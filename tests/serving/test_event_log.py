@@ -283,6 +283,25 @@ def test_the_command_drops_what_is_old(films: Path, tmp_path: Path, command: Any
         assert command("log", films, *flags).code == 2
 
 
+def test_an_old_event_that_comes_while_the_log_is_written_is_kept(
+    films: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = time.time() - 40 * 86_400
+    load(films).record([event(100, 3, time=old)])
+    write = event_log.write_log
+
+    def write_and_receive(model: Path, out: Path) -> int:
+        num_rows = write(model, out)
+        load(films).record([event(101, 5, time=old)])
+        return num_rows
+
+    monkeypatch.setattr(event_log, "write_log", write_and_receive)
+    flags = ["--out", tmp_path / "log.parquet", "--drop-older-days", 10]
+    done = command("log", films, *flags)
+    assert "1 row\ndropped  1 event and 0 answers" in done.out
+    assert [*Journal(films).of_users([100, 101])] == [101]
+
+
 def test_what_cannot_be_written_is_refused_at_the_start(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,12 +146,15 @@ class WriteLog(OfModel):
         from tfrs_pipeline.serving.event_log import write_log
         from tfrs_pipeline.serving.journal import Journal
 
-        console, folder = Console(), version_at(self.model).parent
+        console, journal = Console(), Journal(version_at(self.model).parent)
+        written_before = None
         if self.out is not None:
+            # An old event that comes while the file is written stays for the next file.
+            written_before = None if self.drop_older_days is None else journal.moment()
             say(console, f"log  {self.out}: {counted(write_log(self.model, self.out), 'row')}")
         if self.drop_older_days is not None:
             before = datetime.now(UTC) - timedelta(days=self.drop_older_days)
-            numbers = Journal(folder).drop_older(round(1000 * before.timestamp()))
+            numbers = journal.drop_older(round(1000 * before.timestamp()), written_before)
             rows = " and ".join(map(counted, numbers, ("event", "answer")))
             say(console, f"dropped  {rows} from before {before:%Y-%m-%d %H:%M} UTC")
         return 0
@@ -303,6 +306,8 @@ class Query(OfModel):
             query = {"user_id": about.get("user_id"), "history": history}
             query["request"] = retriever.parse_request(self.request)
             left_out = [*history, *exclude] if retriever.excludes_known else exclude
+            if self.user is not None:
+                left_out = [*left_out, *retriever.disliked_items([about["user_id"]])[0]]
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
             are_known = zip(history, retriever.knows(history), strict=True)
             unknown = [id_ for id_, is_known in are_known if not is_known]

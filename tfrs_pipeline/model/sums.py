@@ -296,7 +296,7 @@ class FittedSum:
         names = "items", "histories", "known_positives", "disliked", "history_times"
         log_fields: dict[str, Any] = {
             name: getattr(whole, name)
-            for name in (*names, "histories_until", "reading", "items_read")
+            for name in (*names, "histories_until", "reading", "items_read", "excludes_known")
         }
         return dataclasses.replace(self.towers, repeat_bonus=self.repeat_bonus, **log_fields)
 

@@ -227,18 +227,27 @@ class Journal(Database):
             return 0  # No event has it.
         return sum(self._delete("user_id = ?", user_id))
 
-    def drop_older(self, time_: int) -> tuple[int, int]:
+    def moment(self) -> int:
+        """Returns the moment after all events that are written by now; see `drop_older`."""
+        with self.writing():  # Waits for the writer before it.
+            return time.time_ns() // 1000
+
+    def drop_older(self, time_: int, arrived_before: int | None = None) -> tuple[int, int]:
         """Deletes what is older than a time in milliseconds since 1970; see `forget`.
 
+        Old events that arrived after the `moment` of `arrived_before` are kept; with None, none is.
         Returns how many events, and how many answers.
         """
-        return self._delete("time < ?", time_)
+        return self._delete("time < ?", time_, arrived_before)
 
-    def _delete(self, condition: str, value: Any) -> tuple[int, int]:
+    def _delete(
+        self, condition: str, value: Any, arrived_before: int | None = None
+    ) -> tuple[int, int]:
+        arrived = "" if arrived_before is None else f" AND arrival < {arrived_before}"
         with self.writing() as connection:
             num_events, num_answers = (
-                connection.execute(f"DELETE FROM {table} WHERE {condition}", [value]).rowcount
-                for table in ("events", "served")
+                connection.execute(f"DELETE FROM {table} WHERE {condition}{more}", [value]).rowcount
+                for table, more in (("events", arrived), ("served", ""))
             )
         with self._opened() as connection:
             assert connection is not None
