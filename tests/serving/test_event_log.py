@@ -45,6 +45,10 @@ def test_an_answer_is_kept_as_it_was_served(tmp_path: Path) -> None:
         answer("two", [8, -1, 9], [[1, 2], [3, 4], [5, -1]]),
         answer("text", [b"Zo\xc3\xab"], [[b"f\xc3\xa9", b""]]),
         answer("one", [8], [[40]]),  # A request_id that is there already.
+        # As the search of `tp.load` returns it.
+        Answer(
+            "texts", 5, 3, np.array(["Ann", ""], object), np.array([["a", ""], ["b", ""]], object)
+        ),
     ]
     assert journal.write([], answers) == []
     rows = {id_: (user, version, items) for id_, user, _, version, items in served(journal)}
@@ -53,6 +57,7 @@ def test_an_answer_is_kept_as_it_was_served(tmp_path: Path) -> None:
         "two.0": (8, 3, "[1, 2]"),
         "two.2": (9, 3, "[5]"),
         "text": ("Zoë", 3, '["f\\u00e9"]'),
+        "texts.0": ("Ann", 3, '["a"]'),
     }
     assert journal.forget(7) == 1
     assert "one" not in {row[0] for row in served(journal)}
@@ -189,7 +194,15 @@ def test_what_was_served_lately_is_left_out(exported: Exported, tmp_path: Path) 
     with Running(model, **lately) as running:
         assert served_ids(running, exclude_served={"hours": 2}) == best[38:43]
         assert served_ids(running, exclude_served={"answers": 1}) == best[:5]
-        wrong = {"answers": -1}, {"answer": 3}, [3], {"answers": 1001}, {"hours": -1}, {"hours": ""}
+        wrong: list[Any] = [
+            {"answers": -1},
+            {"answer": 3},
+            [3],
+            3,
+            {"answers": 1001},
+            {"hours": -1},
+        ]
+        wrong += [{"answers": "2"}, {"answers": True}, {"hours": ""}]
         for value in wrong:
             response = running.post(
                 PREDICT, json=retrieve_user([1], [[]], 5) | {"exclude_served": value}

@@ -201,8 +201,9 @@ if TYPE_CHECKING:
 class Query(OfModel):
     """Ask an exported model for a user's items, or for items similar to one.
 
-    Prints the best items for a user or a history, with ids, titles and scores. The user's known
-    items, or those of the history, are excluded; an unknown user has an empty history.
+    Prints the best items for a user or a history, with ids, titles and scores. Excluded are the
+    user's known items, or those of the history, unless the training had evaluation.exclude none;
+    and what the user disliked. An unknown user has an empty history.
     """
 
     user: str | None = None

@@ -90,7 +90,9 @@ def false_negatives(batches: HybridBatches, later: Holdout) -> dict[str, FalseNe
         num, hits = sums(pairs), sums(np.intersect1d(pairs, clicked))
         expected = num * easy_rate
         if num.any():
-            times = ratio_interval(hits, expected) if expected.any() else None
+            # Resamples of nothing but zeros would give an interval of [0, 0].
+            is_measured = hits.any() and expected.any()
+            times = ratio_interval(hits, expected) if is_measured else None
             sizes = int(num.sum()), int(hits.sum()), float(expected.sum())
             counts[name] = FalseNegatives(*sizes, ratio_interval(hits, num), times)
     return counts

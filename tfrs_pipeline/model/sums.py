@@ -513,10 +513,11 @@ class Sum:
     """The weighted sum of several models, before it is fitted.
 
     Args:
-        members: Models by name, or in a list: each a `TwoTower` or `Ials`, which `fit` fits, or
-            fitted already, or the `Exportable` of another model.
+        members: Models by name, or in a list: each a `TwoTower` or an `Ials`, which `fit` fits,
+            what `TwoTower.fit` returns, or the `Exportable` of another model.
         weights: What each member's score is multiplied by, in units of its spread over items; None
-            chooses on validation which are summed and with which weights.
+            chooses on validation which are summed and with which weights. iALS is never alone if
+            there is another member: it gives all items the score 0 where nothing is clicked yet.
         dim: Most dimensions of the sum's vectors; None takes those of the first member.
         metric: The metric that chooses weights.
 
@@ -544,7 +545,8 @@ class Sum:
         for name, member in members.items():
             if not isinstance(member, TwoTower | Ials) and not hasattr(member, "towers"):
                 raise TypeError(
-                    f"A sum adds up tp.TwoTower, what its fit returns, tp.Ials, or tp.Exportable. "
+                    f"A sum adds up tp.TwoTower, what its fit returns, tp.Ials as it is before its "
+                    f"fit, or tp.Exportable. "
                     f"Received as {name}: {member!r:.200}"
                 )
         if dim is not None:
@@ -565,8 +567,8 @@ class Sum:
         """Fits the members that are not fitted yet, and sums all; see `TwoTower.fit`.
 
         The queries of `validation` give the scale of each member's scores and the rotation, and
-        choose the weights unless they are given. A `ValueError` if a member is to be fitted without
-        `train`, or the members have other items, users or features.
+        choose the weights unless they are given. A `TypeError` if a member is to be fitted without
+        `train`, and a `ValueError` if the members have other items, users or features.
         """
         fitted: dict[str, Member] = {}
         for name, member in self.members.items():
@@ -594,7 +596,9 @@ class Sum:
             name: np.nanmean(measure_vectors(queries, candidates, truth, self.metric))
             for name, (queries, candidates, _) in vectors.items()
         }
-        best = max(means, key=lambda name: means[name])
+        # The first member has to rank for users without a click.
+        towers = [name for name in means if not isinstance(fitted[name], FittedIals)]
+        best = max(towers or means, key=lambda name: means[name])
         choice = choose(vectors, truth, self.metric, winner=best, max_members=len(fitted))
         chosen = {name: fitted[name] for name in choice.weights}
         summed = FittedSum.of(chosen, choice.weights, truth.queries, self.dim)

@@ -99,6 +99,7 @@ class Activity:
                 for event in events
                 if event.type == Stage.CLICKED and event.time > self._until
             ]
+            disliked = [*dict.fromkeys(disliked)]  # Each item once.
             if gone := {*disliked}:
                 clicks = [click for click in clicks if click[0] not in gone]
             known = self._items(self._known, row) if self._excludes_known else []

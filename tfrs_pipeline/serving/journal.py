@@ -104,7 +104,8 @@ class Answer(NamedTuple):
         request_id: Id of the request; query i of several gets "ID.i".
         time: Milliseconds since 1970.
         version: Number of the version that answered.
-        user_ids: [n] int64, or bytes in an object array; the empty id for a query without a user.
+        user_ids: [n] int64, or bytes or texts in an object array; the empty id for a query without
+            a user.
         item_ids: [n, k] ids of the same kinds, best first; the empty id in empty slots.
     """
 
@@ -118,7 +119,7 @@ class Answer(NamedTuple):
         """Yields the request's id, the user's, and the items' [k], of users with an id."""
         pairs = zip(self.user_ids.tolist(), self.item_ids, strict=True)
         for number, (user_id, items) in enumerate(pairs):
-            if user_id not in (-1, b""):
+            if user_id not in (-1, b"", ""):
                 is_single = len(self.user_ids) == 1
                 request_id = self.request_id if is_single else f"{self.request_id}.{number}"
                 yield request_id, _as_text(user_id), items
@@ -135,7 +136,7 @@ def _as_text(id_: Any) -> Any:
 
 
 def _filled(items: np.ndarray) -> list[Any]:
-    return [_as_text(item) for item in items.tolist() if item not in (-1, b"")]
+    return [_as_text(item) for item in items.tolist() if item not in (-1, b"", "")]
 
 
 class Journal(Database):

@@ -28,7 +28,7 @@ from tfrs_pipeline.serving.settings import Lately, ServeSettings
 from tfrs_pipeline.serving.signatures import DEFAULT_SIGNATURE, completed, missing_value
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
-_LATELY = TypeAdapter(Annotated[Lately, Field(strict=True)])
+_LATELY = TypeAdapter(Lately)
 # Not a union with None, because Python cannot hash the list types.
 _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))
 
@@ -220,6 +220,9 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     content = document["instances" if is_row_format else "inputs"]
     inputs = signatures[name].read(content, is_row_format=is_row_format)
     served = document.get("exclude_served")
+    if served is not None and not isinstance(served, dict):
+        example = 'exclude_served must be an object, such as {"answers": 2} or {"hours": 0.5}.'
+        raise bad_request(f"{example} Received: {_shown(served)}")
     lately = None if served is None else _checked(_LATELY, served, "exclude_served")
     return PredictCall(name, inputs, is_row_format, lately)
 

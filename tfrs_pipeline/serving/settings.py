@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.durable import naming
 from tfrs_pipeline.settings import Config
@@ -22,6 +22,9 @@ MAX_ANSWERS = 1000
 
 class Lately(Config):
     """Which answers to a user are recent: the last `answers`, and those of the last `hours`."""
+
+    # A request's JSON has types of its own: "2" and true are no numbers.
+    model_config = ConfigDict(strict=True)
 
     answers: int = Field(0, ge=0, le=MAX_ANSWERS)
     hours: float = Field(0.0, ge=0)
@@ -42,7 +45,8 @@ class ServeSettings(Config):
     """Seconds between checks for a new version, and for items that other processes have written."""
     token_file: Path | None = None
     """File with a token, of 16 characters or more, whose holders may add and remove items
-    (PUT and DELETE /v1/models/NAME/items). Without it nobody may."""
+    (PUT and DELETE /v1/models/NAME/items), send events (POST /v1/events) and delete a user's
+    (DELETE /v1/users/ID). Without it nobody may."""
     record_share: float = Field(0.0, ge=0, le=1)
     """Share of the answers to users that is recorded, with items and ranks, for `tfrs-pipeline
     log`; 0 records none."""
