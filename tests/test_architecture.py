@@ -40,7 +40,8 @@ CLICK, QUERY = "From a click in a file to the loss", "From an HTTP query to ids"
 def function_of(code: CodeType, module: str) -> tuple[str, str] | None:
     """Names a function of the package, also if AutoGraph has rewritten it in another file."""
     path, name = SOURCES.get(module, PACKAGE / "__init__.py"), code.co_name.removeprefix("tf__")
-    is_there = path != PACKAGE / "__init__.py" and name != "<module>"
+    # An object of an earlier test may be deleted at any time.
+    is_there = path != PACKAGE / "__init__.py" and name not in ("<module>", "__del__")
     return (str(path.relative_to(PACKAGE)), name) if is_there else None
 
 
