@@ -142,7 +142,7 @@ def test_the_loop_runs_in_a_small_world(small: Path, monkeypatch: pytest.MonkeyP
     # The second answer to a user has nothing of the first.
     assert "; 0 items in both" in outputs(cells["serve"])
     assert len(re.findall(r"run: exit code [03]\n", outputs(cells["days"]))) == 2
-    stages = dict(re.findall(r"(\w+) +(\d+)\n", outputs(cells["log"])))
+    stages = dict(re.findall(r"(?m)^(\w+) +(\d+)$", outputs(cells["log"])))
     # Ten of the items of each of 180 requests were shown; two answers were trials.
     shown = int(stages["exposed"]) + int(stages["clicked"])
     assert shown == 1800 < int(stages["retrieved"])
