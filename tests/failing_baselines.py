@@ -1,4 +1,4 @@
-"""Baselines that fail in every way: by an exception, a signal or an exit."""
+"""Baselines that fail in every way: by an exception, a signal, an exit, or for want of memory."""
 
 import os
 import signal
@@ -6,7 +6,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tfrs_pipeline.evaluation.baselines import FittedPopularity, MostPopular
+
+MORE_THAN_LEFT = 1 << 30  # Bytes.
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,13 @@ class Exits:
 
 
 @dataclass(frozen=True)
+class Greedy:
+    def fit(self, train: Any) -> FittedPopularity:
+        np.ones(MORE_THAN_LEFT // 8)
+        return MostPopular().fit(train)
+
+
+@dataclass(frozen=True)
 class Light:
     """Popularity; refuses to be fitted beside TensorFlow, which takes seconds and memory."""
 
@@ -55,4 +66,5 @@ FAILING: dict[str, Any] = {
     "crashes_in_use": Killed(signal.SIGSEGV, is_fitted=True),
     "killed": Killed(signal.SIGKILL),
     "exits": Exits(),
+    "greedy": Greedy(),
 }

@@ -13,7 +13,7 @@ from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.messages import beside, suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import (
@@ -296,7 +296,8 @@ def load_config(path: Path | str) -> RunConfig:
     except ConfigError as error:
         problems = error.problems
     except OSError as error:
-        problems = (("", f"cannot be read: {error.strerror}"),)
+        near = beside(Path(path), lambda x: x.suffix == ".toml" and x.name != Path(path).name)
+        problems = (("", f"cannot be read: {error.strerror}{near and f'.{near}'}"),)
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
         problems = (("", f"is not a TOML file: {error}"),)
     raise ConfigError(problems, str(path))

@@ -237,11 +237,8 @@ def test_what_has_no_right_answer_is_refused(tmp_path: Path, form: str) -> None:
     check(table | {"USER_ID": [1] * NUM_ROWS}, "USER_ID", "user_id")
     check({name: [] for name in table}, "0 rows")
     times = table["timestamp"]
-    some = [1000 * time if n % 4 == 1 else time for n, time in enumerate(times)]
+    some = [1000 * time if n % 40 == 7 else time for n, time in enumerate(times)]
     check(table | {"timestamp": some}, "timestamp")
-    few = [*some[:8], *times[8:]]  # Rows of another program are times that cannot be.
-    (dropped,) = read(table | {"timestamp": few}, form, tmp_path).dropped
-    assert dropped.num_rows == 2
     check(table, "timestamp", timestamp_unit="us")
     check(clean(time="naive")[0], "timestamp")  # No time zone is given.
     funnel, _ = clean(more="stage")

@@ -116,9 +116,9 @@ def test_dates_are_days_of_utc_unless_a_zone_is_given(load: Any, days: str | pa.
     assert "UTC" not in " ".join(log.notes)
 
 
-def test_an_hour_that_a_clock_shows_twice_is_read_as_standard_time(load: Any) -> None:
+def test_hours_that_a_clock_shows_twice_or_never_are_counted(load: Any) -> None:
     """Every quarter of an hour of two nights in Berlin, and of one without a change."""
-    zone = ZoneInfo("Europe/Berlin")
+    zone, day = ZoneInfo("Europe/Berlin"), timedelta(days=1)
     midnights = [datetime(2024, 10, 27), datetime(2024, 3, 31), datetime(2024, 6, 1)]
     times = [start + timedelta(minutes=15 * n) for start in midnights for n in range(96)]
     is_odd = [
@@ -129,11 +129,17 @@ def test_an_hour_that_a_clock_shows_twice_is_read_as_standard_time(load: Any) ->
     assert sum(is_odd) == 8
     frame = {"user_id": range(len(times)), "item_id": 1, "timestamp": times}
     log = load(pd.DataFrame(frame).to_csv(index=False), time_zone="Europe/Berlin")
+    (note,) = [note for note in log.notes if "clocks" in note]
+    assert "column 'timestamp': 8 rows are in an hour that the clocks of Europe/Berlin show" in note
     # Standard time, an hour from UTC, holds for each of them.
     found = column(log.events, "timestamp")
     for time, odd, at in zip(times, is_odd, found, strict=True):
         if odd and time.month == 10:
             assert at == (time - timedelta(hours=1)).replace(tzinfo=UTC)
+    plain = {"user_id": range(96), "item_id": 1, "timestamp": times[-96:]}
+    june = load(pd.DataFrame(plain).to_csv(index=False), time_zone="Europe/Berlin")
+    assert not [note for note in june.notes if "clocks" in note]
+    assert max(found) - min(found) < 300 * day
 
 
 @pytest.mark.parametrize(
@@ -221,10 +227,10 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
         ("user_id,item_id\n1,2\n1,2,3,4\n", {}, r"line 3 of .*\(1 of 2 lines\)\. Give"),
         ("user_id,item_id,weight\n1,2,0\n1,3,1\n", {}, r"such as '0' .* a small weight or, with l"),
-        ("user_id,item_id\n1,2\n3,4\r\n5,6\n", {}, "a line has another line ending"),
+        ("user_id,item_id\n1,2\n3,4\r\n5,6\n", {}, "line 3 .* another line ending"),
         ("user_id,item_id\r1,2\r3,4\r", {}, r"cannot be read: its lines end in \\r alone"),
         (f"user_id,item_id,{'z' * 140_000}\n1,2,3\n", {}, "its header has a field larger than"),
-        ("user_id,item_id\r\n1,2\n3,4", {}, "a line has another line ending"),
+        ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
         ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
         ("user_id,item_id\n-1,2\n", {}, r"'user_id' is -1 \(reserved .*\) in 1 of 1 rows"),
         (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),

@@ -88,12 +88,14 @@ def test_a_title_is_shown_under_the_name_that_its_column_is_given() -> None:
 
 
 def test_columns_that_duckdb_does_not_take() -> None:
-    """Intervals, which would break the connection; a column without values."""
-    events = EVENTS.assign(age=pd.cut(pd.Series([1.0, 2.0, 3.0]), 2))
-    items = ITEMS.assign(text=[None] * 3)
+    """Intervals, which would break the connection; half floats; a column without values."""
+    ages, scores = pd.cut(pd.Series([1.0, 2.0, 3.0]), 2), np.array([0.5, 1, 2], np.float16)
+    events = EVENTS.assign(age=ages, score=scores)
+    items = ITEMS.assign(price=np.array([1, 2, 3], np.float16), text=[None] * 3)
     options: dict[str, Any] = {"items": items, "connection": ibis.duckdb.connect()}
-    options["item_features"] = {"text": "text"}
+    options["item_features"] = {"price": "numeric", "text": "text"}
     log = made(events, **options)
+    assert column(log.items, "price", "item_id") == [2, 3, 1]
     assert column(log.items, "text", "item_id") == [None] * 3
     with pytest.raises(DataError, match="'age' must be"):
         made(events, **options, request_features={"age": "categorical"})
@@ -234,6 +236,14 @@ def test_a_full_disk_for_the_tables_is_told_with_where_they_may_lie(limit: int) 
             Log.from_table(events, connection=connection)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_connection_that_cannot_be_written_is_refused_as_such(tmp_path: Path) -> None:
+    ibis.duckdb.connect(tmp_path / "own.duckdb").disconnect()
+    connection = ibis.duckdb.connect(tmp_path / "own.duckdb", read_only=True)
+    with pytest.raises(DataError, match="connection, which must be writable") as refused:
+        made(connection=connection)
+    assert "CSV" not in str(refused.value)
 
 
 def test_weights_that_differ_are_told() -> None:

@@ -108,12 +108,20 @@ def test_a_label_of_pandas_has_nan_where_it_does_not_hold() -> None:
     assert column(log.events, "stage") == ["clicked", "exposed"]
 
 
+def test_a_stage_is_found_in_any_row(load: Any) -> None:
+    reached = ["recalled"] * 3000 + ["clicked"]
+    events = pa.table({"user_id": range(3001), "item_id": range(3001), "reached": reached})
+    with pytest.raises(DataError, match=r"'reached' is not read and holds stages, .* of recalled"):
+        load(events)
+
+
 def test_rows_that_were_looked_at_are_read_all_the_same(load: Any) -> None:
     lines = [f"{user},{user % 7},x" for user in range(3000)]
     lines[10] = "1"
     log = load("\n".join(["user_id,item_id,place", *lines]))
     assert [each.num_rows for each in log.dropped] == [1]
     assert log.counts()["events"] == 2999
-    events = pa.table({"user_id": range(3000), "item_id": range(3000)})
+    kinds = {"a": ["clicked"] * 3000, "action": ["view", "buy", "buy"] * 1000}
+    events = pa.table({"user_id": range(3000), "item_id": range(3000), **kinds})
     stream = pa.RecordBatchReader.from_batches(events.schema, events.to_batches(100))
     assert Log.from_table(stream).counts()["events"] == 3000

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.failing_baselines import FAILING, Light
+from tests.failing_baselines import FAILING, MORE_THAN_LEFT, Light
 from tests.small_log import Watched, event_table, small_config, write
 from tfrs_pipeline import MostPopular
 from tfrs_pipeline.config import RunConfig, with_settings
@@ -27,6 +27,7 @@ WHY = {
     "crashes_in_use": "its process ended with SIGSEGV",
     "killed": "its process ended with SIGKILL (where memory runs out, the system sends it)",
     "exits": "its process ended with exit code 3",
+    "greedy": "Unable to allocate 1.00 GiB",
 }
 CHOICES: dict[str, Any] = {
     "before": [Light()],
@@ -37,8 +38,9 @@ CHOICES: dict[str, Any] = {
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a run measure `CHOICES`."""
+    """Lets a run measure `CHOICES`, with less memory left than one of them takes."""
     monkeypatch.setattr(apart, "baselines_of", lambda config, data: CHOICES)
+    monkeypatch.setattr(apart, "memory_left", lambda: MORE_THAN_LEFT // 2)
 
 
 def config_in(folder: Path) -> RunConfig:
@@ -126,6 +128,22 @@ def test_a_run_exports_and_reports_without_a_baseline_that_failed(
     assert result.export_folder is not None
     page = write_report(str(folder)).read_text()
     assert f"ease is left out: {metrics['left_out']['ease']}" in page
+
+
+def test_the_memory_left_is_that_of_the_machine_or_of_its_container(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    7000 kB\n")
+    group = tmp_path / "group"
+    left = {"no container": apart.memory_left(tmp_path, group)}
+    group.mkdir()
+    (group / "memory.current").write_text("3000000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 1000000\n")
+    for limit in ("max", "4000000", "90000000"):
+        (group / "memory.max").write_text(f"{limit}\n")
+        left[limit] = apart.memory_left(tmp_path, group)
+    machine = 7000 * 1024
+    assert left == {"no container": machine, "max": machine, "4000000": 2_000_000,
+                    "90000000": machine}  # fmt: skip
+    assert apart.memory_left() > 0
 
 
 def test_a_stopped_run_ends_the_other_process(prepared: Any) -> None:

@@ -52,6 +52,11 @@ def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.Time
     """DuckDB's own function."""
 
 
+@ibis.udf.scalar.builtin(name="timezone", signature=((dt.string, _UTC), _NAIVE))
+def _on_clock(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.TimestampValue:
+    """DuckDB's own function: what the clocks of a zone show at a time in UTC."""
+
+
 def to_timestamp(
     raw: RawTable, column: str, reading: Reading, period: Period | None = None
 ) -> ir.TimestampValue:
@@ -88,8 +93,16 @@ def to_timestamp(
                 "them, such as UTC or Europe/Berlin.",
                 setting="time_zone",
             )
-        # An hour that clocks show twice is read as standard time: its offset is not in the file.
-        time = _in_time_zone(ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE))
+        zone, clock = ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE)
+        time = _in_time_zone(zone, clock)
+        # The offset of such an hour is not in the file, so which of two moments it was is unknown.
+        is_odd = _on_clock(zone, time - ibis.interval(hours=1)) == clock  # Shown twice.
+        is_odd |= _on_clock(zone, time) != clock  # Skipped.
+        if num := raw.aggregate(num=is_odd.sum())["num"]:
+            raw.notes.append(
+                f"{raw.source.column(column)}: {num:,} rows are in an hour that the clocks of "
+                f"{reading.time_zone} show twice in autumn or skip in spring: read as standard time"
+            )
     else:
         raise raw.wrong_type(column, "a timestamp or a number")
     is_within = ((time >= first) & (time < end)).fill_null(False)
@@ -136,9 +149,7 @@ def _check_unit(
     unit: TimestampUnit | None,
     period: Period | None,
 ) -> None:
-    """Refuses a column if most numbers are in another unit.
-
-    A few such numbers are not refused here: they lie outside the period, and are dropped as that.
+    """Refuses a column if most numbers are in another unit; notes a fault if only some are.
 
     Without a `period` the column is a feature, whose numbers may be years.
     """
@@ -176,6 +187,17 @@ def _check_unit(
             f"({raw.num_rows} rows), which {problem}",
             "timestamp_unit",
         )
+    if period is None:
+        return
+    first, end = (moment.timestamp() * 1e6 for moment in period)
+    # A number that is a possible time in another unit only is a row from another program.
+    is_within = {
+        name: (number * factor >= first) & (number * factor < end)
+        for name, factor in _MICROSECONDS.items()
+    }
+    is_other = ibis.or_(*(is_so for name, is_so in is_within.items() if name != expected))
+    rule = rules.TIME_IN_ANOTHER_UNIT.filled(unit=_UNIT_NAMES[expected])
+    raw.fault(column, ~is_within[expected] & is_other, rule)
 
 
 def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:

@@ -111,6 +111,11 @@ def check_stored(error: Exception) -> None:
             f"DuckDB cannot store the log's tables: {reason}. Make room there, or set TMPDIR "
             "in the environment to another folder."
         ) from error
+    if "read-only mode" in reason:
+        raise DataError(
+            f"The log's tables are stored in its connection, which must be writable: {reason} "
+            "Open it for writing, or give none."
+        ) from error
 
 
 def random_key(*values: ir.Value, seed: int) -> ir.StringValue:

@@ -38,7 +38,7 @@ class Scan:
     """A table whose columns are known but whose rows are not read yet.
 
     `open` returns the rows of some columns, in order. All columns of `csv_files` are strings, and
-    DuckDB puts the lines that it cannot read into `rejects`.
+    DuckDB puts the lines that it cannot read into `rejects`. A stream can be read only once.
     """
 
     connection: DuckDB
@@ -47,14 +47,15 @@ class Scan:
     open: Callable[[list[str]], duckdb.DuckDBPyRelation]
     csv_files: Sequence[Path] = ()
     rejects: str = ""
+    is_stream: bool = False
 
     def fetch(
         self,
         columns: Sequence[str],
         query: Callable[[duckdb.DuckDBPyRelation], duckdb.DuckDBPyRelation],
     ) -> list[tuple[Any, ...]]:
-        """Returns the rows of a query on columns, which `load` reads again."""
-        if not columns:
+        """Returns the rows of a query on columns, which `load` reads again; none of a stream."""
+        if self.is_stream or not columns:
             return []
         with self._reading():
             rows = self.open(list(columns)).project(", ".join(map(quoted, columns)))
@@ -136,7 +137,9 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
                 return connection.con.from_arrow(rows.to_pyarrow_batches())
 
             return Scan(connection, name, source.columns, open_table)
-        arrow = _plain_table(pa.table(source))
+        # A stream stays one: it may be larger than memory, and can be read only once.
+        is_stream = isinstance(source, pa.RecordBatchReader)
+        arrow = source if is_stream else _plain_table(pa.table(source))
         _check_names(name, arrow.schema.names)
         relation = connection.con.from_arrow(arrow)
     except DataError:
@@ -147,7 +150,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
             f"{sentence(printable(str(error), 300))} Give a path, a pandas DataFrame whose columns "
             "hold one type each, a pyarrow Table or an Ibis table."
         ) from error
-    return Scan(connection, name, relation.columns, lambda columns: relation)
+    return Scan(connection, name, relation.columns, lambda columns: relation, is_stream=is_stream)
 
 
 def _plain_table(table: pa.Table) -> pa.Table:
@@ -158,6 +161,10 @@ def _plain_table(table: pa.Table) -> pa.Table:
             # For example the intervals of `pandas.cut`, on which DuckDB would crash.
             chunks = [chunk.dictionary_decode().storage for chunk in values.chunks]
             values = pa.chunked_array(chunks, dtype.value_type.storage_type)
+        elif pa.types.is_float16(dtype):
+            values = values.cast(pa.float32())
+        elif pa.types.is_list(dtype) and pa.types.is_float16(dtype.value_type):
+            values = values.cast(pa.list_(pa.float32()))
         elif pa.types.is_null(dtype):
             values = values.cast(pa.string())
         if values.type != dtype:
@@ -268,9 +275,18 @@ def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = 
     # DuckDB's own reason, shortened: it says what is wrong, and the remedy says what to do.
     reason = printable(str(error).strip().partition("\n")[0], 300)
     if "invalid state" in reason:  # DuckDB's words for mixed line endings, without a line number.
-        reason = "a line has another line ending than the header."
+        lines = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
+        reason = f"{next(lines, 'a line')} has another line ending than the header."
     remedy = f" {LINES_REMEDY}" if csv_files else ""
     return DataError(f"{name} cannot be read: {reason}{remedy}")
+
+
+def _odd_line(path: Path) -> int | None:
+    """Finds the first line whose line ending differs from the header's."""
+    with _open(path) as lines:
+        is_windows = next(lines).endswith(b"\r\n")
+        ends = (line.endswith(b"\r\n") for line in lines if line.endswith(b"\n"))
+        return next((number for number, end in enumerate(ends, 2) if end != is_windows), None)
 
 
 def _list_files(path: Path) -> tuple[list[Path], bool]:
@@ -329,7 +345,6 @@ def _read_header(source: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
         try:
             _refuse_long_lines(path)
             with _open(path) as opened:
-                # A limit, because a file that is not text may have no line end.
                 lines.append(opened.readline(_LONGEST_HEADER).decode("utf-8-sig").rstrip("\r\n"))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             whole = ", and the whole of the zipped file" if _is_zipped(path) else ""

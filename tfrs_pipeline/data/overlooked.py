@@ -37,6 +37,7 @@ class Unread(NamedTuple):
     name: str
     type: str
     first: set[str]
+    has_stage: bool = False  # In any row.
 
     @property
     def is_text(self) -> bool:
@@ -81,31 +82,43 @@ def refuse(scanned: Scan, unread: Sequence[str], absent: Collection[str]) -> Non
 
 
 def _look(scanned: Scan, names: Sequence[str]) -> list[Unread]:
-    """Reads the types and first values of columns; nested ones are left out."""
+    """Reads the types and first values of columns, and looks for stages in all rows of some.
+
+    Nested columns are left out.
+    """
     tests = ", ".join(
         f"any_value(typeof({quoted(name)})), list(DISTINCT {text_of(name)})" for name in names
     )
     rows = scanned.fetch(names, lambda rows: rows.limit(_NUM_LOOKED_AT).aggregate(tests))
-    values = iter(rows[0] if rows else ())  # Type and texts in turn.
-    return [
+    values = iter(rows[0] if rows else ())  # Type and texts in turn; nothing from a stream.
+    columns = [
         Unread(name, type_ or "", {text.strip() for text in texts or ()})
         for name, type_, texts in zip(names, values, values, strict=False)
         if not (type_ or "").startswith(("STRUCT", "MAP", "UNION")) and "[" not in (type_ or "")
     ]
+    # Only columns that may hold stages are read to their end: one query over few columns.
+    few = [
+        column.name
+        for column in columns
+        if column.is_text and len(column.first - {""}) <= _MOST_STAGES
+    ]
+    listed = ", ".join(f"'{stage}'" for stage in _STAGES)
+    tests = ", ".join(f"bool_or(lower({text_of(name)}) IN ({listed}))" for name in few)
+    rows = scanned.fetch(few, lambda rows: rows.aggregate(tests))
+    with_stage = set(itertools.compress(few, rows[0] if rows else ()))
+    return [column._replace(has_stage=column.name in with_stage) for column in columns]
 
 
 def _stages(_: Scan, column: Unread) -> Guess:
-    """Guesses stages if the first rows have a known stage, and few distinct values.
+    """Guesses stages if any row has a known stage, and the first rows have few distinct values.
 
     Unknown stages may be among them, because teams add their own.
     """
-    has_stage = any(text.lower() in _STAGES for text in column.first)
     others = printable(", ".join(sorted(column.first - _STAGES - {""})), 100)
     and_others = f" and the stages of {others} to stage_values" if others else ""
     name = printable(column.name)
     guess = "stages, and the log has no stage", f"Add stage={name} to columns{and_others}; or"
-    is_few = column.is_text and len(column.first - {""}) <= _MOST_STAGES
-    return guess if has_stage and is_few else None
+    return guess if column.has_stage else None
 
 
 def _times(_: Scan, column: Unread) -> Guess:

@@ -24,7 +24,7 @@ class FalseNegatives:
         num_clicked: Those whose user clicked the item later.
         num_easy: How many would be clicked among as many easy negatives of the same users.
         rate: num_clicked / num_pairs, with its 95% interval over users.
-        times_easy: num_clicked / num_easy, likewise; None if no easy negative would be clicked.
+        times_easy: num_clicked / num_easy, likewise; None if either is 0.
     """
 
     num_pairs: int

@@ -9,6 +9,8 @@ with the rest.
 import contextlib
 import dataclasses
 import multiprocessing
+import re
+import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -74,17 +76,15 @@ def answers_from_process(
     unused = dict.fromkeys(("split", "selection", "final"))
     data = dataclasses.replace(data, **unused)  # type: ignore[arg-type]
     custom_metrics = {name: metric for name, metric in METRICS.items() if name not in BUILT_IN}
-    # Spawned: a fork copies the locks that TensorFlow's threads hold, but not the threads.
     pending, spawn = dict(choices), multiprocessing.get_context("spawn")
     while pending:
         ours, theirs = spawn.Pipe()
-        # A daemon does not outlive the run.
         process = spawn.Process(target=_send_answers, args=(theirs,), daemon=True)
         process.start()
         theirs.close()  # The process then holds the only copy, so `recv` ends when it does.
         try:
             # Not an argument: `start` would wait forever for a process that dies before it reads.
-            ours.send((custom_metrics, config, folder, data, pending))
+            ours.send((custom_metrics, memory_left(), config, folder, data, pending))
             while pending:
                 answer = ours.recv()
                 del pending[next(iter(pending))]
@@ -102,12 +102,10 @@ def answers_from_process(
 
 def _send_answers(to: Connection) -> None:
     metrics: Mapping[str, type[Metric]]
-    metrics, *task = to.recv()
+    metrics, num_bytes, *task = to.recv()
     METRICS.update(metrics)  # Those that users have added.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The run ends this process.
-    # Where memory runs out, the system ends this process first; a sandbox may refuse to promise it.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    _limit_memory(num_bytes)
     for answer in answers(*task):
         to.send(answer)
 
@@ -130,6 +128,30 @@ def answers(config: RunConfig, folder: Path, data: RunData, choices: Choices) ->
             return f"{type(error).__name__}: {error}"
 
     yield from map(answer, choices)  # Each is freed before the next one is fitted.
+
+
+def memory_left(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns how many bytes processes may still take, of the machine's or the container's."""
+    left = 1024 * _number("MemAvailable: *", proc / "meminfo")
+    with contextlib.suppress(OSError, IndexError):  # No container, or one without a limit.
+        cached = _number("^inactive_file ", group / "memory.stat")  # Given back when needed.
+        used = _number("", group / "memory.current") - cached
+        left = min(left, _number("^", group / "memory.max") - used)
+    return left
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Lets allocations fail beyond what is left, and the system end this process first."""
+    # A lower limit may be set already, or a sandbox may refuse both.
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        most = num_bytes + 1024 * _number(r"VmData:\s*", Path("/proc/self/status"))
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def _number(before: str, path: Path) -> int:
+    """Finds the number after a pattern in a file of the system; an `IndexError` without one."""
+    return int(re.findall(rf"{before}(\d+)", path.read_text(), re.MULTILINE)[0])
 
 
 def _cause_of_death(code: int) -> str:
