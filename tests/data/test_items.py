@@ -163,6 +163,21 @@ def test_more_than_half_of_the_events_on_unknown_items_are_refused(
     assert Log.from_table(events, users=users).counts()["users"] == 10
 
 
+def test_a_category_that_holds_the_separator_of_lists_is_told(load: Any) -> None:
+    def notes(text: str, **options: Any) -> list[str]:
+        items = f"item_id,path\n5,{text}\n6,Garden\n"
+        log = load("user_id,item_id\n1,5\n", items=items, **options)
+        return [note for note in log.notes if "is one value" in note]
+
+    for kind in ("categorical", "hashed"):
+        (note,) = notes("Sport|Yoga", item_features={"path": kind})
+        assert "column 'path' holds '|' in 1 row, such as 'Sport|Yoga'" in note
+        assert "multi_categorical" in note
+        assert notes("Sport/Yoga", item_features={"path": kind}) == []
+        assert notes("Sport/Yoga", item_features={"path": kind}, list_separator="/")
+    assert notes("Sport|Yoga", item_features={"path": "multi_categorical"}) == []
+
+
 VECTOR: dict[str, Any] = {"item_features": {"v": "vector"}}
 TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
 LISTS: dict[str, Any] = {"item_features": {"v": "multi_categorical"}}

@@ -45,6 +45,8 @@ class Category(Feature):
             if column.aggregate(found=is_fraction.any())["found"]:
                 number = value.cast("float64") if dtype.is_decimal() else value
                 return number.cast("string").re_replace(WHOLE_FLOAT, r"\1").nullif("nan")
+        if dtype.is_string():
+            _note_lists(column)
         return column.read("id")
 
 
@@ -283,6 +285,18 @@ class MultiCategorical(ValueLists):
     def from_text(text: str) -> Any:
         """Splits values at commas."""
         return [part.strip() for part in text.split(",")]
+
+
+def _note_lists(column: TableColumn) -> None:
+    """Notes values with the separator of lists: they are read as one category, not as several."""
+    is_list = column.value.contains(column.list_separator)
+    lists = column.aggregate(num=is_list.sum(), example=column.value.max(where=is_list))
+    if num := lists["num"]:
+        column.notes.append(
+            f"{column.place} holds {column.list_separator!r} in {counted(num, 'row')}, such as "
+            f"{printable(repr(lists['example']))}: each is one value. To read it as several, make "
+            "it multi_categorical"
+        )
 
 
 def _check_texts(column: TableColumn, lists: ir.ArrayValue) -> None:

@@ -97,7 +97,6 @@ def _read_items(refresh: _Refresh) -> pa.Table:
             f"one is written beside it. Received: {version}"
         )
     manifest = read_record(version / publish.MANIFEST_FILE, check_files=False)
-    # Ids of another type would all be new.
     id_type = pq.read_schema(version / publish.ITEMS_FILE).field("item_id").type
     items, notes = load_items(
         refresh.path,
@@ -146,19 +145,24 @@ def refuse_lost(feature: Feature, path: Path, items: pa.Table) -> None:
 
 
 def _num_unknown(refresh: _Refresh, items: pa.Table, feature: Feature) -> int:
-    """Counts the items with only unknown values; refuses several of them if no value is known."""
-    num_known, num_unknown, example = 0, 0, ""
+    """Counts the items with only unknown values.
+
+    Refuses if none is known, and several are unknown or all items have the same one.
+    """
+    num_known, num_unknown, unknown = 0, 0, set[str]()
     for block in in_blocks(items[feature.name]):
         raw = feature.to_raw(block)
         is_unknown, has_value = feature.unknown(raw), raw != ""
         num_unknown += int(is_unknown.sum())
         num_known += int((has_value.any(axis=tuple(range(1, raw.ndim))) & ~is_unknown).sum())
-        example = example or next(filter(None, raw[is_unknown].ravel()), "")
-    # A new category of one item among items without any is news; several are a mistake.
-    is_lost = feature.vocabulary and num_unknown > 1 and not num_known
-    if is_lost and not refresh.allow_all_new:
+        if len(unknown) < 2:  # Two are enough for the rule below.
+            unknown.update(raw[is_unknown][has_value[is_unknown]])
+    # One new category among items without any is news; several, or one for all, are a mistake.
+    are_all_one = num_unknown == items.num_rows > 1 and len(feature.vocabulary) > 1
+    is_lost = len(unknown) > 1 or are_all_one
+    if feature.vocabulary and is_lost and not (num_known or refresh.allow_all_new):
         raise DataError(
-            f"{refresh.path}: no value of '{feature.name}', such as {example!r}, is known to "
+            f"{refresh.path}: no value of '{feature.name}', such as {min(unknown)!r}, is known to "
             f"the model, whose values are like {feature.vocabulary[0]!r}. Write them as in the log "
             "that it was trained on; if all are meant to be new, set allow_all_new "
             "(--allow-all-new)."
@@ -177,7 +181,6 @@ def _embed(
 
     path = refresh.path
     features, blocks = [feature.name for feature in model.features["candidate"]], []
-    # In blocks, since the features of millions of items take more memory than their vectors.
     for start in range(0, items.num_rows, ITEMS_PER_CALL):
         refresh.progress.task("embed items", start, items.num_rows)
         block = items.slice(start, ITEMS_PER_CALL)
@@ -206,6 +209,13 @@ def _embed(
         )
     if num_untrained := int((~is_trained).sum()):
         refresh.note(f"{num_untrained:,} are new since the training: embedded by features only")
+        settings = model.manifest.get("config", {}).get("model")
+        if settings is None or (settings["use_candidate_id"] and not settings["id_dropout"]):
+            how = "was not trained, so" if settings else "may be untrained; then"
+            refresh.note(
+                f"    the embedding of unknown ids {how} they will seldom be found. Train "
+                "with model.id_dropout above 0, such as 0.1"
+            )
     return items, embeddings, num_untrained
 
 
