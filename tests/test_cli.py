@@ -282,6 +282,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a valid integer"),
     ("run --split.kind tme", r"split.kind: got 'tme'; must be 'time', 'last_"),
     ("run --data.path x.csv --preset quick --budget 9s", "--budget: nothing races here"),
+    ("run --data.path x.csv --preset quick --members 1", "--members: nothing races here"),
     ("run --data.columns user_id", r"--data.columns: got 'user_id'; write NAME=VALUE"),
     ("run --data.columns usr_id=x --data.path x.csv", r"usr_id: .* did you mean 'user_id'\?"),
     ("run --model.negatives popularity:alpha=x", r"popularity.alpha: got 'x'; must be a valid num"),

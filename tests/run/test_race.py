@@ -294,6 +294,10 @@ def test_what_a_race_in_python_refuses_before_samples_are_built(
     for recipes, settings, message in wrong:
         with pytest.raises(ConfigError, match=message):
             tp.race(train, validation, recipes=recipes, settings=settings)
+    with pytest.raises(TypeError, match=r"recipes must be a list .*Received: 'default'"):
+        tp.race(train, validation, recipes="default")
+    with pytest.raises(TypeError, match="needs a Holdout"):
+        tp.race(train, train, recipes=["default"])
 
 
 def test_the_record_of_a_race_reads_back(raced: Raced) -> None:

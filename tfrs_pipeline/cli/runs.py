@@ -246,8 +246,9 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
     is_settled = "recipes" in named or (is_begun and not flags.config)
     if is_settled or is_demo or flags.preset or config.warm_start is not None:
-        if config.budget != RunConfig().budget and not config.recipes:
-            raise UsageError("--budget: nothing races here; name --recipes, or leave it out")
+        for name in ("budget", "members"):
+            if getattr(config, name) != getattr(RunConfig(), name) and not config.recipes:
+                raise UsageError(f"--{name}: nothing races here; name --recipes, or leave it out")
         return config
     return with_settings(config, {**fixed, "recipes": RECIPES})
 

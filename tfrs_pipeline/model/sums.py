@@ -618,7 +618,7 @@ def _checked_weights(members: Mapping[str, Any], weights: Any) -> dict[str, floa
         or not all(isinstance(x, int | float) and 0 < x < np.inf for x in by_name.values())
     ):
         raise ValueError(
-            f"weights must be one number above 0 for each of the {len(members)} models. "
+            f"weights must be one number above 0 for each of the models {', '.join(members)}. "
             f"Received: {weights!r}"
         )
     return dict(by_name)

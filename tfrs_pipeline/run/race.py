@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.config import IalsConfig, MemberConfig, RunConfig, with_settings
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import read_whole, write_record
 from tfrs_pipeline.evaluation.metrics import metric_of
@@ -303,6 +303,7 @@ def race(
 
     Raises:
         ConfigError: If a name or setting is unknown, or no recipe is named.
+        TypeError: If `validation` is no holdout, or `recipes` no list.
         ValueError: If no recipe can train, or there is no positive (`DataError`).
 
     Example:
@@ -313,6 +314,9 @@ def race(
             model, race = tp.race(train, validation, recipes=["default", "sequence", wide])
             print(race)
     """
+    check_holdout(validation)
+    if isinstance(recipes, str) or not isinstance(recipes, Sequence):
+        raise TypeError(f"recipes must be a list of names or tp.Recipe. Received: {recipes!r:.200}")
     entrants = [
         recipe if isinstance(recipe, Recipe) else _recipe_named(recipe) for recipe in recipes
     ]
@@ -458,7 +462,8 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     These have the members of the sum, if one was chosen, and no recipes, so that they do not race
     again. The other recipes' checkpoints are removed.
     """
-    changed: dict[str, Any] = {"recipes": (), "fixed": (), "budget": RunConfig().budget}
+    raced = ("recipes", "fixed", "members", "budget")
+    changed: dict[str, Any] = {name: getattr(RunConfig(), name) for name in raced}
     summed: dict[str, MemberConfig | IalsConfig] = {}
     if len(decided.weights) > 1:
         epochs = {curve.name: len(curve.values) for curve in decided.curves}
