@@ -241,6 +241,7 @@ def chosen(
         metric_of(options.get("metric", "ndcg@10")),
         winner=winner,
         max_members=options.get("max_members", 5),
+        dim=options.get("dim"),
     )
 
 
@@ -284,6 +285,24 @@ def test_a_sum_has_at_most_so_many_members() -> None:
     members = {str(seed): guess(seed, 0.6) for seed in range(4)}
     assert len(chosen(members, winner="0").weights) > 2
     assert len(chosen(members, winner="0", max_members=2).weights) == 2
+
+
+def test_a_sum_is_chosen_at_the_dimensions_that_it_is_served_with() -> None:
+    members = {str(seed): guess(seed, 0.6) for seed in range(3)}
+    choice = chosen(members, winner="0", dim=5)
+    served = projection(
+        [members[name] for name in choice.weights],
+        [weight / members[name].spread for name, weight in choice.weights.items()],
+        5,
+    )([members[name] for name in choice.weights])
+    assert served.candidates.shape == (50, 5)
+    # A relevant item of query i is i % 50: the DCG of its rank, as in `chosen`.
+    scores = served.queries @ served.candidates.T
+    own = scores[np.arange(len(scores)), np.arange(len(scores)) % 50]
+    ranks = (scores > own[:, np.newaxis]).sum(axis=1)
+    gains = np.where(ranks < 10, 1 / np.log2(ranks + 2.0), 0)
+    assert choice.summed == pytest.approx(gains.mean())
+    assert choice.alone < chosen(members, winner="0").alone  # The winner is rotated too.
 
 
 def test_a_member_that_the_rotation_cannot_hold_leaves_the_sum(

@@ -143,6 +143,28 @@ def test_changes_during_a_rebuild_are_kept(plain: Plain) -> None:
     plain.check(np.random.default_rng(5))
 
 
+def test_an_index_that_took_in_half_a_change_is_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise each later item of the index would be answered under another one's id."""
+    plain, add = Plain("scann", "int"), Searcher.add
+
+    def add_half(searcher: Searcher, vectors: np.ndarray) -> None:
+        add(searcher, vectors[: len(vectors) // 2])
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Searcher, "add", add_half)
+        plain.put(list(range(700, 720)), NEW[:20], [["red"]] * 20)
+    assert "search is exact until it is rebuilt" in caplog.text
+    plain.put(list(range(720, 740)), NEW[20:40], [["blue"]] * 20)
+    plain.check(np.random.default_rng(6))
+    assert plain.candidates.has_drifted
+    plain.candidates.rebuild(build)
+    plain.check(np.random.default_rng(7))
+    assert not plain.candidates.has_drifted
+
+
 def test_much_change_calls_for_a_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates_module, "_LEAST_CHANGES", 10)
     for change in ("put", "remove"):

@@ -449,18 +449,24 @@ class Choice:
         return [
             f"the sum {parts}: validation {self.metric} {self.summed:.4f}, where {first} alone has "
             f"{self.alone:.4f} ({gain})",
-            f"    before its rotation to the dimensions of {first}: {self.unrotated:.4f}",
+            f"    before its rotation: {self.unrotated:.4f}",
             *(f"    without {name}: {mean:.4f}" for name, mean in self.without.items()),
         ]
 
 
 def choose(
-    members: Mapping[str, Vectors], truth: Truth, metric: Metric, *, winner: str, max_members: int
+    members: Mapping[str, Vectors],
+    truth: Truth,
+    metric: Metric,
+    *,
+    winner: str,
+    max_members: int,
+    dim: int | None = None,
 ) -> Choice:
     """Chooses the weights of a sum on validation, one member after another.
 
     The winner, which is the best model alone, comes first. As long as one more member makes the sum
-    better after its rotation to the winner's dimensions, the best one joins with the best of
+    better after its rotation to `dim` dimensions, the best one joins with the best of
     `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with 1. Better is the mean, not the interval,
     since the winner's value is the best of many epochs on the same queries, which flatters it
     (docs/explanation/tried.md).
@@ -471,8 +477,9 @@ def choose(
         metric: The metric that decides; more is better.
         winner: Name of the best member alone.
         max_members: Most members of the sum, the winner included.
+        dim: Most dimensions of what is served; None takes the winner's.
     """
-    dim = members[winner].candidates.shape[1]
+    dim = dim or members[winner].candidates.shape[1]
     spreads = {name: vectors.spread for name, vectors in members.items()}
 
     def measured(weights: Mapping[str, float], dim: int | None = None) -> np.ndarray:
@@ -484,7 +491,8 @@ def choose(
     def mean(weights: Mapping[str, float], dim: int | None = None) -> float:
         return float(np.nanmean(measured(weights, dim)))
 
-    alone = measured({winner: 1.0})
+    # Rotated too, where `dim` is less than the winner's.
+    alone = measured({winner: 1.0}, dim)
     weights, best_mean = {winner: 1.0}, float(np.nanmean(alone))
     grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)
     while len(weights) < min(max_members, len(members)):
@@ -599,7 +607,9 @@ class Sum:
         # The first member has to rank for users without a click.
         towers = [name for name in means if not isinstance(fitted[name], FittedIals)]
         best = max(towers or means, key=lambda name: means[name])
-        choice = choose(vectors, truth, self.metric, winner=best, max_members=len(fitted))
+        choice = choose(
+            vectors, truth, self.metric, winner=best, max_members=len(fitted), dim=self.dim
+        )
         chosen = {name: fitted[name] for name in choice.weights}
         summed = FittedSum.of(chosen, choice.weights, truth.queries, self.dim)
         summed = dataclasses.replace(summed, notes=choice.lines())

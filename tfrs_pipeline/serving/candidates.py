@@ -101,7 +101,7 @@ class Candidates:
         values: FilterValues | None = None,
         codes: np.ndarray | None = None,
     ) -> None:
-        self.values, self._levels = values, tuple(levels)
+        self.values, self._levels, self._is_indexed = values, tuple(levels), searcher is not None
         self._view = _first_view(ids, vectors, searcher, codes)
         self._lock = threading.RLock()
         # The changes made while a rebuild goes on; None if there is none.
@@ -117,8 +117,10 @@ class Candidates:
 
     @property
     def has_drifted(self) -> bool:
-        """Whether so much has changed since the index was built that it should be rebuilt."""
+        """Whether the index should be rebuilt: much has changed since, or it could not take it in."""
         view, num_built = self._view, len(self._view.corpus)
+        if self._is_indexed and view.searcher is None:
+            return True
         num_changed = max(view.num_rows - num_built, view.num_removed)
         return num_changed > max(_LEAST_CHANGES, _LEAST_CHANGED_SHARE * num_built)
 
@@ -215,6 +217,7 @@ class Candidates:
                 for change in self._changes:
                     view = view.changed(*change)
                 self._view, self._changes = view, None
+                self._is_indexed = build is not None
         finally:
             # If the build failed, the old view has all changes, so none needs to be kept.
             self._changes = None

@@ -1,5 +1,6 @@
 """The rows that a search sees, while others are written."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -9,6 +10,7 @@ import numpy as np
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.serving.searcher import Searcher
 
+logger = logging.getLogger(__name__)
 # Arrays that grow reserve this factor, and this many rows more.
 _GROWTH, _LEAST_ROOM = 1.25, 1024
 
@@ -87,11 +89,18 @@ class View:
             is_removed = np.zeros(last + 1, bool)
             is_removed[: len(before)] = before
             is_removed[gone] = True
-        if view.searcher is not None:
-            # Its rows are those of the view, in order. A search in an older view drops new ones.
-            view.searcher.add(vectors)
+        searcher = view.searcher
+        if searcher is not None:
+            try:
+                # Its rows are those of the view, in order. A search in an older view drops new ones.
+                searcher.add(vectors)
+            except Exception:
+                # It may have taken in some: every later row would be another item's.
+                logger.exception("the index took in no change: search is exact until it is rebuilt")
+                searcher = None
         return replace(
             view,
+            searcher=searcher,
             num_rows=last,
             is_removed=is_removed,
             num_removed=self.num_removed + len(gone),
