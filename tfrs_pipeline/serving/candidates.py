@@ -124,7 +124,7 @@ class Candidates:
 
     def has(self, ids: Collection[Any]) -> np.ndarray:
         """Returns which ids are candidates now, [n] bool."""
-        return np.fromiter(map(self._view.row_of, ids), bool)
+        return self._view.rows_now(ids) > 0
 
     def ids_and_vectors(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the candidates of one moment: ids [n], and vectors [n, D] float32."""
@@ -135,7 +135,7 @@ class Candidates:
     def vectors_of(self, ids: Sequence[Any]) -> np.ndarray:
         """Returns a copy of some candidates' vectors; a `KeyError` if one is not there."""
         view = self._view
-        rows = np.fromiter(map(view.row_of, ids), np.int32)
+        rows = view.rows_now(ids)
         if not rows.all():
             raise KeyError(ids[int(np.flatnonzero(rows == 0)[0])])
         return view.vectors[rows - 1]
@@ -192,7 +192,7 @@ class Candidates:
             codes = np.zeros((len(ids), 0), np.int32)
             if self.values is not None:
                 codes = self.values.encode(column or [None] * len(ids))
-            num_gone = sum(map(bool, map(self._view.row_of, removed)))
+            num_gone = int(np.count_nonzero(self._view.rows_now(removed)))
             change = ids, vectors, codes, removed
             # One assignment: a search sees the view before the change or the one after it.
             self._view = self._view.changed(*change)

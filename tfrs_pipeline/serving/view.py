@@ -46,11 +46,7 @@ class View:
         new = [self.new_rows[id_] for id_ in ids if id_ in self.new_rows]
         return np.union1d(rows, np.array(new, np.int32))
 
-    def row_of(self, id_: Any) -> int:
-        """Returns the row that an id has now, 0 if it is not a candidate."""
-        return int(self.rows_now([id_])[0])
-
-    def rows_now(self, ids: Sequence[Any]) -> np.ndarray:
+    def rows_now(self, ids: Collection[Any]) -> np.ndarray:
         """Returns the row that each of [n] ids has now, [n] int32; 0 if it is not a candidate."""
         rows = self.corpus.rows(ids)
         if self.new_rows:
@@ -69,14 +65,15 @@ class View:
     ) -> Self:
         """Returns the view after a change: `ids` are added or replaced, and others removed."""
         # A replaced item's old row is removed, so a search meets each id once.
-        gone = list(filter(None, map(self.row_of, [*ids, *removed])))
+        rows = self.rows_now([*ids, *removed])
+        gone = rows[rows > 0]
         first, last = self.num_rows + 1, self.num_rows + len(ids)
         view = self._with_room(len(ids), codes.shape[1])
         view.ids[first : last + 1] = as_id_array(ids) if len(ids) else []
         view.vectors[first - 1 : last] = vectors
         view.codes[first : last + 1, : codes.shape[1]] = codes
         is_removed = self.is_removed
-        if is_removed is not None or gone:
+        if is_removed is not None or len(gone):
             # A copy, which takes some 30 microseconds for a million rows.
             before = [False] if is_removed is None else is_removed
             is_removed = np.zeros(last + 1, bool)
