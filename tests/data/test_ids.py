@@ -77,3 +77,11 @@ def test_lists_are_looked_up_as_each_alone_without_the_unknown(known: list[Any],
         expected = ids.rows(listed if isinstance(listed, set) else [*np.asarray(listed).tolist()])
         assert rows.tolist() == expected[expected > 0].tolist()
         assert rows.dtype == np.int32
+
+
+def test_looking_up_nothing_makes_no_dictionary_of_a_large_corpus() -> None:
+    ids = Ids(np.arange(10))
+    rows = ids.rows([])
+    assert rows.dtype == np.int32
+    assert not len(rows)
+    assert "_row_of" not in vars(ids)  # A hundred bytes for each of a million items.

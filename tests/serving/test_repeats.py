@@ -217,3 +217,18 @@ def test_without_a_bonus_nothing_changes(repeating: Served) -> None:
     outputs = repeating.module("exact").exported["embed_user"]
     outputs = outputs.get_concrete_function().structured_outputs
     assert set(outputs) == {"embeddings", "is_known_user", "num_known_items", "known_items"}
+
+
+def test_queries_with_and_without_features_are_answered_together(
+    repeating: Served, loaded: LoadedRetriever
+) -> None:
+    # Their histories differ in length, and so do their lists of bonuses.
+    long, short = repeating.known(6), repeating.known(3)[:1]
+    queries: list[dict[str, Any]] = [{"history": long, "features": {"gender": "F"}}]
+    queries += [{"history": short}]
+    queries += [{"history": short, "features": {"gender": "M"}}]
+    ids, scores = loaded.retrieve(queries, 9)
+    for line, query in enumerate(queries):
+        alone_ids, alone_scores = loaded.retrieve([query], 9)
+        assert ids[line].tolist() == alone_ids[0].tolist()
+        np.testing.assert_allclose(scores[line], alone_scores[0], rtol=1e-5)

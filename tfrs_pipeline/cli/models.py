@@ -67,13 +67,8 @@ class RefreshIndex(OfModel):
 
         console = Console()
         with native_errors_to(Path(os.devnull)), shown(console) as progress:
-            done = refresh_index(
-                self.model,
-                self.items,
-                keep_versions=self.keep_versions,
-                allow_all_new=self.allow_all_new,
-                progress=progress,
-            )
+            # The flags are named as the arguments are.
+            done = refresh_index(**self.model_dump(exclude={"verbose"}), progress=progress)
         say(console, f"model  {done.folder}")
         return 0
 

@@ -117,7 +117,12 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if is_run:
         # Checked before a folder is made.
         config = place.settled(config, None if flags.preset else named)
-    _look_around(place, config)
+    if config.data.source == "files" and not place.holds_run():
+        # Missing files are refused before slow imports.
+        for path in filter(
+            None, (config.data.path, config.data.items_path, config.data.users_path)
+        ):
+            check_exists(path)
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
@@ -157,14 +162,6 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if result.refusal:
         raise NotPublished(result.refusal)
     return 0
-
-
-def _look_around(place: RunFolder, config: RunConfig) -> None:
-    """Refuses missing files before slow imports."""
-    data = config.data
-    if data.source == "files" and not place.holds_run():
-        for path in filter(None, (data.path, data.items_path, data.users_path)):
-            check_exists(path)
 
 
 def _check(command: str, config: RunConfig) -> int:

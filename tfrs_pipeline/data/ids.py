@@ -47,7 +47,8 @@ class Ids:
         if not self.are_text:
             array = np.asarray(values)
             # Sorted numbers take a fraction of a dictionary's memory, and are as fast for many ids.
-            if array.dtype.kind == "i":
+            # An empty list becomes an array of floats.
+            if array.dtype.kind == "i" or not array.size:
                 positions = np.minimum(np.searchsorted(self._sorted, array), len(self) - 1)
                 is_known = self._sorted[positions] == array
                 return np.where(is_known, self._sorted_rows[positions], np.int32(0))

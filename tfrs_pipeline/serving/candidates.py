@@ -126,7 +126,7 @@ class Candidates:
 
     def has(self, ids: Collection[Any]) -> np.ndarray:
         """Returns which ids are candidates now, [n] bool."""
-        return np.fromiter(map(self._view.row_of, ids), bool)
+        return self._view.rows_now(ids) > 0
 
     def ids_and_vectors(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the candidates of one moment: ids [n], and vectors [n, D] float32."""
@@ -137,7 +137,7 @@ class Candidates:
     def vectors_of(self, ids: Sequence[Any]) -> np.ndarray:
         """Returns a copy of some candidates' vectors; a `KeyError` if one is not there."""
         view = self._view
-        rows = np.fromiter(map(view.row_of, ids), np.int32)
+        rows = view.rows_now(ids)
         if not rows.all():
             raise KeyError(ids[int(np.flatnonzero(rows == 0)[0])])
         return view.vectors[rows - 1]
@@ -191,8 +191,10 @@ class Candidates:
         """
         removed = list(removed)
         with self._lock:
-            codes = None if self.values is None else self.values.encode(column or [None] * len(ids))
-            num_gone = sum(map(bool, map(self._view.row_of, removed)))
+            codes = np.zeros((len(ids), 0), np.int32)
+            if self.values is not None:
+                codes = self.values.encode(column or [None] * len(ids))
+            num_gone = int(np.count_nonzero(self._view.rows_now(removed)))
             change = ids, vectors, codes, removed
             # One assignment: a search sees the view before the change or the one after it.
             self._view = self._view.changed(*change)
@@ -210,9 +212,8 @@ class Candidates:
         try:
             rows = before.live_rows()
             vectors = before.vectors[rows - 1]
-            codes = None if before.codes is None else before.codes[rows]
             searcher = None if build is None else build(vectors)
-            view = _first_view(before.ids[rows], vectors, searcher, codes)
+            view = _first_view(before.ids[rows], vectors, searcher, before.codes[rows])
             with self._lock:
                 for change in self._changes:
                     view = view.changed(*change)
@@ -231,7 +232,8 @@ def _first_view(
 ) -> View:
     corpus = Ids(ids)
     by_row = corpus.take(np.arange(len(corpus) + 1))
-    codes = None if codes is None else np.pad(codes, [[1, 0], [0, 0]])
+    codes = np.zeros((len(corpus), 0), np.int32) if codes is None else codes
+    codes = np.pad(codes, [[1, 0], [0, 0]])
     return View(corpus, by_row, vectors, codes, searcher, num_rows=len(corpus))
 
 
@@ -339,7 +341,6 @@ class _Search:
             # each query would cost as much as a pass over all candidates.
             marks[excluded] = False
         if is_chosen is not None:
-            assert view.codes is not None
             is_open &= _has_chosen(is_chosen, view.codes[rows])
         return is_open
 
@@ -363,7 +364,6 @@ class _Search:
                 scores[:, view.is_removed[1:]] = -np.inf
             for row, line in zip(scores, lines[block], strict=True):
                 if (is_chosen := self.chosen[line]) is not None:
-                    assert view.codes is not None
                     row[~_has_chosen(is_chosen, view.codes[1 : num + 1])] = -np.inf
             return scores
 

@@ -45,7 +45,7 @@ from tfrs_pipeline.serving.index import (
     search_of,
 )
 from tfrs_pipeline.serving.saved_model import RetrievalModule, check_operation, prove
-from tfrs_pipeline.serving.tune import Requests, Tuned, measure_requests, tune_index
+from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.sums import Model
@@ -261,11 +261,18 @@ def export_index(
     queries, index = queries[:NUM_QUERIES], options.index
     if isinstance(index, Auto):
         index = index.choose(len(embeddings))
-    tuned, description = None, {"kind": index.kind}
+    tuned, description = None, dict[str, Any](kind=index.kind)
     if isinstance(index, Scann):
         embedded = embed_queries(encoder, queries, features)
         requests = Requests(embedded, known_rows(encoder, queries, ids))
-        tuned, description = _tuned(index, embeddings, requests)
+        tuning, measured = requests.for_tuning_and_measuring()
+        tuned = tune_index(embeddings, tuning, target_recall=index.recall)
+        description |= {
+            "target_recall": index.recall,
+            "num_leaves": tuned.num_leaves,
+            "levels": [asdict(level) for level in tuned.levels],
+            "requests": measure_requests(tuned.candidates(embeddings), measured),
+        }
     # Both SavedModels share the vectors in memory, but each folder holds them on its own.
     exact, has_bias = ExactIndex(embeddings), manifest.get("has_item_bias", False)
     module = RetrievalModule(encoder, exact, ids, has_bias)
@@ -310,21 +317,6 @@ def export_index(
         # The last thing before the rename, so that no version is published without this proof.
         prove(modules, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), features)
     return folder, full
-
-
-def _tuned(
-    index: Scann, embeddings: np.ndarray, requests: Requests
-) -> tuple[Tuned, dict[str, Any]]:
-    """Builds and tunes an index; returns it with its part of the manifest."""
-    tuning, measured = requests.for_tuning_and_measuring()
-    tuned = tune_index(embeddings, tuning, target_recall=index.recall)
-    return tuned, {
-        "kind": index.kind,
-        "target_recall": index.recall,
-        "num_leaves": tuned.num_leaves,
-        "levels": [asdict(level) for level in tuned.levels],
-        "requests": measure_requests(tuned.candidates(embeddings), measured),
-    }
 
 
 def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:

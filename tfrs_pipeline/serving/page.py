@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
-from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, TypeAdapter
 from pydantic_core import to_json, to_jsonable_python
 
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.model.encoder import request_inputs
 from tfrs_pipeline.model.tf_tables import empty_id
-from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, read_json, refusal
+from tfrs_pipeline.serving import rest
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import FILTERED, RETRIEVALS, SIMILAR
@@ -48,6 +48,9 @@ class PageQuery(BaseModel):
     filter: Annotated[list[StrictStr], FailFast()] = []
     request: dict[str, StrictStr] = {}
     k: StrictInt = Field(10, ge=1)
+
+
+_QUERY = TypeAdapter(PageQuery)
 
 
 def card(version: ServedVersion) -> dict[str, Any]:
@@ -105,20 +108,15 @@ def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
 
 def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
     """Answers a `PageQuery` with the index and, if it is approximate, with exact search too."""
-    try:
-        query = PageQuery.model_validate(read_json(body))
-    except ValidationError as error:
-        raise refusal(error) from None
+    query = rest.checked(_QUERY, rest.read_json(body))
     # Items and features go together, and are absent if both are empty.
     subjects = query.user_id, query.similar_to, query.items or query.features or None
     if sum(subject is not None for subject in subjects) != 1:
-        raise bad_request("A query has 'user_id', or 'similar_to', or 'items' or 'features'.")
-    try:
+        raise rest.bad_request("A query has 'user_id', or 'similar_to', or 'items' or 'features'.")
+    with rest.refusing():
         request = to_json(request_of(version.retriever, query), inf_nan_mode="null")
         # The page shows this request as a curl command, so it is read as one, within the limits.
-        call = parse_predict(request, version.signatures)
-    except ValueError as error:
-        raise bad_request(str(error)) from None
+        call = rest.parse_predict(request, version.signatures)
     retriever = version.retriever
     answered = _timed(version, call)
     path = f"/v1/models/{retriever.folder.parent.name}:predict"
@@ -168,7 +166,9 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     return {"signature_name": name, "inputs": {**inputs, "k": query.k}}
 
 
-def _timed(version: ServedVersion, call: PredictCall, *, exact: bool = False) -> dict[str, Any]:
+def _timed(
+    version: ServedVersion, call: rest.PredictCall, *, exact: bool = False
+) -> dict[str, Any]:
     # The first call is a warm-up; the second is timed.
     for _ in range(2):
         start = time.perf_counter()

@@ -7,7 +7,7 @@ import base64
 import contextlib
 import reprlib
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
@@ -18,6 +18,7 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.features.encoding import TIMESTAMP
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
@@ -70,7 +71,7 @@ class SignatureInputs:
         if is_row_format:
             columns = self._columns_from_rows(content)
         else:
-            columns = _checked(self._columns, self._named(content), "inputs")
+            columns = checked(self._columns, self._named(content), "inputs")
         arrays = {name: self._array(name, column) for name, column in columns.items()}
         # An input without an axis, k, holds for all queries.
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
@@ -94,7 +95,7 @@ class SignatureInputs:
             )
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
-        rows = _checked(self._rows, instances, "instances")
+        rows = checked(self._rows, instances, "instances")
         return {name: [row.get(name) for row in rows] for name in self._specs}
 
     def _named(self, value: Any) -> Any:
@@ -223,7 +224,7 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     if served is not None and not isinstance(served, dict):
         example = 'exclude_served must be an object, such as {"answers": 2} or {"hours": 0.5}.'
         raise bad_request(f"{example} Received: {_shown(served)}")
-    lately = None if served is None else _checked(_LATELY, served, "exclude_served")
+    lately = None if served is None else checked(_LATELY, served, "exclude_served")
     return PredictCall(name, inputs, is_row_format, lately)
 
 
@@ -276,21 +277,28 @@ def bad_request(message: str) -> HTTPException:
     return HTTPException(400, message)
 
 
-def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
-    """Makes a 400 that describes the first problem of a request."""
-    details = error.errors(include_url=False)[0]
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Makes a 400 of a `ValueError` in the block."""
+    try:
+        yield
+    except Damaged:  # A file of the server's own is wrong, not the request.
+        raise
+    except ValueError as error:
+        raise bad_request(str(error)) from None
+
+
+def checked(adapter: TypeAdapter[Any], value: Any, where: str = "") -> Any:
+    """Checks and converts a part of a request, or refuses it (400) for its first problem."""
+    try:
+        return adapter.validate_python(value)
+    except pydantic.ValidationError as error:
+        details = error.errors(include_url=False)[0]
     path = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
     # Pydantic's prefix, before our message, which may quote a value of any length.
     message = f"{details['msg'].removeprefix('Value error, '):.200}"
     problem = "Missing named input" if details["type"] == "missing" else message
-    return bad_request(f"{path}: {problem}. Received: {_shown(details['input'])}")
-
-
-def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
-    try:
-        return adapter.validate_python(value)
-    except pydantic.ValidationError as error:
-        raise refusal(error, where) from None
+    raise bad_request(f"{path}: {problem}. Received: {_shown(details['input'])}")
 
 
 def _list_type(type_: Any, max_length: int | None, min_length: int = 0) -> Any:

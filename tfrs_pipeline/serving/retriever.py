@@ -21,24 +21,13 @@ from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
 from tfrs_pipeline.model.tf_tables import id_list, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved
-from tfrs_pipeline.serving import publish
+from tfrs_pipeline.serving import publish, signatures
 from tfrs_pipeline.serving.activity import Activity
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.index import Level, has_scann
 from tfrs_pipeline.serving.journal import Event, Journal, check_events
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.signatures import (
-    DEFAULT_K,
-    DEFAULT_SIGNATURE,
-    FILTERED,
-    RETRIEVALS,
-    SIMILAR,
-    as_ids,
-    ask,
-    completed,
-    id_lists_of,
-)
 from tfrs_pipeline.serving.store import Store
 
 logger = logging.getLogger(__name__)
@@ -104,8 +93,8 @@ class LoadedRetriever:
             # The SavedModel has no filter, so only this class answers these signatures.
             allowed = {"allowed": tf.TensorSpec([None, None], tf.string, "allowed")}
             self.signatures |= {
-                f"{name}{FILTERED}": self.signatures[name] | allowed
-                for name in RETRIEVALS
+                f"{name}{signatures.FILTERED}": self.signatures[name] | allowed
+                for name in signatures.RETRIEVALS
                 if name in self.signatures
             }
         self._has_bias: bool = self.manifest.get("has_item_bias", False)
@@ -133,10 +122,7 @@ class LoadedRetriever:
         if self._live is not None and self.manifest["user_data"]:
             journal = Journal(folder.parent)
             self.activity = Activity(
-                journal,
-                self.saved_model.encoder,
-                self.manifest,
-                excludes_known=self.excludes_known,
+                journal, self.saved_model.encoder, self.manifest, excludes_known=self.excludes_known
             )
 
     @property
@@ -321,7 +307,7 @@ class LoadedRetriever:
         if self.activity is not None and (now := self.activity.until_now([user_id])):
             return now[0].history[::-1]
         ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
-        return id_lists_of(ids.numpy())[0]
+        return signatures.id_lists_of(ids.numpy())[0]
 
     def disliked_items(self, user_ids: Sequence[Any]) -> list[list[Any]]:
         """Returns what each user disliked until now, in the training's log and in service."""
@@ -329,7 +315,7 @@ class LoadedRetriever:
         stored: list[list[Any]] = [[] for _ in user_ids]
         # Not saved where nobody disliked anything.
         if function := getattr(self.saved_model.encoder, "disliked_items", None):
-            stored = id_lists_of(function(id_list(user_ids, self.user_dtype)).numpy())
+            stored = signatures.id_lists_of(function(id_list(user_ids, self.user_dtype)).numpy())
         return [recent[line].disliked if line in recent else ids for line, ids in enumerate(stored)]
 
     def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
@@ -357,13 +343,8 @@ class LoadedRetriever:
         requests = [query.get("request") for query in queries]
         known = [feature.name for feature in self.features["request"]]
         retrieval.check_requests(requests, known, may_have_others=True)
-        if embed_name == "embed_user":
-            function = self.saved_model.signatures[embed_name]
-            inputs = query_inputs(function, queries)
-            inputs |= request_inputs(function, self.features, requests)
-            return self._embedded_users({name: x.numpy() for name, x in inputs.items()})
         has_features = np.array([query.get("features") is not None for query in queries], bool)
-        parts, order = [], []
+        parts = []
         # Each signature is called once, because a call costs more than a query in it. An empty
         # batch still needs a call: its answer has the shapes and the names.
         for with_features in np.unique(has_features) if len(queries) else [False]:
@@ -374,45 +355,51 @@ class LoadedRetriever:
             function = self.saved_model.signatures[name]
             inputs |= query_inputs(function, some)
             inputs |= request_inputs(function, self.features, [requests[line] for line in lines])
-            parts.append({name: tensor.numpy() for name, tensor in function(**inputs).items()})
-            order.append(lines)
-        # Back into the order of the queries.
-        back = np.argsort(np.concatenate(order))
-        return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+            arrays = {key: tensor.numpy() for key, tensor in inputs.items()}
+            parts.append((lines, self._embed(name, arrays)))
+        return _in_order(parts)
+
+    def _embed(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Embeds by a signature; what differs in length by query comes as a list for each."""
+        if name == "embed_user":
+            return self._embedded_users(inputs)
+        if name == signatures.SIMILAR:
+            return self._embedded_items(signatures.as_ids(inputs["item_id"].tolist()))
+        return self._asked(name, inputs)
+
+    def _asked(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        answer: dict[str, Any] = signatures.ask(self.saved_model.signatures[name], inputs)
+        for key in {"known_items", "repeated_items"} & answer.keys():
+            answer[key] = signatures.id_lists_of(answer[key])
+        if "bonuses" in answer:
+            answer["bonuses"] = [*answer["bonuses"]]
+        return answer
 
     def _embedded_users(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Embeds users by what they did until now; `known_items` and repeats are lists of ids."""
-        users, recent = as_ids(inputs["user_id"].tolist()), {}
+        """Embeds users by what they did until now."""
+        users, recent = signatures.as_ids(inputs["user_id"].tolist()), {}
         if self.activity is not None:
             recent = self.activity.until_now(users)
         stored = [line for line in range(len(users)) if line not in recent]
-        parts = []
+        parts: list[tuple[list[int], dict[str, Any]]] = []
         if stored or not users:  # By the history that the graph holds.
-            signature = self.saved_model.signatures["embed_user"]
-            parts.append(ask(signature, {name: array[stored] for name, array in inputs.items()}))
+            part = self._asked("embed_user", {name: x[stored] for name, x in inputs.items()})
+            # Absent where the model excludes neither known nor disliked items.
+            part.setdefault("known_items", [[] for _ in stored])
+            parts.append((stored, part))
         if recent:  # By the history until now.
-            signature = self.saved_model.signatures["embed_query"]
             queries = [
                 {"history": user.history, HISTORY_TIMESTAMPS: user.times}
                 for user in recent.values()
             ]
             arrays = {name: array[[*recent]] for name, array in inputs.items()}
-            histories = query_inputs(signature, queries)
+            histories = query_inputs(self.saved_model.signatures["embed_query"], queries)
             arrays |= {name: histories[name].numpy() for name in histories if name != "user_id"}
-            parts.append(ask(signature, arrays))
-            parts[-1]["is_known_user"][:] = True
-        back = np.argsort(np.array([*stored, *recent], int))
-        names = ("embeddings", "is_known_user", "num_known_items")
-        embedded = {name: np.concatenate([part[name] for part in parts])[back] for name in names}
-        # Absent where the model excludes neither known nor disliked items.
-        known = id_lists_of(parts[0].get("known_items", np.zeros((len(stored), 0), np.int64)))
-        excluded = (user.excluded for user in recent.values())
-        per_user = {"known_items": [*known[: len(stored)], *excluded]}
-        if "bonuses" in parts[0]:
-            repeated = (id_lists_of(part["repeated_items"]) for part in parts)
-            per_user["repeated_items"] = [*itertools.chain.from_iterable(repeated)]
-            per_user["bonuses"] = [line for part in parts for line in part["bonuses"]]
-        return embedded | {name: [values[i] for i in back] for name, values in per_user.items()}
+            part = self._asked("embed_query", arrays)
+            part["is_known_user"][:] = True
+            part["known_items"] = [user.excluded for user in recent.values()]
+            parts.append(([*recent], part))
+        return _in_order(parts)
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
         """Makes the inputs for the queries' features; a `ValueError` if one is unknown."""
@@ -499,20 +486,14 @@ class LoadedRetriever:
         items = pq.read_table(self.folder / publish.ITEMS_FILE)
         titles = {}
         if "title" in items.column_names:
-            titles = dict(
-                zip(*items.select(["item_id", "title"]).to_pydict().values(), strict=True)
-            )
+            columns = (items[name].to_pylist() for name in ("item_id", "title"))
+            titles = dict(zip(*columns, strict=True))
         # A live write without a title keeps the title of the version.
         live = {} if self._live is None else dict(self._live.titles)
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
     def _retrieved(
-        self,
-        embed_name: str,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Excluded,
-        allowed: Allowed,
+        self, embed_name: str, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Checks the arguments, embeds the queries, and searches."""
         self._check_request(queries, k, exclude, allowed)
@@ -526,25 +507,19 @@ class LoadedRetriever:
 
         With `exact`, every candidate is scored. Raises an `UnknownItem` for `similar`.
         """
-        if signature == DEFAULT_SIGNATURE:
+        if signature == signatures.DEFAULT_SIGNATURE:
             signature, users = "retrieve_user", inputs["user_id"]
-            request = {**inputs, "k": np.int32(DEFAULT_K)}
-            full = completed(self.signatures[signature], request, len(users))
+            request = {**inputs, "k": np.int32(signatures.DEFAULT_K)}
+            full = signatures.completed(self.signatures[signature], request, len(users))
             inputs = {name: np.asarray(value) for name, value in full.items()}
         # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
-        embed_name = RETRIEVALS.get(signature.removesuffix(FILTERED), "")
-        if not embed_name:
-            return ask(self.saved_model.signatures[signature], inputs)
-        if embed_name == SIMILAR:
-            embedded = self._embedded_items(as_ids(inputs["item_id"].tolist()))
-        elif embed_name == "embed_user":
-            embedded = self._embedded_users(
-                {name: x for name, x in inputs.items() if name not in ("exclude", "allowed", "k")}
-            )
-        else:
-            embedded = ask(self.saved_model.signatures[embed_name], inputs)
-        padded = (inputs.get(name) for name in ("exclude", "allowed"))
-        exclude, allowed = (None if rows is None else id_lists_of(rows) for rows in padded)
+        embed_name = signatures.RETRIEVALS.get(signature.removesuffix(signatures.FILTERED))
+        if embed_name is None:
+            return signatures.ask(self.saved_model.signatures[signature], inputs)
+        query = {name: x for name, x in inputs.items() if name not in ("exclude", "allowed", "k")}
+        embedded = self._embed(embed_name, query)
+        exclude = signatures.id_lists_of(inputs["exclude"])
+        allowed = signatures.id_lists_of(inputs["allowed"]) if "allowed" in inputs else None
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
         # These are for the search alone; the SavedModel does not return them either.
         not_answered = ("embeddings", "known_items", "repeated_items", "bonuses")
@@ -579,10 +554,7 @@ class LoadedRetriever:
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         bonuses = None
         if "bonuses" in embedded:
-            repeated = embedded["repeated_items"]
-            if isinstance(repeated, np.ndarray):
-                repeated = id_lists_of(repeated)
-            bonuses = zip(repeated, embedded["bonuses"], strict=True)
+            bonuses = zip(embedded["repeated_items"], embedded["bonuses"], strict=True)
         return self.candidates.search(
             embedded["embeddings"], k, exclude, allowed, exact=exact, bonuses=bonuses
         )
@@ -604,6 +576,20 @@ class LoadedRetriever:
             if to_text(value) not in known:
                 hint = suggest(str(value), known)
                 raise ValueError(f"No item has {value!r} as its {self.item_filter['name']}; {hint}")
+
+
+def _in_order(parts: Sequence[tuple[Sequence[int], Mapping[str, Any]]]) -> dict[str, Any]:
+    """Joins what was computed for some lines of a batch each, in the order of the lines."""
+    back = np.argsort(np.concatenate([lines for lines, _ in parts]))
+    joined: dict[str, Any] = {}
+    for name, first in parts[0][1].items():
+        values = [part[name] for _, part in parts]
+        if isinstance(first, np.ndarray):
+            joined[name] = np.concatenate(values)[back]
+        else:  # A list for each line, of any length.
+            lists = [*itertools.chain.from_iterable(values)]
+            joined[name] = [lists[line] for line in back]
+    return joined
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ except ImportError as missing:
         f"project's folder. The import said: {missing}"
     ) from missing
 
-from tfrs_pipeline.durable import Damaged, try_writing
+from tfrs_pipeline.durable import try_writing
 from tfrs_pipeline.model.tf_tables import id_lists
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.journal import Answer, Event, Journal, Recorder
@@ -111,7 +111,8 @@ class ModelServer:
 
     async def predict(self, request: Request) -> Response:
         """Answers a predict call, off the event loop; large calls take turns."""
-        _check_method(request, "POST")
+        if request.method != "POST":
+            raise HTTPException(405, headers={"Allow": "POST"})
         number, body = self.number(request), await read_body(request, self.settings)
         request_id = rest.request_id(request.headers.get("x-request-id"))
         with self.versions.use(number) as version:
@@ -184,40 +185,36 @@ def _joined(
 def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str, Any]:
     """Adds or removes the items in a body, to and from the version in use."""
     values = rest.parse_items(body, "items" if is_put else "item_ids")
-    try:
-        # A new version has other vectors, so it takes over only after this write.
-        with versions.writing, versions.use() as version:
-            live = version.retriever.live
-            change = live.prepare(values) if is_put else live.prepare(removed=values)
-            num_new, num_removed = live.write(change)
-            num_items = version.retriever.num_candidates
-    except Damaged:
-        raise
-    except ValueError as error:
-        raise rest.bad_request(str(error)) from None
-    except OSError:
-        raise _unconfirmed("items") from None
+    # A new version has other vectors, so it takes over only after this write.
+    with confirming("items"), rest.refusing(), versions.writing, versions.use() as version:
+        live = version.retriever.live
+        change = live.prepare(values) if is_put else live.prepare(removed=values)
+        num_new, num_removed = live.write(change)
+        num_items = version.retriever.num_candidates
     counts: dict[str, Any] = {"num_new": num_new} if is_put else {"num_removed": num_removed}
     LIVE_UNKNOWN_VALUES.inc(len(change.notes))
     notes = {"notes": change.notes} if change.notes else {}
     return {**counts, **notes, "num_items": num_items}
 
 
-def _unconfirmed(what: str) -> HTTPException:
-    """Makes a 503, and logs the error under way."""
-    logger.exception("a write of %s was not confirmed", what)
-    message = f"The {what} could not be put on disk, and nothing has changed"
-    return HTTPException(503, f"{message}; the server's log has more.", {"Retry-After": "1"})
+@contextlib.contextmanager
+def confirming(what: str) -> Iterator[None]:
+    """Answers 503 if the block cannot put what it writes on disk, and logs why."""
+    try:
+        yield
+    except OSError:
+        logger.exception("a write of %s was not confirmed", what)
+        message = f"The {what} could not be put on disk, and nothing has changed"
+        message += "; the server's log has more."
+        raise HTTPException(503, message, {"Retry-After": "1"}) from None
 
 
 def read_events(versions: ModelVersions, body: bytes) -> tuple[list[Event], int]:
     """Reads the events in a body; returns them, and how many have an item that is no candidate."""
     values = rest.parse_items(body, "events")
     with versions.use() as version:
-        try:
+        with rest.refusing():
             events = version.retriever.checked_events(values)
-        except ValueError as error:
-            raise rest.bad_request(str(error)) from None
         is_known = version.retriever.candidates.has([event.item_id for event in events])
     return events, int((~is_known).sum())
 
@@ -259,7 +256,6 @@ def _model_routes(server: ModelServer) -> list[Route]:
     versions = server.versions
 
     async def items(request: Request) -> Response:
-        _check_method(request, "PUT", "DELETE")
         server.number(request)
         body = await read_body(request, server.settings)
         server.authorize(request.headers.get("authorization", ""))
@@ -267,31 +263,22 @@ def _model_routes(server: ModelServer) -> list[Route]:
         return JSONResponse(await _run(server.writes, write_items, versions, body, is_put))
 
     async def events(request: Request) -> Response:
-        _check_method(request, "POST")
         body = await read_body(request, server.settings)
         server.authorize(request.headers.get("authorization", ""))
         if len(body) > SMALL_BODY_BYTES:
             read, num_unknown = await _run(server.large, read_events, versions, body)
         else:
             read, num_unknown = read_events(versions, body)
-        try:
+        with confirming("events"):
             num_new = await asyncio.wrap_future(server.recorder.submit(read))
-        except OSError:
-            raise _unconfirmed("events") from None
         return JSONResponse({"num_new": num_new, "num_unknown_items": num_unknown})
 
     async def user(request: Request) -> Response:
-        _check_method(request, "DELETE")
         server.authorize(request.headers.get("authorization", ""))
-        with versions.use() as version:
-            try:
-                user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
-            except ValueError as error:
-                raise rest.bad_request(str(error)) from None
-        try:
+        with versions.use() as version, rest.refusing():
+            user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
+        with confirming("deletion"):
             num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))
-        except OSError:
-            raise _unconfirmed("deletion") from None
         return JSONResponse({"num_deleted": num_deleted})
 
     async def model_metadata(request: Request) -> Response:
@@ -326,11 +313,10 @@ def _model_routes(server: ModelServer) -> list[Route]:
         content = prometheus_client.generate_latest()
         return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    every_method = list(http.HTTPMethod)
     routes = [
-        Route("/v1/models/{name}/items", items, methods=every_method),
-        Route("/v1/events", events, methods=every_method),
-        Route("/v1/users/{user_id:path}", user, methods=every_method),
+        Route("/v1/models/{name}/items", items, methods=["PUT", "DELETE"]),
+        Route("/v1/events", events, methods=["POST"]),
+        Route("/v1/users/{user_id:path}", user, methods=["DELETE"]),
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", prometheus),
@@ -339,7 +325,7 @@ def _model_routes(server: ModelServer) -> list[Route]:
         routes += [
             # For every method, and first: the last route would take ":predict" for a part of the
             # name.
-            Route(f"{address}:predict", server.predict, methods=every_method),
+            Route(f"{address}:predict", server.predict, methods=list(http.HTTPMethod)),
             Route(f"{address}/metadata", model_metadata),
             Route(address, model_status),
         ]
@@ -368,11 +354,6 @@ def _page_routes(server: ModelServer) -> list[Route]:
         Route("/page/items", page_items),
         Route("/page/query", page_query, methods=["POST"]),
     ]
-
-
-def _check_method(request: Request, *methods: str) -> None:
-    if request.method not in methods:
-        raise HTTPException(405, headers={"Allow": ", ".join(methods)})
 
 
 async def read_body(request: Request, settings: ServeSettings) -> bytes:

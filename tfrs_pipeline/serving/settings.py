@@ -83,12 +83,9 @@ class ServeSettings(Config):
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         for name in ("exclude_served_answers", "exclude_served_hours"):
-            if getattr(self, name) and self.record_share < 1:
+            if (value := getattr(self, name)) and self.record_share < 1:
                 message = "only recorded answers can be left out: set record_share to 1"
-                yield (
-                    name,
-                    f"got {getattr(self, name)} with record_share {self.record_share}; {message}",
-                )
+                yield name, f"got {value} with record_share {self.record_share}; {message}"
 
 
 def read_token(path: Path) -> bytes:

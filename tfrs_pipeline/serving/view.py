@@ -27,7 +27,7 @@ class View:
     # The ends of these arrays are reserved for new rows.
     ids: np.ndarray
     vectors: np.ndarray  # Without row 0: row r is at r - 1.
-    codes: np.ndarray | None  # [any, P] int32, the values of the filter, padded with 0.
+    codes: np.ndarray  # [any, P] int32, the values of the filter, padded with 0; P is 0 without.
     searcher: Searcher | None
     num_rows: int
     is_removed: np.ndarray | None = None  # [num_rows + 1] bool; None if no row is.
@@ -48,11 +48,7 @@ class View:
         new = [self.new_rows[id_] for id_ in ids if id_ in self.new_rows]
         return np.union1d(rows, np.array(new, np.int32))
 
-    def row_of(self, id_: Any) -> int:
-        """Returns the row that an id has now, 0 if it is not a candidate."""
-        return int(self.rows_now([id_])[0])
-
-    def rows_now(self, ids: Sequence[Any]) -> np.ndarray:
+    def rows_now(self, ids: Collection[Any]) -> np.ndarray:
         """Returns the row that each of [n] ids has now, [n] int32; 0 if it is not a candidate."""
         rows = self.corpus.rows(ids)
         if self.new_rows:
@@ -67,23 +63,19 @@ class View:
         return rows if self.is_removed is None else rows[~self.is_removed[1:]]
 
     def changed(
-        self,
-        ids: Sequence[Any],
-        vectors: np.ndarray,
-        codes: np.ndarray | None,
-        removed: Sequence[Any],
+        self, ids: Sequence[Any], vectors: np.ndarray, codes: np.ndarray, removed: Sequence[Any]
     ) -> Self:
         """Returns the view after a change: `ids` are added or replaced, and others removed."""
         # A replaced item's old row is removed, so a search meets each id once.
-        gone = list(filter(None, map(self.row_of, [*ids, *removed])))
+        rows = self.rows_now([*ids, *removed])
+        gone = rows[rows > 0]
         first, last = self.num_rows + 1, self.num_rows + len(ids)
-        view = self._with_room(len(ids), 0 if codes is None else codes.shape[1])
+        view = self._with_room(len(ids), codes.shape[1])
         view.ids[first : last + 1] = as_id_array(ids) if len(ids) else []
         view.vectors[first - 1 : last] = vectors
-        if codes is not None and view.codes is not None:
-            view.codes[first : last + 1, : codes.shape[1]] = codes
+        view.codes[first : last + 1, : codes.shape[1]] = codes
         is_removed = self.is_removed
-        if is_removed is not None or gone:
+        if is_removed is not None or len(gone):
             # A copy, which takes some 30 microseconds for a million rows.
             before = [False] if is_removed is None else is_removed
             is_removed = np.zeros(last + 1, bool)
@@ -117,9 +109,8 @@ class View:
         shapes: dict[str, tuple[int, ...]] = {
             "ids": (capacity + 1,),
             "vectors": (capacity, self.vectors.shape[1]),
+            "codes": (capacity + 1, max(self.codes.shape[1], width)),
         }
-        if self.codes is not None:
-            shapes["codes"] = (capacity + 1, max(self.codes.shape[1], width))
         parts: dict[str, Any] = {}
         for name, shape in shapes.items():
             array = getattr(self, name)
