@@ -64,8 +64,11 @@ class Scan:
             rows = self._open(columns).project(", ".join(map(quoted, columns)))
             return query(rows).fetchall()
 
-    def load(self, names: Mapping[str, str]) -> RawTable:
-        """Reads columns, once, and counts broken lines; `names` maps new names to those here."""
+    def load(self, names: Mapping[str, str], renaming: str = "columns") -> RawTable:
+        """Reads columns, once, and counts broken lines; `names` maps new names to those here.
+
+        `renaming` is the option of `Reading` that names them.
+        """
         if inner := [name for name in names if name.startswith("_")]:
             raise DataError(
                 f"{self.name}: a column cannot be called {printable(inner[0])}: names with '_' in "
@@ -81,7 +84,7 @@ class Scan:
             raw = self.connection.table(table)  # A full disk may show only here.
         renamed = {name: column for name, column in names.items() if name != column}
         source, is_text = Source(self.name, renamed), bool(self.csv_files)
-        return RawTable(raw, source, count_rows(raw), is_text, self._dropped())
+        return RawTable(raw, source, count_rows(raw), is_text, self._dropped(), renaming=renaming)
 
     def _open(self, columns: Iterable[str]) -> Relation:
         """Opens the rows of some columns, in order."""

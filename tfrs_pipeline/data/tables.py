@@ -1,7 +1,6 @@
 """The tables of a log: events, items and users, typed, stored and made consistent."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import ibis
@@ -287,7 +286,7 @@ def _load_raw(
         mend = f"Add {id_name}={printable(events_column)} to {setting}, as in columns."
         remedies[names[id_name]] = mend
     schema.require_all(scanned.columns, remedies, Source(scanned.name), setting)
-    return replace(scanned.load(names), renaming=setting)
+    return scanned.load(names, setting)
 
 
 def _type_entities(

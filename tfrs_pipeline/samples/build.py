@@ -234,10 +234,8 @@ def find_losers(
     taken = events.filter(events["stage"].isin(list(hard.stages)))
     # What the user clicked at any time is liked, even if this request lost it.
     losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, _PAIR)
-    # The stage "exposed" is present only if `allow_exposed` is set.
-    was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
-    others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
-    return others.anti_join(exposed, _PAIR).union(was_exposed)
+    # The stage "exposed" is present only if `allow_exposed` is set, and then stays.
+    return losers.anti_join(exposed, [*_PAIR, losers["stage"] != Stage.EXPOSED.value])
 
 
 def draw_pools(

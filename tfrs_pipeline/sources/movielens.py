@@ -182,12 +182,11 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
             files.mkdir()
             try:
                 fetch(files)
+                files.rename(targets[route])
             except FetchError as error:
                 logger.info("%s: %s; going on", route, error)
                 reasons.append(f"{route}: {error}")
                 continue
-            try:
-                files.rename(targets[route])
             except OSError:
                 # Another process was first. Its folder is complete, because it was renamed too.
                 if not targets[route].exists():
