@@ -234,8 +234,11 @@ def find_losers(
     taken = events.filter(events["stage"].isin(list(hard.stages)))
     # What the user clicked at any time is liked, even if this request lost it.
     losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, _PAIR)
-    # The stage "exposed" is present only if `allow_exposed` is set, and then stays.
-    return losers.anti_join(exposed, [*_PAIR, losers["stage"] != Stage.EXPOSED.value])
+    # The stage "exposed" is present only if `allow_exposed` is set.
+    was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
+    # One join with both conditions would compare all pairs of rows.
+    others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
+    return others.anti_join(exposed, _PAIR).union(was_exposed)
 
 
 def draw_pools(
