@@ -15,7 +15,7 @@ import tensorflow as tf
 from tests.model.conftest import tiny
 from tests.small_log import event_table, item_table, write
 from tfrs_pipeline import ConfigError, Exact, Log, RunConfig, load
-from tfrs_pipeline.features.feature import NUMBER_TYPES, Feature, TableColumn
+from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import Column, to_numbers
 from tfrs_pipeline.run.refresh import refresh_index
@@ -33,7 +33,6 @@ class Cyclic(Feature):
     period: float
 
     kind: ClassVar[str] = "cyclic"
-    column_types = NUMBER_TYPES
     raw_dtype = "float64"
     example = "3"
     is_embedded = False

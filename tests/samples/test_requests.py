@@ -10,8 +10,7 @@ from tests.data.test_requests import FEATURES, expected, made, rows
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.columns import read_raw
-from tfrs_pipeline.samples.store import read_samples
+from tfrs_pipeline.samples.store import read_raw, read_samples
 
 
 def test_samples_have_the_request_features_of_their_events(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A training batch, its slices, and `Examples`, which decide which positives it has."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Annotated, Any, NamedTuple, Protocol, get_type_hints
@@ -184,11 +184,9 @@ class Examples(Protocol):
 
     def choose(self, step: int) -> Any:
         """Returns the chosen contents of a step's batch, a structure of arrays."""
-        ...
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
         """Returns pairs of a step, scalar int64, and its `choose`."""
-        ...
 
     def read(self, chosen: Any) -> Batch:
         """Gathers the chosen contents in NumPy.
@@ -196,7 +194,6 @@ class Examples(Protocol):
         Returns a `Batch` with query_row, index and candidate_row; positive_query if W may differ
         from P; history_rows, or sequence_rows and state; if the samples have times, those too.
         """
-        ...
 
 
 class EpochExamples:
@@ -232,12 +229,8 @@ class EpochExamples:
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
         """Returns pairs of a step and its batch's contents; see `Examples`."""
-
-        def pairs() -> Iterator[tuple[int, Any]]:
-            step = start_step
-            while num_steps is None or step < start_step + num_steps:
-                yield step, self.choose(step)
-                step += 1
-
-        specs = (tf.TensorSpec([], tf.int64), self._spec)
-        return tf.data.Dataset.from_generator(pairs, output_signature=specs)
+        stop = np.iinfo(np.int64).max if num_steps is None else start_step + num_steps
+        return tf.data.Dataset.from_generator(
+            lambda: ((step, self.choose(step)) for step in range(start_step, stop)),
+            output_signature=(tf.TensorSpec([], tf.int64), self._spec),
+        )

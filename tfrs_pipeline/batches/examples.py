@@ -1,20 +1,13 @@
 """The kinds of examples: positives one by one, sets of a user's items, whole sequences."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, EpochExamples, Use, seed_of
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.samplers import AliasSampler
-from tfrs_pipeline.samples.store import (
-    RowLists,
-    Samples,
-    offsets_of,
-    padded_lines,
-    positive_probability,
-)
+from tfrs_pipeline.samples import store
+from tfrs_pipeline.samples.store import RowLists, Samples, offsets_of, padded_lines
 
 INT32_MAX = np.iinfo(np.int32).max
 
@@ -62,17 +55,15 @@ class SinglePositives:
         self.rate = rate
         row = tf.TensorSpec([batch_size], tf.int32)
         history = tf.TensorSpec([batch_size, history_length], tf.int32)
-        self.signature = Batch(row, row, row, history_rows=history)
-        if samples.sequence_times is not None:
-            times = tf.TensorSpec([batch_size, history_length + 1], tf.float64)
-            self.signature = self.signature._replace(history_times=times)
+        has_times = samples.sequence_times is not None
+        times = tf.TensorSpec([batch_size, history_length + 1], tf.float64) if has_times else None
+        self.signature = Batch(row, row, row, history_rows=history, history_times=times)
         self._samples = samples
-        self._num_samples = len(samples)
         self._history_length = history_length
         self._seed = seed
         self._sampler = None
         if rate is not None:
-            self._sampler = AliasSampler(positive_probability(samples.counts, rate))
+            self._sampler = AliasSampler(store.positive_probability(samples.counts, rate))
             self._counts = tf.constant(samples.counts, tf.int64)
             self._first = tf.cumsum(self._counts, exclusive=True)
             # The samples of a candidate lie together, so that a draw within it is an addition.
@@ -107,13 +98,13 @@ class SinglePositives:
         if self._sampler is not None:
             return self._drawn(self._sampler, seed_of(self._seed, Use.ORDER, step))
         position = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
-        index = tf.cast(position % self._num_samples, tf.int32)
-        first_epoch = step * self.batch_size // self._num_samples
+        index = tf.cast(position % len(self._samples), tf.int32)
+        first_epoch = step * self.batch_size // len(self._samples)
         # A batch is not larger than an epoch, so it ends in the next epoch at the latest.
-        is_next = position // self._num_samples > first_epoch
+        is_next = position // len(self._samples) > first_epoch
         this, following = (
             tf.random.experimental.index_shuffle(
-                index, seed_of(self._seed, Use.ORDER, epoch), self._num_samples - 1
+                index, seed_of(self._seed, Use.ORDER, epoch), len(self._samples) - 1
             )
             for epoch in (first_epoch, first_epoch + 1)
         )
@@ -156,7 +147,6 @@ class UserSets(EpochExamples):
         row, rows = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
         self.signature = Batch(row, row, row, positive_query=row, history_rows=rows)
         self._history_length = history_length
-        self._num_samples = len(samples)
         self._rows = samples.candidate_rows
         # Each distinct pair of a query and a candidate has one coin. Rows are int32, so a pair of
         # them is one int64, which sorts by query, then candidate.
@@ -180,27 +170,24 @@ class UserSets(EpochExamples):
         # One sort by the user's turn, in random order within, which also samples longer histories.
         # Users without targets have turn -1 and come first.
         turns = turn[self._sample_queries]
-        visited = np.argsort(turns + rng.random(self._num_samples))[np.count_nonzero(turns < 0) :]
+        visited = np.argsort(turns + rng.random(len(self._rows)))[np.count_nonzero(turns < 0) :]
         is_input = is_input[visited]
         target = visited[~is_input].astype(np.int32)
         inputs = self._rows[visited[is_input]]
         num_inputs = np.bincount(turns[visited[is_input]], minlength=len(order)).astype(np.int32)
         num_targets = num_targets[order].astype(np.int32)
         query_row = self._queries[order].astype(np.int32)
-        # Where each batch begins among the users, and among their targets and inputs.
-        begin = np.arange(self.steps_per_epoch + 1) * len(order) // self.steps_per_epoch
+        # Where each batch but the first begins among the users, and their targets and inputs.
+        begin = np.arange(1, self.steps_per_epoch) * len(order) // self.steps_per_epoch
         begin_target, begin_input = (offsets_of(num)[begin] for num in (num_targets, num_inputs))
         parts = {
-            "query_row": (query_row, begin),
-            "target": (target, begin_target),
-            "num_targets": (num_targets, begin),
-            "input": (inputs, begin_input),
-            "num_inputs": (num_inputs, begin),
+            "query_row": np.split(query_row, begin),
+            "target": np.split(target, begin_target),
+            "num_targets": np.split(num_targets, begin),
+            "input": np.split(inputs, begin_input),
+            "num_inputs": np.split(num_inputs, begin),
         }
-        return [
-            {name: values[at[i] : at[i + 1]] for name, (values, at) in parts.items()}
-            for i in range(self.steps_per_epoch)
-        ]
+        return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
 
     def _flip_coins(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draws which samples are input, and counts the targets of each query."""
@@ -260,16 +247,16 @@ class WholeSequences(EpochExamples):
                 "Whole sequences need an order: a history must be a prefix of its user's "
                 "sequence. Give the log its order, or train its users as sets."
             )
-        windows = _Windows.cut(samples, history_length)
+        self._query_rows, self._starts, self._lengths, self._trained = _cut_windows(
+            samples, history_length
+        )
         row, rows = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
-        self.signature = Batch(row, row, row, sequence_rows=rows, state=row)
-        if samples.sequence_times is not None:
-            times = tf.TensorSpec([None, None], tf.float64)
-            self.signature = self.signature._replace(sequence_times=times)
+        has_times = samples.sequence_times is not None
+        times = tf.TensorSpec([None, None], tf.float64) if has_times else None
+        self.signature = Batch(row, row, row, sequence_rows=rows, sequence_times=times, state=row)
         steps = max(1, round(len(samples) / batch_size))
         super().__init__(batch_size=batch_size, steps_per_epoch=steps, seed=seed, drawn=row)
-        self._num_samples = len(samples)
-        self._num_positives = np.diff(windows.samples.offsets)
+        self._num_positives = np.diff(self._trained.offsets)
         longest = int(self._num_positives.max())
         # Otherwise that many positives in a row might not hold the middle of any window.
         if self.steps_per_epoch > 1 and len(samples) / self.steps_per_epoch <= longest:
@@ -279,31 +266,30 @@ class WholeSequences(EpochExamples):
                 "shorter history, or training.examples = 'single'."
             )
         self._samples = samples
-        self._windows = windows
 
     def draw_epoch(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Draws the windows of each batch, [S] int32."""
         order = rng.permutation(len(self._num_positives))
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
-        pool = done * self.steps_per_epoch // (self._num_samples * BATCHES_PER_POOL)
+        pool = done * self.steps_per_epoch // (len(self._samples) * BATCHES_PER_POOL)
         # Sorted by length within a pool, so that a batch has windows of similar length: padding
         # takes time, and one long window pads its whole batch. Pools keep the order random.
         order = order[np.lexsort([self._num_positives[order], pool])]
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
-        batch = (done * self.steps_per_epoch / self._num_samples).astype(np.int64)
+        batch = (done * self.steps_per_epoch / len(self._samples)).astype(np.int64)
         ends = np.searchsorted(batch, np.arange(1, self.steps_per_epoch))
         batches = np.split(order.astype(np.int32), ends)
         return [batches[i] for i in rng.permutation(self.steps_per_epoch)]
 
     def read(self, chosen: np.ndarray) -> Batch:
         """Reads windows; see the class."""
-        samples, windows = self._samples, self._windows
+        samples = self._samples
         assert samples.num_earlier is not None
-        trained = windows.samples.take(chosen)
+        trained = self._trained.take(chosen)
         index = trained.values
-        starts, lengths = windows.starts[chosen], windows.lengths[chosen]
+        starts, lengths = self._starts[chosen], self._lengths[chosen]
         width = lengths.max()
-        first = samples.sequences.offsets[windows.query_rows[chosen]] + starts
+        first = samples.sequences.offsets[self._query_rows[chosen]] + starts
         window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(trained.offsets))
         num_read = samples.num_earlier[index] - starts[window]
         if (times := samples.sequence_times) is not None:
@@ -319,35 +305,31 @@ class WholeSequences(EpochExamples):
         )
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """Windows of sequences, and the samples that each trains; arrays are [num_windows] int32."""
+def _cut_windows(
+    samples: Samples, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, RowLists]:
+    """Cuts sequences into windows from their ends, the last one ending with the last history.
 
-    query_rows: np.ndarray
-    starts: np.ndarray  # Position of each one's first item in the query's sequence.
-    lengths: np.ndarray  # Number of items that each reads.
-    samples: RowLists
-
-    @classmethod
-    def cut(cls, samples: Samples, length: int) -> "_Windows":
-        """Cuts sequences from their ends, the last window ending with the last history."""
-        # A window that starts at s trains the samples with s < num_earlier <= s + length; the first
-        # window of a sequence also trains those with an empty history.
-        assert samples.num_earlier is not None
-        last = np.zeros(len(samples.sequences), np.int64)
-        np.maximum.at(last, samples.query_rows, samples.num_earlier)
-        # Windows are numbered from the end: number 0 reads up to the last history.
-        number = np.maximum(last[samples.query_rows] - samples.num_earlier, 0) // length
-        # An empty history begins the window that reads the first item.
-        number = np.minimum(number, np.maximum(last[samples.query_rows] - 1, 0) // length)
-        key = samples.query_rows.astype(np.int64) << 32 | number
-        order = np.lexsort([samples.num_earlier, key])
-        distinct, first, counts = np.unique(key[order], return_index=True, return_counts=True)
-        query_rows = (distinct >> 32).astype(np.int32)
-        end = last[query_rows] - (distinct & 0xFFFFFFFF) * length
-        starts = np.maximum(end - length, 0)
-        # If a tie moves a window's last samples elsewhere, it reads only as far as its own samples.
-        furthest = np.maximum.reduceat(samples.num_earlier[order], first)
-        lengths = (furthest - starts).astype(np.int32)
-        lists = RowLists(offsets_of(counts), order.astype(np.int32))
-        return cls(query_rows, starts.astype(np.int32), lengths, lists)
+    Returns, for each window, the row of its query, the position of its first item in the query's
+    sequence, and how many items it reads, [num_windows] int32 each; and the samples that it trains.
+    """
+    # A window that starts at s trains the samples with s < num_earlier <= s + length; the first
+    # window of a sequence also trains those with an empty history.
+    assert samples.num_earlier is not None
+    last = np.zeros(len(samples.sequences), np.int64)
+    np.maximum.at(last, samples.query_rows, samples.num_earlier)
+    # Windows are numbered from the end: number 0 reads up to the last history.
+    number = np.maximum(last[samples.query_rows] - samples.num_earlier, 0) // length
+    # An empty history begins the window that reads the first item.
+    number = np.minimum(number, np.maximum(last[samples.query_rows] - 1, 0) // length)
+    key = samples.query_rows.astype(np.int64) << 32 | number
+    order = np.lexsort([samples.num_earlier, key])
+    distinct, first, counts = np.unique(key[order], return_index=True, return_counts=True)
+    query_rows = (distinct >> 32).astype(np.int32)
+    end = last[query_rows] - (distinct & 0xFFFFFFFF) * length
+    starts = np.maximum(end - length, 0)
+    # If a tie moves a window's last samples elsewhere, it reads only as far as its own samples.
+    furthest = np.maximum.reduceat(samples.num_earlier[order], first)
+    lengths = (furthest - starts).astype(np.int32)
+    lists = RowLists(offsets_of(counts), order.astype(np.int32))
+    return query_rows, starts.astype(np.int32), lengths, lists

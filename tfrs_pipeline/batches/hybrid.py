@@ -91,12 +91,11 @@ class HybridBatches:
         self.samples = samples
         self.examples = examples
         self.steps_per_epoch = examples.steps_per_epoch
-        self.negatives = tuple(negatives)
         self._seed = seed
         q_positive = positive_probability(samples.counts, examples.rate)
         # n(c) follows from how positives are drawn, not from their weights.
         self.frame = SamplingFrame(samples.counts, q_positive, examples.batch_size)
-        self._mixture = Mixture(self.negatives, self.frame)
+        self._mixture = Mixture(negatives, self.frame)
         self.expected_count = self._mixture.expected_count
         self._factor = None
         if positive_weight is not None:
@@ -121,7 +120,7 @@ class HybridBatches:
         share = 0.0
         # A candidate's rate is divided evenly among its samples.
         sample_rate = self.frame.q_positive / np.maximum(self.samples.counts, 1)
-        for block in _blocks(len(self.samples)):
+        for block in _blocks(len(self.samples), SAMPLES_PER_BLOCK):
             has_any = np.any([pool.has_any(block) for pool in self.hard.pools.values()], axis=0)
             share += sample_rate[self.samples.candidate_rows[block][has_any]].sum()
         return self.hard.share * share
@@ -233,7 +232,7 @@ class HybridBatches:
         samples, n = self.samples, self.expected_count
         sample_rate = self.frame.q_positive / np.maximum(samples.counts, 1)
         query_rate = np.zeros(len(samples.known_positives))
-        for block in _blocks(len(samples)):
+        for block in _blocks(len(samples), SAMPLES_PER_BLOCK):
             rates = sample_rate[samples.candidate_rows[block]]
             query_rate += np.bincount(samples.query_rows[block], rates, len(query_rate))
         masked = {"accidental hits": float(self.frame.q_positive @ n)}
@@ -259,9 +258,8 @@ def _never_by_row(never: Never, slot: tf.Tensor) -> Never:
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
 
 
-def _blocks(num: int, size: int | None = None) -> Iterator[slice]:
+def _blocks(num: int, size: int) -> Iterator[slice]:
     """Cuts samples, or lists of some size, into blocks that fit into memory."""
-    size = SAMPLES_PER_BLOCK if size is None else size
     for start in range(0, num, size):
         yield slice(start, min(start + size, num))
 

@@ -79,7 +79,7 @@ def to_timestamp(
             )
         if dtype.is_floating():
             value = value.isnan().ifelse(ibis.null(), value)
-        _check_unit(raw, value, column, reading.timestamp_unit, period)
+        _check_unit(raw, value, column, reading, period)
         time = _from_numbers(value, reading.timestamp_unit)
     elif dtype.is_timestamp() and dtype.timezone is not None:
         time = value.cast(_UTC)
@@ -143,16 +143,13 @@ def _read_time(raw: RawTable, column: str) -> ir.Value:
 
 
 def _check_unit(
-    raw: RawTable,
-    value: ir.NumericValue,
-    column: str,
-    unit: TimestampUnit | None,
-    period: Period | None,
+    raw: RawTable, value: ir.NumericValue, column: str, reading: Reading, period: Period | None
 ) -> None:
     """Refuses a column if most numbers are in another unit; notes a fault if only some are.
 
     Without a `period` the column is a feature, whose numbers may be years.
     """
+    unit = reading.timestamp_unit
     expected = unit or "s"
     number = value.cast("float64")
     size = number.abs()

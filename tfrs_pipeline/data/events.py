@@ -2,26 +2,18 @@
 
 import difflib
 import itertools
-import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import ibis
 import ibis.expr.types as ir
+import numpy as np
 
 from tfrs_pipeline.data import columns, event_types, overlooked, rules, schema
 from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable
-from tfrs_pipeline.data.schema import (
-    MAX_WEIGHT,
-    MIN_WEIGHT,
-    DataError,
-    Dropped,
-    Source,
-    Stage,
-    require_all,
-)
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.visits import STRENGTH
 from tfrs_pipeline.messages import printable
@@ -91,13 +83,14 @@ def load_events(
                 _note_amounts(raw, name, typed[name])
         elif name not in typed and name not in (stages_in, "weight"):
             typed[name] = _other_column(raw, name)
-    # After the stages: a label judges what a funnel exposed.
-    if reading.label or reading.event_weights:
-        conditions = _conditions(raw, typed, reading)
-        typed["stage"], typed["weight"] = _weigh(typed["stage"], conditions)
-    if reading.event_weights:
+    if reading.label:
+        # After the stages: a label judges what a funnel exposed.
+        typed["stage"], typed["weight"] = _weigh(typed, reading.label)
+    elif reading.event_weights:
+        meanings = reading.event_weights.items()
+        weights = [(name, _double(1 if isinstance(what, str) else what)) for name, what in meanings]
         # Before amounts multiply it: of the events in a visit, the type decides, then the amount.
-        typed[STRENGTH] = typed["weight"]
+        typed["weight"] = typed[STRENGTH] = _event_types(raw).cases(*weights, else_=_double(1))
     if "weight" in names:
         weight = _weight(raw, typed["stage"], reading.max_weight)
         typed["weight"] = weight * typed["weight"] if "weight" in typed else weight
@@ -137,7 +130,7 @@ def _event_columns(
         if (near := overlooked.log_name(column, absent))
     ]
     remedies = {file: f"Set columns to say which column is {name}." for name, file in names.items()}
-    require_all(scanned.columns, remedies, source, "columns", problems)
+    schema.require_all(scanned.columns, remedies, source, "columns", problems)
     if unread:
         overlooked.refuse(scanned, unread, absent)
     return names, unread
@@ -221,7 +214,7 @@ def _event_types(raw: RawTable) -> ir.StringValue:
 
 
 def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringValue:
-    """Returns the stage of each event, before a label or the weights of types decide."""
+    """Returns the stage of each event, before a label decides."""
     if stages_in == "stage":
         value = stage = raw.table["stage"].cast("string")
         if reading.stage_values:
@@ -232,60 +225,41 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
     if stages_in == "rating":
         rating = columns.to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), rules.NO_RATING)
-        lowest, disliked = (
-            ibis.literal(float(-math.inf if threshold is None else threshold))
-            for threshold in (reading.rating_threshold, reading.dislike_threshold)
-        )
-        if raw.table["rating"].type().is_float32():  # 4.1 in float32 is below 4.1 in float64.
-            lowest, disliked = (
-                limit.cast("float32").cast("float64") for limit in (lowest, disliked)
-            )
+        # 4.1 in float32 is below 4.1 in float64.
+        stored = np.float32 if raw.table["rating"].type().is_float32() else np.float64
+        limits = reading.rating_threshold, reading.dislike_threshold
+        lowest, disliked = (_double(stored(-np.inf if low is None else low)) for low in limits)
         stage = (rating >= lowest).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
         return (rating < disliked).ifelse(Stage.DISLIKED.value, stage)
     if stages_in == "event":
         raw.fault("event", raw.table["event"].isnull(), rules.NO_TYPE)
-    dislikes = [name for name, what in reading.event_weights.items() if what == "disliked"]
-    if dislikes:
-        is_dislike = _event_types(raw).isin(dislikes)
-        return is_dislike.ifelse(Stage.DISLIKED.value, Stage.EXPOSED.value)
-    is_decided_later = reading.label or reading.event_weights
-    return ibis.literal((Stage.EXPOSED if is_decided_later else Stage.CLICKED).value)
+        meanings = reading.event_weights.items()
+        clicked = Stage.CLICKED.value
+        stages = [(name, what if isinstance(what, str) else clicked) for name, what in meanings]
+        return _event_types(raw).cases(*stages, else_=Stage.EXPOSED.value)
+    return ibis.literal((Stage.EXPOSED if reading.label else Stage.CLICKED).value)
 
 
-def _conditions(
-    raw: RawTable, typed: Mapping[str, ir.Value], reading: Reading
-) -> list[tuple[ir.BooleanValue, float]]:
-    """Returns what makes an event a positive, each with its weight.
-
-    A label's column counts if it is true or above 0, and an event's type if it has a weight.
-    """
-    if reading.event_weights:
-        weights = reading.event_weights.items()
-        types = _event_types(raw)
-        return [(types == name, weight) for name, weight in weights if not isinstance(weight, str)]
-    values = {name: typed[name] for name in reading.label}
-    return [
-        (value if value.type().is_boolean() else value > 0, reading.label[name])
-        for name, value in values.items()
-    ]
+def _double(number: float | np.floating) -> ir.FloatingValue:
+    # DuckDB reads the literal 1.0 as a decimal, and Ibis drops a cast to the type it assumes.
+    return ibis.literal(str(float(number))).cast("float64")
 
 
 def _weigh(
-    stage: ir.StringValue, conditions: Iterable[tuple[ir.BooleanValue, float]]
+    typed: Mapping[str, ir.Value], label: Mapping[str, float]
 ) -> tuple[ir.StringValue, ir.FloatingValue]:
-    """Returns stages and weights: exposed events become positives if a condition holds.
+    """Returns stages and weights: exposed events become positives if an outcome of the label holds.
 
-    Clicked events for which none holds become `exposed`; events that were never exposed keep their
-    stage. The weights of all conditions that hold add up; what is no positive weighs 1.
+    An outcome holds if it is true or above 0. Clicked events for which none holds become `exposed`;
+    events that were never exposed keep their stage. The weights of all outcomes that hold add up;
+    what is no positive weighs 1.
     """
-
-    def double(number: float) -> ir.FloatingValue:
-        # DuckDB reads the literal 1.0 as a decimal, and Ibis drops a cast to the type it assumes.
-        return ibis.literal(str(float(number))).cast("float64")
-
-    weight = double(0)
-    for holds, amount in conditions:
-        weight += ibis.coalesce(holds, False).ifelse(double(amount), 0.0)
+    stage = typed["stage"]
+    weight = _double(0)
+    for name, amount in label.items():
+        outcome = typed[name]
+        holds = outcome if outcome.type().is_boolean() else outcome > 0
+        weight += ibis.coalesce(holds, False).ifelse(_double(amount), 0.0)
     was_exposed = stage.isin([Stage.EXPOSED.value, Stage.CLICKED.value])
     new_stage = (weight > 0).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
     is_weighed = was_exposed & (weight > 0)
@@ -311,7 +285,7 @@ def _weight(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> i
     if not (value.type().is_numeric() or value.type().is_string()):
         raise raw.wrong_type("weight", "a number")
     weight = value.try_cast("float64")
-    is_usable = weight.between(MIN_WEIGHT, MAX_WEIGHT).fill_null(False)
+    is_usable = weight.between(schema.MIN_WEIGHT, schema.MAX_WEIGHT).fill_null(False)
     raw.fault("weight", (stage == Stage.CLICKED.value) & ~is_usable, rules.WEIGHT)
     if max_weight is not None:
         weight = ibis.least(weight, max_weight)

@@ -7,7 +7,7 @@ import glob
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ import duckdb
 import ibis
 import pyarrow as pa
 import pyarrow.parquet
+from duckdb import DuckDBPyRelation as Relation
 from ibis.backends.duckdb import Backend as DuckDB
 from ibis.common.exceptions import TableNotFound
 
@@ -37,32 +38,37 @@ _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 class Scan:
     """A table whose columns are known but whose rows are not read yet.
 
-    `open` returns the rows of some columns, in order. All columns of `csv_files` are strings, and
-    DuckDB puts the lines that it cannot read into `rejects`. A stream can be read only once.
+    All columns of `csv_files` are strings, and DuckDB puts the lines that it cannot read into
+    `rejects`. A stream can be read only once.
     """
 
     connection: DuckDB
     name: str
-    columns: Sequence[str]
-    open: Callable[[list[str]], duckdb.DuckDBPyRelation]
+    source: Relation | ibis.Table
     csv_files: Sequence[Path] = ()
     rejects: str = ""
     is_stream: bool = False
 
+    @property
+    def columns(self) -> Sequence[str]:
+        """Names of the columns."""
+        return self.source.columns
+
     def fetch(
-        self,
-        columns: Sequence[str],
-        query: Callable[[duckdb.DuckDBPyRelation], duckdb.DuckDBPyRelation],
+        self, columns: Sequence[str], query: Callable[[Relation], Relation]
     ) -> list[tuple[Any, ...]]:
         """Returns the rows of a query on columns, which `load` reads again; none of a stream."""
         if self.is_stream or not columns:
             return []
         with self._reading():
-            rows = self.open(list(columns)).project(", ".join(map(quoted, columns)))
+            rows = self._open(columns).project(", ".join(map(quoted, columns)))
             return query(rows).fetchall()
 
-    def load(self, names: Mapping[str, str]) -> RawTable:
-        """Reads columns, once, and counts broken lines; `names` maps new names to those here."""
+    def load(self, names: Mapping[str, str], renaming: str = "columns") -> RawTable:
+        """Reads columns, once, and counts broken lines; `names` maps new names to those here.
+
+        `renaming` is the option of `Reading` that names them.
+        """
         if inner := [name for name in names if name.startswith("_")]:
             raise DataError(
                 f"{self.name}: a column cannot be called {printable(inner[0])}: names with '_' in "
@@ -74,11 +80,21 @@ class Scan:
         # A row number without ORDER BY follows the order of the scan, on one thread.
         projection = ", ".join([*columns, "row_number() OVER () - 1 AS _row"])
         with self._reading():
-            self.open(list(dict.fromkeys(names.values()))).project(projection).create(table)
+            self._open(dict.fromkeys(names.values())).project(projection).create(table)
             raw = self.connection.table(table)  # A full disk may show only here.
         renamed = {name: column for name, column in names.items() if name != column}
         source, is_text = Source(self.name, renamed), bool(self.csv_files)
-        return RawTable(raw, source, count_rows(raw), is_text, self._dropped())
+        return RawTable(raw, source, count_rows(raw), is_text, self._dropped(), renaming=renaming)
+
+    def _open(self, columns: Iterable[str]) -> Relation:
+        """Opens the rows of some columns, in order."""
+        if not isinstance(self.source, ibis.Table):
+            return self.source
+        # Opened only when it is read, because an engine may allow a single open query.
+        rows = self.source.select(*columns)
+        if rows.get_backend() is self.connection:
+            return self.connection.con.sql(self.connection.compile(rows))
+        return self.connection.con.from_arrow(rows.to_pyarrow_batches())
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -127,16 +143,9 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
             return (_scan_csv if is_text else _scan_parquet)(connection, path, paths)
         except duckdb.Error as error:
             raise _unreadable(path, error, paths if is_text else ()) from error
+    if isinstance(source, ibis.Table):
+        return Scan(connection, name, source)
     try:
-        if isinstance(source, ibis.Table):
-            # Opened only when it is read, because an engine may allow a single open query.
-            def open_table(columns: list[str]) -> duckdb.DuckDBPyRelation:
-                rows = source.select(*columns)
-                if source.get_backend() is connection:
-                    return connection.con.sql(connection.compile(rows))
-                return connection.con.from_arrow(rows.to_pyarrow_batches())
-
-            return Scan(connection, name, source.columns, open_table)
         # A stream stays one: it may be larger than memory, and can be read only once.
         is_stream = isinstance(source, pa.RecordBatchReader)
         arrow = source if is_stream else _plain_table(pa.table(source))
@@ -150,7 +159,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
             f"{sentence(printable(str(error), 300))} Give a path, a pandas DataFrame whose columns "
             "hold one type each, a pyarrow Table or an Ibis table."
         ) from error
-    return Scan(connection, name, relation.columns, lambda columns: relation, is_stream=is_stream)
+    return Scan(connection, name, relation, is_stream=is_stream)
 
 
 def _plain_table(table: pa.Table) -> pa.Table:
@@ -175,10 +184,8 @@ def _plain_table(table: pa.Table) -> pa.Table:
 def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens CSV files in the given order, with all columns as text."""
     header, delimiter = _read_header(path, paths)
-    types, rejects = (
-        ", ".join(f"{_quote(column)}: 'VARCHAR'" for column in header),
-        ibis.util.gen_name("bad"),
-    )
+    types = ", ".join(f"{_quote(column)}: 'VARCHAR'" for column in header)
+    rejects = ibis.util.gen_name("bad")
     # With "auto", DuckDB takes a "?" in a file name as its end.
     are_zipped = {_is_zipped(path) for path in paths}
     compression = "auto" if len(are_zipped) > 1 else "gzip" if True in are_zipped else "none"
@@ -189,7 +196,7 @@ def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
         f"hive_partitioning={_is_partitioned(path, paths)}, compression='{compression}', "
         f"store_rejects=true, rejects_table='{rejects}', rejects_scan='{rejects}_files')"
     )
-    return Scan(connection, str(path), relation.columns, lambda columns: relation, paths, rejects)
+    return Scan(connection, str(path), relation, paths, rejects)
 
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
@@ -230,7 +237,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
     as_text = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in names)
     replaced = f"REPLACE ({as_text})" if names else ""
     relation = connection.con.sql(f"SELECT * {replaced} FROM {rows}")
-    return Scan(connection, str(path), relation.columns, lambda columns: relation)
+    return Scan(connection, str(path), relation)
 
 
 def _plain(dtype: pa.DataType) -> pa.DataType:

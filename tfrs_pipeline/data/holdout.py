@@ -1,5 +1,6 @@
 """The queries of an evaluation, and the items that they should find."""
 
+import collections
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,12 +15,7 @@ import pyarrow as pa
 from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.ids import as_id_array
-from tfrs_pipeline.data.requests import (
-    at_request,
-    query_start,
-    whole_seconds,
-    with_num_before,
-)
+from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds, with_num_before
 from tfrs_pipeline.data.schema import DataError, Stage, is_dislike, is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
@@ -191,8 +187,7 @@ def make_holdout(
         by_then = is_dislike(split) & split["part"].isin([*_PARTS_BEFORE[part], part])
         is_target &= ~by_then.any().over(ibis.window(group_by=schema.PAIR))
     split = split.mutate(_is_target=is_target)
-    targets = split.filter("_is_target")
-    users, num_queries = _draw_users(targets, by, max_queries, seed)
+    users, num_queries = _draw_users(split.filter("_is_target"), by, max_queries, seed)
     rows = _read_events(split.semi_join(users, "user_id"), part, by, log)
     if rows.num_rows == 0:
         without = " In Python, split.train and split.test do not need it."
@@ -201,22 +196,31 @@ def make_holdout(
             f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
     # Lists of different lengths are cut in NumPy: DuckDB would hold them in memory.
-    events = _Events.of(rows)
-    queries = [*(_by_user(events) if by == "users" else _by_request(events, by))]
-    target_rows, rows_before = zip(*queries, strict=True)
-    first = np.array([query_rows[0] for query_rows in target_rows])
-    ids, is_tied = events.item_ids, events.is_tied()
-    disliked = None
-    if log.disliked is not None:
-        disliked = [np.unique(ids[before[events.is_dislike[before]]]) for before in rows_before]
-    parts = zip(target_rows, rows_before, disliked or [ids[:0]] * len(first), strict=True)
-    history_rows = [events.history(*query) for query in parts]
-    clicked_before = (before[events.is_positive[before]] for before in rows_before)
-    times: dict[str, Any] = {}
-    if "timestamp" in split.columns:
-        seconds = rows["_seconds"].to_numpy()
-        history_times = [seconds[history] for history in history_rows]
-        times = {"history_times": history_times, "times": seconds[first]}
+    names = ("item_id", "_is_positive", "_is_dislike", "_is_tied")
+    ids, was_clicked, was_disliked, is_tied = (rows[name].to_numpy() for name in names)
+    seconds = rows["_seconds"].to_numpy() if "timestamp" in split.columns else None
+    requests = _numbered(rows["_request"])
+    first, lists = [], collections.defaultdict[str, Any](list)
+    for targets, before in _by_user(rows) if by == "users" else _by_request(rows, by):
+        first.append(targets[0])
+        clicked = before[was_clicked[before]]
+        # The clicks of the request itself are not known yet when it is made.
+        request = requests[targets[0]]
+        history = clicked if request < 0 else clicked[requests[clicked] != request]
+        disliked = np.unique(ids[before[was_disliked[before]]])
+        if len(disliked):
+            history = history[~np.isin(ids[history], disliked)]
+        lists["histories"].append(ids[history])
+        lists["relevant"].append(np.unique(ids[targets]))
+        lists["num_tied"].append(len(np.unique(ids[targets[is_tied[targets]]])))
+        lists["clicked"].append(np.unique(ids[clicked]))
+        lists["seen"].append(np.unique(ids[before]))
+        if log.disliked is not None:
+            lists["disliked"].append(disliked)
+        if seconds is not None:
+            lists["history_times"].append(seconds[history])
+    if log.request_features:
+        lists["requests"] = rows.select([*log.request_features]).take(first).to_pylist()
     # Popularity as the model could know it: the future is not counted.
     positives = trained_on.positives()
     candidate_ids, counts = _count_candidates(log.items, positives, count=positives.count())
@@ -225,23 +229,16 @@ def make_holdout(
     _, num_events, num_clicks = _count_candidates(log.items, shown, **shown_counts)
     # How readily the log showed each item, up to a factor; see `evaluation/metrics`.
     exposure = num_events.astype(float) if np.any(num_events > num_clicks) else np.sqrt(num_clicks)
-    requests = rows.select([*log.request_features]).take(first).to_pylist()
     return Holdout(
         user_ids=rows["user_id"].to_numpy()[first],
-        histories=[ids[history] for history in history_rows],
-        relevant=[np.unique(ids[targets]) for targets in target_rows],
-        num_tied=[len(np.unique(ids[targets[is_tied[targets]]])) for targets in target_rows],
-        clicked=[np.unique(ids[before]) for before in clicked_before],
-        seen=[np.unique(ids[before]) for before in rows_before],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_queries,
         by=by,
         exposure=exposure,
-        requests=requests if log.request_features else None,
-        disliked=disliked,
-        **times,
-    ).sample(max_queries or len(queries), seed)
+        times=None if seconds is None else seconds[first],
+        **lists,
+    ).sample(max_queries or len(first), seed)
 
 
 def _draw_users(
@@ -291,72 +288,32 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
         events = rows.rename(time="_time")
         counts = with_num_before(queries, events, "user_id", log.ties, "_num_before")
         rows = rows.left_join(counts.select("event_number", "_num_before"), "event_number")
+    # Of one user, at one time.
+    num_together = rows["_is_positive"].sum().over(ibis.window(group_by=["user_id", "_time"]))
+    rows = rows.mutate(_is_tied=num_together > 1)
     return rows.order_by(["user_id", "_time", "event_number"]).to_pyarrow()
 
 
-@dataclass(frozen=True)
-class _Events:
-    """The events of a holdout's users, by user and in order: arrays of [num_events]."""
-
-    users: np.ndarray  # Number of the user, from 0.
-    item_ids: np.ndarray
-    is_positive: np.ndarray
-    is_dislike: np.ndarray
-    is_target: np.ndarray
-    requests: np.ndarray  # Number of the request; -1 for none.
-    times: np.ndarray  # Or event numbers, in a log without timestamps.
-    num_before: np.ndarray | None  # Of targets: events of the user before their request.
-
-    @classmethod
-    def of(cls, rows: pa.Table) -> "_Events":
-        requests = rows["_request"].combine_chunks().dictionary_encode().indices
-        has_queries = "_num_before" in rows.column_names
-        return cls(
-            np.unique(rows["user_id"].to_numpy(), return_inverse=True)[1],
-            rows["item_id"].to_numpy(),
-            rows["_is_positive"].to_numpy(),
-            rows["_is_dislike"].to_numpy(),
-            rows["_is_target"].to_numpy(),
-            requests.fill_null(-1).to_numpy(),
-            rows["_time"].to_numpy(),
-            rows["_num_before"].fill_null(0).to_numpy() if has_queries else None,
-        )
-
-    def history(self, targets: np.ndarray, before: np.ndarray, disliked: np.ndarray) -> np.ndarray:
-        """Returns which rows `before` a query are its history: positives of other requests.
-
-        Items that were `disliked` before the query are left out.
-        """
-        # The clicks of the request itself are not known yet when it is made.
-        request = self.requests[targets[0]]
-        is_same = (self.requests[before] == request) & (request >= 0)
-        history = before[self.is_positive[before] & ~is_same]
-        if len(disliked):
-            history = history[~np.isin(self.item_ids[history], disliked)]
-        return history
-
-    def is_tied(self) -> np.ndarray:
-        """Marks events at whose time their user has two positives or more: [num_events] bool."""
-        is_new = (np.diff(self.users) != 0) | (self.times[1:] != self.times[:-1])
-        moment = np.cumsum(np.append(False, is_new))
-        return np.bincount(moment, self.is_positive)[moment] > 1
+def _numbered(values: pa.ChunkedArray) -> np.ndarray:
+    """Numbers the distinct values in the order in which they come; -1 for null."""
+    return values.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
 
 
-def _by_user(events: _Events) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _by_user(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the rows of each user's query: all targets, and what was shown before the cut."""
-    ends = np.flatnonzero(np.diff(events.users, append=-1)) + 1
-    for rows in np.split(np.arange(ends[-1]), ends[:-1]):
-        is_target = events.is_target[rows]
-        yield rows[is_target], rows[~is_target]
+    users, is_target = _numbered(rows["user_id"]), rows["_is_target"].to_numpy()
+    ends = np.flatnonzero(np.diff(users, append=-1)) + 1
+    for positions in np.split(np.arange(ends[-1]), ends[:-1]):
+        yield positions[is_target[positions]], positions[~is_target[positions]]
 
 
-def _by_request(events: _Events, by: schema.AskedBy) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _by_request(rows: pa.Table, by: schema.AskedBy) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the rows of each request's query, or of each user's first or last request alone."""
-    assert events.num_before is not None
-    targets = np.flatnonzero(events.is_target)
-    users, num_before = events.users[targets], events.num_before[targets]
+    all_users, all_requests = _numbered(rows["user_id"]), _numbered(rows["_request"])
+    targets = np.flatnonzero(rows["_is_target"].to_numpy())
+    users, num_before = all_users[targets], rows["_num_before"].take(targets).to_numpy()
     # A target without a request is a separate query.
-    requests = np.where(events.requests[targets] < 0, -1 - targets, events.requests[targets])
+    requests = np.where(all_requests[targets] < 0, -1 - targets, all_requests[targets])
     keys = np.stack([users, num_before, requests])
     order = np.lexsort([targets, *keys[::-1]])
     is_next = np.any(np.diff(keys[:, order], axis=1), axis=0)
@@ -366,7 +323,7 @@ def _by_request(events: _Events, by: schema.AskedBy) -> Iterator[tuple[np.ndarra
         # A user's first request has the user's first target, the last request the last one.
         if by in ends and not ends[by][positions[0 if by == "first_request" else -1]]:
             continue
-        start = np.searchsorted(events.users, users[positions[0]])
+        start = np.searchsorted(all_users, users[positions[0]])
         before = np.arange(start, start + num_before[positions[0]])
         yield targets[positions], before
 

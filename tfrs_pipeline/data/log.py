@@ -19,12 +19,11 @@ from tfrs_pipeline.data import requests, schema
 from tfrs_pipeline.data.engines import connect, open_parquet, write_parquet
 from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
 from tfrs_pipeline.data.ids import as_id_array
-from tfrs_pipeline.data.requests import check_names, check_request_features
 from tfrs_pipeline.data.schema import is_positive
 from tfrs_pipeline.data.settings import Reading, SplitConfig
 from tfrs_pipeline.data.split import PARTS, split_events
 from tfrs_pipeline.data.tables import make_tables
-from tfrs_pipeline.durable import read_record, refuse_others, write_record
+from tfrs_pipeline.durable import read_record, refuse_others, replacing, write_record
 from tfrs_pipeline.messages import Lines, counted
 from tfrs_pipeline.settings import ConfigError
 
@@ -122,8 +121,8 @@ class Log:
     items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
-        check_names(self.request_features, self.user_features)
-        check_request_features(self.events, self.request_features)
+        requests.check_names(self.request_features, self.user_features)
+        requests.check_request_features(self.events, self.request_features)
 
     @classmethod
     def from_files(
@@ -452,12 +451,10 @@ class Split:
         rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
         report: dict[str, Any] = {part: rows[part] for part in PARTS if part in rows}
         before, after = (
-            table.aggregate(users=table["user_id"].nunique(), events=table.count()).to_pyarrow()
+            schema.totals(table, users=table["user_id"].nunique(), events=table.count())
             for table in (self.log.events, events)
         )
-        for name in ("users", "events"):
-            report[f"num_{name}_dropped"] = before[name][0].as_py() - after[name][0].as_py()
-        return report
+        return report | {f"num_{name}_dropped": num - after[name] for name, num in before.items()}
 
     def describe(self) -> Lines:
         """Describes the parts and what was dropped, in lines for a person."""
@@ -480,11 +477,11 @@ class Split:
 
     def write(self, path: Path) -> None:
         """Writes the events with their parts as Parquet, then a record beside it, as JSON."""
-        partial = path.with_name(f"{path.name}.partial")
-        write_parquet(self.events, partial)  # The events may come from the file to be replaced.
-        path.with_suffix(".json").unlink(missing_ok=True)
-        os.replace(partial, path)
-        write_record(path.with_suffix(".json"), {"kind": self.kind}, [path])
+        record = path.with_suffix(".json")
+        with replacing(path) as partial:  # The events may come from the file to be replaced.
+            write_parquet(self.events, partial)
+            record.unlink(missing_ok=True)
+        write_record(record, {"kind": self.kind}, [path])
 
     @classmethod
     def read(cls, log: Log, path: Path) -> "Split":
@@ -592,9 +589,9 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
 
 
 def _describe_weights(events: ibis.Table) -> Iterator[str]:
-    weight = events.filter(is_positive)["weight"]
-    summary = {"least": weight.min(), "most": weight.max()}
-    least, most = schema.totals(weight.as_table(), **summary).values()
+    clicks = events.filter(is_positive)
+    weight = clicks["weight"]
+    least, most = schema.totals(clicks, least=weight.min(), most=weight.max()).values()
     if least != most:
         yield (
             f"weights of positives from {least:g} to {most:g}: they weigh the loss; metrics and "

@@ -99,13 +99,12 @@ def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) 
         plain = value.fill_null(0) if value.type().is_numeric() else value
         text, is_click = plain.cast("string").fill_null(""), schema.is_positive(events)
         counts = events.filter(~is_click).group_by(text=text).agg(num=ibis._.count())
-        most = counts.order_by(ibis.desc("num"), "text").limit(1).to_pyarrow()["text"].to_pylist()
+        most = counts.order_by(ibis.desc("num"), "text").limit(1).to_pyarrow().to_pylist()
         # A feature that is known at the request varies with the request, clicked or not.
-        usual = most[0] if most else ""
-        both = {"clicks": is_click, "others": ~is_click}
-        sums = {name: is_so.sum() for name, is_so in both.items()}
-        sums |= {f"same {name}": (is_so & (text == usual)).sum() for name, is_so in both.items()}
-        num_clicks, num_others, num_same_clicks, num_same = schema.totals(events, **sums).values()
+        usual, num_same = most[0].values() if most else ("", 0)
+        sums = {"clicks": is_click.sum(), "others": (~is_click).sum()}
+        sums["same"] = (is_click & (text == usual)).sum()
+        num_clicks, num_others, num_same_clicks = schema.totals(events, **sums).values()
         is_constant = num_others >= _FEWEST and num_same > _CONSTANT * num_others
         if is_constant and 2 * num_same_clicks < num_clicks:
             yield (

@@ -96,44 +96,19 @@ class Fault(NamedTuple):
     rule: Rule
     is_missing: bool = False
 
-    def error(self, table: ibis.Table, source: Source, max_bad_share: float = 0) -> DataError:
-        """Makes the error: column, problem, number of rows, a few values, the first row, remedy."""
-        bad, value = table.filter(self.is_bad), table[self.column]
-        # Three short values show the kind of mistake; a bad file may hold values of any length.
-        text = bad.select(text=value.cast("string").left(100)).distinct().limit(3).to_pyarrow()
-        values = sorted(value for value in text["text"].to_pylist() if value is not None)
-        shown = map(repr, values) if value.type().is_string() else values
-        examples = f", such as {', '.join(map(printable, shown))}" if values else ""
-        first_row = instead = ""
-        if "_row" in table.columns:
-            first_row = f" (first: row {bad['_row'].min().to_pyarrow().as_py() + 1})"
-        num_bad, num_rows = (rows.count().to_pyarrow().as_py() for rows in (bad, table))
-        if max_bad_share and self.rule.is_droppable:
-            becomes = "values are taken as missing" if self.is_missing else "rows are dropped"
-            instead = f" Up to max_bad_share ({max_bad_share:g}) of the {becomes} instead."
-        return DataError(
-            f"{source.column(self.column)} {self.rule.problem} in {num_bad} of {num_rows} rows"
-            f"{examples}{first_row}. {self.rule.remedy}{instead}",
-            self.rule.setting or "",
-        )
-
 
 def count_bad(table: ibis.Table, faults: Sequence[Fault]) -> list[int]:
     """Counts the bad rows by fault, in one pass.
 
     A dropped row counts only for its first fault; a value that becomes missing counts for each.
     """
-    # Built from the last fault to the first, so that the first one that holds wins.
-    first = ibis.null("int64")
-    for i, fault in reversed([*enumerate(faults)]):
+    rows = table.mutate(**{f"_bad_{i}": f.is_bad.fill_null(False) for i, f in enumerate(faults)})
+    sums, is_dropped = {}, ibis.literal(False)
+    for i, fault in enumerate(faults):
+        is_bad = rows[f"_bad_{i}"]
+        sums[f"_num_{i}"] = (is_bad if fault.is_missing else is_bad & ~is_dropped).sum()
         if not fault.is_missing:
-            first = fault.is_bad.fill_null(False).ifelse(i, first)
-    missing = {f"_bad_{i}": fault.is_bad for i, fault in enumerate(faults) if fault.is_missing}
-    rows = table.mutate(_first=first, **missing)
-    sums = {
-        f"_num_{i}": (rows[f"_bad_{i}"] if fault.is_missing else rows["_first"] == i).sum()
-        for i, fault in enumerate(faults)
-    }
+            is_dropped |= is_bad
     return [num or 0 for num in schema.totals(rows, **sums).values()] if sums else []
 
 
@@ -195,7 +170,7 @@ class RawTable:
         breaches: list[tuple[bool, int, Fault]] = []  # Those that drop rows.
         for fault, num in zip(faults, count_bad(self.table, faults), strict=True):
             if fault.is_missing and num > max_bad_share * self.num_rows:
-                raise fault.error(self.table, self.source, max_bad_share)
+                raise self._error(fault, max_bad_share)
             if fault.is_missing and num:
                 where = self.source.column(fault.column)
                 self.notes.append(f"{where} {fault.rule.problem} in {num:,} rows: taken as missing")
@@ -204,23 +179,40 @@ class RawTable:
                 self.dropped.append(Dropped(f"column {column} {fault.rule.problem}", num))
                 breaches.append((not fault.rule.is_droppable, num, fault))
         is_too_much = sum(entry.num_rows for entry in self.dropped) > max_bad_share * num_rows
-        # The message names the fault that explains most rows.
-        is_refused, _, worst = max(
-            breaches, key=lambda breach: breach[:2], default=(False, 0, None)
-        )
-        if worst is not None and (is_too_much or is_refused):
-            raise worst.error(self.table, self.source, max_bad_share)
-        if is_too_much:
+        rows = self.table
+        if breaches:
+            # The message names the fault that explains most rows.
+            is_refused, _, worst = max(breaches, key=lambda breach: breach[:2])
+            if is_too_much or is_refused:
+                raise self._error(worst, max_bad_share)
+            rows = rows.filter(*(~f.is_bad.fill_null(False) for f in faults if not f.is_missing))
+        elif is_too_much:
             first = self.dropped[0]
             raise DataError(
                 f"{self.source.name}: {first.reason} ({first.num_rows} of {num_rows} lines). "
                 f"{LINES_REMEDY}",
                 "max_bad_share",
             )
-        rows = self.table
-        if breaches:
-            rows = rows.filter(*(~f.is_bad.fill_null(False) for f in faults if not f.is_missing))
         return store(rows.select(**columns), self.source)
+
+    def _error(self, fault: Fault, max_bad_share: float) -> DataError:
+        """Makes the error: column, problem, number of rows, a few values, the first row, remedy."""
+        rule, value, instead = fault.rule, self.table[fault.column], ""
+        bad = self.table.filter(fault.is_bad)
+        # Three short values show the kind of mistake; a bad file may hold values of any length.
+        text = bad.select(text=value.cast("string").left(100)).distinct().limit(3).to_pyarrow()
+        values = sorted(value for value in text["text"].to_pylist() if value is not None)
+        shown = map(repr, values) if value.type().is_string() else values
+        examples = f", such as {', '.join(map(printable, shown))}" if values else ""
+        num_bad, first_row = schema.totals(bad, num=bad.count(), row=bad["_row"].min()).values()
+        if max_bad_share and rule.is_droppable:
+            becomes = "values are taken as missing" if fault.is_missing else "rows are dropped"
+            instead = f" Up to max_bad_share ({max_bad_share:g}) of the {becomes} instead."
+        return DataError(
+            f"{self.source.column(fault.column)} {rule.problem} in {num_bad} of {self.num_rows} "
+            f"rows{examples} (first: row {first_row + 1}). {rule.remedy}{instead}",
+            rule.setting or "",
+        )
 
     def note_missing(self, table: ibis.Table, columns: Iterable[str]) -> None:
         """Notes which columns of a typed table have missing values, and in how many rows."""

@@ -147,9 +147,6 @@ class Reading(Config):
         return earliest, datetime.now(UTC) + timedelta(days=1)
 
 
-Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
-
-
 def _kind(value: Any) -> Any:
     if problem := kind_problem(value):
         raise ValueError(problem)
@@ -259,7 +256,7 @@ class SplitConfig(Config):
     time, when validation starts, with a time zone. If not given, .05, or 1 for last_n."""
     test: Amount | None = None
     """Share, number or time of the test, as for validation. If not given, .1, or 1 for last_n."""
-    target_share: Share = 0.2
+    target_share: float = Field(0.2, gt=0, lt=1)
     """Share of a held-out user's positives, the last ones, to be found, for held_out_users."""
     min_positives: PositiveInt = 5
     """Users with fewer positives are dropped, except with time and column, which keep every

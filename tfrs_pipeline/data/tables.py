@@ -1,7 +1,6 @@
 """The tables of a log: events, items and users, typed, stored and made consistent."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import ibis
@@ -71,15 +70,13 @@ def make_tables(
         # Once for all steps above; the ones below read it several times.
         events = store(events, raw.source)
     _check_positives(events, raw.source)
-    events, rule, notes = settle_ties(events, reading.ties)
-    if rule == "random":
-        events = store(events, raw.source)
+    events, rule = settle_ties(events, raw, reading.ties)
     # By id, so that a file of the log does not depend on how many threads made it.
     items, users = (
         store(add_missing(table, events, name).order_by(name), raw.source)
         for name, table in tables.items()
     )
-    about = {"ties": rule, "dropped": tuple(raw.dropped), "notes": (*raw.notes, *notes)}
+    about = {"ties": rule, "dropped": tuple(raw.dropped), "notes": tuple(raw.notes)}
     return (events, items, users), about
 
 
@@ -289,7 +286,7 @@ def _load_raw(
         mend = f"Add {id_name}={printable(events_column)} to {setting}, as in columns."
         remedies[names[id_name]] = mend
     schema.require_all(scanned.columns, remedies, Source(scanned.name), setting)
-    return replace(scanned.load(names), renaming=setting)
+    return scanned.load(names, setting)
 
 
 def _type_entities(
@@ -355,11 +352,11 @@ _DONE: dict[schema.TieRule, str] = {
 
 
 def settle_ties(
-    events: ibis.Table, ties: schema.Ties
-) -> tuple[ibis.Table, schema.TieRule, tuple[str, ...]]:
+    events: ibis.Table, raw: RawTable, ties: schema.Ties
+) -> tuple[ibis.Table, schema.TieRule]:
     """Decides the rule if it is "auto", redraws numbers for "random", and notes tied positives."""
     if "timestamp" not in events.columns:
-        return events, "drop", ()
+        return events, "drop"
     counts = _measure(events)
     step = next((name for name in _STEPS if not counts[name]), "finer than seconds")
     # If the source does not sort by item, ids of neighbours ascend as often as they descend.
@@ -370,13 +367,13 @@ def settle_ties(
     rule = ties if ties != "auto" else "drop"
     if is_coarse and ties == "auto":
         rule = "random" if is_sorted else "order"
-    share = f" (item ids ascend in {counts['num_up'] / num_pairs:.0%} of neighbouring pairs)"
-    note = (
-        f"times {step}; {in_percent(counts['num_tied'], counts['num'])} of the positives have the "
-        f"time of another one of their user: {_DONE[rule]}{share if is_coarse else ''}"
-    )
-    events = _redrawn(events) if rule == "random" else events
-    return events, rule, (note,) if counts["num_tied"] else ()
+    if counts["num_tied"]:
+        share = f" (item ids ascend in {counts['num_up'] / num_pairs:.0%} of neighbouring pairs)"
+        raw.notes.append(
+            f"times {step}; {in_percent(counts['num_tied'], counts['num'])} of the positives have "
+            f"the time of another one of their user: {_DONE[rule]}{share if is_coarse else ''}"
+        )
+    return (store(_redrawn(events), raw.source) if rule == "random" else events), rule
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:

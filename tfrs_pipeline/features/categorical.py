@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from tfrs_pipeline.features.feature import ID_TYPES, Feature, TableColumn
+from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.raw import (
     BOOLEANS,
     WHOLE_FLOAT,
@@ -31,7 +31,6 @@ MIN_BUCKETS, MAX_BUCKETS = 16, 2**20
 class Category(Feature):
     """An integer or a string per row, in any encoding; 7 and "7" are one value."""
 
-    column_types = ID_TYPES
     takes_whole_numbers = True
 
     @classmethod
@@ -243,7 +242,6 @@ class MultiCategorical(ValueLists):
     """
 
     kind: ClassVar[str] = "multi_categorical"
-    column_types = {"array": "array<string>"}
     holds_categories = True
     max_values = 16
     split = staticmethod(to_text_lists)
@@ -341,7 +339,6 @@ class Text(ValueLists):
     """
 
     kind: ClassVar[str] = "text"
-    column_types = {"string": "string"}
     min_count = 2  # Words in a single row are noise.
     max_values = 64
 

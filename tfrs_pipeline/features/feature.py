@@ -15,11 +15,6 @@ import numpy as np
 from tfrs_pipeline.features.raw import Column, in_blocks, to_texts
 from tfrs_pipeline.libraries import ir, tf
 
-# Ibis type of a column of a log -> the type that the log stores.
-ID_TYPES = {"integer": "int64", "string": "string"}
-NUMBER_TYPES = {"integer": "float64", "floating": "float64", "decimal": "float64"}
-TIME_TYPES = {"timestamp": "timestamp('UTC', 6)"}
-
 
 @dataclass(frozen=True)
 class TableColumn:
@@ -50,7 +45,6 @@ class Feature(ABC):
     is_from_timestamp: bool = field(default=False, kw_only=True)  # The request's hour or weekday.
 
     kind: ClassVar[str]  # Name of the kind in settings.
-    column_types: ClassVar[Mapping[str, str]]  # Ibis type of a column -> what the log stores.
     raw_dtype: ClassVar[str] = "string"  # TensorFlow dtype: string, float32 or float64.
     example: ClassVar[str] = ""  # A typed value, for error messages and the served page.
     holds_categories: ClassVar[bool] = False  # A refresh counts the unknown ones.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from tfrs_pipeline.features.feature import NUMBER_TYPES, TIME_TYPES, Feature, TableColumn
+from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, to_numbers, to_seconds, to_vectors
 from tfrs_pipeline.libraries import ibis, ir, tf
 
@@ -31,7 +31,6 @@ class Number(Feature):
     """A number per row, in any encoding."""
 
     from_text = staticmethod(finite)
-    column_types = NUMBER_TYPES
     raw_dtype = "float64"
     example = "1.5"
     takes_whole_numbers = True
@@ -129,7 +128,6 @@ class Timestamp(Feature):
     reference: float = 0.0  # In seconds since 1970.
 
     kind: ClassVar[str] = "timestamp"
-    column_types = TIME_TYPES
     raw_dtype = "float64"
     example = "2026-01-31T08:00Z"
     is_embedded = False
@@ -217,7 +215,6 @@ class Vector(Feature):
     scale: float = 1.0  # Root mean square of the vectors' lengths.
 
     kind: ClassVar[str] = "vector"
-    column_types = {"array": "array<float32>"}
     raw_dtype = "float32"
     example = "1,2,3"
 

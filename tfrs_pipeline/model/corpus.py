@@ -18,8 +18,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.negatives.samplers import FunnelLosers, HardNegatives
 from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.columns import read_raw
-from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
+from tfrs_pipeline.samples.store import Samples, read_ids, read_raw, read_samples
 
 # A file beside samples and checkpoints that says what they were made of.
 MADE_OF_FILE = "made_of.json"

@@ -114,7 +114,6 @@ class Negatives(Protocol):
         Returns:
             [num] int32 candidate rows from 1; row 0 is never drawn. Repeats are allowed.
         """
-        ...
 
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
         """Computes how many copies of each candidate `draw` is expected to return.
@@ -122,7 +121,6 @@ class Negatives(Protocol):
         Returns [num_candidates + 1] float64, 0 at row 0. If these are the rows' positives
         (`InBatch`), a row's own does not count.
         """
-        ...
 
 
 def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -360,7 +358,6 @@ class HardNegatives(Protocol):
             Name -> the lists, a sequence of vectors of candidate rows, and the number of each
             sample's list (see `Pool`).
         """
-        ...
 
 
 HardStage: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed"]

@@ -12,36 +12,17 @@ import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
+from tfrs_pipeline.data import rules, schema
 from tfrs_pipeline.data.engines import random_key, write_parquet
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.requests import (
-    at_request,
-    query_start,
-    whole_seconds,
-    with_num_before,
-)
-from tfrs_pipeline.data.rules import store
-from tfrs_pipeline.data.schema import (
-    DataError,
-    Source,
-    Stage,
-    count_rows,
-    is_dislike,
-    is_positive,
-    order_keys,
-)
+from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds, with_num_before
+from tfrs_pipeline.data.schema import PAIR, DataError, Stage, count_rows, is_positive
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.negatives.samplers import FunnelLosers
-from tfrs_pipeline.samples.columns import request_column
-from tfrs_pipeline.samples.store import (
-    NO_POSITIVE,
-    RowLists,
-    offsets_of,
-    pool_size_column,
-    write_columns,
-)
+from tfrs_pipeline.samples import store
+from tfrs_pipeline.samples.store import NO_POSITIVE, RowLists, offsets_of, write_columns
 
 _REQUESTED = "_requested_"
 _PAIR = ["query_row", "candidate_row"]
@@ -92,7 +73,7 @@ def build_samples(
         events = _write_rows(log, work)
         positives = events.filter(is_positive)
         if log.disliked is not None:
-            disliked = events.filter(is_dislike).select(*_PAIR).distinct()
+            disliked = events.filter(schema.is_dislike).select(*_PAIR).distinct()
             disliked = work.write("disliked", disliked.order_by(_PAIR))
             positives = positives.anti_join(disliked, _PAIR)
         # A disliked item had been shown, so it is masked like an exposed one.
@@ -105,11 +86,10 @@ def build_samples(
         samples = positives
         if log.order != "none":
             samples = with_num_before(positives, positives, "query_row", log.ties, "num_earlier")
-        num_removed = 0
         if hard is not None:
-            samples, num_removed = _write_pools(events, positives, samples, work, hard, seed)
+            samples = _write_pools(positives, samples, work, hard, seed)
         _write_samples(samples, work, log)
-        report = _report(work, hard, num_removed)
+        report = _report(work, hard)
     finally:
         work.drop()
     files = [folder / f"{name}.parquet" for name in work.written]
@@ -126,7 +106,7 @@ class _Work:
     written: list[str] = field(default_factory=list)
 
     def keep(self, name: str, table: ibis.Table) -> ibis.Table:
-        self.kept[name] = store(table, Source("samples"))
+        self.kept[name] = rules.store(table, schema.Source("samples"))
         return self.kept[name]
 
     def write(self, name: str, table: ibis.Table) -> ibis.Table:
@@ -174,45 +154,39 @@ def _write_counts(positives: ibis.Table, work: _Work) -> None:
 
 
 def _write_pools(
-    events: ibis.Table,
-    positives: ibis.Table,
-    samples: ibis.Table,
-    work: _Work,
-    hard: FunnelLosers,
-    seed: int,
-) -> tuple[ibis.Table, int]:
-    """Writes the pools; returns samples with pool sizes, and how many losers may not be in any."""
-    losers = find_losers(events, hard, work.kept["known_positives"], work.kept["exposed"])
-    losers = work.keep("losers", losers)
+    positives: ibis.Table, samples: ibis.Table, work: _Work, hard: FunnelLosers, seed: int
+) -> ibis.Table:
+    """Writes the pools; returns samples with pool sizes."""
+    kept = (work.kept[name] for name in ("known_positives", "exposed"))
+    losers = work.keep("losers", find_losers(work.kept["events"], hard, *kept))
     for stage, pool in draw_pools(positives, losers, hard, seed).items():
         # A batch draws neighbours, so pools are in random order: rows group items of similar age.
         pool = pool.order_by([*_POSITIVE, "place"]).select("event_number", "candidate_row")
-        pool, name = work.write(f"hard_{stage}", pool), pool_size_column(stage)
+        pool, name = work.write(f"hard_{stage}", pool), store.pool_size_column(stage)
         sizes = pool.group_by("event_number").agg(**{name: pool.count().cast("int32")})
         samples = samples.left_join(sizes, "event_number").drop("event_number_right")
         samples = samples.fill_null({name: 0})
-    num_losers = count_rows(events.filter(events["stage"].isin(list(hard.stages))))
-    return samples, num_losers - count_rows(losers)
+    return samples
 
 
 def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
-    if "weight" not in samples.columns:
-        # DuckDB reads the literal 1.0 as a decimal.
-        samples = samples.mutate(weight=ibis.literal(1).cast("float64"))
-    if log.order == "timestamp":
-        samples = samples.mutate(seconds=whole_seconds(samples["time"]))
-    columns = {request_column(name): f"{_REQUESTED}{name}" for name in log.request_features}
-    names = [*_PAIR, "weight", "num_earlier", "seconds", *columns.values()]
-    sizes = [name for name in samples.columns if name.startswith(pool_size_column(""))]
-    kept = [name for name in [*names, *sizes] if name in samples.columns]
-    if "seconds" in kept:
-        columns["time"] = "seconds"
     # Ordered by the time itself, which may be finer than seconds.
-    work.write("samples", samples.order_by(_POSITIVE).select(*kept).rename(columns))
+    samples = samples.order_by(_POSITIVE)
+    columns: dict[str, ir.Value] = {name: samples[name] for name in _PAIR}
+    # DuckDB reads the literal 1.0 as a decimal.
+    columns["weight"] = ibis.literal(1).cast("float64")
+    columns |= {name: samples[name] for name in ("weight", "num_earlier") if name in samples}
+    if log.order == "timestamp":
+        columns["time"] = whole_seconds(samples["time"])
+    for name in log.request_features:
+        columns[store.request_column(name)] = samples[f"{_REQUESTED}{name}"]
+    sizes = [name for name in samples.columns if name.startswith(store.pool_size_column(""))]
+    work.write("samples", samples.select(**columns, **{name: samples[name] for name in sizes}))
 
 
-def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[str, Any]:
-    samples, corpus, known = (work.kept[x] for x in ("samples", "corpus", "known_positives"))
+def _report(work: _Work, hard: FunnelLosers | None) -> dict[str, Any]:
+    kept = (work.kept[name] for name in ("events", "samples", "corpus", "known_positives"))
+    events, samples, corpus, known = kept
     if "num_earlier" in samples.columns:
         without = samples.filter(samples["num_earlier"] == 0)
     else:  # Without an order only users with a single item have an empty history.
@@ -228,15 +202,16 @@ def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[st
         "num_exposed": count_rows(work.kept["exposed"]),
     }
     if "disliked" in work.kept:
-        num_clicks = count_rows(work.kept["events"].filter(is_positive))
+        num_clicks = count_rows(events.filter(is_positive))
         report["num_disliked"] = count_rows(work.kept["disliked"])
         report["num_disliked_clicks"] = num_clicks - report["num_samples"]
     if hard is not None:
+        num_losers = count_rows(events.filter(events["stage"].isin(list(hard.stages))))
+        num_removed = num_losers - count_rows(work.kept["losers"])
         report |= {"hard_negatives": {}, "num_losers_removed": num_removed}
         for stage in hard.stages:
-            sizes = samples[pool_size_column(stage)]
-            counts = samples.aggregate(num=(sizes > 0).sum(), total=sizes.sum())
-            num, total = counts.to_pyarrow().to_pylist()[0].values()
+            sizes = samples[store.pool_size_column(stage)]
+            num, total = schema.totals(samples, num=(sizes > 0).sum(), total=sizes.sum()).values()
             report["hard_negatives"][stage] = {"num_samples": num, "mean_pool": total / max(1, num)}
     return report
 
@@ -253,13 +228,15 @@ def find_losers(
     and `exposed.parquet`. Returns candidate_row, stage, and the request in three columns.
     """
     events = _with_request(events)
-    taken = events.filter(events["stage"].isin(list(hard.stages)))
     if Stage.RANKED in hard.stages:
-        taken = _low_part(events, taken, hard)
+        # Items just below the screen are nearly as good as those on it: only the low end has lost.
+        events = events.filter((events["stage"] != Stage.RANKED.value) | _is_low(events, hard))
+    taken = events.filter(events["stage"].isin(list(hard.stages)))
     # What the user clicked at any time is liked, even if this request lost it.
     losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, _PAIR)
     # The stage "exposed" is present only if `allow_exposed` is set.
     was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
+    # One join with both conditions would compare all pairs of rows.
     others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
     return others.anti_join(exposed, _PAIR).union(was_exposed)
 
@@ -293,22 +270,19 @@ def _with_request(events: ibis.Table) -> ibis.Table:
     return events.mutate(request=ibis.coalesce(named, ""))
 
 
-def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis.Table:
-    """Keeps only the `ranked` items at the low end of their request's ranks."""
-    # Items just below the screen are nearly as good as those on it: only the low end has lost.
-    is_ranked = taken["stage"] == Stage.RANKED.value
-    others = taken.filter(~is_ranked)
+def _is_low(events: ibis.Table, hard: FunnelLosers) -> ir.BooleanValue:
+    """Marks the events at the low end of their request's ranks."""
     if "rank" not in events.columns:
-        return others
+        return ibis.literal(False)
     # Only ranks of the last ranked list, because other losers' ranks have another scale.
     last_stages = Stage.RANKED, Stage.EXPOSED, Stage.CLICKED, Stage.DISLIKED
     is_last = events["stage"].isin([stage.value for stage in last_stages])
-    logged = events.filter(events["rank"].notnull() & is_last)
-    in_order = ibis.window(group_by=_REQUEST, order_by=["rank", "event_number"])
-    num = logged.count().over(ibis.window(group_by=_REQUEST))
+    is_logged = events["rank"].notnull() & is_last
+    num = is_logged.sum().over(ibis.window(group_by=_REQUEST))
+    in_order = ibis.cumulative_window(group_by=_REQUEST, order_by=["rank", "event_number"])
     # Place among the logged ranks, from 1: share s keeps the last ceil(s * n).
-    is_low = ibis.row_number().over(in_order) + 1 > num - round_up(num * hard.bottom_share)
-    return others.union(taken.filter(is_ranked).semi_join(logged.filter(is_low), "event_number"))
+    place = is_logged.sum().over(in_order)
+    return is_logged & (place > num - round_up(num * hard.bottom_share))
 
 
 def latest_histories(
@@ -320,15 +294,12 @@ def latest_histories(
     with 0 for unknown items; the known ones, distinct and ascending; and the seconds since 1970 of
     each value in the histories, or None in a log without timestamps.
     """
-    users = _row_table("user_id", query_ids, "query_row")
-    items = _row_table("item_id", candidate_ids, "candidate_row")
-    events = log.positives().select("user_id", "item_id", *order_keys(log.events))
-    joined = events.inner_join(users, "user_id").left_join(items, "item_id")
-    rows = joined.mutate(candidate_row=ibis.coalesce(joined["candidate_row"], 0))
-    latest_first = [ibis.desc(key) for key in order_keys(log.events)]
-    known = rows.filter(rows["candidate_row"] > 0).select("query_row", "candidate_row").distinct()
+    keys = schema.order_keys(log.events)
+    rows = _with_rows(log.positives().select(*PAIR, *keys), query_ids, candidate_ids)
+    known = rows.filter(rows["candidate_row"] > 0).select(*_PAIR).distinct()
+    latest_first = [ibis.desc(key) for key in keys]
     histories, times = _by_query(rows.order_by(["query_row", *latest_first]), len(query_ids))
-    known_positives, _ = _by_query(known.order_by(["query_row", "candidate_row"]), len(query_ids))
+    known_positives, _ = _by_query(known.order_by(_PAIR), len(query_ids))
     return histories, known_positives, times
 
 
@@ -336,20 +307,24 @@ def disliked_rows(log: Log, query_ids: Ids, candidate_ids: Ids) -> RowLists:
     """Collects the candidate rows that each user disliked, ascending, per query row from 0."""
     if log.disliked is None:
         return RowLists.empty(len(query_ids) + 1)
-    users = _row_table("user_id", query_ids, "query_row")
-    items = _row_table("item_id", candidate_ids, "candidate_row")
-    rows = log.disliked.inner_join(users, "user_id").inner_join(items, "item_id")
-    return _by_query(rows.order_by(["query_row", "candidate_row"]), len(query_ids))[0]
+    rows = _with_rows(log.disliked, query_ids, candidate_ids)
+    rows = rows.filter(rows["candidate_row"] > 0)
+    return _by_query(rows.order_by(_PAIR), len(query_ids))[0]
 
 
-def _row_table(id_name: str, ids: Ids, row_name: str) -> ibis.Table:
-    rows = pa.array(np.arange(1, len(ids) + 1, dtype=np.int32))
-    return ibis.memtable(pa.table({id_name: ids.values, row_name: rows}))
+def _with_rows(pairs: ibis.Table, query_ids: Ids, candidate_ids: Ids) -> ibis.Table:
+    """Adds the rows of users and items, 0 for an unknown item; drops unknown users."""
+    users, items = (
+        ibis.memtable(pa.table({name: ids.values, row: np.arange(1, len(ids) + 1, dtype=np.int32)}))
+        for name, ids, row in zip(PAIR, (query_ids, candidate_ids), _PAIR, strict=True)
+    )
+    joined = pairs.inner_join(users, "user_id").left_join(items, "item_id")
+    return joined.fill_null({"candidate_row": 0})
 
 
 def _by_query(rows: ibis.Table, num_queries: int) -> tuple[RowLists, np.ndarray | None]:
     """Reads the lists of queries and, if the rows have times, those of the entries."""
-    kept: dict[str, ir.Value] = {name: rows[name] for name in ("query_row", "candidate_row")}
+    kept: dict[str, ir.Value] = {name: rows[name] for name in _PAIR}
     if "timestamp" in rows.columns:
         kept["time"] = whole_seconds(rows["timestamp"])
     pairs = rows.select(**kept).to_pyarrow()

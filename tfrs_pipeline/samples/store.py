@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.samples.columns import read_blocks, starts_of_keys, write_column
 
 _FLAT: dict[str, type] = {
     **dict.fromkeys(("query_row", "candidate_row", "num_earlier"), np.int32),
@@ -25,6 +25,11 @@ _POOL_SIZE = "num_hard_"
 def pool_size_column(stage: str) -> str:
     """Names the column that holds how many hard negatives of a stage each sample has."""
     return f"{_POOL_SIZE}{stage}"
+
+
+def request_column(name: str) -> str:
+    """Names the column of `samples.parquet` that holds a request feature."""
+    return f"request_{name}"
 
 
 def padded_lines(
@@ -281,6 +286,16 @@ def read_ids(folder: Path) -> tuple[Ids, Ids]:
     return Ids(items), Ids(users)
 
 
+def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
+    """Reads a request feature of all samples in a folder; strings are dictionary-encoded."""
+    column = request_column(name)
+    table = folder / "samples.parquet"
+    is_text = pa.types.is_string(pq.read_schema(table).field(column).type)
+    # A text that repeats in millions of samples is held once.
+    as_codes = [column] if is_text else None
+    return pq.read_table(table, columns=[column], read_dictionary=as_codes)[column]
+
+
 def write_columns(folder: Path) -> list[Path]:
     """Copies the Parquet files of samples to a folder `columns`, to map; returns its files.
 
@@ -293,15 +308,30 @@ def write_columns(folder: Path) -> list[Path]:
     num_queries = pq.read_metadata(folder / "queries.parquet").num_rows
 
     def read(table: str, column: str) -> Iterator[np.ndarray]:
-        for block in read_blocks(folder / f"{table}.parquet", column):
-            yield block.to_numpy()
+        for batch in pq.ParquetFile(folder / f"{table}.parquet").iter_batches(columns=[column]):
+            if batch.num_rows:
+                yield batch[0].to_numpy()
 
-    def write(name: str, dtype: type, blocks: Iterable[Any]) -> None:
-        write_column(columns / f"{name}.npy", dtype, blocks)
+    def write(name: str, dtype: Any, blocks: Iterable[Any]) -> None:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0,)}
+        num_rows = 0
+        with (columns / f"{name}.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                rows = np.ascontiguousarray(block, dtype)
+                file.write(rows.data)
+                num_rows += len(rows)
+            # The format leaves room for any number of rows, so the header keeps its length.
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (num_rows,)})
 
     def write_starts(name: str, table: str) -> None:
-        starts = starts_of_keys(read(table, "query_row"), num_queries + 1)
-        np.save(columns / f"of_{name}.npy", starts)
+        # Where the rows of each query begin in a table that is ordered by query.
+        num_before = np.zeros(num_queries + 2, np.int64)
+        for rows in read(table, "query_row"):
+            # A block holds a range of queries, so only that slice changes.
+            num_before[rows[0] + 1 : rows[-1] + 2] += np.bincount(rows - rows[0])
+        np.save(columns / f"of_{name}.npy", np.cumsum(num_before))
 
     names = pq.read_schema(folder / "samples.parquet").names
     for name, dtype in _FLAT.items():

@@ -182,12 +182,11 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
             files.mkdir()
             try:
                 fetch(files)
+                files.rename(targets[route])
             except FetchError as error:
                 logger.info("%s: %s; going on", route, error)
                 reasons.append(f"{route}: {error}")
                 continue
-            try:
-                files.rename(targets[route])
             except OSError:
                 # Another process was first. Its folder is complete, because it was renamed too.
                 if not targets[route].exists():
@@ -227,19 +226,15 @@ def _read_grouplens(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
 def _read_recbole(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Reads the copies in the recbole wheel: a header, tabs, the year cut off the title."""
     names = ["item_id", "name", "year", "genres"]
-    ratings, films, users = (
-        _read(folder / f"ml-100k.{name}", "\t", columns, is_recbole=True)
-        for name, columns in (("inter", _RATING_COLUMNS), ("item", names), ("user", _USER_COLUMNS))
-    )
+    ratings = _read(folder / "ml-100k.inter", "\t", _RATING_COLUMNS, is_recbole=True)
+    films = _read(folder / "ml-100k.item", "\t", names, is_recbole=True)
+    users = _read(folder / "ml-100k.user", "\t", _USER_COLUMNS, is_recbole=True)
     # "unkonwn" is how the file spells the one film without a title.
     pairs = zip(films["name"].to_pylist(), films["year"].to_pylist(), strict=True)
     titles = ["unknown" if name == "unkonwn" else f"{name} ({year})" for name, year in pairs]
     genres = [[x for x in text.split() if x != "unknown"] for text in films["genres"].to_pylist()]
-    return (
-        ratings,
-        pa.table({"item_id": films["item_id"], "title": titles, "genres": genres}),
-        users,
-    )
+    films = pa.table({"item_id": films["item_id"], "title": titles, "genres": genres})
+    return ratings, films, users
 
 
 def _read(path: Path, delimiter: str, names: list[str], *, is_recbole: bool = False) -> pa.Table:

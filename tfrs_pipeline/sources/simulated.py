@@ -47,12 +47,6 @@ _MAX_BLOCK_SCORES = 2**20
 _MAX_BLOCK_REQUESTS = 1024
 _STAGES = [stage.value for stage in Stage]
 DEVICES = ("phone", "tablet", "tv")
-_EVENT_FIELDS = {
-    **dict.fromkeys(("user_id", "item_id", "request_id", "rank"), pa.int64()),
-    "timestamp": pa.timestamp("us", "UTC"),
-    "stage": pa.string(),
-    "score": pa.float64(),
-}
 
 
 @dataclass(frozen=True)
@@ -202,11 +196,10 @@ def simulate_funnel(
         num_users, num_items, options, seed
     )
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
-    fields = _EVENT_FIELDS | ({"device": pa.string()} if preferences.has_devices else {})
-    schema = pa.schema(fields)
-    blocks = _event_blocks(schema, preferences, options, activity, num_requests, seed)
+    blocks = _event_blocks(preferences, options, activity, num_requests, seed)
+    first = next(blocks)
     log = Log.from_table(
-        pa.RecordBatchReader.from_batches(schema, blocks),
+        pa.RecordBatchReader.from_batches(first.schema, itertools.chain([first], blocks)),
         items=pa.table({"item_id": item_ids, "genre": genres}),
         users=pa.table({"user_id": user_ids, "favourite_genre": favourite_genres}),
         item_features={"genre": "categorical"},
@@ -247,7 +240,6 @@ def _draw_tastes(
 
 
 def _event_blocks(
-    schema: pa.Schema,
     preferences: Preferences,
     options: FunnelOptions,
     activity: np.ndarray,
@@ -277,15 +269,15 @@ def _event_blocks(
         columns = {
             "user_id": 1 + np.repeat(user_rows, num_logged),
             "item_id": 1 + item_rows.ravel(),
-            "timestamp": pa.array(np.repeat(times, num_logged), schema.field("timestamp").type),
-            "stage": pa.array(_STAGES).take(pa.array(stage_codes.ravel())),
             "request_id": np.repeat(np.arange(start, start + num_in_block), num_logged),
             "rank": pa.array(rank, mask=rank >= num_ranked),
+            "timestamp": pa.array(np.repeat(times, num_logged), pa.timestamp("us", "UTC")),
+            "stage": pa.array(_STAGES).take(pa.array(stage_codes.ravel())),
             "score": pa.array(scores.ravel(), mask=rank >= num_ranked),
-            "device": pa.array(DEVICES).take(pa.array(np.repeat(device_rows, num_logged))),
         }
-        block = pa.RecordBatch.from_pydict(columns, schema)  # Takes the columns of the schema.
-        yield block.slice(0, (num_requests - start) * num_logged)
+        if preferences.has_devices:
+            columns["device"] = pa.array(DEVICES).take(pa.array(np.repeat(device_rows, num_logged)))
+        yield pa.RecordBatch.from_pydict(columns).slice(0, (num_requests - start) * num_logged)
 
 
 def _run_funnel(
