@@ -194,7 +194,7 @@ def compare_plans(
             label = _label(name, seed, len(seeds))
             model = runner.run([training_step(label, f"plans/{name}/seed-{seed}", planned)])
             del runner.artifacts[label]  # One network at a time.
-            return evaluate_all(config, {name: model}, data, runner.progress.task), model.result
+            return evaluate_all(config, {name: model}, data, runner.progress), model.result
 
         comparison = _compared(plans, seeds, measure, config.training.monitor, notes)
         comparison.write(folder)
