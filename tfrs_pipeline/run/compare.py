@@ -35,7 +35,7 @@ from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
-from tfrs_pipeline.run.race import forget_networks, in_rungs
+from tfrs_pipeline.run.race import forget_networks
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import check_plan, plan_of, training_step
 from tfrs_pipeline.settings import ConfigError
@@ -214,7 +214,7 @@ def _compared(
     notes: Sequence[str] = (),
 ) -> Comparison:
     """Trains and measures all plans with the first seed, then all with the next one, and so on."""
-    by_seed = in_rungs(((plans, seed) for seed in seeds), measure)
+    by_seed = {seed: {name: measure(name, seed) for name in plans} for seed in seeds}
     return Comparison(
         {
             seed: joined([evaluation for evaluation, _ in by_plan.values()])
