@@ -1,11 +1,12 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from tfrs_pipeline.config import IalsConfig, RunConfig, with_settings
+from tfrs_pipeline.config import IalsConfig, RunConfig, plan_settings, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
@@ -38,14 +39,9 @@ def training_step(name: str, path: str, config: RunConfig | None = None) -> Step
 
     def make(run: RunContext, samples: RunData) -> Model:
         settings = config or variants(run.config)[name]
-        folder = run.folder.path / path
-        model: Model
-        if settings.summed:
-            model = train_sum(settings, samples, folder=folder, progress=run.progress)
-        else:
-            model = train_and_refit(
-                settings, samples, name=name, folder=folder, progress=run.progress
-            )
+        alone = functools.partial(train_and_refit, name=name)
+        train: Callable[..., Model] = train_sum if settings.summed else alone
+        model = train(settings, samples, folder=run.folder.path / path, progress=run.progress)
         run.note(*model.notes)
         return model
 
@@ -169,7 +165,7 @@ def ials_of(config: RunConfig, member: IalsConfig | None = None) -> Ials:
 
 def member_config(config: RunConfig, name: str) -> RunConfig:
     """Returns the settings of a run that trains a member of the sum alone."""
-    return with_settings(config, {"summed": {}, **config.trained[name].changes})
+    return with_settings(config, {"summed": {}, **plan_settings(config.trained[name])})
 
 
 def trainings_of(name: str, model: Model) -> dict[str, Any]:
