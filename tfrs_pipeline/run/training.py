@@ -15,7 +15,7 @@ from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
-from tfrs_pipeline.model.fit import TrainingResult, read_epoch
+from tfrs_pipeline.model.fit import read_epoch
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
@@ -93,12 +93,20 @@ def train_and_refit(
     model = model.with_repeat_bonus(data.validation, config.evaluation.exclude, config.seed)
     # The second training has no validation, so this one's curves and its bonus are kept.
     chosen, bonus = model.result, model.repeat_bonus
+    notes = [] if source is None else list(_about_source(source, name, data))
+    monitor = config.training.monitor
+    monitored = chosen.history[f"val_{monitor}"]
+    notes.append(
+        f"best validation {monitor} {max(monitored):.4f} after epoch "
+        f"{chosen.best_epoch} of {len(monitored)}"
+    )
     if data.has_refit:
         del model  # One network at a time.
         # No validation stops it, so it trains for as many epochs as were best above.
         model = fit("refit", chosen.best_epoch)
-    notes = [*_about_trainings(config, name, data, chosen), *model.notes]
-    notes += _about_bonus(bonus)
+        epochs = counted(chosen.best_epoch, "epoch")
+        notes.append(f"trained again on training and validation positives for {epochs}")
+    notes += [*model.notes, *_about_bonus(bonus)]
     return dataclasses.replace(model, result=chosen, notes=notes, repeat_bonus=bonus)
 
 
@@ -173,23 +181,6 @@ def trainings_of(name: str, model: Model) -> dict[str, Any]:
     members = model.members.items() if isinstance(model, FittedSum) else ()
     trained = {member: x for member, x in members if not isinstance(x, FittedIals)}
     return {name: model, **trained}
-
-
-def _about_trainings(
-    config: RunConfig, name: str, data: RunData, chosen: TrainingResult
-) -> Iterator[str]:
-    """Describes where a model started, and which epoch was best."""
-    monitor = config.training.monitor
-    monitored = chosen.history[f"val_{monitor}"]
-    if config.warm_start is not None:
-        yield from _about_source(config.warm_start, name, data)
-    yield (
-        f"best validation {monitor} {max(monitored):.4f} after epoch "
-        f"{chosen.best_epoch} of {len(monitored)}"
-    )
-    if data.has_refit:
-        epochs = counted(chosen.best_epoch, "epoch")
-        yield f"trained again on training and validation positives for {epochs}"
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
