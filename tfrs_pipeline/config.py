@@ -148,12 +148,6 @@ class MemberConfig(Config):
     training: TrainingSettings
     """How it is trained."""
 
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The settings of model and training, by dotted name."""
-        tables = {"model": self.model, "training": self.training}
-        return {f"{table}.{name}": x for table, values in tables.items() for name, x in values}
-
 
 class IalsConfig(Config):
     """iALS in a sum: its weight and its settings. Each run fits it anew, in seconds."""
@@ -267,6 +261,12 @@ class RunConfig(Config):
     def model_folder(self) -> Path:
         """Folder of the model's versions."""
         return self.export.directory / self.model_name
+
+
+def plan_settings(plan: RunConfig | MemberConfig) -> dict[str, Any]:
+    """Returns the settings of a model and of its training, by dotted name."""
+    tables = {"model": plan.model, "training": plan.training}
+    return {f"{table}.{name}": x for table, values in tables.items() for name, x in values}
 
 
 def movielens_config() -> RunConfig:

@@ -59,6 +59,12 @@ class Retriever(Protocol):
         ...
 
 
+def history_of(query: Query) -> Sequence[Any]:
+    """Returns the history of a query, which may be missing or, read from a file, None."""
+    history = query.get("history")
+    return () if history is None else history
+
+
 _KEYS = frozenset({"user_id", "history", HISTORY_TIMESTAMPS, "features", "request"})
 
 

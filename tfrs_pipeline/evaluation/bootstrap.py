@@ -91,15 +91,13 @@ def bootstrap_intervals(
     return intervals
 
 
-def ratio_interval(
-    numerators: np.ndarray, denominators: np.ndarray, *, num_bootstrap: int = 1000, seed: int = 0
-) -> Interval:
+def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> Interval:
     """Computes sum / sum of two columns, [num_users] each, with a 95% percentile interval.
 
     Whole users are drawn with replacement. The denominators may not all be 0.
     """
     values = np.stack([numerators, denominators], axis=1).astype(np.float64)
-    draws = _divide(_resampled_sums(values, num_bootstrap, np.random.default_rng(seed)))
+    draws = _divide(_resampled_sums(values, 1000, np.random.default_rng(0)))
     low, high = np.nanquantile(draws, [0.025, 0.975])  # A resample may miss all but zeros.
     return Interval(float(numerators.sum() / denominators.sum()), float(low), float(high))
 

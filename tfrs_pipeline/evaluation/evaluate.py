@@ -287,10 +287,17 @@ def _measure(
 ) -> EvaluationResult:
     """Measures the ranking `rows`, [num_queries, k], over the whole corpus and in each slice."""
     counts, user_ids = truth.holdout.candidate_counts, truth.user_ids
-    parts = {part: _measure_part(rankings, metrics) for part, rankings in _rankings(rows, truth)}
+    whole, (queries, relevant_rows) = rankings_of(rows, truth), truth.relevant
+    parts = {"all": _measure_part(whole, metrics)}
+    for name, is_in in popularity_slices(counts).items():
+        # Relevant items outside the corpus are in no slice.
+        num = np.bincount(queries[is_in[relevant_rows - 1]], minlength=len(rows))
+        # At an empty slot, `rows - 1` reads the last candidate, but that slot is never a hit.
+        is_hit = whole.is_hit & is_in[rows - 1]
+        parts[name] = _measure_part(Rankings(rows, is_hit, num, counts, is_in), metrics)
     parts = with_intervals(parts, user_ids, num_bootstrap=num_bootstrap, seed=seed)
     # Items outside the corpus are in no list: they are unclicked, and were never found.
-    to_find = truth.relevant[1] - 1
+    to_find = relevant_rows - 1
     num_unknown = int(truth.num_relevant.sum()) - len(to_find)
     return EvaluationResult(
         user_ids=user_ids,
@@ -314,19 +321,6 @@ def rankings_of(rows: np.ndarray, truth: Truth) -> Rankings:
     counts, is_hit = truth.holdout.candidate_counts, find_hits(rows, *truth.relevant)
     every = np.ones(len(counts), bool)
     return Rankings(rows, is_hit, truth.num_relevant, counts, every, truth.even)
-
-
-def _rankings(rows: np.ndarray, truth: Truth) -> Iterator[tuple[str, Rankings]]:
-    """Yields what a metric reads for all relevant items, and for those in each slice."""
-    queries, relevant_rows = truth.relevant
-    whole = rankings_of(rows, truth)
-    yield "all", whole
-    counts, is_hit = whole.counts, whole.is_hit
-    for name, is_in in popularity_slices(counts).items():
-        # Relevant items outside the corpus are in no slice.
-        num = np.bincount(queries[is_in[relevant_rows - 1]], minlength=len(rows))
-        # At an empty slot, `rows - 1` reads the last candidate, but that slot is never a hit.
-        yield name, Rankings(rows, is_hit & is_in[rows - 1], num, counts, is_in)
 
 
 def _measure_part(rankings: Rankings, metrics: Sequence[Metric]) -> SliceResult:

@@ -341,15 +341,11 @@ def format_table(
 
 def with_other(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the models of `Evaluation.summary()` with columns such as "by_user/ndcg@20"."""
-    others = {other_prefix(metrics): metrics["other"]["models"]} if other_prefix(metrics) else {}
-    return {
-        name: {
-            **model,
-            "slices": model["slices"]
-            | {prefix: by_name[name] for prefix, by_name in others.items()},
-        }
-        for name, model in metrics["models"].items()
-    }
+    models = {name: dict(model) for name, model in metrics["models"].items()}
+    if prefix := other_prefix(metrics):
+        for name, model in models.items():
+            model["slices"] = {**model["slices"], prefix: metrics["other"]["models"][name]}
+    return models
 
 
 QUESTIONS: Mapping[AskedBy, str] = {

@@ -51,8 +51,11 @@ class Corpus:
         end = log.events["timestamp"].max().to_pyarrow().as_py() if has_times else None
         items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
         # Features are fitted without later items: training cannot have known their values.
-        is_later = later_rows(log, candidate_ids)
-        is_there = None if is_later is None else ~is_later[1:]
+        is_later = is_there = None
+        if log.later_items is not None and log.later_items.count().to_pyarrow().as_py():
+            later = as_id_array(log.later_items["item_id"].to_pyarrow().to_pylist())
+            is_later = np.isin(np.arange(len(candidate_ids) + 1), candidate_ids.rows(later))
+            is_there = ~is_later[1:]
         candidate_features, candidate_columns = _encode(items, log.item_features, end, is_there)
         query_features, query_columns = _encode(users, log.user_features, end)
         return cls(
@@ -79,16 +82,6 @@ class Corpus:
         """Returns the features of a side: candidate, query or request."""
         features: tuple[Feature, ...] = getattr(self, f"{side}_features")
         return features
-
-
-def later_rows(log: Log, candidate_ids: Ids) -> np.ndarray | None:
-    """Marks the rows of a log's `later_items`: [1 + items] bool; None if there are none."""
-    if log.later_items is None:
-        return None
-    later = as_id_array(log.later_items["item_id"].to_pyarrow().to_pylist())
-    if not len(later):
-        return None
-    return np.isin(np.arange(len(candidate_ids) + 1), candidate_ids.rows(later))
 
 
 def _encode(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
+from pydantic import WrapValidator
 
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.negatives.samplers import SETTING_KINDS
@@ -15,7 +16,7 @@ def is_custom(kind: object) -> bool:
     return kind is not None and type(kind) not in SETTING_KINDS
 
 
-def custom_or_setting(*attributes: str) -> Callable[[Any, Callable[[Any], Any]], Any]:
+def custom_or_setting(*attributes: str) -> WrapValidator:
     """Makes a validator that keeps a user's own kind with these attributes, and reads settings.
 
     It refuses (`ValueError`) anything else.
@@ -34,7 +35,7 @@ def custom_or_setting(*attributes: str) -> Callable[[Any, Callable[[Any], Any]],
             )
         return kind
 
-    return validate
+    return WrapValidator(validate)
 
 
 def name_of(part: Any) -> str | None:

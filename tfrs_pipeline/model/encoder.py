@@ -15,7 +15,7 @@ from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import lookup, signature_inputs, stored, traced
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
 from tfrs_pipeline.samples.store import RowLists
 
 ITEMS_PER_CALL = 8192
@@ -339,12 +339,6 @@ def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
             )
         times.append(seconds.astype(np.float64))
     return times
-
-
-def history_of(query: Query) -> Sequence[Any]:
-    """Returns the history of a query, which may be missing or, read from a file, None."""
-    history = query.get("history")
-    return () if history is None else history
 
 
 def known_rows(

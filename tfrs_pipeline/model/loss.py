@@ -130,7 +130,13 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings
         )
         log_q, hard_log_q, sample_weight = _as_float32(log_q, hard_log_q, sample_weight)
-        _check_embeddings(queries, positives, positive_query, negatives, hard)
+        axes = "WD", "WD" if positive_query is None else "PD", "CD", "P", "WHD"
+        pairs = zip((queries, positives, negatives, positive_query, hard), axes, strict=True)
+        message = (
+            "Embeddings must be [W, D] of queries, [P, D] of positives, [C, D] of negatives and "
+            "[W, H, D] of hard ones; P is W, or the length of positive_query"
+        )
+        tf.debugging.assert_shapes([x for x in pairs if x[0] is not None], message=message)
         if self._temperature is not None:  # Dividing [W, D] is cheaper than dividing [W, C].
             queries = tf.divide(queries, self._temperature)
         positive_logits = tf.reduce_sum(
@@ -138,7 +144,13 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         )
         scores = tf.matmul(queries, negatives, transpose_b=True)
         blocks = [_logits(scores, log_q=log_q, score_mask=score_mask)]
-        blocks += _hard_logits(queries, hard, hard_log_q, hard_mask)
+        if hard is not None and hard_log_q is None:
+            raise ValueError("hard_embeddings needs hard_log_q; zeros correct nothing.")
+        if hard is not None:
+            scores = tf.einsum("wd,whd->wh", queries, hard)
+            blocks.append(_logits(scores, hard_log_q=hard_log_q, hard_mask=hard_mask))
+        elif hard_log_q is not None or hard_mask is not None:
+            raise ValueError("hard_log_q and hard_mask need hard_embeddings, their negatives.")
         # softplus(n - p) = log(exp(p) + exp(n)) - p for the positive's logit p and the negatives'
         # logsumexp n; it neither overflows nor loses small losses to rounding.
         negative_logits = _rows_by_positive(_log_sum_exp(blocks), positive_query)
@@ -146,35 +158,6 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         if sample_weight is not None:
             losses *= tf.reshape(sample_weight, tf.shape(losses))
         return tf.reduce_sum(losses)
-
-
-def _hard_logits(
-    queries: tf.Tensor, hard: tf.Tensor | None, log_q: tf.Tensor | None, mask: tf.Tensor | None
-) -> list[tf.Tensor]:
-    if hard is None:
-        if log_q is not None or mask is not None:
-            raise ValueError("hard_log_q and hard_mask need hard_embeddings, their negatives.")
-        return []
-    if log_q is None:
-        raise ValueError("hard_embeddings needs hard_log_q; zeros correct nothing.")
-    scores = tf.einsum("wd,whd->wh", queries, hard)
-    return [_logits(scores, hard_log_q=log_q, hard_mask=mask)]
-
-
-def _check_embeddings(
-    queries: tf.Tensor,
-    positives: tf.Tensor,
-    positive_query: tf.Tensor | None,
-    negatives: tf.Tensor,
-    hard: tf.Tensor | None,
-) -> None:
-    axes = "WD", "WD" if positive_query is None else "PD", "CD", "P", "WHD"
-    tensors = zip((queries, positives, negatives, positive_query, hard), axes, strict=True)
-    message = (
-        "Embeddings must be [W, D] of queries, [P, D] of positives, [C, D] of negatives and "
-        "[W, H, D] of hard ones; P is W, or the length of positive_query"
-    )
-    tf.debugging.assert_shapes([pair for pair in tensors if pair[0] is not None], message=message)
 
 
 def _as_float32(*tensors: tf.Tensor | None) -> list[tf.Tensor | None]:

@@ -6,16 +6,15 @@ These items are few, so they are scored exactly and merged with the best of the 
 index finds those.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
-from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.retrieval import Query, history_of
 
 # A pair of a line and a candidate row becomes one int64, line * _ROWS + row: rows are int32.
 _ROWS = 1 << 31
@@ -79,7 +78,7 @@ class RepeatBonus:
         Returns, for each bonus, the position of its query from 0, [any] int64; the row of its item
         among `items` from 1, [any] int32; and the bonus, [any] float32.
         """
-        histories = [items.rows(_history(query))[::-1] for query in queries]
+        histories = [items.rows(history_of(query))[::-1] for query in queries]
         values = np.concatenate([np.zeros(0, np.int32), *histories])
         lengths = np.array([len(history) for history in histories], np.int64)
         rows, bonuses = self.of(tf.RaggedTensor.from_row_lengths(values, lengths))
@@ -95,8 +94,3 @@ class RepeatBonus:
             return scores
 
         return ScoreRetriever(exact.items, score)
-
-
-def _history(query: Query) -> Collection[Any]:
-    history = query.get("history")
-    return () if history is None else history

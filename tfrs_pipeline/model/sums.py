@@ -222,8 +222,7 @@ class FittedSum:
         """
         check_members(members)
         vectors = [vectors_of(member, queries) for member in members.values()]
-        spreads = [member_vectors.spread for member_vectors in vectors]
-        scaled = [weights[name] / spread for name, spread in zip(members, spreads, strict=True)]
+        scaled = [weights[name] / x.spread for name, x in zip(members, vectors, strict=True)]
         dim = dim or vectors[0].candidates.shape[1]
         return cls(members, weights, projection(vectors, scaled, dim))
 

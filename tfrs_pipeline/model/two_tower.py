@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tensorflow as tf
-from pydantic import AfterValidator, Field, WrapValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tfrs_pipeline.batches.batch import Examples
 from tfrs_pipeline.batches.examples import SinglePositives, UserSets, WholeSequences
@@ -48,12 +48,8 @@ if TYPE_CHECKING:
     AnyEasy: TypeAlias = Any
     AnyHard: TypeAlias = Any
 else:
-    _EASY, _HARD = (
-        custom_or_setting("draw", "expected_count"),
-        custom_or_setting("pools", "share", "num"),
-    )
-    AnyEasy: TypeAlias = Annotated[SharedKind, WrapValidator(_EASY)]
-    AnyHard: TypeAlias = Annotated[HardKind | None, WrapValidator(_HARD)]
+    AnyEasy: TypeAlias = Annotated[SharedKind, custom_or_setting("draw", "expected_count")]
+    AnyHard: TypeAlias = Annotated[HardKind | None, custom_or_setting("pools", "share", "num")]
 
 
 # Custom kinds come last: a kind's draws depend on its position, so adding one changes no other.
@@ -230,8 +226,13 @@ class TwoTower(TwoTowerSettings):
         strategy = distribution.training_strategy()
         distribution.check_shared(folder)
         data.check_negatives_left(self.hard)
-        source, corpus = _checked(warm_start), data.corpus
-        if source:  # The source may have been trained on items that come later in this log.
+        if not isinstance(warm_start, FittedTwoTower | None):
+            raise TypeError(
+                "warm_start must be a fitted TwoTower, which fit returns and tp.trained_in reads "
+                f"from the folder of a run. Received: {warm_start!r}"
+            )
+        corpus = data.corpus
+        if warm_start:  # The source may have been trained on items that come later in this log.
             corpus = dataclasses.replace(corpus, is_later=None)
         with distribution.naming_lost_workers():
             # Initial weights come from Keras's global generators.
@@ -239,7 +240,7 @@ class TwoTower(TwoTowerSettings):
             with strategy.scope():
                 network = self.build(corpus)
             encoder, batches = query_encoder(network, corpus), self.batches(data.samples)
-            warm = WarmStart(source, self, self.training, corpus) if source else None
+            warm = WarmStart(warm_start, self, self.training, corpus) if warm_start else None
             validate = None
             if validation is not None:
                 ranked = validation.sample(self.training.validation_users, self.seed)
@@ -250,6 +251,18 @@ class TwoTower(TwoTowerSettings):
                 metrics = [*(metric(k) for k in cutoffs for metric in PLAIN), monitor]
                 measured = network, corpus, encoder, ranked, exclude, metrics
                 validate = functools.partial(validation_metrics, *measured)
+
+            def start(untrained: TwoTowerNetwork) -> None:
+                if warm is not None:
+                    warm.apply(untrained)
+                elif self.item_init == "svd":
+                    add_item_factors(untrained, data.samples.known_positives, folder)
+                # The shift towards what is popular now is known before training and is not a
+                # weight: it is added to the biases only when items are retrieved.
+                tower = untrained.candidate_tower
+                if isinstance(tower, Tower) and tower.shift is not None:
+                    tower.shift.assign(self.temperature * popularity_shift(data.samples))
+
             # Marked even if no step is left to train: a checkpoint is read into the towers.
             for tower in (network.query_tower, network.candidate_tower):
                 tower.was_in_training = True
@@ -259,7 +272,7 @@ class TwoTower(TwoTowerSettings):
                 self.training,
                 max_epochs=max_epochs,
                 validate=validate,
-                start=functools.partial(self._begin, warm, data.samples, folder),
+                start=start,
                 first_step=warm.first_step if warm else 0,
                 folder=folder,
                 on_epoch=on_epoch,
@@ -272,24 +285,6 @@ class TwoTower(TwoTowerSettings):
         return FittedTwoTower(
             self.settings, self.training, corpus, network, encoder, result, notes, data.log
         )
-
-    def _begin(
-        self,
-        warm: WarmStart | None,
-        samples: Samples,
-        folder: Path | None,
-        network: TwoTowerNetwork,
-    ) -> None:
-        """Initialises an untrained network, and sets its shift towards what is popular now."""
-        if warm is not None:
-            warm.apply(network)
-        elif self.item_init == "svd":
-            add_item_factors(network, samples.known_positives, folder)
-        # The shift is known before training and is not a weight: it is added to the biases only
-        # when items are retrieved.
-        tower = network.candidate_tower
-        if isinstance(tower, Tower) and tower.shift is not None:
-            tower.shift.assign(self.temperature * popularity_shift(samples))
 
     def batches(self, samples: Samples) -> HybridBatches:
         """Makes the training batches of samples; their `dataset()` is a plain `tf.data.Dataset`.
@@ -407,12 +402,3 @@ def validation_metrics(
         **{name: interval.mean for name, interval in result.overall.intervals.items()},
         **{f"tail/{metric}": tail[str(metric)].mean for metric in metrics if metric.is_by_slice},
     }
-
-
-def _checked(source: Any) -> FittedTwoTower | None:
-    if not isinstance(source, FittedTwoTower | None):
-        raise TypeError(
-            "warm_start must be a fitted TwoTower, which fit returns and tp.trained_in reads from "
-            f"the folder of a run. Received: {source!r}"
-        )
-    return source

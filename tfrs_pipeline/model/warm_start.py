@@ -150,8 +150,24 @@ class WarmStart:
         rows = {table.ref(): rows for table, rows in self._tables(network)}
         # Both networks have the same settings, so their variables come in the same order.
         pairs = zip(network.trainable_variables, self._source.trainable_variables, strict=True)
+        # Row 0 was trained if its optimizer state is not what it was at first.
+        at_first = getattr(self._source.optimizer, "initial_accumulator_value", 0.0)
         for variable, source in pairs:
-            self._carry(network, variable, source, rows.get(variable.ref()))
+            old_slots = slots_of(self._source.optimizer, source)
+            # Another optimizer starts with an empty state.
+            new_slots = slots_of(network.optimizer, variable) if self.first_step else []
+            slots = list(zip(new_slots, old_slots, strict=bool(new_slots)))
+            if (rows_there := rows.get(variable.ref())) is None:  # Not a table.
+                for new, old in [(variable, source), *slots]:
+                    new.assign(old)
+                continue
+            is_new = (rows_there == 0) & (np.arange(len(rows_there)) > 0)
+            # SGD-like optimizers without a state would count as untrained; the package has none.
+            has_stand_in = any((slot[0].numpy() != at_first).any() for slot in old_slots)
+            keeps_random = is_new & (not has_stand_in)
+            tables = [(variable, source, keeps_random), *((*pair, is_new) for pair in slots)]
+            for new, old, is_kept in tables:
+                new.assign(tf.where(is_kept[:, np.newaxis], new, tf.gather(old, rows_there)))
         network.optimizer.iterations.assign(self.first_step)
 
     def describe(self) -> list[str]:
@@ -165,8 +181,11 @@ class WarmStart:
         ]
         notes = [f"warm start: {'; '.join(counts)}"]
         for old, new in _feature_pairs(*self._corpora, *SIDES):
-            if change := _change(old, new):
-                notes.append(f"    {new.name}: {change}")
+            if old.vocabulary or new.vocabulary:
+                # Code 0 stands for an unknown value, which is not kept.
+                num_kept = int(np.count_nonzero(new.codes_of(old)))
+                sizes = len(new.vocabulary), len(old.vocabulary)
+                notes.append(f"    {new.name}: {kept_new_gone('values', num_kept, *sizes)}")
         before, now = self._optimizers
         if before != now:
             notes.append(f"    the optimizer's state starts again: it was {before}, now {now}")
@@ -184,32 +203,6 @@ class WarmStart:
             for old, new in _feature_pairs(*self._corpora, side):
                 if (codes := tower.feature_table(new.name)) is not None:
                     yield codes, new.codes_of(old)
-
-    def _carry(
-        self,
-        network: TwoTowerNetwork,
-        variable: tf.Variable,
-        source: tf.Variable,
-        rows: np.ndarray | None,
-    ) -> None:
-        """Carries over a weight and its optimizer state; a table row by row."""
-        old_slots = slots_of(self._source.optimizer, source)
-        new_slots = slots_of(network.optimizer, variable) if self.first_step else []
-        # Another optimizer starts with an empty state.
-        slots = list(zip(new_slots, old_slots, strict=bool(new_slots)))
-        if rows is None:
-            for new, old in [(variable, source), *slots]:
-                new.assign(old)
-            return
-        is_new = (rows == 0) & (np.arange(len(rows)) > 0)
-        # Row 0 was trained if its optimizer state is not what it was at first.
-        at_first = getattr(self._source.optimizer, "initial_accumulator_value", 0.0)
-        # SGD-like optimizers without a state would count as untrained; the package has none.
-        has_stand_in = any((slot[0].numpy() != at_first).any() for slot in old_slots)
-        keeps_random = is_new & (not has_stand_in)
-        tables = [(variable, source, keeps_random), *((*pair, is_new) for pair in slots)]
-        for new, old, is_kept in tables:
-            new.assign(tf.where(is_kept[:, np.newaxis], new, tf.gather(old, rows)))
 
 
 def _rows_there(there: Ids, here: Ids) -> np.ndarray:
@@ -251,15 +244,6 @@ def _problems(
 def _specification(feature: Feature) -> str:
     lengths = (f" of {length} numbers" for length in feature.raw_shape if length)
     return f"{feature.name}={feature.kind}{''.join(lengths)}"
-
-
-def _change(old: Feature, new: Feature) -> str:
-    """Describes the values that a feature keeps; "" if it has no vocabulary."""
-    if not (old.vocabulary or new.vocabulary):
-        return ""
-    # Code 0 stands for an unknown value, which is not kept.
-    num_kept = int(np.count_nonzero(new.codes_of(old)))
-    return kept_new_gone("values", num_kept, len(new.vocabulary), len(old.vocabulary))
 
 
 def _feature_pairs(there: Corpus, here: Corpus, *sides: str) -> Iterator[tuple[Feature, Feature]]:

@@ -26,12 +26,7 @@ from tfrs_pipeline.evaluation.metrics import BUILT_IN, METRICS, Metric
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.measure import (
-    MeasuredBaselines,
-    baselines_of,
-    evaluate_all,
-    fit_best,
-)
+from tfrs_pipeline.run.measure import MeasuredBaselines, baselines_of, evaluate_all, fit_best
 from tfrs_pipeline.run.steps import Runner
 
 Answer: TypeAlias = tuple[Evaluation, list[str]] | str

@@ -35,7 +35,7 @@ from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
-from tfrs_pipeline.run.race import forget_networks, in_rungs
+from tfrs_pipeline.run.race import forget_networks
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import check_plan, plan_of, training_step
 from tfrs_pipeline.settings import ConfigError
@@ -194,7 +194,7 @@ def compare_plans(
             label = _label(name, seed, len(seeds))
             model = runner.run([training_step(label, f"plans/{name}/seed-{seed}", planned)])
             del runner.artifacts[label]  # One network at a time.
-            return evaluate_all(config, {name: model}, data, runner.progress.task), model.result
+            return evaluate_all(config, {name: model}, data, runner.progress), model.result
 
         comparison = _compared(plans, seeds, measure, config.training.monitor, notes)
         comparison.write(folder)
@@ -214,7 +214,7 @@ def _compared(
     notes: Sequence[str] = (),
 ) -> Comparison:
     """Trains and measures all plans with the first seed, then all with the next one, and so on."""
-    by_seed = in_rungs(((plans, seed) for seed in seeds), measure)
+    by_seed = {seed: {name: measure(name, seed) for name in plans} for seed in seeds}
     return Comparison(
         {
             seed: joined([evaluation for evaluation, _ in by_plan.values()])

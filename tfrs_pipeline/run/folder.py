@@ -16,6 +16,7 @@ from tfrs_pipeline.config import (
     dump_config,
     flat_settings,
     load_config,
+    plan_settings,
     with_settings,
 )
 from tfrs_pipeline.data.settings import DataConfig
@@ -292,9 +293,7 @@ def with_source(
     run = RunFolder(source)
     if fixed is not None:
         theirs = (folder if folder.has_begun() else run).settings()
-        changes: dict[str, Any] = {f"model.{name}": value for name, value in theirs.model}
-        changes |= {f"training.{name}": value for name, value in theirs.training}
-        changes |= _fewer_epochs(run, theirs, "two_tower")
+        changes = plan_settings(theirs) | _fewer_epochs(run, theirs, "two_tower")
         # An uncorrected model that the source did not train would begin from random weights.
         changes["evaluation.baselines"] = theirs.evaluation.baselines
         config = with_settings(config, changes, fixed=fixed)
@@ -327,7 +326,7 @@ def _begun_from(
 ) -> MemberConfig:
     """Returns the settings of a sum's member that starts from the same member in the source."""
     member = theirs.trained[name]
-    changes = {"summed": {}, **member.changes, **_fewer_epochs(source, theirs, name)}
+    changes = {"summed": {}, **plan_settings(member), **_fewer_epochs(source, theirs, name)}
     plan = with_settings(config, changes, fixed=fixed)
     return MemberConfig(weight=member.weight, model=plan.model, training=plan.training)
 

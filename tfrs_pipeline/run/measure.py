@@ -4,8 +4,8 @@ TensorFlow is imported for the version in service alone.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,17 +16,15 @@ from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.evaluation.results import Evaluation, joined
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
-from tfrs_pipeline.run.folder import RunFolder, own_version
-from tfrs_pipeline.run.steps import Runner
+from tfrs_pipeline.run.folder import own_version
+from tfrs_pipeline.run.steps import RunContext
+from tfrs_pipeline.serving.publish import publishing
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.sums import Model
-
-OnProgress: TypeAlias = Callable[..., None]
-"""Called during long work with a task's name, steps done and in all, and sometimes a note."""
 
 
 def baselines_of(config: RunConfig, data: RunData) -> dict[str, Sequence[Baseline]]:
@@ -74,35 +72,37 @@ EXAMPLE_LENGTH = 10
 
 
 def measure(
-    config: RunConfig,
-    folder: RunFolder,
-    runner: Runner,
-    data: RunData,
-    baselines: MeasuredBaselines,
-    models: Mapping[str, "Model"],
+    run: RunContext, samples: RunData, baselines: MeasuredBaselines, **models: "Model"
 ) -> Evaluation:
-    """Evaluates a run's models and, if it is compared, the version in service, beside baselines."""
+    """Evaluates a run's models and the version in service beside its measured baselines.
+
+    The version is compared if the gate is on, or was before.
+    """
     from tfrs_pipeline.model.sums import FittedSum
     from tfrs_pipeline.serving.gate import BEST_MEMBER, IN_SERVICE, version_in_service
 
+    config, progress = run.config, run.progress
     trained: dict[str, Retriever] = {**models}
     for model in models.values():
         if isinstance(model, FittedSum):
             trained[BEST_MEMBER] = model.first
-    measured = [evaluate_all(config, trained, data, runner.progress.task), *baselines.evaluations]
-    if is_compared(config, folder):
-        log = data.split.log
-        # Never the run's own export, which a resumed run finds in service.
+    metrics, log = run.folder.metrics(), samples.split.log
+    is_compared = config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
+    if is_compared:
+        # The version that the model is compared with must stay in service until the export.
+        run.hold(publishing(config.model_folder))
+    measured = [evaluate_all(config, trained, samples, progress), *baselines.evaluations]
+    if is_compared:
         in_service = version_in_service(
             config.model_folder,
-            data.test.candidate_ids,
+            samples.test.candidate_ids,
             log.listed_ids,
             log=log,
-            without=own_version(config, folder),
+            # Never the run's own export, which a resumed run finds in service.
+            without=own_version(config, run.folder),
         )
         if in_service is not None:
-            compared = {IN_SERVICE: in_service}
-            measured.append(evaluate_all(config, compared, data, runner.progress.task))
+            measured.append(evaluate_all(config, {IN_SERVICE: in_service}, samples, progress))
     evaluation = joined(measured)
     lines = []
     for question in (evaluation, evaluation.other):
@@ -111,23 +111,15 @@ def measure(
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
             queries = f"{ASKED[question.asked_by]}: {counted(num_queries, 'query')}"
             lines += [f"{queries}, {num_relevant:,} items to find", *first.describe()]
-    runner.note(*dict.fromkeys(lines))  # Both questions may have the same remarks.
+    run.note(*dict.fromkeys(lines))  # Both questions may have the same remarks.
     return evaluation
-
-
-def is_compared(config: RunConfig, folder: RunFolder) -> bool:
-    """Returns whether to measure the version in service: if the gate is on, or was before."""
-    from tfrs_pipeline.serving.gate import IN_SERVICE
-
-    metrics = folder.metrics()
-    return config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
 
 
 def evaluate_all(
     config: RunConfig,
     retrievers: Mapping[str, Retriever],
     data: RunData,
-    on_progress: OnProgress = lambda *task: None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """Evaluates retrievers on a run's test, by the question that decides and by the other."""
     decisive, *others = (
@@ -137,7 +129,7 @@ def evaluate_all(
             exclude=config.evaluation.exclude,
             cutoffs=config.evaluation.cutoffs,
             seed=config.seed,
-            on_progress=on_progress,
+            on_progress=progress.task,
         )
         for holdout in (data.test, data.other_test)
         if isinstance(holdout, Holdout)

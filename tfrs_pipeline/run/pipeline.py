@@ -23,7 +23,7 @@ from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder, name_of_log, own_version, trained_by
-from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, is_compared, measure
+from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, measure
 from tfrs_pipeline.run.race import race_step
 from tfrs_pipeline.run.refresh import WRITING
 from tfrs_pipeline.run.steps import RunContext, Step
@@ -42,7 +42,7 @@ from tfrs_pipeline.serving.gate import (
     worse_than_version,
 )
 from tfrs_pipeline.serving.index import search_of
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
 
 _NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none"}, "export_folder": None}
 
@@ -79,7 +79,7 @@ def run_steps(config: RunConfig) -> list[Step]:
         *([race_step()] if config.recipes else []),
         *(training_step(name, f"checkpoints/{name}") for name in models),
         Step("baselines", ("samples",), "baselines", _measure_baselines, workers="chief"),
-        Step("evaluate", ("samples", "baselines", *models), "measured", _evaluate, workers="chief"),
+        Step("evaluate", ("samples", "baselines", *models), "measured", measure, workers="chief"),
         Step("export", judged, "version", _export_best, version, workers="chief"),
         Step("metrics", every, "metrics", _write_metrics, "metrics.json", workers="chief"),
     ]
@@ -119,15 +119,6 @@ def run(
 
 def _measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
     return measure_baselines(run.config, run.folder, run, samples)
-
-
-def _evaluate(
-    run: RunContext, samples: RunData, baselines: MeasuredBaselines, **models: Model
-) -> Evaluation:
-    if is_compared(run.config, run.folder):
-        # The version that the model is compared with must stay in service until the export.
-        run.hold(publishing(run.config.model_folder))
-    return measure(run.config, run.folder, run, samples, baselines, models)
 
 
 def _write_metrics(

@@ -1,8 +1,4 @@
-"""Trains several models side by side, in rungs, and races recipes: the best on validation wins.
-
-`in_rungs` is the loop of races and comparisons. In a comparison, a rung is the next seed. In a
-race, it is more epochs for the recipes that are left.
-"""
+"""Races recipes: trains them side by side, in rounds; the best on validation wins."""
 
 import dataclasses
 import functools
@@ -11,11 +7,11 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -36,13 +32,7 @@ from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step, give_back_memory
-from tfrs_pipeline.run.training import (
-    check_plan,
-    ials_of,
-    plan_of,
-    queries_of,
-    trains_winner_alone,
-)
+from tfrs_pipeline.run.training import check_plan, ials_of, plan_of, queries_of, trains_winner_alone
 from tfrs_pipeline.settings import ConfigError, refuse
 
 # Recipes are compared for the first time at the CPU time that this many epochs of the slowest take.
@@ -62,30 +52,6 @@ TIMED_EPOCHS = 2
 IALS = "ials"
 # The curves so far, in the folder of the trainings.
 CURVES_FILE = "curves.json"
-
-Rung = TypeVar("Rung", bound=Hashable)
-Result = TypeVar("Result")
-
-
-def in_rungs(
-    rungs: Iterable[tuple[Iterable[str], Rung]], train: Callable[[str, Rung], Result]
-) -> dict[Rung, dict[str, Result]]:
-    """Trains the names of each rung, one after another; returns the results by rung and name.
-
-    `rungs` yields the names and what `train` gets beside a name. A rule that drops some on the way
-    is a generator: it sees the results of the last rung before it yields the next.
-
-    Example:
-        >>> rungs = [(["a", "b"], 1), (["b"], 2)]
-        >>> in_rungs(rungs, lambda name, rung: rung * name)
-        {1: {'a': 'a', 'b': 'b'}, 2: {'b': 'bb'}}
-    """
-    results: dict[Rung, dict[str, Result]] = {}
-    for names, rung in rungs:
-        results[rung] = {}
-        for name in names:
-            results[rung][name] = train(name, rung)
-    return results
 
 
 def forget_networks() -> None:
@@ -228,27 +194,7 @@ def race_in_rungs(
     def unspent() -> float:
         return budget - sum(curve.spent for curve in curves.values())
 
-    def rounds() -> Iterator[tuple[Sequence[str], tuple[int, float]]]:
-        yield racing, (1, 0.0)
-        first = FIRST_EPOCHS * max(curve.epoch_seconds for curve in curves.values())
-        seconds = min(first, budget / len(curves))
-        for number in itertools.count(2):
-            yield racing, (number, seconds)
-            best = {name: curves[name].best_by(seconds) for name in racing}
-            gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
-            reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
-            needed = {name: NEAR if gain[name] >= RISES * best[name] else 1.0 for name in racing}
-            leading = max(best.values())
-            # Changed in place, because `turn` reads the list too.
-            racing[:] = [name for name in racing if reach[name] >= needed[name] * leading]
-            share = unspent() / len(racing)  # Equal, so that the last round has time for all.
-            can_train = [curves[name].num_left and curves[name].epoch_seconds for name in racing]
-            if len(racing) == 1 or not any(0 < epoch <= share for epoch in can_train):
-                return
-            seconds = min(2 * seconds, seconds + share)
-
-    def turn(name: str, rung: tuple[int, float]) -> None:
-        number, seconds = rung
+    def turn(name: str, number: int, seconds: float = 0.0) -> None:
         curve, left = curves[name], [curves[name] for name in racing]
         num_epochs = curve.epochs_by(seconds)
         if number == 1:
@@ -265,8 +211,26 @@ def race_in_rungs(
         train(name, num_epochs, f"{task}: {name}{leading}")
 
     racing = list(curves)
-    if len(curves) > 1:
-        in_rungs(rounds(), turn)
+    if len(racing) < 2:
+        return
+    for name in racing:
+        turn(name, 1)
+    first = FIRST_EPOCHS * max(curve.epoch_seconds for curve in curves.values())
+    seconds = min(first, budget / len(curves))
+    for number in itertools.count(2):
+        for name in racing:
+            turn(name, number, seconds)
+        best = {name: curves[name].best_by(seconds) for name in racing}
+        gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
+        reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
+        needed = {name: NEAR if gain[name] >= RISES * best[name] else 1.0 for name in racing}
+        leading = max(best.values())
+        racing = [name for name in racing if reach[name] >= needed[name] * leading]
+        share = unspent() / len(racing)  # Equal, so that the last round has time for all.
+        can_train = [curves[name].num_left and curves[name].epoch_seconds for name in racing]
+        if len(racing) == 1 or not any(0 < epoch <= share for epoch in can_train):
+            return
+        seconds = min(2 * seconds, seconds + share)
 
 
 def race(
@@ -337,11 +301,9 @@ def race(
     with ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
-        progress = progress or written()
+        run = RunContext(config, RunFolder(path), progress or written())
         limit = math.inf if budget is None else config.budget
-        decided, fitted = _race(
-            config, entrants, data, validation, path / "race", progress, budget=limit
-        )
+        decided, fitted = _race(run, entrants, data, validation, limit)
         models = {name: fitted(name) for name in decided.weights}
         model: Model = models[decided.winner]
         if len(models) > 1:
@@ -351,32 +313,29 @@ def race(
 
 
 def _race(
-    config: RunConfig,
+    run: RunContext,
     entrants: Iterable[Recipe],
     data: TrainingSet,
     validation: Holdout,
-    folder: Path,
-    progress: Progress,
-    *,
     budget: float,
 ) -> tuple[Race, Callable[[str], Any]]:
-    """Races in a folder, where each training resumes; trains the winner to its end.
+    """Races in the folder of a run, where each training resumes; trains the winner to its end.
 
     Returns the race, and a function that returns a model by its name: it reads that of a recipe
     back, and fits iALS.
     """
+    config, folder, progress = run.config, run.folder.race, run.progress
     configs, not_begun = trainable_recipes(config, data, entrants)
     curves = {
         name: Curve(name, num_left=settings.training.max_epochs)
         for name, settings in configs.items()
     }
-    record = on_chief(lambda: read_whole(folder / CURVES_FILE)) or {"curves": []}
-    # A resumed race takes the recorded curves; a recipe that can no longer train is left out.
-    curves |= {
-        content["name"]: Curve(**content)
-        for content in record["curves"]
-        if content["name"] in configs
-    }
+
+    def recorded() -> dict[str, Curve]:
+        # A recipe that can no longer train is left out.
+        record = on_chief(lambda: read_whole(folder / CURVES_FILE)) or {"curves": []}
+        read = [Curve(**content) for content in record["curves"]]
+        return {curve.name: curve for curve in read if curve.name in configs}
 
     def train(name: str, num_epochs: int, task: str) -> FittedTwoTower:
         forget_networks()
@@ -399,16 +358,12 @@ def _race(
         num_left = 0 if is_over else settings.training.max_epochs - result.num_epochs
         values = result.history[f"val_{settings.training.monitor}"]
         curves[name] = Curve(name, values, seconds, num_left)
-
-        def keep() -> list[dict[str, Any]]:
-            content = [dataclasses.asdict(curve) for curve in curves.values()]
-            write_record(folder / CURVES_FILE, {"curves": content})
-            return content
-
-        # The chief's clock decides for all workers.
-        curves.update({content["name"]: Curve(**content) for content in on_chief(keep)})
+        content = {"curves": [dataclasses.asdict(curve) for curve in curves.values()]}
+        on_chief(lambda: write_record(folder / CURVES_FILE, content))
+        curves.update(recorded())  # The chief's clock decides for all workers.
         return model
 
+    curves |= recorded()  # Those of a race that was stopped.
     race_in_rungs(curves, train, budget)
     decided = Race([*curves.values()], config.training.monitor, not_begun)
     last = configs[decided.winner].training.max_epochs
@@ -446,9 +401,8 @@ def race_step() -> Step:
 
     def make(run: RunContext, samples: RunData) -> Race:
         entrants = [PRESETS[name] for name in run.config.recipes]
-        shared = samples.selection, samples.validation, run.folder.race, run.progress
-        # The step of the model reads the trainings back.
-        decided, _ = _race(run.config, entrants, *shared, budget=run.config.budget)
+        shared = samples.selection, samples.validation, run.config.budget
+        decided, _ = _race(run, entrants, *shared)  # The model's step reads the trainings back.
         run.note(*decided.lines())
         run.config = settle(run.config, run.folder, decided)
         return decided
@@ -469,13 +423,9 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
         epochs = {curve.name: len(curve.values) for curve in decided.curves}
         for name, weight in decided.weights.items():
             if name == IALS:
-                ials = ials_of(config)
-                summed[name] = IalsConfig(
-                    weight=weight,
-                    num_factors=ials.num_factors,
-                    regularization=ials.regularization,
-                    alpha=ials.alpha,
-                )
+                kept = IalsConfig.model_fields.keys() - {"weight"}
+                fitted = {setting: getattr(ials_of(config), setting) for setting in kept}
+                summed[name] = IalsConfig(weight=weight, **fitted)
                 continue
             plan = planned(config, PRESETS[name])
             summed[name] = MemberConfig(

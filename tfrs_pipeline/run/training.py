@@ -1,11 +1,12 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from tfrs_pipeline.config import IalsConfig, RunConfig, with_settings
+from tfrs_pipeline.config import IalsConfig, RunConfig, plan_settings, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
@@ -14,7 +15,7 @@ from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
-from tfrs_pipeline.model.fit import TrainingResult, read_epoch
+from tfrs_pipeline.model.fit import read_epoch
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
@@ -38,14 +39,9 @@ def training_step(name: str, path: str, config: RunConfig | None = None) -> Step
 
     def make(run: RunContext, samples: RunData) -> Model:
         settings = config or variants(run.config)[name]
-        folder = run.folder.path / path
-        model: Model
-        if settings.summed:
-            model = train_sum(settings, samples, folder=folder, progress=run.progress)
-        else:
-            model = train_and_refit(
-                settings, samples, name=name, folder=folder, progress=run.progress
-            )
+        alone = functools.partial(train_and_refit, name=name)
+        train: Callable[..., Model] = train_sum if settings.summed else alone
+        model = train(settings, samples, folder=run.folder.path / path, progress=run.progress)
         run.note(*model.notes)
         return model
 
@@ -97,12 +93,20 @@ def train_and_refit(
     model = model.with_repeat_bonus(data.validation, config.evaluation.exclude, config.seed)
     # The second training has no validation, so this one's curves and its bonus are kept.
     chosen, bonus = model.result, model.repeat_bonus
+    notes = [] if source is None else list(_about_source(source, name, data))
+    monitor = config.training.monitor
+    monitored = chosen.history[f"val_{monitor}"]
+    notes.append(
+        f"best validation {monitor} {max(monitored):.4f} after epoch "
+        f"{chosen.best_epoch} of {len(monitored)}"
+    )
     if data.has_refit:
         del model  # One network at a time.
         # No validation stops it, so it trains for as many epochs as were best above.
         model = fit("refit", chosen.best_epoch)
-    notes = [*_about_trainings(config, name, data, chosen), *model.notes]
-    notes += _about_bonus(bonus)
+        epochs = counted(chosen.best_epoch, "epoch")
+        notes.append(f"trained again on training and validation positives for {epochs}")
+    notes += [*model.notes, *_about_bonus(bonus)]
     return dataclasses.replace(model, result=chosen, notes=notes, repeat_bonus=bonus)
 
 
@@ -169,7 +173,7 @@ def ials_of(config: RunConfig, member: IalsConfig | None = None) -> Ials:
 
 def member_config(config: RunConfig, name: str) -> RunConfig:
     """Returns the settings of a run that trains a member of the sum alone."""
-    return with_settings(config, {"summed": {}, **config.trained[name].changes})
+    return with_settings(config, {"summed": {}, **plan_settings(config.trained[name])})
 
 
 def trainings_of(name: str, model: Model) -> dict[str, Any]:
@@ -177,23 +181,6 @@ def trainings_of(name: str, model: Model) -> dict[str, Any]:
     members = model.members.items() if isinstance(model, FittedSum) else ()
     trained = {member: x for member, x in members if not isinstance(x, FittedIals)}
     return {name: model, **trained}
-
-
-def _about_trainings(
-    config: RunConfig, name: str, data: RunData, chosen: TrainingResult
-) -> Iterator[str]:
-    """Describes where a model started, and which epoch was best."""
-    monitor = config.training.monitor
-    monitored = chosen.history[f"val_{monitor}"]
-    if config.warm_start is not None:
-        yield from _about_source(config.warm_start, name, data)
-    yield (
-        f"best validation {monitor} {max(monitored):.4f} after epoch "
-        f"{chosen.best_epoch} of {len(monitored)}"
-    )
-    if data.has_refit:
-        epochs = counted(chosen.best_epoch, "epoch")
-        yield f"trained again on training and validation positives for {epochs}"
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
