@@ -1,4 +1,4 @@
-"""Writes what a model's users did and were served as the event table that a run reads."""
+"""Writes what a model's users did and were served as the event table that a run reads, and back."""
 
 import contextlib
 import math
