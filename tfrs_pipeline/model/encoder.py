@@ -301,8 +301,8 @@ def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor
         )
     if HISTORY_TIMESTAMPS in specs:
         times = item_times(queries)
-        values = tf.constant(np.concatenate([np.zeros(0), *times]))
-        inputs[HISTORY_TIMESTAMPS] = tf_tables.padded(values, times, np.nan)
+        values = np.concatenate([np.zeros(0), *times])
+        inputs[HISTORY_TIMESTAMPS] = tf.constant(tf_tables.padded(values, times, np.nan))
     return inputs
 
 
