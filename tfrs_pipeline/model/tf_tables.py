@@ -38,10 +38,15 @@ def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
                [-1, -1],
                [ 9, -1]])
     """
+    rows = id_rows(lists, dtype)
+    return tf.constant(rows, dtype, rows.shape)
+
+
+def id_rows(lists: Sequence[Collection[Any]], dtype: tf.DType) -> np.ndarray:
+    """Makes the array of `id_lists`: [n, longest] int64, or texts as objects."""
     check_ids(lists, are_text=dtype == tf.string)
     values = _ids_in_graph(list(itertools.chain.from_iterable(lists)), dtype)
-    rows = padded(values, lists, empty_id(dtype))
-    return tf.constant(rows, dtype, rows.shape)
+    return padded(values, lists, empty_id(dtype))
 
 
 def padded(values: np.ndarray, lists: Sequence[Collection[Any]], default: Any) -> np.ndarray:
