@@ -1,23 +1,29 @@
-"""Measures live items: recall and query times while items are replaced, and writes lost to kills.
+"""Measures live items and events: recall and times while they are written, what is lost to kills.
 
 First, a reader asks one query after the other, without writes and then while `--rate` items a
 second are written and as many removed, until `--exchanged` of the corpus is new. Half of the new
 items lie in other clusters than the old ones. At twelve moments the recall is measured by k and by
 excluded items, against exact search over what is there at that moment. Writes are checked, put on
-disk and found by the next search, as in service; only the embedding is looked up. Then a process
-that writes items to a copy of `--model` is killed `--kills` times at moments drawn at random. After
-each kill the model is loaded: confirmed writes must be there, and what is there must be complete.
+disk and found by the next search, as in service; only the embedding is looked up. Then a server of
+a copy of `--model`, to which three clients send events and one items, is killed `--kills` times at
+moments drawn at random, and started again. After each kill, confirmed writes must be on disk, once,
+and what is there must be complete; clients then repeat their last writes.
 
     python benchmarks/live.py --model saved_models/movielens --json benchmarks/results/live.json
 
 The corpus is that of `index_libraries.py`.
 
 With `--events`, a real server of `--model` gets queries and events. Measured are the milliseconds
-from a confirmed click to the changed answer; the times of `--queries` a second, alone and beside
-`--rate` events a second; and, in this process, those of a query by user id and of one that brings
-the same history.
+from a confirmed click to the changed answer, and the times of `--queries` a second, alone and
+beside `--rate` events a second.
 
     python benchmarks/live.py --events --vectors 0 --kills 0 --model saved_models/movielens
+
+With `--users`, the store is filled with fifty events of each. A query by user id and one that
+brings the same history, which must have the same answers, take turns. Measured are the file, the
+server's memory before and after, its CPU time for a query of each kind, and the deletion of a user.
+
+    python benchmarks/live.py --users 1000000 --vectors 0 --kills 0 --model saved_models/movielens
 """
 
 from __future__ import annotations
@@ -25,13 +31,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import multiprocessing
+import os
 import shutil
-import sys
+import sqlite3
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,17 +48,22 @@ from typing import Any
 import numpy as np
 from index import synthetic
 from record import parser_with_json, write_json
-from serving import served
+from serving import resident_mib, served
 
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.candidates import Candidates
+from tfrs_pipeline.serving.journal import JOURNAL_FILE, Journal
 from tfrs_pipeline.serving.live import LiveItems
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.store import STORE_FILE, Store
 from tfrs_pipeline.serving.tune import Requests, tune_index
 
 NUM_MOMENTS = 12
 KS, EXCLUDED = (10, 100), (0, 100, 1000)
 ITEMS_PER_WRITE = 10
+EVENTS_PER_USER, FIRST_USER = 50, 10**6  # Of a filled store; the model knows none of its users.
+TOKEN = "0123456789abcdef"
 
 
 class Reader:
@@ -153,69 +167,6 @@ def churn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def write_until_killed(model: Path, first: int, confirmed: Connection) -> None:
-    """Writes three items at a time, and sends the number of each confirmed write."""
-    retriever = load(model)
-    for number in range(first, sys.maxsize):
-        retriever.upsert(items_of(retriever, number))
-        confirmed.send(number)
-
-
-def items_of(retriever: LoadedRetriever, number: int) -> list[dict[str, Any]]:
-    """Makes the items of a write, whose records differ in length."""
-    names = [feature.name for feature in retriever.features["candidate"]]
-    names += [] if retriever.item_filter is None else [retriever.item_filter["name"]]
-    title = f"{number} {'x' * (37 * number % 3000)}"
-    return [
-        {**dict.fromkeys(names), "item_id": 10**9 + 3 * number + place, "title": title}
-        for place in range(3)
-    ]
-
-
-def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Kills a writer again and again; returns how many writes were lost, or half done."""
-    rng, model = np.random.default_rng(options.seed), folder / "model"
-    shutil.copytree(options.model, model)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([load.__module__])
-    confirmed, num_lost, num_half = set[int](), 0, 0
-    for _ in range(options.kills):
-        receiver, sender = context.Pipe(duplex=False)
-        first = max(confirmed, default=-1) + 2  # The write after the last is unknown.
-        writer = context.Process(target=write_until_killed, args=(model, first, sender))
-        writer.start()
-        sender.close()
-        confirmed.add(receiver.recv())
-        time.sleep(float(rng.uniform(0, 0.2)))
-        writer.kill()
-        writer.join()
-        with contextlib.suppress(EOFError):
-            while True:
-                confirmed.add(receiver.recv())
-        retriever = load(model)
-        there = set(retriever.candidate_ids())
-        written = {(id_ - 10**9) // 3 for id_ in there if id_ >= 10**9}
-        whole = {
-            number
-            for number in written
-            if all(
-                item["item_id"] in there and retriever.live.titles[item["item_id"]] == item["title"]
-                for item in items_of(retriever, number)
-            )
-        }
-        num_lost += len(confirmed - whole)
-        num_half += len(written - whole)
-    figures = {
-        "kills": options.kills,
-        "confirmed_writes": len(confirmed),
-        "lost": num_lost,
-        "half": num_half,
-        "store_mb": (model / STORE_FILE).stat().st_size / 1e6,
-    }
-    print(figures, flush=True)
-    return figures
-
-
 class Client:
     """A connection to a server of one model, for queries and events."""
 
@@ -232,10 +183,11 @@ class Client:
         assert response.status == 200, content
         return content
 
-    def ask(self, user: Any, k: int = 100, **headers: str) -> list[Any]:
-        """Returns the items for a user."""
-        inputs = {"user_id": [user], "exclude": [[]], "k": k}
-        body = {"signature_name": "retrieve_user", "inputs": inputs}
+    def ask(self, user: Any, k: int = 100, history: Any = None, **headers: str) -> list[Any]:
+        """Returns the items for a user, or for the inputs `history` of a query that brings one."""
+        inputs = {"user_id": [user], "exclude": [[]], "k": k, **(history or {})}
+        name = "retrieve_user" if history is None else "retrieve"
+        body = {"signature_name": name, "inputs": inputs}
         answer = self.post(f"/v1/models/{self._name}:predict", body, **headers)
         return list(answer["outputs"]["candidate_ids"][0])
 
@@ -245,10 +197,106 @@ class Client:
         return next(int(x["version"]) for x in statuses if x["state"] == "AVAILABLE")
 
 
+class Writer:
+    """A client that writes three events, or items, at a time, until the server is killed.
+
+    It first repeats the last confirmed write, and then the next one, of which nothing is known.
+
+    Attributes:
+        about: What all its events, or items, have in common.
+        key: What tells one from another: "event_id", or the "title" of an item.
+        num_confirmed: Number of confirmed writes; they are 0, 1, ...
+    """
+
+    def __init__(self, about: dict[str, Any], key: str) -> None:
+        self.about, self.key, self.num_confirmed = about, key, 0
+
+    def keys(self, number: int) -> list[str]:
+        """Returns the keys of a write, which differ in length."""
+        who, more = self.about.get("user_id"), "x" * (37 * number % 150)
+        return [f"{who}.{number}.{place}{more}" for place in range(3)]
+
+    def run(self, port: int, name: str) -> None:
+        """Writes until the connection breaks."""
+        client, num_known = Client(port, name, TOKEN), self.num_confirmed
+        what, path, method = "events", "/v1/events", "POST"
+        if self.key == "title":
+            what, path, method = "items", f"/v1/models/{name}/items", "PUT"
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for number in itertools.count(max(0, num_known - 1)):
+                rows = [
+                    {**self.about, "item_id": 10**9 + 3 * number + place, self.key: key}
+                    for place, key in enumerate(self.keys(number))
+                ]
+                num_new = client.post(path, {what: rows}, method)["num_new"]
+                # What was confirmed is not new; what was under way may be.
+                assert num_new == 3 * (number >= num_known) or (num_new, number) == (0, num_known)
+                self.num_confirmed = max(self.num_confirmed, number + 1)
+
+
+def serve_model(model: Path, token: Path, address: Connection) -> None:
+    """Serves a model, and sends the server's address."""
+    from tfrs_pipeline.serving.server import serve
+
+    serve(model, ServeSettings(port=0, token_file=token, page=False), address.send)
+
+
+def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Kills a server again and again; returns how many writes were lost, half done or doubled."""
+    rng, model = np.random.default_rng(options.seed), folder / "killed" / options.model.name
+    shutil.copytree(options.model, model)
+    (folder / "token").write_text(TOKEN)
+    retriever = load(model)
+    names = [feature.name for feature in retriever.features["candidate"]]
+    names += [] if retriever.item_filter is None else [retriever.item_filter["name"]]
+    click = {"type": "click", "time": 1_760_000_000}
+    writers = [Writer({"user_id": FIRST_USER + n, **click}, "event_id") for n in range(3)]
+    writers.append(Writer(dict.fromkeys(names), "title"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tfrs_pipeline.serving.server"])
+    num_lost = num_half = num_twice = 0
+    for _ in range(options.kills):
+        receiver, sender = context.Pipe(duplex=False)
+        server = context.Process(target=serve_model, args=(model, folder / "token", sender))
+        server.start()
+        port = int(receiver.recv().rsplit(":", 1)[1])
+        threads = [threading.Thread(target=x.run, args=(port, model.name)) for x in writers]
+        for thread in threads:
+            thread.start()
+        time.sleep(float(rng.uniform(0.2, 3)))
+        server.kill()
+        server.join()
+        for thread in threads:
+            thread.join()
+        stored = [row.item["title"] for row in Store(model).items_after(0) if row.item]
+        with Journal(model).writing() as sql:
+            stored += [key for (key,) in sql.execute("SELECT event_id FROM events")]
+        there = {*stored}
+        num_twice += len(stored) - len(there)
+        for writer in writers:
+            for number in range(writer.num_confirmed + 1):
+                num_there = len(there.intersection(writer.keys(number)))
+                num_lost += number < writer.num_confirmed and num_there < 3
+                num_half += num_there in (1, 2)
+    confirmed = [writer.num_confirmed for writer in writers]
+    figures = {"kills": options.kills, "lost": num_lost, "half": num_half, "twice": num_twice}
+    return figures | {
+        "confirmed_events": 3 * sum(confirmed[:3]),
+        "confirmed_items": 3 * confirmed[3],
+    }
+
+
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """Returns the median and the 99th percentile in milliseconds, and the number of values."""
     p50, p99 = 1e3 * np.percentile(seconds, [50, 99])
     return {"p50_ms": float(p50), "p99_ms": float(p99), "num": len(seconds)}
+
+
+def timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
+    """Calls a function; returns the seconds that it took, and its result."""
+    start = time.perf_counter()
+    result = work(*arguments, **options)
+    return time.perf_counter() - start, result
 
 
 def at_rate(rate: float, seconds: float, work: Any) -> list[float]:
@@ -256,9 +304,7 @@ def at_rate(rate: float, seconds: float, work: Any) -> list[float]:
     begin, times = time.perf_counter(), []
     for number in range(round(rate * seconds)):
         time.sleep(max(0.0, begin + number / rate - time.perf_counter()))
-        start = time.perf_counter()
-        work(number)
-        times.append(time.perf_counter() - start)
+        times.append(timed(work, number)[0])
     return times
 
 
@@ -289,7 +335,7 @@ def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measures a server that gets events."""
     from tfrs_pipeline.serving.recommend import known_users
 
-    model, token = Path(shutil.copytree(options.model, folder / "served")), "0123456789abcdef"
+    model, token = Path(shutil.copytree(options.model, folder / "served")), TOKEN
     (folder / "token").write_text(token)
     retriever = load(model)
     users, items = known_users(retriever).to_pylist()[:1000], retriever.candidate_ids()
@@ -300,12 +346,11 @@ def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for number in range(300):
             user = users[number % len(users)]
             best = client.ask(user)[0]
-            start = time.perf_counter()
-            client.post("/v1/events", {"user_id": user, "item_id": best, "type": "click"})
-            confirmation = time.perf_counter()
-            assert best not in client.ask(user)
-            changed.append(time.perf_counter() - confirmation)
-            confirmed.append(confirmation - start)
+            click = {"user_id": user, "item_id": best, "type": "click"}
+            confirmed.append(timed(client.post, "/v1/events", click)[0])
+            seconds, then = timed(client.ask, user)
+            assert best not in then
+            changed.append(seconds)
         figures["click_to_confirmation"] = percentiles(confirmed)
         figures["confirmation_to_changed_answer"] = percentiles(changed)
 
@@ -323,17 +368,81 @@ def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         figures["queries_beside_events"] = percentiles(at_rate(options.queries, seconds, ask))
         figures["events_per_second"] = sum(sent.get() for _ in range(4))
         sender.join()
+    return figures
+
+
+def fill(folder: Path, num_users: int, items: list[Any]) -> None:
+    """Fills an event store with fifty clicks of each user, in the order of time.
+
+    At each time the users come in random order, so rows go all over the file, as in service.
+    """
+    Journal(folder).write([[]])  # Makes the file.
+    rng, insert = np.random.default_rng(0), f"INSERT INTO events VALUES (?{', ?' * 6})"
+    with contextlib.closing(sqlite3.connect(folder / JOURNAL_FILE, isolation_level=None)) as sql:
+        # In one transaction, without its guarantees, and with pages in memory: faster.
+        for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -4000000"):
+            sql.execute(f"PRAGMA {pragma}")
+        sql.execute("BEGIN")
+        for number in range(EVENTS_PER_USER):
+            users = (FIRST_USER + rng.permutation(num_users)).tolist()
+            pairs = zip(users, rng.choice(items, num_users).tolist(), strict=True)
+            moments = itertools.count(1_760_000_000_000 + 86_400_000 * number)
+            rows = (
+                (user, moment, item, "clicked", None, None, 1000 * moment)
+                for moment, (user, item) in zip(moments, pairs, strict=False)
+            )
+            sql.executemany(insert, rows)
+        sql.execute("COMMIT")
+        sql.execute("PRAGMA journal_mode = WAL")
+
+
+def cpu_seconds_of(pid: int) -> float:
+    """Reads the CPU time that a process has taken, which other jobs on the machine change less."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def million(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measures a server whose store has the events of many users."""
+    model = Path(shutil.copytree(options.model, folder / "many" / options.model.name))
+    (folder / "token").write_text(TOKEN)
+    retriever = load(model)
+    items = retriever.candidate_ids()
+    fill(model, options.users, items)
+    figures: dict[str, Any] = {"store_mb": (model / JOURNAL_FILE).stat().st_size / 1e6}
+    rng = np.random.default_rng(options.seed)
+    users = (FIRST_USER + rng.choice(options.users, 1200, replace=False)).tolist()
+    histories = []
+    for events in Journal(model).of_users(users).values():
+        clicked = [[event.item_id for event in events]]
+        histories.append({"history": clicked, "exclude": clicked})
+        if HISTORY_TIMESTAMPS in retriever.signatures["retrieve"]:
+            histories[-1][HISTORY_TIMESTAMPS] = [[event.time // 1000 for event in events]]
     by_user, by_history = [], []
-    for user in users[:300] * 3:
-        history = retriever.stored_history(user)[::-1]
-        start = time.perf_counter()
-        retriever.retrieve_user([user], 100)
-        middle = time.perf_counter()
-        retriever.retrieve([{"user_id": user, "history": history}], 100, [history])
-        by_user.append(middle - start)
-        by_history.append(time.perf_counter() - middle)
-    figures["by_user_id"], figures["by_history"] = map(percentiles, (by_user, by_history))
-    print(json.dumps(figures, indent=2), flush=True)
+    flags = ("--token-file", str(folder / "token"), "--no-page", "--record-share", "1")
+    with served(model, *flags) as (port, pid):
+        client = Client(port, model.name, TOKEN)
+        for user, history in zip(users[:200], histories, strict=False):
+            client.ask(user, history=history)
+        figures["resident_mib"] = resident_mib(pid)
+        cpu_seconds = [cpu_seconds_of(pid)]
+        for block in np.array_split(np.arange(200, len(users)), 10):
+            answers = [timed(client.ask, users[i]) for i in block]
+            cpu_seconds.append(cpu_seconds_of(pid))
+            same = [timed(client.ask, users[i], history=histories[i]) for i in block]
+            cpu_seconds.append(cpu_seconds_of(pid))
+            assert [ids for _, ids in answers] == [ids for _, ids in same]
+            by_user += [seconds for seconds, _ in answers]
+            by_history += [seconds for seconds, _ in same]
+        views = [{"user_id": user, "item_id": items[0], "type": "view"} for user in users]
+        confirmed = [timed(client.post, "/v1/events", view)[0] for view in views]
+        figures["resident_mib_after"] = resident_mib(pid)
+        figures["by_user_id"], figures["by_history"] = map(percentiles, (by_user, by_history))
+        spent = 1e3 * np.diff(cpu_seconds).reshape(-1, 2).sum(axis=0) / len(by_user)
+        figures["server_cpu_ms"] = dict(zip(("by_user_id", "by_history"), spent, strict=True))
+        figures["event_to_confirmation"] = percentiles(confirmed)
+        seconds, _ = timed(client.post, f"/v1/users/{users[0]}", None, "DELETE")
+        figures["seconds_to_delete_a_user"] = seconds
     return figures
 
 
@@ -350,6 +459,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--events", action="store_true", help="Measure events in service.")
     parser.add_argument("--queries", type=float, default=200, help="Beside events, a second.")
+    parser.add_argument("--users", type=int, default=0, help="Of a store that is filled.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     figures: dict[str, Any] = {}
@@ -358,8 +468,11 @@ def main() -> None:
             figures["churn"] = churn(options, Path(name))
         if options.events:
             figures["events"] = events(options, Path(name))
+        if options.users:
+            figures["store"] = million(options, Path(name))
         if options.model and options.kills:
             figures["kills"] = kills(options, Path(name))
+    print(json.dumps(figures, indent=2))
     if options.json:
         write_json(options.json, figures, seed=options.seed)
 

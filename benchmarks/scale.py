@@ -13,13 +13,6 @@ negatives, batches of 1,024), validation of sampled users against all items.
               size, in one process, so that ratios are of one machine at one time
 
     python benchmarks/scale.py --events 1e6 1e7 1e8 --json benchmarks/results/scale.json
-
-With --protocols the test of the same log is asked by user and by request instead, in turn, at most
---users queries each, and the CPU seconds of making the queries and of measuring popularity on them
-are compared. Popularity ranks in almost no time, so the cost of the protocol shows.
-
-    python benchmarks/scale.py --events 4e6 --protocols --users 100000 \
-        --json benchmarks/results/protocols.json
 """
 
 from __future__ import annotations
@@ -177,38 +170,6 @@ def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[
     }
 
 
-def compare_protocols(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Asks the test by user and by request; the ratio is between medians over the rounds."""
-    log = tp.Log.read(folder / "log", open_duckdb(folder, options.memory_limit))
-    split = log.split("time")
-    popular = tp.MostPopular().fit(split.train)
-    found: dict[str, Any] = {by: [] for by in ("users", "requests")}
-    for _ in range(options.rounds):
-        for by, rounds in found.items():
-            stages: Stages = {}
-            print(f"by {by}", flush=True)
-            with stage("queries", stages) as figures:
-                holdout = split.holdout("test", options.users, by=by)
-                figures["num_queries"] = len(holdout)
-                figures["num_users"] = len(np.unique(holdout.user_ids))
-                figures["num_sampled_from"] = holdout.num_sampled_from or len(holdout)
-            with stage("measuring", stages):
-                tp.evaluate(popular, holdout)
-            rounds.append(stages)
-    by_user, by_request = (
-        float(np.median([sum(x["cpu_seconds"] for x in of.values()) for of in rounds]))
-        for rounds in found.values()
-    )
-    print(f"by request {by_request:.1f} CPU s, by user {by_user:.1f}", flush=True)
-    return {**found, "cpu_seconds_to_by_user": by_request / by_user}
-
-
-def write_log(folder: Path, memory_limit: str) -> None:
-    """Makes a log of the clicks."""
-    connection = open_duckdb(folder, memory_limit)
-    tp.Log.from_files(folder / "clicks.parquet", connection=connection).write(folder / "log")
-
-
 def measure_in_turn(folders: Sequence[Path], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures the training of several sizes in turn; ratios are to the first one, by round."""
     trainings = []
@@ -248,7 +209,6 @@ def main() -> None:
     """Runs the benchmark."""
     parser = parser_with_json(__doc__)
     parser.add_argument("--events", type=lambda text: int(float(text)), nargs="+", required=True)
-    parser.add_argument("--protocols", action="store_true", help="The test by user and request.")
     parser.add_argument("--memory-limit", default="3GB", help="Of DuckDB (3GB).")
     parser.add_argument("--users", type=int, default=10_000, help="Most queries (10,000).")
     parser.add_argument("--steps", type=int, default=200, help="Training steps a round (200).")
@@ -265,12 +225,6 @@ def main() -> None:
             folder.mkdir()
             clicks = folder / "clicks.parquet"
             in_own_process(make_log, num_events, clicks, options.memory_limit)
-            if options.protocols:
-                in_own_process(write_log, folder, options.memory_limit)
-                found = in_own_process(compare_protocols, folder, options)
-                sizes.append({"num_events": num_events, **found})
-                write_figures(options, sizes)
-                continue
             load = os.getloadavg()[0]
             sizes.append(in_own_process(measure, num_events, folder, options))
             sizes[-1]["load_average"] = load, os.getloadavg()[0]

@@ -15,7 +15,7 @@ import pytest
 from tests.serving.conftest import Exported
 from tests.serving.running_server import PREDICT, TOKEN, Running, retrieve_user
 from tests.serving.test_journal import event, send
-from tfrs_pipeline import Log
+from tfrs_pipeline import Log, Reading
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.serving import event_log
 from tfrs_pipeline.serving import journal as journal_module
@@ -294,6 +294,94 @@ def test_the_command_drops_what_is_old(films: Path, tmp_path: Path, command: Any
     assert (done.code, "dropped  0 events and 0 answers" in done.out) == (0, True)
     for flags in ([], ["--drop-older-days", 0], ["--drop-older-days", 1e9]):
         assert command("log", films, *flags).code == 2
+
+
+def test_a_log_is_not_replaced_if_its_rows_were_dropped(
+    films: Path, tmp_path: Path, command: Any
+) -> None:
+    now, day, out = time.time(), 86_400, tmp_path / "logs" / "log.parquet"
+    out.parent.mkdir()
+    old, newer = (now - 20 * day, 3), (now - 5 * day, 5)
+    load(films).record([event(100, item, time=time_) for time_, item in (old, newer)])
+    flags = ["log", films, "--drop-older-days", 10, "--out"]
+    # While nothing has been dropped, the file is replaced each night.
+    assert command(*flags[:2], "--out", out).code == 0
+    assert "dropped  1 event" in command(*flags, out).out
+    # The next night. Nothing is written and nothing dropped.
+    whole = out.read_bytes()
+    late = event(100, 7, time=now - 15 * day)
+    load(films).record([late, event(100, 9)])
+    done = command(*flags, out)
+    assert done.code == 1
+    assert "were dropped from" in done.err
+    assert "log-20" in done.err
+    with pytest.raises(ValueError, match="replacing it would lose them"):
+        write_log(films, out)
+    assert out.read_bytes() == whole
+    assert [e.item_id for e in Journal(films).of_users([100])[100]] == [7, 5, 9]
+    # A file for each night, as the message says: together they have each row, once.
+    assert command(*flags, out.with_name("log-2.parquet")).code == 0
+    log = Log.from_files(out.parent, reading=Reading(duplicates="drop"))
+    rows = log.events.order_by("timestamp").to_pyarrow().to_pylist()
+    assert [row["item_id"] for row in rows] == [3, 7, 5, 9]
+    # What is not a log, and a log of newer rows, are replaced as ever.
+    for content in (b"", whole[:100]):
+        out.write_bytes(content)
+        assert write_log(films, out) == 2
+    assert write_log(films, out) == 2
+    # Nothing was dropped from another store.
+    Journal(films).path.unlink()
+    load(films).record([event(100, 9)])
+    out.write_bytes(whole)
+    assert write_log(films, out) == 1
+
+
+def test_past_events_are_recorded_from_a_file(
+    films: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = ("click", "view", "dislike", "ranked")
+    events = [
+        event(n % 7, n % 5, types[n % 4], time=1_770_000_000 + n // 3, request_id=f"r{n % 9}")
+        for n in range(90)
+    ]
+    load(films).record(events)
+    write_log(films, tmp_path / "log.parquet")
+    other = Path(shutil.copytree(films, tmp_path / "other" / "films"))
+    Journal(other).path.unlink()
+    monkeypatch.setattr(event_log, "_EVENTS_PER_WRITE", 7)
+    # Tomorrow's store holds what today's log does, and adding it again changes nothing.
+    done = command("log", other, "--add", tmp_path / "log.parquet", "--out", tmp_path / "2.parquet")
+    num = pq.read_metadata(tmp_path / "log.parquet").num_rows
+    assert (done.code, f"{num} events, {num} new" in done.out) == (0, True)
+    again, first = (pq.read_table(tmp_path / name) for name in ("2.parquet", "log.parquet"))
+    assert again.equals(first)
+    done = command("log", other, "--add", tmp_path / "log.parquet")
+    assert f"{num} events, 0 new" in done.out
+    # The keys of events, in any order of users and times, with ids of the client's own.
+    rows = [{**row, "event_id": str(n), "note": "x"} for n, row in enumerate(events[::-1])]
+    rows = [{**row, "time": datetime.fromtimestamp(row["time"], UTC)} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "keys.parquet")
+    Journal(other).path.unlink()
+    assert event_log.record_file(load(other), tmp_path / "keys.parquet") == (90, 90)
+    assert event_log.record_file(load(other), tmp_path / "keys.parquet") == (90, 0)
+    of_users = [Journal(folder).of_users(range(7)) for folder in (films, other)]
+    by_time = [
+        {user: sorted(e[1:5] for e in rows) for user, rows in users.items()} for users in of_users
+    ]
+    assert by_time[0] == by_time[1]
+    # Wrong files are refused in a line that says what to do.
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.drop_columns("time"), tmp_path / "keys.parquet")
+    done = command("log", other, "--add", tmp_path / "keys.parquet")
+    assert (done.code, "no column 'time'" in done.err, "or timestamp" in done.err) == (
+        1,
+        True,
+        True,
+    )
+    wrong = pa.array(["buy", *["view"] * 89])
+    pq.write_table(table.set_column(2, "type", wrong), tmp_path / "keys.parquet")
+    done = command("log", other, "--add", tmp_path / "keys.parquet")
+    assert (done.code, "type: must be one of click" in done.err) == (1, True)
 
 
 def test_an_old_event_that_comes_while_the_log_is_written_is_kept(

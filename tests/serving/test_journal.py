@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,63 @@ def test_the_file_may_be_deleted_restored_or_damaged(films: Path, tmp_path: Path
     path.write_bytes(b"no database" * 100)
     with pytest.raises(Damaged, match=rf"{JOURNAL_FILE} is damaged.* its events are then lost"):
         load(films).stored_history(999)
+
+
+def test_a_file_of_another_version_is_named(films: Path) -> None:
+    uses: dict[str, Callable[[Journal], object]] = {
+        "ALTER TABLE events DROP COLUMN arrival": lambda journal: journal.of_users([7]),
+        "DROP TABLE served": lambda journal: [*journal.log(10)],
+        "ALTER TABLE events ADD COLUMN place": lambda journal: journal.write([[first]]),
+    }
+    first = Event(7, 1, 10, "clicked", None, None)
+    for change, use in uses.items():
+        Journal(films).path.unlink(missing_ok=True)
+        journal = Journal(films)
+        journal.write([[first]])
+        with journal.writing() as connection:
+            connection.execute(change)
+        before = journal.path.read_bytes()
+        with pytest.raises(Damaged) as caught:
+            use(Journal(films))
+        message = str(caught.value)
+        assert f"{JOURNAL_FILE} is damaged, or of another version of this package (" in message
+        assert "use that version, or move it away" in message
+        assert "\n" not in message
+        assert journal.path.read_bytes() == before
+
+
+def test_clocks_that_run_backwards_and_ahead(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, clock = time.time(), time.time_ns
+    retriever = load(films)
+    # A client's clock: the times count, whatever the order of arrival.
+    times = [(now + 60, 3), (now + 30, 10), (now + 3600, 17), (now - 3 * 10**8, 24)]
+    for time_, item in times:
+        assert retriever.record([event(999, item, time=time_)]) == 1
+    assert retriever.stored_history(999) == [17, 3, 10]
+    answer = retriever.retrieve_user([999], K)[0][0].tolist()
+    assert not set(answer) & {item for _, item in times}
+    with pytest.raises(ValueError, match="more than a day from now"):
+        retriever.record([event(999, 4, time=now + 2 * 86_400)])
+    # The server's clock, which was ahead by an hour and is set back: what came in meanwhile is the
+    # newest for an hour.
+    monkeypatch.setattr(time, "time_ns", lambda: clock() + 3600 * 10**9)
+    assert retriever.record([event(998, 3)]) == 1
+    monkeypatch.undo()
+    assert retriever.record([event(998, 10)]) == 1
+    assert retriever.stored_history(998) == [3, 10]
+    assert set(retriever.retrieve_user([998], K)[0][0].tolist()) & {3, 10} == set()
+
+
+def test_an_event_counts_once_its_item_is_known(films: Path) -> None:
+    retriever = load(films)
+    assert retriever.record([event(999, 90_000), event(998, 90_001, "dislike")]) == 2
+    names = [feature.name for feature in retriever.features["candidate"]]
+    names += [] if retriever.item_filter is None else [retriever.item_filter["name"]]
+    new = [{**dict.fromkeys(names), "item_id": id_} for id_ in (90_000, 90_001)]
+    assert retriever.upsert(new) == 2
+    answers = retriever.retrieve_user([999, 998, 997], K + 2)[0]
+    found = [{90_000, 90_001} & {*answer} for answer in answers.tolist()]
+    assert found == [{90_001}, {90_000}, {90_000, 90_001}]
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

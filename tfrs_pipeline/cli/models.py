@@ -122,26 +122,35 @@ class Recommend(OfModel):
 class WriteLog(OfModel):
     """Write what users did and were served as the log of the next training.
 
-    The file is an event table, which `run --data.path` reads as it is: items that the server
+    That file is an event table, which `run --data.path` reads as it is: items that the server
     recorded as served are retrieved, those shown exposed, those clicked clicked, and those
     disliked disliked.
     """
 
+    add: Path | None = None
+    """Parquet file of past events to record first: the columns of a log or the keys of events,
+    docs/guides/events_in_service.md. Events that are recorded already change nothing."""
     out: Path | None = None
-    """Parquet file to write; an earlier one is replaced once the new one is complete."""
+    """Parquet file to write; an earlier one is replaced once the new one is complete, unless it has
+    rows that were dropped since."""
     drop_older_days: float | None = Field(None, gt=0, le=36_500)
     """Delete events and answers that are older than this many days, after the file is written."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        if self.out is None and self.drop_older_days is None:
-            yield "out", "required, or --drop-older-days N to delete old rows"
+        if not any((self.out, self.add, self.drop_older_days)):
+            yield "out", "required, or --drop-older-days N to delete old rows, or --add FILE"
 
     def __call__(self) -> int:
-        """Writes the file and says how many rows it has; deletes old rows and counts them."""
-        from tfrs_pipeline.serving.event_log import write_log
+        """Records, writes and deletes as asked, and says how many rows."""
+        from tfrs_pipeline.serving.event_log import record_file, write_log
         from tfrs_pipeline.serving.journal import Journal
 
         console, journal = Console(), Journal(version_at(self.model).parent)
+        if self.add is not None:
+            from tfrs_pipeline.serving.retriever import load
+
+            num_events, num_new = record_file(load(self.model), self.add)
+            say(console, f"recorded  {self.add}: {counted(num_events, 'event')}, {num_new:,} new")
         written_before = None
         if self.out is not None:
             # An old event that comes while the file is written stays for the next file.

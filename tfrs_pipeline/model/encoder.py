@@ -295,15 +295,23 @@ def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor
     if "user_id" in specs:
         users = [query.get("user_id") for query in queries]
         inputs["user_id"] = tf_tables.id_list(users, specs["user_id"].dtype)
+    histories = history_arrays(specs, queries)
+    return inputs | {
+        name: tf.constant(x, specs[name].dtype, x.shape) for name, x in histories.items()
+    }
+
+
+def history_arrays(specs: Mapping[str, Any], queries: Sequence[Query]) -> dict[str, np.ndarray]:
+    """Makes the arrays of a signature's inputs that hold histories, and their timestamps."""
+    arrays = {}
     if "history" in specs:
-        inputs["history"] = tf_tables.id_lists(
-            list(map(history_of, queries)), specs["history"].dtype
-        )
+        lists = list(map(history_of, queries))
+        arrays["history"] = tf_tables.id_rows(lists, specs["history"].dtype)
     if HISTORY_TIMESTAMPS in specs:
         times = item_times(queries)
-        values = tf.constant(np.concatenate([np.zeros(0), *times]))
-        inputs[HISTORY_TIMESTAMPS] = tf_tables.padded(values, times, np.nan)
-    return inputs
+        values = np.concatenate([np.zeros(0), *times])
+        arrays[HISTORY_TIMESTAMPS] = tf_tables.padded(values, times, np.nan)
+    return arrays
 
 
 def item_times(queries: Sequence[Query]) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ def empty_id(dtype: tf.DType) -> Any:
 def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
     """Makes a tensor [n] of ids; None is the empty id. A `ValueError` if one has another type."""
     check_ids([ids], are_text=dtype == tf.string)
-    return _ids_in_graph(ids, dtype)
+    return tf.constant(_ids_in_graph(ids, dtype), dtype, [len(ids)])
 
 
 def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
@@ -38,26 +38,36 @@ def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
                [-1, -1],
                [ 9, -1]])
     """
+    rows = id_rows(lists, dtype)
+    return tf.constant(rows, dtype, rows.shape)
+
+
+def id_rows(lists: Sequence[Collection[Any]], dtype: tf.DType) -> np.ndarray:
+    """Makes the array of `id_lists`: [n, longest] int64, or texts as objects."""
     check_ids(lists, are_text=dtype == tf.string)
     values = _ids_in_graph(list(itertools.chain.from_iterable(lists)), dtype)
     return padded(values, lists, empty_id(dtype))
 
 
-def padded(values: tf.Tensor, lists: Sequence[Collection[Any]], default: Any) -> tf.Tensor:
+def padded(values: np.ndarray, lists: Sequence[Collection[Any]], default: Any) -> np.ndarray:
     """Puts the concatenated values of lists into rows [n, longest], padded at the end."""
+    # In NumPy: a ragged tensor outside a graph takes a millisecond.
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    return tf.RaggedTensor.from_row_lengths(values, lengths, validate=False).to_tensor(default)
+    rows = np.full((len(lists), lengths.max(initial=0)), default, values.dtype)
+    rows[np.arange(rows.shape[1]) < lengths[:, np.newaxis]] = values
+    return rows
 
 
-def _ids_in_graph(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    """Converts ids to a tensor; None and integers beyond int64 become the empty id."""
+def _ids_in_graph(ids: Sequence[Any], dtype: tf.DType) -> np.ndarray:
+    """Returns ids as a graph takes them; None and integers beyond int64 become the empty id."""
     if dtype == tf.string:
-        return tf.constant(["" if id_ is None else id_ for id_ in ids], dtype, [len(ids)])
-    array: Any = np.asarray(ids)
+        return np.array(["" if id_ is None else id_ for id_ in ids], object)
+    array = np.asarray(ids)
     if array.dtype.kind != "i":
         fits = [id_ is not None and -(2**63) <= id_ < 2**63 for id_ in ids]
-        array = [id_ if fit else empty_id(dtype) for id_, fit in zip(ids, fits, strict=True)]
-    return tf.constant(array, dtype, [len(ids)])
+        pairs = zip(ids, fits, strict=True)
+        array = np.array([id_ if fit else empty_id(dtype) for id_, fit in pairs], np.int64)
+    return array
 
 
 def with_empty(ids: np.ndarray) -> tf.Tensor:

@@ -1,18 +1,31 @@
-"""Writes what a model's users did and were served as the event table that a run reads."""
+"""Writes what a model's users did and were served as the event table that a run reads, and back."""
 
+import contextlib
+import math
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tfrs_pipeline.data.engines import connect
+from tfrs_pipeline.data.files import scan
+from tfrs_pipeline.data.schema import Source, require_all
 from tfrs_pipeline.durable import replacing
-from tfrs_pipeline.serving.journal import Journal
+from tfrs_pipeline.serving.journal import Event, Journal
 from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.vectors import destination_problem
 
+if TYPE_CHECKING:
+    from tfrs_pipeline.serving.retriever import LoadedRetriever
+
 # Rows in memory at a time, and per row group of the file.
 BLOCK = 100_000
+# Each write holds up those of servers, for less than a tenth of a second.
+_EVENTS_PER_WRITE = 10_000
+# Columns of a log -> keys of events.
+_KEYS = {"stage": "type", "timestamp": "time"}
 _TYPES: dict[str, pa.DataType | None] = {
     **dict.fromkeys(("user_id", "item_id")),  # As they were recorded: int64 or string.
     "timestamp": pa.timestamp("ms", tz="UTC"),
@@ -32,7 +45,8 @@ def write_log(model: str | Path, path: str | Path) -> int:
 
     Args:
         model: The folder of a model or of a version.
-        path: A `.parquet` file; an earlier one is replaced once the new one is complete.
+        path: A `.parquet` file; an earlier one is replaced once the new one is complete, unless it
+            has rows that were since dropped by their age.
 
     Returns:
         The number of rows.
@@ -41,7 +55,7 @@ def write_log(model: str | Path, path: str | Path) -> int:
         Damaged: If the file of events is damaged.
         StorageError: If a file cannot be read or written.
         ValueError: If nothing has been recorded; if the path is a folder, its folder is missing, or
-            its suffix is another.
+            its suffix is another; if an earlier log there has rows that were dropped.
 
     Example:
         >>> write_log("saved_models/videos", "log.parquet")  # doctest: +SKIP
@@ -50,6 +64,13 @@ def write_log(model: str | Path, path: str | Path) -> int:
     path, journal, num_rows = Path(path), Journal(version_at(model).parent), 0
     if problem := destination_problem(path):
         raise ValueError(f"path: {problem}")
+    if (first := _first_time(path)) < (end := journal.dropped_before()):
+        day, end_day = (datetime.fromtimestamp(x / 1000, UTC).date() for x in (first, end))
+        raise ValueError(
+            f"path: {path} has rows from {day} on, and those before {end_day} were dropped from "
+            f"{journal.path}: replacing it would lose them. Give another path, such as "
+            f"{path.with_stem(f'{path.stem}-{datetime.now(UTC):%Y-%m-%d}')}, or move it away."
+        )
     blocks = journal.log(BLOCK)
     if (block := next(blocks, None)) is None:
         raise ValueError(
@@ -64,6 +85,38 @@ def write_log(model: str | Path, path: str | Path) -> int:
                 num_rows += len(block)
                 block = next(blocks, None)
     return num_rows
+
+
+def record_file(model: "LoadedRetriever", path: str | Path) -> tuple[int, int]:
+    """Records the events of a Parquet file, such as `write_log` writes.
+
+    Its columns are the keys of events, see `record`; the time may be called `timestamp`, and the
+    type `stage`. Other columns are not read. A call that failed can be made again.
+
+    Returns the number of events, and of new ones. Raises as `record`, and a `DataError` if the file
+    cannot be read or lacks a column.
+    """
+    scanned, num_events, num_new = scan(connect(), path, "events"), 0, 0
+    names = {_KEYS.get(name, name): name for name in scanned.columns}
+    remedy = "Events have user_id, item_id, type (or stage) and time (or timestamp)."
+    required = ("user_id", "item_id", "type", "time")
+    require_all(names, dict.fromkeys(required, remedy), Source(scanned.name))
+    events = scanned.load({key: names[key] for key in Event._fields if key in names}).table
+    # The events of a user lie together in the store. In another order, each write would go all over
+    # its file.
+    by_user = events.order_by(["user_id", "_row"]).drop("_row")
+    for batch in by_user.to_pyarrow_batches(chunk_size=_EVENTS_PER_WRITE):
+        num_new += model.record(batch.to_pylist())
+        num_events += len(batch)
+    return num_events, num_new
+
+
+def _first_time(path: Path) -> float:
+    """Returns the first time of a log, in milliseconds since 1970; inf if there is none."""
+    with contextlib.suppress(OSError, pa.ArrowException, LookupError, TypeError):
+        times = pq.ParquetFile(path).read_row_group(0, ["timestamp"])["timestamp"]
+        return float(times[0].cast(pa.timestamp("ms", tz="UTC")).value)
+    return math.inf
 
 
 def _table(rows: list[tuple[Any, ...]], schema: pa.Schema | None = None) -> pa.Table:

@@ -79,7 +79,7 @@ ORDER BY time, request_id, 6, arrival, user_id
 """
 # A request reads this many of a user's newest events. No person has more; a bot may.
 _MAX_EVENTS = 10_000
-_DAY_MS = 86_400_000
+_MINUTE_MS, _DAY_MS = 60_000, 86_400_000
 _MAX_TAKEN = 500  # Requests that are written in one transaction.
 # No client waits for an answer's record. So a record waits this long for others, to share a write,
 # and is dropped if this many wait.
@@ -143,7 +143,7 @@ class Journal(Database):
     """The events of all users; see `Database` for what its methods raise."""
 
     file_name, schema = JOURNAL_FILE, _SCHEMA
-    what_is_lost = "; its events are then lost"
+    what_is_lost = "; its events are then lost, unless `tfrs-pipeline log` wrote them to a file"
 
     def write(self, groups: Sequence[Sequence[Event]], answers: Iterable[Answer] = ()) -> list[int]:
         """Writes groups of events, and answers, in one transaction.
@@ -239,7 +239,20 @@ class Journal(Database):
         Old events that arrived after the `moment` of `arrived_before` are kept; with None, none is.
         Returns how many events, and how many answers.
         """
+        # Noted before the deletion: if that is cut short, no file that has the rows is replaced.
+        minutes = max(self.dropped_before() // _MINUTE_MS, -(-time_ // _MINUTE_MS))
+        with self.writing() as connection:
+            connection.execute(f"PRAGMA user_version = {minutes}")
         return self._delete("time < ?", time_, arrived_before)
+
+    def dropped_before(self) -> int:
+        """Returns the time to which `drop_older` has deleted, in milliseconds since 1970, or 0.
+
+        It is rounded up to a minute, because the file keeps it in 32 bits.
+        """
+        with self._opened() as connection:
+            row = connection.execute("PRAGMA user_version").fetchone() if connection else (0,)
+            return int(row[0]) * _MINUTE_MS
 
     def _delete(
         self, condition: str, value: Any, arrived_before: int | None = None

@@ -18,7 +18,13 @@ from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.model.encoder import as_inputs, features_of, query_inputs, request_inputs
+from tfrs_pipeline.model.encoder import (
+    as_inputs,
+    features_of,
+    history_arrays,
+    query_inputs,
+    request_inputs,
+)
 from tfrs_pipeline.model.tf_tables import id_list, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved
 from tfrs_pipeline.serving import publish, signatures
@@ -393,8 +399,8 @@ class LoadedRetriever:
                 for user in recent.values()
             ]
             arrays = {name: array[[*recent]] for name, array in inputs.items()}
-            histories = query_inputs(self.saved_model.signatures["embed_query"], queries)
-            arrays |= {name: histories[name].numpy() for name in histories if name != "user_id"}
+            signature = self.saved_model.signatures["embed_query"]
+            arrays |= history_arrays(signature_inputs(signature), queries)
             part = self._asked("embed_query", arrays)
             part["is_known_user"][:] = True
             part["known_items"] = [user.excluded for user in recent.values()]

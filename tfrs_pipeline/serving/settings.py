@@ -54,8 +54,8 @@ class ServeSettings(Config):
     """Leaves out of an answer to a user the items of this many answers before it. Needs
     --record-share 1. `exclude_served` of a request replaces it."""
     exclude_served_hours: float = Field(0.0, ge=0)
-    """Leaves out of an answer to a user the items of all answers in this many hours before it.
-    Needs --record-share 1. `exclude_served` of a request replaces it."""
+    """Leaves out of an answer to a user the items of all answers in this many hours before it, of
+    the last 1,000 at most. Needs --record-share 1. `exclude_served` of a request replaces it."""
     page: bool = True
     """Whether to serve the page at /, which compares the index with exact search."""
     # More contend for the interpreter's lock: with 4 on two cores, p99 is a fifth higher.

@@ -30,7 +30,8 @@ CREATE TABLE IF NOT EXISTS live_items (
 """
 # A writer waits this long for others. Transactions take milliseconds, so more is a fault.
 _BUSY_SECONDS = 30.0
-# SQLite's codes for a file that is not as SQLite wrote it. The first comes from a missing table.
+# SQLite's codes for a file that is not as this version wrote it. The first comes from a missing
+# table or column.
 _DAMAGES = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -51,9 +52,9 @@ class LiveRow(NamedTuple):
 class Database:
     """A file in a model's folder, made by the first write; safe from several threads.
 
-    Each method raises `Damaged` if the file is not as SQLite wrote it, and `StorageError` if it
-    cannot be read or written. If another file has taken its place, reads and writes go to that one,
-    unless `is_mirrored`: then `Replaced` is raised, because the copy in memory would be wrong.
+    Each method raises `Damaged` if the file is not as this version wrote it, and `StorageError` if
+    it cannot be read or written. If another file has taken its place, reads and writes go to that
+    one, unless `is_mirrored`: then `Replaced` is raised, because the copy in memory would be wrong.
 
     Attributes:
         file_name: Name of the file in the folder.
@@ -101,12 +102,16 @@ class Database:
                     self._create_if_missing()
                 yield self._connected()
             except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
-                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-                if code & 0xFF not in _DAMAGES:  # The other bits hold details.
+                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+                if code not in _DAMAGES:  # The other bits hold details.
                     raise
+                what, remedy = "is damaged", "Restore it from a backup"
+                if code == sqlite3.SQLITE_ERROR:  # Tables that SQLite can read, but not these.
+                    what = "is damaged, or of another version of this package"
+                    remedy += " or use that version"
                 raise Damaged(
-                    f"{self.path} is damaged ({error}). Restore it from a backup, or move it away "
-                    f"with {self.file_name}-wal and {self.file_name}-shm{self.what_is_lost}."
+                    f"{self.path} {what} ({error}). {remedy}, or move it away with "
+                    f"{self.file_name}-wal and {self.file_name}-shm{self.what_is_lost}."
                 ) from error
 
     def _connected(self) -> sqlite3.Connection | None:

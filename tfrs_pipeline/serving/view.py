@@ -84,7 +84,7 @@ class View:
         searcher = view.searcher
         if searcher is not None:
             try:
-                # Its rows are those of the view, in order. A search in an older view drops new ones.
+                # Its rows are those of the view in order. A search in an older view drops new ones.
                 searcher.add(vectors)
             except Exception:
                 # It may have taken in some: every later row would be another item's.
