@@ -10,11 +10,9 @@ import pytest
 
 from tests.serving.conftest import Served, make_served
 from tests.serving.test_requests import FEATURES, READ, TYPED, K, query_of
+from tfrs_pipeline import Exact, LoadedRetriever, export
 from tfrs_pipeline.features.categorical import Text
 from tfrs_pipeline.serving import retriever
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tfrs_pipeline import Ease, Holdout, Query, Retriever, evaluate
+import tfrs_pipeline as tp
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.bootstrap import Interval
-from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
 from tfrs_pipeline.evaluation.topk import ScoreRetriever
 
 IDS = np.arange(100, 112)
 COUNTS = np.array([9, 9, 6, 5, 4, 3, 2, 1, 1, 0, 0, 0])
-CALL_SIZE = f"{evaluate.__module__}.QUERIES_PER_CALL"
+CALL_SIZE = f"{tp.evaluate.__module__}.QUERIES_PER_CALL"
 
 
 class Scores:
@@ -30,9 +28,9 @@ class Scores:
         self.spoil = spoil or (lambda ids, scores: (ids, scores))
 
     def retrieve(
-        self, queries: Sequence[Query], k: int, exclude: Sequence[Collection[Any]] | None = None
+        self, queries: Sequence[tp.Query], k: int, exclude: Sequence[Collection[Any]] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        def score(queries: Sequence[Query]) -> np.ndarray:
+        def score(queries: Sequence[tp.Query]) -> np.ndarray:
             return self.scores[[query["user_id"] for query in queries]]
 
         return self.spoil(*ScoreRetriever(self.items, score).retrieve(queries, k, exclude))
@@ -40,20 +38,20 @@ class Scores:
 
 def make_holdout(
     relevant: Any, clicked: Any = None, seen: Any = None, dtype: type = int
-) -> Holdout:
+) -> tp.Holdout:
     clicked = clicked or [[]] * len(relevant)
     lists = relevant, clicked, seen or clicked
     relevant, clicked, seen = ([np.array(ids, dtype) for ids in x] for x in lists)
     ids = IDS if dtype is int else np.array(["a", "b", "c"], object)
     counts = COUNTS[: len(ids)]
-    return Holdout(np.arange(len(relevant)), clicked, relevant, clicked, seen, ids, counts)
+    return tp.Holdout(np.arange(len(relevant)), clicked, relevant, clicked, seen, ids, counts)
 
 
-def measure_all(retrievers: Any, holdout: Holdout, **options: Any) -> Evaluation:
-    return evaluate(retrievers, holdout, **{"cutoffs": (3,), "num_bootstrap": 0, **options})
+def measure_all(retrievers: Any, holdout: tp.Holdout, **options: Any) -> tp.Evaluation:
+    return tp.evaluate(retrievers, holdout, **{"cutoffs": (3,), "num_bootstrap": 0, **options})
 
 
-def measure(retriever: Retriever, holdout: Holdout, **options: Any) -> EvaluationResult:
+def measure(retriever: tp.Retriever, holdout: tp.Holdout, **options: Any) -> tp.EvaluationResult:
     return measure_all(retriever, holdout, **options).first
 
 
@@ -70,12 +68,12 @@ def test_a_holdout_has_as_many_lists_as_users() -> None:
     lists = [IDS[:1], IDS[1:2]]
     good: dict[str, Any] = dict.fromkeys(("histories", "relevant", "clicked", "seen"), lists)
     good |= {"user_ids": [0, 1], "candidate_ids": IDS.tolist(), "candidate_counts": COUNTS.tolist()}
-    assert Holdout(**good).candidate_ids.dtype == np.int64
+    assert tp.Holdout(**good).candidate_ids.dtype == np.int64
     for name in ("histories", "relevant", "clicked", "seen", "history_times", "requests"):
         with pytest.raises(ValueError, match=rf"{name} must hold one entry .* 2 user_ids.*: 1"):
-            Holdout(**good | {name: lists[:1]})
+            tp.Holdout(**good | {name: lists[:1]})
     with pytest.raises(ValueError, match=r"candidate_counts must hold one .* 12 .*: 3"):
-        Holdout(**good | {"candidate_counts": [1, 2, 3]})
+        tp.Holdout(**good | {"candidate_counts": [1, 2, 3]})
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
@@ -84,7 +82,7 @@ def test_lists_of_other_types_leave_large_ids_as_they_are(dtype: type) -> None:
     ids = 2**60 + np.arange(12)
     relevant: Any = [ids[1:2].astype(dtype), ids[2:3].astype(dtype)]
     before = [ids[:1], np.array([])]
-    holdout = Holdout(np.arange(2), before, relevant, before, before, ids, COUNTS)
+    holdout = tp.Holdout(np.arange(2), before, relevant, before, before, ids, COUNTS)
     result = measure(Scores(-np.tile(np.arange(12), (2, 1)), ids), holdout)
     assert result.per_query["recall@3"].tolist() == [1, 1]
     assert result.overall.num_relevant == 2
@@ -122,7 +120,7 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     assert difference.mean == pytest.approx(second.mean - first.mean)
     assert 0 < difference.low < difference.mean < difference.high
     assert difference.high - difference.low < (first.high - first.low) / 2
-    assert found.differences["same"]["ndcg@3"] == Interval(0, 0, 0)
+    assert found.differences["same"]["ndcg@3"] == tp.Interval(0, 0, 0)
     # Each model is printed in a line, with the difference beside the number.
     header, *lines = str(found).split("\n")
     assert [line.split()[0] for line in lines[:3]] == ["first", "better", "same"]
@@ -169,7 +167,7 @@ ALONE = Scores(np.zeros((2, 12)))
         (ALONE, [[100]], {}, TypeError, "needs a Holdout.*Received: list"),
         ({}, HOLDOUT, {}, ValueError, "at least one retriever"),
         ({"two_tower": Scores}, HOLDOUT, {}, TypeError, "two_tower has no `retrieve`: .*<class"),
-        (Ease(), HOLDOUT, {}, TypeError, "Ease has no `retrieve`: pass what its fit returns"),
+        (tp.Ease(), HOLDOUT, {}, TypeError, "Ease has no `retrieve`: pass what its fit returns"),
     ],
 )
 def test_refuses_what_cannot_be_measured(

@@ -12,13 +12,11 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline import FunnelLosers, InBatch, TrainingSettings, Uniform
-from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline import FunnelLosers, InBatch, Log, Split, TrainingSettings, TwoTower, Uniform
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.two_tower import TwoTower
 
 # Two devices, so that a test can train on several.
 tf.config.set_logical_device_configuration(

@@ -12,9 +12,7 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests.model.conftest import tiny
 from tests.small_batches import as_arrays, assert_same_batches
-from tfrs_pipeline import Popularity, Uniform
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline import Log, Popularity, TrainingSet, Uniform
 
 LATER, DEAD = 777, 888
 EASY = [Uniform(16), Popularity(16, 1.0)]

@@ -13,10 +13,8 @@ import tensorflow as tf
 
 from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, scores_of, tiny
 from tests.small_batches import as_arrays
-from tfrs_pipeline import Popularity, Samples, SamplingFrame, Uniform
-from tfrs_pipeline.batches.batch import Batch
+from tfrs_pipeline import Batch, Popularity, Samples, SamplingFrame, TrainingSet, Uniform
 from tfrs_pipeline.model import tf_tables
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.towers import FeatureTable, candidate_tower, query_tower
 

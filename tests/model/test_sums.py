@@ -14,19 +14,13 @@ import pytest
 
 import tfrs_pipeline as tp
 from tests.model.conftest import make_log, untrained
-from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
-from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.model import sums
-from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.sums import (
     MIN_QUERIES,
     WEIGHTS,
     Choice,
-    FittedSum,
     Projection,
     Vectors,
     choose,
@@ -131,13 +125,13 @@ def test_the_spread_is_that_of_a_querys_scores() -> None:
 LOG = make_log({"device": "categorical"})
 
 
-Members: TypeAlias = dict[str, FittedTwoTower]
+Members: TypeAlias = dict[str, tp.FittedTwoTower]
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FittedTwoTower]:
+def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tp.FittedTwoTower]:
     """Models that read different lengths of the history, times and features; one has biases."""
-    data = TrainingSet.build(LOG, tmp_path_factory.mktemp("samples"), seed=0)
+    data = tp.TrainingSet.build(LOG, tmp_path_factory.mktemp("samples"), seed=0)
     plans = {
         "means": tp.TwoTower(dim=4, history_length=3, seed=1),
         "recent": tp.TwoTower(
@@ -163,13 +157,13 @@ QUERIES: list[dict[str, Any]] = [
 ]
 
 
-def member_scores(model: FittedTwoTower) -> np.ndarray:
+def member_scores(model: tp.FittedTwoTower) -> np.ndarray:
     return model.query_embeddings(QUERIES) @ model.network.embed_corpus().T
 
 
 def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members: Members) -> None:
     weights = {"means": 1.0, "recent": 0.6}
-    summed = FittedSum.of(members, weights, QUERIES, dim=99)
+    summed = tp.FittedSum.of(members, weights, QUERIES, dim=99)
     spread = {name: member_scores(model).std(axis=1) for name, model in members.items()}
     expected = sum(
         weights[name] / np.sqrt((spread[name] ** 2).mean()) * member_scores(model)
@@ -183,7 +177,7 @@ def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members: Membe
 
 
 def test_a_sum_of_one_model_ranks_as_the_model(members: Members) -> None:
-    alone = FittedSum.of({"recent": members["recent"]}, {"recent": 1.0}, QUERIES)
+    alone = tp.FittedSum.of({"recent": members["recent"]}, {"recent": 1.0}, QUERIES)
     ids, _ = alone.retrieve(QUERIES, k=24)
     np.testing.assert_array_equal(ids, members["recent"].retrieve(QUERIES, k=24)[0])
 
@@ -192,7 +186,7 @@ def test_a_sum_of_one_model_ranks_as_the_model(members: Members) -> None:
 def test_an_exported_sum_answers_as_in_memory(
     members: Members, tmp_path: Path, dim: int | None
 ) -> None:
-    summed = FittedSum.of(members, {"means": 1.0, "recent": 0.3}, QUERIES, dim)
+    summed = tp.FittedSum.of(members, {"means": 1.0, "recent": 0.3}, QUERIES, dim)
     folder = tp.export(summed, tmp_path / "sum", index=tp.Exact(), queries=QUERIES)
     model = tp.load(folder)
     expected = summed.retrieve(QUERIES, k=7)
@@ -210,10 +204,10 @@ def test_an_exported_sum_answers_as_in_memory(
 
 def test_models_of_another_log_are_refused(members: Members, tmp_path: Path) -> None:
     other = tp.TwoTower(dim=2)
-    log = Log.from_ibis(LOG.events.filter(LOG.events["item_id"] > 100))
-    data = TrainingSet.build(log, tmp_path / "samples", seed=0)
+    log = tp.Log.from_ibis(LOG.events.filter(LOG.events["item_id"] > 100))
+    data = tp.TrainingSet.build(log, tmp_path / "samples", seed=0)
     with pytest.raises(ValueError, match=r"the same items: fit other to the log of means.*24"):
-        FittedSum.of({**members, "other": untrained(other, data.corpus)}, {}, QUERIES)
+        tp.FittedSum.of({**members, "other": untrained(other, data.corpus)}, {}, QUERIES)
 
 
 # Choosing the weights.
@@ -225,7 +219,7 @@ def chosen(
 ) -> Choice:
     """Chooses among members where the relevant item of query i is item i % 50."""
     counts, nothing = np.ones(50, np.int64), [np.zeros(0, np.int64)] * num_queries
-    holdout = Holdout(
+    holdout = tp.Holdout(
         user_ids=np.arange(num_queries),
         histories=nothing,
         clicked=nothing,
@@ -238,7 +232,7 @@ def chosen(
     return choose(
         members,
         truth,
-        metric_of(options.get("metric", "ndcg@10")),
+        tp.metric_of(options.get("metric", "ndcg@10")),
         winner=winner,
         max_members=options.get("max_members", 5),
     )
@@ -331,7 +325,7 @@ def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
     assert model.weights == {"model 1": 1, "model 2": 0.5}
     assert model.query_embeddings([{}]).shape == (1, 6)
     # By a second route: the products of the sum's vectors.
-    metric, truth = metric_of("recall@5"), Truth.of(test, "clicked")
+    metric, truth = tp.metric_of("recall@5"), Truth.of(test, "clicked")
     vectors = model.query_embeddings(truth.queries), model.corpus_embeddings()
     by_hand = measure_vectors(*vectors, truth, metric)
     measured = tp.evaluate(model, test, metrics=[metric]).first

@@ -13,11 +13,7 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import assert_same, tiny, untrained, weights_of
-from tfrs_pipeline import ConfigError, Uniform
-from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline import Batch, ConfigError, Log, Split, TrainingSet, Uniform, evaluate
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 

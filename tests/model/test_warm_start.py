@@ -15,16 +15,12 @@ import tensorflow as tf
 from tests.model.conftest import assert_same, tiny, untrained, weights_of
 from tests.small_log import Stopped
 from tests.tracing import tracing_once
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline import ConfigError, FittedTwoTower, Log, TrainingSet, TwoTower
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, shape_settings
-from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
-from tfrs_pipeline.settings import ConfigError
 
 NUM_USERS = 20
 # The model has two item tables; both are carried over.

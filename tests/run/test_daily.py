@@ -17,12 +17,10 @@ import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_id, item_table, small_config, write
-from tfrs_pipeline import ConfigError, Holdout
+from tfrs_pipeline import ConfigError, Holdout, Split, evaluate, load
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
-from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
-from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run import training
 from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder, with_source
@@ -30,7 +28,6 @@ from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
-from tfrs_pipeline.serving.retriever import load
 
 pytestmark = pytest.mark.usefixtures(
     "trusted_exports", "few_signatures", "baselines_here", "figures_undrawn"

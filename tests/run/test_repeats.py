@@ -7,13 +7,11 @@ import pyarrow as pa
 import pytest
 
 from tests.small_log import Stopped, Watched, small_config, write
-from tfrs_pipeline.config import RunConfig, with_settings
-from tfrs_pipeline.data.log import Split
+from tfrs_pipeline import RunConfig, Split, load, trained_in, with_settings
 from tfrs_pipeline.run.data import describe_samples, prepare
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import run
-from tfrs_pipeline.run.training import split_in, trained_in
-from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.run.training import split_in
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
 NUM_USERS, NUM_ITEMS = 120, 50

@@ -15,15 +15,12 @@ import pytest
 from tests.serving.conftest import Exported
 from tests.serving.running_server import PREDICT, TOKEN, Running, retrieve_user
 from tests.serving.test_journal import event, send
-from tfrs_pipeline import Log
+from tfrs_pipeline import ConfigError, Log, load, write_log
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.serving import event_log
 from tfrs_pipeline.serving import journal as journal_module
-from tfrs_pipeline.serving.event_log import write_log
 from tfrs_pipeline.serving.journal import JOURNAL_FILE, Answer, Event, Journal, Recorder
-from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import Lately, ServeSettings
-from tfrs_pipeline.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 

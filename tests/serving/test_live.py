@@ -20,16 +20,13 @@ from tests.damage import copy_database, damage
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.serving.running_server import JSON, TOKEN, Running
 from tests.small_log import Watched
-from tfrs_pipeline.data.settings import Reading
+from tfrs_pipeline import Exact, LoadedRetriever, Reading, load, refresh_index
 from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
-from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import live as live_module
-from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.live import _check_kind, _plain
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.store import STORE_FILE, Store
 
 ITEMS = "/v1/models/films/items"

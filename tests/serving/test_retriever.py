@@ -13,12 +13,10 @@ import pytest
 
 from tests.damage import damage
 from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
+from tfrs_pipeline import Auto, LoadedRetriever, Scann, export, load
 from tfrs_pipeline.durable import Damaged, write_record
 from tfrs_pipeline.serving import index
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Auto, Scann
 from tfrs_pipeline.serving.publish import INDEX_FOLDER, ITEMS_FILE, MANIFEST_FILE
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -83,7 +81,7 @@ def test_refuses_what_it_cannot_answer(served: Served, loaded: LoadedRetriever) 
         r"did you mean \['b'\]\?": lambda: loaded.retrieve([{}], 3, allowed=["b"]),
         "No item has 'B' as its genres": lambda: loaded.retrieve([{}], 3, allowed=[["B"]]),
         r"user_ids must be a list.*\['u0'\]": lambda: loaded.retrieve_user("u0", 3),
-        r"user_ids must be a list.*\[3\]": lambda: loaded.retrieve_user(3, 3),  # type: ignore[arg-type]
+        r"user_ids must be a list.*\[3\]": lambda: loaded.retrieve_user(3, 3),
         "k must be": lambda: loaded.retrieve_user([user], 0),
         f"ids are .* Received: {other!r}": lambda: loaded.retrieve_user([other], 3),
     }
