@@ -1,7 +1,5 @@
 """A tiny log that a two-tower model can learn: three tastes of users and items."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping

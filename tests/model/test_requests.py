@@ -1,7 +1,5 @@
 """Request features from raw values to the query tower: in training, evaluation and retrieval."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The facade: fitting and retrieval; own towers and negatives; what an export asks for."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

@@ -3,8 +3,6 @@
 The arguments are FOLDER CASE...: each case trains in its own folder; the chief saves the weights.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

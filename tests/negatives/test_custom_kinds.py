@@ -1,7 +1,5 @@
 """Kinds of negatives defined outside the package, easy and hard, against slow loops."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter

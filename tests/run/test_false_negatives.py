@@ -1,7 +1,5 @@
 """How many hard negatives are clicked later: counted again from the events, by a loop."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path
