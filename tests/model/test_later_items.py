@@ -33,8 +33,8 @@ def train() -> Log:
 
 
 @pytest.fixture(scope="module")
-def data(train: Log, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
-    return TrainingSet.build(train, tmp_path_factory.mktemp("samples"), seed=0)
+def data(train: Log, module_path: Path) -> TrainingSet:
+    return TrainingSet.build(train, module_path, seed=0)
 
 
 def row_of(data: TrainingSet, item: int) -> int:

@@ -1,7 +1,5 @@
 """Times of events: what a model with attention learns from them, and which models ignore them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -41,8 +39,8 @@ def split() -> Split:
 
 
 @pytest.fixture(scope="module")
-def timed(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
-    return TrainingSet.build(split.train, tmp_path_factory.mktemp("timed"), seed=0)
+def timed(split: Split, module_path: Path) -> TrainingSet:
+    return TrainingSet.build(split.train, module_path, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Warm starts: weights are carried over by id, not by row; new ids start from the stand-in."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,10 +43,9 @@ def log_of(items: range, first_user: int) -> Log:
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    yesterday, today = (tmp_path_factory.mktemp("samples") for _ in range(2))
-    earlier = TrainingSet.build(log_of(YESTERDAY, 0), yesterday, seed=0)
-    return earlier, TrainingSet.build(log_of(TODAY, 5), today, seed=0)
+def sets(module_path: Path) -> Sets:
+    earlier = TrainingSet.build(log_of(YESTERDAY, 0), module_path / "yesterday", seed=0)
+    return earlier, TrainingSet.build(log_of(TODAY, 5), module_path / "today", seed=0)
 
 
 @pytest.fixture(scope="module")

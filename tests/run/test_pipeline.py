@@ -109,15 +109,15 @@ def ratings_config(folder: Path) -> tp.RunConfig:
 
 
 @pytest.fixture(scope="module")
-def of_stages(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("stages")
+def of_stages(module_path: Path) -> Finished:
+    folder = module_path / "stages"
     evaluation = {"baselines": ["popularity", "ease"]}
     return go(stages_config(folder, event_table("str"), evaluation=evaluation), folder / "run")
 
 
 @pytest.fixture(scope="module")
-def of_ratings(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("ratings")
+def of_ratings(module_path: Path) -> Finished:
+    folder = module_path / "ratings"
     return go(ratings_config(folder), folder / "run", "int")
 
 
@@ -312,12 +312,11 @@ def test_validation_and_test_ask_the_same_question(of_stages: Finished, by: Aske
 
 
 def test_the_guide_to_trackers_logs_the_test_by_both_questions(
-    of_stages: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of_stages: Finished, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first snippet runs as it is, with a tracker that only keeps what it is given."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "videos-1").symlink_to(of_stages.folder)
-    monkeypatch.chdir(tmp_path)
+    (here / "runs").mkdir()
+    (here / "runs" / "videos-1").symlink_to(of_stages.folder)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
     logged: dict[str, float] = {}
     tracker = MagicMock()
