@@ -30,7 +30,7 @@ from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 
 pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "figures_undrawn"
+    "trusted_exports", "few_signatures", "baselines_here", "figures_undrawn", "traced_once"
 )
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.
 WITHDRAWN = [5, 6]  # Items of today's events that today's item table lacks.
@@ -71,15 +71,14 @@ def config_of(folder: Path, day: str, items: range, **settings: Any) -> RunConfi
 
 
 @pytest.fixture(scope="module")
-def yesterday(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    folder = tmp_path_factory.mktemp("daily")
-    config = config_of(folder, "yesterday", YESTERDAY)
-    return run(config, folder / "runs" / "yesterday")
+def yesterday(module_path: Path) -> RunResult:
+    config = config_of(module_path, "yesterday", YESTERDAY)
+    return run(config, module_path / "runs" / "yesterday")
 
 
 @pytest.fixture(scope="module")
-def place(yesterday: RunResult) -> Path:
-    return yesterday.folder.parents[1]
+def place(yesterday: RunResult, module_path: Path) -> Path:
+    return module_path
 
 
 def model_folder(place: Path) -> Path:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import tfrs_pipeline as tp
+from tests.model.conftest import eagerly
 from tests.serving.conftest import Exported
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service, worse_than_version
 
@@ -61,7 +62,8 @@ def log_of(slots: Any, kind: str) -> tp.Log:
 def model() -> tp.FittedTwoTower:
     training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
     plan = tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training)
-    return plan.fit(log_of([0, 1, 2], "numeric"))
+    with eagerly():
+        return plan.fit(log_of([0, 1, 2], "numeric"))
 
 
 @pytest.mark.nightly
