@@ -1,10 +1,8 @@
 """The sum of models: its scores are the weighted sum of the members' scores, in every form."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -129,9 +127,9 @@ Members: TypeAlias = dict[str, tp.FittedTwoTower]
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tp.FittedTwoTower]:
+def members(module_path: Path) -> dict[str, tp.FittedTwoTower]:
     """Models that read different lengths of the history, times and features; one has biases."""
-    data = tp.TrainingSet.build(LOG, tmp_path_factory.mktemp("samples"), seed=0)
+    data = tp.TrainingSet.build(LOG, module_path, seed=0)
     plans = {
         "means": tp.TwoTower(dim=4, history_length=3, seed=1),
         "recent": tp.TwoTower(
@@ -182,10 +180,13 @@ def test_a_sum_of_one_model_ranks_as_the_model(members: Members) -> None:
     np.testing.assert_array_equal(ids, members["recent"].retrieve(QUERIES, k=24)[0])
 
 
-@pytest.mark.parametrize("dim", [None, 5])
+@pytest.mark.parametrize("dim", [5, None])
+@pytest.mark.usefixtures("few_signatures")
 def test_an_exported_sum_answers_as_in_memory(
-    members: Members, tmp_path: Path, dim: int | None
+    members: Members, tmp_path: Path, dim: int | None, request: pytest.FixtureRequest
 ) -> None:
+    if dim is None:  # The other one is proved in a fresh process, too.
+        request.getfixturevalue("trusted_exports")
     summed = tp.FittedSum.of(members, {"means": 1.0, "recent": 0.3}, QUERIES, dim)
     folder = tp.export(summed, tmp_path / "sum", index=tp.Exact(), queries=QUERIES)
     model = tp.load(folder)
@@ -280,35 +281,34 @@ def test_a_sum_has_at_most_so_many_members() -> None:
     assert len(chosen(members, winner="0", max_members=2).weights) == 2
 
 
+def ruined_from(num_members: int) -> Callable[..., Projection]:
+    """Makes a projection whose rotation keeps nothing of so many members or more."""
+
+    def project(members: Any, weights: Any, dim: int | None = None) -> Projection:
+        joined = projection(members, weights)
+        is_kept = dim is None or len(members) < num_members
+        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
+
+    return project
+
+
 def test_a_member_that_the_rotation_cannot_hold_leaves_the_sum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The rotation of two models keeps all, and that of three nothing."""
-
-    def ruined(members: Any, weights: Any, dim: int | None = None) -> Projection:
-        joined = projection(members, weights)
-        is_kept = dim is None or len(members) < 3
-        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
-
     members = {str(seed): guess(seed, 0.6) for seed in range(3)}
     assert len(chosen(members, winner="0").weights) == 3
-    monkeypatch.setattr(sums, "projection", ruined)
+    monkeypatch.setattr(sums, "projection", ruined_from(3))
     choice = chosen(members, winner="0")
     assert len(choice.weights) == 2
     assert choice.summed > choice.alone
 
 
 def test_a_sum_that_its_rotation_ruins_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rotation keeps nothing of what the members know."""
-
-    def ruined(members: Any, weights: Any, dim: int | None = None) -> Projection:
-        joined = projection(members, weights)
-        is_kept = dim is None or len(members) == 1  # A model alone is not rotated.
-        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
-
+    """The rotation keeps nothing of what the members know; a model alone is not rotated."""
     members = {"a": guess(1, 0.6), "b": guess(2, 0.6)}
     assert len(chosen(members, winner="a").weights) == 2
-    monkeypatch.setattr(sums, "projection", ruined)
+    monkeypatch.setattr(sums, "projection", ruined_from(2))
     choice = chosen(members, winner="a")
     assert choice.summed == choice.alone
     assert choice.weights == {"a": 1.0}
@@ -357,20 +357,17 @@ def test_a_sum_has_a_repeat_bonus_of_its_own(
     assert own.tolist() == [[10]]
 
 
-@pytest.mark.parametrize(
-    ("members", "options", "message"),
-    [
-        ([3], {}, "adds up tp.TwoTower.*model 1: 3"),
-        ([tp.TwoTower()], {"weights": [1, 2]}, "one number above 0 for each of the 1 models"),
-        ([tp.TwoTower()], {"weights": [-1]}, "one number above 0"),
-        ([tp.TwoTower()], {"weights": [np.nan]}, "one number above 0"),
-        ([tp.TwoTower()], {"weights": 1}, "one number above 0"),
-        ({"a": tp.TwoTower()}, {"weights": {"b": 1}}, "one number above 0.*'b'"),
-        ([tp.TwoTower()], {"dim": 0}, "dim must be a whole number, 1 or more"),
-        ([], {}, "needs models in a list, or by name"),
-        (tp.TwoTower(), {}, "needs models in a list, or by name"),
-    ],
-)
+@pytest.mark.parametrize(("members", "options", "message"), [
+    ([3], {}, "adds up tp.TwoTower.*model 1: 3"),
+    ([tp.TwoTower()], {"weights": [1, 2]}, "one number above 0 for each of the 1 models"),
+    ([tp.TwoTower()], {"weights": [-1]}, "one number above 0"),
+    ([tp.TwoTower()], {"weights": [np.nan]}, "one number above 0"),
+    ([tp.TwoTower()], {"weights": 1}, "one number above 0"),
+    ({"a": tp.TwoTower()}, {"weights": {"b": 1}}, "one number above 0.*'b'"),
+    ([tp.TwoTower()], {"dim": 0}, "dim must be a whole number, 1 or more"),
+    ([], {}, "needs models in a list, or by name"),
+    (tp.TwoTower(), {}, "needs models in a list, or by name"),
+])  # fmt: skip
 def test_wrong_sums_are_refused(members: Any, options: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         tp.Sum(members, **options)
