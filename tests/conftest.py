@@ -112,3 +112,10 @@ def baselines_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apart, "answers_from_process", apart.answers)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_runs(
+    trusted_exports: None, few_signatures: None, figures_undrawn: None, baselines_here: None
+) -> None:
+    """Leaves out of runs what takes seconds and has tests of its own."""

@@ -43,9 +43,7 @@ from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
-pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "traced_once", "figures_undrawn"
-)
+pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 RUN = "it's a run"  # A folder name that a shell needs in quotes.
 
 

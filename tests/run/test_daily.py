@@ -29,9 +29,7 @@ from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 
-pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "figures_undrawn", "traced_once"
-)
+pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.
 WITHDRAWN = [5, 6]  # Items of today's events that today's item table lacks.
 

@@ -20,7 +20,7 @@ from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 NUM_USERS, NUM_ITEMS = 60, 40
 
 

@@ -76,7 +76,8 @@ class Counted:
         assert count.rate.low <= count.rate.mean <= count.rate.high
 
 
-def test_a_run_counts_them_by_stage_and_tells_them(tmp_path: Path, traced_once: None) -> None:
+@pytest.mark.usefixtures("traced_once", "figures_undrawn")
+def test_a_run_counts_them_by_stage_and_tells_them(tmp_path: Path) -> None:
     simulated().events.to_parquet(tmp_path / "funnel.parquet")
     settings: dict[str, Any] = {"split": {"kind": "last_share"}, "export": {"index": "none"}}
     settings["model"] = {"hard": "funnel:share=0.1"}

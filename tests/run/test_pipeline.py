@@ -42,9 +42,7 @@ from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
-pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "traced_once", "figures_undrawn"
-)
+pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate",
           "export", "metrics"]  # fmt: skip
 

@@ -31,9 +31,7 @@ from tfrs_pipeline.run.race import (
     trainable_recipes,
 )
 
-pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "traced_once"
-)
+pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 # Small settings, so that a race takes seconds; no recipe changes them.
 GIVEN = {"model.dim": 8, "model.negatives": ["uniform:num=32"], "model.history_length": 10}
 GIVEN |= {"training.max_epochs": 3, "training.batch_size": 256, "training.monitor": "ndcg@20"}
@@ -54,10 +52,9 @@ def watched() -> Watched:
 
 
 @pytest.fixture(scope="module")
-def raced(tmp_path_factory: pytest.TempPathFactory, watched: Watched) -> Raced:
-    folder = tmp_path_factory.mktemp("race")
-    config = config_in(folder)
-    return config, run(config, folder / "run", progress=watched)
+def raced(module_path: Path, watched: Watched) -> Raced:
+    config = config_in(module_path)
+    return config, run(config, module_path / "run", progress=watched)
 
 
 def curves_of(result: RunResult) -> dict[str, list[float]]:
