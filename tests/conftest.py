@@ -59,6 +59,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
+def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder for what the tests of a module share."""
+    return tmp_path_factory.mktemp("module")
+
+
+@pytest.fixture(scope="module")
 def trusted_exports() -> Iterator[None]:
     """Skips the check of exports in a fresh process, which takes seconds and has its own tests."""
     from tfrs_pipeline.serving import export
@@ -106,3 +112,10 @@ def baselines_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apart, "answers_from_process", apart.answers)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_runs(
+    trusted_exports: None, few_signatures: None, figures_undrawn: None, baselines_here: None
+) -> None:
+    """Leaves out of runs what takes seconds and has tests of its own."""

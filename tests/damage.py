@@ -1,7 +1,11 @@
-"""What a bad disk does to a file, and what a person does to a database."""
+"""What bad and full disks do to files, kills to a program, and a person to a database."""
 
 import contextlib
+import resource
 import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 DAMAGES = ("emptied", "cut", "flipped")
@@ -23,3 +27,30 @@ def copy_database(source: Path, target: Path) -> None:
     here, there = sqlite3.connect(source), sqlite3.connect(target)
     with contextlib.closing(here), contextlib.closing(there):
         here.backup(there)
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Limits the size of files in this process, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def killed_after(program: str, folder: Path, last: int) -> int:
+    """Runs a program that prints 0, 1, ... once each is written to a folder; kills it after `last`.
+
+    Returns the last number that it printed: that of the last confirmed write.
+    """
+    command = [sys.executable, "-c", program, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        for line in writer.stdout:
+            if int(line) == last:
+                writer.kill()
+                break
+        confirmed = [int(line) for line in writer.stdout if line.endswith("\n")]
+    return max(confirmed, default=last)

@@ -7,29 +7,27 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline import HybridBatches, InBatch, Negatives, Popularity, Uniform, UserSets
-from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.examples import SinglePositives, WholeSequences
-from tfrs_pipeline.samples.store import RowLists, Samples
+import tfrs_pipeline as tp
+from tfrs_pipeline.samples.store import RowLists
 
 NUM_QUERIES, NUM_CANDIDATES, NUM_SAMPLES = 20, 40, 150
 # BATCH_SIZE divides NUM_SAMPLES, so that an epoch has only whole batches.
 BATCH_SIZE, LENGTH = 30, 4
 STAGES = ("retrieved", "pre_ranked")
-MIXTURE: tuple[Negatives, ...] = (InBatch(), Uniform(12), Popularity(10))
+MIXTURE: tuple[tp.Negatives, ...] = (tp.InBatch(), tp.Uniform(12), tp.Popularity(10))
 
 
 def make_samples(
     seed: int = 0, num_samples: int = NUM_SAMPLES, num_queries: int = NUM_QUERIES,
     num_candidates: int = NUM_CANDIDATES,
-) -> Samples:  # fmt: skip
+) -> tp.Samples:  # fmt: skip
     """Draws samples by popularity, with ties in time, exposed items and distinct weights."""
     rng = np.random.default_rng(seed)
     popularity = 1 / np.arange(1, num_candidates + 1)
     queries = rng.integers(1, num_queries + 1, num_samples)
     candidates = 1 + rng.choice(num_candidates, num_samples, p=popularity / popularity.sum())
     sizes = {"num_queries": num_queries, "num_candidates": num_candidates}
-    samples = Samples.from_pairs(queries, candidates, **sizes)
+    samples = tp.Samples.from_pairs(queries, candidates, **sizes)
     shown = [rng.integers(1, num_candidates + 1, rng.integers(0, 6)) for _ in range(num_queries)]
     exposed = [np.setdiff1d(x, samples.known_positives[i]) for i, x in enumerate(shown, 1)]
     assert samples.num_earlier is not None
@@ -43,7 +41,7 @@ def make_samples(
     )
 
 
-def with_pools(samples: Samples, seed: int = 0) -> Samples:
+def with_pools(samples: tp.Samples, seed: int = 0) -> tp.Samples:
     """Gives each sample pools without its known positives and exposed items; some are empty."""
     rng = np.random.default_rng(seed)
     pools: dict[str, list[np.ndarray]] = {stage: [] for stage in STAGES}
@@ -55,7 +53,7 @@ def with_pools(samples: Samples, seed: int = 0) -> Samples:
     return dataclasses.replace(samples, hard_pools=lists)
 
 
-def forbidden(samples: Samples, query: int) -> list[int]:
+def forbidden(samples: tp.Samples, query: int) -> list[int]:
     return [*samples.known_positives[query].tolist(), *samples.exposed[query].tolist()]
 
 
@@ -69,24 +67,24 @@ TIMES = np.arange(NUM_SAMPLES) + 1000
 REQUESTED = dataclasses.replace(SAMPLES, request_columns=PLACES, sequence_times=TIMES)
 # Weights are distinct, so that a weight identifies its sample.
 SAMPLE_OF = {weight: i for i, weight in enumerate(SAMPLES.weights.tolist())}
-ORDERS = {"single": SinglePositives, "sequences": WholeSequences, "sets": UserSets}
+ORDERS = {"single": tp.SinglePositives, "sequences": tp.WholeSequences, "sets": tp.UserSets}
 
 
 def make_batches(
-    order: str = "single", samples: Samples = SAMPLES,
-    negatives: Sequence[Negatives] | None = None, *, batch_size: int = BATCH_SIZE,
+    order: str = "single", samples: tp.Samples = SAMPLES,
+    negatives: Sequence[tp.Negatives] | None = None, *, batch_size: int = BATCH_SIZE,
     history_length: int = LENGTH, seed: int = 3, examples: dict[str, Any] | None = None,
     **options: Any,
-) -> HybridBatches:  # fmt: skip
+) -> tp.HybridBatches:  # fmt: skip
     """Makes batches in an order of ORDERS; only single positives allow in-batch negatives."""
     if negatives is None:
         negatives = MIXTURE if order == "single" else MIXTURE[1:]
     sizes = {"batch_size": batch_size, "history_length": history_length}
     ordered = ORDERS[order](samples, **{**sizes, "seed": seed, **(examples or {})})
-    return HybridBatches(samples, ordered, negatives, seed=seed, **options)
+    return tp.HybridBatches(samples, ordered, negatives, seed=seed, **options)
 
 
-def batch_list(batches: HybridBatches, num_steps: int, start: int = 0) -> list[Batch]:
+def batch_list(batches: tp.HybridBatches, num_steps: int, start: int = 0) -> list[tp.Batch]:
     """Builds batches; up to 20 are built one by one, as a data set takes a second to trace."""
     if num_steps > 20:
         return list(batches.dataset(start, num_steps).as_numpy_iterator())
@@ -94,7 +92,7 @@ def batch_list(batches: HybridBatches, num_steps: int, start: int = 0) -> list[B
     return [as_arrays(batches.batch(step)) for step in steps]
 
 
-def as_arrays(batch: Batch) -> Batch:
+def as_arrays(batch: tp.Batch) -> tp.Batch:
     return tf.nest.map_structure(lambda x: None if x is None else x.numpy(), batch)
 
 
@@ -110,19 +108,19 @@ def flat(batch: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def samples_of(batch: Batch) -> list[int]:
+def samples_of(batch: tp.Batch) -> list[int]:
     return [SAMPLE_OF[weight] for weight in batch.weight.tolist()]
 
 
-def assert_same_batches(first: Sequence[Batch], second: Sequence[Batch]) -> None:
+def assert_same_batches(first: Sequence[tp.Batch], second: Sequence[tp.Batch]) -> None:
     for got, expected in zip(map(flat, first), map(flat, second), strict=True):
         assert got.keys() == expected.keys()
         for name in expected:
             np.testing.assert_array_equal(got[name], expected[name])
 
 
-def assert_same_samples(got: Samples, expected: Samples) -> None:
-    for field in dataclasses.fields(Samples):
+def assert_same_samples(got: tp.Samples, expected: tp.Samples) -> None:
+    for field in dataclasses.fields(tp.Samples):
         a, b = getattr(got, field.name), getattr(expected, field.name)
         if isinstance(a, RowLists):
             np.testing.assert_array_equal(a.offsets, b.offsets)

@@ -43,9 +43,7 @@ from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
-pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "traced_once", "figures_undrawn"
-)
+pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 RUN = "it's a run"  # A folder name that a shell needs in quotes.
 
 
@@ -268,6 +266,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --trainin.batch_size 3", "did you mean '--training.batch_size'"),
     ("run --training.batch-size 3", "did you mean '--training.batch_size'"),
     ("run --run_dir x", "did you mean '--run-dir'"),
+    ("compare --seeds 3", r"unknown flag --seeds; did you mean '--compare.seeds'\?\n$"),
     ("run --zzz", "unknown flag --zzz; no known one is near"),
     ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
     ("run mine", "unexpected 'mine' after 'run'; see tfrs-pipeline run --help"),
@@ -403,15 +402,14 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    folder = tmp_path_factory.mktemp("run")
+def run(module_path: Path) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
         out = io.StringIO()
         patch.setattr(sys, "stdout", out)
-        assert cli.main(run_arguments(folder)) == 0
+        assert cli.main(run_arguments(module_path)) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retriever, "load", functools.cache(retriever.load))
-        yield Run(folder, folder / "saved_models" / "films", out.getvalue())
+        yield Run(module_path, module_path / "saved_models" / "films", out.getvalue())
 
 
 def test_a_warm_start_has_its_sources_baselines_unless_named(config_of: Any, run: Run) -> None:
@@ -433,7 +431,9 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
     for name, time_ in (("old", 1_700_000_000_000), ("naive", "2024-01-31 12:00:00")):
         write(pa.table({"user_id": [1], "item_id": [2], "timestamp": [time_]}), Path(f"{name}.csv"))
     write(pa.table({"title": ["a"], "genre": ["b"]}), Path("titles.csv"))
-    Path("empty/1").mkdir(parents=True)
+    for folder in ("empty/1", "films/1"):
+        Path(folder).mkdir(parents=True)
+    Path("films/1/manifest.json").write_text("{}")
     warm = ["--warm-start", run.folder / RUN]
     taken = socket.create_server(("127.0.0.1", 0))
     refused: list[tuple[list[Any], str]] = [
@@ -454,6 +454,10 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
         (["refresh-index", run.model, "--items", "item.csv"], "item.csv does not exist"),
         (["refresh-index", run.model, "--items", "titles.csv"], "no column 'item_id'"),
         (["refresh-index", f"{run.model}x", "--items", "titles.csv"], f"Did you mean {run.model}"),
+        (["vectors", "films", "."], "file: '.' is a folder; give a file in it"),
+        (["vectors", "films", "films.csv"], "end the name with .parquet"),
+        (["vectors", "films", "lost/films.parquet"], "there is no folder 'lost'"),
+        (["vectors", "film", "films.parquet"], r"Did you mean films\?"),
     ]
     arguments = [[str(word) for word in words] for words, _ in refused]
     code = (
@@ -469,6 +473,8 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
         assert re.search(message, line), words
     codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
     assert {line.partition(" ")[2] for line in codes} == {"1 False", "2 False"}
+    # What the command line itself can tell is its own kind of mistake.
+    assert [line.split()[1] for line in codes[-4:]] == ["2", "2", "2", "1"]
     # The help, which was printed first, imports even less.
     (after_help,) = re.findall(r"^\{'.*'\}$", done.stdout, re.MULTILINE)
     heavy = {"tensorflow", "tf_keras", "scann", "ibis", "duckdb", "pyarrow", "matplotlib"}
@@ -579,7 +585,7 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
 
 
 def test_report_writes_a_page_where_it_is_told_to(
-    command: Any, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = run.folder / RUN / "report.html"
     written = page.read_text()
@@ -588,17 +594,16 @@ def test_report_writes_a_page_where_it_is_told_to(
     assert page.read_text() == written
     monkeypatch.setattr(facts, "gather_facts", lambda folder: None)
     monkeypatch.setattr(facts, "report_page", lambda found: written)
-    monkeypatch.chdir(tmp_path)
-    for output, path in ((tmp_path, tmp_path / "report.html"), ("page.html", "page.html")):
+    for output, path in ((here, here / "report.html"), ("page.html", "page.html")):
         answer = command("report", run.folder / RUN, "--output", output)
         assert answer == (0, f"{path}\n", "")
         assert Path(path).read_text() == written
-    answer = command("report", run.folder / RUN, "--output", tmp_path / "missing" / "page.html")
+    answer = command("report", run.folder / RUN, "--output", here / "missing" / "page.html")
     assert answer.code == 1
     assert re.fullmatch(r"error: .*missing/page.html: No such file or directory.\n", answer.err)
-    (tmp_path / RUN / "checkpoints").mkdir(parents=True)
-    answer = command("report", tmp_path / RUN)
-    finish = f"finish it with:  tfrs-pipeline run --run-dir {shlex.quote(str(tmp_path / RUN))}"
+    (here / RUN / "checkpoints").mkdir(parents=True)
+    answer = command("report", here / RUN)
+    finish = f"finish it with:  tfrs-pipeline run --run-dir {shlex.quote(str(here / RUN))}"
     assert (answer.code, finish in answer.err) == (1, True)
 
 

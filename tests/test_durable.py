@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from tests.damage import DAMAGES, damage
+from tests.damage import DAMAGES, damage, largest_file
 from tfrs_pipeline import durable
 from tfrs_pipeline.durable import Damaged, InUse, StorageError, locked, naming, read_record
 
@@ -176,13 +175,10 @@ FAILURES = {"DuckDB": duckdb.IOException, "TensorFlow": tf.errors.OpError}
 @pytest.mark.parametrize("library", WRITERS)
 def test_a_full_disk_is_reported_in_one_line(library: str, tmp_path: Path) -> None:
     failures = [FAILURES[library]] if library in FAILURES else []
-    inner, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(StorageError) as refused, naming(tmp_path), naming(inner, *failures):
-            WRITERS[library](tmp_path / "written")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    inner = tmp_path / "run"
+    writing = naming(tmp_path), naming(inner, *failures)
+    with largest_file(50_000), pytest.raises(StorageError) as refused, writing[0], writing[1]:
+        WRITERS[library](tmp_path / "written")
     assert re.fullmatch(rf"({inner}|{tmp_path}/written): [^\n]*", str(refused.value))
     assert ("File too large" in str(refused.value)) == (library != "NumPy")
 

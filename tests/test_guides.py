@@ -52,12 +52,6 @@ SCI_FI = 15  # Its place among GroupLens's genres.
 BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder in which all guides run, one after another."""
-    return tmp_path_factory.mktemp("guides")
-
-
 def blocks(page: str) -> list[tuple[str, str]]:
     return blocks_of((ROOT / page).read_text())
 
@@ -145,8 +139,9 @@ def registries() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, marks=GUIDES[page]) for page in GUIDES])
-def test_a_guide_runs_as_is(folder: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
-    monkeypatch.chdir(folder)
+def test_a_guide_runs_as_is(module_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    """All guides run in one folder, one after another."""
+    monkeypatch.chdir(module_path)
     monkeypatch.setenv("COLUMNS", "200")
     namespace: dict[str, Any] = {}
     printed = ""
@@ -187,10 +182,9 @@ def write_movielens(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_runs(here: Path) -> None:
     """Runs the main job on made-up ratings, then every request of README and serving guide."""
-    monkeypatch.chdir(tmp_path)
-    write_movielens(tmp_path)
+    write_movielens(here)
     rows = "".join(f"{i % 40},v{i * i % 31},{1_700_000_000 + i}\n" for i in range(800))
     Path("clicks.csv").write_text(f"viewer,video,ts\n{rows}")
     readme = (ROOT / "README.md").read_text()
@@ -200,7 +194,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "800 events, " in run_block(
         "sh", f"tfrs-pipeline run --check {flags}".replace("\n", " ")
     )
-    where = ["--data.source", "movielens-100k", "--data.path", str(tmp_path)]
+    where = ["--data.source", "movielens-100k", "--data.path", str(here)]
     printed = run_block("sh", shlex.join(["tfrs-pipeline", "run", *where]))
     shown = next(text for kind, text in blocks("README.md") if kind == "text")
     # Which model is ahead depends on the ratings.

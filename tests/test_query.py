@@ -10,11 +10,9 @@ import pytest
 
 from tests.serving.conftest import Served, make_served
 from tests.serving.test_requests import FEATURES, READ, TYPED, K, query_of
+from tfrs_pipeline import Exact, LoadedRetriever, export
 from tfrs_pipeline.features.categorical import Text
 from tfrs_pipeline.serving import retriever
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
@@ -25,11 +23,9 @@ def served() -> Served:
 
 
 @pytest.fixture(scope="module")
-def model(
-    served: Served, tmp_path_factory: pytest.TempPathFactory, trusted_exports: None
-) -> Iterator[LoadedRetriever]:
+def model(served: Served, module_path: Path, trusted_exports: None) -> Iterator[LoadedRetriever]:
     """Returns a loaded model; the command loads each model only once."""
-    folder = export(served.exportable(), tmp_path_factory.mktemp("films"), index=Exact())
+    folder = export(served.exportable(), module_path, index=Exact())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retriever, "load", functools.cache(retriever.load))
         yield retriever.load(folder)
@@ -93,10 +89,7 @@ def test_notes_say_what_of_a_history_is_not_read(
     items = served.known(2)[:2]
     unknown = "1 of 3 items of the history are ignored"
     histories = export(make_served("int", use_user_id=False).exportable(), tmp_path, index=Exact())
-    for at, flags, expected in (
-        (histories, [], ""),
-        (histories, ["4"], unknown),
-    ):
+    for at, flags, expected in ((histories, [], ""), (histories, ["4"], unknown)):
         notes = asked(command, at, "--history", *items, *flags)["notes"]
         found = [note for note in notes if "Not given" not in note]
         assert len(found) == bool(expected)

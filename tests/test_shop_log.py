@@ -14,10 +14,9 @@ FILES = ("events.csv", "items.csv", "customers.csv")
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shop")
-    write_shop(folder)
-    return folder
+def shop(module_path: Path) -> Path:
+    write_shop(module_path)
+    return module_path
 
 
 def rows(path: Path) -> list[dict[str, str]]:

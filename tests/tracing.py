@@ -1,7 +1,5 @@
 """Trainings that share a trace: tracing a training step takes most of a small training's time."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping

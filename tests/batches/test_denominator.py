@@ -11,13 +11,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfrs_pipeline as tp
 from tests import small_batches
 from tests.small_batches import BATCH_SIZE, NUM_CANDIDATES, NUM_SAMPLES, SAMPLE_OF, SAMPLES
-from tfrs_pipeline import FunnelLosers, HybridBatches, InBatch, Popularity, Uniform
-from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.negatives import mixture
-from tfrs_pipeline.negatives.samplers import Negatives, SamplingFrame
 from tfrs_pipeline.samples.store import resampling_rate
 
 NUM_EPOCHS = 300
@@ -31,29 +28,29 @@ class Shelf:
 
     num: int
 
-    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    def draw(self, frame: tp.SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         newest_of_two = tf.random.stateless_uniform([self.num, 2], seed, 21, 41, tf.int32)
         return tf.reduce_max(newest_of_two, axis=1)
 
-    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+    def expected_count(self, frame: tp.SamplingFrame) -> np.ndarray:
         rank = np.maximum(np.arange(frame.num_candidates + 1) - 20, 0)
         return self.num * (2 * rank - (rank > 0)) / 20**2
 
 
-MIXTURES: dict[str, tuple[Negatives, ...]] = {
-    "in-batch": (InBatch(),),
-    "all": (InBatch(), Uniform(12), Popularity(10), Shelf(9)),
+MIXTURES: dict[str, tuple[tp.Negatives, ...]] = {
+    "in-batch": (tp.InBatch(),),
+    "all": (tp.InBatch(), tp.Uniform(12), tp.Popularity(10), Shelf(9)),
 }
 
 
-def denominators(batches: HybridBatches, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+def denominators(batches: tp.HybridBatches, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sample and the denominator of each row, [num_steps, BATCH_SIZE].
 
     Each loss is log(1 + D / exp s+), so its derivative by s+ gives D of each row.
     """
-    task = HybridRetrieval()
+    task = tp.HybridRetrieval()
 
-    def of_batch(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
+    def of_batch(batch: tp.Batch) -> tuple[tf.Tensor, tf.Tensor]:
         def embed(rows: tf.Tensor) -> tf.Tensor:
             return tf.gather(SCORES, rows)[..., tf.newaxis]
 
@@ -87,14 +84,14 @@ def exact(sample: int, hard_share: float, drawn_over_declared: np.ndarray) -> fl
     ("name", "hard_share", "exponent"), [("in-batch", 0.0, 0.6), ("all", 0.5, 0.0)]
 )
 def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponent: float) -> None:
-    hard = FunnelLosers(share=hard_share, num=5) if hard_share else None
+    hard = tp.FunnelLosers(share=hard_share, num=5) if hard_share else None
     rate = {"rate": resampling_rate(SAMPLES.counts, exponent)}
     batches = small_batches.make_batches(negatives=MIXTURES[name], hard=hard, examples=rate)
     declared, drawn = batches.expected_count, batches.expected_count.copy()
     if not exponent:
         # An epoch draws without replacement: the other rows come from the 149 other samples, not
         # from all 150 as declared. So every candidate but the positive comes 1 / 149 more often.
-        in_batch = MIXTURES[name].count(InBatch()) * (BATCH_SIZE - 1) * SAMPLES.counts
+        in_batch = MIXTURES[name].count(tp.InBatch()) * (BATCH_SIZE - 1) * SAMPLES.counts
         drawn += in_batch * (1 / (NUM_SAMPLES - 1) - 1 / NUM_SAMPLES)
     ratio = np.divide(drawn, declared, out=np.zeros_like(drawn), where=declared > 0)
     assert ratio.max() < 1 + 1.01 / (NUM_SAMPLES - 1)
@@ -119,13 +116,13 @@ def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPa
     """Libraries that know one sampler correct like this: the test above would notice it."""
 
     @dataclasses.dataclass(frozen=True)
-    class AsInBatch(Uniform):
-        def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+    class AsInBatch(tp.Uniform):
+        def expected_count(self, frame: tp.SamplingFrame) -> np.ndarray:
             q = frame.q_positive
             is_item = np.arange(len(q)) > 0
             return np.where(q > 0, self.num * q, is_item)
 
-    negatives: list[Negatives] = [InBatch(), AsInBatch(20)]
+    negatives: list[tp.Negatives] = [tp.InBatch(), AsInBatch(20)]
     with pytest.raises(ValueError, match="its log_q would be wrong"):
         small_batches.make_batches(negatives=negatives)
     monkeypatch.setattr(mixture, "_check_draws", lambda *arguments: None)

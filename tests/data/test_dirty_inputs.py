@@ -297,30 +297,6 @@ def test_a_bad_feature_is_missing_and_a_bad_item_is_no_item(tmp_path: Path, form
     refusal(lambda: with_items(items, form, tmp_path, clean()[0]), "item_id")
 
 
-@pytest.mark.parametrize("choice", ["keep", "drop", "error"])
-def test_unknown_and_repeated_events_are_a_choice(tmp_path: Path, choice: str) -> None:
-    unknown, rows = clean()
-    unknown["item_id"][30] = 99
-    rows[30] = (rows[30][0], "99", *rows[30][2:])
-    repeated = {name: [*cells, cells[3]] for name, cells in clean()[0].items()}
-    again = [*clean()[1], clean()[1][3]]
-    for name, table, expected, row in (
-        ("unknown_items", unknown, rows, 30),
-        ("duplicates", repeated, again, NUM_ROWS),
-    ):
-        read_it = functools.partial(with_items, ITEMS, "csv", tmp_path, table, **{name: choice})
-        if choice == "error":
-            refusal(read_it, name, "item_id")
-        else:
-            kept = [event for n, event in enumerate(expected) if n != row or choice == "keep"]
-            assert rows_of(read_it()) == kept
-
-
-def test_ids_that_no_item_has_are_refused(tmp_path: Path) -> None:
-    others = ITEMS | {"item_id": [f"sku-{n}" for n in range(80)]}
-    refusal(lambda: with_items(others, "csv", tmp_path, clean()[0]), "item_id")
-
-
 def test_how_many_bad_rows_are_dropped_is_a_setting() -> None:
     times = [1_700_000_000 + n for n in range(36)] + [0, 1, None, 1_700_000_000]
     log, next_day = load({"timestamp": times}), datetime.now(UTC) + timedelta(days=1)

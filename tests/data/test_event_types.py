@@ -168,25 +168,22 @@ def test_columns_that_are_lists_or_records_are_left_unread() -> None:
     assert "columns not read: a, event" in Log.from_table(table).notes[0]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"event_weights": {"purchse": 5}}, r"event_weights.purchse: no row .* mean 'purchase'\?"),
-        ({"event_weights": {"VIEW": 1, "click": 1}}, r"weights.VIEW: no row .* mean 'view'\?"),
-        ({"event_weights": {"purchase": 5, "page_view": 1}}, r"page_view: .* mean 'view'\?"),
-        ({"event_weights": {"kauf": 5}}, "no row has a type with a weight. The types are click, p"),
-        ({"event_weights": {"view": "exposed"}}, "is a positive"),
-        ({"event_weights": {"view": "hidden"}}, "above 0, exposed or disliked"),
-        ({"event_weights": {"view": "shown"}}, "got 'shown'; must be the weight of a positive"),
-        ({"event_weights": {"view": 0}}, "got 0; must be the weight"),
-        ({"event_weights": WEIGHTS, "label": {"x": 1}}, "and so does label: set one"),
-        ({"event_weights": WEIGHTS, "columns": {"stage": "event"}}, "leave stage out"),
-        ({"event_weights": WEIGHTS, "columns": {"event": "what"}}, "no column 'what'"),
-        ({"event_weights": WEIGHTS, "request_features": {"event": "categorical"}}, "an outcome"),
-        ({"label": {"event": 1}}, "types of events, set event_weights"),
-        ({"columns": {"stage": "event"}}, "types of events, name the column event"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("options", "message"), [
+    ({"event_weights": {"purchse": 5}}, r"event_weights.purchse: no row .* mean 'purchase'\?"),
+    ({"event_weights": {"VIEW": 1, "click": 1}}, r"weights.VIEW: no row .* mean 'view'\?"),
+    ({"event_weights": {"purchase": 5, "page_view": 1}}, r"page_view: .* mean 'view'\?"),
+    ({"event_weights": {"kauf": 5}}, "no row has a type with a weight. The types are click, p"),
+    ({"event_weights": {"view": "exposed"}}, "is a positive"),
+    ({"event_weights": {"view": "hidden"}}, "above 0, exposed or disliked"),
+    ({"event_weights": {"view": "shown"}}, "got 'shown'; must be the weight of a positive"),
+    ({"event_weights": {"view": 0}}, "got 0; must be the weight"),
+    ({"event_weights": WEIGHTS, "label": {"x": 1}}, "and so does label: set one"),
+    ({"event_weights": WEIGHTS, "columns": {"stage": "event"}}, "leave stage out"),
+    ({"event_weights": WEIGHTS, "columns": {"event": "what"}}, "no column 'what'"),
+    ({"event_weights": WEIGHTS, "request_features": {"event": "categorical"}}, "an outcome"),
+    ({"label": {"event": 1}}, "types of events, set event_weights"),
+    ({"columns": {"stage": "event"}}, "types of events, name the column event"),
+])  # fmt: skip
 def test_what_is_refused(load: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(shop().to_csv(index=False), **options)

@@ -8,10 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.small_log import column
+from tests.small_log import CONNECTION, arguments, column
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Dropped
-from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.categorical import Categorical
 
 
@@ -60,8 +59,9 @@ def test_an_empty_parquet_feature_is_missing(tmp_path: Path, kind: Any, num_file
         table = pa.table({"item_id": [5 + i], "the tags": pa.nulls(1)})
         pq.write_table(table, tmp_path / "items" / f"{i}.parquet")
     events = pa.table({"user_id": [1, 1], "item_id": [5, 6]})
+    given: Any = {"item_features": {"the tags": kind}, "connection": CONNECTION}
     for items in (tmp_path / "items", pq.read_table(tmp_path / "items")):
-        log = Log.from_table(events, items=items, item_features={"the tags": kind})
+        log = Log.from_table(events, items=items, **given)
         assert column(log.items, "the tags", "item_id") == [None, None]
 
 
@@ -128,11 +128,12 @@ def test_ids_that_the_table_spells_otherwise_are_named(
         )
         (tmp_path / "table.csv").write_text(f"{kind}_id\n{there}\nx1\n")
         table: Any = {f"{kind}s": tmp_path / "table.csv"}
-        return Log.from_files(tmp_path / "log.csv", **table, reading=Reading(**options))
+        return Log.from_files(tmp_path / "log.csv", **table, **arguments(**options))
 
     told = f"table.csv is {here!r} in the log: leading zeros, letter case or spaces"
-    assert any(f"1 of 10 events (10.0%) are of 1 {kind}" in note for note in made(1).notes)
-    assert any(told in note for note in made(1).notes)
+    notes = made(1).notes
+    assert any(f"1 of 10 events (10.0%) are of 1 {kind}" in note for note in notes)
+    assert any(told in note for note in notes)
     for num_spelled in (2, 10):
         with pytest.raises(DataError, match=rf"{num_spelled} of 10 events .* lacks") as refused:
             made(num_spelled)
@@ -183,35 +184,32 @@ TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
 LISTS: dict[str, Any] = {"item_features": {"v": "multi_categorical"}}
 
 
-@pytest.mark.parametrize(
-    "items, options, message",
-    [
-        ("film,title\n5,Five\n", {}, r"items\.csv: no column 'item_id'"),
-        ("item_id,title\n7,a\n5,a\n5,b\n", {}, r"2 different ids in 3 .* of 5\. One"),
-        ("item_id,title\n,a\n5,b\n", {"max_bad_share": 0}, "1 of 2 rows(?!.*max_bad_share)"),
-        ("item_id\n5\n", {"item_features": {"genre": "text"}}, "no column 'genre'"),
-        ("item_id,p\n5,x\n", {"item_features": {"p": "numeric"}}, "'p' must hold finite numbers"),
-        ("item_id\nsku6\n", {"unknown_items": "drop"}, "'5', where ids look like 'sku6'"),
-        ("item_id,v\n5,1|2\n6,1;2\n", VECTOR, r"'v' must .* by '\|' .* 1 of 2 rows, such as '1;2'"),
-        ("item_id,v\n5,1|\n", VECTOR, "does not in 1 of 1 rows"),
-        ("item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n", VECTOR, r"2 as most, .* 1 of 4 .*'1\|2\|3'"),
-        ("item_id,v\n5,1|2\n6,1|nan\n7,inf|1\n8,1e39|1\n", VECTOR, "'v' .* in 3 of 4 rows"),
-        (pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}), VECTOR,
-         r"items\.parquet: column 'v' does not hold finite numbers.* in 2 of 3 rows"),
-        (pa.table({"item_id": [5], "v": [["1"]]}), VECTOR, "must be a list .* it is array<string>"),
-        (pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(pa.float64()))}), VECTOR,
-         r"items\.parquet: column 'v'.*no row holds a vector"),
-        (pa.table({"item_id": [5], "v": [[["a"], ["b"]]]}), LISTS, "a list of texts or numbers"),
-        (pa.table({"item_id": [5], "v": [[{"a": 1}]]}), LISTS, "a list of texts or numbers"),
-        ("item_id,v\n5,\n", VECTOR, "no row holds a vector"),
-        ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite .* in 1 of 1 rows"),
-        ("item_id,t\n5,2024-01-31T10:00\n", TIME, r"'t' holds times without a time zone \(1 row"),
-        ("item_id,t\n5,1999\n6,\n7,2024\n", TIME, r"1999 to 2024 \(3 rows\), .* like years"),
-        ("item_id,t\n5,2024-01-31\n6,10000-01-01\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02",
-         TIME | {"time_zone": "UTC"}, r"items\.csv: column 't' has no year .* in 3 of 5 rows"),
-        (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "hashed"}}, "must be"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("items, options, message", [
+    ("film,title\n5,Five\n", {}, r"items\.csv: no column 'item_id'"),
+    ("item_id,title\n7,a\n5,a\n5,b\n", {}, r"2 different ids in 3 .* of 5\. One"),
+    ("item_id,title\n,a\n5,b\n", {"max_bad_share": 0}, "1 of 2 rows(?!.*max_bad_share)"),
+    ("item_id\n5\n", {"item_features": {"genre": "text"}}, "no column 'genre'"),
+    ("item_id,p\n5,x\n", {"item_features": {"p": "numeric"}}, "'p' must hold finite numbers"),
+    ("item_id\nsku6\n", {"unknown_items": "drop"}, "'5', where ids look like 'sku6'"),
+    ("item_id,v\n5,1|2\n6,1;2\n", VECTOR, r"'v' must .* by '\|' .* 1 of 2 rows, such as '1;2'"),
+    ("item_id,v\n5,1|\n", VECTOR, "does not in 1 of 1 rows"),
+    ("item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n", VECTOR, r"2 as most, .* 1 of 4 .*'1\|2\|3'"),
+    ("item_id,v\n5,1|2\n6,1|nan\n7,inf|1\n8,1e39|1\n", VECTOR, "'v' .* in 3 of 4 rows"),
+    (pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}), VECTOR,
+     r"items\.parquet: column 'v' does not hold finite numbers.* in 2 of 3 rows"),
+    (pa.table({"item_id": [5], "v": [["1"]]}), VECTOR, "must be a list .* it is array<string>"),
+    (pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(pa.float64()))}), VECTOR,
+     r"items\.parquet: column 'v'.*no row holds a vector"),
+    (pa.table({"item_id": [5], "v": [[["a"], ["b"]]]}), LISTS, "a list of texts or numbers"),
+    (pa.table({"item_id": [5], "v": [[{"a": 1}]]}), LISTS, "a list of texts or numbers"),
+    ("item_id,v\n5,\n", VECTOR, "no row holds a vector"),
+    ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite .* in 1 of 1 rows"),
+    ("item_id,t\n5,2024-01-31T10:00\n", TIME, r"'t' holds times without a time zone \(1 row"),
+    ("item_id,t\n5,1999\n6,\n7,2024\n", TIME, r"1999 to 2024 \(3 rows\), .* like years"),
+    ("item_id,t\n5,2024-01-31\n6,10000-01-01\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02",
+     TIME | {"time_zone": "UTC"}, r"items\.csv: column 't' has no year .* in 3 of 5 rows"),
+    (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "hashed"}}, "must be"),
+])  # fmt: skip
 def test_refused_item_files(load: Any, items: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as raised:
         load("user_id,item_id\n1,5\n", items=items, **options)

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import resource
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from ibis.common.exceptions import IbisError
 
+from tests.damage import largest_file
 from tests.small_log import arguments, column
 from tfrs_pipeline import ConfigError, Log, Reading, RunConfig
 from tfrs_pipeline.data.engines import connect
@@ -228,14 +228,9 @@ def test_a_log_is_not_written_over_files_that_are_no_log(tmp_path: Path, name: s
 @pytest.mark.parametrize("limit", [16_000, 500_000])
 def test_a_full_disk_for_the_tables_is_told_with_where_they_may_lie(limit: int) -> None:
     events = pd.DataFrame({"user_id": np.arange(100_000), "item_id": np.arange(100_000) % 99})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     connection = connect()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(StorageError, match=r"cannot store .*set TMPDIR"):
-            Log.from_table(events, connection=connection)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with largest_file(limit), pytest.raises(StorageError, match=r"cannot store .*set TMPDIR"):
+        Log.from_table(events, connection=connection)
 
 
 def test_a_connection_that_cannot_be_written_is_refused_as_such(tmp_path: Path) -> None:
@@ -255,40 +250,37 @@ def test_weights_that_differ_are_told() -> None:
     assert "weigh" not in told(2)
 
 
-@pytest.mark.parametrize(
-    ("error", "options", "message"),
-    [
-        (DataError, {"rating_threshold": None}, "a log of ratings needs rating_threshold"),
-        (DataError, {"item_columns": {}}, "item table: no column 'item_id'.*Set item_columns"),
-        (DataError, {"rating_threshold": None, "stage_values": {"x": "clicked"}}, "column 'stage'"),
-        (ValueError, {"stage_values": {"1": "bought"}}, "stage_values"),
-        (ValueError, {"time_zone": "Mars/Base"}, "time_zone"),
-        (ValueError, {"label": {"x": 1.0}, "rating_threshold": 4}, "set one"),
-        (ValueError, {"columns": {"event_number": "n"}}, "row order"),
-        (ValueError, {"items": None, "item_columns": {}}, "needs"),
-        (ValueError, {"user_features": {"x": "text"}}, "needs"),
-        (ConfigError, {"stage_values": {1: "clicked"}}, "stage_values.1.*valid string"),
-        (ValueError, {"item_features": {"item_id": "numeric"}}, "'item_id' cannot be a feature"),
-        (ConfigError, {"earliest_time": "soon"}, "earliest_time: got 'soon'; must be a valid date"),
-        (ValueError, {"item_columns": {"item_id": "sku", "title": "nme"}}, "no column 'nme'. Nea"),
-        (ConfigError, {"unknown_items": "refuse"}, "unknown_items: got 'refuse'; must be"),
-        (ConfigError, {"duplicates": "dropp"}, "duplicates: got 'dropp'; must be 'keep'"),
-        (ConfigError, {"timestamp_unit": "minutes"}, "timestamp_unit: got 'minutes'; must be"),
-        # A mistyped column name does not make a second column.
-        (ValueError, {"columns": {"user_id": "user", "hourr": "hour"}},
-         "columns.hourr: did you mean 'hour'"),
-        (ValueError, {"columns": {"usr_id": "user"}}, r"usr_id: .*; did you mean 'user_id'\?$"),
-        (ConfigError, {"columns": {"user_id": 0}}, "columns.user_id: got 0; must be a"),
-        (ConfigError, {"item_columns": {"item_id": 0}}, "item_columns.item_id: got 0"),
-        (ValueError, {"columns": {"user_id": "usr"}}, "no column 'usr'. Nearest: user"),
-        (ValueError, {"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),
-        (ValueError, {"item_columns": {"item_id": "sku", "titel": "name"}}, "titel: .*'title'"),
-        (ValueError, {"item_columns": {"item_id": "skuu"}}, "no column 'skuu'. Nearest: sku"),
-        # The events' `columns` has the name that the item table uses.
-        (DataError, {"item_columns": {}, "columns": {"user_id": "user", "item_id": "sku"}},
-         "item table: no column 'item_id'.*Add item_id=sku to item_columns"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("error", "options", "message"), [
+    (DataError, {"rating_threshold": None}, "a log of ratings needs rating_threshold"),
+    (DataError, {"item_columns": {}}, "item table: no column 'item_id'.*Set item_columns"),
+    (DataError, {"rating_threshold": None, "stage_values": {"x": "clicked"}}, "column 'stage'"),
+    (ValueError, {"stage_values": {"1": "bought"}}, "stage_values"),
+    (ValueError, {"time_zone": "Mars/Base"}, "time_zone"),
+    (ValueError, {"label": {"x": 1.0}, "rating_threshold": 4}, "set one"),
+    (ValueError, {"columns": {"event_number": "n"}}, "row order"),
+    (ValueError, {"items": None, "item_columns": {}}, "needs"),
+    (ValueError, {"user_features": {"x": "text"}}, "needs"),
+    (ConfigError, {"stage_values": {1: "clicked"}}, "stage_values.1.*valid string"),
+    (ValueError, {"item_features": {"item_id": "numeric"}}, "'item_id' cannot be a feature"),
+    (ConfigError, {"earliest_time": "soon"}, "earliest_time: got 'soon'; must be a valid date"),
+    (ValueError, {"item_columns": {"item_id": "sku", "title": "nme"}}, "no column 'nme'. Nea"),
+    (ConfigError, {"unknown_items": "refuse"}, "unknown_items: got 'refuse'; must be"),
+    (ConfigError, {"duplicates": "dropp"}, "duplicates: got 'dropp'; must be 'keep'"),
+    (ConfigError, {"timestamp_unit": "minutes"}, "timestamp_unit: got 'minutes'; must be"),
+    # A mistyped column name does not make a second column.
+    (ValueError, {"columns": {"user_id": "user", "hourr": "hour"}},
+     "columns.hourr: did you mean 'hour'"),
+    (ValueError, {"columns": {"usr_id": "user"}}, r"usr_id: .*; did you mean 'user_id'\?$"),
+    (ConfigError, {"columns": {"user_id": 0}}, "columns.user_id: got 0; must be a"),
+    (ConfigError, {"item_columns": {"item_id": 0}}, "item_columns.item_id: got 0"),
+    (ValueError, {"columns": {"user_id": "usr"}}, "no column 'usr'. Nearest: user"),
+    (ValueError, {"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),
+    (ValueError, {"item_columns": {"item_id": "sku", "titel": "name"}}, "titel: .*'title'"),
+    (ValueError, {"item_columns": {"item_id": "skuu"}}, "no column 'skuu'. Nearest: sku"),
+    # The events' `columns` has the name that the item table uses.
+    (DataError, {"item_columns": {}, "columns": {"user_id": "user", "item_id": "sku"}},
+     "item table: no column 'item_id'.*Add item_id=sku to item_columns"),
+])  # fmt: skip
 def test_what_is_refused(error: type[Exception], options: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         made(EVENTS.assign(hour=1), **options)

@@ -1,7 +1,5 @@
 """Request features: their values at an event, and in the queries of a holdout."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from datetime import UTC, datetime, timedelta
@@ -118,20 +116,17 @@ OF_USERS = {"users": USERS, "user_features": {"device": "categorical"}}
 RENAMED = {"rank": "place", "stage": "reached", "is_click": "liked", "level": "reached"}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "options", "message"),
-    [
-        *((name, "numeric", {}, rf"request_features.{name}: .*known")
-          for name in ("rank", "weight", "stage", "event_number", "timestamp", "_wait")),
-        ("is_click", "numeric", {"label": LABEL}, "an outcome or a user feature"),
-        ("wat", "numeric", {}, "no column 'wat'. Nearest: wait"),
-        ("wait", "number", {}, "'wait' has .*'number'"),
-        ("device", "categorical", OF_USERS, "request_features.device: is one of .* a user feature"),
-        *((name, "categorical", {"columns": RENAMED, "label": LABEL}, f"{name}: is read as {own},")
-          for name, own in (("place", "rank"), ("reached", "stage"), ("level", "stage"))),
-        ("liked", "numeric", {"columns": RENAMED, "label": LABEL}, "is read as is_click, .* outc"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "kind", "options", "message"), [
+    *((name, "numeric", {}, rf"request_features.{name}: .*known")
+      for name in ("rank", "weight", "stage", "event_number", "timestamp", "_wait")),
+    ("is_click", "numeric", {"label": LABEL}, "an outcome or a user feature"),
+    ("wat", "numeric", {}, "no column 'wat'. Nearest: wait"),
+    ("wait", "number", {}, "'wait' has .*'number'"),
+    ("device", "categorical", OF_USERS, "request_features.device: is one of .* a user feature"),
+    *((name, "categorical", {"columns": RENAMED, "label": LABEL}, f"{name}: is read as {own},")
+      for name, own in (("place", "rank"), ("reached", "stage"), ("level", "stage"))),
+    ("liked", "numeric", {"columns": RENAMED, "label": LABEL}, "is read as is_click, .* outc"),
+])  # fmt: skip
 def test_a_feature_that_no_request_can_bring_is_refused(
     name: str, kind: str, options: dict[str, Any], message: str
 ) -> None:

@@ -304,16 +304,26 @@ def test_without_times_and_sessions_every_event_stands_alone() -> None:
     assert len(column(made(events, without=("minute", "request", "amount")).events, "item_id")) == 2
 
 
-def test_the_visits_of_a_shop_are_those_of_its_sessions(tmp_path: Path) -> None:
+SHOP = {"user_id": "customer_id", "item_id": "sku", "timestamp": "event_time"}
+SHOP_WEIGHTS: dict[str, Any] = {"purchase": 5, "cart": 3, "view": 1}
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> pd.DataFrame:
+    """Writes a shop; returns its events that have a weight."""
     write_shop(tmp_path, num_events=4_000, num_users=200, num_items=300)
-    reading = {"user_id": "customer_id", "item_id": "sku", "timestamp": "event_time"}
-    weights: Any = {"purchase": 5, "cart": 3, "view": 1}
-    log = Log.from_files(
-        tmp_path / "events.csv", reading=Reading(columns=reading, event_weights=weights)
-    )
     events = pd.read_csv(tmp_path / "events.csv", dtype=str)
-    events = events[events["event_type"] != "remove_from_cart"]
-    events["weight"] = events["event_type"].map(weights).astype(float)
+    return events[events["event_type"] != "remove_from_cart"]
+
+
+def log_of_shop(folder: Path, **columns: str) -> Log:
+    reading = Reading(columns=SHOP | columns, event_weights=SHOP_WEIGHTS)
+    return Log.from_files(folder / "events.csv", reading=reading)
+
+
+def test_the_visits_of_a_shop_are_those_of_its_sessions(tmp_path: Path, shop: Any) -> None:
+    log, events = log_of_shop(tmp_path), shop
+    events["weight"] = events["event_type"].map(SHOP_WEIGHTS).astype(float)
     groups = events.groupby(["session_id", "sku"], sort=False)
     expected = groups.agg(at=("event_time", "first"), weight=("weight", "max")).reset_index()
     assert column(log.events, "item_id") == expected["sku"].tolist()
@@ -324,22 +334,14 @@ def test_the_visits_of_a_shop_are_those_of_its_sessions(tmp_path: Path) -> None:
 
 
 def test_a_session_that_is_given_as_request_is_told_with_the_histories_it_empties(
-    tmp_path: Path,
+    tmp_path: Path, shop: Any
 ) -> None:
-    write_shop(tmp_path, num_events=4_000, num_users=200, num_items=300)
-    names = {"user_id": "customer_id", "item_id": "sku", "timestamp": "event_time"}
-    weights: Any = {"purchase": 5, "cart": 3, "view": 1}
-
     def warnings(**columns: str) -> list[str]:
-        log = Log.from_files(
-            tmp_path / "events.csv", reading=Reading(columns=names | columns, event_weights=weights)
-        )
-        return [line for line in log.describe() if line.startswith("warning: ")]
+        lines = log_of_shop(tmp_path, **columns).describe()
+        return [line for line in lines if line.startswith("warning: ")]
 
     assert warnings() == warnings(session_id="session_id") == []
-    events = pd.read_csv(tmp_path / "events.csv", dtype=str)
-    events = events[events["event_type"] != "remove_from_cart"]
-    pairs = events.drop_duplicates(["session_id", "sku"])
+    pairs = shop.drop_duplicates(["session_id", "sku"])
     first_visit = pairs.groupby("customer_id")["session_id"].transform("first")
     is_later = pairs.groupby("customer_id").cumcount() > 0
     lost = int((is_later & (pairs["session_id"] == first_visit)).sum())

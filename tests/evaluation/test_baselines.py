@@ -10,22 +10,12 @@ import pytest
 from implicit.cpu.als import AlternatingLeastSquares
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import tfrs_pipeline as tp
 from tests.small_log import in_ibis
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Ties
-from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.evaluation import baselines
-from tfrs_pipeline.evaluation.baselines import (
-    Ease,
-    Ials,
-    ItemKnn,
-    MostPopular,
-    Repeats,
-    Transitions,
-)
 from tfrs_pipeline.evaluation.interactions import Interactions
-from tfrs_pipeline.retrieval import Query, Retriever
 
 
 def random_interactions(
@@ -40,19 +30,19 @@ def test_a_log_marks_each_positive_once() -> None:
     events = {"user_id": [*"vuvvwv"], "item_id": [30, 10, 30, 20, 10, 10]}
     events["stage"] = ["clicked"] * 4 + ["exposed"] * 2
     items, users = {"item_id": [30, 40, 10, 20]}, {"user_id": [*"uvw"]}
-    log = Log(in_ibis(events), in_ibis(items), in_ibis(users))
+    log = tp.Log(in_ibis(events), in_ibis(items), in_ibis(users))
     found = Interactions.of(log)
     assert found.items.values.tolist() == [10, 20, 30, 40]
     # A row for u and for v; w has no positive.
     assert found.matrix.toarray().tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
-    ids, scores = MostPopular().fit(log).retrieve([{}], 4)
+    ids, scores = tp.MostPopular().fit(log).retrieve([{}], 4)
     assert ids.tolist() == [[10, 20, 30, 40]]
     assert scores.tolist() == [[1, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("kind", [MostPopular, Transitions, Ease])
+@pytest.mark.parametrize("kind", [tp.MostPopular, tp.Transitions, tp.Ease])
 def test_a_log_whose_items_lack_a_clicked_one_is_refused(kind: Any) -> None:
-    log = Log.from_table(pd.DataFrame({"user_id": [1, 1], "item_id": [1, 2]}))
+    log = tp.Log.from_table(pd.DataFrame({"user_id": [1, 1], "item_id": [1, 2]}))
     lacking = replace(log, items=log.items.filter(log.items["item_id"] == 1))
     with pytest.raises(ValueError, match="1 of 2 clicked items are not among"):
         kind().fit(lacking)
@@ -61,7 +51,7 @@ def test_a_log_whose_items_lack_a_clicked_one_is_refused(kind: Any) -> None:
 def test_popularity_ranks_by_users_and_breaks_ties_by_order() -> None:
     users, columns = np.nonzero([[1, 1, 0, 1], [0, 1, 0, 1], [0, 0, 0, 1]])
     train = Interactions.from_rows(Ids(["d", "c", "b", "a"]), users, columns + 1)
-    ids, scores = MostPopular().fit(train).retrieve([{}, {}], 3, [[], ["a", "unheard of"]])
+    ids, scores = tp.MostPopular().fit(train).retrieve([{}, {}], 3, [[], ["a", "unheard of"]])
     assert ids.tolist() == [["a", "c", "d"], ["c", "d", "b"]]
     assert scores.tolist() == [[3, 2, 1], [2, 1, 0]]
 
@@ -71,38 +61,38 @@ def test_popularity_of_late_counts_the_last_positives_first() -> None:
     users, items = rng.integers(0, 20, 400), rng.integers(0, 30, 400)
     events = pd.DataFrame({"user_id": users, "item_id": items})
     events["timestamp"] = pd.to_datetime(10**9 + rng.permutation(400), unit="s", utc=True)
-    log = Log.from_table(events)
+    log = tp.Log.from_table(events)
     last = events[events["timestamp"] >= pd.Timestamp(10**9 + 300, unit="s", tz="UTC")]
     numbers = [x.groupby("item_id")["user_id"].nunique() for x in (last, events)]
     ranked = sorted(range(30), key=lambda item: (*(-x.get(item, 0) for x in numbers), item))
-    ids, _ = MostPopular(latest=0.25).fit(log).retrieve([{}], 30)
+    ids, _ = tp.MostPopular(latest=0.25).fit(log).retrieve([{}], 30)
     assert ids.tolist() == [ranked]
-    assert ids.tolist() != MostPopular().fit(log).retrieve([{}], 30)[0].tolist()
+    assert ids.tolist() != tp.MostPopular().fit(log).retrieve([{}], 30)[0].tolist()
 
 
 @pytest.mark.parametrize(("share", "num_latest"), [(0.07, 7), (0.071, 8), (1e-12, 1)])
 def test_popularity_of_late_does_not_round_float_noise_up(share: float, num_latest: int) -> None:
     times = pd.to_datetime(10**9 + np.arange(100), unit="s", utc=True)
     events = pd.DataFrame({"user_id": range(100), "item_id": range(100), "timestamp": times})
-    _, scores = MostPopular(latest=share).fit(Log.from_table(events)).retrieve([{}], 100)
+    _, scores = tp.MostPopular(latest=share).fit(tp.Log.from_table(events)).retrieve([{}], 100)
     assert np.count_nonzero(scores >= 1) == num_latest
 
 
 def test_popularity_of_late_needs_times() -> None:
     clicks = {"user_id": [1, 1], "item_id": [1, 2]}
     with pytest.raises(ValueError, match="timestamps, and the log has none"):
-        MostPopular(latest=0.5).fit(Log.from_table(pd.DataFrame(clicks)))
+        tp.MostPopular(latest=0.5).fit(tp.Log.from_table(pd.DataFrame(clicks)))
     with pytest.raises(ValueError, match="interactions lack"):
-        MostPopular(latest=0.5).fit(random_interactions(3, 3))
+        tp.MostPopular(latest=0.5).fit(random_interactions(3, 3))
 
 
 def test_repeats_rank_own_items_by_number_then_time_and_then_others_by_users() -> None:
     train = random_interactions(40, 12, first_id=100)
-    popular = MostPopular().fit(train).retrieve([{}], 12)[0][0].tolist()
+    popular = tp.MostPopular().fit(train).retrieve([{}], 12)[0][0].tolist()
     rng = np.random.default_rng(1)
     histories = [rng.integers(98, 112, n).tolist() for n in (0, 1, 9, 30)]
-    queries: list[Query] = [{"history": history} for history in histories]
-    found, _ = Repeats().fit(train).retrieve(queries, 12)
+    queries: list[tp.Query] = [{"history": history} for history in histories]
+    found, _ = tp.Repeats().fit(train).retrieve(queries, 12)
     for ids, history in zip(found.tolist(), histories, strict=True):
         own = [item for item in set(history) if 100 <= item < 112]
         last = {item: place for place, item in enumerate(history)}
@@ -110,17 +100,17 @@ def test_repeats_rank_own_items_by_number_then_time_and_then_others_by_users() -
         assert ids == own + [item for item in popular if item not in own]
 
 
-def in_turn(histories: dict[Any, Sequence[int]], **columns: Any) -> Log:
+def in_turn(histories: dict[Any, Sequence[int]], **columns: Any) -> tp.Log:
     """Makes a log in which users take turns, so that its rows are not grouped by user."""
     rows = [(i, user, item) for user, h in histories.items() for i, item in enumerate(h)]
     _, users, items = zip(*sorted(rows), strict=True)
-    return Log.from_table(pd.DataFrame({"user_id": users, "item_id": items}), **columns)
+    return tp.Log.from_table(pd.DataFrame({"user_id": users, "item_id": items}), **columns)
 
 
 def test_transitions_count_what_came_next_beside_popularity() -> None:
     rng = np.random.default_rng(0)
     histories = {user: rng.integers(0, 9, rng.integers(1, 12)).tolist() for user in range(20)}
-    found = Transitions(prior=3.0, window=2).fit(in_turn(histories))
+    found = tp.Transitions(prior=3.0, window=2).fit(in_turn(histories))
     num_users = np.array([sum(j in h for h in histories.values()) for j in range(9)])
     prior = 3 * num_users / num_users.sum()
     for before, last in ((3, 0), (0, 3), (5, 5), (None, 7), (8, 1)):
@@ -134,7 +124,7 @@ def test_transitions_count_what_came_next_beside_popularity() -> None:
         ids, of_ids = found.retrieve([{"history": [77, *known, 77]}], 9)
         np.testing.assert_allclose(of_ids[0], scores[ids[0]], rtol=1e-5)
         assert of_ids.sum() == pytest.approx(1, rel=1e-5)
-    popular = MostPopular().fit(in_turn(histories)).retrieve([{}], 9)[0]
+    popular = tp.MostPopular().fit(in_turn(histories)).retrieve([{}], 9)[0]
     assert found.retrieve([{"history": [77]}], 9)[0].tolist() == popular.tolist()
 
 
@@ -142,8 +132,8 @@ def test_transitions_follow_the_time_and_lead_from_one_request_to_the_next() -> 
     """A user clicks 1 and 2, then 3 and 4, each pair from one request; rows are backwards."""
     clicks = {"user_id": 7, "item_id": [5, 4, 3, 2, 1], "request_id": [None, "b", "b", "a", "a"]}
     times = pd.to_datetime([10**9 - i for i in range(5)], unit="s", utc=True)
-    log = Log.from_table(pd.DataFrame(clicks | {"timestamp": times}))
-    score = Transitions(prior=1e-9, window=1).fit(log).score
+    log = tp.Log.from_table(pd.DataFrame(clicks | {"timestamp": times}))
+    score = tp.Transitions(prior=1e-9, window=1).fit(log).score
     scores = score([{"history": [item]} for item in range(1, 6)])
     assert scores.round(3).tolist()[1:4] == [[0, 0, 0.5, 0.5, 0], [0.2] * 5, [0, 0, 0, 0, 1]]
 
@@ -156,21 +146,21 @@ def test_transitions_at_equal_times(ties: Ties, after_1: list[float], after_2: l
     """A user clicks 1, then 2 and 3 at one time, then 4."""
     times = pd.to_datetime(10**9 + np.array([0, 5, 5, 9]), unit="s", utc=True)
     events = pd.DataFrame({"user_id": 7, "item_id": [1, 2, 3, 4], "timestamp": times})
-    log = Log.from_table(events, reading=Reading(ties=ties))
-    score = Transitions(prior=1e-9, window=1).fit(log).score
+    log = tp.Log.from_table(events, reading=tp.Reading(ties=ties))
+    score = tp.Transitions(prior=1e-9, window=1).fit(log).score
     found = score([{"history": [item]} for item in (1, 2, 3)]).round(3).tolist()
     assert found == [after_1, after_2, [0, 0, 0, 1]]
 
 
 def test_transitions_need_an_order_and_no_more_positives_than_the_window() -> None:
-    found = Transitions(window=5).fit(in_turn({1: [1, 2]}))
+    found = tp.Transitions(window=5).fit(in_turn({1: [1, 2]}))
     assert found.retrieve([{"history": [1]}], 2)[0].tolist() == [[2, 1]]
-    log = in_turn({1: [1, 2]}, reading=Reading(is_ordered=False))
+    log = in_turn({1: [1, 2]}, reading=tp.Reading(is_ordered=False))
     with pytest.raises(ValueError, match=r"nothing follows anything.*is_ordered"):
-        Transitions().fit(log)
+        tp.Transitions().fit(log)
 
 
-def slow_neighbors(train: Interactions, plan: ItemKnn, num_kept: int) -> np.ndarray:
+def slow_neighbors(train: Interactions, plan: tp.ItemKnn, num_kept: int) -> np.ndarray:
     """Computes every s_ij by its formula, [num_items, num_items]; 0 where i is no neighbor of j."""
     clicks = train.matrix.toarray().astype(np.float64)
     weights = 1 / np.sqrt(clicks.sum(axis=1))
@@ -190,12 +180,12 @@ def slow_neighbors(train: Interactions, plan: ItemKnn, num_kept: int) -> np.ndar
 @pytest.mark.parametrize(
     "plan",
     [
-        ItemKnn(0.5, 0.0, 1.0),
-        ItemKnn(0.8, 2.0, 0.7, own_items=True),
-        ItemKnn(0.2, 1.0, 0.7, 3),
+        tp.ItemKnn(0.5, 0.0, 1.0),
+        tp.ItemKnn(0.8, 2.0, 0.7, own_items=True),
+        tp.ItemKnn(0.2, 1.0, 0.7, 3),
     ],
 )
-def test_itemknn_equals_its_formula(plan: ItemKnn) -> None:
+def test_itemknn_equals_its_formula(plan: tp.ItemKnn) -> None:
     """Candidates without a neighbor in the history follow by popularity, below 0."""
     train = random_interactions(40, 30, first_id=100, density=0.05)
     similar = slow_neighbors(train, plan, plan.num_neighbors)
@@ -203,7 +193,7 @@ def test_itemknn_equals_its_formula(plan: ItemKnn) -> None:
     rng = np.random.default_rng(1)
     # 98, 99 and 131 are not in the corpus; a long history has items again.
     histories = [rng.integers(98, 132, n).tolist() for n in (0, 1, 2, 9, 50)]
-    queries: list[Query] = [{"history": history} for history in histories]
+    queries: list[tp.Query] = [{"history": history} for history in histories]
     ids, scores = plan.fit(train).retrieve(queries, 30)
     num_ranked = []
     for row_ids, row_scores, history in zip(ids, scores, histories, strict=True):
@@ -224,8 +214,8 @@ def test_itemknn_breaks_ties_by_order_among_neighbors_and_candidates() -> None:
     """All of four items have the same two users; each candidate keeps its first two neighbors."""
     users, columns = np.nonzero(np.ones((2, 4)))
     train = Interactions.from_rows(Ids(["d", "c", "b", "a"]), users, columns + 1)
-    fitted = ItemKnn(num_neighbors=2).fit(train)
-    queries: list[Query] = [{"history": [item]} for item in "dcba"]
+    fitted = tp.ItemKnn(num_neighbors=2).fit(train)
+    queries: list[tp.Query] = [{"history": [item]} for item in "dcba"]
     ids, scores = fitted.retrieve(queries, 4)
     # The neighbors of d are c and b, those of c are d and b, those of b and a are d and c.
     assert ids.tolist() == [[*"cbad"], [*"dbac"], [*"dcba"], [*"dcba"]]
@@ -237,11 +227,11 @@ def test_itemknn_breaks_ties_by_order_among_neighbors_and_candidates() -> None:
 
 def test_itemknn_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     train = random_interactions(60, 40)
-    queries: list[Query] = [{"history": [i, 2 * i, 7]} for i in range(20)]
-    whole = ItemKnn(num_neighbors=5).fit(train).retrieve(queries, 40)
+    queries: list[tp.Query] = [{"history": [i, 2 * i, 7]} for i in range(20)]
+    whole = tp.ItemKnn(num_neighbors=5).fit(train).retrieve(queries, 40)
     for size in (1, 300):
         monkeypatch.setattr(baselines, "_PAIRS_PER_BLOCK", size)
-        parts = ItemKnn(num_neighbors=5).fit(train).retrieve(queries, 40)
+        parts = tp.ItemKnn(num_neighbors=5).fit(train).retrieve(queries, 40)
         np.testing.assert_array_equal(parts, whole)
 
 
@@ -254,18 +244,18 @@ def test_itemknn_leaves_out_the_longest_users_beyond_its_bound(
     train = Interactions.from_rows(Ids(np.arange(9)), users, columns + 1)
     is_kept = users > 0
     without = Interactions.from_rows(train.items, users[is_kept], columns[is_kept] + 1)
-    queries: list[Query] = [{"history": [i]} for i in range(9)]
+    queries: list[tp.Query] = [{"history": [i]} for i in range(9)]
     everything, expected = (
-        ItemKnn().fit(clicked).retrieve(queries, 9)[1] for clicked in (train, without)
+        tp.ItemKnn().fit(clicked).retrieve(queries, 9)[1] for clicked in (train, without)
     )
     monkeypatch.setattr(baselines, "_MAX_PAIRS", 2 * 2 + 2 * 2 + 3 * 3)
-    bounded = ItemKnn().fit(train).retrieve(queries, 9)[1]
+    bounded = tp.ItemKnn().fit(train).retrieve(queries, 9)[1]
     np.testing.assert_array_equal(np.maximum(bounded, 0), np.maximum(expected, 0))
     assert (everything > 0).sum() == 9 * 8
     assert (bounded > 0).sum() == 2 + 3 * 2
     monkeypatch.setattr(baselines, "_MAX_PAIRS", 1)
-    popular = MostPopular().fit(train).retrieve(queries, 9)[0]
-    assert ItemKnn().fit(train).retrieve(queries, 9)[0].tolist() == popular.tolist()
+    popular = tp.MostPopular().fit(train).retrieve(queries, 9)[0]
+    assert tp.ItemKnn().fit(train).retrieve(queries, 9)[0].tolist() == popular.tolist()
 
 
 def test_itemknn_needs_no_matrix_of_a_wide_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +267,7 @@ def test_itemknn_needs_no_matrix_of_a_wide_corpus(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(baselines, "_PAIRS_PER_BLOCK", 1 << 14)
     tracemalloc.start()
     try:
-        fitted = ItemKnn().fit(train)
+        fitted = tp.ItemKnn().fit(train)
         _, scores = fitted.retrieve([{"history": (rows - 1).tolist()}] * 3, 50)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -289,7 +279,7 @@ def test_itemknn_needs_no_matrix_of_a_wide_corpus(monkeypatch: pytest.MonkeyPatc
 
 def test_ease_equals_a_ridge_regression_of_each_column_on_the_others() -> None:
     train = random_interactions(60, 9, first_id=100)
-    retriever = Ease(l2=3.0).fit(train)
+    retriever = tp.Ease(l2=3.0).fit(train)
     weights = retriever.score([{"history": [100 + column]} for column in range(9)])
     dense = train.matrix.toarray().astype(np.float64)
     for column in range(9):
@@ -322,7 +312,7 @@ def test_ease_solves_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {name: watched(name) for name in ("dpotrf", "dpotri")}
     monkeypatch.setattr(baselines, "lapack", SimpleNamespace(**calls))
     with threadpool_limits(2, "blas"):
-        Ease().fit(random_interactions(20, 5))
+        tp.Ease().fit(random_interactions(20, 5))
         blas = [x for x in threadpool_info() if x["user_api"] == "blas"]
     assert threads == {"dpotrf": {1}, "dpotri": {1}}
     assert {x["num_threads"] for x in blas} == {2}
@@ -331,12 +321,12 @@ def test_ease_solves_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ease_refuses_a_corpus_that_would_not_fit_memory() -> None:
     train = Interactions.from_rows(Ids(np.arange(50_000)), np.array([0]), np.array([1]))
     with pytest.raises(ValueError, match=r"50,000 take 30 GB of memory.*Use Ials"):
-        Ease().fit(train)
+        tp.Ease().fit(train)
 
 
 def test_ials_users_solve_their_least_squares() -> None:
     train = random_interactions(80, 20)
-    retriever = Ials(4, 2.0, 5.0, num_threads=1).fit(train)
+    retriever = tp.Ials(4, 2.0, 5.0, num_threads=1).fit(train)
     settings = {"factors": 4, "regularization": 2.0, "alpha": 5.0, "random_state": 0}
     library = AlternatingLeastSquares(**settings, num_threads=1)
     library.fit(train.matrix, show_progress=False)
@@ -352,54 +342,53 @@ def test_ials_users_solve_their_least_squares() -> None:
 
 def test_ials_depends_on_its_seed_not_on_the_number_of_threads() -> None:
     train = random_interactions(80, 20)
-    plan, options = Ials(4, 1.0, 5.0, num_iterations=3), ((0, 1), (0, 2), (1, 1))
+    plan, options = tp.Ials(4, 1.0, 5.0, num_iterations=3), ((0, 1), (0, 2), (1, 1))
     fitted = [replace(plan, seed=seed, num_threads=num).fit(train) for seed, num in options]
     first, *others = (r.retrieve([{"history": [1, 2]}], 20)[1] for r in fitted)
     assert [np.array_equal(first, other) for other in others] == [True, False]
 
 
-@pytest.mark.parametrize("plan", [MostPopular(), Repeats(), ItemKnn(), Ease(), Ials(2)])
+@pytest.mark.parametrize(
+    "plan", [tp.MostPopular(), tp.Repeats(), tp.ItemKnn(), tp.Ease(), tp.Ials(2)]
+)
 def test_a_fit_returns_a_retriever_and_leaves_earlier_ones_as_they_were(plan: Any) -> None:
-    assert not isinstance(plan, Retriever)
-    query: Query = {"history": [1, 2]}
+    assert not isinstance(plan, tp.Retriever)
+    query: tp.Query = {"history": [1, 2]}
     first = plan.fit(random_interactions(30, 8))
     before = first.retrieve([query], 8)
     other = plan.fit(random_interactions(9, 3))
-    assert isinstance(first, Retriever)
+    assert isinstance(first, tp.Retriever)
     assert other.retrieve([query], 8)[0].max() < 3
     for kept, again in zip(before, first.retrieve([query], 8), strict=True):
         np.testing.assert_array_equal(kept, again)
 
 
-@pytest.mark.parametrize("kind", [MostPopular, Transitions, ItemKnn, Ease, Ials])
+@pytest.mark.parametrize("kind", [tp.MostPopular, tp.Transitions, tp.ItemKnn, tp.Ease, tp.Ials])
 def test_refuses_to_fit_to_what_is_no_log(kind: Any) -> None:
     with pytest.raises(TypeError, match=r"fit takes a Log.* Received: dict"):
         kind().fit({})
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "message"),
-    [
-        (Ease, "l2", "l2 must be above 0"),
-        (MostPopular, "latest", r"\(0, 1\]. Received: 0"),
-        (Ials, "alpha", "alpha=0"),
-        (ItemKnn, "decay", "decay=0"),
-        (ItemKnn, "num_neighbors", "num_neighbors=0"),
-        (Transitions, "window", "window=0"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "name", "message"), [
+    (tp.Ease, "l2", "l2 must be above 0"),
+    (tp.MostPopular, "latest", r"\(0, 1\]. Received: 0"),
+    (tp.Ials, "alpha", "alpha=0"),
+    (tp.ItemKnn, "decay", "decay=0"),
+    (tp.ItemKnn, "num_neighbors", "num_neighbors=0"),
+    (tp.Transitions, "window", "window=0"),
+])  # fmt: skip
 def test_refuses_settings_out_of_range(kind: Any, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**{name: 0})
 
 
-@pytest.mark.parametrize("kind", [Ease, Ials])
+@pytest.mark.parametrize("kind", [tp.Ease, tp.Ials])
 def test_without_a_known_item_the_most_popular_come(kind: Any) -> None:
     """By the model's own scores all items are tied, and would come in the order of their ids."""
     train = random_interactions(30, 5)
-    queries: list[Query] = [{"history": []}, {"history": [1]}, {"history": [77]}]
+    queries: list[tp.Query] = [{"history": []}, {"history": [1]}, {"history": [77]}]
     ids, scores = kind().fit(train).retrieve(queries, 3)
-    expected_ids, expected = MostPopular().fit(train).retrieve(queries, 3)
+    expected_ids, expected = tp.MostPopular().fit(train).retrieve(queries, 3)
     items = Ids(["a", "b", "c", "d"])
     no_count = Interactions.from_rows(items, np.array([0, 1, 1]), np.array([2, 2, 1]))
     only, _ = kind().fit(no_count).retrieve([{"history": ["d"]}], 2)

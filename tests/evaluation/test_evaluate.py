@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tfrs_pipeline import Ease, Holdout, Query, Retriever, evaluate
+import tfrs_pipeline as tp
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.bootstrap import Interval
-from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
 from tfrs_pipeline.evaluation.topk import ScoreRetriever
 
 IDS = np.arange(100, 112)
 COUNTS = np.array([9, 9, 6, 5, 4, 3, 2, 1, 1, 0, 0, 0])
-CALL_SIZE = f"{evaluate.__module__}.QUERIES_PER_CALL"
+CALL_SIZE = f"{tp.evaluate.__module__}.QUERIES_PER_CALL"
 
 
 class Scores:
@@ -30,9 +28,9 @@ class Scores:
         self.spoil = spoil or (lambda ids, scores: (ids, scores))
 
     def retrieve(
-        self, queries: Sequence[Query], k: int, exclude: Sequence[Collection[Any]] | None = None
+        self, queries: Sequence[tp.Query], k: int, exclude: Sequence[Collection[Any]] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        def score(queries: Sequence[Query]) -> np.ndarray:
+        def score(queries: Sequence[tp.Query]) -> np.ndarray:
             return self.scores[[query["user_id"] for query in queries]]
 
         return self.spoil(*ScoreRetriever(self.items, score).retrieve(queries, k, exclude))
@@ -40,20 +38,20 @@ class Scores:
 
 def make_holdout(
     relevant: Any, clicked: Any = None, seen: Any = None, dtype: type = int
-) -> Holdout:
+) -> tp.Holdout:
     clicked = clicked or [[]] * len(relevant)
     lists = relevant, clicked, seen or clicked
     relevant, clicked, seen = ([np.array(ids, dtype) for ids in x] for x in lists)
     ids = IDS if dtype is int else np.array(["a", "b", "c"], object)
     counts = COUNTS[: len(ids)]
-    return Holdout(np.arange(len(relevant)), clicked, relevant, clicked, seen, ids, counts)
+    return tp.Holdout(np.arange(len(relevant)), clicked, relevant, clicked, seen, ids, counts)
 
 
-def measure_all(retrievers: Any, holdout: Holdout, **options: Any) -> Evaluation:
-    return evaluate(retrievers, holdout, **{"cutoffs": (3,), "num_bootstrap": 0, **options})
+def measure_all(retrievers: Any, holdout: tp.Holdout, **options: Any) -> tp.Evaluation:
+    return tp.evaluate(retrievers, holdout, **{"cutoffs": (3,), "num_bootstrap": 0, **options})
 
 
-def measure(retriever: Retriever, holdout: Holdout, **options: Any) -> EvaluationResult:
+def measure(retriever: tp.Retriever, holdout: tp.Holdout, **options: Any) -> tp.EvaluationResult:
     return measure_all(retriever, holdout, **options).first
 
 
@@ -70,12 +68,12 @@ def test_a_holdout_has_as_many_lists_as_users() -> None:
     lists = [IDS[:1], IDS[1:2]]
     good: dict[str, Any] = dict.fromkeys(("histories", "relevant", "clicked", "seen"), lists)
     good |= {"user_ids": [0, 1], "candidate_ids": IDS.tolist(), "candidate_counts": COUNTS.tolist()}
-    assert Holdout(**good).candidate_ids.dtype == np.int64
+    assert tp.Holdout(**good).candidate_ids.dtype == np.int64
     for name in ("histories", "relevant", "clicked", "seen", "history_times", "requests"):
         with pytest.raises(ValueError, match=rf"{name} must hold one entry .* 2 user_ids.*: 1"):
-            Holdout(**good | {name: lists[:1]})
+            tp.Holdout(**good | {name: lists[:1]})
     with pytest.raises(ValueError, match=r"candidate_counts must hold one .* 12 .*: 3"):
-        Holdout(**good | {"candidate_counts": [1, 2, 3]})
+        tp.Holdout(**good | {"candidate_counts": [1, 2, 3]})
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
@@ -84,7 +82,7 @@ def test_lists_of_other_types_leave_large_ids_as_they_are(dtype: type) -> None:
     ids = 2**60 + np.arange(12)
     relevant: Any = [ids[1:2].astype(dtype), ids[2:3].astype(dtype)]
     before = [ids[:1], np.array([])]
-    holdout = Holdout(np.arange(2), before, relevant, before, before, ids, COUNTS)
+    holdout = tp.Holdout(np.arange(2), before, relevant, before, before, ids, COUNTS)
     result = measure(Scores(-np.tile(np.arange(12), (2, 1)), ids), holdout)
     assert result.per_query["recall@3"].tolist() == [1, 1]
     assert result.overall.num_relevant == 2
@@ -122,7 +120,7 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     assert difference.mean == pytest.approx(second.mean - first.mean)
     assert 0 < difference.low < difference.mean < difference.high
     assert difference.high - difference.low < (first.high - first.low) / 2
-    assert found.differences["same"]["ndcg@3"] == Interval(0, 0, 0)
+    assert found.differences["same"]["ndcg@3"] == tp.Interval(0, 0, 0)
     # Each model is printed in a line, with the difference beside the number.
     header, *lines = str(found).split("\n")
     assert [line.split()[0] for line in lines[:3]] == ["first", "better", "same"]
@@ -130,22 +128,19 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     assert f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]" in lines[1]
 
 
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (lambda ids, scores: (ids[:, :2], scores[:, :2]), r"ids and scores of \(1, 3\)"),
-        (lambda ids, scores: ids, r"ids and scores of \(1, 3\).*Received: ndarray"),
-        (lambda ids, scores: None, "ids and scores of .*Received: NoneType"),
-        (lambda ids, scores: (ids, scores, scores), "ids and scores of .*Received: tuple"),
-        (lambda ids, scores: (ids + 500, scores), "not candidates.*601"),
-        (lambda ids, scores: (ids[:, [0, 1, 0]], scores), "twice"),
-        (lambda ids, scores: (ids - 1, scores), "excluded"),
-        (lambda ids, scores: (ids, scores + np.arange(3)), "best first"),
-        (lambda ids, scores: (ids, scores * np.nan), "without NaN"),
-        (lambda ids, scores: (ids, scores.astype(str)), "numbers as scores"),
-        (lambda ids, scores: (ids.astype(str).astype(object), scores), "not candidates"),
-    ],
-)
+@pytest.mark.parametrize("spoil, message", [
+    (lambda ids, scores: (ids[:, :2], scores[:, :2]), r"ids and scores of \(1, 3\)"),
+    (lambda ids, scores: ids, r"ids and scores of \(1, 3\).*Received: ndarray"),
+    (lambda ids, scores: None, "ids and scores of .*Received: NoneType"),
+    (lambda ids, scores: (ids, scores, scores), "ids and scores of .*Received: tuple"),
+    (lambda ids, scores: (ids + 500, scores), "not candidates.*601"),
+    (lambda ids, scores: (ids[:, [0, 1, 0]], scores), "twice"),
+    (lambda ids, scores: (ids - 1, scores), "excluded"),
+    (lambda ids, scores: (ids, scores + np.arange(3)), "best first"),
+    (lambda ids, scores: (ids, scores * np.nan), "without NaN"),
+    (lambda ids, scores: (ids, scores.astype(str)), "numbers as scores"),
+    (lambda ids, scores: (ids.astype(str).astype(object), scores), "not candidates"),
+])  # fmt: skip
 def test_a_retriever_that_breaks_its_contract_is_refused(spoil: Any, message: str) -> None:
     holdout, broken = make_holdout([[102]], clicked=[[100]]), Scores(np.zeros((1, 12)), spoil=spoil)
     for cutoff in (3, 1) if message == "without NaN" else (3,):  # Also a single score.
@@ -157,21 +152,18 @@ HOLDOUT = make_holdout([[100]], [[102]])
 ALONE = Scores(np.zeros((2, 12)))
 
 
-@pytest.mark.parametrize(
-    ("retrievers", "holdout", "options", "error", "message"),
-    [
-        (ALONE, HOLDOUT, {"exclude": "liked"}, ValueError, "'liked'"),
-        (ALONE, HOLDOUT, {"cutoffs": ()}, ValueError, r"cutoffs .*\[\]"),
-        (ALONE, HOLDOUT, {"cutoffs": (0, 5)}, ValueError, r"cutoffs .*\[0, 5\]"),
-        (ALONE, HOLDOUT, {"cutoffs": ["5"]}, ValueError, r"cutoffs .*\['5'\]"),
-        (ALONE, HOLDOUT, {"cutoffs": 20}, TypeError, "cutoffs must be a list.*Received: 20"),
-        (ALONE, make_holdout([[102], []], [[102]] * 2), {}, ValueError, "2 queries .*1 were excl"),
-        (ALONE, [[100]], {}, TypeError, "needs a Holdout.*Received: list"),
-        ({}, HOLDOUT, {}, ValueError, "at least one retriever"),
-        ({"two_tower": Scores}, HOLDOUT, {}, TypeError, "two_tower has no `retrieve`: .*<class"),
-        (Ease(), HOLDOUT, {}, TypeError, "Ease has no `retrieve`: pass what its fit returns"),
-    ],
-)
+@pytest.mark.parametrize(("retrievers", "holdout", "options", "error", "message"), [
+    (ALONE, HOLDOUT, {"exclude": "liked"}, ValueError, "'liked'"),
+    (ALONE, HOLDOUT, {"cutoffs": ()}, ValueError, r"cutoffs .*\[\]"),
+    (ALONE, HOLDOUT, {"cutoffs": (0, 5)}, ValueError, r"cutoffs .*\[0, 5\]"),
+    (ALONE, HOLDOUT, {"cutoffs": ["5"]}, ValueError, r"cutoffs .*\['5'\]"),
+    (ALONE, HOLDOUT, {"cutoffs": 20}, TypeError, "cutoffs must be a list.*Received: 20"),
+    (ALONE, make_holdout([[102], []], [[102]] * 2), {}, ValueError, "2 queries .*1 were excl"),
+    (ALONE, [[100]], {}, TypeError, "needs a Holdout.*Received: list"),
+    ({}, HOLDOUT, {}, ValueError, "at least one retriever"),
+    ({"two_tower": Scores}, HOLDOUT, {}, TypeError, "two_tower has no `retrieve`: .*<class"),
+    (tp.Ease(), HOLDOUT, {}, TypeError, "Ease has no `retrieve`: pass what its fit returns"),
+])  # fmt: skip
 def test_refuses_what_cannot_be_measured(
     retrievers: Any, holdout: Any, options: Any, error: type[Exception], message: str
 ) -> None:

@@ -309,9 +309,7 @@ NUMBERS: Any = map(st.integers, (1, 1, 0), (3, 9, 3))
 STAGES = st.sampled_from(["clicked", "clicked", "exposed", "disliked"])
 REQUESTS: Any = st.sampled_from([None, None, 0, 1])
 ROWS = st.lists(
-    st.tuples(*NUMBERS, STAGES, REQUESTS, st.sampled_from(ALL_PARTS)),
-    min_size=10,
-    max_size=40,
+    st.tuples(*NUMBERS, STAGES, REQUESTS, st.sampled_from(ALL_PARTS)), min_size=10, max_size=40
 ).map(lambda rows: [*rows, *((9, 1, 0, "clicked", None, part) for part in ALL_PARTS)])
 
 

@@ -9,15 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline import Log, MostPopular, evaluate
+from tfrs_pipeline import Log, MostPopular, Rankings, evaluate
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.metrics import (
-    EvenRecall,
-    EvenWeights,
-    Rankings,
-    find_hits,
-    item_weights,
-)
+from tfrs_pipeline.evaluation.metrics import EvenRecall, EvenWeights, find_hits, item_weights
 
 NUM_ITEMS = 8
 

@@ -72,20 +72,19 @@ def items(num: int) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(module_path: Path) -> Path:
     """Trains on CSV files with an item and a request feature of the kind; returns the export."""
-    folder = tmp_path_factory.mktemp("own")
     events = event_table("int")
     asked = pa.array([1 + i % 12 for i in range(events.num_rows)])
-    path = write(events.append_column("season", asked), folder / "events.csv")
+    path = write(events.append_column("season", asked), module_path / "events.csv")
     kinds: Any = {"item_features": ITEM_KINDS, "request_features": {"season": "cyclic"}}
-    log = Log.from_files(path, items=write(items(80), folder / "items.csv"), **kinds)
+    log = Log.from_files(path, items=write(items(80), module_path / "items.csv"), **kinds)
     split = log.split("last_n", validation=1, test=1)
     fitted = tiny(training={"max_epochs": 1, "monitor": "ndcg@5"}).fit(split.train)
     (month,), (season,) = fitted.corpus.candidate_features, fitted.corpus.request_features
     assert (month, season) == (Cyclic("month", 12.0), Cyclic("season", 12.0))
     assert fitted.corpus.candidate_columns["month"].shape == (80, 2)
-    return export.export(fitted, folder / "models" / "films", index=Exact())
+    return export.export(fitted, module_path / "models" / "films", index=Exact())
 
 
 def test_settings_name_the_kind_and_teach_others() -> None:

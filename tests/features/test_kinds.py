@@ -29,6 +29,7 @@ from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import page
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 ITEM_KINDS = {
     "title": "text",
     "genre": "categorical",
@@ -86,11 +87,9 @@ def write_csv(table: pa.Table, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory, trusted_exports: None, few_signatures: None
-) -> Path:
+def folder(module_path: Path) -> Path:
     """Runs the command line with a column of each kind, as CSV; returns the run's folder."""
-    folder = tmp_path_factory.mktemp("kinds")
+    folder = module_path
     data = {"path": write(event_table("int"), folder / "events.parquet")}
     config = small_config(folder, data, training={"max_epochs": 1, "refit": False})
     (folder / "small.toml").write_text(dump_config(config))

@@ -1,7 +1,5 @@
 """A tiny log that a two-tower model can learn: three tastes of users and items."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,13 +10,11 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline import FunnelLosers, InBatch, TrainingSettings, Uniform
-from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline import FunnelLosers, InBatch, Log, Split, TrainingSettings, TwoTower, Uniform
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.two_tower import TwoTower
 
 # Two devices, so that a test can train on several.
 tf.config.set_logical_device_configuration(

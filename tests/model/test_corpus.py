@@ -12,11 +12,9 @@ import pytest
 from tests.damage import DAMAGES, damage
 from tests.small_batches import assert_same_samples
 from tests.small_log import event_table, write
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
-from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.negatives.samplers import FunnelLosers
-from tfrs_pipeline.samples.store import RowLists, Samples
+from tfrs_pipeline import FunnelLosers, Log, Samples, TrainingSet, TwoTower
+from tfrs_pipeline.model.corpus import MADE_OF_FILE
+from tfrs_pipeline.samples.store import RowLists
 
 
 def copied(samples: Samples) -> Samples:

@@ -1,7 +1,5 @@
 """Several replicas train the same weights as one, up to float32 rounding."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

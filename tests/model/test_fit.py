@@ -1,7 +1,5 @@
 """Training that stops and resumes, keeps its best epoch, and says when something is wrong."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """iALS as a member of a sum: its vectors against the library's scores, its sum, its export."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

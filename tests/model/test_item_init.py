@@ -8,11 +8,9 @@ import pytest
 
 from tests.model.conftest import NUM_ITEMS, NUM_TASTES, assert_same, tiny, weights_of
 from tests.model.test_two_tower import OwnCandidates
-from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline import ConfigError, TrainingSet, TwoTowerNetwork
 from tfrs_pipeline.model.warm_start import item_factors
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.settings import ConfigError
 
 STILL = {"max_epochs": 1, "learning_rate": 1e-30}
 

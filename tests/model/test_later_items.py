@@ -12,9 +12,7 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests.model.conftest import tiny
 from tests.small_batches import as_arrays, assert_same_batches
-from tfrs_pipeline import Popularity, Uniform
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline import Log, Popularity, TrainingSet, Uniform
 
 LATER, DEAD = 777, 888
 EASY = [Uniform(16), Popularity(16, 1.0)]
@@ -35,8 +33,8 @@ def train() -> Log:
 
 
 @pytest.fixture(scope="module")
-def data(train: Log, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
-    return TrainingSet.build(train, tmp_path_factory.mktemp("samples"), seed=0)
+def data(train: Log, module_path: Path) -> TrainingSet:
+    return TrainingSet.build(train, module_path, seed=0)
 
 
 def row_of(data: TrainingSet, item: int) -> int:

@@ -308,10 +308,7 @@ def test_embeddings_that_would_be_broadcast_are_refused(forms: dict[str, Any]) -
         options = {"hard_embeddings": given["hard"], "hard_log_q": HARD_LOG_Q}
         options["positive_query"] = given.get("positive_query")
         return HybridRetrieval()(
-            given["queries"],
-            given["positives"],
-            negative_embeddings=given["negatives"],
-            **options,
+            given["queries"], given["positives"], negative_embeddings=given["negatives"], **options
         )
 
     given = {name: tf.constant(x) for name, x in {**fitting, **forms}.items()}

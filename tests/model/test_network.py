@@ -1,10 +1,7 @@
 """The network's loss, recomputed from the samples and the documented arithmetic; its embeddings."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +9,10 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, scores_of, tiny
+from tests.model.test_two_tower import EveryCandidate
 from tests.small_batches import as_arrays
-from tfrs_pipeline import Popularity, Samples, SamplingFrame, Uniform
-from tfrs_pipeline.batches.batch import Batch
+from tfrs_pipeline import Batch, Popularity, Samples, TrainingSet, Uniform
 from tfrs_pipeline.model import tf_tables
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.towers import FeatureTable, candidate_tower, query_tower
 
@@ -98,17 +94,6 @@ def test_the_loss_is_that_of_a_loop(
             times = tf.pad(times, more, constant_values=np.nan)[:, : LENGTH + 1]
             wide = wide._replace(history_times=times)
         assert network.compute_loss(wide).numpy() == pytest.approx(expected, rel=1e-4)
-
-
-@dataclass(frozen=True)
-class EveryCandidate:
-    """An own kind that draws the whole corpus once, so that the loss is the full softmax."""
-
-    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        return tf.range(1, frame.num_candidates + 1)
-
-    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-        return np.minimum(np.arange(frame.num_candidates + 1.0), 1.0)
 
 
 def test_sampled_gradients_come_to_those_of_the_full_softmax(data: TrainingSet) -> None:

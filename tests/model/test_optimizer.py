@@ -1,7 +1,5 @@
 """LazyAdam against Keras' Adam and its own formula, and the schedule against its formula."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -13,14 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.model.conftest import tiny, untrained
-from tfrs_pipeline import Log
+from tfrs_pipeline import Log, TrainingSet, TrainingSettings, metric_of
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.repeat_choice import choose_bonus
 from tfrs_pipeline.model.repeats import RepeatBonus
-from tfrs_pipeline.model.settings import TrainingSettings
 
 NUM_USERS, NUM_ITEMS, DIM = 150, 60, 8
 HISTORIES = st.lists(st.lists(st.integers(0, 5), max_size=12), min_size=1, max_size=4)
@@ -123,5 +120,5 @@ def test_nothing_is_chosen_where_rankings_exclude_or_the_user_says_so(tmp_path: 
     for exclude, changes in {"clicked": {}, "seen": {}, "none": {"repeat_bonus": False}}.items():
         settings = TrainingSettings(**dict(model.training) | changes)
         off = dataclasses.replace(model, training=settings, repeat_bonus=None)
-        assert off.with_repeat_bonus(split.validation, exclude, 0) is off  # type: ignore[arg-type]
+        assert off.with_repeat_bonus(split.validation, exclude, 0) is off
     assert tiny(training=training).fit(split.train, split.validation).repeat_bonus is None

@@ -1,7 +1,5 @@
 """Request features from raw values to the query tower: in training, evaluation and retrieval."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.conftest import tiny
-from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline import Batch, FittedTwoTower, Log, Split, TrainingSet, TwoTower
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.features.encoding import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.raw import to_seconds
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.encoder import item_times
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
-from tfrs_pipeline.model.two_tower import TwoTower
 
 HOUR = Categorical("hour", tuple(map(str, range(24))), is_from_timestamp=True)
 WEEKDAY = Numeric("weekday", is_from_timestamp=True)

@@ -6,14 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline import ConfigError, FunnelLosers, InBatch, Popularity, Uniform
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
-from tfrs_pipeline.model.two_tower import TwoTower
+import tfrs_pipeline as tp
 
 
 @given(num=st.integers(1, 5000), batch_size=st.integers(2, 1024))
 def test_a_batch_fits_the_positives(num: int, batch_size: int) -> None:
-    training = TrainingSettings(batch_size=batch_size)
+    training = tp.TrainingSettings(batch_size=batch_size)
     fitting = training.fitting(num).batch_size
     if num >= batch_size:
         assert fitting == batch_size
@@ -22,21 +20,21 @@ def test_a_batch_fits_the_positives(num: int, batch_size: int) -> None:
         assert fitting & (fitting - 1) == 0
         assert num < 16 or 8 <= num // fitting < 16
     # Other ways of batching fit batches to whole users themselves.
-    sets = TrainingSettings(batch_size=batch_size, examples="sets")
+    sets = tp.TrainingSettings(batch_size=batch_size, examples="sets")
     assert sets.fitting(num) == sets
 
 
 def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
-    expected = (InBatch(), Uniform(256), Popularity(64, 0.5))
+    expected = (tp.InBatch(), tp.Uniform(256), tp.Popularity(64, 0.5))
     short = ["in_batch", "uniform:num=256", "popularity:num=64:alpha=0.5"]
     table: list[Any] = [{"kind": "in_batch"}, {"kind": "uniform"}]
     table.append({"kind": "popularity", "num": 64, "alpha": 0.5})
     for negatives in (short, table, expected):
-        assert TwoTowerSettings(negatives=negatives).negatives == expected
-    settings = TwoTowerSettings(hard={"kind": "funnel", "share": 0.1})
-    assert settings.hard == FunnelLosers(share=0.1)
+        assert tp.TwoTowerSettings(negatives=negatives).negatives == expected
+    settings = tp.TwoTowerSettings(hard={"kind": "funnel", "share": 0.1})
+    assert settings.hard == tp.FunnelLosers(share=0.1)
     # What is written can be read again.
-    assert TwoTowerSettings(**settings.model_dump(mode="json")) == settings
+    assert tp.TwoTowerSettings(**settings.model_dump(mode="json")) == settings
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -52,14 +50,14 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
      "item_init: got 'svd', which needs use_candidate_id or a history"),
 ])  # fmt: skip
 def test_settings_of_the_model_that_cannot_be(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        TwoTowerSettings(**settings)
+    with pytest.raises(tp.ConfigError, match=message):
+        tp.TwoTowerSettings(**settings)
 
 
 @pytest.mark.parametrize(("model", "setting", "refused"), [
     ({"negatives": ["in_batch"]}, "model.negatives", {"sequences", "sets"}),
     ({"history_pooling": [], "use_user_id": True}, "model.history_pooling", {"sequences", "sets"}),
-    ({"hard": FunnelLosers()}, "model.hard", {"sets"}),
+    ({"hard": tp.FunnelLosers()}, "model.hard", {"sets"}),
     ({"history_length": 512}, "training.batch_size", {"sequences"}),  # A batch needs two windows.
     ({}, "", set()),
 ])  # fmt: skip
@@ -70,8 +68,8 @@ def test_what_does_not_go_with_many_positives_of_a_user(
     for examples in ("sequences", "sets", "single"):
         told = []
         try:
-            TwoTower(training=TrainingSettings(examples=examples), **model)
-        except ConfigError as error:
+            tp.TwoTower(training=tp.TrainingSettings(examples=examples), **model)
+        except tp.ConfigError as error:
             told = [name for name, _ in error.problems]
         assert told == [setting] * (examples in refused)
 
@@ -83,7 +81,7 @@ def test_a_checked_dataclass_is_refused_as_settings_are() -> None:
         ((0.1,), {"share": 0.2}, "share"),
     )
     for values, settings, named in wrong:
-        with pytest.raises(ConfigError, match=named):
-            FunnelLosers(*values, **settings)
-    with pytest.raises(ConfigError, match="negatives: got 3; must be a table of settings"):
-        TwoTowerSettings(negatives=[3])
+        with pytest.raises(tp.ConfigError, match=named):
+            tp.FunnelLosers(*values, **settings)
+    with pytest.raises(tp.ConfigError, match="negatives: got 3; must be a table of settings"):
+        tp.TwoTowerSettings(negatives=[3])

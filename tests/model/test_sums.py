@@ -1,10 +1,8 @@
 """The sum of models: its scores are the weighted sum of the members' scores, in every form."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,19 +12,13 @@ import pytest
 
 import tfrs_pipeline as tp
 from tests.model.conftest import make_log, untrained
-from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
-from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.model import sums
-from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.sums import (
     MIN_QUERIES,
     WEIGHTS,
     Choice,
-    FittedSum,
     Projection,
     Vectors,
     choose,
@@ -131,13 +123,13 @@ def test_the_spread_is_that_of_a_querys_scores() -> None:
 LOG = make_log({"device": "categorical"})
 
 
-Members: TypeAlias = dict[str, FittedTwoTower]
+Members: TypeAlias = dict[str, tp.FittedTwoTower]
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FittedTwoTower]:
+def members(module_path: Path) -> dict[str, tp.FittedTwoTower]:
     """Models that read different lengths of the history, times and features; one has biases."""
-    data = TrainingSet.build(LOG, tmp_path_factory.mktemp("samples"), seed=0)
+    data = tp.TrainingSet.build(LOG, module_path, seed=0)
     plans = {
         "means": tp.TwoTower(dim=4, history_length=3, seed=1),
         "recent": tp.TwoTower(
@@ -163,13 +155,13 @@ QUERIES: list[dict[str, Any]] = [
 ]
 
 
-def member_scores(model: FittedTwoTower) -> np.ndarray:
+def member_scores(model: tp.FittedTwoTower) -> np.ndarray:
     return model.query_embeddings(QUERIES) @ model.network.embed_corpus().T
 
 
 def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members: Members) -> None:
     weights = {"means": 1.0, "recent": 0.6}
-    summed = FittedSum.of(members, weights, QUERIES, dim=99)
+    summed = tp.FittedSum.of(members, weights, QUERIES, dim=99)
     spread = {name: member_scores(model).std(axis=1) for name, model in members.items()}
     expected = sum(
         weights[name] / np.sqrt((spread[name] ** 2).mean()) * member_scores(model)
@@ -183,16 +175,19 @@ def test_the_scores_of_a_sum_are_the_weighted_sums_of_its_members(members: Membe
 
 
 def test_a_sum_of_one_model_ranks_as_the_model(members: Members) -> None:
-    alone = FittedSum.of({"recent": members["recent"]}, {"recent": 1.0}, QUERIES)
+    alone = tp.FittedSum.of({"recent": members["recent"]}, {"recent": 1.0}, QUERIES)
     ids, _ = alone.retrieve(QUERIES, k=24)
     np.testing.assert_array_equal(ids, members["recent"].retrieve(QUERIES, k=24)[0])
 
 
-@pytest.mark.parametrize("dim", [None, 5])
+@pytest.mark.parametrize("dim", [5, None])
+@pytest.mark.usefixtures("few_signatures")
 def test_an_exported_sum_answers_as_in_memory(
-    members: Members, tmp_path: Path, dim: int | None
+    members: Members, tmp_path: Path, dim: int | None, request: pytest.FixtureRequest
 ) -> None:
-    summed = FittedSum.of(members, {"means": 1.0, "recent": 0.3}, QUERIES, dim)
+    if dim is None:  # The other one is proved in a fresh process, too.
+        request.getfixturevalue("trusted_exports")
+    summed = tp.FittedSum.of(members, {"means": 1.0, "recent": 0.3}, QUERIES, dim)
     folder = tp.export(summed, tmp_path / "sum", index=tp.Exact(), queries=QUERIES)
     model = tp.load(folder)
     expected = summed.retrieve(QUERIES, k=7)
@@ -210,10 +205,10 @@ def test_an_exported_sum_answers_as_in_memory(
 
 def test_models_of_another_log_are_refused(members: Members, tmp_path: Path) -> None:
     other = tp.TwoTower(dim=2)
-    log = Log.from_ibis(LOG.events.filter(LOG.events["item_id"] > 100))
-    data = TrainingSet.build(log, tmp_path / "samples", seed=0)
+    log = tp.Log.from_ibis(LOG.events.filter(LOG.events["item_id"] > 100))
+    data = tp.TrainingSet.build(log, tmp_path / "samples", seed=0)
     with pytest.raises(ValueError, match=r"the same items: fit other to the log of means.*24"):
-        FittedSum.of({**members, "other": untrained(other, data.corpus)}, {}, QUERIES)
+        tp.FittedSum.of({**members, "other": untrained(other, data.corpus)}, {}, QUERIES)
 
 
 # Choosing the weights.
@@ -225,7 +220,7 @@ def chosen(
 ) -> Choice:
     """Chooses among members where the relevant item of query i is item i % 50."""
     counts, nothing = np.ones(50, np.int64), [np.zeros(0, np.int64)] * num_queries
-    holdout = Holdout(
+    holdout = tp.Holdout(
         user_ids=np.arange(num_queries),
         histories=nothing,
         clicked=nothing,
@@ -238,7 +233,7 @@ def chosen(
     return choose(
         members,
         truth,
-        metric_of(options.get("metric", "ndcg@10")),
+        tp.metric_of(options.get("metric", "ndcg@10")),
         winner=winner,
         max_members=options.get("max_members", 5),
         dim=options.get("dim"),
@@ -305,35 +300,34 @@ def test_a_sum_is_chosen_at_the_dimensions_that_it_is_served_with() -> None:
     assert choice.alone < chosen(members, winner="0").alone  # The winner is rotated too.
 
 
+def ruined_from(num_members: int) -> Callable[..., Projection]:
+    """Makes a projection whose rotation keeps nothing of so many members or more."""
+
+    def project(members: Any, weights: Any, dim: int | None = None) -> Projection:
+        joined = projection(members, weights)
+        is_kept = dim is None or len(members) < num_members
+        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
+
+    return project
+
+
 def test_a_member_that_the_rotation_cannot_hold_leaves_the_sum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The rotation of two models keeps all, and that of three nothing."""
-
-    def ruined(members: Any, weights: Any, dim: int | None = None) -> Projection:
-        joined = projection(members, weights)
-        is_kept = dim is None or len(members) < 3
-        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
-
     members = {str(seed): guess(seed, 0.6) for seed in range(3)}
     assert len(chosen(members, winner="0").weights) == 3
-    monkeypatch.setattr(sums, "projection", ruined)
+    monkeypatch.setattr(sums, "projection", ruined_from(3))
     choice = chosen(members, winner="0")
     assert len(choice.weights) == 2
     assert choice.summed > choice.alone
 
 
 def test_a_sum_that_its_rotation_ruins_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rotation keeps nothing of what the members know."""
-
-    def ruined(members: Any, weights: Any, dim: int | None = None) -> Projection:
-        joined = projection(members, weights)
-        is_kept = dim is None or len(members) == 1  # A model alone is not rotated.
-        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
-
+    """The rotation keeps nothing of what the members know; a model alone is not rotated."""
     members = {"a": guess(1, 0.6), "b": guess(2, 0.6)}
     assert len(chosen(members, winner="a").weights) == 2
-    monkeypatch.setattr(sums, "projection", ruined)
+    monkeypatch.setattr(sums, "projection", ruined_from(2))
     choice = chosen(members, winner="a")
     assert choice.summed == choice.alone
     assert choice.weights == {"a": 1.0}
@@ -350,7 +344,7 @@ def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
     assert model.weights == {"model 1": 1, "model 2": 0.5}
     assert model.query_embeddings([{}]).shape == (1, 6)
     # By a second route: the products of the sum's vectors.
-    metric, truth = metric_of("recall@5"), Truth.of(test, "clicked")
+    metric, truth = tp.metric_of("recall@5"), Truth.of(test, "clicked")
     vectors = model.query_embeddings(truth.queries), model.corpus_embeddings()
     by_hand = measure_vectors(*vectors, truth, metric)
     measured = tp.evaluate(model, test, metrics=[metric]).first

@@ -1,7 +1,5 @@
 """Times of events: what a model with attention learns from them, and which models ignore them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import assert_same, tiny, untrained, weights_of
-from tfrs_pipeline import ConfigError, Uniform
-from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline import Batch, ConfigError, Log, Split, TrainingSet, Uniform, evaluate
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 
@@ -45,8 +39,8 @@ def split() -> Split:
 
 
 @pytest.fixture(scope="module")
-def timed(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
-    return TrainingSet.build(split.train, tmp_path_factory.mktemp("timed"), seed=0)
+def timed(split: Split, module_path: Path) -> TrainingSet:
+    return TrainingSet.build(split.train, module_path, seed=0)
 
 
 @pytest.fixture(scope="module")

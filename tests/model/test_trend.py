@@ -8,10 +8,8 @@ import pytest
 
 import tfrs_pipeline as tp
 from tests.model.conftest import NUM_ITEMS, assert_same, scores_of, tiny
-from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline import Samples, Split, TrainingSet
 from tfrs_pipeline.model.loss import popularity_shift
-from tfrs_pipeline.samples.store import Samples
 
 
 def clicks_in_turn(*probabilities: np.ndarray, num: int = 4000, seed: int = 0) -> Samples:

@@ -1,7 +1,5 @@
 """The facade: fitting and retrieval; own towers and negatives; what an export asks for."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re
@@ -20,15 +18,10 @@ import tfrs_pipeline as tp
 from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny
 from tests.tracing import tracing_once
 from tfrs_pipeline import ConfigError, DataError, FunnelLosers, InBatch, Log, TwoTower, messages
-from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model import fit
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
-from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.negatives.samplers import Popularity, Uniform
 
-EASY = [Uniform(16), Popularity(16, 1.0)]
+EASY = [tp.Uniform(16), tp.Popularity(16, 1.0)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class OwnQueries(tf.keras.layers.Layer):
         return tf.reduce_sum(vectors, axis=1)
 
 
-def share_of_own_taste(model: FittedTwoTower) -> float:
+def share_of_own_taste(model: tp.FittedTwoTower) -> float:
     """Returns the share of each user's top two new items that match the taste: 1/9 at random."""
     known_positives = model.exportable().known_positives
     known = [10 * known_positives[row] for row in range(1, NUM_USERS + 1)]
@@ -93,7 +86,7 @@ SHARES: list[float] = []
 
 
 @pytest.fixture(scope="module")
-def fitted(data: TrainingSet, split: Split) -> FittedTwoTower:
+def fitted(data: TrainingSet, split: tp.Split) -> tp.FittedTwoTower:
     """Returns the model of seed 0; puts the `share_of_own_taste` of all three seeds into SHARES."""
     training = {"max_epochs": 12, "learning_rate": 0.05}
     with tracing_once():
@@ -122,7 +115,7 @@ def test_every_way_learns_the_tastes(
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_fit_finds_the_users_tastes(fitted: FittedTwoTower) -> None:
+def test_fit_finds_the_users_tastes(fitted: tp.FittedTwoTower) -> None:
     """The mean of three seeds: for one seed, the share of the 60 items found varies by 1/20."""
     assert np.mean(SHARES) > 0.9
     assert repr(tiny()) == "TwoTower(dim 8, negatives InBatch, Uniform)"
@@ -130,7 +123,7 @@ def test_fit_finds_the_users_tastes(fitted: FittedTwoTower) -> None:
     assert repr(fitted) == f"FittedTwoTower(dim 8, {NUM_ITEMS} items, {NUM_USERS} users)"
 
 
-def test_scores_are_the_products_of_embeddings(fitted: FittedTwoTower) -> None:
+def test_scores_are_the_products_of_embeddings(fitted: tp.FittedTwoTower) -> None:
     """`test_retriever_contract.py` tests the contract of all retrievers."""
     queries: list[Any] = [{"user_id": 101, "history": [10, 40, 70, 100]}, {"user_id": 7}, {}]
     embedded = fitted.query_embeddings(queries) @ fitted.network.embed_corpus().T
@@ -140,7 +133,7 @@ def test_scores_are_the_products_of_embeddings(fitted: FittedTwoTower) -> None:
     np.testing.assert_array_equal(embedded[1], embedded[2])  # An unknown user, and no user.
 
 
-def test_what_an_export_asks_for_is_of_the_whole_log(fitted: FittedTwoTower, log: Log) -> None:
+def test_what_an_export_asks_for_is_of_the_whole_log(fitted: tp.FittedTwoTower, log: Log) -> None:
     events = log.events.to_pandas().sort_values("timestamp", kind="stable")
     clicks = events[events["stage"] == "clicked"]
     exported = fitted.exportable()
@@ -194,7 +187,7 @@ def test_a_plan_is_fitted_several_times(
     # Validation ranks a sample of the users.
     sample = other.validation.sample(7, plan.seed)
     assert len(sample) == 7
-    measured = evaluate(again, sample, cutoffs=(5, 100), num_bootstrap=0).first
+    measured = tp.evaluate(again, sample, cutoffs=(5, 100), num_bootstrap=0).first
     expected = measured.overall.intervals["ndcg@5"].mean
     assert again.result.history["val_ndcg@5"] == [pytest.approx(expected)]
     # A new plan gives the same: nothing of the first fit is left. It finds samples and checkpoints.
@@ -261,11 +254,11 @@ def test_an_order_that_the_log_has_not_is_told() -> None:
 
 
 def test_settings_are_given_by_name_or_as_a_table() -> None:
-    settings = TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "funnel"})
+    settings = tp.TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "funnel"})
     model = TwoTower(**{**dict(settings), "dim": 16, "negatives": ["uniform:num=5"]})
     assert (model.settings.dim, model.settings.temperature) == (16, 0.2)
     assert model.settings.hard == settings.hard
-    assert model.negatives == model.settings.negatives == (Uniform(5),)
+    assert model.negatives == model.settings.negatives == (tp.Uniform(5),)
     # Own kinds are kept apart from the settings, which can be written to a file.
     own = TwoTower(negatives=[EveryCandidate(), InBatch()])
     assert own.negatives == (InBatch(), EveryCandidate())
@@ -275,7 +268,7 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         TwoTower(temprature=0.1)
     names = set(inspect.signature(TwoTower).parameters)
-    assert names > {*TwoTowerSettings.model_fields, "training", "query_tower", "seed", "name"}
+    assert names > {*tp.TwoTowerSettings.model_fields, "training", "query_tower", "seed", "name"}
 
 
 @pytest.mark.parametrize(
@@ -330,7 +323,7 @@ def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
     with pytest.raises(ValueError, match="samples that name no log"):
         model.exportable()
     with pytest.raises(TypeError, match="warm_start must be a fitted TwoTower"):
-        plan.fit_samples(data, warm_start=plan)  # type: ignore[arg-type]
+        plan.fit_samples(data, warm_start=plan)
     before = model.query_embeddings([{"history": [40]}])
     for again in (plan, tiny(query_tower=layer, **options)):
         with pytest.raises(ValueError, match=r"query_tower <.*was given to a training before"):
@@ -358,7 +351,7 @@ def test_settings_that_cannot_be() -> None:
         ({"optimizer": "adam"}, r"of the training: training=tp\.\w+\(optimizer='adam'\)$"),
         ({"negatives": []}, "negatives: got .*needs one kind or more"),
         ({"negatives": [half]}, "is not a kind: it has no expected_count. A kind here"),
-        ({"negatives": [Uniform]}, "is a class: give an object of it"),
+        ({"negatives": [tp.Uniform]}, "is a class: give an object of it"),
         ({"seed": -1}, "^seed: got -1"),
         ({"training": {"max_epochs": 0}}, r"training\.max_epochs: got 0"),
         ({"hidden_layers": True}, "^hidden_layers: got True"),

@@ -1,7 +1,5 @@
 """Warm starts: weights are carried over by id, not by row; new ids start from the stand-in."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +13,12 @@ import tensorflow as tf
 from tests.model.conftest import assert_same, tiny, untrained, weights_of
 from tests.small_log import Stopped
 from tests.tracing import tracing_once
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline import ConfigError, FittedTwoTower, Log, TrainingSet, TwoTower
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, shape_settings
-from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
-from tfrs_pipeline.settings import ConfigError
 
 NUM_USERS = 20
 # The model has two item tables; both are carried over.
@@ -49,10 +43,9 @@ def log_of(items: range, first_user: int) -> Log:
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    yesterday, today = (tmp_path_factory.mktemp("samples") for _ in range(2))
-    earlier = TrainingSet.build(log_of(YESTERDAY, 0), yesterday, seed=0)
-    return earlier, TrainingSet.build(log_of(TODAY, 5), today, seed=0)
+def sets(module_path: Path) -> Sets:
+    earlier = TrainingSet.build(log_of(YESTERDAY, 0), module_path / "yesterday", seed=0)
+    return earlier, TrainingSet.build(log_of(TODAY, 5), module_path / "today", seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 The arguments are FOLDER CASE...: each case trains in its own folder; the chief saves the weights.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from tests.model.conftest import LOSERS, REQUEST_FEATURES, make_log, tiny, weights_of
-from tfrs_pipeline import InBatch, Popularity, Uniform
+from tfrs_pipeline import FittedTwoTower, InBatch, Popularity, TrainingSet, Uniform
 from tfrs_pipeline.cluster import this_worker
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import chief_first
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
 
 # The cases cover what replicas could get wrong: negatives, dropout, examples and optimizers.
 DROPOUT: dict[str, Any] = {"use_user_id": True, "feature_dropout": 0.2, "hard": LOSERS}

@@ -1,7 +1,5 @@
 """Kinds of negatives defined outside the package, easy and hard, against slow loops."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter
@@ -17,9 +15,7 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests import small_batches as small
 from tests.model.conftest import NUM_ITEMS, eagerly, make_log, tiny
-from tfrs_pipeline import ConfigError, DataError, SinglePositives, TwoTowerSettings
 from tfrs_pipeline.negatives.samplers import SETTING_KINDS, Pool
-from tfrs_pipeline.samples.store import Samples
 
 F, NUM, STEPS = 0.3, 3, 200
 # The small batches' items are in four categories; nobody's positives are in the last one's lists.
@@ -34,7 +30,7 @@ class SameCategory:
     share: float = F
     num: int = NUM
 
-    def pools(self, samples: Samples) -> Mapping[str, Pool]:
+    def pools(self, samples: tp.Samples) -> Mapping[str, Pool]:
         lists = [np.flatnonzero(self.categories == c) for c in range(3)] + [np.zeros(0, int)]
         lists[0] = lists[0][1:]  # Row 0 is the unknown item.
         return {"category": (lists, self.categories[samples.candidate_rows])}
@@ -48,7 +44,7 @@ class Listed:
     share: float = F
     num: int = NUM
 
-    def pools(self, samples: Samples) -> Mapping[str, Pool]:
+    def pools(self, samples: tp.Samples) -> Mapping[str, Pool]:
         return {
             name: ([[x for x in rows if x % 2 == odd] for rows in self.by_user], samples.query_rows)
             for odd, name in enumerate(("even", "odd"))
@@ -76,7 +72,7 @@ LATER = np.arange(small.NUM_CANDIDATES + 1) > 36
 KINDS: dict[str, Any] = {"rule": RULE, "file": FILE}
 
 
-def allowed(kind: Any, samples: Samples) -> list[list[list[int]]]:
+def allowed(kind: Any, samples: tp.Samples) -> list[list[list[int]]]:
     """Returns the candidates of each sample in each pool, by a loop."""
     by_sample = []
     for query, positive in zip(samples.query_rows, samples.candidate_rows, strict=True):
@@ -170,7 +166,7 @@ def test_the_guides_kinds_are_drawn_masked_and_corrected(name: str, tmp_path: Pa
     is_later = np.isin(["", *data.corpus.candidate_ids.values], [later])
     samples = dataclasses.replace(data.samples, is_later=is_later)
     sizes: dict[str, Any] = {"batch_size": 15, "history_length": 4, "seed": 0}
-    kind, examples = kinds_of_the_guide()[name], SinglePositives(samples, **sizes)
+    kind, examples = kinds_of_the_guide()[name], tp.SinglePositives(samples, **sizes)
     batches = tp.HybridBatches(samples, examples, [tp.Uniform(9)], hard=kind, seed=0)
     seen: dict[str, set[str]] = {user: set() for user in USERS}
     for user, item, _ in events:
@@ -220,7 +216,7 @@ def test_exposed_items_are_hard_negatives_only_if_allowed() -> None:
         num: int = NUM
         name: str = "exposed"
 
-        def pools(self, samples: Samples) -> Mapping[str, Pool]:
+        def pools(self, samples: tp.Samples) -> Mapping[str, Pool]:
             return {self.name: (shown, samples.query_rows)}
 
     for kind, is_allowed in (
@@ -261,10 +257,10 @@ def test_wrong_kinds_are_refused() -> None:
         (object(), "it has no pools. A kind here has pools, share, num"),
     )
     for kind, message in wrong:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(tp.ConfigError, match=message):
             tp.TwoTower(hard=kind)
-    with pytest.raises(ConfigError, match="hard: got SameCategory"):
-        TwoTowerSettings(hard=RULE)
+    with pytest.raises(tp.ConfigError, match="hard: got SameCategory"):
+        tp.TwoTowerSettings(hard=RULE)
 
     def made(**changes: Any) -> None:
         small.make_batches(hard=dataclasses.replace(FILE, **changes))
@@ -277,7 +273,7 @@ def test_wrong_kinds_are_refused() -> None:
         made(by_user=((0, 2), *FILE.by_user[1:]))
     with pytest.raises(ValueError, match=r"'even' need the number of a list for each of 150"):
         made(by_user=FILE.by_user[:9])
-    with pytest.raises(DataError, match="none of 150 positives has a hard negative"):
+    with pytest.raises(tp.DataError, match="none of 150 positives has a hard negative"):
         made(by_user=((),) * 21)
 
 

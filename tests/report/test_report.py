@@ -170,10 +170,7 @@ def test_the_question_that_decides_comes_first_and_the_other_is_folded() -> None
     other, few = FACTS.metrics["other"]["models"], ["ndcg@100", "recall@100", "coverage@20"]
     assert list(PAGE.tables["Metrics, by request"]) == few
     assert "Metrics, by request" not in folded
-    for shown, name, of in (
-        ("All metrics", "by request", MODELS),
-        ("Metrics", "by user", other),
-    ):
+    for shown, name, of in (("All metrics", "by request", MODELS), ("Metrics", "by user", other)):
         for metric in ("mrr@20", "gini@100"):
             expected = [x[metric] if "gini" in metric else x[metric]["mean"] for x in of.values()]
             assert PAGE.values(f"{shown}, {name}", metric) == expected

@@ -108,7 +108,7 @@ def test_a_process_that_dies_at_its_start_costs_its_row(
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("failing", "trusted_exports", "few_signatures")
+@pytest.mark.usefixtures("failing", "trusted_exports", "few_signatures", "figures_undrawn")
 def test_a_run_exports_and_reports_without_a_baseline_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

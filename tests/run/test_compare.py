@@ -20,13 +20,7 @@ from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_setti
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation, averaged
-from tfrs_pipeline.run.compare import (
-    PLANS,
-    compare_plans,
-    every_loser,
-    num_columns,
-    sampling_plans,
-)
+from tfrs_pipeline.run.compare import PLANS, compare_plans, every_loser, num_columns, sampling_plans
 from tfrs_pipeline.run.comparison import WIDTH, Comparison, OverSeeds, compared_in_words
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.measure import evaluate_all
@@ -47,19 +41,20 @@ def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    folder = tmp_path_factory.mktemp("funnel")
+def config(module_path: Path) -> RunConfig:
     stages = {"num_retrieved": 30, "num_pre_ranked": 15, "num_ranked": 8, "num_exposed": 5}
     options = FunnelOptions(**stages, click_bias=-2.0)
     made = simulate_funnel(num_users=150, num_items=400, num_requests=1500, seed=1, options=options)
-    made.log.events.to_parquet(folder / "funnel.parquet")
-    return funnel_config(folder, plans=["mixed", "in_batch_uncorrected", "hybrid_0.1"], seeds=2)
+    made.log.events.to_parquet(module_path / "funnel.parquet")
+    return funnel_config(
+        module_path, plans=["mixed", "in_batch_uncorrected", "hybrid_0.1"], seeds=2
+    )
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(module_path: Path) -> Path:
     """Returns the folder of the comparison that the tests read."""
-    return tmp_path_factory.mktemp("compared")
+    return module_path / "compared"
 
 
 @pytest.fixture(scope="module")
@@ -432,14 +427,6 @@ def test_a_stopped_one_goes_on(
     assert epochs == {(f"{name}, selection", i): 1 for name in names for i in every}
     with pytest.raises(ValueError, match=r"other settings \(model.dim: 16, now 8\)"):
         compare_plans(with_settings(more, {"model.dim": 8}), folder)
-
-
-def test_the_flag_for_seeds_is_found(command: Any) -> None:
-    answer = command("compare", "--seeds", "3")
-    assert (answer.code, answer.err) == (
-        2,
-        "error: unknown flag --seeds; did you mean '--compare.seeds'?\n",
-    )
 
 
 # In Python

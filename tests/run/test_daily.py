@@ -17,12 +17,10 @@ import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_id, item_table, small_config, write
-from tfrs_pipeline import ConfigError, Holdout
+from tfrs_pipeline import ConfigError, Holdout, Split, evaluate, load
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
-from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
-from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run import training
 from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder, with_source
@@ -30,11 +28,8 @@ from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
-from tfrs_pipeline.serving.retriever import load
 
-pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "figures_undrawn"
-)
+pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.
 WITHDRAWN = [5, 6]  # Items of today's events that today's item table lacks.
 
@@ -74,15 +69,14 @@ def config_of(folder: Path, day: str, items: range, **settings: Any) -> RunConfi
 
 
 @pytest.fixture(scope="module")
-def yesterday(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    folder = tmp_path_factory.mktemp("daily")
-    config = config_of(folder, "yesterday", YESTERDAY)
-    return run(config, folder / "runs" / "yesterday")
+def yesterday(module_path: Path) -> RunResult:
+    config = config_of(module_path, "yesterday", YESTERDAY)
+    return run(config, module_path / "runs" / "yesterday")
 
 
 @pytest.fixture(scope="module")
-def place(yesterday: RunResult) -> Path:
-    return yesterday.folder.parents[1]
+def place(yesterday: RunResult, module_path: Path) -> Path:
+    return module_path
 
 
 def model_folder(place: Path) -> Path:

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from tests.serving.running_server import PREDICT, TOKEN, Running, retrieve_user
+from tests.serving.running_server import PREDICT, Running, retrieve_user, send
 from tests.small_log import Watched, small_config, write
 from tfrs_pipeline import Log
 from tfrs_pipeline.durable import read_record
@@ -20,7 +20,7 @@ from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 NUM_USERS, NUM_ITEMS = 60, 40
 
 
@@ -94,8 +94,7 @@ def test_a_reported_item_never_comes_back(tmp_path: Path, command: Any) -> None:
         assert {*answer}.isdisjoint(gone[user])
         assert {*loaded.stored_history(user)}.isdisjoint(gone[user])
         assert {*loaded.disliked_items([user])[0]} == gone[user]
-    (tmp_path / "token").write_text(TOKEN)
-    with Running(config.model_folder, token_file=tmp_path / "token", record_share=1) as server:
+    with Running(config.model_folder, takes_writes=True, record_share=1) as server:
         first = server.predict(**retrieve_user([7], [[]], NUM_ITEMS))["outputs"]["candidate_ids"]
         new, clicked, *_ = first[0]
         assert {*first[0]}.isdisjoint(gone[7])
@@ -105,8 +104,7 @@ def test_a_reported_item_never_comes_back(tmp_path: Path, command: Any) -> None:
             {"user_id": 7, "item_id": item, "type": kind, "time": now + second}
             for item, kind, second in done
         ]
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        assert server.post("/v1/events", json={"events": events}, headers=headers).is_success
+        assert send(server, {"events": events}).is_success
         request = retrieve_user([7], [[]], NUM_ITEMS)
         (answer,) = server.post(PREDICT, json=request).json()["outputs"]["candidate_ids"]
         assert {*answer}.isdisjoint({*gone[7], new})

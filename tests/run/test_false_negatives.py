@@ -1,7 +1,5 @@
 """How many hard negatives are clicked later: counted again from the events, by a loop."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -12,11 +10,8 @@ import pytest
 
 import tfrs_pipeline as tp
 from tests.small_log import Watched, small_config
-from tfrs_pipeline.batches.examples import SinglePositives
-from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.evaluation.bootstrap import Interval, ratio_interval
-from tfrs_pipeline.model.false_negatives import FalseNegatives, false_negatives
+from tfrs_pipeline.evaluation.bootstrap import ratio_interval
+from tfrs_pipeline.model.false_negatives import false_negatives
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
@@ -35,7 +30,7 @@ def simulated(num_users: int = 60) -> tp.Log:
 class Counted:
     """The events of a split as sets, by user."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: tp.Split) -> None:
         rows = split.events.to_pyarrow().to_pylist()
         self.clicks, self.shown, self.later = (defaultdict[int, set[int]](set) for _ in range(3))
         self.num_clicks = defaultdict[int, int](int)
@@ -68,7 +63,7 @@ class Counted:
         }
         return sum(n[item] for item in self.later[user] if item in n) / sum(n.values())
 
-    def check(self, stage: str, count: FalseNegatives) -> None:
+    def check(self, stage: str, count: tp.FalseNegatives) -> None:
         pairs = {user: self.losers[user, stage] for user, items in self.later.items() if items}
         hits = {user: len(items & self.later[user]) for user, items in pairs.items()}
         num_pairs = sum(map(len, pairs.values()))
@@ -81,7 +76,8 @@ class Counted:
         assert count.rate.low <= count.rate.mean <= count.rate.high
 
 
-def test_a_run_counts_them_by_stage_and_tells_them(tmp_path: Path, traced_once: None) -> None:
+@pytest.mark.usefixtures("traced_once", "figures_undrawn")
+def test_a_run_counts_them_by_stage_and_tells_them(tmp_path: Path) -> None:
     simulated().events.to_parquet(tmp_path / "funnel.parquet")
     settings: dict[str, Any] = {"split": {"kind": "last_share"}, "export": {"index": "none"}}
     settings["model"] = {"hard": "funnel:share=0.1"}
@@ -92,7 +88,7 @@ def test_a_run_counts_them_by_stage_and_tells_them(tmp_path: Path, traced_once: 
     metrics = run(config, tmp_path / "run", progress=watched).metrics
     folder = RunFolder(tmp_path / "run")
     log = tp.Log.read(folder.data)
-    counted = Counted(Split.read(log, folder.split))
+    counted = Counted(tp.Split.read(log, folder.split))
     assert set(metrics["false_negatives"]) == set(STAGES)
     page = tp.write_report(folder.path).read_text()
     notes = metrics["notes"]["samples"]
@@ -101,8 +97,8 @@ def test_a_run_counts_them_by_stage_and_tells_them(tmp_path: Path, traced_once: 
         words = written.pop("words")
         assert f"{stage}: {words}" in notes
         assert f"False negatives, {stage}: {words}." in page
-        intervals = {name: Interval(**written[name]) for name in ("rate", "times_easy")}
-        counted.check(stage, FalseNegatives(**{**written, **intervals}))
+        intervals = {name: tp.Interval(**written[name]) for name in ("rate", "times_easy")}
+        counted.check(stage, tp.FalseNegatives(**{**written, **intervals}))
     saved = json.loads((tmp_path / "run" / "metrics.json").read_text())["false_negatives"]
     assert [*saved] == [*STAGES]
 
@@ -143,8 +139,8 @@ def test_without_hard_negatives_or_a_log_there_is_nothing_to_count() -> None:
     with pytest.raises(ValueError, match="give a model with `hard`"):
         tp.TwoTower().false_negatives(split.train, split.validation)
     samples = tp.Samples.from_pairs([1, 2], [1, 4], num_queries=2, num_candidates=6)
-    examples = SinglePositives(samples, batch_size=2, history_length=4, seed=0)
-    batches = HybridBatches(samples, examples, [tp.Uniform(5)], seed=0)
+    examples = tp.SinglePositives(samples, batch_size=2, history_length=4, seed=0)
+    batches = tp.HybridBatches(samples, examples, [tp.Uniform(5)], seed=0)
     with pytest.raises(ValueError, match="samples of a log"):
         false_negatives(batches, split.validation)
 

@@ -164,14 +164,13 @@ def of_clicks(path: str, **export: Any) -> RunConfig:
     return RunConfig(data={"path": path}, export=export)
 
 
-def test_names_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_names_of_other_models_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = Path("saved_models/log/1/manifest.json")
     written.parent.mkdir(parents=True)
     config = of_clicks("a/log.csv")
     about = {"config": config.model_dump(mode="json"), "log": name_of_log(config.data)}
     write_record(written, about)
-    for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
+    for same in ("a/log.csv", here / "a" / "log.csv", "b/../a/log.csv"):
         check_model_name(of_clicks(str(same)))
     # What a killed export left behind is not a model.
     left = written.parents[1] / ".partial-1" / "manifest.json"
@@ -179,17 +178,17 @@ def test_names_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     write_record(left, {"config": {"data": {"path": "b/log.csv", "source": ""}}, "log": "other"})
     check_model_name(config)
     # A link to the file of the day is one log, wherever it points.
-    today, names = tmp_path / "log.csv", set()
+    today, names = here / "log.csv", set()
     for day in ("monday", "tuesday"):
         today.unlink(missing_ok=True)
-        today.symlink_to(tmp_path / f"{day}.csv")
+        today.symlink_to(here / f"{day}.csv")
         names.add(name_of_log(of_clicks("log.csv").data))
     assert len(names) == 1
     # The same relative path in another folder is another log.
-    (tmp_path / "c").mkdir()
+    (here / "c").mkdir()
     with monkeypatch.context() as elsewhere:
-        elsewhere.chdir(tmp_path / "c")
-        other = of_clicks("a/log.csv", directory=tmp_path / "saved_models")
+        elsewhere.chdir(here / "c")
+        other = of_clicks("a/log.csv", directory=here / "saved_models")
         with pytest.raises(ConfigError, match=r"is a model of /.*/a/log\.csv"):
             check_model_name(other)
     # A table of Spark has a name and no folder.
@@ -200,8 +199,8 @@ def test_names_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         ConfigError, match=r"^export.name: .*log/1 is a model of /.*/a/log.csv: set"
     ):
-        run(of_clicks("b/log.csv"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        run(of_clicks("b/log.csv"), here / "run")
+    assert not (here / "run").exists()
     write_record(written, {})  # As in a model exported from Python.
     for path, told in (("a/log.csv", "of data that it does not name"), ("журнал.csv", "required")):
         with pytest.raises(ConfigError, match=rf"^export\.name: .*{told}"):

@@ -18,20 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
+import tfrs_pipeline as tp
 from tests import small_log
 from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
-from tfrs_pipeline import Ease, Holdout, ItemKnn, MostPopular, TwoTower, UserSets, durable
+from tfrs_pipeline import durable
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
-from tfrs_pipeline.config import RunConfig, dump_config, load_config, with_settings
-from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.durable import file_hash, read_record, write_record
-from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.evaluation.metrics import popularity_slices
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
-from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.data import RunData, final_part, prepare
 from tfrs_pipeline.run.folder import RunFolder, own_version
@@ -46,9 +42,7 @@ from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
-pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "traced_once", "figures_undrawn"
-)
+pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate",
           "export", "metrics"]  # fmt: skip
 
@@ -57,36 +51,36 @@ STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate"
 class Finished:
     """A finished run, and what it reported."""
 
-    config: RunConfig
+    config: tp.RunConfig
     folder: Path
     metrics: dict[str, Any]
     export_folder: Path
     reports: dict[str, StepReport]
     ids: Ids
 
-    def holdout(self, part: Literal["validation", "test"]) -> Holdout:
+    def holdout(self, part: Literal["validation", "test"]) -> tp.Holdout:
         return split_of(self.folder).holdout(part)
 
 
-def go(config: RunConfig, folder: Path, ids: Ids = "str") -> Finished:
+def go(config: tp.RunConfig, folder: Path, ids: Ids = "str") -> Finished:
     watched = Watched()
     result = run(config, folder, progress=watched)
     version = result.export_folder or Path("not exported")
     return Finished(config, folder, result.metrics, version, watched.reports, ids)
 
 
-def run_until(config: RunConfig, folder: Path, stop: Any) -> dict[str, StepReport]:
+def run_until(config: tp.RunConfig, folder: Path, stop: Any) -> dict[str, StepReport]:
     watched = Watched(stop)
     with pytest.raises(Stopped):
         run(config, folder, progress=watched)
     return watched.reports
 
 
-def split_of(folder: Path) -> Split:
+def split_of(folder: Path) -> tp.Split:
     return split_in(RunFolder(folder))
 
 
-def stages_config(folder: Path, events: pa.Table, **settings: Any) -> RunConfig:
+def stages_config(folder: Path, events: pa.Table, **settings: Any) -> tp.RunConfig:
     """Makes settings for a Parquet log: stages, times, string ids, features of both sides."""
     data = {
         "path": write(events, folder / "events.parquet"),
@@ -99,7 +93,7 @@ def stages_config(folder: Path, events: pa.Table, **settings: Any) -> RunConfig:
     return small_log.small_config(folder, data, **{"split": split, **settings})
 
 
-def ratings_config(folder: Path) -> RunConfig:
+def ratings_config(folder: Path) -> tp.RunConfig:
     """Makes settings for ordered CSV ratings: no times, integer ids, other column names."""
     events = event_table("int").select(["user_id", "item_id", "rating"])
     events = events.rename_columns(["viewer", "film", "stars"])
@@ -113,15 +107,15 @@ def ratings_config(folder: Path) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def of_stages(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("stages")
+def of_stages(module_path: Path) -> Finished:
+    folder = module_path / "stages"
     evaluation = {"baselines": ["popularity", "ease"]}
     return go(stages_config(folder, event_table("str"), evaluation=evaluation), folder / "run")
 
 
 @pytest.fixture(scope="module")
-def of_ratings(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("ratings")
+def of_ratings(module_path: Path) -> Finished:
+    folder = module_path / "ratings"
     return go(ratings_config(folder), folder / "run", "int")
 
 
@@ -145,9 +139,9 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def measured(retriever: Retriever, queries: Holdout, config: RunConfig) -> dict[str, Any]:
+def measured(retriever: tp.Retriever, queries: tp.Holdout, config: tp.RunConfig) -> dict[str, Any]:
     options = {name: getattr(config.evaluation, name) for name in ("exclude", "cutoffs")}
-    return evaluate(retriever, queries, seed=config.seed, **options).first.summary()
+    return tp.evaluate(retriever, queries, seed=config.seed, **options).first.summary()
 
 
 # What a run reports
@@ -175,7 +169,7 @@ def test_popularity_is_counted_where_the_model_was_trained(finished: Finished) -
     trained_on = [row for row in rows if row["part"] in parts and row["stage"] == "clicked"]
     clicks = Counter(row["item_id"] for row in trained_on)
     counts = [clicks[item_id(i, finished.ids)] for i in range(NUM_ITEMS)]
-    slices = popularity_slices(np.array(counts))
+    slices = tp.popularity_slices(np.array(counts))
     for part, of_part in finished.metrics["models"]["two_tower"]["slices"].items():
         assert of_part["num_candidates"] == slices[part].sum()
 
@@ -219,22 +213,22 @@ def test_a_step_is_added_in_one_place_and_is_drawn_listed_and_run(
 ) -> None:
     """As `CONTRIBUTING.md` says; here from outside the package, between two other steps."""
 
-    def longest(run: RunContext, split: Split, samples: RunData) -> int:
+    def longest(run: RunContext, split: tp.Split, samples: RunData) -> int:
         run.note(f"seed {run.config.seed}")
         return max(map(len, split.validation.histories))
 
     added = Step("longest", ("samples", "split"), "longest_history", longest, workers="chief")
     steps_before = pipeline.run_steps
 
-    def run_steps(config: RunConfig) -> list[Step]:
+    def run_steps(config: tp.RunConfig) -> list[Step]:
         steps = steps_before(config)
         return [*steps[:4], added, *steps[4:]]
 
     monkeypatch.setattr(pipeline, "run_steps", run_steps)
     short = {"training.max_epochs": 1, "training.refit": False, "evaluation.baselines": ()}
-    config = with_settings(of_stages.config, {**short, "export.index": "none"})
+    config = tp.with_settings(of_stages.config, {**short, "export.index": "none"})
     assert "samples --> longest_history" in as_diagram(pipeline.run_steps(config))
-    (tmp_path / "short.toml").write_text(dump_config(config))
+    (tmp_path / "short.toml").write_text(tp.dump_config(config))
     checked = command("run", "--config", tmp_path / "short.toml", "--check").out
     assert "# longest: samples, split -> longest_history\n" in checked
     result = run(config, tmp_path / "run", progress=(watched := Watched()))
@@ -267,7 +261,7 @@ def test_one_question_decides_and_the_other_is_measured(
 ) -> None:
     config, split = of_stages.config, split_of(of_stages.folder)
     trained_on, metrics = final_part(config, split), of_stages.metrics
-    popular = MostPopular().fit(trained_on)
+    popular = tp.MostPopular().fit(trained_on)
     assert (metrics["asked_by"], metrics["other"]["asked_by"]) == ("requests", "users")
     asked_by: list[tuple[AskedBy, Any]] = [("requests", metrics), ("users", metrics["other"])]
     for by, asked in asked_by:
@@ -278,7 +272,7 @@ def test_one_question_decides_and_the_other_is_measured(
     # lacks events of the same time, and the history before the test does not.)
     last: dict[str, Any] = {"split.kind": "last_n", "split.validation": 1, "split.test": 1}
     last["data.ties"] = "order"
-    data = prepare(with_settings(config, last), tmp_path / "run")
+    data = prepare(tp.with_settings(config, last), tmp_path / "run")
     assert data.test.by == data.validation.by == "users"
     assert isinstance(data.other_test, str)
     assert "by request is the same" in data.other_test
@@ -304,24 +298,23 @@ def test_no_file_of_the_data_is_hashed_twice(
 
 @pytest.mark.parametrize("by", [None, "users", "requests", "last_request"])
 def test_validation_and_test_ask_the_same_question(of_stages: Finished, by: AskedBy | None) -> None:
-    config = with_settings(of_stages.config, {"evaluation.by": by})
+    config = tp.with_settings(of_stages.config, {"evaluation.by": by})
     data, split = prepare(config, of_stages.folder), split_of(of_stages.folder)
     asked = by or "requests"  # The log has an order.
     parts: Any = {"validation": data.validation, "test": data.test}
     for part, holdout in parts.items():
         assert holdout.by == asked
         assert holdout.fingerprint() == split.holdout(part, by=asked).fingerprint()
-    assert isinstance(data.other_test, Holdout)
+    assert isinstance(data.other_test, tp.Holdout)
     assert data.other_test.by == ("requests" if asked == "users" else "users")
 
 
 def test_the_guide_to_trackers_logs_the_test_by_both_questions(
-    of_stages: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of_stages: Finished, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first snippet runs as it is, with a tracker that only keeps what it is given."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "videos-1").symlink_to(of_stages.folder)
-    monkeypatch.chdir(tmp_path)
+    (here / "runs").mkdir()
+    (here / "runs" / "videos-1").symlink_to(of_stages.folder)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
     logged: dict[str, float] = {}
     tracker = MagicMock()
@@ -351,26 +344,26 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
     found, notes = fit_best("popularity", forms["popularity"], config, data)
     scores = {}
     for latest in (1.0, 0.2, 0.05, 0.01):
-        popular = MostPopular(latest=latest).fit(data.split.train)
+        popular = tp.MostPopular(latest=latest).fit(data.split.train)
         options: dict[str, Any] = {"exclude": "none", "cutoffs": (5, 20), "num_bootstrap": 0}
-        overall = evaluate(popular, data.validation, **options).first.overall
+        overall = tp.evaluate(popular, data.validation, **options).first.overall
         scores[latest] = overall.intervals[config.training.monitor].mean
-    best = MostPopular(latest=max(scores, key=lambda latest: scores[latest]))
+    best = tp.MostPopular(latest=max(scores, key=lambda latest: scores[latest]))
     assert len(set(scores.values())) > 1
     assert notes == [f"popularity: {best!r}, best of 4 on validation"]
     assert list(forms) == ["popularity", "repeats"]
     expected = best.fit(data.split.before_test).retrieve([{}], 80)
     np.testing.assert_array_equal(found.retrieve([{}], 80), expected)
-    excluding = with_settings(config, {"evaluation.exclude": "clicked"})
+    excluding = tp.with_settings(config, {"evaluation.exclude": "clicked"})
     assert list(baselines_of(excluding, data)) == ["popularity"]
-    choices = [Ease(1.0), Ease(50.0)]
+    choices = [tp.Ease(1.0), tp.Ease(50.0)]
     (note,) = fit_best("ease", choices, config, data)[1]
     assert note in [f"ease: {ease!r}, best of 2 on validation" for ease in choices]
-    named = with_settings(config, {"evaluation.baselines": ("itemknn",)})
+    named = tp.with_settings(config, {"evaluation.baselines": ("itemknn",)})
     neighbors = baselines_of(named, data)["itemknn"]
     # A user's own items are candidates only where rankings do not exclude them.
-    assert {form.own_items for form in neighbors if isinstance(form, ItemKnn)} == {False, True}
-    others = ItemKnn.forms(seed=0, by_time=True, exclude="clicked")
+    assert {form.own_items for form in neighbors if isinstance(form, tp.ItemKnn)} == {False, True}
+    others = tp.ItemKnn.forms(seed=0, by_time=True, exclude="clicked")
     assert {form.own_items for form in others} == {False}
     (note,) = fit_best("itemknn", neighbors, config, data)[1]
     num = len(neighbors)
@@ -381,8 +374,8 @@ def test_a_beaten_model_is_exported_only_if_asked_for(tmp_path: Path, command: A
     """The run first says by how much it lost; it is kept, and exports without more training."""
     settings = {"training.learning_rate": 1e-9, "training.max_epochs": 1, "export.index": "exact"}
     settings |= {"evaluation.baselines": ("popularity", "ease"), "export.if_beaten": False}
-    config, folder = with_settings(ratings_config(tmp_path), settings), tmp_path / "run"
-    (tmp_path / "lost.toml").write_text(dump_config(config))
+    config, folder = tp.with_settings(ratings_config(tmp_path), settings), tmp_path / "run"
+    (tmp_path / "lost.toml").write_text(tp.dump_config(config))
     code, shown, told = command("run", "--config", tmp_path / "lost.toml", "--run-dir", folder)
     assert code == NOT_PUBLISHED
     metrics = read_record(folder / "metrics.json")
@@ -416,7 +409,7 @@ def test_all_reasons_against_an_export_are_told_at_once(
     monkeypatch.setattr(pipeline, "worse_than_version", lambda *arguments, **options: worse)
     overruled: dict[str, Any] = {"export.if_beaten": True, "export.gate": False}
     settings = {"export.gate": True} | {name: overruled[name] for name in allowed}
-    config = with_settings(ratings_config(tmp_path), {"export.if_beaten": False, **settings})
+    config = tp.with_settings(ratings_config(tmp_path), {"export.if_beaten": False, **settings})
     evaluation: Any = SimpleNamespace(results={"two_tower": None, "ease": None, IN_SERVICE: None})
     notes: list[str] = []
     with pytest.raises(NotPublished) as caught:
@@ -433,7 +426,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     items = small_log.item_table("str")
     write(items.filter(pc.not_equal(items["item_id"], lost)), tmp_path / "items.parquet")
     settings = {"data.unknown_items": "drop", "data.duplicates": "drop", "split.min_positives": 15}
-    reports = run_until(with_settings(config, settings), tmp_path / "run", "split")
+    reports = run_until(tp.with_settings(config, settings), tmp_path / "run", "split")
     num_lost = sum(row["item_id"] == lost for row in logged)
     left = [row for row in rows if row["item_id"] != lost]
     first, since, days, dropped, *reasons, unread, ties = reports["data"].notes
@@ -488,7 +481,7 @@ def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> No
     manifest = json.loads((finished.export_folder / "manifest.json").read_text())
     log = json.loads((finished.folder / "data" / "log.json").read_text())
     assert manifest["items_read"] == log["items_read"]
-    assert RunConfig(**manifest["config"]) == finished.config
+    assert tp.RunConfig(**manifest["config"]) == finished.config
     assert manifest["example_user"] == finished.holdout("test").user_ids.tolist()[0]
     assert manifest["metrics"] == json.loads(json.dumps(finished.metrics["models"]["two_tower"]))
     assert manifest["index"] == finished.metrics["index"]
@@ -504,7 +497,7 @@ def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> No
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: Finished) -> None:
     """With another folder's settings, and stopped several times, it ends as that folder's run."""
-    config = load_config(of_stages.folder / "config.toml")
+    config = tp.load_config(of_stages.folder / "config.toml")
     epoch_stops = [("two_tower, selection", 1), ("two_tower, refit", 1)]
     stopped = [Watched(stop) for stop in [("samples", 0), *epoch_stops, ("baselines", 0)]]
     last = Watched()
@@ -523,7 +516,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
 
 def test_a_trained_model_is_read_back_unless_damaged(tmp_path: Path, of_stages: Finished) -> None:
     folder = Path(shutil.copytree(of_stages.folder, tmp_path / "run"))
-    config = with_settings(of_stages.config, {"export.index": "none"})
+    config = tp.with_settings(of_stages.config, {"export.index": "none"})
     (saved,) = (folder / "checkpoints" / "two_tower" / "refit").glob("epoch-*.data-*")
     for is_damaged in (False, True):
         if is_damaged:
@@ -607,7 +600,7 @@ def with_other_items(events: pa.Table, folder: Path, parts: tuple[str, ...]) -> 
     return pa.Table.from_pylist(rows, schema=events.schema)
 
 
-def assert_same_histories(a: Holdout, b: Holdout) -> None:
+def assert_same_histories(a: tp.Holdout, b: tp.Holdout) -> None:
     for name in ("user_ids", "histories", "clicked", "seen"):
         for left, right in zip(getattr(a, name), getattr(b, name), strict=True):
             np.testing.assert_array_equal(left, right)
@@ -676,14 +669,14 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(
     settings = {"training.examples": "sets", "training.max_epochs": 4, "export.index": "none"}
     settings |= {"data.is_ordered": False, "model.negatives": ("uniform:num=32",)}
     settings |= {"evaluation.baselines": ("popularity", "transitions")}
-    config = with_settings(ratings_config(tmp_path), settings)
+    config = tp.with_settings(ratings_config(tmp_path), settings)
     finished = go(config, tmp_path / "run", "int")
     samples = read_samples(finished.folder / "samples" / "selection")
     for i, candidate in enumerate(samples.candidate_rows.tolist()):
         others = {*samples.known_positives[samples.query_rows[i]].tolist()} - {candidate}
         assert sorted(samples.history(i).tolist()) == sorted(others)
-    batches = TwoTower(**dict(config.model), training=config.training).batches(samples)
-    assert isinstance(batches.examples, UserSets)
+    batches = tp.TwoTower(**dict(config.model), training=config.training).batches(samples)
+    assert isinstance(batches.examples, tp.UserSets)
     models = finished.metrics["models"]
     assert list(models) == ["two_tower", "popularity"]  # Transitions need an order.
     assert models["two_tower"]["ndcg@20"]["mean"] > 1.3 * models["popularity"]["ndcg@20"]["mean"]
@@ -696,7 +689,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(
 def test_a_whole_run_proves_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "prove", PROVE)
     baselines = ("popularity", "transitions", "itemknn", "ease", "ials")
-    config = with_settings(ratings_config(tmp_path), {"evaluation.baselines": baselines})
+    config = tp.with_settings(ratings_config(tmp_path), {"evaluation.baselines": baselines})
     finished = go(config, tmp_path / "run", "int")
     assert tuple(finished.metrics["models"]) == ("two_tower", *baselines)
     assert "fresh process" in finished.reports["export"].notes[-1]

@@ -17,12 +17,8 @@ from hypothesis import strategies as st
 
 import tfrs_pipeline as tp
 from tests.small_log import Stopped, Watched, event_table, small_config, write
-from tfrs_pipeline import ConfigError, TrainingSettings
-from tfrs_pipeline.config import RunConfig, load_config, with_settings
-from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
@@ -30,27 +26,24 @@ from tfrs_pipeline.run.race import (
     FIRST_EPOCHS,
     TIMED_EPOCHS,
     Curve,
-    Race,
     planned,
     race_in_rungs,
     trainable_recipes,
 )
 
-pytestmark = pytest.mark.usefixtures(
-    "trusted_exports", "few_signatures", "baselines_here", "traced_once"
-)
+pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 # Small settings, so that a race takes seconds; no recipe changes them.
 GIVEN = {"model.dim": 8, "model.negatives": ["uniform:num=32"], "model.history_length": 10}
 GIVEN |= {"training.max_epochs": 3, "training.batch_size": 256, "training.monitor": "ndcg@20"}
 UNEXPORTED = {"export.index": "none"}
-Raced: TypeAlias = tuple[RunConfig, RunResult]
+Raced: TypeAlias = tuple[tp.RunConfig, RunResult]
 
 
-def config_in(folder: Path, **changes: Any) -> RunConfig:
+def config_in(folder: Path, **changes: Any) -> tp.RunConfig:
     path = write(event_table("int"), folder / "events.parquet")
     config = small_config(folder, {"path": path}, split={"kind": "last_share", "test": 0.2})
     asked = {"recipes": ["default", "sets"], "fixed": list(GIVEN), "members": 1}
-    return with_settings(config, {**GIVEN, **asked, **changes})
+    return tp.with_settings(config, {**GIVEN, **asked, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +52,9 @@ def watched() -> Watched:
 
 
 @pytest.fixture(scope="module")
-def raced(tmp_path_factory: pytest.TempPathFactory, watched: Watched) -> Raced:
-    folder = tmp_path_factory.mktemp("race")
-    config = config_in(folder)
-    return config, run(config, folder / "run", progress=watched)
+def raced(module_path: Path, watched: Watched) -> Raced:
+    config = config_in(module_path)
+    return config, run(config, module_path / "run", progress=watched)
 
 
 def curves_of(result: RunResult) -> dict[str, list[float]]:
@@ -93,8 +85,8 @@ def test_the_winner_is_trained_and_its_settings_are_the_runs(raced: Raced) -> No
 def test_a_recipe_trains_in_a_race_as_it_trains_alone(raced: Raced, tmp_path: Path) -> None:
     config, result = raced
     best = result.metrics["race"]["winner"]
-    alone = with_settings(planned(config, PRESETS[best]), {"recipes": (), "fixed": ()})
-    alone = with_settings(alone, UNEXPORTED)
+    alone = tp.with_settings(planned(config, PRESETS[best]), {"recipes": (), "fixed": ()})
+    alone = tp.with_settings(alone, UNEXPORTED)
     trained = run(alone, tmp_path / "run").metrics
     assert trained["training"]["two_tower"] == result.metrics["training"]["two_tower"]
     assert trained["models"]["two_tower"] == result.metrics["models"]["two_tower"]
@@ -102,16 +94,16 @@ def test_a_recipe_trains_in_a_race_as_it_trains_alone(raced: Raced, tmp_path: Pa
 
 def test_the_next_days_run_does_not_race(raced: Raced) -> None:
     _, result = raced
-    settings = load_config(result.folder / "config.toml")
-    today = with_settings(settings, {"warm_start": result.folder, "split.test": 0.1})
+    settings = tp.load_config(result.folder / "config.toml")
+    today = tp.with_settings(settings, {"warm_start": result.folder, "split.test": 0.1})
     steps = [step.name for step in run_steps(today)]
     assert "train two_tower" in steps
     assert "race" not in steps
     source = tp.trained_in(result.folder)
     assert source is not None
     assert source.settings == today.model
-    with pytest.raises(ConfigError, match="recipes: got some with warm_start"):
-        with_settings(today, {"recipes": ["default"]})
+    with pytest.raises(tp.ConfigError, match="recipes: got some with warm_start"):
+        tp.with_settings(today, {"recipes": ["default"]})
 
 
 def test_a_killed_race_goes_on_and_ends_the_same(raced: Raced, tmp_path: Path) -> None:
@@ -161,21 +153,21 @@ def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     assert trained == {"default": 3, "sets": 0}
     assert result.metrics["race"]["winner"] == "default"
     # The winner's settings do not race, so they have no budget of their own.
-    assert RunFolder(result.folder).settings().budget == RunConfig().budget
+    assert RunFolder(result.folder).settings().budget == tp.RunConfig().budget
     assert "sets: not trained before the budget ended" in result.metrics["race"]["lines"]
     assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
 
 
 def test_a_budget_has_a_unit() -> None:
     for text, seconds in (("90", 90.0), ("90s", 90.0), ("10m", 600.0), ("1.5h", 5400.0)):
-        assert RunConfig(budget=text).budget == RunConfig(budget=seconds).budget == seconds
+        assert tp.RunConfig(budget=text).budget == tp.RunConfig(budget=seconds).budget == seconds
     for wrong in ("ten minutes", "10d", "0", "-5", "m"):
-        with pytest.raises(ConfigError, match="budget"):
-            RunConfig(budget=wrong)
+        with pytest.raises(tp.ConfigError, match="budget"):
+            tp.RunConfig(budget=wrong)
 
 
 IN_ORDER = ("quick", "sequence", "sparse")
-ORDERED_LOG = Log.from_table(event_table("int").select(["user_id", "item_id"]))
+ORDERED_LOG = tp.Log.from_table(event_table("int").select(["user_id", "item_id"]))
 
 
 @pytest.mark.parametrize(("is_ordered", "given", "racing", "why"), [
@@ -190,11 +182,11 @@ ORDERED_LOG = Log.from_table(event_table("int").select(["user_id", "item_id"]))
 def test_who_races(is_ordered: bool, given: Any, racing: Any, why: Any, tmp_path: Path) -> None:
     log = dataclasses.replace(ORDERED_LOG, is_ordered=is_ordered)
     # Given settings may contradict those that a recipe would replace.
-    training = TrainingSettings(**{x.removeprefix("training."): y for x, y in given.items()})
+    training = tp.TrainingSettings(**{x.removeprefix("training."): y for x, y in given.items()})
     tables = {"data": DataConfig(is_ordered=is_ordered), "training": training}
     asked = {"recipes": RECIPES, "fixed": tuple(given), **tables}
-    config = RunConfig.model_construct(**{**dict(RunConfig()), **asked})
-    data = TrainingSet.build(log, tmp_path, seed=0)
+    config = tp.RunConfig.model_construct(**{**dict(tp.RunConfig()), **asked})
+    data = tp.TrainingSet.build(log, tmp_path, seed=0)
     found, not_begun = trainable_recipes(config, data)
     assert tuple(found) == racing
     assert not_begun.keys() == why.keys()
@@ -204,9 +196,9 @@ def test_who_races(is_ordered: bool, given: Any, racing: Any, why: Any, tmp_path
 
 def test_if_none_can_race_the_first_recipe_says_why(tmp_path: Path) -> None:
     """`sets` could have no hard negatives anyway, whatever the log is."""
-    config = with_settings(RunConfig(), {"model.hard": "funnel", "recipes": RECIPES})
-    data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0, hard=config.model.hard)
-    config = with_settings(config, {"fixed": ["model.hard"]})
+    config = tp.with_settings(tp.RunConfig(), {"model.hard": "funnel", "recipes": RECIPES})
+    data = tp.TrainingSet.build(ORDERED_LOG, tmp_path, seed=0, hard=config.model.hard)
+    config = tp.with_settings(config, {"fixed": ["model.hard"]})
     with pytest.raises(ValueError, match=r"none of .* positives has one"):
         trainable_recipes(config, data)
 
@@ -214,17 +206,17 @@ def test_if_none_can_race_the_first_recipe_says_why(tmp_path: Path) -> None:
 def test_sets_do_not_race_in_a_log_with_request_features(tmp_path: Path) -> None:
     table = event_table("int").select(["user_id", "item_id"])
     table = table.append_column("device", [["ios"] * table.num_rows])
-    log = Log.from_table(table, request_features={"device": "categorical"})
-    data = TrainingSet.build(log, tmp_path, seed=0)
-    found, not_begun = trainable_recipes(RunConfig(recipes=RECIPES), data)
+    log = tp.Log.from_table(table, request_features={"device": "categorical"})
+    data = tp.TrainingSet.build(log, tmp_path, seed=0)
+    found, not_begun = trainable_recipes(tp.RunConfig(recipes=RECIPES), data)
     assert tuple(found) == ("default", *IN_ORDER)
     assert "request features" in not_begun["sets"]
 
 
 def test_recipes_that_the_given_settings_make_equal_race_once(tmp_path: Path) -> None:
     every = list(dict.fromkeys(x for name in RECIPES for x in PRESETS[name].of_training()))
-    config = with_settings(RunConfig(), {"recipes": RECIPES, "fixed": every})
-    data = TrainingSet.build(ORDERED_LOG, tmp_path, seed=0)
+    config = tp.with_settings(tp.RunConfig(), {"recipes": RECIPES, "fixed": every})
+    data = tp.TrainingSet.build(ORDERED_LOG, tmp_path, seed=0)
     found, not_begun = trainable_recipes(config, data)
     assert tuple(found) == ("default",)
     assert set(not_begun.values()) == {"your settings make it equal to default"}
@@ -239,7 +231,7 @@ def test_a_race_in_python_is_one_call(
 ) -> None:
     """A recipe of the user's own is one object, made outside the package (CONTRIBUTING.md)."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    train, validation, _ = Log.from_table(event_table("int")).split(
+    train, validation, _ = tp.Log.from_table(event_table("int")).split(
         "last_share", validation=0.1, test=0.2
     )
     mine = tp.Recipe("mine / wide", {"model.dim": 12, "data.ties": "drop"}, "a test")
@@ -248,7 +240,7 @@ def test_a_race_in_python_is_one_call(
     del settings["model.dim"]
     recipes = ["default", mine, broken]
     model, race = tp.race(train, validation, recipes=recipes, settings=settings, folder=tmp_path)
-    assert isinstance(race, Race)
+    assert isinstance(race, tp.Race)
     assert [curve.name for curve in race.curves] == ["default", "mine / wide"]
     assert "did you mean 'dim'" in race.not_begun["broken"]
     curves = {curve.name: curve.values for curve in race.curves}
@@ -270,7 +262,7 @@ def test_a_race_in_python_is_one_call(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")} == files
     assert again.retrieve([{"history": [10, 20]}], k=5)[0].tolist() == ids.tolist()
     # A recipe trains as the same settings do alone.
-    config = with_settings(RunConfig(), {**settings, **mine.of_training()})
+    config = tp.with_settings(tp.RunConfig(), {**settings, **mine.of_training()})
     plan = tp.TwoTower(**dict(config.model), training=config.training)
     alone = plan.fit(train, validation).result.history["val_ndcg@20"]
     assert curves[mine.name] == alone
@@ -279,8 +271,10 @@ def test_a_race_in_python_is_one_call(
 def test_what_a_race_in_python_refuses_before_samples_are_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TrainingSet, "build", lambda *_, **__: pytest.fail("Samples were built."))
-    train, validation, _ = Log.from_table(event_table("int")).split("last_share")
+    monkeypatch.setattr(
+        tp.TrainingSet, "build", lambda *_, **__: pytest.fail("Samples were built.")
+    )
+    train, validation, _ = tp.Log.from_table(event_table("int")).split("last_share")
     mine = tp.Recipe("mine", {"model.dim": 12})
     wrong: list[tuple[Any, Any, str]] = [
         (["default"], {"data.ties": "drop"}, r"data\.ties: a race reads only model, training"),
@@ -292,7 +286,7 @@ def test_what_a_race_in_python_refuses_before_samples_are_built(
         ([tp.Recipe("default", {"model.dim": 12})], {}, "named 'default', as one of the package"),
     ]
     for recipes, settings, message in wrong:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(tp.ConfigError, match=message):
             tp.race(train, validation, recipes=recipes, settings=settings)
     with pytest.raises(TypeError, match=r"recipes must be a list .*Received: 'default'"):
         tp.race(train, validation, recipes="default")
@@ -304,13 +298,13 @@ def test_the_record_of_a_race_reads_back(raced: Raced) -> None:
     config, result = raced
     folder = RunFolder(result.folder)
     record = read_record(folder.race_file)
-    assert RunConfig(**record["asked"]) == config
+    assert tp.RunConfig(**record["asked"]) == config
     assert record["race"] == json.loads(json.dumps(result.metrics["race"]))
     assert folder.settled(config) == folder.settings()
     # Settings that may change in a started run may also change here.
-    opened = with_settings(config, {"export.gate": True})
+    opened = tp.with_settings(config, {"export.gate": True})
     assert folder.settled(opened).export.gate
-    other = with_settings(config, {"seed": 9})
+    other = tp.with_settings(config, {"seed": 9})
     assert folder.settled(other) is other
 
 
@@ -321,7 +315,7 @@ def replayed(
     known: Mapping[str, Sequence[float]],
     seconds: Mapping[str, float] | None = None,
     budget: float = math.inf,
-) -> tuple[Race, list[tuple[str, int]]]:
+) -> tuple[tp.Race, list[tuple[str, int]]]:
     """Races on known curves; returns the race, and the turns with the epochs after each."""
     curves = {name: Curve(name, num_left=len(values)) for name, values in known.items()}
     turns = []
@@ -334,10 +328,10 @@ def replayed(
         curves[name] = Curve(name, values[:num_epochs], (seconds or {}).get(name, 1.0), left)
 
     race_in_rungs(curves, train, budget)
-    return Race([*curves.values()], "ndcg@100"), turns
+    return tp.Race([*curves.values()], "ndcg@100"), turns
 
 
-def epochs_of(race: Race) -> dict[str, int]:
+def epochs_of(race: tp.Race) -> dict[str, int]:
     return {curve.name: len(curve.values) for curve in race.curves}
 
 
@@ -439,7 +433,7 @@ def test_the_lines_of_a_race_name_what_each_recipe_came_to() -> None:
         Curve("quick", [0.2, 0.3, 0.1], 1.0),
         Curve("none"),
     ]
-    assert Race(curves, "ndcg@20", {"sets": "no order"}).lines() == [
+    assert tp.Race(curves, "ndcg@20", {"sets": "no order"}).lines() == [
         "quick won: validation ndcg@20 0.3000 after epoch 2; its epochs took 3 of all 9 CPU "
         "seconds",
         "slow: best 0.2000 after epoch 2 of 2, in 6 CPU seconds",

@@ -7,15 +7,14 @@ import pyarrow as pa
 import pytest
 
 from tests.small_log import Stopped, Watched, small_config, write
-from tfrs_pipeline.config import RunConfig, with_settings
-from tfrs_pipeline.data.log import Split
+from tests.tracing import tracing_once
+from tfrs_pipeline import RunConfig, Split, load, trained_in, with_settings
 from tfrs_pipeline.run.data import describe_samples, prepare
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import run
-from tfrs_pipeline.run.training import split_in, trained_in
-from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.run.training import split_in
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 NUM_USERS, NUM_ITEMS = 120, 50
 
 
@@ -42,9 +41,10 @@ def config_of(folder: Path, share: float = 0.7) -> RunConfig:
 
 def test_a_run_chooses_a_bonus_keeps_it_in_the_refit_and_serves_it(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    with pytest.raises(Stopped):  # After both trainings, so that they are read back.
-        run(config, tmp_path / "run", progress=Watched(stop="train two_tower"))
-    result = run(config, tmp_path / "run", progress=(watched := Watched()))
+    with tracing_once():
+        with pytest.raises(Stopped):  # After both trainings, so that they are read back.
+            run(config, tmp_path / "run", progress=Watched(stop="train two_tower"))
+        result = run(config, tmp_path / "run", progress=(watched := Watched()))
     model = trained_in(result.folder)
     assert model is not None
     assert model.repeat_bonus is not None

@@ -1,7 +1,5 @@
 """A run whose race ends in a sum: its trainings, its export, the next day, and how it resumes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import tfrs_pipeline as tp
 from tests.run.test_race import GIVEN, config_in
 from tests.small_log import Stopped, Watched
+from tests.tracing import tracing_once
 from tfrs_pipeline.config import IalsConfig, RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.model.ials import FittedIals
@@ -25,7 +24,7 @@ from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.race import planned
 from tfrs_pipeline.run.training import ials_of, queries_of
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures", "baselines_here")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def choose(members: Mapping[str, Vectors], *_: Any, winner: str, **__: Any) -> Choice:
@@ -43,10 +42,10 @@ def summing() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def summed(tmp_path_factory: pytest.TempPathFactory, summing: None) -> tuple[RunConfig, RunResult]:
-    folder = tmp_path_factory.mktemp("sum")
-    config = config_in(folder, recipes=["quick", "sets"], members=5)
-    return config, run(config, folder / "run")
+def summed(module_path: Path, summing: None) -> tuple[RunConfig, RunResult]:
+    config = config_in(module_path, recipes=["quick", "sets"], members=5)
+    with tracing_once():
+        return config, run(config, module_path / "run")
 
 
 def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) -> None:
@@ -133,10 +132,11 @@ def test_a_killed_sum_goes_on_and_ends_the_same(
     _, result = summed
     config = config_in(tmp_path, recipes=["quick", "sets"], members=5, **{"export.index": "none"})
     first, other, ials = RunFolder(result.folder).settings().summed
-    for stop in ("chooses the sum", f"{first}, refit", f"{other}, refit", ials):
-        with pytest.raises(Stopped):
-            run(config, tmp_path / "run", progress=StoppedAt(stop))
-    again = run(config, tmp_path / "run")
+    with tracing_once():
+        for stop in ("chooses the sum", f"{first}, refit", f"{other}, refit", ials):
+            with pytest.raises(Stopped):
+                run(config, tmp_path / "run", progress=StoppedAt(stop))
+        again = run(config, tmp_path / "run")
     assert again.metrics["models"] == result.metrics["models"]
 
 

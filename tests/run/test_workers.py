@@ -1,7 +1,5 @@
 """A run by several workers: if one is killed, the others say so and stop, and all can resume."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -10,10 +10,8 @@ import ibis
 import pyarrow.parquet as pq
 import pytest
 
-from tfrs_pipeline import FunnelLosers, TrainingSet
+from tfrs_pipeline import DataError, FunnelLosers, Log, TrainingSet
 from tfrs_pipeline.data.engines import connect_spark
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel

@@ -16,11 +16,8 @@ import tensorflow as tf
 
 from tests.small_batches import ORDERS
 from tests.small_log import in_ibis
-from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline import Batch, HybridBatches, HybridRetrieval, Log
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.negatives.samplers import FunnelLosers, InBatch, Popularity, Uniform
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import Samples, read_samples

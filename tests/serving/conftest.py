@@ -255,6 +255,12 @@ def loaded(folder: Path) -> LoadedRetriever:
     return load(folder)
 
 
+@pytest.fixture
+def model(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model."""
+    return Path(shutil.copytree(folder, tmp_path / "films"))
+
+
 @pytest.fixture(scope="module")
 def int_folder(exported: Exported) -> Path:
     """A model with integer ids and an exact index, for tests that depend on neither."""
@@ -269,7 +275,7 @@ def films(int_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def small(int_folder: Path) -> Iterator[Running]:
-    limits = {"max_k": 100, "max_queries": 10, "max_exclude": 50, "max_history": 40}
+    limits: dict[str, Any] = {"max_k": 100, "max_queries": 10, "max_exclude": 50, "max_history": 40}
     limits |= {"max_results": 800, "max_body_bytes": 1_000_000}
     with Running(int_folder, **limits, body_timeout_seconds=1.5) as running:
         yield running

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,15 @@ TEXT = json.dumps(GOOD)
 
 
 class Running:
-    """A started server, its loop in a thread; requests go straight to the application."""
+    """A started server, its loop in a thread; requests go straight to the application.
 
-    def __init__(self, model: Path, **settings: Any) -> None:
+    With `takes_writes`, the token for them is `TOKEN`, in a file beside the model.
+    """
+
+    def __init__(self, model: Path, *, takes_writes: bool = False, **settings: Any) -> None:
+        if takes_writes:
+            settings["token_file"] = model.with_name("token")
+            settings["token_file"].write_text(f"{TOKEN}\n")
         self.server = ModelServer(model, ServeSettings(poll_seconds=0.05, **settings))
         self.server.versions.load_first()
         self.app = create_app(self.server)
@@ -89,6 +95,22 @@ class Running:
         families = text_string_to_metric_families(self.get("/metrics").text)
         samples = [s for family in families for s in family.samples if s.name == name]
         return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+def send(
+    running: Running, body: Any, path: str = "/v1/events", method: str = "POST", token: str = TOKEN
+) -> Any:
+    """Sends a write, in JSON unless it is bytes."""
+    headers = {**JSON, **({"authorization": f"Bearer {token}"} if token else {})}
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return running.run(running.client.request(method, path, content=content, headers=headers))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 50
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @functools.cache

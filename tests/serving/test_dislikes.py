@@ -12,12 +12,9 @@ import tensorflow as tf
 
 from tests.serving.conftest import make_served
 from tests.serving.test_journal import by_history, by_user, event
+from tfrs_pipeline import Exact, export, load, recommend
 from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.recommend import recommend
-from tfrs_pipeline.serving.retriever import load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 ROW = 3  # Of the user that these tests ask for.

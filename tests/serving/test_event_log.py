@@ -1,9 +1,9 @@
 """Answers that can be traced, and the log that they and the events make."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.serving.conftest import Exported
-from tests.serving.running_server import PREDICT, TOKEN, Running, retrieve_user
-from tests.serving.test_journal import event, send
-from tfrs_pipeline import Log, Reading
+from tests.serving.running_server import PREDICT, TOKEN, Running, retrieve_user, send, until
+from tests.serving.test_journal import event
+from tfrs_pipeline import ConfigError, Log, Reading, load, write_log
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.serving import event_log
 from tfrs_pipeline.serving import journal as journal_module
-from tfrs_pipeline.serving.event_log import write_log
 from tfrs_pipeline.serving.journal import JOURNAL_FILE, Answer, Event, Journal, Recorder
-from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import Lately, ServeSettings
-from tfrs_pipeline.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -71,10 +68,7 @@ def test_answers_wait_for_others_and_never_for_the_disk(
     for n in range(20):
         assert recorder.keep(answer(f"a{n}", [n], [[1]]))
     assert not (tmp_path / JOURNAL_FILE).exists()
-    end = time.monotonic() + 20
-    while not (tmp_path / JOURNAL_FILE).exists() or len(served(Journal(tmp_path))) < 20:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    until(lambda: (tmp_path / JOURNAL_FILE).exists() and len(served(Journal(tmp_path))) == 20)
     # An event takes them along; a stop writes what is left.
     monkeypatch.setattr(journal_module, "_ANSWER_SECONDS", 60.0)
     recorder.keep(answer("b", [1], [[1]]))
@@ -99,10 +93,8 @@ def test_answers_wait_for_others_and_never_for_the_disk(
 
 
 @pytest.fixture
-def running(exported: Exported, tmp_path: Path) -> Iterator[Running]:
-    model = Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
-    (tmp_path / "token").write_text(TOKEN)
-    with Running(model, token_file=tmp_path / "token", record_share=1) as running:
+def running(films: Path) -> Iterator[Running]:
+    with Running(films, takes_writes=True, record_share=1) as running:
         yield running
 
 
@@ -159,11 +151,10 @@ def served_ids(running: Running, **more: Any) -> list[int]:
     return response.json()["outputs"]["candidate_ids"][0]
 
 
-def test_what_was_served_lately_is_left_out(exported: Exported, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
-    best = load(model).retrieve_user([102], 60)[0][0].tolist()
-    lately = {"record_share": 1, "exclude_served_answers": 2}
-    with Running(model, **lately) as running:
+def test_what_was_served_lately_is_left_out(films: Path) -> None:
+    best = load(films).retrieve_user([102], 60)[0][0].tolist()
+    lately: dict[str, Any] = {"record_share": 1, "exclude_served_answers": 2}
+    with Running(films, **lately) as running:
         assert [served_ids(running) for _ in range(3)] == [best[:5], best[5:10], best[10:15]]
         # Two answers are left out, not three; and a request has the last word.
         assert served_ids(running) == best[:5]
@@ -171,7 +162,7 @@ def test_what_was_served_lately_is_left_out(exported: Exported, tmp_path: Path) 
         assert served_ids(running, exclude_served={"hours": 0.5}) == best[15:20]
         # Several users in a call, each by their own answers, and what the request excludes.
         body = retrieve_user([103, 102, 999], [[-1], [best[20]], [-1]], 5)
-        other = load(model).retrieve_user([103, 999], 60)[0].tolist()
+        other = load(films).retrieve_user([103, 999], 60)[0].tolist()
         outputs = running.predict(**body, exclude_served={"hours": 1})["outputs"]
         assert outputs["candidate_ids"] == [other[0][:5], best[21:26], other[1][:5]]
         # A signature without `exclude` as an input, and a user of no id.
@@ -184,14 +175,14 @@ def test_what_was_served_lately_is_left_out(exported: Exported, tmp_path: Path) 
         ]
         assert alike[0] == alike[1]
         # Answers that are on disk, and are older than an hour, or of another user.
-        journal = Journal(model)
+        journal = Journal(films)
         past = round(1000 * (time.time() - 5400))
         journal.write([], [answer("old", [102], [best[30:33]], past)])
         journal.write([], [answer("of another", [100], [best[26:]], past)])
         assert served_ids(running, exclude_served={"hours": 1}) == [best[20], *best[26:30]]
         assert served_ids(running, exclude_served={"hours": 2}) == best[33:38]
     # A server that starts later, like another one of the folder, reads what this one recorded.
-    with Running(model, **lately) as running:
+    with Running(films, **lately) as running:
         assert served_ids(running, exclude_served={"hours": 2}) == best[38:43]
         assert served_ids(running, exclude_served={"answers": 1}) == best[:5]
         wrong: list[Any] = [
@@ -228,10 +219,10 @@ def test_an_answer_that_waits_to_be_written_counts_once(tmp_path: Path) -> None:
     assert recorder._waiting == {}
 
 
-def test_only_a_server_that_records_all_answers_leaves_them_out(exported: Exported) -> None:
+def test_only_a_server_that_records_all_answers_leaves_them_out(int_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"exclude_served_hours: got 0\.5 with record_share 0\.9"):
         ServeSettings(record_share=0.9, exclude_served_hours=0.5)
-    with Running(exported("int", "exact")) as running:
+    with Running(int_folder) as running:
         body = retrieve_user([102], [[]], 5) | {"exclude_served": {"answers": 1}}
         response = running.post(PREDICT, json=body)
         assert (response.status_code, "--record-share 1" in response.text) == (400, True)
@@ -404,11 +395,11 @@ def test_an_old_event_that_comes_while_the_log_is_written_is_kept(
 
 
 def test_what_cannot_be_written_is_refused_at_the_start(
-    exported: Exported, monkeypatch: pytest.MonkeyPatch
+    int_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def closed(folder: Path) -> None:
         raise StorageError(f"{folder}: Permission denied.")
 
     monkeypatch.setattr("tfrs_pipeline.serving.server.try_writing", closed)
     with pytest.raises(StorageError, match="denied"):
-        Running(exported("int", "exact"), record_share=0.5)
+        Running(int_folder, record_share=0.5)

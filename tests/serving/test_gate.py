@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 
 import tfrs_pipeline as tp
+from tests.model.conftest import eagerly
 from tests.serving.conftest import Exported
-from tfrs_pipeline.evaluation.bootstrap import Interval
-from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service, worse_than_version
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
@@ -31,7 +30,7 @@ def test_ids_of_another_type(exported: Exported, kind: str, first: Any, others: 
 def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "manifest.json").write_text("{}")
-    interval = Interval(gain, np.nan, np.nan)
+    interval = tp.Interval(gain, np.nan, np.nan)
     first = SimpleNamespace(
         overall=SimpleNamespace(intervals={"ndcg@9": interval}), user_ids=np.array([1])
     )
@@ -63,7 +62,8 @@ def log_of(slots: Any, kind: str) -> tp.Log:
 def model() -> tp.FittedTwoTower:
     training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
     plan = tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training)
-    return plan.fit(log_of([0, 1, 2], "numeric"))
+    with eagerly():
+        return plan.fit(log_of([0, 1, 2], "numeric"))
 
 
 @pytest.mark.nightly
@@ -90,7 +90,7 @@ def test_users_have_their_features_in_a_version_without_user_data(
     """They are given as in requests, whatever their type; without the log they are missing."""
     log = log_of([0, 1, 2], "numeric")
     tp.export(model, tmp_path / "m", index=tp.Exact(), user_data=user_data)
-    queries: list[Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]
+    queries: list[tp.Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]
     expected_ids, expected = model.retrieve(queries, 10)
     served = version_in_service(tmp_path / "m", log.listed_ids, log=log)
     assert served is not None

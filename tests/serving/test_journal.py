@@ -1,11 +1,7 @@
 """What users do in service: it counts from the next query on, once, and is gone when deleted."""
 
-import json
 import logging
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -15,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.damage import copy_database
+from tests.damage import copy_database, killed_after
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
-from tests.serving.running_server import JSON, TOKEN, Running, retrieve_user
+from tests.serving.running_server import TOKEN, Running, retrieve_user, send, until
 from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.index import Exact
@@ -25,13 +21,8 @@ from tfrs_pipeline.serving.journal import JOURNAL_FILE, Event, Journal, Recorder
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
-pytestmark = pytest.mark.usefixtures("loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 K = NUM_CANDIDATES
-
-
-@pytest.fixture
-def model(served: Served, folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "films"))
 
 
 def event(user: Any, item: Any, type_: str = "click", **more: Any) -> dict[str, Any]:
@@ -331,17 +322,7 @@ def test_a_killed_writer_loses_no_confirmed_event(films: Path) -> None:
     for stop_at in (3, 40):
         shutil.rmtree(films, ignore_errors=True)
         films.mkdir()
-        command = [sys.executable, "-c", program, str(films)]
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert writer.stdout is not None
-        for line in writer.stdout:
-            if int(line) == stop_at:
-                writer.send_signal(signal.SIGKILL)
-                break
-        confirmed = stop_at
-        for line in writer.stdout:
-            confirmed = int(line) if line.endswith("\n") else confirmed
-        writer.wait(30)
+        confirmed = killed_after(program, films, stop_at)
         items = [kept.item_id for kept in Journal(films).of_users([7]).get(7, [])]
         # Each confirmed one, once; perhaps the one under way, but only whole.
         assert items in ([*range(3 * confirmed + 3)], [*range(3 * confirmed + 6)])
@@ -377,17 +358,8 @@ def test_what_comes_together_is_written_together(
 @pytest.fixture
 def running(exported: Exported, tmp_path: Path) -> Iterator[Running]:
     model = Path(shutil.copytree(exported("int", "scann"), tmp_path / "films"))
-    (tmp_path / "token").write_text(TOKEN)
-    with Running(model, token_file=tmp_path / "token") as running:
+    with Running(model, takes_writes=True) as running:
         yield running
-
-
-def send(
-    running: Running, body: Any, path: str = "/v1/events", method: str = "POST", token: str = TOKEN
-) -> Any:
-    headers = {**JSON, **({"authorization": f"Bearer {token}"} if token else {})}
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return running.run(running.client.request(method, path, content=content, headers=headers))
 
 
 def ids_of(running: Running, user: int) -> list[int]:
@@ -414,10 +386,7 @@ def test_rest_takes_events_and_deletes_users(running: Running) -> None:
     model, versions = running.server.versions._path, running.server.versions
     shutil.copytree(model / "1", model / ".2")
     (model / ".2").rename(model / "2")
-    end = time.monotonic() + 50
-    while versions.statuses().get(2, ("",))[0] != "AVAILABLE":
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    until(lambda: versions.statuses().get(2, ("",))[0] == "AVAILABLE")
     assert ids_of(running, 102) == after
     assert send(running, b"", "/v1/users/102", "DELETE").json() == {"num_deleted": 2}
     assert ids_of(running, 102) == before

@@ -1,13 +1,8 @@
 """Items written while a model is in service: found at once, durable, and refused if wrong."""
 
-import json
 import logging
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,29 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.damage import copy_database, damage
+from tests.damage import copy_database, damage, killed_after
+from tests.serving import running_server
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
-from tests.serving.running_server import JSON, TOKEN, Running
+from tests.serving.running_server import TOKEN, Running, until
 from tests.small_log import Watched
-from tfrs_pipeline.data.settings import Reading
+from tfrs_pipeline import Exact, LoadedRetriever, Reading, load, refresh_index
 from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
-from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import live as live_module
-from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.live import _check_kind, _plain
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.store import STORE_FILE, Store
 
 ITEMS = "/v1/models/films/items"
-pytestmark = pytest.mark.usefixtures("loaded_once", "few_signatures")
-
-
-@pytest.fixture
-def model(served: Served, folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "films"))
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 
 
 @pytest.fixture
@@ -176,13 +164,10 @@ def test_values_that_are_null_are_not_told_as_unknown(films: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("trusted_exports")
 def test_a_text_of_several_values_is_split_as_in_a_file(tmp_path: Path) -> None:
     model, read, separator = tmp_path / "films", datetime(2024, 1, 1, tzinfo=UTC), ", "
     exportable = replace(
-        make_served("int").exportable(),
-        reading=Reading(list_separator=separator),
-        items_read=read,
+        make_served("int").exportable(), reading=Reading(list_separator=separator), items_read=read
     )
     export_module.export(exportable, model, index=Exact(), filter_by="genres")
     retriever = load(model)
@@ -243,7 +228,6 @@ def refresh(model: Path, ids: Any) -> LoadedRetriever:
     return load(model)
 
 
-@pytest.mark.usefixtures("trusted_exports")
 def test_an_item_that_a_table_leaves_out_is_gone(films: Path) -> None:
     model, (changed, gone, other, *rest) = films, make_served("int").candidate_ids.tolist()
     first = load(model)
@@ -397,17 +381,7 @@ def test_a_killed_writer_loses_nothing_confirmed(films: Path) -> None:
         "    model.upsert([{'item_id': 90000 + i, 'genres': ['a']}])\n"
         "    print(i, flush=True)\n"
     )
-    command = [sys.executable, "-c", program, str(films)]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
-    for line in writer.stdout:
-        if int(line) == 20:
-            writer.send_signal(signal.SIGKILL)
-            break
-    confirmed = 20
-    for line in writer.stdout:
-        confirmed = int(line) if line.endswith("\n") else confirmed
-    writer.wait(30)
+    confirmed = killed_after(program, films, 20)
     there = set(load(films).candidate_ids())
     assert set(range(90_000, 90_001 + confirmed)) <= there
     assert len(there) <= NUM_CANDIDATES + confirmed + 2
@@ -416,15 +390,12 @@ def test_a_killed_writer_loses_nothing_confirmed(films: Path) -> None:
 @pytest.fixture
 def running(exported: Exported, tmp_path: Path) -> Any:
     model = Path(shutil.copytree(exported("int", "scann"), tmp_path / "films"))
-    (tmp_path / "token").write_text(f"{TOKEN}\n")
-    with Running(model, token_file=tmp_path / "token") as running:
+    with Running(model, takes_writes=True) as running:
         yield running
 
 
 def send(running: Running, method: str, body: Any, token: str | None = TOKEN) -> Any:
-    headers = {**JSON, **({"authorization": f"Bearer {token}"} if token else {})}
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return running.run(running.client.request(method, ITEMS, content=content, headers=headers))
+    return running_server.send(running, body, ITEMS, method, token or "")
 
 
 def test_rest_adds_and_removes_items(running: Running, caplog: pytest.LogCaptureFixture) -> None:
@@ -519,13 +490,6 @@ def test_a_full_disk_changes_nothing(running: Running, monkeypatch: pytest.Monke
     assert (answer.status_code, "nothing has changed" in answer.text) == (503, True)
     monkeypatch.undo()
     assert send(running, "PUT", {"items": [item(90_002)]}).json()["num_items"] == 61
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 50
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_deleted_and_restored_items_are_noticed(running: Running) -> None:

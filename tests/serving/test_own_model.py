@@ -8,17 +8,9 @@ import pyarrow as pa
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.settings import Reading
-from tfrs_pipeline.evaluation.baselines import Ease
+import tfrs_pipeline as tp
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.settings import TrainingSettings
-from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.retriever import load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
@@ -42,7 +34,7 @@ class OwnModel(tf.Module):
         return self._videos(rows)
 
 
-def exportable(model: OwnModel | None = None, **changes: Any) -> Exportable:
+def exportable(model: OwnModel | None = None, **changes: Any) -> tp.Exportable:
     model = model or OwnModel()
 
     def rows(*lists: list[int]) -> RowLists:
@@ -57,7 +49,7 @@ def exportable(model: OwnModel | None = None, **changes: Any) -> Exportable:
         "known_positives": rows([], [1, 2], [3], []),
         **changes,
     }
-    return Exportable(model.embed_queries, model.embed_candidates, model.variables, **given)
+    return tp.Exportable(model.embed_queries, model.embed_candidates, model.variables, **given)
 
 
 class LookedUp(tf.keras.layers.Layer):
@@ -81,12 +73,12 @@ class LookedUp(tf.keras.layers.Layer):
 
 def test_lookup_tables_of_an_own_tower_are_exported(tmp_path: Path) -> None:
     clicks = pa.table({"user_id": [1, 1, 2, 2, 3], "item_id": [7, 8, 7, 9, 8]})
-    training = TrainingSettings(batch_size=4, max_epochs=1)
-    plan = TwoTower(candidate_tower=LookedUp, negatives=["uniform:num=3"], training=training)
-    model = plan.fit(Log.from_table(clicks))
+    training = tp.TrainingSettings(batch_size=4, max_epochs=1)
+    plan = tp.TwoTower(candidate_tower=LookedUp, negatives=["uniform:num=3"], training=training)
+    model = plan.fit(tp.Log.from_table(clicks))
     queries: list[Any] = [{"history": [7]}, {"history": [9, 8]}]
     ids, scores = model.retrieve(queries, 3)
-    loaded = load(export(model, tmp_path / "own", user_data=False))
+    loaded = load(tp.export(model, tmp_path / "own", user_data=False))
     found, found_scores = loaded.retrieve(queries, 3)
     np.testing.assert_array_equal(found, ids)
     np.testing.assert_allclose(found_scores, scores, rtol=1e-5)
@@ -95,20 +87,20 @@ def test_lookup_tables_of_an_own_tower_are_exported(tmp_path: Path) -> None:
 
 
 def test_refuses_another_index_and_models_that_embed_nothing(tmp_path: Path) -> None:
-    for index in ["exact", Exact]:
+    for index in ["exact", tp.Exact]:
         with pytest.raises(TypeError, match=r"index must be tp.Exact\(\), .*Received: .*xact"):
-            export(exportable(), tmp_path / "own", index=cast(Any, index))
-    for no_embeddings in (Ease(), OwnModel()):
+            tp.export(exportable(), tmp_path / "own", index=cast(Any, index))
+    for no_embeddings in (tp.Ease(), OwnModel()):
         name = type(no_embeddings).__name__
         with pytest.raises(TypeError, match=rf"or a tp\.Exportable of .* Received: .*{name}"):
-            export(cast(Any, no_embeddings), tmp_path / "own")
+            tp.export(cast(Any, no_embeddings), tmp_path / "own")
 
 
 def test_two_functions_and_the_items_are_enough(tmp_path: Path) -> None:
     model = OwnModel()
     items = pa.table({"item_id": [30, 10, 20], "genre": ["a", "b", "a"]})
-    least = Exportable(model.embed_queries, model.embed_candidates, model.variables, items)
-    loaded = load(export(least, tmp_path / "own", filter_by="genre"))
+    least = tp.Exportable(model.embed_queries, model.embed_candidates, model.variables, items)
+    loaded = load(tp.export(least, tmp_path / "own", filter_by="genre"))
     nobody = model.embed_queries(np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
     scores = (nobody.numpy() @ model.embed_candidates(np.array([1, 2, 3])).numpy().T)[0]
     found, found_scores = loaded.retrieve([{"history": [10]}], 3)
@@ -123,7 +115,7 @@ def test_two_functions_and_the_items_are_enough(tmp_path: Path) -> None:
 
 def test_own_layers_are_exported_and_loaded(tmp_path: Path) -> None:
     model = OwnModel()
-    folder = export(exportable(model), tmp_path / "own")
+    folder = tp.export(exportable(model), tmp_path / "own")
     rows, history = np.array([1], np.int32), np.array([[1, 2, 0]], np.int32)
     corpus = model.embed_candidates(np.array([1, 2, 3]))
     expected = tf.matmul(model.embed_queries(rows, history), corpus, transpose_b=True).numpy()
@@ -146,7 +138,7 @@ def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> Non
     model = exportable(own)
     is_listed = pa.array([False, True, True])
     model = exportable(own, items=model.items.append_column("_listed", is_listed))
-    retriever = load(export(model, tmp_path / "own"))
+    retriever = load(tp.export(model, tmp_path / "own"))
     assert retriever.candidate_ids() == ["b", "c"]
     query = own.embed_queries(np.array([1], np.int32), np.array([[2, 1, 0]], np.int32)).numpy()
     scores = own.embed_candidates(np.array([2, 3])).numpy() @ query[0]
@@ -159,22 +151,22 @@ def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> Non
 def test_names_that_a_manifest_has_cannot_be_given(tmp_path: Path) -> None:
     for name in ("config", "run", "features"):
         with pytest.raises(ValueError, match=f"manifest must not have {name}: .*another name"):
-            export(exportable(), tmp_path / "own", manifest={name: {"model": "two tower v3"}})
+            tp.export(exportable(), tmp_path / "own", manifest={name: {"model": "two tower v3"}})
     assert not (tmp_path / "own").exists()
 
 
 def test_a_title_is_text_and_how_items_were_read_is_kept(tmp_path: Path) -> None:
     items = pa.table({"item_id": ["a", "b", "c"], "title": [7, None, 9]})
-    reading = Reading(item_columns={"item_id": "sku"}, max_bad_share=0.5)
+    reading = tp.Reading(item_columns={"item_id": "sku"}, max_bad_share=0.5)
     model = exportable(items=items, reading=reading)
-    assert load(export(model, tmp_path / "own")).titles() == {"a": "7", "b": None, "c": "9"}
+    assert load(tp.export(model, tmp_path / "own")).titles() == {"a": "7", "b": None, "c": "9"}
     (tmp_path / "today.csv").write_text("sku,name\nb,x\n,y\n")
-    assert refresh_index(tmp_path / "own", tmp_path / "today.csv").num_items == 1
+    assert tp.refresh_index(tmp_path / "own", tmp_path / "today.csv").num_items == 1
 
 
 def test_repeated_ids_lists_of_others_and_unknown_filters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Received: 'genre'; known: item_id"):
-        export(exportable(), tmp_path / "own", filter_by="genre")
+        tp.export(exportable(), tmp_path / "own", filter_by="genre")
     assert not (tmp_path / "own").exists()
     with pytest.raises(ValueError, match="1 ids occur more than once, first 'b'"):
         exportable(items=pa.table({"item_id": ["b", "b", "a"]}))

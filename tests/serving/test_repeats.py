@@ -24,7 +24,6 @@ from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.signatures import as_ids, ask, completed
 
-# Exports are not trusted here: a fresh process proves that a bonus is saved.
 pytestmark = pytest.mark.usefixtures("few_signatures", "loaded_once")
 # A bonus in a ScaNN index, and a penalty in an exact one.
 BONUSES = {"int": RepeatBonus(3.0, power=0.5, forgetting=0.5), "str": RepeatBonus(-4.0, 0.0, 0.0)}
@@ -45,11 +44,14 @@ def repeating(served: Served) -> Served:
 
 @pytest.fixture(scope="module")
 def model_folder(
-    repeating: Served, bonus: RepeatBonus, tmp_path_factory: pytest.TempPathFactory
+    repeating: Served, bonus: RepeatBonus, module_path: Path, request: pytest.FixtureRequest
 ) -> Path:
+    """A fresh process proves that a bonus is saved, with both kinds of index."""
+    if repeating.ids == "str":
+        request.getfixturevalue("trusted_exports")
     exportable = dataclasses.replace(repeating.exportable(), repeat_bonus=bonus)
     index = Exact() if repeating.ids == "str" else Scann(recall=0.9)
-    folder = tmp_path_factory.mktemp("repeats") / "films"
+    folder = module_path / repeating.ids / "films"
     export(exportable, folder, index=index, filter_by="genres", queries=repeating.queries())
     return folder
 

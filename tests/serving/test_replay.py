@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 import tfrs_pipeline as tp
+from tests.model.conftest import eagerly
 from tests.scripts import script
-from tests.serving.running_server import TOKEN, Running
-from tests.serving.test_journal import send
+from tests.serving.running_server import Running, send
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 replaying = script(Path(__file__).parents[2] / "benchmarks" / "replay.py")
@@ -58,12 +58,12 @@ def test_the_server_gives_what_the_evaluation_measures(kind: str, tmp_path: Path
     split = log.split("time", validation=0, test=0.4)
     training = tp.TrainingSettings(max_epochs=2, batch_size=64, learning_rate=0.05)
     plan = tp.TwoTower(dim=8, history_length=8, training=training, **changes)
-    model = plan.fit(split.before_test)
+    with eagerly():
+        model = plan.fit(split.before_test)
     test, num_told = split.holdout("test", by="requests"), 0
     assert np.mean(test.num_tied) > 0.3 or has_requests
     folder = tp.export(replaying.as_of_test(model), tmp_path / "films", index=tp.Exact()).parent
-    (tmp_path / "token").write_text(TOKEN)
-    with Running(folder, token_file=tmp_path / "token") as running:
+    with Running(folder, takes_writes=True) as running:
 
         def ask(user: Any, request: Mapping[str, Any]) -> list[Any]:
             inputs = {"user_id": [user], "exclude": [[""]], "k": K}

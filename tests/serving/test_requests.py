@@ -1,7 +1,5 @@
 """Request features and times in service, against the model in memory."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from datetime import UTC, datetime, timedelta
@@ -56,8 +54,8 @@ def served() -> Served:
 
 
 @pytest.fixture(scope="module")
-def folder(served: Served, tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Path:
-    folder = tmp_path_factory.mktemp("requests") / "films"
+def folder(served: Served, module_path: Path, trusted_exports: None) -> Path:
+    folder = module_path / "films"
     return export(served.exportable(), folder, index=Exact(), queries=stored_queries(served))
 
 

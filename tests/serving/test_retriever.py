@@ -13,12 +13,10 @@ import pytest
 
 from tests.damage import damage
 from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
+from tfrs_pipeline import Auto, LoadedRetriever, Scann, export, load
 from tfrs_pipeline.durable import Damaged, write_record
 from tfrs_pipeline.serving import index
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Auto, Scann
 from tfrs_pipeline.serving.publish import INDEX_FOLDER, ITEMS_FILE, MANIFEST_FILE
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -83,7 +81,7 @@ def test_refuses_what_it_cannot_answer(served: Served, loaded: LoadedRetriever) 
         r"did you mean \['b'\]\?": lambda: loaded.retrieve([{}], 3, allowed=["b"]),
         "No item has 'B' as its genres": lambda: loaded.retrieve([{}], 3, allowed=[["B"]]),
         r"user_ids must be a list.*\['u0'\]": lambda: loaded.retrieve_user("u0", 3),
-        r"user_ids must be a list.*\[3\]": lambda: loaded.retrieve_user(3, 3),  # type: ignore[arg-type]
+        r"user_ids must be a list.*\[3\]": lambda: loaded.retrieve_user(3, 3),
         "k must be": lambda: loaded.retrieve_user([user], 0),
         f"ids are .* Received: {other!r}": lambda: loaded.retrieve_user([other], 3),
     }
@@ -132,18 +130,10 @@ def test_a_version_of_another_format_is_refused_in_one_line(tmp_path: Path) -> N
         load(tmp_path / "films")
 
 
-def test_each_item_has_its_own_values_of_the_filter(
-    served: Served, loaded: LoadedRetriever, folder: Path
-) -> None:
-    """They come from the file of items, which can be read without this package too."""
+def test_each_item_has_its_own_values_of_the_filter(served: Served, folder: Path) -> None:
+    """They are in the file of items, which can be read without this package too."""
     rows = pq.read_table(folder / "1" / ITEMS_FILE).to_pylist()
-    for row, genres in zip(rows, served.genres, strict=True):
-        assert row["filter"] == genres
-    for genre in "abc":
-        (ids,), _ = loaded.retrieve([{}], NUM_CANDIDATES, allowed=[[genre]])
-        pairs = zip(served.candidate_ids.tolist(), served.genres, strict=True)
-        expected = {id_ for id_, genres in pairs if genre in genres}
-        assert set(ids.tolist()) - {-1, ""} == expected
+    assert [row["filter"] for row in rows] == served.genres
 
 
 def hide_scann(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
+from tests.model.conftest import eagerly
 from tests.serving.conftest import NUM_CANDIDATES, Served
 from tests.serving.running_server import PREDICT, Running, in_json
 from tfrs_pipeline import LoadedRetriever, Log, TrainingSettings, TwoTower, export, load
@@ -166,7 +167,8 @@ def test_only_the_bias_of_a_found_item_counts(tmp_path: Path) -> None:
     clicks = {"user_id": rng.integers(1, 20, 100), "item_id": rng.integers(1, 12, 100) * 10}
     log = Log.from_table(pa.table(clicks))
     training = TrainingSettings(batch_size=32, max_epochs=1)
-    model = TwoTower(dim=4, candidate_bias=True, training=training).fit(log)
+    with eagerly():
+        model = TwoTower(dim=4, candidate_bias=True, training=training).fit(log)
     for table in model.network.candidate_tower.id_tables:  # An untrained bias is nearly 0.
         table.assign(rng.normal(size=table.shape))
     ids, vectors = model.candidate_ids.tolist(), model.network.embed_corpus()

@@ -3,20 +3,18 @@
 import contextlib
 import os
 import random
-import resource
 import shutil
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.damage import copy_database
+from tests.damage import copy_database, largest_file
 from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.serving.store import STORE_FILE, Replaced, Store
 
@@ -87,17 +85,6 @@ def test_a_block_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write(store, ITEMS[2])
         assert read(other) == ITEMS[:1]
     assert read(store) == read(other) == ITEMS[:3]
-
-
-@contextlib.contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Limits the size of files in this process, as a full disk would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
 """The file of vectors: each item's own, the metadata about them, and never half a file."""
 
 import itertools
-import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,26 +130,3 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 def _full(*paths: Path) -> None:
     raise OSError(28, "No space left on device")
-
-
-REFUSED = [
-    ("films", ".", "file: '.' is a folder; give a file in it", 2),
-    ("films", "films.csv", "end the name with .parquet", 2),
-    ("films", "lost/films.parquet", "there is no folder 'lost'", 2),
-    ("film", "films.parquet", "Did you mean films?", 1),
-]
-
-
-def test_what_cannot_be_written_is_told_before_tensorflow_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "films" / "1").mkdir(parents=True)
-    (tmp_path / "films" / "1" / "manifest.json").write_text("{}")
-    code = (
-        "import json, sys\nfrom tfrs_pipeline import cli\n"
-        f"codes = [cli.main(['vectors', model, file]) for model, file, *_ in {REFUSED}]\n"
-        "print(json.dumps([codes, 'tensorflow' in sys.modules]))"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[code for *_, code in REFUSED], False]
-    for line, (*_, message, _code) in zip(done.stderr.splitlines(), REFUSED, strict=True):
-        assert message in line

@@ -1,7 +1,6 @@
 """What answers say they knew, and what /metrics counts of them; the guide names every metric."""
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
-from tests.serving.running_server import Running, retrieve_user
+from tests.serving.running_server import Running, retrieve_user, send
 from tfrs_pipeline import load
 from tfrs_pipeline.serving.watching import NUM_TOP
 
@@ -133,16 +132,12 @@ def test_counters_say_what_answers_knew_and_held(films_served: Served, server: R
     assert (counted.changes["answers 1"], counted.changes["user_ids true"]) == (6, 6)
 
 
-def test_unknown_values_of_live_items_are_counted(int_folder: Path, tmp_path: Path) -> None:
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef")
-    model = shutil.copytree(int_folder, tmp_path / "films")
-    with Running(model, token_file=token) as server:
+def test_unknown_values_of_live_items_are_counted(films: Path) -> None:
+    with Running(films, takes_writes=True) as server:
         before = server.metric("tfrs_live_unknown_values_total")
         rows = [{"item_id": 90_000 + i, "genres": [x]} for i, x in enumerate(["a", "jazz", "x"])]
-        headers = {"authorization": "Bearer 0123456789abcdef"}
-        put = server.client.put("/v1/models/films/items", json={"items": rows}, headers=headers)
-        assert len(server.run(put).json()["notes"]) == 2
+        answer = send(server, {"items": rows}, "/v1/models/films/items", "PUT")
+        assert len(answer.json()["notes"]) == 2
         assert server.metric("tfrs_live_unknown_values_total") == before + 2
 
 

@@ -117,7 +117,7 @@ class Candidates:
 
     @property
     def has_drifted(self) -> bool:
-        """Whether the index should be rebuilt: much has changed, or a change could not be taken in."""
+        """Whether the index should be rebuilt, since much has changed or it failed to take it in."""
         view, num_built = self._view, len(self._view.corpus)
         if self._is_indexed and view.searcher is None:
             return True
