@@ -91,17 +91,20 @@ def test_curves_take_fitted_models_and_races() -> None:
     assert style.plot_curves(race) == by_hand
 
 
-@pytest.mark.parametrize(("draw", "arguments", "message"), [
-    (style.plot_intervals, [3, "ndcg@2"], "takes what evaluate returns.*'ndcg@2' of int"),
-    (style.plot_intervals, [{}, "ndcg@2"], "Received: 'ndcg@2' of dict"),
-    (style.plot_intervals, [{"a": 3}, "ndcg@2"], "Received: 'ndcg@2' of dict"),
-    (style.plot_intervals, [{"p": {"a": {"mean": 1}}}], "and a name. Received: None of dict"),
-    (style.plot_curves, [{"a": [1, 2]}], "takes a race, or fitted models.*dict of a, None"),
-    (style.plot_curves, [3], "takes a race, or fitted models"),
-    (style.plot_curves, [{}], "takes a race, or fitted models"),
-    (style.plot_popularity, [{"a": np.ones(3)}], "Received: dict without counts"),
-    (style.plot_popularity, [3, np.ones(3)], "takes a part of a split.*Received: int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("draw", "arguments", "message"),
+    [
+        (style.plot_intervals, [3, "ndcg@2"], "takes what evaluate returns.*'ndcg@2' of int"),
+        (style.plot_intervals, [{}, "ndcg@2"], "Received: 'ndcg@2' of dict"),
+        (style.plot_intervals, [{"a": 3}, "ndcg@2"], "Received: 'ndcg@2' of dict"),
+        (style.plot_intervals, [{"p": {"a": {"mean": 1}}}], "and a name. Received: None of dict"),
+        (style.plot_curves, [{"a": [1, 2]}], "takes a race, or fitted models.*dict of a, None"),
+        (style.plot_curves, [3], "takes a race, or fitted models"),
+        (style.plot_curves, [{}], "takes a race, or fitted models"),
+        (style.plot_popularity, [{"a": np.ones(3)}], "Received: dict without counts"),
+        (style.plot_popularity, [3, np.ones(3)], "takes a part of a split.*Received: int"),
+    ],
+)
 def test_a_figure_says_what_it_draws(draw: Any, arguments: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         draw(*arguments)

@@ -53,21 +53,24 @@ def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
     assert 0 < null == copied.items.filter(copied.items["genre"] == "genre 3").count().execute()
 
 
-@pytest.mark.parametrize(("columns", "message"), [
-    ({"event_number": None}, "no column 'event_number'.*row_number"),
-    ({"event_number": [1, 2, 2, 3]}, "3 different numbers in 4 rows.*row_number"),
-    ({"stage": None}, "no column 'stage'.*always 'clicked'"),
-    ({"stage": ["clicked", "bought", "buy", "x"]}, "'stage' holds an unknown stage in 3 of 4"),
-    ({"stage": ["clicked", "exposed", "ranked", None]}, "'stage' is null in 1 of 4 rows"),
-    ({"stage": ["exposed"] * 4}, "none of 4 rows is a positive"),
-    ({"user_id": [1, None, 2, 2]}, "'user_id' is null in 1 of 4 rows"),
-    ({"item_id": ["a", "", "b", "c"]}, r"'item_id' is '' \(reserved for empty slots\) in 1"),
-    ({"item_id": [0.5, 1, 2, 3]}, "'item_id' must be an integer or a string .* in 1 of 4"),
-    ({"weight": [-1.0, 1, 1, 1]}, "'weight' is not a number from 1e-09.*in 1 of 4 rows"),
-    ({"weight": [1e-60, 1, 1e60, 1]}, "'weight' is not a number .*1e-09.* in 2 of 4 rows"),
-    ({"timestamp": [START.replace(tzinfo=None)] * 4}, "'timestamp' holds times without a time"),
-    ({"timestamp": None, "time_stamp": [1, 2, 3, 4]}, r"did you mean 'timestamp'\?$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"event_number": None}, "no column 'event_number'.*row_number"),
+        ({"event_number": [1, 2, 2, 3]}, "3 different numbers in 4 rows.*row_number"),
+        ({"stage": None}, "no column 'stage'.*always 'clicked'"),
+        ({"stage": ["clicked", "bought", "buy", "x"]}, "'stage' holds an unknown stage in 3 of 4"),
+        ({"stage": ["clicked", "exposed", "ranked", None]}, "'stage' is null in 1 of 4 rows"),
+        ({"stage": ["exposed"] * 4}, "none of 4 rows is a positive"),
+        ({"user_id": [1, None, 2, 2]}, "'user_id' is null in 1 of 4 rows"),
+        ({"item_id": ["a", "", "b", "c"]}, r"'item_id' is '' \(reserved for empty slots\) in 1"),
+        ({"item_id": [0.5, 1, 2, 3]}, "'item_id' must be an integer or a string .* in 1 of 4"),
+        ({"weight": [-1.0, 1, 1, 1]}, "'weight' is not a number from 1e-09.*in 1 of 4 rows"),
+        ({"weight": [1e-60, 1, 1e60, 1]}, "'weight' is not a number .*1e-09.* in 2 of 4 rows"),
+        ({"timestamp": [START.replace(tzinfo=None)] * 4}, "'timestamp' holds times without a time"),
+        ({"timestamp": None, "time_stamp": [1, 2, 3, 4]}, r"did you mean 'timestamp'\?$"),
+    ],
+)
 def test_events_that_are_no_log_are_refused(columns: dict[str, Any], message: str) -> None:
     Log.from_ibis(events_with())
     with pytest.raises(ValueError, match=message):

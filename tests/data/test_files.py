@@ -182,14 +182,17 @@ def test_types_that_pandas_varies_from_day_to_day_are_one(tmp_path: Path, days: 
     assert [*found] == [row for day in "abc" for row in of_day[day]]
 
 
-@pytest.mark.parametrize(("values", "others", "message"), [
-    (["1"], [1], "b.parquet has other types .* incompatible types: string vs int64"),
-    ([1.5], ["1"], "b.parquet .* item_id has incompatible types: double vs string"),
-    ([True], [1], "b.parquet .* item_id has incompatible types: bool vs int64"),
-    ([None], ["1"], "c.parquet .* item_id has incompatible types: string vs int64"),
-    # As a double it would be another id.
-    ([1.0], [2**53 + 1], "'item_id' must be an integer or a string and is not in 1 of 3 rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "others", "message"),
+    [
+        (["1"], [1], "b.parquet has other types .* incompatible types: string vs int64"),
+        ([1.5], ["1"], "b.parquet .* item_id has incompatible types: double vs string"),
+        ([True], [1], "b.parquet .* item_id has incompatible types: bool vs int64"),
+        ([None], ["1"], "c.parquet .* item_id has incompatible types: string vs int64"),
+        # As a double it would be another id.
+        ([1.0], [2**53 + 1], "'item_id' must be an integer or a string and is not in 1 of 3 rows"),
+    ],
+)
 def test_different_types(
     tmp_path: Path, values: list[Any], others: list[Any], message: str
 ) -> None:

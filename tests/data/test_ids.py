@@ -36,17 +36,20 @@ def test_lookup_takes_lists_sets_and_arrays() -> None:
         assert ids.known_rows(asked).tolist() == [2]
 
 
-@pytest.mark.parametrize("ids, message", [
-    ([1, -1], "-1 .*reserved"),
-    (["a", ""], "'' .*reserved"),
-    ([2, 1, 2], "1 ids occur more than once, first 2"),
-    (["b", "a", "a"], "1 ids occur more than once, first 'a'"),
-    ([1, "a"], "Received: int, str"),
-    ([1.5], "Received: float"),
-    ([True], "Received: bool"),
-    ([None, "a"], "Received: NoneType, str"),
-    ([], "at least one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([1, -1], "-1 .*reserved"),
+        (["a", ""], "'' .*reserved"),
+        ([2, 1, 2], "1 ids occur more than once, first 2"),
+        (["b", "a", "a"], "1 ids occur more than once, first 'a'"),
+        ([1, "a"], "Received: int, str"),
+        ([1.5], "Received: float"),
+        ([True], "Received: bool"),
+        ([None, "a"], "Received: NoneType, str"),
+        ([], "at least one"),
+    ],
+)
 def test_refuses_ids_that_could_be_mistaken(ids: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Ids(ids)

@@ -357,13 +357,16 @@ def test_held_out_users_are_never_trained_on() -> None:
     assert parts_of(split) == parts_of(again) != parts_of(other)
 
 
-@pytest.mark.parametrize(("names", "message"), [
-    (["train", "validation", "dev", "test"], "1 of 4 rows hold 'dev'. It must hold train, v"),
-    (["train", "validation", "fold_in", None], "1 of 4 rows hold 'fold_in'"),
-    (["train", "train", "test", None], "no row is of the part validation; 1 rows are null"),
-    (["train", "validation", "validation", "test"], "none of the 1 rows of the part test is"),
-    (["validation", "test", "test", "train"], "none of the 1 rows of the part train is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train", "validation", "dev", "test"], "1 of 4 rows hold 'dev'. It must hold train, v"),
+        (["train", "validation", "fold_in", None], "1 of 4 rows hold 'fold_in'"),
+        (["train", "train", "test", None], "no row is of the part validation; 1 rows are null"),
+        (["train", "validation", "validation", "test"], "none of the 1 rows of the part test is"),
+        (["validation", "test", "test", "train"], "none of the 1 rows of the part train is"),
+    ],
+)
 def test_a_column_that_is_no_split_is_refused(names: list[str | None], message: str) -> None:
     rows: list[Event] = [(1, i, i, "clicked") for i in range(3)]
     with pytest.raises(DataError, match=message):
@@ -381,22 +384,25 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
         assert parts_of(split) == parts_of(wanted), name
 
 
-@pytest.mark.parametrize(("kind", "options"), [
-    *(("last_share", {"test": test}) for test in (1.0, math.nan)),
-    *(("time", {"test": test}) for test in (math.nan, START, 0.0)),
-    *(("last_n", {"test": test}) for test in (math.inf, -1, 0.2, START, True)),
-    ("last_n", {"validation": START, "test": START}),
-    ("held_out_users", {"test": 0.6, "validation": 0.4}),
-    ("held_out_users", {"target_share": 0}),
-    ("time", {"validation": datetime(2024, 1, 1), "test": START}),
-    ("time", {"validation": START + timedelta(seconds=1), "test": START}),
-    ("time", {"validation": "2024-01-01", "test": START}),
-    ("time", {"validation": START, "test": "yesterday"}),
-    ("time", {"validation": START.date(), "test": START.date()}),
-    ("held_out_users", {"min_positives": 1}),
-    ("column", {"validation": 0.5}),
-    ("random", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *(("last_share", {"test": test}) for test in (1.0, math.nan)),
+        *(("time", {"test": test}) for test in (math.nan, START, 0.0)),
+        *(("last_n", {"test": test}) for test in (math.inf, -1, 0.2, START, True)),
+        ("last_n", {"validation": START, "test": START}),
+        ("held_out_users", {"test": 0.6, "validation": 0.4}),
+        ("held_out_users", {"target_share": 0}),
+        ("time", {"validation": datetime(2024, 1, 1), "test": START}),
+        ("time", {"validation": START + timedelta(seconds=1), "test": START}),
+        ("time", {"validation": "2024-01-01", "test": START}),
+        ("time", {"validation": START, "test": "yesterday"}),
+        ("time", {"validation": START.date(), "test": START.date()}),
+        ("held_out_users", {"min_positives": 1}),
+        ("column", {"validation": 0.5}),
+        ("random", {}),
+    ],
+)
 def test_settings_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
     said = r"^split\.\w+: got .*(must|leave|only|write)|^split: give .* both"
     with pytest.raises(ConfigError, match=said):

@@ -43,14 +43,17 @@ def by_day(order: str, num: int = 600) -> list[tuple[int, Any, int]]:
     return [(int(rng.integers(20)), item, int(rng.integers(9))) for item in items]
 
 
-@pytest.mark.parametrize(("step", "order", "rule", "words"), [
-    (86_400, "as it is", "order", ["times by day", "order of the source"]),
-    (86_400, "ascending", "random", ["times by day", "ascend in 100%"]),
-    (3_600, "descending", "random", ["times by hour", "ascend in 0%"]),
-    (60, "as it is", "order", ["times by minute"]),
-    (1, "ascending", "drop", ["times by second", "one visit"]),
-    (0.25, "as it is", "drop", ["finer than seconds"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "order", "rule", "words"),
+    [
+        (86_400, "as it is", "order", ["times by day", "order of the source"]),
+        (86_400, "ascending", "random", ["times by day", "ascend in 100%"]),
+        (3_600, "descending", "random", ["times by hour", "ascend in 0%"]),
+        (60, "as it is", "order", ["times by minute"]),
+        (1, "ascending", "drop", ["times by second", "one visit"]),
+        (0.25, "as it is", "drop", ["finer than seconds"]),
+    ],
+)
 def test_the_rule_follows_from_clock(step: float, order: str, rule: str, words: list[str]) -> None:
     rows = by_day(order)
     log = made(rows, step=step)

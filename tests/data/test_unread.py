@@ -61,18 +61,21 @@ def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:
     assert "columns not read: a" in labelled.notes[0]
 
 
-@pytest.mark.parametrize(("name", "values"), [
-    ("Click", [1.0, 0.0, None]),
-    ("is_click", [True, False]),
-    ("is_clicked", ["0"] * 2000 + ["1"]),
-    ("label", ["false", "true", ""]),
-    # What did not happen is left empty.
-    ("is_click", ["1"] * 2000 + [""]),
-    ("clicked", [1, None]),
-    # One odd value, late.
-    ("is_click", ["0", "1"] * 600 + ["unknown"]),
-    ("Label", ["", "Yes", "no"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("Click", [1.0, 0.0, None]),
+        ("is_click", [True, False]),
+        ("is_clicked", ["0"] * 2000 + ["1"]),
+        ("label", ["false", "true", ""]),
+        # What did not happen is left empty.
+        ("is_click", ["1"] * 2000 + [""]),
+        ("clicked", [1, None]),
+        # One odd value, late.
+        ("is_click", ["0", "1"] * 600 + ["unknown"]),
+        ("Label", ["", "Yes", "no"]),
+    ],
+)
 def test_a_label_that_was_forgotten_is_refused(load: Any, name: str, values: list[Any]) -> None:
     def events(name: str, values: list[Any]) -> str | pa.Table:
         if isinstance(values[0], str):  # A CSV.

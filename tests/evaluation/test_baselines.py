@@ -369,14 +369,17 @@ def test_refuses_to_fit_to_what_is_no_log(kind: Any) -> None:
         kind().fit({})
 
 
-@pytest.mark.parametrize(("kind", "name", "message"), [
-    (tp.Ease, "l2", "l2 must be above 0"),
-    (tp.MostPopular, "latest", r"\(0, 1\]. Received: 0"),
-    (tp.Ials, "alpha", "alpha=0"),
-    (tp.ItemKnn, "decay", "decay=0"),
-    (tp.ItemKnn, "num_neighbors", "num_neighbors=0"),
-    (tp.Transitions, "window", "window=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (tp.Ease, "l2", "l2 must be above 0"),
+        (tp.MostPopular, "latest", r"\(0, 1\]. Received: 0"),
+        (tp.Ials, "alpha", "alpha=0"),
+        (tp.ItemKnn, "decay", "decay=0"),
+        (tp.ItemKnn, "num_neighbors", "num_neighbors=0"),
+        (tp.Transitions, "window", "window=0"),
+    ],
+)
 def test_refuses_settings_out_of_range(kind: Any, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**{name: 0})

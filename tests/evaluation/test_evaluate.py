@@ -128,19 +128,22 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     assert f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]" in lines[1]
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda ids, scores: (ids[:, :2], scores[:, :2]), r"ids and scores of \(1, 3\)"),
-    (lambda ids, scores: ids, r"ids and scores of \(1, 3\).*Received: ndarray"),
-    (lambda ids, scores: None, "ids and scores of .*Received: NoneType"),
-    (lambda ids, scores: (ids, scores, scores), "ids and scores of .*Received: tuple"),
-    (lambda ids, scores: (ids + 500, scores), "not candidates.*601"),
-    (lambda ids, scores: (ids[:, [0, 1, 0]], scores), "twice"),
-    (lambda ids, scores: (ids - 1, scores), "excluded"),
-    (lambda ids, scores: (ids, scores + np.arange(3)), "best first"),
-    (lambda ids, scores: (ids, scores * np.nan), "without NaN"),
-    (lambda ids, scores: (ids, scores.astype(str)), "numbers as scores"),
-    (lambda ids, scores: (ids.astype(str).astype(object), scores), "not candidates"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda ids, scores: (ids[:, :2], scores[:, :2]), r"ids and scores of \(1, 3\)"),
+        (lambda ids, scores: ids, r"ids and scores of \(1, 3\).*Received: ndarray"),
+        (lambda ids, scores: None, "ids and scores of .*Received: NoneType"),
+        (lambda ids, scores: (ids, scores, scores), "ids and scores of .*Received: tuple"),
+        (lambda ids, scores: (ids + 500, scores), "not candidates.*601"),
+        (lambda ids, scores: (ids[:, [0, 1, 0]], scores), "twice"),
+        (lambda ids, scores: (ids - 1, scores), "excluded"),
+        (lambda ids, scores: (ids, scores + np.arange(3)), "best first"),
+        (lambda ids, scores: (ids, scores * np.nan), "without NaN"),
+        (lambda ids, scores: (ids, scores.astype(str)), "numbers as scores"),
+        (lambda ids, scores: (ids.astype(str).astype(object), scores), "not candidates"),
+    ],
+)
 def test_a_retriever_that_breaks_its_contract_is_refused(spoil: Any, message: str) -> None:
     holdout, broken = make_holdout([[102]], clicked=[[100]]), Scores(np.zeros((1, 12)), spoil=spoil)
     for cutoff in (3, 1) if message == "without NaN" else (3,):  # Also a single score.
@@ -152,18 +155,21 @@ HOLDOUT = make_holdout([[100]], [[102]])
 ALONE = Scores(np.zeros((2, 12)))
 
 
-@pytest.mark.parametrize(("retrievers", "holdout", "options", "error", "message"), [
-    (ALONE, HOLDOUT, {"exclude": "liked"}, ValueError, "'liked'"),
-    (ALONE, HOLDOUT, {"cutoffs": ()}, ValueError, r"cutoffs .*\[\]"),
-    (ALONE, HOLDOUT, {"cutoffs": (0, 5)}, ValueError, r"cutoffs .*\[0, 5\]"),
-    (ALONE, HOLDOUT, {"cutoffs": ["5"]}, ValueError, r"cutoffs .*\['5'\]"),
-    (ALONE, HOLDOUT, {"cutoffs": 20}, TypeError, "cutoffs must be a list.*Received: 20"),
-    (ALONE, make_holdout([[102], []], [[102]] * 2), {}, ValueError, "2 queries .*1 were excl"),
-    (ALONE, [[100]], {}, TypeError, "needs a Holdout.*Received: list"),
-    ({}, HOLDOUT, {}, ValueError, "at least one retriever"),
-    ({"two_tower": Scores}, HOLDOUT, {}, TypeError, "two_tower has no `retrieve`: .*<class"),
-    (tp.Ease(), HOLDOUT, {}, TypeError, "Ease has no `retrieve`: pass what its fit returns"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("retrievers", "holdout", "options", "error", "message"),
+    [
+        (ALONE, HOLDOUT, {"exclude": "liked"}, ValueError, "'liked'"),
+        (ALONE, HOLDOUT, {"cutoffs": ()}, ValueError, r"cutoffs .*\[\]"),
+        (ALONE, HOLDOUT, {"cutoffs": (0, 5)}, ValueError, r"cutoffs .*\[0, 5\]"),
+        (ALONE, HOLDOUT, {"cutoffs": ["5"]}, ValueError, r"cutoffs .*\['5'\]"),
+        (ALONE, HOLDOUT, {"cutoffs": 20}, TypeError, "cutoffs must be a list.*Received: 20"),
+        (ALONE, make_holdout([[102], []], [[102]] * 2), {}, ValueError, "2 queries .*1 were excl"),
+        (ALONE, [[100]], {}, TypeError, "needs a Holdout.*Received: list"),
+        ({}, HOLDOUT, {}, ValueError, "at least one retriever"),
+        ({"two_tower": Scores}, HOLDOUT, {}, TypeError, "two_tower has no `retrieve`: .*<class"),
+        (tp.Ease(), HOLDOUT, {}, TypeError, "Ease has no `retrieve`: pass what its fit returns"),
+    ],
+)
 def test_refuses_what_cannot_be_measured(
     retrievers: Any, holdout: Any, options: Any, error: type[Exception], message: str
 ) -> None:

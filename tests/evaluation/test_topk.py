@@ -74,12 +74,15 @@ def in_graph(scores: np.ndarray, k: int, exclude_rows: np.ndarray) -> tuple[Any,
     return ExactIndex(scores.T).search(queries, tf.constant(k), tf.constant(exclude_rows))
 
 
-@pytest.mark.parametrize(("k", "excluded", "rows"), [
-    (2, [[0, 0]] * 2, [[2, 3], [1, 2]]),  # Ties in row order, also at the last place.
-    (3, [[2, 2], [0, 1]], [[3, 4, 1], [2, 3, 4]]),  # Repeats do nothing.
-    (6, [[1, 2], [0, 0]], [[3, 4, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0]]),
-    (1, np.zeros([2, 0]), [[2], [1]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("k", "excluded", "rows"),
+    [
+        (2, [[0, 0]] * 2, [[2, 3], [1, 2]]),  # Ties in row order, also at the last place.
+        (3, [[2, 2], [0, 1]], [[3, 4, 1], [2, 3, 4]]),  # Repeats do nothing.
+        (6, [[1, 2], [0, 0]], [[3, 4, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0]]),
+        (1, np.zeros([2, 0]), [[2], [1]]),
+    ],
+)
 def test_the_graph_has_the_same_rule(k: int, excluded: Any, rows: Any) -> None:
     scores = np.array([[-1.5, 2.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
     found, top_scores = in_graph(scores, k, np.array(excluded, np.int32))

@@ -39,12 +39,25 @@ NEW: dict[str, list[Any]] = {
     "text": ["the film, the end's", None, "", "!?", "τελοσ ΤΕΛΟΣ", "NEAR\0END'S", 7],
     "numeric": [1.5, None, math.nan, math.inf, -1e300, -0.0, 7],
     "bucketized": [1.5, None, math.nan, -math.inf, 1e300, 0.1, 7],
-    "timestamp": [MOMENTS[0], None, math.nan, datetime(2031, 1, 1, tzinfo=EAST),
-                  datetime(1969, 12, 31, 23, 59, 59, tzinfo=EAST),
-                  datetime(1970, 1, 1, tzinfo=UTC), datetime(2, 1, 1, tzinfo=UTC)],
-    "vector": [[0.5, -1.0, 2.0], None, math.nan, np.ones(3), (0, 0, 0), [1e38, -1e-9, 1],
-               [1, 2, 3]],
-}  # fmt: skip
+    "timestamp": [
+        MOMENTS[0],
+        None,
+        math.nan,
+        datetime(2031, 1, 1, tzinfo=EAST),
+        datetime(1969, 12, 31, 23, 59, 59, tzinfo=EAST),
+        datetime(1970, 1, 1, tzinfo=UTC),
+        datetime(2, 1, 1, tzinfo=UTC),
+    ],
+    "vector": [
+        [0.5, -1.0, 2.0],
+        None,
+        math.nan,
+        np.ones(3),
+        (0, 0, 0),
+        [1e38, -1e-9, 1],
+        [1, 2, 3],
+    ],
+}
 NUM_NEW = 7
 
 

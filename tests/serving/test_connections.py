@@ -98,12 +98,16 @@ def test_first_headers_that_are_late_are_cut_off(running: Running) -> None:
         assert answer(good).startswith("HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("begin", [
-    b"",
-    b"GET /",
-    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
-    b"POST /slow HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
-], ids=["nothing", "path", "header", "trailer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"",
+        b"GET /",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
+        b"POST /slow HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
+    ],
+    ids=["nothing", "path", "header", "trailer"],
+)
 def test_headers_without_end_are_refused(running: Running, begin: bytes) -> None:
     filler = b"x" if begin else b"\r\n"
     with running.open() as connection:

@@ -1,9 +1,9 @@
 """Answers that can be traced, and the log that they and the events make."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.serving.conftest import Exported
-from tests.serving.running_server import PREDICT, TOKEN, Running, retrieve_user, send, until
+from tests.serving.running_server import PREDICT, Running, retrieve_user, send, until
 from tests.serving.test_journal import event
 from tfrs_pipeline import ConfigError, Log, Reading, load, write_log
 from tfrs_pipeline.durable import StorageError

@@ -21,16 +21,19 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
 VERSIONS = "/v1/models/films/versions"
 
 
-@pytest.mark.parametrize(("method", "status", "paths"), [
-    ("GET", 404, "/v1/models/other /v1/models/other/metadata /docs /openapi.json"),
-    ("GET", 404, f"{VERSIONS}/2 {VERSIONS}/%D9%A1/metadata /../etc/passwd"),
-    ("POST", 404, f"/v1/models/other:predict {VERSIONS}/2:predict {VERSIONS}/x:predict"),
-    ("POST", 404, f"{VERSIONS}/{'9' * 5000}:predict"),
-    ("GET", 405, f"{PREDICT} {VERSIONS}/1:predict /page/query"),
-    *((method, 405, PREDICT) for method in ("PUT", "OPTIONS")),
-    ("DELETE", 405, "/v1/models/films"),
-    ("POST", 405, "/v1/models/films:classify"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "status", "paths"),
+    [
+        ("GET", 404, "/v1/models/other /v1/models/other/metadata /docs /openapi.json"),
+        ("GET", 404, f"{VERSIONS}/2 {VERSIONS}/%D9%A1/metadata /../etc/passwd"),
+        ("POST", 404, f"/v1/models/other:predict {VERSIONS}/2:predict {VERSIONS}/x:predict"),
+        ("POST", 404, f"{VERSIONS}/{'9' * 5000}:predict"),
+        ("GET", 405, f"{PREDICT} {VERSIONS}/1:predict /page/query"),
+        *((method, 405, PREDICT) for method in ("PUT", "OPTIONS")),
+        ("DELETE", 405, "/v1/models/films"),
+        ("POST", 405, "/v1/models/films:classify"),
+    ],
+)
 def test_wrong_addresses_and_methods(small: Running, method: str, status: int, paths: str) -> None:
     for path in paths.split():
         check_refused(small, method, path, status)

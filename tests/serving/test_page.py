@@ -101,13 +101,17 @@ def test_it_shows_its_request(served: Served, running: Running, of: str, has_fil
     assert shown
 
 
-@pytest.mark.parametrize("query", [
-    *({}, {"user_id": "1", "items": [3]}, {"items": [3], "features": {"sex": "F"}}),
-    *({"items": [3], "filter": "b"}, {"user_id": "one"}, {"user_id": None}, {"user_id": [1]}),
-    *({"items": []}, {"items": [3] * 41}, {"items": ["x"]}, {"items": 3}),
-    *({"user_id": "1", "k": k} for k in (0, 101, "3")),
-    {"user_id": "\ud800"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "query",
+    [
+        *({}, {"user_id": "1", "items": [3]}, {"items": [3], "features": {"sex": "F"}}),
+        *({"items": [3], "filter": "b"}, {"user_id": "one"}, {"user_id": None}, {"user_id": [1]}),
+        *({"items": []}, {"items": [3] * 41}, {"items": ["x"]}, {"items": 3}),
+        *({"user_id": "1", "k": k} for k in (0, 101, "3")),
+        {"user_id": "\ud800"},
+    ],
+    ids=str,
+)
 def test_the_page_refuses_wrong_queries(small: Running, query: dict[str, Any]) -> None:
     response = small.post("/page/query", content=json.dumps(query), headers=JSON)
     assert response.status_code == 400

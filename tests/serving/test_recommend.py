@@ -166,13 +166,16 @@ def _in_another_thread(work: Any) -> Any:
         return threads.submit(work).result()
 
 
-@pytest.mark.parametrize(("users", "message"), [
-    ({"viewer": [1]}, "no column 'user_id'. It has: viewer"),
-    ({"user_id": [101, None]}, "1 rows have no user_id"),
-    ({"user_id": ["x"]}, "column 'user_id' holds no ids: .*'x'"),
-    ({"user_id": [101], "history": [["x"]]}, "column 'history' holds no ids: .*'x'"),
-    ({"user_id": [101, 101], "history": [[3], [10]]}, "a user comes twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        ({"viewer": [1]}, "no column 'user_id'. It has: viewer"),
+        ({"user_id": [101, None]}, "1 rows have no user_id"),
+        ({"user_id": ["x"]}, "column 'user_id' holds no ids: .*'x'"),
+        ({"user_id": [101], "history": [["x"]]}, "column 'history' holds no ids: .*'x'"),
+        ({"user_id": [101, 101], "history": [[3], [10]]}, "a user comes twice"),
+    ],
+)
 def test_a_wrong_table_of_users_is_refused(
     int_folder: Path, tmp_path: Path, users: Any, message: str
 ) -> None:

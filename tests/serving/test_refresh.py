@@ -288,15 +288,18 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
             refresh_index(folder, items_file)
 
 
-@pytest.mark.parametrize(("kind", "values"), [
-    ("categorical", ["a", None]),
-    ("multi_categorical", [["a"], None]),
-    ("text", ["a b", "b"]),  # A word of a single row has no code.
-    ("numeric", [1.0, None]),
-    ("bucketized", [1.0, 2.0]),
-    ("timestamp", [datetime(2024, 5, day, tzinfo=UTC) for day in (1, 2)]),
-    ("vector", [[1.0, 2.0], None]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("categorical", ["a", None]),
+        ("multi_categorical", [["a"], None]),
+        ("text", ["a b", "b"]),  # A word of a single row has no code.
+        ("numeric", [1.0, None]),
+        ("bucketized", [1.0, 2.0]),
+        ("timestamp", [datetime(2024, 5, day, tzinfo=UTC) for day in (1, 2)]),
+        ("vector", [[1.0, 2.0], None]),
+    ],
+)
 def test_a_feature_that_the_training_had_must_have_a_value(kind: Any, values: list[Any]) -> None:
     path, given = Path("today.csv"), pa.array(values)
     nothing = pa.nulls(2, given.type)
@@ -309,13 +312,17 @@ def test_a_feature_that_the_training_had_must_have_a_value(kind: Any, values: li
 
 
 @pytest.mark.parametrize("refreshed", ["int"], indirect=True)
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.drop_columns(["genres"]), r"no column 'genres'.*\. Name the columns as"),
-    (lambda t: t.drop_columns(["item_id"]), r"no column 'item_id'"),
-    (lambda t: pa.concat_tables([t, with_genres(t.slice(0, 3), [None] * 3)]), r"One row an id"),
-    (lambda t: t.slice(0, 0), r"holds no row"),
-    (lambda t: pa.table({"item_id": ["x"], "genres": [["a"]]}), "item ids are integers"),
-], ids=["no feature", "no id", "an id twice", "no row", "text ids"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["genres"]), r"no column 'genres'.*\. Name the columns as"),
+        (lambda t: t.drop_columns(["item_id"]), r"no column 'item_id'"),
+        (lambda t: pa.concat_tables([t, with_genres(t.slice(0, 3), [None] * 3)]), r"One row an id"),
+        (lambda t: t.slice(0, 0), r"holds no row"),
+        (lambda t: pa.table({"item_id": ["x"], "genres": [["a"]]}), "item ids are integers"),
+    ],
+    ids=["no feature", "no id", "an id twice", "no row", "text ids"],
+)
 def test_a_bad_item_table_changes_nothing(
     refreshed: Refreshed,
     folder: Path,

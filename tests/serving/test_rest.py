@@ -67,20 +67,24 @@ NAN = np.nan
 
 
 @pytest.mark.parametrize("key", ["inputs", "instances"])
-@pytest.mark.parametrize(("history", "times", "expected"), [
-    (ALONE, [[5.0, None]], [[5, NAN]]),
-    (ALONE, [[5.0]], [[5]]),
-    (ALONE, [None], np.zeros((1, 0))),
-    ([[7]], [[5.0, None]], [[5, NAN]]),
-    (ALONE, [[5.0, None, 6.0]], "3 times for 2 items"),
-    ([[]], [[5.0, None, 6.0]], "3 times for 0 items"),
-    # The length of the batch's other histories does not matter.
-    (PADDED, [[5, None, None], [5, 6, 7]], [[5, NAN, NAN], [5, 6, 7]]),
-    (PADDED, [[5, None], [5, 6]], [[5, NAN], [5, 6]]),
-    (PADDED, [[5, None, 6], [5, 6, 7]], r"one time for each item .*3 times for 1 item\."),
-    (PADDED, [[5, 6], [5, 6]], "2 times for 1 item"),
-    (PADDED, [[5, None, None, None], [5, 6, 7, 8]], "4 times for 3 items"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("history", "times", "expected"),
+    [
+        (ALONE, [[5.0, None]], [[5, NAN]]),
+        (ALONE, [[5.0]], [[5]]),
+        (ALONE, [None], np.zeros((1, 0))),
+        ([[7]], [[5.0, None]], [[5, NAN]]),
+        (ALONE, [[5.0, None, 6.0]], "3 times for 2 items"),
+        ([[]], [[5.0, None, 6.0]], "3 times for 0 items"),
+        # The length of the batch's other histories does not matter.
+        (PADDED, [[5, None, None], [5, 6, 7]], [[5, NAN, NAN], [5, 6, 7]]),
+        (PADDED, [[5, None], [5, 6]], [[5, NAN], [5, 6]]),
+        (PADDED, [[5, None, 6], [5, 6, 7]], r"one time for each item .*3 times for 1 item\."),
+        (PADDED, [[5, 6], [5, 6]], "2 times for 1 item"),
+        (PADDED, [[5, None, None, None], [5, 6, 7, 8]], "4 times for 3 items"),
+    ],
+    ids=str,
+)
 def test_a_time_without_an_item_is_refused(
     key: str, history: list[list[int]], times: list[Any], expected: Any
 ) -> None:
@@ -152,52 +156,56 @@ A = {"user_id": ["a"], "exclude": [[]], "k": 2}
 E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
 
 
-@pytest.mark.parametrize(("body", "message"), [
-    (b"", "not JSON"),
-    (b'{"inputs": [1]} x', "not JSON"),
-    (b"\xff\xfe{}", "not JSON"),
-    ('{"inputs": [1]}'.encode("utf-16"), "not JSON"),
-    (b'{"inputs": [' + b"9" * 5000 + b"]}", "not JSON"),
-    (b'{"inputs": ["\\ud800"]}', "not JSON"),
-    (b"[" * 1_000_000, "not JSON in UTF-8: recursion limit"),
-    (b"[1]", "must be an object"),
-    ({}, "either 'inputs' or 'instances'"),
-    ({"inputs": [1], "instances": [1]}, "either 'inputs' or 'instances'"),
-    ({"input": [1]}, "Unknown key 'input'"),
-    ({"inputs": [1], "signature_name": "nope"}, "'nope' not found in signature def"),
-    ({"inputs": [1], "signature_name": 7}, "7 not found in signature def"),
-    ({"instances": []}, "instances: List should have at least 1 item"),
-    ({"instances": 7}, "instances: Input should be a valid list"),
-    ({"instances": [1] * 3}, "instances: List should have at most 2 items"),
-    ({"inputs": [1] * 3}, "inputs.user_id: List should have at most 2 items"),
-    ({"inputs": [1.0]}, "inputs.user_id.0: Input should be a valid integer. Received: 1.0"),
-    ({"inputs": [True]}, "valid integer. Received: True"),
-    ({"inputs": ["1"]}, "valid integer. Received: '1'"),
-    ({"inputs": [1, 2**63]}, "inputs.user_id.1: Input should be less than or equal to"),
-    ({"inputs": 5}, "inputs.user_id: Input should be a valid list. Received: 5"),
-    (inputs("retrieve", user_id=["a"], exclude=[[]]), "inputs.k: Missing named input"),
-    (inputs("retrieve", **A, n=2), "Unknown input 'n'; the signature has user_id, exclude, k"),
-    ({"signature_name": "retrieve", "inputs": ["a"]}, "valid dictionary. Received: ['a']"),
-    ({"signature_name": "retrieve", "instances": [A]}, "use 'inputs' instead of 'instances'"),
-    (inputs("retrieve", **{**A, "k": 11}), "inputs.k: Input should be less than"),
-    (inputs("retrieve", **{**A, "k": 0}), "greater than or equal to 1. Received: 0"),
-    (inputs("retrieve", **{**A, "exclude": [["b"] * 4]}), "exclude.0: List should have at"),
-    (inputs("retrieve", **{**A, "exclude": [["b"], []]}), "lists of one length"),
-    (inputs("retrieve", **{**A, "exclude": [["b"], ["c"]]}), "as many queries"),
-    (inputs("retrieve", **{**A, "user_id": [7]}), "inputs.user_id.0: takes a string"),
-    (inputs("retrieve", **{**A, "user_id": [{"b64": "?"}]}), "inputs.user_id.0"),
-    (inputs("histories", user_id=[1], history=[[1] * 5]), "history.0: List should have at m"),
-    (inputs("embed", **{**E, "price": ["1"]}), "inputs.price.0: Input should be a valid"),
-    (inputs("embed", **{**E, "price": [True]}), "valid number. Received: True"),
-    (inputs("timed", timestamp=[1.7e12], history_timestamps=[[1.0]]), "milliseconds by 1,000"),
-    (inputs("timed", timestamp=[1.0], history_timestamps=[[1.7e12]]), "'history_timestamps' t"),
-    (inputs("embed", **{**E, "price": [None]}), "valid number. Received: None"),
-    (inputs("embed", **{**E, "price": [10**400]}), "valid number"),
-    (EMBED.replace(b"7.5", b"1e999"), "takes finite float64 values, or null"),
-    (inputs("embed", **{**E, "vector": [[1e300, 0, 0]]}), "takes finite float32 values"),
-    (inputs("embed", **{**E, "vector": [[1.0]]}), "vector.0: List should have at least 3"),
-    (inputs("embed", **{**E, "number": 2**31}), "less than or equal to 2147483647"),
-], ids=lambda value: repr(value)[:60])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not JSON"),
+        (b'{"inputs": [1]} x', "not JSON"),
+        (b"\xff\xfe{}", "not JSON"),
+        ('{"inputs": [1]}'.encode("utf-16"), "not JSON"),
+        (b'{"inputs": [' + b"9" * 5000 + b"]}", "not JSON"),
+        (b'{"inputs": ["\\ud800"]}', "not JSON"),
+        (b"[" * 1_000_000, "not JSON in UTF-8: recursion limit"),
+        (b"[1]", "must be an object"),
+        ({}, "either 'inputs' or 'instances'"),
+        ({"inputs": [1], "instances": [1]}, "either 'inputs' or 'instances'"),
+        ({"input": [1]}, "Unknown key 'input'"),
+        ({"inputs": [1], "signature_name": "nope"}, "'nope' not found in signature def"),
+        ({"inputs": [1], "signature_name": 7}, "7 not found in signature def"),
+        ({"instances": []}, "instances: List should have at least 1 item"),
+        ({"instances": 7}, "instances: Input should be a valid list"),
+        ({"instances": [1] * 3}, "instances: List should have at most 2 items"),
+        ({"inputs": [1] * 3}, "inputs.user_id: List should have at most 2 items"),
+        ({"inputs": [1.0]}, "inputs.user_id.0: Input should be a valid integer. Received: 1.0"),
+        ({"inputs": [True]}, "valid integer. Received: True"),
+        ({"inputs": ["1"]}, "valid integer. Received: '1'"),
+        ({"inputs": [1, 2**63]}, "inputs.user_id.1: Input should be less than or equal to"),
+        ({"inputs": 5}, "inputs.user_id: Input should be a valid list. Received: 5"),
+        (inputs("retrieve", user_id=["a"], exclude=[[]]), "inputs.k: Missing named input"),
+        (inputs("retrieve", **A, n=2), "Unknown input 'n'; the signature has user_id, exclude, k"),
+        ({"signature_name": "retrieve", "inputs": ["a"]}, "valid dictionary. Received: ['a']"),
+        ({"signature_name": "retrieve", "instances": [A]}, "use 'inputs' instead of 'instances'"),
+        (inputs("retrieve", **{**A, "k": 11}), "inputs.k: Input should be less than"),
+        (inputs("retrieve", **{**A, "k": 0}), "greater than or equal to 1. Received: 0"),
+        (inputs("retrieve", **{**A, "exclude": [["b"] * 4]}), "exclude.0: List should have at"),
+        (inputs("retrieve", **{**A, "exclude": [["b"], []]}), "lists of one length"),
+        (inputs("retrieve", **{**A, "exclude": [["b"], ["c"]]}), "as many queries"),
+        (inputs("retrieve", **{**A, "user_id": [7]}), "inputs.user_id.0: takes a string"),
+        (inputs("retrieve", **{**A, "user_id": [{"b64": "?"}]}), "inputs.user_id.0"),
+        (inputs("histories", user_id=[1], history=[[1] * 5]), "history.0: List should have at m"),
+        (inputs("embed", **{**E, "price": ["1"]}), "inputs.price.0: Input should be a valid"),
+        (inputs("embed", **{**E, "price": [True]}), "valid number. Received: True"),
+        (inputs("timed", timestamp=[1.7e12], history_timestamps=[[1.0]]), "milliseconds by 1,000"),
+        (inputs("timed", timestamp=[1.0], history_timestamps=[[1.7e12]]), "'history_timestamps' t"),
+        (inputs("embed", **{**E, "price": [None]}), "valid number. Received: None"),
+        (inputs("embed", **{**E, "price": [10**400]}), "valid number"),
+        (EMBED.replace(b"7.5", b"1e999"), "takes finite float64 values, or null"),
+        (inputs("embed", **{**E, "vector": [[1e300, 0, 0]]}), "takes finite float32 values"),
+        (inputs("embed", **{**E, "vector": [[1.0]]}), "vector.0: List should have at least 3"),
+        (inputs("embed", **{**E, "number": 2**31}), "less than or equal to 2147483647"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
 def test_a_refusal_says_what_is_wrong(body: Any, message: str) -> None:
     with pytest.raises(HTTPException) as caught:
         parsed(body)
@@ -207,15 +215,18 @@ def test_a_refusal_says_what_is_wrong(body: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
-@pytest.mark.parametrize("body", [
-    EMBED.replace(b"7.5", b"?"),
-    EMBED.replace(b"7.5", b"[[?]]"),
-    EMBED.replace(b'"embed"', b"?"),
-    b'{"inputs": [?]}',
-    b'{"instances": [{"user_id": ?}]}',
-    b'{"inputs": [1], "unknown": {"deep": [1, ?]}}',
-    b" ? ",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        EMBED.replace(b"7.5", b"?"),
+        EMBED.replace(b"7.5", b"[[?]]"),
+        EMBED.replace(b'"embed"', b"?"),
+        b'{"inputs": [?]}',
+        b'{"instances": [{"user_id": ?}]}',
+        b'{"inputs": [1], "unknown": {"deep": [1, ?]}}',
+        b" ? ",
+    ],
+)
 def test_words_that_are_not_json_are_refused_wherever_they_stand(body: bytes, word: str) -> None:
     with pytest.raises(HTTPException, match="has NaN, Infinity or -Infinity; give null") as caught:
         parsed(body.replace(b"?", word.encode()))
@@ -229,17 +240,21 @@ def test_words_that_are_not_json_are_refused_wherever_they_stand(body: bytes, wo
 LONG = "x" * 100_000
 
 
-@pytest.mark.parametrize("body", [
-    inputs("timed", timestamp=[LONG], history_timestamps=[[]]),
-    inputs("timed", timestamp=[1.0], history_timestamps=[[f"2024-01-01T00:00:00+{LONG}"]]),
-    inputs("timed", timestamp=[f"{LONG}Z"], history_timestamps=[[1.0]]),
-    inputs("serving_default", user_id=[LONG]),
-    inputs(LONG, user_id=[1]),
-    inputs("serving_default", **{LONG: [1]}),
-    {LONG: 1},
-    {"inputs": LONG},
-    {"instances": [{"user_id": {LONG: LONG}}]},
-], ids=lambda value: repr(value)[:40])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        inputs("timed", timestamp=[LONG], history_timestamps=[[]]),
+        inputs("timed", timestamp=[1.0], history_timestamps=[[f"2024-01-01T00:00:00+{LONG}"]]),
+        inputs("timed", timestamp=[f"{LONG}Z"], history_timestamps=[[1.0]]),
+        inputs("serving_default", user_id=[LONG]),
+        inputs(LONG, user_id=[1]),
+        inputs("serving_default", **{LONG: [1]}),
+        {LONG: 1},
+        {"inputs": LONG},
+        {"instances": [{"user_id": {LONG: LONG}}]},
+    ],
+    ids=lambda value: repr(value)[:40],
+)
 def test_what_a_refusal_quotes_is_cut(body: Any) -> None:
     with pytest.raises(HTTPException) as caught:
         parsed(body)

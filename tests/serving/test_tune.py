@@ -196,12 +196,15 @@ def test_a_target_out_of_reach_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         tuned_on(EMBEDDINGS, QUERIES)
 
 
-@pytest.mark.parametrize(("scores", "share"), [
-    ([9, 8, 7, 7], 1),  # Whichever of those that score 7 they are.
-    ([9, 7, 7, 7], 1),  # None replaces the 8, which is missing, but k are at least as good.
-    ([9, 8, 7, 6.99], 0.75),
-    ([9, 8, -np.inf, -np.inf], 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [
+        ([9, 8, 7, 7], 1),  # Whichever of those that score 7 they are.
+        ([9, 7, 7, 7], 1),  # None replaces the 8, which is missing, but k are at least as good.
+        ([9, 8, 7, 6.99], 0.75),
+        ([9, 8, -np.inf, -np.inf], 0.5),
+    ],
+)
 def test_equal_scores_are_found(scores: list[float], share: float) -> None:
     exact = np.array([[9, 8, 7, 7]], np.float32)
     np.testing.assert_array_equal(share_found(exact, np.array([scores], np.float32)), [share])

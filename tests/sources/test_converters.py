@@ -151,13 +151,16 @@ def test_the_latest_row_of_recflow_describes_an_item(tmp_path: Path) -> None:
     assert (item["author_id"], user["age"]) == (6, 4)
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"rank_neg": 2}, "rank_neg"),
-    ({"realshow": None}, "realshow IS NULL"),
-    ({"realshow": 1, "effective_view": 7}, ".*effective_view"),
-    ({"request_timestamp": START_MS // 1000}, "request_timestamp"),
-    ({"request_id": None}, "request_id IS NULL"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank_neg": 2}, "rank_neg"),
+        ({"realshow": None}, "realshow IS NULL"),
+        ({"realshow": 1, "effective_view": 7}, ".*effective_view"),
+        ({"request_timestamp": START_MS // 1000}, "request_timestamp"),
+        ({"request_id": None}, "request_id IS NULL"),
+    ],
+)
 def test_recflow_refuses(tmp_path: Path, values: dict[str, int | None], message: str) -> None:
     path = tmp_path / "all_stage" / "2024-01-13.feather"
     write_day(path, [row(realshow=1, effective_view=1), {**row(), **values}])

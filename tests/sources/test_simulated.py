@@ -264,19 +264,22 @@ def test_features_tell_of_the_taste() -> None:
     assert liking[is_favourite].mean() > 2 * liking[~is_favourite].mean()
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"num_exposed": 21}, "num_exposed must be at most num_ranked.*Received: 21 and 20"),
-    ({"num_pre_ranked": 101}, "num_pre_ranked must be at most num_retrieved"),
-    ({"num_exposed": 0}, "num_exposed must be a whole number, 1 or more"),
-    ({"num_exposed": 2.5}, "num_exposed must be a whole number, 1 or more. Received: 2.5"),
-    ({"rank_noise": -1}, "rank_noise must be finite, 0 or more. Received: -1"),
-    ({"device_weight": np.inf}, "device_weight must be finite, 0 or more. Received: inf"),
-    ({"click_bias": np.nan}, "click_bias must be finite. Received: nan"),
-    ({"popularity_weight": np.nan}, "popularity_weight must be finite. Received: nan"),
-    ({"num_retrieved": 301}, "num_items at least num_retrieved, 301.*and 300"),
-    ({"num_requests": 0}, "num_requests must be 1 or more"),
-    ({"click_bias": -60}, "none of 1000 rows is a positive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_exposed": 21}, "num_exposed must be at most num_ranked.*Received: 21 and 20"),
+        ({"num_pre_ranked": 101}, "num_pre_ranked must be at most num_retrieved"),
+        ({"num_exposed": 0}, "num_exposed must be a whole number, 1 or more"),
+        ({"num_exposed": 2.5}, "num_exposed must be a whole number, 1 or more. Received: 2.5"),
+        ({"rank_noise": -1}, "rank_noise must be finite, 0 or more. Received: -1"),
+        ({"device_weight": np.inf}, "device_weight must be finite, 0 or more. Received: inf"),
+        ({"click_bias": np.nan}, "click_bias must be finite. Received: nan"),
+        ({"popularity_weight": np.nan}, "popularity_weight must be finite. Received: nan"),
+        ({"num_retrieved": 301}, "num_items at least num_retrieved, 301.*and 300"),
+        ({"num_requests": 0}, "num_requests must be 1 or more"),
+        ({"click_bias": -60}, "none of 1000 rows is a positive"),
+    ],
+)
 def test_refused_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         simulate(**{"num_requests": 10} | options)

@@ -117,7 +117,7 @@ class Candidates:
 
     @property
     def has_drifted(self) -> bool:
-        """Whether the index should be rebuilt, since much has changed or it failed to take it in."""
+        """Whether to rebuild the index: much has changed, or it failed to take in a change."""
         view, num_built = self._view, len(self._view.corpus)
         if self._is_indexed and view.searcher is None:
             return True
