@@ -86,7 +86,7 @@ def test_a_metric_that_leaves_its_range_or_shape_is_refused(k: int, tmp_path: Pa
 def test_settings_take_what_was_brought_and_refuse_the_rest(brought: None) -> None:
     assert TrainingSettings(monitor="precision@7").monitor == "precision@7"
     for monitor, why in {
-        "precison@7": "did you mean 'precision'",
+        "precison@7": "did you mean 'precision@7'",
         "precision": "at a cutoff",
         "gini@20": "of which more is not better",
     }.items():

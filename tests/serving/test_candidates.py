@@ -156,7 +156,7 @@ def test_an_index_that_took_in_half_a_change_is_left(
     with monkeypatch.context() as patch:
         patch.setattr(Searcher, "add", add_half)
         plain.put(list(range(700, 720)), NEW[:20], [["red"]] * 20)
-    assert "search is exact until it is rebuilt" in caplog.text
+    assert "search is exact until a rebuild" in caplog.text
     plain.put(list(range(720, 740)), NEW[20:40], [["blue"]] * 20)
     plain.check(np.random.default_rng(6))
     assert plain.candidates.has_drifted

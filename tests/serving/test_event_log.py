@@ -303,9 +303,9 @@ def test_a_log_is_not_replaced_if_its_rows_were_dropped(
     load(films).record([late, event(100, 9)])
     done = command(*flags, out)
     assert done.code == 1
-    assert "were dropped from" in done.err
+    assert "have been dropped from" in done.err
     assert "log-20" in done.err
-    with pytest.raises(ValueError, match="replacing it would lose them"):
+    with pytest.raises(ValueError, match="replacing the file may lose them"):
         write_log(films, out)
     assert out.read_bytes() == whole
     assert [e.item_id for e in Journal(films).of_users([100])[100]] == [7, 5, 9]
@@ -354,6 +354,7 @@ def test_past_events_are_recorded_from_a_file(
     Journal(other).path.unlink()
     assert event_log.record_file(load(other), tmp_path / "keys.parquet") == (90, 90)
     assert event_log.record_file(load(other), tmp_path / "keys.parquet") == (90, 0)
+    missing = tmp_path / "missing.parquet"
     of_users = [Journal(folder).of_users(range(7)) for folder in (films, other)]
     by_time = [
         {user: sorted(e[1:5] for e in rows) for user, rows in users.items()} for users in of_users
@@ -371,7 +372,28 @@ def test_past_events_are_recorded_from_a_file(
     wrong = pa.array(["buy", *["view"] * 89])
     pq.write_table(table.set_column(2, "type", wrong), tmp_path / "keys.parquet")
     done = command("log", other, "--add", tmp_path / "keys.parquet")
-    assert (done.code, "type: must be one of click" in done.err) == (1, True)
+    assert (done.code, "keys.parquet, row 1: " in done.err) == (1, True)
+    assert "type: must be one of click" in done.err
+    # A time that is missing would be that of the command.
+    wrong = pa.array([None, *table["time"][1:]], table["time"].type)
+    pq.write_table(table.set_column(table.schema.get_field_index("time"), "time", wrong), missing)
+    done = command("log", other, "--add", missing)
+    assert (done.code, "column 'time' is missing in 1 of 90 rows" in done.err) == (1, True)
+    (tmp_path / "keys.csv").write_text("user_id,item_id,type,time\n1,2,click,1770000000\n")
+    done = command("log", other, "--add", tmp_path / "keys.csv")
+    assert (done.code, "come in a .parquet file" in done.err) == (1, True)
+    assert Journal(other).of_users(range(7)) == of_users[1]  # Nothing was recorded.
+
+
+def test_what_a_ranker_did_is_no_act_of_a_user(films: Path) -> None:
+    """An answer has a hundred retrieved items, which would push clicks out of the newest events."""
+    types = ("retrieved", "pre_ranked", "ranked", "clicked", "exposed", "disliked")
+    load(films).record([event(100, n, type_, time=1e9 + n) for n, type_ in enumerate(types)])
+    load(films).record([event(101, 1, "retrieved", time=1e9)])
+    journal = Journal(films)
+    (events,) = journal.of_users([100, 101]).values()
+    assert [event.type for event in events] == ["clicked", "exposed", "disliked"]
+    assert journal.user_ids() == [100]
 
 
 def test_an_old_event_that_comes_while_the_log_is_written_is_kept(

@@ -199,14 +199,15 @@ def make_holdout(
     names = ("item_id", "_is_positive", "_is_dislike", "_is_tied")
     ids, was_clicked, was_disliked, is_tied = (rows[name].to_numpy() for name in names)
     seconds = rows["_seconds"].to_numpy() if "timestamp" in split.columns else None
-    requests = _numbered(rows["_request"])
-    first, lists = [], collections.defaultdict[str, Any](list)
+    request_numbers = _numbered(rows["_request"])
+    first = []
+    lists = collections.defaultdict[str, Any](list)  # By the fields of `Holdout`.
     for targets, before in _by_user(rows) if by == "users" else _by_request(rows, by):
         first.append(targets[0])
         clicked = before[was_clicked[before]]
         # The clicks of the request itself are not known yet when it is made.
-        request = requests[targets[0]]
-        history = clicked if request < 0 else clicked[requests[clicked] != request]
+        request = request_numbers[targets[0]]
+        history = clicked if request < 0 else clicked[request_numbers[clicked] != request]
         disliked = np.unique(ids[before[was_disliked[before]]])
         if len(disliked):
             history = history[~np.isin(ids[history], disliked)]
@@ -296,7 +297,8 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
 
 def _numbered(values: pa.ChunkedArray) -> np.ndarray:
     """Numbers the distinct values in the order in which they come; -1 for null."""
-    return values.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
+    # Encoded before the chunks are combined: a chunk of text holds 2 GB at most.
+    return values.dictionary_encode().combine_chunks().indices.fill_null(-1).to_numpy()
 
 
 def _by_user(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:

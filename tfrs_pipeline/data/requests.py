@@ -101,7 +101,7 @@ def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) 
         counts = events.filter(~is_click).group_by(text=text).agg(num=ibis._.count())
         most = counts.order_by(ibis.desc("num"), "text").limit(1).to_pyarrow().to_pylist()
         # A feature that is known at the request varies with the request, clicked or not.
-        usual, num_same = most[0].values() if most else ("", 0)
+        usual, num_same = (most[0]["text"], most[0]["num"]) if most else ("", 0)
         sums = {"clicks": is_click.sum(), "others": (~is_click).sum()}
         sums["same"] = (is_click & (text == usual)).sum()
         num_clicks, num_others, num_same_clicks = schema.totals(events, **sums).values()

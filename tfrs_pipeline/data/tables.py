@@ -373,7 +373,9 @@ def settle_ties(
             f"times {step}; {in_percent(counts['num_tied'], counts['num'])} of the positives have "
             f"the time of another one of their user: {_DONE[rule]}{share if is_coarse else ''}"
         )
-    return (store(_redrawn(events), raw.source) if rule == "random" else events), rule
+    if rule == "random":
+        events = store(_redrawn(events), raw.source)
+    return events, rule
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:

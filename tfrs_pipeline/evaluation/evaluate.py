@@ -287,7 +287,8 @@ def _measure(
 ) -> EvaluationResult:
     """Measures the ranking `rows`, [num_queries, k], over the whole corpus and in each slice."""
     counts, user_ids = truth.holdout.candidate_counts, truth.user_ids
-    whole, (queries, relevant_rows) = rankings_of(rows, truth), truth.relevant
+    whole = rankings_of(rows, truth)
+    queries, relevant_rows = truth.relevant
     parts = {"all": _measure_part(whole, metrics)}
     for name, is_in in popularity_slices(counts).items():
         # Relevant items outside the corpus are in no slice.

@@ -136,7 +136,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             "Embeddings must be [W, D] of queries, [P, D] of positives, [C, D] of negatives and "
             "[W, H, D] of hard ones; P is W, or the length of positive_query"
         )
-        tf.debugging.assert_shapes([x for x in pairs if x[0] is not None], message=message)
+        tf.debugging.assert_shapes([pair for pair in pairs if pair[0] is not None], message=message)
         if self._temperature is not None:  # Dividing [W, D] is cheaper than dividing [W, C].
             queries = tf.divide(queries, self._temperature)
         positive_logits = tf.reduce_sum(
@@ -144,13 +144,14 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         )
         scores = tf.matmul(queries, negatives, transpose_b=True)
         blocks = [_logits(scores, log_q=log_q, score_mask=score_mask)]
-        if hard is not None and hard_log_q is None:
+        if hard is None:
+            if hard_log_q is not None or hard_mask is not None:
+                raise ValueError("hard_log_q and hard_mask need hard_embeddings, their negatives.")
+        elif hard_log_q is None:
             raise ValueError("hard_embeddings needs hard_log_q; zeros correct nothing.")
-        if hard is not None:
-            scores = tf.einsum("wd,whd->wh", queries, hard)
-            blocks.append(_logits(scores, hard_log_q=hard_log_q, hard_mask=hard_mask))
-        elif hard_log_q is not None or hard_mask is not None:
-            raise ValueError("hard_log_q and hard_mask need hard_embeddings, their negatives.")
+        else:
+            hard_scores = tf.einsum("wd,whd->wh", queries, hard)
+            blocks.append(_logits(hard_scores, hard_log_q=hard_log_q, hard_mask=hard_mask))
         # softplus(n - p) = log(exp(p) + exp(n)) - p for the positive's logit p and the negatives'
         # logsumexp n; it neither overflows nor loses small losses to rounding.
         negative_logits = _rows_by_positive(_log_sum_exp(blocks), positive_query)

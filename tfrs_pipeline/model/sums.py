@@ -411,7 +411,7 @@ class Choice:
         weights: Weights of the members by name. The best model comes first, with 1; it is the only
             one if no sum improved on it, or the rotated sum was worse.
         metric: The name of the metric that decided.
-        alone: Mean of the metric for the best model alone.
+        alone: Mean of the metric for the best model alone, at the dimensions of the sum.
         summed: Mean for the sum, rotated.
         unrotated: Mean for the sum before it is rotated.
         difference: The sum, rotated, minus the best model alone, paired by query.
@@ -490,7 +490,7 @@ def choose(
     def mean(weights: Mapping[str, float], dim: int | None = None) -> float:
         return float(np.nanmean(measured(weights, dim)))
 
-    # Rotated too, where `dim` is less than the winner's.
+    # Rotated too if `dim` is smaller than the winner's, since that would be served.
     alone = measured({winner: 1.0}, dim)
     weights, best_mean = {winner: 1.0}, float(np.nanmean(alone))
     grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)

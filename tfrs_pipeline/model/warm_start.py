@@ -157,7 +157,8 @@ class WarmStart:
             # Another optimizer starts with an empty state.
             new_slots = slots_of(network.optimizer, variable) if self.first_step else []
             slots = list(zip(new_slots, old_slots, strict=bool(new_slots)))
-            if (rows_there := rows.get(variable.ref())) is None:  # Not a table.
+            rows_there = rows.get(variable.ref())
+            if rows_there is None:  # Not a table.
                 for new, old in [(variable, source), *slots]:
                     new.assign(old)
                 continue

@@ -74,7 +74,7 @@ EXAMPLE_LENGTH = 10
 def measure(
     run: RunContext, samples: RunData, baselines: MeasuredBaselines, **models: "Model"
 ) -> Evaluation:
-    """Evaluates a run's models and the version in service beside its measured baselines.
+    """Evaluates a run's models and the version in service beside the measured baselines.
 
     The version is compared if the gate is on, or was before.
     """

@@ -267,7 +267,7 @@ def race(
 
     Raises:
         ConfigError: If a name or setting is unknown, or no recipe is named.
-        TypeError: If `validation` is no holdout, or `recipes` no list.
+        TypeError: If `validation` is no holdout, or `recipes` is not a sequence.
         ValueError: If no recipe can train, or there is no positive (`DataError`).
 
     Example:
@@ -401,8 +401,8 @@ def race_step() -> Step:
 
     def make(run: RunContext, samples: RunData) -> Race:
         entrants = [PRESETS[name] for name in run.config.recipes]
-        shared = samples.selection, samples.validation, run.config.budget
-        decided, _ = _race(run, entrants, *shared)  # The model's step reads the trainings back.
+        # The model's step reads the trainings back.
+        decided, _ = _race(run, entrants, samples.selection, samples.validation, run.config.budget)
         run.note(*decided.lines())
         run.config = settle(run.config, run.folder, decided)
         return decided

@@ -1,8 +1,7 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -39,9 +38,12 @@ def training_step(name: str, path: str, config: RunConfig | None = None) -> Step
 
     def make(run: RunContext, samples: RunData) -> Model:
         settings = config or variants(run.config)[name]
-        alone = functools.partial(train_and_refit, name=name)
-        train: Callable[..., Model] = train_sum if settings.summed else alone
-        model = train(settings, samples, folder=run.folder.path / path, progress=run.progress)
+        folder, progress = run.folder.path / path, run.progress
+        model: Model
+        if settings.summed:
+            model = train_sum(settings, samples, folder=folder, progress=progress)
+        else:
+            model = train_and_refit(settings, samples, name=name, folder=folder, progress=progress)
         run.note(*model.notes)
         return model
 

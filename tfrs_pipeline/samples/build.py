@@ -157,8 +157,9 @@ def _write_pools(
     positives: ibis.Table, samples: ibis.Table, work: _Work, hard: FunnelLosers, seed: int
 ) -> ibis.Table:
     """Writes the pools; returns samples with pool sizes."""
-    kept = (work.kept[name] for name in ("known_positives", "exposed"))
-    losers = work.keep("losers", find_losers(work.kept["events"], hard, *kept))
+    kept = work.kept
+    found = find_losers(kept["events"], hard, kept["known_positives"], kept["exposed"])
+    losers = work.keep("losers", found)
     for stage, pool in draw_pools(positives, losers, hard, seed).items():
         # A batch draws neighbours, so pools are in random order: rows group items of similar age.
         pool = pool.order_by([*_POSITIVE, "place"]).select("event_number", "candidate_row")
@@ -185,8 +186,8 @@ def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
 
 
 def _report(work: _Work, hard: FunnelLosers | None) -> dict[str, Any]:
-    kept = (work.kept[name] for name in ("events", "samples", "corpus", "known_positives"))
-    events, samples, corpus, known = kept
+    events, samples = work.kept["events"], work.kept["samples"]
+    corpus, known = work.kept["corpus"], work.kept["known_positives"]
     if "num_earlier" in samples.columns:
         without = samples.filter(samples["num_earlier"] == 0)
     else:  # Without an order only users with a single item have an empty history.
@@ -230,7 +231,7 @@ def find_losers(
     events = _with_request(events)
     if Stage.RANKED in hard.stages:
         # Items just below the screen are nearly as good as those on it: only the low end has lost.
-        events = events.filter((events["stage"] != Stage.RANKED.value) | _is_low(events, hard))
+        events = _without_high(events, hard)
     taken = events.filter(events["stage"].isin(list(hard.stages)))
     # What the user clicked at any time is liked, even if this request lost it.
     losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, _PAIR)
@@ -270,19 +271,23 @@ def _with_request(events: ibis.Table) -> ibis.Table:
     return events.mutate(request=ibis.coalesce(named, ""))
 
 
-def _is_low(events: ibis.Table, hard: FunnelLosers) -> ir.BooleanValue:
-    """Marks the events at the low end of their request's ranks."""
+def _without_high(events: ibis.Table, hard: FunnelLosers) -> ibis.Table:
+    """Leaves out `ranked` events that are not at the low end of their request's ranks."""
+    is_ranked = events["stage"] == Stage.RANKED.value
+    others = events.filter(~is_ranked)
     if "rank" not in events.columns:
-        return ibis.literal(False)
+        return others
     # Only ranks of the last ranked list, because other losers' ranks have another scale.
     last_stages = Stage.RANKED, Stage.EXPOSED, Stage.CLICKED, Stage.DISLIKED
     is_last = events["stage"].isin([stage.value for stage in last_stages])
-    is_logged = events["rank"].notnull() & is_last
-    num = is_logged.sum().over(ibis.window(group_by=_REQUEST))
-    in_order = ibis.cumulative_window(group_by=_REQUEST, order_by=["rank", "event_number"])
+    # These alone, since a window over all events would sort what was only retrieved too.
+    logged = events.filter(events["rank"].notnull() & is_last)
+    num = logged.count().over(ibis.window(group_by=_REQUEST))
+    in_order = ibis.window(group_by=_REQUEST, order_by=["rank", "event_number"])
     # Place among the logged ranks, from 1: share s keeps the last ceil(s * n).
-    place = is_logged.sum().over(in_order)
-    return is_logged & (place > num - round_up(num * hard.bottom_share))
+    place = ibis.row_number().over(in_order) + 1
+    low = logged.filter(place > num - round_up(num * hard.bottom_share))
+    return others.union(events.filter(is_ranked).semi_join(low, "event_number"))
 
 
 def latest_histories(

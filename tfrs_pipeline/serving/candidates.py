@@ -101,7 +101,8 @@ class Candidates:
         values: FilterValues | None = None,
         codes: np.ndarray | None = None,
     ) -> None:
-        self.values, self._levels, self._is_indexed = values, tuple(levels), searcher is not None
+        self.values, self._levels = values, tuple(levels)
+        self._is_indexed = searcher is not None
         self._view = _first_view(ids, vectors, searcher, codes)
         self._lock = threading.RLock()
         # The changes made while a rebuild goes on; None if there is none.

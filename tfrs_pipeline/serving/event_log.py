@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.files import scan
-from tfrs_pipeline.data.schema import Source, require_all
+from tfrs_pipeline.data.schema import DataError, Source, require_all, totals
 from tfrs_pipeline.durable import replacing
 from tfrs_pipeline.serving.journal import Event, Journal
 from tfrs_pipeline.serving.publish import version_at
@@ -46,7 +46,7 @@ def write_log(model: str | Path, path: str | Path) -> int:
     Args:
         model: The folder of a model or of a version.
         path: A `.parquet` file; an earlier one is replaced once the new one is complete, unless it
-            has rows that were since dropped by their age.
+            has rows that `--drop-older-days` has since dropped.
 
     Returns:
         The number of rows.
@@ -64,12 +64,18 @@ def write_log(model: str | Path, path: str | Path) -> int:
     path, journal, num_rows = Path(path), Journal(version_at(model).parent), 0
     if problem := destination_problem(path):
         raise ValueError(f"path: {problem}")
-    if (first := _first_time(path)) < (end := journal.dropped_before()):
-        day, end_day = (datetime.fromtimestamp(x / 1000, UTC).date() for x in (first, end))
+    first = _first_time(path)
+    dropped_before = journal.dropped_before()
+    if first < dropped_before:
+        first_day, day = (
+            datetime.fromtimestamp(milliseconds / 1000, UTC).date()
+            for milliseconds in (first, dropped_before)
+        )
         raise ValueError(
-            f"path: {path} has rows from {day} on, and those before {end_day} were dropped from "
-            f"{journal.path}: replacing it would lose them. Give another path, such as "
-            f"{path.with_stem(f'{path.stem}-{datetime.now(UTC):%Y-%m-%d}')}, or move it away."
+            f"path: {path} has rows from {first_day} on, and rows from before {day} have been "
+            f"dropped from {journal.path}: replacing the file may lose them. Give another path, "
+            f"such as {path.with_stem(f'{path.stem}-{datetime.now(UTC):%Y-%m-%d}')}, or move the "
+            "file away."
         )
     blocks = journal.log(BLOCK)
     if (block := next(blocks, None)) is None:
@@ -94,19 +100,41 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> tuple[int, int]:
     type `stage`. Other columns are not read. A call that failed can be made again.
 
     Returns the number of events, and of new ones. Raises as `record`, and a `DataError` if the file
-    cannot be read or lacks a column.
+    cannot be read, lacks a column, or has no value in one.
     """
-    scanned, num_events, num_new = scan(connect(), path, "events"), 0, 0
+    if (
+        Path(path).suffix != ".parquet"
+    ):  # Text would leave open what is an integer, and what a time.
+        raise DataError(f"{path}: past events come in a .parquet file")
+    scanned = scan(connect(), path, "events")
     names = {_KEYS.get(name, name): name for name in scanned.columns}
     remedy = "Events have user_id, item_id, type (or stage) and time (or timestamp)."
     required = ("user_id", "item_id", "type", "time")
     require_all(names, dict.fromkeys(required, remedy), Source(scanned.name))
     events = scanned.load({key: names[key] for key in Event._fields if key in names}).table
+    counts = totals(events, num=events.count(), **{key: events[key].count() for key in required})
+    for key in required:
+        if num_missing := counts["num"] - counts[key]:
+            # A missing time would be taken for now, each time that the file is added.
+            raise DataError(
+                f"{scanned.name}: column {names[key]!r} is missing in {num_missing:,} of "
+                f"{counts['num']:,} rows: give them one, or leave them out"
+            )
     # The events of a user lie together in the store. In another order, each write would go all over
     # its file.
-    by_user = events.order_by(["user_id", "_row"]).drop("_row")
+    by_user = events.order_by(["user_id", "_row"])
+    num_events = num_new = 0
     for batch in by_user.to_pyarrow_batches(chunk_size=_EVENTS_PER_WRITE):
-        num_new += model.record(batch.to_pylist())
+        read = batch.drop_columns(["_row"]).to_pylist()
+        try:
+            num_new += model.record(read)
+        except ValueError:
+            for row, event in zip(batch["_row"].to_pylist(), read, strict=True):
+                try:  # One by one, so that the first that is wrong is named by its row.
+                    model.checked_events([event])
+                except ValueError as error:
+                    raise DataError(f"{scanned.name}, row {row + 1:,}: {error}") from None
+            raise
         num_events += len(batch)
     return num_events, num_new
 

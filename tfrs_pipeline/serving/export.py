@@ -27,13 +27,12 @@ from tfrs_pipeline.model.encoder import (
     Encoder,
     embed_queries,
     features_of,
-    history_of,
     item_times,
     known_rows,
 )
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import embed_corpus, signature_inputs
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.index import (
@@ -261,7 +260,8 @@ def export_index(
     queries, index = queries[:NUM_QUERIES], options.index
     if isinstance(index, Auto):
         index = index.choose(len(embeddings))
-    tuned, description = None, dict[str, Any](kind=index.kind)
+    tuned = None
+    description: dict[str, Any] = {"kind": index.kind}
     if isinstance(index, Scann):
         embedded = embed_queries(encoder, queries, features)
         requests = Requests(embedded, known_rows(encoder, queries, ids))

@@ -77,6 +77,8 @@ SELECT user_id, item_id, time, CASE max(level) {_STAGE_OF_LEVEL} END, request_id
 ) GROUP BY user_id, item_id, coalesce(request_id, -time)
 ORDER BY time, request_id, 6, arrival, user_id
 """
+# What users do. Other stages are a ranker's: the hundred of each answer would push out the rest.
+_OF_USERS = f"type IN ('{Stage.CLICKED}', '{Stage.EXPOSED}', '{Stage.DISLIKED}')"
 # A request reads this many of a user's newest events. No person has more; a bot may.
 _MAX_EVENTS = 10_000
 _MINUTE_MS, _DAY_MS = 60_000, 86_400_000
@@ -165,13 +167,13 @@ class Journal(Database):
             ]
 
     def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
-        """Reads the events of users, by user, oldest first; users without an event are left out.
+        """Reads what users clicked, were shown or disliked, by user, oldest first.
 
-        Events of one time are in the order of their arrival. Of a user with more than 10,000
-        events, reads the newest 10,000.
+        Users without such an event are left out. Events of one time are in the order of their
+        arrival. Of a user with more than 10,000 events, reads the newest 10,000.
         """
         query = (
-            f"SELECT {', '.join(Event._fields)} FROM events WHERE user_id = ? "
+            f"SELECT {', '.join(Event._fields)} FROM events WHERE user_id = ? AND {_OF_USERS} "
             "ORDER BY time DESC, arrival DESC LIMIT ?"
         )
         with self._opened() as connection:
@@ -184,8 +186,8 @@ class Journal(Database):
         return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
 
     def user_ids(self) -> list[Any]:
-        """Reads the ids of all users with an event, ascending; integers come before text."""
-        query = "SELECT DISTINCT user_id FROM events ORDER BY user_id"
+        """Reads the ids of all users who did something, ascending; integers come before text."""
+        query = f"SELECT DISTINCT user_id FROM events WHERE {_OF_USERS} ORDER BY user_id"
         with self._opened() as connection:
             return [id_ for (id_,) in (connection.execute(query) if connection else ())]
 
@@ -240,8 +242,9 @@ class Journal(Database):
         Returns how many events, and how many answers.
         """
         # Noted before the deletion: if that is cut short, no file that has the rows is replaced.
-        minutes = max(self.dropped_before() // _MINUTE_MS, -(-time_ // _MINUTE_MS))
         with self.writing() as connection:
+            rounded_up = time_ // _MINUTE_MS + 1
+            minutes = max(self.dropped_before() // _MINUTE_MS, rounded_up)
             connection.execute(f"PRAGMA user_version = {minutes}")
         return self._delete("time < ?", time_, arrived_before)
 

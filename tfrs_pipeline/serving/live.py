@@ -169,7 +169,7 @@ class LiveItems:
             self.titles.pop(id_, None)
 
     def _maintain_if_needed(self) -> None:
-        """After many writes, builds the index anew, in the background."""
+        """Builds the index anew in the background, if many writes or a failed one call for it."""
         if self._candidates.has_drifted and self._is_busy.acquire(blocking=False):
             threading.Thread(target=self._maintain, name="live-items", daemon=True).start()
 

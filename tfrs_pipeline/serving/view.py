@@ -88,7 +88,9 @@ class View:
                 searcher.add(vectors)
             except Exception:
                 # It may have taken in some: every later row would be another item's.
-                logger.exception("the index took in no change: search is exact until it is rebuilt")
+                logger.exception(
+                    "the index failed to take in a change: search is exact until a rebuild"
+                )
                 searcher = None
         return replace(
             view,
