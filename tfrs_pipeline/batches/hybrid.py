@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
-from tfrs_pipeline.batches.hard import EXPOSED, KNOWN, HardDraws, Never, never_shared
+from tfrs_pipeline.batches.hard import HardDraws
+from tfrs_pipeline.batches.masks import EXPOSED, KNOWN, Never, never_shared
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.samplers import HardNegatives, InBatch, Negatives, SamplingFrame

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.hard import is_member
+from tfrs_pipeline.batches.masks import is_member
 from tfrs_pipeline.serving.index import Level
 
 # The files of an index as ScaNN saves it, in the order in which its operation takes them. An index
