@@ -385,7 +385,11 @@ def test_a_sum_has_a_repeat_bonus_of_its_own(
         ([tp.TwoTower()], {"weights": [np.nan]}, "one number above 0"),
         ([tp.TwoTower()], {"weights": 1}, "one number above 0"),
         ({"a": tp.TwoTower()}, {"weights": {"b": 1}}, "one number above 0.* models a. .*'b'"),
-        ([tp.TwoTower()], {"metric": "ndgc@20"}, "did you mean 'ndcg@20'"),
+        (
+            [tp.TwoTower()],
+            {"metric": "ndgc@20"},
+            "metric must be .*did you mean 'ndcg@20'.*: 'ndgc@20'",
+        ),
         ([tp.TwoTower()], {"dim": 0}, "dim must be a whole number, 1 or more"),
         ([], {}, "needs models in a list, or by name"),
         (tp.TwoTower(), {}, "needs models in a list, or by name"),

@@ -1,7 +1,7 @@
 """Warm starts: weights are carried over by id, not by row; new ids start from the stand-in."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ YESTERDAY, TODAY = range(10, 34), range(4, 30)  # The items of each day.
 Sets: TypeAlias = tuple[TrainingSet, TrainingSet]
 
 
-def log_of(items: range, first_user: int) -> Log:
+def log_of(items: range, first_user: int, names: Sequence[str] = ("genre", "title")) -> Log:
     """Returns a log of these items; today's ids have other rows than yesterday's."""
     rng, users = np.random.default_rng(len(items)), range(first_user, first_user + NUM_USERS)
     pairs = ((user, item) for user in users for item in rng.permutation(list(items))[:8])
@@ -37,7 +37,8 @@ def log_of(items: range, first_user: int) -> Log:
     # Items 4 and 9 have a genre that sorts first and that yesterday's log did not have.
     table["genre"] = ["action" if item % 5 == 4 and item < 10 else f"g{item % 5}" for item in items]
     table["title"] = [f"word{item % 3} word{item % 2}" for item in items]
-    features = {"genre": "categorical", "title": "text"}
+    kinds = {"genre": "categorical", "title": "text"}
+    features = {name: kinds[name] for name in names}
     events = pd.DataFrame(rows, columns=["user_id", "item_id"])
     return Log.from_table(events, items=table, item_features=features)
 
@@ -236,6 +237,10 @@ def test_other_features_and_ids_are_refused(
     assert re.match("data.item_features: got none, .* genre=categorical title=text$", features)
     told = "ids are integers here and strings there"
     assert ids == [f"warm_start: {whose} {told}" for whose in ("item", "user")]
+    log = log_of(TODAY, 5, ("title", "genre"))
+    data = TrainingSet.build(log, tmp_path / "order", seed=0)
+    with pytest.raises(ConfigError, match=r"got title=text genre=.*: give them in that order"):
+        tiny(**MODEL).fit_samples(data, warm_start=source)
     other = TrainingSet.build(log_of(range(50, 70), 0), tmp_path / "other", seed=0)
     with pytest.raises(ConfigError, match=r"no item is known there: ids are like 'item 50' here"):
         tiny(**MODEL).fit_samples(other, warm_start=source)

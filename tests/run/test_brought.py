@@ -79,6 +79,8 @@ def test_a_metric_that_leaves_its_range_or_shape_is_refused(k: int, tmp_path: Pa
     train, _, test = split_of(tmp_path)
     with pytest.raises(ValueError, match=rf"precision@{k} must measure .* from 0 to 1\. Received"):
         evaluate(MostPopular().fit(train), test, metrics=[Wrong(k)])
+    with pytest.raises(TypeError, match=rf"metrics come in a list, .*\[Precision\(k={k}\)\]"):
+        evaluate(MostPopular().fit(train), test, metrics=Precision(k))
     with pytest.raises(TypeError, match=r"metrics must be like .*Received: \['recall@20'\]"):
         evaluate(MostPopular().fit(train), test, metrics=["recall@20"])
 

@@ -290,6 +290,8 @@ def test_what_a_race_in_python_refuses_before_samples_are_built(
             tp.race(train, validation, recipes=recipes, settings=settings)
     with pytest.raises(TypeError, match=r"recipes must be a list .*Received: 'default'"):
         tp.race(train, validation, recipes="default")
+    with pytest.raises(TypeError, match=r"names or tp\.Recipe. Received: \[None\]"):
+        tp.race(train, validation, recipes=[None])
     with pytest.raises(TypeError, match="needs a Holdout"):
         tp.race(train, train, recipes=["default"])
 

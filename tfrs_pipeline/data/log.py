@@ -542,8 +542,8 @@ def _described(log: Log) -> Iterator[str]:
         num_lost = schema.count_rows(clicks) - schema.count_rows(positives)
         yield (
             f"{counted(schema.count_rows(log.disliked), 'pair')} of a user and an item that the "
-            f"user disliked: never shown to them; {counted(num_lost, 'click')} on them left out of "
-            "training"
+            "user disliked: never shown to them; the positives lack "
+            f"{counted(num_lost, 'click')} on them"
         )
     if log.part_of is not None:
         yield "a part of a log: the whole log's description says what was dropped"

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.baselines import Ials
@@ -560,7 +560,10 @@ class Sum:
             check_integer(1, dim=dim)
         self.members, self.dim = dict(members), dim
         self.weights = None if weights is None else _checked_weights(members, weights)
-        self.metric = metric_of(metric)
+        try:
+            self.metric = metric_of(metric)
+        except ValueError as error:
+            raise ValueError(f"metric {error}. Received: {metric!r}") from None
 
     def fit(
         self,
@@ -575,8 +578,10 @@ class Sum:
 
         The queries of `validation` give the scale of each member's scores and the rotation, and
         choose the weights unless they are given. A `TypeError` if a member is to be fitted without
-        `train`, and a `ValueError` if the members have other items, users or features.
+        `train`, or if `validation` is no holdout; a `ValueError` if the members have other items,
+        users or features.
         """
+        check_holdout(validation)
         fitted: dict[str, Member] = {}
         for name, member in self.members.items():
             if isinstance(member, TwoTower):

@@ -232,6 +232,8 @@ def _problems(
         )
         if old != new:
             message = f"got {new}, where the model to start from has {old}"
+            if sorted(old.split()) == sorted(new.split()):  # Weights follow the order.
+                message += ": give them in that order"
             yield f"data.{name}_features", message
     for name, there, here in (
         ("item", source.corpus.candidate_ids, corpus.candidate_ids),

@@ -279,7 +279,8 @@ def race(
             print(race)
     """
     check_holdout(validation)
-    if isinstance(recipes, str) or not isinstance(recipes, Sequence):
+    is_list = isinstance(recipes, Sequence) and not isinstance(recipes, str)
+    if not is_list or not all(isinstance(recipe, str | Recipe) for recipe in recipes):
         raise TypeError(f"recipes must be a list of names or tp.Recipe. Received: {recipes!r:.200}")
     entrants = [
         recipe if isinstance(recipe, Recipe) else _recipe_named(recipe) for recipe in recipes

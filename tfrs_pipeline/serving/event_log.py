@@ -67,12 +67,12 @@ def write_log(model: str | Path, path: str | Path) -> int:
     first = _first_time(path)
     dropped_before = journal.dropped_before()
     if first < dropped_before:
-        first_day, day = (
-            datetime.fromtimestamp(milliseconds / 1000, UTC).date()
+        first_time, end = (
+            f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%d %H:%M}"
             for milliseconds in (first, dropped_before)
         )
         raise ValueError(
-            f"path: {path} has rows from {first_day} on, and rows from before {day} have been "
+            f"path: {path} has rows from {first_time} UTC on, and rows from before {end} have been "
             f"dropped from {journal.path}: replacing the file may lose them. Give another path, "
             f"such as {path.with_stem(f'{path.stem}-{datetime.now(UTC):%Y-%m-%d}')}, or move the "
             "file away."
@@ -80,8 +80,8 @@ def write_log(model: str | Path, path: str | Path) -> int:
     blocks = journal.log(BLOCK)
     if (block := next(blocks, None)) is None:
         raise ValueError(
-            f"Nothing has been recorded: there is no event in {journal.path}. Send events to the "
-            "server, or call `record`."
+            f"Nothing has been recorded, or all was dropped: there is no event in {journal.path}. "
+            "Send events to the server, or call `record`."
         )
     with replacing(path) as partial:
         table = _table(block)

@@ -389,7 +389,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail
     if message == http.HTTPStatus(error.status_code).phrase:  # The router's own.
-        message = f"Malformed request: {request.method} {request.url.path:.200}: {message}"
+        message = f"{request.method} {request.url.path:.200}: {message}"
+        if allowed := (error.headers or {}).get("Allow"):
+            message += f"; it takes {allowed}"
     if len(message) > 800:  # It quotes a long value. Both ends are kept: the remedy comes last.
         message = f"{message[:400]} ... {message[-400:]}"
     return JSONResponse({"error": message}, error.status_code, error.headers)
