@@ -137,8 +137,12 @@ class WriteLog(OfModel):
     """Delete events and answers that are older than this many days, after the file is written."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
+        from tfrs_pipeline.serving.vectors import destination_problem
+
         if not any((self.out, self.add, self.drop_older_days)):
             yield "out", "required, or --drop-older-days N to delete old rows, or --add FILE"
+        if self.out and (problem := destination_problem(self.out)):
+            yield "out", problem
 
     def __call__(self) -> int:
         """Records, writes and deletes as asked, and says how many rows."""
