@@ -266,7 +266,7 @@ class RunConfig(Config):
 def plan_settings(plan: RunConfig | MemberConfig) -> dict[str, Any]:
     """Returns the settings of a model and of its training, by dotted name."""
     tables = {"model": plan.model, "training": plan.training}
-    return {f"{table}.{name}": x for table, values in tables.items() for name, x in values}
+    return {f"{table}.{name}": value for table, values in tables.items() for name, value in values}
 
 
 def movielens_config() -> RunConfig:

@@ -47,25 +47,34 @@ def test_a_funnel_log_with_stages_ranks_and_context(load: Any) -> None:
     assert column(tables.events, "request_id") == ["r1"] * 3
 
 
-@pytest.mark.parametrize("ids, expected", [
-    (["7", "10"], [7, 10]),
-    (["007", "7"], ["007", "7"]),
-    (["7.0", "8"], [7, 8]),
-    (["7.0", " x "], ["7", "x"]),
-    ([" a  3", "a 3\t", "a  3"], ["a  3", "a 3", "a  3"]),
-    (["99999999999999999999", "7"], ["99999999999999999999", "7"]),
-    (["-5", "0"], [-5, 0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ids, expected",
+    [
+        (["7", "10"], [7, 10]),
+        (["007", "7"], ["007", "7"]),
+        (["7.0", "8"], [7, 8]),
+        (["7.0", " x "], ["7", "x"]),
+        ([" a  3", "a 3\t", "a  3"], ["a  3", "a 3", "a  3"]),
+        (["99999999999999999999", "7"], ["99999999999999999999", "7"]),
+        (["-5", "0"], [-5, 0]),
+    ],
+)
 def test_ids_in_csv_are_integers_if_all_are(load: Any, ids: list[str], expected: list[Any]) -> None:
     tables = load("user_id,item_id\n" + "".join(f"{value},1\n" for value in ids))
     assert column(tables.events, "user_id") == expected
 
 
-@pytest.mark.parametrize(("others", "message"), [
-    (["x9", " x9 "], "2 of 20 rows hold no integer, such as 'x9' in row 19, so all ids in it are"),
-    ([], None),
-    (["a", "b", "c"], None),  # A column with so many texts holds texts.
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            ["x9", " x9 "],
+            "2 of 20 rows hold no integer, such as 'x9' in row 19, so all ids in it are",
+        ),
+        ([], None),
+        (["a", "b", "c"], None),  # A column with so many texts holds texts.
+    ],
+)
 def test_a_few_texts_among_integer_ids_get_a_note(
     load: Any, others: list[str], message: Any
 ) -> None:
@@ -79,16 +88,19 @@ def test_a_few_texts_among_integer_ids_get_a_note(
 MOMENT = datetime(2024, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("value, options", [
-    ("1706702400.5", {}),
-    ("1706702400500000999", {"timestamp_unit": "ns"}),
-    ("2024-01-31 13:00:00.5+01:00", {}),
-    ("2024-01-31 13:00:00.5", {"time_zone": "Europe/Berlin"}),
-    ("2024-01-31T12:00:00.5", {"time_zone": "UTC"}),
-    (pa.array([1706702400500], pa.int64()), {"timestamp_unit": "ms"}),
-    (pa.array([MOMENT], pa.timestamp("us", "Asia/Tokyo")), {}),
-    (pa.array([MOMENT.replace(tzinfo=None)], pa.timestamp("ns")), {"time_zone": "UTC"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, options",
+    [
+        ("1706702400.5", {}),
+        ("1706702400500000999", {"timestamp_unit": "ns"}),
+        ("2024-01-31 13:00:00.5+01:00", {}),
+        ("2024-01-31 13:00:00.5", {"time_zone": "Europe/Berlin"}),
+        ("2024-01-31T12:00:00.5", {"time_zone": "UTC"}),
+        (pa.array([1706702400500], pa.int64()), {"timestamp_unit": "ms"}),
+        (pa.array([MOMENT], pa.timestamp("us", "Asia/Tokyo")), {}),
+        (pa.array([MOMENT.replace(tzinfo=None)], pa.timestamp("ns")), {"time_zone": "UTC"}),
+    ],
+)
 def test_timestamps(load: Any, value: str | pa.Array, options: dict[str, str]) -> None:
     assert column(load(of_time(value), **options).events, "timestamp") == [MOMENT]
 
@@ -136,13 +148,16 @@ def test_hours_that_a_clock_shows_twice_or_never_are_counted(load: Any) -> None:
     assert max(found) - min(found) < 300 * day
 
 
-@pytest.mark.parametrize(("header", "missing", "meant"), [
-    ("customer_id,sku", "user_id", "customer_id"),
-    ("customer_id,sku", "item_id", "sku"),
-    ("visitor_id,product_id,user_agent", "user_id", "visitor_id"),
-    ("user_id,Product_ID,item_price", "item_id", "Product_ID"),
-    ("user,items", "item_id", "items"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("header", "missing", "meant"),
+    [
+        ("customer_id,sku", "user_id", "customer_id"),
+        ("customer_id,sku", "item_id", "sku"),
+        ("visitor_id,product_id,user_agent", "user_id", "visitor_id"),
+        ("user_id,Product_ID,item_price", "item_id", "Product_ID"),
+        ("user,items", "item_id", "items"),
+    ],
+)
 def test_the_usual_names_of_ids_are_guessed(
     load: Any, header: str, missing: str, meant: str
 ) -> None:
@@ -209,41 +224,53 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         assert column(log.events, "stage") == ["clicked", "exposed"]
 
 
-@pytest.mark.parametrize("text, options, message", [
-    ("user_id,item_id\n1,2\n", {"columns": {"item_id": "film"}}, "no column 'film'"),
-    ("user_id,item_id\n", {}, r"events\.csv: 0 rows"),
-    ("", {}, r"events\.csv: 0 rows, and no header"),
-    ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
-    ("user_id,item_id\n1,2\n1,2,3,4\n", {}, r"line 3 of .*\(1 of 2 lines\)\. Give"),
-    ("user_id,item_id,weight\n1,2,0\n1,3,1\n", {}, r"such as '0' .* a small weight or, with l"),
-    ("user_id,item_id\n1,2\n3,4\r\n5,6\n", {}, "line 3 .* another line ending"),
-    ("user_id,item_id\r1,2\r3,4\r", {}, r"cannot be read: its lines end in \\r alone"),
-    (f"user_id,item_id,{'z' * 140_000}\n1,2,3\n", {}, "its header has a field larger than"),
-    ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
-    ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
-    ("user_id,item_id\n-1,2\n", {}, r"'user_id' is -1 \(reserved .*\) in 1 of 1 rows"),
-    (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),
-    (CLICKS.replace("170", "170000"), {"timestamp_unit": "us"}, "Set timestamp_unit to ms"),
-    (CLICKS, {"timestamp_unit": "ms"}, "look like seconds"),
-    (CLICKS.replace("1700000000", "yesterday"), {}, "times and .* 1 of 3 rows, .*'yesterday'"),
-    (CLICKS.replace("1700000000", "2024-01-01"), {}, "one way .*'2024-01-01' .first: row 3"),
-    (CLICKS.replace("1700000000", ""), {}, "'timestamp' is null in 1 of 3 rows"),
-    ("user_id,item_id,timestamp\n1,2,2024-01-31 00:00\n1,3,2024-01-31\n", {},
-     "without a time zone.*2 rows"),
-    ("user_id,item_id,timestamp\n1,2,2024-01-31 10:00:00\n1,2,2024-01-31T10:00:00Z\n",
-     {"time_zone": "UTC"}, "does not in 1 of 2 rows.* with an offset in all or in none"),
-    ("user_id,item_id,timestamp\n1,2,20240131\n", {}, "look like dates"),
-    (CLICKS.replace("1700", "2024-01-01 00:0"), {}, "must hold times"),
-    ("user_id,item_id,rank\n1,2,1.5\n", {}, "'rank' must hold whole numbers.*'1.5'"),
-    ("user_id,item_id,score\n1,2,good\n", {}, "'score' must hold finite .* 1 of 1"),
-    ("user_id,item_id,stage\n1,2,liked\n", {}, "such as 'liked' .first: row 1.. Known"),
-    ("user_id,item_id\n1,5\n1,5\n", {"duplicates": "error"}, "1 of 2 rows repeat an earlier"),
-    ("user_id,item_id,rating\n1,2,3\n", {"rating_threshold": 4}, "none of 1 rows is"),
-    ("user_id,item_id,rating\n1,2,\n1,2,5\n", {"rating_threshold": 4}, "null or NaN in 1 of 2"),
-    (pa.table({"user_id": [1.5], "item_id": [2]}), {}, r"'user_id' must be an integer .*1\.5"),
-    (pa.table({"user_id": [1], "item_id": [2], "timestamp": [True]}), {},
-     "'timestamp' must be a timestamp"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("user_id,item_id\n1,2\n", {"columns": {"item_id": "film"}}, "no column 'film'"),
+        ("user_id,item_id\n", {}, r"events\.csv: 0 rows"),
+        ("", {}, r"events\.csv: 0 rows, and no header"),
+        ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
+        ("user_id,item_id\n1,2\n1,2,3,4\n", {}, r"line 3 of .*\(1 of 2 lines\)\. Give"),
+        ("user_id,item_id,weight\n1,2,0\n1,3,1\n", {}, r"such as '0' .* a small weight or, with l"),
+        ("user_id,item_id\n1,2\n3,4\r\n5,6\n", {}, "line 3 .* another line ending"),
+        ("user_id,item_id\r1,2\r3,4\r", {}, r"cannot be read: its lines end in \\r alone"),
+        (f"user_id,item_id,{'z' * 140_000}\n1,2,3\n", {}, "its header has a field larger than"),
+        ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
+        ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
+        ("user_id,item_id\n-1,2\n", {}, r"'user_id' is -1 \(reserved .*\) in 1 of 1 rows"),
+        (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),
+        (CLICKS.replace("170", "170000"), {"timestamp_unit": "us"}, "Set timestamp_unit to ms"),
+        (CLICKS, {"timestamp_unit": "ms"}, "look like seconds"),
+        (CLICKS.replace("1700000000", "yesterday"), {}, "times and .* 1 of 3 rows, .*'yesterday'"),
+        (CLICKS.replace("1700000000", "2024-01-01"), {}, "one way .*'2024-01-01' .first: row 3"),
+        (CLICKS.replace("1700000000", ""), {}, "'timestamp' is null in 1 of 3 rows"),
+        (
+            "user_id,item_id,timestamp\n1,2,2024-01-31 00:00\n1,3,2024-01-31\n",
+            {},
+            "without a time zone.*2 rows",
+        ),
+        (
+            "user_id,item_id,timestamp\n1,2,2024-01-31 10:00:00\n1,2,2024-01-31T10:00:00Z\n",
+            {"time_zone": "UTC"},
+            "does not in 1 of 2 rows.* with an offset in all or in none",
+        ),
+        ("user_id,item_id,timestamp\n1,2,20240131\n", {}, "look like dates"),
+        (CLICKS.replace("1700", "2024-01-01 00:0"), {}, "must hold times"),
+        ("user_id,item_id,rank\n1,2,1.5\n", {}, "'rank' must hold whole numbers.*'1.5'"),
+        ("user_id,item_id,score\n1,2,good\n", {}, "'score' must hold finite .* 1 of 1"),
+        ("user_id,item_id,stage\n1,2,liked\n", {}, "such as 'liked' .first: row 1.. Known"),
+        ("user_id,item_id\n1,5\n1,5\n", {"duplicates": "error"}, "1 of 2 rows repeat an earlier"),
+        ("user_id,item_id,rating\n1,2,3\n", {"rating_threshold": 4}, "none of 1 rows is"),
+        ("user_id,item_id,rating\n1,2,\n1,2,5\n", {"rating_threshold": 4}, "null or NaN in 1 of 2"),
+        (pa.table({"user_id": [1.5], "item_id": [2]}), {}, r"'user_id' must be an integer .*1\.5"),
+        (
+            pa.table({"user_id": [1], "item_id": [2], "timestamp": [True]}),
+            {},
+            "'timestamp' must be a timestamp",
+        ),
+    ],
+)
 def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load(text, **options)
@@ -281,19 +308,25 @@ def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
     assert found == list(zip(stages, [1.0, 1.0, 1.0, 1.0, 1.0, 4.5], strict=True))
 
 
-@pytest.mark.parametrize(("label", "more", "message"), [
-    ({"is_lik": 1.0}, {}, r"'is_lik'.*is_like"),
-    ({"note": 1.0}, {}, "'note' must be boolean, or a number .* it is string"),
-    ({"nothing": 1.0}, {"nothing": [0] * 6}, "none of 6 rows is a positive"),
-    ({"seconds": 1.0}, {"seconds": [1.0, float("nan")] * 3},
-     "'seconds' is in the label and no number in 3 of 6 rows, such as nan"),
-    ({"is_like": 0.0}, {}, "label.is_like: got 0.0; must be greater"),
-    ({"is_like": float("nan")}, {}, "label.is_like: got nan; must be"),
-    ({"is_like": "much"}, {}, "label.is_like: got 'much'; must be a valid number"),
-    ({0: 1.0}, {}, "label.0.*must be a valid string"),
-    ("is_like", {}, "label: got 'is_like'; must be a valid dictionary"),
-    ({"stage": 1.0}, {}, "takes outcomes, and stage is not"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("label", "more", "message"),
+    [
+        ({"is_lik": 1.0}, {}, r"'is_lik'.*is_like"),
+        ({"note": 1.0}, {}, "'note' must be boolean, or a number .* it is string"),
+        ({"nothing": 1.0}, {"nothing": [0] * 6}, "none of 6 rows is a positive"),
+        (
+            {"seconds": 1.0},
+            {"seconds": [1.0, float("nan")] * 3},
+            "'seconds' is in the label and no number in 3 of 6 rows, such as nan",
+        ),
+        ({"is_like": 0.0}, {}, "label.is_like: got 0.0; must be greater"),
+        ({"is_like": float("nan")}, {}, "label.is_like: got nan; must be"),
+        ({"is_like": "much"}, {}, "label.is_like: got 'much'; must be a valid number"),
+        ({0: 1.0}, {}, "label.0.*must be a valid string"),
+        ("is_like", {}, "label: got 'is_like'; must be a valid dictionary"),
+        ({"stage": 1.0}, {}, "takes outcomes, and stage is not"),
+    ],
+)
 def test_labels_that_are_refused(label: Any, more: Any, message: str) -> None:
     with pytest.raises((DataError, ValueError), match=message):
         labelled(label, **more)

@@ -32,15 +32,23 @@ from tfrs_pipeline.model.towers import FeatureTable
 WIDTHS = dict.fromkeys(KINDS, 4) | {"numeric": 2, "timestamp": 6, "vector": 5}
 
 
-@pytest.mark.parametrize(("kind", "fitted", "options", "vocabulary", "new", "expected"), [
-    ("categorical", ["M", "F", None, "M"], {}, "F M", ["F", "M", None, "X"], [1, 2, 0, 0]),
-    ("categorical", [7, 2.5, "7", ""], {}, "2.5 7", [7, "7", 2.5, 2], [2, 2, 1, 0]),
-    ("categorical", [None, ""], {}, "", ["a", None], [0, 0]),
-    ("categorical", ["tv", "app"], {}, "app tv", [" tv", "app\t", "t v"], [2, 1, 0]),
-    ("multi_categorical", [["a", "b", "c"], ["a"], None], {"max_values": 2}, "a b c",
-     [["c", "a", "b"], ["b"], [], None, ["", "b"], ["z", "b"]],
-     [[3, 1], [2, 0], [0, 0], [0, 0], [2, 0], [2, 0]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "fitted", "options", "vocabulary", "new", "expected"),
+    [
+        ("categorical", ["M", "F", None, "M"], {}, "F M", ["F", "M", None, "X"], [1, 2, 0, 0]),
+        ("categorical", [7, 2.5, "7", ""], {}, "2.5 7", [7, "7", 2.5, 2], [2, 2, 1, 0]),
+        ("categorical", [None, ""], {}, "", ["a", None], [0, 0]),
+        ("categorical", ["tv", "app"], {}, "app tv", [" tv", "app\t", "t v"], [2, 1, 0]),
+        (
+            "multi_categorical",
+            [["a", "b", "c"], ["a"], None],
+            {"max_values": 2},
+            "a b c",
+            [["c", "a", "b"], ["b"], [], None, ["", "b"], ["z", "b"]],
+            [[3, 1], [2, 0], [0, 0], [0, 0], [2, 0], [2, 0]],
+        ),
+    ],
+)
 def test_codes_written_down(
     kind: str, fitted: Any, options: dict[str, Any], vocabulary: str, new: Any, expected: Any
 ) -> None:
@@ -56,22 +64,25 @@ def test_a_word_of_one_text_is_unknown() -> None:
     assert feature.encode_column(["the odd end"]).tolist() == [[2, 1, *[0] * 14]]
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("Schindler's  List! Délicatessen", ["schindler's", "list", "délicatessen"]),
-    ("ΟΔΟΣ ΣΟΦΟΣ.", ["οδος", "σοφος"]),
-    ("İI ıi", ["ii", "ıi"]),  # noqa: RUF001
-    ("c'd 'f' '' rock'n'roll'", ["c'd", "f", "rock'n'roll"]),
-    ("a\0B\1c\2D\na", ["a", "b", "c", "d", "a"]),
-    ("x² Ⅷ ٣ ж_3-cafe\u0301s हिन्दी", ["x²", "ⅷ", "٣", "ж_3", "cafe\u0301s", "हिन्दी"]),
-    (" !?. ", []),
-    ("I ❤\ufe0f NY", ["i", "ny"]),
-    # Scripts without spaces: a character, with its marks, is a word.
-    ("iPhone手机'三_3", ["iphone", "手", "机", "三", "_3"]),
-    ("ラーメン。か\u3099き ｶﾞｰ", ["ラー", "メ", "ン", "か\u3099", "き", "ｶﾞｰ"]),
-    ("สวัสดี ດີ", ["ส", "วั", "ส", "ดี", "ດີ"]),
-    ("សួរ។ ဂလာပါ။", ["សួ", "រ", "ဂ", "လာ", "ပါ"]),
-    ("한국어 текст", ["한국어", "текст"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Schindler's  List! Délicatessen", ["schindler's", "list", "délicatessen"]),
+        ("ΟΔΟΣ ΣΟΦΟΣ.", ["οδος", "σοφος"]),
+        ("İI ıi", ["ii", "ıi"]),  # noqa: RUF001
+        ("c'd 'f' '' rock'n'roll'", ["c'd", "f", "rock'n'roll"]),
+        ("a\0B\1c\2D\na", ["a", "b", "c", "d", "a"]),
+        ("x² Ⅷ ٣ ж_3-cafe\u0301s हिन्दी", ["x²", "ⅷ", "٣", "ж_3", "cafe\u0301s", "हिन्दी"]),
+        (" !?. ", []),
+        ("I ❤\ufe0f NY", ["i", "ny"]),
+        # Scripts without spaces: a character, with its marks, is a word.
+        ("iPhone手机'三_3", ["iphone", "手", "机", "三", "_3"]),
+        ("ラーメン。か\u3099き ｶﾞｰ", ["ラー", "メ", "ン", "か\u3099", "き", "ｶﾞｰ"]),
+        ("สวัสดี ດີ", ["ส", "วั", "ส", "ดี", "ດີ"]),
+        ("សួរ។ ဂလာပါ။", ["សួ", "រ", "ဂ", "လာ", "ပါ"]),
+        ("한국어 текст", ["한국어", "текст"]),
+    ],
+)
 def test_words_written_down(text: str, words: list[str]) -> None:
     feature = fit("text", [text])
     assert feature.vocabulary == tuple(sorted(set(words)))
@@ -107,12 +118,15 @@ def test_hashed_values_spread_over_twice_as_many_buckets() -> None:
     assert abs(len(np.unique(codes)) - expected) < 4 * math.sqrt(20_000)
 
 
-@pytest.mark.parametrize(("values", "new", "expected"), [
-    ([1.0, 2.0, None, 6.0], [3, None, 6], [0, math.nan, 3 / math.sqrt(14 / 3)]),
-    ([3.0] * 3, [4], [1]),  # Equal numbers have no scale.
-    ([0.1] * 3, [1.1], [1]),  # Their mean is not .1.
-    ([1e300, *[-1.0, 1.0] * 4, 0.0], [1e300, 1.0], [3, -1 / 3]),  # Squares would be infinite.
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "new", "expected"),
+    [
+        ([1.0, 2.0, None, 6.0], [3, None, 6], [0, math.nan, 3 / math.sqrt(14 / 3)]),
+        ([3.0] * 3, [4], [1]),  # Equal numbers have no scale.
+        ([0.1] * 3, [1.1], [1]),  # Their mean is not .1.
+        ([1e300, *[-1.0, 1.0] * 4, 0.0], [1e300, 1.0], [3, -1 / 3]),  # Squares would be infinite.
+    ],
+)
 def test_numbers_are_standardised(values: list[Any], new: list[Any], expected: list[Any]) -> None:
     np.testing.assert_allclose(Numeric.fit("price", values).encode_column(new), expected, rtol=1e-6)
 
@@ -322,21 +336,24 @@ def test_texts_keep_more_values_than_lists_and_tell_what_is_cut() -> None:
         assert feature.num_values == width
 
 
-@pytest.mark.parametrize(("kind", "column", "message"), [
-    ("numeric", [1.5, None, "cheap"], "numbers: .*'cheap'.*None for missing"),
-    ("numeric", [10**400], "numbers: int too large"),
-    ("bucketized", pa.array(["1", "", "3"]), "numbers: .*''"),
-    ("timestamp", [None, datetime(2024, 1, 1)], "datetimes with a time zone.* row 1 of 2"),
-    ("timestamp", [1_700_000_000], "datetimes with a time zone.*1700000000 in row 0 of 1"),
-    ("timestamp", pa.array([datetime(2024, 1, 1)]), "datetimes with a time zone.* row 0 of 1"),
-    ("vector", [[1, 2, 3], [1.0, 2.0]], "vectors of 3 .* 1 of 2 rows.* row 1, of length 2"),
-    ("vector", pa.array([[1.0, 2.0, 3.0], [1.0], None]), "vectors of 3 .* row 1, of length 1"),
-    ("vector", [[1, 2, 3], None, []], "vectors of 3 .* 1 of 3 rows.* row 2, of length 0"),
-    ("vector", [[1, 2, math.inf], [1, 2, 3]], "vectors of 3 finite .* 1 of 2 rows.* row 0"),
-    ("vector", [[1, 2, 1e39], [1, 2, None]], "vectors of 3 finite float32.* in 2 of 2 rows"),
-    ("vector", ["1|2", None, 3], "lists of numbers.*'1'"),
-    ("vector", pa.array([["a", "b", "c"]]), "lists of numbers.*'c'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "column", "message"),
+    [
+        ("numeric", [1.5, None, "cheap"], "numbers: .*'cheap'.*None for missing"),
+        ("numeric", [10**400], "numbers: int too large"),
+        ("bucketized", pa.array(["1", "", "3"]), "numbers: .*''"),
+        ("timestamp", [None, datetime(2024, 1, 1)], "datetimes with a time zone.* row 1 of 2"),
+        ("timestamp", [1_700_000_000], "datetimes with a time zone.*1700000000 in row 0 of 1"),
+        ("timestamp", pa.array([datetime(2024, 1, 1)]), "datetimes with a time zone.* row 0 of 1"),
+        ("vector", [[1, 2, 3], [1.0, 2.0]], "vectors of 3 .* 1 of 2 rows.* row 1, of length 2"),
+        ("vector", pa.array([[1.0, 2.0, 3.0], [1.0], None]), "vectors of 3 .* row 1, of length 1"),
+        ("vector", [[1, 2, 3], None, []], "vectors of 3 .* 1 of 3 rows.* row 2, of length 0"),
+        ("vector", [[1, 2, math.inf], [1, 2, 3]], "vectors of 3 finite .* 1 of 2 rows.* row 0"),
+        ("vector", [[1, 2, 1e39], [1, 2, None]], "vectors of 3 finite float32.* in 2 of 2 rows"),
+        ("vector", ["1|2", None, 3], "lists of numbers.*'1'"),
+        ("vector", pa.array([["a", "b", "c"]]), "lists of numbers.*'c'"),
+    ],
+)
 def test_columns_that_are_refused(kind: str, column: Any, message: str) -> None:
     feature = fit(kind, FITTED[kind])
     for take in (feature.to_raw, lambda column: fit(kind, column)):

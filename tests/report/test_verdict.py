@@ -141,14 +141,17 @@ def test_slices_are_compared_query_by_query() -> None:
     assert by_popularity(metrics, METRIC).answer == "not compared"
 
 
-@pytest.mark.parametrize(("index", "num_items", "outcome", "why"), [
-    ({"kind": "exact"}, 10**6, BETTER, "scores every item"),
-    (SCANN, 10**6, None, "tuned to find 98%"),
-    (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.981}]}, 10**6, BETTER, "98.1%"),
-    (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.9}]}, 10**6, WORSE, "90.0%"),
-    # An index that saves no time is not called good.
-    (SCANN | {"requests": [{"recall": 0.99}]}, 1_600, LEVEL, "exact search is as fast"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("index", "num_items", "outcome", "why"),
+    [
+        ({"kind": "exact"}, 10**6, BETTER, "scores every item"),
+        (SCANN, 10**6, None, "tuned to find 98%"),
+        (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.981}]}, 10**6, BETTER, "98.1%"),
+        (SCANN | {"requests": [{"recall": 0.99}, {"recall": 0.9}]}, 10**6, WORSE, "90.0%"),
+        # An index that saves no time is not called good.
+        (SCANN | {"requests": [{"recall": 0.99}]}, 1_600, LEVEL, "exact search is as fast"),
+    ],
+)
 def test_an_index_is_measured_by_its_target(
     index: dict[str, Any], num_items: int, outcome: Outcome | None, why: str
 ) -> None:
@@ -156,13 +159,16 @@ def test_an_index_is_measured_by_its_target(
     assert (found.outcome, why in found.why) == (outcome, True)
 
 
-@pytest.mark.parametrize(("by_request", "by_user", "answer"), [
-    ((0.3, 0.2), (0.2, 0.1), None),  # Both say yes.
-    ((0.3, 0.2), (0.2, 0.4), "no"),
-    ((0.3, 0.2), (0.2, 0.205), "a tie"),
-    ((0.2, 0.4), (0.2, 0.3), None),  # Both say no.
-    ((0.2, 0.205), (0.205, 0.2), "a tie"),  # Another model is highest.
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("by_request", "by_user", "answer"),
+    [
+        ((0.3, 0.2), (0.2, 0.1), None),  # Both say yes.
+        ((0.3, 0.2), (0.2, 0.4), "no"),
+        ((0.3, 0.2), (0.2, 0.205), "a tie"),
+        ((0.2, 0.4), (0.2, 0.3), None),  # Both say no.
+        ((0.2, 0.205), (0.205, 0.2), "a tie"),  # Another model is highest.
+    ],
+)
 def test_the_other_question_is_told_only_where_it_would_decide_otherwise(
     by_request: Any, by_user: Any, answer: str | None
 ) -> None:
@@ -188,19 +194,22 @@ SHORT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1]}}}
 SMALL = {"train": {"num_positives": 1_500}}
 
 
-@pytest.mark.parametrize(("metrics", "settings", "expected"), [
-    (made(WINNING, split={"train": {"num_positives": 5}}), {}, None),
-    (made(LOSING), {}, None),
-    (made({"two_tower": 0.2, "repeats": 0.3}), {}, "behind the user's own items again"),
-    (made(LEVEL_MEANS, split=SMALL), {}, "2.5 each"),
-    (made(LEVEL_MEANS, training=SHORT), {}, "was best after the last of 1 epoch."),
-    (made(LEVEL_MEANS | {"two_tower_uncorrected": 0.25}), {}, "model.correction"),
-    # A model that beats the baselines also gets advice on longer training and the correction.
-    (made({"two_tower": 0.2, "two_tower_uncorrected": 0.25, "ease": 0.1}), {}, "costs here"),
-    (made(WINNING, training=SHORT), {}, "training stopped too early"),
-    # A warm start has few epochs on purpose.
-    (made(WINNING, training=SHORT), {"warm_start": "runs/before"}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("metrics", "settings", "expected"),
+    [
+        (made(WINNING, split={"train": {"num_positives": 5}}), {}, None),
+        (made(LOSING), {}, None),
+        (made({"two_tower": 0.2, "repeats": 0.3}), {}, "behind the user's own items again"),
+        (made(LEVEL_MEANS, split=SMALL), {}, "2.5 each"),
+        (made(LEVEL_MEANS, training=SHORT), {}, "was best after the last of 1 epoch."),
+        (made(LEVEL_MEANS | {"two_tower_uncorrected": 0.25}), {}, "model.correction"),
+        # A model that beats the baselines also gets advice on longer training and the correction.
+        (made({"two_tower": 0.2, "two_tower_uncorrected": 0.25, "ease": 0.1}), {}, "costs here"),
+        (made(WINNING, training=SHORT), {}, "training stopped too early"),
+        # A warm start has few epochs on purpose.
+        (made(WINNING, training=SHORT), {"warm_start": "runs/before"}, None),
+    ],
+)
 def test_advice_follows_what_was_measured(
     metrics: dict[str, Any], settings: dict[str, Any], expected: str | None
 ) -> None:
@@ -209,14 +218,17 @@ def test_advice_follows_what_was_measured(
     assert expected is None or re.search(expected, found[0])
 
 
-@pytest.mark.parametrize(("changed", "told"), [
-    ({"num_empty_histories": 51}, "51 of 100 test queries have an empty history"),
-    ({"num_empty_histories": 50}, None),
-    ({"num_relevant_unclicked": 151}, "151 of 500 items to find .*item_features has none"),
-    ({"num_relevant_unclicked": 150}, None),
-    ({"num_queries": 29}, "29 test queries cannot tell models apart"),
-    ({"num_queries": 30}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"num_empty_histories": 51}, "51 of 100 test queries have an empty history"),
+        ({"num_empty_histories": 50}, None),
+        ({"num_relevant_unclicked": 151}, "151 of 500 items to find .*item_features has none"),
+        ({"num_relevant_unclicked": 150}, None),
+        ({"num_queries": 29}, "29 test queries cannot tell models apart"),
+        ({"num_queries": 30}, None),
+    ],
+)
 @pytest.mark.parametrize("means", [WINNING, LOSING | {"two_tower": 0.09}])
 def test_a_strange_test(means: dict[str, float], changed: dict[str, int], told: str | None) -> None:
     metrics = made(means)

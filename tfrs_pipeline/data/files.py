@@ -352,6 +352,7 @@ def _read_header(source: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
         try:
             _refuse_long_lines(path)
             with _open(path) as opened:
+                # A limit, because a file that is not text may have no line end.
                 lines.append(opened.readline(_LONGEST_HEADER).decode("utf-8-sig").rstrip("\r\n"))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             whole = ", and the whole of the zipped file" if _is_zipped(path) else ""

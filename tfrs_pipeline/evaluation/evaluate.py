@@ -84,9 +84,9 @@ items to find are 0.0
         2 of 2 items to find have no positive in training
     """
     named = _named(retrievers)
-    # A metric that is listed twice would make two equal columns.
     if isinstance(metrics, Metric):
         raise TypeError(f"metrics come in a list, also a single one: [{metrics!r}]")
+    # A metric that is listed twice would make two equal columns.
     measured = _at_cutoffs(cutoffs) if metrics is None else tuple(dict.fromkeys(metrics))
     if not measured or not all(isinstance(metric, Metric) for metric in measured):
         raise TypeError(f"metrics must be like [tp.metric_of('recall@20')]. Received: {metrics!r}.")

@@ -297,7 +297,8 @@ def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor
         inputs["user_id"] = tf_tables.id_list(users, specs["user_id"].dtype)
     histories = history_arrays(specs, queries)
     return inputs | {
-        name: tf.constant(x, specs[name].dtype, x.shape) for name, x in histories.items()
+        name: tf.constant(array, specs[name].dtype, array.shape)
+        for name, array in histories.items()
     }
 
 

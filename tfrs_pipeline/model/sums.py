@@ -222,7 +222,10 @@ class FittedSum:
         """
         check_members(members)
         vectors = [vectors_of(member, queries) for member in members.values()]
-        scaled = [weights[name] / x.spread for name, x in zip(members, vectors, strict=True)]
+        scaled = [
+            weights[name] / of_member.spread
+            for name, of_member in zip(members, vectors, strict=True)
+        ]
         dim = dim or vectors[0].candidates.shape[1]
         return cls(members, weights, projection(vectors, scaled, dim))
 

@@ -71,9 +71,11 @@ def answers_from_process(
     unused = dict.fromkeys(("split", "selection", "final"))
     data = dataclasses.replace(data, **unused)  # type: ignore[arg-type]
     custom_metrics = {name: metric for name, metric in METRICS.items() if name not in BUILT_IN}
+    # Spawned: a fork copies the locks that TensorFlow's threads hold, but not the threads.
     pending, spawn = dict(choices), multiprocessing.get_context("spawn")
     while pending:
         ours, theirs = spawn.Pipe()
+        # A daemon does not outlive the run.
         process = spawn.Process(target=_send_answers, args=(theirs,), daemon=True)
         process.start()
         theirs.close()  # The process then holds the only copy, so `recv` ends when it does.

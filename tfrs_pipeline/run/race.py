@@ -424,8 +424,9 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
         epochs = {curve.name: len(curve.values) for curve in decided.curves}
         for name, weight in decided.weights.items():
             if name == IALS:
+                ials = ials_of(config)
                 kept = IalsConfig.model_fields.keys() - {"weight"}
-                fitted = {setting: getattr(ials_of(config), setting) for setting in kept}
+                fitted = {setting: getattr(ials, setting) for setting in kept}
                 summed[name] = IalsConfig(weight=weight, **fitted)
                 continue
             plan = planned(config, PRESETS[name])

@@ -97,6 +97,7 @@ def _read_items(refresh: _Refresh) -> pa.Table:
             f"one is written beside it. Received: {version}"
         )
     manifest = read_record(version / publish.MANIFEST_FILE, check_files=False)
+    # Ids of another type would all be new.
     id_type = pq.read_schema(version / publish.ITEMS_FILE).field("item_id").type
     items, notes = load_items(
         refresh.path,
@@ -181,6 +182,7 @@ def _embed(
 
     path = refresh.path
     features, blocks = [feature.name for feature in model.features["candidate"]], []
+    # In blocks, since the features of millions of items take more memory than their vectors.
     for start in range(0, items.num_rows, ITEMS_PER_CALL):
         refresh.progress.task("embed items", start, items.num_rows)
         block = items.slice(start, ITEMS_PER_CALL)

@@ -389,7 +389,8 @@ class LoadedRetriever:
         stored = [line for line in range(len(users)) if line not in recent]
         parts: list[tuple[list[int], dict[str, Any]]] = []
         if stored or not users:  # By the history that the graph holds.
-            part = self._asked("embed_user", {name: x[stored] for name, x in inputs.items()})
+            arrays = {name: array[stored] for name, array in inputs.items()}
+            part = self._asked("embed_user", arrays)
             # Absent where the model excludes neither known nor disliked items.
             part.setdefault("known_items", [[] for _ in stored])
             parts.append((stored, part))
