@@ -237,6 +237,7 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         ("user_id,item_id\r1,2\r3,4\r", {}, r"cannot be read: its lines end in \\r alone"),
         (f"user_id,item_id,{'z' * 140_000}\n1,2,3\n", {}, "its header has a field larger than"),
         ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
+        ("user_id,item_id\n  ,2\n1,2\n", {}, r"'user_id' is null in 1 of 2 rows"),
         ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
         ("user_id,item_id\n-1,2\n", {}, r"'user_id' is -1 \(reserved .*\) in 1 of 1 rows"),
         (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),
