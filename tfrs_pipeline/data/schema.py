@@ -116,7 +116,8 @@ def case_problem(name: str) -> str:
     lower = name.casefold()
     if lower == name or lower not in (*LOG_COLUMNS, "event_number"):
         return ""
-    return f"differs from the log's own column {lower!r} only in case; rename the column"
+    remedy = f"rename the column or, if it is that one, write {lower}={name} in columns"
+    return f"differs from the log's own column {lower!r} only in case; {remedy}"
 
 
 def name_problem(name: str, columns: Collection[str] = ()) -> str:
