@@ -56,12 +56,13 @@ def say(console: Console, text: str) -> None:
 class Shown(Progress):
     """A bar for the current task, and a line with notes for each finished step.
 
-    Without a terminal it prints a line at each tenth of a task's epochs, and now and then.
+    Without a terminal it prints a line for the last epoch of each task and, in between, now and
+    then: the log of a nightly job has no line for each of hundreds of epochs.
     """
 
     def __init__(self, console: Console, bar: Bar, remark: Text) -> None:
         self._console, self._bar, self._remark = console, bar, remark
-        self._said, self._last = time.monotonic(), ("", 0)  # The task and its steps then done.
+        self._said = time.monotonic()
         self.is_interrupted = False
 
     def step(self, report: StepReport) -> None:
@@ -75,10 +76,9 @@ class Shown(Progress):
         """Moves the bar, or prints a line if it is time."""
         self.raise_if_interrupted()
         if not self._console.is_terminal:
-            now, done_before = time.monotonic(), self._last[1] if name == self._last[0] else 0
-            is_news = note and done - done_before >= total / 10
-            if is_news or (total and now - self._said > _SECONDS_BETWEEN_LINES):
-                self._said, self._last = now, (name, done)
+            is_last = note and done == total
+            if is_last or (total and time.monotonic() - self._said > _SECONDS_BETWEEN_LINES):
+                self._said = time.monotonic()
                 count = f" {done:,}/{total:,}" if total else ""
                 say(self._console, f"    {name}{count}{f': {note}' if note else ''}")
             return
