@@ -22,12 +22,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.text import Text
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import FunnelLosers, Popularity, Uniform, cli, dump_config, load_config
 from tfrs_pipeline.cli import commands
 from tfrs_pipeline.cli.commands import COMMAND_LINE, COMMANDS
-from tfrs_pipeline.cli.console import print_result, shown
+from tfrs_pipeline.cli.console import Shown, print_result, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
 from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
@@ -530,7 +532,7 @@ def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_pa
     stages, _, changes = answer.out.partition("\nnothing was trained or kept; settings that are")
     outputs = stages, run.out.replace(str(run.folder), str(tmp_path))
     said, everything = (re.sub(r"(?m) +\d+\.\d s$", "", text).splitlines() for text in outputs)
-    first_epoch = next(i for i, line in enumerate(everything) if "two_tower, selection 1/" in line)
+    first_epoch = next(i for i, line in enumerate(everything) if "two_tower, selection " in line)
     assert said == everything[everything.index("data") : first_epoch]
     path = tmp_path / "shown.toml"
     path.write_text(changes.partition("\n\n")[2])
@@ -546,6 +548,8 @@ def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_pa
     (["--model.hard", "funnel:stages=ranked"], "none of .* positives has one"),
     (["--training.warmup_steps", "1000", "--training.decay", "cosine"], "of 1000 steps leaves"),
     (["--warm-start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
+    (["--warm-start", "{folder}/{run}", "--data.item_features", "genre=categorical"],
+     "data.item_features: got genre=categorical, where the model to start from has title=text"),
 ], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_a_check_refuses_as_a_run(
     command: Any, run: Run, tmp_path: Path, flags: Any, message: str
@@ -645,6 +649,10 @@ def test_query_excludes_and_filters_as_it_is_told_to(command: Any, run: Run) -> 
     rest = [item["item_id"] for item in answer["items"]]
     assert rest[:8] == [item for item in everything if item not in excluded]
     assert answer["unknown_excluded"] == [999]
+    note = "Excluded without effect, as no item of the model: 999."
+    assert answer["notes"] == [note]
+    assert command("query", run.model, *excluding).out.startswith(f"{note}\n")
+    assert asked(command, run.model, *excluding[:-1])["notes"] == []
     genres = {row["item_id"]: row["genre"] for row in item_table("int").to_pylist()}
     first, *others = sorted(set(genres.values()))
     for question in (["--user", 7], ["--history", *list(genres)[:2]]):
@@ -729,9 +737,24 @@ def test_without_a_terminal_only_what_has_news_is_a_line() -> None:
             progress.task("evaluate", done, 3)
         progress.task("export", 0, 0)
         progress.task("export", 0, 0, "builds the index")
-        progress.task("two_tower", 1, 30, "loss 4.8")
-    told = out.getvalue().splitlines()
-    assert told == ["    export: builds the index", "    two_tower 1/30: loss 4.8"]
+        for task in ("first", "second"):
+            for done in range(1, 31):
+                progress.task(task, done, 30, "loss 4.8")
+    first, *told = out.getvalue().splitlines()
+    assert first == "    export: builds the index"
+    assert told == ["    first 30/30: loss 4.8", "    second 30/30: loss 4.8"]
+
+
+def test_without_a_terminal_a_slow_task_is_told_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, seconds = io.StringIO(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
+    progress = Shown(Console(file=out, width=200), Bar(), Text())
+    for done in range(1, 10):
+        seconds[0] += 11
+        progress.task("two_tower", done, 100, "loss 4.8")
+    assert re.findall(r"(\d)/", out.getvalue()) == ["3", "6", "9"]  # 30 s take three epochs.
 
 
 @pytest.fixture

@@ -329,7 +329,8 @@ def test_what_is_kept_is_counted_too() -> None:
     repeated = {"user_id": [1, 1, 2], "item_id": [1, 1, 1]}
     notes = load({**repeated, "page": [1, 2, 3]}).notes
     assert notes[0] == "event table: columns not read: page"
-    assert notes[-1] == "1 of 3 events repeat an earlier one in user_id, item_id, stage: kept"
+    kept = "1 of 3 events repeat an earlier one in user_id, item_id, stage: kept"
+    assert notes[-1] == f"{kept} (data.duplicates drop leaves them out)"
 
 
 @pytest.mark.parametrize("name", ["timestmp", "itemid", "_row", "event_number"])

@@ -156,6 +156,7 @@ def test_hours_that_a_clock_shows_twice_or_never_are_counted(load: Any) -> None:
         ("visitor_id,product_id,user_agent", "user_id", "visitor_id"),
         ("user_id,Product_ID,item_price", "item_id", "Product_ID"),
         ("user,items", "item_id", "items"),
+        ("USER_ID,ITEM_ID", "user_id", "USER_ID"),
     ],
 )
 def test_the_usual_names_of_ids_are_guessed(
@@ -164,6 +165,11 @@ def test_the_usual_names_of_ids_are_guessed(
     with pytest.raises(DataError) as refused:
         load(f"{header}\n{','.join('1' * len(header.split(',')))}\n")
     assert f"no column {missing!r}. Nearest: {meant}. Set columns" in str(refused.value)
+
+
+def test_a_name_that_is_far_is_not_the_nearest(load: Any) -> None:
+    with pytest.raises(DataError, match=r"no column 'item_id'. It has: user_id, time\. Set col"):
+        load("user_id,time\n1,2\n")
 
 
 def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
@@ -237,6 +243,7 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         ("user_id,item_id\r1,2\r3,4\r", {}, r"cannot be read: its lines end in \\r alone"),
         (f"user_id,item_id,{'z' * 140_000}\n1,2,3\n", {}, "its header has a field larger than"),
         ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
+        ("user_id,item_id\n  ,2\n1,2\n", {}, r"'user_id' is null in 1 of 2 rows"),
         ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
         ("user_id,item_id\n-1,2\n", {}, r"'user_id' is -1 \(reserved .*\) in 1 of 1 rows"),
         (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),

@@ -147,7 +147,8 @@ def test_names_that_differ_in_case_alone_are_refused() -> None:
             made(renamed, {name: "numeric"})
     with pytest.raises(ValueError, match=r"request_features.hour: differs from Hour in case"):
         made(table, {"Hour": "numeric", "hour": "numeric"})
-    with pytest.raises(ValueError, match=r"columns.WEIGHT: differs from the log's own .*'weight'"):
+    told = r"columns.WEIGHT: differs from the log's own .*'weight'.* write weight=WEIGHT in columns"
+    with pytest.raises(ValueError, match=told):
         made(table, {}, columns={"WEIGHT": "Seconds"})
     # The names of a query's internal columns are allowed.
     split = made(table, {"Seconds": "numeric", "Is_Target": "numeric"}).split("last_n")

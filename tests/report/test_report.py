@@ -280,6 +280,22 @@ def test_a_dislike_is_not_a_stage_of_the_funnel() -> None:
     assert page.tables["Events by stage"] == PAGE.tables["Events by stage"]
     assert page.values("Masked", "exposed to the user, not clicked, or disliked")[0] == 3900
     assert PAGE.values("Masked", "exposed to the user, not clicked")[0] == 3900
+    told = "disliked by the user: never a positive, never shown"
+    assert (page.values("Masked", told)[0], told in PAGE.text) == (7, False)
+
+
+def test_a_race_has_the_budget_that_held() -> None:
+    """Its settings no longer have it: they are the winner's, with which nothing races."""
+    recipes = {"default": {"values": [0.1, 0.2], "seconds": [1.0, 2.0]}}
+    race = {"metric": "ndcg@100", "recipes": recipes, "lines": ["default won"], "budget": 7200.0}
+    older = {name: value for name, value in race.items() if name != "budget"}
+    texts = [
+        " ".join(page_of(metrics={**FACTS.metrics, **x}).text.split())
+        for x in ({"race": race}, {"race": older}, {})
+    ]
+    assert ["with a budget of 7,200 seconds. The" in text for text in texts] == [True, False, False]
+    told = "budget and members are the defaults, not what the race had"
+    assert [told in text for text in texts] == [True, True, False]
 
 
 def test_what_is_missing_is_a_dash_or_no_section() -> None:

@@ -154,6 +154,7 @@ def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     assert result.metrics["race"]["winner"] == "default"
     # The winner's settings do not race, so they have no budget of their own.
     assert RunFolder(result.folder).settings().budget == tp.RunConfig().budget
+    assert result.metrics["race"]["budget"] == 0.001
     assert "sets: not trained before the budget ended" in result.metrics["race"]["lines"]
     assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
 

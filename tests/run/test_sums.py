@@ -17,12 +17,12 @@ from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.sums import Choice, FittedSum, Vectors
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.report.facts import gather_facts, write_report
-from tfrs_pipeline.run import race
+from tfrs_pipeline.run import race, training
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.race import planned
-from tfrs_pipeline.run.training import ials_of, queries_of
+from tfrs_pipeline.run.training import check_trainings, ials_of, queries_of
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -102,7 +102,7 @@ def test_the_model_of_a_sum_is_asked_by_member(summed: tuple[RunConfig, RunResul
 
 
 def test_the_next_days_sum_starts_from_each_member(
-    summed: tuple[RunConfig, RunResult], tmp_path: Path
+    summed: tuple[RunConfig, RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, result = summed
     today = with_settings(
@@ -124,6 +124,12 @@ def test_the_next_days_sum_starts_from_each_member(
         assert epochs <= settings.training.max_epochs
     model = tp.load(trained.export_folder)
     assert model.manifest["run"] == str(folder.path.resolve())
+    # `--check` compares each member with the one that it starts from.
+    compared = []
+    monkeypatch.setattr(training, "WarmStart", lambda *given: compared.append(given))
+    check_trainings(settings, prepare(settings, folder.path).selection)
+    for (source, plan, *_), name in zip(compared, yesterday.trained, strict=True):
+        assert source.settings == plan.settings == yesterday.trained[name].model
 
 
 def test_a_killed_sum_goes_on_and_ends_the_same(

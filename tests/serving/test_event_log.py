@@ -236,7 +236,7 @@ def test_blocks_do_not_change_the_log(
     journal.write([events], [answer("a", [1, 2], [[1, 2], [3, 4]])])
     assert write_log(films, tmp_path / "whole.parquet") == 44
     monkeypatch.setattr(event_log, "BLOCK", 7)
-    assert write_log(films / "1", tmp_path / "blocks.parquet") == 44
+    assert write_log(load(films), tmp_path / "blocks.parquet") == 44
     whole, blocks = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "blocks"))
     assert whole.equals(blocks)
     assert whole.schema.field("timestamp").type == pa.timestamp("ms", tz="UTC")
@@ -374,6 +374,11 @@ def test_past_events_are_recorded_from_a_file(
     done = command("log", other, "--add", tmp_path / "keys.parquet")
     assert (done.code, "keys.parquet, row 1: " in done.err) == (1, True)
     assert "type: must be one of click" in done.err
+    # A time without a zone may be that of any clock.
+    naive = table["time"].cast(pa.timestamp("us"))
+    pq.write_table(table.set_column(table.schema.get_field_index("time"), "time", naive), missing)
+    done = command("log", other, "--add", missing)
+    assert (done.code, "time: needs a time zone; a column of times" in done.err) == (1, True)
     # A time that is missing would be that of the command.
     wrong = pa.array([None, *table["time"][1:]], table["time"].type)
     pq.write_table(table.set_column(table.schema.get_field_index("time"), "time", wrong), missing)

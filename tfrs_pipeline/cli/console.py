@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.bootstrap import Outcome
-from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
+from tfrs_pipeline.messages import Progress, StepReport
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.report.verdict import by_popularity, compared_with_baselines, other_question
 from tfrs_pipeline.run.folder import CONFIG_FILE
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tfrs_pipeline.run.pipeline import RunResult
 
 PROGRAM = "tfrs-pipeline"
+# Without a terminal, where each line stays.
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextlib.contextmanager
@@ -54,7 +56,8 @@ def say(console: Console, text: str) -> None:
 class Shown(Progress):
     """A bar for the current task, and a line with notes for each finished step.
 
-    Without a terminal it prints a line for each epoch and, now and then, for other long tasks.
+    Without a terminal it prints a line for the last epoch of each task and, in between, now and
+    then: the log of a nightly job has no line for each of hundreds of epochs.
     """
 
     def __init__(self, console: Console, bar: Bar, remark: Text) -> None:
@@ -73,7 +76,8 @@ class Shown(Progress):
         """Moves the bar, or prints a line if it is time."""
         self.raise_if_interrupted()
         if not self._console.is_terminal:
-            if note or (total and time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
+            is_last = note and done == total
+            if is_last or (total and time.monotonic() - self._said > _SECONDS_BETWEEN_LINES):
                 self._said = time.monotonic()
                 count = f" {done:,}/{total:,}" if total else ""
                 say(self._console, f"    {name}{count}{f': {note}' if note else ''}")

@@ -177,18 +177,15 @@ def _check(command: str, config: RunConfig) -> int:
         from tfrs_pipeline.run.compare import plan_steps
         from tfrs_pipeline.run.pipeline import run_steps
         from tfrs_pipeline.run.race import trainable_recipes
-        from tfrs_pipeline.run.training import check_plan, plan_of, variants
+        from tfrs_pipeline.run.training import check_trainings
 
         steps = (run_steps if command == "run" else plan_steps)(config)
         # All steps up to the first training, which is what all workers do together.
         runner.run([*itertools.takewhile(lambda step: step.workers != "all", steps)])
         # A comparison has checked its plans in the step that makes them.
         if command == "run":
-            data = runner.artifacts["samples"]
-            if config.recipes:
-                trainable_recipes(config, data.selection)
-            for name, model in ({} if config.recipes else variants(config)).items():
-                check_plan(plan_of(model, name), data.selection)
+            check = trainable_recipes if config.recipes else check_trainings
+            check(config, runner.artifacts["samples"].selection)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
     say(console, dump_changes(config).rstrip())
     say(console, "\n# steps, as name: reads -> writes")

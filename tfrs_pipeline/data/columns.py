@@ -352,7 +352,7 @@ def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
         value = raw.table[column]
         # A column of integers with a missing value is written as floats by pandas: 7.0 is 7.
         text = value.re_replace(WHOLE_FLOAT, r"\1").strip()
-        cleaned = text.isin(NO_ID).ifelse(ibis.null("string"), text)
+        cleaned = text.isin(["", *NO_ID]).ifelse(ibis.null("string"), text)
         is_unclean = (value != value.strip()) | value.endswith(".0") | value.isin(NO_ID)
         is_other = ~is_integer_text(value)
         counts = raw.aggregate(other=is_other.sum(), unclean=is_unclean.any())

@@ -85,7 +85,10 @@ WEIGHT = Rule(
     "out, give it a small weight or, with label, make it an exposed one.",
 )
 NOT_INT64 = Rule("must hold whole numbers and does not")
-NOT_FLOAT32 = Rule("must hold finite numbers that float32 can hold and does not")
+NOT_FLOAT32 = Rule(
+    "must hold finite numbers that float32 can hold and does not",
+    "Write them with a decimal point and no comma, or name another column.",
+)
 
 
 class Fault(NamedTuple):

@@ -116,7 +116,8 @@ def case_problem(name: str) -> str:
     lower = name.casefold()
     if lower == name or lower not in (*LOG_COLUMNS, "event_number"):
         return ""
-    return f"differs from the log's own column {lower!r} only in case; rename the column"
+    remedy = f"rename the column or, if it is that one, write {lower}={name} in columns"
+    return f"differs from the log's own column {lower!r} only in case; {remedy}"
 
 
 def name_problem(name: str, columns: Collection[str] = ()) -> str:
@@ -174,7 +175,8 @@ def require_all(
     missing = []
     for name in (name for name in remedies if name not in columns):
         usual = [column for column in columns if column.lower() in _USUAL_IDS.get(name, ())]
-        near = usual or difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
+        by_case = {column.lower(): column for column in columns}
+        near = usual or [by_case[x] for x in difflib.get_close_matches(name.lower(), by_case)]
         hint = ("Nearest: " if near else "It has: ") + printable(", ".join(near or columns), 300)
         missing.append(
             f"{source.name}: no column {printable(repr(name))}. {hint}. {remedies[name]}"

@@ -221,7 +221,7 @@ def _resolve_duplicates(
         )
     if duplicates == "keep":
         note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
-        raw.notes.append(note)
+        raw.notes.append(f"{note} (data.duplicates drop leaves them out)")
         return events
     raw.dropped.append(Dropped("repeats an earlier event", num_copies))
     same = ibis.window(group_by=keys, order_by="event_number")

@@ -448,7 +448,8 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
         for curve in decided.curves:
             shutil.rmtree(folder.race / curve.name, ignore_errors=True)
         # Last, because its record makes a resumed run skip the race.
-        folder.settle(config, winner_config, decided.as_metrics())
+        race = {**decided.as_metrics(), "budget": config.budget}
+        folder.settle(config, winner_config, race)
 
     on_chief(move)
     return winner_config

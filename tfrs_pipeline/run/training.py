@@ -21,6 +21,7 @@ from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.sums import FittedSum, Member, Model
 from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
@@ -58,6 +59,15 @@ def check_plan(plan: TwoTower, data: TrainingSet) -> None:
     data.check_negatives_left(plan.hard)
     training, batches = plan.training, plan.batches(data.samples)
     make_optimizer(training, training.max_epochs * batches.steps_per_epoch)
+
+
+def check_trainings(config: RunConfig, data: TrainingSet) -> None:
+    """Refuses what a training of a run without a race would refuse, its warm start too."""
+    members = {name: member_config(config, name) for name in config.trained}
+    for name, settings in (members or variants(config)).items():
+        check_plan(plan := plan_of(settings, name), data)
+        if config.warm_start and (source := trained_in(config.warm_start, "selection", name)):
+            WarmStart(source, plan, plan.training, data.corpus)
 
 
 def train_and_refit(

@@ -35,7 +35,7 @@ _TYPES: dict[str, pa.DataType | None] = {
 }
 
 
-def write_log(model: str | Path, path: str | Path) -> int:
+def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
     """Writes the events and answers recorded for a model as an event table, in order of time.
 
     Each item of a request is a row: `user_id`, `item_id`, `timestamp`, `stage`, `request_id` and
@@ -44,7 +44,7 @@ def write_log(model: str | Path, path: str | Path) -> int:
     recorded. The furthest one counts. Events without a request have no `request_id`.
 
     Args:
-        model: The folder of a model or of a version.
+        model: The folder of a model or of a version, or one that is loaded from it.
         path: A `.parquet` file; an earlier one is replaced once the new one is complete, unless it
             has rows that `--drop-older-days` has since dropped.
 
@@ -61,7 +61,8 @@ def write_log(model: str | Path, path: str | Path) -> int:
         >>> write_log("saved_models/videos", "log.parquet")  # doctest: +SKIP
         120000
     """
-    path, journal, num_rows = Path(path), Journal(version_at(model).parent), 0
+    version = version_at(model if isinstance(model, str | Path) else model.folder)
+    path, journal, num_rows = Path(path), Journal(version.parent), 0
     if problem := destination_problem(path):
         raise ValueError(f"path: {problem}")
     first = _first_time(path)

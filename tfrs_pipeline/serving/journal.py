@@ -451,7 +451,7 @@ def _milliseconds(value: Any) -> int:
         value = Timestamp.from_text(value)
     if isinstance(value, datetime):
         if value.tzinfo is None:
-            raise ValueError("needs a time zone")
+            raise ValueError("needs a time zone; a column of times has to be stored with one")
         value = value.timestamp()
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e14:
         raise ValueError("takes seconds since 1970, or ISO 8601 with a time zone")
