@@ -270,6 +270,8 @@ def test_a_file_with_ids_as_text_takes_no_events_and_moves_to_a_new_one(
     retriever = load(films)
     with pytest.raises(Damaged, match=r"of another version of this package .*event_ids"):
         retriever.record([event(100, 10, event_id="a")])
+    with pytest.raises(Damaged, match=r"of another version of this package .*event_ids"):
+        Running(films, takes_writes=True)
     # It is still read, so no event is lost on the way.
     assert 10 not in by_user(retriever, 100)
     assert write_log(films, tmp_path / "log.parquet") == 1

@@ -291,7 +291,9 @@ class Journal(Database):
         """Writes the file anew, without a byte of deleted rows; readers do not wait."""
         with self._opened() as connection:
             assert connection is not None
-            # Free space in the file may hold old copies of rows, also with `secure_delete`.
+            # Free space in the file may hold old copies of rows, also with `secure_delete`. Writers
+            # would not have to wait for `VACUUM INTO` a second file. But once that is renamed over
+            # the first, other processes may still commit to the old one, and lose it.
             connection.execute("VACUUM")
             # The log holds what was written until it is copied into the file and cut.
             is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

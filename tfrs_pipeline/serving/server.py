@@ -83,6 +83,8 @@ class ModelServer:
         self._token = None if settings.token_file is None else read_token(settings.token_file)
         if self._token is not None or settings.record_share:
             try_writing(version_at(model).parent)
+            if self.recorder.journal.path.exists():
+                self.recorder.journal.write([])  # Refuses a file of another version at the start.
 
     def number(self, request: Request) -> str | None:
         """Reads the version in a request's path, None for any; raises a 404 for another model."""
