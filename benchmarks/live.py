@@ -21,7 +21,8 @@ beside `--rate` events a second.
 
 With `--users`, the store is filled with fifty events of each. A query by user id and one that
 brings the same history, which must have the same answers, take turns. Measured are the file, the
-server's memory before and after, its CPU time for a query of each kind, and the deletion of a user.
+server's memory before and after, its CPU time for a query of each kind, and the deletion of five
+users at once while one client posts events and two ask.
 
     python benchmarks/live.py --users 1000000 --vectors 0 --kills 0 --model saved_models/movielens
 """
@@ -41,6 +42,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ from serving import resident_mib, served
 
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.journal import JOURNAL_FILE, Journal
+from tfrs_pipeline.serving.journal import JOURNAL_FILE, Journal, id_hash
 from tfrs_pipeline.serving.live import LiveItems
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
@@ -268,14 +270,14 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         server.join()
         for thread in threads:
             thread.join()
-        stored = [row.item["title"] for row in Store(model).items_after(0) if row.item]
+        stored = [id_hash(row.item["title"]) for row in Store(model).items_after(0) if row.item]
         with Journal(model).writing() as sql:
             stored += [key for (key,) in sql.execute("SELECT event_id FROM events")]
         there = {*stored}
         num_twice += len(stored) - len(there)
         for writer in writers:
             for number in range(writer.num_confirmed + 1):
-                num_there = len(there.intersection(writer.keys(number)))
+                num_there = len(there.intersection(map(id_hash, writer.keys(number))))
                 num_lost += number < writer.num_confirmed and num_there < 3
                 num_half += num_there in (1, 2)
     confirmed = [writer.num_confirmed for writer in writers]
@@ -441,8 +443,40 @@ def million(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         spent = 1e3 * np.diff(cpu_seconds).reshape(-1, 2).sum(axis=0) / len(by_user)
         figures["server_cpu_ms"] = dict(zip(("by_user_id", "by_history"), spent, strict=True))
         figures["event_to_confirmation"] = percentiles(confirmed)
-        seconds, _ = timed(client.post, f"/v1/users/{users[0]}", None, "DELETE")
-        figures["seconds_to_delete_a_user"] = seconds
+        figures["beside_deletions"] = deletions(port, model.name, users, views[-1])
+    return figures
+
+
+def deletions(port: int, name: str, users: list[Any], view: dict[str, Any]) -> dict[str, Any]:
+    """Deletes five users at once; meanwhile one client posts events, and two ask without a pause.
+
+    One of the two leaves out what was served in the last three answers.
+    """
+    gone, path = users[:5], f"/v1/models/{name}:predict"
+    inputs = {"user_id": [users[-1]], "exclude": [[]], "k": 100}
+    query: dict[str, Any] = {"signature_name": "retrieve_user", "inputs": inputs}
+    calls = {
+        "event": ("/v1/events", view),
+        "query": (path, query),
+        "query_with_exclude_served": (path, query | {"exclude_served": {"answers": 3}}),
+    }
+    with ThreadPoolExecutor(len(gone) + len(calls)) as threads:
+        deleted = [
+            threads.submit(timed, Client(port, name, TOKEN).post, f"/v1/users/{x}", None, "DELETE")
+            for x in gone
+        ]
+
+        def repeat(call: tuple[Any, ...]) -> list[float]:
+            client, seconds = Client(port, name, TOKEN), []
+            while not all(done.done() for done in deleted):
+                seconds.append(timed(client.post, *call)[0])
+                time.sleep(0.005)
+            return seconds
+
+        times = {key: threads.submit(repeat, call) for key, call in calls.items()}
+    figures: dict[str, Any] = {"seconds_to_delete": [done.result()[0] for done in deleted]}
+    for key, seconds in times.items():
+        figures[key] = percentiles(seconds.result()) | {"most_ms": 1e3 * max(seconds.result())}
     return figures
 
 

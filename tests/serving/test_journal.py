@@ -1,8 +1,12 @@
 """What users do in service: it counts from the next query on, once, and is gone when deleted."""
 
+import contextlib
 import logging
 import shutil
+import sqlite3
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,10 +20,19 @@ from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.serving.running_server import TOKEN, Running, retrieve_user, send, until
 from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
 from tfrs_pipeline.serving import export as export_module
+from tfrs_pipeline.serving.event_log import record_file, write_log
 from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.journal import JOURNAL_FILE, Event, Journal, Recorder, check_events
+from tfrs_pipeline.serving.journal import (
+    JOURNAL_FILE,
+    Event,
+    Journal,
+    Recorder,
+    check_events,
+    id_hash,
+)
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.settings import Lately
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 K = NUM_CANDIDATES
@@ -115,6 +128,7 @@ def test_a_repeat_changes_nothing(films: Path) -> None:
     once = [event(100, 3, event_id="a", time=10), event(100, 3, event_id="b", time=20)]
     assert retriever.record(once) == 2
     assert retriever.record([*once, event(100, 10, event_id="a"), event(100, 3, time=20)]) == 0
+    assert retriever.record([event(101, 3, event_id="a")]) == 0  # Nor does it for another user.
     assert retriever.record([event(100, 3, "view", time=20)]) == 1
     assert retriever.record([]) == 0
 
@@ -156,7 +170,7 @@ def test_times_are_read_with_the_events(tmp_path: Path) -> None:
     assert served.history_times is not None
     model = export_module.export(served.exportable(), tmp_path / "films", index=Exact()).parent
     retriever, user, now = load(model), served.query_ids[2], 1.9e9 - 1e8
-    retriever.activity._until = 0  # type: ignore[union-attr]
+    retriever.activity.until = 0  # type: ignore[union-attr]
     items = served.candidate_ids[[20, 21]].tolist()
     clicks = [event(user, item, time=now + n) for n, item in enumerate(items)]
     clicks = [{**click, "time": click["time"] - 1e7} for click in clicks]
@@ -186,12 +200,13 @@ def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:
     assert reader.of_users(users)
     deleted = users[::8]
     num_events = sum(map(len, reader.of_users(deleted).values()))
-    assert num_events == sum(map(journal.forget, deleted))
+    assert num_events == sum(journal.forget(deleted[:20])) + sum(journal.forget(deleted[20:]))
     content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert [user for user in deleted if user.encode() in content] == []
     assert reader.of_users(deleted) == {}
     assert len(reader.of_users(users)) > 300
-    assert journal.forget(10**30) == 0
+    assert journal.forget([10**30, users[1], users[1]])[::2] == [0, 0]
+    assert reader.of_users(users[1:2]) == {}
 
 
 def test_the_file_may_be_deleted_restored_or_damaged(films: Path, tmp_path: Path) -> None:
@@ -232,6 +247,100 @@ def test_a_file_of_another_version_is_named(films: Path) -> None:
         assert "use that version, or move it away" in message
         assert "\n" not in message
         assert journal.path.read_bytes() == before
+
+
+# The tables of a version that kept event ids as text, in an index.
+TEXT_IDS = """
+CREATE TABLE events (user_id NOT NULL, time INTEGER NOT NULL, item_id NOT NULL, type TEXT NOT NULL,
+    request_id TEXT, event_id TEXT, arrival INTEGER NOT NULL,
+    PRIMARY KEY (user_id, time, item_id, type)) WITHOUT ROWID;
+CREATE UNIQUE INDEX event_ids ON events (event_id) WHERE event_id IS NOT NULL;
+CREATE TABLE served (request_id TEXT PRIMARY KEY, user_id NOT NULL, time INTEGER NOT NULL,
+    version INTEGER NOT NULL, items TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO events VALUES (100, 1000, 10, 'clicked', NULL, 'a', 1);
+"""
+
+
+def test_a_file_with_ids_as_text_takes_no_events_and_moves_to_a_new_one(
+    films: Path, tmp_path: Path
+) -> None:
+    """Its repeats would count as new, since their hashes are not there."""
+    with contextlib.closing(sqlite3.connect(films / JOURNAL_FILE)) as sql:
+        sql.executescript(TEXT_IDS)
+    retriever = load(films)
+    with pytest.raises(Damaged, match=r"of another version of this package .*event_ids"):
+        retriever.record([event(100, 10, event_id="a")])
+    with pytest.raises(Damaged, match=r"of another version of this package .*event_ids"):
+        Running(films, takes_writes=True)
+    # It is still read, so no event is lost on the way.
+    assert 10 not in by_user(retriever, 100)
+    assert write_log(films, tmp_path / "log.parquet") == 1
+    (films / JOURNAL_FILE).unlink()
+    assert record_file(retriever, tmp_path / "log.parquet").num_new == 1
+    assert 10 not in by_user(retriever, 100)
+
+
+def of_ids(journal: Journal) -> tuple[list[Any], list[Any]]:
+    """Returns the ids in the events, and in the table that tells repeats."""
+    with journal.writing() as sql:
+        queries = (
+            "SELECT event_id FROM events WHERE event_id IS NOT NULL",
+            "SELECT id FROM event_ids",
+        )
+        in_events, in_table = (sorted(sql.execute(query).fetchall()) for query in queries)
+    return in_events, in_table
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ids_live_as_long_as_their_events(tmp_path: Path, seed: int) -> None:
+    """Writes, deletions and drops by a second route: a set of ids, and one of keys."""
+    journal, rng = Journal(tmp_path), np.random.default_rng(seed)
+    there: dict[tuple[Any, ...], str | None] = {}
+    for _ in range(12):
+        groups: list[list[dict[str, Any]]] = [[], []]
+        expected = [0, 0]
+        for number in rng.integers(2, size=30).tolist():
+            user, item, time_ = rng.integers([1, 1, 1], [5, 4, 9]).tolist()
+            id_ = None if rng.random() < 0.3 else f"id {rng.integers(60)}"
+            groups[number].append(event(user, item, time=time_, event_id=id_))
+        for number, group in enumerate(groups):
+            for line in group:
+                key = line["user_id"], line["item_id"], line["time"]
+                if key not in there and line["event_id"] not in {*there.values()} - {None}:
+                    there[key] = line["event_id"]
+                    expected[number] += 1
+        types = {"users_are_text": False, "items_are_text": False}
+        assert journal.write([check_events(group, **types) for group in groups]) == expected
+        if rng.random() < 0.4:
+            users = rng.integers(1, 5, 2).tolist()
+            gone = [{key for key in there if key[0] == user} for user in users]
+            counts = [len(gone[0]), len(gone[1] - gone[0])]
+            assert journal.forget(users) == counts
+            there = {key: id_ for key, id_ in there.items() if key[0] not in users}
+        if rng.random() < 0.3:
+            end = int(rng.integers(1, 6))
+            assert journal.drop_older(1000 * end)[0] == sum(key[2] < end for key in there)
+            there = {key: id_ for key, id_ in there.items() if key[2] >= end}
+        ids = sorted((id_hash(id_),) for id_ in there.values() if id_ is not None)
+        assert of_ids(journal) == (ids, ids)
+
+
+def test_ids_of_events_keep_the_file_small(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = [str(uuid.UUID(bytes=rng.bytes(16))) for _ in range(20_000)]
+    events = [event(n % 500, n % 90, time=1e9 + n, event_id=id_) for n, id_ in enumerate(ids)]
+    journal = Journal(tmp_path)
+    journal.write([check_events(events, users_are_text=False, items_are_text=False)])
+    with journal.writing() as sql:
+        ((num_bytes,),) = sql.execute(
+            "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        )
+    assert num_bytes / len(ids) < 80
+    # Kept in files, so it must not change; and the largest fit into SQLite's integers.
+    assert id_hash("a") == 4681665781835383343
+    hashes = [*map(id_hash, ids)]
+    assert len({*hashes}) == len(ids)
+    assert -(2**63) <= min(hashes) < -(2**62) < 2**62 < max(hashes) < 2**63
 
 
 def test_clocks_that_run_backwards_and_ahead(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +462,46 @@ def test_what_comes_together_is_written_together(
     assert not left.cancel()
     assert recorder.submit([events[0]._replace(time=99)]).result(5) == 1
     assert left.result() == 1
+
+
+def test_users_deleted_together_share_a_rewrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is confirmed before it. Meanwhile no answer shows the users, and no query waits."""
+    journal, real, rewrites = Journal(tmp_path), Journal._rewrite, list[int]()
+    events = [Event(n % 9, n, 7, "clicked", None, n) for n in range(90)]
+    journal.write([events])
+    recorder, started, goes_on = Recorder(journal), threading.Event(), threading.Event()
+
+    def rewrite(self: Journal) -> None:
+        rewrites.append(1)
+        with self._opened():
+            started.set()
+            assert goes_on.wait(10)
+        real(self)
+
+    monkeypatch.setattr(Journal, "_rewrite", rewrite)
+    first = recorder.forget(0)
+    assert started.wait(5)
+    later = [recorder.forget(user) for user in (1, 2, 3, 2)]
+    late = recorder.submit([Event(0, 999, 7, "clicked", None, None)])
+    assert recorder.served_lately([0], Lately(answers=2)) == [[]]
+    assert [*Journal(tmp_path).of_users(range(9))] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not any(future.done() for future in (first, *later, late))
+    goes_on.set()
+    assert first.result(5) == 10
+    assert [future.result(5) for future in later] == [10, 10, 10, 0]
+    assert (late.result(5), len(rewrites)) == (1, 2)
+    assert [*Journal(tmp_path).of_users(range(9))] == [0, 4, 5, 6, 7, 8]
+    # A rewrite that fails confirms nobody; the next one rewrites for them too.
+    monkeypatch.setattr(Journal, "_rewrite", lambda _: (_ for _ in ()).throw(StorageError("full")))
+    failed = [recorder.forget(4), recorder.forget(5)]
+    for future in failed:
+        with pytest.raises(StorageError, match="full"):
+            future.result(5)
+    monkeypatch.setattr(Journal, "_rewrite", real)
+    assert recorder.forget(4).result(5) == 0
+    assert [*Journal(tmp_path).of_users(range(9))] == [0, 6, 7, 8]
 
 
 @pytest.fixture

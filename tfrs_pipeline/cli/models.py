@@ -153,8 +153,19 @@ class WriteLog(OfModel):
         if self.add is not None:
             from tfrs_pipeline.serving.retriever import load
 
-            num_events, num_new = record_file(load(self.model), self.add)
-            say(console, f"recorded  {self.add}: {counted(num_events, 'event')}, {num_new:,} new")
+            model = load(self.model)
+            recorded = record_file(model, self.add)
+            events = counted(recorded.num_events, "event")
+            say(console, f"recorded  {self.add}: {events}, {recorded.num_new:,} new")
+            if num := recorded.num_unknown_items:
+                say(console, f"{counted(num, 'event')} of items that the model does not have now")
+            if (num := recorded.num_before_end) and model.activity is not None:
+                end = datetime.fromtimestamp(model.activity.until / 1000, UTC)
+                say(
+                    console,
+                    f"{counted(num, 'event')} from before the end of the model's log, "
+                    f"{end:%Y-%m-%d %H:%M} UTC: they join no history",
+                )
         written_before = None
         if self.out is not None:
             # An old event that comes while the file is written stays for the next file.

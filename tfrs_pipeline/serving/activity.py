@@ -46,6 +46,10 @@ class Activity:
         manifest: The version's manifest.
         excludes_known: Whether answers leave out the items that the user clicked, in the training
             or since.
+
+    Attributes:
+        until: Milliseconds since 1970. Clicks up to this time, and at it, are in the log that the
+            version was trained on, so no history takes them from the journal.
     """
 
     def __init__(
@@ -66,9 +70,8 @@ class Activity:
         self._disliked = [*map(_content, getattr(encoder, "_disliked", None) or ())]
         times = getattr(encoder, "_history_times", None)  # Not saved where it is None.
         self._times = np.full(len(self._histories[0]), np.nan) if times is None else _content(times)
-        # Events up to this time, and at it, are in the log that the version was trained on.
         until = manifest.get("histories_until", manifest["items_read"])
-        self._until = round(1000 * datetime.fromisoformat(until).timestamp())
+        self.until = round(1000 * datetime.fromisoformat(until).timestamp())
         exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
         # A model that retrieves what the training knew retrieves what was clicked since, too.
         self._excluded_types = _EXCLUDED_TYPES[exclude if excludes_known else "none"]
@@ -97,7 +100,7 @@ class Activity:
                 # Whole seconds, as in training.
                 (event.item_id, event.time // 1000)
                 for event in events
-                if event.type == Stage.CLICKED and event.time > self._until
+                if event.type == Stage.CLICKED and event.time > self.until
             ]
             disliked = [*dict.fromkeys(disliked)]  # Each item once.
             if gone := {*disliked}:

@@ -4,7 +4,7 @@ import contextlib
 import math
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,7 +39,7 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
     """Writes the events and answers recorded for a model as an event table, in order of time.
 
     Each item of a request is a row: `user_id`, `item_id`, `timestamp`, `stage`, `request_id` and
-    its `rank` in the answer, from 0. An item that was served is "retrieved", one that was shown
+    its `rank` in the answer, from 1. An item that was served is "retrieved", one that was shown
     "exposed", a clicked one "clicked", a disliked one "disliked"; other stages are those that were
     recorded. The furthest one counts. Events without a request have no `request_id`.
 
@@ -94,14 +94,30 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
     return num_rows
 
 
-def record_file(model: "LoadedRetriever", path: str | Path) -> tuple[int, int]:
+class Recorded(NamedTuple):
+    """How many events a file has.
+
+    Attributes:
+        num_events: In all.
+        num_new: Those that were not recorded before.
+        num_unknown_items: Those of items that the model does not retrieve now.
+        num_before_end: Those up to the end of the model's log: none of them joins a history.
+    """
+
+    num_events: int = 0
+    num_new: int = 0
+    num_unknown_items: int = 0
+    num_before_end: int = 0
+
+
+def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
     """Records the events of a Parquet file, such as `write_log` writes.
 
     Its columns are the keys of events, see `record`; the time may be called `timestamp`, and the
     type `stage`. Other columns are not read. A call that failed can be made again.
 
-    Returns the number of events, and of new ones. Raises as `record`, and a `DataError` if the file
-    cannot be read, lacks a column, or has no value in one.
+    Raises as `record`, and a `DataError` if the file cannot be read, lacks a column, or has no
+    value in one.
     """
     if (
         Path(path).suffix != ".parquet"
@@ -124,11 +140,12 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> tuple[int, int]:
     # The events of a user lie together in the store. In another order, each write would go all over
     # its file.
     by_user = events.order_by(["user_id", "_row"])
-    num_events = num_new = 0
+    journal, recorded = Journal(model.live_folder), Recorded()
+    until = -1 if model.activity is None else model.activity.until
     for batch in by_user.to_pyarrow_batches(chunk_size=_EVENTS_PER_WRITE):
         read = batch.drop_columns(["_row"]).to_pylist()
         try:
-            num_new += model.record(read)
+            checked = model.checked_events(read)
         except ValueError:
             for row, event in zip(batch["_row"].to_pylist(), read, strict=True):
                 try:  # One by one, so that the first that is wrong is named by its row.
@@ -136,8 +153,14 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> tuple[int, int]:
                 except ValueError as error:
                     raise DataError(f"{scanned.name}, row {row + 1:,}: {error}") from None
             raise
-        num_events += len(batch)
-    return num_events, num_new
+        of_batch = Recorded(
+            len(checked),
+            journal.write([checked])[0],
+            int((~model.candidates.has([event.item_id for event in checked])).sum()),
+            sum(event.time <= until for event in checked),
+        )
+        recorded = Recorded(*map(sum, zip(recorded, of_batch, strict=True)))
+    return recorded
 
 
 def _first_time(path: Path) -> float:

@@ -6,13 +6,14 @@ log that it was trained on.
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import logging
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -47,12 +48,18 @@ CREATE TABLE IF NOT EXISTS events (
     item_id NOT NULL,
     type TEXT NOT NULL,      -- A stage of a log.
     request_id TEXT,         -- Of the answer that it belongs to.
-    event_id TEXT,           -- The client's own.
+    event_id INTEGER,        -- A hash of the client's own.
     arrival INTEGER NOT NULL,  -- Rises with every event; orders those of one time.
     PRIMARY KEY (user_id, time, item_id, type)
 ) WITHOUT ROWID;             -- The events of a user lie together, so that reading them is fast.
--- Partial, because entries of events without an id would take a third of the file.
-CREATE UNIQUE INDEX IF NOT EXISTS event_ids ON events (event_id) WHERE event_id IS NOT NULL;
+-- An index of `events` would also hold each row's key, and take twice as much.
+CREATE TABLE IF NOT EXISTS event_ids (id INTEGER PRIMARY KEY);
+CREATE TRIGGER IF NOT EXISTS event_known BEFORE INSERT ON events
+    WHEN NEW.event_id IN (SELECT id FROM event_ids) BEGIN SELECT RAISE(IGNORE); END;
+CREATE TRIGGER IF NOT EXISTS event_added AFTER INSERT ON events WHEN NEW.event_id IS NOT NULL
+    BEGIN INSERT INTO event_ids VALUES (NEW.event_id); END;
+CREATE TRIGGER IF NOT EXISTS event_deleted AFTER DELETE ON events WHEN OLD.event_id IS NOT NULL
+    BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
 CREATE TABLE IF NOT EXISTS served (
     request_id TEXT PRIMARY KEY,
     user_id NOT NULL,
@@ -70,8 +77,8 @@ _STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in en
 # are rows of their own: no text equals a negative number.
 _LOG = f"""
 SELECT user_id, item_id, time, CASE max(level) {_STAGE_OF_LEVEL} END, request_id, sum(rank) FROM (
-    SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id, item.key AS rank,
-    0 AS arrival FROM served, json_each(served.items) AS item
+    SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id,
+    item.key + 1 AS rank, 0 AS arrival FROM served, json_each(served.items) AS item
     UNION ALL
     SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival FROM events
 ) GROUP BY user_id, item_id, coalesce(request_id, -time)
@@ -89,14 +96,17 @@ _ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
 
 
 class Event(NamedTuple):
-    """What a user did with an item: a row of `events`. `time` is in milliseconds since 1970."""
+    """What a user did with an item: a row of `events`.
+
+    `time` is in milliseconds since 1970. `event_id` is `id_hash` of the client's own.
+    """
 
     user_id: Any
     time: int
     item_id: Any
     type: str
     request_id: str | None
-    event_id: str | None
+    event_id: int | None
 
 
 class Answer(NamedTuple):
@@ -155,6 +165,9 @@ class Journal(Database):
         """
         insert = "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
         with self.writing() as connection:
+            connection.execute(
+                "SELECT id FROM event_ids LIMIT 0"
+            )  # Older files have no such table.
             served = itertools.chain.from_iterable(answer.rows() for answer in answers)
             connection.executemany("INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?)", served)
             # Microseconds: fewer than a million events a second arrive.
@@ -209,7 +222,7 @@ class Journal(Database):
         """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
 
         A row is user_id, item_id, milliseconds since 1970, stage, request_id, and rank in the
-        answer, from 0. Each item of a request has one, with the furthest stage that it reached and
+        answer, from 1. Each item of a request has one, with the furthest stage that it reached and
         the time of that. Items that were served are retrieved. Writes after the first block do not
         show.
         """
@@ -220,15 +233,17 @@ class Journal(Database):
             while block := rows.fetchmany(num_rows):
                 yield block
 
-    def forget(self, user_id: Any) -> int:
-        """Deletes a user's events and answers, also from the file; returns how many there were.
+    def forget(self, user_ids: Iterable[Any]) -> list[int]:
+        """Deletes users' events and answers, also from the file; returns each one's number of them.
 
-        The file is written anew, in time proportional to its size; other writers wait meanwhile.
+        The file is written anew once, in time proportional to its size; other writers wait
+        meanwhile, and readers do not. If that fails, the rows are gone, but may still be in the
+        file: delete again.
         """
-        user_id = _plain(user_id)
-        if isinstance(user_id, int) and not -(2**63) <= user_id < 2**63:
-            return 0  # No event has it.
-        return sum(self._delete("user_id = ?", user_id))
+        with self.writing():
+            counts = [sum(self._delete("user_id = ?", _plain(id_))) for id_ in user_ids]
+        self._rewrite()
+        return counts
 
     def moment(self) -> int:
         """Returns the moment after all events that are written by now; see `drop_older`."""
@@ -246,7 +261,9 @@ class Journal(Database):
             rounded_up = time_ // _MINUTE_MS + 1
             minutes = max(self.dropped_before() // _MINUTE_MS, rounded_up)
             connection.execute(f"PRAGMA user_version = {minutes}")
-        return self._delete("time < ?", time_, arrived_before)
+        counts = self._delete("time < ?", time_, arrived_before)
+        self._rewrite()
+        return counts
 
     def dropped_before(self) -> int:
         """Returns the time to which `drop_older` has deleted, in milliseconds since 1970, or 0.
@@ -260,21 +277,28 @@ class Journal(Database):
     def _delete(
         self, condition: str, value: Any, arrived_before: int | None = None
     ) -> tuple[int, int]:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return 0, 0  # SQLite has no such integer, so no row has it.
         arrived = "" if arrived_before is None else f" AND arrival < {arrived_before}"
         with self.writing() as connection:
             num_events, num_answers = (
                 connection.execute(f"DELETE FROM {table} WHERE {condition}{more}", [value]).rowcount
                 for table, more in (("events", arrived), ("served", ""))
             )
+        return num_events, num_answers
+
+    def _rewrite(self) -> None:
+        """Writes the file anew, without a byte of deleted rows; readers do not wait."""
         with self._opened() as connection:
             assert connection is not None
-            # Free space in the file may hold old copies of rows, also with `secure_delete`.
+            # Free space in the file may hold old copies of rows, also with `secure_delete`. Writers
+            # would not have to wait for `VACUUM INTO` a second file. But once that is renamed over
+            # the first, other processes may still commit to the old one, and lose it.
             connection.execute("VACUUM")
             # The log holds what was written until it is copied into the file and cut.
             is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if is_busy:
             raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
-        return num_events, num_answers
 
 
 class _Group(NamedTuple):
@@ -299,6 +323,8 @@ class Recorder:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        # With a connection of its own, a query does not wait for a write.
+        self._reader = Journal(journal.path.parent)
         self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
         # By user, the answers in the queue: request_id, time, items.
         self._waiting: dict[Any, dict[str, tuple[int, np.ndarray]]] = {}
@@ -343,7 +369,7 @@ class Recorder:
         for user_id in user_ids:
             with self._lock:  # First, since an answer is written before it stops waiting.
                 waiting = [*self._waiting.get(user_id, {}).items()]
-            answers = self.journal.served_to(user_id, lately)
+            answers = self._reader.served_to(user_id, lately)
             answers |= {id_: (time_, _filled(items)) for id_, (time_, items) in waiting}
             newest = enumerate(sorted(answers.values(), key=lambda answer: -answer[0]))
             recent = (ids for n, (time_, ids) in newest if n < lately.answers or time_ > since)
@@ -375,26 +401,16 @@ class Recorder:
             if groups or deletions or is_due or not is_open:
                 self._write(groups, answers)
                 answers = []
-            # After the write, so that a deletion reaches what was queued before it.
-            for user_id, done in deletions:
-                try:
-                    done.set_result(self.journal.forget(user_id))
-                except Exception as error:
-                    done.set_exception(error)
+            if deletions:  # After the write, so that they reach what was queued before them.
+                _confirm(deletions, self.journal.forget, [entry.user_id for entry in deletions])
 
     def _write(self, groups: Sequence[_Group], answers: Sequence[Answer]) -> None:
         if not groups and not answers:
             return
-        try:
-            counts = self.journal.write([group.events for group in groups], answers)
-        except Exception as error:  # For those who wait; the next write may succeed.
-            if answers:
-                logger.warning("%s answers were not recorded: %s", len(answers), error)
-            for group in groups:
-                group.done.set_exception(error)
-        else:
-            for group, count in zip(groups, counts, strict=True):
-                group.done.set_result(count)
+        events = [group.events for group in groups]
+        error = _confirm(groups, self.journal.write, events, answers)
+        if error and answers:
+            logger.warning("%s answers were not recorded: %s", len(answers), error)
         with self._lock:
             for answer in answers:
                 for request_id, user_id, _ in answer.by_query():
@@ -402,6 +418,21 @@ class Recorder:
                     waiting.pop(request_id, None)
                     if not waiting:
                         self._waiting.pop(user_id, None)
+
+
+def _confirm(
+    entries: Sequence[_Group | _Deletion], work: Callable[..., list[int]], *arguments: Any
+) -> Exception | None:
+    """Gives those who wait for entries the counts that the work returns, or its error."""
+    try:
+        counts = work(*arguments)
+    except Exception as error:  # The next work may succeed.
+        for entry in entries:
+            entry.done.set_exception(error)
+        return error
+    for entry, count in zip(entries, counts, strict=True):
+        entry.done.set_result(count)
+    return None
 
 
 def check_events(
@@ -443,6 +474,16 @@ def check_events(
 def _plain(value: Any) -> Any:
     """Returns Python's own value in place of NumPy's, which SQLite does not take."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def id_hash(event_id: str) -> int:
+    """Returns a hash of a client's event id, 64 bits with a sign: BLAKE2b.
+
+    Two of n ids share one with a probability of about n^2 / 2^65: 7e-5 for 50 million. The later
+    one's event would then count as a repeat.
+    """
+    digest = hashlib.blake2b(event_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
 
 
 def _milliseconds(value: Any) -> int:
@@ -491,7 +532,7 @@ def _reader(users_are_text: bool, items_are_text: bool) -> TypeAdapter[Any]:
         type=Annotated[str, BeforeValidator(_type)],
         time=(Annotated[int, BeforeValidator(_milliseconds)] | None, None),
         request_id=(_Text | None, None),
-        event_id=(_Text | None, None),
+        event_id=(Annotated[_Text, pydantic.AfterValidator(id_hash)] | None, None),
     )
     # Stops at the first error: a hostile list would otherwise make an error for each event.
     return TypeAdapter(Annotated[list[event], FailFast()])

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # A part is written whole, so a killed command repeats the answers of this many users at most.
 USERS_PER_PART = 8_192
+_REPEATED = ["user_id", "item_id", "rank"]  # A dictionary of scores would be large and of no use.
 
 
 def recommend(
@@ -104,12 +105,16 @@ def recommend(
             if not file.exists():
                 part = table.slice(start, USERS_PER_PART)
                 with replacing(file) as partial:
-                    pq.write_table(_answers(model, part, k, list(allowed)), partial)
+                    answers = _answers(model, part, k, list(allowed))
+                    pq.write_table(answers, partial, use_dictionary=_REPEATED)
                 num_done += part.num_rows
                 rate = num_done / (time.monotonic() - start_time)
             done, note = min(start + USERS_PER_PART, table.num_rows), f"{rate:,.0f} users/s"
             progress.task("recommend", done, table.num_rows, note if rate else "")
-        with replacing(path) as partial, pq.ParquetWriter(partial, _schema(model)) as writer:
+        with (
+            replacing(path) as partial,
+            pq.ParquetWriter(partial, _schema(model), use_dictionary=_REPEATED) as writer,
+        ):
             for file in files:
                 writer.write_table(pq.read_table(file))
         shutil.rmtree(parts)

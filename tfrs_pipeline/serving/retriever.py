@@ -294,7 +294,7 @@ class LoadedRetriever:
 
         What a version holds of the user stays. Raises as `record`.
         """
-        return Journal(self.live_folder).forget(user_id)
+        return Journal(self.live_folder).forget([user_id])[0]
 
     def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Reads events as `record` does, or raises its `ValueError`."""

@@ -83,6 +83,8 @@ class ModelServer:
         self._token = None if settings.token_file is None else read_token(settings.token_file)
         if self._token is not None or settings.record_share:
             try_writing(version_at(model).parent)
+            if self.recorder.journal.path.exists():
+                self.recorder.journal.write([])  # Refuses a file of another version at the start.
 
     def number(self, request: Request) -> str | None:
         """Reads the version in a request's path, None for any; raises a 404 for another model."""
@@ -198,14 +200,13 @@ def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str,
 
 
 @contextlib.contextmanager
-def confirming(what: str) -> Iterator[None]:
+def confirming(what: str, state: str = "and nothing has changed") -> Iterator[None]:
     """Answers 503 if the block cannot put what it writes on disk, and logs why."""
     try:
         yield
     except OSError:
         logger.exception("a write of %s was not confirmed", what)
-        message = f"The {what} could not be put on disk, and nothing has changed"
-        message += "; the server's log has more."
+        message = f"The {what} could not be put on disk, {state}; the server's log has more."
         raise HTTPException(503, message, {"Retry-After": "1"}) from None
 
 
@@ -277,7 +278,7 @@ def _model_routes(server: ModelServer) -> list[Route]:
         server.authorize(request.headers.get("authorization", ""))
         with versions.use() as version, rest.refusing():
             user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
-        with confirming("deletion"):
+        with confirming("deletion", "so delete the user again"):
             num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))
         return JSONResponse({"num_deleted": num_deleted})
 

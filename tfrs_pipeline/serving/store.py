@@ -28,7 +28,8 @@ CREATE TABLE IF NOT EXISTS live_items (
     item TEXT                               -- JSON; NULL if the item was removed.
 );
 """
-# A writer waits this long for others. Transactions take milliseconds, so more is a fault.
+# A writer waits this long for others. Transactions take milliseconds, and to rewrite the events'
+# file 6 s a GB, so more is a fault.
 _BUSY_SECONDS = 30.0
 # SQLite's codes for a file that is not as this version wrote it. The first comes from a missing
 # table or column.
