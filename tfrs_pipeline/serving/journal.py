@@ -165,9 +165,8 @@ class Journal(Database):
         """
         insert = "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
         with self.writing() as connection:
-            connection.execute(
-                "SELECT id FROM event_ids LIMIT 0"
-            )  # Older files have no such table.
+            # Fails in files of earlier versions, which have no such table.
+            connection.execute("SELECT id FROM event_ids LIMIT 0")
             served = itertools.chain.from_iterable(answer.rows() for answer in answers)
             connection.executemany("INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?)", served)
             # Microseconds: fewer than a million events a second arrive.
