@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import tracemalloc
 from collections import defaultdict
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.model.conftest import tiny, untrained
-from tfrs_pipeline import Log, TrainingSet, TrainingSettings, metric_of
+from tfrs_pipeline import Holdout, Log, TrainingSet, TrainingSettings, metric_of
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.evaluation import topk
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.repeat_choice import choose_bonus
 from tfrs_pipeline.model.repeats import RepeatBonus
@@ -85,6 +87,52 @@ def test_validation_chooses_a_bonus_where_items_come_again(kind: str) -> None:
         pairs = zip(retrieved, split.validation.relevant, strict=True)
         hits[name] = np.mean([np.isin(relevant, line).mean() for line, relevant in pairs])
     assert hits["with"] > hits["without"] + 0.3
+
+
+def coming_again(num_queries: int, num_items: int) -> tuple[Holdout, list[np.ndarray]]:
+    """Makes queries, two for each user, whose items all come again; and vectors of both sides."""
+    users, items = np.arange(num_queries) // 2, np.arange(num_items)
+    rng = np.random.default_rng(7)
+    histories = [rng.choice(num_items, 4, replace=False) for _ in users]
+    holdout = Holdout(
+        user_ids=users,
+        histories=histories,
+        relevant=[history[:2] for history in histories],
+        clicked=histories,
+        seen=histories,
+        candidate_ids=items,
+        candidate_counts=np.ones(num_items, int),
+        exposure=np.ones(num_items),
+        by="requests",
+    )
+    return holdout, [rng.normal(size=(n, DIM)).astype(np.float32) for n in (num_items, len(users))]
+
+
+def test_a_large_corpus_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "_SCORES_PER_BLOCK", 1 << 20)  # 4 MB.
+    num_items = 20_000
+    holdout, (items, queries) = coming_again(256, num_items)
+    tracemalloc.start()
+    try:
+        choose_bonus(holdout.candidate_ids, items, queries, holdout, metric_of("recall@5"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The scores of all queries, in float32, are 20 MB.
+    assert peak < len(queries) * num_items * 4
+
+
+def test_a_metric_that_leaves_queries_out_chooses_too() -> None:
+    """An even metric has one value per user; the user's other queries have NaN."""
+    holdout, (items, queries) = coming_again(200, NUM_ITEMS)
+    metrics = [metric_of(name) for name in ("recall@5", "even_recall@5")]
+    plain, even = (
+        choose_bonus(holdout.candidate_ids, items, queries, holdout, metric) for metric in metrics
+    )
+    assert plain is not None
+    assert plain.weight > 0
+    # All items were shown equally often, and each query is to find two.
+    assert even == plain
 
 
 def test_a_fitted_model_adds_the_bonus_to_its_dot_products(data: TrainingSet) -> None:

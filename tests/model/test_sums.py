@@ -110,9 +110,13 @@ def test_a_rotation_stands_fewer_queries_than_dimensions() -> None:
 def test_a_model_that_scores_all_items_alike_can_be_summed() -> None:
     first = vectors(20, 30, 4)
     flat = Vectors(np.zeros((20, 2), np.float32), np.zeros((30, 2), np.float32))
-    assert flat.spread > 0
     joined = projection([first, flat], [1, 1 / flat.spread])([first, flat])
     np.testing.assert_allclose(scores(joined), scores(first), atol=1e-5)
+    # Such as iALS where no query has a history: its items have vectors.
+    cold = flat._replace(candidates=vectors(20, 30, 2).candidates)
+    assert cold.spread == flat.spread == 1
+    rotated = projection([first, cold], [1, 1 / cold.spread], dim=4)([first, cold])
+    np.testing.assert_allclose(scores(rotated), scores(first), atol=1e-3)
 
 
 def test_the_spread_is_that_of_a_querys_scores() -> None:

@@ -42,6 +42,15 @@ def test_unclicked_items_and_logs_that_tell_nothing() -> None:
     assert not popularity_shift(dataclasses.replace(few, sequence_times=np.arange(99))).any()
 
 
+def test_few_items_of_a_large_catalog_are_clicked() -> None:
+    """No click comes to an item without one before, so the uniform share falls to 0."""
+    few = clicks_in_turn(np.full(10, 0.1), num=400)
+    counts = np.append(few.counts, np.zeros(200_000, int))
+    shift = popularity_shift(dataclasses.replace(few, counts=counts))
+    assert not shift[11:].any()
+    np.testing.assert_allclose(shift[:11], popularity_shift(few), atol=0.01)
+
+
 @pytest.mark.usefixtures("in_eager_steps", "trusted_exports", "few_signatures")
 def test_it_counts_in_answers_alone(split: Split, data: TrainingSet, tmp_path: Path) -> None:
     plans = (tiny(correction=x, candidate_bias=True) for x in ("mixture", "recent"))

@@ -118,6 +118,9 @@ def test_own_files_are_refused_and_left_alone(config: RunConfig, tmp_path: Path,
     assert [(path, path.read_text()) for path in files] == [(tmp_path / own, "seed = 3\n")]
 
 
+TRAININGS = ("checkpoints", "plans", "race")
+
+
 def fail(config: RunConfig, folder: Path, error: BaseException, *done: Path) -> None:
     with pytest.raises(type(error)), RunFolder(folder).claim(config, is_run=True):  # noqa: PT012
         for path in (folder / "data", *done):
@@ -135,9 +138,10 @@ def test_only_a_stopped_run_leaves_a_folder(config: RunConfig, tmp_path: Path) -
     (folder / "notes.txt").touch()
     fail(config, folder, DataError("no column"))
     assert (folder / "notes.txt").exists()
-    for number, error in enumerate((KeyboardInterrupt(), ValueError("diverged"))):
-        stopped = tmp_path / str(number)
-        fail(config, stopped, error, *[stopped / "checkpoints"] * number)
+    stops = (KeyboardInterrupt(), "data"), *((ValueError("diverged"), x) for x in TRAININGS)
+    for error, made in stops:
+        stopped = tmp_path / f"stopped {made}"
+        fail(config, stopped, error, *[stopped / made] * (made != "data"))
         assert RunFolder(stopped).settings() == config
 
 

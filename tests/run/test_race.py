@@ -262,6 +262,10 @@ def test_a_race_in_python_is_one_call(
     assert same.curves == race.curves
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("epoch-*.json")} == files
     assert again.retrieve([{"history": [10, 20]}], k=5)[0].tolist() == ids.tolist()
+    # With other settings, these trainings would be taken for those of the new ones.
+    other = {**settings, "model.temperature": 0.3}
+    with pytest.raises(ValueError, match=r"made of something else .*temperature: 0\.15, now 0\.3"):
+        tp.race(train, validation, recipes=recipes, settings=other, folder=tmp_path)
     # A recipe trains as the same settings do alone.
     config = tp.with_settings(tp.RunConfig(), {**settings, **mine.of_training()})
     plan = tp.TwoTower(**dict(config.model), training=config.training)
@@ -318,10 +322,14 @@ def replayed(
     known: Mapping[str, Sequence[float]],
     seconds: Mapping[str, float] | None = None,
     budget: float = math.inf,
+    done: Sequence[tuple[str, int]] = (),
 ) -> tuple[tp.Race, list[tuple[str, int]]]:
-    """Races on known curves; returns the race, and the turns with the epochs after each."""
+    """Races on known curves; returns the race, and the turns with the epochs after each.
+
+    `done` are the turns before the race was stopped.
+    """
     curves = {name: Curve(name, num_left=len(values)) for name, values in known.items()}
-    turns = []
+    turns: list[tuple[str, int]] = []
 
     def train(name: str, num_epochs: int, task: str) -> None:
         turns.append((name, num_epochs))
@@ -330,6 +338,9 @@ def replayed(
         left = len(values) - num_epochs
         curves[name] = Curve(name, values[:num_epochs], (seconds or {}).get(name, 1.0), left)
 
+    for name, num_epochs in done:
+        train(name, num_epochs, "before")
+    turns.clear()
     race_in_rungs(curves, train, budget)
     return tp.Race([*curves.values()], "ndcg@100"), turns
 
@@ -411,7 +422,7 @@ def test_one_recipe_alone_does_not_race() -> None:
     assert replayed({"alone": [0.1, 0.2]})[1] == []
 
 
-CURVES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=60)
+CURVES = st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=60)
 
 
 @given(
@@ -427,7 +438,22 @@ def test_a_race_ends_with_a_winner(values: list[list[float]], seed: int, budget:
     first = next(curve for curve in race.curves if curve.name == race.winner)
     assert first.best == max(curve.best for curve in race.curves)
     # The rule reads only the curves: a race that is stopped after any turn goes on the same way.
-    assert replayed(known, seconds, budget)[1] == turns
+    for num in range(len(turns) + 1):
+        again, rest = replayed(known, seconds, budget, turns[:num])
+        assert turns[:num] + rest == turns
+        assert again.curves == race.curves
+
+
+def test_a_stopped_race_has_the_budget_that_each_round_had() -> None:
+    """What was spent later does not count when the rounds before are decided again."""
+    known = {"cheap": [0.2 + 0.002 * i for i in range(33)], "dear": [0.2] * 4 + [0.23] * 60}
+    seconds = {"cheap": 3.0, "dear": 8.0}
+    race, turns = replayed(known, seconds, 200.0)
+    assert len(turns) > 4
+    for num in range(len(turns)):
+        again, rest = replayed(known, seconds, 200.0, turns[:num])
+        assert turns[:num] + rest == turns
+        assert again.curves == race.curves
 
 
 def test_the_lines_of_a_race_name_what_each_recipe_came_to() -> None:

@@ -1,6 +1,7 @@
 """A run on a log whose users come back to the same items."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,11 +9,11 @@ import pytest
 
 from tests.small_log import Stopped, Watched, small_config, write
 from tests.tracing import tracing_once
-from tfrs_pipeline import RunConfig, Split, load, trained_in, with_settings
-from tfrs_pipeline.run.data import describe_samples, prepare
+from tfrs_pipeline import RunConfig, Split, compare, evaluate, load, trained_in, with_settings
+from tfrs_pipeline.run.data import describe_samples, load_log, prepare
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import run
-from tfrs_pipeline.run.training import split_in
+from tfrs_pipeline.run.training import plan_of, split_in
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 NUM_USERS, NUM_ITEMS = 120, 50
@@ -70,6 +71,23 @@ def test_a_run_chooses_a_bonus_keeps_it_in_the_refit_and_serves_it(tmp_path: Pat
     # Users get their favourites again, also those whose history is stored.
     (user_ids,), _, _ = loaded.retrieve_user([7], 4)
     assert set(user_ids.tolist()) & set(loaded.stored_history(7))
+
+
+def test_a_comparison_in_python_measures_what_fit_returns(tmp_path: Path) -> None:
+    """Where rankings exclude nothing, that is a model with its bonus."""
+    config = config_of(tmp_path)
+    split = load_log(config.data).split("last_share")
+    plan = plan_of(config, "plain")
+    with tracing_once():
+        fitted = plan.fit(split.train, split.validation, exclude="none")
+        asked: dict[str, Any] = {"exclude": "none", "cutoffs": (5, 20)}
+        compared = compare(*split, plans={"plain": plan}, **asked)
+    assert fitted.repeat_bonus is not None
+    alone = evaluate(fitted, split.test, **asked).first.per_query
+    values = compared.by_seed[0].first.per_query
+    assert {name: x.tolist() for name, x in values.items()} == {
+        name: x.tolist() for name, x in alone.items()
+    }
 
 
 @pytest.mark.parametrize(("exclude", "favourites", "is_told"), [

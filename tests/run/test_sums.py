@@ -22,7 +22,7 @@ from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.race import planned
-from tfrs_pipeline.run.training import check_trainings, ials_of, queries_of
+from tfrs_pipeline.run.training import check_trainings, ials_of, queries_of, variants
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -99,6 +99,22 @@ def test_the_model_of_a_sum_is_asked_by_member(summed: tuple[RunConfig, RunResul
         tp.trained_in(result.folder)
     # iALS is fitted, not trained.
     assert tp.trained_in(result.folder, name="ials") is None
+
+
+def test_the_uncorrected_model_of_a_sum_is_its_first_member(
+    summed: tuple[RunConfig, RunResult],
+) -> None:
+    """A member keeps its own settings, so the sum without the correction would be the sum."""
+    settings = RunFolder(summed[1].folder).settings()
+    named = with_settings(settings, {"evaluation.baselines": ["uncorrected", "ease"]})
+    models = variants(named)
+    assert list(models) == ["two_tower", "two_tower_uncorrected"]
+    assert models["two_tower"].summed == settings.summed
+    uncorrected = models["two_tower_uncorrected"]
+    assert uncorrected.summed == {}
+    first, *_ = settings.trained.values()
+    assert uncorrected.model == first.model.model_copy(update={"correction": "none"})
+    assert uncorrected.training == first.training
 
 
 def test_the_next_days_sum_starts_from_each_member(

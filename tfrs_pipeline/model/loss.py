@@ -243,7 +243,9 @@ def popularity_shift(samples: Samples) -> np.ndarray:
     mixture = np.full(len(likelihoods), 1 / len(likelihoods))
     for _ in range(100):
         joint = mixture[:, np.newaxis] * likelihoods
-        mixture = (joint / joint.sum(axis=0)).mean(axis=1)
+        # Of a large catalog, few items may be clicked. The uniform share then falls to 0, and that
+        # of an unclicked item would be 0 / 0.
+        mixture = np.maximum((joint / joint.sum(axis=0)).mean(axis=1), np.finfo(float).tiny)
     now = shares(num_clicks)
     # The last row is uniform, and the one before it counts all clicks alike.
     overall = (1 - mixture[-1]) * now[-2] + mixture[-1] * now[-1]

@@ -87,7 +87,9 @@ def choose_bonus(
     def score(block: slice) -> np.ndarray:
         return vectors[block] @ candidate_embeddings.T
 
-    spread = float(score(slice(_SPREAD_QUERIES)).std(axis=1).mean())
+    # One at a time: the scores of all of them, of a large corpus, may not fit in memory.
+    num_spread = min(_SPREAD_QUERIES, len(vectors))
+    spread = float(np.mean([score(slice(line, line + 1)).std() for line in range(num_spread)]))
     disliked = items.rows_by_list(truth.excluded or [items.values[:0]] * len(vectors))
     not_others = [*map(np.union1d, repeats, disliked)]
     others = top_k_in_blocks(score, len(vectors), len(items), k, not_others)
@@ -104,7 +106,8 @@ def choose_bonus(
         return np.asarray(metric.measure(rankings_of(ranked, truth)))
 
     bonuses = [RepeatBonus(spread * weight, *form) for weight in _WEIGHTS for form in _FORMS]
-    chosen = max(bonuses, key=lambda bonus: float(measure(bonus).mean()))
+    # Some metrics leave queries out, as NaN: every mean would be NaN, and the first bonus the best.
+    chosen = max(bonuses, key=lambda bonus: float(np.nanmean(measure(bonus))))
     gain = measure(chosen) - measure(_NONE)
     (interval,) = bootstrap_intervals(gain[:, np.newaxis], users=truth.user_ids, seed=seed)
     return chosen if interval.outcome is Outcome.BETTER else None

@@ -61,13 +61,15 @@ class Vectors(NamedTuple):
     def spread(self) -> float:
         """Standard deviation of a query's scores over candidates, root mean square over queries.
 
-        It is above 0, also for a model that scores all candidates alike.
+        It is 1 for a model that scores all candidates of every query alike.
         """
         # From moments of the embeddings, since the scores of all pairs may not fit in memory.
         centered = self.candidates - self.candidates.mean(axis=0)
         covariance = centered.T @ centered / len(centered)
-        variances = np.einsum("nd,de,ne->n", self.queries, covariance, self.queries)
-        return float(np.sqrt(max(variances.mean(), np.finfo(np.float32).tiny)))
+        variance = np.einsum("nd,de,ne->n", self.queries, covariance, self.queries).mean()
+        # As iALS does where no query has a history. Divided by almost 0, its weight would leave the
+        # rotation no dimension for the others.
+        return float(np.sqrt(variance)) if variance > np.finfo(np.float32).tiny else 1.0
 
 
 class Projection(NamedTuple):

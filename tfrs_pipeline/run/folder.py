@@ -172,7 +172,8 @@ class RunFolder:
                 try:
                     yield
                 except ValueError:  # Refused input. After Ctrl-C or a crash, the run is resumed.
-                    if is_new and not self._has("checkpoints", "plans"):
+                    # Hours of trainings are kept, such as of a race of which one recipe diverges.
+                    if is_new and not self._has("checkpoints", "plans", "race"):
                         shutil.rmtree(self.path, ignore_errors=True)
                         if was_there:
                             self.path.mkdir(exist_ok=True)

@@ -20,10 +20,10 @@ import tensorflow as tf
 from tfrs_pipeline.config import IalsConfig, MemberConfig, RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.durable import read_whole, write_record
+from tfrs_pipeline.durable import hold_to, read_whole, write_record
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.messages import Progress, counted, suggest, written
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.ials import FittedIals
@@ -93,6 +93,11 @@ class Curve:
     def best_epoch(self) -> int:
         """Epoch, from 1, of the best value; 0 before the first."""
         return self.values.index(self.best) + 1 if self.values else 0
+
+    @property
+    def num_epochs(self) -> int:
+        """Most epochs that it may have in the end."""
+        return len(self.values) + self.num_left
 
     def epochs_by(self, seconds: float) -> int:
         """Returns how many epochs end within a number of CPU seconds."""
@@ -190,17 +195,23 @@ def race_in_rungs(
         budget: CPU seconds of all recipes together. In a round, no recipe takes more than an equal
             share of what is left when the round begins, so that a small budget serves all.
     """
+    # Epochs that the turns so far have asked for. A race that resumes repeats its decisions, with
+    # the budget that was left at each; its curves may be longer.
+    reached = dict.fromkeys(curves, 0)
 
     def unspent() -> float:
-        return budget - sum(curve.spent for curve in curves.values())
+        return budget - sum(curves[name].epoch_seconds * reached[name] for name in curves)
 
     def turn(name: str, number: int, seconds: float = 0.0) -> None:
         curve, left = curves[name], [curves[name] for name in racing]
         num_epochs = curve.epochs_by(seconds)
         if number == 1:
             num_epochs = TIMED_EPOCHS if math.isfinite(budget) else FIRST_EPOCHS
-        num_epochs = min(num_epochs, len(curve.values) + curve.num_left)
-        if num_epochs <= len(curve.values) or unspent() <= 0:
+        num_epochs = min(num_epochs, curve.num_epochs)
+        if num_epochs <= reached[name] or unspent() <= 0:
+            return
+        if num_epochs <= len(curve.values):
+            reached[name] = num_epochs
             return
         task = f"race, round {number}, {counted(len(racing), 'recipe')} left"
         if all(curve.values for curve in left):  # All are timed.
@@ -209,6 +220,7 @@ def race_in_rungs(
         leader = max(left, key=lambda curve: curve.best)
         leading = f" (leading: {leader.name}, {leader.best:.4f})" if leader.values else ""
         train(name, num_epochs, f"{task}: {name}{leading}")
+        reached[name] = len(curves[name].values)  # Fewer if its patience is over.
 
     racing = list(curves)
     if len(racing) < 2:
@@ -223,12 +235,14 @@ def race_in_rungs(
         best = {name: curves[name].best_by(seconds) for name in racing}
         gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
         reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
-        needed = {name: NEAR if gain[name] >= RISES * best[name] else 1.0 for name in racing}
+        shares = {name: NEAR if gain[name] >= RISES * best[name] else 1.0 for name in racing}
         leading = max(best.values())
-        racing = [name for name in racing if reach[name] >= needed[name] * leading]
+        # A custom metric may be negative: a share of the leader's best is then more than that.
+        needed = {name: min(shares[name] * leading, leading) for name in racing}
+        racing = [name for name in racing if reach[name] >= needed[name]]
         share = unspent() / len(racing)  # Equal, so that the last round has time for all.
-        can_train = [curves[name].num_left and curves[name].epoch_seconds for name in racing]
-        if len(racing) == 1 or not any(0 < epoch <= share for epoch in can_train):
+        left = [name for name in racing if curves[name].num_epochs > reached[name]]
+        if len(racing) == 1 or not any(0 < curves[name].epoch_seconds <= share for name in left):
             return
         seconds = min(2 * seconds, seconds + share)
 
@@ -261,14 +275,16 @@ def race(
             its end. If None, recipes race until their curves decide.
         members: Most models in the sum; 1 returns the winner alone.
         seed: Seed of everything random.
-        folder: Keeps samples and trainings, so that a stopped race can resume; None is temporary.
+        folder: Keeps samples and trainings, so that a stopped race can resume with the same log and
+            settings; None is temporary.
         progress: Shows the epochs; None writes them to a notebook's cell, or to standard error
             if it is a terminal.
 
     Raises:
         ConfigError: If a name or setting is unknown, or no recipe is named.
         TypeError: If `validation` is no holdout, or `recipes` is not a sequence.
-        ValueError: If no recipe can train, or there is no positive (`DataError`).
+        ValueError: If no recipe can train, the folder holds other trainings, or there is no
+            positive (`DataError`).
 
     Example:
         A recipe of your own against two of the package's::
@@ -364,6 +380,16 @@ def _race(
         curves.update(recorded())  # The chief's clock decides for all workers.
         return model
 
+    def hold() -> None:
+        """Refuses trainings of other settings, which a race in Python may find in its folder."""
+        assert data.log is not None  # A race is of a log.
+        for name, settings in configs.items():
+            kept = folder / quote(name, safe=" ")
+            kept.mkdir(parents=True, exist_ok=True)
+            plan, exclude = plan_of(settings, "two_tower"), settings.evaluation.exclude
+            hold_to(kept / MADE_OF_FILE, plan.made_of(data.log, validation, exclude))
+
+    on_chief(hold)
     curves |= recorded()  # Those of a race that was stopped.
     race_in_rungs(curves, train, budget)
     decided = Race([*curves.values()], config.training.monitor, not_begun)

@@ -198,10 +198,12 @@ def trainings_of(name: str, model: Model) -> dict[str, Any]:
 def variants(config: RunConfig) -> dict[str, RunConfig]:
     """Returns the settings of each model that a run trains, by name."""
     models = {"two_tower": config}
-    # The same model without the correction shows what the correction is worth on this log.
+    # The same model without the correction shows what the correction is worth on this log. Of a sum
+    # it is the first member: the others keep the settings of their own.
     is_compared = "uncorrected" in config.evaluation.baselines and not trains_winner_alone(config)
     if is_compared and config.model.correction != "none":
-        models["two_tower_uncorrected"] = with_settings(config, {"model.correction": "none"})
+        changes = {"summed": {}, "model.correction": "none"}
+        models["two_tower_uncorrected"] = with_settings(config, changes)
     return models
 
 
