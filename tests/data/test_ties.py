@@ -67,6 +67,22 @@ def test_the_rule_follows_from_clock(step: float, order: str, rule: str, words: 
     assert all(word in found[0] for word in words)
 
 
+@pytest.mark.parametrize("order", ["as it is", "ascending"])
+def test_users_with_one_time_each_keep_histories(order: str) -> None:
+    # Twenty orders, each a user with a time of its own, to the second.
+    rows = [(user, item, 7 * user) for user, item, _ in by_day(order)]
+    log = made(rows, step=1)
+    assert log.ties == ("order" if order == "as it is" else "random")
+    holdout = log.split("last_n", min_positives=3).holdout("test", by="requests")
+    num_clicks = {user: sum(row[0] == user for row in rows) for user in range(20)}
+    for user, history in zip(holdout.user_ids.tolist(), holdout.histories, strict=True):
+        assert len(history) == num_clicks[user] - 1
+    # With a second visit as large as the first, less than half of the clicks would be lost.
+    visits = rows + [(user, item, 7 * user + 1) for user, item, _ in rows]
+    assert made(visits, step=1).ties == "drop"
+    assert made(rows, "drop", step=1).ties == "drop"
+
+
 def test_few_ties_show_no_order_by_item_and_none_are_not_told() -> None:
     log = made([(1, 1, 0), (1, 2, 0), (1, 3, 0), (2, 1, 1)])
     assert log.ties == "order"

@@ -46,7 +46,10 @@ def test_the_bonus_is_what_a_loop_adds_up(
 
 
 def log_of(kind: str) -> Log:
-    """Makes a log: "favourites" come again and again, others never, or by chance as any other."""
+    """Makes a log: "favourites" come again and again, others never, or by chance as any other.
+
+    "latest" is like messages: most go to whoever was written to just before, whoever that is.
+    """
     rng = np.random.default_rng(5)
     users, items = [], []
     for user in range(NUM_USERS):
@@ -57,6 +60,10 @@ def log_of(kind: str) -> Log:
             )
         elif kind == "chance":
             clicked = rng.integers(0, NUM_ITEMS, 20)
+        elif kind == "latest":
+            clicked = rng.integers(0, NUM_ITEMS, 20)
+            for position in np.flatnonzero(rng.random(19) < 0.7) + 1:
+                clicked[position] = clicked[position - 1]
         else:  # No item comes twice.
             clicked = rng.permutation(NUM_ITEMS)[:20]
         users += [user] * 20
@@ -64,8 +71,13 @@ def log_of(kind: str) -> Log:
     return Log.from_table(pa.table({"user_id": users, "item_id": items}))
 
 
-@pytest.mark.parametrize("kind", ["favourites", "chance", "never"])
-def test_validation_chooses_a_bonus_where_items_come_again(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "forgettings"),
+    [("favourites", {0.0, 0.5}), ("latest", {1.5}), ("chance", set()), ("never", set())],
+)
+def test_validation_chooses_a_bonus_where_items_come_again(
+    kind: str, forgettings: set[float]
+) -> None:
     split = log_of(kind).split("last_n", validation=2, test=2)
     rng = np.random.default_rng(6)
     items = rng.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
@@ -73,12 +85,13 @@ def test_validation_chooses_a_bonus_where_items_come_again(kind: str) -> None:
     # In another order than the holdout's, so that a mix-up of rows shows.
     ids = split.validation.candidate_ids[::-1]
     chosen = choose_bonus(ids, items, queries, split.validation, metric_of("ndcg@10"))
-    if kind != "favourites":
+    if not forgettings:
         assert chosen is None
         return
     assert chosen is not None
     assert chosen.weight > 0
     assert chosen.power == 0.5
+    assert chosen.forgetting in forgettings
     # The second route: exact search with the bonus finds what validation counted on.
     exact = ExactRetriever(ids, items, lambda _: queries)
     hits = {}

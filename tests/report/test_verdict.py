@@ -205,6 +205,8 @@ SMALL = {"train": {"num_positives": 1_500}}
         (made(LEVEL_MEANS | {"two_tower_uncorrected": 0.25}), {}, "model.correction"),
         # A model that beats the baselines also gets advice on longer training and the correction.
         (made({"two_tower": 0.2, "two_tower_uncorrected": 0.25, "ease": 0.1}), {}, "costs here"),
+        (made(WINNING | {"best_member": 0.45}), {}, "the sum costs here: .* with members 1"),
+        (made(WINNING | {"best_member": 0.39}), {}, None),
         (made(WINNING, training=SHORT), {}, "training stopped too early"),
         # A warm start has few epochs on purpose.
         (made(WINNING, training=SHORT), {"warm_start": "runs/before"}, None),

@@ -363,7 +363,10 @@ def settle_ties(
     num_pairs = max(1, counts["num_up"] + counts["num_down"])
     bias = abs(counts["num_up"] - counts["num_down"]) / (2 * num_pairs)
     is_sorted = bias > max(_MIN_BIAS, _MIN_ERRORS * 0.5 / num_pairs**0.5)
-    is_coarse = _STEPS.get(step, 0) >= 60
+    # Where most users have a single time, as if an order's number is the user, dropping ties would
+    # leave no histories to learn from.
+    num_lost = counts["num_first"] - counts["num_users"]
+    is_coarse = _STEPS.get(step, 0) >= 60 or num_lost > counts["num"] / 2
     rule = ties if ties != "auto" else "drop"
     if is_coarse and ties == "auto":
         rule = "random" if is_sorted else "order"
@@ -379,22 +382,28 @@ def settle_ties(
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:
-    """Counts positives: all, tied ones, tied pairs by item id, times off a whole day, hour, ..."""
+    """Counts positives and their users, tied ones and pairs by item id, times off a day, hour, ...
+
+    `num_first` counts positives at the first time of their user.
+    """
     tied = ["user_id", "timestamp"]
     clicks = events.filter(is_positive(events))
     clicks = clicks.mutate(
         _seconds=whole_seconds(clicks["timestamp"]),
         _num=clicks.count().over(ibis.window(group_by=tied)),
         _last=clicks["item_id"].lag().over(ibis.window(group_by=tied, order_by="event_number")),
+        _first=clicks["timestamp"].min().over(ibis.window(group_by="user_id")),
     )
     # The coarsest step at which no time is off is the clock of the log.
     is_fraction = clicks["timestamp"].truncate("s") != clicks["timestamp"]
     sums = {name: is_fraction | (clicks["_seconds"] % step != 0) for name, step in _STEPS.items()}
     sums["num_tied"] = clicks["_num"] > 1
+    sums["num_first"] = clicks["timestamp"] == clicks["_first"]
     sums["num_up"] = (clicks["item_id"] > clicks["_last"]).fill_null(False)
     sums["num_down"] = (clicks["item_id"] < clicks["_last"]).fill_null(False)
     counts = {name: value.sum() for name, value in sums.items()}
-    return totals(clicks, num=clicks.count(), **counts)
+    num_users = clicks["user_id"].nunique()
+    return totals(clicks, num=clicks.count(), num_users=num_users, **counts)
 
 
 def _redrawn(events: ibis.Table) -> ibis.Table:

@@ -19,8 +19,9 @@ from tfrs_pipeline.model.settings import TrainingSettings
 
 # What validation chooses from. Weights are in standard deviations of a query's scores. Where people
 # do not return to items, a negative one wins: an item's vector in the history makes it look likely.
-_WEIGHTS = -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 8.0
-_FORMS = (0.0, 0.0), (0.5, 0.0), (0.5, 0.5)  # Pairs of power and forgetting.
+_WEIGHTS = -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0
+# Pairs of power and forgetting. The last suits messages, most of which go to the latest partners.
+_FORMS = (0.0, 0.0), (0.5, 0.0), (0.5, 0.5), (0.5, 1.5)
 # The standard deviation is measured on this many queries: it needs scores of all candidates.
 _SPREAD_QUERIES = 256
 _NONE = RepeatBonus(0.0, 0.0, 0.0)
