@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import queue
+import string
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -179,10 +180,11 @@ class Journal(Database):
         with self._opened() as connection:
             if connection is None:
                 return {}
-            read = {
-                id_: connection.execute(query, (_plain(id_), _MAX_EVENTS)).fetchall()
-                for id_ in dict.fromkeys(user_ids)
-            }
+            read = {}
+            for id_ in dict.fromkeys(user_ids):
+                with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
+                    rows = connection.execute(query, (_plain(id_), _MAX_EVENTS))
+                    read[id_] = rows.fetchall()
         return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
 
     def user_ids(self) -> list[Any]:
@@ -299,6 +301,8 @@ class Recorder:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        # A deletion holds the other connection for seconds, and requests must not wait for it.
+        self._reader = Journal(journal.path.parent)
         self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
         # By user, the answers in the queue: request_id, time, items.
         self._waiting: dict[Any, dict[str, tuple[int, np.ndarray]]] = {}
@@ -343,7 +347,7 @@ class Recorder:
         for user_id in user_ids:
             with self._lock:  # First, since an answer is written before it stops waiting.
                 waiting = [*self._waiting.get(user_id, {}).items()]
-            answers = self.journal.served_to(user_id, lately)
+            answers = self._reader.served_to(user_id, lately)
             answers |= {id_: (time_, _filled(items)) for id_, (time_, items) in waiting}
             newest = enumerate(sorted(answers.values(), key=lambda answer: -answer[0]))
             recent = (ids for n, (time_, ids) in newest if n < lately.answers or time_ > since)
@@ -468,7 +472,8 @@ def _type(value: Any) -> str:
 
 def _id(value: Any) -> Any:
     value = _plain(value)
-    value = value.strip() if isinstance(value, str) else value
+    # As a log is read: other spaces, such as the no-break space, are part of an id.
+    value = value.strip(string.whitespace) if isinstance(value, str) else value
     if value in ("", -1, *NO_ID):
         raise ValueError("is not an id")
     return value
