@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,16 @@ def test_an_answer_that_waits_to_be_written_counts_once(tmp_path: Path) -> None:
     recorder.close()
     assert recorder.served_lately([7, 8, 9], lately) == [[4, 3], [5, 6], []]
     assert recorder._waiting == {}
+
+
+def test_a_deletion_holds_up_no_request(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    recorder, lately = Recorder(journal), Lately(answers=2)
+    journal.write([], [answer("a", [7], [[1, 2]], 10)])
+    # A deletion holds the connection that writes while the file is written anew.
+    with ThreadPoolExecutor(1) as threads, journal.writing():
+        assert threads.submit(recorder.served_lately, [7], lately).result(10) == [[1, 2]]
+    recorder.close()
 
 
 def test_only_a_server_that_records_all_answers_leaves_them_out(int_folder: Path) -> None:

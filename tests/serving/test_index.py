@@ -96,6 +96,8 @@ def test_an_operation_that_answers_otherwise_is_refused(searcher: Searcher, tmp_
 
 
 def test_an_index_built_in_another_process_finds_the_same() -> None:
+    with pytest.raises(RuntimeError, match="learns its hashing from 16 candidates or more"):
+        build_in_subprocess(EMBEDDINGS[:3], 1)
     apart, here = build_in_subprocess(EMBEDDINGS, 45), Searcher.build(EMBEDDINGS, 45)
     for found, expected in zip(
         *(searcher.search(QUERIES, Level(50, 9, 200)) for searcher in (apart, here)), strict=True

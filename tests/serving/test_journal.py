@@ -4,6 +4,7 @@ import contextlib
 import logging
 import shutil
 import sqlite3
+import string
 import threading
 import time
 import uuid
@@ -12,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import ibis
 import numpy as np
 import pytest
 
@@ -24,12 +26,15 @@ from tfrs_pipeline.serving.event_log import record_file, write_log
 from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.journal import (
     JOURNAL_FILE,
+    TYPES,
+    Answer,
     Event,
     Journal,
     Recorder,
     check_events,
     id_hash,
 )
+from tfrs_pipeline.serving.live import _plain
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import Lately
@@ -165,6 +170,16 @@ def test_a_log_that_holds_the_events_does_not_count_them_twice(tmp_path: Path) -
     assert retriever.stored_history(user) == [353, *known[::-1]]
 
 
+def test_a_clock_ahead_in_the_log_silences_nobody(tmp_path: Path) -> None:
+    """A phone that sent its local time as UTC, to the server or in the log."""
+    exportable = make_served("int").exportable()
+    object.__setattr__(exportable, "histories_until", datetime.now(UTC) + timedelta(hours=14))
+    folder = export_module.export(exportable, tmp_path / "films", index=Exact())
+    retriever = load(folder, exact=True)
+    retriever.record([event(999, 10)])
+    assert retriever.stored_history(999) == [10]
+
+
 def test_times_are_read_with_the_events(tmp_path: Path) -> None:
     served = make_served("int", reads_times=True)
     assert served.history_times is not None
@@ -185,6 +200,34 @@ def test_times_are_read_with_the_events(tmp_path: Path) -> None:
     assert by_user(retriever, user) != pytest.approx(
         by_history(retriever, user, history, history), rel=1e-3
     )
+
+
+def test_events_of_a_model_with_other_ids_change_nothing(served: Served, model: Path) -> None:
+    """Item ids that were numbers are text in the next model of this name, or the reverse."""
+    user, others = served.query_ids.tolist()[2], [*range(len(TYPES))]
+    if served.ids == "int":
+        others = [*map(str, others)]
+    before, later = by_user(load(model, exact=True), user), time.time_ns() // 1_000_000 + 1000
+    of_old = [
+        Event(user, later, other, type_, None, None)
+        for other, type_ in zip(others, TYPES.values(), strict=True)
+    ]
+    Journal(model).write([of_old], [Answer("old", later, 1, np.array([user]), np.array([others]))])
+    retriever = load(model, exact=True)
+    assert by_user(retriever, user) == pytest.approx(before)
+    assert retriever.disliked_items([user]) == [[]]
+    with Running(model, record_share=1.0, exclude_served_answers=1) as running:
+        outputs = running.predict(**retrieve_user([user], [[]], K))["outputs"]
+    assert set(before) == {*outputs["candidate_ids"][0]} - {-1, ""}
+
+
+def test_a_user_whom_no_event_can_have(films: Path) -> None:
+    retriever = load(films, exact=True)
+    retriever.record([event(102, 3)])
+    beyond = [2**63, -(2**63) - 1]
+    assert [retriever.stored_history(user) for user in beyond] == [[], []]
+    assert retriever.disliked_items(beyond) == [[], []]
+    assert retriever.forget(2**63) == 0
 
 
 def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:
@@ -406,6 +449,18 @@ def test_a_wrong_event_is_refused(change: dict[str, Any], message: str) -> None:
         check_events(event(1, 2), **types)  # type: ignore[arg-type]
 
 
+def test_only_the_space_that_a_log_strips_is_stripped() -> None:
+    spaces = [*string.whitespace, "\x1f", "\x85", "\xa0", "\u2007", "\u3000"]
+    ids = [f"{space}Zo{space}ë{space}" for space in spaces]
+    expected = ibis.memtable({"id": ids})["id"].strip().to_pyarrow().to_pylist()
+    events = check_events(
+        [event(id_, id_) for id_ in ids], users_are_text=True, items_are_text=True
+    )
+    assert [event.user_id for event in events] == expected
+    assert [event.item_id for event in events] == expected
+    assert [_plain("An id", id_) for id_ in ids] == expected
+
+
 def test_times_are_exact_to_a_millisecond() -> None:
     types = {"users_are_text": True, "items_are_text": False}
     when = datetime(2026, 5, 1, 12, 30, 15, 123_000, UTC)
@@ -542,6 +597,26 @@ def test_rest_takes_events_and_deletes_users(running: Running) -> None:
     assert send(running, b"", "/v1/users/102", "DELETE").json() == {"num_deleted": 0}
 
 
+def test_a_link_that_is_set_anew_takes_events_where_they_are_read(
+    int_folder: Path, tmp_path: Path
+) -> None:
+    first, second = (
+        Path(shutil.copytree(int_folder / "1", tmp_path / name / number)).parent
+        for name, number in (("green", "1"), ("blue", "2"))
+    )
+    link = tmp_path / "films"
+    link.symlink_to(first)
+    with Running(link, takes_writes=True) as running:
+        before = ids_of(running, 102)
+        assert send(running, event(102, before[0])).status_code == 200
+        link.unlink()
+        link.symlink_to(second)
+        until(lambda: running.get("/readyz").text.endswith("version 2\n"))
+        assert ids_of(running, 102) == before
+        assert send(running, event(102, before[1])).status_code == 200
+        assert set(before) - set(ids_of(running, 102)) == {before[1]}
+
+
 HOSTILE: list[tuple[str, str, Any, str, int]] = [
     ("POST", "/v1/events", event(1, 3), "", 401),
     ("POST", "/v1/events", event(1, 3), f"{TOKEN}0", 401),
@@ -587,3 +662,8 @@ def test_a_full_disk_confirms_nothing(running: Running, monkeypatch: pytest.Monk
     assert (answer.status_code, "nothing has changed" in answer.text) == (503, True)
     monkeypatch.undo()
     assert send(running, event(102, 3)).json()["num_new"] == 1
+    # A deletion that fails may have deleted rows, whose copies are still in the file.
+    monkeypatch.setattr(Journal, "forget", full)
+    answer = send(running, b"", "/v1/users/102", "DELETE")
+    assert (answer.status_code, "delete the user again" in answer.text) == (503, True)
+    assert "nothing has changed" not in answer.text

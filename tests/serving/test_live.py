@@ -7,9 +7,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.damage import copy_database, damage, killed_after
 from tests.serving import running_server
@@ -20,6 +22,7 @@ from tfrs_pipeline import Exact, LoadedRetriever, Reading, load, refresh_index
 from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
+from tfrs_pipeline.serving import candidates as candidates_module
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import live as live_module
 from tfrs_pipeline.serving.live import _check_kind, _plain
@@ -264,13 +267,27 @@ def test_old_writes_that_no_version_takes_are_dropped(
     for age in (31 * days, 29 * days):
         with monkeypatch.context() as patch:
             patch.setattr("tfrs_pipeline.serving.store.time.time", lambda age=age: now - age)
-            old = load(films)
             first = 0 if age > 30 * days else 1
-            old.upsert([item(ids[first]), item(90_000 + first)])
-            old.remove([ids[2 + first], 90_002 + first])
+            written = {id_: item(id_) for id_ in (ids[first], 90_000 + first)}
+            Store(films).write_items(written | dict.fromkeys([ids[2 + first], 90_002 + first]))
     load(films)
     left = {row.item_id for row in Store(films).items_after(0)}
     assert left == {ids[1], ids[3], 90_000, 90_001, 90_003}
+
+
+def test_a_clock_that_is_set_back_undoes_no_write(
+    films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The items of a version were read an hour from now, by the clock of the write."""
+    earlier = datetime.fromisoformat(load(films).manifest["items_read"]).timestamp() - 3600
+    monkeypatch.setattr("tfrs_pipeline.serving.store.time.time", lambda: earlier)
+    removed, changed = make_served("int").candidate_ids[:2].tolist()
+    retriever, query = load(films), {"history": [removed]}
+    retriever.remove([removed])
+    retriever.upsert([item(changed, ["c"])])
+    expected = ranking(retriever, query)
+    assert removed not in expected
+    assert ranking(load(films), query) == pytest.approx(expected)
 
 
 def test_a_write_on_disk_has_not_failed(
@@ -317,6 +334,10 @@ def test_a_damaged_file_is_named(films: Path) -> None:
     damage(films / STORE_FILE, "emptied")
     with pytest.raises(Damaged, match=f"{STORE_FILE} is damaged"):
         load(films)
+    # TensorFlow would keep the tables of a graph, and a server tries again and again.
+    with mock.patch.object(tf.saved_model, "load") as load_graph, pytest.raises(Damaged):
+        load(films)
+    load_graph.assert_not_called()
     assert load(films, live=False).num_candidates == NUM_CANDIDATES
 
 
@@ -328,6 +349,28 @@ def test_the_index_takes_in_many_items(served: Served, model: Path) -> None:
         retriever.upsert(items[start : start + 300])
     ids, _ = retriever.retrieve([{"history": served.known(1)}], 2000)
     assert {x["item_id"] for x in items} < set(ids[0].tolist())
+
+
+@pytest.mark.parametrize("served", ["int"], indirect=True)
+def test_an_index_of_which_few_or_none_are_left(
+    served: Served, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ScaNN refuses to build one of them, and would be asked to at each look."""
+    monkeypatch.setattr(candidates_module, "_LEAST_CHANGES", 10)
+    retriever, ids = load(model), served.candidate_ids.tolist()
+    assert retriever.manifest["index"]["kind"] == "scann"
+    retriever.remove(ids[12:])
+    until(lambda: not retriever.candidates.has_drifted)
+    query = {"history": ids[:1]}
+    assert list(ranking(retriever, query)) == list(ranking(load(model, exact=True), query))
+    retriever.remove(ids[:12])
+    retriever.catch_up()
+    assert not retriever.candidates.has_drifted
+    assert ranking(retriever, query) == {}
+    retriever.upsert([item(id_) for id_ in ids])
+    until(lambda: not retriever.candidates.has_drifted)
+    assert set(ranking(retriever, query)) == set(ids)
+    assert "cannot build the index anew" not in caplog.text
 
 
 WRONG: dict[str, Any] = {

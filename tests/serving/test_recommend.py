@@ -120,6 +120,30 @@ def test_a_killed_command_goes_on(
         _in_another_thread(lambda: recommend(model, path, k=5))
 
 
+@pytest.mark.parametrize("killed_at", ["start", "end"])
+def test_what_a_kill_leaves_is_no_part_of_the_next_file(
+    int_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    monkeypatch.setattr(module, "USERS_PER_PART", 2)
+    model, path = load(int_folder), tmp_path / "all.parquet"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if killed_at == "start":  # The users are written, and not yet what the parts are.
+            patch.setattr(module, "hold_to", killed)
+            users = module.known_users(model)[:4]
+            patch.setattr(module, "known_users", lambda _: users)
+        else:  # The file is complete, and its parts are being removed.
+            patch.setattr(module.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recommend(model, path, k=3)
+    assert list((tmp_path / "all.parquet.parts").glob("*.parquet"))
+    recommend(model, path, k=5)
+    assert rows(path) == {user: by_user(model, user, 5) for user in range(100, 106)}
+
+
 def test_users_known_by_events_alone_are_answered_too(
     served: Served, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

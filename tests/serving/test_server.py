@@ -95,6 +95,17 @@ def test_every_signature(served: Served, running: Running, loaded: LoadedRetriev
                 np.testing.assert_allclose(values, in_json(tensor), rtol=1e-5, atol=1e-6)
 
 
+def test_lists_of_any_length_for_many_queries(served: Served, running: Running) -> None:
+    """Users know from 0 to 10 items, and a large request is answered in parts."""
+    users = served.query_ids.tolist()
+    answer = running.predict(signature_name="embed_user", inputs={"user_id": users})["outputs"]
+    for row, user in enumerate(users):
+        alone = running.predict(signature_name="embed_user", inputs={"user_id": [user]})["outputs"]
+        np.testing.assert_allclose(answer["embeddings"][row], alone["embeddings"][0], atol=1e-5)
+        known = set(answer["known_items"][row]) - {-1, ""}
+        assert known == set(served.known(row + 1)) == set(alone["known_items"][0]) - {-1, ""}
+
+
 def kinds_of(signatures: Any) -> dict[tuple[str, str, str], tuple[int, int]]:
     """Returns type and rank of each input and output."""
     return {

@@ -126,6 +126,23 @@ def test_a_broken_version_changes_nothing_but_the_status(
     assert states(model) == {2: "AVAILABLE"}
 
 
+def test_a_manifest_that_may_not_be_read_is_told_in_a_line(
+    model: ModelVersions, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "2/manifest.json")
+
+    catch_up = mock.Mock()
+    served(model).retriever.catch_up = catch_up
+    monkeypatch.setattr(model, "_load_version", refused)
+    monkeypatch.setattr(versions, "read_record", refused)
+    put(folder, 2)
+    model.refresh()
+    assert "Permission denied: '2/manifest.json'" in model.statuses()[2][1]
+    assert served(model).number == 1
+    catch_up.assert_called_once()
+
+
 def test_a_broken_newest_version_is_passed_over(folder: Path) -> None:
     put(folder, 2)
     put(folder, 3, broken=True)

@@ -89,7 +89,12 @@ class Activity:
         rows = loaded_rows(self._users, active, dtype).tolist()
         recent = {}
         for position, row in zip(positions, rows, strict=True):
-            events = events_by_user[user_ids[position]]
+            # An earlier model of this name may have had item ids of the other type.
+            events = [
+                event
+                for event in events_by_user[user_ids[position]]
+                if isinstance(event.item_id, str) == (self._ids.dtype == object)
+            ]
             disliked = self._items(self._disliked, row) if self._disliked else []
             disliked += [event.item_id for event in events if event.type == Stage.DISLIKED]
             offsets = self._histories[1]

@@ -120,6 +120,8 @@ class Candidates:
     def has_drifted(self) -> bool:
         """Whether to rebuild the index: much has changed, or it failed to take in a change."""
         view, num_built = self._view, len(self._view.corpus)
+        if not view.num_candidates:
+            return False  # Without a candidate there is nothing to build.
         if self._is_indexed and view.searcher is None:
             return True
         num_changed = max(view.num_rows - num_built, view.num_removed)

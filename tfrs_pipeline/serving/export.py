@@ -200,6 +200,7 @@ def export_version(
     # Not called as a tf.function, which warns where many models are embedded one after the other.
     spec = tf.TensorSpec([None], tf.int32)
     embed = tf.function(model.embed_candidates, autograph=False).get_concrete_function(spec)
+    read = model.items_read
     about = {
         "features": {
             side: [feature.to_dict() for feature in side_features]
@@ -213,8 +214,10 @@ def export_version(
         "user_data": user_data,
         "excludes_known": model.leaves_out_known,
         "has_item_bias": model.has_item_bias,
-        "items_read": model.items_read.isoformat(),
-        "histories_until": (model.histories_until or model.items_read).isoformat(),
+        "items_read": read.isoformat(),
+        # An event dated after the reading, by a clock that is ahead, does not end the log: else all
+        # events until then would not count.
+        "histories_until": min(model.histories_until or read, read).isoformat(),
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import queue
+import string
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -191,10 +192,11 @@ class Journal(Database):
         with self._opened() as connection:
             if connection is None:
                 return {}
-            read = {
-                id_: connection.execute(query, (_plain(id_), _MAX_EVENTS)).fetchall()
-                for id_ in dict.fromkeys(user_ids)
-            }
+            read = {}
+            for id_ in dict.fromkeys(user_ids):
+                with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
+                    rows = connection.execute(query, (_plain(id_), _MAX_EVENTS))
+                    read[id_] = rows.fetchall()
         return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
 
     def user_ids(self) -> list[Any]:
@@ -508,7 +510,8 @@ def _type(value: Any) -> str:
 
 def _id(value: Any) -> Any:
     value = _plain(value)
-    value = value.strip() if isinstance(value, str) else value
+    # As a log is read: other spaces, such as the no-break space, are part of an id.
+    value = value.strip(string.whitespace) if isinstance(value, str) else value
     if value in ("", -1, *NO_ID):
         raise ValueError("is not an id")
     return value

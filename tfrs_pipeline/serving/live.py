@@ -14,6 +14,7 @@ import contextlib
 import functools
 import logging
 import math
+import string
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ from tfrs_pipeline.messages import plain
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.searcher import build_in_subprocess
+from tfrs_pipeline.serving.searcher import SMALLEST_HASHED_CORPUS, build_in_subprocess
 from tfrs_pipeline.serving.store import LiveRow, Store
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ class LiveItems:
             with self._store.writing():
                 self.catch_up()  # To what others have written meanwhile.
                 is_there = self._candidates.has(rows)
-                last = self._store.write_items(rows)
+                # Later than the reading of the items that it changes, whatever the clocks say.
+                last = self._store.write_items(rows, self._items_read)
                 corpus_rows = zip(rows, self._corpus.rows(rows), strict=True)
                 self._store.mark_listed(id_ for id_, row in corpus_rows if row)
             try:
@@ -176,7 +178,9 @@ class LiveItems:
     def _maintain(self) -> None:
         try:
             build = functools.partial(build_in_subprocess, num_leaves=self._num_leaves)
-            self._candidates.rebuild(build if self._num_leaves else None)
+            # ScaNN cannot build an index of so few. Exact search is as fast there.
+            is_few = len(self._candidates) < max(self._num_leaves, SMALLEST_HASHED_CORPUS)
+            self._candidates.rebuild(None if is_few or not self._num_leaves else build)
         except Exception:  # Searches go on with the old index, and the next write tries again.
             logger.exception("cannot build the index anew")
         finally:
@@ -297,7 +301,7 @@ def _plain(what: str, value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{what} must be finite, or None (null). Received: {value!r}")
     if isinstance(value, str):
-        value = value.strip()
+        value = value.strip(string.whitespace)  # As in a log, which keeps other spaces.
         try:
             value.encode()
         except UnicodeEncodeError:

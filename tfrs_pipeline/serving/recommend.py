@@ -84,10 +84,14 @@ def recommend(
     check_integer(1, k=k)
     table = pa.table({"user_id": known_users(model)}) if users is None else _read(model, users)
     parts = path.with_name(f"{path.name}.parts")
+    record = parts / "parts.json"  # What the parts are answers to.
     request = {"version": str(model.folder), "k": k, "filter": sorted(allowed)}
     request |= {"manifest": file_hash(model.folder / MANIFEST_FILE)}
     with locked(path.with_name(f"{path.name}.lock")):
         parts.mkdir(exist_ok=True)
+        if not record.exists():  # Left by a kill at the start or at the end: of unknown origin.
+            for file in parts.glob("*.parquet"):
+                file.unlink()
         if users is None:  # Those at the start: events may bring more before the command goes on.
             if not (kept := parts / "users.parquet").exists():
                 with replacing(kept) as partial:
@@ -97,7 +101,7 @@ def recommend(
         for batch in table.combine_chunks().to_batches(max_chunksize=USERS_PER_PART):
             digest.update(batch.serialize())
         request["users"] = digest.hexdigest()
-        hold_to(parts / "parts.json", request)
+        hold_to(record, request)
         starts = range(0, table.num_rows, USERS_PER_PART)
         files = [parts / f"{number:06}.parquet" for number in range(len(starts))]
         num_done, start_time, rate = 0, time.monotonic(), 0.0
@@ -117,6 +121,7 @@ def recommend(
         ):
             for file in files:
                 writer.write_table(pq.read_table(file))
+        record.unlink()  # First, so that nobody goes on with the parts that a kill leaves.
         shutil.rmtree(parts)
     num_rows = pq.read_metadata(path).num_rows
     about = {"num_users": table.num_rows, "num_rows": num_rows, "users_per_second": rate}

@@ -186,7 +186,13 @@ class PredictCall(NamedTuple):
         return self.num_queries * int(self.inputs.get("k", 1))
 
     def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
-        """Cuts the inputs into calls up to the given sizes, of at least one query each."""
+        """Cuts the inputs into calls up to the given sizes, of at least one query each.
+
+        A call that embeds is one: with the embeddings come lists, as wide as the longest of the
+        call, such as `known_items`, which could not be joined.
+        """
+        if self.signature.startswith("embed_"):
+            return [self.inputs]
         size = min(max_queries, max_results // int(self.inputs.get("k", 1))) or 1
         return [
             {

@@ -88,6 +88,12 @@ class LoadedRetriever:
 
     def __init__(self, folder: Path, *, exact: bool, live: bool) -> None:
         self.folder, self.manifest = folder, _manifest(folder)
+        # The live items of a model lie beside its versions, so a copied version has none.
+        is_live = live and folder.name.isdecimal()
+        if is_live:
+            # A damaged file is refused before the graph is loaded: TensorFlow keeps its tables, and
+            # a server, which tries again and again, would fill its memory with them.
+            Store(folder.parent).items_after(2**62)
         self.saved_model: Any = tf.saved_model.load(str(folder))
         functions = self.saved_model.signatures
         self.signatures = {name: signature_inputs(functions[name]) for name in functions}
@@ -112,8 +118,7 @@ class LoadedRetriever:
             index = {}
         self.candidates = self._candidates(index.get("levels", ()))
         self._live: LiveItems | None = None
-        # The live items of a model lie beside its versions, so a copied version has none.
-        if live and folder.name.isdecimal():
+        if is_live:
             self._live = LiveItems(
                 self.candidates,
                 Store(folder.parent),

@@ -152,7 +152,12 @@ def build_in_subprocess(vectors: np.ndarray, num_leaves: int) -> Searcher:
     """Builds an index in another process, because ScaNN holds Python's lock while it builds."""
     with tempfile.TemporaryDirectory(prefix="tfrs_pipeline-index-") as name:
         np.save(Path(name, "vectors.npy"), vectors)
-        in_fresh_process(f"{__name__}:build_in_folder", name, str(num_leaves)).check_returncode()
+        done = in_fresh_process(f"{__name__}:build_in_folder", name, str(num_leaves))
+        if done.returncode:
+            why = done.stderr.decode(errors="replace").strip()[-2000:]
+            raise RuntimeError(
+                f"The process that built the index ended with {done.returncode}: {why}"
+            )
         return Searcher.load(Path(name))
 
 

@@ -45,7 +45,6 @@ from tfrs_pipeline.durable import try_writing
 from tfrs_pipeline.model.tf_tables import id_lists
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.journal import Answer, Event, Journal, Recorder
-from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.settings import Lately, ServeSettings, listening, read_token
 from tfrs_pipeline.serving.signatures import as_ids
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
@@ -75,14 +74,14 @@ class ModelServer:
         self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
         self.large = ThreadPoolExecutor(1, "large-requests")
-        self.recorder = Recorder(Journal(version_at(model).parent))
+        self.recorder = Recorder(Journal(self.versions.folder))
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
         answers, hours = settings.exclude_served_answers, settings.exclude_served_hours
         self._lately = Lately(answers=answers, hours=hours)
         self._token = None if settings.token_file is None else read_token(settings.token_file)
         if self._token is not None or settings.record_share:
-            try_writing(version_at(model).parent)
+            try_writing(self.versions.folder)
             if self.recorder.journal.path.exists():
                 self.recorder.journal.write([])  # Refuses a file of another version at the start.
 
@@ -158,6 +157,9 @@ class ModelServer:
             )
         users = as_ids(call.inputs["user_id"].tolist())
         lists = await _run(self.threads, self.recorder.served_lately, users, lately)
+        are_text = version.retriever.candidates.corpus.are_text
+        # An earlier model of this name may have had ids of the other type.
+        lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text] for ids in lists]
         served = id_lists(lists, version.retriever.item_dtype).numpy()
         given = call.inputs.get("exclude", served[:, :0])
         exclude = np.concatenate([given, served], axis=1)
@@ -278,6 +280,7 @@ def _model_routes(server: ModelServer) -> list[Route]:
         server.authorize(request.headers.get("authorization", ""))
         with versions.use() as version, rest.refusing():
             user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
+        # The rows may be gone, and copies of them still in the file.
         with confirming("deletion", "so delete the user again"):
             num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))
         return JSONResponse({"num_deleted": num_deleted})

@@ -177,14 +177,16 @@ class Store(Database):
             rows = connection.execute(query, [seq]).fetchall() if connection else []
             return [LiveRow._make([*row[:-1], row[-1] and json.loads(row[-1])]) for row in rows]
 
-    def write_items(self, items: Mapping[Any, Mapping[str, Any] | None]) -> int:
+    def write_items(
+        self, items: Mapping[Any, Mapping[str, Any] | None], not_before: float = 0.0
+    ) -> int:
         """Writes items by id, None for removed ones, in place of earlier writes of them.
 
-        Returns the last row's `seq`.
+        Their time is now, or `not_before` if that is later. Returns the last row's `seq`.
         """
         insert = "INSERT OR REPLACE INTO live_items (item_id, time, item) VALUES (?, ?, ?)"
         with self.writing() as connection:
-            now = time.time()
+            now = max(time.time(), not_before)
             rows = [(id_, now, item and json.dumps(item)) for id_, item in items.items()]
             connection.executemany(insert, rows)
             return int(connection.execute("SELECT max(seq) FROM live_items").fetchone()[0])

@@ -143,7 +143,7 @@ def _problem(error: Exception, folder: Path) -> str:
         read_record(folder / MANIFEST_FILE)
     except FileNotFoundError:
         return "its folder was deleted in the meantime."
-    except Damaged as damage:
+    except (Damaged, OSError) as damage:  # The manifest itself may be unreadable.
         return str(error if isinstance(error, Damaged) else damage)
     return " ".join(f"{type(error).__name__}: {error}".split())
 
@@ -153,6 +153,10 @@ class ModelVersions:
 
     `path` is a model's folder, which is watched for new versions, or the folder of one version.
     Live items are taken in either way.
+
+    Attributes:
+        folder: The model's folder. A link to a model is not resolved, because it may be set anew.
+        name: The model's name.
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
@@ -161,7 +165,8 @@ class ModelVersions:
         path = path.resolve() if self._is_version else Path(os.path.abspath(path))
         self._path = path
         self._load_version = load_version
-        self.name = path.parent.name if self._is_version else path.name
+        self.folder = path.parent if self._is_version else path
+        self.name = self.folder.name
         # `writing` is held while live items are written, and while the version in use changes.
         self._lock, self.writing = threading.Lock(), threading.Lock()
         self._current: ServedVersion | None = None
