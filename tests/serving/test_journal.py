@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,35 @@ def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:
     assert len(reader.of_users(users)) > 300
     assert journal.forget([10**30, users[1], users[1]])[::2] == [0, 0]
     assert reader.of_users(users[1:2]) == {}
+
+
+def test_a_deletion_beside_a_long_read_lets_others_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its user is confirmed once the read has ended; one that does not end is an error."""
+    tried = threading.Event()
+
+    def pause(seconds: float) -> None:
+        tried.set()
+        threading.Event().wait(seconds)
+
+    Journal(tmp_path).write([[Event(n, n, 7, "clicked", None, None) for n in range(9)]])
+    monkeypatch.setattr("tfrs_pipeline.serving.journal.time.sleep", pause)
+    monkeypatch.setattr("tfrs_pipeline.serving.store.BUSY_SECONDS", 1)
+    with ThreadPoolExecutor() as threads:
+        read = Journal(tmp_path).log(2)
+        next(read)
+        deletion = threads.submit(Journal(tmp_path).forget, [3])
+        assert tried.wait(5)
+        assert Journal(tmp_path).write([[Event(4, 99, 7, "clicked", None, None)]]) == [1]
+        assert not deletion.done()
+        assert len([*read]) == 4
+        assert deletion.result(5) == [1]
+    monkeypatch.setattr("tfrs_pipeline.serving.journal._MAX_CUTS", 2)
+    read = Journal(tmp_path).log(2)
+    next(read)
+    with pytest.raises(StorageError, match="is being read and may hold events: delete again"):
+        Journal(tmp_path).forget([4])
 
 
 def test_the_file_may_be_deleted_restored_or_damaged(films: Path, tmp_path: Path) -> None:

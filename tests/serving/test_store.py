@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 def test_it_says_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(Store(tmp_path), ITEMS[0])
-    monkeypatch.setattr("tfrs_pipeline.serving.store._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("tfrs_pipeline.serving.store.BUSY_SECONDS", 0.05)
     store = Store(tmp_path)
     with Store(tmp_path).writing():
         assert read(store) == ITEMS[:1]  # Readers do not wait.

@@ -28,7 +28,7 @@ from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.serving.settings import MAX_ANSWERS, Lately
-from tfrs_pipeline.serving.store import Database
+from tfrs_pipeline.serving.store import BUSY_SECONDS, Database
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ _OF_USERS = f"type IN ('{Stage.CLICKED}', '{Stage.EXPOSED}', '{Stage.DISLIKED}')
 _MAX_EVENTS = 10_000
 _MINUTE_MS, _DAY_MS = 60_000, 86_400_000
 _MAX_TAKEN = 500  # Requests that are written in one transaction.
+# How often the log of writes is tried to be cut while it is read, and after how long again.
+_MAX_CUTS, _CUT_SECONDS = 300, 0.1
 # No client waits for an answer's record. So a record waits this long for others, to share a write,
 # and is dropped if this many wait.
 _ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
@@ -296,10 +298,18 @@ class Journal(Database):
             # would not have to wait for `VACUUM INTO` a second file. But once that is renamed over
             # the first, other processes may still commit to the old one, and lose it.
             connection.execute("VACUUM")
-            # The log holds what was written until it is copied into the file and cut.
-            is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if is_busy:
-            raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
+            # The log holds what was written until it is copied into the file and cut. While SQLite
+            # waits for those who read it, nobody writes: so it waits not at all, but many times.
+            connection.execute("PRAGMA busy_timeout = 0")
+            try:
+                for _ in range(_MAX_CUTS):
+                    is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                    if not is_busy:
+                        return
+                    time.sleep(_CUT_SECONDS)
+            finally:
+                connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_SECONDS)}")
+        raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
 
 
 class _Group(NamedTuple):

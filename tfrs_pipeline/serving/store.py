@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS live_items (
 """
 # A writer waits this long for others. Transactions take milliseconds, and to rewrite the events'
 # file 6 s a GB, so more is a fault.
-_BUSY_SECONDS = 30.0
+BUSY_SECONDS = 30.0
 # SQLite's codes for a file that is not as this version wrote it. The first comes from a missing
 # table or column.
 _DAMAGES = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -127,7 +127,7 @@ class Database:
             self._connection = sqlite3.connect(
                 f"{self.path.absolute().as_uri()}?{'immutable=1' if is_read_only else 'mode=rw'}",
                 uri=True,
-                timeout=_BUSY_SECONDS,
+                timeout=BUSY_SECONDS,
                 isolation_level=None,  # Transactions begin and end as written here.
                 check_same_thread=False,  # One at a time, by the lock.
             )
