@@ -22,8 +22,8 @@ from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import live as live_module
+from tfrs_pipeline.serving.database import STORE_FILE, Store
 from tfrs_pipeline.serving.live import _check_kind, _plain
-from tfrs_pipeline.serving.store import STORE_FILE, Store
 
 ITEMS = "/v1/models/films/items"
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
@@ -263,7 +263,7 @@ def test_old_writes_that_no_version_takes_are_dropped(
     now = time.time()
     for age in (31 * days, 29 * days):
         with monkeypatch.context() as patch:
-            patch.setattr("tfrs_pipeline.serving.store.time.time", lambda age=age: now - age)
+            patch.setattr("tfrs_pipeline.serving.database.time.time", lambda age=age: now - age)
             old = load(films)
             first = 0 if age > 30 * days else 1
             old.upsert([item(ids[first]), item(90_000 + first)])

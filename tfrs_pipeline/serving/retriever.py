@@ -30,11 +30,11 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retriev
 from tfrs_pipeline.serving import publish, signatures
 from tfrs_pipeline.serving.activity import Activity
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
+from tfrs_pipeline.serving.database import Store
 from tfrs_pipeline.serving.index import Level, has_scann
 from tfrs_pipeline.serving.journal import Event, Journal, check_events
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.store import Store
 
 logger = logging.getLogger(__name__)
 
