@@ -8,9 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.model.tf_tables import loaded_rows
+from tfrs_pipeline.model.tf_tables import as_ids, loaded_rows
 from tfrs_pipeline.serving.journal import Journal
-from tfrs_pipeline.serving.signatures import as_ids
 
 # Types of events whose items are excluded from answers, by the training's evaluation.exclude.
 # Disliked items always are.

@@ -18,6 +18,7 @@ from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.encoder import (
     as_inputs,
     features_of,
@@ -25,7 +26,7 @@ from tfrs_pipeline.model.encoder import (
     query_inputs,
     request_inputs,
 )
-from tfrs_pipeline.model.tf_tables import id_list, signature_inputs
+from tfrs_pipeline.model.tf_tables import as_ids, id_list, id_lists_of, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved
 from tfrs_pipeline.serving import publish, signatures
 from tfrs_pipeline.serving.activity import Activity
@@ -313,7 +314,7 @@ class LoadedRetriever:
         if self.activity is not None and (now := self.activity.until_now([user_id])):
             return now[0].history[::-1]
         ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
-        return signatures.id_lists_of(ids.numpy())[0]
+        return id_lists_of(ids.numpy())[0]
 
     def disliked_items(self, user_ids: Sequence[Any]) -> list[list[Any]]:
         """Returns what each user disliked until now, in the training's log and in service."""
@@ -321,7 +322,7 @@ class LoadedRetriever:
         stored: list[list[Any]] = [[] for _ in user_ids]
         # Not saved where nobody disliked anything.
         if function := getattr(self.saved_model.encoder, "disliked_items", None):
-            stored = signatures.id_lists_of(function(id_list(user_ids, self.user_dtype)).numpy())
+            stored = id_lists_of(function(id_list(user_ids, self.user_dtype)).numpy())
         return [recent[line].disliked if line in recent else ids for line, ids in enumerate(stored)]
 
     def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
@@ -370,20 +371,20 @@ class LoadedRetriever:
         if name == "embed_user":
             return self._embedded_users(inputs)
         if name == signatures.SIMILAR:
-            return self._embedded_items(signatures.as_ids(inputs["item_id"].tolist()))
+            return self._embedded_items(as_ids(inputs["item_id"].tolist()))
         return self._asked(name, inputs)
 
     def _asked(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        answer: dict[str, Any] = signatures.ask(self.saved_model.signatures[name], inputs)
+        answer: dict[str, Any] = tf_tables.ask(self.saved_model.signatures[name], inputs)
         for key in {"known_items", "repeated_items"} & answer.keys():
-            answer[key] = signatures.id_lists_of(answer[key])
+            answer[key] = id_lists_of(answer[key])
         if "bonuses" in answer:
             answer["bonuses"] = [*answer["bonuses"]]
         return answer
 
     def _embedded_users(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Embeds users by what they did until now."""
-        users, recent = signatures.as_ids(inputs["user_id"].tolist()), {}
+        users, recent = as_ids(inputs["user_id"].tolist()), {}
         if self.activity is not None:
             recent = self.activity.until_now(users)
         stored = [line for line in range(len(users)) if line not in recent]
@@ -517,16 +518,16 @@ class LoadedRetriever:
         if signature == signatures.DEFAULT_SIGNATURE:
             signature, users = "retrieve_user", inputs["user_id"]
             request = {**inputs, "k": np.int32(signatures.DEFAULT_K)}
-            full = signatures.completed(self.signatures[signature], request, len(users))
+            full = tf_tables.completed(self.signatures[signature], request, len(users))
             inputs = {name: np.asarray(value) for name, value in full.items()}
         # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
         embed_name = signatures.RETRIEVALS.get(signature.removesuffix(signatures.FILTERED))
         if embed_name is None:
-            return signatures.ask(self.saved_model.signatures[signature], inputs)
+            return tf_tables.ask(self.saved_model.signatures[signature], inputs)
         query = {name: x for name, x in inputs.items() if name not in ("exclude", "allowed", "k")}
         embedded = self._embed(embed_name, query)
-        exclude = signatures.id_lists_of(inputs["exclude"])
-        allowed = signatures.id_lists_of(inputs["allowed"]) if "allowed" in inputs else None
+        exclude = id_lists_of(inputs["exclude"])
+        allowed = id_lists_of(inputs["allowed"]) if "allowed" in inputs else None
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
         # These are for the search alone; the SavedModel does not return them either.
         not_answered = ("embeddings", "known_items", "repeated_items", "bonuses")
