@@ -24,7 +24,7 @@ from tfrs_pipeline.serving.graph_index import ExactIndex
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 ROW = 3  # Of the user that these tests ask for.
 DISLIKED = [*range(20, 26), 60]  # Rows of what it disliked in the log.
 BONUS = RepeatBonus(0.5, 0.5, 0.0)
@@ -118,7 +118,8 @@ def test_all_ways_of_asking_leave_out_the_same(
     tmp_path: Path, command: Any, ids: str, exclude: str, bonus: Any
 ) -> None:
     served = make_served(ids)
-    user, known, items = served.query_ids[ROW - 1], served.known(ROW), {*served.candidate_ids}
+    user, known = served.query_ids.tolist()[ROW - 1], served.known(ROW)
+    items = {*served.candidate_ids.tolist()}
     rows = np.setdiff1d(np.arange(1, 61), served.clicks[ROW])[-7:]
     disliked, (later, shown) = rows[:5], served.candidate_ids[rows[5:] - 1].tolist()
     model = dataclasses.replace(
