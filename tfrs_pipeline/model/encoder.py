@@ -233,11 +233,14 @@ class SavedEncoder:
 
     Args:
         encoder: The `Encoder`, as `tf.saved_model.load` returns it, or one in memory.
+
+    Attributes:
+        user_dtype, item_dtype: The types of the ids, int64 or string.
     """
 
     def __init__(self, encoder: Any) -> None:
         specs = signature_inputs(encoder.embed_query)
-        self._user_dtype, self._item_dtype = specs["user_id"].dtype, specs["history"].dtype
+        self.user_dtype, self.item_dtype = specs["user_id"].dtype, specs["history"].dtype
         self._query_rows, self._candidate_rows = encoder._query_rows, encoder._candidate_rows
         self._candidate_ids = _content(encoder._candidate_ids)
         # Not saved where nobody disliked anything.
@@ -252,17 +255,17 @@ class SavedEncoder:
         """Returns the ids of all users, in the order of their rows: [n] int64, or bytes."""
         handle = self._query_rows.resource_handle
         ids, rows = tf.raw_ops.LookupTableExportV2(
-            table_handle=handle, Tkeys=self._user_dtype, Tvalues=tf.int64
+            table_handle=handle, Tkeys=self.user_dtype, Tvalues=tf.int64
         )
         return ids.numpy()[np.argsort(rows.numpy())]
 
     def user_rows(self, user_ids: Sequence[Any]) -> list[int]:
         """Looks up users; raises a `ValueError` if an id has another type."""
-        return tf_tables.loaded_rows(self._query_rows, user_ids, self._user_dtype).tolist()
+        return tf_tables.loaded_rows(self._query_rows, user_ids, self.user_dtype).tolist()
 
     def has_items(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Returns which items the training had, [n] bool; raises as `user_rows`."""
-        return tf_tables.loaded_rows(self._candidate_rows, item_ids, self._item_dtype) > 0
+        return tf_tables.loaded_rows(self._candidate_rows, item_ids, self.item_dtype) > 0
 
     def history(self, row: int) -> list[tuple[Any, float]]:
         """Returns what a user clicked, oldest first, without items that the training did not have.
