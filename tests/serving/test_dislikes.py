@@ -1,6 +1,7 @@
 """What users disliked, in the log or in service, is never answered to them."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,25 @@ import pytest
 import tensorflow as tf
 
 from tests.serving.conftest import make_served
+from tests.serving.running_server import Running, retrieve_user
 from tests.serving.test_journal import by_history, by_user, event
-from tfrs_pipeline import Exact, export, load, recommend
+from tfrs_pipeline import Exact, LoadedRetriever, export, load, recommend
+from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.repeats import RepeatBonus
+from tfrs_pipeline.model.tf_tables import as_ids, id_list, id_lists
 from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.serving.graph_index import ExactIndex
+from tfrs_pipeline.serving.publish import MANIFEST_FILE
+from tfrs_pipeline.serving.saved_model import RetrievalModule
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 ROW = 3  # Of the user that these tests ask for.
 DISLIKED = [*range(20, 26), 60]  # Rows of what it disliked in the log.
+BONUS = RepeatBonus(0.5, 0.5, 0.0)
 
 
-@pytest.mark.parametrize("bonus", [None, RepeatBonus(0.5, 0.5, 0.0)])
+@pytest.mark.parametrize("bonus", [None, BONUS])
 def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
     served = make_served("str")
     lists = [np.array(DISLIKED if row == ROW else [], int) for row in range(7)]
@@ -62,6 +71,92 @@ def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
         assert items == {*served.candidate_ids} - gone - (set() if bonus else {*history})
 
 
+def is_id(slot: Any) -> bool:
+    return slot not in ("", -1)
+
+
+def asked_in_all_ways(
+    retriever: LoadedRetriever, module: RetrievalModule, user: Any, history: list[Any], command: Any
+) -> dict[str, list[Any]]:
+    """Asks in every way for all items that a user may be shown: their ids, best first, by way."""
+    folder = retriever.folder.parent
+    users, exclude = id_list([user], retriever.user_dtype), id_lists([[]], retriever.item_dtype)
+    query = {"user_id": user, "history": history}
+    left_out = retriever.left_out([query])
+    lists = {
+        "by user id": retriever.retrieve_user([user], 60)[0],
+        "by history": retriever.retrieve([query], 60, left_out)[0],
+        "in memory": module.retrieve_user(users, exclude, 60)["candidate_ids"].numpy(),
+        "SavedModel": retriever.saved_model.signatures["retrieve_user"](
+            user_id=users, exclude=exclude, k=tf.constant(60)
+        )["candidate_ids"].numpy(),
+    }
+    with Running(folder) as server:
+        outputs = server.predict(**retrieve_user([user], [[]], 60))["outputs"]
+        lists["server"] = np.array(outputs["candidate_ids"], object)
+    answers = {way: [*filter(is_id, as_ids(ids[0].tolist()))] for way, ids in lists.items()}
+    for way, more in {"recommend": {}, "recommend by history": {"history": [history]}}.items():
+        table, path = pa.table({"user_id": [user], **more}), folder.with_name("best.parquet")
+        recommend(retriever, path, users=table, k=60)
+        answers[way] = pq.read_table(path)["item_id"].to_pylist()
+    for way, flags in {"query": (), "query by history": ("--history", *history)}.items():
+        done = command("query", folder, "--user", user, *flags, "-k", 60, "--json")
+        answers[way] = [item["item_id"] for item in json.loads(done.out)["items"]]
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("ids", "exclude", "bonus"),
+    [
+        ("int", "clicked", None),
+        ("str", "seen", None),
+        ("int", "none", None),
+        ("str", "clicked", BONUS),
+    ],
+)
+def test_all_ways_of_asking_leave_out_the_same(
+    tmp_path: Path, command: Any, ids: str, exclude: str, bonus: Any
+) -> None:
+    served = make_served(ids)
+    user, known = served.query_ids.tolist()[ROW - 1], served.known(ROW)
+    items = {*served.candidate_ids.tolist()}
+    rows = np.setdiff1d(np.arange(1, 61), served.clicks[ROW])[-7:]
+    disliked, (later, shown) = rows[:5], served.candidate_ids[rows[5:] - 1].tolist()
+    model = dataclasses.replace(
+        served.exportable(),
+        disliked=RowLists.from_lists([disliked[: 5 * (row == ROW)] for row in range(7)]),
+        repeat_bonus=bonus,
+        excludes_known=exclude != "none",
+    )
+    folder = export(model, tmp_path / "films", index=Exact())
+    # As a run writes it.
+    config = {"config": {"evaluation": {"exclude": exclude}}}
+    path = folder / MANIFEST_FILE
+    write_record(path, read_record(path) | config, [folder / "saved_model.pb"])
+    index = ExactIndex(served.model.embed_corpus())
+    asked = load(folder), RetrievalModule(Encoder(model), index, served.candidate_ids), user
+    gone = {*served.candidate_ids[disliked - 1]}
+    if exclude != "none" and bonus is None:
+        gone |= {*known}
+
+    answers = asked_in_all_ways(*asked, known, command)
+    assert {*answers["by user id"]} == items - gone
+    for way, answer in answers.items():
+        assert answer == answers["by user id"], way
+
+    # In service: one item of the history is disliked, and one outside it; one more is only shown.
+    types = {known[0]: "dislike", later: "dislike", shown: "view"}
+    asked[0].record([event(user, item, type_) for item, type_ in types.items()])
+    gone |= {known[0], later}
+    answers = asked_in_all_ways(*asked, known[1:], command)
+    del answers["in memory"], answers["SavedModel"]  # They know no events.
+    for way, answer in answers.items():
+        # A query by history brings what was shown itself.
+        leaves_out_shown = exclude == "seen" and "history" not in way
+        assert {*answer} == items - gone - ({shown} if leaves_out_shown else set()), way
+        assert answer == [id_ for id_ in answers["by history"] if id_ in {*answer}], way
+
+
 def test_clicks_since_the_training_come_back_where_known_items_do(tmp_path: Path) -> None:
     served = make_served("int")
     model = dataclasses.replace(served.exportable(), excludes_known=False)
@@ -78,5 +173,4 @@ def test_an_export_without_dislikes_is_as_it_was(int_folder: Path) -> None:
     retriever = load(int_folder)
     encoder = retriever.saved_model.encoder
     assert getattr(encoder, "_disliked", None) is None
-    assert getattr(encoder, "disliked_items", None) is None
     assert retriever.disliked_items([100, 5]) == [[], []]

@@ -265,7 +265,7 @@ def test_a_deletion_beside_a_long_read_lets_others_write(
 
     Journal(tmp_path).write([[Event(n, n, 7, "clicked", None, None) for n in range(9)]])
     monkeypatch.setattr("tfrs_pipeline.serving.journal.time.sleep", pause)
-    monkeypatch.setattr("tfrs_pipeline.serving.store.BUSY_SECONDS", 1)
+    monkeypatch.setattr("tfrs_pipeline.serving.database.BUSY_SECONDS", 1)
     with ThreadPoolExecutor() as threads:
         read = Journal(tmp_path).log(2)
         next(read)

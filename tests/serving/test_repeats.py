@@ -14,7 +14,7 @@ from tests.serving.conftest import NUM_CANDIDATES, Served
 from tests.serving.test_index import clustered
 from tfrs_pipeline.model.encoder import query_inputs
 from tfrs_pipeline.model.repeats import RepeatBonus
-from tfrs_pipeline.model.tf_tables import id_lists, signature_inputs
+from tfrs_pipeline.model.tf_tables import as_ids, ask, completed, id_lists, signature_inputs
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.graph_index import load_scann_ops
@@ -22,7 +22,6 @@ from tfrs_pipeline.serving.index import Exact, Level, Scann
 from tfrs_pipeline.serving.publish import SCANN_FOLDER
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.signatures import as_ids, ask, completed
 
 pytestmark = pytest.mark.usefixtures("few_signatures", "loaded_once")
 # A bonus in a ScaNN index, and a penalty in an exact one.

@@ -328,9 +328,7 @@ class Query(OfModel):
             history = list(map(retriever.parse_id, self.history))
             query = {"user_id": about.get("user_id"), "history": history}
             query["request"] = retriever.parse_request(self.request)
-            left_out = [*history, *exclude] if retriever.excludes_known else exclude
-            if self.user is not None:
-                left_out = [*left_out, *retriever.disliked_items([about["user_id"]])[0]]
+            left_out = retriever.left_out([query])[0] + exclude
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
             are_known = zip(history, retriever.knows(history), strict=True)
             unknown = [id_ for id_, is_known in are_known if not is_known]

@@ -9,6 +9,7 @@ from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data import schema, visits
 from tfrs_pipeline.data.columns import is_integer, to_required_id, type_features
+from tfrs_pipeline.data.duplicates import resolve_duplicates
 from tfrs_pipeline.data.engines import connect, random_key
 from tfrs_pipeline.data.event_types import NAMES
 from tfrs_pipeline.data.events import load_events
@@ -65,7 +66,7 @@ def make_tables(
     for name, entity in raws.items():
         if entity is not None:
             events = _resolve_unknown(events, raw, name, tables[name], entity.source.name, reading)
-    events = _resolve_duplicates(events, raw, reading.duplicates)
+    events = resolve_duplicates(events, raw, reading.duplicates)
     if len(raw.dropped) > num_reasons:
         # Once for all steps above; the ones below read it several times.
         events = store(events, raw.source)
@@ -199,33 +200,6 @@ def _spelled(table: str, here: Any, there: Any) -> str:
     """Shows two ids that have the same `_plain_id`."""
     alike = f"{printable(repr(there))} in {table} is {printable(repr(here))} in the log"
     return f"{alike}: leading zeros, letter case or spaces differ"
-
-
-def _resolve_duplicates(
-    events: ibis.Table, raw: RawTable, duplicates: schema.Duplicates
-) -> ibis.Table:
-    """Keeps, drops or refuses events that repeat an earlier one; returns those kept."""
-    # By part too: an event in the test part does not repeat one in the training part. Context and
-    # scores are left out, because they may differ between two reports of one event.
-    keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
-    keys = [name for name in keys if name in events.columns]
-    num_rows, what = count_rows(events), f"in {', '.join(keys)}"
-    num_copies = num_rows - count_rows(events.select(*keys).distinct())
-    if not num_copies:
-        return events
-    if duplicates == "error":
-        raise DataError(
-            f"{raw.source.name}: {num_copies} of {num_rows} rows repeat an earlier one {what}. "
-            "Remove them, or set duplicates to drop or keep.",
-            "duplicates",
-        )
-    if duplicates == "keep":
-        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
-        raw.notes.append(f"{note} (data.duplicates drop leaves them out)")
-        return events
-    raw.dropped.append(Dropped("repeats an earlier event", num_copies))
-    same = ibis.window(group_by=keys, order_by="event_number")
-    return events.filter(ibis.row_number().over(same) == 0)
 
 
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:

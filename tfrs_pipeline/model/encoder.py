@@ -1,20 +1,21 @@
 """A model's towers behind raw ids, and the inputs that queries become."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.features import encoding
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model import tf_tables
+from tfrs_pipeline.model.dislikes import left_out
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.tf_tables import lookup, signature_inputs, stored, traced
+from tfrs_pipeline.model.tf_tables import as_ids, lookup, signature_inputs, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
 from tfrs_pipeline.samples.store import RowLists
 
@@ -47,11 +48,7 @@ class Encoder(tf.Module):
             features in place of the stored ones; None without query features.
         embed_candidate: item_id [B], raw features -> embeddings [B, D] float32, is_known_item [B]
             bool. An item that training did not have gets the unknown id's embedding.
-        known_items: user_id [B] -> [B, any] ids of the user's known positives.
         num_clicks: item_id [B] -> [B] int32, how many users have the item as a known positive.
-        stored_history: user_id [B] -> [B, any] ids of the user's history, most recent first.
-        disliked_items: user_id [B] -> [B, any] ids of what the user disliked; None if nobody
-            disliked anything.
     """
 
     def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
@@ -106,12 +103,6 @@ class Encoder(tf.Module):
                 self._embed_query, [*query, *query_features, *request]
             )
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
-        self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
-        self.stored_history = traced(functools.partial(self._items_in, self._histories), [user_id])
-        self.disliked_items: Any = None
-        if self._disliked is not None:
-            items_in = functools.partial(self._items_in, self._disliked)
-            self.disliked_items = traced(items_in, [user_id])
         self.num_clicks = traced(self._click_counts, [item_id])
         # Only variables: tracking the layers would export their Keras machinery too.
         self._variables = list(model.variables) if user_data else self._variables_without_users()
@@ -121,8 +112,9 @@ class Encoder(tf.Module):
         if self._history_times is not None:
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
-        tables = [self._known] if self._model().leaves_out_known else []
-        tables += [] if self._disliked is None else [self._disliked]
+        disliked = [] if self._disliked is None else [self._disliked]
+        excludes_known = self._model().leaves_out_known
+        tables = left_out([self._known], disliked, excludes_known=excludes_known)
         if not tables:
             return embedded
         items = [self._items_in(table, user_id) for table in tables]
@@ -232,6 +224,79 @@ class Encoder(tf.Module):
     def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
         rows = _lists(lists, lookup(self._query_rows, user_id)).to_tensor()
         return tf.gather(self._candidate_ids, rows)
+
+
+class SavedEncoder:
+    """What an `Encoder` holds of users and items, read from its variables without a call.
+
+    Lists are by the user's row, as `user_rows` returns it: row 0, an unknown user, has empty ones.
+
+    Args:
+        encoder: The `Encoder`, as `tf.saved_model.load` returns it, or one in memory.
+
+    Attributes:
+        user_dtype, item_dtype: The types of the ids, int64 or string.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        specs = signature_inputs(encoder.embed_query)
+        self.user_dtype, self.item_dtype = specs["user_id"].dtype, specs["history"].dtype
+        self._query_rows, self._candidate_rows = encoder._query_rows, encoder._candidate_rows
+        self._candidate_ids = _content(encoder._candidate_ids)
+        # Not saved where nobody disliked anything.
+        disliked = getattr(encoder, "_disliked", None) or ()
+        self._histories, self._known, self._disliked = (
+            [*map(_content, lists)] for lists in (encoder._histories, encoder._known, disliked)
+        )
+        times = getattr(encoder, "_history_times", None)  # Not saved where it is None.
+        self._times = np.full(len(self._histories[0]), np.nan) if times is None else _content(times)
+
+    def user_ids(self) -> np.ndarray:
+        """Returns the ids of all users, in the order of their rows: [n] int64, or bytes."""
+        handle = self._query_rows.resource_handle
+        ids, rows = tf.raw_ops.LookupTableExportV2(
+            table_handle=handle, Tkeys=self.user_dtype, Tvalues=tf.int64
+        )
+        return ids.numpy()[np.argsort(rows.numpy())]
+
+    def user_rows(self, user_ids: Sequence[Any]) -> list[int]:
+        """Looks up users; raises a `ValueError` if an id has another type."""
+        return tf_tables.loaded_rows(self._query_rows, user_ids, self.user_dtype).tolist()
+
+    def has_items(self, item_ids: Sequence[Any]) -> np.ndarray:
+        """Returns which items the training had, [n] bool; raises as `user_rows`."""
+        return tf_tables.loaded_rows(self._candidate_rows, item_ids, self.item_dtype) > 0
+
+    def history(self, row: int) -> list[tuple[Any, float]]:
+        """Returns what a user clicked, oldest first, without items that the training did not have.
+
+        With each item comes its time in seconds since 1970; NaN where unknown.
+        """
+        rows = _entries(self._histories, row)
+        times = _entries([self._times, self._histories[1]], row)[rows > 0].tolist()
+        return [*zip(self._items(rows), times, strict=True)][::-1]
+
+    def known(self, row: int) -> list[Any]:
+        """Returns a user's known positives."""
+        return self._items(_entries(self._known, row))
+
+    def disliked(self, row: int) -> list[Any]:
+        """Returns what a user disliked in the training's log."""
+        return self._items(_entries(self._disliked, row)) if self._disliked else []
+
+    def _items(self, rows: np.ndarray) -> list[Any]:
+        return as_ids(self._candidate_ids[rows[rows > 0]].tolist())
+
+
+def _entries(values_and_offsets: Sequence[np.ndarray], row: int) -> np.ndarray:
+    values, offsets = values_and_offsets
+    return values[offsets[row] : offsets[row + 1]]
+
+
+def _content(variable: tf.Variable) -> np.ndarray:
+    """Returns the values of a variable; numbers are not copied, since histories may be large."""
+    value = variable.read_value()
+    return value.numpy() if value.dtype == tf.string else np.asarray(memoryview(value))
 
 
 def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -354,14 +419,9 @@ def known_rows(
     encoder: Encoder, queries: Sequence[Query], item_ids: np.ndarray
 ) -> list[np.ndarray]:
     """Returns the known positives of each query's user, as rows among `item_ids`."""
-    table = tf_tables.row_table(item_ids)
-    known: list[np.ndarray] = []
-    for start in range(0, len(queries), QUERIES_PER_CALL):
-        users = [query.get("user_id") for query in queries[start : start + QUERIES_PER_CALL]]
-        (spec,) = signature_inputs(encoder.known_items).values()
-        rows = lookup(table, encoder.known_items(tf_tables.id_list(users, spec.dtype))).numpy()
-        known += [np.unique(line[line > 0]) for line in rows]
-    return known
+    saved, items = SavedEncoder(encoder), Ids(item_ids)
+    users = saved.user_rows([query.get("user_id") for query in queries])
+    return [items.known_rows(saved.known(row)) for row in users]
 
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:

@@ -1,7 +1,7 @@
 """Ids as tensors, tables from ids to rows, and functions with named inputs in a saved graph."""
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,18 @@ def _ids_in_graph(ids: Sequence[Any], dtype: tf.DType) -> np.ndarray:
     return array
 
 
+def id_lists_of(ids: np.ndarray) -> list[list[Any]]:
+    """Returns the ids in each row of [n, any] padded ids from a graph, where text is bytes."""
+    if ids.dtype.kind == "i":
+        return [row[row != -1].tolist() for row in ids]
+    return [as_ids(id_ for id_ in row if id_ != b"") for row in ids.tolist()]
+
+
+def as_ids(values: Iterable[Any]) -> list[Any]:
+    """Returns the ids of a graph as Python's: text is text, not bytes."""
+    return [id_.decode(errors="replace") if isinstance(id_, bytes) else id_ for id_ in values]
+
+
 def with_empty(ids: np.ndarray) -> tf.Tensor:
     """Returns [n + 1] ids by row, the empty id in row 0."""
     dtype = id_dtype(ids)
@@ -131,6 +143,39 @@ def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
         function = function.get_concrete_function()
     positional, named = function.structured_input_signature
     return {spec.name: spec for spec in positional} | dict(named)
+
+
+def completed(
+    specs: Mapping[str, tf.TensorSpec], known: Mapping[str, Any], num_rows: Any
+) -> dict[str, Any]:
+    """Returns all inputs of a signature, in its order; absent ones are missing values, k is 1."""
+    inputs = {}
+    for name, spec in specs.items():
+        if name in known:
+            inputs[name] = known[name]
+        elif spec.shape.rank == 0:
+            inputs[name] = tf.constant(1, spec.dtype)
+        else:
+            shape = [num_rows, *(size or 0 for size in spec.shape[1:])]
+            inputs[name] = tf.fill(shape, tf.constant(missing_value(spec.dtype), spec.dtype))
+    return inputs
+
+
+def missing_value(dtype: tf.DType) -> Any:
+    """Returns the missing value of a type: NaN, an empty string, or the empty id."""
+    if dtype.is_floating:
+        return np.nan
+    return b"" if dtype == tf.string else empty_id(dtype)
+
+
+def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Asks a signature of a loaded model with arrays, of which it takes those that it knows."""
+    # With a shape, because an empty array of text has none of its own.
+    tensors = {
+        name: tf.constant(inputs[name], spec.dtype, inputs[name].shape)
+        for name, spec in signature_inputs(signature).items()
+    }
+    return {name: tensor.numpy() for name, tensor in signature(**tensors).items()}
 
 
 def call(function: Any, inputs: Mapping[str, tf.Tensor]) -> Any:

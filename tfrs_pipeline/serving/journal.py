@@ -27,8 +27,8 @@ from tfrs_pipeline.data.ids import NO_ID
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.features.numeric import Timestamp
+from tfrs_pipeline.serving.database import BUSY_SECONDS, Database
 from tfrs_pipeline.serving.settings import MAX_ANSWERS, Lately
-from tfrs_pipeline.serving.store import BUSY_SECONDS, Database
 
 logger = logging.getLogger(__name__)
 

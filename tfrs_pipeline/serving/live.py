@@ -33,8 +33,8 @@ from tfrs_pipeline.messages import plain
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.serving.candidates import Candidates
+from tfrs_pipeline.serving.database import LiveRow, Store
 from tfrs_pipeline.serving.searcher import SMALLEST_HASHED_CORPUS, build_in_subprocess
-from tfrs_pipeline.serving.store import LiveRow, Store
 
 logger = logging.getLogger(__name__)
 

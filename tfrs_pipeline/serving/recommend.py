@@ -22,7 +22,6 @@ from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import file_hash, hold_to, locked, replacing
 from tfrs_pipeline.messages import SILENT, Progress, check_integer
 from tfrs_pipeline.model.encoder import QUERIES_PER_CALL
-from tfrs_pipeline.model.tf_tables import loaded_rows
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.vectors import destination_problem
 
@@ -133,8 +132,7 @@ def _num_unknown(model: "LoadedRetriever", users: pa.Table) -> int:
     if "history" not in users.column_names:
         return 0
     ids = pc.list_flatten(users["history"]).drop_null().to_pylist()
-    rows = loaded_rows(model.saved_model.encoder._candidate_rows, ids, model.item_dtype)
-    return int((rows == 0).sum())
+    return int((~model.knows(ids)).sum())
 
 
 def known_users(model: "LoadedRetriever") -> pa.Array:
@@ -149,19 +147,12 @@ def known_users(model: "LoadedRetriever") -> pa.Array:
             "This model was exported without user data and knows no users: give `users`, with "
             "their histories."
         )
-    handle = model.saved_model.encoder._query_rows.resource_handle
-    ids, rows = tf.raw_ops.LookupTableExportV2(
-        table_handle=handle, Tkeys=model.user_dtype, Tvalues=tf.int64
-    )
     type_ = _id_type(model.user_dtype)
-    trained = pa.array(ids.numpy()).cast(type_).take(np.argsort(rows.numpy()))
-    active = [
-        id_
-        for id_ in ([] if model.activity is None else model.activity.journal.user_ids())
-        # An earlier model of this name may have had ids of the other type.
-        if isinstance(id_, str) == (model.user_dtype == tf.string)
-    ]
-    active = pa.array(active, type_)
+    trained = pa.array(model.encoder.user_ids()).cast(type_)
+    recorded = [] if model.activity is None else model.activity.journal.user_ids()
+    # An earlier model of this name may have had ids of the other type.
+    are_text = model.user_dtype == tf.string
+    active = pa.array([id_ for id_ in recorded if isinstance(id_, str) == are_text], type_)
     return pa.concat_arrays([trained, active.filter(pc.invert(pc.is_in(active, trained)))])
 
 
@@ -232,11 +223,8 @@ def _answer(model: "LoadedRetriever", users: pa.Table, k: int, allowed: list[str
         user_ids = [ids[line] for line in lines]
         filters = [allowed] * len(lines) if allowed else None
         if by_history:
-            exclude = model.disliked_items(user_ids)
-            if model.excludes_known:
-                for line, excluded in zip(lines, exclude, strict=True):
-                    excluded += histories[line] or ()
             queries = [{"user_id": ids[line], "history": histories[line]} for line in lines]
+            exclude = model.left_out(queries)
             answer = model.retrieve(queries, shape[1], exclude, allowed=filters)
         else:
             answer = model.retrieve_user(user_ids, shape[1], allowed=filters)[:2]

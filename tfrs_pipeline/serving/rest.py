@@ -24,9 +24,10 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.messages import counted
+from tfrs_pipeline.model.tf_tables import completed, missing_value
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.settings import Lately, ServeSettings
-from tfrs_pipeline.serving.signatures import DEFAULT_SIGNATURE, completed, missing_value
+from tfrs_pipeline.serving.signatures import DEFAULT_SIGNATURE
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
 _LATELY = TypeAdapter(Lately)

@@ -18,23 +18,26 @@ from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.model import tf_tables
+from tfrs_pipeline.model.dislikes import left_out
 from tfrs_pipeline.model.encoder import (
+    SavedEncoder,
     as_inputs,
     features_of,
     history_arrays,
     query_inputs,
     request_inputs,
 )
-from tfrs_pipeline.model.tf_tables import id_list, signature_inputs
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved
+from tfrs_pipeline.model.tf_tables import as_ids, id_lists_of, signature_inputs
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved, history_of
 from tfrs_pipeline.serving import publish, signatures
 from tfrs_pipeline.serving.activity import Activity
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
+from tfrs_pipeline.serving.database import Store
 from tfrs_pipeline.serving.index import Level, has_scann
 from tfrs_pipeline.serving.journal import Event, Journal, check_events
 from tfrs_pipeline.serving.live import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class LoadedRetriever:
     Attributes:
         activity: What users did since the training; None without user data or live writes.
         candidates: The items to retrieve, and their search.
+        encoder: What the version holds of the users and items of its training.
         features: The fitted features that the model reads, by side: "query" (the user's), "request"
             or "candidate".
         folder: The version's folder.
@@ -99,6 +103,7 @@ class LoadedRetriever:
         self.signatures = {name: signature_inputs(functions[name]) for name in functions}
         spec = self.signatures["retrieve"]
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
+        self.encoder = SavedEncoder(self.saved_model.encoder)
         self.features = features_of(self.manifest)
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         if self.item_filter is not None:
@@ -131,9 +136,11 @@ class LoadedRetriever:
             )
         self.activity: Activity | None = None
         if self._live is not None and self.manifest["user_data"]:
-            journal = Journal(folder.parent)
             self.activity = Activity(
-                journal, self.saved_model.encoder, self.manifest, excludes_known=self.excludes_known
+                Journal(folder.parent),
+                self.encoder,
+                self.manifest,
+                excludes_known=self.excludes_known,
             )
 
     @property
@@ -259,16 +266,14 @@ class LoadedRetriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Embeds items as `embed_candidates`, by the arrays that `raw_columns` makes."""
         answer = self.saved_model.signatures["embed_candidate"](
-            item_id=id_list(item_ids, self.item_dtype),
+            item_id=tf_tables.id_list(item_ids, self.item_dtype),
             **as_inputs(raw_signature(self.features["candidate"]), raw),
         )
         return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
     def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Returns which items the training had, [n] bool; histories ignore all others."""
-        # Whether an id is known does not depend on features, so all of them are missing.
-        nothing = {feature.name: [None] * len(item_ids) for feature in self.features["candidate"]}
-        return self.embed_candidates(item_ids, nothing)[1]
+        return self.encoder.has_items(item_ids)
 
     def record(self, events: Sequence[Mapping[str, Any]]) -> int:
         """Records what users did; it counts from the next query by user on.
@@ -317,17 +322,28 @@ class LoadedRetriever:
         """Returns the history of a user until now, most recent first; [] for an unknown user."""
         if self.activity is not None and (now := self.activity.until_now([user_id])):
             return now[0].history[::-1]
-        ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
-        return signatures.id_lists_of(ids.numpy())[0]
+        (row,) = self.encoder.user_rows([user_id])
+        return [item_id for item_id, _ in self.encoder.history(row)][::-1]
 
     def disliked_items(self, user_ids: Sequence[Any]) -> list[list[Any]]:
         """Returns what each user disliked until now, in the training's log and in service."""
         recent = {} if self.activity is None else self.activity.until_now(user_ids)
-        stored: list[list[Any]] = [[] for _ in user_ids]
-        # Not saved where nobody disliked anything.
-        if function := getattr(self.saved_model.encoder, "disliked_items", None):
-            stored = signatures.id_lists_of(function(id_list(user_ids, self.user_dtype)).numpy())
-        return [recent[line].disliked if line in recent else ids for line, ids in enumerate(stored)]
+        return [
+            recent[line].disliked if line in recent else self.encoder.disliked(row)
+            for line, row in enumerate(self.encoder.user_rows(user_ids))
+        ]
+
+    def left_out(self, queries: Sequence[Query]) -> list[list[Any]]:
+        """Returns what to leave out of answers by history, as those by user id do, for `exclude`.
+
+        For each query, these are the items of its history if `excludes_known`, and always what its
+        user disliked, whom the model need not know.
+        """
+        disliked = self.disliked_items([query.get("user_id") for query in queries])
+        return [
+            left_out(history_of(query), ids, excludes_known=self.excludes_known)
+            for query, ids in zip(queries, disliked, strict=True)
+        ]
 
     def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
         """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
@@ -375,20 +391,20 @@ class LoadedRetriever:
         if name == "embed_user":
             return self._embedded_users(inputs)
         if name == signatures.SIMILAR:
-            return self._embedded_items(signatures.as_ids(inputs["item_id"].tolist()))
+            return self._embedded_items(as_ids(inputs["item_id"].tolist()))
         return self._asked(name, inputs)
 
     def _asked(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        answer: dict[str, Any] = signatures.ask(self.saved_model.signatures[name], inputs)
+        answer: dict[str, Any] = tf_tables.ask(self.saved_model.signatures[name], inputs)
         for key in {"known_items", "repeated_items"} & answer.keys():
-            answer[key] = signatures.id_lists_of(answer[key])
+            answer[key] = id_lists_of(answer[key])
         if "bonuses" in answer:
             answer["bonuses"] = [*answer["bonuses"]]
         return answer
 
     def _embedded_users(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Embeds users by what they did until now."""
-        users, recent = signatures.as_ids(inputs["user_id"].tolist()), {}
+        users, recent = as_ids(inputs["user_id"].tolist()), {}
         if self.activity is not None:
             recent = self.activity.until_now(users)
         stored = [line for line in range(len(users)) if line not in recent]
@@ -522,16 +538,16 @@ class LoadedRetriever:
         if signature == signatures.DEFAULT_SIGNATURE:
             signature, users = "retrieve_user", inputs["user_id"]
             request = {**inputs, "k": np.int32(signatures.DEFAULT_K)}
-            full = signatures.completed(self.signatures[signature], request, len(users))
+            full = tf_tables.completed(self.signatures[signature], request, len(users))
             inputs = {name: np.asarray(value) for name, value in full.items()}
         # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
         embed_name = signatures.RETRIEVALS.get(signature.removesuffix(signatures.FILTERED))
         if embed_name is None:
-            return signatures.ask(self.saved_model.signatures[signature], inputs)
+            return tf_tables.ask(self.saved_model.signatures[signature], inputs)
         query = {name: x for name, x in inputs.items() if name not in ("exclude", "allowed", "k")}
         embedded = self._embed(embed_name, query)
-        exclude = signatures.id_lists_of(inputs["exclude"])
-        allowed = signatures.id_lists_of(inputs["allowed"]) if "allowed" in inputs else None
+        exclude = id_lists_of(inputs["exclude"])
+        allowed = id_lists_of(inputs["allowed"]) if "allowed" in inputs else None
         ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
         # These are for the search alone; the SavedModel does not return them either.
         not_answered = ("embeddings", "known_items", "repeated_items", "bonuses")

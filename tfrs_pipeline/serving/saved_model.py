@@ -15,6 +15,7 @@ from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.encoder import Encoder, query_inputs
+from tfrs_pipeline.model.tf_tables import ask, completed
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.graph_index import (
     ExactIndex,
@@ -23,14 +24,7 @@ from tfrs_pipeline.serving.graph_index import (
     search_with_bonuses,
 )
 from tfrs_pipeline.serving.searcher import Searcher, in_fresh_process
-from tfrs_pipeline.serving.signatures import (
-    DEFAULT_K,
-    DEFAULT_SIGNATURE,
-    RETRIEVALS,
-    SIMILAR,
-    ask,
-    completed,
-)
+from tfrs_pipeline.serving.signatures import DEFAULT_K, DEFAULT_SIGNATURE, RETRIEVALS, SIMILAR
 
 _EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 

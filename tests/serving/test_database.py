@@ -16,7 +16,7 @@ import pytest
 
 from tests.damage import copy_database, largest_file
 from tfrs_pipeline.durable import Damaged, StorageError
-from tfrs_pipeline.serving.store import STORE_FILE, Replaced, Store
+from tfrs_pipeline.serving.database import STORE_FILE, Replaced, Store
 
 ITEMS: list[dict[str, Any]] = [{"item_id": f"é\n{i}\0", "x": i / 3, "tags": [""]} for i in range(4)]
 
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 def test_it_says_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(Store(tmp_path), ITEMS[0])
-    monkeypatch.setattr("tfrs_pipeline.serving.store.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("tfrs_pipeline.serving.database.BUSY_SECONDS", 0.05)
     store = Store(tmp_path)
     with Store(tmp_path).writing():
         assert read(store) == ITEMS[:1]  # Readers do not wait.
@@ -193,7 +193,7 @@ def test_another_file_is_noticed(tmp_path: Path, change: Any) -> None:
 
 
 WRITER = (
-    "import sys; from pathlib import Path; from tfrs_pipeline.serving.store import Store\n"
+    "import sys; from pathlib import Path; from tfrs_pipeline.serving.database import Store\n"
     "name, first, last = sys.argv[2], *map(int, sys.argv[3:])\n"
     "stores = [Store(Path(sys.argv[1])) for _ in range(2)]\n"
     "for number in range(first, last):\n"
