@@ -118,13 +118,13 @@ def test_own_files_are_refused_and_left_alone(config: RunConfig, tmp_path: Path,
     assert [(path, path.read_text()) for path in files] == [(tmp_path / own, "seed = 3\n")]
 
 
-TRAININGS = ("checkpoints", "plans", "race")
+TRAININGS = ("checkpoints", "plans", "race/curves.json")
 
 
 def fail(config: RunConfig, folder: Path, error: BaseException, *done: Path) -> None:
     with pytest.raises(type(error)), RunFolder(folder).claim(config, is_run=True):  # noqa: PT012
         for path in (folder / "data", *done):
-            path.mkdir()
+            path.mkdir(parents=True)
         raise error
 
 
@@ -133,15 +133,16 @@ def test_only_a_stopped_run_leaves_a_folder(config: RunConfig, tmp_path: Path) -
     fail(config, folder, DataError("no column"), folder.parent / "another")
     assert list((tmp_path / "runs").iterdir()) == [folder.parent / "another"]
     folder.mkdir()  # The user's own folder.
-    fail(config, folder, DataError("no column"))
+    # A race whose recipes have not trained has folders for them.
+    fail(config, folder, DataError("no column"), folder / "race" / "default")
     assert list(folder.iterdir()) == []
     (folder / "notes.txt").touch()
     fail(config, folder, DataError("no column"))
     assert (folder / "notes.txt").exists()
-    stops = (KeyboardInterrupt(), "data"), *((ValueError("diverged"), x) for x in TRAININGS)
-    for error, made in stops:
-        stopped = tmp_path / f"stopped {made}"
-        fail(config, stopped, error, *[stopped / made] * (made != "data"))
+    trained = [(ValueError("diverged"), [name]) for name in TRAININGS]
+    for number, (error, names) in enumerate([(KeyboardInterrupt(), []), *trained]):
+        stopped = tmp_path / str(number)
+        fail(config, stopped, error, *(stopped / name for name in names))
         assert RunFolder(stopped).settings() == config
 
 

@@ -52,9 +52,9 @@ class RunFolder:
 
     `config_file` has the settings with their hash, `metrics_file` is the record of a finished run.
     `samples` has a folder each for "selection" and "final", `checkpoints` one for each model.
-    `race` has the curves of a race, and its trainings until it is decided; `race_file` is the
-    record of a decided one, with the settings that it began with. `left_out_file` records the
-    baselines that failed.
+    `race` has the trainings of a race until it is decided, and `curves_file` their curves;
+    `race_file` is the record of a decided one, with the settings that it began with.
+    `left_out_file` records the baselines that failed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,6 +62,7 @@ class RunFolder:
         self.config_file, self.metrics_file = path / CONFIG_FILE, path / METRICS_FILE
         self.data, self.split = path / "data", path / "data" / "split.parquet"
         self.race, self.race_file = path / "race", path / "race" / "race.json"
+        self.curves_file = self.race / "curves.json"
         self.left_out_file = path / "left_out.json"
         self.samples, self.checkpoints = path / "samples", path / "checkpoints"
 
@@ -172,8 +173,9 @@ class RunFolder:
                 try:
                     yield
                 except ValueError:  # Refused input. After Ctrl-C or a crash, the run is resumed.
-                    # Hours of trainings are kept, such as of a race of which one recipe diverges.
-                    if is_new and not self._has("checkpoints", "plans", "race"):
+                    # Hours of trainings are kept, such as those of a race in which one diverges.
+                    has_trained = self._has("checkpoints", "plans") or self.curves_file.exists()
+                    if is_new and not has_trained:
                         shutil.rmtree(self.path, ignore_errors=True)
                         if was_there:
                             self.path.mkdir(exist_ok=True)

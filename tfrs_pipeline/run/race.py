@@ -50,8 +50,6 @@ NEAR, RISES = 0.75, 0.01
 TIMED_EPOCHS = 2
 # The name of iALS, which may join the sum although it does not race.
 IALS = "ials"
-# The curves so far, in the folder of the trainings.
-CURVES_FILE = "curves.json"
 
 
 def forget_networks() -> None:
@@ -350,7 +348,7 @@ def _race(
 
     def recorded() -> dict[str, Curve]:
         # A recipe that can no longer train is left out.
-        record = on_chief(lambda: read_whole(folder / CURVES_FILE)) or {"curves": []}
+        record = on_chief(lambda: read_whole(run.folder.curves_file)) or {"curves": []}
         read = [Curve(**content) for content in record["curves"]]
         return {curve.name: curve for curve in read if curve.name in configs}
 
@@ -376,7 +374,7 @@ def _race(
         values = result.history[f"val_{settings.training.monitor}"]
         curves[name] = Curve(name, values, seconds, num_left)
         content = {"curves": [dataclasses.asdict(curve) for curve in curves.values()]}
-        on_chief(lambda: write_record(folder / CURVES_FILE, content))
+        on_chief(lambda: write_record(run.folder.curves_file, content))
         curves.update(recorded())  # The chief's clock decides for all workers.
         return model
 
