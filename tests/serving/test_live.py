@@ -182,10 +182,15 @@ def test_a_text_of_several_values_is_split_as_in_a_file(tmp_path: Path) -> None:
     assert not np.allclose(one, listed)
     for value, ids in {"a": {90_000, 90_001, 90_002}, "c": {90_000, 90_001}}.items():
         assert {x for x in ranking(retriever, {}, allowed=[[value]]) if x >= 90_000} == ids
-    # A refresh reads the same text from a file alike.
-    (tmp_path / "items.csv").write_text(f'item_id,title,genres\n90003,x,"{text}"\n3,y,b\n')
+    # A refresh reads the same texts from a file alike. Neither strips a no-break space.
+    kept = f"a\u00a0{separator}c"
+    retriever.upsert([item(90_004, kept)])
+    rows = f'90003,x,"{text}"\n3,y,b\n90004,x,"{kept}"\n'
+    (tmp_path / "items.csv").write_text(f"item_id,title,genres\n{rows}")
     refresh_index(model, tmp_path / "items.csv")
-    np.testing.assert_allclose(load(model).candidates.vectors_of([90_003])[0], listed, atol=1e-6)
+    expected = [listed, *retriever.candidates.vectors_of([90_004])]
+    refreshed = load(model).candidates.vectors_of([90_003, 90_004])
+    np.testing.assert_allclose(refreshed, expected, atol=1e-6)
 
 
 def test_a_write_checks_and_encodes_each_item_once(

@@ -266,7 +266,7 @@ class LiveItems:
             if (feature := kinds.get(name)) is not None:
                 if isinstance(value, str) and feature.raw_dtype == "string" and feature.raw_shape:
                     # Several values in one text are split as in the log's files.
-                    parts = map(str.strip, value.split(self._separator))
+                    parts = (part.strip(string.whitespace) for part in value.split(self._separator))
                     value = [part for part in parts if part]
                 _check_kind(feature, checked["item_id"], value)
             checked[name] = value
