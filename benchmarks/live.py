@@ -462,8 +462,10 @@ def deletions(port: int, name: str, users: list[Any], view: dict[str, Any]) -> d
     }
     with ThreadPoolExecutor(len(gone) + len(calls)) as threads:
         deleted = [
-            threads.submit(timed, Client(port, name, TOKEN).post, f"/v1/users/{x}", None, "DELETE")
-            for x in gone
+            threads.submit(
+                timed, Client(port, name, TOKEN).post, f"/v1/users/{id_}", None, "DELETE"
+            )
+            for id_ in gone
         ]
 
         def repeat(call: tuple[Any, ...]) -> list[float]:

@@ -649,7 +649,7 @@ def test_query_excludes_and_filters_as_it_is_told_to(command: Any, run: Run) -> 
     rest = [item["item_id"] for item in answer["items"]]
     assert rest[:8] == [item for item in everything if item not in excluded]
     assert answer["unknown_excluded"] == [999]
-    note = "Excluded without effect, as no item of the model: 999."
+    note = "Excluded without effect, because the model lacks them: 999."
     assert answer["notes"] == [note]
     assert command("query", run.model, *excluding).out.startswith(f"{note}\n")
     assert asked(command, run.model, *excluding[:-1])["notes"] == []

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from tfrs_pipeline.run.pipeline import RunResult
 
 PROGRAM = "tfrs-pipeline"
-# Without a terminal, where each line stays.
-_SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_LINES = 30.0  # Without a terminal, where each line stays.
 
 
 @contextlib.contextmanager
@@ -56,8 +55,8 @@ def say(console: Console, text: str) -> None:
 class Shown(Progress):
     """A bar for the current task, and a line with notes for each finished step.
 
-    Without a terminal it prints a line for the last epoch of each task and, in between, now and
-    then: the log of a nightly job has no line for each of hundreds of epochs.
+    Without a terminal it prints a task's last line, if patience does not end it sooner, and others
+    every 30 seconds: the log of a nightly job should not have a line for each epoch.
     """
 
     def __init__(self, console: Console, bar: Bar, remark: Text) -> None:

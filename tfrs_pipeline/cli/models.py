@@ -305,10 +305,10 @@ class Query(OfModel):
         exclude = list(map(retriever.parse_id, self.exclude))
         if exclude:
             known = set(retriever.candidate_ids())
-            about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
-            if unknown:
-                names = printable(", ".join(map(str, unknown)))
-                notes.append(f"Excluded without effect, as no item of the model: {names}.")
+            about["unknown_excluded"] = [id_ for id_ in exclude if id_ not in known]
+            if about["unknown_excluded"]:
+                names = printable(", ".join(map(str, about["unknown_excluded"])))
+                notes.append(f"Excluded without effect, because the model lacks them: {names}.")
         # The index has no more. The table says so if fewer are left.
         k = min(self.k, retriever.num_candidates)
         allowed = None if self.filter is None else [list(self.filter)]

@@ -1,4 +1,4 @@
-"""Duplicates: events that a log has twice, such as after a second delivery.
+"""Duplicates: events that a log has more than once, such as after a second delivery.
 
 Several events of an item in one visit are not duplicates; `visits.py` merges those.
 """

@@ -176,7 +176,8 @@ def require_all(
     for name in (name for name in remedies if name not in columns):
         usual = [column for column in columns if column.lower() in _USUAL_IDS.get(name, ())]
         by_case = {column.lower(): column for column in columns}
-        near = usual or [by_case[x] for x in difflib.get_close_matches(name.lower(), by_case)]
+        matches = difflib.get_close_matches(name.lower(), by_case)
+        near = usual or [by_case[match] for match in matches]
         hint = ("Nearest: " if near else "It has: ") + printable(", ".join(near or columns), 300)
         missing.append(
             f"{source.name}: no column {printable(repr(name))}. {hint}. {remedies[name]}"

@@ -337,18 +337,18 @@ def settle_ties(
     num_pairs = max(1, counts["num_up"] + counts["num_down"])
     bias = abs(counts["num_up"] - counts["num_down"]) / (2 * num_pairs)
     is_sorted = bias > max(_MIN_BIAS, _MIN_ERRORS * 0.5 / num_pairs**0.5)
-    # Where most users have a single time, as if an order's number is the user, dropping ties would
-    # leave no histories to learn from.
+    # If most users have a single time, such as where the number of an order is the user, dropping
+    # ties would leave no histories to learn from.
     num_lost = counts["num_first"] - counts["num_users"]
-    is_coarse = _STEPS.get(step, 0) >= 60 or num_lost > counts["num"] / 2
+    are_kept = _STEPS.get(step, 0) >= 60 or num_lost > counts["num"] / 2
     rule = ties if ties != "auto" else "drop"
-    if is_coarse and ties == "auto":
+    if are_kept and ties == "auto":
         rule = "random" if is_sorted else "order"
     if counts["num_tied"]:
         share = f" (item ids ascend in {counts['num_up'] / num_pairs:.0%} of neighbouring pairs)"
         raw.notes.append(
             f"times {step}; {in_percent(counts['num_tied'], counts['num'])} of the positives have "
-            f"the time of another one of their user: {_DONE[rule]}{share if is_coarse else ''}"
+            f"the time of another one of their user: {_DONE[rule]}{share if are_kept else ''}"
         )
     if rule == "random":
         events = store(_redrawn(events), raw.source)
@@ -356,9 +356,10 @@ def settle_ties(
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:
-    """Counts positives and their users, tied ones and pairs by item id, times off a day, hour, ...
+    """Counts positives, their users, tied positives, and times that are off a day, an hour, ...
 
-    `num_first` counts positives at the first time of their user.
+    `num_first` counts positives at the first time of their user; `num_up` and `num_down` count tied
+    neighbours whose item ids ascend or descend.
     """
     tied = ["user_id", "timestamp"]
     clicks = events.filter(is_positive(events))

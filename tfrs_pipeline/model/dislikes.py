@@ -2,8 +2,8 @@
 
 This is the one place that decides it for service: for the exported graph (`model/encoder.py`), for
 events (`serving/activity.py`), and for answers by a history that the query brings
-(`LoadedRetriever.left_out`, behind `recommend` and the command `query`). Service adds one thing:
-`Activity` takes disliked items out of histories. Evaluations do the same in `Holdout.excluded`.
+(`LoadedRetriever.left_out`, which `recommend` and the command `query` call). `Activity` also takes
+disliked items out of histories. Evaluations leave out the same items by `Holdout.excluded`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,11 +16,11 @@ KNOWN_STAGES: Mapping[str, set[Stage]] = {
     "seen": {Stage.CLICKED, Stage.EXPOSED},
     "none": set(),
 }
-"""What a user has to do with an item to know it, by the training's `evaluation.exclude`."""
+"""The stages by which a user knows an item, by the training's `evaluation.exclude`."""
 
 
 def left_out(known: Iterable[Any], disliked: Iterable[Any], *, excludes_known: bool) -> list[Any]:
-    """Returns what an answer to a user leaves out, of ids, or of whatever holds them.
+    """Returns what an answer to a user leaves out: ids, or tables that hold them.
 
     Disliked items are left out whatever `evaluation.exclude` is, and with a repeat bonus too.
 

@@ -229,7 +229,7 @@ class Encoder(tf.Module):
 class SavedEncoder:
     """What an `Encoder` holds of users and items, read from its variables without a call.
 
-    Lists are by the user's row, as `user_rows` returns it: row 0, an unknown user, has empty ones.
+    Lists are by the user's row, which `user_rows` returns. Row 0, an unknown user, has empty lists.
 
     Args:
         encoder: The `Encoder`, as `tf.saved_model.load` returns it, or one in memory.

@@ -243,8 +243,8 @@ def popularity_shift(samples: Samples) -> np.ndarray:
     mixture = np.full(len(likelihoods), 1 / len(likelihoods))
     for _ in range(100):
         joint = mixture[:, np.newaxis] * likelihoods
-        # Of a large catalog, few items may be clicked. The uniform share then falls to 0, and that
-        # of an unclicked item would be 0 / 0.
+        # If few items of a large catalog are clicked, the uniform part of the mixture falls to 0,
+        # and an unclicked item's shift would be the logarithm of 0 / 0.
         mixture = np.maximum((joint / joint.sum(axis=0)).mean(axis=1), np.finfo(float).tiny)
     now = shares(num_clicks)
     # The last row is uniform, and the one before it counts all clicks alike.

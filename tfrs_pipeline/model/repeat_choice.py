@@ -88,7 +88,7 @@ def choose_bonus(
     def score(block: slice) -> np.ndarray:
         return vectors[block] @ candidate_embeddings.T
 
-    # One at a time: the scores of all of them, of a large corpus, may not fit in memory.
+    # One query at a time: in a large corpus, the scores of all of them may not fit in memory.
     num_spread = min(_SPREAD_QUERIES, len(vectors))
     spread = float(np.mean([score(slice(line, line + 1)).std() for line in range(num_spread)]))
     disliked = items.rows_by_list(truth.excluded or [items.values[:0]] * len(vectors))
@@ -107,7 +107,7 @@ def choose_bonus(
         return np.asarray(metric.measure(rankings_of(ranked, truth)))
 
     bonuses = [RepeatBonus(spread * weight, *form) for weight in _WEIGHTS for form in _FORMS]
-    # Some metrics leave queries out, as NaN: every mean would be NaN, and the first bonus the best.
+    # Metrics are NaN for queries that they leave out. With NaN as every mean, the first bonus wins.
     chosen = max(bonuses, key=lambda bonus: float(np.nanmean(measure(bonus))))
     gain = measure(chosen) - measure(_NONE)
     (interval,) = bootstrap_intervals(gain[:, np.newaxis], users=truth.user_ids, seed=seed)

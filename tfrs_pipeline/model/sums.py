@@ -67,8 +67,8 @@ class Vectors(NamedTuple):
         centered = self.candidates - self.candidates.mean(axis=0)
         covariance = centered.T @ centered / len(centered)
         variance = np.einsum("nd,de,ne->n", self.queries, covariance, self.queries).mean()
-        # As iALS does where no query has a history. Divided by almost 0, its weight would leave the
-        # rotation no dimension for the others.
+        # iALS scores all alike where no query has a history. Weights are divided by the spread: by
+        # almost 0, one would leave the rotation no dimension for the other members.
         return float(np.sqrt(variance)) if variance > np.finfo(np.float32).tiny else 1.0
 
 

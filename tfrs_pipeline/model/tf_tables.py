@@ -169,7 +169,7 @@ def missing_value(dtype: tf.DType) -> Any:
 
 
 def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Asks a signature of a loaded model with arrays, of which it takes those that it knows."""
+    """Calls a signature of a loaded model with those of the arrays that it takes."""
     # With a shape, because an empty array of text has none of its own.
     tensors = {
         name: tf.constant(inputs[name], spec.dtype, inputs[name].shape)

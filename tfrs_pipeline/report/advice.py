@@ -45,7 +45,7 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
          f"{counted(num_epochs, 'epoch')}. Raise training.max_epochs"),
         ("two_tower_uncorrected" in ahead,
          "the correction costs here: without it the model is better. Set model.correction none"),
-        # Validation chose the sum: what people click may have changed since.
+        # Validation chose the sum, and what people click may have changed since.
         ("best_member" in ahead,
          "the sum costs here: its best recipe alone is better. Race again with members 1"),
         (not is_better and num_positives < _FEW_POSITIVES * num_items,

@@ -193,8 +193,8 @@ def race_in_rungs(
         budget: CPU seconds of all recipes together. In a round, no recipe takes more than an equal
             share of what is left when the round begins, so that a small budget serves all.
     """
-    # Epochs that the turns so far have asked for. A race that resumes repeats its decisions, with
-    # the budget that was left at each; its curves may be longer.
+    # Epochs of each recipe after the turns so far. A race that resumes takes the same turns, with
+    # the budget that was left at each, although its curves may be longer.
     reached = dict.fromkeys(curves, 0)
 
     def unspent() -> float:
@@ -235,7 +235,7 @@ def race_in_rungs(
         reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
         shares = {name: NEAR if gain[name] >= RISES * best[name] else 1.0 for name in racing}
         leading = max(best.values())
-        # A custom metric may be negative: a share of the leader's best is then more than that.
+        # A custom metric may be negative. A share of the leader's best is then above that best.
         needed = {name: min(shares[name] * leading, leading) for name in racing}
         racing = [name for name in racing if reach[name] >= needed[name]]
         share = unspent() / len(racing)  # Equal, so that the last round has time for all.
@@ -380,7 +380,7 @@ def _race(
 
     def hold() -> None:
         """Refuses trainings of other settings, which a race in Python may find in its folder."""
-        assert data.log is not None  # A race is of a log.
+        assert data.log is not None  # A race's samples come from a log.
         for name, settings in configs.items():
             kept = folder / quote(name, safe=" ")
             kept.mkdir(parents=True, exist_ok=True)

@@ -62,10 +62,11 @@ def check_plan(plan: TwoTower, data: TrainingSet) -> None:
 
 
 def check_trainings(config: RunConfig, data: TrainingSet) -> None:
-    """Refuses what a training of a run without a race would refuse, its warm start too."""
+    """Refuses what the trainings of a run without a race would refuse, warm starts included."""
     members = {name: member_config(config, name) for name in config.trained}
     for name, settings in (members or variants(config)).items():
-        check_plan(plan := plan_of(settings, name), data)
+        plan = plan_of(settings, name)
+        check_plan(plan, data)
         if config.warm_start and (source := trained_in(config.warm_start, "selection", name)):
             WarmStart(source, plan, plan.training, data.corpus)
 
@@ -199,7 +200,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
     """Returns the settings of each model that a run trains, by name."""
     models = {"two_tower": config}
     # The same model without the correction shows what the correction is worth on this log. Of a sum
-    # it is the first member: the others keep the settings of their own.
+    # it is the first member alone, because a member has its own settings.
     is_compared = "uncorrected" in config.evaluation.baselines and not trains_winner_alone(config)
     if is_compared and config.model.correction != "none":
         changes = {"summed": {}, "model.correction": "none"}

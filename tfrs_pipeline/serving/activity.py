@@ -39,8 +39,8 @@ class Activity:
             or since.
 
     Attributes:
-        until: Milliseconds since 1970. Clicks up to this time, and at it, are in the log that the
-            version was trained on, so no history takes them from the journal.
+        until: Milliseconds since 1970: the end of the log that the version was trained on. Clicks
+            up to and at this time are in that log, so no history takes them from the journal.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Activity:
             return {}
         positions = [position for position, id_ in enumerate(user_ids) if id_ in events_by_user]
         rows = self._encoder.user_rows([user_ids[position] for position in positions])
+        # An earlier model of this name may have had item ids of the other type.
+        items_are_text = self._encoder.item_dtype == tf.string
         recent = {}
         for position, row in zip(positions, rows, strict=True):
-            # An earlier model of this name may have had item ids of the other type.
-            items_are_text = self._encoder.item_dtype == tf.string
             events = [
                 event
                 for event in events_by_user[user_ids[position]]

@@ -28,8 +28,8 @@ CREATE TABLE IF NOT EXISTS live_items (
     item TEXT                               -- JSON; NULL if the item was removed.
 );
 """
-# A writer waits this long for others. Transactions take milliseconds, and to rewrite the events'
-# file 6 s a GB, so more is a fault.
+# A writer waits this long for others. A transaction takes milliseconds; a rewrite of the events'
+# file takes 6 s a GB, so it holds off others for too long from 5 GB on.
 BUSY_SECONDS = 30.0
 # SQLite's codes for a file that is not as this version wrote it. The first comes from a missing
 # table or column.
@@ -182,7 +182,8 @@ class Store(Database):
     ) -> int:
         """Writes items by id, None for removed ones, in place of earlier writes of them.
 
-        Their time is now, or `not_before` if that is later. Returns the last row's `seq`.
+        Their time is now, or `not_before`, in seconds since 1970, if that is later. Returns the
+        last row's `seq`.
         """
         insert = "INSERT OR REPLACE INTO live_items (item_id, time, item) VALUES (?, ?, ?)"
         with self.writing() as connection:

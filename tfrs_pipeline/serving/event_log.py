@@ -44,7 +44,7 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
     recorded. The furthest one counts. Events without a request have no `request_id`.
 
     Args:
-        model: The folder of a model or of a version, or one that is loaded from it.
+        model: The folder of a model or of a version, or the loaded model.
         path: A `.parquet` file; an earlier one is replaced once the new one is complete, unless it
             has rows that `--drop-older-days` has since dropped.
 
@@ -95,13 +95,13 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
 
 
 class Recorded(NamedTuple):
-    """How many events a file has.
+    """Counts of a file's events.
 
     Attributes:
-        num_events: In all.
-        num_new: Those that were not recorded before.
-        num_unknown_items: Those of items that the model does not retrieve now.
-        num_before_end: Those up to the end of the model's log: none of them joins a history.
+        num_events: All events.
+        num_new: Events that were not recorded before.
+        num_unknown_items: Events of items that the model does not retrieve now.
+        num_before_end: Events up to the end of the model's log: none of them joins a history.
     """
 
     num_events: int = 0
@@ -119,9 +119,8 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
     Raises as `record`, and a `DataError` if the file cannot be read, lacks a column, or has no
     value in one.
     """
-    if (
-        Path(path).suffix != ".parquet"
-    ):  # Text would leave open what is an integer, and what a time.
+    # Text would leave open what is an integer, and what a time.
+    if Path(path).suffix != ".parquet":
         raise DataError(f"{path}: past events come in a .parquet file")
     scanned = scan(connect(), path, "events")
     names = {_KEYS.get(name, name): name for name in scanned.columns}
@@ -153,13 +152,14 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
                 except ValueError as error:
                     raise DataError(f"{scanned.name}, row {row + 1:,}: {error}") from None
             raise
-        of_batch = Recorded(
-            len(checked),
-            journal.write([checked])[0],
-            int((~model.candidates.has([event.item_id for event in checked])).sum()),
-            sum(event.time <= until for event in checked),
+        is_candidate = model.candidates.has([event.item_id for event in checked])
+        batch_counts = Recorded(
+            num_events=len(checked),
+            num_new=journal.write([checked])[0],
+            num_unknown_items=int((~is_candidate).sum()),
+            num_before_end=sum(event.time <= until for event in checked),
         )
-        recorded = Recorded(*map(sum, zip(recorded, of_batch, strict=True)))
+        recorded = Recorded(*map(sum, zip(recorded, batch_counts, strict=True)))
     return recorded
 
 

@@ -200,7 +200,7 @@ def export_version(
     # Not called as a tf.function, which warns where many models are embedded one after the other.
     spec = tf.TensorSpec([None], tf.int32)
     embed = tf.function(model.embed_candidates, autograph=False).get_concrete_function(spec)
-    read = model.items_read
+    items_read = model.items_read
     about = {
         "features": {
             side: [feature.to_dict() for feature in side_features]
@@ -214,10 +214,10 @@ def export_version(
         "user_data": user_data,
         "excludes_known": model.leaves_out_known,
         "has_item_bias": model.has_item_bias,
-        "items_read": read.isoformat(),
-        # An event dated after the reading, by a clock that is ahead, does not end the log: else all
-        # events until then would not count.
-        "histories_until": min(model.histories_until or read, read).isoformat(),
+        "items_read": items_read.isoformat(),
+        # A clock that is ahead may date an event after the reading. If that ended the log, no event
+        # in service would count until then.
+        "histories_until": min(model.histories_until or items_read, items_read).isoformat(),
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(

@@ -91,7 +91,7 @@ _OF_USERS = f"type IN ('{Stage.CLICKED}', '{Stage.EXPOSED}', '{Stage.DISLIKED}')
 _MAX_EVENTS = 10_000
 _MINUTE_MS, _DAY_MS = 60_000, 86_400_000
 _MAX_TAKEN = 500  # Requests that are written in one transaction.
-# How often the log of writes is tried to be cut while it is read, and after how long again.
+# While others read SQLite's log of writes, it cannot be cut: number of tries, and seconds between.
 _MAX_CUTS, _CUT_SECONDS = 300, 0.1
 # No client waits for an answer's record. So a record waits this long for others, to share a write,
 # and is dropped if this many wait.
@@ -197,8 +197,7 @@ class Journal(Database):
             read = {}
             for id_ in dict.fromkeys(user_ids):
                 with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
-                    rows = connection.execute(query, (_plain(id_), _MAX_EVENTS))
-                    read[id_] = rows.fetchall()
+                    read[id_] = connection.execute(query, (_plain(id_), _MAX_EVENTS)).fetchall()
         return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
 
     def user_ids(self) -> list[Any]:
@@ -237,11 +236,11 @@ class Journal(Database):
                 yield block
 
     def forget(self, user_ids: Iterable[Any]) -> list[int]:
-        """Deletes users' events and answers, also from the file; returns each one's number of them.
+        """Deletes users' events and answers, also from the file; returns their number by user.
 
-        The file is written anew once, in time proportional to its size; other writers wait
-        meanwhile, and readers do not. If that fails, the rows are gone, but may still be in the
-        file: delete again.
+        The file is written anew once, in time proportional to its size. Other writers wait
+        meanwhile, and readers do not. If that fails, no query finds the rows, but copies of them
+        may still be in the file: delete again.
         """
         with self.writing():
             counts = [sum(self._delete("user_id = ?", _plain(id_))) for id_ in user_ids]
@@ -299,7 +298,8 @@ class Journal(Database):
             # the first, other processes may still commit to the old one, and lose it.
             connection.execute("VACUUM")
             # The log holds what was written until it is copied into the file and cut. While SQLite
-            # waits for those who read it, nobody writes: so it waits not at all, but many times.
+            # waits for those who read the log, nobody can write. So it does not wait, but is asked
+            # again and again.
             connection.execute("PRAGMA busy_timeout = 0")
             try:
                 for _ in range(_MAX_CUTS):
@@ -334,7 +334,7 @@ class Recorder:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        # With a connection of its own, a query does not wait for a write.
+        # With its own connection, a query does not wait for a write.
         self._reader = Journal(journal.path.parent)
         self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
         # By user, the answers in the queue: request_id, time, items.
@@ -434,7 +434,10 @@ class Recorder:
 def _confirm(
     entries: Sequence[_Group | _Deletion], work: Callable[..., list[int]], *arguments: Any
 ) -> Exception | None:
-    """Gives those who wait for entries the counts that the work returns, or its error."""
+    """Gives those who wait for entries the counts that the work returns, or its error.
+
+    Returns the error, if there is one.
+    """
     try:
         counts = work(*arguments)
     except Exception as error:  # The next work may succeed.
@@ -490,8 +493,8 @@ def _plain(value: Any) -> Any:
 def id_hash(event_id: str) -> int:
     """Returns a hash of a client's event id, 64 bits with a sign: BLAKE2b.
 
-    Two of n ids share one with a probability of about n^2 / 2^65: 7e-5 for 50 million. The later
-    one's event would then count as a repeat.
+    The probability that two of n ids share a hash is about n^2 / 2^65: 7e-5 for 50 million. The
+    event of the later id would then count as a repeat.
     """
     digest = hashlib.blake2b(event_id.encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)

@@ -121,7 +121,7 @@ class LiveItems:
             with self._store.writing():
                 self.catch_up()  # To what others have written meanwhile.
                 is_there = self._candidates.has(rows)
-                # Later than the reading of the items that it changes, whatever the clocks say.
+                # A write is never earlier than the reading of the items, whatever the clocks say.
                 last = self._store.write_items(rows, self._items_read)
                 corpus_rows = zip(rows, self._corpus.rows(rows), strict=True)
                 self._store.mark_listed(id_ for id_, row in corpus_rows if row)
@@ -178,7 +178,7 @@ class LiveItems:
     def _maintain(self) -> None:
         try:
             build = functools.partial(build_in_subprocess, num_leaves=self._num_leaves)
-            # ScaNN cannot build an index of so few. Exact search is as fast there.
+            # ScaNN cannot build an index of so few candidates. Exact search is as fast for them.
             is_few = len(self._candidates) < max(self._num_leaves, SMALLEST_HASHED_CORPUS)
             self._candidates.rebuild(None if is_few or not self._num_leaves else build)
         except Exception:  # Searches go on with the old index, and the next write tries again.

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 # A part is written whole, so a killed command repeats the answers of this many users at most.
 USERS_PER_PART = 8_192
-_REPEATED = ["user_id", "item_id", "rank"]  # A dictionary of scores would be large and of no use.
+# Columns with a dictionary. That of scores, most of which differ, would be large and of no use.
+_REPEATED = ["user_id", "item_id", "rank"]
 
 
 def recommend(
@@ -83,12 +84,12 @@ def recommend(
     check_integer(1, k=k)
     table = pa.table({"user_id": known_users(model)}) if users is None else _read(model, users)
     parts = path.with_name(f"{path.name}.parts")
-    record = parts / "parts.json"  # What the parts are answers to.
+    record = parts / "parts.json"  # Says which request the parts answer.
     request = {"version": str(model.folder), "k": k, "filter": sorted(allowed)}
     request |= {"manifest": file_hash(model.folder / MANIFEST_FILE)}
     with locked(path.with_name(f"{path.name}.lock")):
         parts.mkdir(exist_ok=True)
-        if not record.exists():  # Left by a kill at the start or at the end: of unknown origin.
+        if not record.exists():  # A kill left these parts, and nothing says what they answer.
             for file in parts.glob("*.parquet"):
                 file.unlink()
         if users is None:  # Those at the start: events may bring more before the command goes on.
@@ -120,7 +121,7 @@ def recommend(
         ):
             for file in files:
                 writer.write_table(pq.read_table(file))
-        record.unlink()  # First, so that nobody goes on with the parts that a kill leaves.
+        record.unlink()  # First: if a kill leaves parts, the next call does not take them.
         shutil.rmtree(parts)
     num_rows = pq.read_metadata(path).num_rows
     about = {"num_users": table.num_rows, "num_rows": num_rows, "users_per_second": rate}

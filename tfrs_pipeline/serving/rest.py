@@ -189,8 +189,8 @@ class PredictCall(NamedTuple):
     def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
         """Cuts the inputs into calls up to the given sizes, of at least one query each.
 
-        A call that embeds is one: with the embeddings come lists, as wide as the longest of the
-        call, such as `known_items`, which could not be joined.
+        A call that embeds stays whole: its lists, such as `known_items`, are as wide as the longest
+        of their part, and parts of different widths cannot be joined.
         """
         if self.signature.startswith("embed_"):
             return [self.inputs]

@@ -95,8 +95,8 @@ class LoadedRetriever:
         # The live items of a model lie beside its versions, so a copied version has none.
         is_live = live and folder.name.isdecimal()
         if is_live:
-            # A damaged file is refused before the graph is loaded: TensorFlow keeps its tables, and
-            # a server, which tries again and again, would fill its memory with them.
+            # A damaged file is refused before the graph is loaded: TensorFlow keeps the graph's
+            # tables, and a server, which tries again and again, would fill its memory with them.
             Store(folder.parent).items_after(2**62)
         self.saved_model: Any = tf.saved_model.load(str(folder))
         functions = self.saved_model.signatures
@@ -136,11 +136,9 @@ class LoadedRetriever:
             )
         self.activity: Activity | None = None
         if self._live is not None and self.manifest["user_data"]:
+            journal = Journal(folder.parent)
             self.activity = Activity(
-                Journal(folder.parent),
-                self.encoder,
-                self.manifest,
-                excludes_known=self.excludes_known,
+                journal, self.encoder, self.manifest, excludes_known=self.excludes_known
             )
 
     @property
@@ -334,10 +332,10 @@ class LoadedRetriever:
         ]
 
     def left_out(self, queries: Sequence[Query]) -> list[list[Any]]:
-        """Returns what to leave out of answers by history, as those by user id do, for `exclude`.
+        """Returns the `exclude` by which answers by history leave out what those by user id do.
 
-        For each query, these are the items of its history if `excludes_known`, and always what its
-        user disliked, whom the model need not know.
+        For each query, these are what its user disliked and, if `excludes_known`, the items of its
+        history. A user whom the training did not have may have disliked items in service.
         """
         disliked = self.disliked_items([query.get("user_id") for query in queries])
         return [

@@ -279,7 +279,7 @@ def _model_routes(server: ModelServer) -> list[Route]:
         server.authorize(request.headers.get("authorization", ""))
         with versions.use() as version, rest.refusing():
             user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
-        # The rows may be gone, and copies of them still in the file.
+        # A deletion that fails may leave copies of deleted rows in the file.
         with confirming("deletion", "so delete the user again"):
             num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))
         return JSONResponse({"num_deleted": num_deleted})

@@ -144,7 +144,7 @@ def _problem(error: Exception, folder: Path) -> str:
         read_record(folder / MANIFEST_FILE)
     except FileNotFoundError:
         return "its folder was deleted in the meantime."
-    except (Damaged, OSError) as damage:  # The manifest itself may be unreadable.
+    except (Damaged, OSError) as damage:  # This process may not be allowed to read the manifest.
         return str(error if isinstance(error, Damaged) else damage)
     return " ".join(f"{type(error).__name__}: {error}".split())
 
