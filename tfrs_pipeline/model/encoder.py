@@ -249,7 +249,9 @@ class SavedEncoder:
             [*map(_content, lists)] for lists in (encoder._histories, encoder._known, disliked)
         )
         times = getattr(encoder, "_history_times", None)  # Not saved where it is None.
-        self._times = np.full(len(self._histories[0]), np.nan) if times is None else _content(times)
+        # A view of one NaN takes no memory, and histories may be large.
+        unknown = np.broadcast_to(np.nan, len(self._histories[0]))
+        self._times = unknown if times is None else _content(times)
 
     def user_ids(self) -> np.ndarray:
         """Returns the ids of all users, in the order of their rows: [n] int64, or bytes."""
