@@ -332,10 +332,11 @@ class LoadedRetriever:
         ]
 
     def left_out(self, queries: Sequence[Query]) -> list[list[Any]]:
-        """Returns the `exclude` by which answers by history leave out what those by user id do.
+        """Returns what answers by history have to `exclude`, as answers by user id do themselves.
 
-        For each query, these are what its user disliked and, if `excludes_known`, the items of its
-        history. A user whom the training did not have may have disliked items in service.
+        For each query, this is what its user disliked and, if `excludes_known`, its history. A user
+        whom the training did not have may have disliked items in service. What a user was only
+        shown is not included, even if the model was trained with `evaluation.exclude` "seen".
         """
         disliked = self.disliked_items([query.get("user_id") for query in queries])
         return [
