@@ -13,7 +13,7 @@ from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.messages import beside, suggest
+from tfrs_pipeline.messages import beside, suggest, suggest_part
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import (
@@ -52,7 +52,7 @@ def _known_baseline(name: str) -> str:
         from tfrs_pipeline.evaluation.baselines import BASELINES as CLASSES
 
         if name not in CLASSES:
-            raise ValueError(f"no baseline; {suggest(name, {*BASELINES, *CLASSES})}")
+            raise ValueError(f"no baseline; {suggest_part(name, {*BASELINES, *CLASSES})}")
     return name
 
 

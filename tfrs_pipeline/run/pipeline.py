@@ -200,13 +200,13 @@ def _read_result(run: RunContext) -> RunResult | None:
 
 
 def _read_exported(run: RunContext) -> dict[str, Any] | None:
-    """Reads the version that this training was exported as, unless the index settings changed."""
+    """Reads the version that this training was exported as, unless what it holds has changed."""
     if (version := own_version(run.config, run.folder)) is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
     export, then = run.config.export.model_dump(mode="json"), manifest["config"]["export"]
-    decisive = "index", "target_recall"
-    if export["index"] != "none" and any(then[name] != export[name] for name in decisive):
+    decisive = "index", "target_recall", "filter_by", "user_data"
+    if export["index"] != "none" and any(then.get(name) != export[name] for name in decisive):
         return None
     run.note(f"{version}, exported before the run was stopped, is kept")
     return {"index": manifest["index"], "export_folder": str(version.resolve())}
