@@ -109,9 +109,7 @@ def test_a_process_that_dies_at_its_start_costs_its_row_until_the_program_is_men
     first, second = apart.answers_from_process(config, folder.path, data, choices)
     assert first == second
     assert isinstance(first, apart.NotBegun)
-    assert first.startswith(
-        "its process ended with exit code 7 while it imported the program again"
-    )
+    assert first.startswith("its process ended with exit code 7 while importing the program again")
     assert 'below `if __name__ == "__main__":`' in first
     assert first.endswith("native.log: ValueError: the run is in use")
     assert started.read_text() == "x"  # It would fail for the next baseline too.

@@ -102,13 +102,12 @@ class EvaluationResult:
         num, num_relevant = len(self.user_ids), self.overall.num_relevant
         num_before = num_relevant + self.num_relevant_excluded
         sampled_from = counted(self.num_sampled_from or 0, "query")
-        num_asked = num + self.num_skipped
-        is_many = self.num_relevant_excluded and self.num_skipped >= 0.05 * num_asked
+        is_many = self.num_relevant_excluded and self.num_skipped >= 0.05 * (num + self.num_skipped)
         hint = "; if own items may come again, set evaluation.exclude to none (docs/guides/seen.md)"
         lines = [
             (self.num_sampled_from, f"measured on {num:,} of {sampled_from}, sampled"),
             (self.num_skipped,
-             f"{self.num_skipped:,} of {counted(num_asked, 'query')} skipped, with "
+             f"{self.num_skipped:,} of {counted(num + self.num_skipped, 'query')} skipped, with "
              f"nothing to find{hint if is_many else ''}"),
             (self.num_relevant_excluded,
              f"{counted(self.num_relevant_excluded, 'relevant item')} not counted: the ranking "

@@ -183,7 +183,6 @@ def _why_not_begun(code: int, folder: Path) -> str:
     lines = errors.read_text(errors="replace").splitlines() if errors.exists() else []
     last = f". The last line of {errors}: {printable(lines[-1], 200)}" if lines else ""
     return (
-        f"{_cause_of_death(code)} while it imported the program again: what that does belongs "
-        'below `if __name__ == "__main__":`. The next run in this folder tries the baseline again'
-        f"{last}"
+        f"{_cause_of_death(code)} while importing the program again: what that does belongs below "
+        f'`if __name__ == "__main__":`. The next run in this folder tries the baseline again{last}'
     )

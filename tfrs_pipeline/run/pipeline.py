@@ -17,7 +17,7 @@ from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
+from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted, sentence
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.apart import measure_baselines
@@ -282,7 +282,7 @@ def _pass_gate(
     beaten = beaten_by_baseline(evaluation, monitor, baselines)
     if measured.failed and not baselines:
         name, why = next(iter(measured.failed.items()))
-        beaten = f"No baseline could be measured to compare the model with. {name}: {why}."
+        beaten = f"No baseline could be measured to compare the model with. {name}: {sentence(why)}"
     if beaten:
         if export.if_beaten:
             yield f"exported anyway, as export.if_beaten allows: {beaten}"
