@@ -437,7 +437,8 @@ def test_a_model_that_no_baseline_could_be_compared_with_is_exported_only_if_ask
     config = tp.with_settings(ratings_config(tmp_path), {"export.if_beaten": False})
     measured: Any = [SimpleNamespace(results={name: None}) for name in others]
     baselines = MeasuredBaselines(measured, refused | failed, failed)
-    task = RunFolder(tmp_path / "run"), SimpleNamespace(results={"two_tower": None}), baselines
+    evaluation: Any = SimpleNamespace(results={"two_tower": None})
+    task = RunFolder(tmp_path / "run"), evaluation, baselines
     told = "No baseline could be measured to compare the model with. popularity: it"
     if not is_kept_out:
         assert told not in str([*pipeline._pass_gate(config, *task)])
