@@ -9,6 +9,7 @@ which files they are, where they come from and how they are split. Settings are 
 validation part, never on the test; then the model is fitted again to training and validation.
 
     popularity
+    itemknn              decay and shrinkage by validation
     ease, ials           settings by a grid on validation; EASE up to 20,000 items
     gfcf                 GF-CF; its published numbers check the evaluator (gowalla)
     tutorial             the TFRS retrieval tutorial's model with its own settings
@@ -293,6 +294,7 @@ def _everywhere() -> dict[str, dict[str, Any]]:
 
 MODELS: dict[str, Model] = {
     "popularity": Model(_everywhere(), baseline("popularity"), is_seeded=False),
+    "itemknn": Model(_everywhere(), baseline("itemknn"), is_seeded=False),
     "ease": Model({data: {} for data in EASE_GRIDS}, baseline("ease"), EASE_GRIDS, is_seeded=False),
     "ials": Model({data: {} for data in IALS_GRIDS}, baseline("ials"), IALS_GRIDS),
     "gfcf": Model({"gowalla": {}}, fit_gfcf, is_seeded=False),

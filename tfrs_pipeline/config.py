@@ -100,7 +100,8 @@ class ExportConfig(Config):
     interval of training.monitor on the same test queries, asked as evaluation.by says."""
     if_beaten: bool = False
     """Whether to export a model that a baseline beats beyond the 95% interval of training.monitor
-    on the test, asked as evaluation.by says."""
+    on the test, asked as evaluation.by says, or that none could be compared with, because all
+    failed."""
     user_data: bool = True
     """Whether the export holds personal data of the log: users' ids, histories and features, and
     held-out queries. Without it, every request must send the user's history."""

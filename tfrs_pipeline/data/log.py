@@ -543,10 +543,10 @@ def _described(log: Log) -> Iterator[str]:
     if log.disliked is not None:
         clicks, positives = log.events.filter(is_positive), log.positives()
         num_lost = schema.count_rows(clicks) - schema.count_rows(positives)
+        lost = f"; the positives lack {counted(num_lost, 'click')} on them" if num_lost else ""
         yield (
             f"{counted(schema.count_rows(log.disliked), 'pair')} of a user and an item that the "
-            "user disliked: never shown to them; the positives lack "
-            f"{counted(num_lost, 'click')} on them"
+            f"user disliked: never shown to them{lost}"
         )
     if log.part_of is not None:
         yield "a part of a log: the whole log's description says what was dropped"
