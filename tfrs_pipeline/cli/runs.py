@@ -201,7 +201,9 @@ def _check(command: str, config: RunConfig) -> int:
             check(config, runner.artifacts["samples"].selection)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
     say(console, dump_changes(config).rstrip())
-    say(console, "\n# ".join(["\n# steps, as name: reads -> writes", *as_lines(steps)]))
+    say(console, "\n# steps, as name: reads -> writes")
+    for line in as_lines(steps):
+        say(console, f"# {line}")
     return 0
 
 
