@@ -9,8 +9,8 @@ which files they are, where they come from and how they are split. Settings are 
 validation part, never on the test; then the model is fitted again to training and validation.
 
     popularity
+    itemknn              decay and shrinkage by validation
     ease, ials           settings by a grid on validation; EASE up to 20,000 items
-    gfcf                 GF-CF; its published numbers check the evaluator (gowalla)
     tutorial             the TFRS retrieval tutorial's model with its own settings
     tutorial_corrected   the same with candidate_sampling_probability and 20 epochs
     two_tower, ...       the package's models (OUR_MODELS), epochs chosen on validation
@@ -45,7 +45,6 @@ import tfrs_pipeline as tp
 import numpy as np
 import tensorflow as tf
 import tutorial
-from gfcf import GfcfRetriever
 from leaderboard_data import PROTOCOLS, Protocol
 from pydantic_core import to_jsonable_python
 from record import COMMIT, command, machine, parser_with_json, write_json
@@ -270,12 +269,6 @@ def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fi
     return fit
 
 
-def fit_gfcf(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
-    """Fits GF-CF with the settings of its published numbers on Gowalla."""
-    settings = {"alpha": 0.3, "num_factors": 256}
-    return GfcfRetriever(**settings).fit(data.split.before_test), settings
-
-
 def of_tutorial(num_epochs: int, *, corrected: bool) -> Fit:
     """Makes the fit of the tutorial's model, on everything before the test."""
 
@@ -293,9 +286,9 @@ def _everywhere() -> dict[str, dict[str, Any]]:
 
 MODELS: dict[str, Model] = {
     "popularity": Model(_everywhere(), baseline("popularity"), is_seeded=False),
+    "itemknn": Model(_everywhere(), baseline("itemknn"), is_seeded=False),
     "ease": Model({data: {} for data in EASE_GRIDS}, baseline("ease"), EASE_GRIDS, is_seeded=False),
     "ials": Model({data: {} for data in IALS_GRIDS}, baseline("ials"), IALS_GRIDS),
-    "gfcf": Model({"gowalla": {}}, fit_gfcf, is_seeded=False),
     "tutorial": Model(_everywhere(), of_tutorial(tutorial.NUM_EPOCHS, corrected=False)),
     "tutorial_corrected": Model(
         _everywhere(), of_tutorial(tutorial.NUM_EPOCHS_CORRECTED, corrected=True)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,10 @@ from tfrs_pipeline.cli import commands
 from tfrs_pipeline.cli.commands import COMMAND_LINE, COMMANDS
 from tfrs_pipeline.cli.console import Shown, print_result, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
-from tfrs_pipeline.cli.runs import BRIEF
+from tfrs_pipeline.cli.runs import BRIEF, _stopped
 from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.durable import naming, read_record, write_record
+from tfrs_pipeline.durable import locked, naming, read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts
@@ -268,6 +270,13 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --trainin.batch_size 3", "did you mean '--training.batch_size'"),
     ("run --training.batch-size 3", "did you mean '--training.batch_size'"),
     ("run --run_dir x", "did you mean '--run-dir'"),
+    # argparse would take these for abbreviations.
+    ("run --training.max_epoch 3", "unknown flag --training.max_epoch; did you mean "
+        "'--training.max_epochs'"),
+    ("run --export.gat", "unknown flag --export.gat; did you mean '--export.gate'"),
+    ("compare --see=3", "unknown flag --see; did you mean '--seed'"),
+    ("query model --us 3", "unknown flag --us; did you mean '--user'"),
+    ("--versio", "no command; known: run"),
     ("compare --seeds 3", r"unknown flag --seeds; did you mean '--compare.seeds'\?\n$"),
     ("run --zzz", "unknown flag --zzz; no known one is near"),
     ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
@@ -288,6 +297,8 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("run --data.columns usr_id=x --data.path x.csv", r"usr_id: .* did you mean 'user_id'\?"),
     ("run --model.negatives popularity:alpha=x", r"popularity.alpha: got 'x'; must be a valid num"),
     ("run --data.path x.csv --recipes sets sequenc", "recipes: got 'sequenc'; must be 'default'"),
+    ("run --data.path x.csv --evaluation.baselines alphabet",
+     "got 'alphabet'; no baseline; known: .* A piece of your own. Start from the script that im"),
     ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
     ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
     ("run --run-dir cut", r"cut/config.toml:\s+is not as the run wrote it: .* --config FILE"),
@@ -513,6 +524,22 @@ def test_an_id_that_a_terminal_would_obey_is_not_printed(run: Run) -> None:
     for ids, last in ((users, "--user=fine -k 10"), (users[:2], "--history=ITEM -k 10")):
         shown = told_of(run, {"examples": [{"user_id": id_} for id_ in ids]})
         assert shown.splitlines()[-1].endswith(last)
+
+
+def test_the_next_command_starts_the_users_own_script(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only that script imports the user's parts, without which the run's settings are refused."""
+    programs = {
+        "my pieces/cli.py": "python 'my pieces/cli.py'",
+        "/usr/bin/tfrs-pipeline": "tfrs-pipeline",
+        "/lib/tfrs_pipeline/cli/__main__.py": "tfrs-pipeline",
+    }
+    unexported = {"export_folder": None}, {"export.index": "none"}
+    for path, program in programs.items():
+        monkeypatch.setattr(sys, "argv", [path, "run"])
+        assert f"\nnext:  {program} query " in told_of(run, {})
+        assert f"\nnext:  {program} run --run-dir " in told_of(run, unexported[0], **unexported[1])
 
 
 def test_the_next_command_it_names_works(command: Any, run: Run) -> None:
@@ -850,6 +877,42 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
     command("run", "--run-dir", tmp_path / "a run")
     assert configs[1] == configs[0]
     assert configs[1].data.path == tmp_path / "clicks.csv"
+
+
+def test_a_new_run_names_the_stopped_one_with_its_settings(
+    command: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(run: RunContext) -> None:
+        run.folder.data.mkdir(parents=True)
+        (run.folder.data / "log.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_data, "log_steps", lambda: [Step("data", (), "log", interrupt)])
+    (here / "clicks.csv").touch()
+
+    def named(*more: str) -> list[str]:
+        answer = command("run", "--data.path", "clicks.csv", *more)
+        assert answer.code == 130
+        new = here / re.findall("^run folder: (.*)", answer.out, re.MULTILINE)[0]
+        shutil.rmtree(new)  # Only those of the test's own names stay.
+        return re.findall(r"these settings was stopped; to go on with it:  (.*)", answer.out)
+
+    assert named() == []
+    stopped = [here / "runs" / f"clicks-2020010{day}-000000" for day in (1, 2)]
+    for folder in stopped:
+        answer = command("run", "--data.path", "clicks.csv", "--run-dir", folder)
+        assert "was stopped; to go" not in answer.out
+    again = [f"tfrs-pipeline run --run-dir runs/{folder.name}" for folder in stopped]
+    assert named() == again[1:]
+    assert named("--seed", "4") == []
+    with locked(stopped[1] / "lock"), ThreadPoolExecutor(1) as other:  # It still runs.
+        assert other.submit(_stopped, RunFolder(stopped[0]).settings()).result() == Path(
+            "runs", stopped[0].name
+        )
+    (stopped[1] / "metrics.json").touch()  # Finished.
+    assert named() == again[:1]
+    (stopped[0] / "config.toml").write_text("seed = 3\n")  # No run wrote this.
+    assert named() == []
 
 
 # Sends Ctrl-C when a module is about to be imported.

@@ -13,7 +13,7 @@ from tfrs_pipeline.data.schema import AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.messages import beside, suggest
+from tfrs_pipeline.messages import beside, suggest, suggest_part
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import (
@@ -52,7 +52,7 @@ def _known_baseline(name: str) -> str:
         from tfrs_pipeline.evaluation.baselines import BASELINES as CLASSES
 
         if name not in CLASSES:
-            raise ValueError(f"no baseline; {suggest(name, {*BASELINES, *CLASSES})}")
+            raise ValueError(f"no baseline; {suggest_part(name, {*BASELINES, *CLASSES})}")
     return name
 
 
@@ -100,7 +100,8 @@ class ExportConfig(Config):
     interval of training.monitor on the same test queries, asked as evaluation.by says."""
     if_beaten: bool = False
     """Whether to export a model that a baseline beats beyond the 95% interval of training.monitor
-    on the test, asked as evaluation.by says."""
+    on the test, asked as evaluation.by says, or that none could be compared with, because all
+    failed."""
     user_data: bool = True
     """Whether the export holds personal data of the log: users' ids, histories and features, and
     held-out queries. Without it, every request must send the user's history."""

@@ -155,6 +155,12 @@ def suggest(name: str, known: Collection[str]) -> str:
     return "known: " + ", ".join(sorted(known))
 
 
+def suggest_part(name: str, known: Collection[str]) -> str:
+    """Suggests a known part as `suggest` does, and says how a command gets a user's own."""
+    hint = "A piece of your own? Start from the script that imports it (docs/guides/pieces.md)"
+    return f"{sentence(suggest(name, known))} {hint}"
+
+
 def beside(path: Path, is_meant: Callable[[Path], object] = Path.exists) -> str:
     """Suggests neighbours of a missing path with nearly its name; "" if there are none."""
     folder = path.parent

@@ -149,6 +149,9 @@ def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
     setting = ".".join(map(str, path))
     if isinstance(cause, ConfigError):  # From a table within this one, or from a check of it.
         for name, message in cause.problems:
+            if "." not in name:  # Of that table itself, and so is the suggestion.
+                near = "unknown setting; did you mean '"
+                message = message.replace(near, f"{near}{setting}.")
             yield ".".join(part for part in (setting, name) if part), message
     elif details["type"] == "extra_forbidden":
         yield setting, f"unknown setting; {suggest(setting, setting_names(table))}"
@@ -161,6 +164,10 @@ def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
     elif details["type"] == "union_tag_invalid":
         tag, tags = details["ctx"]["tag"], re.findall(r"\w+", details["ctx"]["expected_tags"])
         yield setting, f"unknown kind {tag!r}; {suggest(tag, tags)}"
+    elif details["type"] in ("union_tag_not_found", "dataclass_type"):
+        message = "must name a kind of the package: settings hold no other. Give one of your own to"
+        why = f"{message} tp.TwoTower({setting}=...), for its fit or tp.compare"
+        yield setting, f"got {details['input']!r}; {why}"
     elif details["type"] in ("model_type", "model_attributes_type"):
         yield setting, f"got {details['input']!r}; must be a table of settings"
     else:

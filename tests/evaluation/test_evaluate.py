@@ -64,6 +64,21 @@ def test_a_summary_is_json_without_nan() -> None:
     assert {"num_queries", "num_skipped", "num_relevant", "num_relevant_excluded"} <= set(summary)
 
 
+@pytest.mark.parametrize(
+    ("num_users", "relevant", "is_told"), [(20, [100], True), (21, [100], False), (20, [], False)]
+)
+def test_many_queries_that_an_exclusion_leaves_empty_come_with_a_remedy(
+    num_users: int, relevant: list[int], is_told: bool
+) -> None:
+    """From 5% on, and only if the user had clicked what was to be found."""
+    others = num_users - 1
+    holdout = make_holdout([relevant, *[[100]] * others], [[100], *[[101]] * others])
+    lines = measure(Scores(np.zeros((num_users, 12))), holdout, exclude="clicked").describe()
+    (line,) = (line for line in lines if "skipped, with nothing to find" in line)
+    assert line.startswith(f"1 of {num_users} queries")
+    assert ("set evaluation.exclude to none (docs/guides/seen.md)" in line) == is_told
+
+
 def test_a_holdout_has_as_many_lists_as_users() -> None:
     lists = [IDS[:1], IDS[1:2]]
     good: dict[str, Any] = dict.fromkeys(("histories", "relevant", "clicked", "seen"), lists)

@@ -52,6 +52,18 @@ class Listed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Returning:
+    """Hard negatives that return what the test says."""
+
+    answer: Any
+    share: float = F
+    num: int = NUM
+
+    def pools(self, samples: tp.Samples) -> Any:
+        return self.answer
+
+
+@dataclasses.dataclass(frozen=True)
 class Newest:
     """An easy kind: the items of the last rows, each with the same chance."""
 
@@ -273,6 +285,24 @@ def test_wrong_kinds_are_refused() -> None:
         made(by_user=((0, 2), *FILE.by_user[1:]))
     with pytest.raises(ValueError, match=r"'even' need the number of a list for each of 150"):
         made(by_user=FILE.by_user[:9])
+    rows = small.SAMPLES.query_rows
+    bad_pools: tuple[tuple[Any, str], ...] = (
+        ({"x": (np.arange(1, 4), rows)}, r"dimension 0\. .*Received: {'x': \(array\(\[1, 2, 3\]"),
+        ({"x": [[1, 2], [3]]}, "dimension 0"),
+        ({"x": np.arange(3)}, "too many values"),
+        ({"x": ([["7"], ["b"]], rows)}, "invalid literal"),
+        ({"x": ([np.ones((2, 2))], rows * 0)}, "dimensions"),
+        ({"x": ([[1]], rows * 0.0)}, "'x' need the number of a list"),
+        (([[1]], rows), "'tuple' object has no attribute 'items'"),
+        (None, "'NoneType' object"),
+    )
+    contract = (
+        r"`pools` must return {name: \(lists, numbers\)}: .*\[n\] int .*\[150\] int.* Received: "
+    )
+    for pools, message in bad_pools:
+        with pytest.raises(ValueError, match=contract) as raised:
+            small.make_batches(hard=Returning(pools))
+        assert re.search(message, str(raised.value)), str(raised.value)
     with pytest.raises(tp.DataError, match="none of 150 positives has a hard negative"):
         made(by_user=((),) * 21)
 

@@ -218,7 +218,9 @@ def test_the_first_screen_answers_five_questions() -> None:
     assert "run of 2026-11-26 06:33 UTC" in first
     assert "it ties with the best baseline, popularity" in first
     # 17 events were dropped while reading and 11 by the split, of 11,011 in the table plus 17.
-    assert "What was dropped?28 of 11,028 events" in first
+    assert "What was dropped?28 of 11,028 events, 1,372 of 7,050 test items" in first
+    assert "1,372 test items not asked for: the ranking excludes what its user had clicked" in first
+    assert "7 of 1,241 test queries not asked" in first
     where = PAGE.tables["Where the events went"]
     assert [where[part][0][1] for part in ("train", "test", "dropped")] == [9000, 2000, 28]
     assert sum(cells[1][1] or 0 for cells in where.values()) == pytest.approx(1)
@@ -228,6 +230,14 @@ def test_the_first_screen_answers_five_questions() -> None:
     assert "What was dropped?32 of 11,032 events" in first  # 21 of them while reading.
     assert all(f"{each.num_rows}: {each.reason}" in first for each in dropped)
     assert "Is it in service?ExportedAs /srv/saved_models/films/3." in PAGE.joined
+    # Without a lost event or item, nothing was dropped; an item that is not asked for is something.
+    split = FACTS.metrics["split"] | {"num_events_dropped": 0}
+    kept = {**FACTS.metrics, "split": split}
+    first, _, _ = page_of(metrics=kept, dropped=()).joined.partition("Recommendations")
+    assert "What was dropped?No event, 1,372 of 7,050 test items" in first
+    asked = {name: {**x, "num_relevant_excluded": 0} for name, x in MODELS.items()}
+    first, _, _ = page_of(metrics={**kept, "models": asked}, dropped=()).joined.partition("Recomm")
+    assert "What was dropped?Nothing" in first
     refused: dict[str, Any] = {
         "export_folder": None,
         "refusal": "A baseline beats the new model. EASE is.",

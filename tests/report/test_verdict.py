@@ -122,6 +122,21 @@ def test_popularity_slices_are_told_apart() -> None:
     assert by_popularity(metrics, METRIC).why == "one list of 100 could hold all items of a slice"
 
 
+def test_a_sum_that_loses_to_its_best_member_in_a_slice_says_so() -> None:
+    metrics = made({"two_tower": 0.3, "best_member": 0.3, "ease": 0.25})
+    told = "best recipe alone"
+    assert told not in by_popularity(metrics, METRIC).why  # Level, as the intervals say.
+    metrics["models"]["best_member"]["slices"]["tail"][METRIC] = interval(0.26)
+    metrics["differences"]["best_member"][f"tail/{METRIC}"] = interval(0.06)
+    found = by_popularity(metrics, METRIC)
+    clauses = [clause for clause in found.why.split("; ") if told in clause]
+    assert clauses == [
+        f"{RARE}: it beats EASE (0.20 against 0.15), and it is behind the best recipe alone "
+        "(0.20 against 0.26)"
+    ]
+    assert found.outcome is BETTER  # The best member is no baseline.
+
+
 def test_slices_are_compared_query_by_query() -> None:
     # The intervals of the two models overlap widely; the interval of their difference is narrow.
     metrics = made({"two_tower": 0.3, "ease": 0.295})

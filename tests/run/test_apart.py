@@ -73,6 +73,7 @@ def test_each_failure_costs_its_row_alone_and_is_not_tried_again(
         assert why in found.left_out[name]
         assert f"{name} is left out: {found.left_out[name]}" in notes
     assert found.left_out["refuses"] == WHY["refuses"]
+    assert found.failed == {x: y for x, y in found.left_out.items() if x != "refuses"}
     # Those that could be measured have the numbers that they have in this process.
     fitted, _ = fit_best("popularity", [MostPopular()], config, data)
     here = evaluate_all(config, {"before": fitted}, data)
@@ -87,24 +88,41 @@ def test_each_failure_costs_its_row_alone_and_is_not_tried_again(
     again, _ = measured(config, folder, data)
     assert asked == [["before", "after"]]
     assert [x.summary() for x in again.evaluations] == [x.summary() for x in found.evaluations]
+    assert again.failed == found.failed
     for name, why in found.left_out.items():
         assert again.left_out[name].startswith(f"{why} (it is not tried again; to do so, delete ")
 
 
-def test_a_process_that_dies_at_its_start_costs_its_row(
+def test_a_process_that_dies_at_its_start_costs_its_row_until_the_program_is_mended(
     prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a program without `if __name__ == "__main__"`, which the process imports first."""
     config, folder, data = prepared
-    script = tmp_path / "unguarded.py"
-    script.write_text("raise SystemExit(7)")
+    script, started = tmp_path / "unguarded.py", tmp_path / "started"
+    script.write_text(f"open({str(started)!r}, 'a').write('x')\nraise SystemExit(7)")
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "__spec__", None, raising=False)
     monkeypatch.setattr(main, "__file__", str(script), raising=False)
     # More than a pipe holds, so that sending it takes a process that reads.
     choices: Any = {"large": [bytes(1_000_000)], "larger": [bytes(2_000_000)]}
-    answers = apart.answers_from_process(config, folder.path, data, choices)
-    assert [*answers] == ["its process ended with exit code 7"] * 2
+    (folder.path / "native.log").write_text("Traceback\nValueError: the run is in use\n")
+    first, second = apart.answers_from_process(config, folder.path, data, choices)
+    assert first == second
+    assert isinstance(first, apart.NotBegun)
+    assert first.startswith("its process ended with exit code 7 while importing the program again")
+    assert 'below `if __name__ == "__main__":`' in first
+    assert first.endswith("native.log: ValueError: the run is in use")
+    assert started.read_text() == "x"  # It would fail for the next baseline too.
+    # The failure says nothing about a baseline, so the next call measures it.
+    monkeypatch.setattr(apart, "baselines_of", lambda config, data: {"before": [Light()]})
+    found, _ = measured(config, folder, data)
+    assert found == ([], {"before": first}, {"before": first})
+    assert not folder.left_out_file.exists()
+    script.write_text("")
+    found, _ = measured(config, folder, data)
+    assert [name for x in found.evaluations for name in x.results] == ["before"]
+    assert not found.left_out
+    assert not found.failed
 
 
 @pytest.mark.nightly

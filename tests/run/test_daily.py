@@ -179,18 +179,19 @@ def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: War
 
 
 @pytest.mark.parametrize(
-    ("gate", "index", "newest"),
+    ("gate", "changes", "newest"),
     [
-        (True, "auto", 2),
-        (False, "none", 2),
-        pytest.param(False, "scann", 3, marks=pytest.mark.nightly),
+        (True, {}, 2),
+        (False, {"export.index": "none"}, 2),
+        (False, {"export.user_data": False}, 3),
+        pytest.param(False, {"export.index": "scann"}, 3, marks=pytest.mark.nightly),
     ],
 )
 def test_a_run_that_was_killed_after_its_export_keeps_its_version(
-    place: Path, warm: Warm, gate: bool, index: str, newest: int
+    place: Path, warm: Warm, gate: bool, changes: dict[str, Any], newest: int
 ) -> None:
-    """It is not compared with itself, nor exported again unless another index is asked for."""
-    settings = {"warm_start": model_folder(place), "export.gate": gate, "export.index": index}
+    """It is not compared with itself, nor exported again unless another content is asked for."""
+    settings = {"warm_start": model_folder(place), "export.gate": gate, **changes}
     metrics_file = warm.result.folder / "metrics.json"
     files = (metrics_file, warm.result.folder / CONFIG_FILE)
     kept = {path: path.read_bytes() for path in files}

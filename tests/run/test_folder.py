@@ -79,8 +79,15 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     folder, version = tmp_path / "run", tmp_path / "saved_models" / "clicks" / "1"
     begin(config, folder)
     record = folder / "checkpoints" / "two_tower" / "selection" / "epoch-1.json"
-    for index, recall in (("scann", 0.9), ("none", 0.9), ("exact", 0.8)):
-        changed = with_settings(config, {"export.index": index, "export.target_recall": recall})
+    # Also where: the disk of the first folder may be full.
+    elsewhere = {"export.directory": tmp_path / "tiny", "export.name": "q1"}
+    for changes in (
+        {"export.index": "scann", "export.target_recall": 0.9},
+        {"export.index": "none"},
+        {**elsewhere, "export.user_data": False, "export.keep_versions": 3},
+        {"export.index": "exact", "export.target_recall": 0.8},
+    ):
+        changed = with_settings(config, changes)
         with RunFolder(folder).claim(changed, is_run=True):
             assert RunFolder(folder).settings() == changed
         write_record(folder / "metrics.json", {"export_folder": None})
@@ -89,9 +96,13 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     write_record(record, {})
     write_record(version / "manifest.json", {"training": [file_hash(record)]})
     write_record(folder / "metrics.json", {"export_folder": str(version)})
-    for name, value in (("export.index", "scann"), ("export.target_recall", 0.9)):
+    others = {"export.index": "scann", "export.target_recall": 0.9, **elsewhere}
+    for name, value in others.items():
         other = with_settings(changed, {name: value})
-        refused(folder, other, rf"other settings \({name}: ")
+        message = (
+            rf"other settings \({name}: .*leave these settings out.* Its model is in {version}:"
+        )
+        refused(folder, other, message)
     # A version of that number made by another run does not count.
     write_record(version / "manifest.json", {"training": ["another"]})
     with RunFolder(folder).claim(other, is_run=True):

@@ -31,7 +31,7 @@ from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.data import RunData, final_part, prepare
 from tfrs_pipeline.run.folder import RunFolder, own_version
-from tfrs_pipeline.run.measure import baselines_of, fit_best
+from tfrs_pipeline.run.measure import MeasuredBaselines, baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.steps import RunContext, Step, as_diagram
 from tfrs_pipeline.run.training import split_in, trained_in
@@ -411,11 +411,44 @@ def test_all_reasons_against_an_export_are_told_at_once(
     settings = {"export.gate": True} | {name: overruled[name] for name in allowed}
     config = tp.with_settings(ratings_config(tmp_path), {"export.if_beaten": False, **settings})
     evaluation: Any = SimpleNamespace(results={"two_tower": None, "ease": None, IN_SERVICE: None})
+    task = RunFolder(tmp_path / "run"), evaluation, MeasuredBaselines([], {}, {})
     notes: list[str] = []
     with pytest.raises(NotPublished) as caught:
-        notes.extend(pipeline._pass_gate(config, RunFolder(tmp_path / "run"), evaluation))
+        notes.extend(pipeline._pass_gate(config, *task))
     for (name, flag), reason in zip(flags.items(), reasons, strict=True):
         assert (reason in str(caught.value)) == (flag in str(caught.value)) == (name not in allowed)
+
+
+@pytest.mark.parametrize(
+    ("others", "refused", "failed", "is_kept_out"),
+    [
+        ([], {"ease": "too many items"}, {"popularity": "it died"}, True),
+        (["popularity"], {}, {"ease": "it died"}, False),
+        ([], {"ease": "too many items"}, {}, False),
+        ([], {}, {}, False),
+    ],
+    ids=["none could be measured", "one was", "a refusal", "none asked for"],
+)
+def test_a_model_that_no_baseline_could_be_compared_with_is_exported_only_if_asked_for(
+    others: list[str], refused: Any, failed: Any, is_kept_out: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "beaten_by_baseline", lambda *arguments: "")
+    config = tp.with_settings(ratings_config(tmp_path), {"export.if_beaten": False})
+    measured: Any = [SimpleNamespace(results={name: None}) for name in others]
+    baselines = MeasuredBaselines(measured, refused | failed, failed)
+    evaluation: Any = SimpleNamespace(results={"two_tower": None})
+    task = RunFolder(tmp_path / "run"), evaluation, baselines
+    told = "No baseline could be measured to compare the model with. popularity: it"
+    if not is_kept_out:
+        assert told not in str([*pipeline._pass_gate(config, *task)])
+        return
+    with pytest.raises(NotPublished, match=rf"^{told} died\. .*with --export\.if_beaten exports"):
+        [*pipeline._pass_gate(config, *task)]
+    allowed = tp.with_settings(config, {"export.if_beaten": True})
+    assert f"exported anyway, as export.if_beaten allows: {told} died." in [
+        *pipeline._pass_gate(allowed, *task)
+    ]
 
 
 def test_what_is_dropped_is_counted(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import operator
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -236,14 +237,14 @@ def test_a_race_in_python_is_one_call(
         "last_share", validation=0.1, test=0.2
     )
     mine = tp.Recipe("mine / wide", {"model.dim": 12, "data.ties": "drop"}, "a test")
-    broken = tp.Recipe("broken", {"model.dimm": 12})
+    same = tp.Recipe("same", {"model.dim": 64})
     settings = {**GIVEN, "training.max_epochs": 4}
     del settings["model.dim"]
-    recipes = ["default", mine, broken]
+    recipes = ["default", mine, same]
     model, race = tp.race(train, validation, recipes=recipes, settings=settings, folder=tmp_path)
     assert isinstance(race, tp.Race)
     assert [curve.name for curve in race.curves] == ["default", "mine / wide"]
-    assert "did you mean 'dim'" in race.not_begun["broken"]
+    assert race.not_begun == {"same": "your settings make it equal to default"}
     curves = {curve.name: curve.values for curve in race.curves}
     assert model.result.history["val_ndcg@20"] == curves[race.winner]
     won = {"default": 64, "mine / wide": 12}[race.winner]
@@ -273,6 +274,23 @@ def test_a_race_in_python_is_one_call(
     assert curves[mine.name] == alone
 
 
+def test_the_recipe_of_the_docstring_races(tmp_path: Path) -> None:
+    (example,) = re.findall(r"( +negatives = .*?)\n +model, race = ", tp.race.__doc__, re.DOTALL)
+    names: dict[str, Any] = {"tp": tp}
+    exec(textwrap.dedent(example), names)
+    data = tp.TrainingSet.build(ORDERED_LOG, tmp_path, seed=0)
+    entrants = [PRESETS["default"], PRESETS["sequence"], names["wide"]]
+    racing, not_begun = trainable_recipes(tp.RunConfig(), data, entrants)
+    assert (list(racing), not_begun) == (["default", "sequence", "wide"], {})
+
+
+class NewestItems:
+    """A kind of negatives of the user's own, which no setting can hold."""
+
+    def draw(self, frame: Any, positive_rows: Any, seed: Any) -> Any: ...
+    def expected_count(self, frame: Any) -> Any: ...
+
+
 def test_what_a_race_in_python_refuses_before_samples_are_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -288,6 +306,28 @@ def test_what_a_race_in_python_refuses_before_samples_are_built(
         (["sequences"], {}, "did you mean 'sequence'"),
         ([], {}, r"recipes: got \[\]; name one or more"),
         ([mine, mine], {}, "each once"),
+        (
+            ["default", tp.Recipe("mine", {"model.dimm": 12})],
+            {},
+            r"^recipe 'mine':\n  model\.dimm: unknown setting; did you mean 'model\.dim'\?$",
+        ),
+        ([tp.Recipe("mine", {"data.tys": "drop"})], {}, r"'mine':\n  data.tys: unknown setting"),
+        ([tp.Recipe("mine", {"model.dim": 0})], {}, r"'mine':\n  model.dim: got 0; must be"),
+        (
+            [tp.Recipe("mine", {"training.examples": "sequences"})],
+            {},
+            r"'mine':\n  model.negatives: got in_batch with training.examples",
+        ),
+        (
+            [tp.Recipe("mine", {"model.negatives": [NewestItems()]})],
+            {},
+            r"model.negatives: got <.*NewestItems.*Give one of your own to tp.TwoTower\(negatives=",
+        ),
+        (
+            [tp.Recipe("mine", {"model.hard": NewestItems()})],
+            {},
+            r"model.hard: got <.*NewestItems.*Give one of your own to tp.TwoTower\(hard=",
+        ),
         ([tp.Recipe("default", {"model.dim": 12})], {}, "named 'default', as one of the package"),
     ]
     for recipes, settings, message in wrong:

@@ -87,7 +87,11 @@ def test_positives_masks_and_log_q_are_those_of_a_loop(tmp_path: Path) -> None:
     assert samples.counts.tolist() == [counts[item] for item in range(NUM_ITEMS + 1)]
     assert report["num_disliked"] == len(gone) > 100
     assert report["num_disliked_clicks"] == len(clicks) - len(positives) > 50
-    assert f"{len(gone)} pairs of a user and an item that the user disliked" in str(log.describe())
+    told = f"{len(gone)} pairs of a user and an item that the user disliked: never shown to them"
+    lost = f"; the positives lack {len(clicks) - len(positives)} clicks on them"
+    assert f"{told}{lost}" in log.describe()
+    kept = log_of([event for event in events if event[2] != "click" or event[:2] not in gone])
+    assert told in kept.describe()  # No click is lost, so nothing is said of any.
 
     examples = SinglePositives(samples, batch_size=BATCH_SIZE, history_length=4, seed=0)
     kinds, hard = [InBatch(), Uniform(NUM_UNIFORM)], Disliked()

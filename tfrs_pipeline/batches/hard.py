@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
 from tfrs_pipeline.batches.masks import KNOWN, REASONS, Never, is_member
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.messages import check_integer
+from tfrs_pipeline.messages import check_integer, sentence
 from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.negatives.samplers import HardNegatives, Pool
 from tfrs_pipeline.samples.store import RowLists, Samples
@@ -38,7 +38,7 @@ class HardPool(NamedTuple):
         numbers = np.arange(len(packed)) if key is None else np.asarray(key)
         rows, last = packed.values, len(samples.counts) - 1
         is_list = (numbers >= 0) & (numbers < len(packed))
-        if numbers.shape != (len(samples),) or not is_list.all():
+        if numbers.shape != (len(samples),) or numbers.dtype.kind not in "iu" or not is_list.all():
             raise ValueError(
                 f"Hard negatives {name!r} need the number of a list for each of {len(samples)} "
                 f"samples, below the {len(packed)} lists. Received: {numbers}"
@@ -75,10 +75,17 @@ class HardDraws:
         self._allows_exposed = getattr(hard, "allow_exposed", False)
         self._samples, self._seed = samples, seed
         rng = np.random.default_rng([seed, Use.HARD])
-        self.pools = {
-            name: HardPool.checked(name, pool, samples, rng)
-            for name, pool in hard.pools(samples).items()
-        }
+        pools = hard.pools(samples)
+        try:
+            self.pools = {
+                name: HardPool.checked(name, pool, samples, rng) for name, pool in pools.items()
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{sentence(str(error))} `pools` must return {{name: (lists, numbers)}}: a list of "
+                f"[n] int arrays of candidate rows, and [{len(samples)}] int, the list of each "
+                f"sample, or None if each has its own. Received: {pools!r:.200}"
+            ) from error
         if not any(len(pool.lists.values) for pool in self.pools.values()):
             raise DataError(f"{hard}: none of {len(samples):,} positives has a hard negative.")
 

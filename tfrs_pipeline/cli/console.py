@@ -33,6 +33,13 @@ PROGRAM = "tfrs-pipeline"
 _SECONDS_BETWEEN_LINES = 30.0  # Without a terminal, where each line stays.
 
 
+def program() -> list[str]:
+    """Returns the words that start this program: a user's script, which imports its own parts."""
+    script = Path(sys.argv[0])
+    is_script = script.suffix == ".py" and script.stem not in ("__main__", "ipykernel_launcher")
+    return ["python", str(script)] if is_script else [PROGRAM]
+
+
 @contextlib.contextmanager
 def as_interrupts() -> Iterator[None]:
     """Raises `KeyboardInterrupt` in place of an error that Ctrl-C caused in a library."""
@@ -162,10 +169,8 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
         say(console, f"\na baseline wins: {monitored.why}")
     question = ASKED[result.metrics["asked_by"]]
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
-    say(
-        console,
-        f"\nOn the test split, asked {question}{excluded[config.evaluation.exclude]}:\n{table}",
-    )
+    question += excluded[config.evaluation.exclude]
+    say(console, f"\nOn the test split, asked {question}:\n{table}")
     _say_filled(console, *explained(table, result.metrics))
     say(console, "")
     for head, text in _findings(config, result.metrics):
@@ -176,7 +181,7 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     if result.export_folder is None:
         say(console, "model    not exported")
         if config.export.index == "none":
-            again = [PROGRAM, "run", "--run-dir", str(result.folder), "--export.index", "auto"]
+            again = [*program(), "run", "--run-dir", str(result.folder), "--export.index", "auto"]
             is_kept_out = monitored.outcome is Outcome.WORSE and not config.export.if_beaten
             again += ["--export.if_beaten"] if is_kept_out else []
             say(console, f"\nnext:  {shlex.join(again)}")
@@ -193,7 +198,8 @@ def print_result(console: Console, config: "RunConfig", result: "RunResult") -> 
     user = next(filter(str.isprintable, users), None) if config.export.user_data else None
     # With "=", because an id may begin with a hyphen.
     whom = "--history=ITEM" if user is None else f"--user={user}"
-    say(console, f"\nnext:  {shlex.join([PROGRAM, 'query', str(model.parent), whom, '-k', '10'])}")
+    query = [*program(), "query", str(model.parent), whom, "-k", "10"]
+    say(console, f"\nnext:  {shlex.join(query)}")
 
 
 def _say_filled(console: Console, *lines: str, indent: int = 0) -> None:

@@ -52,7 +52,8 @@ class _Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        # A mistyped flag is refused with the nearest one, not taken for an abbreviation.
+        super().__init__(allow_abbrev=False, **options)
         self.flags: list[str] = []
         self.fields: dict[str, FieldInfo] = {}
 

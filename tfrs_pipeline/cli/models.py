@@ -122,7 +122,7 @@ class Recommend(OfModel):
 class WriteLog(OfModel):
     """Write what users did and were served as the log of the next training.
 
-    That file is an event table, which `run --data.path` reads as it is: items that the server
+    That file is an event table, which --data.path of a run reads as it is: items that the server
     recorded as served are retrieved, those shown exposed, those clicked clicked, and those
     disliked disliked.
     """

@@ -15,11 +15,11 @@ from pydantic import Field
 from rich.console import Console
 
 from tfrs_pipeline.cli.console import (
-    PROGRAM,
     as_interrupts,
     native_errors_to,
     print_comparison,
     print_result,
+    program,
     say,
     shown,
 )
@@ -34,7 +34,7 @@ from tfrs_pipeline.config import (
     with_settings,
 )
 from tfrs_pipeline.data.schema import check_exists
-from tfrs_pipeline.durable import StorageError
+from tfrs_pipeline.durable import InUse, StorageError, locked
 from tfrs_pipeline.messages import Progress, beside
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
@@ -107,26 +107,23 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     settings = {k: v for k, v in given.items() if k not in Work.model_fields}
     config = _config_of(flags, settings)
     is_run = command == "run"
-    if is_run:
-        named = _named(config, flags, settings)
-        config = _with_recipes(config, flags, named)
     # The name says what it is of, and sorts by time.
     name = f"{'' if is_run else 'compare-'}{config.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = flags.run_dir or Path("runs") / name
     place = RunFolder(folder)
     if is_run:
+        named = _named(config, flags, settings)
         # Checked before a folder is made.
-        config = place.settled(config, None if flags.preset else named)
-    if config.data.source == "files" and not place.holds_run():
+        config = place.settled(_with_recipes(config, flags, named), None if flags.preset else named)
+    if (data := config.data).source == "files" and not place.holds_run():
         # Missing files are refused before slow imports.
-        for path in filter(
-            None, (config.data.path, config.data.items_path, config.data.users_path)
-        ):
+        for path in filter(None, (data.path, data.items_path, data.users_path)):
             check_exists(path)
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
-    again = shlex.join([PROGRAM, command, "--run-dir", str(folder)])
+    resume = [*program(), command, "--run-dir"]
+    again = shlex.join([*resume, str(folder)])
     # Each worker would make up another name.
     if this_worker().count > 1 and flags.run_dir is None:
         raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
@@ -140,6 +137,9 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             as_interrupts(),
         ):
             say(console, f"run folder: {folder}")
+            if is_run and flags.run_dir is None and (stopped := _stopped(config)):
+                rest = shlex.join([*resume, str(stopped)])
+                say(console, f"a run with these settings was stopped; to go on with it:  {rest}")
             result = _do(command, config, folder, _begin(config, place, progress))
     except ValueError:
         if not folder.exists():
@@ -162,6 +162,19 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if result.refusal:
         raise NotPublished(result.refusal)
     return 0
+
+
+def _stopped(config: RunConfig) -> Path | None:
+    """Finds the newest unfinished run of these settings in runs/ that no process works on."""
+    for path in sorted(Path("runs").glob(f"{config.model_name}-*/{CONFIG_FILE}"), reverse=True):
+        place = RunFolder(path.parent)
+        if place.metrics_file.exists() or not place.has_begun():
+            continue
+        # One that runs is not stopped, and one whose settings cannot be read cannot be resumed.
+        with contextlib.suppress(ValueError, OSError, InUse), locked(path.with_name("lock")):
+            if place.settings() == place.settled(config):
+                return place.path
+    return None
 
 
 def _check(command: str, config: RunConfig) -> int:
@@ -200,7 +213,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     folder = flags.run_dir if this_worker().is_chief else None
     names_data = {"data.source", "data.path"} & settings.keys()
     holds_nothing = folder is not None and not RunFolder(folder).holds_run()
-    # Settings that may change in a finished run do not start another one.
+    # Settings that may change in a started run do not start another one.
     is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
     if folder and holds_nothing and not is_named:
         near = beside(folder, lambda x: (x / CONFIG_FILE).is_file())

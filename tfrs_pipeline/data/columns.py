@@ -355,17 +355,17 @@ def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
         cleaned = text.isin(["", *NO_ID]).ifelse(ibis.null("string"), text)
         is_unclean = (value != value.strip()) | value.endswith(".0") | value.isin(NO_ID)
         is_other = ~is_integer_text(value)
-        counts = raw.aggregate(other=is_other.sum(), unclean=is_unclean.any())
+        counts = raw.aggregate(other=is_other.sum(), unclean=is_unclean.any(), num=value.count())
         if counts["other"] and counts["unclean"]:
             value, is_other = cleaned, ~is_integer_text(cleaned)
-            counts = raw.aggregate(other=is_other.sum())
-        num_others = counts["other"] or 0
+            counts = raw.aggregate(other=is_other.sum(), num=value.count())
+        num_others, num = counts["other"] or 0, counts["num"]
         raw.texts[column] = value, not num_others
-        if 0 < num_others <= _FEW_TEXTS * raw.num_rows:
+        if 0 < num_others <= _FEW_TEXTS * num:
             row = raw.table["_row"]
             first = raw.aggregate(row=row.min(where=is_other), id=value.argmin(row, where=is_other))
             raw.notes.append(
-                f"{raw.source.column(column)}: {num_others:,} of {raw.num_rows:,} rows hold no "
+                f"{raw.source.column(column)}: {num_others:,} of {num:,} rows with a value hold no "
                 f"integer, such as {printable(repr(first['id']))} in row {first['row'] + 1:,}, so "
                 "all ids in it are text"
             )

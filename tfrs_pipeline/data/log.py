@@ -368,7 +368,7 @@ class Log:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
-    """A log in parts; unpacks as train, validation, test.
+    """A log in parts; unpacks and slices as the tuple (train, validation, test).
 
     `events` are those of `log` without the dropped ones, with the column `part`: "train",
     "validation", "test" or "fold_in", which is the history of held-out users.
@@ -384,8 +384,11 @@ class Split:
     def __iter__(self) -> Iterator[Any]:
         return map(self.__getitem__, range(3))
 
-    def __getitem__(self, position: int) -> Any:
-        return getattr(self, ("train", "validation", "test")[position])
+    def __getitem__(self, position: int | slice) -> Any:
+        names = ("train", "validation", "test")
+        if isinstance(position, slice):
+            return tuple(getattr(self, name) for name in names[position])
+        return getattr(self, names[position])
 
     @functools.cached_property
     def train(self) -> Log:
@@ -540,10 +543,10 @@ def _described(log: Log) -> Iterator[str]:
     if log.disliked is not None:
         clicks, positives = log.events.filter(is_positive), log.positives()
         num_lost = schema.count_rows(clicks) - schema.count_rows(positives)
+        lost = f"; the positives lack {counted(num_lost, 'click')} on them" if num_lost else ""
         yield (
             f"{counted(schema.count_rows(log.disliked), 'pair')} of a user and an item that the "
-            "user disliked: never shown to them; the positives lack "
-            f"{counted(num_lost, 'click')} on them"
+            f"user disliked: never shown to them{lost}"
         )
     if log.part_of is not None:
         yield "a part of a log: the whole log's description says what was dropped"

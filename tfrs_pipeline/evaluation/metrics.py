@@ -30,7 +30,7 @@ from typing import ClassVar
 import numpy as np
 
 from tfrs_pipeline.data.ids import are_listed
-from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.messages import suggest_part
 
 # With fewer items to find per user, weights within users change little.
 _MIN_ITEMS_PER_USER = 1.5
@@ -362,7 +362,7 @@ def metric_of(text: str) -> Metric:
     if name not in METRICS or not re.fullmatch(r"[1-9]\d*", k):
         hint = "its cutoff is not an integer of 1 or more"
         if name not in METRICS:
-            hint = suggest(f"{name}@{k or 100}", [f"{known}@{k or 100}" for known in METRICS])
+            hint = suggest_part(f"{name}@{k or 100}", [f"{known}@{k or 100}" for known in METRICS])
         raise ValueError(f"must be a metric at a cutoff, such as 'ndcg@100'; {hint}")
     return METRICS[name](int(k))
 

@@ -102,11 +102,13 @@ class EvaluationResult:
         num, num_relevant = len(self.user_ids), self.overall.num_relevant
         num_before = num_relevant + self.num_relevant_excluded
         sampled_from = counted(self.num_sampled_from or 0, "query")
+        is_many = self.num_relevant_excluded and self.num_skipped >= 0.05 * (num + self.num_skipped)
+        hint = "; if own items may come again, set evaluation.exclude to none (docs/guides/seen.md)"
         lines = [
             (self.num_sampled_from, f"measured on {num:,} of {sampled_from}, sampled"),
             (self.num_skipped,
              f"{self.num_skipped:,} of {counted(num + self.num_skipped, 'query')} skipped, with "
-             "nothing to find"),
+             f"nothing to find{hint if is_many else ''}"),
             (self.num_relevant_excluded,
              f"{counted(self.num_relevant_excluded, 'relevant item')} not counted: the ranking "
              f"excludes what its user had {self.exclude} before (exclude)"),

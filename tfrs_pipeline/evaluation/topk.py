@@ -97,6 +97,12 @@ class ScoreRetriever:
     """Retrieves by a score of every item for each query: `score` returns [num_queries, num_items].
 
     All baselines but `MostPopular` return it from `fit`; the history of a query gives the scores.
+    An item whose score is -inf is never retrieved; NaN is refused (`ValueError`).
+
+    Example:
+        >>> scored = ScoreRetriever(Ids(["a", "b"]), lambda queries: np.array([[0.1, 0.9]]))
+        >>> scored.retrieve([{}], k=2, exclude=[["b"]])[0]
+        array([['a', '']], dtype=object)
     """
 
     items: Ids

@@ -6,7 +6,7 @@ from typing import Any
 from tfrs_pipeline.features.categorical import Categorical, Hashed, MultiCategorical, Text
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Bucketized, Numeric, Timestamp, Vector
-from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.messages import suggest_part
 
 KINDS: dict[str, type[Feature]] = {
     cls.kind: cls
@@ -27,7 +27,7 @@ KINDS: dict[str, type[Feature]] = {
 def kind_problem(kind: object) -> str:
     """Describes an unknown kind and suggests the meant one; "" if it is known."""
     is_known = isinstance(kind, str) and kind in KINDS
-    return "" if is_known else f"no kind of feature; {suggest(str(kind), KINDS)}"
+    return "" if is_known else f"no kind of feature; {suggest_part(str(kind), KINDS)}"
 
 
 def feature_from_dict(settings: Mapping[str, Any]) -> Feature:

@@ -142,8 +142,13 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         slices.setdefault(lowest, []).append(items)
         # Of those that decide the outcome, the one that finds most.
         best = max((x for x in pairs if x.outcome is lowest), key=lambda x: x.theirs)
-        numbers = f"({best.mine:.2f} against {best.theirs:.2f})"
-        clauses.append(f"{items}: it {VERBS[lowest]} {best.name} {numbers}")
+        # A sum that finds fewer items than one of its members may still beat every baseline.
+        alone = compared(metrics, f"{part}/{metric}").get("best_member")
+        told = [best, alone] if alone and alone.outcome is Outcome.WORSE else [best]
+        words = (
+            f"it {VERBS[x.outcome]} {x.name} ({x.mine:.2f} against {x.theirs:.2f})" for x in told
+        )
+        clauses.append(f"{items}: {', and '.join(words)}")
     if not clauses:
         return Verdict("not compared", reason, None)
     first = min(slices, key=[*Outcome].index)

@@ -3,7 +3,7 @@
 Linear algebra over all pairs of items runs in native code: where that crashes, or memory runs out,
 no `except` helps. The other process fits and measures one baseline after another, and sends each
 result as soon as it has it. If it dies, the baseline at work is left out, and a new process goes on
-with the rest.
+with the rest. If it cannot even begin, none is measured, and the next call of the run tries again.
 """
 
 import contextlib
@@ -15,15 +15,16 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_whole, write_record
 from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
-from tfrs_pipeline.evaluation.metrics import BUILT_IN, METRICS, Metric
+from tfrs_pipeline.evaluation.metrics import BUILT_IN, METRICS
 from tfrs_pipeline.evaluation.results import Evaluation
+from tfrs_pipeline.messages import printable
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import MeasuredBaselines, baselines_of, evaluate_all, fit_best
@@ -34,6 +35,14 @@ Answer: TypeAlias = tuple[Evaluation, list[str]] | str
 Choices: TypeAlias = Mapping[str, Sequence[Baseline]]
 
 
+class Failure(str):
+    """Why a baseline was not measured, unless it refused the data, such as too many items."""
+
+
+class NotBegun(Failure):
+    """Why the process of the baselines did not begin, which says nothing about any of them."""
+
+
 def measure_baselines(
     config: RunConfig, folder: RunFolder, runner: Runner, data: RunData
 ) -> MeasuredBaselines:
@@ -41,26 +50,31 @@ def measure_baselines(
 
     A baseline that failed is recorded in the folder, so that a resumed run does not fail again.
     """
-    failed = (read_whole(folder.left_out_file) or {"baselines": {}})["baselines"]
+    record: dict[str, Any] = read_whole(folder.left_out_file) or {"baselines": {}}
+    failed = record.setdefault("failed", {})
     again = f"(it is not tried again; to do so, delete {folder.left_out_file})"
-    left_out = {name: f"{why} {again}" for name, why in failed.items()}
+    left_out = {name: f"{why} {again}" for name, why in record["baselines"].items()}
     choices = {
-        name: forms for name, forms in baselines_of(config, data).items() if name not in failed
+        name: forms for name, forms in baselines_of(config, data).items() if name not in left_out
     }
     evaluations, answers = [], answers_from_process(config, folder.path, data, choices)
     for number, name in enumerate(choices):
         runner.progress.task(f"baseline {name}", number, len(choices))
         answer = next(answers)
         if isinstance(answer, str):
-            failed[name] = left_out[name] = answer
-            write_record(folder.left_out_file, {"baselines": failed})
+            left_out[name] = answer
+            if isinstance(answer, Failure):
+                failed[name] = answer
+            if not isinstance(answer, NotBegun):
+                record["baselines"][name] = answer
+                write_record(folder.left_out_file, record)
         else:
             evaluations.append(answer[0])
             runner.note(*answer[1])
     runner.note(*(f"{name} is left out: {why}" for name, why in left_out.items()))
     unnamed = [name for name in BASELINES if name not in config.evaluation.baselines]
     runner.note(*(f"{name}: left out by the preset or by evaluation.baselines" for name in unnamed))
-    return MeasuredBaselines(evaluations, left_out)
+    return MeasuredBaselines(evaluations, left_out, failed)
 
 
 def answers_from_process(
@@ -79,7 +93,9 @@ def answers_from_process(
         process = spawn.Process(target=_send_answers, args=(theirs,), daemon=True)
         process.start()
         theirs.close()  # The process then holds the only copy, so `recv` ends when it does.
+        has_begun = False
         try:
+            has_begun = ours.recv()
             # Not an argument: `start` would wait forever for a process that dies before it reads.
             ours.send((custom_metrics, memory_left(), config, folder, data, pending))
             while pending:
@@ -89,16 +105,20 @@ def answers_from_process(
                     process.join(timeout=10)  # It ends by itself, and gives back what it holds.
                 yield answer
         except (EOFError, OSError):
-            # Answers come in order, so the process died at the first one that is pending.
             process.join()
+            code = process.exitcode or 0
+            if not has_begun and code >= 0:  # Not for want of memory, so it would fail each time.
+                yield from [NotBegun(_why_not_begun(code, folder))] * len(pending)
+                return
+            # Answers come in order, so the process died at the first one that is pending.
             del pending[next(iter(pending))]
-            yield _cause_of_death(process.exitcode or 0)
+            yield Failure(_cause_of_death(code))
         finally:  # Native code does not listen to Ctrl-C.
             process.kill()
 
 
 def _send_answers(to: Connection) -> None:
-    metrics: Mapping[str, type[Metric]]
+    to.send(True)  # The program has been imported again.
     metrics, num_bytes, *task = to.recv()
     METRICS.update(metrics)  # Those that users have added.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The run ends this process.
@@ -122,7 +142,7 @@ def answers(config: RunConfig, folder: Path, data: RunData, choices: Choices) ->
         except ValueError as error:  # A refusal, such as of too many items.
             return str(error)
         except Exception as error:  # Whatever it is, it concerns this baseline alone.
-            return f"{type(error).__name__}: {error}"
+            return Failure(f"{type(error).__name__}: {error}")
 
     yield from map(answer, choices)  # Each is freed before the next one is fitted.
 
@@ -155,3 +175,14 @@ def _cause_of_death(code: int) -> str:
     how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
     why = " (where memory runs out, the system sends it)" if code == -signal.SIGKILL else ""
     return f"its process ended with {how}{why}"
+
+
+def _why_not_begun(code: int, folder: Path) -> str:
+    """Explains the end of a process that first imports the program that was started."""
+    errors = folder / "native.log"  # The command line lets the process write there.
+    lines = errors.read_text(errors="replace").splitlines() if errors.exists() else []
+    last = f". The last line of {errors}: {printable(lines[-1], 200)}" if lines else ""
+    return (
+        f"{_cause_of_death(code)} while importing the program again: what that does belongs below "
+        f'`if __name__ == "__main__":`. The next run in this folder tries the baseline again{last}'
+    )

@@ -11,6 +11,7 @@ from typing import Any
 from tfrs_pipeline import durable
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import (
+    ExportConfig,
     MemberConfig,
     RunConfig,
     dump_config,
@@ -26,8 +27,8 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at, versions_of
 from tfrs_pipeline.settings import ConfigError, refuse
 
 CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"
-MAY_CHANGE = ("export.gate", "export.if_beaten", "export.index", "export.target_recall")
-"""Settings of a started run that may change until something is exported; then only the first."""
+MAY_CHANGE = tuple(f"export.{name}" for name in ExportConfig.model_fields)
+"""Settings of a started run that may change until something is exported; then only the gate."""
 
 # Files that a run replaces; a user's own files may have the same names.
 _REPLACED = (
@@ -192,20 +193,18 @@ class RunFolder:
                 try:
                     self.settings()
                 except ConfigError:
-                    names = ", ".join(existing)
                     raise ValueError(
-                        f"{self.path} holds {names}, which a run would replace, but no "
-                        f"{CONFIG_FILE} as a run writes it: they may be your own. Choose another "
-                        "folder with --run-dir."
+                        f"{self.path} holds {', '.join(existing)}, which a run would replace, but "
+                        f"no {CONFIG_FILE} as a run writes it: they may be your own. Choose "
+                        "another folder with --run-dir."
                     ) from None
             self._write_settings(config)
             return
         configs = self.settings(), config
         old, new = (flat_settings(settings.model_dump(mode="json")) for settings in configs)
         changes = [name for name in old | new if old.get(name) != new.get(name)]
-        metrics = self.metrics()
-        is_exported = metrics is not None and own_version(config, self)
-        allowed = (*(MAY_CHANGE[:1] if is_exported else MAY_CHANGE), "compare.seeds")
+        exported = self.metrics() and own_version(config, self)
+        allowed = (*(["export.gate"] if exported else MAY_CHANGE), "compare.seeds")
         refused = [name for name in changes if name not in allowed]
         if refused:
             # `fixed` holds the names of settings that are compared themselves, so it is shown only
@@ -214,7 +213,8 @@ class RunFolder:
             lines = [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in shown]
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(lines)}). Choose another "
-                "folder with --run-dir, or delete this one."
+                "folder with --run-dir, or leave these settings out to go on with this run."
+                f"{f' Its model is in {exported}: copy that folder.' if exported else ''}"
             )
         if changes:
             self._write_settings(config)

@@ -39,10 +39,14 @@ def baselines_of(config: RunConfig, data: RunData) -> dict[str, Sequence[Baselin
 
 
 class MeasuredBaselines(NamedTuple):
-    """The evaluations of baselines, one each, and why others are left out, by name."""
+    """The evaluations of baselines, one each, and why others are left out, by name.
+
+    `failed` has those of the latter that broke, and did not refuse the data.
+    """
 
     evaluations: Sequence[Evaluation]
     left_out: Mapping[str, str]
+    failed: Mapping[str, str]
 
 
 def fit_best(

@@ -17,7 +17,7 @@ from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
+from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted, sentence
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.apart import measure_baselines
@@ -35,12 +35,7 @@ from tfrs_pipeline.serving.export import (
     describe_index,
     export_version,
 )
-from tfrs_pipeline.serving.gate import (
-    BEST_MEMBER,
-    IN_SERVICE,
-    beaten_by_baseline,
-    worse_than_version,
-)
+from tfrs_pipeline.serving.gate import IN_SERVICE, beaten_by_baseline, worse_than_version
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
 
@@ -72,7 +67,7 @@ def run_steps(config: RunConfig) -> list[Step]:
     The last step's file, metrics.json, marks a finished run.
     """
     models, version = tuple(variants(config)), "export.directory/NAME/VERSION/"
-    judged = "samples", "two_tower", "measured"
+    judged = "samples", "baselines", "two_tower", "measured"
     every = "samples", "baselines", "measured", "version", *models
     return [
         *data_steps(),
@@ -200,23 +195,28 @@ def _read_result(run: RunContext) -> RunResult | None:
 
 
 def _read_exported(run: RunContext) -> dict[str, Any] | None:
-    """Reads the version that this training was exported as, unless the index settings changed."""
+    """Reads the version that this training was exported as, unless what it holds has changed."""
     if (version := own_version(run.config, run.folder)) is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
     export, then = run.config.export.model_dump(mode="json"), manifest["config"]["export"]
-    decisive = "index", "target_recall"
-    if export["index"] != "none" and any(then[name] != export[name] for name in decisive):
+    decisive = "index", "target_recall", "filter_by", "user_data"
+    if export["index"] != "none" and any(then.get(name) != export[name] for name in decisive):
         return None
     run.note(f"{version}, exported before the run was stopped, is kept")
     return {"index": manifest["index"], "export_folder": str(version.resolve())}
 
 
 def _export_best(
-    run: RunContext, samples: RunData, two_tower: Model, measured: Evaluation
+    run: RunContext,
+    samples: RunData,
+    baselines: MeasuredBaselines,
+    two_tower: Model,
+    measured: Evaluation,
 ) -> dict[str, Any]:
     """Exports the two-tower model, unless a baseline or the version in service is better.
 
+    If baselines failed and none was measured, nothing shows that, and it is not exported either.
     Returns the export's part of metrics.json.
     """
     if (kept := _read_exported(run)) is not None:
@@ -227,7 +227,7 @@ def _export_best(
         run.note("export.index is 'none': nothing is exported")
         return _NOT_EXPORTED
     try:
-        run.note(*_pass_gate(config, folder, measured))
+        run.note(*_pass_gate(config, folder, measured, baselines))
     except NotPublished as error:
         run.note(f"not exported: {str(error).partition('. ')[0]}")
         return {**_NOT_EXPORTED, "refusal": str(error)}
@@ -268,18 +268,22 @@ def _export_best(
     return {"index": manifest["index"], "export_folder": str(version.resolve())}
 
 
-def _pass_gate(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> Iterator[str]:
+def _pass_gate(
+    config: RunConfig, folder: RunFolder, evaluation: Evaluation, measured: MeasuredBaselines
+) -> Iterator[str]:
     """Compares the model with the baselines, and with the version in service if that is measured.
 
     It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
     """
     export, monitor, models = config.export, config.training.monitor, config.model_folder
-    # Measured beside the model, but not baselines.
-    others = (*variants(config), BEST_MEMBER, IN_SERVICE)
-    baselines = [name for name in evaluation.results if name not in others]
+    baselines = [name for each in measured.evaluations for name in each.results]
     # By the flag that overrules each. All are collected, so that one error names every flag.
     refusals: dict[str, str] = {}
-    if beaten := beaten_by_baseline(evaluation, monitor, baselines):
+    beaten = beaten_by_baseline(evaluation, monitor, baselines)
+    if measured.failed and not baselines:
+        name, why = next(iter(measured.failed.items()))
+        beaten = f"No baseline could be measured to compare the model with. {name}: {sentence(why)}"
+    if beaten:
         if export.if_beaten:
             yield f"exported anyway, as export.if_beaten allows: {beaten}"
         else:

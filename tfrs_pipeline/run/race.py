@@ -279,7 +279,8 @@ def race(
             if it is a terminal.
 
     Raises:
-        ConfigError: If a name or setting is unknown, or no recipe is named.
+        ConfigError: If a name or setting is unknown, a value or a recipe of your own is impossible
+            with the settings, or no recipe is named.
         TypeError: If `validation` is no holdout, or `recipes` is not a sequence.
         ValueError: If no recipe can train, the folder holds other trainings, or there is no
             positive (`DataError`).
@@ -288,7 +289,10 @@ def race(
         A recipe of your own against two of the package's::
 
             train, validation, test = log.split("time")
-            wide = tp.Recipe("wide", {"model.dim": 256, "training.examples": "sequences"})
+            # Batches of whole sequences take no in-batch negatives.
+            negatives = [tp.Uniform(512), tp.Popularity(512)]
+            by_user = {"training.examples": "sequences", "model.negatives": negatives}
+            wide = tp.Recipe("wide", {"model.dim": 256, **by_user})
             model, race = tp.race(train, validation, recipes=["default", "sequence", wide])
             print(race)
     """
@@ -296,9 +300,7 @@ def race(
     is_list = isinstance(recipes, Sequence) and not isinstance(recipes, str)
     if not is_list or not all(isinstance(recipe, str | Recipe) for recipe in recipes):
         raise TypeError(f"recipes must be a list of names or tp.Recipe. Received: {recipes!r:.200}")
-    entrants = [
-        recipe if isinstance(recipe, Recipe) else _recipe_named(recipe) for recipe in recipes
-    ]
+    entrants = [_recipe_named(entry) if isinstance(entry, str) else entry for entry in recipes]
     if len({recipe.name for recipe in entrants}) < max(1, len(entrants)):
         names = [recipe.name for recipe in entrants]
         refuse([("recipes", f"got {names}; name one or more, each once: {', '.join(RECIPES)}")])
@@ -313,6 +315,13 @@ def race(
     read = "model.", "training.", "evaluation.exclude.", "evaluation.cutoffs."
     message = "a race reads only model, training, evaluation.exclude and evaluation.cutoffs"
     refuse((name, message) for name in settings or () if not f"{name}.".startswith(read))
+    for recipe in entrants:
+        # One of the package that the settings contradict is left out, as if the log did.
+        if recipe.name not in PRESETS:
+            try:
+                with_settings(config, recipe.settings, fixed=config.fixed)
+            except ConfigError as error:
+                raise ConfigError(error.problems, f"recipe {recipe.name!r}") from None
     with ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
