@@ -16,8 +16,8 @@ def encoder(**changes: Any) -> Encoder:
     """Makes an encoder of users 30 and 10, and of items a, b and c."""
     vectors = tf.Variable(np.eye(4, dtype=np.float32))
 
-    def lists(*of_users: list[int]) -> RowLists:
-        return RowLists.from_lists([np.array(rows, np.int32) for rows in ([], *of_users)])
+    def lists(*rows_by_user: list[int]) -> RowLists:
+        return RowLists.from_lists([np.array(rows, np.int32) for rows in ([], *rows_by_user)])
 
     model = Exportable(
         embed_queries=lambda query_rows, history_rows, **_: tf.gather(vectors, history_rows[:, 0]),
@@ -54,7 +54,7 @@ def test_lists_are_those_of_each_user() -> None:
 def test_known_items_have_their_rows_among_those_of_an_index() -> None:
     queries = [{"user_id": 10}, {}, {"user_id": 30}]
     rows = known_rows(encoder(), queries, np.array(["c", "b"], object))
-    assert [of_query.tolist() for of_query in rows] == [[1], [], [2]]
+    assert [query_rows.tolist() for query_rows in rows] == [[1], [], [2]]
 
 
 def test_without_user_data_nobody_is_known() -> None:

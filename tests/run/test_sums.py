@@ -142,7 +142,7 @@ def test_the_next_days_sum_starts_from_each_member(
     assert model.manifest["run"] == str(folder.path.resolve())
     # `--check` compares each member with the one that it starts from.
     compared = []
-    monkeypatch.setattr(training, "WarmStart", lambda *given: compared.append(given))
+    monkeypatch.setattr(training, "WarmStart", lambda *arguments: compared.append(arguments))
     check_trainings(settings, prepare(settings, folder.path).selection)
     for (source, plan, *_), name in zip(compared, yesterday.trained, strict=True):
         assert source.settings == plan.settings == yesterday.trained[name].model

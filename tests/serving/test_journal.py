@@ -209,11 +209,13 @@ def test_events_of_a_model_with_other_ids_change_nothing(served: Served, model: 
     if served.ids == "int":
         others = [*map(str, others)]
     before, later = by_user(load(model, exact=True), user), time.time_ns() // 1_000_000 + 1000
-    of_old = [
+    old_events = [
         Event(user, later, other, type_, None, None)
         for other, type_ in zip(others, TYPES.values(), strict=True)
     ]
-    Journal(model).write([of_old], [Answer("old", later, 1, np.array([user]), np.array([others]))])
+    Journal(model).write(
+        [old_events], [Answer("old", later, 1, np.array([user]), np.array([others]))]
+    )
     retriever = load(model, exact=True)
     assert by_user(retriever, user) == pytest.approx(before)
     assert retriever.disliked_items([user]) == [[]]
@@ -353,7 +355,7 @@ def test_a_file_with_ids_as_text_takes_no_events_and_moves_to_a_new_one(
     assert 10 not in by_user(retriever, 100)
 
 
-def of_ids(journal: Journal) -> tuple[list[Any], list[Any]]:
+def stored_ids(journal: Journal) -> tuple[list[Any], list[Any]]:
     """Returns the ids in the events, and in the table that tells repeats."""
     with journal.writing() as sql:
         queries = (
@@ -368,7 +370,7 @@ def of_ids(journal: Journal) -> tuple[list[Any], list[Any]]:
 def test_ids_live_as_long_as_their_events(tmp_path: Path, seed: int) -> None:
     """Writes, deletions and drops by a second route: a set of ids, and one of keys."""
     journal, rng = Journal(tmp_path), np.random.default_rng(seed)
-    there: dict[tuple[Any, ...], str | None] = {}
+    held: dict[tuple[Any, ...], str | None] = {}
     for _ in range(12):
         groups: list[list[dict[str, Any]]] = [[], []]
         expected = [0, 0]
@@ -379,23 +381,23 @@ def test_ids_live_as_long_as_their_events(tmp_path: Path, seed: int) -> None:
         for number, group in enumerate(groups):
             for line in group:
                 key = line["user_id"], line["item_id"], line["time"]
-                if key not in there and line["event_id"] not in {*there.values()} - {None}:
-                    there[key] = line["event_id"]
+                if key not in held and line["event_id"] not in {*held.values()} - {None}:
+                    held[key] = line["event_id"]
                     expected[number] += 1
         types = {"users_are_text": False, "items_are_text": False}
         assert journal.write([check_events(group, **types) for group in groups]) == expected
         if rng.random() < 0.4:
             users = rng.integers(1, 5, 2).tolist()
-            gone = [{key for key in there if key[0] == user} for user in users]
+            gone = [{key for key in held if key[0] == user} for user in users]
             counts = [len(gone[0]), len(gone[1] - gone[0])]
             assert journal.forget(users) == counts
-            there = {key: id_ for key, id_ in there.items() if key[0] not in users}
+            held = {key: id_ for key, id_ in held.items() if key[0] not in users}
         if rng.random() < 0.3:
             end = int(rng.integers(1, 6))
-            assert journal.drop_older(1000 * end)[0] == sum(key[2] < end for key in there)
-            there = {key: id_ for key, id_ in there.items() if key[2] >= end}
-        ids = sorted((id_hash(id_),) for id_ in there.values() if id_ is not None)
-        assert of_ids(journal) == (ids, ids)
+            assert journal.drop_older(1000 * end)[0] == sum(key[2] < end for key in held)
+            held = {key: id_ for key, id_ in held.items() if key[2] >= end}
+        ids = sorted((id_hash(id_),) for id_ in held.values() if id_ is not None)
+        assert stored_ids(journal) == (ids, ids)
 
 
 def test_ids_of_events_keep_the_file_small(tmp_path: Path) -> None:

@@ -161,11 +161,8 @@ class WriteLog(OfModel):
                 say(console, f"{counted(num, 'event')} of items that the model does not have now")
             if (num := recorded.num_before_end) and model.activity is not None:
                 end = datetime.fromtimestamp(model.activity.until / 1000, UTC)
-                say(
-                    console,
-                    f"{counted(num, 'event')} from before the end of the model's log, "
-                    f"{end:%Y-%m-%d %H:%M} UTC: they join no history",
-                )
+                text = f"{counted(num, 'event')} from before the end of the model's log, "
+                say(console, f"{text}{end:%Y-%m-%d %H:%M} UTC: they join no history")
         written_before = None
         if self.out is not None:
             # An old event that comes while the file is written stays for the next file.

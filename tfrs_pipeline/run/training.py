@@ -63,8 +63,10 @@ def check_plan(plan: TwoTower, data: TrainingSet) -> None:
 
 def check_trainings(config: RunConfig, data: TrainingSet) -> None:
     """Refuses what the trainings of a run without a race would refuse, warm starts included."""
-    members = {name: member_config(config, name) for name in config.trained}
-    for name, settings in (members or variants(config)).items():
+    models = {name: member_config(config, name) for name in config.trained}
+    # A sum trains its members alone.
+    models |= {name: model for name, model in variants(config).items() if not model.summed}
+    for name, settings in models.items():
         plan = plan_of(settings, name)
         check_plan(plan, data)
         if config.warm_start and (source := trained_in(config.warm_start, "selection", name)):
