@@ -448,7 +448,7 @@ def million(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def deletions(port: int, name: str, users: list[Any], view: dict[str, Any]) -> dict[str, Any]:
-    """Deletes five users at once; meanwhile one client posts events, and two ask without a pause.
+    """Deletes five users at once; meanwhile one client posts events, and two ask for items.
 
     One of the two leaves out what was served in the last three answers.
     """
@@ -470,7 +470,7 @@ def deletions(port: int, name: str, users: list[Any], view: dict[str, Any]) -> d
 
         def repeat(call: tuple[Any, ...]) -> list[float]:
             client, seconds = Client(port, name, TOKEN), []
-            while not all(done.done() for done in deleted):
+            while not (seconds and all(done.done() for done in deleted)):
                 seconds.append(timed(client.post, *call)[0])
                 time.sleep(0.005)
             return seconds
