@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SECONDS_BETWEEN_LINES = 15.0  # Between lines of progress, if each report is a new line.
+SECONDS_BETWEEN_LINES = 15.0  # Between reports of progress within an epoch.
 
 
 @dataclass
