@@ -92,7 +92,7 @@ _MAX_EVENTS = 10_000
 _MINUTE_MS, _DAY_MS = 60_000, 86_400_000
 _MAX_TAKEN = 500  # Requests that are written in one transaction.
 # While others read SQLite's log of writes, it cannot be cut: number of tries, and seconds between.
-_MAX_CUTS, _CUT_SECONDS = 300, 0.1
+_MAX_CUTS, _CUT_SECONDS = 50, 0.1
 # No client waits for an answer's record. So a record waits this long for others, to share a write,
 # and is dropped if this many wait.
 _ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
