@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS live_items (
 );
 """
 # A writer waits this long for others. A transaction takes milliseconds; a rewrite of the events'
-# file takes 6 s a GB, so it holds off others for too long from 5 GB on.
+# file takes 5 to 7 s a GB, so it holds off others for too long from 4 to 5 GB on.
 BUSY_SECONDS = 30.0
 # SQLite's codes for a file that is not as this version wrote it. The first comes from a missing
 # table or column.
