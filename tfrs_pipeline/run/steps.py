@@ -1,7 +1,7 @@
 """Work as a list of steps, and the one loop that runs it.
 
-A step reads its artifact back if it is complete on disk, and makes it if not. So work that was
-stopped resumes at the first step without a complete artifact.
+The function of a step (`Step.make`) reads its artifact back if it is complete on disk, and makes it
+if not. So work that was stopped resumes at the first step without a complete artifact.
 """
 
 import contextlib
@@ -53,7 +53,10 @@ class Runner:
         self._held = contextlib.ExitStack()
 
     def run(self, steps: Sequence[Step]) -> Any:
-        """Runs the steps whose artifacts are missing, in order; returns the last artifact.
+        """Calls the steps in order; returns the last artifact.
+
+        A step whose artifact this runner has already, from another list, is passed over. What is on
+        disk the step itself reads back.
 
         Example:
             >>> one = Step("first", (), "number", lambda runner: 1)
