@@ -1,8 +1,11 @@
-"""This process's place among the workers of a training, read from TF_CONFIG."""
+"""This process's place among the others of a run: the workers of a training, from TF_CONFIG."""
 
 import json
 import os
 from dataclasses import dataclass
+
+BASELINES_PROCESS = "baselines of tfrs-pipeline"
+"""Name of the process that measures a run's baselines; it first imports the program again."""
 
 
 @dataclass(frozen=True)

@@ -181,9 +181,8 @@ class RunConfig(Config):
     compare: CompareConfig = CompareConfig()
     """What `tfrs-pipeline compare` tries."""
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
-    """Finished run or exported model whose weights training starts from. On the command line, what
-    you do not give of model, training and baselines is taken from there, with a fifth of its
-    epochs."""
+    """Finished run or exported model to start from. The command line takes its model, training,
+    baselines, evaluation.exclude and evaluation.by, unless given, with a fifth of its epochs."""
     recipes: Annotated[Distinct[RecipeName], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
     fixed: Annotated[Distinct[str], BeforeValidator(_or_none), HIDDEN] = ()

@@ -353,6 +353,14 @@ def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
     assert got.model == theirs.model
     assert got.training == theirs.training.model_copy(update={"max_epochs": 9})
     assert got.data == asked.data
+    # The items that rankings exclude are those of the service that goes on.
+    rules = {"evaluation.exclude": "none", "evaluation.by": "users"}
+    differs = with_settings(asked, rules)
+    taken = with_source(differs, RunFolder(tmp_path), ["training.max_epochs"]).evaluation
+    assert (taken.exclude, taken.by) == (theirs.evaluation.exclude, theirs.evaluation.by)
+    assert (taken.exclude, taken.by) != ("none", "users")
+    kept = with_source(differs, RunFolder(tmp_path), [*rules, "training.max_epochs"]).evaluation
+    assert (kept.exclude, kept.by) == ("none", "users")
     # The same command again, in the folder of the run that it has started.
     begun = RunFolder(Path(shutil.copytree(warm.result.folder, tmp_path / "begun")))
     begun.race.mkdir()

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tfrs_pipeline.cluster import BASELINES_PROCESS
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Log, Split
@@ -90,7 +91,9 @@ def answers_from_process(
     while pending:
         ours, theirs = spawn.Pipe()
         # A daemon does not outlive the run.
-        process = spawn.Process(target=_send_answers, args=(theirs,), daemon=True)
+        process = spawn.Process(
+            target=_send_answers, args=(theirs,), name=BASELINES_PROCESS, daemon=True
+        )
         process.start()
         theirs.close()  # The process then holds the only copy, so `recv` ends when it does.
         has_begun = False
@@ -184,5 +187,6 @@ def _why_not_begun(code: int, folder: Path) -> str:
     last = f". The last line of {errors}: {printable(lines[-1], 200)}" if lines else ""
     return (
         f"{_cause_of_death(code)} while importing the program again: what that does belongs below "
-        f'`if __name__ == "__main__":`. The next run in this folder tries the baseline again{last}'
+        f'`if __name__ == "__main__":`. Then go on with --run-dir {folder}, which tries the '
+        f"baselines again{last}"
     )

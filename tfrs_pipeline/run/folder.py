@@ -285,8 +285,9 @@ def with_source(
 ) -> RunConfig:
     """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
 
-    If the names of the `fixed` settings are known, other settings of the model, its training and
-    the baselines come from the source, such as those of a recipe that won there. If the source
+    If the names of the `fixed` settings are known, other settings of the model, its training,
+    the baselines, `evaluation.exclude` and `evaluation.by` come from the source, such as those of a
+    recipe that won there. If the source
     began from random weights, `training.max_epochs` becomes a fifth of the epochs that it needed,
     2 or more: a warm start needs no more (docs/guides/daily.md). A started run keeps its own.
     """
@@ -297,8 +298,10 @@ def with_source(
     if fixed is not None:
         theirs = (folder if folder.has_begun() else run).settings()
         changes = plan_settings(theirs) | _fewer_epochs(run, theirs, "two_tower")
-        # An uncorrected model that the source did not train would begin from random weights.
-        changes["evaluation.baselines"] = theirs.evaluation.baselines
+        # Rankings that exclude other items would be another service's. An uncorrected model that
+        # the source did not train would begin from random weights.
+        for name in ("exclude", "by", "baselines"):
+            changes[f"evaluation.{name}"] = getattr(theirs.evaluation, name)
         config = with_settings(config, changes, fixed=fixed)
         begun = {name: _begun_from(run, theirs, name, config, fixed) for name in theirs.trained}
         config = with_settings(config, {"summed": {**theirs.summed, **begun}})
