@@ -11,6 +11,7 @@ import pytest
 import tfrs_pipeline as tp
 from tests.model.conftest import eagerly
 from tests.serving.conftest import Exported
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service, worse_than_version
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
@@ -29,10 +30,12 @@ def test_ids_of_another_type(exported: Exported, kind: str, first: Any, others: 
 @pytest.mark.parametrize("gain", [0.5, 0.0, -0.5])
 def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
     (tmp_path / "3").mkdir()
-    (tmp_path / "3" / "manifest.json").write_text("{}")
+    write_record(tmp_path / "3" / "manifest.json", {})
     interval = tp.Interval(gain, np.nan, np.nan)
     first = SimpleNamespace(
-        overall=SimpleNamespace(intervals={"ndcg@9": interval}), user_ids=np.array([1])
+        overall=SimpleNamespace(intervals={"ndcg@9": interval}),
+        user_ids=np.array([1]),
+        exclude="clicked",
     )
     evaluation: Any = SimpleNamespace(
         first=first,
@@ -45,6 +48,12 @@ def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
         True,
         "One test query cannot tell which model is better",
     )
+    # The version in service offers clicked items again, and the new one would not.
+    rule = {"config": {"evaluation": {"exclude": "none"}}}
+    write_record(tmp_path / "3" / "manifest.json", rule)
+    _, other = worse_than_version(evaluation, "ndcg@9", tmp_path)
+    told = ", both with evaluation.exclude clicked; that version has none."
+    assert (told in text, other) == (False, text.removesuffix(".") + told)
 
 
 def log_of(slots: Any, kind: str) -> tp.Log:

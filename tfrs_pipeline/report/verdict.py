@@ -144,9 +144,9 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         best = max((x for x in pairs if x.outcome is lowest), key=lambda x: x.theirs)
         # A sum that finds fewer items than one of its members may still beat every baseline.
         alone = compared(metrics, f"{part}/{metric}").get("best_member")
-        told = [best, alone] if alone and alone.outcome is Outcome.WORSE else [best]
+        shown = [best, alone] if alone and alone.outcome is Outcome.WORSE else [best]
         words = (
-            f"it {VERBS[x.outcome]} {x.name} ({x.mine:.2f} against {x.theirs:.2f})" for x in told
+            f"it {VERBS[x.outcome]} {x.name} ({x.mine:.2f} against {x.theirs:.2f})" for x in shown
         )
         clauses.append(f"{items}: {', and '.join(words)}")
     if not clauses:

@@ -287,9 +287,9 @@ def with_source(
 
     If the names of the `fixed` settings are known, other settings of the model, its training,
     the baselines, `evaluation.exclude` and `evaluation.by` come from the source, such as those of a
-    recipe that won there. If the source
-    began from random weights, `training.max_epochs` becomes a fifth of the epochs that it needed,
-    2 or more: a warm start needs no more (docs/guides/daily.md). A started run keeps its own.
+    recipe that won there. If the source began from random weights, `training.max_epochs` becomes
+    a fifth of the epochs that it needed, 2 or more: a warm start needs no more
+    (docs/guides/daily.md). A started run keeps its own.
     """
     if config.warm_start is None:
         return config

@@ -10,6 +10,7 @@ from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.model.dislikes import KNOWN_STAGES, left_out
 from tfrs_pipeline.model.encoder import SavedEncoder
 from tfrs_pipeline.serving.journal import Journal
+from tfrs_pipeline.serving.publish import exclude_of
 
 
 class Recent(NamedTuple):
@@ -54,8 +55,7 @@ class Activity:
         self.journal, self._encoder, self._excludes_known = journal, encoder, excludes_known
         until = manifest.get("histories_until", manifest["items_read"])
         self.until = round(1000 * datetime.fromisoformat(until).timestamp())
-        exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
-        self._known_stages = KNOWN_STAGES[exclude]
+        self._known_stages = KNOWN_STAGES[exclude_of(manifest)]
 
     def until_now(self, user_ids: Sequence[Any]) -> dict[int, Recent]:
         """Returns what users with events did, by their position among `user_ids`.

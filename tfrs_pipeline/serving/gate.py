@@ -9,12 +9,13 @@ import numpy as np
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import ASKED
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.publish import versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, exclude_of, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 IN_SERVICE = "in_service"  # The version's name in an evaluation.
@@ -112,6 +113,9 @@ def worse_than_version(
     version = _newest(folder, without)
     assert version is not None  # It was measured.
     comparison = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
+    theirs = exclude_of(read_record(version / MANIFEST_FILE, check_files=False))
+    if theirs != (ours := evaluation.first.exclude):  # Its users will be offered other items.
+        comparison += f", both with evaluation.exclude {ours}; that version has {theirs}"
     # The interval is of the version's mean minus the new model's. If all of it is above 0, the new
     # model is significantly worse.
     lowest = evaluation.differences[IN_SERVICE][metric].low
