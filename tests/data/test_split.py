@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from fractions import Fraction
 from hashlib import md5
 from pathlib import Path
@@ -211,6 +212,14 @@ def test_later_items_begin_after_the_last_event_of_a_part(kind: Any) -> None:
     assert split.log.later_items is None
     without_time = make_log(rows, with_time=False)
     assert without_time.split("last_share", min_positives=3).train.later_items is None
+
+
+@pytest.mark.parametrize("tenth", [np.float32(0.1), np.float64(0.1), Decimal("0.1"), "0.1"])
+def test_a_share_of_another_type_is_no_zero(tenth: Any) -> None:
+    split = one_user("c" * 100).split("last_share", validation=tenth, test=tenth)
+    report = split.report()
+    found = [report[part]["num_events"] for part in ("train", "validation", "test")]
+    assert found == [81, 9, 10]
 
 
 def test_float_noise_does_not_round_up() -> None:

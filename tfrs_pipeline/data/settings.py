@@ -168,7 +168,8 @@ def _amount(value: Any) -> Any:
         value = datetime.combine(value, time())
     for read in (int, float, datetime.fromisoformat):
         with contextlib.suppress(ValueError, TypeError):
-            amount: Any = value if isinstance(value, int | float | datetime) else read(value)
+            # As text, because int(np.float32(0.1)) and int(Decimal("0.1")) are 0.
+            amount: Any = value if isinstance(value, int | float | datetime) else read(str(value))
             is_number = isinstance(amount, int) and amount >= 0 and not isinstance(value, bool)
             if isinstance(amount, datetime) or is_number or 0 <= amount < 1:
                 return amount
