@@ -204,8 +204,6 @@ class RunConfig(Config):
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         data, model, training, export = self.data, self.model, self.training, self.export
-        is_held_out = self.split.kind == "held_out_users"
-        of_held_out = "with split.kind 'held_out_users': an earlier model was trained on them"
         cutoffs = list(self.evaluation.cutoffs)
         kinds = [name for name, kind in KINDS.items() if kind.holds_categories]
         is_filterable = data.item_features.get(export.filter_by or "") in kinds
@@ -217,9 +215,6 @@ class RunConfig(Config):
              "another kind"),
             (0 in (self.split.validation, self.split.test), "split",
              "got 0 for a part: a run chooses its model on validation and measures it on the test"),
-            (is_held_out and self.warm_start is not None, "warm_start",
-             f"got {str(self.warm_start)!r} {of_held_out}"),
-            (is_held_out and export.gate, "export.gate", f"got true {of_held_out}"),
             (export.gate and export.index == "none", "export.gate",
              "got true with export.index 'none', which exports nothing"),
             (model.use_user_id and not export.user_data and export.index != "none",

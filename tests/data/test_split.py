@@ -1,7 +1,6 @@
 """Splits: parts equal those of a slow loop, and no later event gets before a user's cut."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -126,7 +125,6 @@ def all_splits(log: Log) -> dict[str, Split]:
     return {
         "last_n": log.split("last_n", min_positives=3),
         "last_share": log.split("last_share", validation=0.2, test=0.2, min_positives=3),
-        "held_out": log.split("held_out_users", validation=0.3, test=0.4, min_positives=2),
         "time": log.split("time", validation=validation, test=test),
     }
 
@@ -134,7 +132,7 @@ def all_splits(log: Log) -> dict[str, Split]:
 @pytest.mark.parametrize(("num_users", "num_rows"), [(40, 400), (3, 5)])
 def test_nothing_after_a_cut_reaches_train_or_a_history(num_users: int, num_rows: int) -> None:
     rows = random_rows(1, num_users, num_rows)
-    later = {"train": 0, "fold_in": 0, "validation": 1, "test": 2}
+    later = {"train": 0, "validation": 1, "test": 2}
     for name, split in all_splits(make_log(rows)).items():
         assigned = parts_of(split)
         for numbers in by_user(rows).values():
@@ -147,8 +145,8 @@ def test_nothing_after_a_cut_reaches_train_or_a_history(num_users: int, num_rows
 def check_holdout_by_a_loop(
     rows: list[Event], split: Split, assigned: dict[int, str], part: EvaluationPart
 ) -> None:
-    """Checks a holdout by the slow evaluator's loops, which see fold-in events as training."""
-    shown = {n: of.replace("fold_in", "train") for n, of in assigned.items() if rows[n][3] in SHOWN}
+    """Checks a holdout by the slow evaluator's loops."""
+    shown = {n: of for n, of in assigned.items() if rows[n][3] in SHOWN}
     known = [Row(*rows[n][:4], None, x, n, n) for n, x in shown.items()]
     queries = [*queries_of(known, part, "users", "order")]
     if not queries:
@@ -158,10 +156,7 @@ def check_holdout_by_a_loop(
         return
     holdout = getattr(split, part)
     check_holdout(holdout, queries, has_time=True)
-    # Held-out users train nothing, not even for the test.
-    trains = {"train"}
-    if part == "test" and split.kind != "held_out_users":
-        trains.add("validation")
+    trains = {"train", "validation"} if part == "test" else {"train"}
     assert holdout.candidate_ids.tolist() == sorted({row[1] for row in rows})
     train_alone = split.holdout(part, trained_on=split.train).candidate_counts
     for counts, parts in ((holdout.candidate_counts, trains), (train_alone, {"train"})):
@@ -191,7 +186,7 @@ def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:
     assert (len(validation), len(test)) == (2, 2)
 
 
-@pytest.mark.parametrize("kind", ["time", "last_share", "last_n", "held_out_users"])
+@pytest.mark.parametrize("kind", ["time", "last_share", "last_n"])
 def test_later_items_begin_after_the_last_event_of_a_part(kind: Any) -> None:
     options = {"validation": 2, "test": 2} if kind == "last_n" else {"validation": 0.2, "test": 0.3}
     rng = np.random.default_rng(0)
@@ -238,7 +233,7 @@ def test_without_time_the_order_in_the_source_counts() -> None:
     assert (split.test.histories[0].tolist(), split.test.relevant[0].tolist()) == ([5], [3])
 
 
-@pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
+@pytest.mark.parametrize("kind", ["last_share", "last_n"])
 def test_without_any_order_the_last_are_drawn_at_random(kind: Any) -> None:
     """Rows lie in order of items, so the last are no sample: the draw must not depend on it."""
     rng = np.random.default_rng(0)
@@ -259,8 +254,8 @@ def test_without_any_order_the_last_are_drawn_at_random(kind: Any) -> None:
     assert parts(pairs, seed=1) != found
     testing = [pair for pair, part in found.items() if part == "test"]
     users = {user for user, _ in testing}
-    assert len(users) == (12 if kind == "held_out_users" else num_users)
-    assert len(testing) == 10 * len(users)
+    assert len(users) == num_users
+    assert len(testing) == 10 * num_users
     # Items drawn at random are uniform in 0 .. 49: the mean of n is within 4 deviations.
     deviation = num_items / math.sqrt(12 * len(testing))
     assert abs(np.mean([item for _, item in testing]) - 24.5) < 4 * deviation
@@ -270,7 +265,7 @@ def test_without_any_order_the_last_are_drawn_at_random(kind: Any) -> None:
         assert {item for other, item in testing if other == user} == set(order[-10:])
 
 
-@pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
+@pytest.mark.parametrize("kind", ["last_share", "last_n"])
 def test_without_any_order_a_users_events_of_an_item_stay_in_one_part(kind: Any) -> None:
     rows = random_rows(0)  # Most pairs of user and item have several events, clicked or not.
     log = replace(make_log(rows, with_time=False), is_ordered=False)
@@ -352,30 +347,26 @@ def test_time_leaves_the_shares_after_its_cuts(num: int) -> None:
     assert letters(log.split("time", validation=0.1, test=0.2)) == "".join(expected)
 
 
-def test_held_out_users_are_never_trained_on() -> None:
-    log = make_log([(user, i, i, "clicked") for user in range(20) for i in range(10)])
-    options: dict[str, Any] = {"validation": 0.1, "test": 0.2, "target_share": 0.3}
-    split = log.split("held_out_users", **options, seed=4)
-    users_of: dict[str, set[int]] = defaultdict(set)
-    for part, user in zip(
-        column(split.events, "part"), column(split.events, "user_id"), strict=True
-    ):
-        users_of[part].add(user)
-    sizes = {"train": 14, "validation": 2, "test": 4, "fold_in": 6}
-    assert {part: len(users) for part, users in users_of.items()} == sizes
-    assert users_of["fold_in"] == users_of["validation"] | users_of["test"]
-    assert not users_of["train"] & users_of["fold_in"]
+def test_a_column_may_hold_out_users_whose_earlier_events_are_history_alone() -> None:
+    def part(user: int, item: int) -> str:
+        held_out = {0: "validation", 1: "test", 2: "test"}
+        return "train" if user not in held_out else held_out[user] if item > 6 else "fold_in"
+
+    pairs = [(user, item) for user in range(9) for item in range(10)]
+    rows: list[Event] = [(user, item, item, "clicked") for user, item in pairs]
+    split = make_log(rows, parts=[part(*pair) for pair in pairs]).split("column")
+    assert set(column(split.train.events, "user_id")) == set(range(3, 9))
+    assert not {*column(split.before_test.events, "user_id")} & {1, 2}
+    assert split.test.user_ids.tolist() == [1, 2]
     assert all(history.tolist() == list(range(7)) for history in split.test.histories)
     assert all(relevant.tolist() == [7, 8, 9] for relevant in split.test.relevant)
-    again, other = (log.split("held_out_users", **options, seed=seed) for seed in (4, 5))
-    assert parts_of(split) == parts_of(again) != parts_of(other)
+    assert split.test.candidate_counts.tolist() == [6] * 7 + [7] * 3
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["train", "validation", "dev", "test"], "1 of 4 rows hold 'dev'. It must hold train, v"),
-        (["train", "validation", "fold_in", None], "1 of 4 rows hold 'fold_in'"),
         (["train", "train", "test", None], "no row is of the part validation; 1 rows are null"),
         (["train", "validation", "validation", "test"], "none of the 1 rows of the part test is"),
         (["validation", "test", "test", "train"], "none of the 1 rows of the part train is"),
@@ -405,16 +396,14 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
         *(("time", {"test": test}) for test in (math.nan, START, 0.0)),
         *(("last_n", {"test": test}) for test in (math.inf, -1, 0.2, START, True)),
         ("last_n", {"validation": START, "test": START}),
-        ("held_out_users", {"test": 0.6, "validation": 0.4}),
-        ("held_out_users", {"target_share": 0}),
+        ("time", {"test": 0.6, "validation": 0.4}),
         ("time", {"validation": datetime(2024, 1, 1), "test": START}),
         ("time", {"validation": START + timedelta(seconds=1), "test": START}),
         ("time", {"validation": "2024-01-01", "test": START}),
         ("time", {"validation": START, "test": "yesterday"}),
         ("time", {"validation": START.date(), "test": START.date()}),
-        ("held_out_users", {"min_positives": 1}),
         ("column", {"validation": 0.5}),
-        ("random", {}),
+        ("held_out_users", {}),
     ],
 )
 def test_settings_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:

@@ -438,9 +438,6 @@ def test_what_cannot_be_started_from_is_said(
             ValueError, match=r"holds no finished run: .* finish it with:  tfrs-pipe"
         ):
             read(half)
-    for settings in ({"warm_start": yesterday.folder}, {"export.gate": True}):
-        with pytest.raises(ConfigError, match=r"with split.kind 'held_out_users': an earlier"):
-            today(place, **settings, **{"split.kind": "held_out_users"})
 
 
 @pytest.mark.nightly

@@ -325,7 +325,6 @@ class Log:
         *,
         validation: float | datetime | str | None = None,
         test: float | datetime | str | None = None,
-        target_share: float = 0.2,
         min_positives: int = 5,
         seed: int = 0,
     ) -> "Split":
@@ -334,19 +333,18 @@ class Log:
         Only `time` keeps other users' later clicks out of training. In a log without order, a
         user's "last" positives are drawn at random. A user's events of one item then stay in one
         part, so that a part can be a little larger or smaller than asked for, or empty for a user.
-        A moment may be text, such as "2024-01-31T00:00:00Z". The seed draws held-out users and,
-        without an order, positives. `train, validation, test = log.split()` raises a `DataError`
-        if a part has no positive: with `validation=0`, use `split.train` and `split.test`.
+        A moment may be text, such as "2024-01-31T00:00:00Z". The seed draws these positives.
+        `train, validation, test = log.split()` raises a `DataError` if a part has no positive: with
+        `validation=0`, use `split.train` and `split.test`.
 
         Raises a `DataError` if the log cannot be split in this way, and a `ConfigError` if a share
         or a number is out of range or contradicts the kind.
         """
         amounts: dict[str, Any] = {"validation": validation, "test": test}
-        amounts |= {"target_share": target_share, "min_positives": min_positives}
         # By time wherever it is known: no other split keeps the future out of training.
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
         try:
-            config = SplitConfig(kind=kind, **amounts)
+            config = SplitConfig(kind=kind, **amounts, min_positives=min_positives)
         except ConfigError as error:
             problems = [(f"split.{name}".rstrip("."), problem) for name, problem in error.problems]
             raise ConfigError(problems) from None
@@ -371,7 +369,7 @@ class Split:
     """A log in parts; unpacks and slices as the tuple (train, validation, test).
 
     `events` are those of `log` without the dropped ones, with the column `part`: "train",
-    "validation", "test" or "fold_in", which is the history of held-out users.
+    "validation", "test" or "fold_in" (see `SplitConfig`).
     """
 
     log: Log
@@ -397,9 +395,8 @@ class Split:
 
     @functools.cached_property
     def before_test(self) -> Log:
-        """All events that may train a model for the test; never those of held-out users."""
-        # Validation users are held out as the test's are, so their events never train.
-        return self.train if self.kind == "held_out_users" else self._part("train", "validation")
+        """All events that may train a model for the test."""
+        return self._part("train", "validation")
 
     @functools.cached_property
     def validation(self) -> Holdout:

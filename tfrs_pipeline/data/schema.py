@@ -11,7 +11,7 @@ from tfrs_pipeline.features.kinds import kind_problem
 from tfrs_pipeline.libraries import ibis, ir
 from tfrs_pipeline.messages import beside, printable, sentence
 
-SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
+SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "column"]
 AskedBy: TypeAlias = Literal["users", "requests", "first_request", "last_request"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 UnknownItems: TypeAlias = Literal["keep", "drop", "error"]

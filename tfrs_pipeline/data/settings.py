@@ -249,16 +249,14 @@ class SplitConfig(Config):
 
     kind: schema.SplitKind | None = None
     """Test on events after a point in time (the default for logs with timestamps), on the last
-    share (the default for others) or the last n positives of each user, on users that training
-    never saw, or by the log's own column part: train, validation or test."""
+    share (the default for others) or the last n positives of each user, or by the log's own
+    column part: train, validation, test, or fold_in for history that trains nothing."""
     validation: Amount | None = None
     """Share of the positives for validation (for last_share, of each user's positives before the
-    test; for held_out_users, of the users); for last_n, the number of positives per user; or, for
-    time, when validation starts, with a time zone. If not given, .05, or 1 for last_n."""
+    test); for last_n, the number of positives per user; or, for time, when validation starts, with
+    a time zone. If not given, .05, or 1 for last_n."""
     test: Amount | None = None
     """Share, number or time of the test, as for validation. If not given, .1, or 1 for last_n."""
-    target_share: float = Field(0.2, gt=0, lt=1)
-    """Share of a held-out user's positives, the last ones, to be found, for held_out_users."""
     min_positives: PositiveInt = 5
     """Users with fewer positives are dropped, except with time and column, which keep every
     user."""
@@ -294,9 +292,7 @@ class SplitConfig(Config):
             yield "", "give moments for both validation and test, or for neither"
         elif len({moment.tzinfo is None for moment in moments}) == 1 and moments != sorted(moments):
             yield "validation", f"got {moments[0]}: must not be after test, {moments[1]}"
-        elif kind in ("time", "held_out_users") and not moments:
+        elif kind == "time" and not moments:
             validation, test = self.amounts()
             if test == 0 or validation + test >= 1:
                 yield "test", f"got {test}: must be above 0, and below 1 with validation's share"
-        if kind == "held_out_users" and self.min_positives < 2:
-            yield "min_positives", f"got {self.min_positives}: must be 2 or more with kind {kind!r}"

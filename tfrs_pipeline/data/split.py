@@ -1,8 +1,9 @@
 """Splits a log: decides which events train, and which are kept for evaluation.
 
-A split adds or replaces the column `part`: "train", "validation", "test", or "fold_in" (history of
-a held-out user, never trained on). Positives are the events of stage `clicked`. A user's events are
-ordered by timestamp and event number; without an order, at random, with those of one item together.
+A split adds or replaces the column `part`: "train", "validation" or "test"; a log's own column may
+hold "fold_in" too (history of a held-out user, never trained on). Positives are the events of stage
+`clicked`. A user's events are ordered by timestamp and event number; without an order, at random,
+with those of one item together.
 """
 
 import math
@@ -18,7 +19,6 @@ from tfrs_pipeline.data.schema import DataError, count_rows, is_positive, order_
 from tfrs_pipeline.data.settings import SplitConfig
 
 PARTS = ("train", "validation", "test", "fold_in")
-COLUMN_PARTS = ("train", "validation", "test")
 # .07 * 100 is 7.000000000000001 in binary, but its ceiling must be 7.
 _CEIL_SLACK = 1e-9
 
@@ -34,9 +34,7 @@ def split_events(
     order: list[Any] = order_keys(events)
     if not is_ordered:  # Rows may be sorted by item, so their order would not be a fair draw.
         order = [random_key(events["user_id"], events["item_id"], seed=seed), "item_id"]
-    counted = _count_positives(events, config.min_positives, order)
-    is_last = config.kind != "held_out_users"
-    split = split_last(counted, config) if is_last else split_held_out_users(counted, config, seed)
+    split = split_last(_count_positives(events, config.min_positives, order), config)
     return split.select(*(name for name in events.columns if name != "part"), "part")
 
 
@@ -47,7 +45,7 @@ def split_by_time(
     if "timestamp" not in events.columns:
         raise DataError(
             "The log has no timestamp, so it cannot be split by time. Set split.kind to "
-            "last_share, last_n or held_out_users, which need no time."
+            "last_share or last_n, which need no time."
         )
     if not (isinstance(validation, datetime) and isinstance(test, datetime)):
         validation, test = _time_cuts(events, validation, test)
@@ -79,32 +77,11 @@ def split_last(counted: ibis.Table, config: SplitConfig) -> ibis.Table:
     return counted.mutate(part=part)
 
 
-def split_held_out_users(counted: ibis.Table, config: SplitConfig, seed: int) -> ibis.Table:
-    """Holds out users drawn at random; none of their events trains.
-
-    A held-out user's last ceil(target_share n) positives are the targets ("validation" or "test");
-    the events before them are "fold_in", the history of a query.
-    """
-    validation, test = config.amounts()
-    users = counted.select("user_id").distinct()
-    num_users = count_rows(users)
-    num_test = num_in_share(test, num_users)
-    num_held_out = num_test + num_in_share(validation, num_users)
-    drawn = ibis.window(order_by=[random_key(users["user_id"], seed=seed), users["user_id"]])
-    position = ibis.row_number().over(drawn)
-    is_test, is_held_out = position < num_test, position < num_held_out
-    # Drawn by a hash of the id, so that the order of the rows does not change the draw.
-    role = ibis.cases((is_test, "test"), (is_held_out, "validation"), else_="train")
-    counted = counted.inner_join(users.mutate(_role=role), "user_id")
-    num_positives = counted["_num_positives"]
-    num_targets = round_up(num_positives * config.target_share)
-    is_target = counted["_num_so_far"] > num_positives - num_targets
-    is_history = (counted["_role"] != "train") & ~is_target
-    return counted.mutate(part=is_history.ifelse("fold_in", counted["_role"]))
-
-
 def split_by_column(events: ibis.Table) -> ibis.Table:
-    """Splits by the log's own column `part`; events without a part (null) are dropped."""
+    """Splits by the log's own column `part`; events without a part (null) are dropped.
+
+    Events of the part "fold_in" are history alone: they train nothing, and no query asks for them.
+    """
     if "part" not in events.columns:
         raise DataError(
             "The log has no column 'part' to split by. Set columns to say which column it is, or "
@@ -114,14 +91,14 @@ def split_by_column(events: ibis.Table) -> ibis.Table:
     rows = {row["part"]: row for row in counts.to_pyarrow().to_pylist()}
     num_null = rows.pop(None, {"num": 0})["num"]
     where = "event table: column 'part'"
-    if unknown := {value: row["num"] for value, row in rows.items() if value not in COLUMN_PARTS}:
+    if unknown := {value: row["num"] for value, row in rows.items() if value not in PARTS}:
         num_rows = num_null + sum(row["num"] for row in rows.values())
         raise DataError(
             f"{where}: {sum(unknown.values())} of {num_rows} rows hold "
             f"{', '.join(sorted(map(repr, unknown))[:10])}. It must hold "
-            f"{', '.join(COLUMN_PARTS)}, or null for events of no part."
+            f"{', '.join(PARTS)}, or null for events of no part."
         )
-    if missing := [part for part in COLUMN_PARTS if part not in rows]:
+    if missing := [part for part in PARTS[:3] if part not in rows]:
         raise DataError(
             f"{where}: no row is of the part {' or '.join(missing)}; {num_null} rows are null. "
             "Mark some, or set split.kind to another kind."

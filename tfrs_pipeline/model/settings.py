@@ -128,7 +128,7 @@ class TrainingSettings(Config):
     history, by how often they occur, where rankings exclude nothing (evaluation.exclude)."""
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
-    epochs; never on held-out users."""
+    epochs."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         try:
