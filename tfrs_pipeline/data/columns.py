@@ -52,11 +52,6 @@ def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.Time
     """DuckDB's own function."""
 
 
-@ibis.udf.scalar.builtin(name="timezone", signature=((dt.string, _UTC), _NAIVE))
-def _on_clock(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.TimestampValue:
-    """DuckDB's own function: what the clocks of a zone show at a time in UTC."""
-
-
 def to_timestamp(
     raw: RawTable, column: str, reading: Reading, period: Period | None = None
 ) -> ir.TimestampValue:
@@ -93,16 +88,8 @@ def to_timestamp(
                 "them, such as UTC or Europe/Berlin.",
                 setting="time_zone",
             )
-        zone, clock = ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE)
-        time = _in_time_zone(zone, clock)
-        # The offset of such an hour is not in the file, so which of two moments it was is unknown.
-        is_odd = _on_clock(zone, time - ibis.interval(hours=1)) == clock  # Shown twice.
-        is_odd |= _on_clock(zone, time) != clock  # Skipped.
-        if num := raw.aggregate(num=is_odd.sum())["num"]:
-            raw.notes.append(
-                f"{raw.source.column(column)}: {num:,} rows are in an hour that the clocks of "
-                f"{reading.time_zone} show twice in autumn or skip in spring: read as standard time"
-            )
+        # An hour that the clocks show twice, or skip, is read as standard time.
+        time = _in_time_zone(ibis.literal(reading.time_zone or "UTC"), value.cast(_NAIVE))
     else:
         raise raw.wrong_type(column, "a timestamp or a number")
     is_within = ((time >= first) & (time < end)).fill_null(False)
