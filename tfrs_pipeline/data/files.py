@@ -38,14 +38,14 @@ _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 class Scan:
     """A table whose columns are known but whose rows are not read yet.
 
-    All columns of `csv_files` are strings, and DuckDB puts the lines that it cannot read into
+    If it `is_csv`, its columns are strings, and DuckDB puts the lines that it cannot read into
     `rejects`. A stream can be read only once.
     """
 
     connection: DuckDB
     name: str
     source: Relation | ibis.Table
-    csv_files: Sequence[Path] = ()
+    is_csv: bool = False
     rejects: str = ""
     is_stream: bool = False
 
@@ -83,7 +83,7 @@ class Scan:
             self._open(dict.fromkeys(names.values())).project(projection).create(table)
             raw = self.connection.table(table)  # A full disk may show only here.
         renamed = {name: column for name, column in names.items() if name != column}
-        source, is_text = Source(self.name, renamed), bool(self.csv_files)
+        source, is_text = Source(self.name, renamed), self.is_csv
         return RawTable(raw, source, count_rows(raw), is_text, self._dropped(), renaming=renaming)
 
     def _open(self, columns: Iterable[str]) -> Relation:
@@ -98,16 +98,16 @@ class Scan:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        if self.csv_files:
+        if self.is_csv:
             # DuckDB skips columns that the query does not use, and then fails on a line that is bad
             # in one of them ("INTERNAL Error"). To read all costs little: the line is split anyway.
             self.connection.con.execute("SET disabled_optimizers = 'unused_columns'")
         try:
             yield
         except (duckdb.Error, TableNotFound) as error:
-            raise _unreadable(self.name, error, self.csv_files) from error
+            raise _unreadable(self.name, error, is_csv=self.is_csv) from error
         finally:
-            if self.csv_files:
+            if self.is_csv:
                 self.connection.con.execute("RESET disabled_optimizers")
 
     def _dropped(self) -> list[Dropped]:
@@ -142,7 +142,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
         try:
             return (_scan_csv if is_text else _scan_parquet)(connection, path, paths)
         except duckdb.Error as error:
-            raise _unreadable(path, error, paths if is_text else ()) from error
+            raise _unreadable(path, error, is_csv=is_text) from error
     if isinstance(source, ibis.Table):
         return Scan(connection, name, source)
     try:
@@ -196,7 +196,7 @@ def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
         f"hive_partitioning={_is_partitioned(path, paths)}, compression='{compression}', "
         f"store_rejects=true, rejects_table='{rejects}', rejects_scan='{rejects}_files')"
     )
-    return Scan(connection, str(path), relation, paths, rejects)
+    return Scan(connection, str(path), relation, is_csv=True, rejects=rejects)
 
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
@@ -276,24 +276,15 @@ def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str
         )
 
 
-def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = ()) -> DataError:
+def _unreadable(name: str | Path, error: Exception, *, is_csv: bool) -> DataError:
     check_stored(error)
     # Only the first line: the others name options of DuckDB's reader, which are not settings here.
     # DuckDB's own reason, shortened: it says what is wrong, and the remedy says what to do.
     reason = printable(str(error).strip().partition("\n")[0], 300)
-    if "invalid state" in reason:  # DuckDB's words for mixed line endings, without a line number.
-        lines = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
-        reason = f"{next(lines, 'a line')} has another line ending than the header."
-    remedy = f" {LINES_REMEDY}" if csv_files else ""
+    if "invalid state" in reason:  # DuckDB's words for mixed line endings.
+        reason = "some lines end in \\r\\n and others in \\n alone."
+    remedy = f" {LINES_REMEDY}" if is_csv else ""
     return DataError(f"{name} cannot be read: {reason}{remedy}")
-
-
-def _odd_line(path: Path) -> int | None:
-    """Finds the first line whose line ending differs from the header's."""
-    with _open(path) as lines:
-        is_windows = next(lines).endswith(b"\r\n")
-        ends = (line.endswith(b"\r\n") for line in lines if line.endswith(b"\n"))
-        return next((number for number, end in enumerate(ends, 2) if end != is_windows), None)
 
 
 def _list_files(path: Path) -> tuple[list[Path], bool]:
