@@ -3,20 +3,8 @@
 import re
 from collections.abc import Iterable
 
-NAMES = (
-    "event",
-    "event_type",
-    "event_name",
-    "action",
-    "action_type",
-    "behavior",
-    "behavior_type",
-    "behaviour",
-    "behaviour_type",
-    "interaction",
-    "interaction_type",
-    "activity",
-)
+_NOUNS = ("event", "action", "behavior", "behaviour", "interaction")
+NAMES = {"event_name", "activity", *_NOUNS} | {f"{noun}_type" for noun in _NOUNS}
 """Usual names of a column of event types."""
 
 # Parts of usual names, and the suggested weight; the first part that fits counts.
