@@ -62,8 +62,8 @@ class EvaluationConfig(Config):
     by: AskedBy | None = None
     """The question that decides everything: the epoch, the race, the verdict and the export.
     requests asks at each request, with the history up to it, as in service; users asks once per
-    user, with the history before the part, as for a daily mail; first_request and last_request ask
-    at one request of each user. If not given, requests if the log has an order, else users."""
+    user, with the history before the part, as for a daily mail. If not given, requests if
+    the log has an order, else users."""
     cutoffs: Several[PositiveInt] = (20, 100)
     """Lengths of the ranking at which metrics are reported."""
     exclude: Exclude = "clicked"

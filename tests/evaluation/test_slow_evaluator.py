@@ -95,10 +95,6 @@ def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[A
                 same[0].append(target)
             else:
                 groups.append([target])
-        if by == "first_request":
-            groups = [group for group in groups if targets[0] in group]
-        if by == "last_request":
-            groups = [group for group in groups if targets[-1] in group]
         for group in groups:
             page = [x for x in rows if x.user == user and x.request == group[0].request is not None]
             start = min([*group, *page], key=in_time)
@@ -313,7 +309,7 @@ ROWS = st.lists(
 ).map(lambda rows: [*rows, *((9, 1, 0, "clicked", None, part) for part in ALL_PARTS)])
 
 
-@pytest.mark.parametrize("by", ["users", "requests", "first_request", "last_request"])
+@pytest.mark.parametrize("by", ["users", "requests"])
 @settings(max_examples=10, deadline=None)
 @given(
     rows=ROWS,

@@ -296,7 +296,7 @@ def test_no_file_of_the_data_is_hashed_twice(
         assert max(Counter(hashed).values()) == 1
 
 
-@pytest.mark.parametrize("by", [None, "users", "requests", "last_request"])
+@pytest.mark.parametrize("by", [None, "users", "requests"])
 def test_validation_and_test_ask_the_same_question(of_stages: Finished, by: AskedBy | None) -> None:
     config = tp.with_settings(of_stages.config, {"evaluation.by": by})
     data, split = prepare(config, of_stages.folder), split_of(of_stages.folder)

@@ -202,7 +202,7 @@ def make_holdout(
     request_numbers = _numbered(rows["_request"])
     first = []
     lists = collections.defaultdict[str, Any](list)  # By the fields of `Holdout`.
-    for targets, before in _by_user(rows) if by == "users" else _by_request(rows, by):
+    for targets, before in _by_user(rows) if by == "users" else _by_request(rows):
         first.append(targets[0])
         clicked = before[was_clicked[before]]
         # The clicks of the request itself are not known yet when it is made.
@@ -309,8 +309,8 @@ def _by_user(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield positions[is_target[positions]], positions[~is_target[positions]]
 
 
-def _by_request(rows: pa.Table, by: schema.AskedBy) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the rows of each request's query, or of each user's first or last request alone."""
+def _by_request(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the rows of each request's query: its targets, and what was shown before it."""
     all_users, all_requests = _numbered(rows["user_id"]), _numbered(rows["_request"])
     targets = np.flatnonzero(rows["_is_target"].to_numpy())
     users, num_before = all_users[targets], rows["_num_before"].take(targets).to_numpy()
@@ -319,12 +319,7 @@ def _by_request(rows: pa.Table, by: schema.AskedBy) -> Iterator[tuple[np.ndarray
     keys = np.stack([users, num_before, requests])
     order = np.lexsort([targets, *keys[::-1]])
     is_next = np.any(np.diff(keys[:, order], axis=1), axis=0)
-    is_change = np.diff(users) > 0
-    ends = {"first_request": np.append(True, is_change), "last_request": np.append(is_change, True)}
     for positions in np.split(order, np.flatnonzero(is_next) + 1):
-        # A user's first request has the user's first target, the last request the last one.
-        if by in ends and not ends[by][positions[0 if by == "first_request" else -1]]:
-            continue
         start = np.searchsorted(all_users, users[positions[0]])
         before = np.arange(start, start + num_before[positions[0]])
         yield targets[positions], before

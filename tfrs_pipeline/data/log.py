@@ -422,9 +422,8 @@ class Split:
         By "users", each user with a positive in the part has one query for all of these positives,
         with the history before the part. By "requests", each request with a positive in the part
         (without a request_id, each positive) has a query for its positives, with the history up to
-        it, as in service; "first_request" and "last_request" take the request of each user's first
-        or last positive in the part alone. Rankings exclude what came before the query. A click on
-        an item that its user dislikes, in the part or an earlier one, is nothing to find.
+        it, as in service. Rankings exclude what came before the query. A click on an item that its
+        user dislikes, in the part or an earlier one, is nothing to find.
 
         `trained_on` is the log with the training positives, which define head, torso and tail, and
         which items are new. None is all that may train a model for the part: `train` for

@@ -12,7 +12,7 @@ from tfrs_pipeline.libraries import ibis, ir
 from tfrs_pipeline.messages import beside, printable, sentence
 
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "column"]
-AskedBy: TypeAlias = Literal["users", "requests", "first_request", "last_request"]
+AskedBy: TypeAlias = Literal["users", "requests"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 UnknownItems: TypeAlias = Literal["keep", "drop", "error"]
 Duplicates: TypeAlias = Literal["keep", "drop", "error"]
@@ -20,12 +20,7 @@ TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 TieRule: TypeAlias = Literal["order", "random", "drop"]
 Ties: TypeAlias = Literal["auto", TieRule]
 
-ASKED: Mapping[AskedBy, str] = {
-    "users": "by user",
-    "requests": "by request",
-    "first_request": "by first request",
-    "last_request": "by last request",
-}
+ASKED: Mapping[AskedBy, str] = {"users": "by user", "requests": "by request"}
 """How a holdout asks, in words: what has a query (see `Split.holdout`)."""
 
 # Column of a log's items: True if the item table has the item, False if only the events do.

@@ -354,8 +354,6 @@ QUESTIONS: Mapping[AskedBy, str] = {
     "users": "one query per user, with the history before the test, for all that the user clicked "
     "in it",
     "requests": "one query per request, with the history up to it, as in service",
-    "first_request": "each user's first request in the test, with the history up to it",
-    "last_request": "each user's last request in the test, with the history up to it",
 }
 """What each question asks of a model, for a person."""
 
