@@ -168,12 +168,7 @@ def check_holdout_by_a_loop(
 def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:
     log = make_log([(user, i, i, "clicked") for user in (1, 2) for i in range(20)])
     train, validation, test = split = log.split()
-    assert (split[0], split[1], split[-1]) == (train, validation, test)
-    parts = (train, validation, test)
-    for piece in (slice(2), slice(1, 2), slice(None, None, -1), slice(7, 9), slice(None)):
-        assert split[piece] == parts[piece]
-    with pytest.raises(IndexError):
-        split[3]
+    assert (split.train, split.validation, split.test) == (train, validation, test)
     assert split.kind == "time"  # The default for a log with timestamps.
     assert repr(split) == f"Split(by time, of {log!r})"
     for part, names in ((train, {"train"}), (split.before_test, {"train", "validation"})):

@@ -366,7 +366,7 @@ class Log:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
-    """A log in parts; unpacks and slices as the tuple (train, validation, test).
+    """A log in parts; unpacks as the tuple (train, validation, test).
 
     `events` are those of `log` without the dropped ones, with the column `part`: "train",
     "validation", "test" or "fold_in" (see `SplitConfig`).
@@ -380,13 +380,9 @@ class Split:
         return f"Split(by {self.kind}, of {self.log!r})"
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.__getitem__, range(3))
-
-    def __getitem__(self, position: int | slice) -> Any:
-        names = ("train", "validation", "test")
-        if isinstance(position, slice):
-            return tuple(getattr(self, name) for name in names[position])
-        return getattr(self, names[position])
+        # One at a time: a part without a positive is an error only where it is asked for.
+        for name in ("train", "validation", "test"):
+            yield getattr(self, name)
 
     @functools.cached_property
     def train(self) -> Log:
