@@ -25,7 +25,6 @@ from tfrs_pipeline.data.split import PARTS, split_events
 from tfrs_pipeline.data.tables import make_tables
 from tfrs_pipeline.durable import read_record, refuse_others, replacing, write_record
 from tfrs_pipeline.messages import Lines, counted
-from tfrs_pipeline.settings import ConfigError
 
 # Table -> the column that its rows are ordered by in a file.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
@@ -343,11 +342,7 @@ class Log:
         amounts: dict[str, Any] = {"validation": validation, "test": test}
         # By time wherever it is known: no other split keeps the future out of training.
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
-        try:
-            config = SplitConfig(kind=kind, **amounts, min_positives=min_positives)
-        except ConfigError as error:
-            problems = [(f"split.{name}".rstrip("."), problem) for name, problem in error.problems]
-            raise ConfigError(problems) from None
+        config = SplitConfig(kind=kind, **amounts, min_positives=min_positives)
         events = split_events(self.events, config, seed=seed, is_ordered=self.order != "none")
         return Split(self, events, kind)
 
