@@ -289,18 +289,6 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
     return is_number.ifelse(number, ibis.null("float64"))
 
 
-def to_context(raw: RawTable, column: str) -> ir.Value:
-    """Keeps a column's type, but converts text to int64 or float64 if every value is one."""
-    value = raw.table[column]
-    # Columns from folders named COLUMN=VALUE may have other types.
-    if not (raw.is_text and value.type().is_string()):
-        return value
-    if not raw.has(~is_integer_text(value)):
-        return value.cast("int64")
-    number = value.try_cast("float64")
-    return value if raw.has(value.notnull() & number.isnull()) else number
-
-
 def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
     """Wraps a column for the kind of feature that reads it."""
 

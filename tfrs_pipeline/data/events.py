@@ -301,4 +301,4 @@ def _other_column(raw: RawTable, name: str) -> ir.Value:
         value = columns.to_id(raw, name, as_integer=columns.is_integer(raw, name))
         # An empty id counts as missing, or all events without one would share a request.
         return value.strip().nullif("") if value.type().is_string() else value
-    return columns.to_context(raw, name)
+    return raw.table[name]

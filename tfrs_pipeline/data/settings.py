@@ -55,7 +55,7 @@ class Reading(Config):
     columns: dict[str, str] = {}
     """Columns of the event table that have other names, such as user_id=viewer, for user_id,
     item_id, timestamp, stage, event, session_id, rating, request_id, rank, score, weight, part;
-    others are context."""
+    others are context, which is kept as it is stored (in CSV, as text)."""
     item_columns: dict[str, str] = {}
     """Columns of the item table by this package's names, such as item_id=sku."""
     user_columns: dict[str, str] = {}
