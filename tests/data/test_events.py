@@ -183,8 +183,8 @@ def test_all_columns_that_are_missing_or_misnamed_are_told_at_once(load: Any) ->
     events = "uid,iid,time,hour\n1,2,1700000000,3\n"
     for given, what in (
         ({}, ["no column 'user_id'", "no column 'item_id'", "'time' is not read"]),
-        ({"columns": {"user_id": "uid", "hourr": "hour"}}, ["no column 'item_id'", "'time' is",
-         "columns.hourr: did you mean 'hour'"]),
+        ({"columns": {"user_id": "uid", "h": "houm"}}, ["no column 'item_id'", "'time' is",
+         "no column 'houm'. Nearest: hour"]),
         ({"columns": {"uid": "user_id", "item_id": "iid", "timestamp": "time"}},
          ["no column 'user_id'", "Did you mean user_id=uid?"]),
     ):  # fmt: skip

@@ -267,9 +267,6 @@ def test_weights_that_differ_are_told() -> None:
     (ConfigError, {"unknown_items": "refuse"}, "unknown_items: got 'refuse'; must be"),
     (ConfigError, {"duplicates": "dropp"}, "duplicates: got 'dropp'; must be 'keep'"),
     (ConfigError, {"timestamp_unit": "minutes"}, "timestamp_unit: got 'minutes'; must be"),
-    # A mistyped column name does not make a second column.
-    (ValueError, {"columns": {"user_id": "user", "hourr": "hour"}},
-     "columns.hourr: did you mean 'hour'"),
     (ValueError, {"columns": {"usr_id": "user"}}, r"usr_id: .*; did you mean 'user_id'\?$"),
     (ConfigError, {"columns": {"user_id": 0}}, "columns.user_id: got 0; must be a"),
     (ConfigError, {"item_columns": {"item_id": 0}}, "item_columns.item_id: got 0"),

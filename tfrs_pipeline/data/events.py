@@ -140,8 +140,6 @@ def _name_problem(
     name: str, column: str, scanned: Scan, reading: Reading, absent: Collection[str]
 ) -> str:
     """Returns why the entry `name`=`column` of `reading.columns` is a slip, or ""."""
-    if name not in (*schema.LOG_COLUMNS, "session_id") and _is_mistyped(name, column):
-        return f"did you mean {column!r}? A column that keeps its name needs no entry."
     is_entry = name in reading.columns
     is_swapped = name in scanned.columns and column not in scanned.columns
     if is_entry and is_swapped and column in schema.LOG_COLUMNS:
@@ -152,12 +150,6 @@ def _name_problem(
             "time, give it another name."
         )
     return ""
-
-
-def _is_mistyped(name: str, column: str) -> bool:
-    """Returns whether a name is nearly another; other case or punctuation alone is fine."""
-    plain, other = ("".join(filter(str.isalnum, text.casefold())) for text in (name, column))
-    return plain != other and bool(difflib.get_close_matches(plain, [other], cutoff=0.85))
 
 
 def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:
