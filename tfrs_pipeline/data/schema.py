@@ -152,13 +152,6 @@ def check_exists(path: Path) -> None:
         raise DataError(f"{path} {what}.{beside(path)} {remedy}")
 
 
-# Usual names elsewhere for the columns that every log has.
-_USUAL_IDS = {
-    "user_id": ("customer_id", "customer", "visitor_id", "visitor", "client_id", "member_id"),
-    "item_id": ("sku", "product_id", "product", "article_id", "article", "asin", "itemid"),
-}
-
-
 def require_all(
     columns: Collection[str],
     remedies: Mapping[str, str],
@@ -169,10 +162,8 @@ def require_all(
     """Refuses a table that lacks columns, in a line each; `others` are its further problems."""
     missing = []
     for name in (name for name in remedies if name not in columns):
-        usual = [column for column in columns if column.lower() in _USUAL_IDS.get(name, ())]
         by_case = {column.lower(): column for column in columns}
-        matches = difflib.get_close_matches(name.lower(), by_case)
-        near = usual or [by_case[match] for match in matches]
+        near = [by_case[match] for match in difflib.get_close_matches(name.lower(), by_case)]
         hint = ("Nearest: " if near else "It has: ") + printable(", ".join(near or columns), 300)
         missing.append(
             f"{source.name}: no column {printable(repr(name))}. {hint}. {remedies[name]}"
