@@ -24,8 +24,12 @@ REQUEST_FEATURES["weekday"] = "categorical"
 
 @pytest.fixture(scope="module")
 def spark() -> Iterator[Any]:
-    backend = connect_spark("local[2]")
-    backend.raw_sql("SET spark.sql.shuffle.partitions = 2")
+    settings = ["spark.driver.host=127.0.0.1", "spark.driver.bindAddress=127.0.0.1"]
+    settings += ["spark.ui.enabled=false", "spark.sql.shuffle.partitions=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        words = " --conf ".join(["--master local[2]", *settings])
+        patch.setenv("PYSPARK_SUBMIT_ARGS", f"{words} pyspark-shell")
+        backend = connect_spark()
     yield backend
     backend.disconnect()
 

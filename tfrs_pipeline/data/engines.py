@@ -61,10 +61,10 @@ def _locked_folder() -> tuple[Path, int]:
     return folder, lock
 
 
-def connect_spark(master: str | None = None) -> Any:
-    """Opens a Spark session as an Ibis backend; a `DataError` if pyspark or Java is missing.
+def connect_spark() -> Any:
+    """Opens a Spark session as an Ibis backend, with Spark's own settings, or takes the open one.
 
-    `master` is, for example, "local[4]" or "spark://host:7077"; None takes Spark's own setting.
+    Raises a `DataError` if pyspark or Java is missing.
     """
     try:
         from pyspark.sql import SparkSession
@@ -78,14 +78,7 @@ def connect_spark(master: str | None = None) -> Any:
             "Spark needs Java 17 or 21, and there is no program 'java'. Install one, such as the "
             "package default-jre-headless of Debian, or set JAVA_HOME."
         )
-    builder = SparkSession.builder.appName("tfrs-pipeline")
-    if master is not None:
-        builder = builder.master(master)
-        if master.startswith("local"):  # No other machine needs to reach it.
-            for name in ("host", "bindAddress"):
-                builder = builder.config(f"spark.driver.{name}", "127.0.0.1")
-            builder = builder.config("spark.ui.enabled", False)
-    return ibis.pyspark.connect(builder.getOrCreate())
+    return ibis.pyspark.connect(SparkSession.builder.appName("tfrs-pipeline").getOrCreate())
 
 
 def open_parquet(connection: DuckDB, path: Path) -> ibis.Table:
