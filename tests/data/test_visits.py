@@ -346,8 +346,9 @@ def test_a_session_that_is_given_as_request_is_told_with_the_histories_it_emptie
     is_later = pairs.groupby("customer_id").cumcount() > 0
     lost = int((is_later & (pairs["session_id"] == first_visit)).sum())
     (told,) = warnings(request_id="session_id")
-    assert f"column 'session_id' leaves {lost:,} of {len(pairs):,} positives" in told
-    assert "a column that numbers visits is session_id instead" in told
+    assert f"{lost:,} of {len(pairs):,} positives ({lost / len(pairs):.1%}) have no history" in told
+    assert "clicks with the same 'event_time' or 'session_id' are not in" in told
+    assert "A column that numbers visits is session_id, not request_id" in told
 
 
 @pytest.mark.parametrize("is_last", [True, False])
@@ -362,7 +363,8 @@ def test_equal_times_that_empty_histories_are_told(is_last: bool) -> None:
     log = Log.from_table(table, reading=Reading(ties="drop"))
     (told,) = [line for line in log.describe() if line.startswith("warning: ")]
     num = 100 if is_last else 150
-    assert f"column 'timestamp' leaves {num} of 200 positives" in told
+    assert f"{num} of 200 positives ({num / 200:.1%}) have no history" in told
+    assert "clicks with the same 'timestamp' are not in" in told
     (same,) = [
         line for line in Log.from_ibis(log.events, ties="drop").describe() if "warning: " in line
     ]

@@ -13,7 +13,7 @@ from tfrs_pipeline.messages import in_percent, printable
 # A request feature may leak if there are at least so many events that are not positives, and more
 # than this share of them has one value.
 _FEWEST, _CONSTANT = 20, 0.95
-# A column that leaves more than this share of the positives without a history is mentioned.
+# If more than this share of the positives is left without a history, the reasons are mentioned.
 _MANY_LOST = 0.1
 FROM_TIMESTAMP = ("hour", "weekday")
 """Request features that are made from the timestamp, in UTC, if the log has no such column."""
@@ -116,11 +116,10 @@ def note_leaks(events: ibis.Table, features: Mapping[str, str], source: Source) 
 
 
 def note_lost_histories(events: ibis.Table, ties: schema.TieRule, source: Source) -> Iterator[str]:
-    """Notes the column that leaves more than `_MANY_LOST` of the positives without a history.
+    """Notes the columns that leave more than `_MANY_LOST` of the positives without a history.
 
-    These are positives of users who have earlier ones, none of which may count. By time: all of
-    them have the time of this one, and `ties` drops those. By request: the request of this one
-    began no later than the user's first positive.
+    These are positives of users who have earlier ones, none of which may count: they have the time
+    of this one, and `ties` drops those, or belong to its request.
     """
     keys = schema.order_keys(events)
     start, first = query_start(events, events[keys[0]])
@@ -130,26 +129,20 @@ def note_lost_histories(events: ibis.Table, ties: schema.TieRule, source: Source
     clicks = with_num_before(clicks, clicks, "user_id", ties, "num_before")
     in_order = ibis.window(group_by="user_id", order_by=["time", "event_number"])
     # A user's first positive has no history in any case.
-    clicks = clicks.mutate(
-        is_lost=(clicks["num_before"] == 0) & (ibis.row_number().over(in_order) > 0),
-        is_tied=(clicks["time"] == clicks["time"].first().over(in_order)) & (ties == "drop"),
-    )
-    by_time = clicks["is_lost"] & clicks["is_tied"]
-    by_request = clicks["is_lost"] & ~clicks["is_tied"]
-    why = {
-        keys[0]: "clicks at one time are not in each other's histories (ties)",
-        "request_id": "clicks of one request are not in each other's histories, which is right if "
-        "its rows were shown together; a column that numbers visits is session_id instead",
-    }
-    sums = {"num": clicks.count(), "by_time": by_time.sum(), "by_request": by_request.sum()}
-    num, *lost = schema.totals(clicks, **sums).values()
-    for column, num_lost in zip(why, lost, strict=True):
-        if (num_lost or 0) > _MANY_LOST * num:
-            yield (
-                f"warning: {source.column(column)} leaves {num_lost:,} of {num:,} positives "
-                f"({in_percent(num_lost, num)}) without a history though their users had clicked "
-                f"before: {why[column]}"
-            )
+    is_lost = (clicks["num_before"] == 0) & (ibis.row_number().over(in_order) > 0)
+    clicks = clicks.select(is_lost=is_lost)
+    num, num_lost = schema.totals(clicks, n=clicks.count(), lost=clicks["is_lost"].sum()).values()
+    if (num_lost or 0) > _MANY_LOST * num:
+        causes = ["timestamp"] if ties == "drop" else []
+        columns = [name for name in (*causes, "request_id") if name in events.columns]
+        names = " or ".join(printable(repr(source.columns.get(name, name))) for name in columns)
+        yield (
+            f"warning: {source.name}: {num_lost:,} of {num:,} positives "
+            f"({in_percent(num_lost, num)}) have no history though their users had clicked before: "
+            f"clicks with the same {names} are not in each other's histories, which is right if "
+            "they were shown together. A column that numbers visits is session_id, not "
+            "request_id; for equal times, see ties"
+        )
 
 
 def whole_seconds(timestamp: ir.Value) -> ir.Value:
