@@ -208,14 +208,12 @@ class Samples:
             counts=np.bincount(candidates, minlength=num_candidates + 1),
         )
 
-    def history(self, i: int, length: int | None = None) -> np.ndarray:
-        """Returns sample i's history, its latest `length` rows, or all: [n] int32, oldest first."""
+    def history(self, i: int) -> np.ndarray:
+        """Returns the candidate rows of sample i's history: [n] int32, oldest first."""
         sequence = self.sequences[self.query_rows[i]]
         if self.num_earlier is None:
-            rows = sequence[sequence != self.candidate_rows[i]]
-        else:
-            rows = sequence[: self.num_earlier[i]]
-        return rows if length is None else rows[max(len(rows) - length, 0) :]
+            return sequence[sequence != self.candidate_rows[i]]
+        return sequence[: self.num_earlier[i]]
 
     def latest(self, index: np.ndarray, length: int) -> np.ndarray:
         """Gathers the latest `length` rows of the histories of samples, [n] places.
