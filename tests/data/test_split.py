@@ -362,9 +362,9 @@ def test_a_column_may_hold_out_users_whose_earlier_events_are_history_alone() ->
     ("names", "message"),
     [
         (["train", "validation", "dev", "test"], "1 of 4 rows hold 'dev'. It must hold train, v"),
-        (["train", "train", "test", None], "no row is of the part validation; 1 rows are null"),
-        (["train", "validation", "validation", "test"], "none of the 1 rows of the part test is"),
-        (["validation", "test", "test", "train"], "none of the 1 rows of the part train is"),
+        (["train", "train", "test", None], "of the part validation is a positive; 1 rows are"),
+        (["train", "validation", "validation", "test"], "no row of the part test is a positive"),
+        (["validation", "test", "test", "train"], "no row of the part train is a positive"),
     ],
 )
 def test_a_column_that_is_no_split_is_refused(names: list[str | None], message: str) -> None:

@@ -98,15 +98,10 @@ def split_by_column(events: ibis.Table) -> ibis.Table:
             f"{', '.join(sorted(map(repr, unknown))[:10])}. It must hold "
             f"{', '.join(PARTS)}, or null for events of no part."
         )
-    if missing := [part for part in PARTS[:3] if part not in rows]:
+    if empty := [part for part in PARTS[:3] if part not in rows or not rows[part]["positives"]]:
         raise DataError(
-            f"{where}: no row is of the part {' or '.join(missing)}; {num_null} rows are null. "
-            "Mark some, or set split.kind to another kind."
-        )
-    if empty := [part for part in ("train", "test") if not rows[part]["positives"]]:
-        raise DataError(
-            f"{where}: none of the {rows[empty[0]]['num']} rows of the part {empty[0]} is a "
-            "positive. Check the label, or give the part other rows."
+            f"{where}: no row of the part {' or '.join(empty)} is a positive; {num_null} rows are "
+            "null. Mark some, check the label, or set split.kind to another kind."
         )
     return events.filter(events["part"].notnull())
 
