@@ -16,7 +16,8 @@ Query: TypeAlias = Mapping[str, Any]
 
 - `"user_id"`: int or str.
 - `"history"`: item ids, oldest first.
-- `"history_timestamps"`: the time of each, aware `datetime`s or seconds since 1970.
+- `"history_timestamps"`: the time of each, aware `datetime`s or seconds since 1970; None where
+  unknown.
 - `"features"`: raw values of user features by column name.
 - `"request"`: raw values of request features, and `"timestamp"`, the time of the request. Hour and
   weekday are made from it as in the log, and models that read times compare it with the history.

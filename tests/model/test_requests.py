@@ -94,10 +94,13 @@ def test_what_pandas_has_for_missing_is_missing() -> None:
     assert np.isnan(to_seconds("at", [None, pd.NA, pd.NaT])).all()
 
 
-def test_times_of_a_history_in_milliseconds_are_refused() -> None:
+def test_times_of_a_history_are_seconds_and_milliseconds_are_refused() -> None:
     times = [1_700_000_000.0, np.nan]
     (seconds,) = item_times([{"history": [1, 2], "history_timestamps": times}])
     np.testing.assert_array_equal(seconds, times)
+    # As JSON has it, an unknown time is null.
+    (with_none,) = item_times([{"history": [1, 2], "history_timestamps": [1_700_000_000, None]}])
+    np.testing.assert_array_equal(with_none, times)
     with pytest.raises(ValueError, match=r"must be seconds since 1970; divide .*1700000000000"):
         item_times([{"history": [1, 2], "history_timestamps": [1_700_000_000_000, np.nan]}])
 

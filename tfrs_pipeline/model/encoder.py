@@ -385,7 +385,8 @@ def history_arrays(specs: Mapping[str, Any], queries: Sequence[Query]) -> dict[s
 def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
     """Returns the times of each query's history: float64 seconds since 1970, NaN if unknown.
 
-    A query's `history_timestamps` are datetimes with a time zone or None, or seconds since 1970.
+    A query's `history_timestamps` are datetimes with a time zone, or seconds since 1970; an unknown
+    time is None.
 
     Example:
         >>> item_times(
@@ -405,7 +406,8 @@ def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
                 f"{HISTORY_TIMESTAMPS} must be one time for each item of the history, None where "
                 f"unknown. Received: {len(stamps)} times for {num_items} items."
             )
-        seconds = np.asarray(stamps)
+        # None would make objects of the seconds beside it.
+        seconds = np.array([np.nan if stamp is None else stamp for stamp in stamps])
         if seconds.dtype.kind not in "iuf":
             seconds = to_seconds(HISTORY_TIMESTAMPS, list(stamps))
         elif (seconds > MAX_SECONDS).any():
