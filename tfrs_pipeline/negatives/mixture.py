@@ -75,7 +75,7 @@ class Mixture:
 
         `positive_rows` are its positives, [B] integers. Returns [C] int32 candidate rows, kind by
         kind; 0, whose log_q is -inf, where a positive of the batch is unknown. A row must mask its
-        own positive. A `ValueError` if the seed is not a pair, or as for `InBatch.draw`.
+        own positive. A `ValueError` if the seed is not a pair; a larger batch as in `InBatch.draw`.
         """
         seed = tf.convert_to_tensor(seed)
         if seed.shape != (2,):

@@ -208,17 +208,14 @@ class InBatch:
 
         An unknown item, row 0, fills a column that does not count. A short batch, such as a
         dataset's last, is padded with draws from q_positive, which keeps n(c) unchanged. A larger
-        one raises a `ValueError`, or a `tf.errors.InvalidArgumentError`.
+        one raises a `tf.errors.InvalidArgumentError`.
         """
-        num_rows = positive_rows.shape[0]
-        if num_rows == frame.batch_size:
+        if positive_rows.shape[0] == frame.batch_size:
             return positive_rows
         message = (
             f"The frame, and log_q with it, is for batches of {frame.batch_size} positives or "
             "fewer. Make a frame of the batch's size"
         )
-        if num_rows is not None and num_rows > frame.batch_size:
-            raise ValueError(f"{message}. Received: {num_rows}")
         num_rows = tf.shape(positive_rows)[0]
         check = tf.debugging.assert_less_equal(num_rows, frame.batch_size, message)
         with tf.control_dependencies([check]):
