@@ -96,17 +96,13 @@ def add_item_factors(network: TwoTowerNetwork, clicked: RowLists, folder: Path |
     else:
         # Other processors may round differently, and replicas must begin with the same bits.
         path = folder / "item_factors.npy"
-        on_chief(lambda: _save(path, item_factors(clicked, num_items, dim)))
+        folder.mkdir(parents=True, exist_ok=True)
+        on_chief(lambda: np.save(path, item_factors(clicked, num_items, dim)))
         factors = np.load(path)
         on_chief(lambda: None)  # Waits until every worker has read it.
         on_chief(lambda: path.unlink(missing_ok=True))
     for table in item_tables:
         table.assign_add(factors)
-
-
-def _save(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, values)
 
 
 class WarmStart:
@@ -181,12 +177,6 @@ class WarmStart:
             )
         ]
         notes = [f"warm start: {'; '.join(counts)}"]
-        for old, new in _feature_pairs(*self._corpora, *SIDES):
-            if old.vocabulary or new.vocabulary:
-                # Code 0 stands for an unknown value, which is not kept.
-                num_kept = int(np.count_nonzero(new.codes_of(old)))
-                sizes = len(new.vocabulary), len(old.vocabulary)
-                notes.append(f"    {new.name}: {kept_new_gone('values', num_kept, *sizes)}")
         before, now = self._optimizers
         if before != now:
             notes.append(f"    the optimizer's state starts again: it was {before}, now {now}")
@@ -201,7 +191,8 @@ class WarmStart:
             yield table, self._candidate_rows
         for side in SIDES:
             tower = candidate if side == "candidate" else query
-            for old, new in _feature_pairs(*self._corpora, side):
+            pairs = zip(*(corpus.features(side) for corpus in self._corpora), strict=True)
+            for old, new in pairs:
                 if (codes := tower.feature_table(new.name)) is not None:
                     yield codes, new.codes_of(old)
 
@@ -247,8 +238,3 @@ def _problems(
 def _specification(feature: Feature) -> str:
     lengths = (f" of {length} numbers" for length in feature.raw_shape if length)
     return f"{feature.name}={feature.kind}{''.join(lengths)}"
-
-
-def _feature_pairs(there: Corpus, here: Corpus, *sides: str) -> Iterator[tuple[Feature, Feature]]:
-    for side in sides:
-        yield from zip(there.features(side), here.features(side), strict=True)
