@@ -288,8 +288,7 @@ def describe_data(
             "has none: take mean, or --preset sets"
         )
     if unreachable := batches.num_unreachable:
-        verb = "is" if unreachable == 1 else "are"
-        notes.append(f"{counted(unreachable, 'item')} {verb} never drawn as negatives")
+        notes.append(f"never drawn as negatives: {counted(unreachable, 'item')}")
     if (is_later := data.samples.is_later) is not None:
         num = counted(int(is_later.sum()), "item")
         notes.append(f"{num} came after the training: never negatives, and new unless known before")

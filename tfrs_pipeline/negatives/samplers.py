@@ -10,7 +10,7 @@ import functools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import pydantic.dataclasses
@@ -446,10 +446,7 @@ class FunnelLosers:
         return replace(self, stages=stages, bottom_share=share)
 
 
-_Kind = TypeVar("_Kind")
-
-
-def _refuse_subclass(kind: _Kind) -> _Kind:
+def _refuse_subclass(kind: Any) -> Any:
     """Refuses a subclass, which would be read back from a file as the class itself."""
     if type(kind) not in SETTING_KINDS:
         raise ValueError(
