@@ -203,6 +203,17 @@ def test_ids_and_vectors_are_of_one_moment(plain: Plain) -> None:
     assert writer.exception() is None
 
 
+def test_a_filter_takes_numbers_and_booleans_as_the_items_have_them() -> None:
+    """`retrieve` lets 2020 pass, because items have it; it would find nothing as a number."""
+    for column, texts in (([2020, 2021, 2020], ["2020"]), ([True, False, True], ["true"])):
+        values = FilterValues()
+        codes = values.encode(column)[:, 0]
+        for asked in (column[:1], texts, [str(column[0])]):
+            chosen = values.choose(asked)
+            assert chosen is not None
+            assert chosen[codes].tolist() == [True, False, True]
+
+
 def test_values_that_come_while_a_filter_is_read() -> None:
     values = FilterValues()
     values.encode(COLOURS)

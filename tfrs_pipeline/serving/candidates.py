@@ -15,7 +15,7 @@ import numpy as np
 
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.evaluation.topk import merge, top_k_in_blocks
-from tfrs_pipeline.features.raw import has_booleans, to_text, to_text_lists
+from tfrs_pipeline.features.raw import to_text, to_text_lists
 from tfrs_pipeline.serving.index import Level
 from tfrs_pipeline.serving.searcher import Searcher
 
@@ -56,11 +56,10 @@ class FilterValues:
             >>> genres.choose(["comedy"]).tolist()
             [False, False, True]
         """
-        texts = [value for value in values if value not in ("", b"")]
-        if not texts:
+        wanted = [value for value in values if value != ""]
+        if not wanted:
             return None
-        lower = has_booleans(self.code_of)
-        codes = [self.code_of.get(to_text(text) if lower else text, 0) for text in texts]
+        codes = [self.code_of.get(to_text(value), 0) for value in wanted]
         # Made after the codes are looked up, because another thread may add values meanwhile.
         is_chosen = np.zeros(len(self.code_of) + 1, bool)
         is_chosen[codes] = True
