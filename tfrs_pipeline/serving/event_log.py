@@ -1,7 +1,5 @@
 """Writes what a model's users did and were served as the event table that a run reads, and back."""
 
-import contextlib
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,8 +43,8 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
 
     Args:
         model: The folder of a model or of a version, or the loaded model.
-        path: A `.parquet` file; an earlier one is replaced once the new one is complete, unless it
-            has rows that `--drop-older-days` has since dropped.
+        path: A `.parquet` file; an earlier one is replaced once the new one is complete. After
+            `--drop-older-days` has dropped rows, which it may have, it is refused.
 
     Returns:
         The number of rows.
@@ -55,7 +53,7 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
         Damaged: If the file of events is damaged.
         StorageError: If a file cannot be read or written.
         ValueError: If nothing has been recorded; if the path is a folder, its folder is missing, or
-            its suffix is another; if an earlier log there has rows that were dropped.
+            its suffix is another; if there is a file that may have rows that were dropped.
 
     Example:
         >>> write_log("saved_models/videos", "log.parquet")  # doctest: +SKIP
@@ -65,18 +63,11 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
     path, journal, num_rows = Path(path), Journal(version.parent), 0
     if problem := destination_problem(path):
         raise ValueError(f"path: {problem}")
-    first = _first_time(path)
-    dropped_before = journal.dropped_before()
-    if first < dropped_before:
-        first_time, end = (
-            f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%d %H:%M}"
-            for milliseconds in (first, dropped_before)
-        )
+    if path.exists() and journal.has_dropped():
+        today = path.with_stem(f"{path.stem}-{datetime.now(UTC):%Y-%m-%d}")
         raise ValueError(
-            f"path: {path} has rows from {first_time} UTC on, and rows from before {end} have been "
-            f"dropped from {journal.path}: replacing the file may lose them. Give another path, "
-            f"such as {path.with_stem(f'{path.stem}-{datetime.now(UTC):%Y-%m-%d}')}, or move the "
-            "file away."
+            f"path: {path} exists, and rows have been dropped from {journal.path}: replacing the "
+            f"file may lose them. Give another path, such as {today}, or move the file away."
         )
     blocks = journal.log(BLOCK)
     if (block := next(blocks, None)) is None:
@@ -161,14 +152,6 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
         )
         recorded = Recorded(*map(sum, zip(recorded, batch_counts, strict=True)))
     return recorded
-
-
-def _first_time(path: Path) -> float:
-    """Returns the first time of a log, in milliseconds since 1970; inf if there is none."""
-    with contextlib.suppress(OSError, pa.ArrowException, LookupError, TypeError):
-        times = pq.ParquetFile(path).read_row_group(0, ["timestamp"])["timestamp"]
-        return float(times[0].cast(pa.timestamp("ms", tz="UTC")).value)
-    return math.inf
 
 
 def _table(rows: list[tuple[Any, ...]], schema: pa.Schema | None = None) -> pa.Table:

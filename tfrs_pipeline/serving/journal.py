@@ -89,7 +89,7 @@ ORDER BY time, request_id, 6, arrival, user_id
 _OF_USERS = f"type IN ('{Stage.CLICKED}', '{Stage.EXPOSED}', '{Stage.DISLIKED}')"
 # A request reads this many of a user's newest events. No person has more; a bot may.
 _MAX_EVENTS = 10_000
-_MINUTE_MS, _DAY_MS = 60_000, 86_400_000
+_DAY_MS = 86_400_000
 _MAX_TAKEN = 500  # Requests that are written in one transaction.
 # While others read SQLite's log of writes, it cannot be cut: number of tries, and seconds between.
 _MAX_CUTS, _CUT_SECONDS = 50, 0.1
@@ -258,23 +258,17 @@ class Journal(Database):
         Old events that arrived after the `moment` of `arrived_before` are kept; with None, none is.
         Returns how many events, and how many answers.
         """
-        # Noted before the deletion: if that is cut short, no file that has the rows is replaced.
         with self.writing() as connection:
-            rounded_up = time_ // _MINUTE_MS + 1
-            minutes = max(self.dropped_before() // _MINUTE_MS, rounded_up)
-            connection.execute(f"PRAGMA user_version = {minutes}")
-        counts = self._delete("time < ?", time_, arrived_before)
+            counts = self._delete("time < ?", time_, arrived_before)
+            if any(counts):  # In the same transaction: no file that has the rows is replaced.
+                connection.execute("PRAGMA user_version = 1")
         self._rewrite()
         return counts
 
-    def dropped_before(self) -> int:
-        """Returns the time to which `drop_older` has deleted, in milliseconds since 1970, or 0.
-
-        It is rounded up to a minute, because the file keeps it in 32 bits.
-        """
+    def has_dropped(self) -> bool:
+        """Returns whether `drop_older` has ever deleted something."""
         with self._opened() as connection:
-            row = connection.execute("PRAGMA user_version").fetchone() if connection else (0,)
-            return int(row[0]) * _MINUTE_MS
+            return bool(connection and connection.execute("PRAGMA user_version").fetchone()[0])
 
     def _delete(
         self, condition: str, value: Any, arrived_before: int | None = None
