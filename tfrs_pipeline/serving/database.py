@@ -106,12 +106,9 @@ class Database:
                 code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
                 if code not in _DAMAGES:  # The other bits hold details.
                     raise
-                what, remedy = "is damaged", "Restore it from a backup"
-                if code == sqlite3.SQLITE_ERROR:  # Tables that SQLite can read, but not these.
-                    what = "is damaged, or of another version of this package"
-                    remedy += " or use that version"
                 raise Damaged(
-                    f"{self.path} {what} ({error}). {remedy}, or move it away with "
+                    f"{self.path} is damaged, or of another version of this package ({error}). "
+                    "Restore it from a backup or use that version, or move it away with "
                     f"{self.file_name}-wal and {self.file_name}-shm{self.what_is_lost}."
                 ) from error
 
