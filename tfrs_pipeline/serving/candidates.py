@@ -22,6 +22,10 @@ from tfrs_pipeline.serving.searcher import Searcher
 logger = logging.getLogger(__name__)
 
 
+class UnknownItem(ValueError):
+    """A request asks for items similar to one that is not among the model's candidates."""
+
+
 class FilterValues:
     """The values by which requests may choose candidates.
 
@@ -244,11 +248,15 @@ class Candidates:
         return view.ids[rows], view.vectors[rows - 1]
 
     def vectors_of(self, ids: Sequence[Any]) -> np.ndarray:
-        """Returns a copy of some candidates' vectors; a `KeyError` if one is not there."""
+        """Returns a copy of some candidates' vectors; an `UnknownItem` if one is not there."""
         view = self._view
         rows = view.rows_now(ids)
         if not rows.all():
-            raise KeyError(ids[int(np.flatnonzero(rows == 0)[0])])
+            raise UnknownItem(
+                f"Item {ids[int(np.argmin(rows))]!r} is not among the {len(self):,} items that the "
+                "model retrieves. A new one comes in by `upsert`, by PUT, or by `tfrs-pipeline "
+                "refresh-index`."
+            )
         return view.vectors[rows - 1]
 
     def search(

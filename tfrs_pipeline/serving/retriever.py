@@ -67,10 +67,6 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
     return LoadedRetriever(publish.version_at(path), exact=exact, live=live)
 
 
-class UnknownItem(ValueError):
-    """A request asks for items similar to one that is not among the model's candidates."""
-
-
 class LoadedRetriever:
     """A `Retriever` on an exported model; see `load`.
 
@@ -555,14 +551,7 @@ class LoadedRetriever:
 
     def _embedded_items(self, item_ids: Sequence[Any]) -> dict[str, Any]:
         """Makes queries of items, which exclude the item itself."""
-        try:
-            vectors = self.candidates.vectors_of(item_ids)  # A copy.
-        except KeyError as error:
-            raise UnknownItem(
-                f"Item {error.args[0]!r} is not among the {len(self.candidates):,} items that the "
-                "model retrieves. A new one comes in by `upsert`, by PUT, or by `tfrs-pipeline "
-                "refresh-index`."
-            ) from None
+        vectors = self.candidates.vectors_of(item_ids)  # A copy.
         if self._has_bias:
             vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
         return {"embeddings": vectors, "known_items": [[id_] for id_ in item_ids]}

@@ -21,11 +21,12 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.model.tf_tables import completed
+from tfrs_pipeline.serving.candidates import UnknownItem
 from tfrs_pipeline.serving.connections import BUCKETS_SECONDS
 from tfrs_pipeline.serving.database import Replaced
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import SignatureInputs, bad_request
-from tfrs_pipeline.serving.retriever import UnknownItem, load
+from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import FILTERED
 from tfrs_pipeline.serving.watching import Watch
