@@ -78,7 +78,7 @@ def written(
     for part in (slice(first), slice(first, num_added)):
         num = len(added[part])
         candidates.change(added[part].tolist(), NEW[part], [[*values]] * num, gone.tolist())
-    assert searcher.num_rows == NUM + num_added
+    assert searcher.search(NEW[:1], tuned.levels[0])[2] == NUM + num_added
     old = np.setdiff1d(np.arange(NUM), np.concatenate([gone, moved]) - 1)
     has = {name: np.concatenate([x[old], np.ones(num_added, bool)]) for name, x in values.items()}
     vectors = np.concatenate([VECTORS[old], NEW[:num_added]])

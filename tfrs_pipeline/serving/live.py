@@ -17,14 +17,15 @@ import math
 import string
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from tfrs_pipeline.data.ids import NO_ID, Ids
+from tfrs_pipeline.data.ids import NO_ID
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.feature import Feature
@@ -32,9 +33,11 @@ from tfrs_pipeline.features.raw import is_missing
 from tfrs_pipeline.messages import plain
 from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.retrieval import check_ids
-from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.database import LiveRow, Store
 from tfrs_pipeline.serving.searcher import SMALLEST_HASHED_CORPUS, build_in_subprocess
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +47,6 @@ Item: TypeAlias = Mapping[str, Any]
 _MAX_NOTES = 10
 # How long writes are kept that the version in use does not take, for older versions.
 _KEPT_SECONDS = 30 * 86_400
-_Embed: TypeAlias = Callable[
-    [Sequence[Any], Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]
-]
 
 
 @dataclass(frozen=True)
@@ -62,32 +62,24 @@ class Change:
 class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
-    Begins by taking in what the store holds. `items_read` is when the reading of the version's
-    items began, in seconds since 1970. `embed` embeds ids with arrays of raw `features`: vectors
-    [n, D], is_known_item [n]. `list_separator` separates the values of a list in a text, as in the
-    log's files. An index has `num_leaves` partitions; 0 is exact search.
+    Begins by taking in what the store holds, which lies beside the version's folder. An index has
+    `num_leaves` partitions; 0 is exact search.
 
     Attributes:
         titles: The titles of the live items, or None, by id.
         path: The file of live items.
     """
 
-    def __init__(
-        self,
-        candidates: Candidates,
-        store: Store,
-        items_read: float,
-        features: Sequence[Feature],
-        filter_by: str | None,
-        num_leaves: int,
-        embed: _Embed,
-        list_separator: str = "|",
-    ) -> None:
-        self._candidates, self._store, self._items_read = candidates, store, items_read
-        self._features, self._filter, self._embed = tuple(features), filter_by, embed
-        self._num_leaves, self._separator = num_leaves, list_separator
-        self._corpus: Ids = candidates.corpus  # The items that the version was exported with.
-        self.path = store.path
+    def __init__(self, model: "LoadedRetriever", num_leaves: int) -> None:
+        self._candidates, self._store = model.candidates, Store(model.folder.parent)
+        # When the reading of the version's items began, in seconds since 1970.
+        self._items_read = datetime.fromisoformat(model.manifest["items_read"]).timestamp()
+        self._features, self._embed = model.features["candidate"], model.embed_raw
+        self._filter = None if model.item_filter is None else model.item_filter["name"]
+        self._separator = Reading(**model.manifest.get("reading", {})).list_separator
+        self._num_leaves = num_leaves
+        self._corpus = self._candidates.corpus  # The items that the version was exported with.
+        self.path = self._store.path
         self._lock = threading.RLock()
         self._seq = 0  # The last row of the store that the candidates hold.
         self.titles: dict[Any, str | None] = {}

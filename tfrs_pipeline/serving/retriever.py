@@ -3,7 +3,6 @@
 import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline import retrieval
-from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.numeric import Timestamp
@@ -118,24 +116,8 @@ class LoadedRetriever:
         if exact:
             index = {}
         self.candidates = self._candidates(index.get("levels", ()))
-        self._live: LiveItems | None = None
-        if is_live:
-            self._live = LiveItems(
-                self.candidates,
-                Store(folder.parent),
-                datetime.fromisoformat(self.manifest["items_read"]).timestamp(),
-                self.features["candidate"],
-                self.item_filter and self.item_filter["name"],
-                index.get("num_leaves", 0),
-                self.embed_raw,
-                Reading(**self.manifest.get("reading", {})).list_separator,
-            )
-        self.activity: Activity | None = None
-        if self._live is not None and self.manifest["user_data"]:
-            journal = Journal(folder.parent)
-            self.activity = Activity(
-                journal, self.encoder, self.manifest, excludes_known=self.excludes_known
-            )
+        self._live = LiveItems(self, index.get("num_leaves", 0)) if is_live else None
+        self.activity = Activity(self) if is_live and self.manifest["user_data"] else None
 
     @property
     def excludes_known(self) -> bool:

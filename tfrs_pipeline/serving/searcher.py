@@ -99,11 +99,6 @@ class Searcher:
         # Names without the folder: the index is moved once it is complete.
         self._scann.serialize(str(folder), True)
 
-    @property
-    def num_rows(self) -> int:
-        """Number of vectors."""
-        return int(self._scann.size())
-
     def search(self, queries: np.ndarray, level: Level) -> tuple[np.ndarray, np.ndarray, int]:
         """Finds roughly the `depth` best of [B, D] float32 queries, as widely as a level says.
 
