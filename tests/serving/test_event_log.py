@@ -421,6 +421,25 @@ def test_past_events_that_change_no_history_are_counted(
     assert command("log", films, "--add", file).out.endswith("past.parquet: 2 events, 0 new\n")
 
 
+def test_a_log_of_models_with_numbers_and_with_text_as_ids_has_text(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items were numbers until the first one with a letter came."""
+    monkeypatch.setattr(event_log, "BLOCK", 1)
+    journal, path = Journal(films), tmp_path / "log.parquet"
+    journal.write([[Event(7, 1, 3, "clicked", None, None)]], [answer("a", [7], [[3, 10]], 2)])
+    write_log(films, path)
+    assert pq.read_table(path)["item_id"].to_pylist() == [3, 3, 10]
+    journal.write([[Event(7, 4, "A1", "clicked", None, None)]])
+    write_log(films, path)
+    rows = pq.read_table(path).to_pylist()
+    expected = [(7, "3"), (7, "3"), (7, "10"), (7, "A1")]
+    assert [(row["user_id"], row["item_id"]) for row in rows] == expected
+    journal.write([], [answer("b", [b"Ann"], [[b"A1"]], 5)])
+    write_log(films, path)
+    assert pq.read_table(path)["user_id"].to_pylist() == ["7", "7", "7", "7", "Ann"]
+
+
 def test_what_a_ranker_did_is_no_act_of_a_user(films: Path) -> None:
     """An answer has a hundred retrieved items, which would push clicks out of the newest events."""
     types = ("retrieved", "pre_ranked", "ranked", "clicked", "exposed", "disliked")

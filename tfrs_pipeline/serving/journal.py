@@ -77,13 +77,21 @@ _STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in en
 # Columns without an aggregate come from the row with the largest level. Events without a request
 # are rows of their own: no text equals a negative number.
 _LOG = f"""
-SELECT user_id, item_id, time, CASE max(level) {_STAGE_OF_LEVEL} END, request_id, sum(rank) FROM (
+SELECT CAST(user_id AS {{}}), CAST(item_id AS {{}}), time, CASE max(level) {_STAGE_OF_LEVEL} END,
+    request_id, sum(rank) FROM (
     SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id,
     item.key + 1 AS rank, 0 AS arrival FROM served, json_each(served.items) AS item
     UNION ALL
     SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival FROM events
 ) GROUP BY user_id, item_id, coalesce(request_id, -time)
 ORDER BY time, request_id, 6, arrival, user_id
+"""
+# Models of one name may have had numbers as ids, and later text. SQLite sorts text behind numbers.
+_ID_TYPES = """
+SELECT typeof(coalesce(max(user_id), 0)), typeof(coalesce(max(item_id), 0)) FROM (
+    SELECT user_id, item_id FROM events
+    UNION ALL SELECT user_id, json_extract(items, '$[0]') FROM served
+)
 """
 # What users do. Other stages are a ranker's: the hundred of each answer would push out the rest.
 _OF_USERS = f"type IN ('{Stage.CLICKED}', '{Stage.EXPOSED}', '{Stage.DISLIKED}')"
@@ -225,13 +233,13 @@ class Journal(Database):
 
         A row is user_id, item_id, milliseconds since 1970, stage, request_id, and rank in the
         answer, from 1. Each item of a request has one, with the furthest stage that it reached and
-        the time of that. Items that were served are retrieved. Writes after the first block do not
-        show.
+        the time of that. Items that were served are retrieved. If some ids are text, all are.
+        Writes after the first block do not show.
         """
         with self._opened() as connection:
             if connection is None:
                 return
-            rows = connection.execute(_LOG)
+            rows = connection.execute(_LOG.format(*connection.execute(_ID_TYPES).fetchone()))
             while block := rows.fetchmany(num_rows):
                 yield block
 
