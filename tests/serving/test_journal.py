@@ -231,6 +231,10 @@ def test_a_user_whom_no_event_can_have(films: Path) -> None:
     assert [retriever.stored_history(user) for user in beyond] == [[], []]
     assert retriever.disliked_items(beyond) == [[], []]
     assert retriever.forget(2**63) == 0
+    # An id of the other type would delete nothing, and say so in a number alone.
+    with pytest.raises(ValueError, match=r"ids are integers\. Received: '102'"):
+        retriever.forget("102")
+    assert retriever.forget(102) == 1
 
 
 def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:

@@ -273,14 +273,16 @@ class LoadedRetriever:
             ValueError: If an event has the wrong form; if the model was loaded without `live`, or
                 from a folder that is not one of its versions.
         """
-        return Journal(self.live_folder).write([self.checked_events(events)])[0]
+        return Journal(self.live.path.parent).write([self.checked_events(events)])[0]
 
     def forget(self, user_id: Any) -> int:
         """Deletes a user's recorded events, also from the file; returns how many there were.
 
-        What a version holds of the user stays. Raises as `record`.
+        What a version holds of the user stays. Raises as `record`, and a `ValueError` if the id is
+        of another type than the model's, because nothing would be deleted.
         """
-        return Journal(self.live_folder).forget([user_id])[0]
+        retrieval.check_ids([[user_id]], are_text=self.user_dtype == tf.string)
+        return Journal(self.live.path.parent).forget([user_id])[0]
 
     def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Reads events as `record` does, or raises its `ValueError`."""
@@ -288,11 +290,6 @@ class LoadedRetriever:
             dtype == tf.string for dtype in (self.user_dtype, self.item_dtype)
         )
         return check_events(events, users_are_text=users_are_text, items_are_text=items_are_text)
-
-    @property
-    def live_folder(self) -> Path:
-        """The folder of what is written in service; a `ValueError` if the model takes no writes."""
-        return self.live.path.parent
 
     def stored_history(self, user_id: Any) -> list[Any]:
         """Returns the history of a user until now, most recent first; [] for an unknown user."""
