@@ -1,5 +1,6 @@
 """Writes what a model's users did and were served as the event table that a run reads, and back."""
 
+import itertools
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,13 +76,11 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
             f"Nothing has been recorded, or all was dropped: there is no event in {journal.path}. "
             "Send events to the server, or call `record`."
         )
-    with replacing(path) as partial:
-        table = _table(block)
-        with pq.ParquetWriter(partial, table.schema) as file:
-            while block is not None:
-                file.write_table(_table(block, table.schema))
-                num_rows += len(block)
-                block = next(blocks, None)
+    schema = _table(block).schema
+    with replacing(path) as partial, pq.ParquetWriter(partial, schema) as file:
+        for rows in itertools.chain([block], blocks):
+            file.write_table(_table(rows, schema))
+            num_rows += len(rows)
     return num_rows
 
 
