@@ -45,7 +45,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,15 +131,8 @@ def churn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def embed(ids: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
         return new[np.array(ids) - num - 1], np.ones(len(ids), bool)
 
-    model: Any = SimpleNamespace(
-        candidates=candidates,
-        embed_raw=embed,
-        features={"candidate": ()},
-        folder=folder / "1",
-        item_filter=None,
-        manifest={"items_read": "2000-01-01T00:00:00+00:00"},
-    )
-    live = LiveItems(model, tuned.num_leaves)
+    manifest = {"items_read": "2000-01-01T00:00:00+00:00", "filter": None}
+    live = LiveItems(folder, manifest, candidates, embed, tuned.num_leaves)
     asked = np.concatenate([queries[:100], other_queries])
     moments = [{"exchanged": 0.0, **recalls(candidates, asked)}]
     reader = Reader(candidates, queries[:500], 100)

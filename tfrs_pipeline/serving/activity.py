@@ -1,18 +1,17 @@
 """What each user did until now: the history that a version holds, and the events since."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.model.dislikes import KNOWN_STAGES, left_out
+from tfrs_pipeline.model.encoder import SavedEncoder
 from tfrs_pipeline.serving.journal import Journal
 from tfrs_pipeline.serving.publish import exclude_of
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 
 class Recent(NamedTuple):
@@ -34,18 +33,27 @@ class Recent(NamedTuple):
 class Activity:
     """The users with events, as a loaded version should know them.
 
+    Args:
+        folder: The model's folder, with the recorded events.
+        encoder: What the version holds of its users.
+        manifest: The version's manifest.
+        excludes_known: Whether answers leave out the items that the user clicked, in the training
+            or since.
+
     Attributes:
-        journal: The recorded events, beside the version's folder.
+        journal: The recorded events.
         until: Milliseconds since 1970: the end of the log that the version was trained on. Clicks
             up to and at this time are in that log, so no history takes them from the journal.
     """
 
-    def __init__(self, model: "LoadedRetriever") -> None:
-        self.journal = Journal(model.folder.parent)
-        self._encoder, self._excludes_known = model.encoder, model.excludes_known
-        until = model.manifest.get("histories_until", model.manifest["items_read"])
+    def __init__(
+        self, folder: Path, encoder: SavedEncoder, manifest: Mapping[str, Any], excludes_known: bool
+    ) -> None:
+        self.journal = Journal(folder)
+        self._encoder, self._excludes_known = encoder, excludes_known
+        until = manifest.get("histories_until", manifest["items_read"])
         self.until = round(1000 * datetime.fromisoformat(until).timestamp())
-        self._known_stages = KNOWN_STAGES[exclude_of(model.manifest)]
+        self._known_stages = KNOWN_STAGES[exclude_of(manifest)]
 
     def until_now(self, user_ids: Sequence[Any]) -> dict[int, Recent]:
         """Returns what users with events did, by their position among `user_ids`.

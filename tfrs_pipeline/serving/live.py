@@ -17,10 +17,11 @@ import math
 import string
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -31,13 +32,11 @@ from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import is_missing
 from tfrs_pipeline.messages import plain
-from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
-from tfrs_pipeline.retrieval import check_ids
+from tfrs_pipeline.model.encoder import ITEMS_PER_CALL, features_of
+from tfrs_pipeline.retrieval import check_collection, check_ids
+from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.database import LiveRow, Store
 from tfrs_pipeline.serving.searcher import SMALLEST_HASHED_CORPUS, build_in_subprocess
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,8 @@ class Change:
 class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
-    Begins by taking in what the store holds, which lies beside the version's folder. An index has
+    Begins by taking in what the store holds, in the model's `folder`. `manifest` is the version's.
+    `embed` embeds ids with arrays of raw features: vectors [n, D], is_known_item [n]. An index has
     `num_leaves` partitions; 0 is exact search.
 
     Attributes:
@@ -70,15 +70,22 @@ class LiveItems:
         path: The file of live items.
     """
 
-    def __init__(self, model: "LoadedRetriever", num_leaves: int) -> None:
-        self._candidates, self._store = model.candidates, Store(model.folder.parent)
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        candidates: Candidates,
+        embed: Callable[..., tuple[np.ndarray, np.ndarray]],
+        num_leaves: int,
+    ) -> None:
+        self._store, self._candidates, self._embed = Store(folder), candidates, embed
         # When the reading of the version's items began, in seconds since 1970.
-        self._items_read = datetime.fromisoformat(model.manifest["items_read"]).timestamp()
-        self._features, self._embed = model.features["candidate"], model.embed_raw
-        self._filter = None if model.item_filter is None else model.item_filter["name"]
-        self._separator = Reading(**model.manifest.get("reading", {})).list_separator
+        self._items_read = datetime.fromisoformat(manifest["items_read"]).timestamp()
+        self._features = features_of(manifest)["candidate"]
+        self._filter = None if manifest["filter"] is None else manifest["filter"]["name"]
+        self._separator = Reading(**manifest.get("reading", {})).list_separator
         self._num_leaves = num_leaves
-        self._corpus = self._candidates.corpus  # The items that the version was exported with.
+        self._corpus = candidates.corpus  # The items that the version was exported with.
         self.path = self._store.path
         self._lock = threading.RLock()
         self._seq = 0  # The last row of the store that the candidates hold.
@@ -86,12 +93,11 @@ class LiveItems:
         self._is_busy = threading.Lock()
         self.catch_up()
 
-    def prepare(self, items: Sequence[Item] = (), removed: Iterable[Any] = ()) -> Change:
+    def prepare(self, items: Sequence[Item] = (), removed: Collection[Any] = ()) -> Change:
         """Checks and embeds a write, without a lock; see `LoadedRetriever.upsert`."""
         if isinstance(items, Mapping):
             raise ValueError(f"Items come in a list, also a single one: [{dict(items)!r:.200}]")
-        if isinstance(removed, str | int | np.integer):
-            raise ValueError(f"item_ids must be a list. Received: {removed!r}")
+        check_collection("item_ids", removed)
         items, removed = list(map(self._checked, items)), list(map(self._checked_id, removed))
         counts = collections.Counter([*(item["item_id"] for item in items), *removed])
         if twice := [id_ for id_, count in counts.items() if count > 1]:

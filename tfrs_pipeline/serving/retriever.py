@@ -116,8 +116,15 @@ class LoadedRetriever:
         if exact:
             index = {}
         self.candidates = self._candidates(index.get("levels", ()))
-        self._live = LiveItems(self, index.get("num_leaves", 0)) if is_live else None
-        self.activity = Activity(self) if is_live and self.manifest["user_data"] else None
+        self._live: LiveItems | None = None
+        self.activity: Activity | None = None
+        if is_live:
+            model, num_leaves = folder.parent, index.get("num_leaves", 0)
+            self._live = LiveItems(
+                model, self.manifest, self.candidates, self.embed_raw, num_leaves
+            )
+            if self.manifest["user_data"]:
+                self.activity = Activity(model, self.encoder, self.manifest, self.excludes_known)
 
     @property
     def excludes_known(self) -> bool:
