@@ -12,7 +12,6 @@ import yaml  # type: ignore[import-untyped]
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
 from tests.serving.running_server import Running, retrieve_user, send
 from tfrs_pipeline import load
-from tfrs_pipeline.serving.watching import NUM_TOP
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "watching.md"
@@ -40,7 +39,7 @@ def retrieve(histories: list[list[int]], k: int = 5, **more: Any) -> dict[str, A
 class Counted:
     """The change of the counters within a block, by name and label."""
 
-    NAMES = ("user_ids", "history_items", "slots", "filtered_queries", "top_items", "answers")
+    NAMES = ("user_ids", "history_items", "slots", "filtered_queries", "answers")
 
     def __init__(self, server: Running) -> None:
         self._server = server
@@ -89,42 +88,24 @@ def test_each_answer_says_what_it_knew_of_its_query(
     assert set(outputs) == {"candidate_ids", "scores"}
 
 
-def popularity(served: Served, ids: list[int]) -> Counter[str]:
-    """Counts items by popularity, item by item: half of the clicks are the head's."""
-    rows = [row for clicks in served.clicks for row in set(clicks.tolist())]
-    clicks = {id_: rows.count(row) for row, id_ in enumerate(served.candidate_ids.tolist(), 1)}
-    part, before = {}, 0
-    for id_ in sorted(clicks, key=lambda x: -clicks[x]):
-        share = before / sum(clicks.values())
-        part[id_] = "head" if share < 0.5 else "torso" if share < 0.8 else "tail"
-        before += clicks[id_]
-    return Counter(f"top_items {part[id_] if clicks[id_] else 'new'}" for id_ in ids)
-
-
 def test_counters_say_what_answers_knew_and_held(films_served: Served, server: Running) -> None:
     items, users = films_served.candidate_ids.tolist(), films_served.query_ids.tolist()
     with Counted(server) as counted:
-        answer = server.predict(**retrieve_user([*users, STRANGE, -1], [[]] * 8, 3))
-    top = [id_ for line in answer["outputs"]["candidate_ids"] for id_ in line]
+        server.predict(**retrieve_user([*users, STRANGE, -1], [[]] * 8, 3))
     expected = {"answers 1": 8, "user_ids true": 6, "user_ids false": 1, "slots true": 24}
-    assert counted.changes == {**expected, **popularity(films_served, top)}
+    assert counted.changes == expected
     with Counted(server) as counted:
         server.predict(**retrieve([[items[1], STRANGE, -1], [items[1], items[2], STRANGE]]))
-    changes = {name: num for name, num in counted.changes.items() if "top" not in name}
     expected = {"answers 1": 2, "slots true": 10, "history_items true": 3}
-    assert changes == {**expected, "history_items false": 2}
-    # Only the first ten of an answer count, and no empty slots.
+    assert counted.changes == {**expected, "history_items false": 2}
     with Counted(server) as counted:
-        answer = server.predict(**retrieve([[]], k=NUM_CANDIDATES + 4))["outputs"]
-    top = answer["candidate_ids"][0][:NUM_TOP]
-    expected = {"answers 1": 1, "slots true": NUM_CANDIDATES, "slots false": 4}
-    assert counted.changes == {**expected, **popularity(films_served, top)}
+        server.predict(**retrieve([[]], k=NUM_CANDIDATES + 4))
+    assert counted.changes == {"answers 1": 1, "slots true": NUM_CANDIDATES, "slots false": 4}
     # One filter leaves items, one leaves none, and an empty one is none.
     with Counted(server) as counted:
         server.predict(**retrieve([[], [], []], k=2, allowed=[["a"], ["no such"], [""]]))
-    changes = {name: num for name, num in counted.changes.items() if "top" not in name}
     expected = {"answers 1": 3, "slots true": 4, "slots false": 2}
-    assert changes == {**expected, "filtered_queries true": 1, "filtered_queries false": 1}
+    assert counted.changes == {**expected, "filtered_queries true": 1, "filtered_queries false": 1}
     # A large request is answered in parts, which count once each; the page does not count.
     with Counted(server) as counted:
         server.predict(**retrieve_user(users, [[]] * 6, 200))
@@ -151,7 +132,7 @@ def test_the_guide_names_what_metrics_prints(server: Running) -> None:
         assert table[name].startswith("histogram: ") == (kind == "histogram")
     (rules,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     alerts = yaml.safe_load(rules)["groups"][0]["rules"]
-    assert len(alerts) == 5
+    assert len(alerts) == 4
     for alert in alerts:
         for name in re.findall(r"tfrs_\w+", alert["expr"]):
             assert re.sub("_(bucket|count|sum)$", "", name) in printed

@@ -48,16 +48,12 @@ class Encoder(tf.Module):
             features in place of the stored ones; None without query features.
         embed_candidate: item_id [B], raw features -> embeddings [B, D] float32, is_known_item [B]
             bool. An item that training did not have gets the unknown id's embedding.
-        num_clicks: item_id [B] -> [B] int32, how many users have the item as a known positive.
     """
 
     def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
         super().__init__(name="encoder")
         self._model = lambda: model  # A function keeps the model out of the exported objects.
         self._holds_users, self._reads_times = user_data, model.history_times is not None
-        # The server counts how popular its answers are, so this is kept without user data too.
-        known, num_rows = model.known_positives.values, len(model.candidate_ids) + 1
-        self._num_clicks = stored(np.bincount(known, minlength=num_rows).astype(np.int32))
         user_dtype, item_dtype = map(tf_tables.id_dtype, (model.query_ids, model.candidate_ids))
         query_ids, times = model.query_ids, model.history_times
         histories, known_positives = model.histories, model.known_positives
@@ -103,7 +99,6 @@ class Encoder(tf.Module):
                 self._embed_query, [*query, *query_features, *request]
             )
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
-        self.num_clicks = traced(self._click_counts, [item_id])
         # Only variables: tracking the layers would export their Keras machinery too.
         self._variables = list(model.variables) if user_data else self._variables_without_users()
 
@@ -217,9 +212,6 @@ class Encoder(tf.Module):
             "embeddings": self._model().embed_candidates(rows, **_feature_argument(features)),
             "is_known_item": rows > 0,
         }
-
-    def _click_counts(self, item_id: tf.Tensor) -> tf.Tensor:
-        return tf.gather(self._num_clicks, lookup(self._candidate_rows, item_id))
 
     def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
         rows = _lists(lists, lookup(self._query_rows, user_id)).to_tensor()

@@ -47,7 +47,7 @@ from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.journal import Answer, Event, Journal, Recorder
 from tfrs_pipeline.serving.settings import Lately, ServeSettings, listening, read_token
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
-from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES, UNRECORDED
+from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES, UNRECORDED, count_answers
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _joined(
 ) -> tuple[bytes, dict[str, Any]]:
     """Joins the outputs of a call's parts, so the client sees one answer; returns them too."""
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    version.watch.count(call.inputs, outputs)
+    count_answers(version.number, call.inputs, outputs)
     return rest.format_outputs(outputs, call.is_row_format), outputs
 
 

@@ -29,7 +29,6 @@ from tfrs_pipeline.serving.rest import SignatureInputs, bad_request
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import FILTERED
-from tfrs_pipeline.serving.watching import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,6 @@ class ServedVersion:
             exclude = definition["inputs"]["exclude"]
             definition["inputs"]["allowed"] = {**exclude, "dtype": "DT_STRING", "name": ""}
             self.signature_def[name] = definition
-        self.watch = Watch(self.retriever)
         specs = self.retriever.signatures
         names = self.retriever.manifest["feature_inputs"]
         self.signatures = {}
