@@ -250,8 +250,14 @@ class Journal(Database):
         meanwhile, and readers do not. If that fails, no query finds the rows, but copies of them
         may still be in the file: delete again.
         """
-        with self.writing():
-            counts = [sum(self._delete("user_id = ?", _plain(id_))) for id_ in user_ids]
+        counts = []
+        with self.writing() as connection:
+            for id_ in map(_plain, user_ids):
+                counts.append(0)
+                with contextlib.suppress(OverflowError):  # No row has an id beyond 64 bits.
+                    for table in ("events", "served"):
+                        delete = f"DELETE FROM {table} WHERE user_id = ?"
+                        counts[-1] += connection.execute(delete, [id_]).rowcount
         self._rewrite()
         return counts
 
@@ -266,30 +272,20 @@ class Journal(Database):
         Old events that arrived after the `moment` of `arrived_before` are kept; with None, none is.
         Returns how many events, and how many answers.
         """
+        events = "DELETE FROM events WHERE time < ? AND arrival < coalesce(?, arrival + 1)"
+        answers = "DELETE FROM served WHERE time < ?"
         with self.writing() as connection:
-            counts = self._delete("time < ?", time_, arrived_before)
-            if any(counts):  # In the same transaction: no file that has the rows is replaced.
+            num_events = connection.execute(events, [time_, arrived_before]).rowcount
+            num_answers = connection.execute(answers, [time_]).rowcount
+            if num_events or num_answers:  # In this transaction, so no file with them is replaced.
                 connection.execute("PRAGMA user_version = 1")
         self._rewrite()
-        return counts
+        return num_events, num_answers
 
     def has_dropped(self) -> bool:
         """Returns whether `drop_older` has ever deleted something."""
         with self._opened() as connection:
             return bool(connection and connection.execute("PRAGMA user_version").fetchone()[0])
-
-    def _delete(
-        self, condition: str, value: Any, arrived_before: int | None = None
-    ) -> tuple[int, int]:
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return 0, 0  # SQLite has no such integer, so no row has it.
-        arrived = "" if arrived_before is None else f" AND arrival < {arrived_before}"
-        with self.writing() as connection:
-            num_events, num_answers = (
-                connection.execute(f"DELETE FROM {table} WHERE {condition}{more}", [value]).rowcount
-                for table, more in (("events", arrived), ("served", ""))
-            )
-        return num_events, num_answers
 
     def _rewrite(self) -> None:
         """Writes the file anew, without a byte of deleted rows; readers do not wait."""
