@@ -46,12 +46,6 @@ def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
     left_out = gone if bonus else gone | {*known}
     assert by_user(retriever, user).keys() == {*served.candidate_ids} - left_out
     assert gone < by_user(retriever, other).keys() | {*served.known(ROW + 1)}
-    # In the graph, as TensorFlow Serving answers.
-    inputs = {"user_id": tf.constant([user]), "k": tf.constant(60)}
-    inputs["exclude"] = tf.zeros([1, 0], tf.string)
-    answer = retriever.saved_model.signatures["retrieve_user"](**inputs)["candidate_ids"].numpy()
-    assert {id_.decode() for id_ in answer[0] if id_} == {*served.candidate_ids} - left_out
-
     # A dislike in service is the same: an item of the history leaves it, and is not shown either.
     first, *history = known
     later = next(id_ for id_ in served.candidate_ids.tolist() if id_ not in {*known, *gone})
@@ -62,13 +56,6 @@ def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
     assert retriever.stored_history(user) == history[::-1]
     expected = by_history(retriever, user, history, gone if bonus else gone | {*known})
     assert by_user(retriever, user) == pytest.approx(expected, abs=1e-5)
-    # The best of all users, whether a user's history is stored or given.
-    for users in (None, pa.table({"user_id": [user], "history": [history]})):
-        recommend(retriever, tmp_path / "best.parquet", users=users, k=60)
-        table = pq.read_table(tmp_path / "best.parquet").to_pylist()
-        items = {row["item_id"] for row in table if row["user_id"] == user}
-        # A model with a bonus recommends items of the history again, as it serves them.
-        assert items == {*served.candidate_ids} - gone - (set() if bonus else {*history})
 
 
 def is_id(slot: Any) -> bool:

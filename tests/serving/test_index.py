@@ -111,15 +111,6 @@ def test_empty_slots_have_no_score() -> None:
     np.testing.assert_array_equal(rows == 0, np.isneginf(scores))
 
 
-def test_what_is_added_is_found_under_the_next_rows() -> None:
-    searcher = Searcher.build(EMBEDDINGS[:1000], 20)
-    searcher.add(2 * QUERIES[:8])
-    rows, scores, num_rows = searcher.search(QUERIES[:8], Level(1, 20, 1008))
-    assert num_rows == 1008
-    np.testing.assert_array_equal(rows[:, 0], np.arange(1001, 1009))
-    np.testing.assert_allclose(scores[:, 0], 2, rtol=1e-5)
-
-
 def test_searches_go_on_while_another_thread_adds() -> None:
     searcher, found = Searcher.build(EMBEDDINGS[:1000], 20), []
 
