@@ -82,15 +82,14 @@ class Activity:
                 for event in events
                 if event.type == Stage.CLICKED and event.time > self.until
             ]
-            disliked = [*dict.fromkeys(disliked)]  # Each item once.
-            if gone := {*disliked}:
-                clicks = [click for click in clicks if click[0] not in gone]
+            gone = dict.fromkeys(disliked)  # Each item once.
+            clicks = [click for click in clicks if click[0] not in gone]
             known = self._encoder.known(row)
             known += [event.item_id for event in events if event.type in self._known_stages]
             recent[position] = Recent(
                 [item_id for item_id, _ in clicks],
                 [time for _, time in clicks],
-                left_out(known, disliked, excludes_known=self._excludes_known),
-                disliked,
+                left_out(known, gone, excludes_known=self._excludes_known),
+                [*gone],
             )
         return recent

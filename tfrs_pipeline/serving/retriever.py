@@ -293,9 +293,8 @@ class LoadedRetriever:
 
     def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Reads events as `record` does, or raises its `ValueError`."""
-        users_are_text, items_are_text = (
-            dtype == tf.string for dtype in (self.user_dtype, self.item_dtype)
-        )
+        users_are_text = self.user_dtype == tf.string
+        items_are_text = self.item_dtype == tf.string
         return check_events(events, users_are_text=users_are_text, items_are_text=items_are_text)
 
     def stored_history(self, user_id: Any) -> list[Any]:
