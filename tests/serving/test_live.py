@@ -390,7 +390,10 @@ def test_a_wrong_item_is_refused_and_changes_nothing(films: Path) -> None:
     for message, wrong in WRONG.items():
         with pytest.raises(ValueError, match=message):
             retriever.upsert([item(90_001), *wrong] if isinstance(wrong, list) else wrong)
-    for ids in ("5", [True], [None], ["5"], [1.0], [7, 7]):
+    # Each letter of a text would be an id, in a model whose ids are text.
+    with pytest.raises(ValueError, match="item_ids must be a list"):
+        retriever.remove("5")
+    for ids in ([True], [None], ["5"], [1.0], [7, 7]):
         with pytest.raises(ValueError, match=r"id|Item 7 occurs"):
             retriever.remove(ids)
     assert retriever.num_candidates == NUM_CANDIDATES

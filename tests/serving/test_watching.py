@@ -101,11 +101,11 @@ def test_counters_say_what_answers_knew_and_held(films_served: Served, server: R
     with Counted(server) as counted:
         server.predict(**retrieve([[]], k=NUM_CANDIDATES + 4))
     assert counted.changes == {"answers 1": 1, "slots true": NUM_CANDIDATES, "slots false": 4}
-    # One filter leaves items, one leaves none, and an empty one is none.
+    # Two filters leave items, one leaves none, and an empty one is none.
     with Counted(server) as counted:
-        server.predict(**retrieve([[], [], []], k=2, allowed=[["a"], ["no such"], [""]]))
-    expected = {"answers 1": 3, "slots true": 4, "slots false": 2}
-    assert counted.changes == {**expected, "filtered_queries true": 1, "filtered_queries false": 1}
+        server.predict(**retrieve([[]] * 4, k=2, allowed=[["a"], ["b"], ["no such"], [""]]))
+    expected = {"answers 1": 4, "slots true": 6, "slots false": 2}
+    assert counted.changes == {**expected, "filtered_queries true": 1, "filtered_queries false": 2}
     # A large request is answered in parts, which count once each; the page does not count.
     with Counted(server) as counted:
         server.predict(**retrieve_user(users, [[]] * 6, 200))
