@@ -250,6 +250,14 @@ def running(folder: Path) -> Iterator[Running]:
         yield running
 
 
+@pytest.fixture
+def writable(exported: Exported, tmp_path: Path) -> Iterator[Running]:
+    """A server that takes writes, of a model with integer ids and a ScaNN index."""
+    model = Path(shutil.copytree(exported("int", "scann"), tmp_path / "films"))
+    with Running(model, takes_writes=True) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> LoadedRetriever:
     return load(folder)

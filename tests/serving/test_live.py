@@ -17,6 +17,7 @@ from tests.damage import copy_database, damage
 from tests.serving import running_server
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.serving.running_server import TOKEN, Running, until
+from tests.serving.test_journal import event
 from tests.small_log import Watched
 from tfrs_pipeline import Exact, LoadedRetriever, Reading, load, refresh_index
 from tfrs_pipeline.durable import Damaged, StorageError
@@ -26,6 +27,7 @@ from tfrs_pipeline.serving import candidates as candidates_module
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import live as live_module
 from tfrs_pipeline.serving.database import STORE_FILE, Store
+from tfrs_pipeline.serving.journal import JOURNAL_FILE
 from tfrs_pipeline.serving.live import _check_kind, _plain
 
 ITEMS = "/v1/models/films/items"
@@ -191,30 +193,6 @@ def test_a_text_of_several_values_is_split_as_in_a_file(tmp_path: Path) -> None:
     expected = [listed, *retriever.candidates.vectors_of([90_004])]
     refreshed = load(model).candidates.vectors_of([90_003, 90_004])
     np.testing.assert_allclose(refreshed, expected, atol=1e-6)
-
-
-def test_a_write_checks_and_encodes_each_item_once(
-    films: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    retriever, calls = load(films), dict[str, list[int]]()
-    feature = type(retriever.features["candidate"][0])
-
-    def count(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
-
-        def counted(*arguments: Any) -> Any:
-            column = arguments[-1]
-            calls.setdefault(name, []).append(len(column) if hasattr(column, "__len__") else 1)
-            return real(*arguments)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    for owner, name in [(feature, "to_raw"), (feature, "encode"), (live_module, "_check_kind")]:
-        count(owner, name)
-    items = [item(90_000 + i, ["zydeco"]) for i in range(200)]
-    assert len(retriever.live.prepare(items).notes) == 10
-    assert (calls["to_raw"], calls["encode"]) == ([200], [200])
-    assert len(calls["_check_kind"]) == 200
 
 
 def test_only_the_last_write_of_an_item_is_kept(films: Path) -> None:
@@ -414,37 +392,30 @@ def test_values_have_the_kind_of_their_feature() -> None:
     assert _plain("x", datetime(2024, 1, 1, tzinfo=UTC)) == "2024-01-01T00:00:00+00:00"
 
 
-@pytest.fixture
-def running(exported: Exported, tmp_path: Path) -> Any:
-    model = Path(shutil.copytree(exported("int", "scann"), tmp_path / "films"))
-    with Running(model, takes_writes=True) as running:
-        yield running
-
-
 def send(running: Running, method: str, body: Any, token: str | None = TOKEN) -> Any:
     return running_server.send(running, body, ITEMS, method, token or "")
 
 
-def test_rest_adds_and_removes_items(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_rest_adds_and_removes_items(writable: Running, caplog: pytest.LogCaptureFixture) -> None:
     def found() -> list[int]:
         asked = {"user_id": [-1], "history": [[]], "exclude": [[]], "k": 80}
-        answer = running.predict(signature_name="retrieve", inputs=asked)["outputs"]
+        answer = writable.predict(signature_name="retrieve", inputs=asked)["outputs"]
         return [id_ for id_ in answer["candidate_ids"][0] if id_ != -1]
 
     own = set(found())
-    answer = send(running, "PUT", {"items": [item(90_001), item(90_002, title="<b>Two</b>")]})
+    answer = send(writable, "PUT", {"items": [item(90_001), item(90_002, title="<b>Two</b>")]})
     assert (answer.status_code, answer.json()) == (200, {"num_new": 2, "num_items": 62})
     assert set(found()) == own | {90_001, 90_002}
-    answer = send(running, "PUT", item(90_003, genres=["zydeco"])).json()
+    answer = send(writable, "PUT", item(90_003, genres=["zydeco"])).json()
     told = "genres ['zydeco'] of item 90003 is unknown to the model: taken as missing"
     assert answer == {"num_new": 1, "num_items": 63, "notes": [told]}
-    assert send(running, "DELETE", {"item_ids": [90_001, 5]}).json()["num_removed"] == 1
+    assert send(writable, "DELETE", {"item_ids": [90_001, 5]}).json()["num_removed"] == 1
     assert set(found()) == own | {90_002, 90_003}
-    page = running.get("/page/items?search=two").json()["items"]
+    page = writable.get("/page/items?search=two").json()["items"]
     assert {"item_id": 90_002, "title": "<b>Two</b>"} in page
-    assert running.get("/page/items?search=90001").json()["items"] == []
+    assert writable.get("/page/items?search=90001").json()["items"] == []
     # A new version, exported without these items, takes them over.
-    model, versions = running.server.versions._path, running.server.versions
+    model, versions = writable.server.versions._path, writable.server.versions
     shutil.copytree(model / "1", model / ".2")
     (model / ".2").rename(model / "2")
     until(lambda: versions.statuses().get(2, ("",))[0] == "AVAILABLE")
@@ -478,22 +449,45 @@ HOSTILE: list[tuple[str, Any, str | None, int]] = [
 ]
 
 
-def test_hostile_writes_change_nothing(running: Running, caplog: pytest.LogCaptureFixture) -> None:
-    for method, body, token, code in HOSTILE:
-        answer = send(running, method, body, token)
-        assert answer.status_code == code, (method, body, answer.text)
+HOSTILE_EVENTS: list[tuple[str, str, Any, str, int]] = [
+    ("POST", "/v1/events", event(1, 3), "", 401),
+    ("POST", "/v1/events", event(1, 3), f"{TOKEN}0", 401),
+    ("DELETE", "/v1/users/102", b"", "", 401),
+    ("GET", "/v1/events", b"", TOKEN, 405),
+    ("POST", "/v1/users/102", b"", TOKEN, 405),
+    ("DELETE", "/v1/users/x", b"", TOKEN, 400),
+    ("DELETE", f"/v1/users/{'9' * 5000}", b"", TOKEN, 400),
+    ("POST", "/v1/events", {"events": []}, TOKEN, 400),
+    ("POST", "/v1/events", {"events": {}}, TOKEN, 400),
+    ("POST", "/v1/events", {"events": [[]] * 1000}, TOKEN, 400),
+    ("POST", "/v1/events", b"[" * 100_000, TOKEN, 400),
+    ("POST", "/v1/events", b'{"events": [{"user_id": 1, "item_id": 2, "time": NaN}]}', TOKEN, 400),
+    ("POST", "/v1/events", event(1, 3, time=10**400), TOKEN, 400),
+    ("POST", "/v1/events", event(1, 3, time="0" * 5000), TOKEN, 400),
+    ("POST", "/v1/events", event(1, 3, request_id=["a"]), TOKEN, 400),
+    ("POST", "/v1/events", {"events": [event(1, 3)] * 5000}, TOKEN, 413),
+]
+
+
+def test_hostile_writes_change_nothing(writable: Running, caplog: pytest.LogCaptureFixture) -> None:
+    of_items = [(method, ITEMS, *rest) for method, *rest in HOSTILE]
+    for method, path, body, token, code in [*of_items, *HOSTILE_EVENTS]:
+        answer = running_server.send(writable, body, path, method, token or "")
+        assert answer.status_code == code, (method, path, str(body)[:200], answer.text)
         assert answer.json()["error"]
-    with running.server.versions.use() as version:
+        assert "\n" not in answer.json()["error"]
+    with writable.server.versions.use() as version:
         assert version.retriever.num_candidates == NUM_CANDIDATES
-    assert not (running.server.versions._path / STORE_FILE).exists()
+    for file in (STORE_FILE, JOURNAL_FILE):
+        assert not (writable.server.versions._path / file).exists()
     assert not [x for x in caplog.records if x.levelno >= logging.ERROR]
 
 
-def test_names_with_odd_characters_stay_what_they_are(running: Running) -> None:
+def test_names_with_odd_characters_stay_what_they_are(writable: Running) -> None:
     odd = ["../../etc", "a\nb", "\x00", "'; drop table", "‮evil", "<script>", "é" * 500]
     body = {"items": [item(90_100 + i, [name], title=name) for i, name in enumerate(odd)]}
-    assert send(running, "PUT", body).json()["num_new"] == len(odd)
-    again = load(running.server.versions._path)
+    assert send(writable, "PUT", body).json()["num_new"] == len(odd)
+    again = load(writable.server.versions._path)
     for i, name in enumerate(odd):
         assert again.live.titles.get(90_100 + i) == name
         assert set(ranking(again, {}, allowed=[[name]])) == {90_100 + i}
@@ -510,40 +504,40 @@ def test_without_a_token_nobody_writes(exported: Exported, tmp_path: Path) -> No
             Running(exported("int", "exact"), token_file=tmp_path / "token")
 
 
-def test_a_full_disk_changes_nothing(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_changes_nothing(writable: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Store, "mark_listed", full)
-    answer = send(running, "PUT", {"items": [item(90_001)]})
+    answer = send(writable, "PUT", {"items": [item(90_001)]})
     assert (answer.status_code, "nothing has changed" in answer.text) == (503, True)
     monkeypatch.undo()
-    assert send(running, "PUT", {"items": [item(90_002)]}).json()["num_items"] == 61
+    assert send(writable, "PUT", {"items": [item(90_002)]}).json()["num_items"] == 61
 
 
-def test_deleted_and_restored_items_are_noticed(running: Running) -> None:
-    versions = running.server.versions
+def test_deleted_and_restored_items_are_noticed(writable: Running) -> None:
+    versions = writable.server.versions
     model = versions._path
 
     def num_items() -> int:
         with versions.use() as version:
             return version.retriever.num_candidates
 
-    send(running, "PUT", {"items": [item(90_001), item(90_002)]})
+    send(writable, "PUT", {"items": [item(90_001), item(90_002)]})
     copy_database(model / STORE_FILE, model.parent / "backup")
-    send(running, "DELETE", {"item_ids": [90_001, 90_002]})
+    send(writable, "DELETE", {"item_ids": [90_001, 90_002]})
     for file in model.glob(f"{STORE_FILE}*"):
         file.unlink()
     # Until the next look, a write is refused or goes to the new file.
-    answer = send(running, "PUT", {"items": [item(90_003)]})
+    answer = send(writable, "PUT", {"items": [item(90_003)]})
     assert answer.status_code in (200, 503), answer.text
-    until(lambda: send(running, "PUT", {"items": [item(90_004)]}).status_code == 200)
+    until(lambda: send(writable, "PUT", {"items": [item(90_004)]}).status_code == 200)
     kept = {90_004, *([90_003] if answer.status_code == 200 else [])}
     assert {row.item_id for row in Store(model).items_after(0)} == kept
     assert num_items() == NUM_CANDIDATES + len(kept)
     copy_database(model.parent / "backup", model / STORE_FILE)
     until(lambda: num_items() == NUM_CANDIDATES + 2)
-    assert send(running, "DELETE", {"item_ids": [90_001, 90_004]}).json()["num_removed"] == 1
+    assert send(writable, "DELETE", {"item_ids": [90_001, 90_004]}).json()["num_removed"] == 1
 
 
 def test_a_server_of_one_version_takes_in_live_items(films: Path) -> None:
@@ -560,15 +554,15 @@ def test_a_server_of_one_version_takes_in_live_items(films: Path) -> None:
 
 
 def test_no_other_version_comes_between_the_vectors_of_a_write_and_the_write(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    writable: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another version has other vectors, and comes into use with this lock alone."""
-    versions, real, held = running.server.versions, live_module.LiveItems.prepare, list[bool]()
+    versions, real, held = writable.server.versions, live_module.LiveItems.prepare, list[bool]()
 
     def prepare(*arguments: Any) -> Any:
         held.append(versions.writing.locked())
         return real(*arguments)
 
     monkeypatch.setattr(live_module.LiveItems, "prepare", prepare)
-    answer = send(running, "PUT", {"items": [item(90_001, ["zydeco"])]})
+    answer = send(writable, "PUT", {"items": [item(90_001, ["zydeco"])]})
     assert (len(answer.json()["notes"]), held) == (1, [True])
