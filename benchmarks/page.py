@@ -139,7 +139,7 @@ def try_page(browser: Browser, address: str, shots: Path, name: str) -> None:
     # It opens with an example, and the history of its user beside it.
     browser.until("document.querySelectorAll('#sides .side').length === 3")
     browser.until("document.querySelector('#about').textContent.includes('ScaNN index')")
-    assert browser.run("document.querySelector('#user').value") == "7"
+    assert browser.run("document.querySelector('#user').value") == "0"
     assert browser.run("document.querySelectorAll('#sides ol:not(.history) li').length") == 20
     assert "of the exact top 10" in browser.run("document.querySelector('#note').textContent")
     assert "retrieve_user" in browser.run("document.querySelector('#curl').textContent")

@@ -107,8 +107,7 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
 
     model = Clusters(num_candidates, seed)
     index = Scann(recall=0.95)
-    # The user that the page shows first, for page.py.
-    return export(model.exportable(), directory / NAME, index=index, manifest={"example_user": 7})
+    return export(model.exportable(), directory / NAME, index=index)
 
 
 @dataclass

@@ -148,13 +148,6 @@ def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> Non
     assert retriever.retrieve_user([7], 3)[0].tolist() == [["c", "", ""]]
 
 
-def test_names_that_a_manifest_has_cannot_be_given(tmp_path: Path) -> None:
-    for name in ("config", "run", "features"):
-        with pytest.raises(ValueError, match=f"manifest must not have {name}: .*another name"):
-            tp.export(exportable(), tmp_path / "own", manifest={name: {"model": "two tower v3"}})
-    assert not (tmp_path / "own").exists()
-
-
 def test_a_title_is_text_and_how_items_were_read_is_kept(tmp_path: Path) -> None:
     items = pa.table({"item_id": ["a", "b", "c"], "title": [7, None, 9]})
     reading = tp.Reading(item_columns={"item_id": "sku"}, max_bad_share=0.5)

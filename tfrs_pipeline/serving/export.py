@@ -50,29 +50,6 @@ if TYPE_CHECKING:
     from tfrs_pipeline.model.sums import Model
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
-# Manifest names that an export or a run writes itself.
-TAKEN = {
-    "config",
-    "date",
-    "excludes_known",
-    "export",
-    "feature_inputs",
-    "features",
-    "filter",
-    "format",
-    "has_item_bias",
-    "histories_until",
-    "index",
-    "items_read",
-    "log",
-    "name",
-    "reading",
-    "refreshed",
-    "run",
-    "signatures",
-    "user_data",
-    "versions",
-}
 # Most queries to tune and measure an index on; how many the reloaded model must answer alike.
 NUM_QUERIES, NUM_PROBES = 1000, 20
 
@@ -112,7 +89,6 @@ def export(
     keep_versions: int | None = None,
     user_data: bool = True,
     queries: Sequence[Query] | None = None,
-    manifest: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a model's next version, checks it in a fresh process, and publishes it.
 
@@ -132,7 +108,6 @@ def export(
         queries: Held-out queries with `user_id`, `history`, `history_timestamps` and `request`. A
             ScaNN index is tuned and measured on the first 1,000; the reloaded model must answer
             the first 20 alike. None takes the model's users.
-        manifest: Content to add to `manifest.json`, such as metrics.
 
     Returns:
         The folder of the new version.
@@ -143,24 +118,15 @@ def export(
         RuntimeError: If no ScaNN index reaches the recall target.
         TypeError: If `model` or `index` has the wrong type.
         ValueError: If the items lack the column `filter_by`, `user_data` is False for a model that
-            embeds each user's id, `manifest` uses a reserved name, or a fitted model has no log.
+            embeds each user's id, or a fitted model has no log.
         ImportError: If `index` is `Scann()` and ScaNN is not installed.
 
     Example:
         >>> export(model, "saved_models/videos", filter_by="category")  # doctest: +SKIP
         PosixPath('saved_models/videos/1')
     """
-    if taken := sorted(TAKEN.intersection(manifest or {})):
-        raise ValueError(
-            f"manifest must not have {', '.join(taken)}: the export writes it, or a run does. Give "
-            "it another name."
-        )
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
-    content: dict[str, Any] = {
-        "user_data": user_data,
-        "queries": queries,
-        "manifest": manifest or {},
-    }
+    content: dict[str, Any] = {"user_data": user_data, "queries": queries}
     return Path(on_chief(lambda: str(export_version(model, path, options, **content)[0])))
 
 
@@ -171,9 +137,12 @@ def export_version(
     *,
     user_data: bool,
     queries: Sequence[Query] | None,
-    manifest: Mapping[str, Any],
+    manifest: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports a model within one process, and returns the manifest too (see `export_index`)."""
+    """Exports a model within one process, and returns the manifest too (see `export_index`).
+
+    `manifest` is what a run adds to it.
+    """
     # Importing the classes would load code that only training needs.
     if not hasattr(model, "exportable"):
         raise TypeError(
@@ -227,7 +196,7 @@ def export_version(
         embeddings=embed_corpus(embed, len(model.candidate_ids))[rows],
         items=items.drop_columns([LISTED] if LISTED in items.column_names else []).take(rows),
         queries=queries,
-        manifest={**about, **manifest},
+        manifest={**about, **(manifest or {})},
     )
 
 
