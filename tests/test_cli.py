@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +32,11 @@ from tfrs_pipeline.cli import commands
 from tfrs_pipeline.cli.commands import COMMAND_LINE, COMMANDS
 from tfrs_pipeline.cli.console import Shown, print_result, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
-from tfrs_pipeline.cli.runs import BRIEF, _stopped
+from tfrs_pipeline.cli.runs import BRIEF
 from tfrs_pipeline.cluster import BASELINES_PROCESS
 from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.durable import locked, naming, read_record, write_record
+from tfrs_pipeline.durable import naming, read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.report import facts
@@ -888,42 +886,6 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
     command("run", "--run-dir", tmp_path / "a run")
     assert configs[1] == configs[0]
     assert configs[1].data.path == tmp_path / "clicks.csv"
-
-
-def test_a_new_run_names_the_stopped_one_with_its_settings(
-    command: Any, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(run: RunContext) -> None:
-        run.folder.data.mkdir(parents=True)
-        (run.folder.data / "log.json").touch()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_data, "log_steps", lambda: [Step("data", (), "log", interrupt)])
-    (here / "clicks.csv").touch()
-
-    def named(*more: str) -> list[str]:
-        answer = command("run", "--data.path", "clicks.csv", *more)
-        assert answer.code == 130
-        new = here / re.findall("^run folder: (.*)", answer.out, re.MULTILINE)[0]
-        shutil.rmtree(new)  # Only those of the test's own names stay.
-        return re.findall(r"these settings was stopped; to go on with it:  (.*)", answer.out)
-
-    assert named() == []
-    stopped = [here / "runs" / f"clicks-2020010{day}-000000" for day in (1, 2)]
-    for folder in stopped:
-        answer = command("run", "--data.path", "clicks.csv", "--run-dir", folder)
-        assert "was stopped; to go" not in answer.out
-    again = [f"tfrs-pipeline run --run-dir runs/{folder.name}" for folder in stopped]
-    assert named() == again[1:]
-    assert named("--seed", "4") == []
-    with locked(stopped[1] / "lock"), ThreadPoolExecutor(1) as other:  # It still runs.
-        assert other.submit(_stopped, RunFolder(stopped[0]).settings()).result() == Path(
-            "runs", stopped[0].name
-        )
-    (stopped[1] / "metrics.json").touch()  # Finished.
-    assert named() == again[:1]
-    (stopped[0] / "config.toml").write_text("seed = 3\n")  # No run wrote this.
-    assert named() == []
 
 
 # Sends Ctrl-C when a module is about to be imported.

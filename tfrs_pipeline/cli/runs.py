@@ -34,7 +34,7 @@ from tfrs_pipeline.config import (
     with_settings,
 )
 from tfrs_pipeline.data.schema import check_exists
-from tfrs_pipeline.durable import InUse, StorageError, locked
+from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import Progress, beside
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
@@ -122,8 +122,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
-    resume = [*program(), command, "--run-dir"]
-    again = shlex.join([*resume, str(folder)])
+    again = shlex.join([*program(), command, "--run-dir", str(folder)])
     # Each worker would make up another name.
     if this_worker().count > 1 and flags.run_dir is None:
         raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
@@ -137,9 +136,6 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             as_interrupts(),
         ):
             say(console, f"run folder: {folder}")
-            if is_run and flags.run_dir is None and (stopped := _stopped(config)):
-                rest = shlex.join([*resume, str(stopped)])
-                say(console, f"a run with these settings was stopped; to go on with it:  {rest}")
             result = _do(command, config, folder, _begin(config, place, progress))
     except ValueError:
         if not folder.exists():
@@ -162,19 +158,6 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if result.refusal:
         raise NotPublished(result.refusal)
     return 0
-
-
-def _stopped(config: RunConfig) -> Path | None:
-    """Finds the newest unfinished run of these settings in runs/ that no process works on."""
-    for path in sorted(Path("runs").glob(f"{config.model_name}-*/{CONFIG_FILE}"), reverse=True):
-        place = RunFolder(path.parent)
-        if place.metrics_file.exists() or not place.has_begun():
-            continue
-        # One that runs is not stopped, and one whose settings cannot be read cannot be resumed.
-        with contextlib.suppress(ValueError, OSError, InUse), locked(path.with_name("lock")):
-            if place.settings() == place.settled(config):
-                return place.path
-    return None
 
 
 def _check(command: str, config: RunConfig) -> int:
