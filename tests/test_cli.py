@@ -39,7 +39,6 @@ from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.durable import naming, read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.presets import RECIPES
-from tfrs_pipeline.report import facts
 from tfrs_pipeline.run import data as run_data
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.folder import RunFolder
@@ -391,7 +390,6 @@ def test_a_command_that_resumes_nothing_does_not_speak_of_it(
         (["serve", run.model, "--token-file", tmp_path], f"{tmp_path}: Is a directory"),
         (["serve", run.model, "--host", "not a host", "--port", 0], "known.* Set --host to an ad"),
         (["serve", run.model, "--host", "192.0.2.1", "--port", 0], "assign.* Set --host to an ad"),
-        (["report", run.folder / RUN, "--output", below], f"{below}: Not a directory"),
         (["vectors", run.model, below / "x.parquet"], f"there is no folder .{below}"),
         (["refresh-index", run.model, "--items", below], "below does not exist"),
         (["run", "--data.source", "movielens-100k", "--run-dir", below], "Not a directory"),
@@ -625,23 +623,12 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
     assert re.fullmatch(rf"error: .*{changed}.*\n", command(*arguments).err)
 
 
-def test_report_writes_a_page_where_it_is_told_to(
-    command: Any, run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_writes_the_page_of_a_finished_run(command: Any, run: Run, here: Path) -> None:
     page = run.folder / RUN / "report.html"
     written = page.read_text()
     page.unlink()
     assert command("report", run.folder / RUN) == (0, f"{page}\n", "")
     assert page.read_text() == written
-    monkeypatch.setattr(facts, "gather_facts", lambda folder: None)
-    monkeypatch.setattr(facts, "report_page", lambda found: written)
-    for output, path in ((here, here / "report.html"), ("page.html", "page.html")):
-        answer = command("report", run.folder / RUN, "--output", output)
-        assert answer == (0, f"{path}\n", "")
-        assert Path(path).read_text() == written
-    answer = command("report", run.folder / RUN, "--output", here / "missing" / "page.html")
-    assert answer.code == 1
-    assert re.fullmatch(r"error: .*missing/page.html: No such file or directory.\n", answer.err)
     (here / RUN / "checkpoints").mkdir(parents=True)
     answer = command("report", here / RUN)
     finish = f"finish it with:  tfrs-pipeline run --run-dir {shlex.quote(str(here / RUN))}"

@@ -278,14 +278,12 @@ class Report(Command):
     """
 
     run: PositionalPath
-    """Folder of the run."""
-    output: Path | None = None
-    """File to write, or a folder for report.html; if not given, RUN."""
+    """Folder of the run, in which report.html is written."""
 
     def __call__(self) -> int:
         """Writes the page and prints where."""
         RunFolder(self.run).results()  # Refuses at once, before libraries are imported.
         from tfrs_pipeline.report.facts import write_report
 
-        print(write_report(self.run, self.output))
+        print(write_report(self.run))
         return 0

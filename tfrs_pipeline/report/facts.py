@@ -88,17 +88,10 @@ class RunFacts:
         return at_reading + int(self.metrics["split"]["num_events_dropped"])
 
 
-def write_report(folder: Path | str, output: Path | str | None = None) -> Path:
-    """Writes the report of a finished run as one HTML page; returns its path.
-
-    `output` is the file, or a folder for report.html; None is the folder of the run.
-    """
-    folder = Path(folder)
-    # A folder gets the usual name.
-    path = Path(output or folder)
-    if path.is_dir():
-        path /= REPORT_FILE
-    path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
+def write_report(folder: Path | str) -> Path:
+    """Writes the report of a finished run, report.html in its folder; returns its path."""
+    path = Path(folder) / REPORT_FILE
+    path.write_text(report_page(gather_facts(path.parent)), encoding="utf-8")
     return path
 
 
