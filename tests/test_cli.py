@@ -28,7 +28,6 @@ from rich.text import Text
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import FunnelLosers, Popularity, Uniform, cli, dump_config, load_config
-from tfrs_pipeline.cli import commands
 from tfrs_pipeline.cli.commands import COMMAND_LINE, COMMANDS
 from tfrs_pipeline.cli.console import Shown, print_result, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
@@ -873,51 +872,6 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
     command("run", "--run-dir", tmp_path / "a run")
     assert configs[1] == configs[0]
     assert configs[1].data.path == tmp_path / "clicks.csv"
-
-
-# Sends Ctrl-C when a module is about to be imported.
-CUSTOM = """
-import os, signal, sys
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == os.environ["LAST"]:
-            signal.raise_signal(signal.SIGINT)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's job may ignore it.
-sys.meta_path.insert(0, Finder())
-"""
-SCRIPT = Path(sys.executable).with_name("tfrs-pipeline")
-
-
-@pytest.mark.parametrize("program", [[SCRIPT], [sys.executable, "-m", "tfrs_pipeline.cli"]])
-@pytest.mark.parametrize("module", ["rich.console", "pydantic", "tfrs_pipeline.config"])
-def test_ctrl_c_during_the_imports_ends_quietly(
-    tmp_path: Path, program: list[Any], module: str
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(CUSTOM)
-    paths = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])
-    environment = {**os.environ, "PYTHONPATH": paths, "LAST": module}
-    asked = [*program, "run", "--help"]
-    done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-@pytest.mark.usefixtures("heard")
-def test_ctrl_c_is_heard_again_once_a_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a background job of a shell it stays ignored."""
-    handlers = list[Any]()
-
-    def command(words: list[str]) -> int:
-        handlers.append(signal.getsignal(signal.SIGINT))
-        return 7
-
-    monkeypatch.setattr(commands, "main", command)
-    expected: list[Any] = [signal.default_int_handler, signal.SIG_IGN]
-    for handler in expected:
-        signal.signal(signal.SIGINT, handler)
-        assert cli.main(["query"]) == 7
-    assert handlers == expected
 
 
 @pytest.mark.nightly
