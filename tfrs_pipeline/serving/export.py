@@ -35,14 +35,7 @@ from tfrs_pipeline.model.tf_tables import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
 from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
-from tfrs_pipeline.serving.index import (
-    SMALLEST_SCANN_CORPUS,
-    Auto,
-    Scann,
-    Search,
-    has_scann,
-    search_of,
-)
+from tfrs_pipeline.serving.index import Auto, Scann, Search, has_scann, search_of
 from tfrs_pipeline.serving.saved_model import RetrievalModule, check_operation, prove
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
@@ -295,15 +288,9 @@ def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
     """Describes the "index" of a manifest in a sentence."""
     if description["kind"] == "exact":
         return f"exact search over {num_candidates:,} candidates"
-    levels, requests = description["levels"], description["requests"]
-    lowest = min((request["recall"] for request in requests), default=description["target_recall"])
-    text = (
-        f"ScaNN finds at least {lowest:.4f} of the exact answer on average; search is exact if k "
-        f"and the number of excluded items add up to more than {levels[-1]['depth']:,}"
-    )
-    if num_candidates < SMALLEST_SCANN_CORPUS:
-        text += f". For {num_candidates:,} candidates exact search is as fast"
-    return text
+    recalls = [request["recall"] for request in description["requests"]]
+    lowest = min(recalls, default=description["target_recall"])
+    return f"ScaNN finds at least {lowest:.4f} of the exact answer on average"
 
 
 def stored_queries(model: Exportable) -> list[Query]:
