@@ -357,10 +357,12 @@ def test_refused_data_can_be_mended_in_the_same_folder(command: Any) -> None:
     assert command("run", "--data.path", "nowhere.csv").out == ""
 
 
-@pytest.mark.parametrize("name", ["run", "compare"])
+@pytest.mark.parametrize(
+    ("name", "full"), [("run", "a run"), ("compare", "a run"), ("run", "saved_models/clicks")]
+)
 @pytest.mark.parametrize("finished", [None, "data/log.json", "checkpoints"])
 def test_a_full_disk_is_said_to_keep_what_is_finished_if_something_is(
-    command: Any, here: Path, monkeypatch: pytest.MonkeyPatch, name: str, finished: str | None
+    command: Any, here: Path, monkeypatch: Any, name: str, full: str, finished: str | None
 ) -> None:
     Path("clicks.csv").touch()
     folder = here / "a run"
@@ -368,14 +370,15 @@ def test_a_full_disk_is_said_to_keep_what_is_finished_if_something_is(
     def fill_the_disk(*_: Any) -> None:
         if finished:
             (folder / finished).mkdir(parents=True)
-        with naming(folder):
+        with naming(Path(full)):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_data, "log_steps", fill_the_disk)
     answer = command(name, "--data.path", "clicks.csv", "--run-dir", folder)
-    remedy = " Fix this and rerun the command; finished steps are kept:"
+    other = ", or set --export.directory to another folder," if full != "a run" else ""
+    remedy = f" Fix this{other} and rerun the command; finished steps are kept:"
     remedy += f"  tfrs-pipeline {name} --run-dir '{folder}'"
-    told = f"error: {folder}: No space left on device.{remedy if finished else ''}\n"
+    told = f"error: {full}: No space left on device.{remedy if finished else ''}\n"
     assert (answer.code, answer.err) == (1, told)
 
 
@@ -514,7 +517,7 @@ def test_what_came_out_is_shown_whatever_has_become_of_the_model(run: Run) -> No
     shown = told_of(run, {"export_folder": str(gone)})
     assert f"model    {gone}\nreplaces version 1\n" in shown
     assert "replaces" not in run.out
-    assert "    ials: left out by the preset or by evaluation.baselines\n" in run.out
+    assert "    ials: left out by evaluation.baselines\n" in run.out
     (names,) = read_record(run.folder / RUN / "metrics.json")["differences"].values()
     for gain in (0.0, 0.2):  # Of the baseline over the model.
         interval = {"mean": gain, "low": gain / 2, "high": 2 * gain}
@@ -592,6 +595,22 @@ def test_a_check_refuses_as_a_run(
         answer = command(*run_arguments(tmp_path, *flags, *more))
         assert answer.code
         assert re.search(message, " ".join(answer.err.split()))
+
+
+@pytest.mark.parametrize(
+    ("part", "items"), [("validation", [0, 1] * 5), ("test", [0] * 7 + [1] * 3)]
+)
+def test_a_part_with_nothing_to_find_is_named(
+    command: Any, here: Path, part: str, items: list[int]
+) -> None:
+    """A click a day: the eighth and ninth are for validation, the last for the test."""
+    days = [86_400 * day for day in range(20_000, 20_010)]
+    clicks = {"user_id": [1] * 10, "item_id": items, "timestamp": days}
+    write(pa.table(clicks), here / "clicks.csv")
+    kept = ["--split.kind", "time", "--split.validation", "0.2", "--split.test", "0.1"]
+    kept += ["--evaluation.exclude", "clicked"]
+    answer = command("run", "--check", "--data.path", "clicks.csv", *kept)
+    assert f"Nothing to measure in the {part} part (split.{part}): none of 1 quer" in answer.err
 
 
 def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path) -> None:
@@ -762,9 +781,17 @@ def test_without_a_terminal_only_what_has_news_is_a_line() -> None:
         for task in ("first", "second"):
             for done in range(1, 31):
                 progress.task(task, done, 30, "loss 4.8")
+        for done in range(1, 8):  # Patience ends these two.
+            progress.task("third", done, 30, f"loss {done}")
+        for done in range(1, 10):
+            progress.task("fourth", done, 30, f"loss {done}")
+        progress.step(StepReport("train", ["a note"], 1.0))
+        progress.step(StepReport("export"))
     first, *told = out.getvalue().splitlines()
     assert first == "    export: builds the index"
-    assert told == ["    first 30/30: loss 4.8", "    second 30/30: loss 4.8"]
+    assert told[:2] == ["    first 30/30: loss 4.8", "    second 30/30: loss 4.8"]
+    assert told[2:4] == ["    third 7/30: loss 7", "    fourth 9/30: loss 9"]
+    assert [line.split()[0] for line in told[4:]] == ["train", "a", "export"]
 
 
 def test_without_a_terminal_a_slow_task_is_told_now_and_then(

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
+from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.export import export, query_table
@@ -147,6 +148,28 @@ def test_filters_take_booleans_however_written(tmp_path: Path) -> None:
     for value in (True, "True", "TRUE", "true"):  # Also as text, as clients send it.
         ids, _ = loaded.retrieve([{}], len(even), allowed=[[value]])  # type: ignore[list-item]
         assert set(ids[0].tolist()) == even
+
+
+@pytest.mark.usefixtures("few_signatures")
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("/films/.partial-1/saved_model.pb.tmp2; No space left on device", "No space left on dev"),
+        ("OOM when allocating tensor", "OOM when allocating"),  # Of memory.
+    ],
+)
+def test_a_full_disk_is_told_by_the_folder_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str, told: str
+) -> None:
+    """TensorFlow names a temporary file."""
+
+    def fill_the_disk(*_: Any) -> None:
+        raise tf.errors.ResourceExhaustedError(None, None, message)
+
+    monkeypatch.setattr(export_module.tf.saved_model, "save", fill_the_disk)
+    with pytest.raises(StorageError, match=f"^{tmp_path}/films: {told}"):
+        export(make_served("int").exportable(), tmp_path / "films", index=Exact())
+    assert not [*(tmp_path / "films").glob(".partial*")]
 
 
 @pytest.mark.usefixtures("trusted_exports", "few_signatures")

@@ -62,18 +62,20 @@ def say(console: Console, text: str) -> None:
 class Shown(Progress):
     """A bar for the current task, and a line with notes for each finished step.
 
-    Without a terminal it prints a task's last line, if patience does not end it sooner, and others
-    every 30 seconds: the log of a nightly job should not have a line for each epoch.
+    Without a terminal it prints a task's last line, and others every 30 seconds: the log of a
+    nightly job should not have a line for each epoch.
     """
 
     def __init__(self, console: Console, bar: Bar, remark: Text) -> None:
         self._console, self._bar, self._remark = console, bar, remark
         self._said = time.monotonic()
+        self._task, self._unsaid = "", ""  # Without a terminal: the task, and its latest line.
         self.is_interrupted = False
 
     def step(self, report: StepReport) -> None:
         """Prints the step's name, time and notes."""
         self.raise_if_interrupted()
+        self._end_task()
         say(self._console, f"{report.name:<28}{report.seconds:8.1f} s")
         for note in report.notes:
             say(self._console, f"    {note}")
@@ -82,11 +84,15 @@ class Shown(Progress):
         """Moves the bar, or prints a line if it is time."""
         self.raise_if_interrupted()
         if not self._console.is_terminal:
+            if name != self._task:
+                self._end_task()
+            count = f" {done:,}/{total:,}" if total else ""
+            line = f"    {name}{count}{f': {note}' if note else ''}"
+            self._task, self._unsaid = name, line if note else ""
             is_last = note and done == total
             if is_last or (total and time.monotonic() - self._said > _SECONDS_BETWEEN_LINES):
-                self._said = time.monotonic()
-                count = f" {done:,}/{total:,}" if total else ""
-                say(self._console, f"    {name}{count}{f': {note}' if note else ''}")
+                self._said, self._unsaid = time.monotonic(), ""
+                say(self._console, line)
             return
         bar, (task,) = self._bar, self._bar.tasks
         if task.description != name:  # A task cannot lose its total or restart its clock.
@@ -94,6 +100,12 @@ class Shown(Progress):
             bar.add_task(name, total=total or None, count="")
         bar.update(bar.task_ids[0], completed=done, count=f"{done:,}/{total:,}" if total else "")
         self._remark.plain = f"  {note}" if note else ""
+
+    def _end_task(self) -> None:
+        """Prints the last line of a task that ended early, as a training does by its patience."""
+        if self._unsaid:
+            say(self._console, self._unsaid)
+        self._unsaid = ""
 
     def raise_if_interrupted(self) -> None:
         """Raises the Ctrl-C that Python has ignored, if any."""

@@ -144,7 +144,9 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     except StorageError as error:
         if not place.has_begun():  # No step is kept, so there is nothing to resume.
             raise
-        remedy = "Fix this and rerun the command; finished steps are kept:"
+        is_export = str(error).startswith(str(config.model_folder))
+        other = ", or set --export.directory to another folder," if is_export else ""
+        remedy = f"Fix this{other} and rerun the command; finished steps are kept:"
         raise StorageError(f"{error} {remedy}  {again}") from error
     except KeyboardInterrupt:
         say(console, f"\nstopped; go on with:  {again}")

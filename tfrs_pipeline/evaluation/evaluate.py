@@ -169,7 +169,7 @@ class Truth:
         return self.holdout.user_ids[self.positions]
 
     @classmethod
-    def of(cls, holdout: Holdout, exclude: Exclude) -> "Truth":
+    def of(cls, holdout: Holdout, exclude: Exclude, part: str = "holdout") -> "Truth":
         """Looks up ids once for all retrievers; a `ValueError` if nothing is left to find."""
         items, excluded = Ids(holdout.candidate_ids), holdout.excluded(exclude)
         # As Python's sets: lists are short, and ids of any type compare as they are.
@@ -182,9 +182,9 @@ class Truth:
         num_excluded = sum(map(len, wanted)) - sum(map(len, left))
         if not positions:
             raise ValueError(
-                f"Nothing to measure: none of {len(holdout)} queries has a relevant item that "
-                f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). "
-                "Exclude less (evaluation.exclude), or test on a larger part."
+                f"Nothing to measure in the {part}: none of {len(holdout)} queries has a relevant "
+                f"item that exclude={exclude!r} leaves in the ranking ({num_excluded} were "
+                "excluded). Exclude less (evaluation.exclude), or split off a larger part."
             )
         # Sorted, because sums of weights depend on their order in the last digit.
         ids = [id_ for i in positions for id_ in sorted(left[i])]
@@ -207,9 +207,9 @@ class Truth:
         )
 
 
-def check_measurable(holdout: Holdout, exclude: Exclude) -> None:
-    """Refuses (`ValueError`) a holdout in which `exclude` leaves nothing to find."""
-    Truth.of(holdout, exclude)
+def check_measurable(holdout: Holdout, exclude: Exclude, part: str = "holdout") -> None:
+    """Refuses (`ValueError`) a holdout, by the name of its part, if `exclude` leaves nothing."""
+    Truth.of(holdout, exclude, part)
 
 
 def _retrieve_rows(

@@ -26,6 +26,7 @@ from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
 from tfrs_pipeline.evaluation.metrics import BUILT_IN, METRICS
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.messages import printable
+from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import MeasuredBaselines, baselines_of, evaluate_all, fit_best
@@ -73,8 +74,11 @@ def measure_baselines(
             evaluations.append(answer[0])
             runner.note(*answer[1])
     runner.note(*(f"{name} is left out: {why}" for name, why in left_out.items()))
-    unnamed = [name for name in BASELINES if name not in config.evaluation.baselines]
-    runner.note(*(f"{name}: left out by the preset or by evaluation.baselines" for name in unnamed))
+    named, by = config.evaluation.baselines, "evaluation.baselines"
+    for name, preset in PRESETS.items():
+        if preset.settings.get("evaluation.baselines") == named:
+            by = f"the preset {name}"
+    runner.note(*(f"{name}: left out by {by}" for name in BASELINES if name not in named))
     return MeasuredBaselines(evaluations, left_out, failed)
 
 

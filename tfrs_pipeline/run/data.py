@@ -129,8 +129,8 @@ def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> R
     # The same question as the test's: a model chosen by another one may be worse at this one.
     most = config.training.validation_users
     validation = split.holdout("validation", most, config.seed, by=test.by)
-    for holdout in (validation, test):
-        check_measurable(holdout, config.evaluation.exclude)
+    for part, holdout in (("validation", validation), ("test", test)):
+        check_measurable(holdout, config.evaluation.exclude, f"{part} part (split.{part})")
     counts: dict[str, FalseNegatives] = {}
     if any(len(pool.values) for pool in selection.samples.hard_pools.values()):
         # A comparison's plans all train on single positives, as hard negatives need.

@@ -3,9 +3,11 @@
 saved_models/README.md lists the files of a version.
 """
 
+import errno
 import importlib.metadata
 import json
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -268,8 +270,14 @@ def export_index(
             modules[partial / publish.SCANN_FOLDER] = with_scann
         allowed_ops = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
         for saved_to, saved in modules.items():
-            with naming(saved_to, tf.errors.OpError):
-                tf.saved_model.save(saved, str(saved_to), saved.exported, allowed_ops)
+            with naming(Path(path), tf.errors.OpError):
+                try:
+                    tf.saved_model.save(saved, str(saved_to), saved.exported, allowed_ops)
+                except tf.errors.ResourceExhaustedError as error:
+                    if (text := os.strerror(errno.ENOSPC)) not in error.message:
+                        raise
+                    # TensorFlow names a file of its own, which is gone by now.
+                    raise OSError(errno.ENOSPC, text) from error
         (partial / publish.ITEMS_FILE).parent.mkdir()
         pq.write_table(pa.table(shown), partial / publish.ITEMS_FILE)
         read = signature_inputs(encoder.embed_query)
