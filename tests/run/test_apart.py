@@ -93,6 +93,19 @@ def test_each_failure_costs_its_row_alone_and_is_not_tried_again(
         assert again.left_out[name].startswith(f"{why} (it is not tried again; to do so, delete ")
 
 
+@pytest.mark.parametrize("preset", [None, "quick"])
+def test_who_leaves_a_baseline_out_is_named(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, preset: str | None
+) -> None:
+    monkeypatch.setattr(apart, "baselines_of", lambda config, data: {})
+    config, *where = prepared
+    settings = {} if preset else {"evaluation.baselines": ["ease"]}
+    _, notes = measured(with_settings(config, settings, preset=preset), *where)
+    by = "the preset quick" if preset else "evaluation.baselines"
+    assert f"ials: left out by {by}" in notes
+    assert not any("ease" in note for note in notes)
+
+
 def test_a_process_that_dies_at_its_start_costs_its_row_until_the_program_is_mended(
     prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
