@@ -223,9 +223,6 @@ def test_the_first_screen_answers_five_questions() -> None:
     assert "What was dropped?28 of 11,028 events, 1,372 of 7,050 test items" in first
     assert "1,372 test items not asked for: the ranking excludes what its user had clicked" in first
     assert "7 of 1,241 test queries not asked" in first
-    where = PAGE.tables["Where the events went"]
-    assert [where[part][0][1] for part in ("train", "test", "dropped")] == [9000, 2000, 28]
-    assert sum(cells[1][1] or 0 for cells in where.values()) == pytest.approx(1)
     assert "column 'year' is missing in 1 of 400 rows" in first
     dropped = tuple(Dropped(f"reason {num}", num) for num in range(1, 7))
     first, _, _ = page_of(dropped=dropped).joined.partition("Recommendations")
@@ -254,9 +251,6 @@ def test_the_first_screen_answers_five_questions() -> None:
     first, _, _ = page.joined.partition("Recommendations")
     assert "What was dropped?16 of 11,023 events" in first  # 11 of them by the split.
     assert "7 merged into another" in first
-    where = page.tables["Where the events went"]
-    assert (where["merged"][0][1], where["dropped"][0][1]) == (7, 16)
-    assert sum(cells[1][1] or 0 for cells in where.values()) == pytest.approx(1)
 
 
 def test_hard_negatives_and_a_tuned_index_have_their_places() -> None:

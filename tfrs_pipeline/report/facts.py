@@ -24,7 +24,6 @@ from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.samples.store import read_samples
 
 REPORT_FILE = "report.html"
-DROPPED = "dropped"
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,6 @@ class RunFacts:
     def parts(self) -> list[str]:
         """The parts of the split that have events, in their order."""
         return [part for part in PARTS if part in self.metrics["split"]]
-
-    @property
-    def events_by_part(self) -> dict[str, int]:
-        """Number of events in each part of the split, merged into others, and dropped."""
-        split = self.metrics["split"]
-        counts = {part: int(split[part]["num_events"]) for part in self.parts}
-        merged = [x.num_rows for x in self.dropped if x.is_merged]
-        return counts | ({"merged": sum(merged)} if merged else {}) | {DROPPED: self.num_dropped}
 
     @property
     def num_dropped(self) -> int:
