@@ -19,7 +19,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.model.tf_tables import completed
 from tfrs_pipeline.serving.candidates import UnknownItem
 from tfrs_pipeline.serving.connections import BUCKETS_SECONDS
@@ -134,18 +133,6 @@ class ServedVersion:
             for part in tf.train.TrackableView(self.retriever.saved_model).descendants()
             if isinstance(part, tf.saved_model.experimental.TrackableResource)
         ]
-
-
-def _problem(error: Exception, folder: Path) -> str:
-    """Describes in a line why a version cannot be loaded."""
-    # TensorFlow's error does not say that a file was deleted while it was read.
-    try:
-        read_record(folder / MANIFEST_FILE)
-    except FileNotFoundError:
-        return "its folder was deleted in the meantime."
-    except (Damaged, OSError) as damage:  # This process may not be allowed to read the manifest.
-        return str(error if isinstance(error, Damaged) else damage)
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class ModelVersions:
@@ -265,7 +252,8 @@ class ModelVersions:
         try:
             version = self._load_version(folder)
         except Exception as error:  # Whatever is wrong, the version in use goes on.
-            message = f"Version {folder.name} cannot be loaded: {_problem(error, folder)}"
+            problem = " ".join(f"{type(error).__name__}: {error}".split())  # In one line.
+            message = f"Version {folder.name} cannot be loaded: {problem}"
             self._failures[identity] = (message, time.monotonic() + RETRY_SECONDS)
             LOADS.labels(self.name, "failed").inc()
             logger.error("%s", message)
