@@ -141,10 +141,12 @@ def test_a_byte_that_is_not_utf8_costs_its_line_in_any_column(
         assert 1_700_000_200 not in column(log.events, "user_id")
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
-def test_another_encoding_is_told_by_its_nul_bytes(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "log.csv").write_bytes("user_id,item_id\n1,2\n".encode(encoding))
-    with pytest.raises(DataError, match=r"log.csv cannot be read: its header holds NUL bytes, as"):
+    with pytest.raises(
+        DataError, match=r"log.csv cannot be read: .* Give (CSV in UTF-8|UTF-8 CSV)"
+    ):
         Log.from_files(tmp_path / "log.csv")
 
 

@@ -349,11 +349,6 @@ def _read_header(source: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
             whole = ", and the whole of the zipped file" if _is_zipped(path) else ""
             remedy = f"Give UTF-8 CSV with a header{whole}."
             raise DataError(f"{path} cannot be read: {error}. {remedy}") from error
-        if "\0" in lines[-1]:
-            raise DataError(
-                f"{path} cannot be read: its header holds NUL bytes, as text in UTF-16 does. "
-                f"{LINES_REMEDY}"
-            )
         if not lines[-1].strip():
             raise DataError(f"{path}: 0 rows, and no header. Give a file that holds events.")
         if lines[-1] != lines[0]:
