@@ -64,7 +64,12 @@ class OwnQueries(tf.keras.layers.Layer):
     def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
         vectors = self.table(inputs["history_rows"] % 64)
         is_item = (inputs["history_rows"] > 0)[:, :, tf.newaxis]
-        return tf.reduce_sum(tf.where(is_item, vectors, 0.0), axis=1)
+        # AutoGraph converts custom towers, so they may branch on tensors.
+        if tf.reduce_any(is_item):
+            vectors = tf.where(is_item, vectors, 0.0)
+        else:
+            vectors = tf.zeros_like(vectors)
+        return tf.reduce_sum(vectors, axis=1)
 
 
 def share_of_own_taste(model: tp.FittedTwoTower) -> float:
@@ -275,6 +280,34 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
 def test_own_towers_are_checked(data: TrainingSet, name: str, tower: Any, received: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be a layer of tf.keras.*: {received}"):
         tiny(**{name: tower}).build(data.corpus)
+
+
+class OfSequences(OwnQueries):
+    """Sums, for each position, the prefix of the sequence that is its history."""
+
+    def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
+        if "sequence_rows" not in inputs:
+            return super().call(inputs)
+        vectors = self.table(inputs["sequence_rows"])
+        is_item = tf.cast(inputs["sequence_rows"] > 0, tf.float32)[:, :, tf.newaxis]
+        sums = tf.cumsum(tf.pad(vectors * is_item, [[0, 0], [1, 0], [0, 0]]), axis=1)
+        return tf.gather(tf.reshape(sums, [-1, 6]), inputs["state"])
+
+
+def test_an_own_tower_that_does_not_read_sequences_is_refused_when_built(data: TrainingSet) -> None:
+    training = {"examples": "sequences", "batch_size": 64}
+    options: dict[str, Any] = {"candidate_tower": OwnCandidates, "negatives": EASY}
+    with pytest.raises(KeyError, match="history_rows") as error:
+        tiny(query_tower=OwnQueries(), training=training, **options).build(data.corpus)
+    assert "gives the query_tower sequence_rows and state" in error.value.__notes__[0]
+    tiny(query_tower=OfSequences(), training=training, **options).build(data.corpus)
+
+    class Misspelt(OfSequences):
+        def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
+            return super().call(inputs["features"]["colour"] and inputs)
+
+    with pytest.raises(KeyError, match="colour"):
+        tiny(query_tower=Misspelt(), training=training, **options).build(data.corpus)
 
 
 @pytest.mark.usefixtures("in_eager_steps")

@@ -34,8 +34,6 @@ class TwoTowerNetwork(tfrs.Model):
       `Batch`. Keras casts times to float32, that is to 128 seconds, unless the layer has
       `autocast=False`.
 
-    AutoGraph is off: a `call` that branches on the value of a tensor needs `@tf.function` above it.
-
     Raises a `ValueError` if a tower returns something else, their widths differ, or the Keras
     policy is not float32. Encoded features of the corpus become constants of the model; the query
     tower may also read those in `candidate_table`.
@@ -171,7 +169,7 @@ class TwoTowerNetwork(tfrs.Model):
             sample_weight=inputs.weight,
             negative_embeddings=shared,
             score_mask=inputs.is_counted,
-            log_q=inputs.log_q if self._is_corrected else None,
+            log_q=self.log_q(inputs),
             positive_query=inputs.positive_query,
             hard_embeddings=hard,
             hard_log_q=hard_log_q,
@@ -182,6 +180,10 @@ class TwoTowerNetwork(tfrs.Model):
         self._loss_metric.update_state(tf.math.divide_no_nan(loss, weight), sample_weight=weight)
         total_weight = weight if inputs.total_weight is None else inputs.total_weight
         return tf.math.divide_no_nan(loss, total_weight)
+
+    def log_q(self, inputs: Batch) -> tf.Tensor | None:
+        """Returns the correction of the logits of a batch's shared columns; None without one."""
+        return inputs.log_q if self._is_corrected else None
 
     def _embed_columns(
         self, inputs: Batch, training: bool
@@ -222,7 +224,7 @@ class TwoTowerNetwork(tfrs.Model):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return [loss / replicas for loss in super().losses]
 
-    # Nothing here branches on tensors, and AutoGraph would take seconds to find that out.
+    # Nothing here branches on tensors; `own_layer` lets AutoGraph convert custom towers.
     @tf.autograph.experimental.do_not_convert
     def train_step(self, inputs: Batch) -> dict[str, tf.Tensor]:
         """Runs one step; returns the epoch's mean loss so far."""
@@ -249,6 +251,21 @@ class TwoTowerNetwork(tfrs.Model):
                     f"The {name} must return float32: an export multiplies queries by candidates. "
                     f'Give its last layer dtype="float32". Received: {output.dtype.name}'
                 )
+
+    def check_sequences(self) -> None:
+        """Tries the query tower on a whole sequence; a `KeyError` if it reads histories alone."""
+        row = tf.zeros([1], tf.int32)
+        sequence = tf.zeros([1, self.history_length], tf.int32)
+        times = tf.zeros([1, self.history_length + 1], tf.float64) if self.reads_times else None
+        try:
+            self._queries(Batch(row, sequence_rows=sequence, sequence_times=times, state=row))
+        except KeyError as error:
+            error.add_note(
+                "With training.examples 'sequences', training gives the query_tower sequence_rows "
+                "and state in place of history_rows (see tp.WholeSequences). Read both forms, as "
+                "queries come with a history, or set training.examples to 'single'."
+            )
+            raise
 
     def _check_variables(self) -> None:
         """Refuses towers with per-replica statistics if several replicas train."""

@@ -344,7 +344,8 @@ class TwoTower(TwoTowerSettings):
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it.
 
-        Raises a `ValueError` if the towers' widths differ, or a custom tower was trained before.
+        Raises a `ValueError` if the towers' widths differ, or a custom tower does not read what
+        `training.examples` gives it or was trained before.
         """
         distribution.training_strategy()  # As in `fit`, because variables are made here.
         if not reads_times(self, self.training):
@@ -357,7 +358,10 @@ class TwoTower(TwoTowerSettings):
         candidate = candidate or candidate_tower(self, corpus)
         table = FeatureTable(corpus, "candidate")
         query = query or query_tower(self, corpus, candidate, table)
-        return TwoTowerNetwork(query, candidate, self, corpus, table, self.name)
+        network = TwoTowerNetwork(query, candidate, self, corpus, table, self.name)
+        if self.training.examples == "sequences":
+            network.check_sequences()
+        return network
 
     @property
     def _custom_towers(self) -> dict[str, TowerLike | None]:
