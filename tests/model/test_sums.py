@@ -91,13 +91,6 @@ def test_a_rotation_keeps_the_biases() -> None:
     np.testing.assert_allclose(rotated.candidates[:, -1], 0.5 * members[1].candidates[:, -1])
 
 
-def test_a_rotation_stands_dimensions_that_no_query_uses() -> None:
-    first = vectors(10, 30, 4)
-    first.queries[:, 2:] = 0
-    rotated = projection([first, first], [1, 1], dim=2)([first, first])
-    np.testing.assert_allclose(scores(rotated), 2 * scores(first), atol=1e-3)
-
-
 def test_a_rotation_stands_fewer_queries_than_dimensions() -> None:
     """Their moments have no full rank: rounded, they would not be positive definite."""
     members = [vectors(50, 60, 200), vectors(50, 60, 200)]
