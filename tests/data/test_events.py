@@ -217,7 +217,6 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         ("user_id,item_id,rank\n1,2,1.5\n", {}, "'rank' must hold whole numbers.*'1.5'"),
         ("user_id,item_id,score\n1,2,good\n", {}, "'score' must hold finite .* 1 of 1"),
         ("user_id,item_id,stage\n1,2,liked\n", {}, "such as 'liked' .first: row 1.. Known"),
-        ("user_id,item_id\n1,5\n1,5\n", {"duplicates": "error"}, "1 of 2 rows repeat an earlier"),
         ("user_id,item_id,rating\n1,2,3\n", {"rating_threshold": 4}, "none of 1 rows is"),
         ("user_id,item_id,rating\n1,2,\n1,2,5\n", {"rating_threshold": 4}, "null or NaN in 1 of 2"),
         (pa.table({"user_id": [1.5], "item_id": [2]}), {}, r"'user_id' must be an integer .*1\.5"),

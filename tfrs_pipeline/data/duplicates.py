@@ -6,14 +6,11 @@ Several events of an item in one visit are not duplicates; `visits.py` merges th
 import ibis
 
 from tfrs_pipeline.data.rules import RawTable
-from tfrs_pipeline.data.schema import DataError, Dropped, Duplicates, count_rows
+from tfrs_pipeline.data.schema import Dropped, Duplicates, count_rows
 
 
 def resolve_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates) -> ibis.Table:
-    """Keeps, drops or refuses events that repeat an earlier one; returns those kept.
-
-    Raises a `DataError` if there are any and `duplicates` is "error".
-    """
+    """Keeps or drops events that repeat an earlier one; returns those kept."""
     # By part too: an event in the test part does not repeat one in the training part. Context and
     # scores are left out, because they may differ between two reports of one event.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
@@ -22,12 +19,6 @@ def resolve_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates
     num_copies = num_rows - count_rows(events.select(*keys).distinct())
     if not num_copies:
         return events
-    if duplicates == "error":
-        raise DataError(
-            f"{raw.source.name}: {num_copies} of {num_rows} rows repeat an earlier one {what}. "
-            "Remove them, or set duplicates to drop or keep.",
-            "duplicates",
-        )
     if duplicates == "keep":
         note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
         raw.notes.append(f"{note} (data.duplicates drop leaves them out)")

@@ -99,7 +99,7 @@ class Reading(Config):
     of the events the table spells the id differently (leading zeros, letter case, spaces)."""
     duplicates: schema.Duplicates = "keep"
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
-    drop and count all but the first, or stop ("error")."""
+    or drop and count all but the first."""
     earliest_time: datetime | None = None
     """Events before this time count as having none, such as a 0 for a missing time; in UTC if
     without a zone; if not given, 1990. So do events later than a day from now."""
