@@ -233,14 +233,6 @@ def test_a_full_disk_for_the_tables_is_told_with_where_they_may_lie(limit: int) 
         Log.from_table(events, connection=connection)
 
 
-def test_a_connection_that_cannot_be_written_is_refused_as_such(tmp_path: Path) -> None:
-    ibis.duckdb.connect(tmp_path / "own.duckdb").disconnect()
-    connection = ibis.duckdb.connect(tmp_path / "own.duckdb", read_only=True)
-    with pytest.raises(DataError, match="connection, which must be writable") as refused:
-        made(connection=connection)
-    assert "CSV" not in str(refused.value)
-
-
 def test_weights_that_differ_are_told() -> None:
     def told(*weights: float) -> str:
         clicks = {"user_id": range(1000), "item_id": 1, "weight": np.resize(weights, 1000)}

@@ -93,7 +93,7 @@ def write_parquet(table: ibis.Table, path: Path) -> None:
 
 
 def check_stored(error: Exception) -> None:
-    """Raises a `StorageError` or `DataError` if DuckDB could not store data, or was interrupted."""
+    """Raises a `StorageError` if data could not be stored; a `KeyboardInterrupt` if interrupted."""
     if isinstance(error, duckdb.InterruptException):
         raise KeyboardInterrupt from error
     reason = printable(str(error).strip().partition("\n")[0], 300)
@@ -103,11 +103,6 @@ def check_stored(error: Exception) -> None:
         raise StorageError(
             f"DuckDB cannot store the log's tables: {reason}. Make room there, or set TMPDIR "
             "in the environment to another folder."
-        ) from error
-    if "read-only mode" in reason:
-        raise DataError(
-            f"The log's tables are stored in its connection, which must be writable: {reason} "
-            "Open it for writing, or give none."
         ) from error
 
 
