@@ -303,29 +303,25 @@ def write_columns(folder: Path) -> list[Path]:
     columns = folder / "columns"
     shutil.rmtree(columns, ignore_errors=True)
     columns.mkdir()
-    num_queries = pq.read_metadata(folder / "queries.parquet").num_rows
+
+    def size(table: str) -> int:
+        return pq.read_metadata(folder / f"{table}.parquet").num_rows
 
     def read(table: str, column: str) -> Iterator[np.ndarray]:
         for batch in pq.ParquetFile(folder / f"{table}.parquet").iter_batches(columns=[column]):
             if batch.num_rows:
                 yield batch[0].to_numpy()
 
-    def write(name: str, dtype: Any, blocks: Iterable[Any]) -> None:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0,)}
-        num_rows = 0
+    def write(name: str, dtype: Any, num_rows: int, blocks: Iterable[Any]) -> None:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (num_rows,)}
         with (columns / f"{name}.npy").open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for block in blocks:
-                rows = np.ascontiguousarray(block, dtype)
-                file.write(rows.data)
-                num_rows += len(rows)
-            # The format leaves room for any number of rows, so the header keeps its length.
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(file, {**header, "shape": (num_rows,)})
+                file.write(np.ascontiguousarray(block, dtype).data)
 
     def write_starts(name: str, table: str) -> None:
         # Where the rows of each query begin in a table that is ordered by query.
-        num_before = np.zeros(num_queries + 2, np.int64)
+        num_before = np.zeros(size("queries") + 2, np.int64)
         for rows in read(table, "query_row"):
             # A block holds a range of queries, so only that slice changes.
             num_before[rows[0] + 1 : rows[-1] + 2] += np.bincount(rows - rows[0])
@@ -334,19 +330,19 @@ def write_columns(folder: Path) -> list[Path]:
     names = pq.read_schema(folder / "samples.parquet").names
     for name, dtype in _FLAT.items():
         if name in names:
-            write(name, dtype, read("samples", name))
+            write(name, dtype, size("samples"), read("samples", name))
     write_starts("sequences", "samples")
     for name in ("known_positives", "exposed", "disliked"):
         if not (folder / f"{name}.parquet").exists():
             continue  # A log without dislikes.
-        write(name, np.int32, read(name, "candidate_row"))
+        write(name, np.int32, size(name), read(name, "candidate_row"))
         write_starts(name, name)
     for name in names:
         if name.startswith(_POOL_SIZE):
             pool = f"hard_{name.removeprefix(_POOL_SIZE)}"
-            write(pool, np.int32, read(pool, "candidate_row"))
-            write(f"of_{pool}", np.int64, _offsets(read("samples", name)))
-    write("counts", np.int64, itertools.chain([[0]], read("corpus", "count")))
+            write(pool, np.int32, size(pool), read(pool, "candidate_row"))
+            write(f"of_{pool}", np.int64, size("samples") + 1, _offsets(read("samples", name)))
+    write("counts", np.int64, size("corpus") + 1, itertools.chain([[0]], read("corpus", "count")))
     return sorted(columns.iterdir())
 
 
