@@ -111,19 +111,6 @@ def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
     assert f"merged {num_merged} rows into the strongest event of their item in" in described
 
 
-def test_a_column_that_may_be_the_request_is_suggested(load: Any) -> None:
-    clicks = shop().drop(columns="event").assign(Search_ID=1)
-    told = "if Search_ID numbers lists, and the rows of each were shown together, add request_id="
-    assert told in load(clicks.to_csv(index=False)).notes[0]
-    # A session is no request: its earlier clicks are the history of its later ones.
-    sessions = shop().rename(columns={"list": "session_id"})
-    types = load(sessions.to_csv(index=False), event_weights=WEIGHTS)
-    without = load(sessions.drop(columns="event").to_csv(index=False))
-    known = load(clicks.to_csv(index=False), columns={"request_id": "Search_ID"})
-    for log in (types, without, known):
-        assert not any("request_id=" in note for note in log.notes)
-
-
 def test_a_weight_of_the_event_multiplies_that_of_its_type(load: Any) -> None:
     text = "user_id,item_id,action,amount\n1,2,purchase,3\n1,3,click,90\n1,4,view,\n"
     log = load(text, event_weights=WEIGHTS, columns={"weight": "amount"}, max_weight=20)

@@ -57,9 +57,7 @@ def load_events(
     if stages_in == "event":
         raw, dropped_types = _keep_weighted(raw, reading.event_weights)
     if unread:
-        hint = "" if "request_id" in names else overlooked.request_hint(unread)
-        listed = printable(", ".join(unread), 300)
-        raw.notes.append(f"{scanned.name}: columns not read: {listed}{hint}")
+        raw.notes.append(f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}")
     if stages_in is None and not reading.label:
         raw.notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
     typed: dict[str, ir.Value] = {}

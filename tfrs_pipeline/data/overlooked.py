@@ -8,7 +8,7 @@ setting that keeps it as an ordinary one.
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, TypeAlias
 
 from tfrs_pipeline.data import event_types
@@ -23,10 +23,9 @@ _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
 _STAGES = frozenset(str(stage) for stage in Stage)
 # An outcome that did not happen is often left empty.
 _NO, _YES = {"0", "0.0", "false", "n", "no", "nan", ""}, {"1", "1.0", "true", "y", "yes"}
-# Usual names elsewhere of outcomes, and of the columns `timestamp` and `request_id`.
+# Usual names elsewhere of outcomes, and of the column `timestamp`.
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
 _TIMES = ("time", "date", "datetime", "ts", "created_at", "event_time", "time_ms")
-_REQUESTS = ("search_id", "query_id", "impression_id", "req_id", "list_id", "slate_id", "feed_id")
 # What a column holds and what would read it, in words; None if it is like any other.
 Guess: TypeAlias = tuple[str, str] | None
 
@@ -55,16 +54,6 @@ def log_name(column: str, absent: Collection[str]) -> str:
     near = difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85)
     usual = ["timestamp"] if "timestamp" in absent and is_time(column) else []
     return next(iter([*near, *usual]), "")
-
-
-def request_hint(unread: Iterable[str]) -> str:
-    """Suggests the unread columns that may number requests, by their names."""
-    return "".join(
-        f"; if {printable(name)} numbers lists, and the rows of each were shown together, add "
-        f"request_id={printable(name)} to columns"
-        for name in unread
-        if name.lower() in _REQUESTS
-    )
 
 
 def refuse(scanned: Scan, unread: Sequence[str], absent: Collection[str]) -> None:
