@@ -15,7 +15,7 @@ from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.serving.rest import SignatureInputs, format_outputs, parse_predict
 from tfrs_pipeline.serving.settings import ServeSettings
 
-LIMITS = ServeSettings(max_k=10, max_queries=2, max_exclude=3, max_history=4)
+LIMITS = ServeSettings(max_k=10, max_queries=2, max_results=150, max_exclude=3, max_history=4)
 TIMES = {"history_timestamps"}
 NULLABLE = {"features": {"price", "vector", "city", "tags", "times"}}
 PRICE = Numeric.fit("price", [1.0, 2.0])
@@ -175,6 +175,10 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
         ({"instances": []}, "instances: List should have at least 1 item"),
         ({"instances": 7}, "instances: Input should be a valid list"),
         ({"instances": [1] * 3}, "instances: List should have at most 2 items"),
+        (
+            {"inputs": [1] * 2},
+            "150 results, its queries times k (--max-results). Received: 2 x 100",
+        ),
         ({"inputs": [1] * 3}, "inputs.user_id: List should have at most 2 items"),
         ({"inputs": [1.0]}, "inputs.user_id.0: Input should be a valid integer. Received: 1.0"),
         ({"inputs": [True]}, "valid integer. Received: True"),

@@ -27,7 +27,7 @@ from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.tf_tables import completed, missing_value
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.settings import Lately, ServeSettings
-from tfrs_pipeline.serving.signatures import DEFAULT_SIGNATURE
+from tfrs_pipeline.serving.signatures import DEFAULT_K, DEFAULT_SIGNATURE
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
 _LATELY = TypeAdapter(Lately)
@@ -54,7 +54,7 @@ class SignatureInputs:
         self._nullable = times | features.keys()
         self._times = times | {name for name, feature in features.items() if feature.is_time}
         optional = {HISTORY_TIMESTAMPS, *optional}
-        self._max_results = limits.max_results
+        self.max_results = limits.max_results
         types = {name: self._value_type(name, spec, limits) for name, spec in specs.items()}
         columns = {
             name: _list_type(types[name], limits.max_queries) if spec.shape.rank else types[name]
@@ -79,13 +79,7 @@ class SignatureInputs:
         if len(set(sizes.values())) > 1:
             raise bad_request(f"All inputs must have as many queries. Received: {sizes}")
         _check_times(arrays)
-        num_queries, k = max(sizes.values()), int(arrays.get("k", 1))
-        if num_queries * k > self._max_results:
-            raise bad_request(
-                f"A request may ask for {self._max_results} results, its queries times k "
-                f"(--max-results). Received: {num_queries} x {k}"
-            )
-        inputs = completed(self._specs, arrays, num_queries)
+        inputs = completed(self._specs, arrays, max(sizes.values()))
         return {name: np.asarray(values) for name, values in inputs.items()}
 
     def _columns_from_rows(self, instances: Any) -> dict[str, Any]:
@@ -182,9 +176,10 @@ class PredictCall(NamedTuple):
         return max(len(array) for array in self.inputs.values() if array.ndim)
 
     @property
-    def num_results(self) -> int:
-        """Number of candidates asked for: queries times k, which is 1 if absent."""
-        return self.num_queries * int(self.inputs.get("k", 1))
+    def k(self) -> int:
+        """Results of a query; 1 if it is only embedded."""
+        default = DEFAULT_K if self.signature == DEFAULT_SIGNATURE else 1
+        return int(self.inputs.get("k", default))
 
     def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
         """Cuts the inputs into calls up to the given sizes, of at least one query each.
@@ -232,7 +227,13 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
         example = 'exclude_served must be an object, such as {"answers": 2} or {"hours": 0.5}.'
         raise bad_request(f"{example} Received: {_shown(served)}")
     lately = None if served is None else checked(_LATELY, served, "exclude_served")
-    return PredictCall(name, inputs, is_row_format, lately)
+    call, most = PredictCall(name, inputs, is_row_format, lately), signatures[name].max_results
+    if call.num_queries * call.k > most:
+        raise bad_request(
+            f"A request may ask for {most} results, its queries times k (--max-results). "
+            f"Received: {call.num_queries} x {call.k}"
+        )
+    return call
 
 
 def parse_items(body: bytes, key: str) -> list[Any]:

@@ -121,7 +121,8 @@ class ModelServer:
                 call = await _run(threads, parse, body, version.signatures)
             else:
                 call = parse(body, version.signatures)  # Takes less than a change of threads.
-                if call.num_queries <= SMALL_QUERIES and call.num_results <= SMALL_RESULTS:
+                num = call.num_queries
+                if num <= SMALL_QUERIES and num * call.k <= SMALL_RESULTS:
                     threads = self.threads
             call = await self._excluding_served(version, call)
             if threads is self.threads:
@@ -267,10 +268,7 @@ def _model_routes(server: ModelServer) -> list[Route]:
     async def events(request: Request) -> Response:
         body = await read_body(request, server.settings)
         server.authorize(request.headers.get("authorization", ""))
-        if len(body) > SMALL_BODY_BYTES:
-            read, num_unknown = await _run(server.large, read_events, versions, body)
-        else:
-            read, num_unknown = read_events(versions, body)
+        read, num_unknown = await _run(server.threads, read_events, versions, body)
         with confirming("events"):
             num_new = await asyncio.wrap_future(server.recorder.submit(read))
         return JSONResponse({"num_new": num_new, "num_unknown_items": num_unknown})
