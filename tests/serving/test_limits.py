@@ -127,14 +127,6 @@ def test_what_an_error_quotes_is_cut(small: Running) -> None:
     assert len(answer["error"]) < 1000
 
 
-@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
-def test_the_page_refuses_words_that_are_not_json(small: Running, word: str) -> None:
-    for body in ('{"user_id": ?}', '{"user_id": 101, "more": [?]}', '{"user_id": 101, "k": ?}'):
-        response = small.post("/page/query", content=body.replace("?", word), headers=JSON)
-        assert response.status_code == 400
-        assert "has NaN, Infinity or -Infinity" in response.json()["error"]
-
-
 def test_what_is_refused_is_explained(small: Running) -> None:
     for num_users, num_excluded, k, message in (
         (1, 0, 101, "inputs.k: Input should be less than or equal to 100. Received: 101"),
