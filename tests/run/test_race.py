@@ -20,6 +20,7 @@ import tfrs_pipeline as tp
 from tests.small_log import Stopped, Watched, event_table, small_config, write
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import read_record
+from tfrs_pipeline.model.fit import Diverged
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
@@ -158,6 +159,43 @@ def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     assert result.metrics["race"]["budget"] == 0.001
     assert "sets: not trained before the budget ended" in result.metrics["race"]["lines"]
     assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
+
+
+def test_a_training_that_diverges_ends_a_recipe_and_not_the_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bad` diverges at once, `late` as the winner in its last epochs: the next best wins then."""
+    train, validation, _ = tp.Log.from_table(event_table("int")).split("last_share")
+    fit, begun = tp.TwoTower.fit_samples, list[tuple[float, int]]()
+
+    def fit_samples(plan: tp.TwoTower, *data: Any, max_epochs: int, **options: Any) -> Any:
+        begun.append((plan.temperature, max_epochs))
+        if plan.temperature == 0.1 or begun[-1] == (0.2, 3):
+            raise Diverged("The loss is nan.")
+        return fit(plan, *data, max_epochs=max_epochs, **options)
+
+    monkeypatch.setattr(tp.TwoTower, "fit_samples", fit_samples)
+    rates = {"bad": 0.1, "late": 0.2, "good": 0.3}
+    bad, late, good = (tp.Recipe(name, {"model.temperature": x}) for name, x in rates.items())
+
+    def raced(name: str, *recipes: tp.Recipe, **options: Any) -> Any:
+        options = {"members": 1, "settings": GIVEN, "folder": tmp_path / name, **options}
+        return tp.race(train, validation, recipes=recipes, **options)
+
+    _, race = raced("first", bad, good)
+    assert race.winner == "good"
+    assert race.lines()[1:] == ["bad: dropped out. The loss is nan."]
+    # The budget ends with the first recipe: the next one then begins and trains to its end.
+    model, race = raced("last", late, good, budget=0.001)
+    assert race.winner == "good"
+    assert model.result.num_epochs == 3
+    assert race.lines()[1:] == ["late: dropped out. The loss is nan."]
+    # It is not tried again.
+    begun.clear()
+    assert raced("last", late, good, budget=0.001)[1].lines() == race.lines()
+    assert {temperature for temperature, _ in begun} == {0.3}
+    with pytest.raises(ValueError, match=r"^bad: dropped out\. The loss is nan"):
+        raced("all", bad)
 
 
 def test_a_budget_has_a_unit() -> None:
@@ -366,7 +404,7 @@ def replayed(
 ) -> tuple[tp.Race, list[tuple[str, int]]]:
     """Races on known curves; returns the race, and the turns with the epochs after each.
 
-    `done` are the turns before the race was stopped.
+    `done` are the turns before the race was stopped. A recipe diverges in its first NaN.
     """
     curves = {name: Curve(name, num_left=len(values)) for name, values in known.items()}
     turns: list[tuple[str, int]] = []
@@ -375,6 +413,9 @@ def replayed(
         turns.append((name, num_epochs))
         values = known[name]
         assert len(curves[name].values) < num_epochs <= len(values)
+        if any(map(math.isnan, values[:num_epochs])):
+            curves[name] = dataclasses.replace(curves[name], failure="the loss is nan")
+            return
         left = len(values) - num_epochs
         curves[name] = Curve(name, values[:num_epochs], (seconds or {}).get(name, 1.0), left)
 
@@ -462,7 +503,22 @@ def test_one_recipe_alone_does_not_race() -> None:
     assert replayed({"alone": [0.1, 0.2]})[1] == []
 
 
-CURVES = st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=60)
+def test_a_recipe_that_diverges_drops_out_and_the_others_go_on() -> None:
+    """It diverges in the first round, or in a later one, although it leads until then."""
+    rise = [0.2 + 0.001 * epoch for epoch in range(40)]
+    others = {"one": rise, "other": [value - 0.001 for value in rise]}
+    alone, _ = replayed(others)
+    for num, wins in ((1, []), (FIRST_EPOCHS + 1, [0.25] * FIRST_EPOCHS)):
+        race, _ = replayed({"bad": [*[0.25] * (num - 1), *[math.nan] * 40], **others})
+        bad, *rest = race.curves
+        assert (race.winner, rest) == (alone.winner, alone.curves)
+        assert list(bad.values) == wins
+        assert "bad: the loss is nan" in race.lines()
+    all_bad, _ = replayed(dict.fromkeys("ab", [math.nan] * 9))
+    assert all(curve.failure for curve in all_bad.curves)
+
+
+CURVES = st.lists(st.floats(-1.0, 1.0) | st.just(math.nan), min_size=1, max_size=60)
 
 
 @given(
@@ -476,7 +532,8 @@ def test_a_race_ends_with_a_winner(values: list[list[float]], seed: int, budget:
     seconds = {name: 1.0 + (seed + i) % 7 for i, name in enumerate(known)}
     race, turns = replayed(known, seconds, budget)
     first = next(curve for curve in race.curves if curve.name == race.winner)
-    assert first.best == max(curve.best for curve in race.curves)
+    able = [curve for curve in race.curves if not curve.failure]
+    assert first.best == max(curve.best for curve in able or race.curves)
     # The rule reads only the curves: a race that is stopped after any turn goes on the same way.
     for num in range(len(turns) + 1):
         again, rest = replayed(known, seconds, budget, turns[:num])

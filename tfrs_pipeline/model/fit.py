@@ -53,6 +53,10 @@ class TrainingResult:
         return self.num_epochs - self.best_epoch
 
 
+class Diverged(ValueError):
+    """The loss of a training is no finite number any more."""
+
+
 OnEpoch: TypeAlias = Callable[[TrainingResult], None]
 
 Tell: TypeAlias = Callable[[int, str], None]
@@ -187,7 +191,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         # Fetched once an epoch, because a fetch waits for all steps before it.
         logs = {name: float(value) for name, value in (logs or {}).items()}
         if not math.isfinite(logs["loss"]):
-            raise ValueError(
+            raise Diverged(
                 f"The loss is {logs['loss']} after epoch {epoch + 1}: training has diverged. Lower "
                 "training.learning_rate, and look for weights and features of extreme size."
             )

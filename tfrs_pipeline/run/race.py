@@ -25,6 +25,7 @@ from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.messages import Progress, counted, suggest, written
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
+from tfrs_pipeline.model.fit import Diverged
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.sums import Choice, FittedSum, Member, Model, choose, vectors_of
@@ -64,13 +65,15 @@ class Curve:
 
     `values` has the validation metric after each epoch. An epoch takes `epoch_seconds` of CPU time,
     without the building of the network, which each turn repeats. At most `num_left` more follow:
-    none if its patience or its epochs are over.
+    none if its patience or its epochs are over. If its training diverged, `failure` says so, and
+    the values are those before that turn: it neither wins nor joins a sum.
     """
 
     name: str
     values: Sequence[float] = ()
     epoch_seconds: float = 0.0
     num_left: int = 0
+    failure: str = ""
 
     @property
     def seconds(self) -> list[float]:
@@ -123,7 +126,7 @@ class Race:
     @property
     def winner(self) -> str:
         """Name of the recipe that won: the first of those with the best value."""
-        return max(self.curves, key=lambda curve: curve.best).name
+        return max(self.curves, key=lambda curve: (not curve.failure, curve.best)).name
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -132,7 +135,7 @@ class Race:
 
     def lines(self) -> list[str]:
         """Describes the race in a line for each recipe, the winner first."""
-        first, *others = sorted(self.curves, key=lambda curve: -curve.best)
+        first, *others = sorted(self.curves, key=lambda curve: (bool(curve.failure), -curve.best))
         spent = sum(curve.spent for curve in self.curves)
         return [
             f"{first.name} won: validation {self.metric} {first.best:.4f} after epoch "
@@ -140,8 +143,8 @@ class Race:
             *(
                 f"{curve.name}: best {curve.best:.4f} after epoch {curve.best_epoch} of "
                 f"{len(curve.values)}, in {curve.spent:.0f} CPU seconds"
-                if curve.values
-                else f"{curve.name}: not trained before the budget ended"
+                if curve.values and not curve.failure
+                else f"{curve.name}: {curve.failure or 'not trained before the budget ended'}"
                 for curve in others
             ),
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
@@ -196,6 +199,7 @@ def race_in_rungs(
     # Epochs of each recipe after the turns so far. A race that resumes takes the same turns, with
     # the budget that was left at each, although its curves may be longer.
     reached = dict.fromkeys(curves, 0)
+    diverged = set[str]()
 
     def unspent() -> float:
         return budget - sum(curves[name].epoch_seconds * reached[name] for name in curves)
@@ -214,11 +218,14 @@ def race_in_rungs(
         task = f"race, round {number}, {counted(len(racing), 'recipe')} left"
         if all(curve.values for curve in left):  # All are timed.
             most = min(unspent(), sum(curve.num_left * curve.epoch_seconds for curve in left))
-            task += f", at most about {counted(math.ceil(most / 60), 'CPU minute')}"
+            task += f", at most about {_in_minutes(most)}"
         leader = max(left, key=lambda curve: curve.best)
         leading = f" (leading: {leader.name}, {leader.best:.4f})" if leader.values else ""
-        train(name, num_epochs, f"{task}: {name}{leading}")
+        if not curve.failure:  # Otherwise it failed in this turn before the race was resumed.
+            train(name, num_epochs, f"{task}: {name}{leading}")
         reached[name] = len(curves[name].values)  # Fewer if its patience is over.
+        if curves[name].failure:
+            diverged.add(name)
 
     racing = list(curves)
     if len(racing) < 2:
@@ -230,6 +237,9 @@ def race_in_rungs(
     for number in itertools.count(2):
         for name in racing:
             turn(name, number, seconds)
+        racing = [name for name in racing if name not in diverged]
+        if not racing:
+            return
         best = {name: curves[name].best_by(seconds) for name in racing}
         gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
         reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
@@ -243,6 +253,10 @@ def race_in_rungs(
         if len(racing) == 1 or not any(0 < curves[name].epoch_seconds <= share for name in left):
             return
         seconds = min(2 * seconds, seconds + share)
+
+
+def _in_minutes(seconds: float) -> str:
+    return counted(math.ceil(seconds / 60), "CPU minute")
 
 
 def race(
@@ -381,11 +395,21 @@ def _race(
         is_over = result.num_waited >= settings.training.patience
         num_left = 0 if is_over else settings.training.max_epochs - result.num_epochs
         values = result.history[f"val_{settings.training.monitor}"]
-        curves[name] = Curve(name, values, seconds, num_left)
+        record(Curve(name, values, seconds, num_left))
+        return model
+
+    def record(curve: Curve) -> None:
+        curves[curve.name] = curve
         content = {"curves": [dataclasses.asdict(curve) for curve in curves.values()]}
         on_chief(lambda: write_record(run.folder.curves_file, content))
         curves.update(recorded())  # The chief's clock decides for all workers.
-        return model
+
+    def turn(name: str, num_epochs: int, task: str) -> None:
+        """Trains a recipe; one that diverges drops out, and the others go on."""
+        try:
+            train(name, num_epochs, task)
+        except Diverged as error:
+            record(dataclasses.replace(curves[name], failure=f"dropped out. {error}"))
 
     def hold() -> None:
         """Refuses trainings of other settings, which a race in Python may find in its folder."""
@@ -398,10 +422,18 @@ def _race(
 
     on_chief(hold)
     curves |= recorded()  # Those of a race that was stopped.
-    race_in_rungs(curves, train, budget)
-    decided = Race([*curves.values()], config.training.monitor, not_begun)
-    last = configs[decided.winner].training.max_epochs
-    train(decided.winner, last, f"the winner trains on: {decided.winner}")
+    race_in_rungs(curves, turn, budget)
+    while True:  # Until a winner has trained to its end: one may still diverge there.
+        decided = Race([*curves.values()], config.training.monitor, not_begun)
+        winner = curves[decided.winner]
+        if winner.failure:  # All have diverged.
+            raise Diverged(f"{winner.name}: {winner.failure}")
+        # The budget does not bound this training, so its time is told.
+        seconds = winner.num_left * winner.epoch_seconds
+        most = f", at most about {_in_minutes(seconds)}" if seconds else ""
+        turn(winner.name, winner.num_epochs, f"the winner trains on{most}: {winner.name}")
+        if not curves[winner.name].failure:
+            break
 
     def fitted(name: str) -> Member:
         if name == IALS:
@@ -412,7 +444,8 @@ def _race(
     choice = None
     if config.members > 1:
         truth = queries_of(config, validation)
-        names = [*(name for name, curve in curves.items() if curve.values), IALS]
+        able = (name for name, curve in curves.items() if curve.values and not curve.failure)
+        names = [*able, IALS]
         vectors = {name: vectors_of(fitted(name), truth.queries, truth.items) for name in names}
         progress.task("chooses the sum", 0, 0)
         metric = metric_of(config.training.monitor)
