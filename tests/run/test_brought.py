@@ -102,7 +102,6 @@ def test_settings_take_what_was_brought_and_refuse_the_rest(brought: None) -> No
 
 @pytest.mark.usefixtures("brought", "trusted_exports", "few_signatures", "figures_undrawn")
 def test_a_run_chooses_compares_and_refuses_by_them(tmp_path: Path) -> None:
-    """The other process, in which baselines are measured, has the metric too."""
     path = write(event_table("str"), tmp_path / "events.parquet")
     changed: dict[str, Any] = {
         "split.kind": "last_share",

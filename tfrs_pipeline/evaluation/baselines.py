@@ -5,9 +5,13 @@ baseline, and what a run, its verdict and its advice need to know. `BASELINES` l
 settings can name.
 """
 
+import contextlib
 import itertools
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import ibis
@@ -39,8 +43,7 @@ if TYPE_CHECKING:
 class Baseline:
     """What a model has to beat: a subclass has a label and the method `fit`.
 
-    A run fits it in another process, to which it is sent by pickling. A `ValueError` says why it
-    cannot be fitted to a log; the run leaves it out then.
+    A `ValueError` says why it cannot be fitted to a log; a run leaves it out then.
 
     Attributes:
         label: Its name in sentences.
@@ -428,8 +431,9 @@ class Ease(Baseline):
 
     B = argmin ||X - X B||^2 + l2 ||B||^2 with a zero diagonal, from P = (X'X + l2 I)^-1 as
     B_ij = -P_ij / P_jj. A candidate's score is the sum of its weights over the history. Good values
-    of l2, above 0, grow with the number of users. A corpus above `max_candidates` is refused
-    (`ValueError`): memory grows with its square, time with its cube.
+    of l2, above 0, grow with the number of users. A corpus above `max_candidates`, or too large for
+    the memory that is left, is refused (`ValueError`): memory grows with its square, time with its
+    cube.
 
     Reference: Steck 2019, Embarrassingly Shallow Autoencoders for Sparse Data.
     """
@@ -447,12 +451,17 @@ class Ease(Baseline):
         """Solves for the item-to-item weights; a `ValueError` if the corpus is too large."""
         train = Interactions.of(train)
         num_candidates = len(train.items)
+        num_bytes = 12 * num_candidates**2
+        takes = (
+            f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take "
+            f"{num_bytes / 1e9:.1f} GB of memory, and"
+        )
         if num_candidates > self.max_candidates:
             raise ValueError(
-                f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take "
-                f"{num_candidates**2 * 12 / 1e9:.0f} GB of memory, and max_candidates is "
-                f"{self.max_candidates:,}. Use Ials, or raise it."
+                f"{takes} max_candidates is {self.max_candidates:,}. Use Ials, or raise it."
             )
+        if num_bytes > (left := memory_left()):
+            raise ValueError(f"{takes} {left / 1e9:.1f} GB are left. Use Ials, or free some.")
         weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return _by_product(train, lambda histories: histories @ weights)
 
@@ -533,6 +542,26 @@ BASELINES: dict[str, type[Baseline]] = {
     "ials": Ials,
 }
 """The baselines that settings can name. Add your own before you use it."""
+
+
+def memory_left(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Returns how many bytes processes may still take, of the machine's or the container's.
+
+    Infinity if the system does not say.
+    """
+    left = math.inf
+    with contextlib.suppress(OSError, IndexError):
+        left = 1024 * _number("MemAvailable: *", proc / "meminfo")
+    with contextlib.suppress(OSError, IndexError):  # No container, or one without a limit.
+        cached = _number("^inactive_file ", group / "memory.stat")  # Given back when needed.
+        used = _number("", group / "memory.current") - cached
+        left = min(left, _number("^", group / "memory.max") - used)
+    return left
+
+
+def _number(before: str, path: Path) -> int:
+    """Finds the number after a pattern in a file of the system; an `IndexError` without one."""
+    return int(re.findall(rf"{before}(\d+)", path.read_text(), re.MULTILINE)[0])
 
 
 def _by_product(

@@ -119,8 +119,8 @@ class RunContext(Runner):
 def give_back_memory() -> None:
     """Returns freed memory to the system.
 
-    After a training, the C library would keep a gigabyte of freed blocks for itself, while the
-    process of the baselines may need as much.
+    After a training, the C library would keep a gigabyte of freed blocks for itself, while another
+    process may need as much.
     """
     gc.collect()  # A Keras model and its functions hold each other.
     with contextlib.suppress(AttributeError, OSError):  # Only glibc has it.
