@@ -6,7 +6,6 @@ settings can name.
 """
 
 import contextlib
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -282,6 +281,7 @@ class ItemKnn(Baseline):
     if nothing is shrunk; above, popular items of the history count less, and popular candidates are
     found more often. Each candidate keeps its `num_neighbors` items of highest s_ij. An item is
     its own neighbor only with `own_items`, for rankings that do not exclude clicked items.
+    Candidates without a neighbor in the history follow the others, with scores from -1 to 0.
 
     Time and memory are bounded. The longest users are left out while the squares of the users'
     numbers of items sum to more than 2^28, and a corpus of n items keeps at most 2^25 / n neighbors
@@ -327,7 +327,7 @@ class ItemKnn(Baseline):
                 f"more. Received: {self}."
             )
 
-    def fit(self, train: Log | Interactions) -> "FittedItemKnn":
+    def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Finds each candidate's neighbors in a log, or in interactions."""
         train = Interactions.of(train)
         num_items = len(train.items)
@@ -357,72 +357,23 @@ class ItemKnn(Baseline):
             parts.append((similarity[is_kept], shared.indices[is_kept], candidates[is_kept]))
         values, neighbors, candidates = map(np.concatenate, zip(*parts, strict=True))
         shape = (num_items, num_items)
+        # Row i has s_ij of every candidate j that keeps i.
         similar = scipy.sparse.csr_matrix((values, (neighbors, candidates)), shape)
-        return FittedItemKnn(train.items, train.counts, similar, self.decay)
+        # Candidates without a neighbor in the history follow those with one.
+        popular = (_below_one(train.counts) - 1).astype(np.float32)
 
+        def score(queries: Sequence[Query]) -> np.ndarray:
+            histories = history_columns(queries, train.items)
+            lengths = [len(history) for history in histories]
+            recency = [self.decay ** np.arange(length)[::-1] for length in lengths]
+            data = np.concatenate([*recency, np.empty(0)]).astype(np.float32)
+            columns = np.concatenate([*histories, np.empty(0, np.int32)])
+            table = data, columns, np.cumsum([0, *lengths])
+            weights = scipy.sparse.csr_matrix(table, (len(queries), num_items))
+            sums = (weights @ similar).toarray()
+            return np.where(sums > 0, sums, popular)
 
-class FittedItemKnn:
-    """What `ItemKnn.fit` returns.
-
-    Candidates without a neighbor in the history follow by their number of users, with scores from
-    -1 to 0. Works from sparse rows, because a corpus is long and neighbors are few.
-
-    Args:
-        items: The corpus.
-        counts: [num_items] number of users of each item.
-        similar: [num_items, num_items] float32; row i has s_ij of every candidate j that keeps i.
-        decay: Factor on an item's weight for each item after it in the history.
-    """
-
-    def __init__(
-        self, items: Ids, counts: np.ndarray, similar: scipy.sparse.csr_matrix, decay: float
-    ) -> None:
-        self.items, self._similar, self._decay = items, similar, decay
-        self._popular = (_below_one(counts) - 1).astype(np.float32)
-        self._order = np.argsort(-counts, kind="stable").astype(np.int32)
-
-    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
-        check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
-        rows = np.zeros((len(queries), k), np.int32)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        # One array for all queries, because a corpus is long; each query resets what it sets.
-        is_out = np.zeros(len(self.items), bool)
-        lists = self.items.rows_by_list([()] * len(queries) if exclude is None else exclude)
-        weights = self._weights(queries)
-        # The work of a query is its number of products: the candidates of each item of its history.
-        lines = np.repeat(np.arange(len(queries)), np.diff(weights.indptr))
-        num_similar = np.diff(self._similar.indptr)[weights.indices]
-        work = np.bincount(lines, num_similar, minlength=len(queries))
-        for start, stop in _blocks(work, _PAIRS_PER_BLOCK):
-            sums = weights[start:stop] @ self._similar
-            sums.sort_indices()  # So that the smaller row wins a tie.
-            for line, (low, high) in enumerate(itertools.pairwise(sums.indptr), start):
-                excluded = lists[line] - 1
-                is_out[excluded] = True
-                is_kept = ~is_out[sums.indices[low:high]]
-                columns, values = sums.indices[low:high][is_kept], sums.data[low:high][is_kept]
-                best = best_places(values, k)
-                columns, values = columns[best], values[best]
-                is_out[columns] = True
-                # Of this many popular items, k or more are not out, or all there are.
-                others = self._order[: k + len(excluded) + len(columns)]
-                others = others[~is_out[others]][: k - len(columns)]
-                is_out[excluded] = is_out[columns] = False
-                num = len(columns) + len(others)
-                rows[line, :num] = 1 + np.append(columns, others)
-                scores[line, :num] = np.append(values, self._popular[others])
-        return self.items.take(rows), scores
-
-    def _weights(self, queries: Sequence[Query]) -> scipy.sparse.csr_matrix:
-        """Weights the items of histories by their recency: [num_queries, num_items] float32."""
-        histories = history_columns(queries, self.items)
-        lengths = [len(history) for history in histories]
-        weights = [self._decay ** np.arange(length)[::-1] for length in lengths]
-        data = np.concatenate([*weights, np.empty(0)]).astype(np.float32)
-        columns = np.concatenate([*histories, np.empty(0, np.int32)])
-        shape = (len(queries), len(self.items))
-        return scipy.sparse.csr_matrix((data, columns, np.cumsum([0, *lengths])), shape)
+        return ScoreRetriever(train.items, score)
 
 
 @dataclass(frozen=True)
