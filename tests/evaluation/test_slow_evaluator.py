@@ -27,7 +27,7 @@ CONNECTION = connect()
 BEFORE = {"validation": ["train"], "test": ["train", "validation"]}
 PARTS = ("all", "head", "torso", "tail")
 QUERY_METRICS = ["recall", "hit_rate", "ndcg", "mrr"]
-SET_METRICS = ["coverage", "average_popularity", "gini"]
+SET_METRICS = ["coverage", "average_popularity"]
 Score = Callable[[list[int], int], int]
 
 
@@ -155,11 +155,9 @@ def of_all(
         return dict.fromkeys(SET_METRICS, math.nan)
     shown = [item for ranking in rankings for item in ranking[:k] if item in part]
     times = [shown.count(item) for item in part]
-    apart = sum(abs(a - b) for a in times for b in times)
     return {
         "coverage": sum(x > 0 for x in times) / len(times),
         "average_popularity": sum(counts[x] for x in shown) / len(shown) if shown else math.nan,
-        "gini": apart / (2 * len(times) * len(shown)) if shown else math.nan,
     }
 
 

@@ -90,7 +90,7 @@ def test_settings_take_what_was_brought_and_refuse_the_rest(brought: None) -> No
     for monitor, why in {
         "precison@7": "did you mean 'precision@7'",
         "precision": "at a cutoff",
-        "gini@20": "of which more is not better",
+        "coverage@20": "of which more is not better",
     }.items():
         with pytest.raises(ConfigError, match=rf"monitor: got '{monitor}'.*{why}"):
             TrainingSettings(monitor=monitor)

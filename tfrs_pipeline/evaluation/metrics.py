@@ -318,30 +318,13 @@ class AveragePopularity(ListMetric):
         return float(times @ rankings.counts[rankings.is_in] / total) if total else np.nan
 
 
-class Gini(ListMetric):
-    """How unevenly items are recommended: 0 if all equally often, near 1 if always the same few.
-
-    gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x)), where x_i is how often i was retrieved
-    """
-
-    name = "gini"
-
-    def measure(self, rankings: Rankings) -> float:
-        """Returns (n - 1) / n if only one of n items ever is retrieved; NaN if none is."""
-        times = rankings.times_retrieved(self.k)
-        total, n = times.sum(), len(times)
-        # After sorting, the double sum is a single one: the i-th smallest has weight 2 i - n - 1.
-        weights = 2 * np.arange(1, n + 1) - n - 1
-        return float(weights @ np.sort(times).astype(np.float64) / (n * total)) if total else np.nan
-
-
 PLAIN = (Recall, HitRate, Ndcg, Mrr)
 """Metrics that validation measures after each epoch, beside the one that chooses it."""
 
 METRICS: dict[str, type[Metric]] = {
     metric.name: metric
     # In tables and reports they come in this order.
-    for metric in (*PLAIN, EvenRecall, Coverage, AveragePopularity, Gini)
+    for metric in (*PLAIN, EvenRecall, Coverage, AveragePopularity)
 }
 """The metrics that settings can name, and that an evaluation measures unless it is given others.
 

@@ -22,7 +22,7 @@ class SliceResult:
             nothing relevant in this part. An "even_" metric has one value per user, at the first
             of the user's queries, and NaN at the others.
         intervals: The same names -> mean and interval over the queries.
-        set_metrics: Metrics of all lists together, such as "coverage@20" and "gini@20".
+        set_metrics: Metrics of all lists together, such as "coverage@20".
         num_candidates: Size of this part.
         num_queries: Queries with something relevant in this part.
         num_relevant: Relevant items in this part, over all queries.
