@@ -96,7 +96,8 @@ OURS: dict[str, dict[str, Any]] = {
 TO_TARGET: dict[str, dict[str, Any]] = {
     "default": {},
     "histories": OUR_MODELS["histories"]["ml-100k"],
-    **{name: PRESETS[name].settings for name in ("quick", "ids", "sequence")},
+    "ids": {"model.use_user_id": True, "model.history_pooling": (), "model.id_dropout": 0.01},
+    **{name: PRESETS[name].settings for name in ("quick", "sequence")},
 }
 
 

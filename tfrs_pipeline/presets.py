@@ -19,8 +19,7 @@ class Recipe:
         name: Its name in a race, in flags and in the report.
         settings: New values by dotted name, such as `{"model.dim": 32}`.
         words: What it is good for.
-        races: Whether it races unless other recipes are named. Those that need something of the log
-            (a funnel, a fixed set of users) do not.
+        races: Whether it races unless other recipes are named. Those that need a funnel do not.
 
     Example:
         >>> small = Recipe("small", {"model.dim": 16, "data.is_ordered": False})
@@ -121,20 +120,6 @@ _ALL = (
         },
         "ordered logs with few events per item: `sequence` with larger embeddings, and scores that "
         "follow what is popular at the end of the training",
-    ),
-    Recipe(
-        "ids",
-        {
-            "data.item_features": {},
-            "export.filter_by": None,
-            "data.user_features": {},
-            "model.use_user_id": True,
-            "model.history_pooling": (),
-            "model.id_dropout": 0.01,
-        },
-        "a fixed set of users without an order in their events: an embedding for each user and "
-        "item, no history, no features; users not in the log get the answer for an unknown user",
-        races=False,
     ),
     Recipe(
         "hybrid_1_100",
