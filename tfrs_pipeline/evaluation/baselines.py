@@ -136,15 +136,12 @@ class FittedPopularity:
         """Retrieves the k most popular; see `Retriever.retrieve`. Queries may lack a history."""
         check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
         rows = np.zeros((len(queries), k), np.int32)
-        is_excluded = np.zeros(1 + len(self.items), bool)  # Shared, because a corpus is long.
         lists = self.items.rows_by_list([()] * len(queries) if exclude is None else exclude)
         for row, excluded in zip(rows, lists, strict=True):
-            is_excluded[excluded] = True
             # At least k of the k + |excluded| most popular are not excluded.
             top = self._order[: k + len(excluded)]
-            top = top[~is_excluded[top]][:k]
+            top = top[~np.isin(top, excluded)][:k]
             row[: len(top)] = top
-            is_excluded[excluded] = False
         scores = np.where(rows > 0, self.counts[rows - 1], -np.inf)
         return self.items.take(rows), scores.astype(np.float32)
 
@@ -402,17 +399,13 @@ class Ease(Baseline):
         """Solves for the item-to-item weights; a `ValueError` if the corpus is too large."""
         train = Interactions.of(train)
         num_candidates = len(train.items)
-        num_bytes = 12 * num_candidates**2
-        takes = (
-            f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take "
-            f"{num_bytes / 1e9:.1f} GB of memory, and"
-        )
-        if num_candidates > self.max_candidates:
+        takes, left = 12 * num_candidates**2 / 1e9, memory_left() / 1e9
+        if num_candidates > self.max_candidates or takes > left:
             raise ValueError(
-                f"{takes} max_candidates is {self.max_candidates:,}. Use Ials, or raise it."
+                f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take {takes:.1f} "
+                f"GB of memory. {left:.1f} GB are left, and max_candidates is "
+                f"{self.max_candidates:,}. Use Ials, or raise what is too low."
             )
-        if num_bytes > (left := memory_left()):
-            raise ValueError(f"{takes} {left / 1e9:.1f} GB are left. Use Ials, or free some.")
         weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return _by_product(train, lambda histories: histories @ weights)
 
