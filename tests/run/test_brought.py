@@ -130,7 +130,8 @@ def test_a_run_chooses_compares_and_refuses_by_them(tmp_path: Path) -> None:
     page = write_report(tmp_path / "run").read_text()
     # The page's verdict is by the metric that kept the model out of service.
     assert "in precision@20 it is behind the best baseline" in page
-    for words in ("precision@20", "Share of the top k that is relevant.", Crowd.label):
+    left_out = "no_one is left out: no one learns from this"
+    for words in ("precision@20", "Share of the top k that is relevant.", Crowd.label, left_out):
         assert words in page
 
 

@@ -1,21 +1,19 @@
 """Baselines in a run: whatever happens to one costs its row and no more."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.small_log import Watched, event_table, small_config, write
+from tests.small_log import event_table, small_config, write
 from tfrs_pipeline import MostPopular
-from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run import measure
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.steps import RunContext
 
 
@@ -119,25 +117,3 @@ def test_ctrl_c_stops_the_run_and_is_no_failure(
             measured(tmp_path, {"slow": [Raises(error)]}, monkeypatch)
         found, _ = measured(tmp_path, {"slow": [MostPopular()]}, monkeypatch)
         assert not found.left_out
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("trusted_exports", "few_signatures", "figures_undrawn")
-def test_a_run_exports_and_reports_without_a_baseline_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tfrs_pipeline.report.facts import write_report
-
-    choices = {"popularity": [MostPopular()], "ease": CHOICES["raises"]}
-    monkeypatch.setattr(measure, "baselines_of", lambda config, data: choices)
-    config, folder, watched = config_in(tmp_path), tmp_path / "run", Watched()
-    few = {"training.max_epochs": 1, "training.refit": False}
-    config = with_settings(config, {"evaluation.baselines": ("popularity", "ease"), **few})
-    result = run(config, folder, progress=watched)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert list(metrics["models"]) == ["two_tower", "popularity"]
-    assert metrics["left_out"] == {"ease": WHY["raises"]}
-    assert any(WHY["raises"] in note for note in watched.reports["baselines"].notes)
-    assert result.export_folder is not None
-    page = write_report(str(folder)).read_text()
-    assert f"ease is left out: {WHY['raises']}" in page
