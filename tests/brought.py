@@ -1,4 +1,4 @@
-"""What a user brings: a metric and a baseline, in a module that another process can import."""
+"""What a user brings: a metric and baselines."""
 
 from typing import Any
 

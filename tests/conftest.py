@@ -105,17 +105,5 @@ def traced_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def baselines_here() -> Iterator[None]:
-    """Measures a run's baselines in this process; `run/test_apart.py` tests the other one."""
-    from tfrs_pipeline.run import apart
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apart, "answers_from_process", apart.answers)
-        yield
-
-
-@pytest.fixture(scope="module")
-def quick_runs(
-    trusted_exports: None, few_signatures: None, figures_undrawn: None, baselines_here: None
-) -> None:
+def quick_runs(trusted_exports: None, few_signatures: None, figures_undrawn: None) -> None:
     """Leaves out of runs what takes seconds and has tests of its own."""

@@ -4,7 +4,6 @@ import errno
 import functools
 import io
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -32,7 +31,6 @@ from tfrs_pipeline.cli.commands import COMMAND_LINE, COMMANDS
 from tfrs_pipeline.cli.console import Shown, print_result, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
-from tfrs_pipeline.cluster import BASELINES_PROCESS
 from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.durable import naming, read_record, write_record
@@ -82,15 +80,6 @@ def settings(table: type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]
 def squeezed(text: str) -> str:
     """Drops all white space, because argparse also wraps at hyphens."""
     return re.sub(r"\s+", "", text)
-
-
-def test_a_program_that_the_process_of_the_baselines_imports_begins_no_run(
-    command: Any, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(multiprocessing.current_process(), "name", BASELINES_PROCESS)
-    code, out, err = command("run")
-    assert (code, out, [*here.iterdir()]) == (2, "", [])
-    assert 'below `if __name__ == "__main__":`' in err
 
 
 # Help

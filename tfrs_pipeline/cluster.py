@@ -4,9 +4,6 @@ import json
 import os
 from dataclasses import dataclass
 
-BASELINES_PROCESS = "baselines of tfrs-pipeline"
-"""Name of the process that measures a run's baselines; it first imports the program again."""
-
 
 @dataclass(frozen=True)
 class Worker:

@@ -1,10 +1,11 @@
 """Wording of messages, progress of long work, and shared checks."""
 
+import contextlib
 import difflib
 import itertools
 import numbers
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +66,20 @@ class _Written(Progress):
 def written() -> Progress:
     """Returns a progress that writes a line for each epoch; silent if nobody would read it."""
     return SILENT if (write := line_writer()) is None else _Written(write)
+
+
+@contextlib.contextmanager
+def as_interrupts() -> Iterator[None]:
+    """Raises `KeyboardInterrupt` in place of an error that Ctrl-C caused in a library."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise KeyboardInterrupt from error
 
 
 class Lines(list[str]):

@@ -1,6 +1,7 @@
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -323,10 +324,29 @@ def test_ease_solves_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {x["num_threads"] for x in blas} == {2}
 
 
-def test_ease_refuses_a_corpus_that_would_not_fit_memory() -> None:
+def test_ease_refuses_a_corpus_that_would_not_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     train = Interactions.from_rows(Ids(np.arange(50_000)), np.array([0]), np.array([1]))
-    with pytest.raises(ValueError, match=r"50,000 take 30 GB of memory.*Use Ials"):
+    with pytest.raises(ValueError, match=r"50,000 take 30\.0 GB of memory.*Use Ials"):
         tp.Ease().fit(train)
+    monkeypatch.setattr(baselines, "memory_left", lambda: 29e9)
+    with pytest.raises(ValueError, match=r"50,000 take 30\.0 GB of memory\. 29\.0 GB are left"):
+        tp.Ease(max_candidates=50_000).fit(train)
+
+
+def test_the_memory_left_is_that_of_the_machine_or_of_its_container(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    7000 kB\n")
+    group = tmp_path / "group"
+    left = {"no container": baselines.memory_left(tmp_path, group)}
+    group.mkdir()
+    (group / "memory.current").write_text("3000000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 1000000\n")
+    for limit in ("max", "4000000", "90000000"):
+        (group / "memory.max").write_text(f"{limit}\n")
+        left[limit] = baselines.memory_left(tmp_path, group)
+    machine = 7000 * 1024
+    assert left == {"no container": machine, "max": machine, "4000000": 2_000_000,
+                    "90000000": machine}  # fmt: skip
+    assert 0 < baselines.memory_left() < np.inf == baselines.memory_left(group, group / "none")
 
 
 def test_ials_users_solve_their_least_squares() -> None:

@@ -121,12 +121,6 @@ def test_no_weight_is_above_the_root_of_the_items_times_the_mean() -> None:
     np.testing.assert_array_equal(weights[1:], 1e-6)
 
 
-def test_a_heavy_item_of_each_user_leaves_one_effective_item_per_user() -> None:
-    relevant = [[1, 2, 3, 4, 5]] * 3
-    assert even([[1, 2]] * 3, relevant, [0, 1, 2], [1, *[10**9] * 7], 2)[1] == 3
-    assert even([[1, 2]] * 3, relevant, [0, 1, 2], [7] * 8, 2)[1] == 15
-
-
 @pytest.mark.parametrize("first", ["clicked", "retrieved"])
 def test_exposure_is_what_the_log_held_until_the_part_ends(first: str) -> None:
     # Each of two users has, in order, a three times, then b, c, d and e.

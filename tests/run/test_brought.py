@@ -102,7 +102,6 @@ def test_settings_take_what_was_brought_and_refuse_the_rest(brought: None) -> No
 
 @pytest.mark.usefixtures("brought", "trusted_exports", "few_signatures", "figures_undrawn")
 def test_a_run_chooses_compares_and_refuses_by_them(tmp_path: Path) -> None:
-    """The other process, in which baselines are measured, has the metric too."""
     path = write(event_table("str"), tmp_path / "events.parquet")
     changed: dict[str, Any] = {
         "split.kind": "last_share",
@@ -131,7 +130,8 @@ def test_a_run_chooses_compares_and_refuses_by_them(tmp_path: Path) -> None:
     page = write_report(tmp_path / "run").read_text()
     # The page's verdict is by the metric that kept the model out of service.
     assert "in precision@20 it is behind the best baseline" in page
-    for words in ("precision@20", "Share of the top k that is relevant.", Crowd.label):
+    left_out = "no_one is left out: no one learns from this"
+    for words in ("precision@20", "Share of the top k that is relevant.", Crowd.label, left_out):
         assert words in page
 
 

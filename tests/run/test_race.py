@@ -149,10 +149,12 @@ def test_a_race_tells_in_each_round_what_all_may_still_take(raced: Raced, watche
 
 def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     short = {"budget": "0.001s", "training.refit": False, **UNEXPORTED}
-    result = run(config_in(tmp_path, **short), tmp_path / "run")
+    result = run(config_in(tmp_path, **short), tmp_path / "run", progress=(watched := Watched()))
     trained = {name: len(values) for name, values in curves_of(result).items()}
     # The winner is still trained to its end.
     assert trained == {"default": 3, "sets": 0}
+    # It is told beforehand what that takes, which the budget does not bound.
+    assert ("the winner trains on, at most about 1 CPU minute: default", 3) in watched.tasks
     assert result.metrics["race"]["winner"] == "default"
     # The winner's settings do not race, so they have no budget of their own.
     assert RunFolder(result.folder).settings().budget == tp.RunConfig().budget

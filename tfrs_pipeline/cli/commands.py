@@ -3,7 +3,6 @@
 import atexit
 import gc
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tfrs_pipeline
-from tfrs_pipeline.cli.console import PROGRAM, as_interrupts
+from tfrs_pipeline.cli.console import PROGRAM
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
 from tfrs_pipeline.cli.models import Query, Recommend, RefreshIndex, Serve, Vectors, WriteLog
 from tfrs_pipeline.cli.runs import BRIEF, Compare, Report, Run, train
-from tfrs_pipeline.cluster import BASELINES_PROCESS
+from tfrs_pipeline.messages import as_interrupts
 from tfrs_pipeline.serving.publish import NotPublished
 from tfrs_pipeline.settings import ConfigError
 
@@ -52,9 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     is_verbose = False
     try:
-        # Before a folder is made: it would train anew.
-        if multiprocessing.current_process().name == BASELINES_PROCESS:
-            raise UsageError('a program calls main() below `if __name__ == "__main__":`')
         name, settings = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
         is_verbose = settings.pop("verbose", False)
         _log(is_verbose)

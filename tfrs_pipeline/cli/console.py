@@ -40,20 +40,6 @@ def program() -> list[str]:
     return ["python", str(script)] if is_script else [PROGRAM]
 
 
-@contextlib.contextmanager
-def as_interrupts() -> Iterator[None]:
-    """Raises `KeyboardInterrupt` in place of an error that Ctrl-C caused in a library."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise KeyboardInterrupt from error
-
-
 def say(console: Console, text: str) -> None:
     """Prints a line unchanged, because "[...]" in a file name would be read as markup."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -15,7 +15,6 @@ from pydantic import Field
 from rich.console import Console
 
 from tfrs_pipeline.cli.console import (
-    as_interrupts,
     native_errors_to,
     print_comparison,
     print_result,
@@ -35,7 +34,7 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.data.schema import check_exists
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.messages import Progress, beside
+from tfrs_pipeline.messages import Progress, as_interrupts, beside
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import RunContext, as_lines

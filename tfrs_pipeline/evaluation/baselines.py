@@ -5,8 +5,12 @@ baseline, and what a run, its verdict and its advice need to know. `BASELINES` l
 settings can name.
 """
 
+import contextlib
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import ibis
@@ -38,8 +42,7 @@ if TYPE_CHECKING:
 class Baseline:
     """What a model has to beat: a subclass has a label and the method `fit`.
 
-    A run fits it in another process, to which it is sent by pickling. A `ValueError` says why it
-    cannot be fitted to a log; the run leaves it out then.
+    A `ValueError` says why it cannot be fitted to a log; a run leaves it out then.
 
     Attributes:
         label: Its name in sentences.
@@ -133,15 +136,12 @@ class FittedPopularity:
         """Retrieves the k most popular; see `Retriever.retrieve`. Queries may lack a history."""
         check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
         rows = np.zeros((len(queries), k), np.int32)
-        is_excluded = np.zeros(1 + len(self.items), bool)  # Shared, because a corpus is long.
         lists = self.items.rows_by_list([()] * len(queries) if exclude is None else exclude)
         for row, excluded in zip(rows, lists, strict=True):
-            is_excluded[excluded] = True
             # At least k of the k + |excluded| most popular are not excluded.
             top = self._order[: k + len(excluded)]
-            top = top[~is_excluded[top]][:k]
+            top = top[~np.isin(top, excluded)][:k]
             row[: len(top)] = top
-            is_excluded[excluded] = False
         scores = np.where(rows > 0, self.counts[rows - 1], -np.inf)
         return self.items.take(rows), scores.astype(np.float32)
 
@@ -379,8 +379,9 @@ class Ease(Baseline):
 
     B = argmin ||X - X B||^2 + l2 ||B||^2 with a zero diagonal, from P = (X'X + l2 I)^-1 as
     B_ij = -P_ij / P_jj. A candidate's score is the sum of its weights over the history. Good values
-    of l2, above 0, grow with the number of users. A corpus above `max_candidates` is refused
-    (`ValueError`): memory grows with its square, time with its cube.
+    of l2, above 0, grow with the number of users. A corpus above `max_candidates`, or too large for
+    the memory that is left, is refused (`ValueError`): memory grows with its square, time with its
+    cube.
 
     Reference: Steck 2019, Embarrassingly Shallow Autoencoders for Sparse Data.
     """
@@ -398,11 +399,12 @@ class Ease(Baseline):
         """Solves for the item-to-item weights; a `ValueError` if the corpus is too large."""
         train = Interactions.of(train)
         num_candidates = len(train.items)
-        if num_candidates > self.max_candidates:
+        takes, left = 12 * num_candidates**2 / 1e9, memory_left() / 1e9
+        if num_candidates > self.max_candidates or takes > left:
             raise ValueError(
-                f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take "
-                f"{num_candidates**2 * 12 / 1e9:.0f} GB of memory, and max_candidates is "
-                f"{self.max_candidates:,}. Use Ials, or raise it."
+                f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take {takes:.1f} "
+                f"GB of memory. {left:.1f} GB are left, and max_candidates is "
+                f"{self.max_candidates:,}. Use Ials, or raise what is too low."
             )
         weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return _by_product(train, lambda histories: histories @ weights)
@@ -484,6 +486,26 @@ BASELINES: dict[str, type[Baseline]] = {
     "ials": Ials,
 }
 """The baselines that settings can name. Add your own before you use it."""
+
+
+def memory_left(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Returns how many bytes processes may still take, of the machine's or the container's.
+
+    Infinity if the system does not say.
+    """
+    left = math.inf
+    with contextlib.suppress(OSError, IndexError):
+        left = 1024 * _number("MemAvailable: *", proc / "meminfo")
+    with contextlib.suppress(OSError, IndexError):  # No container, or one without a limit.
+        cached = _number("^inactive_file ", group / "memory.stat")  # Given back when needed.
+        used = _number("", group / "memory.current") - cached
+        left = min(left, _number("^", group / "memory.max") - used)
+    return left
+
+
+def _number(before: str, path: Path) -> int:
+    """Finds the number after a pattern in a file of the system; an `IndexError` without one."""
+    return int(re.findall(rf"{before}(\d+)", path.read_text(), re.MULTILINE)[0])
 
 
 def _by_product(

@@ -12,11 +12,13 @@ import numpy as np
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.schema import ASKED
+from tfrs_pipeline.durable import read_whole, write_record
 from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.evaluation.results import Evaluation, joined
-from tfrs_pipeline.messages import SILENT, Progress, counted
+from tfrs_pipeline.messages import SILENT, Progress, as_interrupts, counted
+from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.folder import own_version
@@ -25,6 +27,11 @@ from tfrs_pipeline.serving.publish import publishing
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.sums import Model
+
+NUM_EXAMPLES = 4
+EXAMPLE_LENGTH = 10
+# Once, somebody else may have ended the run.
+MOST_ENDS = 2
 
 
 def baselines_of(config: RunConfig, data: RunData) -> dict[str, Sequence[Baseline]]:
@@ -49,6 +56,50 @@ class MeasuredBaselines(NamedTuple):
     failed: Mapping[str, str]
 
 
+def measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
+    """Measures the baselines of a run; notes each that is left out and why.
+
+    One that fails costs its row alone. It is recorded in the folder, and so is the one at work: a
+    crash of native code, or a lack of memory, ends the run itself. A run that has ended twice in
+    the same baseline leaves it out.
+    """
+    config, path = run.config, run.folder.left_out_file
+    record: dict[str, Any] = {"baselines": {}, "failed": {}, "at_work": {}}
+    record |= read_whole(path) or {}
+    known, failed, at_work = record["baselines"], record["failed"], record["at_work"]
+    again = f"(it is not tried again; to do so, delete {path})"
+    left_out = {name: f"{why} {again}" for name, why in known.items()}
+    choices = {
+        name: forms for name, forms in baselines_of(config, samples).items() if name not in known
+    }
+    evaluations = []
+    for number, (name, forms) in enumerate(choices.items()):
+        run.progress.task(f"baseline {name}", number, len(choices))
+        at_work[name] = at_work.get(name, 0) + 1
+        write_record(path, record)
+        try:
+            if at_work[name] > MOST_ENDS:
+                raise RuntimeError(f"the run has ended {MOST_ENDS} times while it was measured")
+            with as_interrupts():
+                fitted, notes = fit_best(name, forms, config, samples)
+                evaluations.append(evaluate_all(config, {name: fitted}, samples))
+            run.note(*notes)
+        except ValueError as error:  # A refusal, such as of too many items.
+            left_out[name] = known[name] = str(error)
+        except Exception as error:  # Whatever it is, it concerns this baseline alone.
+            left_out[name] = known[name] = failed[name] = f"{type(error).__name__}: {error}"
+        finally:  # After Ctrl-C too.
+            del at_work[name]
+            write_record(path, record)
+    run.note(*(f"{name} is left out: {why}" for name, why in left_out.items()))
+    named, by = config.evaluation.baselines, "evaluation.baselines"
+    for name, preset in PRESETS.items():
+        if preset.settings.get("evaluation.baselines") == named:
+            by = f"the preset {name}"
+    run.note(*(f"{name}: left out by {by}" for name in BASELINES if name not in named))
+    return MeasuredBaselines(evaluations, left_out, failed)
+
+
 def fit_best(
     name: str, forms: Sequence[Baseline], config: RunConfig, data: RunData
 ) -> tuple[Retriever, list[str]]:
@@ -69,10 +120,6 @@ def fit_best(
         notes.append(f"{name}: {best!r}, best of {len(forms)} on validation")
     # Fitted again, since the choice was made with models that had not seen validation.
     return best.fit(final_part(config, data.split)), notes
-
-
-NUM_EXAMPLES = 4
-EXAMPLE_LENGTH = 10
 
 
 def measure(

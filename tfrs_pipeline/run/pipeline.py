@@ -20,10 +20,9 @@ from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted, sentence
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.sums import Model
-from tfrs_pipeline.run.apart import measure_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder, name_of_log, own_version, trained_by
-from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, measure
+from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, measure, measure_baselines
 from tfrs_pipeline.run.race import race_step
 from tfrs_pipeline.run.refresh import WRITING
 from tfrs_pipeline.run.steps import RunContext, Step
@@ -73,7 +72,7 @@ def run_steps(config: RunConfig) -> list[Step]:
         *data_steps(),
         *([race_step()] if config.recipes else []),
         *(training_step(name, f"checkpoints/{name}") for name in models),
-        Step("baselines", ("samples",), "baselines", _measure_baselines, workers="chief"),
+        Step("baselines", ("samples",), "baselines", measure_baselines, workers="chief"),
         Step("evaluate", ("samples", "baselines", *models), "measured", measure, workers="chief"),
         Step("export", judged, "version", _export_best, version, workers="chief"),
         Step("metrics", every, "metrics", _write_metrics, "metrics.json", workers="chief"),
@@ -110,10 +109,6 @@ def run(
         run.run(run_steps(run.config))
         # Read back, because only the chief has made it.
         return RunResult(folder, run.folder.results())
-
-
-def _measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
-    return measure_baselines(run.config, run.folder, run, samples)
 
 
 def _write_metrics(

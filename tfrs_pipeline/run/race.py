@@ -284,7 +284,7 @@ def race(
         settings: Settings of the model, its training, `evaluation.exclude` and
             `evaluation.cutoffs`, by dotted name, for all recipes.
         budget: CPU seconds of all recipes together, after which the leader wins and is trained to
-            its end. If None, recipes race until their curves decide.
+            its end: that training is not bounded. If None, recipes race until their curves decide.
         members: Most models in the sum; 1 returns the winner alone.
         seed: Seed of everything random.
         folder: Keeps samples and trainings, so that a stopped race can resume with the same log and
@@ -296,8 +296,8 @@ def race(
         ConfigError: If a name or setting is unknown, a value or a recipe of your own is impossible
             with the settings, or no recipe is named.
         TypeError: If `validation` is no holdout, or `recipes` is not a sequence.
-        ValueError: If no recipe can train, the folder holds other trainings, or there is no
-            positive (`DataError`).
+        ValueError: If no recipe can train, all diverge, the folder holds other trainings, or there
+            is no positive (`DataError`).
 
     Example:
         A recipe of your own against two of the package's::
