@@ -203,7 +203,7 @@ def leaking(num: int, odd: int, value: Any, clicked: Any, kind: str) -> list[str
 @pytest.mark.parametrize(
     ("value", "clicked", "kind"),
     [(0.0, 31.5, "numeric"), (None, 31.5, "numeric"), ("", "long", "categorical"),
-     (None, "long", "categorical"), ("none", "long", "categorical"), (-1, 5, "numeric")],
+     (None, "long", "categorical"), ("none", "long", "categorical"), (-1, 5, "bucketized")],
 )  # fmt: skip
 def test_a_feature_that_is_constant_without_a_click_is_told(
     value: Any, clicked: Any, kind: str

@@ -27,6 +27,7 @@ FITTED: dict[str, list[Any]] = {
     "multi_categorical": [["a", "b", "c"], None, ["b", "日本"], []],
     "text": ["The end's near", None, "ΤΕΛΟΣ: the FILM", ""],
     "numeric": [1.5, None, -2.0, 1e4],
+    "bucketized": [1.5, None, -2.0, 0.1],
     "timestamp": MOMENTS,
     "vector": [[0.5, -1.0, 2.0], None, [0.0, 0.0, 0.125], [3.0, 1.0, 1.0]],
 }
@@ -37,6 +38,7 @@ NEW: dict[str, list[Any]] = {
     "multi_categorical": [["c", "new", "日本"], None, [], ["", "a", None], ["b"] * 6, "a", ("7",)],
     "text": ["the film, the end's", None, "", "!?", "τελοσ ΤΕΛΟΣ", "NEAR\0END'S", 7],
     "numeric": [1.5, None, math.nan, math.inf, -1e300, -0.0, 7],
+    "bucketized": [1.5, None, math.nan, -math.inf, 1e300, 0.1, 7],
     "timestamp": [
         MOMENTS[0],
         None,

@@ -19,7 +19,9 @@ from tfrs_pipeline.features import categorical, raw
 from tfrs_pipeline.features.categorical import Hashed, Text
 from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
 from tfrs_pipeline.features.numeric import (
+    MAX_BUCKETS,
     MAX_DEVIATIONS,
+    Bucketized,
     Numeric,
     Timestamp,
     Vector,
@@ -144,6 +146,24 @@ def test_absurd_values_are_clipped_before_they_drown_the_embedding(kind: str) ->
     assert embedded[:, -1].tolist() == [0, 0, 1, 0]
 
 
+def test_buckets_of_different_numbers_hold_as_many_each() -> None:
+    numbers = np.random.default_rng(0).permutation(3 * MAX_BUCKETS) * 0.1
+    codes = Bucketized.fit("x", numbers.tolist()).encode_column(numbers)
+    assert np.bincount(codes).tolist() == [0] + [3] * MAX_BUCKETS
+    assert (np.diff(codes[np.argsort(numbers)]) >= 0).all()
+
+
+@given(st.lists(st.sampled_from([None, math.nan, 0.0, 1.0, 2.5, -7.0, 1e300]), max_size=200))
+def test_every_bucket_holds_some_of_the_fitted_rows(column: list[float | None]) -> None:
+    feature = Bucketized.fit("x", column)
+    codes = feature.encode_column(column)
+    is_missing = [value is None or math.isnan(value) for value in column]
+    assert (codes == 0).tolist() == is_missing
+    assert feature.num_codes <= MAX_BUCKETS
+    if not all(is_missing):
+        assert sorted(set(codes.tolist()) - {0}) == list(range(1, feature.num_codes + 1))
+
+
 def as_the_calendar_says(moment: datetime, reference: datetime) -> list[float]:
     """Returns the age, hour and weekday of a moment, computed with datetime's own methods."""
     local = moment.astimezone(UTC)
@@ -196,7 +216,7 @@ def test_lists_and_arrays_are_one_to_a_feature(kind: str, monkeypatch: pytest.Mo
     typed = pa.array(column, pa.timestamp("us", "UTC") if kind == "timestamp" else None)
     chunked = pa.chunked_array([typed[:0], typed[:1], typed[1:]])
     arrays = [typed, chunked, pa.concat_arrays([typed, typed])[len(typed) :]]
-    if kind == "numeric":
+    if kind in ("numeric", "bucketized"):
         arrays += [np.array(column, np.float64), pa.array([str(v) if v else v for v in column])]
         assert fit(kind, pa.array([1, 3])) == fit(kind, ["1", 3.0])
     if kind in ("categorical", "hashed"):
@@ -235,6 +255,7 @@ ENTRIES: dict[str, st.SearchStrategy[Any]] = {
     # Characters that Python's regular expression splits into words in the same way.
     "text": st.one_of(MISSING, st.text("aBé'ßЖ_ .\n1", max_size=12)),
     "numeric": st.one_of(MISSING, NUMBERS),
+    "bucketized": st.one_of(MISSING, NUMBERS),
     "timestamp": st.one_of(MISSING, TIMES),
     "vector": st.one_of(MISSING, st.lists(PARTS, min_size=3, max_size=3)),
 }
@@ -263,6 +284,8 @@ def slowly_encoded(feature: Any, value: Any) -> Any:
     """Encodes one value, with Python alone."""
     if is_missing(value) or value == -math.inf:
         return feature.missing[0]
+    if feature.kind == "bucketized":
+        return 1 + sum(float(value) >= boundary for boundary in feature.boundaries)
     if feature.kind == "numeric":
         return np.clip((float(value) - feature.mean) / feature.scale, -10, 10)
     if feature.kind == "timestamp":
@@ -318,7 +341,7 @@ def test_texts_keep_more_values_than_lists_and_tell_what_is_cut() -> None:
     [
         ("numeric", [1.5, None, "cheap"], "numbers: .*'cheap'.*None for missing"),
         ("numeric", [10**400], "numbers: int too large"),
-        ("numeric", pa.array(["1", "", "3"]), "numbers: .*''"),
+        ("bucketized", pa.array(["1", "", "3"]), "numbers: .*''"),
         ("timestamp", [None, datetime(2024, 1, 1)], "datetimes with a time zone.* row 1 of 2"),
         ("timestamp", [1_700_000_000], "datetimes with a time zone.*1700000000 in row 0 of 1"),
         ("timestamp", pa.array([datetime(2024, 1, 1)]), "datetimes with a time zone.* row 0 of 1"),

@@ -36,10 +36,11 @@ ITEM_KINDS = {
     "maker": "hashed",
     "tags": "multi_categorical",
     "price": "numeric",
+    "plays": "bucketized",
     "uploaded": "timestamp",
     "look": "vector",
 }
-USER_KINDS = {"age": "numeric", "joined": "timestamp", "taste": "vector", "city": "hashed"}
+USER_KINDS = {"age": "bucketized", "joined": "timestamp", "taste": "vector", "city": "hashed"}
 WITH_FEATURES = "embed_query_with_features"
 START = datetime(2023, 11, 1, tzinfo=UTC)
 
@@ -52,6 +53,7 @@ def rich_items() -> pa.Table:
             "maker": f"maker {number % 40}",
             "tags": ["a", f"tag {number % 5}"],
             "price": number / 4,
+            "plays": float(number**3),
             "uploaded": START + timedelta(hours=number),
             "look": [float(number % 4 == i) for i in range(4)],
         }
@@ -139,7 +141,7 @@ def test_every_kind_reaches_the_corpus_and_the_model(folder: Path) -> None:
     assert corpus.candidate_columns["look"].shape == (num_items, 4)
     assert corpus.candidate_columns["uploaded"].shape == (num_items, 5)
     assert corpus.query_columns["taste"].shape == (num_users, 2)
-    for tenth, name in enumerate(("maker", "tags", "price", "uploaded", "look")):
+    for tenth, name in enumerate(("maker", "tags", "price", "plays", "uploaded", "look")):
         missing = is_missing(features[name], corpus.candidate_columns[name])
         # Ids are 10 times the number of the item, and in order.
         assert missing == [id_ // 10 % 10 == tenth for id_ in corpus.candidate_ids.values], name

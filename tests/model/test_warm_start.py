@@ -253,17 +253,21 @@ def test_other_features_and_ids_are_refused(
         WarmStart(untrained(own, sets[0].corpus), own, own.training, sets[1].corpus)
 
 
-@pytest.mark.parametrize("kind", ["hashed", "categorical"])
+@pytest.mark.parametrize("kind", ["hashed", "bucketized", "categorical"])
 def test_codes_are_those_of_the_same_values(kind: Any) -> None:
     rng = np.random.default_rng(0)
     for sizes in ((20, 300), (300, 20)):
         columns: list[Any] = [rng.integers(0, 1000, size) for size in sizes]
+        if kind == "bucketized":
+            columns = [column.astype(float) for column in columns]
         fitted: list[Any] = [KINDS[kind].fit("x", column) for column in columns]
         there, here = fitted
         codes = here.codes_of(there)
         assert len(codes) == here.num_codes + 1
         assert codes[0] == 0
         values = columns[1]
+        if kind == "bucketized":
+            values = np.array([-1.0, *here.boundaries])  # The lowest value of each bucket.
         ours, theirs = here.encode_column(values), there.encode_column(values)
         if kind == "hashed" and here.num_buckets < there.num_buckets:
             # A bucket here covers several there, and takes over one of them.

@@ -295,6 +295,7 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
         ("multi_categorical", [["a"], None]),
         ("text", ["a b", "b"]),  # A word of a single row has no code.
         ("numeric", [1.0, None]),
+        ("bucketized", [1.0, 2.0]),
         ("timestamp", [datetime(2024, 5, day, tzinfo=UTC) for day in (1, 2)]),
         ("vector", [[1.0, 2.0], None]),
     ],

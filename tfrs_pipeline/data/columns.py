@@ -149,7 +149,7 @@ def _check_unit(
     if unit is None and period is None and 1000 <= least <= largest <= 3000:
         # As seconds, all of them would fall into half an hour of 1970.
         problem = (
-            "look like years. Make it numeric, write dates such as 1999-01-31, or "
+            "look like years. Make it numeric or bucketized, write dates such as 1999-01-31, or "
             "set timestamp_unit to s if they are seconds."
         )
     elif unit is None and num_dates * 2 > sum(counts.values()):

@@ -72,8 +72,9 @@ class Log:
             table and False for those added from the events.
         users: One row per id: `user_id` and feature columns, for every user of `events`.
         item_features: Feature columns of `items` and their kinds: categorical or hashed (string or
-            int64), multi_categorical (array<string>), numeric (float64), text (string), timestamp
-            (UTC), vector (array<float32>, of one length). Nulls are missing values.
+            int64), multi_categorical (array<string>), numeric or bucketized (float64), text
+            (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
+            values.
         user_features: The same for `users`.
         request_features: Columns of `events` that are known when a request comes (device, place,
             search text), and their kinds. `hour` and `weekday` are made from the timestamp, in UTC,

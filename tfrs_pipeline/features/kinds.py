@@ -5,7 +5,7 @@ from typing import Any
 
 from tfrs_pipeline.features.categorical import Categorical, Hashed, MultiCategorical, Text
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.numeric import Numeric, Timestamp, Vector
+from tfrs_pipeline.features.numeric import Bucketized, Numeric, Timestamp, Vector
 from tfrs_pipeline.messages import suggest_part
 
 KINDS: dict[str, type[Feature]] = {
@@ -16,6 +16,7 @@ KINDS: dict[str, type[Feature]] = {
         MultiCategorical,
         Text,
         Numeric,
+        Bucketized,
         Timestamp,
         Vector,
     )

@@ -1,4 +1,4 @@
-"""Numbers, times and vectors: standardised."""
+"""Numbers, times and vectors: standardised, or in buckets for non-linear effects."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, to_numbers, to_seconds, to_vectors
 from tfrs_pipeline.libraries import ibis, ir, tf
 
+MAX_BUCKETS = 32
 MAX_DEVIATIONS = 10.0
 DAY_SECONDS = 86_400.0
 
@@ -72,6 +73,47 @@ class Numeric(Number):
         """Returns [B] float32, NaN where missing or infinite."""
         encoded = standardised(raw - self.mean, self.scale)
         return tf.where(tf.math.is_finite(raw), encoded, np.float32(np.nan))
+
+
+@dataclass(frozen=True)
+class Bucketized(Number):
+    """A number's bucket between quantiles of the column, in float64.
+
+    Example:
+        >>> Bucketized.fit("price", [1, 2, 3, 1000]).encode_column([0, 2, 2.5, 10**6, None])
+        array([1, 2, 2, 4, 0], dtype=int32)
+    """
+
+    boundaries: tuple[float, ...] = ()  # Lowest value of each bucket but the first, ascending.
+
+    kind: ClassVar[str] = "bucketized"
+
+    @classmethod
+    def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
+        """Takes quantiles of the finite numbers, so that each bucket holds some."""
+        numbers = to_numbers(name, column)
+        known = numbers[np.isfinite(numbers)]
+        if len(known) == 0:
+            return cls(name)
+        shares = np.arange(1, MAX_BUCKETS) / MAX_BUCKETS
+        # "higher" picks a number from the column, so no bucket is empty; none starts at the lowest.
+        quantiles = np.unique(np.quantile(known, shares, method="higher"))
+        return cls(name, tuple(quantiles[quantiles > known.min()].tolist()))
+
+    @property
+    def num_codes(self) -> int:
+        """Number of buckets."""
+        return len(self.boundaries) + 1
+
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns [B] int32 buckets from 1, 0 where missing or infinite."""
+        codes = 1 + tf.searchsorted(tf.constant(self.boundaries, tf.float64), raw, side="right")
+        return tf.where(tf.math.is_finite(raw), codes, 0)
+
+    def codes_of(self, there: Self) -> np.ndarray:
+        """Returns the bucket there that holds the lowest value of each bucket here."""
+        lowest = np.array([-np.inf, *self.boundaries])
+        return np.concatenate([[0], 1 + np.searchsorted(there.boundaries, lowest, side="right")])
 
 
 @dataclass(frozen=True)
