@@ -14,7 +14,6 @@ import pytest
 from tests.small_log import column, event_table, in_ibis, item_table
 from tfrs_pipeline.data.engines import check_stored, connect, random_key
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import read_samples
 
@@ -63,11 +62,6 @@ def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
         ({"stage": ["clicked", "exposed", "ranked", None]}, "'stage' is null in 1 of 4 rows"),
         ({"stage": ["exposed"] * 4}, "none of 4 rows is a positive"),
         ({"user_id": [1, None, 2, 2]}, "'user_id' is null in 1 of 4 rows"),
-        ({"item_id": ["a", "", "b", "c"]}, r"'item_id' is '' \(reserved for empty slots\) in 1"),
-        ({"item_id": [0.5, 1, 2, 3]}, "'item_id' must be an integer or a string .* in 1 of 4"),
-        ({"weight": [-1.0, 1, 1, 1]}, "'weight' is not a number from 1e-09.*in 1 of 4 rows"),
-        ({"weight": [1e-60, 1, 1e60, 1]}, "'weight' is not a number .*1e-09.* in 2 of 4 rows"),
-        ({"timestamp": [START.replace(tzinfo=None)] * 4}, "'timestamp' holds times without a time"),
         ({"timestamp": None, "time_stamp": [1, 2, 3, 4]}, r"did you mean 'timestamp'\?$"),
     ],
 )
@@ -75,19 +69,6 @@ def test_events_that_are_no_log_are_refused(columns: dict[str, Any], message: st
     Log.from_ibis(events_with())
     with pytest.raises(ValueError, match=message):
         Log.from_ibis(events_with(**columns))
-
-
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
-        ({"item_id": ["a", "a"], "genre": ["x", "y"]}, "1 different ids in 2 rows"),
-        ({"item_id": ["a"], "genres": ["x"]}, "no column 'genre'. Nearest: genres"),
-        ({"item_id": ["a"], "genre": [[1.5]]}, "'genre' must be an integer or a string"),
-    ],
-)
-def test_items_that_are_none_are_refused(items: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        Log.from_ibis(events_with(), items=in_ibis(items), item_features={"genre": "categorical"})
 
 
 def test_tables_of_any_engine_are_copied_in_the_order_of_their_numbers() -> None:

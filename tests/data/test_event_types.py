@@ -16,12 +16,11 @@ WEIGHTS: dict[str, Any] = {"purchase": 5, "click": 1, "view": "exposed"}
 
 
 def shop(num: int = 400) -> pd.DataFrame:
-    """A shop's log without times; a column numbers lists, each shown at once."""
+    """A shop's log without times."""
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"user_id": rng.integers(1, 9, num), "item_id": rng.integers(1, 6, num)})
     types = rng.choice(["view", "click", "purchase", "scroll"], num, p=[0.5, 0.3, 0.1, 0.1])
-    lists = [f"{user}-{row // 40}" for row, user in enumerate(frame["user_id"])]
-    return frame.assign(event=types, list=lists)
+    return frame.assign(event=types)
 
 
 @pytest.mark.parametrize("is_csv", [True, False])
@@ -83,32 +82,15 @@ def test_space_around_a_type_loses_no_row(space: str) -> None:
     assert f"view {stages.count('exposed')} (" in log.notes[0]
 
 
-def test_a_request_keeps_the_strongest_event_of_an_item(load: Any) -> None:
-    frame = shop()
-    log = load(frame.to_csv(index=False), event_weights=WEIGHTS, columns={"request_id": "list"})
-    strength = {"purchase": 3, "click": 2, "view": 1}
-    best: dict[tuple[Any, ...], tuple[int, int]] = {}
-    for row in frame[frame["event"] != "scroll"].itertuples():
-        key = (row.user_id, row.item_id, row.list)
-        # The first event stays, with the strongest type.
-        number, of = best.get(key, (int(str(row.Index)), 0))
-        best[key] = number, max(of, strength[str(row.event)])
-    in_order = sorted(best.values())
-    assert column(log.events, "event_number") == [number for number, _ in in_order]
-    assert column(log.events, "weight") == [5.0 if of == 3 else 1.0 for _, of in in_order]
-    assert [stage == "clicked" for stage in column(log.events, "stage")] == [
-        of > 1 for _, of in in_order
-    ]
-    # Events without a request are not joined.
-    text = "user_id,item_id,event,request_id\n1,2,view,\n1,2,click,\n1,2,view,a\n1,2,click,a\n"
-    assert column(load(text, event_weights=WEIGHTS).events, "event_number") == [0, 1, 2]
-    assert sum(each.num_rows for each in log.dropped) + log.counts()["events"] == len(frame)
-    # Merged events are reported apart from dropped ones, and counted from the file itself.
-    num_dropped = int((frame["event"] == "scroll").sum())
-    num_merged = len(frame) - num_dropped - len(best)
+def test_merged_events_of_a_request_are_told_apart_from_dropped_ones(load: Any) -> None:
+    # Two events have no request.
+    events = "1,2,view,\n1,2,click,\n1,2,view,a\n1,2,click,a\n1,3,scroll,a\n"
+    log = load(f"user_id,item_id,event,request_id\n{events}", event_weights=WEIGHTS)
+    assert column(log.events, "event_number") == [0, 1, 2]
+    assert column(log.events, "stage") == ["exposed", "clicked", "clicked"]
     described = str(log.describe())
-    assert f"dropped {num_dropped} of {len(frame)} rows\n" in described
-    assert f"merged {num_merged} rows into the strongest event of their item in" in described
+    assert "dropped 1 of 5 rows\n" in described
+    assert "merged 1 row into the strongest event of their item in the same request" in described
 
 
 def test_a_weight_of_the_event_multiplies_that_of_its_type(load: Any) -> None:

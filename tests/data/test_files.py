@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -215,14 +214,6 @@ def test_no_long_line_is_lost_without_a_word(tmp_path: Path, suffix: str, megaby
     path.write_bytes(gzip.compress(text, 1) if suffix.endswith("gz") else text)
     with pytest.raises(DataError, match=f"log.{suffix} cannot be read: (a line is longer|Maxi)"):
         Log.from_files(path)
-
-
-def test_a_date_in_the_names_of_folders_may_be_context(tmp_path: Path) -> None:
-    for day in ("2024-01-31", "2024-02-01"):
-        (tmp_path / f"day={day}").mkdir()
-        (tmp_path / f"day={day}" / "a.csv").write_text("user_id,item_id\n1,2\n")
-    log = Log.from_files(tmp_path, reading=Reading(columns={"day": "day"}))
-    assert column(log.events, "day") == [date(2024, 1, 31), date(2024, 2, 1)]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,8 @@ def test_request_numbers_that_start_again_are_told(is_rising: bool) -> None:
     # The second click of the first request is rightly without a history: one in twenty.
     of_all = "380 of 400 positives (95.0%) have no history though their users had clicked before"
     assert [of_all in line for line in found] == ([] if is_rising else [True])
+    advice = "the same 'timestamp' or 'request_id' .* visits is session_id, not request_id"
+    assert all(re.search(advice, line) for line in found)
 
 
 def leaking(num: int, odd: int, value: Any, clicked: Any, kind: str) -> list[str]:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.shop_log import write_shop
 from tests.small_log import column
 from tfrs_pipeline import DataError, Log, Reading
 from tfrs_pipeline.data.engines import connect
@@ -248,48 +247,6 @@ def test_a_session_is_found_by_its_usual_name(name: str) -> None:
     assert clicks.dropped == ()
 
 
-def test_the_earlier_items_of_a_visit_stay_in_the_history(tmp_path: Path) -> None:
-    visit = [
-        Event(1, 1, 0, "click", 1),
-        Event(1, 2, 5, "click", 1),
-        Event(1, 2, 6, "cart", 1),
-        Event(1, 3, 9, "click", 1),
-        Event(1, 1, 12, "purchase", 1),
-    ]
-    log = made(visit, without=("amount", "request"))
-    assert column(log.events, "item_id") == [1, 2, 3]
-    assert column(log.events, "weight") == [5.0, 3.0, 1.0]
-    assert built_histories(log, tmp_path) == {0: [], 1: [1], 3: [1, 2]}
-
-
-def test_a_purchase_never_vanishes_behind_a_long_click() -> None:
-    events = [
-        Event(1, 1, 0, "click", amount=100),
-        Event(1, 1, 1, "purchase", amount=2),
-        Event(1, 1, 2, "purchase", amount=7),
-        Event(1, 1, 3, "cart", amount=100),
-    ]
-    log = made(events, without=("session", "request"))
-    assert column(log.events, "weight") == [5 * 7.0]
-
-
-def test_merging_does_not_move_a_request(tmp_path: Path) -> None:
-    """The first event of a request says when it was made, even if a later one is stronger."""
-    events = [
-        Event(1, 1, 0, "click", request=1),
-        Event(1, 2, 9 * 60, "click", request=2),
-        Event(1, 1, 19 * 60, "purchase", request=1),
-        Event(2, 3, 0, "click", request=3),
-    ]
-    log = made(events, without=("session", "amount"))
-    assert built_histories(log, tmp_path) == {0: [], 1: [1], 3: []}
-    assert column(log.events, "weight") == [5.0, 1.0, 1.0]
-    # As without the purchase, which only makes the event stronger.
-    assert column(log.events, "timestamp") == [
-        START + timedelta(minutes=event.minute) for event in events if event.kind == "click"
-    ]
-
-
 def test_an_event_of_the_test_is_not_merged_into_one_of_the_training() -> None:
     frame = pd.DataFrame({"user_id": [1] * 4, "item_id": [1, 1, 2, 2], "event": ["click"] * 4})
     frame["session_id"] = 1
@@ -302,53 +259,6 @@ def test_without_times_and_sessions_every_event_stands_alone() -> None:
     events = [Event(1, 1, 0, "click", 1), Event(1, 1, 1, "cart", 1), Event(1, 1, 2, "cart")]
     assert made(events, without=("minute", "session", "request", "amount")).dropped == ()
     assert len(column(made(events, without=("minute", "request", "amount")).events, "item_id")) == 2
-
-
-SHOP = {"user_id": "customer_id", "item_id": "sku", "timestamp": "event_time"}
-SHOP_WEIGHTS: dict[str, Any] = {"purchase": 5, "cart": 3, "view": 1}
-
-
-@pytest.fixture
-def shop(tmp_path: Path) -> pd.DataFrame:
-    """Writes a shop; returns its events that have a weight."""
-    write_shop(tmp_path, num_events=4_000, num_users=200, num_items=300)
-    events = pd.read_csv(tmp_path / "events.csv", dtype=str)
-    return events[events["event_type"] != "remove_from_cart"]
-
-
-def log_of_shop(folder: Path, **columns: str) -> Log:
-    reading = Reading(columns=SHOP | columns, event_weights=SHOP_WEIGHTS)
-    return Log.from_files(folder / "events.csv", reading=reading)
-
-
-def test_the_visits_of_a_shop_are_those_of_its_sessions(tmp_path: Path, shop: Any) -> None:
-    log, events = log_of_shop(tmp_path), shop
-    events["weight"] = events["event_type"].map(SHOP_WEIGHTS).astype(float)
-    groups = events.groupby(["session_id", "sku"], sort=False)
-    expected = groups.agg(at=("event_time", "first"), weight=("weight", "max")).reset_index()
-    assert column(log.events, "item_id") == expected["sku"].tolist()
-    assert column(log.events, "weight") == expected["weight"].tolist()
-    assert column(log.events, "timestamp") == pd.to_datetime(expected["at"]).tolist()
-    merged = next(each for each in log.dropped if each.is_merged)
-    assert merged.num_rows == len(events) - len(expected)
-
-
-def test_a_session_that_is_given_as_request_is_told_with_the_histories_it_empties(
-    tmp_path: Path, shop: Any
-) -> None:
-    def warnings(**columns: str) -> list[str]:
-        lines = log_of_shop(tmp_path, **columns).describe()
-        return [line for line in lines if line.startswith("warning: ")]
-
-    assert warnings() == warnings(session_id="session_id") == []
-    pairs = shop.drop_duplicates(["session_id", "sku"])
-    first_visit = pairs.groupby("customer_id")["session_id"].transform("first")
-    is_later = pairs.groupby("customer_id").cumcount() > 0
-    lost = int((is_later & (pairs["session_id"] == first_visit)).sum())
-    (told,) = warnings(request_id="session_id")
-    assert f"{lost:,} of {len(pairs):,} positives ({lost / len(pairs):.1%}) have no history" in told
-    assert "clicks with the same 'event_time' or 'session_id' are not in" in told
-    assert "A column that numbers visits is session_id, not request_id" in told
 
 
 @pytest.mark.parametrize("is_last", [True, False])
