@@ -23,7 +23,10 @@ from tfrs_pipeline.data.settings import Period, Reading
 from tfrs_pipeline.features.feature import TableColumn
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
+from tfrs_pipeline.messages import printable
 
+# Texts among integers are told up to this share: a column with more of them holds texts.
+_FEW_TEXTS = 0.1
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 # The size of a number gives its unit: for times from 1973 to 5138, the ranges do not overlap.
@@ -326,8 +329,19 @@ def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
         text = value.re_replace(WHOLE_FLOAT, r"\1").strip()
         cleaned = text.isin(["", *NO_ID]).ifelse(ibis.null("string"), text)
         is_unclean = (value != value.strip()) | value.endswith(".0") | value.isin(NO_ID)
-        are_integers = not raw.has(~is_integer_text(value))
-        if not are_integers and raw.has(is_unclean):
-            value, are_integers = cleaned, not raw.has(~is_integer_text(cleaned))
-        raw.texts[column] = value, are_integers
+        is_other = ~is_integer_text(value)
+        counts = raw.aggregate(other=is_other.sum(), unclean=is_unclean.any(), num=value.count())
+        if counts["other"] and counts["unclean"]:
+            value, is_other = cleaned, ~is_integer_text(cleaned)
+            counts = raw.aggregate(other=is_other.sum(), num=value.count())
+        num_others, num = counts["other"] or 0, counts["num"]
+        raw.texts[column] = value, not num_others
+        if 0 < num_others <= _FEW_TEXTS * num:
+            row = raw.table["_row"]
+            first = raw.aggregate(row=row.min(where=is_other), id=value.argmin(row, where=is_other))
+            raw.notes.append(
+                f"{raw.source.column(column)}: {num_others:,} of {num:,} rows with a value hold no "
+                f"integer, such as {printable(repr(first['id']))} in row {first['row'] + 1:,}, so "
+                "all ids in it are text"
+            )
     return raw.texts[column]
