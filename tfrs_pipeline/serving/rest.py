@@ -181,23 +181,6 @@ class PredictCall(NamedTuple):
         default = DEFAULT_K if self.signature == DEFAULT_SIGNATURE else 1
         return int(self.inputs.get("k", default))
 
-    def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
-        """Cuts the inputs into calls up to the given sizes, of at least one query each.
-
-        A call that embeds stays whole: its lists, such as `known_items`, are as wide as the longest
-        of their part, and parts of different widths cannot be joined.
-        """
-        if self.signature.startswith("embed_"):
-            return [self.inputs]
-        size = min(max_queries, max_results // int(self.inputs.get("k", 1))) or 1
-        return [
-            {
-                name: array[i : i + size] if array.ndim else array
-                for name, array in self.inputs.items()
-            }
-            for i in range(0, self.num_queries or 1, size)  # No query is one call of none.
-        ]
-
 
 def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> PredictCall:
     """Reads the body of a predict call, in time proportional to its length, or refuses it (400)."""

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,15 +125,7 @@ class ModelServer:
                 if num <= SMALL_QUERIES and num * call.k <= SMALL_RESULTS:
                     threads = self.threads
             call = await self._excluding_served(version, call)
-            if threads is self.threads:
-                answer, outputs = await _run(threads, _answer, version, call)
-            else:
-                # Part by part, so that a large request need not wait for a larger one to end.
-                slices = call.slices(SMALL_QUERIES, SMALL_RESULTS)
-                parts = [
-                    await _run(threads, version.call, call.signature, inputs) for inputs in slices
-                ]
-                answer, outputs = await _run(threads, _joined, version, call, parts)
+            answer, outputs = await _run(threads, _answer, version, call)
         if "user_id" in call.inputs and "candidate_ids" in outputs:
             self._keep(request_id, version.number, call.inputs["user_id"], outputs["candidate_ids"])
         headers = {"X-Request-ID": request_id, "X-Model-Version": str(version.number)}
@@ -174,14 +166,8 @@ class ModelServer:
 
 
 def _answer(version: ServedVersion, call: rest.PredictCall) -> tuple[bytes, dict[str, Any]]:
-    return _joined(version, call, [version.call(call.signature, call.inputs)])
-
-
-def _joined(
-    version: ServedVersion, call: rest.PredictCall, parts: Sequence[dict[str, Any]]
-) -> tuple[bytes, dict[str, Any]]:
-    """Joins the outputs of a call's parts, so the client sees one answer; returns them too."""
-    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    """Calls the model; returns the answer in JSON, and the outputs."""
+    outputs = version.call(call.signature, call.inputs)
     count_answers(version.number, call.inputs, outputs)
     return rest.format_outputs(outputs, call.is_row_format), outputs
 
