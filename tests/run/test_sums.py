@@ -1,5 +1,6 @@
 """A run whose race ends in a sum: its trainings, its export, the next day, and how it resumes."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,12 @@ def choose(members: Mapping[str, Vectors], *_: Any, winner: str, **__: Any) -> C
 
 @pytest.fixture(scope="module")
 def summing() -> Iterator[None]:
+    """Sums the last recipe and the one before it, each with the last shrinkage that is tried."""
+    times = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race, "choose", choose)
+        # Each measurement is better than the one before.
+        patch.setattr(race, "measure_vectors", lambda x, *_: np.full(len(x), float(next(times))))
         yield
 
 
@@ -46,6 +51,11 @@ def summed(module_path: Path, summing: None) -> tuple[RunConfig, RunResult]:
     config = config_in(module_path, recipes=["quick", "sets"], members=5)
     with tracing_once():
         return config, run(config, module_path / "run")
+
+
+def shrunk(config: RunConfig, name: str) -> RunConfig:
+    """Returns the settings of a recipe with the shrinkage that its race chooses."""
+    return with_settings(planned(config, PRESETS[name]), {"model.history_shrinkage": 4.0})
 
 
 def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) -> None:
@@ -60,10 +70,11 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
     assert isinstance(ials, IalsConfig)
     assert ials_of(settings, ials) == baseline
     for name, member in settings.trained.items():
-        plan = planned(config, PRESETS[name])
+        plan = shrunk(config, name)
         assert (member.model, member.training) == (plan.model, plan.training)
-    winner = planned(config, PRESETS[first])
+    winner = shrunk(config, first)
     assert (settings.model, settings.training) == (winner.model, winner.training)
+    assert "sets won" in result.metrics["notes"]["race"][0]
     # Both were trained in the race, and again on training and validation; no epoch was trained
     # twice.
     for name in (first, other):

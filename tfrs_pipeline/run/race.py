@@ -21,13 +21,15 @@ from tfrs_pipeline.config import IalsConfig, MemberConfig, RunConfig, with_setti
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import hold_to, read_whole, write_record
+from tfrs_pipeline.evaluation.bootstrap import Outcome, mean_interval
+from tfrs_pipeline.evaluation.evaluate import measure_vectors
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.messages import Progress, counted, suggest, written
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.ials import FittedIals
-from tfrs_pipeline.model.sums import Choice, FittedSum, Member, Model, choose, vectors_of
+from tfrs_pipeline.model.sums import Choice, FittedSum, Model, Vectors, choose, vectors_of
 from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
@@ -48,6 +50,8 @@ NEAR, RISES = 0.75, 0.01
 # With a budget, a recipe first trains for this many epochs: the second one, in which no network is
 # built, says how many more the budget allows.
 TIMED_EPOCHS = 2
+# Validation chooses from these values of `model.history_shrinkage`, or none, for each recipe.
+SHRINKAGES = (1.0, 4.0)
 # The name of iALS, which may join the sum although it does not race.
 IALS = "ials"
 
@@ -112,18 +116,21 @@ class Race:
     """A decided race: the curves of the recipes, and the validation metric that decided.
 
     `not_begun` says, by recipe, why it did not race. `choice` says which of the models are summed;
-    it is None if the winner is kept without a look at sums.
+    it is None if the winner is kept without a look at sums. `configs` has the settings of each
+    recipe, with the `model.history_shrinkage` that validation chose, and `alone` its value with it.
     """
 
     curves: Sequence[Curve]
     metric: str
     not_begun: Mapping[str, str] = dataclasses.field(default_factory=dict)
     choice: Choice | None = None
+    configs: Mapping[str, RunConfig] = dataclasses.field(default_factory=dict)
+    alone: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def winner(self) -> str:
         """Name of the recipe that won: the first of those with the best value."""
-        return max(self.curves, key=lambda curve: curve.best).name
+        return max(self.curves, key=lambda curve: self.alone.get(curve.name, curve.best)).name
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -132,7 +139,7 @@ class Race:
 
     def lines(self) -> list[str]:
         """Describes the race in a line for each recipe, the winner first."""
-        first, *others = sorted(self.curves, key=lambda curve: -curve.best)
+        first, *others = sorted(self.curves, key=lambda x: -self.alone.get(x.name, x.best))
         spent = sum(curve.spent for curve in self.curves)
         return [
             f"{first.name} won: validation {self.metric} {first.best:.4f} after epoch "
@@ -145,6 +152,12 @@ class Race:
                 for curve in others
             ),
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
+            *(
+                f"{name}: {self.alone[name]:.4f} if short histories count less "
+                f"(model.history_shrinkage {shrinkage:g})"
+                for name, config in self.configs.items()
+                if (shrinkage := config.model.history_shrinkage)
+            ),
             *(self.choice.lines() if self.choice else ()),
         ]
 
@@ -399,29 +412,55 @@ def _race(
     on_chief(hold)
     curves |= recorded()  # Those of a race that was stopped.
     race_in_rungs(curves, train, budget)
-    decided = Race([*curves.values()], config.training.monitor, not_begun)
-    last = configs[decided.winner].training.max_epochs
-    train(decided.winner, last, f"the winner trains on: {decided.winner}")
+    leader = max(curves.values(), key=lambda curve: curve.best).name
+    last = configs[leader].training.max_epochs
+    train(leader, last, f"the winner trains on: {leader}")
 
-    def fitted(name: str) -> Member:
+    def fitted(name: str) -> Any:
         if name == IALS:
             progress.task(name, 0, 0)
             return FittedIals.fit(ials_of(config), data)
         return train(name, len(curves[name].values), f"reads {name}")
 
+    truth, metric = queries_of(config, validation), metric_of(config.training.monitor)
+    alone: dict[str, float] = {}
+
+    def shrunk(name: str) -> Vectors:
+        """Chooses the shrinkage of a recipe's model, and returns the vectors that it has with it.
+
+        It is the best one, if it is better than none beyond the 95% interval.
+        """
+        model, given = fitted(name), configs[name].model.history_shrinkage
+        trials, values = {}, {}
+        for shrinkage in [None, *SHRINKAGES] if given is None else [given]:
+            model.network.shrinkage = shrinkage
+            trials[shrinkage] = trial = vectors_of(model, truth.queries, truth.items)
+            values[shrinkage] = measure_vectors(trial.queries, trial.candidates, truth, metric)
+        model.network.shrinkage = given
+
+        def best() -> tuple[float | None, float]:
+            highest = max(values, key=lambda shrinkage: np.nanmean(values[shrinkage]))
+            gain = mean_interval(values[highest] - values[given], truth.user_ids)
+            chosen = highest if gain.outcome is Outcome.BETTER else given
+            return chosen, float(np.nanmean(values[chosen]))
+
+        # One process decides, because others may round differently.
+        chosen, alone[name] = on_chief(best)
+        configs[name] = with_settings(configs[name], {"model.history_shrinkage": chosen})
+        return trials[chosen]
+
+    vectors = {name: shrunk(name) for name in [*curves] if curves[name].values}
+    found = [*curves.values()], config.training.monitor, not_begun
+    decided = Race(*found, configs=configs, alone=alone)
     choice = None
     if config.members > 1:
-        truth = queries_of(config, validation)
-        names = [*(name for name, curve in curves.items() if curve.values), IALS]
-        vectors = {name: vectors_of(fitted(name), truth.queries, truth.items) for name in names}
+        vectors[IALS] = vectors_of(fitted(IALS), truth.queries, truth.items)
         progress.task("chooses the sum", 0, 0)
-        metric = metric_of(config.training.monitor)
         chosen = functools.partial(
             choose, vectors, truth, metric, winner=decided.winner, max_members=config.members
         )
-        # One process decides, because others may round differently.
         choice = Choice.read(on_chief(lambda: chosen().as_dict()))
-    return dataclasses.replace(decided, curves=[*curves.values()], choice=choice), fitted
+    return dataclasses.replace(decided, choice=choice), fitted
 
 
 def _recipe_named(name: str) -> Recipe:
@@ -462,7 +501,7 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
                 fitted = {setting: getattr(ials, setting) for setting in kept}
                 summed[name] = IalsConfig(weight=weight, **fitted)
                 continue
-            plan = planned(config, PRESETS[name])
+            plan = decided.configs[name]
             summed[name] = MemberConfig(
                 weight=weight, epochs=epochs[name], model=plan.model, training=plan.training
             )
@@ -470,7 +509,7 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     if trains_winner_alone(config):
         named = config.evaluation.baselines
         changed["evaluation.baselines"] = tuple(name for name in named if name != "uncorrected")
-    winner_config = with_settings(planned(config, PRESETS[decided.winner]), changed)
+    winner_config = with_settings(decided.configs[decided.winner], changed)
 
     def move() -> None:
         for name in decided.weights:
