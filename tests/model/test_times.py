@@ -11,7 +11,18 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import assert_same, tiny, untrained, weights_of
-from tfrs_pipeline import Batch, ConfigError, Log, Split, TrainingSet, Uniform, evaluate
+from tfrs_pipeline import (
+    Batch,
+    ConfigError,
+    Exact,
+    Log,
+    Split,
+    TrainingSet,
+    Uniform,
+    evaluate,
+    export,
+    load,
+)
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 
@@ -64,6 +75,37 @@ def test_a_requests_time_decides_what_is_retrieved(model: FittedTwoTower, split:
         margins.append(np.mean(scores[ids % 2 == 1]) - np.mean(scores[ids % 2 == 0]))
     # Without a time, the margin lies between the two.
     assert margins[0] < margins[2] < margins[1]
+
+
+@pytest.mark.usefixtures("trusted_exports", "few_signatures")
+def test_a_shrinkage_moves_a_short_history_towards_none(split: Split, tmp_path: Path) -> None:
+    """It is a mean of two answers, weighted by known items, in memory and in an export."""
+    data = TrainingSet.build(split.train, tmp_path / "samples", seed=0)
+    poolings = {"history_pooling": ["recency", "attention"], "use_user_id": True}
+    plans = [tiny(**poolings, history_length=3, history_shrinkage=m) for m in (None, 2.0)]
+    plain, shrunk = (untrained(plan, data.corpus) for plan in plans)
+    gaps = plain.network.query_tower.history.attention.gap_vectors
+    gaps.assign(tf.random.stateless_normal(gaps.shape, [1, 2]))
+    shrunk.network.set_weights(plain.network.get_weights())
+    histories: list[list[int]] = [[5, 4, 3, 2, 1], [1], [99, 1], [99], []]
+    queries: list[dict[str, Any]] = [
+        {"user_id": 3, "history": x, "history_timestamps": [1e9 + 60.0 * i for i in range(len(x))]}
+        for x in histories
+    ]
+    own, empty = (
+        plain.query_embeddings(asked) for asked in (queries, [{"user_id": 3, "history": []}] * 5)
+    )
+    n = np.array([[3], [1], [1], [0], [0]])  # Known items that are read.
+    expected = (n * own + 2 * empty) / (n + 2)
+    assert np.abs(expected - own)[:3].max(axis=1).min() > 0.01
+    found = shrunk.query_embeddings(queries)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    folder = export(replace(shrunk, log=split.train), tmp_path / "model", index=Exact())
+    np.testing.assert_allclose(load(folder).embed_queries(queries), found, rtol=1e-4, atol=1e-6)
+    # Training does not see it.
+    batch = plans[0].batches(data.samples).batch(0)
+    losses = [float(model.network.compute_loss(batch)) for model in (plain, shrunk)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("form", ["history", "sequence"])

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tfrs_pipeline as tp
-from tests.small_log import Stopped, Watched, event_table, small_config, write
+from tests.small_log import NUM_ITEMS, Stopped, Watched, event_table, small_config, write
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.fit import Diverged
@@ -26,6 +28,7 @@ from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
 from tfrs_pipeline.run.race import (
     FIRST_EPOCHS,
+    SHRINKAGES,
     TIMED_EPOCHS,
     Curve,
     planned,
@@ -312,6 +315,39 @@ def test_a_race_in_python_is_one_call(
     plan = tp.TwoTower(**dict(config.model), training=config.training)
     alone = plan.fit(train, validation).result.history["val_ndcg@20"]
     assert curves[mine.name] == alone
+
+
+def chance_log() -> tp.Log:
+    """Two clicks a user, drawn from one popularity: the first says nothing about the second."""
+    rng = np.random.default_rng(0)
+    num_users, shares = 600, (1 + np.arange(NUM_ITEMS)) ** -1.0
+    items = [rng.choice(NUM_ITEMS, 2, False, shares / shares.sum()) for _ in range(num_users)]
+    times = 1_700_000_000 + np.sort(rng.integers(0, 10**6, num_users))
+    clicks = {"user_id": np.repeat(np.arange(num_users), 2), "item_id": np.concatenate(items)}
+    clicks["timestamp"] = np.stack([times, times + 60], axis=1).ravel()
+    return tp.Log.from_table(pa.table(clicks))
+
+
+@pytest.mark.parametrize("given", [None, 0.0])
+def test_a_race_chooses_how_much_a_short_history_counts(given: float | None) -> None:
+    split = chance_log().split("time", validation=0.3, test=0.1)
+    train, validation = split.train, split.holdout("validation", by="requests")
+    settings = {**GIVEN, "training.max_epochs": 8, "training.learning_rate": 0.02}
+    if given is not None:
+        settings["model.history_shrinkage"] = given
+    model, race = tp.race(train, validation, recipes=["quick"], settings=settings, members=1)
+    assert isinstance(model, tp.FittedTwoTower)
+    chosen = race.configs["quick"].model.history_shrinkage
+    assert chosen in (SHRINKAGES if given is None else [given])
+    assert model.settings.history_shrinkage == model.network.shrinkage == chosen
+    metrics = [tp.metric_of("ndcg@20")]
+    (value,) = tp.evaluate(model, validation, metrics=metrics).first.overall.intervals.values()
+    assert race.alone["quick"] == pytest.approx(value.mean)
+    line = f"quick: {value.mean:.4f} if short histories count less"
+    assert any(text.startswith(line) for text in race.lines()) == (given is None)
+    # With the user's own value, that of the curve is all there is.
+    best = race.curves[0].best
+    assert value.mean > 1.03 * best if given is None else value.mean == pytest.approx(best)
 
 
 def test_the_recipe_of_the_docstring_races(tmp_path: Path) -> None:

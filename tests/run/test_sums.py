@@ -1,5 +1,6 @@
 """A run whose race ends in a sum: its trainings, its export, the next day, and how it resumes."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,25 @@ def choose(members: Mapping[str, Vectors], *_: Any, winner: str, **__: Any) -> C
 
 @pytest.fixture(scope="module")
 def summing() -> Iterator[None]:
+    """Sums the last recipe and the one before it, each with the last shrinkage that is tried."""
+    times = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race, "choose", choose)
+        # Each measurement is better than the one before.
+        patch.setattr(race, "measure_vectors", lambda x, *_: np.full(len(x), float(next(times))))
         yield
 
 
 @pytest.fixture(scope="module")
 def summed(module_path: Path, summing: None) -> tuple[RunConfig, RunResult]:
-    config = config_in(module_path, recipes=["quick", "sets"], members=5)
+    config = config_in(module_path, recipes=["sets", "quick"], members=5)
     with tracing_once():
         return config, run(config, module_path / "run")
+
+
+def shrunk(config: RunConfig, name: str) -> RunConfig:
+    """Returns the settings of a recipe with the shrinkage that its race chooses."""
+    return with_settings(planned(config, PRESETS[name]), {"model.history_shrinkage": 4.0})
 
 
 def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) -> None:
@@ -60,10 +70,14 @@ def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) 
     assert isinstance(ials, IalsConfig)
     assert ials_of(settings, ials) == baseline
     for name, member in settings.trained.items():
-        plan = planned(config, PRESETS[name])
+        plan = shrunk(config, name)
         assert (member.model, member.training) == (plan.model, plan.training)
-    winner = planned(config, PRESETS[first])
+    winner = shrunk(config, first)
     assert (settings.model, settings.training) == (winner.model, winner.training)
+    # The best with its shrinkage, which is not that of the curves.
+    curves = {x: max(y["values"]) for x, y in result.metrics["race"]["recipes"].items()}
+    assert first == "quick" != max(curves, key=lambda name: curves[name])
+    assert "quick won" in result.metrics["notes"]["race"][0]
     # Both were trained in the race, and again on training and validation; no epoch was trained
     # twice.
     for name in (first, other):
@@ -152,7 +166,7 @@ def test_a_killed_sum_goes_on_and_ends_the_same(
     summed: tuple[RunConfig, RunResult], tmp_path: Path
 ) -> None:
     _, result = summed
-    config = config_in(tmp_path, recipes=["quick", "sets"], members=5, **{"export.index": "none"})
+    config = config_in(tmp_path, recipes=["sets", "quick"], members=5, **{"export.index": "none"})
     first, other, ials = RunFolder(result.folder).settings().summed
     with tracing_once():
         for stop in ("chooses the sum", f"{first}, refit", f"{other}, refit", ials):

@@ -91,6 +91,16 @@ def bootstrap_intervals(
     return intervals
 
 
+def mean_interval(values: np.ndarray, users: np.ndarray) -> Interval:
+    """Computes the mean and interval of one metric's values: [num_queries], or [1] for all lists.
+
+    A single value of all lists has no interval.
+    """
+    by_user = users if len(values) == len(users) else None
+    (interval,) = bootstrap_intervals(values[:, np.newaxis], users=by_user)
+    return interval
+
+
 def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> Interval:
     """Computes sum / sum of two columns, [num_users] each, with a 95% percentile interval.
 

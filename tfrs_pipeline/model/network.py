@@ -37,6 +37,9 @@ class TwoTowerNetwork(tfrs.Model):
     Raises a `ValueError` if a tower returns something else, their widths differ, or the Keras
     policy is not float32. Encoded features of the corpus become constants of the model; the query
     tower may also read those in `candidate_table`.
+
+    Attributes:
+        shrinkage: The setting `history_shrinkage`, which `embed_queries` reads.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class TwoTowerNetwork(tfrs.Model):
         self._request_features = corpus.request_features
         self.num_candidates = len(corpus.candidate_ids)
         self.candidate_table = candidate_table
-        self.history_length = settings.history_length
+        self.history_length, self.shrinkage = settings.history_length, settings.history_shrinkage
         self.reads_times = corpus.has_times
         self.task = HybridRetrieval(settings.temperature)
         self._is_corrected = settings.correction != "none"
@@ -81,10 +84,17 @@ class TwoTowerNetwork(tfrs.Model):
     ) -> tf.Tensor:
         """Embeds queries: [B, D] float32; see `Exportable`.
 
-        Absent request features and times are missing values.
+        Absent request features and times are missing values. With a `shrinkage` of m, the result is
+        (n q + m q_0) / (n + m) for the tower's output q, its output q_0 for the same query with an
+        empty history, and the number n of known items in the history.
         """
         batch = Batch(query_rows, history_rows=history_rows, history_times=history_times)
-        return self._queries(batch, features)
+        queries = self._queries(batch, features)
+        if not self.shrinkage:
+            return queries
+        empty = self._queries(Batch(query_rows, history_rows=tf.zeros_like(history_rows)), features)
+        n = tf.math.count_nonzero(history_rows, axis=1, keepdims=True, dtype=tf.float32)
+        return empty + n / (n + self.shrinkage) * (queries - empty)
 
     def embed_candidates(
         self,

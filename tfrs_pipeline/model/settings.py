@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.negatives.samplers import HardKind, InBatch, Popularity, SharedKind, Uniform
@@ -71,6 +71,11 @@ class TwoTowerSettings(Config):
     self-attention, or several of them."""
     history_dropout: DropoutShare = 0.5
     """Share of the history's items that training drops, at random."""
+    history_shrinkage: NonNegativeFloat | None = None
+    """How many items the answer to an empty history counts as, in retrieval: a query with n items
+    in its history is n parts itself and this many parts the same query without them, so that a
+    click or two change the answer less. 0 is off. If None, a race chooses it for each recipe on
+    validation, and elsewhere it is off."""
     share_item_embedding: Annotated[bool, Meaning.ALWAYS] = True
     """Whether the history's items use the candidates' vectors, features included, where the
     candidate tower is the built-in one and knows ids; else their ids have a separate embedding."""

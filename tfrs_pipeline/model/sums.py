@@ -20,7 +20,7 @@ from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.baselines import Ials
-from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
+from tfrs_pipeline.evaluation.bootstrap import Interval, mean_interval
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
 from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
@@ -509,10 +509,7 @@ def choose(
         best_mean = max(means)
         weights = extended[means.index(best_mean)]
     unrotated, rotated = mean(weights), measured(weights, dim)
-    gains = (rotated - alone)[:, np.newaxis]
-    # Some metrics have one value for all lists, without an interval.
-    users = truth.user_ids if len(gains) == len(truth.user_ids) else None
-    (difference,) = bootstrap_intervals(gains, users=users)
+    difference = mean_interval(rotated - alone, truth.user_ids)
     before, after = (float(np.nanmean(values)) for values in (alone, rotated))
     without = {
         name: mean({other: weights[other] for other in weights if other != name}, dim)

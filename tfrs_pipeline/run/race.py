@@ -21,6 +21,8 @@ from tfrs_pipeline.config import IalsConfig, MemberConfig, RunConfig, with_setti
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import hold_to, read_whole, write_record
+from tfrs_pipeline.evaluation.bootstrap import Outcome, mean_interval
+from tfrs_pipeline.evaluation.evaluate import measure_vectors
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.messages import Progress, counted, suggest, written
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
@@ -28,7 +30,7 @@ from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fit import Diverged
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.ials import FittedIals
-from tfrs_pipeline.model.sums import Choice, FittedSum, Member, Model, choose, vectors_of
+from tfrs_pipeline.model.sums import Choice, FittedSum, Model, Vectors, choose, vectors_of
 from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
@@ -49,6 +51,8 @@ NEAR, RISES = 0.75, 0.01
 # With a budget, a recipe first trains for this many epochs: the second one, in which no network is
 # built, says how many more the budget allows.
 TIMED_EPOCHS = 2
+# Validation chooses from these values of `model.history_shrinkage`, or none, for each recipe.
+SHRINKAGES = (1.0, 4.0)
 # The name of iALS, which may join the sum although it does not race.
 IALS = "ials"
 
@@ -115,18 +119,24 @@ class Race:
     """A decided race: the curves of the recipes, and the validation metric that decided.
 
     `not_begun` says, by recipe, why it did not race. `choice` says which of the models are summed;
-    it is None if the winner is kept without a look at sums.
+    it is None if the winner is kept without a look at sums. `configs` has the settings of each
+    recipe, with the `model.history_shrinkage` that validation chose, and `alone` its value with it.
     """
 
     curves: Sequence[Curve]
     metric: str
     not_begun: Mapping[str, str] = dataclasses.field(default_factory=dict)
     choice: Choice | None = None
+    configs: Mapping[str, RunConfig] = dataclasses.field(default_factory=dict)
+    alone: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def winner(self) -> str:
         """Name of the recipe that won: the first of those with the best value."""
-        return max(self.curves, key=lambda curve: (not curve.failure, curve.best)).name
+        return min(self.curves, key=self._rank).name
+
+    def _rank(self, curve: Curve) -> tuple[bool, float]:
+        return bool(curve.failure), -self.alone.get(curve.name, curve.best)
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -135,7 +145,7 @@ class Race:
 
     def lines(self) -> list[str]:
         """Describes the race in a line for each recipe, the winner first."""
-        first, *others = sorted(self.curves, key=lambda curve: (bool(curve.failure), -curve.best))
+        first, *others = sorted(self.curves, key=self._rank)
         spent = sum(curve.spent for curve in self.curves)
         return [
             f"{first.name} won: validation {self.metric} {first.best:.4f} after epoch "
@@ -148,6 +158,12 @@ class Race:
                 for curve in others
             ),
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
+            *(
+                f"{name}: {self.alone[name]:.4f} if short histories count less "
+                f"(model.history_shrinkage {shrinkage:g})"
+                for name, config in self.configs.items()
+                if (shrinkage := config.model.history_shrinkage)
+            ),
             *(self.choice.lines() if self.choice else ()),
         ]
 
@@ -422,39 +438,64 @@ def _race(
 
     on_chief(hold)
     curves |= recorded()  # Those of a race that was stopped.
+    metric = config.training.monitor
     race_in_rungs(curves, turn, budget)
-    while True:  # Until a winner has trained to its end: one may still diverge there.
-        decided = Race([*curves.values()], config.training.monitor, not_begun)
-        winner = curves[decided.winner]
-        if winner.failure:  # All have diverged.
-            raise Diverged(f"{winner.name}: {winner.failure}")
+    while True:  # Until a leader has trained to its end: one may still diverge there.
+        leader = curves[Race([*curves.values()], metric).winner]
+        if leader.failure:  # All have diverged.
+            raise Diverged(f"{leader.name}: {leader.failure}")
         # The budget does not bound this training, so its time is told.
-        seconds = winner.num_left * winner.epoch_seconds
+        seconds = leader.num_left * leader.epoch_seconds
         most = f", at most about {_in_minutes(seconds)}" if seconds else ""
-        turn(winner.name, winner.num_epochs, f"the winner trains on{most}: {winner.name}")
-        if not curves[winner.name].failure:
+        turn(leader.name, leader.num_epochs, f"the winner trains on{most}: {leader.name}")
+        if not curves[leader.name].failure:
             break
 
-    def fitted(name: str) -> Member:
+    def fitted(name: str) -> Any:
         if name == IALS:
             progress.task(name, 0, 0)
             return FittedIals.fit(ials_of(config), data)
         return train(name, len(curves[name].values), f"reads {name}")
 
+    truth, monitor = queries_of(config, validation), metric_of(metric)
+    alone: dict[str, float] = {}
+
+    def shrunk(name: str) -> Vectors:
+        """Chooses the shrinkage of a recipe's model, and returns the vectors that it has with it.
+
+        It is the best one, if it is better than none beyond the 95% interval.
+        """
+        model, given = fitted(name), configs[name].model.history_shrinkage
+        trials, values = {}, {}
+        for shrinkage in [None, *SHRINKAGES] if given is None else [given]:
+            model.network.shrinkage = shrinkage
+            trials[shrinkage] = trial = vectors_of(model, truth.queries, truth.items)
+            values[shrinkage] = measure_vectors(trial.queries, trial.candidates, truth, monitor)
+        model.network.shrinkage = given
+
+        def best() -> tuple[float | None, float]:
+            highest = max(values, key=lambda shrinkage: np.nanmean(values[shrinkage]))
+            gain = mean_interval(values[highest] - values[given], truth.user_ids)
+            chosen = highest if gain.outcome is Outcome.BETTER else given
+            return chosen, float(np.nanmean(values[chosen]))
+
+        # One process decides, because others may round differently.
+        chosen, alone[name] = on_chief(best)
+        configs[name] = with_settings(configs[name], {"model.history_shrinkage": chosen})
+        return trials[chosen]
+
+    able = [name for name, curve in curves.items() if curve.values and not curve.failure]
+    vectors = {name: shrunk(name) for name in able}
+    decided = Race([*curves.values()], metric, not_begun, configs=configs, alone=alone)
     choice = None
     if config.members > 1:
-        truth = queries_of(config, validation)
-        able = (name for name, curve in curves.items() if curve.values and not curve.failure)
-        names = [*able, IALS]
-        vectors = {name: vectors_of(fitted(name), truth.queries, truth.items) for name in names}
+        vectors[IALS] = vectors_of(fitted(IALS), truth.queries, truth.items)
         progress.task("chooses the sum", 0, 0)
-        metric = metric_of(config.training.monitor)
         chosen = functools.partial(
-            choose, vectors, truth, metric, winner=decided.winner, max_members=config.members
+            choose, vectors, truth, monitor, winner=decided.winner, max_members=config.members
         )
-        # One process decides, because others may round differently.
         choice = Choice.read(on_chief(lambda: chosen().as_dict()))
-    return dataclasses.replace(decided, curves=[*curves.values()], choice=choice), fitted
+    return dataclasses.replace(decided, choice=choice), fitted
 
 
 def _recipe_named(name: str) -> Recipe:
@@ -495,7 +536,7 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
                 fitted = {setting: getattr(ials, setting) for setting in kept}
                 summed[name] = IalsConfig(weight=weight, **fitted)
                 continue
-            plan = planned(config, PRESETS[name])
+            plan = decided.configs[name]
             summed[name] = MemberConfig(
                 weight=weight, epochs=epochs[name], model=plan.model, training=plan.training
             )
@@ -503,7 +544,7 @@ def settle(config: RunConfig, folder: RunFolder, decided: Race) -> RunConfig:
     if trains_winner_alone(config):
         named = config.evaluation.baselines
         changed["evaluation.baselines"] = tuple(name for name in named if name != "uncorrected")
-    winner_config = with_settings(planned(config, PRESETS[decided.winner]), changed)
+    winner_config = with_settings(decided.configs[decided.winner], changed)
 
     def move() -> None:
         for name in decided.weights:
