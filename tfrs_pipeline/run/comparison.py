@@ -116,13 +116,17 @@ class Comparison:
     def lines(self, width: int | None = WIDTH) -> Iterator[str]:
         """Yields lines: the result of the comparison, and how to read its table at a width."""
         evaluation, num_seeds = self.evaluation, len(self.by_seed)
-        longest = evaluation.cutoffs[-1]
+        first, longest = evaluation.first, evaluation.cutoffs[-1]
         yield compared_in_words(evaluation, f"ndcg@{longest}", self.over_seeds)
         if isinstance(other := evaluation.other, Evaluation):
             every = {seed: evaluation.other for seed, evaluation in self.by_seed.items()}
             by_seed = {seed: x for seed, x in every.items() if isinstance(x, Evaluation)}
             over = _over_seeds(by_seed)
             yield f"{ASKED[other.asked_by]}, {compared_in_words(other, f'ndcg@{longest}', over)}"
+        if first.num_even is not None:
+            words = compared_in_words(evaluation, f"even_recall@{longest}", self.over_seeds)
+            share = f"{first.num_even:,} of {first.overall.num_relevant:,} items to find"
+            yield f"{words} (it rests on {share}, by their weights)"
         basis = "differences are query by query, with their 95% interval over users"
         if num_seeds > 1:
             yield f"{basis}, of the mean of {num_seeds} seeds; se: their standard error over seeds"
