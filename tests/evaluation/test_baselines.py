@@ -329,7 +329,7 @@ def test_ease_refuses_a_corpus_that_would_not_fit_memory(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"50,000 take 30\.0 GB of memory.*Use Ials"):
         tp.Ease().fit(train)
     monkeypatch.setattr(baselines, "memory_left", lambda: 29e9)
-    with pytest.raises(ValueError, match=r"50,000 take 30\.0 GB of memory\. 29\.0 GB are left"):
+    with pytest.raises(MemoryError, match=r"50,000 take 30\.0 GB of memory, and 29\.0 GB are free"):
         tp.Ease(max_candidates=50_000).fit(train)
 
 

@@ -214,6 +214,7 @@ def test_other_settings_keep_the_weights_their_size(sets: Sets) -> None:
     halves = "resampling_exponent id_dropout feature_dropout recency_decay attention_dropout"
     others: dict[str, Any] = dict.fromkeys(halves.split(), 0.5)
     others |= {"temperature": 1.0, "item_init": "svd", "correction": "none"}
+    others |= {"history_shrinkage": 2.0}
     others |= {"history_length": 7, "history_dropout": 0.1, "attention_blocks": 5}
     loss_alone = {"negatives", "hard"}
     assert others.keys() | loss_alone | set(shape_settings(has_attention=False)) == set(

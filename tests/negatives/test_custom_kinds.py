@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import tensorflow as tf
 
 import tfrs_pipeline as tp
 from tests import small_batches as small
 from tests.model.conftest import NUM_ITEMS, eagerly, make_log, tiny
-from tests.model.test_two_tower import EveryCandidate
 from tfrs_pipeline.negatives.samplers import SETTING_KINDS, Pool
 
 F, NUM, STEPS = 0.3, 3, 200
@@ -61,6 +61,21 @@ class Returning:
 
     def pools(self, samples: tp.Samples) -> Any:
         return self.answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Newest:
+    """An easy kind: the items of the last rows, each with the same chance."""
+
+    num: int
+
+    def draw(self, frame: tp.SamplingFrame, positive_rows: Any, seed: Any) -> tf.Tensor:
+        last = frame.num_candidates
+        return tf.random.stateless_uniform([self.num], seed, last - 4, last + 1, tf.int32)
+
+    def expected_count(self, frame: tp.SamplingFrame) -> np.ndarray:
+        rows = np.arange(frame.num_candidates + 1)
+        return np.where(rows > frame.num_candidates - 5, self.num / 5, 0.0)
 
 
 FILE = Listed(tuple(tuple(range(1 + user % 9, 40, 1 + user % 7)) for user in range(21)))
@@ -232,7 +247,7 @@ def test_a_model_trains_with_own_hard_negatives_and_is_compared(tmp_path: Path) 
     genre = np.append(3, np.arange(NUM_ITEMS) % 3)  # By row: the unknown item has none.
     hard = SameCategory(genre)
     training: dict[str, Any] = {"training": {"max_epochs": 1}}
-    own_kinds: dict[str, Any] = {"hard": hard, "negatives": [*tiny().negatives, EveryCandidate()]}
+    own_kinds: dict[str, Any] = {"hard": hard, "negatives": [*tiny().negatives, Newest(6)]}
     plans = {"own": tiny(**own_kinds, **training), "mixed": tiny(**training)}
     assert plans["own"].settings == plans["mixed"].settings
     assert plans["own"].losers is None

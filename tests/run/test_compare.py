@@ -15,12 +15,12 @@ import scipy.stats
 
 import tfrs_pipeline as tp
 from tests.small_log import Stopped, Watched, event_table, small_config, write
-from tfrs_pipeline import FunnelLosers, Popularity, Uniform
+from tfrs_pipeline import FunnelLosers, Popularity, SamplingFrame, Uniform
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation, averaged
-from tfrs_pipeline.run.compare import compare_plans, every_loser, num_columns, sampling_plans
+from tfrs_pipeline.run.compare import PLANS, compare_plans, every_loser, num_columns, sampling_plans
 from tfrs_pipeline.run.comparison import WIDTH, Comparison, OverSeeds, compared_in_words
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.measure import evaluate_all
@@ -132,6 +132,21 @@ def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
         "exposed_0.1": (0.1, ("exposed",)),
     }
     assert {n for n, x in configs.items() if x.model.resampling_exponent} == {"resampled_0.5"}
+
+
+def test_a_plan_counts_the_columns_of_any_kind(tmp_path: Path) -> None:
+    """A kind has no `num` in common with others, but says how often it draws each item."""
+
+    class Twice:
+        def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+            return np.append(0.0, np.full(frame.num_candidates, 40 / frame.num_candidates))
+
+    config = funnel_config(tmp_path)
+    kinds = [Twice(), Uniform(8), Popularity(5)]
+    model = config.model.model_construct(**{**dict(config.model), "negatives": kinds})
+    config = config.model_construct(**{**dict(config), "model": model})
+    assert num_columns(config) == 40 + 8 + 5
+    assert PLANS["uniform"](config, 0.0) == {"model.negatives": (Uniform(53),)}
 
 
 def test_without_losers_hybrids_are_missing(tmp_path: Path) -> None:

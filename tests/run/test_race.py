@@ -1,6 +1,7 @@
 """A race of recipes in a run: which may race, what the winner leaves, how a race resumes."""
 
 import dataclasses
+import itertools
 import json
 import math
 import operator
@@ -24,6 +25,7 @@ from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.fit import Diverged
 from tfrs_pipeline.presets import PRESETS, RECIPES
+from tfrs_pipeline.run import race as race_module
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
 from tfrs_pipeline.run.race import (
@@ -342,12 +344,40 @@ def test_a_race_chooses_how_much_a_short_history_counts(given: float | None) -> 
     assert model.settings.history_shrinkage == model.network.shrinkage == chosen
     metrics = [tp.metric_of("ndcg@20")]
     (value,) = tp.evaluate(model, validation, metrics=metrics).first.overall.intervals.values()
-    assert race.alone["quick"] == pytest.approx(value.mean)
-    line = f"quick: {value.mean:.4f} if short histories count less"
-    assert any(text.startswith(line) for text in race.lines()) == (given is None)
+    assert race.best_values["quick"] == pytest.approx(value.mean)
+    line = f"quick won: validation ndcg@20 {value.mean:.4f} with model.history_shrinkage {chosen:g}"
+    assert race.lines()[0].startswith(line) == (given is None)
     # With the user's own value, that of the curve is all there is.
     best = race.curves[0].best
     assert value.mean > 1.03 * best if given is None else value.mean == pytest.approx(best)
+
+
+def test_who_wins_by_a_shrinkage_trains_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its curve stays what it is without the shrinkage, so that one measure chooses the epoch."""
+    slow = tp.Recipe("slow", {"training.learning_rate": 1e-5}, "hardly learns")
+    settings = {**GIVEN, "training.max_epochs": 4, "training.patience": 4}
+    train, validation, _ = tp.Log.from_table(event_table("int")).split(
+        "last_share", validation=0.1, test=0.2
+    )
+
+    def two_epochs(curves: Any, train: Any, budget: float) -> None:
+        for name in [*curves]:
+            train(name, 2, name)
+
+    times = itertools.count()
+    monkeypatch.setattr(race_module, "race_in_rungs", two_epochs)
+    # Each measurement is better than the one before, so that the last recipe wins.
+    later = lambda x, *_: np.full(len(x), float(next(times)))  # noqa: E731
+    monkeypatch.setattr(race_module, "measure_vectors", later)
+    recipes = ["quick", slow]
+    model, race = tp.race(train, validation, recipes=recipes, settings=settings, members=1)
+    values = {curve.name: curve.values for curve in race.curves}
+    assert race.winner == "slow" != max(values, key=lambda name: max(values[name]))
+    assert [len(curve) for curve in values.values()] == [2, 4]
+    assert model.result.history["val_ndcg@20"] == values["slow"]
+    config = tp.with_settings(tp.RunConfig(), {**settings, **slow.of_training()})
+    plan = tp.TwoTower(**dict(config.model), training=config.training)
+    assert plan.fit(train, validation).result.history["val_ndcg@20"] == values["slow"]
 
 
 def test_the_recipe_of_the_docstring_races(tmp_path: Path) -> None:

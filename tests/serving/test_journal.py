@@ -18,7 +18,7 @@ import pytest
 from tests.damage import copy_database, killed_after
 from tests.serving.conftest import NUM_CANDIDATES, Served, make_served
 from tests.serving.running_server import Running, retrieve_user, send, until
-from tfrs_pipeline.durable import Damaged, StorageError
+from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.event_log import record_file, write_log
 from tfrs_pipeline.serving.index import Exact
@@ -33,6 +33,7 @@ from tfrs_pipeline.serving.journal import (
     id_hash,
 )
 from tfrs_pipeline.serving.live import _plain
+from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import Lately
 
@@ -133,6 +134,23 @@ def test_a_repeat_changes_nothing(films: Path) -> None:
     assert retriever.record([event(101, 3, event_id="a")]) == 0  # Nor does it for another user.
     assert retriever.record([event(100, 3, "view", time=20)]) == 1
     assert retriever.record([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left_out"), [("none", {2}), ("clicked", {1, 2}), ("seen", {1, 2, 3})]
+)
+def test_what_is_left_out_is_as_in_the_evaluation(
+    films: Path, exclude: str, left_out: set[int]
+) -> None:
+    path = films / "1" / MANIFEST_FILE
+    manifest = read_record(path)
+    config = {"config": {"evaluation": {"exclude": exclude}}}
+    files = [file for file in (films / "1").rglob("*") if file.is_file() and file != path]
+    write_record(path, manifest | config, files)
+    retriever, items = load(films), {1: 10, 2: 17, 3: 24}
+    types = {1: "clicked", 2: "disliked", 3: "exposed"}
+    retriever.record([event(999, items[n], types[n]) for n in items])
+    assert set(items.values()) - set(by_user(retriever, 999)) == {items[n] for n in left_out}
 
 
 def test_a_log_that_holds_the_events_does_not_count_them_twice(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_every_signature(served: Served, running: Running, loaded: LoadedRetriev
 
 
 def test_lists_of_any_length_for_many_queries(served: Served, running: Running) -> None:
-    """Users know from 0 to 10 items, and a large request is answered in parts."""
+    """Users know from 0 to 10 items, and a large request is answered too."""
     users = served.query_ids.tolist()
     answer = running.predict(signature_name="embed_user", inputs={"user_id": users})["outputs"]
     for row, user in enumerate(users):

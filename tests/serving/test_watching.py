@@ -106,7 +106,7 @@ def test_counters_say_what_answers_knew_and_held(films_served: Served, server: R
         server.predict(**retrieve([[]] * 4, k=2, allowed=[["a"], ["b"], ["no such"], [""]]))
     expected = {"answers 1": 4, "slots true": 6, "slots false": 2}
     assert counted.changes == {**expected, "filtered_queries true": 1, "filtered_queries false": 2}
-    # A large request is answered in parts, which count once each; the page does not count.
+    # A large request counts once; the page does not count.
     with Counted(server) as counted:
         server.predict(**retrieve_user(users, [[]] * 6, 200))
         assert server.post("/page/query", json={"user_id": users[0]}).status_code == 200

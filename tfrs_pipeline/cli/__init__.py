@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reads the output.
     """
     try:
-        # Imported here, so that Ctrl-C ends the program quietly meanwhile.
+        # Imported here, so that Ctrl-C mostly ends the program quietly meanwhile.
         from tfrs_pipeline.cli import commands
 
         return commands.main(arguments)

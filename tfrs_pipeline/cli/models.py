@@ -131,8 +131,8 @@ class WriteLog(OfModel):
     """Parquet file of past events to record first: the columns of a log or the keys of events,
     docs/guides/events_in_service.md. Events that are recorded already change nothing."""
     out: Path | None = None
-    """Parquet file to write; an earlier one is replaced once the new one is complete, unless rows
-    have been dropped, which it may have."""
+    """Parquet file to write; an earlier one is replaced once the new one is complete. Once rows
+    were dropped, it is refused, since it may be their only copy."""
     drop_older_days: float | None = Field(None, gt=0, le=36_500)
     """Delete events and answers that are older than this many days, after the file is written."""
 

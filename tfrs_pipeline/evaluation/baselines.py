@@ -396,16 +396,23 @@ class Ease(Baseline):
             raise ValueError(f"l2 must be above 0. Received: {self.l2}.")
 
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
-        """Solves for the item-to-item weights; a `ValueError` if the corpus is too large."""
+        """Solves for the item-to-item weights.
+
+        Raises a `ValueError` if the corpus is too large, a `MemoryError` if memory is too small.
+        """
         train = Interactions.of(train)
         num_candidates = len(train.items)
-        takes, left = 12 * num_candidates**2 / 1e9, memory_left() / 1e9
-        if num_candidates > self.max_candidates or takes > left:
+        num_bytes = 12 * num_candidates**2
+        size = (
+            f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take "
+            f"{num_bytes / 1e9:.1f} GB of memory"
+        )
+        if num_candidates > self.max_candidates:
             raise ValueError(
-                f"EASE inverts a matrix of all pairs of items: {num_candidates:,} take {takes:.1f} "
-                f"GB of memory. {left:.1f} GB are left, and max_candidates is "
-                f"{self.max_candidates:,}. Use Ials, or raise what is too low."
+                f"{size}, and max_candidates is {self.max_candidates:,}. Use Ials, or raise it."
             )
+        if num_bytes > (num_free := memory_left()):
+            raise MemoryError(f"{size}, and {num_free / 1e9:.1f} GB are free. Use Ials.")
         weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return _by_product(train, lambda histories: histories @ weights)
 

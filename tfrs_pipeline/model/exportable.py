@@ -90,6 +90,12 @@ class Exportable:
     disliked: RowLists = field(default_factory=lambda: RowLists.empty(0))
 
     def __post_init__(self) -> None:
+        for name in ("query_ids", "histories", "known_positives", "disliked"):
+            if not hasattr(getattr(self, name), "__len__"):
+                raise ValueError(
+                    f"{name} must be a list of one entry per user; leave it out if the model knows "
+                    f"no users. Received: {getattr(self, name)!r}"
+                )
         if len(self.query_ids):
             object.__setattr__(self, "query_ids", Ids(self.query_ids).values)
         # Lists have an entry for row 0 as well, so that a row is its own index.

@@ -72,10 +72,9 @@ class TwoTowerSettings(Config):
     history_dropout: DropoutShare = 0.5
     """Share of the history's items that training drops, at random."""
     history_shrinkage: NonNegativeFloat | None = None
-    """How many items the answer to an empty history counts as, in retrieval: a query with n items
-    in its history is n parts itself and this many parts the same query without them, so that a
-    click or two change the answer less. 0 is off. If None, a race chooses it for each recipe on
-    validation, and elsewhere it is off."""
+    """Pulls short histories towards the answer for an empty one, in retrieval: a query with n items
+    in its history is n parts itself and this many parts the same query without them. 0 is off. If
+    None, a race chooses it for each recipe on validation, and elsewhere it is off."""
     share_item_embedding: Annotated[bool, Meaning.ALWAYS] = True
     """Whether the history's items use the candidates' vectors, features included, where the
     candidate tower is the built-in one and knows ids; else their ids have a separate embedding."""

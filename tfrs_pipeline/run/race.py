@@ -28,7 +28,7 @@ from tfrs_pipeline.messages import Progress, counted, suggest, written
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fit import Diverged
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
+from tfrs_pipeline.model.fitted_model import FittedTwoTower, encoder_of
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.sums import Choice, FittedSum, Model, Vectors, choose, vectors_of
 from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
@@ -120,7 +120,8 @@ class Race:
 
     `not_begun` says, by recipe, why it did not race. `choice` says which of the models are summed;
     it is None if the winner is kept without a look at sums. `configs` has the settings of each
-    recipe, with the `model.history_shrinkage` that validation chose, and `alone` its value with it.
+    recipe, with the `model.history_shrinkage` that validation chose, and `best_values` its value
+    of the metric with it.
     """
 
     curves: Sequence[Curve]
@@ -128,7 +129,7 @@ class Race:
     not_begun: Mapping[str, str] = dataclasses.field(default_factory=dict)
     choice: Choice | None = None
     configs: Mapping[str, RunConfig] = dataclasses.field(default_factory=dict)
-    alone: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    best_values: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def winner(self) -> str:
@@ -136,7 +137,7 @@ class Race:
         return min(self.curves, key=self._rank).name
 
     def _rank(self, curve: Curve) -> tuple[bool, float]:
-        return bool(curve.failure), -self.alone.get(curve.name, curve.best)
+        return bool(curve.failure), -self.best_values.get(curve.name, curve.best)
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -148,24 +149,27 @@ class Race:
         first, *others = sorted(self.curves, key=self._rank)
         spent = sum(curve.spent for curve in self.curves)
         return [
-            f"{first.name} won: validation {self.metric} {first.best:.4f} after epoch "
+            f"{first.name} won: validation {self.metric} {self._best(first)} after epoch "
             f"{first.best_epoch}; its epochs took {first.spent:.0f} of all {spent:.0f} CPU seconds",
             *(
-                f"{curve.name}: best {curve.best:.4f} after epoch {curve.best_epoch} of "
+                f"{curve.name}: best {self._best(curve)} after epoch {curve.best_epoch} of "
                 f"{len(curve.values)}, in {curve.spent:.0f} CPU seconds"
                 if curve.values and not curve.failure
                 else f"{curve.name}: {curve.failure or 'not trained before the budget ended'}"
                 for curve in others
             ),
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
-            *(
-                f"{name}: {self.alone[name]:.4f} if short histories count less "
-                f"(model.history_shrinkage {shrinkage:g})"
-                for name, config in self.configs.items()
-                if (shrinkage := config.model.history_shrinkage)
-            ),
             *(self.choice.lines() if self.choice else ()),
         ]
+
+    def _best(self, curve: Curve) -> str:
+        """Words a recipe's best value, and the one with the shrinkage that validation chose."""
+        without = f"{curve.best:.4f}"
+        value = f"{self.best_values.get(curve.name, curve.best):.4f}"
+        if value == without:
+            return without
+        shrinkage = self.configs[curve.name].model.history_shrinkage
+        return f"{value} with model.history_shrinkage {shrinkage:g} ({without} without)"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -438,18 +442,11 @@ def _race(
 
     on_chief(hold)
     curves |= recorded()  # Those of a race that was stopped.
-    metric = config.training.monitor
-    race_in_rungs(curves, turn, budget)
-    while True:  # Until a leader has trained to its end: one may still diverge there.
-        leader = curves[Race([*curves.values()], metric).winner]
-        if leader.failure:  # All have diverged.
-            raise Diverged(f"{leader.name}: {leader.failure}")
-        # The budget does not bound this training, so its time is told.
-        seconds = leader.num_left * leader.epoch_seconds
-        most = f", at most about {_in_minutes(seconds)}" if seconds else ""
-        turn(leader.name, leader.num_epochs, f"the winner trains on{most}: {leader.name}")
-        if not curves[leader.name].failure:
-            break
+    metric, truth = config.training.monitor, queries_of(config, validation)
+    # Of each recipe with the shrinkage that validation chose: that number, its value, its vectors.
+    shrinkages: dict[str, float | None] = {}
+    values: dict[str, float] = {}
+    vectors: dict[str, Vectors] = {}
 
     def fitted(name: str) -> Any:
         if name == IALS:
@@ -457,45 +454,63 @@ def _race(
             return FittedIals.fit(ials_of(config), data)
         return train(name, len(curves[name].values), f"reads {name}")
 
-    truth, monitor = queries_of(config, validation), metric_of(metric)
-    alone: dict[str, float] = {}
-
-    def shrunk(name: str) -> Vectors:
-        """Chooses the shrinkage of a recipe's model, and returns the vectors that it has with it.
-
-        It is the best one, if it is better than none beyond the 95% interval.
-        """
-        model, given = fitted(name), configs[name].model.history_shrinkage
-        trials, values = {}, {}
-        for shrinkage in [None, *SHRINKAGES] if given is None else [given]:
+    def choose_shrinkage(name: str) -> None:
+        """Chooses the best one, if it is better than none beyond the 95% interval."""
+        model, setting = fitted(name), configs[name].model.history_shrinkage
+        trials = {setting: vectors_of(model, truth.queries, truth.items)}
+        for shrinkage in SHRINKAGES if setting is None else ():
             model.network.shrinkage = shrinkage
-            trials[shrinkage] = trial = vectors_of(model, truth.queries, truth.items)
-            values[shrinkage] = measure_vectors(trial.queries, trial.candidates, truth, monitor)
-        model.network.shrinkage = given
+            queries = encoder_of(model.towers)(truth.queries)
+            trials[shrinkage] = trials[None]._replace(queries=queries)
+        model.network.shrinkage = setting
+        measured = {
+            shrinkage: measure_vectors(trial.queries, trial.candidates, truth, metric_of(metric))
+            for shrinkage, trial in trials.items()
+        }
 
         def best() -> tuple[float | None, float]:
-            highest = max(values, key=lambda shrinkage: np.nanmean(values[shrinkage]))
-            gain = mean_interval(values[highest] - values[given], truth.user_ids)
-            chosen = highest if gain.outcome is Outcome.BETTER else given
-            return chosen, float(np.nanmean(values[chosen]))
+            highest = max(measured, key=lambda shrinkage: np.nanmean(measured[shrinkage]))
+            gain = mean_interval(measured[highest] - measured[setting], truth.user_ids)
+            shrinkage = highest if gain.outcome is Outcome.BETTER else setting
+            return shrinkage, float(np.nanmean(measured[shrinkage]))
 
         # One process decides, because others may round differently.
-        chosen, alone[name] = on_chief(best)
-        configs[name] = with_settings(configs[name], {"model.history_shrinkage": chosen})
-        return trials[chosen]
+        shrinkages[name], values[name] = on_chief(best)
+        vectors[name] = trials[shrinkages[name]]
 
-    able = [name for name, curve in curves.items() if curve.values and not curve.failure]
-    vectors = {name: shrunk(name) for name in able}
-    decided = Race([*curves.values()], metric, not_begun, configs=configs, alone=alone)
+    race_in_rungs(curves, turn, budget)
+    while True:  # Until the winner has trained to its end, where it may still diverge.
+        for name, curve in curves.items():
+            if curve.values and not curve.failure and name not in values:
+                choose_shrinkage(name)
+        decided = Race([*curves.values()], metric, not_begun, best_values=values)
+        winner = curves[decided.winner]
+        if winner.failure:  # All have diverged.
+            raise Diverged(f"{winner.name}: {winner.failure}")
+        if not winner.num_left:
+            break
+        # The budget does not bound this training, so its time is told.
+        seconds = winner.num_left * winner.epoch_seconds
+        most = f", at most about {_in_minutes(seconds)}" if seconds else ""
+        turn(winner.name, winner.num_epochs, f"the winner trains on{most}: {winner.name}")
+        del values[winner.name], vectors[winner.name]
+
+    for name, shrinkage in shrinkages.items():
+        configs[name] = with_settings(configs[name], {"model.history_shrinkage": shrinkage})
     choice = None
     if config.members > 1:
         vectors[IALS] = vectors_of(fitted(IALS), truth.queries, truth.items)
         progress.task("chooses the sum", 0, 0)
         chosen = functools.partial(
-            choose, vectors, truth, monitor, winner=decided.winner, max_members=config.members
+            choose,
+            vectors,
+            truth,
+            metric_of(metric),
+            winner=decided.winner,
+            max_members=config.members,
         )
         choice = Choice.read(on_chief(lambda: chosen().as_dict()))
-    return dataclasses.replace(decided, choice=choice), fitted
+    return dataclasses.replace(decided, choice=choice, configs=configs), fitted
 
 
 def _recipe_named(name: str) -> Recipe:

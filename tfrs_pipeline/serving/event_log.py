@@ -44,8 +44,8 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
 
     Args:
         model: The folder of a model or of a version, or the loaded model.
-        path: A `.parquet` file; an earlier one is replaced once the new one is complete. After
-            `--drop-older-days` has dropped rows, which it may have, it is refused.
+        path: A `.parquet` file; an earlier one is replaced once the new one is complete. Once
+            `--drop-older-days` dropped rows, it is refused, since it may be their only copy.
 
     Returns:
         The number of rows.

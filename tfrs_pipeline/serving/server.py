@@ -254,7 +254,8 @@ def _model_routes(server: ModelServer) -> list[Route]:
     async def events(request: Request) -> Response:
         body = await read_body(request, server.settings)
         server.authorize(request.headers.get("authorization", ""))
-        read, num_unknown = await _run(server.threads, read_events, versions, body)
+        threads = server.large if len(body) > SMALL_BODY_BYTES else server.threads
+        read, num_unknown = await _run(threads, read_events, versions, body)
         with confirming("events"):
             num_new = await asyncio.wrap_future(server.recorder.submit(read))
         return JSONResponse({"num_new": num_new, "num_unknown_items": num_unknown})
