@@ -493,7 +493,8 @@ def _race(
         seconds = winner.num_left * winner.epoch_seconds
         most = f", at most about {_in_minutes(seconds)}" if seconds else ""
         turn(winner.name, winner.num_epochs, f"the winner trains on{most}: {winner.name}")
-        del values[winner.name], vectors[winner.name]
+        for chosen_before in (values, vectors):
+            chosen_before.pop(winner.name, None)  # A single recipe has not trained before.
 
     for name, shrinkage in shrinkages.items():
         configs[name] = with_settings(configs[name], {"model.history_shrinkage": shrinkage})
