@@ -192,7 +192,7 @@ class RunConfig(Config):
     summed: Annotated[dict[str, MemberConfig | IalsConfig], HIDDEN] = {}
     """The models whose sum is exported, by recipe or `ials`: those that a race has chosen."""
     budget: Annotated[PositiveFloat, BeforeValidator(_read_duration)] = 600.0
-    """CPU time of a race, such as 2h; the winner's last epochs come on top."""
+    """CPU time of a race's epochs, such as 2h; the winner's last ones come on top."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 

@@ -85,7 +85,7 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     settings: dict[str, Any] = {"candidate_bias": True, "share_item_embedding": shared}
     plan = tiny(negatives=EASY, **settings, training={"max_epochs": 2})
     model = plan.fit_samples(data)
-    came_later = "1 item came after the training: never negatives, and new unless known before"
+    came_later = "1 item came after the training: new to it, and nobody's negatives"
     assert came_later in model.notes
     for item, is_unknown in ((LATER, True), (DEAD, False)):
         own, unknown = embedded(model, data, item)

@@ -375,7 +375,7 @@ def explained(table: str, metrics: Mapping[str, Any]) -> Iterator[str]:
     if "±" in table:
         yield "±: half of the 95% interval over users"
     if "best_member" in metrics["models"]:
-        yield "two_tower: the sum of models of the race; best_member: the best of them alone"
+        yield "two_tower: the sum of models of the race; best_member: the winner alone"
     first: Mapping[str, Any] = next(iter(metrics["models"].values()), {})
     yield from _notes(table, first)
     if "tail/" in table:

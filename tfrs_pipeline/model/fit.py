@@ -295,7 +295,7 @@ def describe_data(
         notes.append(f"never drawn as negatives: {counted(unreachable, 'item')}")
     if (is_later := data.samples.is_later) is not None:
         num = counted(int(is_later.sum()), "item")
-        notes.append(f"{num} came after the training: never negatives, and new unless known before")
+        notes.append(f"{num} came after the training: new to it, and nobody's negatives")
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None and settings.correction == "none":

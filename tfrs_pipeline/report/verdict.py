@@ -131,14 +131,15 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     """
     k, reason = int(metric.partition("@")[2]), "no baseline was measured beside it"
     slices: dict[Outcome, list[str]] = {}
-    clauses = []
+    clauses, small = [], []
     for part, size in next(iter(metrics["models"].values()))["slices"].items():
         if not (pairs := baselines_in(metrics, f"{part}/{metric}")):
             continue
+        items = f"{_ITEMS[part]} items ({part})"
         if size["num_candidates"] <= k:
-            reason = f"one list of {k} could hold all items of a slice"
+            small.append(items)
             continue
-        lowest, items = _lowest(pairs), f"{_ITEMS[part]} items ({part})"
+        lowest = _lowest(pairs)
         slices.setdefault(lowest, []).append(items)
         # Of those that decide the outcome, the one that finds most.
         best = max((x for x in pairs if x.outcome is lowest), key=lambda x: x.theirs)
@@ -149,8 +150,12 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
             f"it {VERBS[x.outcome]} {x.name} ({x.mine:.2f} against {x.theirs:.2f})" for x in shown
         )
         clauses.append(f"{items}: {', and '.join(words)}")
+    if small:
+        reason = f"one list of {k} could hold all {listed(small)}"
     if not clauses:
         return Verdict("not compared", reason, None)
+    if small:
+        clauses.append(f"not compared, since {reason}")
     first = min(slices, key=[*Outcome].index)
     answer = f"{VERBS[first]} the best baseline for {listed(slices[first])}"
     outcome = first if len(slices) == 1 else Outcome.LEVEL

@@ -238,7 +238,7 @@ def race_in_rungs(
         task = f"race, round {number}, {counted(len(racing), 'recipe')} left"
         if all(curve.values for curve in left):  # All are timed.
             most = min(unspent(), sum(curve.num_left * curve.epoch_seconds for curve in left))
-            task += f", at most about {_in_minutes(most)}"
+            task += f", at most about {_in_cpu_time(most)}"
         leader = max(left, key=lambda curve: curve.best)
         leading = f" (leading: {leader.name}, {leader.best:.4f})" if leader.values else ""
         if not curve.failure:  # Otherwise it failed in this turn before the race was resumed.
@@ -275,7 +275,9 @@ def race_in_rungs(
         seconds = min(2 * seconds, seconds + share)
 
 
-def _in_minutes(seconds: float) -> str:
+def _in_cpu_time(seconds: float) -> str:
+    if seconds <= 90:
+        return f"{10 * math.ceil(seconds / 10)} CPU seconds"
     return counted(math.ceil(seconds / 60), "CPU minute")
 
 
@@ -491,7 +493,7 @@ def _race(
             break
         # The budget does not bound this training, so its time is told.
         seconds = winner.num_left * winner.epoch_seconds
-        most = f", at most about {_in_minutes(seconds)}" if seconds else ""
+        most = f", at most about {_in_cpu_time(seconds)}" if seconds else ""
         turn(winner.name, winner.num_epochs, f"the winner trains on{most}: {winner.name}")
         for chosen_before in (values, vectors):
             chosen_before.pop(winner.name, None)  # A single recipe has not trained before.
