@@ -673,15 +673,18 @@ def test_nothing_of_the_validation_is_known_before(of_stages: Finished, tmp_path
 # Other logs and splits
 
 
-@pytest.mark.nightly  # As the first page of the guides.
-def test_clicks_alone_with_a_split_by_time(tmp_path: Path) -> None:
-    events = event_table("int")
+@pytest.mark.parametrize("ids", [
+    pytest.param("int", marks=pytest.mark.nightly),  # As the first page of the guides.
+    pytest.param("str", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_clicks_alone_with_a_split_by_time(tmp_path: Path, ids: Ids) -> None:
+    events = event_table(ids)
     clicks = events.filter(pa.compute.equal(events["stage"], "clicked"))
     path = write(clicks.select(["user_id", "item_id", "timestamp"]), tmp_path / "clicks.csv")
     config = small_log.small_config(
         tmp_path, {"path": path}, split={"kind": "time"}, export={"name": None}
     )
-    finished = go(config, tmp_path / "run", "int")
+    finished = go(config, tmp_path / "run", ids)
     assert finished.metrics["dataset"] == "clicks"
     # A split by time keeps every user, however few positives there are.
     assert finished.metrics["split"]["num_users_dropped"] == 0
