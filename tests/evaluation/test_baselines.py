@@ -326,10 +326,10 @@ def test_ease_solves_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ease_refuses_a_corpus_that_would_not_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     train = Interactions.from_rows(Ids(np.arange(50_000)), np.array([0]), np.array([1]))
-    with pytest.raises(ValueError, match=r"50,000 take 30\.0 GB of memory.*Use Ials"):
+    with pytest.raises(ValueError, match=r"50,000 take 20\.0 GB of memory.*Use Ials"):
         tp.Ease().fit(train)
-    monkeypatch.setattr(baselines, "memory_left", lambda: 29e9)
-    with pytest.raises(MemoryError, match=r"50,000 take 30\.0 GB of memory, and 29\.0 GB are free"):
+    monkeypatch.setattr(baselines, "memory_left", lambda: 19e9)
+    with pytest.raises(MemoryError, match=r"50,000 take 20\.0 GB of memory, and 19\.0 GB are free"):
         tp.Ease(max_candidates=50_000).fit(train)
 
 
