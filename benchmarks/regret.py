@@ -4,7 +4,7 @@ Measures for each log, on the same test and by the question that decides there, 
 and the CPU minutes of
 
     run           `tfrs-pipeline run` as it is, without the export
-    winner        the same with --members 1: the winner of the race alone
+    winner        the race's winner alone, as the run measures it beside its sum
     a recipe      each that races, trained alone to its end (`--preset NAME`)
     a baseline    in the form that validation chooses, measured in the first run
     lenskit-auto  LensKit-Auto, which searches for as long as the run's CPU time (--lenskit PYTHON)
@@ -133,14 +133,12 @@ def fill(
     budget: list[str],
 ) -> Iterator[str]:
     """Measures what a log's cells lack; after each, yields a line to print."""
-    alone = ["--evaluation.baselines", "none"]
     ordered = [] if NO_ORDER in flags else ["--data.is_ordered"]
     makers: dict[str, Callable[[], tuple[dict[str, Any], float]]] = {
         "run": lambda: run([*flags, *budget], folder / "run"),
-        "winner": lambda: run([*flags, *budget, *alone, "--members", "1"], folder / "winner"),
     }
     for name in RECIPES:
-        single = [*flags, *alone, *ordered, "--preset", name]
+        single = [*flags, "--evaluation.baselines", "none", *ordered, "--preset", name]
         makers[name] = lambda single=single, name=name: run(  # type: ignore[misc]
             single, folder / name
         )
@@ -161,6 +159,8 @@ def fill(
         )
         if name == "run":  # The time of the baselines is part of the run's.
             cells |= {other: cell(models, other, None) for other in models if other in BASELINES}
+            winner = "best_member" if "best_member" in models else "two_tower"
+            cells["winner"] = cell(models, winner, None)
         yield f"{name:14} {cells[name]}"
 
 
