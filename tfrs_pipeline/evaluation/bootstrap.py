@@ -46,10 +46,12 @@ class Interval:
         Example:
             >>> Interval(0.0028, 0.00002, 0.0053).written("+")
             '+0.00280 [+0.00002, +0.00530]'
+            >>> Interval(0.0028, 1e-18, 0.0053).written("+")  # A rounding error is 0.
+            '+0.0028 [+0.0000, +0.0053]'
         """
         digits = 4
         while digits < _MOST_DIGITS and any(
-            end and not round(end, digits) for end in (self.low, self.high)
+            round(end, _MOST_DIGITS) and not round(end, digits) for end in (self.low, self.high)
         ):
             digits += 1
         numbers = self.mean, self.low, self.high
