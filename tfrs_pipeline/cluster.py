@@ -1,4 +1,4 @@
-"""This process's place among the others of a run: the workers of a training, from TF_CONFIG."""
+"""This process's place among the workers of a training, read from TF_CONFIG."""
 
 import json
 import os

@@ -379,9 +379,9 @@ class Ease(Baseline):
 
     B = argmin ||X - X B||^2 + l2 ||B||^2 with a zero diagonal, from P = (X'X + l2 I)^-1 as
     B_ij = -P_ij / P_jj. A candidate's score is the sum of its weights over the history. Good values
-    of l2, above 0, grow with the number of users. A corpus above `max_candidates`, or too large for
-    the memory that is left, is refused (`ValueError`): memory grows with its square, time with its
-    cube.
+    of l2, above 0, grow with the number of users. A corpus above `max_candidates` is refused
+    (`ValueError`), and so is one that free memory cannot hold (`MemoryError`): memory grows with
+    its square, time with its cube.
 
     Reference: Steck 2019, Embarrassingly Shallow Autoencoders for Sparse Data.
     """

@@ -174,7 +174,7 @@ class RunFolder:
                 try:
                     yield
                 except ValueError:  # Refused input. After Ctrl-C or a crash, the run is resumed.
-                    # Hours of trainings are kept, such as those of a model that diverges at last.
+                    # Hours of trainings are kept, such as those before a model diverged.
                     has_trained = self._has("checkpoints", "plans") or self.curves_file.exists()
                     if is_new and not has_trained:
                         shutil.rmtree(self.path, ignore_errors=True)

@@ -81,8 +81,8 @@ def measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
             if at_work[name] > MOST_ENDS:
                 raise RuntimeError(f"the run has ended {MOST_ENDS} times while it was measured")
             with as_interrupts():
-                fitted, notes = fit_best(name, forms, config, samples)
-                evaluations.append(evaluate_all(config, {name: fitted}, samples))
+                evaluation, notes = _fit_and_evaluate(name, forms, config, samples)
+            evaluations.append(evaluation)
             run.note(*notes)
         except ValueError as error:  # A refusal, such as of too many items.
             left_out[name] = known[name] = str(error)
@@ -98,6 +98,14 @@ def measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
             by = f"the preset {name}"
     run.note(*(f"{name}: left out by {by}" for name in BASELINES if name not in named))
     return MeasuredBaselines(evaluations, left_out, failed)
+
+
+def _fit_and_evaluate(
+    name: str, forms: Sequence[Baseline], config: RunConfig, data: RunData
+) -> tuple[Evaluation, list[str]]:
+    # A function of its own, so that a baseline is freed before the next one needs memory.
+    fitted, notes = fit_best(name, forms, config, data)
+    return evaluate_all(config, {name: fitted}, data), notes
 
 
 def fit_best(

@@ -445,7 +445,7 @@ def _race(
     on_chief(hold)
     curves |= recorded()  # Those of a race that was stopped.
     metric, truth = config.training.monitor, queries_of(config, validation)
-    # Of each recipe with the shrinkage that validation chose: that number, its value, its vectors.
+    # By recipe: the shrinkage that validation chose, its value of the metric, its vectors.
     shrinkages: dict[str, float | None] = {}
     values: dict[str, float] = {}
     vectors: dict[str, Vectors] = {}
@@ -495,8 +495,9 @@ def _race(
         seconds = winner.num_left * winner.epoch_seconds
         most = f", at most about {_in_cpu_time(seconds)}" if seconds else ""
         turn(winner.name, winner.num_epochs, f"the winner trains on{most}: {winner.name}")
-        for chosen_before in (values, vectors):
-            chosen_before.pop(winner.name, None)  # A single recipe has not trained before.
+        # Both are of fewer epochs; a single recipe has none, since it has not trained before.
+        values.pop(winner.name, None)
+        vectors.pop(winner.name, None)
 
     for name, shrinkage in shrinkages.items():
         configs[name] = with_settings(configs[name], {"model.history_shrinkage": shrinkage})

@@ -129,7 +129,7 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
     # The events of a user lie together in the store. In another order, each write would go all over
     # its file.
     by_user = events.order_by(["user_id", "_row"])
-    journal, recorded = Journal(model.live.path.parent), Recorded()
+    journal, recorded = Journal(model.live.folder), Recorded()
     until = -1 if model.activity is None else model.activity.until
     for batch in by_user.to_pyarrow_batches(chunk_size=_EVENTS_PER_WRITE):
         read = batch.drop_columns(["_row"]).to_pylist()

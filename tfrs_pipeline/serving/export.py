@@ -121,8 +121,11 @@ def export(
         PosixPath('saved_models/videos/1')
     """
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
-    content: dict[str, Any] = {"user_data": user_data, "queries": queries}
-    return Path(on_chief(lambda: str(export_version(model, path, options, **content)[0])))
+
+    def write() -> str:
+        return str(export_version(model, path, options, user_data=user_data, queries=queries)[0])
+
+    return Path(on_chief(write))
 
 
 def export_version(

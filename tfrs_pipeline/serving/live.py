@@ -66,6 +66,7 @@ class LiveItems:
     `num_leaves` partitions; 0 is exact search.
 
     Attributes:
+        folder: The model's folder.
         titles: The titles of the live items, or None, by id.
         path: The file of live items.
     """
@@ -86,7 +87,7 @@ class LiveItems:
         self._separator = Reading(**manifest.get("reading", {})).list_separator
         self._num_leaves = num_leaves
         self._corpus = candidates.corpus  # The items that the version was exported with.
-        self.path = self._store.path
+        self.folder, self.path = folder, self._store.path
         self._lock = threading.RLock()
         self._seq = 0  # The last row of the store that the candidates hold.
         self.titles: dict[Any, str | None] = {}

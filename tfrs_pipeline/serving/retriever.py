@@ -280,7 +280,7 @@ class LoadedRetriever:
             ValueError: If an event has the wrong form; if the model was loaded without `live`, or
                 from a folder that is not one of its versions.
         """
-        return Journal(self.live.path.parent).write([self.checked_events(events)])[0]
+        return Journal(self.live.folder).write([self.checked_events(events)])[0]
 
     def forget(self, user_id: Any) -> int:
         """Deletes a user's recorded events, also from the file; returns how many there were.
@@ -289,7 +289,7 @@ class LoadedRetriever:
         of another type than the model's, because nothing would be deleted.
         """
         retrieval.check_ids([[user_id]], are_text=self.user_dtype == tf.string)
-        return Journal(self.live.path.parent).forget([user_id])[0]
+        return Journal(self.live.folder).forget([user_id])[0]
 
     def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Reads events as `record` does, or raises its `ValueError`."""
