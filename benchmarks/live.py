@@ -55,11 +55,11 @@ from serving import resident_mib, served
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.database import STORE_FILE, Store
-from tfrs_pipeline.serving.journal import JOURNAL_FILE, Journal, id_hash
-from tfrs_pipeline.serving.live import LiveItems
+from tfrs_pipeline.serving.live_items import LiveItems
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.tune import Requests, tune_index
+from tfrs_pipeline.serving.user_events import JOURNAL_FILE, Journal, id_hash
 
 NUM_MOMENTS = 12
 KS, EXCLUDED = (10, 100), (0, 100, 1000)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.evaluation.metrics import popularity_slices
 from tfrs_pipeline.evaluation.results import EvaluationResult, find_metric
 

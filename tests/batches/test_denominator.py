@@ -14,7 +14,7 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests import small_batches
 from tests.small_batches import BATCH_SIZE, NUM_CANDIDATES, NUM_SAMPLES, SAMPLE_OF, SAMPLES
-from tfrs_pipeline.negatives import mixture
+from tfrs_pipeline.negatives import log_q
 from tfrs_pipeline.samples.store import resampling_rate
 
 NUM_EPOCHS = 300
@@ -125,7 +125,7 @@ def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPa
     negatives: list[tp.Negatives] = [tp.InBatch(), AsInBatch(20)]
     with pytest.raises(ValueError, match="its log_q would be wrong"):
         small_batches.make_batches(negatives=negatives)
-    monkeypatch.setattr(mixture, "_check_draws", lambda *arguments: None)
+    monkeypatch.setattr(log_q, "_check_draws", lambda *arguments: None)
     samples, sums = denominators(small_batches.make_batches(negatives=negatives), 50)
     expected = np.array([exact(i, 0.0, np.ones(NUM_CANDIDATES + 1)) for i in range(NUM_SAMPLES)])
     assert abs((sums / expected[samples]).mean() - 1) > 0.2

@@ -13,7 +13,7 @@ import pytest
 
 from tests.small_log import arguments, column
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.requests import at_request
+from tfrs_pipeline.data.request_features import at_request
 from tfrs_pipeline.data.schema import DataError
 
 FEATURES = {name: "categorical" for name in ("device", "speed", "hour", "weekday")}

@@ -18,7 +18,7 @@ import pytest
 from tests.evaluation.test_slow_evaluator import Row, check_holdout, queries_of
 from tests.small_log import column, in_ibis
 from tfrs_pipeline import ConfigError, DataError, Log, Split
-from tfrs_pipeline.data.holdout import EvaluationPart
+from tfrs_pipeline.data.held_out_queries import EvaluationPart
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SHOWN = ("clicked", "exposed")

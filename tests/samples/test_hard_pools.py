@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from tests.small_log import in_ibis
+from tfrs_pipeline.data.histories import query_start
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.requests import query_start
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.samples.build import MAX_POOL, build_samples, draw_pools, find_losers

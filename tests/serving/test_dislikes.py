@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tests.serving.conftest import make_served
 from tests.serving.running_server import Running, retrieve_user
-from tests.serving.test_journal import by_history, by_user, event
+from tests.serving.test_user_events import by_history, by_user, event
 from tfrs_pipeline import Exact, LoadedRetriever, export, load, recommend
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.model.encoder import Encoder

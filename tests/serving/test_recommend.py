@@ -13,9 +13,9 @@ from tests.serving.conftest import NUM_QUERIES, Served
 from tfrs_pipeline.durable import InUse, locked
 from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.serving import recommend as module
-from tfrs_pipeline.serving.journal import Event, Journal
 from tfrs_pipeline.serving.recommend import recommend
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.user_events import Event, Journal
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 

@@ -10,7 +10,7 @@ from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
 from tfrs_pipeline.batches.masks import KNOWN, REASONS, Never, is_member
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.messages import check_integer, sentence
-from tfrs_pipeline.negatives.mixture import hard_log_q
+from tfrs_pipeline.negatives.log_q import hard_log_q
 from tfrs_pipeline.negatives.samplers import HardNegatives, Pool
 from tfrs_pipeline.samples.store import RowLists, Samples
 

@@ -14,7 +14,7 @@ from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
 from tfrs_pipeline.batches.hard import HardDraws
 from tfrs_pipeline.batches.masks import EXPOSED, KNOWN, Never, never_shared
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.negatives.mixture import Mixture
+from tfrs_pipeline.negatives.log_q import Mixture
 from tfrs_pipeline.negatives.samplers import HardNegatives, InBatch, Negatives, SamplingFrame
 from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 

@@ -146,8 +146,8 @@ class WriteLog(OfModel):
 
     def __call__(self) -> int:
         """Records, writes and deletes as asked, and says how many rows."""
-        from tfrs_pipeline.serving.event_log import record_file, write_log
-        from tfrs_pipeline.serving.journal import Journal
+        from tfrs_pipeline.serving.log_of_service import record_file, write_log
+        from tfrs_pipeline.serving.user_events import Journal
 
         console, journal = Console(), Journal(version_at(self.model).parent)
         if self.add is not None:

@@ -9,9 +9,9 @@ import ibis
 import ibis.expr.types as ir
 import numpy as np
 
-from tfrs_pipeline.data import columns, event_types, overlooked, rules, schema
+from tfrs_pipeline.data import event_types, overlooked, rules, schema, values
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.requests import is_from_timestamp
+from tfrs_pipeline.data.request_features import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage
 from tfrs_pipeline.data.settings import Reading
@@ -64,19 +64,19 @@ def load_events(
     for name in ("user_id", "item_id"):
         tables = [table for table in (raw, others[name]) if table is not None]
         # A list, not a generator, so that a wrong type in either table is refused.
-        as_integer = all([columns.is_integer(table, name) for table in tables])
-        typed[name] = columns.to_required_id(raw, name, as_integer=as_integer)
+        as_integer = all([values.is_integer(table, name) for table in tables])
+        typed[name] = values.to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
-        typed["timestamp"] = columns.to_timestamp(raw, "timestamp", reading, reading.period())
+        typed["timestamp"] = values.to_timestamp(raw, "timestamp", reading, reading.period())
         raw.fault("timestamp", typed["timestamp"].isnull(), rules.NO_TIME)
     # The order of the rows decides where times are equal, or missing in the whole log.
     typed["event_number"] = raw.table["_row"]
     typed["stage"] = _stage(raw, stages_in, reading)
     requests = {name: kind for name, kind in request_features.items() if name in names}
-    columns.type_features(raw, typed, requests, reading)
+    values.type_features(raw, typed, requests, reading)
     for name in names:
         if name in reading.label:
-            typed[name] = columns.to_outcome(raw, name)
+            typed[name] = values.to_outcome(raw, name)
             if "weight" not in names and not typed[name].type().is_boolean():
                 _note_amounts(raw, name, typed[name])
         elif name not in typed and name not in (stages_in, "weight"):
@@ -213,7 +213,7 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
         raw.fault("stage", stage.notin([str(stage) for stage in Stage]), rules.UNKNOWN_STAGE)
         return stage
     if stages_in == "rating":
-        rating = columns.to_number(raw, "rating")
+        rating = values.to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), rules.NO_RATING)
         # 4.1 in float32 is below 4.1 in float64.
         stored = np.float32 if raw.table["rating"].type().is_float32() else np.float64
@@ -284,11 +284,11 @@ def _weight(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> i
 
 def _other_column(raw: RawTable, name: str) -> ir.Value:
     if name == "rank":
-        return columns.to_number(raw, name, "int64")
+        return values.to_number(raw, name, "int64")
     if name == "score":
-        return columns.to_number(raw, name)
+        return values.to_number(raw, name)
     if name in ("request_id", "session_id"):
-        value = columns.to_id(raw, name, as_integer=columns.is_integer(raw, name))
+        value = values.to_id(raw, name, as_integer=values.is_integer(raw, name))
         # An empty id counts as missing, or all events without one would share a request.
         return value.strip().nullif("") if value.type().is_string() else value
     return raw.table[name]

@@ -15,9 +15,10 @@ import ibis
 import numpy as np
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data import requests, schema
+from tfrs_pipeline.data import request_features, schema
 from tfrs_pipeline.data.engines import connect, open_parquet, write_parquet
-from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
+from tfrs_pipeline.data.held_out_queries import EvaluationPart, Holdout, make_holdout
+from tfrs_pipeline.data.histories import note_lost_histories
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.schema import is_positive
 from tfrs_pipeline.data.settings import Reading, SplitConfig
@@ -120,8 +121,8 @@ class Log:
     items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
-        requests.check_names(self.request_features, self.user_features)
-        requests.check_request_features(self.events, self.request_features)
+        request_features.check_names(self.request_features, self.user_features)
+        request_features.check_request_features(self.events, self.request_features)
 
     @classmethod
     def from_files(
@@ -550,8 +551,8 @@ def _described(log: Log) -> Iterator[str]:
     yield from log.notes
     source = schema.Source("event table", log.reading.columns)
     if log.order != "none":
-        yield from requests.note_lost_histories(log.events, log.ties, source)
-    yield from requests.note_leaks(log.events, log.request_features, source)
+        yield from note_lost_histories(log.events, log.ties, source)
+    yield from request_features.note_leaks(log.events, log.request_features, source)
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -8,16 +8,16 @@ import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data import schema, visits
-from tfrs_pipeline.data.columns import is_integer, to_required_id, type_features
-from tfrs_pipeline.data.duplicates import resolve_duplicates
 from tfrs_pipeline.data.engines import connect, random_key
 from tfrs_pipeline.data.event_types import NAMES
 from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import Scan, scan
-from tfrs_pipeline.data.requests import check_names, whole_seconds
+from tfrs_pipeline.data.histories import whole_seconds
+from tfrs_pipeline.data.request_features import check_names
 from tfrs_pipeline.data.rules import RawTable, store
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows, is_positive, totals
 from tfrs_pipeline.data.settings import Reading
+from tfrs_pipeline.data.values import is_integer, to_required_id, type_features
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 from tfrs_pipeline.settings import refuse
 
@@ -66,7 +66,7 @@ def make_tables(
     for name, entity in raws.items():
         if entity is not None:
             events = _resolve_unknown(events, raw, name, tables[name], entity.source.name, reading)
-    events = resolve_duplicates(events, raw, reading.duplicates)
+    events = _resolve_duplicates(events, raw, reading.duplicates)
     if len(raw.dropped) > num_reasons:
         # Once for all steps above; the ones below read it several times.
         events = store(events, raw.source)
@@ -79,6 +79,31 @@ def make_tables(
     )
     about = {"ties": rule, "dropped": tuple(raw.dropped), "notes": tuple(raw.notes)}
     return (events, items, users), about
+
+
+def _resolve_duplicates(
+    events: ibis.Table, raw: RawTable, duplicates: schema.Duplicates
+) -> ibis.Table:
+    """Keeps or drops events that repeat an earlier one, such as after a second delivery.
+
+    Returns those kept. Several events of an item in one visit are no repeats; `visits.py` merges
+    those.
+    """
+    # By part too: an event in the test part does not repeat one in the training part. Context and
+    # scores are left out, because they may differ between two reports of one event.
+    keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
+    keys = [name for name in keys if name in events.columns]
+    num_rows, what = count_rows(events), f"in {', '.join(keys)}"
+    num_copies = num_rows - count_rows(events.select(*keys).distinct())
+    if not num_copies:
+        return events
+    if duplicates == "keep":
+        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
+        raw.notes.append(f"{note} (data.duplicates drop leaves them out)")
+        return events
+    raw.dropped.append(Dropped("repeats an earlier event", num_copies))
+    same = ibis.window(group_by=keys, order_by="event_number")
+    return events.filter(ibis.row_number().over(same) == 0)
 
 
 def _with_type_columns(reading: Reading, scanned: Scan) -> Reading:

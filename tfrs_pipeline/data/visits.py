@@ -10,7 +10,7 @@ from typing import Any
 import ibis
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.requests import whole_seconds
+from tfrs_pipeline.data.histories import whole_seconds
 from tfrs_pipeline.data.schema import is_dislike, is_positive, order_keys
 
 SESSIONS = ("session_id", "session", "visit_id", "visit")

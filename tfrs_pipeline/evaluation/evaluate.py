@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tfrs_pipeline.data.holdout import Holdout, check_holdout
+from tfrs_pipeline.data.held_out_queries import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids, are_listed
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.metrics import (

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
+from tfrs_pipeline.data.histories import query_start
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
-from tfrs_pipeline.data.requests import query_start
 from tfrs_pipeline.data.schema import order_keys
 from tfrs_pipeline.retrieval import Query
 

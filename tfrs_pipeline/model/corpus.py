@@ -11,7 +11,7 @@ import numpy as np
 
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.requests import is_from_timestamp
+from tfrs_pipeline.data.request_features import is_from_timestamp
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import hold_to, read_record, read_whole, refuse_others, write_record
 from tfrs_pipeline.features.feature import Feature

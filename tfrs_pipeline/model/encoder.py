@@ -13,7 +13,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model import tf_tables
-from tfrs_pipeline.model.dislikes import left_out
+from tfrs_pipeline.model.exclusions import left_out
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import as_ids, lookup, signature_inputs, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.evaluation.bootstrap import Interval, ratio_interval
 from tfrs_pipeline.samples.store import RowLists
 

@@ -9,7 +9,7 @@ from typing import Self, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import Outcome, bootstrap_intervals

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
-from tfrs_pipeline.data.holdout import Holdout, check_holdout
+from tfrs_pipeline.data.held_out_queries import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.baselines import Ials

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from tfrs_pipeline.batches.batch import Examples
 from tfrs_pipeline.batches.examples import SinglePositives, UserSets, WholeSequences
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.data.holdout import Holdout, check_holdout
+from tfrs_pipeline.data.held_out_queries import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to, refuse_others

@@ -96,7 +96,7 @@ class Negatives(Protocol):
         ...     def expected_count(self, frame):
         ...         rows = np.arange(frame.num_candidates + 1)
         ...         return np.where(rows > frame.num_candidates - 10, 6.4, 0.0)
-        >>> from tfrs_pipeline.negatives.mixture import Mixture
+        >>> from tfrs_pipeline.negatives.log_q import Mixture
         >>> frame = SamplingFrame.of_counts(np.arange(31), batch_size=8)
         >>> log_q = Mixture([InBatch(), Newest()], frame).log_q
         >>> np.exp(log_q(tf.constant([20, 30]))).round(3)  # 7 * 20 / 465, and 7 * 30 / 465 + 6.4

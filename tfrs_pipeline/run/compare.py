@@ -14,7 +14,7 @@ import numpy as np
 
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import EvaluationConfig, RunConfig, with_settings
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to

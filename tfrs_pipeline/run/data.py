@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect, connect_spark
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import ASKED, AskedBy, Exclude
 from tfrs_pipeline.data.settings import DataConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.durable import read_whole, write_record
 from tfrs_pipeline.evaluation.baselines import BASELINES, Baseline

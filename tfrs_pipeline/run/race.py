@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.config import IalsConfig, MemberConfig, RunConfig, with_settings
-from tfrs_pipeline.data.holdout import Holdout, check_holdout
+from tfrs_pipeline.data.held_out_queries import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.durable import hold_to, read_whole, write_record
 from tfrs_pipeline.evaluation.bootstrap import Outcome, mean_interval

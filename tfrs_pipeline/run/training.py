@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from tfrs_pipeline.config import IalsConfig, RunConfig, plan_settings, with_settings
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ials

@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from tfrs_pipeline.data import rules, schema
 from tfrs_pipeline.data.engines import random_key, write_parquet
+from tfrs_pipeline.data.histories import query_start, whole_seconds, with_num_before
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds, with_num_before
+from tfrs_pipeline.data.request_features import at_request
 from tfrs_pipeline.data.schema import PAIR, DataError, Stage, count_rows, is_positive
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import write_record

@@ -17,7 +17,6 @@ from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model import tf_tables
-from tfrs_pipeline.model.dislikes import left_out
 from tfrs_pipeline.model.encoder import (
     SavedEncoder,
     as_inputs,
@@ -26,16 +25,17 @@ from tfrs_pipeline.model.encoder import (
     query_inputs,
     request_inputs,
 )
+from tfrs_pipeline.model.exclusions import left_out
 from tfrs_pipeline.model.tf_tables import as_ids, id_lists_of, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved, history_of
 from tfrs_pipeline.serving import publish, signatures
-from tfrs_pipeline.serving.activity import Activity
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
 from tfrs_pipeline.serving.database import Store
 from tfrs_pipeline.serving.index import Level, has_scann
-from tfrs_pipeline.serving.journal import Event, Journal, check_events
-from tfrs_pipeline.serving.live import Item, LiveItems
+from tfrs_pipeline.serving.live_items import Item, LiveItems
 from tfrs_pipeline.serving.searcher import Searcher
+from tfrs_pipeline.serving.user_events import Event, Journal, check_events
+from tfrs_pipeline.serving.user_histories import Activity
 
 logger = logging.getLogger(__name__)
 

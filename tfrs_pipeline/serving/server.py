@@ -44,10 +44,10 @@ except ImportError as missing:
 from tfrs_pipeline.durable import try_writing
 from tfrs_pipeline.model.tf_tables import as_ids, id_lists
 from tfrs_pipeline.serving import page, rest
-from tfrs_pipeline.serving.journal import Answer, Event, Journal, Recorder
+from tfrs_pipeline.serving.counters import LIVE_UNKNOWN_VALUES, UNRECORDED, count_answers
 from tfrs_pipeline.serving.settings import Lately, ServeSettings, listening, read_token
+from tfrs_pipeline.serving.user_events import Answer, Event, Journal, Recorder
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
-from tfrs_pipeline.serving.watching import LIVE_UNKNOWN_VALUES, UNRECORDED, count_answers
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.schema import DataError, Source, require_all, totals
 from tfrs_pipeline.durable import replacing
-from tfrs_pipeline.serving.journal import Event, Journal
 from tfrs_pipeline.serving.publish import version_at
+from tfrs_pipeline.serving.user_events import Event, Journal
 from tfrs_pipeline.serving.vectors import destination_problem
 
 if TYPE_CHECKING:

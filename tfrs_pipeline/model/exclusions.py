@@ -1,7 +1,7 @@
 """Which items no answer to a user holds: what the user disliked, always, and what they know.
 
 This is the one place that decides it for service: for the exported graph (`model/encoder.py`), for
-events (`serving/activity.py`), and for answers by a history that the query brings
+events (`serving/user_histories.py`), and for answers by a history that the query brings
 (`LoadedRetriever.left_out`, which `recommend` and the command `query` call). `Activity` also takes
 disliked items out of histories. Evaluations leave out the same items by `Holdout.excluded`.
 """

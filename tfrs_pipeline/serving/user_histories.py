@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.model.dislikes import KNOWN_STAGES, left_out
 from tfrs_pipeline.model.encoder import SavedEncoder
-from tfrs_pipeline.serving.journal import Journal
+from tfrs_pipeline.model.exclusions import KNOWN_STAGES, left_out
 from tfrs_pipeline.serving.publish import exclude_of
+from tfrs_pipeline.serving.user_events import Journal
 
 
 class Recent(NamedTuple):

@@ -20,9 +20,13 @@ from tests.serving.conftest import NUM_CANDIDATES, Served, make_served
 from tests.serving.running_server import Running, retrieve_user, send, until
 from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
 from tfrs_pipeline.serving import export as export_module
-from tfrs_pipeline.serving.event_log import record_file, write_log
 from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.journal import (
+from tfrs_pipeline.serving.live_items import _plain
+from tfrs_pipeline.serving.log_of_service import record_file, write_log
+from tfrs_pipeline.serving.publish import MANIFEST_FILE
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.settings import Lately
+from tfrs_pipeline.serving.user_events import (
     JOURNAL_FILE,
     TYPES,
     Answer,
@@ -32,10 +36,6 @@ from tfrs_pipeline.serving.journal import (
     check_events,
     id_hash,
 )
-from tfrs_pipeline.serving.live import _plain
-from tfrs_pipeline.serving.publish import MANIFEST_FILE
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
-from tfrs_pipeline.serving.settings import Lately
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 K = NUM_CANDIDATES
@@ -267,7 +267,7 @@ def test_a_deletion_beside_a_long_read_lets_others_write(
         threading.Event().wait(seconds)
 
     Journal(tmp_path).write([[Event(n, n, 7, "clicked", None, None) for n in range(9)]])
-    monkeypatch.setattr("tfrs_pipeline.serving.journal.time.sleep", pause)
+    monkeypatch.setattr("tfrs_pipeline.serving.user_events.time.sleep", pause)
     monkeypatch.setattr("tfrs_pipeline.serving.database.BUSY_SECONDS", 1)
     with ThreadPoolExecutor() as threads:
         read = Journal(tmp_path).log(2)
@@ -278,7 +278,7 @@ def test_a_deletion_beside_a_long_read_lets_others_write(
         assert not deletion.done()
         assert len([*read]) == 4
         assert deletion.result(5) == [1]
-    monkeypatch.setattr("tfrs_pipeline.serving.journal._MAX_CUTS", 2)
+    monkeypatch.setattr("tfrs_pipeline.serving.user_events._MAX_CUTS", 2)
     read = Journal(tmp_path).log(2)
     next(read)
     with pytest.raises(StorageError, match="is being read and may hold events: delete again"):
@@ -488,7 +488,7 @@ def test_times_are_exact_to_a_millisecond() -> None:
 def test_a_killed_writer_loses_no_confirmed_event(films: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from tfrs_pipeline.serving.journal import Event, Journal, Recorder\n"
+        "from tfrs_pipeline.serving.user_events import Event, Journal, Recorder\n"
         "recorder = Recorder(Journal(Path(sys.argv[1])))\n"
         "for i in range(10**6):\n"
         "    events = [Event(7, i, 3 * i + j, 'clicked', None, None) for j in range(3)]\n"

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.engines import random_key
+from tfrs_pipeline.data.histories import query_start, whole_seconds, with_num_before
 from tfrs_pipeline.data.ids import as_id_array
-from tfrs_pipeline.data.requests import at_request, query_start, whole_seconds, with_num_before
+from tfrs_pipeline.data.request_features import at_request
 from tfrs_pipeline.data.schema import DataError, Stage, is_dislike, is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 

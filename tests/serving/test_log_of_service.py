@@ -14,13 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.serving.running_server import PREDICT, Running, retrieve_user, send, until
-from tests.serving.test_journal import event
+from tests.serving.test_user_events import event
 from tfrs_pipeline import ConfigError, Log, Reading, load, write_log
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.serving import event_log
-from tfrs_pipeline.serving import journal as journal_module
-from tfrs_pipeline.serving.journal import JOURNAL_FILE, Answer, Event, Journal, Recorder
+from tfrs_pipeline.serving import log_of_service, user_events
 from tfrs_pipeline.serving.settings import Lately, ServeSettings
+from tfrs_pipeline.serving.user_events import JOURNAL_FILE, Answer, Event, Journal, Recorder
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -63,14 +62,14 @@ def test_an_answer_is_kept_as_it_was_served(tmp_path: Path) -> None:
 def test_answers_wait_for_others_and_never_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(user_events, "_ANSWER_SECONDS", 0.2)
     recorder = Recorder(Journal(tmp_path))
     for n in range(20):
         assert recorder.keep(answer(f"a{n}", [n], [[1]]))
     assert not (tmp_path / JOURNAL_FILE).exists()
     until(lambda: (tmp_path / JOURNAL_FILE).exists() and len(served(Journal(tmp_path))) == 20)
     # An event takes them along; a stop writes what is left.
-    monkeypatch.setattr(journal_module, "_ANSWER_SECONDS", 60.0)
+    monkeypatch.setattr(user_events, "_ANSWER_SECONDS", 60.0)
     recorder.keep(answer("b", [1], [[1]]))
     assert recorder.submit([Event(1, 1, 1, "clicked", None, None)]).result(5) == 1
     assert len(served(Journal(tmp_path))) == 21
@@ -82,7 +81,7 @@ def test_answers_wait_for_others_and_never_for_the_disk(
     assert len(served(Journal(tmp_path))) == 22
     # Too many for the disk are dropped, and a full disk drops them too.
     recorder = Recorder(Journal(tmp_path))
-    monkeypatch.setattr(journal_module, "_MAX_WAITING", 0)
+    monkeypatch.setattr(user_events, "_MAX_WAITING", 0)
     assert not recorder.keep(answer("d", [1], [[1]]))
     monkeypatch.undo()
     monkeypatch.setattr(Journal, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
@@ -246,7 +245,7 @@ def test_blocks_do_not_change_the_log(
     events = [Event(n % 3, n, n % 5, types[n % 4], None, None) for n in range(40)]
     journal.write([events], [answer("a", [1, 2], [[1, 2], [3, 4]])])
     assert write_log(films, tmp_path / "whole.parquet") == 44
-    monkeypatch.setattr(event_log, "BLOCK", 7)
+    monkeypatch.setattr(log_of_service, "BLOCK", 7)
     assert write_log(load(films), tmp_path / "blocks.parquet") == 44
     whole, blocks = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "blocks"))
     assert whole.equals(blocks)
@@ -344,7 +343,7 @@ def test_past_events_are_recorded_from_a_file(
     write_log(films, tmp_path / "log.parquet")
     other = Path(shutil.copytree(films, tmp_path / "other" / "films"))
     Journal(other).path.unlink()
-    monkeypatch.setattr(event_log, "_EVENTS_PER_WRITE", 7)
+    monkeypatch.setattr(log_of_service, "_EVENTS_PER_WRITE", 7)
     # Tomorrow's store holds what today's log does, and adding it again changes nothing.
     done = command("log", other, "--add", tmp_path / "log.parquet", "--out", tmp_path / "2.parquet")
     num = pq.read_metadata(tmp_path / "log.parquet").num_rows
@@ -358,8 +357,8 @@ def test_past_events_are_recorded_from_a_file(
     rows = [{**row, "time": datetime.fromtimestamp(row["time"], UTC)} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "keys.parquet")
     Journal(other).path.unlink()
-    assert event_log.record_file(load(other), tmp_path / "keys.parquet")[:2] == (90, 90)
-    assert event_log.record_file(load(other), tmp_path / "keys.parquet")[:2] == (90, 0)
+    assert log_of_service.record_file(load(other), tmp_path / "keys.parquet")[:2] == (90, 90)
+    assert log_of_service.record_file(load(other), tmp_path / "keys.parquet")[:2] == (90, 0)
     missing = tmp_path / "missing.parquet"
     of_users = [Journal(folder).of_users(range(7)) for folder in (films, other)]
     by_time = [
@@ -425,7 +424,7 @@ def test_a_log_of_models_with_numbers_and_with_text_as_ids_has_text(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Items were numbers until the first one with a letter came."""
-    monkeypatch.setattr(event_log, "BLOCK", 1)
+    monkeypatch.setattr(log_of_service, "BLOCK", 1)
     journal, path = Journal(films), tmp_path / "log.parquet"
     journal.write([[Event(7, 1, 3, "clicked", None, None)]], [answer("a", [7], [[3, 10]], 2)])
     write_log(films, path)
@@ -456,14 +455,14 @@ def test_an_old_event_that_comes_while_the_log_is_written_is_kept(
 ) -> None:
     old = time.time() - 40 * 86_400
     load(films).record([event(100, 3, time=old)])
-    write = event_log.write_log
+    write = log_of_service.write_log
 
     def write_and_receive(model: Path, out: Path) -> int:
         num_rows = write(model, out)
         load(films).record([event(101, 5, time=old)])
         return num_rows
 
-    monkeypatch.setattr(event_log, "write_log", write_and_receive)
+    monkeypatch.setattr(log_of_service, "write_log", write_and_receive)
     flags = ["--out", tmp_path / "log.parquet", "--drop-older-days", 10]
     done = command("log", films, *flags)
     assert "1 row\ndropped  1 event and 0 answers" in done.out

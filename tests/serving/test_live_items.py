@@ -17,7 +17,7 @@ from tests.damage import copy_database, damage
 from tests.serving import running_server
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.serving.running_server import TOKEN, Running, until
-from tests.serving.test_journal import event
+from tests.serving.test_user_events import event
 from tests.small_log import Watched
 from tfrs_pipeline import Exact, LoadedRetriever, Reading, load, refresh_index
 from tfrs_pipeline.durable import Damaged, StorageError
@@ -25,10 +25,10 @@ from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.serving import candidates as candidates_module
 from tfrs_pipeline.serving import export as export_module
-from tfrs_pipeline.serving import live as live_module
+from tfrs_pipeline.serving import live_items
 from tfrs_pipeline.serving.database import STORE_FILE, Store
-from tfrs_pipeline.serving.journal import JOURNAL_FILE
-from tfrs_pipeline.serving.live import _check_kind, _plain
+from tfrs_pipeline.serving.live_items import _check_kind, _plain
+from tfrs_pipeline.serving.user_events import JOURNAL_FILE
 
 ITEMS = "/v1/models/films/items"
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
@@ -557,12 +557,12 @@ def test_no_other_version_comes_between_the_vectors_of_a_write_and_the_write(
     writable: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another version has other vectors, and comes into use with this lock alone."""
-    versions, real, held = writable.server.versions, live_module.LiveItems.prepare, list[bool]()
+    versions, real, held = writable.server.versions, live_items.LiveItems.prepare, list[bool]()
 
     def prepare(*arguments: Any) -> Any:
         held.append(versions.writing.locked())
         return real(*arguments)
 
-    monkeypatch.setattr(live_module.LiveItems, "prepare", prepare)
+    monkeypatch.setattr(live_items.LiveItems, "prepare", prepare)
     answer = send(writable, "PUT", {"items": [item(90_001, ["zydeco"])]})
     assert (len(answer.json()["notes"]), held) == (1, [True])
