@@ -75,6 +75,21 @@ def test_a_rotation_is_the_best_approximation_of_its_rank() -> None:
     assert error <= np.linalg.norm(expected - best) * 1.001
 
 
+def test_a_rotation_keeps_the_products_of_items() -> None:
+    """Similar items are found by them. They must not be on the scale of what users ask for."""
+    members = [vectors(200, 50, 8), vectors(200, 50, 5)]
+    for member in members:  # As in a trained model, queries differ far more in some dimensions.
+        member.queries[:] *= np.geomspace(10, 0.1, member.queries.shape[1])
+    joined, rotated = (projection(members, [1.0, 0.6], dim)(members).candidates for dim in (13, 12))
+    expected, products = joined @ joined.T, rotated @ rotated.T
+    # One of 13 dimensions is missing, so no vector is longer, and little is lost.
+    assert (np.diag(products) <= np.diag(expected) * (1 + 1e-5)).all()
+    assert np.linalg.norm(products - expected) < 0.3 * np.linalg.norm(expected)
+    # What is lost is a vector's part in one direction: a matrix of rank 1.
+    left = np.linalg.eigvalsh(expected - products)
+    assert np.abs(left[:-1]).max() < 1e-4 * left[-1]
+
+
 def test_a_rotation_to_all_dimensions_or_more_changes_nothing() -> None:
     members = [vectors(40, 30, 4), vectors(40, 30, 3, has_bias=True)]
     for dim in (8, 99):

@@ -108,7 +108,8 @@ def projection(
     Biases of items add up to one, the last entry, which counts in `dim`. The rest of the `dim`
     entries are the best approximation of the weighted sums S = Q C' by a matrix of this rank, in
     the mean square over the members' queries and all candidates: with the Cholesky factor L of
-    Q'Q / n and the first right singular vectors V of C L, candidates are C L V, queries Q L^-T V.
+    Q'Q / n, the first right singular vectors V of C L, and the factors B R = L V (B orthonormal),
+    candidates are C B, and queries Q L^-T V R'.
 
     Args:
         members: The vectors of each member, for the same queries and candidates in one order.
@@ -154,10 +155,13 @@ def projection(
         factor.T @ (candidates.T @ candidates).astype(np.float64) @ factor
     )
     kept = eigenvectors[:, np.argsort(-eigenvalues)[: dim - num_biases]]
-    rotate_queries = scipy.linalg.solve_triangular(factor, kept, lower=True, trans="T")
+    # In an orthonormal basis, so that the products of two candidates, by which similar items are
+    # found, are those of their joined vectors, as far as these lie in it. Queries take the rest.
+    basis, rest = np.linalg.qr(factor @ kept)
+    rotate_queries = scipy.linalg.solve_triangular(factor, kept, lower=True, trans="T") @ rest.T
     query_rotation, candidate_rotation = (
         scipy.linalg.block_diag(rotation, np.eye(num_biases))
-        for rotation in (rotate_queries, factor @ kept)
+        for rotation in (rotate_queries, basis)
     )
     return _as_float32(
         Projection(
