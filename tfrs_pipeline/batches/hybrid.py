@@ -12,10 +12,12 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
 from tfrs_pipeline.batches.hard import HardDraws
-from tfrs_pipeline.batches.masks import EXPOSED, KNOWN, Never, never_shared
+from tfrs_pipeline.batches.masks import Never, never_shared
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.log_q import Mixture
 from tfrs_pipeline.negatives.samplers import HardNegatives, InBatch, Negatives, SamplingFrame
+from tfrs_pipeline.samples import never_negatives
+from tfrs_pipeline.samples.never_negatives import KNOWN, LATER
 from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 
 SAMPLES_PER_BLOCK = 1 << 20
@@ -101,7 +103,7 @@ class HybridBatches:
         self._factor = None
         if positive_weight is not None:
             self._factor = positive_weight / np.average(positive_weight, weights=samples.counts)
-        self.never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
+        self.never = never_negatives.by_query(samples)
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self.hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
@@ -241,7 +243,7 @@ class HybridBatches:
         # A positive is one of its user's known ones, so its accidental hits were counted there too.
         masked[KNOWN] -= masked["accidental hits"]
         if samples.is_later is not None:
-            masked["items that came later"] = float(n[samples.is_later].sum())
+            masked[LATER] = float(n[samples.is_later].sum())
         return {reason: num / float(n.sum()) for reason, num in masked.items()}
 
 

@@ -18,6 +18,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.negatives.samplers import FunnelLosers, HardNegatives
 from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.never_negatives import are_all_never
 from tfrs_pipeline.samples.store import Samples, read_ids, read_raw, read_samples
 
 # A file beside samples and checkpoints that says what they were made of.
@@ -151,12 +152,7 @@ class TrainingSet:
 
         The masks leave no negatives there, unless exposed items are hard negatives (`hard`).
         """
-        samples = self.samples
-        users = np.unique(samples.query_rows)
-        never = np.diff(samples.known_positives.offsets)[users]
-        if not getattr(hard, "allow_exposed", False):
-            never = never + np.diff(samples.exposed.offsets)[users]
-        if (never >= samples.num_possible_negatives).all():
+        if are_all_never(self.samples, hard):
             raise DataError(
                 "No item is anyone's negative, so there is nothing to train on: every user with a "
                 "click in the training part clicked or saw every item. Give the log items that "

@@ -23,10 +23,10 @@ from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.samples import store
+from tfrs_pipeline.samples.never_negatives import ROW_PAIR, exposed_pairs, possible_losers
 from tfrs_pipeline.samples.store import NO_POSITIVE, RowLists, offsets_of, write_columns
 
 _REQUESTED = "_requested_"
-_PAIR = ["query_row", "candidate_row"]
 # Columns that identify a positive, in the order of the samples, and those that identify a request.
 _POSITIVE = ["query_row", "time", "event_number"]
 _REQUEST = ["query_row", "query_time", "request"]
@@ -74,16 +74,14 @@ def build_samples(
         events = _write_rows(log, work)
         positives = events.filter(is_positive)
         if log.disliked is not None:
-            disliked = events.filter(schema.is_dislike).select(*_PAIR).distinct()
-            disliked = work.write("disliked", disliked.order_by(_PAIR))
-            positives = positives.anti_join(disliked, _PAIR)
-        # A disliked item had been shown, so it is masked like an exposed one.
-        was_shown = events["stage"].isin([Stage.EXPOSED.value, Stage.DISLIKED.value])
-        exposed = events.filter(was_shown).select(*_PAIR).distinct()
+            disliked = events.filter(schema.is_dislike).select(*ROW_PAIR).distinct()
+            disliked = work.write("disliked", disliked.order_by(ROW_PAIR))
+            positives = positives.anti_join(disliked, ROW_PAIR)
         _write_counts(positives, work)
-        # The items that are never a user's negatives.
-        known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
-        work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
+        known = work.write(
+            "known_positives", positives.select(*ROW_PAIR).distinct().order_by(ROW_PAIR)
+        )
+        work.write("exposed", exposed_pairs(events, known).order_by(ROW_PAIR))
         samples = positives
         if log.order != "none":
             samples = with_num_before(positives, positives, "query_row", log.ties, "num_earlier")
@@ -174,7 +172,7 @@ def _write_pools(
 def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
     # Ordered by the time itself, which may be finer than seconds.
     samples = samples.order_by(_POSITIVE)
-    columns: dict[str, ir.Value] = {name: samples[name] for name in _PAIR}
+    columns: dict[str, ir.Value] = {name: samples[name] for name in ROW_PAIR}
     # DuckDB reads the literal 1.0 as a decimal.
     columns["weight"] = ibis.literal(1).cast("float64")
     columns |= {name: samples[name] for name in ("weight", "num_earlier") if name in samples}
@@ -223,8 +221,7 @@ def find_losers(
 ) -> ibis.Table:
     """Finds the losers of each request that may be hard negatives.
 
-    Left out are items that the user clicked anywhere in training, disliked, or was shown and never
-    clicked, unless `hard` allows exposed ones.
+    Left out is what is never a negative of its user (`never_negatives.py`).
 
     `known` and `exposed` are the pairs of query_row and candidate_row of `known_positives.parquet`
     and `exposed.parquet`. Returns candidate_row, stage, and the request in three columns.
@@ -234,13 +231,8 @@ def find_losers(
         # Items just below the screen are nearly as good as those on it: only the low end has lost.
         events = _without_high(events, hard)
     taken = events.filter(events["stage"].isin(list(hard.stages)))
-    # What the user clicked at any time is liked, even if this request lost it.
-    losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, _PAIR)
-    # The stage "exposed" is present only if `allow_exposed` is set.
-    was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
-    # One join with both conditions would compare all pairs of rows.
-    others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
-    return others.anti_join(exposed, _PAIR).union(was_exposed)
+    losers = taken.select("candidate_row", "stage", *_REQUEST)
+    return possible_losers(losers, known, exposed, hard)
 
 
 def draw_pools(
@@ -302,10 +294,10 @@ def latest_histories(
     """
     keys = schema.order_keys(log.events)
     rows = _with_rows(log.positives().select(*PAIR, *keys), query_ids, candidate_ids)
-    known = rows.filter(rows["candidate_row"] > 0).select(*_PAIR).distinct()
+    known = rows.filter(rows["candidate_row"] > 0).select(*ROW_PAIR).distinct()
     latest_first = [ibis.desc(key) for key in keys]
     histories, times = _by_query(rows.order_by(["query_row", *latest_first]), len(query_ids))
-    known_positives, _ = _by_query(known.order_by(_PAIR), len(query_ids))
+    known_positives, _ = _by_query(known.order_by(ROW_PAIR), len(query_ids))
     return histories, known_positives, times
 
 
@@ -315,14 +307,14 @@ def disliked_rows(log: Log, query_ids: Ids, candidate_ids: Ids) -> RowLists:
         return RowLists.empty(len(query_ids) + 1)
     rows = _with_rows(log.disliked, query_ids, candidate_ids)
     rows = rows.filter(rows["candidate_row"] > 0)
-    return _by_query(rows.order_by(_PAIR), len(query_ids))[0]
+    return _by_query(rows.order_by(ROW_PAIR), len(query_ids))[0]
 
 
 def _with_rows(pairs: ibis.Table, query_ids: Ids, candidate_ids: Ids) -> ibis.Table:
     """Adds the rows of users and items, 0 for an unknown item; drops unknown users."""
     users, items = (
         ibis.memtable(pa.table({name: ids.values, row: np.arange(1, len(ids) + 1, dtype=np.int32)}))
-        for name, ids, row in zip(PAIR, (query_ids, candidate_ids), _PAIR, strict=True)
+        for name, ids, row in zip(PAIR, (query_ids, candidate_ids), ROW_PAIR, strict=True)
     )
     joined = pairs.inner_join(users, "user_id").left_join(items, "item_id")
     return joined.fill_null({"candidate_row": 0})
@@ -330,7 +322,7 @@ def _with_rows(pairs: ibis.Table, query_ids: Ids, candidate_ids: Ids) -> ibis.Ta
 
 def _by_query(rows: ibis.Table, num_queries: int) -> tuple[RowLists, np.ndarray | None]:
     """Reads the lists of queries and, if the rows have times, those of the entries."""
-    kept: dict[str, ir.Value] = {name: rows[name] for name in _PAIR}
+    kept: dict[str, ir.Value] = {name: rows[name] for name in ROW_PAIR}
     if "timestamp" in rows.columns:
         kept["time"] = whole_seconds(rows["timestamp"])
     pairs = rows.select(**kept).to_pyarrow()

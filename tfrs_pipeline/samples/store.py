@@ -20,6 +20,8 @@ _FLAT: dict[str, type] = {
     "time": np.int64,
 }
 _POOL_SIZE = "num_hard_"
+PAIR_VALUE = (1 << 32) - 1
+"""The bits of a pair (`RowLists.pairs`) that hold the candidate row."""
 
 
 def pool_size_column(stage: str) -> str:
@@ -99,6 +101,14 @@ class RowLists:
     def where(self, is_kept: np.ndarray) -> "RowLists":
         """Keeps some of the values, [total] bool."""
         return RowLists(np.append(0, np.cumsum(is_kept))[self.offsets], self.values[is_kept])
+
+    def pairs(self, keys: np.ndarray | None = None) -> np.ndarray:
+        """Returns each value with the key of its list as one number: [total] int64.
+
+        The key, by default the list's number, is above bit 32, and the value below: `PAIR_VALUE`.
+        """
+        keys = np.arange(len(self)) if keys is None else keys
+        return np.repeat(keys, np.diff(self.offsets)).astype(np.int64) << 32 | self.values
 
     def latest(self, length: int) -> np.ndarray:
         """Returns the ends of the lists, backwards, padded with 0: [num_keys, length] int32."""
@@ -202,7 +212,7 @@ class Samples:
             weights=np.ones(len(queries), np.float32),
             sequences=RowLists(offsets, candidates[order]),
             num_earlier=num_earlier,
-            known_positives=RowLists(known_offsets, (known & 0xFFFFFFFF).astype(np.int32)),
+            known_positives=RowLists(known_offsets, (known & PAIR_VALUE).astype(np.int32)),
             exposed=RowLists.empty(num_queries + 1),
             disliked=RowLists.empty(num_queries + 1),
             counts=np.bincount(candidates, minlength=num_candidates + 1),
