@@ -185,8 +185,9 @@ def make_holdout(
     """
     is_target = (split["part"] == part) & is_positive(split)
     if log.disliked is not None:
-        by_then = is_dislike(split) & split["part"].isin([*_PARTS_BEFORE[part], part])
-        is_target &= ~by_then.any().over(ibis.window(group_by=schema.PAIR))
+        by_then = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
+        targets = schema.without_disliked(split.filter(is_target), schema.disliked_pairs(by_then))
+        is_target = split["event_number"].isin(targets["event_number"])
     split = split.mutate(_is_target=is_target)
     users, num_queries = _draw_users(split.filter("_is_target"), by, max_queries, seed)
     rows = _read_events(split.semi_join(users, "user_id"), part, by, log)

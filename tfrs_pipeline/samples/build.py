@@ -72,11 +72,11 @@ def build_samples(
     work = _Work(folder)
     try:
         events = _write_rows(log, work)
-        positives = events.filter(is_positive)
+        disliked = None
         if log.disliked is not None:
-            disliked = events.filter(schema.is_dislike).select(*ROW_PAIR).distinct()
-            disliked = work.write("disliked", disliked.order_by(ROW_PAIR))
-            positives = positives.anti_join(disliked, ROW_PAIR)
+            pairs = schema.disliked_pairs(events, ROW_PAIR)
+            disliked = work.write("disliked", pairs.order_by(ROW_PAIR))
+        positives = schema.without_disliked(events.filter(is_positive), disliked)
         _write_counts(positives, work)
         known = work.write(
             "known_positives", positives.select(*ROW_PAIR).distinct().order_by(ROW_PAIR)
