@@ -2,43 +2,23 @@
 
 import difflib
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import ibis
 import ibis.expr.types as ir
 import numpy as np
 
-from tfrs_pipeline.data import event_types, overlooked, rules, schema, values
+from tfrs_pipeline.data import event_types, rules, schema, values
+from tfrs_pipeline.data.columns import event_columns, stage_column
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.request_features import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable
-from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage
+from tfrs_pipeline.data.schema import DataError, Dropped, Stage
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.visits import STRENGTH
 from tfrs_pipeline.messages import printable
 
 _MOST_LISTED = 10
-_OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
-
-
-def stage_column(reading: Reading, scanned: Scan) -> str | None:
-    """Returns the column that stages are made from, or None; a `DataError` for ratings alone."""
-    named = {*reading.columns, *scanned.columns}
-    if reading.rating_threshold is not None:
-        return "rating"
-    if reading.event_weights:
-        return "event"
-    if "stage" in named or reading.stage_values:
-        return "stage"
-    if "rating" in named and not reading.label:
-        column = Source(scanned.name).column(reading.columns.get("rating", "rating"))
-        raise DataError(
-            f"{column}: a log of ratings needs rating_threshold, the lowest rating that is a "
-            "positive. Set it; or rename the column, if all rows are clicks.",
-            "rating_threshold",
-        )
-    return None
 
 
 def load_events(
@@ -52,7 +32,7 @@ def load_events(
     Returns the events without bad rows, and the raw table, whose rows are deleted by then.
     """
     stages_in = stage_column(reading, scanned)
-    names, unread = _event_columns(scanned, stages_in, reading, request_features)
+    names, unread = event_columns(scanned, stages_in, reading, request_features)
     raw, dropped_types = scanned.load(names), list[Dropped]()
     if stages_in == "event":
         raw, dropped_types = _keep_weighted(raw, reading.event_weights)
@@ -98,56 +78,6 @@ def load_events(
     raw.note_missing(events, requests)
     raw.drop()
     return events, raw
-
-
-def _event_columns(
-    scanned: Scan, stages_in: str | None, reading: Reading, request_features: Collection[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Returns the columns to read, by the log's names, and the unread ones."""
-    required = ["user_id", "item_id", *([stages_in] if stages_in else [])]
-    optional = [name for name in _OPTIONAL if name in scanned.columns]
-    in_events = (*reading.columns, *scanned.columns)
-    requested = [name for name in request_features if not is_from_timestamp(name, in_events)]
-    used = dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested])
-    names = {name: reading.columns.get(name, name) for name in used}
-    unread = [column for column in scanned.columns if column not in names.values()]
-    # The log's columns that this table has nowhere. Only they can be meant by another name.
-    absent = {*schema.LOG_COLUMNS} - {*names} - {*scanned.columns}
-    if stages_in or reading.label:
-        absent -= {"stage", "rating"}
-    source = Source(scanned.name)
-    problems = [
-        f"columns.{name}: {problem}"
-        for name, column in names.items()
-        if (problem := _name_problem(name, column, scanned, reading, absent))
-    ]
-    problems += [
-        f"{source.column(column)} is not read; did you mean {near!r}? Set columns to say which "
-        f"column is {near}, or rename it."
-        for column in unread
-        if (near := overlooked.log_name(column, absent))
-    ]
-    remedies = {file: f"Set columns to say which column is {name}." for name, file in names.items()}
-    schema.require_all(scanned.columns, remedies, source, "columns", problems)
-    if unread:
-        overlooked.refuse(scanned, unread, absent)
-    return names, unread
-
-
-def _name_problem(
-    name: str, column: str, scanned: Scan, reading: Reading, absent: Collection[str]
-) -> str:
-    """Returns why the entry `name`=`column` of `reading.columns` is a slip, or ""."""
-    is_entry = name in reading.columns
-    is_swapped = name in scanned.columns and column not in scanned.columns
-    if is_entry and is_swapped and column in schema.LOG_COLUMNS:
-        return f"a name of the log comes first. Did you mean {column}={name}?"
-    if is_entry and overlooked.is_time(name) and "timestamp" in absent:
-        return (
-            "did you mean 'timestamp'? The log has none. To keep it as a column that is not a "
-            "time, give it another name."
-        )
-    return ""
 
 
 def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:

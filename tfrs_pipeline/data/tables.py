@@ -8,17 +8,17 @@ import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data import schema, visits
+from tfrs_pipeline.data.columns import entity_columns, with_type_columns
 from tfrs_pipeline.data.engines import connect, random_key
-from tfrs_pipeline.data.event_types import NAMES
 from tfrs_pipeline.data.events import load_events
-from tfrs_pipeline.data.files import Scan, scan
+from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.histories import whole_seconds
 from tfrs_pipeline.data.request_features import check_names
 from tfrs_pipeline.data.rules import RawTable, store
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows, is_positive, totals
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.values import is_integer, to_required_id, type_features
-from tfrs_pipeline.messages import counted, in_percent, printable, suggest
+from tfrs_pipeline.messages import counted, in_percent, printable
 from tfrs_pipeline.settings import refuse
 
 # If more than this share of the events is of unknown items, something is wrong with the ids.
@@ -42,7 +42,7 @@ def make_tables(
     item_features, user_features, request_features = features
     refuse(reading.name_problems(request_features))
     scanned = scan(connection, source, "event table")
-    reading = _with_type_columns(reading, scanned)
+    reading = with_type_columns(reading, scanned)
     outcomes = (*reading.label, *(["event"] if reading.event_weights else []))
     check_names(request_features, outcomes, reading.columns)
     sources = {"item_id": (items, item_features), "user_id": (users, user_features)}
@@ -104,29 +104,6 @@ def _resolve_duplicates(
     raw.dropped.append(Dropped("repeats an earlier event", num_copies))
     same = ibis.window(group_by=keys, order_by="event_number")
     return events.filter(ibis.row_number().over(same) == 0)
-
-
-def _with_type_columns(reading: Reading, scanned: Scan) -> Reading:
-    """Adds the columns of the event's type and session to `columns`, if there are `event_weights`.
-
-    Both are found by usual names. A column to which `columns` gives a meaning is no session.
-    """
-    if not reading.event_weights:
-        return reading
-    columns = dict(reading.columns)
-    usual = [name for name in scanned.columns if name.lower() in NAMES]
-    if "event" not in columns and len(usual) != 1:
-        what = f"{' and '.join(usual)} may be it" if usual else "none has a usual name"
-        raise DataError(
-            f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
-            f"{printable(', '.join(scanned.columns), 300)}. Add event=COLUMN to columns.",
-            "columns",
-        )
-    columns.setdefault("event", "".join(usual[:1]))
-    unnamed = {name.lower(): name for name in scanned.columns if name not in columns.values()}
-    for name in filter(unnamed.__contains__, visits.SESSIONS):
-        columns.setdefault("session_id", unnamed[name])
-    return reading.model_copy(update={"columns": columns})
 
 
 def _merge_repeats(events: ibis.Table, raw: RawTable) -> ibis.Table:
@@ -263,29 +240,8 @@ def _load_raw(
             )
         return None
     scanned = scan(connection, source, f"{kind} table")
-    setting = f"{kind}_columns"
-    columns: Mapping[str, str] = getattr(reading, setting)
-    shown = ["title"] if id_name == "item_id" else []
-    used = dict.fromkeys([id_name, *features, *shown])
-    if unused := sorted(set(columns) - set(used)):
-        raise DataError(
-            f"{setting}.{printable(unused[0])}: nothing reads a column of that name, "
-            f"{suggest(unused[0], used)}",
-            setting,
-        )
-    # A title is read if there is one; all else is required.
-    there = {*scanned.columns, *columns, *features}
-    names = {name: columns.get(name, name) for name in used if name in there or name not in shown}
-    remedies = {
-        column: remedy or f"Set {setting} to say which column is {name}."
-        for name, column in names.items()
-    }
-    events_column = reading.columns.get(id_name, "")
-    if events_column in scanned.columns and not remedy:
-        mend = f"Add {id_name}={printable(events_column)} to {setting}, as in columns."
-        remedies[names[id_name]] = mend
-    schema.require_all(scanned.columns, remedies, Source(scanned.name), setting)
-    return scanned.load(names, setting)
+    names = entity_columns(scanned, id_name, features, reading, remedy)
+    return scanned.load(names, f"{kind}_columns")
 
 
 def _type_entities(

@@ -13,8 +13,6 @@ import ibis.expr.types as ir
 from tfrs_pipeline.data.histories import whole_seconds
 from tfrs_pipeline.data.schema import is_dislike, is_positive, order_keys
 
-SESSIONS = ("session_id", "session", "visit_id", "visit")
-"""Usual names of a column that numbers visits, the likeliest first."""
 STRENGTH = "_strength"
 """Column of a log of types: the weight of an event's type, before its amount multiplies it."""
 VISIT = "_visit"
