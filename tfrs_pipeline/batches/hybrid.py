@@ -24,16 +24,16 @@ SAMPLES_PER_BLOCK = 1 << 20
 LISTS_PER_BLOCK = 1 << 16
 
 
-class _Parts(NamedTuple):
-    """The parts of a batch that are read from the samples, or their types.
+class _FromSamples(NamedTuple):
+    """What a batch reads from the samples: in NumPy, as tensors, or only the types of these.
 
-    `never` has a list for each distinct query; `slot` says which of them is a query's own.
+    A list of rows is `RowLists`, `tf.RaggedTensor` or `tf.RaggedTensorSpec`.
     """
 
-    batch: Batch
-    slot: Any
-    never: Mapping[str, Any]
-    pools: Mapping[str, Any]
+    batch: Batch  # Without the columns, their log_q and masks.
+    slot: Any  # [W] which of the lists in `never` is a query's own.
+    never: Mapping[str, Any]  # Reason -> lists of candidates, one for each distinct query.
+    pools: Mapping[str, Any]  # Pool -> lists of hard negatives, one for each positive.
 
 
 class HybridBatches:
@@ -157,7 +157,7 @@ class HybridBatches:
         *,
         slices: Slices | None = None,
     ) -> Batch:
-        batch, slot, never, pools = look_up(self._read, chosen, self._signature)
+        batch, slot, never, pools = in_graph(self._read, chosen, self._types)
         # Each use has a seed of its own, so that one more draw does not change the others.
         shared = self._mixture.draw(batch.candidate_row, seed_of(self._seed, Use.SHARED, step))
         dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
@@ -181,14 +181,14 @@ class HybridBatches:
         log_q = self._mixture.log_q(columns[tf.newaxis, :], share)
         return batch._replace(log_q=log_q, is_counted=is_counted)
 
-    def _read(self, chosen: Any) -> _Parts:
+    def _read(self, chosen: Any) -> _FromSamples:
         batch = self.examples.read(chosen)
         index = batch.index
         columns = self.samples.request_columns
         requests: Any = {name: column[index] for name, column in columns.items()} or None
         # Each query is looked up once: one with very many events may fill much of a batch.
         distinct, slot = np.unique(batch.query_row, return_inverse=True)
-        return _Parts(
+        return _FromSamples(
             batch._replace(weight=self._weights(index), requests=requests),
             slot,
             {reason: lists.take(distinct) for reason, lists in self.never.items()},
@@ -196,14 +196,14 @@ class HybridBatches:
         )
 
     @functools.cached_property
-    def _signature(self) -> _Parts:
+    def _types(self) -> _FromSamples:
         batch = self.examples.signature
         num = batch.index.shape[0]
         requests: Any = {
             name: tf.TensorSpec([num, *column.shape[1:]], column.dtype)
             for name, column in self.samples.request_columns.items()
         } or None
-        return _Parts(
+        return _FromSamples(
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
             dict.fromkeys(self.never, _lists_spec(None)),
@@ -271,22 +271,27 @@ def _lists_spec(num_lists: int | None) -> tf.RaggedTensorSpec:
     return tf.RaggedTensorSpec([num_lists, None], tf.int32, row_splits_dtype=tf.int64)
 
 
-def look_up(read: Callable[[Any], _Parts], chosen: Any, signature: _Parts) -> _Parts:
-    """Reads the chosen contents in NumPy, which does not copy mapped files; returns tensors."""
+def in_graph(read: Callable[[Any], _FromSamples], chosen: Any, types: _FromSamples) -> _FromSamples:
+    """Calls `read`, a function of NumPy, in a graph: takes the chosen tensors and returns tensors.
+
+    In NumPy, because that does not copy mapped files. `types` are those of the result.
+    """
+    # A graph passes flat lists of arrays alone, so both structures are taken apart and put together
+    # again, each in its own order.
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
         parts = tf.nest.flatten(read(tf.nest.pack_sequence_as(chosen, arrays)))
-        # A ragged tensor travels as its values and its offsets, in the order of the signature.
+        # A ragged tensor travels as its values and its offsets, as in `expand_composites`.
         pairs = (
             [part.values, part.offsets] if isinstance(part, RowLists) else [part] for part in parts
         )
         return [array for pair in pairs for array in pair if array is not None]
 
-    specs = tf.nest.flatten(signature, expand_composites=True)
+    specs = tf.nest.flatten(types, expand_composites=True)
     dtypes = [spec.dtype for spec in specs if spec is not None]
     tensors = iter(tf.numpy_function(call, tf.nest.flatten(chosen), dtypes))
     # `numpy_function` loses the shapes, which the loss checks.
     shaped = [
         None if spec is None else tf.ensure_shape(next(tensors), spec.shape) for spec in specs
     ]
-    return tf.nest.pack_sequence_as(signature, shaped, expand_composites=True)
+    return tf.nest.pack_sequence_as(types, shaped, expand_composites=True)

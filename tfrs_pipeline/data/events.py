@@ -12,7 +12,7 @@ import numpy as np
 from tfrs_pipeline.data import event_types, rules, schema, values
 from tfrs_pipeline.data.columns import event_columns, stage_column
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.rules import RawTable
+from tfrs_pipeline.data.raw_table import RawTable, store
 from tfrs_pipeline.data.schema import DataError, Dropped, Stage
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.visits import STRENGTH
@@ -63,14 +63,14 @@ def load_events(
             typed[name] = _other_column(raw, name)
     if reading.label:
         # After the stages: a label judges what a funnel exposed.
-        typed["stage"], typed["weight"] = _weigh(typed, reading.label)
+        typed["stage"], typed["weight"] = _judged_by_label(typed, reading.label)
     elif reading.event_weights:
         meanings = reading.event_weights.items()
         weights = [(name, _double(1 if isinstance(what, str) else what)) for name, what in meanings]
         # Before amounts multiply it: of the events in a visit, the type decides, then the amount.
         typed["weight"] = typed[STRENGTH] = _event_types(raw).cases(*weights, else_=_double(1))
     if "weight" in names:
-        weight = _weight(raw, typed["stage"], reading.max_weight)
+        weight = _weights(raw, typed["stage"], reading.max_weight)
         typed["weight"] = weight * typed["weight"] if "weight" in typed else weight
     events = raw.store_sound(typed, reading.max_bad_share)
     # Added only now, because types without a weight do not count towards max_bad_share.
@@ -124,7 +124,7 @@ def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTab
     if num_rest := sum(itertools.islice(others.values(), _MOST_LISTED, None)):
         dropped.append(Dropped(f"column {column} is of another type without a weight", num_rest))
     # A row without a type is a fault of the table, which is counted later.
-    kept = rules.store(raw.table.filter(types.isin([*weights]) | types.isnull()), raw.source)
+    kept = store(raw.table.filter(types.isin([*weights]) | types.isnull()), raw.source)
     raw.drop()
     return replace(raw, table=kept, num_rows=raw.num_rows - sum(others.values())), dropped
 
@@ -165,7 +165,7 @@ def _double(number: float | np.floating) -> ir.FloatingValue:
     return ibis.literal(str(float(number))).cast("float64")
 
 
-def _weigh(
+def _judged_by_label(
     typed: Mapping[str, ir.Value], label: Mapping[str, float]
 ) -> tuple[ir.StringValue, ir.FloatingValue]:
     """Returns stages and weights: exposed events become positives if an outcome of the label holds.
@@ -199,7 +199,7 @@ def _note_amounts(raw: RawTable, name: str, outcome: ir.Value) -> None:
         )
 
 
-def _weight(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> ir.FloatingValue:
+def _weights(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> ir.FloatingValue:
     """Makes weights. Only those of positives are used; an unusable weight elsewhere becomes 1."""
     value = raw.table["weight"]
     if not (value.type().is_numeric() or value.type().is_string()):

@@ -13,8 +13,8 @@ from tfrs_pipeline.data.engines import connect, random_key
 from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.histories import whole_seconds
+from tfrs_pipeline.data.raw_table import RawTable, store
 from tfrs_pipeline.data.request_features import check_names
-from tfrs_pipeline.data.rules import RawTable, store
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows, is_positive, totals
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.values import is_integer, to_required_id, type_features

@@ -45,7 +45,7 @@ class Corpus:
     is_later: np.ndarray | None = None
 
     @classmethod
-    def read(cls, log: Log, folder: Path, samples: Samples) -> Self:
+    def read(cls, log: Log, folder: Path) -> Self:
         """Reads the ids behind a folder's samples, and encodes their features in the log."""
         candidate_ids, query_ids = read_ids(folder)
         has_times = "timestamp" in log.events.columns
@@ -75,7 +75,7 @@ class Corpus:
                 for name, kind in log.request_features.items()
             ),
             has_times,
-            np.isin(np.arange(len(query_ids) + 1), samples.query_rows),
+            np.isin(np.arange(len(query_ids) + 1), read_samples(folder).query_rows),
             is_later,
         )
 
@@ -132,15 +132,10 @@ class TrainingSet:
             build_samples(log, folder, seed=seed, hard=hard)
         # The files were hashed when the samples were built or held to their record.
         report = read_record(folder / "report.json", check_files=False)
-        samples = read_samples(folder)
-        corpus = Corpus.read(log, folder, samples)
-        columns = {
-            feature.name: feature.encode_column(read_raw(folder, feature.name))
-            for feature in corpus.request_features
-        }
-        samples = replace(
-            samples,
-            request_columns=columns,
+        corpus = Corpus.read(log, folder)
+        samples = read_samples(
+            folder,
+            request_features=corpus.request_features,
             is_later=corpus.is_later,
             query_ids=corpus.query_ids,
             candidate_ids=corpus.candidate_ids,

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.features.feature import Feature
 
 _FLAT: dict[str, type] = {
     **dict.fromkeys(("query_row", "candidate_row", "num_earlier"), np.int32),
@@ -253,10 +254,13 @@ class Samples:
         return padded_lines(self.sequence_times, last, num + 1, length + 1, step=-1, missing=np.nan)
 
 
-def read_samples(folder: Path) -> Samples:
+def read_samples(
+    folder: Path, *, request_features: Iterable[Feature] = (), **others: Any
+) -> Samples:
     """Maps the samples that `build_samples` wrote; a batch reads what it needs.
 
-    Whether they are as they were written is for the caller to check, once: their record is
+    Request features are encoded, and `others` are the fields of `Samples` that no file has. Whether
+    the files are as they were written is for the caller to check, once: their record is
     `report.json`. A `FileNotFoundError` without samples.
     """
     if not all((folder / name).exists() for name in ("report.json", "columns")):
@@ -282,6 +286,10 @@ def read_samples(folder: Path) -> Samples:
         disliked=lists("disliked") if "disliked" in column else RowLists.empty(len(known)),
         counts=column["counts"],
         hard_pools={x.removeprefix("hard_"): lists(x) for x in column if x.startswith("hard_")},
+        request_columns={
+            x.name: x.encode_column(read_raw(folder, x.name)) for x in request_features
+        },
+        **others,
     )
 
 
