@@ -201,7 +201,7 @@ def make_holdout(
     names = ("item_id", "_is_positive", "_is_dislike", "_is_tied")
     ids, was_clicked, was_disliked, is_tied = (rows[name].to_numpy() for name in names)
     seconds = rows["_seconds"].to_numpy() if "timestamp" in split.columns else None
-    request_numbers = _numbered(rows["_request"])
+    request_numbers = numbered(rows["_request"])
     first = []
     lists = collections.defaultdict[str, Any](list)  # By the fields of `Holdout`.
     for targets, before in _by_user(rows) if by == "users" else _by_request(rows):
@@ -297,7 +297,7 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
     return rows.order_by(["user_id", "_time", "event_number"]).to_pyarrow()
 
 
-def _numbered(values: pa.ChunkedArray) -> np.ndarray:
+def numbered(values: pa.ChunkedArray) -> np.ndarray:
     """Numbers the distinct values in the order in which they come; -1 for null."""
     # Encoded before the chunks are combined: a chunk of text holds 2 GB at most.
     return values.dictionary_encode().combine_chunks().indices.fill_null(-1).to_numpy()
@@ -305,7 +305,7 @@ def _numbered(values: pa.ChunkedArray) -> np.ndarray:
 
 def _by_user(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the rows of each user's query: all targets, and what was shown before the cut."""
-    users, is_target = _numbered(rows["user_id"]), rows["_is_target"].to_numpy()
+    users, is_target = numbered(rows["user_id"]), rows["_is_target"].to_numpy()
     ends = np.flatnonzero(np.diff(users, append=-1)) + 1
     for positions in np.split(np.arange(ends[-1]), ends[:-1]):
         yield positions[is_target[positions]], positions[~is_target[positions]]
@@ -313,7 +313,7 @@ def _by_user(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _by_request(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the rows of each request's query: its targets, and what was shown before it."""
-    all_users, all_requests = _numbered(rows["user_id"]), _numbered(rows["_request"])
+    all_users, all_requests = numbered(rows["user_id"]), numbered(rows["_request"])
     targets = np.flatnonzero(rows["_is_target"].to_numpy())
     users, num_before = all_users[targets], rows["_num_before"].take(targets).to_numpy()
     # A target without a request is a separate query.
