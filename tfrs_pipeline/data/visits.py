@@ -53,7 +53,8 @@ def merge_requests(events: ibis.Table) -> ibis.Table:
 def merge_visits(events: ibis.Table) -> ibis.Table:
     """Merges the events of a user on an item in a visit into the first positive, or the first.
 
-    An event whose request has other events is not merged: the first event of a request dates it.
+    An event that shares its request with other events stays. A request begins with its first event:
+    without it, the request would begin later, and its histories would hold more.
     """
     is_mergeable: ir.BooleanValue = ibis.literal(True)
     if "request_id" in events.columns:

@@ -9,8 +9,8 @@
 
 Only a pool of hard negatives that is meant to hold exposed items may have some (`reasons_in`).
 
-A user who skips one of a few shown items says little about retrieval from millions: ranking learns
-from that.
+A shown item that was not clicked says little against it: the funnel had chosen it for this user
+from millions. Which of the few shown items is clicked is for ranking to learn.
 """
 
 from __future__ import annotations
