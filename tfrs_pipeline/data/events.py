@@ -25,7 +25,7 @@ def load_events(
     scanned: Scan,
     reading: Reading,
     request_features: Mapping[str, str],
-    others: Mapping[str, RawTable | None],
+    others: Mapping[str, RawTable],
 ) -> tuple[ibis.Table, RawTable]:
     """Types and stores an event table; its ids get the same type as those of `others`.
 
@@ -42,7 +42,7 @@ def load_events(
         raw.notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
     typed: dict[str, ir.Value] = {}
     for name in ("user_id", "item_id"):
-        tables = [table for table in (raw, others[name]) if table is not None]
+        tables = [raw, *([others[name]] if name in others else [])]
         # A list, not a generator, so that a wrong type in either table is refused.
         as_integer = all([values.is_integer(table, name) for table in tables])
         typed[name] = values.to_required_id(raw, name, as_integer=as_integer)

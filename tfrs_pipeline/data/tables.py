@@ -49,23 +49,21 @@ def make_tables(
     raws = {
         name: _load_raw(connection, table, table_features, name, reading)
         for name, (table, table_features) in sources.items()
+        if table is not None or table_features
     }
     events, raw = load_events(scanned, reading, request_features, raws)
-    tables = {}
+    tables = {name: events.select(name).distinct() for name in sources}
     for name, entity in raws.items():
-        tables[name] = events.select(name).distinct()
-        if entity is not None:
-            as_integer = events.schema()[name].is_int64()
-            tables[name] = _type_entities(entity, name, as_integer, sources[name][1], reading)
-            raw.notes.extend(_describe(entity))
-            entity.drop()
+        as_integer = events.schema()[name].is_int64()
+        tables[name] = _type_entities(entity, name, as_integer, sources[name][1], reading)
+        raw.notes.extend(_describe(entity))
+        entity.drop()
     num_reasons = len(raw.dropped)
     # Merged before the other steps, so that these count the events that stay.
     if reading.event_weights:
         events = _merge_repeats(events, raw)
     for name, entity in raws.items():
-        if entity is not None:
-            events = _resolve_unknown(events, raw, name, tables[name], entity.source.name, reading)
+        events = _resolve_unknown(events, raw, name, tables[name], entity.source.name, reading)
     events = _resolve_duplicates(events, raw, reading.duplicates)
     if len(raw.dropped) > num_reasons:
         # Once for all steps above; the ones below read it several times.
@@ -226,19 +224,17 @@ def _load_raw(
     id_name: str,
     reading: Reading,
     remedy: str = "",
-) -> RawTable | None:
-    """Opens an item or user table; without one, returns None and refuses features.
+) -> RawTable:
+    """Opens an item or user table; a `ValueError` if there is none for its features.
 
     `remedy` replaces the advice to name a missing column in `reading`.
     """
     kind = id_name.removesuffix("_id")
     if source is None:
-        if features:
-            raise ValueError(
-                f"{kind}_features needs {kind}s: the table that holds the features. Received: "
-                f"{', '.join(features)}."
-            )
-        return None
+        raise ValueError(
+            f"{kind}_features needs {kind}s: the table that holds the features. Received: "
+            f"{', '.join(features)}."
+        )
     scanned = scan(connection, source, f"{kind} table")
     names = entity_columns(scanned, id_name, features, reading, remedy)
     return scanned.load(names, f"{kind}_columns")
@@ -285,7 +281,6 @@ def load_items(
     """
     remedy = "Name the columns as the item table of the training did."
     raw = _load_raw(connect(), source, item_features, "item_id", reading, remedy)
-    assert raw is not None
     if is_integer_id and not is_integer(raw, "item_id"):
         raise DataError(
             f"{raw.source.column('item_id')} holds text, and the model's item ids are integers. "
