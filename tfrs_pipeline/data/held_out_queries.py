@@ -17,7 +17,7 @@ from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.histories import query_start, whole_seconds, with_num_before
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.request_features import at_request
-from tfrs_pipeline.data.schema import DataError, Stage, is_dislike, is_positive, order_keys
+from tfrs_pipeline.data.schema import DataError, is_dislike, is_positive, order_keys, was_shown
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
@@ -267,8 +267,6 @@ def _draw_users(
 
 def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, log: Any) -> pa.Table:
     """Reads the targets, and the events that a query may know, by user and in order."""
-    shown = Stage.CLICKED, Stage.EXPOSED, Stage.DISLIKED
-    was_shown = split["stage"].isin([stage.value for stage in shown])
     before = (*_PARTS_BEFORE[part], *([] if by == "users" else [part]))
     has_requests = "request_id" in split.columns
     known = {
@@ -283,7 +281,7 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
     time = split[order_keys(split)[0]]
     start, first = query_start(split, time)
     rows = split.mutate(**known, _time=time, _start=start, _first=first)
-    rows = rows.filter(rows["_is_target"] | (split["part"].isin(before) & was_shown))
+    rows = rows.filter(rows["_is_target"] | (rows["part"].isin(before) & was_shown(rows)))
     rows = rows.select("user_id", "item_id", "event_number", "_time", "_start", "_first", *known)
     if by != "users":
         names = {"query_time": "_start", "query_number": "_first"}

@@ -192,6 +192,11 @@ def is_dislike(events: "ibis.Table") -> "ir.BooleanValue":
     return events["stage"] == Stage.DISLIKED.value
 
 
+def was_shown(events: "ibis.Table") -> "ir.BooleanValue":
+    """Marks the events whose item the user saw: clicked, passed over or disliked."""
+    return events["stage"].isin([Stage.EXPOSED.value, Stage.CLICKED.value, Stage.DISLIKED.value])
+
+
 def disliked_pairs(events: "ibis.Table", pair: Sequence[str] = PAIR) -> "ibis.Table":
     """Returns the users and items of the dislikes among the events, each pair once."""
     return events.filter(is_dislike).select(*pair).distinct()

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.histories import query_start, whole_seconds, with_num_be
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.raw_table import store as store_table
 from tfrs_pipeline.data.request_features import at_request
-from tfrs_pipeline.data.schema import DataError, Stage, count_rows, is_positive
+from tfrs_pipeline.data.schema import DataError, Stage, count_rows, is_positive, was_shown
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.negatives.samplers import FunnelLosers
@@ -268,11 +268,10 @@ def _without_high(events: ibis.Table, hard: FunnelLosers) -> ibis.Table:
     others = events.filter(~is_ranked)
     if "rank" not in events.columns:
         return others
-    # Only ranks of the last ranked list, because other losers' ranks have another scale.
-    last_stages = Stage.RANKED, Stage.EXPOSED, Stage.CLICKED, Stage.DISLIKED
-    is_last = events["stage"].isin([stage.value for stage in last_stages])
+    # Only ranks of the last ranked list, because other losers' ranks have another scale. What was
+    # shown was on that list.
     # These alone, since a window over all events would sort what was only retrieved too.
-    logged = events.filter(events["rank"].notnull() & is_last)
+    logged = events.filter(events["rank"].notnull() & (is_ranked | was_shown(events)))
     num = logged.count().over(ibis.window(group_by=_REQUEST))
     in_order = ibis.window(group_by=_REQUEST, order_by=["rank", "event_number"])
     # Place among the logged ranks, from 1: share s keeps the last ceil(s * n).

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.data.schema import was_shown
 from tfrs_pipeline.libraries import ibis
 from tfrs_pipeline.samples.store import RowLists, Samples
 
@@ -41,9 +41,8 @@ def reasons_in(pool: str, hard: Any) -> tuple[str, ...]:
 def exposed_pairs(events: ibis.Table, known: ibis.Table) -> ibis.Table:
     """Finds the pairs of a user and an item that `EXPOSED` covers; `known` has those of `KNOWN`.
 
-    A disliked item had been shown, so it counts as exposed. A known item never does.
+    These are all that were shown and are not known; a disliked item had been shown.
     """
-    was_shown = events["stage"].isin([Stage.EXPOSED.value, Stage.DISLIKED.value])
     return events.filter(was_shown).select(*ROW_PAIR).distinct().anti_join(known, ROW_PAIR)
 
 
