@@ -203,11 +203,12 @@ class HybridBatches:
             name: tf.TensorSpec([num, *column.shape[1:]], column.dtype)
             for name, column in self.samples.request_columns.items()
         } or None
+        pools = () if self.hard is None else self.hard.pools
         return _FromSamples(
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
-            dict.fromkeys(self.never, _lists_spec(None)),
-            {} if self.hard is None else dict.fromkeys(self.hard.pools, _lists_spec(num)),
+            dict.fromkeys(self.never, tf.RaggedTensorSpec([None, None], tf.int32)),
+            dict.fromkeys(pools, tf.RaggedTensorSpec([num, None], tf.int32)),
         )
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:
@@ -265,10 +266,6 @@ def _blocks(num: int, size: int) -> Iterator[slice]:
     """Cuts samples, or lists of some size, into blocks that fit into memory."""
     for start in range(0, num, size):
         yield slice(start, min(start + size, num))
-
-
-def _lists_spec(num_lists: int | None) -> tf.RaggedTensorSpec:
-    return tf.RaggedTensorSpec([num_lists, None], tf.int32, row_splits_dtype=tf.int64)
 
 
 def in_graph(read: Callable[[Any], _FromSamples], chosen: Any, types: _FromSamples) -> _FromSamples:
