@@ -200,7 +200,7 @@ class Task:
             data.split.log, **{name: getattr(config.data, name) for name in FEATURES}
         )
         selection, final = (
-            dataclasses.replace(x, corpus=Corpus.read(log, folder / "samples" / name, x.samples))
+            dataclasses.replace(x, corpus=Corpus.read(log, folder / "samples" / name))
             for name, x in (("selection", data.selection), ("final", data.final))
         )
         return dataclasses.replace(data, selection=selection, final=final)

@@ -1,3 +1,4 @@
+import mmap
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from implicit.cpu.als import AlternatingLeastSquares
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import tfrs_pipeline as tp
 from tests.small_log import in_ibis
+from tfrs_pipeline.data.held_out_queries import numbered
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Ties
 from tfrs_pipeline.evaluation import baselines
-from tfrs_pipeline.evaluation.interactions import Interactions
+from tfrs_pipeline.evaluation.interactions import Interactions, clicked_rows
 
 
 def random_interactions(
@@ -424,3 +427,15 @@ def test_without_a_known_item_the_most_popular_come(kind: Any) -> None:
     assert ids[::2].tolist() == expected_ids[::2].tolist()
     assert scores[::2].tolist() == expected[::2].tolist()
     assert scores[1].tolist() != expected[1].tolist()
+
+
+def test_text_ids_of_more_than_two_gigabytes_are_numbered() -> None:
+    # A chunk of text holds 2 GB at most. The pages of this one are all the system's empty page.
+    length, num = 1 << 20, 1100
+    offsets = pa.py_buffer(np.arange(num + 1, dtype=np.int32) * length)
+    letters = pa.py_buffer(mmap.mmap(-1, num * length))
+    chunk = pa.Array.from_buffers(pa.string(), num, [None, offsets, letters])
+    clicked = pa.table({"item_id": pa.chunked_array([chunk, chunk])})
+    rows = clicked_rows(clicked, Ids(["a", "\0" * length]))
+    assert rows.tolist() == [2] * 2 * num
+    assert numbered(clicked["item_id"]).tolist() == [0] * 2 * num

@@ -26,7 +26,6 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.report import facts
 from tfrs_pipeline.run.refresh import refresh_index
-from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import page
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -133,7 +132,7 @@ def is_missing(feature: Feature, encoded: np.ndarray) -> list[bool]:
 
 def test_every_kind_reaches_the_corpus_and_the_model(folder: Path) -> None:
     samples = folder / "samples" / "selection"
-    corpus = Corpus.read(Log.read(folder / "data"), samples, read_samples(samples))
+    corpus = Corpus.read(Log.read(folder / "data"), samples)
     features: dict[str, Any] = {x.name: x for x in corpus.candidate_features}
     assert {name: feature.kind for name, feature in features.items()} == ITEM_KINDS
     assert {feature.name: feature.kind for feature in corpus.query_features} == USER_KINDS

@@ -16,6 +16,7 @@ import tfrs_pipeline as tp
 from tests import small_batches as small
 from tests.model.conftest import NUM_ITEMS, eagerly, make_log, tiny
 from tfrs_pipeline.negatives.samplers import SETTING_KINDS, Pool
+from tfrs_pipeline.samples.store import RowLists
 
 F, NUM, STEPS = 0.3, 3, 200
 # The small batches' items are in four categories; nobody's positives are in the last one's lists.
@@ -239,6 +240,13 @@ def test_exposed_items_are_hard_negatives_only_if_allowed() -> None:
         batches = small.make_batches(hard=kind)
         counted = [batch.hard.is_counted.any() for batch in small.batch_list(batches, 4)]
         assert counted == [is_allowed] * 4
+
+
+def test_packed_lists_are_cleaned_like_any_others() -> None:
+    samples = dataclasses.replace(small.SAMPLES, is_later=LATER)
+    lists = RowLists.from_lists([np.flatnonzero(LATER)] * len(samples))
+    batches = small.make_batches("single", samples, hard=Returning({"new": (lists, None)}))
+    assert not any(batch.hard.is_counted.any() for batch in small.batch_list(batches, 4))
 
 
 def test_a_model_trains_with_own_hard_negatives_and_is_compared(tmp_path: Path) -> None:

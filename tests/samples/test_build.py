@@ -18,7 +18,8 @@ from tests.small_log import in_ibis
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, TieRule
-from tfrs_pipeline.samples.build import build_samples, latest_histories
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.latest_histories import latest_histories
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)

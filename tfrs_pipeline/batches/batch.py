@@ -26,7 +26,7 @@ class HardColumns(NamedTuple):
 
     Attributes:
         candidate_row: [W, H] int32, 0 if the row's pool is empty.
-        log_q: [W, H] float32, log( H_k / (V * f * w_k) ) (see `mixture`).
+        log_q: [W, H] float32, log( H_k / (V * f * w_k) ) (see `negatives/log_q.py`).
         is_counted: [W, H] bool. False: nothing drawn, known positive, exposed item.
         share: [W] float32, the row's f: 0 if it has no hard negative left.
     """
@@ -59,14 +59,15 @@ class Batch(NamedTuple):
         state: [P] int32, s * (L' + 1) + j if the history is the first j items of window s.
         requests: Each request feature by name, [W] or [W, any], encoded.
         shared_row: [C] int32, candidates of the shared columns, kind by kind.
-        log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
-            negatives [W, C], log( n(c) / (1 - f) ) with the row's own f.
+        log_q: [1, C] float32, log n(c) of the column's candidate (see `negatives/log_q.py`);
+            with hard negatives [W, C], log( n(c) / (1 - f) ) with the row's own f.
         is_counted: [W, C] bool. False: accidental hit (a row's own in-batch column is one), known
             positive, exposed item, item that came after the training.
         hard: The rows' own hard negatives.
         dropout_seed: [2] int32, for the model's dropout.
-        dropout_slice: [2] int32, in a slice: the number of its first history (or sequence) within
-            the whole batch, and the total of the whole batch.
+        dropout_slice: [2] int32, in a slice: which history (or sequence) of the whole batch comes
+            first in it, from 0, and how many the whole batch has. So a slice drops what it would
+            drop as a part of its batch.
         total_weight: Scalar float32, in a slice: the weight of the whole batch.
     """
 

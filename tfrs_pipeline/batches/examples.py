@@ -326,7 +326,7 @@ def _cut_windows(
     order = np.lexsort([samples.num_earlier, key])
     distinct, first, counts = np.unique(key[order], return_index=True, return_counts=True)
     query_rows = (distinct >> 32).astype(np.int32)
-    end = last[query_rows] - (distinct & 0xFFFFFFFF) * length
+    end = last[query_rows] - (distinct & store.PAIR_VALUE) * length
     starts = np.maximum(end - length, 0)
     # If a tie moves a window's last samples elsewhere, it reads only as far as its own samples.
     furthest = np.maximum.reduceat(samples.num_earlier[order], first)

@@ -7,11 +7,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
-from tfrs_pipeline.batches.masks import KNOWN, REASONS, Never, is_member
+from tfrs_pipeline.batches.masks import Never, is_member
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.messages import check_integer, sentence
 from tfrs_pipeline.negatives.log_q import hard_log_q
 from tfrs_pipeline.negatives.samplers import HardNegatives, Pool
+from tfrs_pipeline.samples.never_negatives import is_never, reasons_in
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 
@@ -31,7 +32,7 @@ class HardPool(NamedTuple):
     ) -> "HardPool":
         """Packs a pool that a kind returned; refuses (`ValueError`) one that does not fit."""
         lists, key = pool
-        if isinstance(lists, RowLists) and key is None:
+        if key is None and any(lists is stored for stored in samples.hard_pools.values()):
             return cls(lists, None)
         # In random order, since a row draws neighbours of a list together.
         packed = RowLists.from_lists([rng.permutation(np.asarray(rows, int)) for rows in lists])
@@ -72,7 +73,6 @@ class HardDraws:
         if not 0 < hard.share < 1:
             raise ValueError(f"The share of hard negatives is in (0, 1). Received: {hard.share}")
         self.share, self._num = hard.share, hard.num
-        self._allows_exposed = getattr(hard, "allow_exposed", False)
         self._samples, self._seed = samples, seed
         rng = np.random.default_rng([seed, Use.HARD])
         pools = hard.pools(samples)
@@ -88,34 +88,18 @@ class HardDraws:
             ) from error
         if not any(len(pool.lists.values) for pool in self.pools.values()):
             raise DataError(f"{hard}: none of {len(samples):,} positives has a hard negative.")
+        self._reasons = {name: reasons_in(name, hard) for name in self.pools}
 
     def read(self, index: np.ndarray) -> dict[str, RowLists]:
         """Gathers the candidates of samples, [n] int, in each pool."""
         pools = {name: pool.take(index) for name, pool in self.pools.items()}
         for name, lists in pools.items():
             if self.pools[name].key is not None:
-                pools[name] = lists.where(~self._is_never(name, lists, index))
+                # Left out before the draw: if they were drawn and masked, the few columns left in a
+                # row would each weigh more, and so would a masked candidate's neighbours.
+                never = is_never(self._samples, index, lists, self._reasons[name])
+                pools[name] = lists.where(~never)
         return pools
-
-    def _is_never(self, name: str, lists: RowLists, index: np.ndarray) -> np.ndarray:
-        """Marks the candidates that are never negatives of their sample: [total] bool."""
-        # Left out before the draw: if they were drawn and masked, the few columns left in a row
-        # would each weigh more, and so would a masked candidate's neighbours in the list.
-        samples, candidates = self._samples, lists.values
-        kinds = [samples.known_positives]
-        if not self._may_hold_exposed(name):
-            kinds.append(samples.exposed)
-        pairs = _pairs(lists)
-        is_never = candidates == np.repeat(samples.candidate_rows[index], np.diff(lists.offsets))
-        for kind in kinds:
-            never = np.append(_pairs(kind.take(samples.query_rows[index])), -1)
-            is_never |= never[np.searchsorted(never[:-1], pairs)] == pairs  # Pairs are ascending.
-        if samples.is_later is not None:
-            is_never |= samples.is_later[candidates]
-        return is_never
-
-    def _may_hold_exposed(self, name: str) -> bool:
-        return self._allows_exposed and name == "exposed"
 
     def draw(
         self,
@@ -133,7 +117,7 @@ class HardDraws:
             # A graph loses the static shape on the way, and the loss needs the rank.
             drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
-            for reason in (KNOWN,) if self._may_hold_exposed(name) else REASONS:
+            for reason in self._reasons[name]:
                 is_good &= ~is_member(never[reason], drawn)
             rows.append(drawn)
             is_counted.append(is_good)
@@ -167,8 +151,3 @@ def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Ten
     position += lists.row_starts()[:, tf.newaxis]
     padded = tf.concat([lists.values, [0]], axis=0)
     return tf.where(lengths > 0, tf.gather(padded, position), 0)
-
-
-def _pairs(lists: RowLists) -> np.ndarray:
-    """Returns a number for each pair of a list's number and a value in it: [total] int64."""
-    return np.repeat(np.arange(len(lists)), np.diff(lists.offsets)) << 32 | lists.values

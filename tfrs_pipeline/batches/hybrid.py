@@ -12,26 +12,28 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
 from tfrs_pipeline.batches.hard import HardDraws
-from tfrs_pipeline.batches.masks import EXPOSED, KNOWN, Never, never_shared
+from tfrs_pipeline.batches.masks import Never, never_shared
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.log_q import Mixture
 from tfrs_pipeline.negatives.samplers import HardNegatives, InBatch, Negatives, SamplingFrame
+from tfrs_pipeline.samples import never_negatives
+from tfrs_pipeline.samples.never_negatives import KNOWN, LATER
 from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 
 SAMPLES_PER_BLOCK = 1 << 20
 LISTS_PER_BLOCK = 1 << 16
 
 
-class _Parts(NamedTuple):
-    """The parts of a batch that are read from the samples, or their types.
+class _FromSamples(NamedTuple):
+    """What a batch reads from the samples: in NumPy, as tensors, or only the types of these.
 
-    `never` has a list for each distinct query; `slot` says which of them is a query's own.
+    A list of rows is `RowLists`, `tf.RaggedTensor` or `tf.RaggedTensorSpec`.
     """
 
-    batch: Batch
-    slot: Any
-    never: Mapping[str, Any]
-    pools: Mapping[str, Any]
+    batch: Batch  # Without the columns, their log_q and masks.
+    slot: Any  # [W] which of the lists in `never` is a query's own.
+    never: Mapping[str, Any]  # Reason -> lists of candidates, one for each distinct query.
+    pools: Mapping[str, Any]  # Pool -> lists of hard negatives, one for each positive.
 
 
 class HybridBatches:
@@ -101,7 +103,7 @@ class HybridBatches:
         self._factor = None
         if positive_weight is not None:
             self._factor = positive_weight / np.average(positive_weight, weights=samples.counts)
-        self.never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
+        self.never = never_negatives.by_query(samples)
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self.hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
@@ -161,7 +163,7 @@ class HybridBatches:
         *,
         slices: Slices | None = None,
     ) -> Batch:
-        batch, slot, never, pools = look_up(self._read, chosen, self._signature)
+        batch, slot, never, pools = in_graph(self._read, chosen, self._types)
         # Each use has a seed of its own, so that one more draw does not change the others.
         shared = self._mixture.draw(batch.candidate_row, seed_of(self._seed, Use.SHARED, step))
         dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
@@ -185,14 +187,14 @@ class HybridBatches:
         log_q = self._mixture.log_q(columns[tf.newaxis, :], share)
         return batch._replace(log_q=log_q, is_counted=is_counted)
 
-    def _read(self, chosen: Any) -> _Parts:
+    def _read(self, chosen: Any) -> _FromSamples:
         batch = self.examples.read(chosen)
         index = batch.index
         columns = self.samples.request_columns
         requests: Any = {name: column[index] for name, column in columns.items()} or None
         # Each query is looked up once: one with very many events may fill much of a batch.
         distinct, slot = np.unique(batch.query_row, return_inverse=True)
-        return _Parts(
+        return _FromSamples(
             batch._replace(weight=self._weights(index), requests=requests),
             slot,
             {reason: lists.take(distinct) for reason, lists in self.never.items()},
@@ -200,18 +202,19 @@ class HybridBatches:
         )
 
     @functools.cached_property
-    def _signature(self) -> _Parts:
+    def _types(self) -> _FromSamples:
         batch = self.examples.signature
         num = batch.index.shape[0]
         requests: Any = {
             name: tf.TensorSpec([num, *column.shape[1:]], column.dtype)
             for name, column in self.samples.request_columns.items()
         } or None
-        return _Parts(
+        pools = () if self.hard is None else self.hard.pools
+        return _FromSamples(
             batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
             tf.TensorSpec(batch.query_row.shape, tf.int64),
-            dict.fromkeys(self.never, _lists_spec(None)),
-            {} if self.hard is None else dict.fromkeys(self.hard.pools, _lists_spec(num)),
+            dict.fromkeys(self.never, tf.RaggedTensorSpec([None, None], tf.int32)),
+            dict.fromkeys(pools, tf.RaggedTensorSpec([num, None], tf.int32)),
         )
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:
@@ -247,7 +250,7 @@ class HybridBatches:
         # A positive is one of its user's known ones, so its accidental hits were counted there too.
         masked[KNOWN] -= masked["accidental hits"]
         if samples.is_later is not None:
-            masked["items that came later"] = float(n[samples.is_later].sum())
+            masked[LATER] = float(n[samples.is_later].sum())
         return {reason: num / float(n.sum()) for reason, num in masked.items()}
 
 
@@ -271,26 +274,27 @@ def _blocks(num: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num))
 
 
-def _lists_spec(num_lists: int | None) -> tf.RaggedTensorSpec:
-    return tf.RaggedTensorSpec([num_lists, None], tf.int32, row_splits_dtype=tf.int64)
+def in_graph(read: Callable[[Any], _FromSamples], chosen: Any, types: _FromSamples) -> _FromSamples:
+    """Calls `read`, a function of NumPy, in a graph: takes the chosen tensors and returns tensors.
 
-
-def look_up(read: Callable[[Any], _Parts], chosen: Any, signature: _Parts) -> _Parts:
-    """Reads the chosen contents in NumPy, which does not copy mapped files; returns tensors."""
+    In NumPy, because that does not copy mapped files. `types` are those of the result.
+    """
+    # A graph passes flat lists of arrays alone, so both structures are taken apart and put together
+    # again, each in its own order.
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
         parts = tf.nest.flatten(read(tf.nest.pack_sequence_as(chosen, arrays)))
-        # A ragged tensor travels as its values and its offsets, in the order of the signature.
+        # A ragged tensor travels as its values and its offsets, as in `expand_composites`.
         pairs = (
             [part.values, part.offsets] if isinstance(part, RowLists) else [part] for part in parts
         )
         return [array for pair in pairs for array in pair if array is not None]
 
-    specs = tf.nest.flatten(signature, expand_composites=True)
+    specs = tf.nest.flatten(types, expand_composites=True)
     dtypes = [spec.dtype for spec in specs if spec is not None]
     tensors = iter(tf.numpy_function(call, tf.nest.flatten(chosen), dtypes))
     # `numpy_function` loses the shapes, which the loss checks.
     shaped = [
         None if spec is None else tf.ensure_shape(next(tensors), spec.shape) for spec in specs
     ]
-    return tf.nest.pack_sequence_as(signature, shaped, expand_composites=True)
+    return tf.nest.pack_sequence_as(types, shaped, expand_composites=True)

@@ -1,14 +1,12 @@
-"""Masks: the candidates that are never negatives of a row, known positives and exposed items."""
+"""Whether a candidate is in a row's list, for masks of many rows at once.
+
+`samples/never_negatives.py` decides what the lists hold.
+"""
 
 from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
-
-# A user who skips one of a few shown items says little about retrieval from millions: ranking
-# learns from that. So shown items are never negatives here. Building samples removes them from
-# pools, and a batch masks them.
-KNOWN, EXPOSED = REASONS = "known positives", "exposed items"
 
 Never = Mapping[str, tf.RaggedTensor]
 """Reason -> for each row, the sorted candidates that are never negatives of its query."""
@@ -19,7 +17,8 @@ def never_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
     parts = [part for lists in never.values() for part in (lists.values, lists.row_splits)]
     # In NumPy, because TensorFlow's search and scatter take four times as long.
     is_never = tf.numpy_function(contains, [columns, *parts], tf.bool, stateful=False)
-    return tf.ensure_shape(is_never, [never[KNOWN].shape[0], columns.shape[0]])
+    num_rows = next(iter(never.values())).shape[0]
+    return tf.ensure_shape(is_never, [num_rows, columns.shape[0]])
 
 
 def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:

@@ -1,11 +1,7 @@
-"""Types of events, such as view, click and purchase: usual names, and suggested weights."""
+"""Types of events, such as view, click and purchase: how they look, and suggested weights."""
 
 import re
 from collections.abc import Iterable
-
-_NOUNS = ("event", "action", "behavior", "behaviour", "interaction")
-NAMES = {"event_name", "activity", *_NOUNS} | {f"{noun}_type" for noun in _NOUNS}
-"""Usual names of a column of event types."""
 
 # Parts of usual names, and the suggested weight; the first part that fits counts.
 _USUAL = {

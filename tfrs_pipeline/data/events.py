@@ -2,57 +2,37 @@
 
 import difflib
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import ibis
 import ibis.expr.types as ir
 import numpy as np
 
-from tfrs_pipeline.data import event_types, overlooked, rules, schema, values
+from tfrs_pipeline.data import event_types, rules, schema, values
+from tfrs_pipeline.data.columns import event_columns, stage_column
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.request_features import is_from_timestamp
-from tfrs_pipeline.data.rules import RawTable
-from tfrs_pipeline.data.schema import DataError, Dropped, Source, Stage
+from tfrs_pipeline.data.raw_table import RawTable, store
+from tfrs_pipeline.data.schema import DataError, Dropped, Stage
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.visits import STRENGTH
 from tfrs_pipeline.messages import printable
 
 _MOST_LISTED = 10
-_OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
-
-
-def stage_column(reading: Reading, scanned: Scan) -> str | None:
-    """Returns the column that stages are made from, or None; a `DataError` for ratings alone."""
-    named = {*reading.columns, *scanned.columns}
-    if reading.rating_threshold is not None:
-        return "rating"
-    if reading.event_weights:
-        return "event"
-    if "stage" in named or reading.stage_values:
-        return "stage"
-    if "rating" in named and not reading.label:
-        column = Source(scanned.name).column(reading.columns.get("rating", "rating"))
-        raise DataError(
-            f"{column}: a log of ratings needs rating_threshold, the lowest rating that is a "
-            "positive. Set it; or rename the column, if all rows are clicks.",
-            "rating_threshold",
-        )
-    return None
 
 
 def load_events(
     scanned: Scan,
     reading: Reading,
     request_features: Mapping[str, str],
-    others: Mapping[str, RawTable | None],
+    others: Mapping[str, RawTable],
 ) -> tuple[ibis.Table, RawTable]:
     """Types and stores an event table; its ids get the same type as those of `others`.
 
     Returns the events without bad rows, and the raw table, whose rows are deleted by then.
     """
     stages_in = stage_column(reading, scanned)
-    names, unread = _event_columns(scanned, stages_in, reading, request_features)
+    names, unread = event_columns(scanned, stages_in, reading, request_features)
     raw, dropped_types = scanned.load(names), list[Dropped]()
     if stages_in == "event":
         raw, dropped_types = _keep_weighted(raw, reading.event_weights)
@@ -62,7 +42,7 @@ def load_events(
         raw.notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
     typed: dict[str, ir.Value] = {}
     for name in ("user_id", "item_id"):
-        tables = [table for table in (raw, others[name]) if table is not None]
+        tables = [raw, *([others[name]] if name in others else [])]
         # A list, not a generator, so that a wrong type in either table is refused.
         as_integer = all([values.is_integer(table, name) for table in tables])
         typed[name] = values.to_required_id(raw, name, as_integer=as_integer)
@@ -83,14 +63,14 @@ def load_events(
             typed[name] = _other_column(raw, name)
     if reading.label:
         # After the stages: a label judges what a funnel exposed.
-        typed["stage"], typed["weight"] = _weigh(typed, reading.label)
+        typed["stage"], typed["weight"] = _judged_by_label(typed, reading.label)
     elif reading.event_weights:
         meanings = reading.event_weights.items()
         weights = [(name, _double(1 if isinstance(what, str) else what)) for name, what in meanings]
         # Before amounts multiply it: of the events in a visit, the type decides, then the amount.
         typed["weight"] = typed[STRENGTH] = _event_types(raw).cases(*weights, else_=_double(1))
     if "weight" in names:
-        weight = _weight(raw, typed["stage"], reading.max_weight)
+        weight = _weights(raw, typed["stage"], reading.max_weight)
         typed["weight"] = weight * typed["weight"] if "weight" in typed else weight
     events = raw.store_sound(typed, reading.max_bad_share)
     # Added only now, because types without a weight do not count towards max_bad_share.
@@ -98,56 +78,6 @@ def load_events(
     raw.note_missing(events, requests)
     raw.drop()
     return events, raw
-
-
-def _event_columns(
-    scanned: Scan, stages_in: str | None, reading: Reading, request_features: Collection[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Returns the columns to read, by the log's names, and the unread ones."""
-    required = ["user_id", "item_id", *([stages_in] if stages_in else [])]
-    optional = [name for name in _OPTIONAL if name in scanned.columns]
-    in_events = (*reading.columns, *scanned.columns)
-    requested = [name for name in request_features if not is_from_timestamp(name, in_events)]
-    used = dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested])
-    names = {name: reading.columns.get(name, name) for name in used}
-    unread = [column for column in scanned.columns if column not in names.values()]
-    # The log's columns that this table has nowhere. Only they can be meant by another name.
-    absent = {*schema.LOG_COLUMNS} - {*names} - {*scanned.columns}
-    if stages_in or reading.label:
-        absent -= {"stage", "rating"}
-    source = Source(scanned.name)
-    problems = [
-        f"columns.{name}: {problem}"
-        for name, column in names.items()
-        if (problem := _name_problem(name, column, scanned, reading, absent))
-    ]
-    problems += [
-        f"{source.column(column)} is not read; did you mean {near!r}? Set columns to say which "
-        f"column is {near}, or rename it."
-        for column in unread
-        if (near := overlooked.log_name(column, absent))
-    ]
-    remedies = {file: f"Set columns to say which column is {name}." for name, file in names.items()}
-    schema.require_all(scanned.columns, remedies, source, "columns", problems)
-    if unread:
-        overlooked.refuse(scanned, unread, absent)
-    return names, unread
-
-
-def _name_problem(
-    name: str, column: str, scanned: Scan, reading: Reading, absent: Collection[str]
-) -> str:
-    """Returns why the entry `name`=`column` of `reading.columns` is a slip, or ""."""
-    is_entry = name in reading.columns
-    is_swapped = name in scanned.columns and column not in scanned.columns
-    if is_entry and is_swapped and column in schema.LOG_COLUMNS:
-        return f"a name of the log comes first. Did you mean {column}={name}?"
-    if is_entry and overlooked.is_time(name) and "timestamp" in absent:
-        return (
-            "did you mean 'timestamp'? The log has none. To keep it as a column that is not a "
-            "time, give it another name."
-        )
-    return ""
 
 
 def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTable, list[Dropped]]:
@@ -194,7 +124,7 @@ def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTab
     if num_rest := sum(itertools.islice(others.values(), _MOST_LISTED, None)):
         dropped.append(Dropped(f"column {column} is of another type without a weight", num_rest))
     # A row without a type is a fault of the table, which is counted later.
-    kept = rules.store(raw.table.filter(types.isin([*weights]) | types.isnull()), raw.source)
+    kept = store(raw.table.filter(types.isin([*weights]) | types.isnull()), raw.source)
     raw.drop()
     return replace(raw, table=kept, num_rows=raw.num_rows - sum(others.values())), dropped
 
@@ -235,7 +165,7 @@ def _double(number: float | np.floating) -> ir.FloatingValue:
     return ibis.literal(str(float(number))).cast("float64")
 
 
-def _weigh(
+def _judged_by_label(
     typed: Mapping[str, ir.Value], label: Mapping[str, float]
 ) -> tuple[ir.StringValue, ir.FloatingValue]:
     """Returns stages and weights: exposed events become positives if an outcome of the label holds.
@@ -269,7 +199,7 @@ def _note_amounts(raw: RawTable, name: str, outcome: ir.Value) -> None:
         )
 
 
-def _weight(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> ir.FloatingValue:
+def _weights(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> ir.FloatingValue:
     """Makes weights. Only those of positives are used; an unusable weight elsewhere becomes 1."""
     value = raw.table["weight"]
     if not (value.type().is_numeric() or value.type().is_string()):

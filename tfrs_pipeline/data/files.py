@@ -21,7 +21,8 @@ from ibis.backends.duckdb import Backend as DuckDB
 from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.engines import check_stored
-from tfrs_pipeline.data.rules import LINES_REMEDY, RawTable
+from tfrs_pipeline.data.raw_table import RawTable
+from tfrs_pipeline.data.rules import LINES_REMEDY
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, check_exists, count_rows, denied
 from tfrs_pipeline.messages import printable, sentence
 

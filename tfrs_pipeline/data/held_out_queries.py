@@ -17,7 +17,7 @@ from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.histories import query_start, whole_seconds, with_num_before
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.request_features import at_request
-from tfrs_pipeline.data.schema import DataError, Stage, is_dislike, is_positive, order_keys
+from tfrs_pipeline.data.schema import DataError, is_dislike, is_positive, order_keys, was_shown
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
@@ -185,8 +185,9 @@ def make_holdout(
     """
     is_target = (split["part"] == part) & is_positive(split)
     if log.disliked is not None:
-        by_then = is_dislike(split) & split["part"].isin([*_PARTS_BEFORE[part], part])
-        is_target &= ~by_then.any().over(ibis.window(group_by=schema.PAIR))
+        by_then = split.filter(split["part"].isin([*_PARTS_BEFORE[part], part]))
+        targets = schema.without_disliked(split.filter(is_target), schema.disliked_pairs(by_then))
+        is_target = split["event_number"].isin(targets["event_number"])
     split = split.mutate(_is_target=is_target)
     users, num_queries = _draw_users(split.filter("_is_target"), by, max_queries, seed)
     rows = _read_events(split.semi_join(users, "user_id"), part, by, log)
@@ -200,7 +201,7 @@ def make_holdout(
     names = ("item_id", "_is_positive", "_is_dislike", "_is_tied")
     ids, was_clicked, was_disliked, is_tied = (rows[name].to_numpy() for name in names)
     seconds = rows["_seconds"].to_numpy() if "timestamp" in split.columns else None
-    request_numbers = _numbered(rows["_request"])
+    request_numbers = numbered(rows["_request"])
     first = []
     lists = collections.defaultdict[str, Any](list)  # By the fields of `Holdout`.
     for targets, before in _by_user(rows) if by == "users" else _by_request(rows):
@@ -266,8 +267,6 @@ def _draw_users(
 
 def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, log: Any) -> pa.Table:
     """Reads the targets, and the events that a query may know, by user and in order."""
-    shown = Stage.CLICKED, Stage.EXPOSED, Stage.DISLIKED
-    was_shown = split["stage"].isin([stage.value for stage in shown])
     before = (*_PARTS_BEFORE[part], *([] if by == "users" else [part]))
     has_requests = "request_id" in split.columns
     known = {
@@ -282,7 +281,7 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
     time = split[order_keys(split)[0]]
     start, first = query_start(split, time)
     rows = split.mutate(**known, _time=time, _start=start, _first=first)
-    rows = rows.filter(rows["_is_target"] | (split["part"].isin(before) & was_shown))
+    rows = rows.filter(rows["_is_target"] | (rows["part"].isin(before) & was_shown(rows)))
     rows = rows.select("user_id", "item_id", "event_number", "_time", "_start", "_first", *known)
     if by != "users":
         names = {"query_time": "_start", "query_number": "_first"}
@@ -296,7 +295,7 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
     return rows.order_by(["user_id", "_time", "event_number"]).to_pyarrow()
 
 
-def _numbered(values: pa.ChunkedArray) -> np.ndarray:
+def numbered(values: pa.ChunkedArray) -> np.ndarray:
     """Numbers the distinct values in the order in which they come; -1 for null."""
     # Encoded before the chunks are combined: a chunk of text holds 2 GB at most.
     return values.dictionary_encode().combine_chunks().indices.fill_null(-1).to_numpy()
@@ -304,7 +303,7 @@ def _numbered(values: pa.ChunkedArray) -> np.ndarray:
 
 def _by_user(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the rows of each user's query: all targets, and what was shown before the cut."""
-    users, is_target = _numbered(rows["user_id"]), rows["_is_target"].to_numpy()
+    users, is_target = numbered(rows["user_id"]), rows["_is_target"].to_numpy()
     ends = np.flatnonzero(np.diff(users, append=-1)) + 1
     for positions in np.split(np.arange(ends[-1]), ends[:-1]):
         yield positions[is_target[positions]], positions[~is_target[positions]]
@@ -312,7 +311,7 @@ def _by_user(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _by_request(rows: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the rows of each request's query: its targets, and what was shown before it."""
-    all_users, all_requests = _numbered(rows["user_id"]), _numbered(rows["_request"])
+    all_users, all_requests = numbered(rows["user_id"]), numbered(rows["_request"])
     targets = np.flatnonzero(rows["_is_target"].to_numpy())
     users, num_before = all_users[targets], rows["_num_before"].take(targets).to_numpy()
     # A target without a request is a separate query.

@@ -300,7 +300,7 @@ class Log:
         """`user_id` and `item_id` of what users disliked, each pair once; None if there is none."""
         if self.part_of is not None and self.part_of.disliked is None:
             return None
-        pairs = self.events.filter(schema.is_dislike).select(*schema.PAIR).distinct()
+        pairs = schema.disliked_pairs(self.events)
         return pairs if schema.count_rows(pairs.limit(1)) else None
 
     def positives(self, events: ibis.Table | None = None) -> ibis.Table:
@@ -310,7 +310,7 @@ class Log:
         A part of a split knows the dislikes of that part alone, never a later one.
         """
         clicks = (self.events if events is None else events).filter(is_positive)
-        return clicks if self.disliked is None else clicks.anti_join(self.disliked, schema.PAIR)
+        return schema.without_disliked(clicks, self.disliked)
 
     @property
     def order(self) -> Literal["timestamp", "event_number", "none"]:

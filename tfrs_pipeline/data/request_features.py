@@ -29,7 +29,7 @@ def check_names(
     """Refuses (`ValueError`) request features that no request can bring, or whose name is taken.
 
     `others` are outcomes, or user features, which the query tower reads too. `columns` is
-    `Reading.columns`: both names of a renamed column are refused.
+    `Reading.columns`: a renamed column is refused under its old and its new name.
     """
     columns = columns or {}
     meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}

@@ -2,7 +2,7 @@
 
 import difflib
 import enum
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -190,6 +190,27 @@ def is_positive(events: "ibis.Table") -> "ir.BooleanValue":
 def is_dislike(events: "ibis.Table") -> "ir.BooleanValue":
     """Marks the events that say "not this"."""
     return events["stage"] == Stage.DISLIKED.value
+
+
+def was_shown(events: "ibis.Table") -> "ir.BooleanValue":
+    """Marks the events whose item the user saw: clicked, passed over or disliked."""
+    return events["stage"].isin([Stage.EXPOSED.value, Stage.CLICKED.value, Stage.DISLIKED.value])
+
+
+def disliked_pairs(events: "ibis.Table", pair: Sequence[str] = PAIR) -> "ibis.Table":
+    """Returns the users and items of the dislikes among the events, each pair once."""
+    return events.filter(is_dislike).select(*pair).distinct()
+
+
+def without_disliked(clicks: "ibis.Table", disliked: "ibis.Table | None") -> "ibis.Table":
+    """Leaves out clicks on disliked pairs: a dislike beats a click, before or after it.
+
+    Which dislikes count depends on what may be known, so the caller gives their pairs: for the
+    positives of a log, or of a part that trains, those among the same events; for the targets of an
+    evaluation, those in their part and earlier ones. A history lacks what was disliked before its
+    query (`make_holdout`).
+    """
+    return clicks if disliked is None else clicks.anti_join(disliked, disliked.columns)
 
 
 def order_keys(events: "ibis.Table") -> list[str]:

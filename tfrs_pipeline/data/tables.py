@@ -8,17 +8,17 @@ import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data import schema, visits
+from tfrs_pipeline.data.columns import entity_columns, with_type_columns
 from tfrs_pipeline.data.engines import connect, random_key
-from tfrs_pipeline.data.event_types import NAMES
 from tfrs_pipeline.data.events import load_events
-from tfrs_pipeline.data.files import Scan, scan
+from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.histories import whole_seconds
+from tfrs_pipeline.data.raw_table import RawTable, store
 from tfrs_pipeline.data.request_features import check_names
-from tfrs_pipeline.data.rules import RawTable, store
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows, is_positive, totals
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.values import is_integer, to_required_id, type_features
-from tfrs_pipeline.messages import counted, in_percent, printable, suggest
+from tfrs_pipeline.messages import counted, in_percent, printable
 from tfrs_pipeline.settings import refuse
 
 # If more than this share of the events is of unknown items, something is wrong with the ids.
@@ -42,30 +42,28 @@ def make_tables(
     item_features, user_features, request_features = features
     refuse(reading.name_problems(request_features))
     scanned = scan(connection, source, "event table")
-    reading = _with_type_columns(reading, scanned)
+    reading = with_type_columns(reading, scanned)
     outcomes = (*reading.label, *(["event"] if reading.event_weights else []))
     check_names(request_features, outcomes, reading.columns)
     sources = {"item_id": (items, item_features), "user_id": (users, user_features)}
     raws = {
         name: _load_raw(connection, table, table_features, name, reading)
         for name, (table, table_features) in sources.items()
+        if table is not None or table_features
     }
     events, raw = load_events(scanned, reading, request_features, raws)
-    tables = {}
+    tables = {name: events.select(name).distinct() for name in sources}
     for name, entity in raws.items():
-        tables[name] = events.select(name).distinct()
-        if entity is not None:
-            as_integer = events.schema()[name].is_int64()
-            tables[name] = _type_entities(entity, name, as_integer, sources[name][1], reading)
-            raw.notes.extend(_describe(entity))
-            entity.drop()
+        as_integer = events.schema()[name].is_int64()
+        tables[name] = _type_entities(entity, name, as_integer, sources[name][1], reading)
+        raw.notes.extend(_describe(entity))
+        entity.drop()
     num_reasons = len(raw.dropped)
     # Merged before the other steps, so that these count the events that stay.
     if reading.event_weights:
         events = _merge_repeats(events, raw)
     for name, entity in raws.items():
-        if entity is not None:
-            events = _resolve_unknown(events, raw, name, tables[name], entity.source.name, reading)
+        events = _resolve_unknown(events, raw, name, tables[name], entity.source.name, reading)
     events = _resolve_duplicates(events, raw, reading.duplicates)
     if len(raw.dropped) > num_reasons:
         # Once for all steps above; the ones below read it several times.
@@ -104,29 +102,6 @@ def _resolve_duplicates(
     raw.dropped.append(Dropped("repeats an earlier event", num_copies))
     same = ibis.window(group_by=keys, order_by="event_number")
     return events.filter(ibis.row_number().over(same) == 0)
-
-
-def _with_type_columns(reading: Reading, scanned: Scan) -> Reading:
-    """Adds the columns of the event's type and session to `columns`, if there are `event_weights`.
-
-    Both are found by usual names. A column to which `columns` gives a meaning is no session.
-    """
-    if not reading.event_weights:
-        return reading
-    columns = dict(reading.columns)
-    usual = [name for name in scanned.columns if name.lower() in NAMES]
-    if "event" not in columns and len(usual) != 1:
-        what = f"{' and '.join(usual)} may be it" if usual else "none has a usual name"
-        raise DataError(
-            f"{scanned.name}: event_weights needs the column of event types: {what}. It has: "
-            f"{printable(', '.join(scanned.columns), 300)}. Add event=COLUMN to columns.",
-            "columns",
-        )
-    columns.setdefault("event", "".join(usual[:1]))
-    unnamed = {name.lower(): name for name in scanned.columns if name not in columns.values()}
-    for name in filter(unnamed.__contains__, visits.SESSIONS):
-        columns.setdefault("session_id", unnamed[name])
-    return reading.model_copy(update={"columns": columns})
 
 
 def _merge_repeats(events: ibis.Table, raw: RawTable) -> ibis.Table:
@@ -249,43 +224,20 @@ def _load_raw(
     id_name: str,
     reading: Reading,
     remedy: str = "",
-) -> RawTable | None:
-    """Opens an item or user table; without one, returns None and refuses features.
+) -> RawTable:
+    """Opens an item or user table; a `ValueError` if there is none for its features.
 
     `remedy` replaces the advice to name a missing column in `reading`.
     """
     kind = id_name.removesuffix("_id")
     if source is None:
-        if features:
-            raise ValueError(
-                f"{kind}_features needs {kind}s: the table that holds the features. Received: "
-                f"{', '.join(features)}."
-            )
-        return None
-    scanned = scan(connection, source, f"{kind} table")
-    setting = f"{kind}_columns"
-    columns: Mapping[str, str] = getattr(reading, setting)
-    shown = ["title"] if id_name == "item_id" else []
-    used = dict.fromkeys([id_name, *features, *shown])
-    if unused := sorted(set(columns) - set(used)):
-        raise DataError(
-            f"{setting}.{printable(unused[0])}: nothing reads a column of that name, "
-            f"{suggest(unused[0], used)}",
-            setting,
+        raise ValueError(
+            f"{kind}_features needs {kind}s: the table that holds the features. Received: "
+            f"{', '.join(features)}."
         )
-    # A title is read if there is one; all else is required.
-    there = {*scanned.columns, *columns, *features}
-    names = {name: columns.get(name, name) for name in used if name in there or name not in shown}
-    remedies = {
-        column: remedy or f"Set {setting} to say which column is {name}."
-        for name, column in names.items()
-    }
-    events_column = reading.columns.get(id_name, "")
-    if events_column in scanned.columns and not remedy:
-        mend = f"Add {id_name}={printable(events_column)} to {setting}, as in columns."
-        remedies[names[id_name]] = mend
-    schema.require_all(scanned.columns, remedies, Source(scanned.name), setting)
-    return scanned.load(names, setting)
+    scanned = scan(connection, source, f"{kind} table")
+    names = entity_columns(scanned, id_name, features, reading, remedy)
+    return scanned.load(names, f"{kind}_columns")
 
 
 def _type_entities(
@@ -329,7 +281,6 @@ def load_items(
     """
     remedy = "Name the columns as the item table of the training did."
     raw = _load_raw(connect(), source, item_features, "item_id", reading, remedy)
-    assert raw is not None
     if is_integer_id and not is_integer(raw, "item_id"):
         raise DataError(
             f"{raw.source.column('item_id')} holds text, and the model's item ids are integers. "

@@ -17,7 +17,8 @@ import numpy as np
 
 from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.ids import NO_ID
-from tfrs_pipeline.data.rules import RawTable, Rule
+from tfrs_pipeline.data.raw_table import RawTable
+from tfrs_pipeline.data.rules import Rule
 from tfrs_pipeline.data.schema import DataError, TimestampUnit
 from tfrs_pipeline.data.settings import Period, Reading
 from tfrs_pipeline.features.feature import TableColumn

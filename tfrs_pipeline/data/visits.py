@@ -13,8 +13,6 @@ import ibis.expr.types as ir
 from tfrs_pipeline.data.histories import whole_seconds
 from tfrs_pipeline.data.schema import is_dislike, is_positive, order_keys
 
-SESSIONS = ("session_id", "session", "visit_id", "visit")
-"""Usual names of a column that numbers visits, the likeliest first."""
 STRENGTH = "_strength"
 """Column of a log of types: the weight of an event's type, before its amount multiplies it."""
 VISIT = "_visit"
@@ -55,7 +53,8 @@ def merge_requests(events: ibis.Table) -> ibis.Table:
 def merge_visits(events: ibis.Table) -> ibis.Table:
     """Merges the events of a user on an item in a visit into the first positive, or the first.
 
-    An event whose request has other events is not merged: the first event of a request dates it.
+    An event that shares its request with other events stays. A request begins with its first event:
+    without it, the request would begin later, and its histories would hold more.
     """
     is_mergeable: ir.BooleanValue = ibis.literal(True)
     if "request_id" in events.columns:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
+from tfrs_pipeline.data.held_out_queries import numbered
 from tfrs_pipeline.data.histories import query_start
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
@@ -44,8 +45,8 @@ class Interactions:
         items = items_of(train)
         pairs = train.positives().select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
-        users = pairs["user_id"].combine_chunks().dictionary_encode().indices
-        return cls.from_rows(items, users.to_numpy(), clicked_rows(pairs, items))
+        users = numbered(pairs["user_id"])
+        return cls.from_rows(items, users, clicked_rows(pairs, items))
 
     @property
     def counts(self) -> np.ndarray:
@@ -84,7 +85,7 @@ class Sequences:
         positives = positives.order_by(["user_id", *keys]).select("user_id", "item_id", "moment")
         table = positives.to_pyarrow()
         # The table is sorted by user, so that numbers in order of appearance ascend.
-        users = table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+        users = numbered(table["user_id"])
         moments = table["moment"].cast(pa.int64()).to_numpy()
         is_new = (users[1:] != users[:-1]) | (moments[1:] != moments[:-1])
         return cls(items, users, clicked_rows(table, items), np.append(True, is_new)[: len(users)])
@@ -115,7 +116,7 @@ def count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
 def clicked_rows(clicked: pa.Table, items: Ids) -> np.ndarray:
     """Looks up the rows of clicked items; raises a `ValueError` if the log's items lack one."""
     # Each distinct id is looked up once, since a log repeats its items.
-    ids = clicked["item_id"].combine_chunks().dictionary_encode()
+    ids = clicked["item_id"].dictionary_encode().combine_chunks()
     rows = items.rows(ids.dictionary.to_numpy(zero_copy_only=False))[ids.indices.to_numpy()]
     if num_unknown := np.count_nonzero(rows < 1):
         raise ValueError(

@@ -18,6 +18,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.negatives.samplers import FunnelLosers, HardNegatives
 from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.never_negatives import are_all_never
 from tfrs_pipeline.samples.store import Samples, read_ids, read_raw, read_samples
 
 # A file beside samples and checkpoints that says what they were made of.
@@ -44,7 +45,7 @@ class Corpus:
     is_later: np.ndarray | None = None
 
     @classmethod
-    def read(cls, log: Log, folder: Path, samples: Samples) -> Self:
+    def read(cls, log: Log, folder: Path) -> Self:
         """Reads the ids behind a folder's samples, and encodes their features in the log."""
         candidate_ids, query_ids = read_ids(folder)
         has_times = "timestamp" in log.events.columns
@@ -74,7 +75,7 @@ class Corpus:
                 for name, kind in log.request_features.items()
             ),
             has_times,
-            np.isin(np.arange(len(query_ids) + 1), samples.query_rows),
+            np.isin(np.arange(len(query_ids) + 1), read_samples(folder).query_rows),
             is_later,
         )
 
@@ -131,15 +132,10 @@ class TrainingSet:
             build_samples(log, folder, seed=seed, hard=hard)
         # The files were hashed when the samples were built or held to their record.
         report = read_record(folder / "report.json", check_files=False)
-        samples = read_samples(folder)
-        corpus = Corpus.read(log, folder, samples)
-        columns = {
-            feature.name: feature.encode_column(read_raw(folder, feature.name))
-            for feature in corpus.request_features
-        }
-        samples = replace(
-            samples,
-            request_columns=columns,
+        corpus = Corpus.read(log, folder)
+        samples = read_samples(
+            folder,
+            request_features=corpus.request_features,
             is_later=corpus.is_later,
             query_ids=corpus.query_ids,
             candidate_ids=corpus.candidate_ids,
@@ -151,12 +147,7 @@ class TrainingSet:
 
         The masks leave no negatives there, unless exposed items are hard negatives (`hard`).
         """
-        samples = self.samples
-        users = np.unique(samples.query_rows)
-        never = np.diff(samples.known_positives.offsets)[users]
-        if not getattr(hard, "allow_exposed", False):
-            never = never + np.diff(samples.exposed.offsets)[users]
-        if (never >= samples.num_possible_negatives).all():
+        if are_all_never(self.samples, hard):
             raise DataError(
                 "No item is anyone's negative, so there is nothing to train on: every user with a "
                 "click in the training part clicked or saw every item. Give the log items that "

@@ -7,9 +7,7 @@ import numpy as np
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.evaluation.bootstrap import Interval, ratio_interval
-from tfrs_pipeline.samples.store import RowLists
-
-_ROW = (1 << 32) - 1  # The half of a pair's key that holds the candidate row.
+from tfrs_pipeline.samples.store import PAIR_VALUE, RowLists
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,8 @@ def false_negatives(batches: HybridBatches, later: Holdout) -> dict[str, FalseNe
     # A pair's key holds the number of its user among `users`, and the candidate row.
     users, number = np.unique(samples.query_ids.rows(later.user_ids), return_inverse=True)
     rows = RowLists.from_lists(samples.candidate_ids.rows_by_list(later.relevant))
-    clicked = np.unique(_keys(number, rows))
-    numbers = np.arange(len(users))
-    masked = [_keys(numbers, kind.take(users)) for kind in batches.never.values()]
+    clicked = np.unique(rows.pairs(number))
+    masked = [lists.take(users).pairs() for lists in batches.never.values()]
     never = np.unique(np.concatenate(masked))
     weights = batches.expected_count.copy()
     if samples.is_later is not None:
@@ -78,7 +75,7 @@ def false_negatives(batches: HybridBatches, later: Holdout) -> dict[str, FalseNe
 
     def sums(keys: np.ndarray, by_row: np.ndarray | float = 1.0) -> np.ndarray:
         values = np.broadcast_to(by_row, weights.shape)
-        return np.bincount(keys >> 32, values[keys & _ROW], len(users))
+        return np.bincount(keys >> 32, values[keys & PAIR_VALUE], len(users))
 
     # A user who had every item in training has no easy negative: 0 / 0.
     easy = sums(np.setdiff1d(clicked, never), weights)
@@ -86,7 +83,7 @@ def false_negatives(batches: HybridBatches, later: Holdout) -> dict[str, FalseNe
     index = np.flatnonzero(np.isin(samples.query_rows, users))
     owners, counts = np.searchsorted(users, samples.query_rows[index]), {}
     for name, lists in hard.read(index).items():
-        pairs = np.unique(_keys(owners, lists))
+        pairs = np.unique(lists.pairs(owners))
         num, hits = sums(pairs), sums(np.intersect1d(pairs, clicked))
         expected = num * easy_rate
         if num.any():
@@ -96,8 +93,3 @@ def false_negatives(batches: HybridBatches, later: Holdout) -> dict[str, FalseNe
             sizes = int(num.sum()), int(hits.sum()), float(expected.sum())
             counts[name] = FalseNegatives(*sizes, ratio_interval(hits, num), times)
     return counts
-
-
-def _keys(numbers: np.ndarray, lists: RowLists) -> np.ndarray:
-    """Returns the key of each value with the number of its list: [total] int64."""
-    return np.repeat(numbers, np.diff(lists.offsets)).astype(np.int64) << 32 | lists.values

@@ -25,7 +25,7 @@ from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
-from tfrs_pipeline.samples.build import disliked_rows, latest_histories
+from tfrs_pipeline.samples.latest_histories import disliked_rows, latest_histories
 
 QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
 """Embeds queries that `check_queries` has passed: [n, D] float32."""

@@ -18,8 +18,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
 
     With `negative_embeddings`, the loss of a positive is logsumexp(logits) - its logit, over its
     own logit, those of the shared columns and those of its query's hard negatives. A logit is
-    score / temperature - log_q; the positive's own stays uncorrected (see `mixture`). Without
-    them, a call is one of the parent, so that this task can take its place in any model.
+    score / temperature - log_q; the positive's own stays uncorrected (see `negatives/log_q.py`).
+    Without them, a call is one of the parent, so that this task can take its place in any model.
 
     The parent's `candidate_sampling_probability` is one number for each column, clipped to
     [1e-6, 1], and corrects the positive as well. Here `log_q` may differ by row and is never
@@ -217,11 +217,12 @@ _SLICES = np.linspace(0.9, 1.0, 6)
 def popularity_shift(samples: Samples) -> np.ndarray:
     """Computes log(share of the clicks now / share of all clicks): [num_candidates + 1] float32.
 
-    An item's share now is a mixture of its shares with several half-lives, counted in clicks, and
-    a uniform share; the share of all clicks is mixed with the same uniform share. Expectation
-    maximisation finds the weights with the highest likelihood of the latest tenth of the clicks,
-    each slice given the clicks before it. The shift is 0 in row 0, and everywhere if the log has no
-    timestamps or fewer than 100 clicks.
+    A click loses weight with its age, counted in later clicks, and each of several half-lives
+    gives an item another share. Its share now is a weighted mean of these and of a uniform share.
+    The weights are those that predict the latest tenth of the clicks best: each fifth of it is
+    predicted from the clicks before it, and expectation maximisation finds the weights of highest
+    likelihood. The share of all clicks is mixed with the same uniform share. The shift is 0 in row
+    0, and everywhere if the log has no timestamps or fewer than 100 clicks.
     """
     num_clicks, num_rows = len(samples), len(samples.counts)
     if samples.sequence_times is None or num_clicks < 100:

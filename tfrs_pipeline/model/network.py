@@ -179,7 +179,7 @@ class TwoTowerNetwork(tfrs.Model):
             sample_weight=inputs.weight,
             negative_embeddings=shared,
             score_mask=inputs.is_counted,
-            log_q=self.log_q(inputs),
+            log_q=inputs.log_q if self._is_corrected else None,
             positive_query=inputs.positive_query,
             hard_embeddings=hard,
             hard_log_q=hard_log_q,
@@ -190,10 +190,6 @@ class TwoTowerNetwork(tfrs.Model):
         self._loss_metric.update_state(tf.math.divide_no_nan(loss, weight), sample_weight=weight)
         total_weight = weight if inputs.total_weight is None else inputs.total_weight
         return tf.math.divide_no_nan(loss, total_weight)
-
-    def log_q(self, inputs: Batch) -> tf.Tensor | None:
-        """Returns the correction of the logits of a batch's shared columns; None without one."""
-        return inputs.log_q if self._is_corrected else None
 
     def _embed_columns(
         self, inputs: Batch, training: bool

@@ -83,7 +83,7 @@ class Negatives(Protocol):
     """A kind of negative that the rows of a batch share.
 
     Your own kind needs only these two methods: log_q of every column is then right, whatever other
-    kinds are in the mixture (see `mixture`).
+    kinds are in the mixture (see `negatives/log_q.py`).
 
     Example:
         The newest items, each with the same chance. Rows follow the ids, and ids the time here:
@@ -300,11 +300,11 @@ class HardNegatives(Protocol):
     Your own kind says which candidates a positive's hard negatives come from (`pools`) and how many
     columns of a row are drawn from each pool (`num`). Batches draw them, each candidate of a list
     with the same chance, mask what is never a negative of the row, and correct them (see
-    `mixture`): log_q is right without any arithmetic of yours.
+    `negatives/log_q.py`): log_q is right without any arithmetic of yours.
 
     What is never a negative: known positives, items that came after the training, and items that
     the user was shown and did not click. Only a kind with the attribute `allow_exposed`, True, may
-    have the last ones, in a pool of the name "exposed".
+    have the last ones, in a pool of the name "exposed" (see `samples/never_negatives.py`).
 
     Attributes:
         share: f in (0, 1), the share of the negatives' weight that hard negatives hold, in rows

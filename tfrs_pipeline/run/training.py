@@ -25,7 +25,6 @@ from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.samples.store import read_samples
 
 Training: TypeAlias = Literal["selection", "refit"]
 
@@ -258,7 +257,7 @@ def trained_in(
     log, part = (split.train, "selection") if step == "selection" else (split.before_test, "final")
     samples = run.samples / part
     read_record(samples / "report.json")  # Checks the files that ids are read from.
-    corpus = Corpus.read(log, samples, read_samples(samples))
+    corpus = Corpus.read(log, samples)
     if config.warm_start is not None:  # As in its training.
         corpus = dataclasses.replace(corpus, is_later=None)
     with training_strategy().scope():

@@ -1,4 +1,4 @@
-"""Turns event tables into samples, Parquet files; and the latest histories, for service.
+"""Turns event tables into samples, Parquet files.
 
 All tables have flat, ordered rows, since DuckDB would hold lists in memory.
 """
@@ -9,24 +9,22 @@ from typing import Any
 
 import ibis
 import ibis.expr.types as ir
-import numpy as np
-import pyarrow as pa
 
-from tfrs_pipeline.data import rules, schema
+from tfrs_pipeline.data import schema
 from tfrs_pipeline.data.engines import random_key, write_parquet
 from tfrs_pipeline.data.histories import query_start, whole_seconds, with_num_before
-from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.raw_table import store as store_table
 from tfrs_pipeline.data.request_features import at_request
-from tfrs_pipeline.data.schema import PAIR, DataError, Stage, count_rows, is_positive
+from tfrs_pipeline.data.schema import DataError, Stage, count_rows, is_positive, was_shown
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.samples import store
-from tfrs_pipeline.samples.store import NO_POSITIVE, RowLists, offsets_of, write_columns
+from tfrs_pipeline.samples.never_negatives import ROW_PAIR, exposed_pairs, possible_losers
+from tfrs_pipeline.samples.store import NO_POSITIVE, write_columns
 
 _REQUESTED = "_requested_"
-_PAIR = ["query_row", "candidate_row"]
 # Columns that identify a positive, in the order of the samples, and those that identify a request.
 _POSITIVE = ["query_row", "time", "event_number"]
 _REQUEST = ["query_row", "query_time", "request"]
@@ -72,18 +70,16 @@ def build_samples(
     work = _Work(folder)
     try:
         events = _write_rows(log, work)
-        positives = events.filter(is_positive)
+        disliked = None
         if log.disliked is not None:
-            disliked = events.filter(schema.is_dislike).select(*_PAIR).distinct()
-            disliked = work.write("disliked", disliked.order_by(_PAIR))
-            positives = positives.anti_join(disliked, _PAIR)
-        # A disliked item had been shown, so it is masked like an exposed one.
-        was_shown = events["stage"].isin([Stage.EXPOSED.value, Stage.DISLIKED.value])
-        exposed = events.filter(was_shown).select(*_PAIR).distinct()
+            pairs = schema.disliked_pairs(events, ROW_PAIR)
+            disliked = work.write("disliked", pairs.order_by(ROW_PAIR))
+        positives = schema.without_disliked(events.filter(is_positive), disliked)
         _write_counts(positives, work)
-        # The items that are never a user's negatives.
-        known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
-        work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
+        known = work.write(
+            "known_positives", positives.select(*ROW_PAIR).distinct().order_by(ROW_PAIR)
+        )
+        work.write("exposed", exposed_pairs(events, known).order_by(ROW_PAIR))
         samples = positives
         if log.order != "none":
             samples = with_num_before(positives, positives, "query_row", log.ties, "num_earlier")
@@ -107,7 +103,7 @@ class _Work:
     written: list[str] = field(default_factory=list)
 
     def keep(self, name: str, table: ibis.Table) -> ibis.Table:
-        self.kept[name] = rules.store(table, schema.Source("samples"))
+        self.kept[name] = store_table(table, schema.Source("samples"))
         return self.kept[name]
 
     def write(self, name: str, table: ibis.Table) -> ibis.Table:
@@ -174,7 +170,7 @@ def _write_pools(
 def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
     # Ordered by the time itself, which may be finer than seconds.
     samples = samples.order_by(_POSITIVE)
-    columns: dict[str, ir.Value] = {name: samples[name] for name in _PAIR}
+    columns: dict[str, ir.Value] = {name: samples[name] for name in ROW_PAIR}
     # DuckDB reads the literal 1.0 as a decimal.
     columns["weight"] = ibis.literal(1).cast("float64")
     columns |= {name: samples[name] for name in ("weight", "num_earlier") if name in samples}
@@ -223,8 +219,7 @@ def find_losers(
 ) -> ibis.Table:
     """Finds the losers of each request that may be hard negatives.
 
-    Left out are items that the user clicked anywhere in training, disliked, or was shown and never
-    clicked, unless `hard` allows exposed ones.
+    Left out is what is never a negative of its user (`never_negatives.py`).
 
     `known` and `exposed` are the pairs of query_row and candidate_row of `known_positives.parquet`
     and `exposed.parquet`. Returns candidate_row, stage, and the request in three columns.
@@ -234,13 +229,8 @@ def find_losers(
         # Items just below the screen are nearly as good as those on it: only the low end has lost.
         events = _without_high(events, hard)
     taken = events.filter(events["stage"].isin(list(hard.stages)))
-    # What the user clicked at any time is liked, even if this request lost it.
-    losers = taken.select("candidate_row", "stage", *_REQUEST).anti_join(known, _PAIR)
-    # The stage "exposed" is present only if `allow_exposed` is set.
-    was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
-    # One join with both conditions would compare all pairs of rows.
-    others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
-    return others.anti_join(exposed, _PAIR).union(was_exposed)
+    losers = taken.select("candidate_row", "stage", *_REQUEST)
+    return possible_losers(losers, known, exposed, hard)
 
 
 def draw_pools(
@@ -278,62 +268,13 @@ def _without_high(events: ibis.Table, hard: FunnelLosers) -> ibis.Table:
     others = events.filter(~is_ranked)
     if "rank" not in events.columns:
         return others
-    # Only ranks of the last ranked list, because other losers' ranks have another scale.
-    last_stages = Stage.RANKED, Stage.EXPOSED, Stage.CLICKED, Stage.DISLIKED
-    is_last = events["stage"].isin([stage.value for stage in last_stages])
+    # Only ranks of the last ranked list, because other losers' ranks have another scale. What was
+    # shown was on that list.
     # These alone, since a window over all events would sort what was only retrieved too.
-    logged = events.filter(events["rank"].notnull() & is_last)
+    logged = events.filter(events["rank"].notnull() & (is_ranked | was_shown(events)))
     num = logged.count().over(ibis.window(group_by=_REQUEST))
     in_order = ibis.window(group_by=_REQUEST, order_by=["rank", "event_number"])
     # Place among the logged ranks, from 1: share s keeps the last ceil(s * n).
     place = ibis.row_number().over(in_order) + 1
     low = logged.filter(place > num - round_up(num * hard.bottom_share))
     return others.union(events.filter(is_ranked).semi_join(low, "event_number"))
-
-
-def latest_histories(
-    log: Log, query_ids: Ids, candidate_ids: Ids
-) -> tuple[RowLists, RowLists, np.ndarray | None]:
-    """Collects the positives of each user of a log, in its engine.
-
-    Returns, per query row from 0, the candidate rows of the user's positives, most recent first,
-    with 0 for unknown items; the known ones, distinct and ascending; and the seconds since 1970 of
-    each value in the histories, or None in a log without timestamps.
-    """
-    keys = schema.order_keys(log.events)
-    rows = _with_rows(log.positives().select(*PAIR, *keys), query_ids, candidate_ids)
-    known = rows.filter(rows["candidate_row"] > 0).select(*_PAIR).distinct()
-    latest_first = [ibis.desc(key) for key in keys]
-    histories, times = _by_query(rows.order_by(["query_row", *latest_first]), len(query_ids))
-    known_positives, _ = _by_query(known.order_by(_PAIR), len(query_ids))
-    return histories, known_positives, times
-
-
-def disliked_rows(log: Log, query_ids: Ids, candidate_ids: Ids) -> RowLists:
-    """Collects the candidate rows that each user disliked, ascending, per query row from 0."""
-    if log.disliked is None:
-        return RowLists.empty(len(query_ids) + 1)
-    rows = _with_rows(log.disliked, query_ids, candidate_ids)
-    rows = rows.filter(rows["candidate_row"] > 0)
-    return _by_query(rows.order_by(_PAIR), len(query_ids))[0]
-
-
-def _with_rows(pairs: ibis.Table, query_ids: Ids, candidate_ids: Ids) -> ibis.Table:
-    """Adds the rows of users and items, 0 for an unknown item; drops unknown users."""
-    users, items = (
-        ibis.memtable(pa.table({name: ids.values, row: np.arange(1, len(ids) + 1, dtype=np.int32)}))
-        for name, ids, row in zip(PAIR, (query_ids, candidate_ids), _PAIR, strict=True)
-    )
-    joined = pairs.inner_join(users, "user_id").left_join(items, "item_id")
-    return joined.fill_null({"candidate_row": 0})
-
-
-def _by_query(rows: ibis.Table, num_queries: int) -> tuple[RowLists, np.ndarray | None]:
-    """Reads the lists of queries and, if the rows have times, those of the entries."""
-    kept: dict[str, ir.Value] = {name: rows[name] for name in _PAIR}
-    if "timestamp" in rows.columns:
-        kept["time"] = whole_seconds(rows["timestamp"])
-    pairs = rows.select(**kept).to_pyarrow()
-    lengths = np.bincount(pairs["query_row"].to_numpy(), minlength=num_queries + 1)
-    lists = RowLists(offsets_of(lengths), pairs["candidate_row"].to_numpy().astype(np.int32))
-    return lists, pairs["time"].to_numpy() if "time" in kept else None

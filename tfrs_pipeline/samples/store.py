@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.features.feature import Feature
 
 _FLAT: dict[str, type] = {
     **dict.fromkeys(("query_row", "candidate_row", "num_earlier"), np.int32),
@@ -20,6 +21,8 @@ _FLAT: dict[str, type] = {
     "time": np.int64,
 }
 _POOL_SIZE = "num_hard_"
+PAIR_VALUE = (1 << 32) - 1
+"""The bits of a pair (`RowLists.pairs`) that hold the candidate row."""
 
 
 def pool_size_column(stage: str) -> str:
@@ -99,6 +102,14 @@ class RowLists:
     def where(self, is_kept: np.ndarray) -> "RowLists":
         """Keeps some of the values, [total] bool."""
         return RowLists(np.append(0, np.cumsum(is_kept))[self.offsets], self.values[is_kept])
+
+    def pairs(self, keys: np.ndarray | None = None) -> np.ndarray:
+        """Returns each value with the key of its list as one number: [total] int64.
+
+        The key, by default the list's number, is above bit 32, and the value below: `PAIR_VALUE`.
+        """
+        keys = np.arange(len(self)) if keys is None else keys
+        return np.repeat(keys, np.diff(self.offsets)).astype(np.int64) << 32 | self.values
 
     def latest(self, length: int) -> np.ndarray:
         """Returns the ends of the lists, backwards, padded with 0: [num_keys, length] int32."""
@@ -202,7 +213,7 @@ class Samples:
             weights=np.ones(len(queries), np.float32),
             sequences=RowLists(offsets, candidates[order]),
             num_earlier=num_earlier,
-            known_positives=RowLists(known_offsets, (known & 0xFFFFFFFF).astype(np.int32)),
+            known_positives=RowLists(known_offsets, (known & PAIR_VALUE).astype(np.int32)),
             exposed=RowLists.empty(num_queries + 1),
             disliked=RowLists.empty(num_queries + 1),
             counts=np.bincount(candidates, minlength=num_candidates + 1),
@@ -243,10 +254,13 @@ class Samples:
         return padded_lines(self.sequence_times, last, num + 1, length + 1, step=-1, missing=np.nan)
 
 
-def read_samples(folder: Path) -> Samples:
+def read_samples(
+    folder: Path, *, request_features: Iterable[Feature] = (), **others: Any
+) -> Samples:
     """Maps the samples that `build_samples` wrote; a batch reads what it needs.
 
-    Whether they are as they were written is for the caller to check, once: their record is
+    Request features are encoded, and `others` are the fields of `Samples` that no file has. Whether
+    the files are as they were written is for the caller to check, once: their record is
     `report.json`. A `FileNotFoundError` without samples.
     """
     if not all((folder / name).exists() for name in ("report.json", "columns")):
@@ -272,6 +286,10 @@ def read_samples(folder: Path) -> Samples:
         disliked=lists("disliked") if "disliked" in column else RowLists.empty(len(known)),
         counts=column["counts"],
         hard_pools={x.removeprefix("hard_"): lists(x) for x in column if x.startswith("hard_")},
+        request_columns={
+            x.name: x.encode_column(read_raw(folder, x.name)) for x in request_features
+        },
+        **others,
     )
 
 
